@@ -1,0 +1,119 @@
+"""Spec strings: `"name(key=value, ...)"` resolved to the object registered under (kind, name).
+
+A kind's modules are imported when the first of its names is looked up, so that registering is all a new file has to do.
+Files outside the package come in through `config.imports`.
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+
+from efficientllm.errors import UserError, did_you_mean
+
+# Where each kind lives: a package whose modules are all imported, or a single module.
+HOMES = {
+    "mixer": "efficientllm.mixers",
+    "ffn": "efficientllm.ffns",
+    "position": "efficientllm.positions",
+    "norm": "efficientllm.layers",
+    "precision": "efficientllm.weights",
+    "size": "efficientllm.sizes",
+    "optimizer": "efficientllm.optim",
+    "schedule": "efficientllm.optim",
+    "data": "efficientllm.data",
+    "tokenizer": "efficientllm.data",
+}
+_REGISTRY = {}
+
+
+def register(kind, name):
+    """Decorator that makes a class or function available as the spec `name` of `kind`."""
+
+    def add(target):
+        key = (kind, name)
+        held = _REGISTRY.setdefault(key, target)
+        if held is not target:
+            raise KeyError(f"{kind} {name!r} is registered twice: {_origin(held)} and {_origin(target)}")
+        return target
+
+    return add
+
+
+def names(kind):
+    """Sorted names registered under `kind`."""
+    _discover(kind)
+    return sorted(name for known, name in _REGISTRY if known == kind)
+
+
+def parse(spec, where="spec"):
+    """`"nsa(window=512)"` -> `("nsa", {"window": 512})`. Raises UserError for anything that is not a spec string."""
+    try:
+        node = ast.parse(spec, mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, {}
+        if isinstance(node, ast.Constant) or not isinstance(node, ast.Call) or node.args:
+            raise ValueError
+        return node.func.id, {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+    except (SyntaxError, ValueError, TypeError, AttributeError):
+        if isinstance(spec, str) and (("size", spec) in _REGISTRY):  # '0.5b' is a name, though no Python identifier
+            return spec, {}
+        raise UserError(f"{where} = {spec!r} is not a spec; write 'name' or 'name(key=value, ...)'") from None
+
+
+def lookup(kind, name, where="spec"):
+    """The object registered as (kind, name). Raises UserError that lists the known names."""
+    known = names(kind)
+    if name not in known:
+        raise UserError(
+            f"{where} = {name!r}: no {kind} of that name; known: {', '.join(known)}{did_you_mean(name, known)}"
+        )
+    return _REGISTRY[kind, name]
+
+
+def build(kind, spec, defaults=None, where=None, **fixed):
+    """Calls what `spec` names with the spec's keywords, then `fixed`, then those `defaults` it has a field for.
+
+    `defaults` is how a module inherits from the model (`num_heads`, `hidden`, ...): by the name of its field, unless
+    the spec says otherwise. Raises UserError for an unknown name, an unknown or missing key, or a value of the wrong
+    type.
+    """
+    where = where or f"{kind} spec"
+    _discover(kind)
+    name, given = parse(spec, where)
+    target = lookup(kind, name, where)
+    fields = inspect.signature(target).parameters
+    settable = [field for field in fields if field not in ("parent", "name")]
+    for key, value in given.items():
+        if key not in settable:
+            raise UserError(
+                f"{where} = {spec!r}: {kind} {name!r} has no field {key!r}; "
+                f"fields: {', '.join(settable) or 'none'}{did_you_mean(key, settable)}"
+            )
+        _check_type(where, spec, key, value, fields[key].annotation)
+    inherited = {key: value for key, value in (defaults or {}).items() if key in settable and value is not None}
+    values = {**inherited, **fixed, **given}
+    missing = [key for key in settable if key not in values and fields[key].default is inspect.Parameter.empty]
+    if missing:
+        raise UserError(f"{where} = {spec!r}: {kind} {name!r} needs a value for {', '.join(missing)}")
+    return target(**values)
+
+
+def _check_type(where, spec, key, value, annotation):
+    simple = {int: (int,), float: (int, float), str: (str,), bool: (bool,), tuple: (tuple, list)}
+    allowed = simple.get(annotation)
+    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation is not bool)):
+        raise UserError(f"{where} = {spec!r}: {key} must be {annotation.__name__}, not {value!r}")
+
+
+def _discover(kind):
+    home = HOMES.get(kind)
+    if home is None:
+        return
+    module = importlib.import_module(home)
+    for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        importlib.import_module(f"{home}.{info.name}")
+
+
+def _origin(target):
+    return f"{target.__module__}.{target.__qualname__}"
