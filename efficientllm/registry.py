@@ -8,6 +8,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 
 from efficientllm.errors import UserError, did_you_mean
 
@@ -25,6 +26,7 @@ HOMES = {
     "tokenizer": "efficientllm.data",
 }
 _REGISTRY = {}
+_SPEC = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)  # names such as 0.5b are no identifiers
 
 
 def register(kind, name):
@@ -48,16 +50,14 @@ def names(kind):
 
 def parse(spec, where="spec"):
     """`"nsa(window=512)"` -> `("nsa", {"window": 512})`. Raises UserError for anything that is not a spec string."""
+    match = _SPEC.fullmatch(spec) if isinstance(spec, str) else None
     try:
-        node = ast.parse(spec, mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id, {}
-        if isinstance(node, ast.Constant) or not isinstance(node, ast.Call) or node.args:
-            raise ValueError
-        return node.func.id, {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
-    except (SyntaxError, ValueError, TypeError, AttributeError):
-        if isinstance(spec, str) and (("size", spec) in _REGISTRY):  # '0.5b' is a name, though no Python identifier
-            return spec, {}
+        name, arguments = match.groups()
+        call = ast.parse(f"_({arguments or ''})", mode="eval").body
+        if call.args:
+            raise ValueError("positional")
+        return name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AttributeError):
         raise UserError(f"{where} = {spec!r} is not a spec; write 'name' or 'name(key=value, ...)'") from None
 
 
