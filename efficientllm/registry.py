@@ -54,9 +54,10 @@ def parse(spec, where="spec"):
     try:
         name, arguments = match.groups()
         call = ast.parse(f"_({arguments or ''})", mode="eval").body
-        if call.args:
-            raise ValueError("positional")
-        return name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if call.args or len(values) < len(call.keywords):
+            raise ValueError("positional or repeated")
+        return name, values
     except (SyntaxError, ValueError, AttributeError):
         raise UserError(f"{where} = {spec!r} is not a spec; write 'name' or 'name(key=value, ...)'") from None
 
