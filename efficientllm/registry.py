@@ -18,12 +18,14 @@ HOMES = {
     "ffn": "efficientllm.ffns",
     "position": "efficientllm.positions",
     "norm": "efficientllm.layers",
+    "attention_kernel": "efficientllm.attention",
     "precision": "efficientllm.weights",
     "size": "efficientllm.sizes",
     "optimizer": "efficientllm.optim",
     "schedule": "efficientllm.optim",
     "data": "efficientllm.data",
     "tokenizer": "efficientllm.data",
+    "task": "efficientllm.tasks",
 }
 _REGISTRY = {}
 _SPEC = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)  # names such as 0.5b are no identifiers
@@ -72,6 +74,18 @@ def lookup(kind, name, where="spec"):
     return _REGISTRY[kind, name]
 
 
+def complete(kind, spec, defaults, where=None):
+    """The spec with every field filled in that `defaults` knows and it leaves open: a spec that needs no model to build.
+
+    Raises UserError as `build` does, for all but missing fields.
+    """
+    where = where or f"{kind} spec"
+    name, given = parse(spec, where)
+    settable = _settable(lookup(kind, name, where))
+    inherited = {key: value for key, value in defaults.items() if key in settable and value is not None}
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in {**inherited, **given}.items())})"
+
+
 def build(kind, spec, defaults=None, where=None, **fixed):
     """Calls what `spec` names with the spec's keywords, then `fixed`, then those `defaults` it has a field for.
 
@@ -83,21 +97,25 @@ def build(kind, spec, defaults=None, where=None, **fixed):
     _discover(kind)
     name, given = parse(spec, where)
     target = lookup(kind, name, where)
-    fields = inspect.signature(target).parameters
-    settable = [field for field in fields if field not in ("parent", "name")]
+    settable = _settable(target)
     for key, value in given.items():
         if key not in settable:
             raise UserError(
                 f"{where} = {spec!r}: {kind} {name!r} has no field {key!r}; "
                 f"fields: {', '.join(settable) or 'none'}{did_you_mean(key, settable)}"
             )
-        _check_type(where, spec, key, value, fields[key].annotation)
+        _check_type(where, spec, key, value, settable[key].annotation)
     inherited = {key: value for key, value in (defaults or {}).items() if key in settable and value is not None}
     values = {**inherited, **fixed, **given}
-    missing = [key for key in settable if key not in values and fields[key].default is inspect.Parameter.empty]
+    missing = [key for key in settable if key not in values and settable[key].default is inspect.Parameter.empty]
     if missing:
         raise UserError(f"{where} = {spec!r}: {kind} {name!r} needs a value for {', '.join(missing)}")
     return target(**values)
+
+
+def _settable(target):
+    fields = inspect.signature(target).parameters
+    return {key: field for key, field in fields.items() if key not in ("parent", "name")}
 
 
 def _check_type(where, spec, key, value, annotation):
@@ -117,4 +135,4 @@ def _discover(kind):
 
 
 def _origin(target):
-    return f"{target.__module__}.{target.__qualname__}"
+    return getattr(target, "__qualname__", repr(target))

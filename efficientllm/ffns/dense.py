@@ -1,0 +1,37 @@
+"""Dense feed-forward networks. An ffn maps `x_BTD -> (y_BTD, aux)`; a dense one has no aux."""
+
+import flax.linen as nn
+import jax
+
+from efficientllm.layers import Linear
+from efficientllm.registry import register
+
+
+@register("ffn", "swiglu")
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, Eq. 6)."""
+
+    hidden: int
+    precision: str
+
+    @nn.compact
+    def __call__(self, x_BTD, ctx):
+        gate = Linear(self.hidden, ("embed", "mlp"), self.precision, name="gate")(x_BTD)
+        up = Linear(self.hidden, ("embed", "mlp"), self.precision, name="up")(x_BTD)
+        y_BTD = Linear(x_BTD.shape[-1], ("mlp", "embed"), self.precision, name="down")(jax.nn.silu(gate) * up)
+        return y_BTD, {}
+
+
+@register("ffn", "gelu")
+class GELU(nn.Module):
+    """`down(gelu(up(x)))` with the exact (erf) GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415), biases as GPT's."""
+
+    hidden: int
+    precision: str
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x_BTD, ctx):
+        up = Linear(self.hidden, ("embed", "mlp"), self.precision, self.use_bias, name="up")(x_BTD)
+        gelu = jax.nn.gelu(up, approximate=False)
+        return Linear(x_BTD.shape[-1], ("mlp", "embed"), self.precision, self.use_bias, name="down")(gelu), {}

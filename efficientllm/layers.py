@@ -1,0 +1,64 @@
+"""Linear maps and norms, with logical axis names on every parameter."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficientllm.registry import register
+from efficientllm.weights import matmul
+
+fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Linear(nn.Module):
+    """`x[..., in] -> [..., features]`; `axes` are the logical names of (in, out)."""
+
+    features: int
+    axes: tuple
+    precision: str
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(fan_in_normal, self.axes)
+        y = matmul(x, self.param("kernel", init, (x.shape[-1], self.features)), self.precision)
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
+            y = y + self.param("bias", zeros, (self.features,)).astype(y.dtype)
+        return y
+
+
+@register("norm", "rmsnorm")
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467, Eq. 4), in float32.
+
+    The normalised value is cast back before the scale multiplies it, as Llama and Qwen do.
+    """
+
+    eps: float
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x):
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+@register("norm", "layernorm")
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis with scale and bias (Ba et al. 2016, arXiv:1607.06450), in float32."""
+
+    eps: float
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],))
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, -1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.eps)
+        return (normed * scale + bias).astype(x.dtype)

@@ -1,0 +1,42 @@
+"""Model shapes by name. A technique inherits what it needs by the name of its field, unless its spec says otherwise.
+
+The study's shapes are Qwen2.5's (arXiv:2412.15115, Table 1; arXiv:2505.13840, Section 4).
+"""
+
+import dataclasses
+import functools
+
+from efficientllm.registry import register
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """`hidden` is the width of a dense ffn; `vocab_size` None means the tokenizer's."""
+
+    num_layers: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden: int
+    rope_base: float
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    vocab_size: int = None
+
+    def defaults(self):
+        """What specs may inherit: the shape's own fields, and the names other techniques give two of them."""
+        return dataclasses.asdict(self) | {"base": self.rope_base, "eps": self.norm_eps}
+
+
+def preset(name, **shape):
+    """Registers a shape under `name`."""
+    register("size", name)(functools.partial(Size, **shape))
+
+
+preset("tiny", num_layers=4, dim=128, num_heads=4, num_kv_heads=2, head_dim=32, hidden=384, rope_base=1e4)
+
+_qwen = {"num_kv_heads": 2, "rope_base": 1e6, "qkv_bias": True, "vocab_size": 151936}
+preset("0.5b", num_layers=24, dim=896, num_heads=14, head_dim=64, hidden=4864, **_qwen)
+preset("1.5b", num_layers=28, dim=1536, num_heads=12, head_dim=128, hidden=8960, **_qwen)
+preset("3b", num_layers=36, dim=2048, num_heads=16, head_dim=128, hidden=11008, **_qwen)
