@@ -15,7 +15,7 @@ class SwiGLU(nn.Module):
     precision: str
 
     @nn.compact
-    def __call__(self, x_BTD, ctx):
+    def __call__(self, x_BTD):
         gate = Linear(self.hidden, ("embed", "mlp"), self.precision, name="gate")(x_BTD)
         up = Linear(self.hidden, ("embed", "mlp"), self.precision, name="up")(x_BTD)
         y_BTD = Linear(x_BTD.shape[-1], ("mlp", "embed"), self.precision, name="down")(jax.nn.silu(gate) * up)
@@ -31,7 +31,7 @@ class GELU(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD, ctx):
+    def __call__(self, x_BTD):
         up = Linear(self.hidden, ("embed", "mlp"), self.precision, self.use_bias, name="up")(x_BTD)
         gelu = jax.nn.gelu(up, approximate=False)
         return Linear(x_BTD.shape[-1], ("mlp", "embed"), self.precision, self.use_bias, name="down")(gelu), {}
