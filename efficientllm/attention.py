@@ -66,7 +66,7 @@ def attend(q_BTHK, k_BSGK, v_BSGK, mask, kernel="auto"):
     """
     if kernel == "auto":
         kernel = choose(q_BTHK, k_BSGK, mask)
-    compute = lookup("attention_kernel", kernel, where="config.model.kernel")
+    compute = lookup("attention_kernel", kernel, where="config.model.attention_kernel")
     kernels.note("attention", kernel)
     return compute(q_BTHK, k_BSGK, v_BSGK, mask)
 

@@ -17,11 +17,12 @@ class Linear(nn.Module):
     axes: tuple
     precision: str
     use_bias: bool = False
+    out_dtype: jnp.dtype = None
 
     @nn.compact
     def __call__(self, x):
         init = nn.with_logical_partitioning(fan_in_normal, self.axes)
-        y = matmul(x, self.param("kernel", init, (x.shape[-1], self.features)), self.precision)
+        y = matmul(x, self.param("kernel", init, (x.shape[-1], self.features)), self.precision, self.out_dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
             y = y + self.param("bias", zeros, (self.features,)).astype(y.dtype)

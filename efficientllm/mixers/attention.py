@@ -26,7 +26,7 @@ class Attention(nn.Module, kw_only=True):
     position: str
     norm: str
     precision: str
-    kernel: str
+    attention_kernel: str
     qkv_bias: bool = False
     qk_norm: bool = False
 
@@ -48,7 +48,7 @@ class Attention(nn.Module, kw_only=True):
         if state is not None:
             state = {"k": _store(state["k"], k_BTGK, ctx), "v": _store(state["v"], v_BTGK, ctx)}
             k_BTGK, v_BTGK = state["k"], state["v"]
-        y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, ctx.mask, self.kernel)
+        y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, ctx.mask, self.attention_kernel)
         y_BTD = y_BTHK.reshape(*x_BTD.shape[:2], H * K)
         return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, name="o")(y_BTD), state
 

@@ -1,0 +1,57 @@
+"""Every key there is, with the defaults that train a dense `tiny` model on any machine."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+    config.name = "base"
+    config.task = "pretrain"
+    config.seed = 0
+    config.imports = ()  # files or modules that register techniques of your own
+    config.mesh = "data=-1"  # sizes of the axes data, fsdp, tensor; -1 is all devices that are left
+
+    config.model = ConfigDict()
+    config.model.size = "tiny"
+    config.model.mixer = "gqa"
+    config.model.ffn = "swiglu"
+    config.model.pattern = ()  # for hybrids: ("gqa", "mqa | moe(...)"), repeated over the layers
+    config.model.position = "rope"
+    config.model.norm = "rmsnorm"
+    config.model.tied = True
+    config.model.precision = "float32"  # float32, bfloat16, mixed
+    config.model.attention_kernel = "auto"
+    config.model.remat = "none"  # none, full, or a policy of jax.checkpoint_policies
+    config.model.scan = True
+
+    config.data = "python_docs()"
+    config.tokenizer = "bpe(vocab_size=4096)"
+
+    config.train = ConfigDict()
+    config.train.steps = 300
+    config.train.batch_size = 8  # sequences a step, over all devices and accumulated micro-batches
+    config.train.length = 128  # tokens a sequence
+    config.train.accumulate = 1
+    config.train.log_every = 10
+    config.train.optimizer = "adamw(b1=0.9, b2=0.95)"
+    config.train.schedule = "cosine(peak=0.003, warmup=0.1, final=0.1)"  # warm-up and final as shares of steps and peak
+    config.train.clip = 1.0  # global gradient norm; 0 does not clip
+    config.train.decay = (("kernel$", 0.1), (".*", 0.0))  # weight decay: first match wins, all must match
+    config.train.rates = ((".*", 1.0),)  # learning-rate factors: likewise
+
+    config.eval = ConfigDict()
+    config.eval.every = 100
+    config.eval.batches = 16  # 0 is the whole of the held-out text
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 100
+    config.checkpoint.keep = 2  # the last n, and the best by held-out loss
+
+    config.sample = ConfigDict()
+    config.sample.prompt = "The function returns"
+    config.sample.tokens = 64
+    config.sample.temperature = 0.8
+
+    config.metrics = ConfigDict()
+    config.metrics.interval_s = 0.1  # seconds between samples of power, memory and utilisation
+    return config

@@ -1,0 +1,10 @@
+"""A sparse mixture of experts, 8 experts and 2 a token, on the Python documentation: the main job."""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.name = "moe"
+    config.model.ffn = "moe(num_experts=8, top_k=2, load_balance=0.01, z_loss=0.001)"
+    return config
