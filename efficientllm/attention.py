@@ -27,10 +27,8 @@ class Mask:
 
     def rows(self, start, stop, key_length):
         """`dense` for the queries start..stop over the first `key_length` keys."""
-        if self.query_index_BT is None:
-            index_BT = jnp.arange(start, stop)[None]
-        else:
-            index_BT = self.query_index_BT[:, start:stop]
+        aligned = self.query_index_BT is None
+        index_BT = jnp.arange(start, stop)[None] if aligned else self.query_index_BT[:, start:stop]
         mask_BTS = index_BT[:, :, None] >= jnp.arange(key_length)
         if self.segments_BT is None:
             return mask_BTS
@@ -59,9 +57,9 @@ class Context:
 
 
 def attend(q_BTHK, k_BSGK, v_BSGK, mask, kernel="auto"):
-    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1), softmax in float32 -> `[B, T, H, K]`.
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1) -> `[B, T, H, K]`.
 
-    H is a multiple of G: query head h reads KV head h // (H // G) (Ainslie et al. 2023, arXiv:2305.13245).
+    Softmax is float32. H is a multiple of G: query head h reads KV head h // (H // G).
     `kernel` is `auto` or a registered `attention_kernel`. Raises UserError for a kernel that does not exist.
     """
     if kernel == "auto":

@@ -163,7 +163,7 @@ def _vocab_size(size, tokenizer_size):
 def _policy(name):
     if name == "full":
         return None
-    known = [policy for policy in dir(jax.checkpoint_policies) if not policy.startswith("_")]
+    known = [policy for policy in dir(jax.checkpoint_policies) if policy.endswith("saveable")]  # the rest take names
     if name not in known:
         raise UserError(
             f"config.model.remat = {name!r}: no such policy; known: none, full, {', '.join(known)}"

@@ -75,15 +75,13 @@ def lookup(kind, name, where="spec"):
 
 
 def complete(kind, spec, defaults, where=None):
-    """The spec with every field filled in that `defaults` knows and it leaves open: a spec that needs no model to build.
+    """The spec with every field filled in that `defaults` knows and it leaves open: one that needs no model to build.
 
-    Raises UserError as `build` does, for all but missing fields.
+    Raises UserError as `build` does, except for missing fields.
     """
-    where = where or f"{kind} spec"
-    name, given = parse(spec, where)
-    settable = _settable(lookup(kind, name, where))
-    inherited = {key: value for key, value in defaults.items() if key in settable and value is not None}
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in {**inherited, **given}.items())})"
+    name, target, given = _resolve(kind, spec, where or f"{kind} spec")
+    values = {**_inherited(target, defaults), **given}
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in values.items())})"
 
 
 def build(kind, spec, defaults=None, where=None, **fixed):
@@ -94,7 +92,15 @@ def build(kind, spec, defaults=None, where=None, **fixed):
     type.
     """
     where = where or f"{kind} spec"
-    _discover(kind)
+    name, target, given = _resolve(kind, spec, where)
+    values = {**_inherited(target, defaults or {}), **fixed, **given}
+    required = [key for key, field in _settable(target).items() if field.default is inspect.Parameter.empty]
+    if missing := [key for key in required if key not in values]:
+        raise UserError(f"{where} = {spec!r}: {kind} {name!r} needs a value for {', '.join(missing)}")
+    return target(**values)
+
+
+def _resolve(kind, spec, where):
     name, given = parse(spec, where)
     target = lookup(kind, name, where)
     settable = _settable(target)
@@ -105,12 +111,11 @@ def build(kind, spec, defaults=None, where=None, **fixed):
                 f"fields: {', '.join(settable) or 'none'}{did_you_mean(key, settable)}"
             )
         _check_type(where, spec, key, value, settable[key].annotation)
-    inherited = {key: value for key, value in (defaults or {}).items() if key in settable and value is not None}
-    values = {**inherited, **fixed, **given}
-    missing = [key for key in settable if key not in values and settable[key].default is inspect.Parameter.empty]
-    if missing:
-        raise UserError(f"{where} = {spec!r}: {kind} {name!r} needs a value for {', '.join(missing)}")
-    return target(**values)
+    return name, target, given
+
+
+def _inherited(target, defaults):
+    return {key: defaults[key] for key in _settable(target) if defaults.get(key) is not None}
 
 
 def _settable(target):

@@ -71,7 +71,7 @@ def spec(axes, shape, mesh):
 
 
 def constrain(x, *axes):
-    """Pins an activation's layout to its logical axes (None: any) under the mesh in scope; without one, does nothing."""
+    """Pins an activation's layout to its logical axes under the mesh in scope; without a mesh, does nothing."""
     mesh = current_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 

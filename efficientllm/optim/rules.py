@@ -1,0 +1,61 @@
+"""From `config.train` to one optax transformation: clipping, direction, decay and rates by parameter name."""
+
+import re
+
+import jax
+import optax
+
+from efficientllm.errors import UserError
+from efficientllm.registry import build
+
+
+def path_of(keys):
+    """`groups/block_0/mixer/q/kernel` for a key path of a parameter tree."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+
+
+def match(rules, params, where):
+    """A tree of the value of the first (regex, value) rule found in each parameter's path.
+
+    Raises UserError for a rule that is no regex and for a parameter no rule covers.
+    """
+    try:
+        compiled = [(re.compile(pattern), float(value)) for pattern, value in rules]
+    except (re.error, TypeError, ValueError) as error:
+        raise UserError(f"{where} = {rules!r} must be pairs of (regex, number): {error}") from None
+
+    def first(keys, _):
+        path = path_of(keys)
+        for pattern, value in compiled:
+            if pattern.search(path):
+                return value
+        raise UserError(f"{where} covers no parameter {path!r}; end it with ('.*', value)")
+
+    return jax.tree_util.tree_map_with_path(first, params)
+
+
+def schedule(train):
+    """Learning rate as a function of the step, from `config.train.schedule`."""
+    return build("schedule", train.schedule, where="config.train.schedule", steps=train.steps)
+
+
+def optimizer(train, params):
+    """The optax transformation of `config.train` for a parameter tree (abstract will do).
+
+    The update of a parameter is `-rate * lr * (direction + decay * parameter)`, after clipping by the global norm.
+    """
+    decay = match(train.decay, params, "config.train.decay")
+    rates = match(train.rates, params, "config.train.rates")
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip) if train.clip else optax.identity(),
+        build("optimizer", train.optimizer, where="config.train.optimizer"),
+        _stateless(lambda update, param, d, r: r * (update + d * param.astype(update.dtype)), decay, rates),
+        optax.scale_by_learning_rate(schedule(train)),
+    )
+
+
+def _stateless(function, *trees):
+    def update(updates, params):
+        return jax.tree.map(function, updates, params, *trees)
+
+    return optax.stateless(update)

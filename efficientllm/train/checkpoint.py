@@ -1,0 +1,90 @@
+"""Checkpoints through orbax: asynchronous, the last n and the best, and never half of one."""
+
+import logging
+
+import jax
+from jax.experimental import multihost_utils
+
+from efficientllm.errors import UserError
+
+log = logging.getLogger("efficientllm")
+
+
+class Checkpoints:
+    """The checkpoints of a run: train state (sharded) and the data iterator's state, together under one step.
+
+    Args:
+      folder: an absolute folder, made if it is not there.
+      keep: how many of the newest stay; the best by `loss` stays besides.
+    """
+
+    def __init__(self, folder, keep):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers
+
+        best = checkpoint_managers.BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(n=keep), best])
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        self._args = ocp.args
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
+
+    def save(self, step, state, data_state, loss=None):
+        """Starts writing; returns as soon as the arrays are copied off the device."""
+        args = self._args.Composite(state=self._args.StandardSave(state), data=self._args.JsonSave(data_state))
+        metrics = None if loss is None else {"loss": float(loss)}
+        self._manager.save(int(step), args=args, metrics=metrics, force=True)
+
+    def latest_step(self):
+        """The newest step there is a checkpoint of, or None."""
+        return self._manager.latest_step()
+
+    def restore_newest(self, shaped_like):
+        """`(state, data_state)` of the newest checkpoint that can be read, or None if there is none at all.
+
+        Newer ones that cannot be read are set aside as `unreadable-STEP` with a warning, once an older one is loaded.
+        Raises UserError if none can be read.
+        """
+        unreadable = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._restore(step, shaped_like)
+            except Exception as error:  # orbax raises whatever its storage backends raise
+                log.warning("checkpoint %d cannot be read (%s); trying the one before", step, _first_line(error))
+                unreadable.append(step)
+                continue
+            self._set_aside(unreadable)
+            return restored
+        if unreadable:
+            raise UserError(f"none of the checkpoints in {self._folder} can be read; move that folder to start anew")
+        return None
+
+    def _restore(self, step, shaped_like):
+        args = self._args.Composite(state=self._args.StandardRestore(shaped_like), data=self._args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
+        return restored["state"], restored["data"]
+
+    def _set_aside(self, steps):
+        for step in steps:
+            if jax.process_index() == 0:
+                (self._folder / str(step)).rename(self._folder / f"unreadable-{step}")
+        if steps:
+            multihost_utils.sync_global_devices("set aside")
+            self._manager.reload()
+
+    def wait(self):
+        """Blocks until what was saved is on disk; raises what went wrong there."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self):
+        """Waits and releases orbax's threads."""
+        self._manager.close()
+
+
+def _loss(metrics):
+    return metrics["loss"]
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:200]

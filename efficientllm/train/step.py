@@ -1,0 +1,130 @@
+"""The pure functions of training: state, loss, step, evaluation. Nothing here reads a clock or a file."""
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from efficientllm import model as models
+from efficientllm import sharding
+from efficientllm.attention import Context
+from efficientllm.optim import rules
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. `step` counts finished steps; `key` is folded with it, never split."""
+
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+    key: jax.Array
+
+
+def init_state(lm, train, seed, length):
+    """A function of no arguments that makes the TrainState, parameters boxed with their logical axes."""
+
+    def init():
+        key = jax.random.key(seed)
+        tokens_BT = jnp.zeros((1, length), jnp.int32)
+        params = lm.init(key, tokens_BT, Context.packed(tokens_BT))["params"]
+        opt_state = rules.optimizer(train, nn.unbox(params)).init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(key))
+
+    return init
+
+
+def create(lm, train, seed, length, mesh):
+    """The sharded TrainState and its shardings; no array is ever made unsharded."""
+    init = init_state(lm, train, seed, length)
+    shardings = sharding.shardings(jax.eval_shape(init), mesh)
+    return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)(), shardings
+
+
+def loss_fn(lm, params, batch, targets):
+    """Next-token cross-entropy in nats a target plus the routers' losses -> `(loss, metrics)`.
+
+    `targets` is the number to divide by: a micro-batch divides by the mean of its step, so that every target of the
+    step counts alike. `metrics["aux"]` holds each block's statistics, stacked over groups.
+    """
+    ctx = Context.packed(batch["positions"], batch["segments"])
+    logits_BTV, _, aux = lm.apply({"params": params}, batch["tokens"], ctx)
+    cross_entropy = nll_sum(logits_BTV, batch) / jnp.maximum(targets, 1.0)
+    router = sum(jnp.mean(leaf) for block in aux for leaf in block.get("losses", {}).values())
+    total = cross_entropy + router
+    return total, {"loss": cross_entropy, "total_loss": total, "aux": aux}
+
+
+def nll_sum(logits_BTV, batch):
+    """Negative log likelihood (nats) summed over the weighted targets.
+
+    The target's logit is picked by comparison, not by a gather: the vocabulary may be split over devices.
+    """
+    is_target_BTV = batch["targets"][..., None] == jnp.arange(logits_BTV.shape[-1])
+    target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), -1)
+    return jnp.sum((jax.nn.logsumexp(logits_BTV, -1) - target_BT) * batch["weights"])
+
+
+def gradients(lm, params, batch, accumulate):
+    """Gradients and metrics of a step's batch, over `accumulate` micro-batches of its rows."""
+    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, lm), has_aux=True)
+    targets = jnp.sum(batch["weights"]) / accumulate
+    if accumulate == 1:
+        (_, metrics), grads = value_and_grad(params, batch, targets)
+        return grads, metrics
+
+    # Rows are dealt out in turn, so that every micro-batch lies on all devices without moving a row.
+    def split(leaf):
+        micro = leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(micro, None, "batch", *(None,) * (leaf.ndim - 1))
+
+    def one(micro):
+        (_, metrics), grads = value_and_grad(params, micro, targets)
+        return grads, metrics
+
+    micros = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], micros))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), zeros, micros)
+    return jax.tree.map(lambda leaf: leaf / accumulate, total)
+
+
+def train_step(lm, train, state, batch):
+    """One optimiser step -> `(state, metrics)`."""
+    grads, metrics = gradients(lm, state.params, batch, train.accumulate)
+    updates, opt_state = rules.optimizer(train, state.params).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params = models.after_step(lm, params, metrics["aux"])
+    metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": rules.schedule(train)(state.step)}
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def eval_step(lm, params, batch, token_bytes_V):
+    """`(summed nats, targets, UTF-8 bytes of the targets)` of a batch."""
+    ctx = Context.packed(batch["positions"], batch["segments"])
+    logits_BTV, _, _ = lm.apply({"params": params}, batch["tokens"], ctx)
+    bytes_BT = token_bytes_V[batch["targets"]]
+    return nll_sum(logits_BTV, batch), jnp.sum(batch["weights"]), jnp.sum(bytes_BT * batch["weights"])
+
+
+def jit_train_step(lm, train, mesh, state_shardings):
+    """`train_step` with explicit shardings; the state is donated, the batch split over rows."""
+    return jax.jit(
+        functools.partial(train_step, lm, train),
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def jit_eval_step(lm, mesh, params_shardings):
+    """`eval_step` with explicit shardings."""
+    whole = sharding.replicated(mesh)
+    return jax.jit(
+        functools.partial(eval_step, lm),
+        in_shardings=(params_shardings, sharding.batch_sharding(mesh), whole),
+        out_shardings=whole,
+    )
