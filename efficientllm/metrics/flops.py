@@ -1,0 +1,92 @@
+"""Exact matmul FLOPs of a function, from its jaxpr: the check of every analytic FLOP model.
+
+XLA's own `cost_analysis` counts the body of a scan once, however long the scan. Here a scan counts its length, a
+`cond` its dearest branch, a `shard_map` every shard; a multiply-add is two FLOPs. Zeros are multiplied like anything
+else: causal masks are not halved, and padding of a convolution counts.
+"""
+
+import math
+
+import jax
+
+# A kernel of its own says nothing of its products: count the plain form of the same function instead.
+OPAQUE = ("pallas_call", "ffi_call", "custom_call", "dot_product_attention", "triton_kernel_call")
+
+
+def count_matmul_flops(fn, *args, **kwargs):
+    """FLOPs of every matrix product, ragged product and convolution in one call of `fn`.
+
+    `args` may be arrays or `jax.ShapeDtypeStruct`; nothing is computed. Raises ValueError for products inside a
+    `while` loop, whose trip count no jaxpr knows, and for opaque kernels.
+    """
+    return _count(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
+
+
+def _count(jaxpr):
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation):
+    name, params = equation.primitive.name, equation.params
+    if name in _LEAVES:
+        return _LEAVES[name](equation)
+    if name.startswith(OPAQUE):
+        raise ValueError(f"{name} is a kernel whose FLOPs its jaxpr does not show: count its plain form")
+    inner = [_count(jaxpr) for jaxpr in _subjaxprs(params)]
+    if name == "cond":
+        return max(inner)
+    if name == "while" and any(inner):
+        raise ValueError("a while loop holds matrix products and its trip count is unknown: use scan, or static bounds")
+    if name == "scan":
+        return sum(inner) * params["length"]
+    if name == "shard_map":
+        return sum(inner) * _shards(params)
+    return sum(inner)
+
+
+def _shards(params):
+    """Shards of a shard_map: its body has the shapes of one."""
+    axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]  # renamed in jax 0.10
+    return math.prod(params["mesh"].shape[axis] for axis in axes)
+
+
+def _subjaxprs(params):
+    """Every jaxpr among an equation's parameters: bodies, branches, the primal function of a custom derivative."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(item, "eqns"):
+                yield item
+            elif hasattr(item, "jaxpr"):
+                yield item.jaxpr
+
+
+def _dot_general(equation):
+    lhs, rhs = (operand.aval.shape for operand in equation.invars)
+    (_, contracted), (_, batched) = equation.params["dimension_numbers"]
+    return 2 * math.prod(lhs) * _prod_except(rhs, (*contracted, *batched))
+
+
+def _ragged_dot_general(equation):
+    """Each row of the left side meets one group of the right side, so groups cost nothing beyond their rows."""
+    lhs, rhs = (operand.aval.shape for operand in equation.invars[:2])
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batched) = numbers.dot_dimension_numbers
+    return 2 * math.prod(lhs) * _prod_except(rhs, (*contracted, *batched, *numbers.rhs_group_dimensions))
+
+
+def _convolution(equation):
+    kernel = equation.invars[1].aval.shape
+    output = equation.outvars[0].aval.shape
+    output_features = equation.params["dimension_numbers"].rhs_spec[0]
+    return 2 * math.prod(output) * _prod_except(kernel, (output_features,))
+
+
+def _prod_except(shape, axes):
+    return math.prod(size for axis, size in enumerate(shape) if axis not in axes)
+
+
+_LEAVES = {
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot_general,
+    "conv_general_dilated": _convolution,
+}

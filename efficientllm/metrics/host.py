@@ -1,0 +1,47 @@
+"""What the operating system says of this process and its machine, from the standard library alone.
+
+On a CPU the host is the device: its resident memory and CPU time are the study's AMU and PCU.
+"""
+
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+
+def rss_bytes():
+    """Bytes of this process resident in memory now; where there is no /proc (macOS) its peak, an upper bound."""
+    try:
+        pages = Path("/proc/self/statm").read_bytes().split()[1]
+    except FileNotFoundError:
+        return peak_rss_bytes()
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_rss_bytes():
+    """Largest resident size since this program began: a kernel counter, so no peak falls between two looks.
+
+    VmHWM rather than `ru_maxrss`, which a process inherits across exec from the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_total_bytes():
+    """Physical memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def usable_cores():
+    """Cores this process may run on: fewer than the machine's under taskset, a cpuset or Slurm."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def cpu_seconds():
+    """CPU time (user and system) of all threads of this process since it began."""
+    return time.process_time()

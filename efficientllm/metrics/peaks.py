@@ -1,0 +1,134 @@
+"""What a device could do at best: datasheet figures by exact device name, and a matrix product measured on this host.
+
+Figures are dense (without structured sparsity), per device as JAX counts devices, in FLOP/s and byte/s.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from efficientllm.metrics import host
+from efficientllm.metrics.reading import Reading, missing
+
+CONVENTION = "matmul FLOPs of the model (causal half, lookup 0, router counted, optimiser not)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Datasheet peaks of one device; `flops` by compute dtype, where `tf32` is float32 on NVIDIA's tensor cores."""
+
+    flops: dict
+    bandwidth: float
+    source: str
+
+
+_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "float8": 1979e12, "tf32": 494e12, "float32": 67e12}
+_AMPERE = {"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12, "float32": 19.5e12}
+_HALVED = "its sparse figures halved"
+
+# Keyed by what JAX calls `device_kind`. A device that is not here has no MFU: a near name may be half as fast.
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": Peak(_HOPPER, 3.35e12, f"NVIDIA H100 datasheet, SXM, {_HALVED}"),
+    "NVIDIA H200": Peak(_HOPPER, 4.8e12, f"NVIDIA H200 datasheet, SXM, {_HALVED}"),
+    "NVIDIA GH200 480GB": Peak(_HOPPER, 4.0e12, f"NVIDIA GH200 datasheet, 96 GB HBM3, {_HALVED}"),
+    "NVIDIA A100-SXM4-80GB": Peak(_AMPERE, 2.039e12, "NVIDIA A100 datasheet, 80 GB SXM"),
+    "NVIDIA A100-SXM4-40GB": Peak(_AMPERE, 1.555e12, "NVIDIA A100 datasheet, 40 GB SXM"),
+    "NVIDIA B200": Peak({"bfloat16": 2250e12, "float16": 2250e12}, 8.0e12, f"NVIDIA HGX B200 datasheet, {_HALVED}"),
+    "TPU v4": Peak({"bfloat16": 275e12}, 1.228e12, "Google Cloud TPU v4 documentation"),
+    "TPU v5 lite": Peak({"bfloat16": 197e12}, 0.819e12, "Google Cloud TPU v5e documentation"),
+    "TPU v5": Peak({"bfloat16": 459e12}, 2.765e12, "Google Cloud TPU v5p documentation"),
+    "TPU v6 lite": Peak({"bfloat16": 918e12}, 1.640e12, "Google Cloud TPU v6e documentation"),
+}
+
+
+def peak_flops(device_kind, dtype):
+    """Dense peak of one device at a compute dtype (`"bfloat16"`, `"tf32"`, ...) in FLOP/s, as a Reading."""
+    peak = PEAKS.get(device_kind)
+    if peak is None:
+        return missing("FLOP/s", f"no datasheet peak known for {device_kind!r}")
+    if dtype not in peak.flops:
+        return missing("FLOP/s", f"no {dtype} peak known for {device_kind!r}")
+    return Reading(peak.flops[dtype], "FLOP/s", peak.source)
+
+
+def peak_bandwidth(device_kind):
+    """Peak memory bandwidth of one device in byte/s, as a Reading."""
+    peak = PEAKS.get(device_kind)
+    if peak is None:
+        return missing("byte/s", f"no datasheet bandwidth known for {device_kind!r}")
+    return Reading(peak.bandwidth, "byte/s", peak.source)
+
+
+def model_flops_utilisation(flops, seconds, devices, dtype):
+    """`{"mfu": Reading, "mfu_gemm": Reading}`: model FLOPs done in `seconds` on `devices` over what they could do.
+
+    `mfu` is against the datasheet, `mfu_gemm` against the best matrix product measured on this host. The CPU devices
+    of one process share its cores and count as one. float32 on an NVIDIA GPU is held against TF32, as which JAX runs
+    it at its default precision.
+    """
+    kind, on_cpu = devices[0].device_kind, devices[0].platform == "cpu"
+    count = len({device.process_index for device in devices}) if on_cpu else len(devices)
+    dtype = jnp.dtype(dtype).name
+    peaks = {
+        "mfu": peak_flops(kind, "tf32" if dtype == "float32" and kind.startswith("NVIDIA") else dtype),
+        "mfu_gemm": measure_gemm_peak(dtype),
+    }
+    return {key: _share(peak, flops / (seconds * count)) for key, peak in peaks.items()}
+
+
+def _share(peak, rate):
+    if peak.value is None:
+        return missing("1", peak.reason)
+    return Reading(rate / peak.value, "1", f"{CONVENTION} over {peak.value / 1e9:.4g} GFLOP/s: {peak.source}")
+
+
+@functools.cache
+def measure_gemm_peak(dtype):
+    """Best rate of a square matrix product on one local device in FLOP/s, as a Reading; takes seconds, once a host.
+
+    Kept in `$EFFICIENTLLM_CACHE/gemm_peaks.json` (`~/.cache/efficientllm`) under host, cores, device, dtype and jax
+    version; removing the file measures again, as one should if the host was busy at the first time.
+    """
+    path = cache_folder() / "gemm_peaks.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    key = _host_key(dtype)
+    if key not in known:
+        known[key] = _best_gemm(dtype)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(known, indent=2))
+        temporary.replace(path)
+    return Reading(known[key], "FLOP/s", f"best {dtype} matrix product measured on this host")
+
+
+def cache_folder():
+    """Where measurements of this host are kept."""
+    return Path(os.environ.get("EFFICIENTLLM_CACHE") or Path.home() / ".cache" / "efficientllm")
+
+
+def _host_key(dtype):
+    name = hashlib.sha256(platform.node().encode()).hexdigest()[:12]
+    return f"{name} {host.usable_cores()} cores {jax.local_devices()[0].device_kind} {dtype} jax {jax.__version__}"
+
+
+def _best_gemm(dtype, sizes=None, repeats=8):
+    """Best FLOP/s over sizes and repeats; low precisions accumulate into float32, as the models' products do."""
+    sizes = sizes or ((512, 1024) if jax.default_backend() == "cpu" else (4096, 8192))
+    best = 0.0
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    for size in sizes:
+        a = jnp.ones((size, size), dtype)
+        product(a, a).block_until_ready()
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            product(a, a).block_until_ready()
+            best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best

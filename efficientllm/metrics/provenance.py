@@ -1,0 +1,105 @@
+"""Where a row comes from: code, versions, devices, settings and time, null where the machine does not say."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+
+from efficientllm.metrics import memory
+
+PACKAGES = (
+    "efficientllm",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "transformers",
+    "datasets",
+    "tokenizers",
+)
+
+
+def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None, kernels=None):
+    """Provenance of a run as plain data.
+
+    `reader` is the energy reader (it knows UUIDs, driver, clocks and power limit); `started` and `ended` are Unix
+    times in s; `mesh` a `jax.sharding.Mesh`; `kernels` says `xla`, `cudnn`, `pallas` or `ffi` per technique.
+    """
+    devices = jax.devices()
+    return {
+        "config_hash": config_hash,
+        "seed": seed,
+        "git": git_state(),
+        "versions": versions(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
+        "host": {
+            "name_hash": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
+            "os": platform.platform(),
+            "processor": _processor(),
+        },
+        "devices": {
+            "platform": devices[0].platform,
+            "runtime": devices[0].client.platform_version,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+            "energy_sources_passed_over": list(reader.passed_over),
+            **dict.fromkeys(("uuids", "pci_bus_ids", "power_limit_w", "power_capped", "clocks_mhz", "driver", "cuda")),
+            **reader.describe(),
+        },
+        "allocator": memory.allocator(devices),
+        "mesh": None if mesh is None else dict(mesh.shape),
+        "kernels": kernels,
+        "started": _iso(started),
+        "ended": _iso(ended),
+    }
+
+
+def git_state(folder=None):
+    """`{"commit": hash, "dirty": bool}` of the repository that holds `folder` (this package); nulls outside of one.
+
+    A file that git does not track makes no state dirty: a run writes such files itself.
+    """
+    folder = folder or Path(__file__).parent
+    commit = _git(folder, "rev-parse", "HEAD")
+    changes = None if commit is None else _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(folder, *arguments):
+    try:
+        run = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def versions():
+    """Version of Python and of each of PACKAGES, null for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor():
+    """The CPU's name and core count, as the system gives them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"name": name or None, "cores": os.cpu_count()}
+
+
+def _iso(unix_s):
+    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,38 @@
+"""One number of a row: its value, unit and source, or null and the reason why it could not be measured."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A measured number, or null with a reason: never 0 for "unknown", never a guess.
+
+    value:  number in `unit`, or None. NumPy and JAX scalars become Python numbers.
+    source: what read it, e.g. `"nvml energy counter"`.
+    reason: why `value` is None; None where there is a value.
+    Raises ValueError for a value that is not finite, a null without a reason, and a reason beside a value.
+    """
+
+    value: int | float | None
+    unit: str
+    source: str
+    reason: str | None = None
+
+    def __post_init__(self):
+        if hasattr(self.value, "item"):
+            object.__setattr__(self, "value", self.value.item())
+        if (self.value is None) == (self.reason is None):
+            raise ValueError(f"a reading has either a value or a reason for null, not {self}")
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError(f"{self.value!r} is no measurement: pass None and the reason ({self.source})")
+
+
+def missing(unit, reason, source="unavailable"):
+    """A null reading."""
+    return Reading(None, unit, source, reason)
+
+
+def reading_or_missing(value, unit, source, reason):
+    """A reading of `value`, or a null one with `reason` where `value` is None."""
+    return missing(unit, reason) if value is None else Reading(value, unit, source)

@@ -1,0 +1,131 @@
+"""The row of one run: `record.json`, and the table that is printed at its end."""
+
+import json
+import os
+import textwrap
+from pathlib import Path
+
+from efficientllm.errors import UserError
+from efficientllm.metrics import paper
+from efficientllm.metrics.reading import missing
+
+SCHEMA_VERSION = 1
+OUTCOMES = ("ok", "nan", "oom", "timeout", "crash", "invalid", "interrupted")
+PHYSICAL_UNITS = {
+    "energy_j": "J",
+    "j_per_token": "J",
+    "j_per_token_net": "J",
+    "peak_memory_bytes": "bytes",
+    "resident_weight_bytes": "bytes",
+    "checkpoint_bytes": "bytes",
+    "tokens_per_s": "1/s",
+    "ttft_s": "s",
+    "tpot_s": "s",
+    "mfu": "1",
+    "mfu_gemm": "1",
+    "hfu": "1",
+    "mbu": "1",
+    "flops_per_token": "FLOP",
+    "params_total": "1",
+    "params_active": "1",
+    "params_trainable": "1",
+    "kv_bytes_per_token": "bytes",
+    "compile_s": "s",
+}
+QUALITY_UNITS = {"loss": "nat", "eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
+_TABLE = (
+    ("AMU  average memory", "amu_gb", "lower"),
+    ("     of the device", "amu_fraction", "lower"),
+    ("PCU  utilisation", "pcu", "higher"),
+    ("AL   average latency", "al_s", "lower"),
+    ("TT   training throughput", "tt_tokens_per_param_s", "higher"),
+    ("ST   tuning throughput", "st_samples_per_param_s", "higher"),
+    ("IT   inference throughput", "it_tokens_per_s", "higher"),
+    ("AEC  mean power", "aec_w", "lower"),
+    ("MCR  compression rate", "mcr", "higher"),
+)
+_SHOWN_BY_TASK = {"pretrain": "tt_tokens_per_param_s", "tune": "st_samples_per_param_s", "infer": "it_tokens_per_s"}
+
+
+def build_record(
+    *, outcome, name, task, config, provenance, paper_readings=None, physical=None, quality=None, predicted=None
+):
+    """The row as plain data, ready for JSON.
+
+    `paper_readings`, `physical` and `quality` are `{key: Reading}`; known keys that are absent become null, so that
+    every row has the same columns. `predicted` holds plain numbers of a plan. Raises ValueError for an unknown
+    outcome or a key given in two groups.
+    """
+    if outcome not in OUTCOMES:
+        raise ValueError(f"outcome {outcome!r} is none of {', '.join(OUTCOMES)}")
+    absent = "not measured in this run" if outcome == "ok" else f"the run ended as {outcome}"
+    groups = {
+        "paper": _complete(paper_readings, paper.UNITS, absent),
+        "physical": _complete(physical, PHYSICAL_UNITS, absent),
+        "quality": _complete(quality, QUALITY_UNITS, absent),
+    }
+    keys = [key for group in groups.values() for key in group]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"given in two groups: {sorted({key for key in keys if keys.count(key) > 1})}")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "outcome": outcome,
+        "name": name,
+        "task": task,
+        **{group: {key: each.value for key, each in readings.items()} for group, readings in groups.items()},
+        "predicted": predicted or {},
+        "sources": {key: _source(each) for readings in groups.values() for key, each in readings.items()},
+        "provenance": provenance,
+        "config": config,
+    }
+
+
+def _complete(readings, units, absent):
+    known = {key: missing(unit, absent) for key, unit in units.items()}
+    return {**known, **(readings or {})}
+
+
+def _source(reading):
+    return {"source": reading.source, "reason": reading.reason, "unit": reading.unit}
+
+
+def write_record(record, path):
+    """Writes the row so that a reader sees the old file or the new one, never a part of one."""
+    path = Path(path)
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_record(path):
+    """The row at `path`. Raises UserError if it is no row of this schema."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable row: {error}") from None
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version is {version!r}; this program reads {SCHEMA_VERSION}")
+    return record
+
+
+def format_table(record, width=100):
+    """The study's metrics of a row as text: value, unit, and the source or why there is no value."""
+    shown = _SHOWN_BY_TASK.get(record["task"])
+    hidden = set(_SHOWN_BY_TASK.values()) - {shown} if shown else set()
+    lines = [f"{'metric':<26}{'value':>11}  {'unit':<5}{'better':<8}source, or why there is none"]
+    lines.append("-" * width)
+    for label, key, better in _TABLE:
+        if key not in hidden:
+            lines += _table_row(label, record["paper"][key], record["sources"][key], better, width)
+    return "\n".join(lines)
+
+
+def _table_row(label, value, source, better, width):
+    start = f"{label:<26}{'null' if value is None else f'{value:.4g}':>11}  {source['unit']:<5}{better:<8}"
+    words = textwrap.wrap(source["reason"] or source["source"], width - len(start)) or [""]
+    return [start + words[0], *(" " * len(start) + line for line in words[1:])]
