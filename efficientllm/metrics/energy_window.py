@@ -29,6 +29,32 @@ class EnergyWindow:
     reason: str | None
 
 
+def combine(windows):
+    """Several windows of one reader as one, their durations and energies summed; void if any of them is.
+
+    Raises ValueError for windows of different sources or scopes, which must not be added up.
+    """
+    if not windows:
+        return EnergyWindow(None, None, 0.0, "unavailable", None, "unavailable", None, "no finished work was measured")
+    first = windows[0]
+    if any((each.source, each.scope) != (first.source, first.scope) for each in windows):
+        raise ValueError("windows of different sources or scopes are not added up")
+    duration_s = sum(each.duration_s for each in windows)
+    reason = next((each.reason for each in windows if each.reason), None)
+    if reason:
+        return dataclasses.replace(
+            first, energy_j=None, mean_power_w=None, duration_s=duration_s, error_bound=None, reason=reason
+        )
+    energy_j = sum(each.energy_j for each in windows)
+    return dataclasses.replace(
+        first,
+        energy_j=energy_j,
+        mean_power_w=energy_j / duration_s,
+        duration_s=duration_s,
+        error_bound=sum(each.error_bound * each.energy_j for each in windows) / energy_j,
+    )
+
+
 class Reader:
     """What every reader does; by itself the reader of devices whose energy cannot be read, and `reason` says why."""
 

@@ -27,6 +27,17 @@ class Averages:
     power_w: float | None
 
 
+def combine(parts):
+    """Averages of several stretches of one run as one, weighted by their durations."""
+    if not parts:
+        return Averages(0.0, None, None, "nothing was sampled", None, "nothing was sampled", None, None)
+    means = {}
+    for key in ("memory_bytes", "memory_fraction", "utilisation", "host_memory_bytes", "power_w"):
+        known = [(getattr(part, key), part.duration_s) for part in parts if getattr(part, key) is not None]
+        means[key] = _ratio(sum(value * seconds for value, seconds in known), sum(seconds for _, seconds in known))
+    return dataclasses.replace(parts[0], duration_s=sum(part.duration_s for part in parts), **means)
+
+
 @dataclasses.dataclass
 class _Integral:
     """Integral over time of one sampled quantity by the trapezoid rule, over the time in which it was readable."""

@@ -17,20 +17,20 @@ class StepTimer:
 
     Calls go to `discarded` until the last `window` of them vary by less than `settled` (standard deviation over mean)
     or `cap` have been made; from then on to `samples`. A relative rule, so that it means the same for every size of
-    step. `settled` is False where the cap ended the warm-up.
+    step. `warming` tells whether the next call is still set aside, `settled` is False where the cap ended the warm-up.
     """
 
     def __init__(self, window=5, settled=0.02, cap=20, clock=time.perf_counter):
         self._window, self._threshold, self._cap, self._clock = window, settled, cap, clock
         self._running = False
-        self._warming = cap > 0
+        self.warming = cap > 0
         self.settled = False
         self.discarded, self.samples = [], []
 
     @property
     def warming(self):
         """True while calls still go to `discarded`."""
-        return self._warming
+        return self.warming
 
     @contextlib.contextmanager
     def step(self):
@@ -47,13 +47,13 @@ class StepTimer:
 
     def add(self, seconds):
         """Adds a time measured elsewhere."""
-        if not self._warming:
+        if not self.warming:
             self.samples.append(seconds)
             return
         self.discarded.append(seconds)
         last = self.discarded[-self._window :]
         self.settled = len(last) == self._window and variation(last) < self._threshold
-        self._warming = not self.settled and len(self.discarded) < self._cap
+        self.warming = not self.settled and len(self.discarded) < self._cap
 
     def statistics(self):
         """`summary` of `samples`, with their `count`, the `discarded_s` list and whether the warm-up `settled`."""
