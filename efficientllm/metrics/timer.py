@@ -27,11 +27,6 @@ class StepTimer:
         self.settled = False
         self.discarded, self.samples = [], []
 
-    @property
-    def warming(self):
-        """True while calls still go to `discarded`."""
-        return self.warming
-
     @contextlib.contextmanager
     def step(self):
         """Times one call. Raises RuntimeError inside another: two generations in one timer are one wrong number."""
