@@ -1,0 +1,108 @@
+"""What the training loop asks of the data: a tokenizer, an endless iterator of batches, held-out batches, a summary."""
+
+import dataclasses
+
+import numpy as np
+
+from efficientllm.data.corpus import Corpus
+from efficientllm.errors import UserError
+from efficientllm.registry import build
+
+_PREFETCHED = 2  # batches made while the device works; the state saved is that of the batch handed out
+
+
+def build_tokenizer(tokenizer_spec, data_spec, cache_dir=None):
+    """The tokenizer that `tokenizer_spec` names (see `data.tokenizers`), trained on `data_spec` if it has to be."""
+    return build("tokenizer", tokenizer_spec, where="config.tokenizer").fit(Corpus(data_spec, cache_dir))
+
+
+def train_iterator(data_spec, tokenizer, batch_size, length, seed, process_index=0, process_count=1, cache_dir=None):
+    """Endless grain iterator over this process's rows of batches of `batch_size` (global) rows of `length` tokens.
+
+    A batch is a dict of arrays [batch_size / process_count, length]: `tokens`, `targets`, `segments` (from 1 in each
+    row, 0 is padding) and `positions` (from 0 in each segment), all int32, and `weights` float32, 0 where there is no
+    target. `get_state` and `set_state` resume exactly. Raises UserError for a batch that the processes cannot share
+    and for a length beyond the corpus.
+    """
+    from efficientllm.data.rows import packing
+
+    share = _share(batch_size, process_count)
+    corpus = Corpus(data_spec, cache_dir)
+    documents_seed, rows_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
+    if corpus.source.streaming:
+        from efficientllm.data.rows.streaming import Stream
+
+        documents = Stream(corpus, tokenizer, process_index, process_count)
+        rows = packing.mix(packing.pack(documents, length), rows_seed)
+        batches = packing.batch(rows, share)
+    else:
+        documents = packing.endless(_long_enough(corpus, tokenizer, "train", length), documents_seed)
+        rows = packing.mix(packing.pack(documents, length), rows_seed)
+        batches = packing.batch(rows, batch_size, process_index, process_count)
+    return packing.prefetch(batches, _PREFETCHED)
+
+
+def eval_batches(
+    data_spec, tokenizer, batch_size, length, process_index=0, process_count=1, limit=None, cache_dir=None
+):
+    """The held-out documents as batches like `train_iterator`'s, every token once and in a fixed order; at most `limit`
+    of them. A re-iterable with a length, the same for every process. Raises UserError as `train_iterator` does."""
+    _share(batch_size, process_count)
+    documents = _long_enough(Corpus(data_spec, cache_dir), tokenizer, "held_out", length)
+    return EvalBatches(documents, batch_size, length, process_index, process_count, limit)
+
+
+def describe(data_spec, tokenizer, cache_dir=None):
+    """What a row says of the data: source, sha256 of the corpus, and documents, bytes and tokens of both sides.
+
+    Of a stream the numbers are those of the documents read ahead (`sampled` is true).
+    """
+    corpus = Corpus(data_spec, cache_dir)
+    sides = corpus.documents(tokenizer)
+    counts = {key: value for key, value in corpus.summary.items() if key != "threshold"}
+    tokens = {f"{side}_tokens": documents.size for side, documents in sides.items()}
+    return {"source": data_spec, "sampled": corpus.source.streaming, **counts, **tokens}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatches:
+    """Batches of one process, made anew at each iteration."""
+
+    documents: object
+    batch_size: int
+    length: int
+    process_index: int
+    process_count: int
+    limit: int | None
+
+    def __len__(self):
+        rows = -(-self.documents.size // self.length)
+        batches = -(-rows // self.batch_size)
+        return batches if self.limit is None else min(batches, self.limit)
+
+    def __iter__(self):
+        from efficientllm.data.rows import packing
+
+        rows = packing.pack(packing.in_order(self.documents), self.length)
+        batches = packing.batch(rows, self.batch_size, self.process_index, self.process_count)
+        for _, values in zip(range(len(self)), batches, strict=False):
+            yield values
+
+
+def _share(batch_size, process_count):
+    if batch_size % process_count:
+        raise UserError(
+            f"config.train.batch_size = {batch_size}: not divisible by the {process_count} processes; "
+            f"the next that is: {batch_size + -batch_size % process_count}"
+        )
+    return batch_size // process_count
+
+
+def _long_enough(corpus, tokenizer, side, length):
+    documents = corpus.documents(tokenizer)[side]
+    if documents.size < length:
+        raise UserError(
+            f"config.train.length = {length}: the {side.replace('_', '-')} text of config.data = {corpus.spec!r} "
+            f"has only {documents.size} tokens; shorten the length or add text"
+        )
+    return documents

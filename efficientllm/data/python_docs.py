@@ -1,0 +1,108 @@
+"""The documentation and sources that every Python installation carries: English and Python text without a download."""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+from efficientllm.data import cache
+from efficientllm.errors import UserError
+from efficientllm.registry import register
+
+# Tests, applications, packages that are not the standard library's, and generated tables.
+_SKIPPED_FOLDERS = {
+    "test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__",
+    "encodings", "ensurepip", "pydoc_data",
+}  # fmt: skip
+_SKIPPED_FILES = {"html/entities.py", "stringprep.py"}
+_SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
+
+
+@register("data", "python_docs")
+@dataclasses.dataclass(frozen=True)
+class PythonDocs:
+    """Language topics (pydoc_data), standard-library sources, and the docstrings of each module as one document.
+
+    No module is imported: sources are read and parsed. A module's docstrings stand in its source too, so both go to
+    the same side of the split. Above `max_bytes` of text, modules and topics are kept in the order of their hashes.
+    """
+
+    held_out: float = 0.05
+    max_bytes: int = 16_000_000
+
+    streaming = False
+
+    def key(self):
+        """Changes with the Python version, a file of its library, or a field."""
+        return f"{self} {sys.version} {cache.stat_key(_modules())}"
+
+    def documents(self):
+        """Yields (text, what decides its side of the split) in a fixed order. Raises UserError if there is no text."""
+        yield from _documents(self.max_bytes)
+
+
+@functools.lru_cache(maxsize=1)
+def _documents(max_bytes):
+    groups = [[topic] for topic in _topics()] + [_module_texts(path) for path in _modules()]
+    if not groups:
+        raise UserError("data python_docs: this Python carries neither pydoc_data nor module sources; use text(path=)")
+    kept = _within(groups, max_bytes)
+    return [(text, group[0]) for group in kept for text in group if text.strip()]
+
+
+def _within(groups, max_bytes):
+    by_hash = sorted(range(len(groups)), key=lambda index: hashlib.sha256(groups[index][0].encode()).digest())
+    kept, total = [], 0
+    for index in by_hash:
+        total += sum(len(text.encode()) for text in groups[index])
+        if total > max_bytes:
+            break
+        kept.append(index)
+    return [groups[index] for index in sorted(kept)]
+
+
+def _topics():
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions package it apart
+        return []
+    return [topics[name] for name in sorted(topics)]
+
+
+def _modules():
+    """Sources of the standard library in the order of their paths."""
+    library = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for folder, folders, files in os.walk(library):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS and not _generated(name)]
+        found += [Path(folder, name) for name in files if name.endswith(".py") and not _generated(name)]
+    return sorted(path for path in found if path.relative_to(library).as_posix() not in _SKIPPED_FILES)
+
+
+def _generated(name):
+    return name.startswith(_SKIPPED_PREFIXES)
+
+
+def _module_texts(path):
+    source = path.read_text(encoding="utf-8")
+    return [
+        source,
+        "\n\n".join(_docstrings(ast.parse(source), path.stem if path.stem != "__init__" else path.parent.name)),
+    ]
+
+
+def _docstrings(node, name):
+    """Yields "name(arguments)" and docstring of `node` and of every class and function in it, as help() would."""
+    if text := ast.get_docstring(node):
+        yield f"{name}{_signature(node)}\n\n{text}"
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child, f"{name}.{child.name}")
+
+
+def _signature(node):
+    return f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""

@@ -1,0 +1,1 @@
+"""Rows for training as grain iterators. Apart from the rest because importing grain takes a second."""

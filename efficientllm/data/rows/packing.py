@@ -1,0 +1,110 @@
+"""Documents to rows of one length, with grain: packed, shuffled, batched, and resumed to the same batch."""
+
+import atexit
+import weakref
+
+import grain
+import numpy as np
+
+SHUFFLED_ROWS = 512
+_IN_THIS_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # memory maps gain nothing from threads
+
+
+def in_order(documents):
+    """The documents once, as they come."""
+    return grain.MapDataset.source(documents).to_iter_dataset(_IN_THIS_THREAD)
+
+
+def endless(documents, seed):
+    """The documents again and again, in another order each epoch."""
+    return grain.MapDataset.source(documents).shuffle(seed).repeat().to_iter_dataset(_IN_THIS_THREAD)
+
+
+def pack(documents, length):
+    """Rows of `length` tokens from an IterDataset of {"tokens", "targets"}.
+
+    Documents are concatenated and cut, which wastes nothing: only the last row of a finite corpus holds padding, where
+    first-fit packing would leave a few per cent of every row. A document that crosses the end of a row goes on in the
+    next one as a segment of its own; its last token keeps its target, so every token is learnt once per epoch.
+    """
+    rows = grain.experimental.ConcatThenSplitIterDataset(
+        documents, length_struct={"tokens": length, "targets": length}, split_full_length_features=True
+    )
+    return _Restorable(rows)
+
+
+def mix(rows, seed):
+    """Rows in random order within windows of 512, so that the rows of a long document do not share a batch."""
+    return grain.experimental.WindowShuffleIterDataset(rows, window_size=SHUFFLED_ROWS, seed=seed)
+
+
+def batch(rows, batch_size, process_index=0, process_count=1):
+    """Batches of `batch_size` rows, of which each process keeps its own consecutive share.
+
+    Every process packs every row: the global batch then depends on the seed alone, not on how many processes train.
+    A last batch that is not full is filled with rows of padding.
+    """
+    share = batch_size // process_count
+    own = slice(process_index * share, (process_index + 1) * share)
+    filled = rows.batch(
+        batch_size, batch_fn=lambda values: grain.experimental.batch_and_pad(values, batch_size=batch_size)
+    )
+    return filled.map(lambda values: _named({key: value[own] for key, value in values.items()}))
+
+
+def prefetch(batches, count):
+    """Iterator over the same batches, up to `count` of them made ahead in a thread. Its state is that of the batch
+    handed out last, not of the last one made; `close()` ends the thread."""
+    return _Prefetched(batches.__iter__(), count)
+
+
+def _named(values):
+    segments = values["tokens_segment_ids"]
+    return {
+        "tokens": values["tokens"],
+        "targets": values["targets"],
+        "segments": segments,
+        "positions": values["tokens_positions"],
+        "weights": (segments > 0).astype(np.float32),
+    }
+
+
+class _Restorable(grain.IterDataset):
+    """Passes rows on. Its iterator takes back a state that went through JSON, as grain's own checkpoints do: JSON makes
+    lists of the packer's pairs, and the packer compares them with tuples and would skip a document."""
+
+    def __iter__(self):
+        return _RestorableIterator(self._parent.__iter__())
+
+
+class _RestorableIterator(grain.DatasetIterator):
+    def __next__(self):
+        return next(self._parent)
+
+    def get_state(self):
+        return self._parent.get_state()
+
+    def set_state(self, state):
+        slices = {key: tuple(bounds) for key, bounds in state["remainder_slices"].items()}
+        self._parent.set_state({**state, "remainder_slices": slices})
+
+
+class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Closes once, and before the interpreter exits: grain's would close while modules are being taken apart, and
+    print an exception nobody can act on."""
+
+    def __init__(self, parent, count):
+        super().__init__(parent, count)
+        self._ended = False
+        atexit.register(_close, weakref.ref(self))
+
+    def close(self):
+        if not self._ended:
+            self._ended = True
+            super().close()
+
+
+def _close(reference):
+    iterator = reference()
+    if iterator is not None:
+        iterator.close()

@@ -1,0 +1,63 @@
+"""Documents of a stream as a grain dataset whose state is the stream's own."""
+
+import copy
+
+import grain
+
+from efficientllm.data.corpus import shifted
+from efficientllm.errors import UserError
+
+
+class Stream(grain.IterDataset):
+    """Train documents of a streamed `datasets` data set, tokenised as they arrive, epoch after epoch.
+
+    The documents of one process: `datasets` gives each its own shards where their number allows, else its own examples.
+    """
+
+    def __init__(self, corpus, tokenizer, process_index, process_count):
+        super().__init__()
+        self._corpus, self._tokenizer = corpus, tokenizer
+        self._process = process_index, process_count
+
+    def __iter__(self):
+        return _StreamIterator(self._corpus, self._tokenizer, *self._process)
+
+
+class _StreamIterator(grain.DatasetIterator):
+    def __init__(self, corpus, tokenizer, process_index, process_count):
+        from datasets.distributed import split_dataset_by_node
+
+        super().__init__()
+        self._corpus, self._tokenizer = corpus, tokenizer
+        self._rows = split_dataset_by_node(corpus.source.rows(), process_index, process_count)
+        self._texts = None
+        self._found = True
+
+    def __next__(self):
+        while True:
+            if self._texts is None:
+                self._texts = self._train_texts()
+            for text in self._texts:
+                ids = self._tokenizer.encode(text)
+                if ids:
+                    self._found = True
+                    return shifted([*ids, self._tokenizer.eos_id])
+            self._next_epoch()
+
+    def get_state(self):
+        return copy.deepcopy(self._rows.state_dict())
+
+    def set_state(self, state):
+        self._rows.set_epoch(state["epoch"])
+        self._rows.load_state_dict(copy.deepcopy(state))
+        self._texts, self._found = None, True
+
+    def _train_texts(self):
+        texts = self._corpus.source.texts(self._rows, batch_size=1)
+        return (text for text in texts if self._corpus.side(text) == "train")
+
+    def _next_epoch(self):
+        if not self._found:
+            raise UserError(f"config.data = {self._corpus.spec!r}: a whole epoch of the stream held no train document")
+        self._rows.set_epoch(self._rows.epoch + 1)
+        self._texts, self._found = None, False
