@@ -8,20 +8,21 @@ import numpy as np
 class SummaryWriter:
     """Writes one event file into `folder`.
 
-    `resume_step`: the first step that this writer will write again. TensorBoard then forgets what earlier files of
-    the folder say of this step and later ones (its own rule for a session that starts anew), so that a curve has one
-    value a step after a run was killed and resumed from an older checkpoint.
+    `first_step`: the first step that this writer will write. TensorBoard then forgets what earlier files of the folder
+    say of it and of later ones (its rule for a session that starts anew), so that a run that was killed and resumed
+    from an older checkpoint has one value a step. (The server does so; the `EventAccumulator` that scripts use keeps
+    both values, the later one last.)
     """
 
-    def __init__(self, folder, resume_step=None):
+    def __init__(self, folder, first_step=0):
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event = event_pb2.Event
         self._file = EventFileWriter(str(folder), max_queue_size=1000, flush_secs=10)
-        if resume_step is not None:
-            session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._file.add_event(event_pb2.Event(wall_time=time.time(), step=resume_step, session_log=session))
+        # The very first session start of a folder purges nothing and is what makes the later ones do it.
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.add_event(self._event(wall_time=time.time(), step=first_step, session_log=session))
 
     def scalars(self, step, values):
         """`{tag: number}` at one step."""

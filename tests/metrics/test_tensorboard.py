@@ -1,0 +1,125 @@
+import subprocess
+import sys
+import time
+
+import pytest
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.context import RequestContext
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.hparams import backend_context
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.summary.writer import event_file_writer
+from tensorboard.util.tensor_util import make_ndarray
+
+from efficientllm.metrics.tensorboard import SummaryWriter
+
+IMPORTS = """
+import sys
+from efficientllm.metrics.tensorboard import SummaryWriter
+writer = SummaryWriter(sys.argv[1])
+writer.scalars(1, {"loss": 2.0})
+writer.hparams({"seed": 1}, {"al_s": 0.5})
+writer.close()
+print([name for name in ("tensorflow", "torch") if name in sys.modules])
+"""
+
+
+def read(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def curve(folder, tag):
+    return [(event.step, make_ndarray(event.tensor_proto).item()) for event in read(folder).Tensors(tag)]
+
+
+def test_scalars_and_text_are_read_back(tmp_path):
+    writer = SummaryWriter(tmp_path)
+    writer.scalars(1, {"loss": 4.5, "tokens_per_s": 1000})
+    writer.scalars(2, {"loss": 4.25})
+    writer.text("config", "| key | value |")
+    writer.close()
+    assert curve(tmp_path, "loss") == [(1, 4.5), (2, 4.25)]
+    assert curve(tmp_path, "tokens_per_s") == [(1, 1000.0)]
+    assert curve(tmp_path, "config") == [(0, b"| key | value |")]
+    assert read(tmp_path).SummaryMetadata("config").plugin_data.plugin_name == "text"
+    assert read(tmp_path).SummaryMetadata("loss").plugin_data.plugin_name == "scalars"
+
+
+def test_flush_makes_a_running_curve_visible(tmp_path):
+    writer = SummaryWriter(tmp_path)
+    writer.scalars(1, {"loss": 1.0})
+    writer.flush()
+    assert curve(tmp_path, "loss") == [(1, 1.0)]
+    writer.close()
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """Files are read in the order of the second in their names: each writer gets a second of its own."""
+    now = [time.time()]
+    monkeypatch.setattr(event_file_writer.time, "time", lambda: now.__setitem__(0, now[0] + 1) or now[0])
+
+
+def test_a_resumed_run_takes_the_place_of_the_steps_it_repeats(tmp_path, later):
+    killed = SummaryWriter(tmp_path)
+    killed.text("config", "stays")
+    for step in range(1, 8):
+        killed.scalars(step, {"loss": float(step)})
+    killed.close()
+    resumed = SummaryWriter(tmp_path, first_step=5)  # the checkpoint was that of step 4
+    for step in range(5, 10):
+        resumed.scalars(step, {"loss": 10.0 * step})
+    resumed.close()
+    expected = [(step, float(step) if step < 5 else 10.0 * step) for step in range(1, 10)]
+    assert curve(tmp_path, "loss") == expected
+    served = [
+        (event.step, make_ndarray(event.tensor_proto).item()) for event in multiplexer(tmp_path).Tensors(".", "loss")
+    ]
+    assert curve(tmp_path, "config") == [(0, b"stays")]
+    assert served == expected
+    assert dict(curve(tmp_path, "loss")) == dict(expected), "a script that keeps the last value of a step"
+    assert curve(tmp_path, "config") == [(0, b"stays")]
+
+
+def multiplexer(folder):
+    """The runs under `folder` as TensorBoard's server loads them."""
+    runs = plugin_event_multiplexer.EventMultiplexer()
+    runs.AddRunsFromDirectory(str(folder))
+    runs.Reload()
+    return runs
+
+
+def hparams_table(folder):
+    """What TensorBoard's own HParams backend makes of the runs under `folder`: `(columns, {run: values}, metrics)`."""
+    provider = data_provider.MultiplexerDataProvider(multiplexer(folder), str(folder))
+    context = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    content = context.hparams_metadata(RequestContext(), "")
+    experiment = context.experiment_from_metadata(RequestContext(), "", True, content, [])
+    runs = {
+        run: dict(hparams_metadata.parse_session_start_info_plugin_data(tags["_hparams_/session_start_info"]).hparams)
+        for run, tags in content.items()
+    }
+    return experiment.hparam_infos, runs, {info.name.tag for info in experiment.metric_infos}
+
+
+def test_two_runs_are_compared_in_the_hparams_table(tmp_path):
+    for run, mixer in (("a", "mha"), ("b", "gqa")):
+        writer = SummaryWriter(tmp_path / run)
+        config = {"model.mixer": mixer, "train.steps": 300, "tied": True, "data": None, "sizes": (1, 2)}
+        writer.hparams(config, {"paper/al_s": 0.5, "paper/aec_w": None})
+        writer.close()
+    columns, runs, metrics = hparams_table(tmp_path)
+    assert [info.name for info in columns if info.differs] == ["model.mixer"]
+    assert {info.name for info in columns} == {"model.mixer", "train.steps", "tied", "data", "sizes"}
+    assert runs["b"]["model.mixer"].string_value == "gqa" and runs["b"]["train.steps"].number_value == 300
+    assert runs["a"]["tied"].bool_value is True and runs["a"]["data"].string_value == "None"
+    assert metrics == {"paper/al_s"}
+    assert curve(tmp_path / "a", "paper/al_s") == [(0, 0.5)]
+
+
+def test_neither_tensorflow_nor_torch_is_imported(tmp_path):
+    run = subprocess.run([sys.executable, "-W", "error", "-c", IMPORTS, tmp_path], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "[]"), run.stderr
