@@ -103,7 +103,8 @@ def _throughput(key, task, work, count):
     rate = count / work.duration_s
     if task == "infer":
         return Reading(rate, UNITS[key], "generated tokens over wall time (Eq. 6)")
-    return Reading(rate / work.params_active, UNITS[key], "over wall time and active parameters")
+    what = "tokens (Eq. 4)" if task == "pretrain" else "samples (Eq. 5)"
+    return Reading(rate / work.params_active, UNITS[key], f"{what} over wall time and active parameters")
 
 
 def _energy_source(energy):

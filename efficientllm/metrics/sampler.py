@@ -72,12 +72,11 @@ class Sampler:
         self._latest = {}
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._thread, self._error = None, None
-        self._cpu_s, self._begun = 0.0, None
+        self.cost_fraction = 0.0
         self._cpu_at = (self._clock(), host.cpu_seconds())
 
     def start(self):
         """Starts the thread."""
-        self._begun = self._clock()
         self._thread = threading.Thread(target=self._run, name="metrics-sampler", daemon=True)
         self._thread.start()
         return self
@@ -94,11 +93,6 @@ class Sampler:
 
     def __exit__(self, *_):
         self.stop()
-
-    @property
-    def cost_fraction(self):
-        """CPU seconds of the sampling thread per second since it started, 0..1."""
-        return self._cpu_s / (self._clock() - self._begun)
 
     def latest(self):
         """The last sample as scalars for a chart, `{"power_w": ..., "memory_gb": ...}`, without the unreadable."""
@@ -132,11 +126,12 @@ class Sampler:
         )
 
     def _run(self):
+        begun = time.monotonic()
         try:
             while not self._stopping.wait(self._interval_s):
                 with self._lock:
                     self._sample()
-                self._cpu_s = time.thread_time()
+                self.cost_fraction = time.thread_time() / (time.monotonic() - begun)
         except Exception as error:  # handed to the run's own thread, which would otherwise go on with no samples
             self._error = error
 

@@ -234,12 +234,12 @@ def test_sample_sums_over_devices_and_leaves_out_what_is_refused(clock):
 
 
 def test_windows_do_not_nest(clock):
-    reader = open_fake(clock, FakeGpu(clock))
-    with pytest.raises(RuntimeError, match="start"):
-        reader.stop()
-    reader.start()
-    with pytest.raises(RuntimeError, match="open"):
+    for reader in (open_fake(clock, FakeGpu(clock)), energy.open_reader(jax.local_devices())):
+        with pytest.raises(RuntimeError, match="start"):
+            reader.stop()
         reader.start()
+        with pytest.raises(RuntimeError, match="open"):
+            reader.start()
 
 
 def test_combined_windows_add_energy_and_one_void_part_voids_the_whole(clock):

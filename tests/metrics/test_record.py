@@ -64,6 +64,10 @@ def test_a_write_that_fails_leaves_the_old_row_whole(tmp_path, monkeypatch):
     before = path.read_text()
     with pytest.raises(TypeError):
         rows.write_record(build(config={"array": object()}), path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(rows.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
+        rows.write_record(build(name="new"), path)
+    assert path.read_text() == before
     monkeypatch.setattr(rows.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(OSError, match="No space"):
         rows.write_record(build(name="new"), path)
