@@ -36,11 +36,9 @@ class _Files:
 
     def _texts(self, builder, field, check, **options):
         # Streamed, because the tokens are cached: an Arrow copy of the text would only fill the disk.
-        import datasets
-
         paths = self._paths()
         try:
-            rows = datasets.load_dataset(builder, data_files=paths, split="train", streaming=True, **options)
+            rows = library().load_dataset(builder, data_files=paths, split="train", streaming=True, **options)
             yield from column(rows, field, f"data path={self.path!r}")
         except UserError:
             raise
@@ -91,6 +89,15 @@ class Parquet(_Files):
     def documents(self):
         """Yields (text, what decides its side of the split). Raises UserError for a missing column."""
         yield from ((text, text) for text in self._texts("parquet", self.field, check_parquet))
+
+
+def library():
+    """`datasets`, which is not to look for torch: a stream would import it, a second and 200 MB that a run would be
+    measured with, to share its epoch number with workers that there are none of."""
+    import datasets
+
+    datasets.config.TORCH_AVAILABLE = False
+    return datasets
 
 
 def column(rows, field, where, batch_size=64):

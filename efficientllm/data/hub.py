@@ -5,7 +5,7 @@ import functools
 import itertools
 
 from efficientllm.data import cache
-from efficientllm.data.files import column
+from efficientllm.data.files import column, library
 from efficientllm.errors import UserError
 from efficientllm.registry import register
 
@@ -42,8 +42,7 @@ class Hub:
 
     def rows(self):
         """The `datasets` data set. Raises UserError with the reason if there is none."""
-        import datasets
-
+        datasets = library()
         try:
             return datasets.load_dataset(self.path, self.name or None, split=self.split, streaming=self.streaming)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

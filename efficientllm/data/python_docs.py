@@ -47,22 +47,27 @@ class PythonDocs:
 
 @functools.lru_cache(maxsize=1)
 def _documents(max_bytes):
-    groups = [[topic] for topic in _topics()] + [_module_texts(path) for path in _modules()]
-    if not groups:
+    found = [(topic, None) for topic in _topics()]
+    found += [(path.read_text(encoding="utf-8"), _module_name(path)) for path in _modules()]
+    if not found:
         raise UserError("data python_docs: this Python carries neither pydoc_data nor module sources; use text(path=)")
-    kept = _within(groups, max_bytes)
-    return [(text, group[0]) for group in kept for text in group if text.strip()]
-
-
-def _within(groups, max_bytes):
-    by_hash = sorted(range(len(groups)), key=lambda index: hashlib.sha256(groups[index][0].encode()).digest())
-    kept, total = [], 0
-    for index in by_hash:
-        total += sum(len(text.encode()) for text in groups[index])
+    kept, total = {}, 0
+    for index in sorted(range(len(found)), key=lambda index: _rank(found[index][0])):
+        texts = _texts(*found[index])
+        total += sum(len(text.encode()) for text in texts)
         if total > max_bytes:
             break
-        kept.append(index)
-    return [groups[index] for index in sorted(kept)]
+        kept[index] = texts
+    return [(text, found[index][0]) for index in sorted(kept) for text in kept[index] if text.strip()]
+
+
+def _rank(text):
+    # Another hash than the one that divides the sides, or the cap would keep documents of one side first.
+    return hashlib.blake2b(text.encode()).digest()
+
+
+def _texts(text, module):
+    return [text] if module is None else [text, "\n\n".join(_docstrings(ast.parse(text), module))]
 
 
 def _topics():
@@ -87,12 +92,8 @@ def _generated(name):
     return name.startswith(_SKIPPED_PREFIXES)
 
 
-def _module_texts(path):
-    source = path.read_text(encoding="utf-8")
-    return [
-        source,
-        "\n\n".join(_docstrings(ast.parse(source), path.stem if path.stem != "__init__" else path.parent.name)),
-    ]
+def _module_name(path):
+    return path.parent.name if path.stem == "__init__" else path.stem
 
 
 def _docstrings(node, name):

@@ -98,7 +98,9 @@ class HuggingFace:
             loaded = transformers.AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"config.tokenizer: hf(path={self.path!r}) cannot be loaded ({reason})") from error
+            raise UserError(
+                f"config.tokenizer: hf(path={self.path!r}) cannot be loaded ({reason}); name a folder or a repository"
+            ) from error
         if not loaded.is_fast or loaded.eos_token_id is None:
             missing = "an eos token" if loaded.is_fast else "a fast implementation"
             raise UserError(f"config.tokenizer: hf(path={self.path!r}) has no {missing}")

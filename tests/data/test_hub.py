@@ -1,0 +1,125 @@
+"""Data sets of the hub, here folders laid out as one: whole, streamed, resumed, out of reach."""
+
+import json
+
+import numpy as np
+import pytest
+
+from efficientllm import data
+from efficientllm.data.corpus import Corpus
+from efficientllm.data.hub import Hub
+from efficientllm.data.rows.streaming import Stream
+from efficientllm.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def arrow_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+
+
+@pytest.fixture
+def folder(tmp_path, texts):
+    path = tmp_path / "set"
+    path.mkdir()
+    for shard in range(3):
+        rows = [{"text": text, "id": index} for index, text in enumerate(texts) if index % 3 == shard]
+        (path / f"part{shard}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def tokenizer():
+    return data.build_tokenizer("bytes", "python_docs()")
+
+
+def take(iterator, count):
+    batches = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return batches
+
+
+def first_epoch(corpus, tokenizer, index, count):
+    iterator, found = iter(Stream(corpus, tokenizer, index, count)), []
+    while True:
+        tokens = next(iterator)["tokens"]
+        if iterator.get_state()["epoch"] > 0:
+            return found
+        found.append(tokenizer.decode(tokens))
+
+
+def test_whole_and_streamed_are_the_same_corpus(folder, tokenizer):
+    whole = data.describe(f"hf(path={folder!r})", tokenizer)
+    streamed = data.describe(f"hf(path={folder!r}, streaming=True)", tokenizer)
+    assert whole["fingerprint"] == streamed["fingerprint"]
+    assert (whole["sampled"], streamed["sampled"]) == (False, True)
+
+
+def test_a_second_start_reads_no_rows(folder, tokenizer, monkeypatch):
+    spec = f"hf(path={folder!r})"
+    first = data.describe(spec, tokenizer)
+    monkeypatch.setattr(Hub, "texts", lambda *_: pytest.fail("read again"))
+    assert data.describe(spec, tokenizer) == first
+
+
+def test_a_stream_never_trains_on_held_out_documents(folder, tokenizer, texts):
+    corpus = Corpus(f"hf(path={folder!r}, streaming=True, held_out=0.2)")
+    held_out = set(corpus.texts("held_out"))
+    assert held_out
+    assert sorted(first_epoch(corpus, tokenizer, 0, 1)) == sorted(set(texts) - held_out)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_stream_gives_each_process_its_own_documents(folder, tokenizer, processes):
+    corpus = Corpus(f"hf(path={folder!r}, streaming=True)")
+    shares = [first_epoch(corpus, tokenizer, index, processes) for index in range(processes)]
+    assert all(shares)
+    assert sorted(sum(shares, [])) == sorted(corpus.texts("train"))
+
+
+def test_a_stream_resumes_at_the_same_batch(folder, tokenizer, monkeypatch):
+    from efficientllm.data.rows import packing
+
+    monkeypatch.setattr(packing, "SHUFFLED_ROWS", 16)
+    spec = f"hf(path={folder!r}, streaming=True)"
+    iterator, states, batches = data.train_iterator(spec, tokenizer, 4, 32, 0), [], []
+    for _ in range(160):  # three epochs
+        states.append(json.dumps(iterator.get_state()))
+        batches.append(next(iterator))
+    iterator.close()
+    assert json.loads(states[-1])["parent_window_start_state"]["parent_state"]["epoch"] >= 2
+    for start in (0, 4, 37, 155):
+        resumed = data.train_iterator(spec, tokenizer, 4, 32, 0)
+        resumed.set_state(json.loads(states[start]))
+        for left, right in zip(take(resumed, 5), batches[start : start + 5], strict=True):
+            assert all(np.array_equal(left[key], right[key]) for key in left)
+
+
+def test_a_stream_trains_a_bpe_and_evaluates_on_its_sample(folder):
+    spec = f"hf(path={folder!r}, streaming=True, held_out=0.2, sample=40)"
+    tokenizer = data.build_tokenizer("bpe(vocab_size=300)", spec)
+    summary = data.describe(spec, tokenizer)
+    assert summary["train_documents"] + summary["held_out_documents"] == 40
+    batches = list(data.eval_batches(spec, tokenizer, 2, 16))
+    assert sum(batch["weights"].sum() for batch in batches) == summary["held_out_tokens"]
+
+
+def test_a_stream_without_train_documents_ends_with_a_reason(folder, tokenizer, monkeypatch):
+    corpus = Corpus(f"hf(path={folder!r}, streaming=True)")
+    monkeypatch.setattr(Corpus, "side", lambda *_: "held_out")
+    with pytest.raises(UserError, match="a whole epoch of the stream held no train document"):
+        next(iter(Stream(corpus, tokenizer, 0, 1)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_out_of_reach_says_how(tokenizer, streaming):
+    with pytest.raises(UserError, match=r"hf\(path='nobody/nothing'.* cannot be loaded \(.*Hub.*without a network"):
+        data.describe(f"hf(path='nobody/nothing', streaming={streaming})", tokenizer)
+
+
+def test_an_unknown_split_and_field_name_what_there_is(folder, tokenizer):
+    with pytest.raises(UserError, match=r"Unknown split \"tset\".*train"):
+        data.describe(f"hf(path={folder!r}, split='tset')", tokenizer)
+    with pytest.raises(UserError, match=r"no field 'txt'; there are: text, id; did you mean 'text'\?"):
+        data.describe(f"hf(path={folder!r}, field='txt')", tokenizer)

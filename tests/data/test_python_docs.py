@@ -1,0 +1,71 @@
+"""The default corpus: what is in it, what is not, and that its two sides share nothing."""
+
+import ast
+import sys
+
+import pytest
+
+from efficientllm.data import python_docs
+from efficientllm.data.corpus import Corpus
+from efficientllm.registry import build
+
+SMALL = "python_docs(max_bytes=1500000, held_out=0.2)"
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return list(build("data", SMALL).documents())
+
+
+def test_topics_sources_and_docstrings_are_there(documents):
+    from pydoc_data.topics import topics
+
+    texts = {text for text, _ in documents}
+    modules = {group for text, group in documents if group not in topics.values()}
+    assert any(topic in texts for topic in topics.values())
+    assert len(modules) > 20 and modules <= texts
+    assert sum(len(text.encode()) for text in texts) <= 1_500_000
+
+
+def test_docstrings_stay_on_the_side_of_their_source(documents):
+    corpus = Corpus(SMALL)
+    held_out, train = (set(corpus.texts(side)) for side in ("held_out", "train"))
+    apart = [(text, group) for text, group in documents if text != group]
+    assert apart and all((text in held_out) == (group in held_out) for text, group in apart)
+    assert held_out and train and not held_out & train
+
+
+def test_docstrings_read_like_help():
+    source = '"""Top."""\nclass A:\n    """Class."""\n'
+    source += '    async def f(self, x=1):\n        """Deep."""\n        def g(): "In."\n'
+    found = list(python_docs._docstrings(ast.parse(source), "m"))
+    assert found == ["m\n\nTop.", "m.A\n\nClass.", "m.A.f(self, x=1)\n\nDeep.", "m.A.f.g()\n\nIn."]
+
+
+def test_paths_are_sorted_and_hold_no_tests_and_no_tables():
+    paths = python_docs._modules()
+    assert paths == sorted(paths) and len(paths) > 300
+    parts = {part for path in paths for part in path.parts[len(sys.prefix.split("/")) :]}
+    assert not parts & {"test", "tests", "idlelib", "turtledemo", "encodings", "site-packages", "pydoc_data"}
+    assert not any(path.name.startswith("_sysconfigdata") for path in paths)
+
+
+def test_the_cap_keeps_a_subset_in_the_same_order(documents):
+    small = list(build("data", "python_docs(max_bytes=300000)").documents())
+    positions = [documents.index(document) for document in small]
+    assert positions == sorted(positions) and 0 < len(small) < len(documents)
+
+
+def test_no_module_is_imported():
+    before = set(sys.modules)
+    python_docs._documents.cache_clear()
+    list(build("data", "python_docs(max_bytes=100000)").documents())
+    assert set(sys.modules) - before <= {"pydoc_data", "pydoc_data.topics"}
+
+
+def test_a_python_without_its_library_says_so(monkeypatch):
+    python_docs._documents.cache_clear()
+    monkeypatch.setattr(python_docs, "_topics", list)
+    monkeypatch.setattr(python_docs, "_modules", list)
+    with pytest.raises(ValueError, match="carries neither pydoc_data nor module sources"):
+        list(build("data", "python_docs()").documents())
