@@ -28,20 +28,31 @@ HOMES = {
     "task": "efficientllm.tasks",
 }
 _REGISTRY = {}
+_EXAMPLES = {}
 _SPEC = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)  # names such as 0.5b are no identifiers
 
 
-def register(kind, name):
-    """Decorator that makes a class or function available as the spec `name` of `kind`."""
+def register(kind, name, example=None):
+    """Decorator that makes a class or function available as the spec `name` of `kind`.
+
+    `example` is a whole spec for a technique with fields that no model gives; it is what the contract suite builds.
+    """
 
     def add(target):
         key = (kind, name)
         held = _REGISTRY.setdefault(key, target)
         if held is not target:
             raise KeyError(f"{kind} {name!r} is registered twice: {_origin(held)} and {_origin(target)}")
+        _EXAMPLES[key] = example or name
         return target
 
     return add
+
+
+def example(kind, name):
+    """A spec of `name` that a model can build."""
+    lookup(kind, name)
+    return _EXAMPLES[kind, name]
 
 
 def names(kind):

@@ -35,6 +35,10 @@ class Checkpoints:
         metrics = None if loss is None else {"loss": float(loss)}
         self._manager.save(int(step), args=args, metrics=metrics, force=True)
 
+    def saving(self):
+        """True until what was saved last is on disk."""
+        return self._manager.is_saving_in_progress()
+
     def latest_step(self):
         """The newest step there is a checkpoint of, or None."""
         return self._manager.latest_step()

@@ -37,11 +37,10 @@ def init_state(lm, train, seed, length):
     return init
 
 
-def create(lm, train, seed, length, mesh):
-    """The sharded TrainState and its shardings; no array is ever made unsharded."""
+def create(lm, train, seed, length, shardings):
+    """The TrainState on its shardings; no array is ever made unsharded."""
     init = init_state(lm, train, seed, length)
-    shardings = sharding.shardings(jax.eval_shape(init), mesh)
-    return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)(), shardings
+    return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
 
 
 def loss_fn(lm, params, batch, targets):
@@ -98,7 +97,11 @@ def train_step(lm, train, state, batch):
     updates, opt_state = rules.optimizer(train, state.params).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params = models.after_step(lm, params, metrics["aux"])
-    metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": rules.schedule(train)(state.step)}
+    metrics |= {
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": rules.schedule(train)(state.step),
+        "targets": jnp.sum(batch["weights"]),
+    }
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 

@@ -1,0 +1,204 @@
+"""Pre-training: from a config to a trained model, its charts, its checkpoints and its row."""
+
+import logging
+import time
+
+import jax
+
+from efficientllm import distributed
+from efficientllm.infer.generate import generate
+from efficientllm.metrics import energy, provenance, record
+from efficientllm.metrics.sampler import Sampler
+from efficientllm.metrics.tensorboard import SummaryWriter
+from efficientllm.registry import register
+from efficientllm.train import charts, evaluate, loop, row, setup, step
+from efficientllm.train.checkpoint import Checkpoints
+from efficientllm.train.measure import Measurement
+from efficientllm.train.progress import Progress, close_log, open_log
+from efficientllm.workdir import config_hash, flatten, plain
+
+log = logging.getLogger("efficientllm")
+FAILED = 3
+
+
+@register("task", "pretrain")
+def pretrain(config, workdir):
+    """Trains to `config.train.steps`, resuming what the workdir holds -> exit status. Raises UserError."""
+    run = Pretraining(config, workdir)
+    try:
+        return run.run()
+    finally:
+        run.close()
+
+
+class Pretraining:
+    """One run from start to row. Only the main process writes logs, charts, samples and the row."""
+
+    def __init__(self, config, workdir):
+        self.config, self.workdir, self.started = config, workdir, time.time()
+        self.main = distributed.is_main()
+        open_log(workdir.path / "log.txt" if self.main else None)
+        self.loss, self.evaluation, self.first_step = None, None, 0
+        self.checkpoints = self.writer = self.sampler = None
+
+    def run(self):
+        """Returns the exit status."""
+        self.setup = setup.prepare(self.config, log)
+        if self.main:
+            self.workdir.claim(self.config)
+        self.reader = energy.open_reader(jax.local_devices())
+        self.checkpoints = Checkpoints(self.workdir.checkpoints, self.config.checkpoint.keep)
+        self.sampler = Sampler(jax.local_devices(), self.reader, self.config.metrics.interval_s).start()
+        self.measurement = Measurement(self.reader, self.sampler)
+        try:
+            with jax.set_mesh(self.setup.mesh):
+                return self._train()
+        except loop.Interrupted as stop:
+            self.checkpoints.wait()
+            log.info(f"{stop}: saved in {self.workdir.path}; the same command resumes")
+            return 128 + stop.signum
+        except loop.Diverged as error:
+            return self._fail("nan", f"{error}: not a number; {self._last_good()}")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return self._fail("oom", f"out of device memory: {str(error).splitlines()[0]}")
+        except OSError as error:
+            return self._fail("crash", f"cannot write to {self.workdir.path}: {error}; {self._last_good()}")
+
+    def _train(self):
+        self.compiled, self.compiled_eval = setup.compile_steps(self.setup)
+        self.token_bytes = setup.token_bytes(self.setup)
+        state = self._restore_or_create()
+        if self.main:
+            self.writer = SummaryWriter(self.workdir.path, first_step=self.first_step + 1)
+            self.writer.text("config", _markdown(self.config))
+        log.info(self._headline())
+        self.progress = Progress(self.config.train.steps)
+        hooks = loop.Hooks(self._log, self._evaluate, self._save, self.checkpoints.saving)
+        batches = self.setup.batches
+        state = loop.train(
+            self.config, state, self.compiled, batches, self.setup.mesh, self.measurement, self.progress, hooks
+        )
+        self.checkpoints.wait()
+        if self.evaluation is None:  # resumed from its very last step
+            self._evaluate(self.config.train.steps, state)
+        self._finish(state)
+        return 0
+
+    def _restore_or_create(self):
+        restored = self.checkpoints.restore_newest(self.setup.shaped)
+        if restored is None:
+            run = self.setup
+            return step.create(run.lm, self.config.train, self.config.seed, run.length, run.shardings)
+        state, data_state = restored
+        self.setup.batches.set_state(data_state)
+        self.first_step = int(state.step)
+        log.info(f"resuming from step {self.first_step}")
+        return state
+
+    def _log(self, at, metrics, seconds):
+        self.loss = float(metrics["loss"])
+        log.info(self.progress.line(at, self.loss))
+        if self.writer:
+            shown = charts.scalars(metrics, len(self.setup.lm.blocks))
+            shown |= {"tokens_per_s": float(metrics["targets"]) / seconds, **self.sampler.latest()}
+            self.writer.scalars(at, shown)
+
+    def _evaluate(self, at, state):
+        self.evaluation = evaluate.evaluate(
+            self.compiled_eval, state.params, self.setup.eval_batches, self.token_bytes, self.setup.mesh
+        )
+        log.info("held out  " + "  ".join(f"{key} {value:.4f}" for key, value in self.evaluation.items()))
+        if self.writer:
+            self.writer.scalars(at, self.evaluation)
+        return self.evaluation["eval_loss"]
+
+    def _save(self, at, state, loss):
+        self.checkpoints.save(at, state, self.setup.batches.get_state(), loss)
+
+    def _finish(self, state):
+        sample = self._sample(state.params)
+        found = self._write_row("ok")
+        if self.main:
+            log.info(f"\n{record.format_table(found)}\n\nsample: {sample!r}\n")
+            log.info(f"row: {self.workdir.path / 'record.json'}")
+            log.info(f"compare runs: tensorboard --logdir={self.workdir.path.parent.parent}")
+
+    def _sample(self, params):
+        prompt = self.setup.tokenizer.encode(self.config.sample.prompt)
+        key = jax.random.key(self.config.seed)
+        new = generate(
+            self.setup.lm,
+            params,
+            [prompt],
+            self.config.sample.tokens,
+            self.config.sample.temperature,
+            key,
+            self.setup.tokenizer.eos_id,
+        )
+        return self.config.sample.prompt + self.setup.tokenizer.decode(jax.device_get(new)[0].tolist())
+
+    def _write_row(self, outcome):
+        study, physical = row.readings(self.setup, self.measurement)
+        found = record.build_record(
+            outcome=outcome,
+            name=self.config.name,
+            task=self.config.task,
+            config=plain(self.config),
+            provenance=self._provenance(),
+            paper_readings=study,
+            physical=physical,
+            quality=row.quality(self.evaluation, self.loss),
+        )
+        if self.main:
+            record.write_record(found, self.workdir.path / "record.json")
+            if self.writer:
+                six = {f"paper/{key}": value for key, value in found["paper"].items()}
+                self.writer.hparams(flatten(plain(self.config)), {**six, **_numbers(found["quality"])})
+        return found
+
+    def _provenance(self):
+        return provenance.provenance(
+            reader=self.reader,
+            started=self.started,
+            ended=time.time(),
+            config_hash=config_hash(self.config),
+            seed=self.config.seed,
+            mesh=self.setup.mesh,
+            kernels=self.setup.kernels,
+        ) | {"resumed_from_step": self.first_step, "sampler_cost_fraction": self.sampler.cost_fraction}
+
+    def _fail(self, outcome, message):
+        self.measurement.abandon()
+        self._write_row(outcome)
+        log.error(message)
+        return FAILED
+
+    def _last_good(self):
+        step_saved = self.checkpoints.latest_step()
+        return "no checkpoint was saved" if step_saved is None else f"the last good checkpoint is step {step_saved}"
+
+    def close(self):
+        """Stops threads and closes files."""
+        for part in (self.sampler and self.sampler.stop, self.writer and self.writer.close):
+            if part:
+                part()
+        if self.checkpoints:
+            self.checkpoints.close()
+        close_log()
+
+    def _headline(self):
+        devices = jax.devices()
+        return (
+            f"{self.config.name}: {self.config.train.steps} steps of {self.setup.batch_size} x {self.setup.length} "
+            f"tokens on {len(devices)} x {devices[0].device_kind}; compiled in {self.setup.compile_s['compile']:.1f} s"
+        )
+
+
+def _numbers(group):
+    return {key: value for key, value in group.items() if value is not None}
+
+
+def _markdown(config):
+    return "\n".join(f"    {key} = {value!r}" for key, value in flatten(plain(config)).items())

@@ -1,0 +1,21 @@
+"""Held-out loss, in units that compare tokenizers too."""
+
+import math
+
+from efficientllm.train.loop import to_device
+
+
+def evaluate(compiled, params, batches, token_bytes_V, mesh):
+    """Loss over held-out batches -> `{"eval_loss", "perplexity", "bits_per_byte"}`.
+
+    `eval_loss` is nats a token, `bits_per_byte` the same nats over the UTF-8 bytes of the text. A document's end is
+    predicted, and counts as a token of no bytes. Sums are taken in double precision on the host.
+    """
+    parts = [compiled(params, to_device(batch, mesh), token_bytes_V) for batch in batches]
+    nats, targets, text_bytes = (math.fsum(float(part) for part in column) for column in zip(*parts, strict=True))
+    loss = nats / targets
+    return {
+        "eval_loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # beyond is infinite in double precision
+        "bits_per_byte": nats / math.log(2) / text_bytes,
+    }

@@ -1,0 +1,64 @@
+"""One line a report: step, loss, rate, time left, on the console and in `log.txt`."""
+
+import collections
+import logging
+import sys
+import time
+
+
+def open_log(file):
+    """The package's logger, writing to the console and to `file`; silent without one."""
+    log = logging.getLogger("efficientllm")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    close_log()
+    handlers = (logging.StreamHandler(sys.stdout), logging.FileHandler(file)) if file else (logging.NullHandler(),)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    return log
+
+
+def close_log():
+    """Closes what `open_log` opened."""
+    log = logging.getLogger("efficientllm")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+
+
+class Progress:
+    """Rate and time left over the last steps."""
+
+    def __init__(self, steps, clock=time.monotonic, window=20):
+        self._steps, self._clock = steps, clock
+        self._recent = collections.deque(maxlen=window)
+
+    def add(self, tokens):
+        """A step of `tokens` tokens has finished."""
+        self._recent.append((self._clock(), tokens))
+
+    def tokens_per_s(self):
+        """Over the last steps, pauses for evaluation and checkpoints included; None before the second step."""
+        if len(self._recent) < 2:
+            return None
+        seconds = self._recent[-1][0] - self._recent[0][0]
+        return sum(tokens for _, tokens in list(self._recent)[1:]) / seconds
+
+    def line(self, step, loss):
+        """`step  120/300  loss 4.321  5,120 tokens/s  0:42 left`."""
+        rate = self.tokens_per_s()
+        if rate is None:
+            return f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}"
+        mean = (self._recent[-1][0] - self._recent[0][0]) / (len(self._recent) - 1)
+        return (
+            f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  "
+            f"{clock_time((self._steps - step) * mean)} left"
+        )
+
+
+def clock_time(seconds):
+    """`1:02:03` or `2:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,63 @@
+"""From what a training run measured to its row."""
+
+import jax
+
+from efficientllm import accounting
+from efficientllm.metrics import energy, memory, paper, peaks, sampler
+from efficientllm.metrics.reading import Reading, missing
+from efficientllm.weights import activation_dtype
+
+
+def readings(run, measurement):
+    """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`)."""
+    window = energy.combine(measurement.windows)
+    params = accounting.parameters(run.lm, run.boxed)
+    if not measurement.steps:
+        return {}, physical_of_model(run, params)
+    work = paper.Work(
+        task="pretrain",
+        iterations_s=tuple(measurement.timer.samples),
+        duration_s=measurement.seconds,
+        params_active=params["active"],
+        tokens=measurement.tokens,
+    )
+    study = paper.paper_metrics(work, sampler.combine(measurement.averages), window)
+    step_flops = accounting.train_flops(run.lm, run.boxed, run.length) * run.batch_size
+    rate = {"flops": step_flops * measurement.steps, "seconds": measurement.seconds}
+    physical = {
+        **physical_of_model(run, params),
+        **paper.energy_metrics(window, measurement.tokens),
+        **peaks.model_flops_utilisation(**rate, devices=jax.devices(), dtype=activation_dtype(run.lm.precision)),
+        "tokens_per_s": Reading(
+            measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"
+        ),
+    }
+    return study, physical
+
+
+def physical_of_model(run, params):
+    """What is known of the model without a clock: parameters, FLOPs, bytes."""
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.shaped.params))
+    flops = accounting.train_flops(run.lm, run.boxed, run.length) / run.length
+    formula = f"closed formula ({accounting.FLOP_CONVENTION})"
+    return {
+        "params_total": Reading(params["total"], "1", "parameter tree"),
+        "params_active": Reading(params["active"], "1", "parameter tree, experts as far as a token is sent to them"),
+        "params_trainable": Reading(params["total"], "1", "parameter tree"),
+        "flops_per_token": Reading(flops, "FLOP", f"{formula}, forward and backward, row of {run.length}"),
+        "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
+        "peak_memory_bytes": memory.peak_bytes(jax.local_devices(), run.rss_before),
+        "kv_bytes_per_token": Reading(
+            accounting.state_bytes(run.lm, run.length) / run.length, "bytes", f"closed formula, row of {run.length}"
+        ),
+        "compile_s": Reading(run.compile_s["compile"], "s", "XLA compilation of the training step")
+        if run.compile_s
+        else missing("s", "the run ended before compilation"),
+    }
+
+
+def quality(evaluation, loss):
+    """Readings of the last evaluation and the last training loss."""
+    units = {"eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
+    found = {key: Reading(value, units[key], "held-out text") for key, value in (evaluation or {}).items()}
+    return found if loss is None else {"loss": Reading(loss, "nat", "last logged training step"), **found}

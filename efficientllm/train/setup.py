@@ -1,0 +1,125 @@
+"""Everything a training run needs before its first step, built from the config in the order that finds errors first."""
+
+import dataclasses
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficientllm import data, kernels, model, sharding
+from efficientllm.errors import UserError
+from efficientllm.metrics import host
+from efficientllm.optim import rules
+from efficientllm.train import step
+
+
+@dataclasses.dataclass
+class Setup:
+    """The parts of a run. `shaped` is the abstract TrainState on its shardings, `boxed` its parameters with axes."""
+
+    config: object
+    mesh: object
+    tokenizer: object
+    lm: object
+    batches: object
+    eval_batches: object
+    boxed: dict
+    shaped: step.TrainState
+    shardings: step.TrainState
+    rss_before: int
+    compile_s: dict = dataclasses.field(default_factory=dict)
+    kernels: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def length(self):
+        return self.config.train.length
+
+    @property
+    def batch_size(self):
+        return self.config.train.batch_size
+
+
+def prepare(config, log):
+    """Reads the data and describes the model; makes no array of it. Raises UserError."""
+    model.from_config(config.model)  # a bad model is refused before any data is read
+    mesh = sharding.make_mesh(config.mesh)
+    check_train(config.train, mesh)
+    log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
+    tokenizer = data.build_tokenizer(config.tokenizer, config.data)
+    lm = model.from_config(config.model, tokenizer.vocab_size)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    rows = (config.data, tokenizer, config.train.batch_size, config.train.length)
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
+    shardings = sharding.shardings(abstract, mesh)
+    shaped = jax.tree.map(_shaped, nn.unbox(abstract), shardings)
+    return Setup(
+        config=config,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        lm=lm,
+        batches=iter(data.train_iterator(*rows, seed=config.seed, **share)),
+        eval_batches=data.eval_batches(*rows, limit=config.eval.batches or None, **share),
+        boxed=abstract.params,
+        shaped=shaped,
+        shardings=shardings,
+        rss_before=host.rss_bytes(),
+    )
+
+
+def _shaped(leaf, where):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def check_train(train, mesh):
+    """Refuses what can't be trained. Raises UserError naming the key."""
+    for key in ("steps", "batch_size", "length", "accumulate", "log_every"):
+        if train[key] < 1:
+            raise UserError(f"config.train.{key} = {train[key]}: must be at least 1")
+    if train.batch_size % train.accumulate:
+        raise UserError(
+            f"config.train.accumulate = {train.accumulate}: must divide config.train.batch_size = {train.batch_size}"
+        )
+    rows, ways = train.batch_size // train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise UserError(
+            f"config.train.batch_size = {train.batch_size}: {rows} rows a micro-batch do not divide over the "
+            f"{ways} devices of the mesh axes data and fsdp; {rows + -rows % ways} would"
+        )
+    rules.schedule(train)
+
+
+def compile_steps(setup):
+    """The compiled (train, eval) steps. Fills in the setup's compile times and kernels."""
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (setup.batch_size, setup.length), dtype, sharding=sharding.batch_sharding(setup.mesh)
+        )
+        for name, dtype in (
+            ("tokens", jnp.int32),
+            ("targets", jnp.int32),
+            ("segments", jnp.int32),
+            ("positions", jnp.int32),
+            ("weights", jnp.float32),
+        )
+    }
+    train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, setup.shardings)
+    evaluate = step.jit_eval_step(setup.lm, setup.mesh, setup.shardings.params)
+    begin = time.perf_counter()
+    with kernels.recording() as used:
+        lowered = train.lower(setup.shaped, batch)
+    lowered_at = time.perf_counter()
+    compiled = lowered.compile()
+    setup.compile_s = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
+    setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
+    token_bytes = jax.ShapeDtypeStruct((setup.lm.vocab_size,), jnp.float32, sharding=sharding.replicated(setup.mesh))
+    return compiled, evaluate.lower(setup.shaped.params, batch, token_bytes).compile()
+
+
+def token_bytes(setup):
+    """UTF-8 bytes of each token of the vocabulary, on the devices."""
+    table = np.zeros(setup.lm.vocab_size, np.float32)
+    table[: setup.tokenizer.vocab_size] = setup.tokenizer.token_bytes
+    return jax.device_put(table, sharding.replicated(setup.mesh))

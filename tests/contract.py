@@ -1,0 +1,241 @@
+"""What every registered technique must do, whoever wrote it: run over the registry by test_contract.py.
+
+A technique is put into a two-layer model of a tiny shape, with nothing else changed.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs import base
+from efficientllm import accounting, model, registry, sharding
+from efficientllm.attention import Context, executed_pairs
+from efficientllm.metrics.flops import count_matmul_flops
+from efficientllm.train import step
+
+SIZE = "tiny(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden=48)"
+VOCAB, B, T = 64, 8, 24
+
+
+def build(kind, spec, **changes):
+    """A model with `spec` in the place of `kind`."""
+    config = base.get_config().model
+    config.size = SIZE
+    config[kind] = spec
+    for key, value in changes.items():
+        config[key] = value
+    return model.from_config(config, VOCAB)
+
+
+@functools.cache
+def parameters(lm, seed=0):
+    """Random parameters, unboxed; biases and scales too, so that none of them hides at its initial value."""
+    init = jax.jit(lambda: lm.init(jax.random.key(seed), tokens(), Context.packed(positions())))
+    noise = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape, np.float32), nn.unbox(init()["params"])
+    )
+
+
+def tokens(seed=0, length=T):
+    return np.random.default_rng(seed).integers(0, VOCAB, (B, length), np.int32)
+
+
+def positions(length=T):
+    return np.broadcast_to(np.arange(length, dtype=np.int32), (B, length))
+
+
+def logits(lm, tokens_BT, params=None, ctx=None):
+    params = parameters(lm) if params is None else params
+    ctx = Context.packed(positions(tokens_BT.shape[1])) if ctx is None else ctx
+    return jax.jit(lambda p, t, c: lm.apply({"params": p}, t, c)[0])(params, tokens_BT, ctx)
+
+
+def batch():
+    """Rows of two documents, of 10 and T - 10 tokens."""
+    ids, index = tokens(length=T + 1), np.arange(T, dtype=np.int32)
+    rows = np.ones((B, 1), np.int32)
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segments": np.where(index < 10, 1, 2).astype(np.int32) * rows,
+        "positions": np.where(index < 10, index, index - 10) * rows,
+        "weights": np.ones((B, T), np.float32),
+    }
+
+
+def check_dtypes(kind, spec):
+    """Logits are float32 and finite under every precision; bfloat16 stays near float32."""
+    exact = logits(build(kind, spec), tokens())
+    for precision, tolerance in (("float32", 0), ("mixed", 0.05), ("bfloat16", 0.1)):
+        lm = build(kind, spec, precision=precision)
+        found = logits(lm, tokens(), parameters(build(kind, spec)))
+        assert found.dtype == jnp.float32 and found.shape == (B, T, VOCAB)
+        error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+        assert error <= tolerance, f"{precision}: relative error {error}"
+
+
+def check_causality(kind, spec):
+    """No output changes when a later token does, and the outputs from that token on do."""
+    lm, before = build(kind, spec), tokens()
+    after = before.copy()
+    after[:, 15] = (before[:, 15] + 1) % VOCAB
+    a, b = logits(lm, before), logits(lm, after)
+    np.testing.assert_array_equal(a[:, :15], b[:, :15])
+    assert jnp.abs(a[:, 15] - b[:, 15]).max() > 1e-3
+
+
+def check_segments(kind, spec):
+    """A document packed behind another gives what it gives alone."""
+    lm = build(kind, spec)
+    packed = batch()
+    together = logits(lm, packed["tokens"], ctx=Context.packed(packed["positions"], packed["segments"]))
+    alone = logits(lm, packed["tokens"][:, 10:])
+    np.testing.assert_allclose(together[:, 10:], alone, atol=1e-5)
+
+
+def check_decode(kind, spec):
+    """Prefill, then one token at a time, gives the logits of the full forward pass; stacked or unrolled."""
+    lm = build(kind, spec)
+    full = logits(lm, tokens())
+    for prefill, decoder, params in ((7, lm, parameters(lm)), (1, *model.unroll(lm, parameters(lm)))):
+        run = jax.jit(lambda p, t, c, s, m=decoder: m.apply({"params": p}, t, c, s)[:2])
+        states, found = model.init_states(decoder, B, T), []
+        for start, stop in [(0, prefill)] + [(t, t + 1) for t in range(prefill, T)]:
+            ctx = Context.decoding(positions()[:, start:stop])
+            part, states = run(params, tokens()[:, start:stop], ctx, states)
+            found.append(part)
+        np.testing.assert_allclose(jnp.concatenate(found, 1), full, atol=2e-5)
+
+
+def loss_and_gradients(lm, params):
+    packed = batch()
+    (loss, _), grads = jax.value_and_grad(functools.partial(step.loss_fn, lm), has_aux=True)(
+        params, packed, jnp.sum(packed["weights"])
+    )
+    return loss, grads
+
+
+def check_gradients(kind, spec):
+    """Every parameter's gradient is finite, and none is all zero."""
+    lm = build(kind, spec)
+    _, grads = jax.jit(functools.partial(loss_and_gradients, lm))(parameters(lm))
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        assert jnp.isfinite(grad).all(), name
+        assert jnp.abs(grad).max() > 0, name
+
+
+def check_scan(kind, spec):
+    """Scanned layers, unrolled layers and rematerialised layers are one function, gradients included."""
+    lm = build(kind, spec)
+    loop, loop_params = model.unroll(lm, parameters(lm))
+    loss, grads = jax.jit(functools.partial(loss_and_gradients, lm))(parameters(lm))
+    loop_loss, loop_grads = jax.jit(functools.partial(loss_and_gradients, loop))(loop_params)
+    np.testing.assert_allclose(loss, loop_loss, rtol=1e-6)
+    _close(model.unroll(lm, grads)[1], loop_grads, 1e-5)
+    for remat in ("full", "dots_saveable"):
+        again, remat_grads = jax.jit(functools.partial(loss_and_gradients, lm.clone(remat=remat)))(parameters(lm))
+        np.testing.assert_allclose(loss, again, rtol=1e-6)
+        _close(grads, remat_grads, 1e-5)
+
+
+def check_sharded(kind, spec, mesh_spec):
+    """One device and eight give the same loss and gradients."""
+    lm = build(kind, spec)
+    params = parameters(lm)
+    loss, grads = jax.jit(functools.partial(loss_and_gradients, lm))(params)
+    mesh = sharding.make_mesh(mesh_spec)
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens(), Context.packed(positions())))["params"]
+        where = sharding.shardings(boxed, mesh)
+        run = jax.jit(functools.partial(loss_and_gradients, lm), in_shardings=(where,), out_shardings=(None, where))
+        sharded_loss, sharded_grads = run(jax.device_put(params, where))
+    assert any(leaf != NamedSharding(mesh, P()) for leaf in jax.tree.leaves(where)) or "data" in mesh_spec
+    np.testing.assert_allclose(loss, sharded_loss, rtol=1e-5)
+    _close(grads, jax.device_get(sharded_grads), 2e-5)
+
+
+def check_fields(kind, spec):
+    """Every field of the technique changes the program: one that nobody reads is a bug."""
+    name, given = registry.parse(spec)
+    target = registry.lookup(kind, name)
+    for field in dataclasses.fields(target):
+        if field.name not in ("parent", "name"):
+            changes = (
+                _program(kind, _spec(name, {**given, **context}))
+                != _program(kind, _spec(name, {**given, **context, field.name: value}))
+                for context in _contexts(target, field.name)
+                for value in _alternatives(field)
+            )
+            assert any(changes), f"{kind} {name}: no value of {field.name!r} changes anything"
+
+
+def _contexts(target, name):
+    """Settings under which a field may matter: none, then every other boolean switched on."""
+    yield {}
+    for field in dataclasses.fields(target):
+        if field.name != name and field.type in (bool, "bool"):
+            yield {field.name: True}
+
+
+def _alternatives(field):
+    strings = {
+        "position": ["rope(base=7.0)"],
+        "norm": ["rmsnorm(eps=0.1)"],
+        "precision": ["bfloat16"],
+        "attention_kernel": ["chunked"],  # "auto" is "xla" at this length
+    }
+    if field.name in strings:
+        return strings[field.name]
+    if field.type in (bool, "bool"):
+        return [True, False]
+    if field.type in (float, "float"):
+        return [0.37]
+    if field.type in (int, "int"):
+        return [8, 16, 1]
+    raise AssertionError(f"the contract suite knows no other value for {field.name!r}: add one")
+
+
+def _spec(name, values):
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in values.items())})"
+
+
+def _program(kind, spec):
+    """The traced loss and gradient, as text: what differs in it differs in what is computed."""
+    lm = build(kind, spec)
+    params = jax.eval_shape(lambda: nn.unbox(lm.init(jax.random.key(0), tokens(), Context.packed(positions()))))
+    traced = jax.make_jaxpr(functools.partial(loss_and_gradients, lm))(params["params"])
+    return str(traced) + str(jax.tree.map(lambda leaf: leaf.shape, params))
+
+
+def check_flops(kind, spec):
+    """The closed formula gives the FLOPs of the program, with every pair that the kernel computes."""
+    for kernel in ("xla", "chunked"):
+        lm = build(kind, spec, attention_kernel=kernel)
+        length = 160
+        boxed = jax.eval_shape(lambda m=lm: m.init(jax.random.key(0), tokens(), Context.packed(positions())))["params"]
+        ctx = Context.packed(positions(length))
+        counted = count_matmul_flops(
+            lambda p, m=lm, c=ctx: m.apply({"params": p}, tokens(length=length), c)[0], nn.unbox(boxed)
+        )
+        assert counted == B * accounting.forward_flops(lm, boxed, length, executed_pairs(kernel, length))
+
+
+def check_state_bytes(kind, spec):
+    """The closed formula gives the bytes of the state there is."""
+    for precision in ("float32", "bfloat16"):
+        lm = build(kind, spec, precision=precision)
+        states = jax.eval_shape(lambda m=lm: model.init_states(m, 3, 40))
+        real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
+        assert real == 3 * accounting.state_bytes(lm, 40)
+
+
+def _close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), a, b)
