@@ -1,0 +1,113 @@
+"""Moving tokens to their experts and back: a plan of rows, and the two gathers that follow it.
+
+Letters of this file: N tokens, k experts a token, A = N k assignments, R rows of the experts' input, C capacity.
+"""
+
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Plan:
+    """Where each assignment's row lies. Rows are sorted by expert.
+
+    assignment_R: the assignment (token * k + choice) in each row.
+    filled_R: False for rows that hold nothing; None where all are filled.
+    row_Nk: the row of each assignment.
+    kept_Nk: False for assignments that were dropped; None where none can be.
+    sizes_E: rows of each expert; None where all have R / E.
+    """
+
+    assignment_R: jax.Array
+    filled_R: jax.Array
+    row_Nk: jax.Array
+    kept_Nk: jax.Array
+    sizes_E: jax.Array
+
+
+def dropless(experts_BTk, num_experts):
+    """Every assignment has a row: what a token gets depends on no other token."""
+    B, T, k = experts_BTk.shape
+    order_A, rank_A, starts = _sort(experts_BTk.reshape(-1), num_experts)
+    return Plan(order_A, None, rank_A.reshape(B * T, k), None, jnp.diff(starts))
+
+
+def capacity(experts_BTk, num_experts, factor):
+    """Each expert takes `rows_per_expert` assignments of each row of the batch; the rest are dropped.
+
+    First choices come before second ones, and earlier tokens before later ones (GShard: Lepikhin et al. 2020,
+    arXiv:2006.16668, Algorithm 1). So a later token's first choice can drop an earlier token's second one: where rows
+    are dropped and k > 1, the layer is not causal. Rows of the batch never compete, so results do not depend on how
+    many devices share the batch.
+    """
+    B, T, k = experts_BTk.shape
+    C = rows_per_expert(T, num_experts, k, factor)
+    choice_first_BA = jnp.swapaxes(experts_BTk, 1, 2).reshape(B, k * T)
+    order_BA, rank_BA, starts_BE = jax.vmap(_sort, (0, None))(choice_first_BA, num_experts)
+    place_BA = rank_BA - jnp.take_along_axis(starts_BE, choice_first_BA, 1)
+    row_BA = (choice_first_BA * B + jnp.arange(B)[:, None]) * C + place_BA
+    kept_Nk, row_Nk = (
+        jnp.swapaxes(array_BA.reshape(B, k, T), 1, 2).reshape(B * T, k) for array_BA in (place_BA < C, row_BA)
+    )
+    # What row r = (e * B + b) * C + place holds, if it is filled.
+    e, b, place = jnp.unravel_index(jnp.arange(num_experts * B * C), (num_experts, B, C))
+    filled_R = place < (starts_BE[b, e + 1] - starts_BE[b, e])
+    choice, t = jnp.divmod(order_BA[b, jnp.where(filled_R, starts_BE[b, e] + place, 0)], T)
+    return Plan((b * T + t) * k + choice, filled_R, jnp.where(kept_Nk, row_Nk, 0), kept_Nk, None)
+
+
+def rows_per_expert(length, num_experts, top_k, factor):
+    """C = ceil(T k / E * factor) for a row of T tokens; more than T is never filled."""
+    return min(length, math.ceil(round(length * top_k / num_experts * factor, 6)))
+
+
+def _sort(group_A, num_groups):
+    """Stable sort by group -> (the assignment at each place, the place of each assignment, where each group starts)."""
+    A = group_A.shape[0]
+    # One array of distinct keys sorts faster than a pair with a stable comparison.
+    key_A = jnp.sort(group_A * A + jnp.arange(A, dtype=jnp.int32))
+    order_A = key_A % A
+    places_A = jnp.arange(A, dtype=jnp.int32)
+    rank_A = jnp.zeros(A, jnp.int32).at[order_A].set(places_A, unique_indices=True, mode="promise_in_bounds")
+    starts = jnp.searchsorted(key_A, jnp.arange(num_groups + 1, dtype=jnp.int32) * A).astype(jnp.int32)
+    return order_A, rank_A, starts
+
+
+def to_experts(x_ND, plan):
+    """The token of every row, `[R, D]`."""
+    return _spread(x_ND, plan.assignment_R // plan.row_Nk.shape[1], plan.row_Nk, plan.kept_Nk)
+
+
+def from_experts(y_RD, plan):
+    """The sum over each token's rows, `[N, D]`; dropped assignments add nothing."""
+    return _collect(y_RD, plan.assignment_R // plan.row_Nk.shape[1], plan.row_Nk, plan.kept_Nk)
+
+
+def weights_of_rows(weights_Nk, plan):
+    """The router's weight of every row, `[R, 1]`; zero for rows that hold nothing."""
+    kept = None if plan.kept_Nk is None else plan.kept_Nk.reshape(-1, 1)
+    weight_R1 = _spread(weights_Nk.reshape(-1, 1), plan.assignment_R, plan.row_Nk.reshape(-1, 1), kept)
+    return weight_R1 if plan.filled_R is None else jnp.where(plan.filled_R[:, None], weight_R1, 0)
+
+
+# Each is the other's transpose: gathers both ways, where autodiff would scatter. Rows that hold nothing are told apart
+# by their weight alone, which is zero forward and backward.
+@jax.custom_vjp
+def _spread(x_ND, token_R, row_Nk, kept_Nk):
+    return x_ND.at[token_R].get(mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def _collect(y_RD, token_R, row_Nk, kept_Nk):
+    total = 0
+    for choice in range(row_Nk.shape[1]):
+        y_ND = y_RD.at[row_Nk[:, choice]].get(mode="promise_in_bounds")
+        total += y_ND if kept_Nk is None else jnp.where(kept_Nk[:, choice, None], y_ND, 0)
+    return total
+
+
+_spread.defvjp(lambda x, *plan: (_spread(x, *plan), plan), lambda plan, g: (_collect(g, *plan), None, None, None))
+_collect.defvjp(lambda y, *plan: (_collect(y, *plan), plan), lambda plan, g: (_spread(g, *plan), None, None, None))

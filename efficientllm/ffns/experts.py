@@ -1,0 +1,96 @@
+"""The experts of a mixture: their kernels, and each device sending its own tokens through them."""
+
+import functools
+import typing
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec as P
+
+from efficientllm import sharding
+from efficientllm.ffns import dispatch
+from efficientllm.grouped_matmul import grouped_matmul
+
+fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
+AXES = {
+    "gate": ("expert", "embed", "mlp"),
+    "up": ("expert", "embed", "mlp"),
+    "down": ("expert", "mlp", "embed"),
+}
+
+
+class Experts(nn.Module):
+    """`num_experts` swiglu networks (Shazeer 2020, arXiv:2002.05202, Eq. 6) behind a plan of who computes what.
+
+    `plan` makes a `dispatch.Plan` of `(experts_BTk, num_experts)`; `kernel` is the grouped product's.
+    """
+
+    num_experts: int
+    hidden: int
+    precision: str
+    plan: typing.Callable
+    kernel: str
+
+    @nn.compact
+    def __call__(self, x_BTD, experts_BTk, weights_BTk):
+        """Returns the weighted sum of each token's experts, and which assignments were kept (None: all)."""
+        E, D, F = self.num_experts, x_BTD.shape[-1], self.hidden
+        shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+        kernels = {name: _Kernel(shape, AXES[name], name=name)() for name, shape in shapes.items()}
+        compute = functools.partial(_compute, plan=self.plan, precision=self.precision, kernel=self.kernel)
+        mesh = sharding.current_mesh()
+        if mesh is not None and mesh.size > 1:
+            compute = _per_device(compute, kernels, x_BTD.shape, mesh)
+        return compute(x_BTD, experts_BTk, weights_BTk, kernels)
+
+
+class _Kernel(nn.Module):
+    shape: tuple
+    axes: tuple
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", nn.with_logical_partitioning(fan_in_normal, self.axes), self.shape)
+
+
+def _compute(x_BTD, experts_BTk, weights_BTk, kernels, *, plan, precision, kernel):
+    k, D = experts_BTk.shape[-1], x_BTD.shape[-1]
+    plan = plan(experts_BTk, kernels["gate"].shape[0])
+
+    def product(x, name):
+        return grouped_matmul(x, kernels[name], plan.sizes_E, precision, kernel)
+
+    x_RD = dispatch.to_experts(x_BTD.reshape(-1, D), plan)
+    hidden_RF = jax.nn.silu(product(x_RD, "gate")) * product(x_RD, "up")
+    # The weights multiply ahead of the last product: its outputs need not be kept for the backward pass.
+    weights_R1 = dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(hidden_RF.dtype)
+    y_ND = dispatch.from_experts(product(hidden_RF * weights_R1, "down"), plan)
+    kept = None if plan.kept_Nk is None else plan.kept_Nk.reshape(experts_BTk.shape)
+    return y_ND.reshape(x_BTD.shape), kept
+
+
+def _per_device(compute, kernels, x_shape, mesh):
+    """`compute` on each device's own tokens.
+
+    This layer's kernels are gathered over the axes they are stored on, but for the hidden width, which stays split over
+    `tensor`: each device computes its share of every expert, and the shares are summed.
+    """
+    layouts = {name: sharding.spec(AXES[name], kernel.shape, mesh) for name, kernel in kernels.items()}
+    (rows, *_) = sharding.spec(("batch", None, None), x_shape, mesh)
+    split = layouts["down"][AXES["down"].index("mlp")]
+
+    def on_device(x_BTD, experts_BTk, weights_BTk, kernels):
+        whole = {name: _gather(kernel, AXES[name], layouts[name]) for name, kernel in kernels.items()}
+        y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole)
+        return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
+
+    specs = (P(rows), P(rows), P(rows), layouts)
+    # Loops whose carries start as constants do not type-check per mesh axis, hence check_vma.
+    return jax.shard_map(on_device, in_specs=specs, out_specs=P(rows), check_vma=False)
+
+
+def _gather(kernel, axes, layout):
+    for dimension, (axis, stored) in enumerate(zip(axes, layout, strict=True)):
+        if stored and axis != "mlp":
+            kernel = jax.lax.all_gather(kernel, stored, axis=dimension, tiled=True)
+    return kernel

@@ -1,0 +1,149 @@
+"""Sparse mixture of experts: each token's ffn is the sum of a few of many (Shazeer et al. 2017, arXiv:1701.06538)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficientllm.errors import UserError, did_you_mean
+from efficientllm.ffns import dispatch, routing
+from efficientllm.ffns.dense import SwiGLU
+from efficientllm.ffns.experts import Experts
+from efficientllm.layers import Linear
+from efficientllm.registry import names, register
+from efficientllm.weights import matmul
+
+DISPATCH = ("dropless", "capacity")
+
+
+@register("ffn", "moe")
+class MoE(nn.Module, kw_only=True):
+    """`sum over the top_k chosen experts e of weight_e * swiglu_e(x)`, plus a shared expert that every token passes.
+
+    Args:
+      num_experts, top_k: experts there are, and experts a token goes to.
+      hidden: width of one expert.
+      scores: `softmax` or `sigmoid` of the router's logits.
+      normalise: a token's weights sum to one.
+      scale: what multiplies the weights (DeepSeek's routed_scaling_factor).
+      shared_hidden: width of the shared expert; 0 has none.
+      shared_gate: a learned sigmoid multiplies the shared expert's output (Qwen2-MoE).
+      load_balance, z_loss: coefficients of the router's two losses (`routing.load_balance_loss`, `routing.z_loss`).
+      bias_rate: step of the balancing bias that needs no loss (`after_step`); 0 has no bias.
+      dispatch: `dropless` computes every assignment; `capacity` gives each expert `capacity_factor` times its fair
+        share of each row of the batch and drops the rest (`dispatch.capacity` says in which order, and why that is
+        not causal).
+      kernel: `auto` or a registered `grouped_kernel`, for dropless dispatch.
+
+    The router is float32 under every policy. Raises UserError for values that do not fit together.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    precision: str
+    scores: str = "softmax"
+    normalise: bool = True
+    scale: float = 1.0
+    shared_hidden: int = 0
+    shared_gate: bool = False
+    load_balance: float = 0.01
+    z_loss: float = 0.001
+    bias_rate: float = 0.0
+    dispatch: str = "dropless"
+    capacity_factor: float = 1.25
+    kernel: str = "auto"
+
+    def __post_init__(self):
+        self._check()
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        """Returns y_BTD and aux.
+
+        aux["losses"]: `load_balance` and `z_loss`, times their coefficients. aux["stats"]: `load` `[E]`, each expert's
+        share of the assignments (sums to one, 1/E where balanced); `entropy` of the router in nats; `drop_rate`, the
+        share of the assignments that were dropped.
+        """
+        logits_BTE, bias_E = Router(self.num_experts, self.bias_rate > 0, name="router")(x_BTD)
+        routed = routing.route(logits_BTE, self.top_k, self.scores, self.normalise, self.scale, bias_E)
+        load_E = routing.load(routed.experts_BTk, self.num_experts)
+        experts = Experts(self.num_experts, self.hidden, self.precision, self._plan(), self.kernel, name="experts")
+        y_BTD, kept_BTk = experts(x_BTD, routed.experts_BTk, routed.weights_BTk)
+        if self.shared_hidden:
+            y_BTD = y_BTD + self._shared(x_BTD)
+        losses = {
+            "load_balance": self.load_balance * routing.load_balance_loss(routed, load_E),
+            "z_loss": self.z_loss * routing.z_loss(logits_BTE),
+        }
+        dropped = jnp.zeros(()) if kept_BTk is None else 1.0 - jnp.mean(kept_BTk.astype(jnp.float32))
+        stats = {"load": load_E, "entropy": routing.entropy(routed.probabilities_BTE), "drop_rate": dropped}
+        return y_BTD, {"losses": losses, "stats": jax.lax.stop_gradient(stats)}
+
+    def _plan(self):
+        if self.dispatch == "dropless":
+            return dispatch.dropless
+        return functools.partial(dispatch.capacity, factor=self.capacity_factor)
+
+    def _shared(self, x_BTD):
+        y_BTD, _ = SwiGLU(self.shared_hidden, self.precision, name="shared")(x_BTD)
+        if self.shared_gate:
+            y_BTD = y_BTD * jax.nn.sigmoid(Linear(1, ("embed", None), self.precision, name="shared_gate")(x_BTD))
+        return y_BTD
+
+    def after_step(self, params, stats):
+        """The balancing bias after a step: b_e += rate * sign(mean load - load_e) (arXiv:2412.19437, Section 2.1.2).
+
+        `params` and `stats` are this layer's, or those of layers stacked on a leading axis.
+        """
+        if not self.bias_rate:
+            return params
+        router, load_E = params["router"], stats["load"]
+        error_E = jnp.mean(load_E, -1, keepdims=True) - load_E
+        return params | {"router": router | {"bias": router["bias"] + self.bias_rate * jnp.sign(error_E)}}
+
+    @property
+    def active_fraction(self):
+        """The share of the experts' parameters that a token meets."""
+        return self.top_k / self.num_experts
+
+    def _check(self):
+        known = {
+            "scores": list(routing.SCORES),
+            "dispatch": list(DISPATCH),
+            "kernel": ["auto", *names("grouped_kernel")],
+        }
+        for field, values in known.items():
+            value = getattr(self, field)
+            if value not in values:
+                hint = did_you_mean(str(value), values)
+                raise UserError(f"moe: {field} = {value!r} is none of {', '.join(values)}{hint}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise UserError(f"moe: top_k = {self.top_k} must lie between 1 and num_experts = {self.num_experts}")
+        for field in ("hidden", "scale", "capacity_factor"):
+            if getattr(self, field) <= 0:
+                raise UserError(f"moe: {field} = {getattr(self, field)} must be more than 0")
+        for field in ("shared_hidden", "load_balance", "z_loss", "bias_rate"):
+            if getattr(self, field) < 0:
+                raise UserError(f"moe: {field} = {getattr(self, field)} must not be negative")
+        if self.shared_gate and not self.shared_hidden:
+            raise UserError("moe: shared_gate = True needs a shared expert; set shared_hidden, its width")
+
+
+class Router(nn.Module):
+    """Logits `[B, T, E]` in float32, and the balancing bias `[E]` (None without)."""
+
+    num_experts: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", None))
+        kernel_DE = self.param("kernel", init, (x_BTD.shape[-1], self.num_experts))
+        logits_BTE = matmul(x_BTD.astype(jnp.float32), kernel_DE, "float32")
+        if not self.use_bias:
+            return logits_BTE, None
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+        return logits_BTE, self.param("bias", zeros, (self.num_experts,))

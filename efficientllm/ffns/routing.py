@@ -1,0 +1,79 @@
+"""Which experts a token goes to, with what weight, and what keeps their load balanced."""
+
+import typing
+
+import jax
+import jax.numpy as jnp
+
+
+class Routing(typing.NamedTuple):
+    """The choice for every token.
+
+    experts_BTk: the chosen experts, best first.
+    weights_BTk: what each chosen expert's output is multiplied with, float32.
+    probabilities_BTE: the scores as a distribution over experts, float32.
+    """
+
+    experts_BTk: jax.Array
+    weights_BTk: jax.Array
+    probabilities_BTE: jax.Array
+
+
+def _softmax(logits_BTE):
+    probabilities_BTE = jax.nn.softmax(logits_BTE, -1)
+    return probabilities_BTE, probabilities_BTE
+
+
+def _sigmoid(logits_BTE):
+    scores_BTE = jax.nn.sigmoid(logits_BTE)
+    return scores_BTE, scores_BTE / jnp.sum(scores_BTE, -1, keepdims=True)
+
+
+# Logits -> (scores, the same as a distribution over experts).
+SCORES = {"softmax": _softmax, "sigmoid": _sigmoid}
+
+
+def route(logits_BTE, top_k, scores, normalise, scale, bias_E=None):
+    """The `top_k` experts of highest score (Shazeer et al. 2017, arXiv:1701.06538, Eq. 3-5).
+
+    `scores` is `softmax` (Mixtral, Qwen-MoE) or `sigmoid` (DeepSeek-V3). `normalise` makes a token's weights sum to
+    one, before `scale` multiplies them. `bias_E` takes part in the choice alone (DeepSeek-V3, arXiv:2412.19437,
+    Eq. 16): weights are the unbiased scores, and its gradient is zero.
+    """
+    scores_BTE, probabilities_BTE = SCORES[scores](logits_BTE)
+    choice_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E
+    _, experts_BTk = jax.lax.top_k(jax.lax.stop_gradient(choice_BTE), top_k)
+    # By comparison, not by a gather, whose gradient would be a scatter.
+    weights_BTk = jnp.sum(jnp.where(_is_chosen(experts_BTk, logits_BTE.shape[-1]), scores_BTE[..., None, :], 0.0), -1)
+    if normalise:
+        weights_BTk = weights_BTk / (jnp.sum(weights_BTk, -1, keepdims=True) + 1e-20)
+    return Routing(experts_BTk, weights_BTk * scale, probabilities_BTE)
+
+
+def load(experts_BTk, num_experts):
+    """Each expert's share of the assignments, `[E]`: sums to one, 1/E where balanced."""
+    return jnp.mean(_is_chosen(experts_BTk, num_experts).astype(jnp.float32), (0, 1, 2))
+
+
+def load_balance_loss(routing, load_E):
+    """E sum_e f_e P_e (Switch: Fedus et al. 2021, arXiv:2101.03961, Eq. 4-6), over the whole batch.
+
+    f_e is expert e's assignments per token and P_e its mean probability: f sums to k, as in transformers, so a balanced
+    router has the value k. DeepSeek-V3's balance loss is this divided by k.
+    """
+    num_experts, top_k = load_E.shape[0], routing.experts_BTk.shape[-1]
+    return num_experts * top_k * jnp.sum(load_E * jnp.mean(routing.probabilities_BTE, (0, 1)))
+
+
+def z_loss(logits_BTE):
+    """Mean squared log of the softmax's denominator (ST-MoE: Zoph et al. 2022, arXiv:2202.08906, Eq. 5)."""
+    return jnp.mean(jax.nn.logsumexp(logits_BTE, -1) ** 2)
+
+
+def entropy(probabilities_BTE):
+    """Mean entropy of a token's distribution over experts, in nats: 0 for a sure router, log E for a blind one."""
+    return -jnp.mean(jnp.sum(jax.scipy.special.xlogy(probabilities_BTE, probabilities_BTE), -1))
+
+
+def _is_chosen(experts_BTk, num_experts):
+    return experts_BTk[..., None] == jnp.arange(num_experts)

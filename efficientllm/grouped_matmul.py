@@ -1,0 +1,183 @@
+"""Products of rows sorted by group with one matrix a group: what a mixture of experts is made of.
+
+Letters of this file: A rows (assignments of tokens to experts), E groups, K in, N out.
+"""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from efficientllm import kernels
+from efficientllm.registry import build, lookup, register
+
+
+class Kernel(typing.NamedTuple):
+    """The two products of one implementation; operands have one dtype, results accumulate in float32.
+
+    rows: `(x_AK, w_EKN, sizes_E, transposed, out_dtype) -> y_AN`, row a times its group's matrix (or its transpose).
+    weights: `(x_AK, g_AN, sizes_E, E) -> dw_EKN` in float32, the sum over a group's rows of their outer products.
+    """
+
+    rows: typing.Callable
+    weights: typing.Callable
+
+
+def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
+    """Multiplies the first `sizes[0]` rows of x with `w[0]`, the next `sizes[1]` with `w[1]`, ... -> `[A, N]`.
+
+    The sizes sum to A; None stands for A / E rows each, which is a batched product. The result has x's dtype, and both
+    passes follow the policy `precision`. `kernel` is `auto` or a registered `grouped_kernel`. Raises UserError for a
+    kernel or a precision that does not exist.
+    """
+    product = build("precision", precision, where="config.model.precision").product
+    name = kernel if kernel != "auto" else choose()
+    kernel = lookup("grouped_kernel", name, where="kernel")
+    if sizes_E is None:
+        name, kernel = "batched", Kernel(_batched_rows, _batched_weights)
+    kernels.note("grouped_matmul", name)
+    return _grouped(x_AK, w_EKN, sizes_E, jnp.dtype(product), kernel)
+
+
+def choose():
+    """The kernel for the platform being compiled for.
+
+    XLA turns a ragged product into E dense ones over all rows wherever the hardware has no kernel for it; TPUs do.
+    """
+    return "ragged_dot" if kernels.platform() == "tpu" else "blocked"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped(x, w, sizes, product, kernel):
+    """The product, with a backward pass whose operands are rounded to `product` as the forward's are."""
+    return kernel.rows(x.astype(product), w.astype(product), sizes, False, x.dtype)
+
+
+def _forward(x, w, sizes, product, kernel):
+    return _grouped(x, w, sizes, product, kernel), (x.astype(product), w, sizes, jnp.zeros(0, x.dtype))
+
+
+def _backward(product, kernel, residuals, dy):
+    x, w, sizes, like_x = residuals
+    dy = dy.astype(product)
+    dx = kernel.rows(dy, w.astype(product), sizes, True, like_x.dtype)
+    return dx, kernel.weights(x, dy, sizes, w.shape[0]).astype(w.dtype), None
+
+
+_grouped.defvjp(_forward, _backward)
+
+
+def _block_sizes(rows, groups):
+    """Rows a product takes at once, large to small: big blocks are fast, small ones end a group with little waste.
+
+    Chosen by the mean size of a group: measured on CPUs in experiments/moe_cost.
+    """
+    small = 1 << min(5, max(0, (rows // groups // 8).bit_length() - 1))
+    return tuple(min(block, rows) for block in (4 * small, small))
+
+
+def _for_groups(sizes_E, body, carry):
+    """`carry = body(group, start, stop, carry)` for each group that has rows, `start:stop` being its rows."""
+    (groups,) = jnp.nonzero(sizes_E, size=sizes_E.shape[0], fill_value=0)
+    stops_E = jnp.cumsum(sizes_E)
+
+    def step(i, carry):
+        group = groups[i]
+        return body(group, stops_E[group] - sizes_E[group], stops_E[group], carry)
+
+    return lax.fori_loop(0, jnp.count_nonzero(sizes_E), step, carry)
+
+
+def _for_blocks(start, stop, blocks, rows, body, carry):
+    """`carry = body(at, mine, carry)` for blocks of rows from `at` on that cover `start:stop`.
+
+    A block of fixed size may reach past `stop`, and past the last row it is moved back: `mine` is True for those of its
+    rows that are the group's and were in no block before.
+    """
+    state = (start, carry)
+    for block, smaller in zip(blocks, (*blocks[1:], 0), strict=True):
+        # What one smaller block can do is left to it.
+        left = block - smaller if smaller else 0
+
+        def step(state, block=block):
+            row, carry = state
+            at = jnp.minimum(row, rows - block)
+            index = at + jnp.arange(block)
+            return row + block, body(at, (index >= row) & (index < stop), carry)
+
+        state = lax.while_loop(lambda state, left=left: stop - state[0] > left, step, state)
+    return state[1]
+
+
+def _take(x, at, block):
+    return lax.dynamic_slice_in_dim(x, at, block, 0)
+
+
+def _contract(x, y, axes, out_dtype):
+    return lax.dot_general(x, y, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=out_dtype)
+
+
+def _blocked_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
+    rows, blocks = x_AK.shape[0], _block_sizes(x_AK.shape[0], w_EKN.shape[0])
+
+    def group(e, start, stop, y_AN):
+        w_KN = w_EKN[e]
+
+        def block(at, mine, y_AN):
+            new = _contract(_take(x_AK, at, mine.size), w_KN, (1, 1 if transposed else 0), out_dtype)
+            new = jnp.where(mine[:, None], new, _take(y_AN, at, mine.size))
+            return lax.dynamic_update_slice_in_dim(y_AN, new, at, 0)
+
+        return _for_blocks(start, stop, blocks, rows, block, y_AN)
+
+    width = w_EKN.shape[1 if transposed else 2]
+    return _for_groups(sizes_E, group, jnp.zeros((rows, width), out_dtype))
+
+
+def _blocked_weights(x_AK, g_AN, sizes_E, groups):
+    rows, blocks = x_AK.shape[0], _block_sizes(x_AK.shape[0], groups)
+    shape_KN = x_AK.shape[1], g_AN.shape[1]
+
+    def group(e, start, stop, dw_EKN):
+        def block(at, mine, dw_KN):
+            g = jnp.where(mine[:, None], _take(g_AN, at, mine.size), 0)
+            return dw_KN + _contract(_take(x_AK, at, mine.size), g, (0, 0), jnp.float32)
+
+        return dw_EKN.at[e].set(_for_blocks(start, stop, blocks, rows, block, jnp.zeros(shape_KN, jnp.float32)))
+
+    return _for_groups(sizes_E, group, jnp.zeros((groups, *shape_KN), jnp.float32))
+
+
+# One group after the other, in blocks of rows: only rows that are there are multiplied.
+register("grouped_kernel", "blocked")(Kernel(_blocked_rows, _blocked_weights))
+
+
+def _ragged_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
+    w_EKN = jnp.swapaxes(w_EKN, 1, 2) if transposed else w_EKN
+    return lax.ragged_dot(x_AK, w_EKN, sizes_E, preferred_element_type=out_dtype)
+
+
+def _ragged_weights(x_AK, g_AN, sizes_E, groups):
+    numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    return lax.ragged_dot_general(x_AK, g_AN, sizes_E, numbers, preferred_element_type=jnp.float32)
+
+
+# The compiler's own: fast where it has a kernel for it.
+register("grouped_kernel", "ragged_dot")(Kernel(_ragged_rows, _ragged_weights))
+
+
+def _batched_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
+    axes = ((2,), (2 if transposed else 1,)), ((0,), (0,))
+    y = lax.dot_general(_by_group(x_AK, w_EKN.shape[0]), w_EKN, axes, preferred_element_type=out_dtype)
+    return y.reshape(x_AK.shape[0], -1)
+
+
+def _batched_weights(x_AK, g_AN, sizes_E, groups):
+    x, g = (_by_group(array, groups) for array in (x_AK, g_AN))
+    return lax.dot_general(x, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _by_group(x, groups):
+    return x.reshape(groups, -1, x.shape[-1])
