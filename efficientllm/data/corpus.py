@@ -86,7 +86,10 @@ class Corpus:
 
     def _divide(self, hashes, sizes, content):
         if len(set(hashes.tolist())) < 2:
-            raise UserError(f"config.data = {self.spec!r}: training and held-out text need two documents at least")
+            raise UserError(
+                f"config.data = {self.spec!r}: training and held-out text need two different documents, "
+                f"there is {'one' if len(hashes) else 'none'}"
+            )
         # Of few documents chance might hold out none: then the one that came closest is.
         threshold = int(self.source.held_out * _ALL)
         threshold = max(threshold, int(hashes.min()) + 1) if threshold else 0

@@ -28,7 +28,8 @@ class _Files:
         pattern = os.path.abspath(os.path.expanduser(self.path))
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
         if not paths:
-            raise UserError(f"data path={self.path!r}: no file matches")
+            hint = f"; it is a folder: write {os.path.join(self.path, '**')!r}" if os.path.isdir(pattern) else ""
+            raise UserError(f"data path={self.path!r}: no file matches{hint}")
         for path in paths:
             if os.path.getsize(path) == 0:
                 raise UserError(f"data path={self.path!r}: {path} is empty")
@@ -36,16 +37,18 @@ class _Files:
 
     def _texts(self, builder, field, check, **options):
         # Streamed, because the tokens are cached: an Arrow copy of the text would only fill the disk.
-        paths = self._paths()
+        datasets, paths = library(), self._paths()
         try:
-            rows = library().load_dataset(builder, data_files=paths, split="train", streaming=True, **options)
+            patterns = [glob.escape(path) for path in paths]
+            rows = datasets.load_dataset(builder, data_files=patterns, split="train", streaming=True, **options)
             yield from column(rows, field, f"data path={self.path!r}")
         except UserError:
             raise
-        except Exception:
+        except (ValueError, datasets.exceptions.DatasetsError) as error:
             for path in paths:
                 check(path)
-            raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"data path={self.path!r}: `datasets` cannot read it ({reason})") from error
 
 
 @register("data", "text")
@@ -138,8 +141,11 @@ def check_json_lines(path):
         for number, line in enumerate(file, 1):
             try:
                 value = json.loads(line) if line.strip() else {}
+                json.dumps(value, ensure_ascii=False).encode()
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+            except UnicodeEncodeError:
+                raise UserError(f"{path}, line {number}: half of a surrogate pair, which is no character") from None
             if not isinstance(value, dict):
                 raise UserError(f"{path}, line {number}: a JSON object is needed, not {type(value).__name__}")
 

@@ -33,11 +33,11 @@ def train_iterator(data_spec, tokenizer, batch_size, length, seed, process_index
         from efficientllm.data.rows.streaming import Stream
 
         documents = Stream(corpus, tokenizer, process_index, process_count)
-        rows = packing.mix(packing.pack(documents, length), rows_seed)
+        rows = packing.mix(packing.pack(documents, length), length, rows_seed)
         batches = packing.batch(rows, share)
     else:
         documents = packing.endless(_long_enough(corpus, tokenizer, "train", length), documents_seed)
-        rows = packing.mix(packing.pack(documents, length), rows_seed)
+        rows = packing.mix(packing.pack(documents, length), length, rows_seed)
         batches = packing.batch(rows, batch_size, process_index, process_count)
     return packing.prefetch(batches, _PREFETCHED)
 

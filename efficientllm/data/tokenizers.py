@@ -102,7 +102,7 @@ class HuggingFace:
                 f"config.tokenizer: hf(path={self.path!r}) cannot be loaded ({reason}); name a folder or a repository"
             ) from error
         if not loaded.is_fast or loaded.eos_token_id is None:
-            missing = "an eos token" if loaded.is_fast else "a fast implementation"
+            missing = "eos token" if loaded.is_fast else "fast implementation"
             raise UserError(f"config.tokenizer: hf(path={self.path!r}) has no {missing}")
         return Backed(loaded.backend_tokenizer, loaded.eos_token_id, len(loaded))
 

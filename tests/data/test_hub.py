@@ -89,7 +89,7 @@ def test_a_stream_resumes_at_the_same_batch(folder, tokenizer, monkeypatch):
         batches.append(next(iterator))
     iterator.close()
     assert json.loads(states[-1])["parent_window_start_state"]["parent_state"]["epoch"] >= 2
-    for start in (0, 4, 37, 155):
+    for start in (4, 155):
         resumed = data.train_iterator(spec, tokenizer, 4, 32, 0)
         resumed.set_state(json.loads(states[start]))
         for left, right in zip(take(resumed, 5), batches[start : start + 5], strict=True):

@@ -60,8 +60,22 @@ def test_rows_of_jsonl_and_parquet_are_documents(tmp_path):
 
 
 def test_no_file_matches(tmp_path):
-    with pytest.raises(UserError, match=r"data path='.*\*\.txt': no file matches"):
+    with pytest.raises(UserError, match=r"data path='.*\*\.txt': no file matches$"):
         documents(f"text(path={str(tmp_path / '*.txt')!r})")
+    with pytest.raises(UserError, match=r"no file matches; it is a folder: write '.*\*\*'"):
+        documents(f"text(path={str(tmp_path)!r})")
+
+
+def test_a_name_may_hold_what_a_glob_gives_a_meaning(tmp_path):
+    write(tmp_path / "we[ird] name.txt", "found")
+    assert documents(f"text(path={str(tmp_path / 'we*.txt')!r})") == ["found"]
+
+
+def test_files_of_different_fields_are_refused(tmp_path):
+    write(tmp_path / "a.jsonl", '{"text": "a", "id": 1}\n')
+    write(tmp_path / "b.jsonl", '{"text": "b", "extra": 1}\n')
+    with pytest.raises(UserError, match=r"`datasets` cannot read it \(Couldn't cast .*extra.*\)$"):
+        documents(f"jsonl(path={str(tmp_path / '*.jsonl')!r})")
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
@@ -105,6 +119,7 @@ def test_a_file_that_ends_within_a_character(tmp_path):
         (b'{"text": "a', "line 3: not JSON"),
         (b"plain words", "line 3: not JSON"),
         (b'["a"]', "line 3: a JSON object is needed, not list"),
+        (rb'{"text": "\ud800"}', "line 3: half of a surrogate pair"),
         (b'{"text": "\xff"}', "not UTF-8: byte 42"),
     ],
 )
@@ -122,7 +137,7 @@ def test_what_is_no_parquet(tmp_path):
 
 def test_one_document_cannot_be_divided(tmp_path):
     path = write(tmp_path / "one.txt", "short")
-    with pytest.raises(UserError, match="training and held-out text need two documents at least"):
+    with pytest.raises(UserError, match="training and held-out text need two different documents, there is one"):
         data.describe(f"text(path={path!r})", data.build_tokenizer("bytes", "python_docs()"))
 
 

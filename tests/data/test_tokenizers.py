@@ -111,5 +111,5 @@ def test_what_cannot_be_a_tokenizer_is_refused(tmp_path, spec, folder):
         data.build_tokenizer(f"hf(path={str(tmp_path / 'nowhere')!r})", spec)
     config = folder / "tokenizer_config.json"
     config.write_text(config.read_text().replace('"eos_token": "<eos>"', '"eos_token": null'))
-    with pytest.raises(UserError, match="no an eos token|has no an? ?eos token"):
+    with pytest.raises(UserError, match="has no eos token"):
         data.build_tokenizer(f"hf(path={str(folder)!r})", spec)

@@ -6,7 +6,7 @@ import weakref
 import grain
 import numpy as np
 
-SHUFFLED_ROWS = 512
+SHUFFLED_ROWS, SHUFFLED_TOKENS = 512, 1 << 22  # whichever is less: the window is held in memory
 _IN_THIS_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # memory maps gain nothing from threads
 
 
@@ -33,9 +33,11 @@ def pack(documents, length):
     return _Restorable(rows)
 
 
-def mix(rows, seed):
-    """Rows in random order within windows of 512, so that the rows of a long document do not share a batch."""
-    return grain.experimental.WindowShuffleIterDataset(rows, window_size=SHUFFLED_ROWS, seed=seed)
+def mix(rows, length, seed):
+    """Rows in random order within windows of 512 (of 4M tokens, if rows are long), so that the rows of a long document
+    do not share a batch."""
+    window = max(1, min(SHUFFLED_ROWS, SHUFFLED_TOKENS // length))
+    return grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=seed)
 
 
 def batch(rows, batch_size, process_index=0, process_count=1):
