@@ -5,7 +5,7 @@ into the checkpoint, yields rows packed from them.
 
 A source of one's own is a class registered as ("data", name) with: `held_out`, the share of documents kept for
 evaluation; `documents()`, which yields (text, text whose hash decides the side) in a fixed order; `key()`, a string
-that changes with the content and is cheap to make; and `streaming = False`. Letters in names: B sequences per step, T row length, V vocabulary.
+that changes with the content and is cheap to make; and `streaming = False`.
 """
 
 from efficientllm.data.pipeline import build_tokenizer, describe, eval_batches, train_iterator
