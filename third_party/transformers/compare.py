@@ -1,0 +1,207 @@
+"""Trains one dense shape with transformers + torch and with efficientllm, in turn, and prints the ratios of step time.
+
+  python third_party/transformers/compare.py --shape=10m --steps=20
+
+Each contestant lives in a process of its own, so that no thread pool or allocator of one is inside the other; only one
+works at a time, and the others sleep. A block holds one step of each in random order. Ratios are of medians over
+blocks, with a 95 % bootstrap interval over blocks. The first losses must agree before anything is timed.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+
+import work
+
+DISCARDED = 2  # compilation, and the allocators' first steps
+TOLERANCE = 1e-4  # nats, of the first loss between float32 contestants
+BASELINE = "torch-float32"
+DEFAULT = "torch-float32,ours-float32,ours-mixed"
+
+
+def main(argv=None):
+    options = _options(argv)
+    shape = work.SHAPES[options.shape]
+    names = options.contestants.split(",")
+    load = os.getloadavg()[0]
+    contestants = {name: Contestant(name, options) for name in names}
+    try:
+        losses = {name: contestant.ask("loss") for name, contestant in contestants.items()}
+        difference = check_first_losses(losses)
+        wall, cpu, curves = race(contestants, options)
+        versions = {key: value for c in contestants.values() for key, value in c.ask("versions").items()}
+    finally:
+        for contestant in contestants.values():
+            contestant.close()
+    report = {
+        "shape": options.shape,
+        "parameters": shape.parameters,
+        "batch": options.batch,
+        "length": options.length,
+        "threads": options.threads,
+        "first_loss_nats": losses,
+        "first_loss_difference_nats": difference,
+        "step_s": wall,
+        "step_cpu_s": cpu,
+        "losses_nats": curves,
+        "speed_ratios": ratios(wall),
+        "cpu_time_ratios": ratios(cpu),
+        "load_before": load,
+        "provenance": versions | provenance(),
+    }
+    print(table(report))
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _options(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=work.SHAPES, default="10m")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each contestant")
+    parser.add_argument("--batch", type=int, default=4, help="rows a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores and threads of each")
+    parser.add_argument("--contestants", default=DEFAULT, help=f"of {DEFAULT},torch-bfloat16 (default: %(default)s)")
+    parser.add_argument("--json", help="file for every number")
+    return parser.parse_args(argv)
+
+
+class Contestant:
+    """A process that holds one model and does what it is asked; `ask` waits for the answer."""
+
+    def __init__(self, name, options):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, far_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(name, options, far_end), daemon=True)
+        self.process.start()
+        far_end.close()  # so that a process that dies ends our wait
+
+    def ask(self, question, *details):
+        self.pipe.send((question, details))
+        return self.pipe.recv()
+
+    def close(self):
+        self.pipe.close()
+        self.process.join()
+
+
+def _serve(name, options, pipe):
+    if hasattr(os, "sched_setaffinity"):  # both size their thread pools by the cores they may use
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
+    side, precision = name.split("-")
+    shape = work.SHAPES[options.shape]
+    if side == "torch":
+        import peer as module
+
+        trainer = module.Trainer(shape, precision, options.threads)
+    else:
+        import ours as module
+
+        trainer = module.Trainer(shape, precision, options.length)
+
+    def tokens(step):
+        return work.batch_tokens(shape, options.batch, options.length, step)
+
+    def timed(step):
+        batch = tokens(step)
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = trainer.step(batch)
+        return time.perf_counter() - wall, time.process_time() - cpu, loss
+
+    answers = {"loss": lambda: trainer.step(tokens(0)), "step": timed, "versions": module.versions}
+    while True:
+        try:
+            question, details = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(answers[question](*details))
+
+
+def check_first_losses(losses):
+    """The largest difference among the float32 contestants' first losses (nats); raises if they do other work."""
+    exact = [loss for name, loss in losses.items() if name.endswith("float32")]
+    difference = max(exact, default=0.0) - min(exact, default=0.0)
+    if difference > TOLERANCE:
+        raise RuntimeError(f"the first losses differ by {difference:.2e} nats: {losses}")
+    return difference
+
+
+def race(contestants, options):
+    """`({name: wall s of each timed step}, {name: CPU s likewise}, {name: loss of every step})`."""
+    wall, cpu, curves = ({name: [] for name in contestants} for _ in range(3))
+    order = random.Random(0)
+    for step in range(1, DISCARDED + options.steps):
+        for name in order.sample(list(contestants), len(contestants)):
+            wall_s, cpu_s, loss = contestants[name].ask("step", step)
+            curves[name].append(loss)
+            if step >= DISCARDED:
+                wall[name].append(wall_s)
+                cpu[name].append(cpu_s)
+        print(
+            f"step {step}: " + ", ".join(f"{name} {curve[-1]:.4f}" for name, curve in curves.items()), file=sys.stderr
+        )
+    return wall, cpu, curves
+
+
+def ratios(seconds):
+    """`{name: ratio to the baseline}`, empty without a baseline."""
+    return {name: ratio(seconds[BASELINE], found) for name, found in seconds.items() if BASELINE in seconds}
+
+
+def ratio(baseline, contestant, resamples=10_000):
+    """Speed over the baseline's, `{"ratio", "low", "high"}`: medians, bootstrapped over blocks (paired)."""
+    draw = random.Random(0)
+    blocks = list(zip(baseline, contestant, strict=True))
+
+    def of(sample):
+        return statistics.median(b for b, _ in sample) / statistics.median(c for _, c in sample)
+
+    means = sorted(of(draw.choices(blocks, k=len(blocks))) for _ in range(resamples))
+    return {"ratio": of(blocks), "low": means[int(0.025 * resamples)], "high": means[int(0.975 * resamples)]}
+
+
+def provenance():
+    """Where and when this was measured."""
+    cpu = platform.processor() or platform.machine()
+    if (info := pathlib.Path("/proc/cpuinfo")).exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    here = pathlib.Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip() or None,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+
+
+def table(report):
+    """The report as text."""
+    head = (
+        f"{report['shape']}: {report['parameters'] / 1e6:.1f} M parameters, {report['batch']} x {report['length']} "
+        f"tokens, {report['provenance']['cpu']}, {report['provenance']['cores']} cores, load {report['load_before']}"
+    )
+    lines = [head, f"first losses agree to {report['first_loss_difference_nats']:.1e} nats", ""]
+    lines.append(
+        f"{'':16}{'wall s/step':>12}{'tokens/s':>10}{'CPU s/step':>12}   speed over {BASELINE} by wall; by CPU"
+    )
+    for name, seconds in report["step_s"].items():
+        wall, cpu = statistics.median(seconds), statistics.median(report["step_cpu_s"][name])
+        row = f"{name:16}{wall:12.3f}{report['batch'] * report['length'] / wall:10.0f}{cpu:12.3f}"
+        kinds = [report[kind][name] for kind in ("speed_ratios", "cpu_time_ratios") if name in report[kind]]
+        row += ";".join(f"   {found['ratio']:.2f} ({found['low']:.2f} .. {found['high']:.2f})" for found in kinds)
+        lines.append(row)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
