@@ -43,7 +43,7 @@ def parse(argv):
 
     _check_flags(argv)
     values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True)
+    config = config_flags.DEFINE_config_file("config", None, "", values, lock_config=True, sys_argv=argv)
     workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
     overwrite = flags.DEFINE_bool("overwrite", False, "", flag_values=values)
     _find_configs(argv)

@@ -130,8 +130,10 @@ def _inherited(target, defaults):
 
 
 def _settable(target):
-    fields = inspect.signature(target).parameters
-    return {key: field for key, field in fields.items() if key not in ("parent", "name")}
+    fields = dict(inspect.signature(target).parameters)
+    if "parent" in fields:  # a flax module's own two
+        del fields["parent"], fields["name"]
+    return fields
 
 
 def _check_type(where, spec, key, value, annotation):

@@ -222,9 +222,8 @@ def check_flops(kind, spec):
         length = 160
         boxed = jax.eval_shape(lambda m=lm: m.init(jax.random.key(0), tokens(), Context.packed(positions())))["params"]
         ctx = Context.packed(positions(length))
-        counted = count_matmul_flops(
-            lambda p, m=lm, c=ctx: m.apply({"params": p}, tokens(length=length), c)[0], nn.unbox(boxed)
-        )
+        forward = functools.partial(lm.apply, tokens_BT=tokens(length=length), ctx=ctx)
+        counted = count_matmul_flops(forward, {"params": nn.unbox(boxed)})
         assert counted == B * accounting.forward_flops(lm, boxed, length, executed_pairs(kernel, length))
 
 

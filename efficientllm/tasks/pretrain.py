@@ -12,7 +12,7 @@ from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
 from efficientllm.registry import register
 from efficientllm.train import charts, evaluate, loop, row, setup, step
-from efficientllm.train.checkpoint import Checkpoints
+from efficientllm.train.checkpoint import CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
 from efficientllm.train.progress import Progress, close_log, open_log
 from efficientllm.workdir import config_hash, flatten, plain
@@ -63,8 +63,8 @@ class Pretraining:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return self._fail("oom", f"out of device memory: {str(error).splitlines()[0]}")
-        except OSError as error:
-            return self._fail("crash", f"cannot write to {self.workdir.path}: {error}; {self._last_good()}")
+        except CheckpointError as error:
+            return self._fail("crash", f"{error}; {self._last_good()}")
 
     def _train(self):
         self.compiled, self.compiled_eval = setup.compile_steps(self.setup)
@@ -154,8 +154,8 @@ class Pretraining:
         if self.main:
             record.write_record(found, self.workdir.path / "record.json")
             if self.writer:
-                six = {f"paper/{key}": value for key, value in found["paper"].items()}
-                self.writer.hparams(flatten(plain(self.config)), {**six, **_numbers(found["quality"])})
+                metrics = {f"row/{key}": value for group in ("paper", "quality") for key, value in found[group].items()}
+                self.writer.hparams(flatten(plain(self.config)), metrics)
         return found
 
     def _provenance(self):
@@ -194,10 +194,6 @@ class Pretraining:
             f"{self.config.name}: {self.config.train.steps} steps of {self.setup.batch_size} x {self.setup.length} "
             f"tokens on {len(devices)} x {devices[0].device_kind}; compiled in {self.setup.compile_s['compile']:.1f} s"
         )
-
-
-def _numbers(group):
-    return {key: value for key, value in group.items() if value is not None}
 
 
 def _markdown(config):

@@ -1,5 +1,6 @@
 """Checkpoints through orbax: asynchronous, the last n and the best, and never half of one."""
 
+import contextlib
 import logging
 
 import jax
@@ -8,6 +9,10 @@ from jax.experimental import multihost_utils
 from efficientllm.errors import UserError
 
 log = logging.getLogger("efficientllm")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written (a full disk, say); those before it are whole."""
 
 
 class Checkpoints:
@@ -30,10 +35,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
 
     def save(self, step, state, data_state, loss=None):
-        """Starts writing; returns as soon as the arrays are copied off the device."""
+        """Starts writing; returns as soon as the arrays are copied off the device. Raises CheckpointError."""
         args = self._args.Composite(state=self._args.StandardSave(state), data=self._args.JsonSave(data_state))
         metrics = None if loss is None else {"loss": float(loss)}
-        self._manager.save(int(step), args=args, metrics=metrics, force=True)
+        with self._writing():
+            self._manager.save(int(step), args=args, metrics=metrics, force=True)
 
     def saving(self):
         """True until what was saved last is on disk."""
@@ -77,13 +83,22 @@ class Checkpoints:
             self._manager.reload()
 
     def wait(self):
-        """Blocks until what was saved is on disk; raises what went wrong there."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Blocks until what was saved is on disk. Raises CheckpointError."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # orbax raises whatever its storage backends raise
+            raise CheckpointError(f"cannot write a checkpoint to {self._folder} ({_first_line(error)})") from error
 
     def close(self):
         """Waits and releases orbax's threads."""
-        self._manager.close()
+        with contextlib.suppress(CheckpointError), self._writing():  # said once already, by save or wait
+            self._manager.close()
 
 
 def _loss(metrics):

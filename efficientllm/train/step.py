@@ -98,7 +98,7 @@ def train_step(lm, train, state, batch):
     params = optax.apply_updates(state.params, updates)
     params = models.after_step(lm, params, metrics["aux"])
     metrics |= {
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": rules.schedule(train)(state.step),
         "targets": jnp.sum(batch["weights"]),
     }

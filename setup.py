@@ -1,0 +1,32 @@
+"""Package and extras. Ranges start at the oldest set that is tested (Python 3.11) and end before the next major one."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="efficientllm",
+    version="0.1.0",
+    description="One config, one command, one honest row of numbers for each efficiency technique, in JAX",
+    packages=find_packages(include=["efficientllm", "efficientllm.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2,<0.13",  # 0.10.2 is the newest for Python 3.11
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "grain>=0.2.18,<0.3",
+        "transformers>=5.23,<6",
+        "tokenizers>=0.23,<0.24",
+        "datasets>=5.2,<6",
+        "ml-collections>=1.1,<2",
+        "absl-py>=2.3",
+        "numpy>=2.1",
+        "pynvml>=13,<14",
+        "tensorboard>=2.21,<3",
+    ],
+    extras_require={
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17,<0.18", "torch==2.13.0"],
+        "gpu": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "peers": ["torch==2.13.0", "transformers>=5.23,<6"],
+    },
+)

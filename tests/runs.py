@@ -1,0 +1,69 @@
+"""Small runs of the command line for tests: a corpus, a config's overrides, and what a run left behind."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 12
+
+
+def corpus(folder):
+    """A folder of 60 short text files."""
+    folder.mkdir()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "returns", "none"]
+    for i in range(60):
+        text = " ".join(words[(i * 7 + j * j) % len(words)] for j in range(120))
+        (folder / f"{i:02}.txt").write_text(f"Document {i}. {text}\n")
+    return folder
+
+
+def arguments(folder, workdir, config="configs/base.py", **overrides):
+    """The command line of a run of `STEPS` steps that takes a few seconds."""
+    values = {
+        "model.size": "tiny(num_layers=2, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hidden=48)",
+        "data": f"text(path='{folder}/*.txt')",
+        "tokenizer": "bytes",
+        "train.steps": STEPS,
+        "train.length": 32,
+        "train.log_every": 1,
+        "eval.every": 6,
+        "eval.batches": 2,
+        "checkpoint.every": 4,
+        "sample.tokens": 4,
+        **{key.replace("__", "."): value for key, value in overrides.items()},
+    }
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return [f"--config={ROOT / config}", f"--workdir={workdir}", *flags]
+
+
+def start(argv, devices=1, **environment):
+    """The command line as a process of its own on `devices` fake devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    return subprocess.Popen(
+        [sys.executable, "-m", "efficientllm.main", *argv],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, timeout=300):
+    """`(exit status, output)` of a process."""
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def losses(workdir):
+    """`{step: loss}`, bit for bit: the last one written for a step, as TensorBoard shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+    events.Reload()
+    found = {}
+    for event in sorted(events.Tensors("loss"), key=lambda event: event.wall_time):
+        found[event.step] = event.tensor_proto.tensor_content or tuple(event.tensor_proto.float_val)
+    return found
