@@ -17,7 +17,7 @@ from efficientllm.weights import matmul
 DISPATCH = ("dropless", "capacity")
 
 
-@register("ffn", "moe")
+@register("ffn", "moe", example="moe(num_experts=8, top_k=2, hidden=32, shared_hidden=16)")
 class MoE(nn.Module, kw_only=True):
     """`sum over the top_k chosen experts e of weight_e * swiglu_e(x)`, plus a shared expert that every token passes.
 
