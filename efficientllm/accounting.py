@@ -37,7 +37,7 @@ def forward_flops(lm, boxed, length, pairs=None):
 
 
 def train_flops(lm, boxed, length):
-    """FLOPs of one row of `length` tokens forward and backward: each product has two of its size in the backward pass."""
+    """FLOPs of one row of `length` tokens, forward and backward: each product has two more of its size backward."""
     return 3 * forward_flops(lm, boxed, length)
 
 

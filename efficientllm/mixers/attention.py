@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.attention import attend
+from efficientllm.errors import UserError
 from efficientllm.layers import Linear
 from efficientllm.registry import build, register
 from efficientllm.weights import activation_dtype
@@ -99,6 +100,11 @@ class GQA(Attention, kw_only=True):
     """`num_heads / num_kv_heads` query heads share a KV head."""
 
     num_kv_heads: int
+
+    def __post_init__(self):
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise UserError(f"gqa: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+        super().__post_init__()
 
     @property
     def kv_heads(self):

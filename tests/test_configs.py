@@ -1,0 +1,89 @@
+"""Every config: it builds, initialises at its real size without an array, and has no key that nobody reads."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+import runs
+
+from configs import base
+from efficientllm import accounting, main, model, registry, run
+from efficientllm.attention import Context
+from efficientllm.train import setup, step
+from efficientllm.workdir import Workdir, flatten
+
+FILES = sorted(path for path in (runs.ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_config_builds_and_initialises(file):
+    config, _, _ = main.parse([f"--config={file}"])
+    assert flatten(config.to_dict()).keys() == flatten(base.get_config().to_dict()).keys()
+    lm = model.from_config(config.model, 4096)
+    state = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
+    assert accounting.parameters(lm, state.params)["total"] > 0
+
+
+# Qwen2.5's published totals (arXiv:2412.15115), embeddings included, to the unit as its checkpoints have them.
+STUDY = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "3b": 3_085_938_688}
+
+
+@pytest.mark.parametrize("size", STUDY)
+def test_study_sizes_have_the_published_parameter_counts(size):
+    config = base.get_config().model
+    config.size = size
+    lm = model.from_config(config)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens, Context.packed(tokens)))["params"]
+    assert accounting.parameters(lm, boxed)["total"] == STUDY[size]
+
+
+def test_moe_counts_active_parameters_by_closed_formula():
+    config = base.get_config().model
+    config.ffn = "moe(num_experts=8, top_k=2)"
+    lm = model.from_config(config, 512)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens, Context.packed(tokens)))["params"]
+    D, N, expert = 128, 4, 3 * 128 * 384
+    rest = 512 * D + N * (2 * D + D * (128 + 64 + 64 + 128) + D * 8) + D
+    assert accounting.parameters(lm, boxed) == {"total": rest + N * 8 * expert, "active": rest + N * 2 * expert}
+
+
+class Watched:
+    """A config that remembers which keys were read."""
+
+    def __init__(self, config, read, prefix=""):
+        object.__setattr__(self, "_parts", (config, read, prefix))
+
+    def __getattr__(self, key):
+        config, read, prefix = self._parts
+        value = config[key] if key in config else getattr(config, key)
+        if key not in config:
+            return value
+        path = f"{prefix}.{key}".strip(".")
+        if isinstance(value, ml_collections.ConfigDict):
+            return Watched(value, read, path)
+        read.add(path)
+        return value
+
+    __getitem__ = __getattr__
+
+
+def test_every_key_is_read_by_somebody(tmp_path):
+    folder = runs.corpus(tmp_path / "texts")
+    config, _, _ = main.parse(runs.arguments(folder, tmp_path / "run", train__steps=2))
+    read = {"imports"}  # by run.run, before the task
+    run.import_plugins(config.imports)
+    task = registry.lookup("task", config.task)
+    read.add("task")
+    assert task(Watched(config, read), Workdir(config, tmp_path / "run")) == 0
+    assert flatten(config.to_dict()).keys() - read == set()
+
+
+def test_the_readme_config_is_the_study_s_mixture_in_small():
+    config, _, _ = main.parse([f"--config={pathlib.Path(runs.ROOT, 'configs/moe.py')}"])
+    ffn = registry.parse(config.model.ffn)[1]
+    assert (ffn["num_experts"], ffn["top_k"], ffn["load_balance"]) == (8, 2, 0.01)
+    setup.check_train(config.train, jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1]))

@@ -1,0 +1,60 @@
+"""Spec strings: what is built, and what is refused in one line."""
+
+import pytest
+
+from efficientllm import registry
+from efficientllm.errors import UserError
+from efficientllm.sizes import Size
+
+
+def make(a: int, b: float = 0.5, name: str = "n"):
+    return a, b, name
+
+
+def test_spec_then_fixed_then_defaults(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", {("toy", "make"): make})
+    assert registry.build("toy", "make(a=1)") == (1, 0.5, "n")
+    assert registry.build("toy", "make", {"a": 2, "b": 0.1, "other": 3}) == (2, 0.1, "n")
+    assert registry.build("toy", "make(a=1)", {"a": 2}, b=0.7) == (1, 0.7, "n")
+    assert registry.build("toy", "make(a=1, name='x')") == (1, 0.5, "x")
+    assert registry.complete("toy", "make(b=0.2)", {"a": 4, "b": 9.0}) == "make(a=4, b=0.2)"
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("maek(a=1)", "no toy of that name; known: make; did you mean 'make'?"),
+        ("make", "needs a value for a"),
+        ("make(a=1, c=2)", "no field 'c'; fields: a, b, name"),
+        ("make(a='1')", "a must be int, not '1'"),
+        ("make(a=True)", "a must be int, not True"),
+        ("make(1)", "is not a spec"),
+        ("make(a=1, a=2)", "is not a spec"),
+        ("make(a=__import__('os'))", "is not a spec"),
+        ("make(a=1", "is not a spec"),
+        (3, "is not a spec"),
+    ],
+)
+def test_what_is_refused(spec, message, monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", {("toy", "make"): make})
+    with pytest.raises(UserError, match="config.toy = ") as error:
+        registry.build("toy", spec, where="config.toy")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_name_is_registered_once(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", {("toy", "make"): make})
+    registry.register("toy", "make")(make)  # the same again is no second one: a module may be imported twice
+    with pytest.raises(KeyError, match="registered twice"):
+        registry.register("toy", "make")(lambda: None)
+
+
+def test_names_may_hold_dots():
+    assert isinstance(registry.build("size", "0.5b"), Size)
+    assert registry.build("size", "1.5b(num_layers=2)").num_layers == 2
+
+
+def test_a_field_called_name_is_hidden_in_flax_modules_only():
+    assert registry.build("data", "hf(path='x', name='y')").name == "y"
+    with pytest.raises(UserError, match="no field 'name'"):
+        registry.build("ffn", "swiglu(hidden=3, precision='float32', name='x')")
