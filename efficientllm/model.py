@@ -75,8 +75,8 @@ class LM(nn.Module):
         """Returns float32 logits `[B, T, V]`, the new states (None without states) and aux stacked over groups."""
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         embedding_VD = self.param("embedding", init, (self.vocab_size, self.dim))
-        x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(activation_dtype(self.precision))
-        x_BTD, states, aux = self._groups(constrain(x_BTD, "batch", None, None), ctx, states)
+        x_BTD = _look_up(embedding_VD, tokens_BT, activation_dtype(self.precision))
+        x_BTD, states, aux = self._groups(x_BTD, ctx, states)
         x_BTD = build("norm", self.norm, name="norm")(x_BTD)
         if self.tied:
             logits_BTV = matmul(x_BTD, embedding_VD.T, self.precision, out_dtype=jnp.float32)
@@ -106,6 +106,16 @@ class LM(nn.Module):
         new_states, aux = zip(*out, strict=True)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
         return x_BTD, None if states is None else new_states, stacked
+
+
+def _look_up(embedding_VD, tokens_BT, dtype):
+    """The tokens' rows of the table, which stays where it is.
+
+    Each device looks up its own columns for all rows of its fsdp group; an all-to-all then trades columns for rows.
+    Left to itself the partitioner gathers the whole table on some meshes.
+    """
+    x_BTD = jnp.take(embedding_VD, constrain(tokens_BT, "group_batch", None), axis=0).astype(dtype)
+    return constrain(constrain(x_BTD, "group_batch", None, "embed"), "batch", None, None)
 
 
 def from_config(model, tokenizer_size=None):

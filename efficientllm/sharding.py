@@ -19,6 +19,7 @@ BATCH = ("data", "fsdp")
 # First match wins; a mesh axis is used once in a spec, so an expert kernel is split over experts, not over `embed`.
 RULES = (
     ("batch", BATCH),
+    ("group_batch", "data"),  # rows that the devices of an fsdp group share
     ("expert", "fsdp"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
