@@ -26,6 +26,7 @@ def compare():
         sys.path.remove(str(PEER))
 
 
+@pytest.mark.slow  # imports torch and jax in three processes, and compiles two steps
 def test_equal_work(tmp_path):
     pytest.importorskip("torch")
     found = tmp_path / "found.json"

@@ -1,0 +1,41 @@
+"""Matrix products and their gradients under every precision, as a model uses them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficientllm.weights import matmul
+
+TOLERANCE = {"float32": 1e-6, "mixed": 1e-2, "bfloat16": 2e-2}  # relative, in the Frobenius norm
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("tied", [False, True])
+def test_product_and_gradients(precision, tied):
+    """Against float64. A tied head has a transposed kernel, whose gradient XLA folds into the product."""
+    random = np.random.default_rng(0)
+    x, w, dy = (random.standard_normal(shape) for shape in ((2, 24, 16), (16, 40), (2, 24, 40)))
+    low = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
+
+    def product(x, kernel):
+        return jnp.vdot(matmul(x, kernel.T if tied else kernel, precision), jnp.asarray(dy, low)).astype(jnp.float32)
+
+    kernel = w.T if tied else w
+    y = jax.jit(lambda x, w: matmul(x, w, precision))(jnp.asarray(x, low), jnp.asarray(w, jnp.float32))
+    grads = jax.jit(jax.grad(product, (0, 1)))(jnp.asarray(x, low), jnp.asarray(kernel, jnp.float32))
+    dw = np.einsum("bti,bto->io", x, dy)
+    for found, exact in ((y, x @ w), (grads[0], dy @ w.T), (grads[1], dw.T if tied else dw)):
+        error = np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
+        assert error < TOLERANCE[precision], error
+    assert y.dtype == grads[0].dtype == low and grads[1].dtype == jnp.float32
+
+
+def test_mixed_rounds_both_passes():
+    """A value that bfloat16 cannot hold is rounded in the product, and the cotangent in its gradients."""
+    fine = jnp.array([[1.0 + 2.0**-10]])  # bfloat16 has 8 bits of precision
+    one = jnp.ones((1, 1))
+    y, pull = jax.vjp(lambda x, w: matmul(x, w, "mixed"), fine, one)
+    dx, dw = pull(fine)
+    assert y == 1.0 and dx == 1.0 and dw == 1.0
+    assert matmul(fine, one, "float32") == fine
