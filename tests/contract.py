@@ -47,13 +47,14 @@ def tokens(seed=0, length=T):
     return np.random.default_rng(seed).integers(0, VOCAB, (B, length), np.int32)
 
 
-def positions(length=T):
-    return np.broadcast_to(np.arange(length, dtype=np.int32), (B, length))
+def positions(length=T, rows=B):
+    return np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
 
 
 def logits(lm, tokens_BT, params=None, ctx=None):
     params = parameters(lm) if params is None else params
-    ctx = Context.packed(positions(tokens_BT.shape[1])) if ctx is None else ctx
+    rows, length = tokens_BT.shape
+    ctx = Context.packed(positions(length, rows)) if ctx is None else ctx
     return jax.jit(lambda p, t, c: lm.apply({"params": p}, t, c)[0])(params, tokens_BT, ctx)
 
 
