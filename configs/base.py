@@ -25,10 +25,10 @@ def get_config():
     config.model.scan = True
 
     config.data = "python_docs()"
-    config.tokenizer = "bpe(vocab_size=4096)"
+    config.tokenizer = "bpe(vocab_size=2048)"
 
     config.train = ConfigDict()
-    config.train.steps = 300
+    config.train.steps = 200
     config.train.batch_size = 8  # sequences a step, over all devices and accumulated micro-batches
     config.train.length = 128  # tokens a sequence
     config.train.accumulate = 1

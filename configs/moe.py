@@ -6,5 +6,5 @@ from configs import base
 def get_config():
     config = base.get_config()
     config.name = "moe"
-    config.model.ffn = "moe(num_experts=8, top_k=2, load_balance=0.01, z_loss=0.001)"
+    config.model.ffn = "moe(num_experts=8, top_k=2, hidden=192, load_balance=0.01, z_loss=0.001)"
     return config
