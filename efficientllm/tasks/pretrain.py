@@ -90,7 +90,7 @@ class Pretraining:
         restored = self.checkpoints.restore_newest(self.setup.shaped)
         if restored is None:
             run = self.setup
-            return step.create(run.lm, self.config.train, self.config.seed, run.length, run.shardings)
+            return step.jit_create(run.lm, self.config.train, self.config.seed, run.length, run.shardings)()
         state, data_state = restored
         self.setup.batches.set_state(data_state)
         self.first_step = int(state.step)

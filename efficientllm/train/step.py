@@ -37,10 +37,10 @@ def init_state(lm, train, seed, length):
     return init
 
 
-def create(lm, train, seed, length, shardings):
-    """The TrainState on its shardings; no array is ever made unsharded."""
+def jit_create(lm, train, seed, length, shardings):
+    """A jitted function of no arguments: the TrainState on its shardings; no array is ever made unsharded."""
     init = init_state(lm, train, seed, length)
-    return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
+    return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)
 
 
 def loss_fn(lm, params, batch, targets):

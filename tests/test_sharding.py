@@ -1,0 +1,215 @@
+"""A mesh changes where arrays lie, not what is computed; and no device ever holds a whole stack of layers."""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from configs import base
+from efficientllm import model, sharding
+from efficientllm.train import step
+
+# Sizes that no two kinds of array share, so that a shape tells what an array is.
+N, B, T, D, V, STEPS = 6, 16, 26, 48, 88, 6
+SIZE = f"tiny(num_layers={N}, dim={D}, num_heads=8, num_kv_heads=4, head_dim=8, hidden=72)"
+FFNS = {"dense": "swiglu", "moe": "moe(num_experts=8, top_k=2, hidden=40, load_balance=0.01, z_loss=0.001)"}
+CUBE = "data=2, fsdp=2, tensor=2"
+# Fusing well takes the compiler longer than these programs run.
+FAST = {"xla_cpu_use_fusion_emitters": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled training step on a mesh and what it takes."""
+
+    mesh: jax.sharding.Mesh
+    create: callable
+    shaped: step.TrainState
+    shardings: step.TrainState
+    compiled: jax.stages.Compiled
+
+
+@functools.cache
+def program(ffn, mesh_spec, accumulate):
+    config = base.get_config()
+    config.model.size, config.model.ffn = SIZE, FFNS[ffn]
+    config.train.steps, config.train.accumulate, config.train.schedule = STEPS, accumulate, "constant(peak=0.01)"
+    lm = model.from_config(config.model, V)
+    mesh = sharding.make_mesh(mesh_spec, jax.devices()[: 1 if mesh_spec == "data=1" else 8])
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(step.init_state(lm, config.train, 0, T))
+        shardings = sharding.shardings(abstract, mesh)
+        shaped = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            nn.unbox(abstract),
+            shardings,
+        )
+        train_step = step.jit_train_step(lm, config.train, mesh, shardings)
+        compiled = train_step.lower(shaped, batches(mesh)[0]).compile(FAST)
+    return Program(mesh, step.jit_create(lm, config.train, 0, T, shardings), shaped, shardings, compiled)
+
+
+def batches(mesh):
+    """Rows of two documents; a third of the targets weigh nothing, unevenly over the rows."""
+    random, index = np.random.default_rng(0), np.arange(T, dtype=np.int32)
+    found = []
+    for _ in range(STEPS):
+        ids = random.integers(0, V // 4, (B, T + 1), np.int32)
+        second = index >= random.integers(1, T, (B, 1))
+        first_of_second = np.argmax(second, 1, keepdims=True)
+        batch = {
+            "tokens": ids[:, :-1],
+            "targets": ids[:, 1:],
+            "segments": 1 + second.astype(np.int32),
+            "positions": np.where(second, index - first_of_second, index).astype(np.int32),
+            "weights": (random.random((B, T)) < np.linspace(0.2, 1.0, B)[:, None]).astype(np.float32),
+        }
+        found.append(jax.device_put(batch, sharding.batch_sharding(mesh)))
+    return found
+
+
+@functools.cache
+def start(ffn):
+    """The first state, on the host."""
+    made = program(ffn, "data=1", 1)
+    with jax.set_mesh(made.mesh):
+        return jax.device_get(made.create())
+
+
+@functools.cache
+def curve(ffn, mesh_spec, accumulate):
+    """Loss and gradient norm of each step."""
+    made = program(ffn, mesh_spec, accumulate)
+    with jax.set_mesh(made.mesh):
+        state, found = jax.device_put(start(ffn), made.shardings), []
+        for batch in batches(made.mesh):
+            state, metrics = made.compiled(state, batch)
+            found.append([float(metrics[key]) for key in ("loss", "total_loss", "grad_norm")])
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    "ffn, mesh_spec, accumulate",
+    [
+        ("dense", "data=8", 1),
+        ("dense", "fsdp=8", 1),
+        ("dense", "tensor=8", 1),
+        ("dense", CUBE, 1),
+        ("dense", "fsdp=4, tensor=2", 2),
+        ("moe", "fsdp=8", 1),
+        ("moe", CUBE, 1),
+    ],
+)
+def test_every_mesh_gives_the_curve_of_one_device(ffn, mesh_spec, accumulate):
+    one, many = curve(ffn, "data=1", 1), curve(ffn, mesh_spec, accumulate)
+    assert abs(one[-1, 0] - one[0, 0]) > 0.05  # it trains
+    np.testing.assert_allclose(many, one, rtol=5e-6)
+
+
+def stacks(made):
+    """Shapes of the layers' parameters that the mesh splits, each stacked over the layers."""
+    layers = (jax.tree.leaves(tree.params["groups"]) for tree in (made.shaped, made.shardings))
+    return {leaf.shape for leaf, where in zip(*layers, strict=True) if where.spec != P()}
+
+
+def makes(text, shapes):
+    """The instructions that make an array of one of these shapes, whatever the order of its axes."""
+    wanted = {tuple(sorted(shape)) for shape in shapes}
+    return [
+        instruction
+        for instruction in hlo.instructions(text)
+        if any(tuple(sorted(shape)) in wanted for shape in instruction.shapes)
+    ]
+
+
+@pytest.mark.parametrize("ffn", ["dense"])
+def test_no_device_ever_holds_a_whole_stack_of_layers(ffn):
+    """Neither of parameters nor of gradients nor of the optimizer's state: a layer is gathered, in the loop."""
+    made = program(ffn, "fsdp=8", 1)
+    text = made.compiled.as_text()
+    assert makes(text, stacks(made)) == []
+    kernels = {shape[1:] for shape in stacks(made) if len(shape) > 2}
+    gathered = [found for found in makes(text, kernels) if found.op == "all-gather"]
+    assert len(gathered) >= 2 * 5 and all(found.in_loop for found in gathered), gathered
+
+
+def test_a_gathered_stack_would_be_seen():
+    made = program("dense", "fsdp=8", 1)
+    whole = sharding.replicated(made.mesh)
+    gather = jax.jit(lambda kernels: jax.lax.with_sharding_constraint(kernels, whole) * 2.0, out_shardings=whole)
+    kernels = made.shaped.params["groups"]["block_0"]["ffn"]["up"]["kernel"]
+    found = makes(gather.lower(kernels).compile().as_text(), stacks(made))
+    assert "all-gather" in [instruction.op for instruction in found]
+    assert not any(instruction.in_loop for instruction in found)
+
+
+@pytest.mark.parametrize("mesh_spec, accumulate", [("fsdp=8", 1), (CUBE, 1), ("fsdp=4, tensor=2", 2)])
+def test_the_embedding_look_up_moves_tokens_and_not_the_table(mesh_spec, accumulate):
+    look_ups = [
+        instruction
+        for instruction in hlo.instructions(program("dense", mesh_spec, accumulate).compiled.as_text())
+        if "_take" in instruction.text and instruction.op in ("all-gather", "collective-permute")
+    ]
+    assert all(len(shape) == 2 and D not in shape for found in look_ups for shape in found.shapes), look_ups
+
+
+def test_the_state_is_created_split_and_donated():
+    made = program("dense", "fsdp=8", 1)
+    with jax.set_mesh(made.mesh):
+        init = made.create.lower().compile(FAST)
+    assert makes(init.as_text(), stacks(made)) == []
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.shaped))
+    split = sum(
+        math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, where in zip(jax.tree.leaves(made.shaped), jax.tree.leaves(made.shardings), strict=True)
+    )
+    assert split < whole / 7.5
+    tables = 16 * len(jax.tree.leaves(made.shaped))  # of pointers: an output is a tuple
+    assert split <= init.memory_analysis().output_size_in_bytes <= split + tables
+    assert split <= made.compiled.memory_analysis().alias_size_in_bytes <= split + tables
+    assert init.memory_analysis().temp_size_in_bytes < whole / 4
+
+
+def test_moments_lie_where_their_parameters_lie():
+    made = program("moe", CUBE, 1)
+    params = jax.tree.leaves(made.shardings.params)
+    assert sum(where.spec != P() for where in params) == len(params)
+    adam = next(part for part in made.shardings.opt_state if hasattr(part, "mu"))
+    assert jax.tree.leaves(adam.mu) == jax.tree.leaves(adam.nu) == params
+
+
+@pytest.mark.parametrize(
+    "axes, shape, expected",
+    [
+        (("vocab", "embed"), (64, 32), P("tensor", "fsdp")),
+        (("layers", "embed", "mlp"), (3, 32, 64), P(None, "fsdp", "tensor")),
+        (("expert", "embed", "mlp"), (8, 32, 64), P("fsdp", None, "tensor")),  # fsdp is taken
+        (("expert", "embed", "mlp"), (3, 32, 64), P(None, "fsdp", "tensor")),  # 3 experts do not divide: fsdp is free
+        (("heads", "mlp"), (64, 64), P("tensor", None)),
+        (("embed", "vocab"), (33, 63), P(None, None)),
+        (("batch", None, None), (8, 5, 32), P(("data", "fsdp"), None, None)),
+        (("batch", None), (2, 5), P(None, None)),  # all axes or none
+        (("group_batch", None, "embed"), (8, 5, 32), P("data", None, "fsdp")),
+        (("unheard of", None), (8, 8), P(None, None)),
+        ((), (), P()),
+    ],
+)
+def test_spec_takes_an_axis_once_and_only_where_it_divides(axes, shape, expected):
+    assert sharding.spec(axes, shape, sharding.make_mesh(CUBE)) == expected
+
+
+def test_an_axis_of_one_device_is_not_named():
+    assert sharding.spec(("vocab", "embed"), (64, 32), sharding.make_mesh("fsdp=8")) == P(None, "fsdp")
+    assert sharding.spec(("batch",), (8,), sharding.make_mesh("fsdp=8")) == P("fsdp")
+
+
+def test_constrain_does_nothing_without_a_mesh():
+    x = jnp.ones((8, 4))
+    assert sharding.constrain(x, "batch", "embed") is x
