@@ -1,8 +1,13 @@
 """Several processes as one run: found by jax's own cluster detection, or named by three environment variables."""
 
+import json
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from efficientllm.errors import UserError
 
 # Set by the launchers whose environment jax.distributed reads by itself.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
@@ -28,3 +33,29 @@ def _number(name):
 def is_main():
     """True in the one process that writes rows, logs and samples."""
     return jax.process_index() == 0
+
+
+def gather(value):
+    """The value each process calls this with, anything JSON holds, as a list in their order; all wait for all."""
+    if not jax.distributed.is_initialized():  # jax.process_count() would start the devices
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.int32(text.size)).max())
+    width = 1 << (longest - 1).bit_length()  # few widths, few programs
+    rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size)))
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows.reshape(-1, width)]
+
+
+def together(function):
+    """`function()` in every process; a UserError in one is a UserError in all, so that none waits for it forever."""
+    result = error = None
+    try:
+        result = function()
+    except UserError as raised:
+        error = raised
+    refusing = [index for index, refuses in enumerate(gather(error is not None)) if refuses]
+    if error:
+        raise error
+    if refusing:
+        raise UserError(f"process {refusing[0]} cannot go on; it says why")
+    return result

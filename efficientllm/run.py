@@ -12,14 +12,22 @@ from efficientllm.workdir import Workdir
 
 def run(config, path=None, overwrite=False):
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
-    import_plugins(config.imports)
-    task = registry.lookup("task", config.task, where="config.task")
     distributed.initialise()
-    workdir = Workdir(config, path, overwrite and distributed.is_main())
-    if workdir.finished() and not overwrite:
-        print(f"{workdir.path} holds a finished run; its row stays. --overwrite starts anew.")
+    task = distributed.together(lambda: _task(config))
+    # The main process makes the folder, or empties it, before another looks at it.
+    made = distributed.together(lambda: Workdir(config, path, overwrite) if distributed.is_main() else None)
+    workdir = distributed.together(lambda: made or Workdir(config, path))
+    finished, *_ = distributed.gather(workdir.finished() is not None)
+    if finished and not overwrite:
+        if distributed.is_main():
+            print(f"{workdir.shown} holds a finished run; its row stays. --overwrite starts anew.")
         return 0
     return task(config, workdir)
+
+
+def _task(config):
+    import_plugins(config.imports)
+    return registry.lookup("task", config.task, where="config.task")
 
 
 def import_plugins(imports):

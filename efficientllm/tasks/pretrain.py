@@ -43,9 +43,7 @@ class Pretraining:
 
     def run(self):
         """Returns the exit status."""
-        self.setup = setup.prepare(self.config, log)
-        if self.main:
-            self.workdir.claim(self.config)
+        distributed.together(self._prepare)
         self.reader = energy.open_reader(jax.local_devices())
         self.checkpoints = Checkpoints(self.workdir.checkpoints, self.config.checkpoint.keep)
         self.sampler = Sampler(jax.local_devices(), self.reader, self.config.metrics.interval_s).start()
@@ -55,7 +53,7 @@ class Pretraining:
                 return self._train()
         except loop.Interrupted as stop:
             self.checkpoints.wait()
-            log.info(f"{stop}: saved in {self.workdir.path}; the same command resumes")
+            log.info(f"{stop}: saved in {self.workdir.shown}; the same command resumes")
             return 128 + stop.signum
         except loop.Diverged as error:
             return self._fail("nan", f"{error}: not a number; {self._last_good()}")
@@ -65,6 +63,11 @@ class Pretraining:
             return self._fail("oom", f"out of device memory: {str(error).splitlines()[0]}")
         except CheckpointError as error:
             return self._fail("crash", f"{error}; {self._last_good()}")
+
+    def _prepare(self):
+        self.setup = setup.prepare(self.config, log)
+        if self.main:
+            self.workdir.claim(self.config)
 
     def _train(self):
         self.compiled, self.compiled_eval = setup.compile_steps(self.setup)
@@ -122,8 +125,8 @@ class Pretraining:
         found = self._write_row("ok")
         if self.main:
             log.info(f"\n{record.format_table(found)}\n\nsample: {sample!r}\n")
-            log.info(f"row: {self.workdir.path / 'record.json'}")
-            log.info(f"compare runs: tensorboard --logdir={self.workdir.path.parent.parent}")
+            log.info(f"row: {self.workdir.shown / 'record.json'}")
+            log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
 
     def _sample(self, params):
         prompt = self.setup.tokenizer.encode(self.config.sample.prompt)

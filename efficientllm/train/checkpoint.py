@@ -6,6 +6,7 @@ import logging
 import jax
 from jax.experimental import multihost_utils
 
+from efficientllm import distributed
 from efficientllm.errors import UserError
 
 log = logging.getLogger("efficientllm")
@@ -16,7 +17,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of a run: train state (sharded) and the data iterator's state, together under one step.
+    """The checkpoints of a run: train state (sharded) and the data iterators' states, together under one step.
 
     Args:
       folder: an absolute folder, made if it is not there.
@@ -36,7 +37,8 @@ class Checkpoints:
 
     def save(self, step, state, data_state, loss=None):
         """Starts writing; returns as soon as the arrays are copied off the device. Raises CheckpointError."""
-        args = self._args.Composite(state=self._args.StandardSave(state), data=self._args.JsonSave(data_state))
+        states = {"processes": distributed.gather(data_state)}
+        args = self._args.Composite(state=self._args.StandardSave(state), data=self._args.JsonSave(states))
         metrics = None if loss is None else {"loss": float(loss)}
         with self._writing():
             self._manager.save(int(step), args=args, metrics=metrics, force=True)
@@ -57,21 +59,25 @@ class Checkpoints:
         """
         unreadable = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored = self._restore(step, shaped_like)
-            except Exception as error:  # orbax raises whatever its storage backends raise
-                log.warning("checkpoint %d cannot be read (%s); trying the one before", step, _first_line(error))
+            restored = self._try(step, shaped_like)
+            if not all(distributed.gather(restored is not None)):
                 unreadable.append(step)
                 continue
             self._set_aside(unreadable)
-            return restored
+            state, data = restored
+            return state, _own(data["processes"])
         if unreadable:
             raise UserError(f"none of the checkpoints in {self._folder} can be read; move that folder to start anew")
         return None
 
-    def _restore(self, step, shaped_like):
+    def _try(self, step, shaped_like):
+        """What the checkpoint holds, or None with a warning if it cannot be read."""
         args = self._args.Composite(state=self._args.StandardRestore(shaped_like), data=self._args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # orbax raises whatever its storage backends raise
+            log.warning("checkpoint %d cannot be read (%s); trying the one before", step, _first_line(error))
+            return None
         return restored["state"], restored["data"]
 
     def _set_aside(self, steps):
@@ -99,6 +105,21 @@ class Checkpoints:
         """Waits and releases orbax's threads."""
         with contextlib.suppress(CheckpointError), self._writing():  # said once already, by save or wait
             self._manager.close()
+
+
+def _own(states):
+    """This process's data state of those that were saved, by as many processes or fewer or more.
+
+    Raises UserError if each had data of its own and their number is another now.
+    """
+    if len(states) == jax.process_count():
+        return states[jax.process_index()]
+    if any(state != states[0] for state in states):
+        raise UserError(
+            f"the checkpoint holds a data stream shared by {len(states)} processes; "
+            f"{jax.process_count()} cannot go on with it"
+        )
+    return states[0]
 
 
 def _loss(metrics):
