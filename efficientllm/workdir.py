@@ -28,6 +28,7 @@ class Workdir:
 
     def __init__(self, config, path=None, overwrite=False):
         default = pathlib.Path("runs") / config.name / config_hash(config)
+        self._is_default = not path
         self.path = pathlib.Path(path or default).absolute()
         self.checkpoints = self.path / "checkpoints"
         if overwrite and (self.path / "config.json").exists():
@@ -39,6 +40,17 @@ class Workdir:
             probe.unlink()
         except OSError as error:
             raise UserError(f"--workdir={self.path} cannot be written: {error.strerror}") from None
+
+    @property
+    def shown(self):
+        """The path as a user would write it: relative where that is shorter."""
+        here = pathlib.Path.cwd()
+        return self.path.relative_to(here) if self.path.is_relative_to(here) else self.path
+
+    @property
+    def siblings(self):
+        """The folder that holds the runs to compare with: `runs` for a default workdir."""
+        return self.shown.parents[1] if self._is_default else self.shown.parent
 
     def finished(self):
         """The row of a run that ended well, or None."""

@@ -13,6 +13,8 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Nothing of the user's is read, nothing is kept; workers and the processes that tests start share it.
+os.environ.setdefault("EFFICIENTLLM_CACHE", tempfile.mkdtemp(prefix="efficientllm-cache-"))
 # A program that one test has compiled is not compiled again by the next, nor by the processes that tests start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(tempfile.gettempdir()) / f"efficientllm-tests-{os.getuid()}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

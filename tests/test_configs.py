@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import pytest
-import runs
 
+import runs
 from configs import base
 from efficientllm import accounting, main, model, registry, run
 from efficientllm.attention import Context

@@ -12,6 +12,8 @@ import runs
 
 from efficientllm import main
 
+pytestmark = pytest.mark.xdist_group("runs")  # they share one whole run
+
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):

@@ -106,6 +106,7 @@ class Pretraining:
         if self.writer:
             shown = charts.scalars(metrics, len(self.setup.lm.blocks))
             shown |= {"tokens_per_s": float(metrics["targets"]) / seconds, **self.sampler.latest()}
+            shown |= row.utilisation(self.setup, seconds)
             self.writer.scalars(at, shown)
 
     def _evaluate(self, at, state):

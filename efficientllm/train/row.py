@@ -13,7 +13,9 @@ def readings(run, measurement):
     window = energy.combine(measurement.windows)
     params = accounting.parameters(run.lm, run.boxed)
     if not measurement.steps:
-        return {}, physical_of_model(run, params)
+        short = f"too short to measure: all of its {len(measurement.timer.discarded)} steps went into warming up"
+        nothing = {key: missing(unit, short) for key, unit in paper.UNITS.items()}
+        return nothing, {**physical_of_model(run, params), "tokens_per_s": missing("1/s", short)}
     work = paper.Work(
         task="pretrain",
         iterations_s=tuple(measurement.timer.samples),
@@ -22,17 +24,26 @@ def readings(run, measurement):
         tokens=measurement.tokens,
     )
     study = paper.paper_metrics(work, sampler.combine(measurement.averages), window)
-    step_flops = accounting.train_flops(run.lm, run.boxed, run.length) * run.batch_size
-    rate = {"flops": step_flops * measurement.steps, "seconds": measurement.seconds}
     physical = {
         **physical_of_model(run, params),
         **paper.energy_metrics(window, measurement.tokens),
-        **peaks.model_flops_utilisation(**rate, devices=jax.devices(), dtype=activation_dtype(run.lm.precision)),
+        **_utilisation(run, measurement.steps, measurement.seconds),
         "tokens_per_s": Reading(
             measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"
         ),
     }
     return study, physical
+
+
+def utilisation(run, step_seconds):
+    """MFU of one step as numbers, `mfu` where the device's peak is known and `mfu_gemm` anywhere."""
+    found = _utilisation(run, 1, step_seconds)
+    return {key: reading.value for key, reading in found.items() if reading.value is not None}
+
+
+def _utilisation(run, steps, seconds):
+    flops = accounting.train_flops(run.lm, run.boxed, run.length) * run.batch_size * steps
+    return peaks.model_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(run.lm.precision))
 
 
 def physical_of_model(run, params):

@@ -10,9 +10,10 @@ import numpy as np
 
 from efficientllm import data, kernels, model, sharding
 from efficientllm.errors import UserError
-from efficientllm.metrics import host
+from efficientllm.metrics import host, peaks
 from efficientllm.optim import rules
 from efficientllm.train import step
+from efficientllm.weights import activation_dtype
 
 
 @dataclasses.dataclass
@@ -113,6 +114,7 @@ def compile_steps(setup):
     lowered_at = time.perf_counter()
     compiled = lowered.compile()
     setup.compile_s = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
+    peaks.measure_gemm_peak(activation_dtype(setup.lm.precision).name)  # at most once a host, and not between steps
     setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
     token_bytes = jax.ShapeDtypeStruct((setup.lm.vocab_size,), jnp.float32, sharding=sharding.replicated(setup.mesh))
     return compiled, evaluate.lower(setup.shaped.params, batch, token_bytes).compile()
