@@ -18,6 +18,8 @@ def initialise():
 
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them by hand.
     """
+    # It would swallow a SIGTERM that comes before the loop listens; the loop has its own way of stopping all.
+    jax.config.update("jax_enable_preemption_service", False)
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
