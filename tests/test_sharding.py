@@ -21,6 +21,7 @@ N, B, T, D, V, STEPS = 6, 16, 26, 48, 88, 6
 SIZE = f"tiny(num_layers={N}, dim={D}, num_heads=8, num_kv_heads=4, head_dim=8, hidden=72)"
 FFNS = {"dense": "swiglu", "moe": "moe(num_experts=8, top_k=2, hidden=40, load_balance=0.01, z_loss=0.001)"}
 CUBE = "data=2, fsdp=2, tensor=2"
+pytestmark = pytest.mark.xdist_group("sharding")  # they share compiled programs
 # Fusing well takes the compiler longer than these programs run.
 FAST = {"xla_cpu_use_fusion_emitters": False}
 
