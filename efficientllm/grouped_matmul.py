@@ -15,9 +15,10 @@ from efficientllm.registry import build, lookup, register
 
 
 class Kernel(typing.NamedTuple):
-    """The two products of one implementation; operands have one dtype, results accumulate in float32.
+    """The two products of one implementation. They accumulate in float32.
 
-    rows: `(x_AK, w_EKN, sizes_E, transposed, out_dtype) -> y_AN`, row a times its group's matrix (or its transpose).
+    rows: `(x_AK, w_EKN, sizes_E, transposed, out_dtype) -> y_AN`, row a times its group's matrix (or its transpose),
+      which is rounded to x's dtype.
     weights: `(x_AK, g_AN, sizes_E, E) -> dw_EKN` in float32, the sum over a group's rows of their outer products.
     """
 
@@ -44,7 +45,8 @@ def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
 def choose():
     """The kernel for the platform being compiled for.
 
-    XLA turns a ragged product into E dense ones over all rows wherever the hardware has no kernel for it; TPUs do.
+    XLA turns a ragged product into E dense ones over all rows where it has no kernel for it: on CPUs (measured in
+    experiments/moe_cost) and, as released, on GPUs (not measured). TPUs have one.
     """
     return "ragged_dot" if kernels.platform() == "tpu" else "blocked"
 
@@ -52,7 +54,7 @@ def choose():
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _grouped(x, w, sizes, product, kernel):
     """The product, with a backward pass whose operands are rounded to `product` as the forward's are."""
-    return kernel.rows(x.astype(product), w.astype(product), sizes, False, x.dtype)
+    return kernel.rows(x.astype(product), w, sizes, False, x.dtype)
 
 
 def _forward(x, w, sizes, product, kernel):
@@ -62,7 +64,7 @@ def _forward(x, w, sizes, product, kernel):
 def _backward(product, kernel, residuals, dy):
     x, w, sizes, like_x = residuals
     dy = dy.astype(product)
-    dx = kernel.rows(dy, w.astype(product), sizes, True, like_x.dtype)
+    dx = kernel.rows(dy, w, sizes, True, like_x.dtype)
     return dx, kernel.weights(x, dy, sizes, w.shape[0]).astype(w.dtype), None
 
 
@@ -70,12 +72,12 @@ _grouped.defvjp(_forward, _backward)
 
 
 def _block_sizes(rows, groups):
-    """Rows a product takes at once, large to small: big blocks are fast, small ones end a group with little waste.
+    """Rows a product takes at once: half of a mean group, and where that is many, a quarter of it to end a group with.
 
-    Chosen by the mean size of a group: measured on CPUs in experiments/moe_cost.
+    Big blocks are fast, small ones waste little (measured on CPUs, see experiments/moe_cost).
     """
-    small = 1 << min(5, max(0, (rows // groups // 8).bit_length() - 1))
-    return tuple(min(block, rows) for block in (4 * small, small))
+    block = min(128, 1 << max(1, rows // groups // 2).bit_length() - 1)
+    return (block, block // 4) if block >= 32 else (min(block, rows),)
 
 
 def _for_groups(sizes_E, body, carry):
@@ -115,18 +117,21 @@ def _take(x, at, block):
     return lax.dynamic_slice_in_dim(x, at, block, 0)
 
 
-def _contract(x, y, axes, out_dtype):
-    return lax.dot_general(x, y, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=out_dtype)
+def _contract(x, y, axes):
+    # Always to float32: a CPU has no product of bfloat16 to bfloat16, and would keep a float32 copy of every matrix.
+    return lax.dot_general(x, y, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _blocked_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
     rows, blocks = x_AK.shape[0], _block_sizes(x_AK.shape[0], w_EKN.shape[0])
 
     def group(e, start, stop, y_AN):
-        w_KN = w_EKN[e]
+        # Without the barrier XLA converts all groups ahead of the loop, and a decoded token would pay for every expert.
+        w, e = lax.optimization_barrier((w_EKN, e))
+        w_KN = w[e].astype(x_AK.dtype)
 
         def block(at, mine, y_AN):
-            new = _contract(_take(x_AK, at, mine.size), w_KN, (1, 1 if transposed else 0), out_dtype)
+            new = _contract(_take(x_AK, at, mine.size), w_KN, (1, 1 if transposed else 0)).astype(out_dtype)
             new = jnp.where(mine[:, None], new, _take(y_AN, at, mine.size))
             return lax.dynamic_update_slice_in_dim(y_AN, new, at, 0)
 
@@ -143,7 +148,7 @@ def _blocked_weights(x_AK, g_AN, sizes_E, groups):
     def group(e, start, stop, dw_EKN):
         def block(at, mine, dw_KN):
             g = jnp.where(mine[:, None], _take(g_AN, at, mine.size), 0)
-            return dw_KN + _contract(_take(x_AK, at, mine.size), g, (0, 0), jnp.float32)
+            return dw_KN + _contract(_take(x_AK, at, mine.size), g, (0, 0))
 
         return dw_EKN.at[e].set(_for_blocks(start, stop, blocks, rows, block, jnp.zeros(shape_KN, jnp.float32)))
 
@@ -155,7 +160,7 @@ register("grouped_kernel", "blocked")(Kernel(_blocked_rows, _blocked_weights))
 
 
 def _ragged_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
-    w_EKN = jnp.swapaxes(w_EKN, 1, 2) if transposed else w_EKN
+    w_EKN = (jnp.swapaxes(w_EKN, 1, 2) if transposed else w_EKN).astype(x_AK.dtype)
     return lax.ragged_dot(x_AK, w_EKN, sizes_E, preferred_element_type=out_dtype)
 
 
@@ -170,7 +175,9 @@ register("grouped_kernel", "ragged_dot")(Kernel(_ragged_rows, _ragged_weights))
 
 def _batched_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
     axes = ((2,), (2 if transposed else 1,)), ((0,), (0,))
-    y = lax.dot_general(_by_group(x_AK, w_EKN.shape[0]), w_EKN, axes, preferred_element_type=out_dtype)
+    y = lax.dot_general(
+        _by_group(x_AK, w_EKN.shape[0]), w_EKN.astype(x_AK.dtype), axes, preferred_element_type=out_dtype
+    )
     return y.reshape(x_AK.shape[0], -1)
 
 

@@ -9,6 +9,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from efficientllm.errors import UserError
+
 
 @flax.struct.dataclass
 class Plan:
@@ -31,8 +33,8 @@ class Plan:
 def dropless(experts_BTk, num_experts):
     """Every assignment has a row: what a token gets depends on no other token."""
     B, T, k = experts_BTk.shape
-    order_A, rank_A, starts = _sort(experts_BTk.reshape(-1), num_experts)
-    return Plan(order_A, None, rank_A.reshape(B * T, k), None, jnp.diff(starts))
+    order_A, rank_A, sizes_E = _sort(experts_BTk.reshape(-1), num_experts)
+    return Plan(order_A, None, rank_A.reshape(B * T, k), None, sizes_E)
 
 
 def capacity(experts_BTk, num_experts, factor):
@@ -46,7 +48,8 @@ def capacity(experts_BTk, num_experts, factor):
     B, T, k = experts_BTk.shape
     C = rows_per_expert(T, num_experts, k, factor)
     choice_first_BA = jnp.swapaxes(experts_BTk, 1, 2).reshape(B, k * T)
-    order_BA, rank_BA, starts_BE = jax.vmap(_sort, (0, None))(choice_first_BA, num_experts)
+    order_BA, rank_BA, sizes_BE = jax.vmap(_sort, (0, None))(choice_first_BA, num_experts)
+    starts_BE = jnp.cumsum(sizes_BE, 1) - sizes_BE
     place_BA = rank_BA - jnp.take_along_axis(starts_BE, choice_first_BA, 1)
     row_BA = (choice_first_BA * B + jnp.arange(B)[:, None]) * C + place_BA
     kept_Nk, row_Nk = (
@@ -54,7 +57,7 @@ def capacity(experts_BTk, num_experts, factor):
     )
     # What row r = (e * B + b) * C + place holds, if it is filled.
     e, b, place = jnp.unravel_index(jnp.arange(num_experts * B * C), (num_experts, B, C))
-    filled_R = place < (starts_BE[b, e + 1] - starts_BE[b, e])
+    filled_R = place < sizes_BE[b, e]
     choice, t = jnp.divmod(order_BA[b, jnp.where(filled_R, starts_BE[b, e] + place, 0)], T)
     return Plan((b * T + t) * k + choice, filled_R, jnp.where(kept_Nk, row_Nk, 0), kept_Nk, None)
 
@@ -64,16 +67,19 @@ def rows_per_expert(length, num_experts, top_k, factor):
     return min(length, math.ceil(round(length * top_k / num_experts * factor, 6)))
 
 
-def _sort(group_A, num_groups):
-    """Stable sort by group -> (the assignment at each place, the place of each assignment, where each group starts)."""
-    A = group_A.shape[0]
-    # One array of distinct keys sorts faster than a pair with a stable comparison.
-    key_A = jnp.sort(group_A * A + jnp.arange(A, dtype=jnp.int32))
-    order_A = key_A % A
+def _sort(expert_A, num_experts):
+    """Stable sort by expert -> (the assignment at each place, the place of each assignment, assignments an expert)."""
+    A = expert_A.shape[0]
+    if A * num_experts >= 2**31:
+        raise UserError(
+            f"moe: {A} assignments to {num_experts} experts on one device are too many to number in 32 bits; "
+            "give each device fewer tokens (config.train.batch_size, config.train.accumulate)"
+        )
+    # Distinct keys of one array sort faster than a pair with a stable comparison.
+    order_A = jnp.sort(expert_A * A + jnp.arange(A, dtype=jnp.int32)) % A
     places_A = jnp.arange(A, dtype=jnp.int32)
     rank_A = jnp.zeros(A, jnp.int32).at[order_A].set(places_A, unique_indices=True, mode="promise_in_bounds")
-    starts = jnp.searchsorted(key_A, jnp.arange(num_groups + 1, dtype=jnp.int32) * A).astype(jnp.int32)
-    return order_A, rank_A, starts
+    return order_A, rank_A, jnp.sum(expert_A[:, None] == jnp.arange(num_experts), 0, dtype=jnp.int32)
 
 
 def to_experts(x_ND, plan):

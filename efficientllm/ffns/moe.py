@@ -12,7 +12,7 @@ from efficientllm.ffns.dense import SwiGLU
 from efficientllm.ffns.experts import Experts
 from efficientllm.layers import Linear
 from efficientllm.registry import names, register
-from efficientllm.weights import matmul
+from efficientllm.weights import activation_dtype, matmul
 
 DISPATCH = ("dropless", "capacity")
 
@@ -108,6 +108,20 @@ class MoE(nn.Module, kw_only=True):
     def active_fraction(self):
         """The share of the experts' parameters that a token meets."""
         return self.top_k / self.num_experts
+
+    def temporary_bytes(self, batch, length, dim):
+        """Bytes that a training step of the layer holds beside parameters, gradients, input and output.
+
+        At most six arrays of the experts' width (gate, up, what enters the last product, and their gradients) and four
+        of the model's (the experts' inputs, both parts of their gradient, the output's gradient), a row an assignment;
+        and one expert's matrix with its gradient. The shared expert is not in it.
+        """
+        assignments = batch * length * self.top_k
+        if self.dispatch == "capacity":
+            places = dispatch.rows_per_expert(length, self.num_experts, self.top_k, self.capacity_factor)
+            assignments = batch * self.num_experts * places
+        rows = assignments * (6 * self.hidden + 4 * dim) * activation_dtype(self.precision).itemsize
+        return rows + 2 * 4 * dim * self.hidden
 
     def _check(self):
         known = {

@@ -5,6 +5,8 @@ import typing
 import jax
 import jax.numpy as jnp
 
+from efficientllm import sharding
+
 
 class Routing(typing.NamedTuple):
     """The choice for every token.
@@ -42,12 +44,24 @@ def route(logits_BTE, top_k, scores, normalise, scale, bias_E=None):
     """
     scores_BTE, probabilities_BTE = SCORES[scores](logits_BTE)
     choice_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E
-    _, experts_BTk = jax.lax.top_k(jax.lax.stop_gradient(choice_BTE), top_k)
+    experts_BTk = _best(jax.lax.stop_gradient(choice_BTE), top_k)
     # By comparison, not by a gather, whose gradient would be a scatter.
     weights_BTk = jnp.sum(jnp.where(_is_chosen(experts_BTk, logits_BTE.shape[-1]), scores_BTE[..., None, :], 0.0), -1)
     if normalise:
         weights_BTk = weights_BTk / (jnp.sum(weights_BTk, -1, keepdims=True) + 1e-20)
     return Routing(experts_BTk, weights_BTk * scale, probabilities_BTE)
+
+
+def _best(choice_BTE, top_k):
+    def best(choice_BTE):
+        return jax.lax.top_k(choice_BTE, top_k)[1]
+
+    mesh = sharding.current_mesh()
+    if mesh is not None and mesh.size > 1:
+        # XLA does not split top_k by itself: every device would look at the tokens of all.
+        layout = sharding.spec(("batch", None, None), choice_BTE.shape, mesh)
+        best = jax.shard_map(best, in_specs=layout, out_specs=layout, check_vma=False)
+    return best(choice_BTE)
 
 
 def load(experts_BTk, num_experts):
