@@ -130,7 +130,7 @@ def makes(text, shapes):
     ]
 
 
-@pytest.mark.parametrize("ffn", ["dense"])
+@pytest.mark.parametrize("ffn", FFNS)
 def test_no_device_ever_holds_a_whole_stack_of_layers(ffn):
     """Neither of parameters nor of gradients nor of the optimizer's state: a layer is gathered, in the loop."""
     made = program(ffn, "fsdp=8", 1)
@@ -159,6 +159,13 @@ def test_the_embedding_look_up_moves_tokens_and_not_the_table(mesh_spec, accumul
         if "_take" in instruction.text and instruction.op in ("all-gather", "collective-permute")
     ]
     assert all(len(shape) == 2 and D not in shape for found in look_ups for shape in found.shapes), look_ups
+
+
+def test_a_router_chooses_where_its_tokens_are():
+    """No layer gathers the scores of the whole batch."""
+    found = hlo.instructions(program("moe", "fsdp=8", 1).compiled.as_text())
+    gathered = [shape for each in found if each.op == "all-gather" and each.in_loop for shape in each.shapes]
+    assert gathered and not any(shape[0] in (B, B * T) for shape in gathered), gathered
 
 
 def test_the_state_is_created_split_and_donated():

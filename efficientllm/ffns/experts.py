@@ -85,8 +85,14 @@ def _per_device(compute, kernels, x_shape, mesh):
         return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
 
     specs = (P(rows), P(rows), P(rows), layouts)
+    # The backward pass gathers again: kept, the kernels of all layers would lie whole on every device.
+    on_device = jax.checkpoint(on_device, policy=_not_gathered)
     # Loops whose carries start as constants do not type-check per mesh axis, hence check_vma.
     return jax.shard_map(on_device, in_specs=specs, out_specs=P(rows), check_vma=False)
+
+
+def _not_gathered(primitive, *_, **__):
+    return primitive.name != "all_gather"
 
 
 def _gather(kernel, axes, layout):

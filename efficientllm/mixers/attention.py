@@ -12,6 +12,7 @@ from efficientllm.attention import attend
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
 from efficientllm.registry import build, register
+from efficientllm.sharding import constrain
 from efficientllm.weights import activation_dtype
 
 
@@ -55,7 +56,8 @@ class Attention(nn.Module, kw_only=True):
 
     def _project(self, x_BTD, name, heads, axis):
         linear = Linear(heads * self.head_dim, ("embed", axis), self.precision, self.qkv_bias, name=name)
-        return linear(x_BTD).reshape(*x_BTD.shape[:2], heads, self.head_dim)
+        # Heads that do not divide over `tensor` stay whole: split ones would be put together for every rotation.
+        return constrain(linear(x_BTD).reshape(*x_BTD.shape[:2], heads, self.head_dim), "batch", None, axis, None)
 
     def init_state(self, batch, length):
         """An empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the activation dtype."""
