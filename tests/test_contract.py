@@ -1,8 +1,8 @@
 """The contract suite over every registered mixer and ffn. A new technique needs no test of its own to be in it."""
 
-import contract
 import pytest
 
+import contract
 from efficientllm import registry
 
 TECHNIQUES = [(kind, registry.example(kind, name)) for kind in ("mixer", "ffn") for name in registry.names(kind)]

@@ -8,8 +8,8 @@ import threading
 import time
 
 import pytest
-import runs
 
+import runs
 from efficientllm import main
 
 pytestmark = pytest.mark.xdist_group("runs")  # they share one whole run

@@ -5,13 +5,13 @@ import functools
 import math
 
 import flax.linen as nn
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import hlo
 from configs import base
 from efficientllm import model, sharding
 from efficientllm.train import step

@@ -2,7 +2,6 @@
 
 import types
 
-import contract
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import contract
 from configs import base
 from efficientllm import model
 from efficientllm.attention import Context, Mask, attend

@@ -103,17 +103,21 @@ def weights_of_rows(weights_Nk, plan):
 # by their weight alone, which is zero forward and backward.
 @jax.custom_vjp
 def _spread(x_ND, token_R, row_Nk, kept_Nk):
-    return x_ND.at[token_R].get(mode="promise_in_bounds")
+    return _rows(x_ND, token_R)
 
 
 @jax.custom_vjp
 def _collect(y_RD, token_R, row_Nk, kept_Nk):
     total = 0
     for choice in range(row_Nk.shape[1]):
-        y_ND = y_RD.at[row_Nk[:, choice]].get(mode="promise_in_bounds")
+        y_ND = _rows(y_RD, row_Nk[:, choice])
         total += y_ND if kept_Nk is None else jnp.where(kept_Nk[:, choice, None], y_ND, 0)
     return total
 
 
 _spread.defvjp(lambda x, *plan: (_spread(x, *plan), plan), lambda plan, g: (_collect(g, *plan), None, None, None))
 _collect.defvjp(lambda y, *plan: (_collect(y, *plan), plan), lambda plan, g: (_spread(g, *plan), None, None, None))
+
+
+def _rows(x, index):
+    return jnp.asarray(x).at[index].get(mode="promise_in_bounds")

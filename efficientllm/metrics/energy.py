@@ -16,10 +16,10 @@ import os
 import time
 
 from efficientllm.metrics import nvml as nvml_module
-from efficientllm.metrics.energy_window import EnergyWindow, Reader, combine
+from efficientllm.metrics.energy_window import EnergyWindow, Reader, combine, over_processes, unavailable
 from efficientllm.metrics.nvml_energy import CounterReader, PowerReader
 
-__all__ = ["EnergyWindow", "Reader", "combine", "open_reader"]
+__all__ = ["EnergyWindow", "Reader", "combine", "open_reader", "over_processes", "unavailable"]
 
 
 def open_reader(devices, nvml=None, identify=nvml_module.pci_bus_ids, clock=time.monotonic, sleep=time.sleep):

@@ -29,13 +29,18 @@ class EnergyWindow:
     reason: str | None
 
 
+def unavailable(reason, duration_s=0.0):
+    """A window without energy, and why."""
+    return EnergyWindow(None, None, duration_s, "unavailable", None, "unavailable", None, reason)
+
+
 def combine(windows):
     """Several windows of one reader as one, their durations and energies summed; void if any of them is.
 
     Raises ValueError for windows of different sources or scopes, which must not be added up.
     """
     if not windows:
-        return EnergyWindow(None, None, 0.0, "unavailable", None, "unavailable", None, "no finished work was measured")
+        return unavailable("no finished work was measured")
     first = windows[0]
     if any((each.source, each.scope) != (first.source, first.scope) for each in windows):
         raise ValueError("windows of different sources or scopes are not added up")
@@ -53,6 +58,19 @@ def combine(windows):
         duration_s=duration_s,
         error_bound=sum(each.error_bound * each.energy_j for each in windows) / energy_j,
     )
+
+
+def over_processes(windows):
+    """The windows of all processes over the same work as one: energy summed, over the longest of their durations.
+
+    Each process has read its own devices. Void if any window is, or if their sources or scopes differ.
+    """
+    first, duration_s = windows[0], max(each.duration_s for each in windows)
+    if any((each.source, each.scope) != (first.source, first.scope) for each in windows):
+        return unavailable("the processes read energy from different sources or scopes", duration_s)
+    whole = combine(windows)
+    power_w = None if whole.energy_j is None else whole.energy_j / duration_s
+    return dataclasses.replace(whole, duration_s=duration_s, mean_power_w=power_w)
 
 
 class Reader:

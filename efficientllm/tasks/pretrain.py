@@ -1,5 +1,6 @@
 """Pre-training: from a config to a trained model, its charts, its checkpoints and its row."""
 
+import contextlib
 import logging
 import time
 
@@ -61,7 +62,7 @@ class Pretraining:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return self._fail("oom", f"out of device memory: {str(error).splitlines()[0]}")
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:  # a full disk stops checkpoints, charts or the row
             return self._fail("crash", f"{error}; {self._last_good()}")
 
     def _prepare(self):
@@ -123,7 +124,7 @@ class Pretraining:
 
     def _finish(self, state):
         sample = self._sample(state.params)
-        found = self._write_row("ok")
+        found = self._write_row("ok", row.all_energy(self.measurement))
         if self.main:
             log.info(f"\n{record.format_table(found)}\n\nsample: {sample!r}\n")
             log.info(f"row: {self.workdir.shown / 'record.json'}")
@@ -143,8 +144,8 @@ class Pretraining:
         )
         return self.config.sample.prompt + self.setup.tokenizer.decode(jax.device_get(new)[0].tolist())
 
-    def _write_row(self, outcome):
-        study, physical = row.readings(self.setup, self.measurement)
+    def _write_row(self, outcome, energy_window):
+        study, physical = row.readings(self.setup, self.measurement, energy_window)
         found = record.build_record(
             outcome=outcome,
             name=self.config.name,
@@ -175,8 +176,11 @@ class Pretraining:
 
     def _fail(self, outcome, message):
         self.measurement.abandon()
-        self._write_row(outcome)
         log.error(message)
+        try:  # alone: other processes may not have failed, so their energy is not waited for
+            self._write_row(outcome, energy.unavailable(f"the run ended as {outcome}"))
+        except OSError as error:
+            log.error(f"no row could be written: {error}")
         return FAILED
 
     def _last_good(self):
@@ -185,9 +189,11 @@ class Pretraining:
 
     def close(self):
         """Stops threads and closes files."""
-        for part in (self.sampler and self.sampler.stop, self.writer and self.writer.close):
-            if part:
-                part()
+        if self.sampler:
+            self.sampler.stop()
+        if self.writer:
+            with contextlib.suppress(OSError):  # a full disk has been said
+                self.writer.close()
         if self.checkpoints:
             self.checkpoints.close()
         close_log()

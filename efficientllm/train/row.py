@@ -1,16 +1,23 @@
 """From what a training run measured to its row."""
 
+import dataclasses
+
 import jax
 
-from efficientllm import accounting
+from efficientllm import accounting, distributed
 from efficientllm.metrics import energy, memory, paper, peaks, sampler
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.weights import activation_dtype
 
 
-def readings(run, measurement):
-    """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`)."""
-    window = energy.combine(measurement.windows)
+def all_energy(measurement):
+    """The energy of the steady part over the devices of all processes; every process calls it, or none."""
+    own = dataclasses.asdict(energy.combine(measurement.windows))
+    return energy.over_processes([energy.EnergyWindow(**window) for window in distributed.gather(own)])
+
+
+def readings(run, measurement, window):
+    """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`); `window` is its energy."""
     params = accounting.parameters(run.lm, run.boxed)
     if not measurement.steps:
         short = f"too short to measure: all of its {len(measurement.timer.discarded)} steps went into warming up"

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import types
 
@@ -240,6 +241,16 @@ def test_windows_do_not_nest(clock):
         reader.start()
         with pytest.raises(RuntimeError, match="open"):
             reader.start()
+
+
+def test_windows_of_all_processes_are_summed_over_the_longest():
+    a = energy.EnergyWindow(400.0, 200.0, 2.0, "nvml energy counter", "gpu", "measured", 0.01, None)
+    b = dataclasses.replace(a, energy_j=1000.0, mean_power_w=400.0, duration_s=2.5, error_bound=0.02)
+    both = energy.over_processes([a, b])
+    assert (both.energy_j, both.duration_s, both.mean_power_w) == (1400.0, 2.5, 560.0)
+    assert energy.over_processes([a]) == a
+    assert energy.over_processes([a, dataclasses.replace(b, energy_j=None, reason="a reset")]).reason == "a reset"
+    assert "different" in energy.over_processes([a, dataclasses.replace(b, scope="module")]).reason
 
 
 def test_combined_windows_add_energy_and_one_void_part_voids_the_whole(clock):
