@@ -24,7 +24,7 @@ import work
 DISCARDED = 2  # compilation, and the allocators' first steps
 TOLERANCE = 1e-4  # nats, of the first loss between float32 contestants
 BASELINE = "torch-float32"
-DEFAULT = "torch-float32,ours-float32,ours-mixed"
+DEFAULT = "torch-float32,ours-float32,ours-float32-unrolled,ours-mixed"
 
 
 def main(argv=None):
@@ -96,7 +96,7 @@ class Contestant:
 def _serve(name, options, pipe):
     if hasattr(os, "sched_setaffinity"):  # both size their thread pools by the cores they may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
-    side, precision = name.split("-")
+    side, precision, *variant = name.split("-")
     shape = work.SHAPES[options.shape]
     if side == "torch":
         import peer as module
@@ -105,7 +105,7 @@ def _serve(name, options, pipe):
     else:
         import ours as module
 
-        trainer = module.Trainer(shape, precision, options.length)
+        trainer = module.Trainer(shape, precision, options.length, unrolled=variant == ["unrolled"])
 
     def tokens(step):
         return work.batch_tokens(shape, options.batch, options.length, step)
@@ -127,7 +127,7 @@ def _serve(name, options, pipe):
 
 def check_first_losses(losses):
     """The largest difference among the float32 contestants' first losses (nats); raises if they do other work."""
-    exact = [loss for name, loss in losses.items() if name.endswith("float32")]
+    exact = [loss for name, loss in losses.items() if "float32" in name]
     difference = max(exact, default=0.0) - min(exact, default=0.0)
     if difference > TOLERANCE:
         raise RuntimeError(f"the first losses differ by {difference:.2e} nats: {losses}")
@@ -192,11 +192,11 @@ def table(report):
     )
     lines = [head, f"first losses agree to {report['first_loss_difference_nats']:.1e} nats", ""]
     lines.append(
-        f"{'':16}{'wall s/step':>12}{'tokens/s':>10}{'CPU s/step':>12}   speed over {BASELINE} by wall; by CPU"
+        f"{'':24}{'wall s/step':>12}{'tokens/s':>10}{'CPU s/step':>12}   speed over {BASELINE} by wall; by CPU"
     )
     for name, seconds in report["step_s"].items():
         wall, cpu = statistics.median(seconds), statistics.median(report["step_cpu_s"][name])
-        row = f"{name:16}{wall:12.3f}{report['batch'] * report['length'] / wall:10.0f}{cpu:12.3f}"
+        row = f"{name:24}{wall:12.3f}{report['batch'] * report['length'] / wall:10.0f}{cpu:12.3f}"
         kinds = [report[kind][name] for kind in ("speed_ratios", "cpu_time_ratios") if name in report[kind]]
         row += ";".join(f"   {found['ratio']:.2f} ({found['low']:.2f} .. {found['high']:.2f})" for found in kinds)
         lines.append(row)

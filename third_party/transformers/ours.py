@@ -11,16 +11,21 @@ from efficientllm.train import step
 
 
 class Trainer:
-    """`step(tokens)` trains on one batch and returns its loss (nats a target) before the update."""
+    """`step(tokens)` trains on one batch and returns its loss (nats a target) before the update.
 
-    def __init__(self, shape, precision, length):
+    `unrolled` compiles every layer apart (`config.model.scan = False`); the default scans over them.
+    """
+
+    def __init__(self, shape, precision, length, unrolled=False):
         config = _config(shape, precision)
         lm = model.from_config(config.model)
+        params = _parameters(work.initial_weights(shape), shape)
+        if unrolled:
+            lm, params = model.unroll(lm, params)
         mesh = sharding.make_mesh("data=1", jax.devices()[:1])
         jax.set_mesh(mesh)
         abstract = jax.eval_shape(step.init_state(lm, config.train, 0, length))
         shardings = sharding.shardings(abstract, mesh)
-        params = _parameters(work.initial_weights(shape), shape)
         jax.tree.map(_same_shape, nn.unbox(abstract.params), params)
         self.state = jax.jit(
             lambda params: nn.unbox(step.init_state(lm, config.train, 0, length)()).replace(params=params),
