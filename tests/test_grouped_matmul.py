@@ -106,10 +106,9 @@ def test_a_row_is_a_function_of_itself_and_its_matrix():
 def test_few_rows_touch_few_matrices():
     """A decoded token must not pay for all experts: neither converted copies of them, nor as many as fit a block."""
     E, wide = 64, 256
-    w = jax.ShapeDtypeStruct((E, wide, wide), jnp.float32)
-    x = jax.ShapeDtypeStruct((4, wide), jnp.float32)
     sizes = jax.ShapeDtypeStruct((E,), jnp.int32)
-    for precision in ("float32", "mixed", "bfloat16"):
+    for precision, stored in (("float32", "float32"), ("mixed", "float32"), ("bfloat16", "bfloat16")):
+        x, w = (jax.ShapeDtypeStruct(shape, stored) for shape in ((4, wide), (E, wide, wide)))
         run = jax.jit(lambda x, w, sizes, p=precision: grouped_matmul(x, w, sizes, p, "blocked"))
         temporary = run.lower(x, w, sizes).compile().memory_analysis().temp_size_in_bytes
         assert temporary < 4 * wide * wide * 4  # bytes of four matrices of the 64
