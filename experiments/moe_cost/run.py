@@ -1,0 +1,214 @@
+"""What a sparse layer costs beside a dense one of the same active parameters: time and memory of a training step.
+
+  python experiments/moe_cost/run.py --shapes=tiny,medium --blocks=30
+
+All contestants live in one process. A block holds one forward and backward pass of each in random order; ratios are of
+medians over blocks, with a 95 % bootstrap interval over blocks. Before anything is timed, the sparse contestants that
+compute the same function must agree.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import random
+import statistics
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficientllm.ffns import routing
+from efficientllm.metrics.provenance import git_state, versions
+from efficientllm.registry import build
+
+DISCARDED = 3  # blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """`rows` x `length` tokens of width `dim`; `top_k` of `experts` swiglus of width `hidden`."""
+
+    rows: int
+    length: int
+    dim: int
+    experts: int
+    top_k: int
+    hidden: int
+
+
+SHAPES = {
+    "tiny": Shape(rows=8, length=128, dim=128, experts=8, top_k=2, hidden=256),
+    "medium": Shape(rows=8, length=128, dim=512, experts=8, top_k=2, hidden=1024),
+    "long": Shape(rows=4, length=1024, dim=256, experts=8, top_k=2, hidden=512),
+    "fine": Shape(rows=16, length=128, dim=256, experts=32, top_k=4, hidden=256),
+}
+SPARSE = {"dropless": "", "capacity 1.25": "dispatch='capacity'", "ragged_dot": "kernel='ragged_dot'"}
+
+
+def main(argv=None):
+    options = _options(argv)
+    reports = {}
+    for name in options.shapes.split(","):
+        reports[name] = measure(SHAPES[name], options)
+        print(table(name, SHAPES[name], reports[name]), flush=True)
+    print(json.dumps(provenance() | {"precision": options.precision, "blocks": options.blocks}))
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(reports, indent=1) + "\n")
+
+
+def _options(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of %(default)s")
+    parser.add_argument("--blocks", type=int, default=30, help="timed steps of each contestant")
+    parser.add_argument("--precision", default="float32", help="float32, mixed or bfloat16 (default: %(default)s)")
+    parser.add_argument("--json", help="file for every number")
+    return parser.parse_args(argv)
+
+
+def measure(shape, options):
+    """`{contestant: {"wall_s", "cpu_s", "temporary_bytes", "model_bytes", ratios...}}`."""
+    steps, models = contestants(shape, options.precision)
+    check_agreement({name: steps[name] for name in ("dropless", "ragged_dot", "all experts")}, options.precision)
+    wall, cpu = race(steps, options.blocks)
+    report = {}
+    for name, step in steps.items():
+        report[name] = {
+            "wall_s": wall[name],
+            "cpu_s": cpu[name],
+            "wall_ratio": ratio(wall[name], wall["dense"]),
+            "cpu_ratio": ratio(cpu[name], cpu["dense"]),
+            "temporary_bytes": step.memory_bytes,
+            "model_bytes": models.get(name),
+        }
+    return report
+
+
+class Step:
+    """A compiled forward and backward pass with its inputs."""
+
+    def __init__(self, loss, params, x):
+        self._inputs = params, x
+        self._run = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile()
+        self.memory_bytes = self._run.memory_analysis().temp_size_in_bytes
+
+    def __call__(self):
+        return jax.block_until_ready(self._run(*self._inputs))
+
+
+def contestants(shape, precision):
+    """`({name: Step}, {name: bytes of temporaries by the analytic model})`."""
+    key = jax.random.key(0)
+    dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
+    x = jax.random.normal(key, (shape.rows, shape.length, shape.dim), dtype)
+    dense = build("ffn", f"swiglu(hidden={shape.top_k * shape.hidden})", {"precision": precision})
+    steps = {"dense": Step(_loss(dense.apply), dense.init(key, x), x)}
+    spec = f"moe(num_experts={shape.experts}, top_k={shape.top_k}, hidden={shape.hidden}, {{}})"
+    models = {}
+    for name, given in SPARSE.items():
+        moe = build("ffn", spec.format(given), {"precision": precision})
+        params = moe.init(key, x)
+        steps[name] = Step(_loss(moe.apply), params, x)
+        models[name] = moe.temporary_bytes(shape.rows, shape.length, shape.dim)
+    steps["all experts"] = Step(_loss(lambda params, x: _all_experts(params, x, shape)), params, x)
+    return steps, models
+
+
+def _loss(apply):
+    def loss(params, x):
+        y, aux = apply(nn.unbox(params), x)
+        return jnp.mean(jnp.square(y.astype(jnp.float32))) + sum(aux.get("losses", {}).values())
+
+    return loss
+
+
+def _all_experts(params, x, shape):
+    """The same function with every expert computed for every token."""
+    tree = params["params"]
+    logits = x.astype(jnp.float32) @ tree["router"]["kernel"]
+    routed = routing.route(logits, shape.top_k, "softmax", True, 1.0)
+    chosen = routed.experts_BTk[..., None] == jnp.arange(shape.experts)
+    weights = jnp.sum(jnp.where(chosen, routed.weights_BTk[..., None], 0.0), 2).astype(x.dtype)
+    gate, up, down = (tree["experts"][name]["kernel"].astype(x.dtype) for name in ("gate", "up", "down"))
+    hidden = jax.nn.silu(jnp.einsum("btd,edf->ebtf", x, gate)) * jnp.einsum("btd,edf->ebtf", x, up)
+    y = jnp.einsum("ebtf,efd->btd", hidden * jnp.moveaxis(weights, -1, 0)[..., None], down)
+    load = routing.load(routed.experts_BTk, shape.experts)
+    balance, z_loss = routing.load_balance_loss(routed, load), routing.z_loss(logits)
+    return y, {"losses": {"load_balance": 0.01 * balance, "z_loss": 0.001 * z_loss}}
+
+
+def check_agreement(steps, precision):
+    """Raises RuntimeError if contestants that should be one function have other gradients of their input."""
+    gradients = {name: step()[1][1].astype(jnp.float32) for name, step in steps.items()}
+    reference = gradients["all experts"]
+    for name, found in gradients.items():
+        error = float(jnp.linalg.norm(found - reference) / jnp.linalg.norm(reference))
+        if error > (1e-4 if precision == "float32" else 5e-2):
+            raise RuntimeError(f"{name} differs from all experts by {error:.1e} of the gradient")
+
+
+def race(steps, blocks):
+    """`({name: wall s of each timed step}, {name: CPU s of all threads likewise})`."""
+    wall, cpu = ({name: [] for name in steps} for _ in range(2))
+    order = random.Random(0)
+    for block in range(DISCARDED + blocks):
+        for name in order.sample(list(steps), len(steps)):
+            begin_wall, begin_cpu = time.perf_counter(), time.process_time()
+            steps[name]()
+            if block >= DISCARDED:
+                wall[name].append(time.perf_counter() - begin_wall)
+                cpu[name].append(time.process_time() - begin_cpu)
+    return wall, cpu
+
+
+def ratio(found, baseline, resamples=5_000):
+    """`[ratio of medians, low, high]`, the interval bootstrapped over (paired) blocks."""
+    draw = random.Random(0)
+    pairs = list(zip(found, baseline, strict=True))
+
+    def of(sample):
+        return statistics.median(a for a, _ in sample) / statistics.median(b for _, b in sample)
+
+    resampled = sorted(of(draw.choices(pairs, k=len(pairs))) for _ in range(resamples))
+    return [of(pairs), resampled[int(0.025 * resamples)], resampled[int(0.975 * resamples)]]
+
+
+def table(name, shape, report):
+    """One shape's report as Markdown."""
+    tokens = shape.rows * shape.length
+    lines = [
+        f"\n**{name}**: {tokens} tokens, D={shape.dim}, E={shape.experts}, k={shape.top_k}, F={shape.hidden}\n",
+        "| layer | ms | time / dense | CPU time / dense | temporaries MB | of the model |",
+        "|---|---|---|---|---|---|",
+    ]
+    for contestant, row in report.items():
+        wall, cpu = ("{:.2f} ({:.2f}-{:.2f})".format(*row[key]) for key in ("wall_ratio", "cpu_ratio"))
+        model = f"{row['temporary_bytes'] / row['model_bytes']:.2f}" if row["model_bytes"] else ""
+        milliseconds = 1e3 * statistics.median(row["wall_s"])
+        lines.append(
+            f"| {contestant} | {milliseconds:.1f} | {wall} | {cpu} | {row['temporary_bytes'] / 1e6:.1f} | {model} |"
+        )
+    return "\n".join(lines)
+
+
+def provenance():
+    """Where and when this was measured."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        **git_state(),
+        "device": jax.devices()[0].device_kind,
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "versions": versions(),
+    }
+
+
+if __name__ == "__main__":
+    main()
