@@ -1,8 +1,8 @@
 """The command line before any run: help, slips and their hints, and how fast they answer."""
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -37,7 +37,8 @@ def test_a_slip_is_one_line_and_status_2(argv, message, capsys):
 @pytest.mark.parametrize("argv, status", [(["--help"], 0), ([], 2), (["--confg=configs/moe.py"], 2)])
 def test_help_and_slips_answer_without_importing_jax(argv, status):
     code = "import sys; from efficientllm import main; s = main.main(sys.argv[1:]); print('jax' in sys.modules, s)"
-    begin = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=runs.ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == f"False {status}", done.stderr
-    assert time.monotonic() - begin < 2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # its own time: other tests keep the cores busy
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
