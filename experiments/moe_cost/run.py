@@ -1,6 +1,7 @@
 """What a sparse layer costs beside a dense one of the same active parameters: time and memory of a training step.
 
   python experiments/moe_cost/run.py --shapes=tiny,medium --blocks=30
+  python experiments/moe_cost/run.py --shapes=token --forward
 
 All contestants live in one process. A block holds one forward and backward pass of each in random order; ratios are of
 medians over blocks, with a 95 % bootstrap interval over blocks. Before anything is timed, the sparse contestants that
@@ -45,6 +46,8 @@ SHAPES = {
     "medium": Shape(rows=8, length=128, dim=512, experts=8, top_k=2, hidden=1024),
     "long": Shape(rows=4, length=1024, dim=256, experts=8, top_k=2, hidden=512),
     "fine": Shape(rows=16, length=128, dim=256, experts=32, top_k=4, hidden=256),
+    "token": Shape(rows=1, length=1, dim=512, experts=64, top_k=6, hidden=256),
+    "tokens": Shape(rows=8, length=1, dim=512, experts=64, top_k=6, hidden=256),
 }
 SPARSE = {"dropless": "", "capacity 1.25": "dispatch='capacity'", "ragged_dot": "kernel='ragged_dot'"}
 
@@ -62,7 +65,8 @@ def main(argv=None):
 
 def _options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of %(default)s")
+    parser.add_argument("--shapes", default="tiny,medium,fine", help=f"of {','.join(SHAPES)} (default: %(default)s)")
+    parser.add_argument("--forward", action="store_true", help="no backward pass, as in decoding")
     parser.add_argument("--blocks", type=int, default=30, help="timed steps of each contestant")
     parser.add_argument("--precision", default="float32", help="float32, mixed or bfloat16 (default: %(default)s)")
     parser.add_argument("--json", help="file for every number")
@@ -71,7 +75,7 @@ def _options(argv):
 
 def measure(shape, options):
     """`{contestant: {"wall_s", "cpu_s", "temporary_bytes", "model_bytes", ratios...}}`."""
-    steps, models = contestants(shape, options.precision)
+    steps, models = contestants(shape, options.precision, options.forward)
     check_agreement({name: steps[name] for name in ("dropless", "ragged_dot", "all experts")}, options.precision)
     wall, cpu = race(steps, options.blocks)
     report = {}
@@ -88,41 +92,38 @@ def measure(shape, options):
 
 
 class Step:
-    """A compiled forward and backward pass with its inputs."""
+    """A compiled forward pass, or forward and backward, with its inputs."""
 
-    def __init__(self, loss, params, x):
+    def __init__(self, apply, params, x, forward):
+        def loss(params, x):
+            y, aux = apply(nn.unbox(params), x)
+            return jnp.mean(jnp.square(y.astype(jnp.float32))) + sum(aux.get("losses", {}).values()), y
+
+        step = loss if forward else jax.value_and_grad(loss, (0, 1), has_aux=True)
         self._inputs = params, x
-        self._run = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile()
+        self._run = jax.jit(step).lower(params, x).compile()
         self.memory_bytes = self._run.memory_analysis().temp_size_in_bytes
 
     def __call__(self):
         return jax.block_until_ready(self._run(*self._inputs))
 
 
-def contestants(shape, precision):
+def contestants(shape, precision, forward):
     """`({name: Step}, {name: bytes of temporaries by the analytic model})`."""
     key = jax.random.key(0)
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     x = jax.random.normal(key, (shape.rows, shape.length, shape.dim), dtype)
     dense = build("ffn", f"swiglu(hidden={shape.top_k * shape.hidden})", {"precision": precision})
-    steps = {"dense": Step(_loss(dense.apply), dense.init(key, x), x)}
+    steps = {"dense": Step(dense.apply, dense.init(key, x), x, forward)}
     spec = f"moe(num_experts={shape.experts}, top_k={shape.top_k}, hidden={shape.hidden}, {{}})"
-    models = {}
+    models = {}  # of a training step
     for name, given in SPARSE.items():
         moe = build("ffn", spec.format(given), {"precision": precision})
         params = moe.init(key, x)
-        steps[name] = Step(_loss(moe.apply), params, x)
-        models[name] = moe.temporary_bytes(shape.rows, shape.length, shape.dim)
-    steps["all experts"] = Step(_loss(lambda params, x: _all_experts(params, x, shape)), params, x)
+        steps[name] = Step(moe.apply, params, x, forward)
+        models[name] = None if forward else moe.temporary_bytes(shape.rows, shape.length, shape.dim)
+    steps["all experts"] = Step(lambda params, x: _all_experts(params, x, shape), params, x, forward)
     return steps, models
-
-
-def _loss(apply):
-    def loss(params, x):
-        y, aux = apply(nn.unbox(params), x)
-        return jnp.mean(jnp.square(y.astype(jnp.float32))) + sum(aux.get("losses", {}).values())
-
-    return loss
 
 
 def _all_experts(params, x, shape):
@@ -141,13 +142,14 @@ def _all_experts(params, x, shape):
 
 
 def check_agreement(steps, precision):
-    """Raises RuntimeError if contestants that should be one function have other gradients of their input."""
-    gradients = {name: step()[1][1].astype(jnp.float32) for name, step in steps.items()}
-    reference = gradients["all experts"]
-    for name, found in gradients.items():
-        error = float(jnp.linalg.norm(found - reference) / jnp.linalg.norm(reference))
-        if error > (1e-4 if precision == "float32" else 5e-2):
-            raise RuntimeError(f"{name} differs from all experts by {error:.1e} of the gradient")
+    """Raises RuntimeError if contestants that should be one function have other outputs or gradients."""
+    results = {name: jax.tree.leaves(step()) for name, step in steps.items()}
+    for name, found in results.items():
+        for one, other in zip(found, results["all experts"], strict=True):
+            one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+            error = float(jnp.linalg.norm(one - other) / jnp.maximum(jnp.linalg.norm(other), 1e-30))
+            if error > (1e-4 if precision == "float32" else 5e-2):
+                raise RuntimeError(f"{name} differs from all experts by {error:.1e} in an array of {one.shape}")
 
 
 def race(steps, blocks):
