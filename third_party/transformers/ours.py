@@ -16,10 +16,10 @@ class Trainer:
     `unrolled` compiles every layer apart (`config.model.scan = False`); the default scans over them.
     """
 
-    def __init__(self, shape, precision, length, unrolled=False):
+    def __init__(self, shape, precision, length, unrolled=False, seed=0):
         config = _config(shape, precision)
         lm = model.from_config(config.model)
-        params = _parameters(work.initial_weights(shape), shape)
+        params = _parameters(work.initial_weights(shape, seed), shape)
         if unrolled:
             lm, params = model.unroll(lm, params)
         mesh = sharding.make_mesh("data=1", jax.devices()[:1])
