@@ -38,11 +38,11 @@ def arguments(folder, workdir, config="configs/base.py", **overrides):
     return [f"--config={ROOT / config}", f"--workdir={workdir}", *flags]
 
 
-def start(argv, devices=1, **environment):
-    """The command line as a process of its own on `devices` fake devices."""
+def start(argv, devices=1, file_kib="unlimited", **environment):
+    """The command line as a process of its own on `devices` fake devices that writes no file beyond `file_kib`."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     return subprocess.Popen(
-        [sys.executable, "-m", "efficientllm.main", *argv],
+        ["bash", "-c", f'ulimit -f {file_kib}; exec "$@"', "-", sys.executable, "-m", "efficientllm.main", *argv],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags, **environment},
         stdout=subprocess.PIPE,
