@@ -82,7 +82,7 @@ def close(ours, theirs, path=""):
     assert error <= 1e-5, f"{jax.tree_util.keystr(path)}: relative error {error}"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("family", [mixtral, qwen2_moe, qwen3_moe, deepseek_v3])
 def test_block(family, seed):
     block, layer, (x, dy) = pair(family, seed)
