@@ -19,6 +19,7 @@ HOMES = {
     "position": "efficientllm.positions",
     "norm": "efficientllm.layers",
     "attention_kernel": "efficientllm.attention",
+    "grouped_kernel": "efficientllm.grouped_matmul",
     "precision": "efficientllm.weights",
     "size": "efficientllm.sizes",
     "optimizer": "efficientllm.optim",

@@ -123,10 +123,16 @@ def loss_and_gradients(lm, params):
     return loss, grads
 
 
+@functools.cache
+def unsharded(lm):
+    """`loss_and_gradients` on one device, with scanned layers."""
+    return jax.jit(functools.partial(loss_and_gradients, lm))(parameters(lm))
+
+
 def check_gradients(kind, spec):
     """Every parameter's gradient is finite, and none is all zero."""
     lm = build(kind, spec)
-    _, grads = jax.jit(functools.partial(loss_and_gradients, lm))(parameters(lm))
+    _, grads = unsharded(lm)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
         assert jnp.isfinite(grad).all(), name
@@ -137,7 +143,7 @@ def check_scan(kind, spec):
     """Scanned layers, unrolled layers and rematerialised layers are one function, gradients included."""
     lm = build(kind, spec)
     loop, loop_params = model.unroll(lm, parameters(lm))
-    loss, grads = jax.jit(functools.partial(loss_and_gradients, lm))(parameters(lm))
+    loss, grads = unsharded(lm)
     loop_loss, loop_grads = jax.jit(functools.partial(loss_and_gradients, loop))(loop_params)
     np.testing.assert_allclose(loss, loop_loss, rtol=1e-6)
     _close(model.unroll(lm, grads)[1], loop_grads, 1e-5)
@@ -151,7 +157,7 @@ def check_sharded(kind, spec, mesh_spec):
     """One device and eight give the same loss and gradients."""
     lm = build(kind, spec)
     params = parameters(lm)
-    loss, grads = jax.jit(functools.partial(loss_and_gradients, lm))(params)
+    loss, grads = unsharded(lm)
     mesh = sharding.make_mesh(mesh_spec)
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens(), Context.packed(positions())))["params"]

@@ -22,8 +22,6 @@ SIZE = f"tiny(num_layers={N}, dim={D}, num_heads=8, num_kv_heads=4, head_dim=8, 
 FFNS = {"dense": "swiglu", "moe": "moe(num_experts=8, top_k=2, hidden=40, load_balance=0.01, z_loss=0.001)"}
 CUBE = "data=2, fsdp=2, tensor=2"
 pytestmark = pytest.mark.xdist_group("sharding")  # they share compiled programs
-# Fusing well takes the compiler longer than these programs run.
-FAST = {"xla_cpu_use_fusion_emitters": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ def program(ffn, mesh_spec, accumulate):
             shardings,
         )
         train_step = step.jit_train_step(lm, config.train, mesh, shardings)
-        compiled = train_step.lower(shaped, batches(mesh)[0]).compile(FAST)
+        compiled = train_step.lower(shaped, batches(mesh)[0]).compile()
     return Program(mesh, step.jit_create(lm, config.train, 0, T, shardings), shaped, shardings, compiled)
 
 
@@ -171,7 +169,7 @@ def test_a_router_chooses_where_its_tokens_are():
 def test_the_state_is_created_split_and_donated():
     made = program("dense", "fsdp=8", 1)
     with jax.set_mesh(made.mesh):
-        init = made.create.lower().compile(FAST)
+        init = made.create.lower().compile()
     assert makes(init.as_text(), stacks(made)) == []
     whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.shaped))
     split = sum(
