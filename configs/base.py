@@ -16,9 +16,12 @@ def get_config():
     config.model.mixer = "gqa"
     config.model.ffn = "swiglu"
     config.model.pattern = ()  # for hybrids: ("gqa", "mqa | moe(...)"), repeated over the layers
+    config.model.parameters_of = ""  # "mixer | ffn": widths are chosen so that the parameters are those of this block
+    config.model.residual = "sequential"  # or parallel: mixer and ffn read the same input
     config.model.position = "rope"
     config.model.norm = "rmsnorm"
     config.model.tied = True
+    config.model.embed_norm = False  # a norm after the embedding
     config.model.precision = "float32"  # float32, bfloat16, mixed
     config.model.attention_kernel = "auto"
     config.model.remat = "none"  # none, full, or a policy of jax.checkpoint_policies

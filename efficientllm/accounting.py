@@ -1,7 +1,7 @@
 """What a model costs by closed formula: parameters, FLOPs and state bytes, from its parameter tree and its parts.
 
 FLOP convention: a multiply-add is 2; causal attention counts half of its square; an embedding look-up is 0; routers are
-counted, the optimiser is not; experts count as far as a token is sent to them.
+counted, the optimiser is not; experts count as far as a token is sent to them; what is not a matrix product is 0.
 """
 
 import math
@@ -23,16 +23,18 @@ def parameters(lm, boxed):
     return {"total": total, "active": round(active)}
 
 
-def forward_flops(lm, boxed, length, pairs=None):
-    """Forward matmul FLOPs of one row of `length` tokens; `pairs` of query and key default to the causal half."""
-    pairs = length * length / 2 if pairs is None else pairs
+def forward_flops(lm, boxed, length, executed=False):
+    """Forward matmul FLOPs of one row of `length` tokens.
+
+    What the model needs; or with `executed` what its kernels compute, which also do what a mask then drops.
+    """
     linear = sum(
-        2 * length * math.prod(shape) * _active_fraction(lm, path, axes)
+        2 * _rows(lm, path, length) * math.prod(shape) * _active_fraction(lm, path, axes)
         for path, shape, axes in _leaves(boxed)
         if path.endswith("kernel")
     )
     head = 2 * length * lm.dim * lm.vocab_size if lm.tied else 0
-    mixers = sum(mixer.mix_flops(pairs) for mixer, _ in parts(lm)) * lm.num_groups
+    mixers = sum(mixer.mix_flops(length, executed) for mixer, _ in parts(lm)) * lm.num_groups
     return linear + head + mixers
 
 
@@ -43,7 +45,8 @@ def train_flops(lm, boxed, length):
 
 def state_bytes(lm, length):
     """Bytes of decode state that one row of `length` tokens holds in all layers."""
-    return sum(mixer.state_bytes(length) for mixer, _ in parts(lm)) * lm.num_groups
+    stateful = [part for block in parts(lm) for part in block if hasattr(part, "state_bytes")]
+    return sum(part.state_bytes(length) for part in stateful) * lm.num_groups
 
 
 def _leaves(boxed):
@@ -52,9 +55,21 @@ def _leaves(boxed):
         yield path_of(keys), leaf.value.shape, leaf.names
 
 
+def _part(lm, path):
+    """The mixer or ffn that a parameter belongs to; None for the model's own."""
+    names = path.split("/")
+    block = next((name for name in names if name.startswith("block_")), None)
+    if block is None:
+        return None
+    mixer, ffn = parts(lm)[int(block.removeprefix("block_"))]
+    return {"mixer": mixer, "ffn": ffn}.get(names[names.index(block) + 1])
+
+
+def _rows(lm, path, length):
+    """How many rows a kernel multiplies: one a token, unless its part says otherwise (`kernel_rows`)."""
+    part = _part(lm, path)
+    return part.kernel_rows(path, length) if hasattr(part, "kernel_rows") else length
+
+
 def _active_fraction(lm, path, axes):
-    if "expert" not in axes:
-        return 1
-    block = next(part for part in path.split("/") if part.startswith("block_"))
-    _, ffn = parts(lm)[int(block.removeprefix("block_"))]
-    return ffn.active_fraction
+    return _part(lm, path).active_fraction if "expert" in axes else 1

@@ -10,40 +10,61 @@ from efficientllm.registry import lookup, register
 
 @flax.struct.dataclass
 class Mask:
-    """Which keys a query may read: none after itself, none of another segment.
+    """Which keys a query may read: none after itself, none of another segment, none older than the window.
 
     Args:
       segments_BT: the document of each token of a packed row; None when a row is one document.
       query_index_BT: the key index each query stands at; None when query t stands at key t (training, and prefill
         into an empty state).
+      key_index_BS: the index each key stands at, negative where a slot is empty; None when key s stands at s.
+      window: keys a query reads, itself included; None reads all.
     """
 
     segments_BT: jax.Array = None
     query_index_BT: jax.Array = None
+    key_index_BS: jax.Array = None
+    window: int = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def aligned(self):
+        """Queries and keys are the same tokens."""
+        return self.query_index_BT is None
 
     def dense(self, query_length, key_length):
         """The mask as a boolean array `[B or 1, T, S]`, True where a query may read."""
-        return self.rows(0, query_length, key_length)
+        return self.rows((0, query_length), (0, key_length))
 
-    def rows(self, start, stop, key_length):
-        """`dense` for the queries start..stop over the first `key_length` keys."""
-        aligned = self.query_index_BT is None
-        index_BT = jnp.arange(start, stop)[None] if aligned else self.query_index_BT[:, start:stop]
-        mask_BTS = index_BT[:, :, None] >= jnp.arange(key_length)
-        if self.segments_BT is None:
-            return mask_BTS
-        return mask_BTS & (self.segments_BT[:, start:stop, None] == self.segments_BT[:, None, :key_length])
+    def rows(self, queries, keys):
+        """`dense` for the queries and keys of two ranges `(start, stop)`."""
+        distance_BTS = self.distance(queries, keys)
+        mask_BTS = distance_BTS >= 0
+        if self.window is not None:
+            mask_BTS &= distance_BTS < self.window
+        if self.key_index_BS is not None:
+            mask_BTS &= self.key_index_BS[:, None, slice(*keys)] >= 0
+        if self.segments_BT is not None:
+            segments = self.segments_BT
+            mask_BTS &= segments[:, slice(*queries), None] == segments[:, None, slice(*keys)]
+        return mask_BTS
+
+    def distance(self, queries, keys):
+        """How far behind its query each key stands, `[B or 1, T, S]`; negative after it."""
+        query_BT = jnp.arange(*queries)[None] if self.aligned else self.query_index_BT[:, slice(*queries)]
+        key_BS = jnp.arange(*keys)[None] if self.key_index_BS is None else self.key_index_BS[:, slice(*keys)]
+        return query_BT[:, :, None] - key_BS[:, None, :]
 
 
 @flax.struct.dataclass
 class Context:
     """What every mixer of a forward pass shares.
 
-    `positions_BT` restart at each segment. `mask` covers the row, or the state's slots when decoding.
+    `positions_BT` restart at each segment. `mask` covers the row, or the state's slots when decoding. `memo` holds
+    what mixers of earlier layers hand to later ones (`model.LM`).
     """
 
     positions_BT: jax.Array
     mask: Mask
+    memo: dict = flax.struct.field(default_factory=dict)
 
     @classmethod
     def packed(cls, positions_BT, segments_BT=None):
@@ -56,28 +77,42 @@ class Context:
         return cls(positions_BT, Mask(query_index_BT=positions_BT))
 
 
-def attend(q_BTHK, k_BSGK, v_BSGK, mask, kernel="auto"):
-    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1) -> `[B, T, H, K]`.
+def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1) -> `[B, T, H, V]`.
 
     Softmax is float32. H is a multiple of G: query head h reads KV head h // (H // G).
-    `kernel` is `auto` or a registered `attention_kernel`. Raises UserError for a kernel that does not exist.
+
+    Args:
+      kernel: `auto` or a registered `attention_kernel`.
+      bias: what is added to the scores: a function of `(mask, queries, keys)`, as `Mask.distance`, to `[B or 1, H, T, S]`.
+      scale: of the scores; None is K^-1/2.
+
+    Raises UserError for a kernel that does not exist.
     """
     if kernel == "auto":
-        kernel = choose(q_BTHK, k_BSGK, mask)
+        kernel = choose(q_BTHK, mask, bias)
     compute = lookup("attention_kernel", kernel, where="config.model.attention_kernel")
     kernels.note("attention", kernel)
-    return compute(q_BTHK, k_BSGK, v_BSGK, mask)
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
 
 
-def choose(q_BTHK, k_BSGK, mask):
+def choose(q_BTHK, mask, bias=None):
     """The attention kernel for these shapes on the platform being compiled for."""
-    aligned = mask.query_index_BT is None  # queries and keys are the same tokens
     T, K = q_BTHK.shape[1], q_BTHK.shape[-1]
     half = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
-    if kernels.platform() == "gpu" and half and aligned and K % 8 == 0 and K <= 128 and T % 2 == 0:
+    if (
+        kernels.platform() == "gpu"
+        and half
+        and mask.aligned
+        and bias is None
+        and K % 8 == 0
+        and K <= 128
+        and T % 2 == 0
+    ):
         return "cudnn"
     # Measured on CPUs: skipping the masked half in static chunks is 1.4x to 2x faster from two chunks on.
-    if kernels.platform() == "cpu" and aligned and T > CHUNK:
+    if kernels.platform() == "cpu" and mask.aligned and T > CHUNK:
         return "chunked"
     return "xla"
 
@@ -87,36 +122,73 @@ MAX_CHUNKS = 32  # each chunk is compiled apart
 
 
 @register("attention_kernel", "xla")
-def _xla(q_BTHK, k_BSGK, v_BSGK, mask, implementation="xla"):
-    if mask.segments_BT is None and mask.query_index_BT is None:
-        return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, is_causal=True, implementation=implementation)
-    mask_B1TS = mask.dense(q_BTHK.shape[1], k_BSGK.shape[1])[:, None]
-    return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask_B1TS, implementation=implementation)
+def _xla(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
+    return _dense(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale, (0, q_BTHK.shape[1]), (0, k_BSGK.shape[1]))
 
 
 @register("attention_kernel", "cudnn")
-def _cudnn(q_BTHK, k_BSGK, v_BSGK, mask):
-    return _xla(q_BTHK, k_BSGK, v_BSGK, mask, implementation="cudnn")
+def _cudnn(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
+    K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
+    v_BSGK = jnp.pad(v_BSGV, ((0, 0),) * 3 + ((0, K - V),))  # it wants values as wide as keys
+    options = {"scale": scale, "implementation": "cudnn"}
+    if mask.aligned and mask.segments_BT is None:
+        window = None if mask.window is None else (mask.window - 1, 0)
+        y = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, is_causal=True, local_window_size=window, **options)
+    else:
+        mask_B1TS = mask.dense(q_BTHK.shape[1], k_BSGK.shape[1])[:, None]
+        y = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask_B1TS, **options)
+    return y[..., :V]
 
 
 @register("attention_kernel", "chunked")
-def _chunked(q_BTHK, k_BSGK, v_BSGK, mask):
-    """Queries in static chunks, each over the keys up to its end: most of the masked half is never computed."""
-    outputs = []
-    for start, stop in _chunks(q_BTHK.shape[1]):
-        mask_B1TS = mask.rows(start, stop, stop)[:, None]
-        q, k, v = q_BTHK[:, start:stop], k_BSGK[:, :stop], v_BSGK[:, :stop]
-        outputs.append(jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, implementation="xla"))
+def _chunked(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
+    """Queries in static chunks, each over the keys it may reach: most of what is masked is never computed."""
+    outputs = [
+        _dense(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale, queries, keys)
+        for queries, keys in _chunks(q_BTHK.shape[1], mask.window)
+    ]
     return jnp.concatenate(outputs, axis=1)
 
 
-def _chunks(length):
+def _dense(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale, queries, keys):
+    """The queries of one range over the keys of another, every pair of them."""
+    q, k, v = q_BTHK[:, slice(*queries)], k_BSGK[:, slice(*keys)], v_BSGV[:, slice(*keys)]
+    mask_B1TS = mask.rows(queries, keys)[:, None]
+    bias_BHTS = None if bias is None else bias(mask, queries, keys)
+    if q.shape[-1] == v.shape[-1]:
+        return jax.nn.dot_product_attention(q, k, v, bias=bias_BHTS, mask=mask_B1TS, scale=scale, implementation="xla")
+    return _unequal_heads(q, k, v, bias_BHTS, mask_B1TS, scale)
+
+
+def _unequal_heads(q_BTHK, k_BSGK, v_BSGV, bias_BHTS, mask_B1TS, scale):
+    """`jax.nn.dot_product_attention` for values that are not as wide as keys."""
+    B, T, H, K = q_BTHK.shape
+    q_BTGRK = q_BTHK.reshape(B, T, k_BSGK.shape[2], -1, K)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    scores_BHTS = scores.reshape(B, H, T, -1) * scale
+    if bias_BHTS is not None:
+        scores_BHTS = scores_BHTS + bias_BHTS
+    weights_BHTS = jax.nn.softmax(jnp.where(mask_B1TS, scores_BHTS, jnp.finfo(jnp.float32).min), -1)
+    weights = weights_BHTS.astype(v_BSGV.dtype).reshape(scores.shape)
+    return jnp.einsum("bgrts,bsgv->btgrv", weights, v_BSGV).reshape(B, T, H, -1)
+
+
+def _chunks(length, window=None):
+    """`[((start, stop) of queries, (start, stop) of the keys they may reach)]`."""
     size = max(CHUNK, -(-length // MAX_CHUNKS))
-    return [(start, min(length, start + size)) for start in range(0, length, size)]
+    starts = range(0, length, size)
+    reach = length if window is None else window - 1
+    return [((s, min(length, s + size)), (max(0, s - reach), min(length, s + size))) for s in starts]
 
 
-def executed_pairs(kernel, length):
+def causal_pairs(length, window=None):
+    """Query-key pairs per head of a causal row: half of the square, and of the window's where it is narrower."""
+    window = length if window is None else min(window, length)
+    return window * window / 2 + (length - window) * window
+
+
+def executed_pairs(kernel, length, window=None):
     """Query-key pairs per head that `kernel` computes for a causal row of `length` tokens."""
     if kernel == "chunked":
-        return sum((stop - start) * stop for start, stop in _chunks(length))
+        return sum((queries[1] - queries[0]) * (keys[1] - keys[0]) for queries, keys in _chunks(length, window))
     return length * length

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficientllm import matching, registry
+from efficientllm.attention import Context
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.layers import Linear
 from efficientllm.registry import build, complete
@@ -12,21 +14,34 @@ from efficientllm.weights import activation_dtype, matmul
 
 
 class Block(nn.Module):
-    """A mixer and an ffn, each behind a norm and added to the residual stream."""
+    """A mixer and an ffn, each behind a norm and added to the residual stream; or a mixer alone.
+
+    `residual`: `sequential` gives the ffn what the mixer has added to, `parallel` what the mixer was given (GPT-NeoX).
+    """
 
     mixer: str
     ffn: str
     norm: str
+    residual: str
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, state):
+    def __call__(self, x_BTD, ctx, states):
         x_BTD = constrain(x_BTD, "batch", None, None)
+        mixer, ffn = build("mixer", self.mixer, name="mixer"), build("ffn", self.ffn, name="ffn")
+        mixer_state, ffn_state = (None, None) if states is None else states
         normed_BTD = build("norm", self.norm, name="mixer_norm")(x_BTD)
-        y_BTD, state = build("mixer", self.mixer, name="mixer")(normed_BTD, ctx, state)
-        x_BTD = x_BTD + y_BTD
-        normed_BTD = build("norm", self.norm, name="ffn_norm")(x_BTD)
-        y_BTD, aux = build("ffn", self.ffn, name="ffn")(normed_BTD)
-        return x_BTD + y_BTD, state, aux
+        y_BTD, mixer_state, *memo = mixer(normed_BTD, ctx, mixer_state)
+        memo = ctx.memo | memo[0] if memo else ctx.memo
+        if ffn is None:
+            return x_BTD + y_BTD, memo, (mixer_state, {}), {}
+        before_BTD, x_BTD = x_BTD, x_BTD + y_BTD
+        ffn_input_BTD = before_BTD if self.residual == "parallel" else x_BTD
+        normed_BTD = build("norm", self.norm, name="ffn_norm")(ffn_input_BTD)
+        if hasattr(ffn, "init_state"):
+            y_BTD, ffn_state, aux = ffn(normed_BTD, ctx, ffn_state)
+        else:
+            y_BTD, aux = ffn(normed_BTD)
+        return x_BTD + y_BTD, memo, (mixer_state, ffn_state), aux
 
 
 class Group(nn.Module):
@@ -34,24 +49,34 @@ class Group(nn.Module):
 
     blocks: tuple
     norm: str
+    residual: str
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, states):
+    def __call__(self, carry, ctx, states):
+        x_BTD, memo = carry
         out = []
         for i, (mixer, ffn) in enumerate(self.blocks):
-            state = None if states is None else states[i]
-            x_BTD, *rest = Block(mixer, ffn, self.norm, name=f"block_{i}")(x_BTD, ctx, state)
+            block = Block(mixer, ffn, self.norm, self.residual, name=f"block_{i}")
+            x_BTD, memo, *rest = block(x_BTD, ctx.replace(memo=memo), None if states is None else states[i])
             out.append(rest)
         new_states, aux = zip(*out, strict=True)
-        return x_BTD, (None if states is None else new_states, aux)
+        return (x_BTD, memo), (None if states is None else new_states, aux)
 
 
 class LM(nn.Module):
     """A decoder-only language model.
 
+    A mixer maps `(x_BTD, ctx, state) -> (y_BTD, state)`. One that hands something to later layers returns it as a third
+    value, a dict, finds what earlier layers handed on in `ctx.memo`, and says by `init_memo(batch, length, dim)` what
+    the first layer finds. An ffn maps `x_BTD -> (y_BTD, aux)`; one with `init_state` has a state and is called
+    `(x_BTD, ctx, state) -> (y_BTD, state, aux)`.
+
     Args:
-      blocks: the repeating pattern, pairs of complete (mixer, ffn) specs; `num_layers` is a multiple of its length.
+      blocks: the repeating pattern, pairs of complete (mixer, ffn) specs.
+      num_layers: a block with an ffn is a layer, one without is half a layer (Gu & Dao 2023, arXiv:2312.00752,
+        Appendix E.2); the pattern's layers divide it.
       tied: the output projection is the embedding, transposed.
+      embed_norm: a norm follows the embedding (RWKV, BLOOM).
       remat: `none`, `full`, or the name of a policy of `jax.checkpoint_policies`: what the backward pass keeps.
       scan: compile one group and scan over the stacked rest; False unrolls (debugging, decoding).
     """
@@ -61,23 +86,34 @@ class LM(nn.Module):
     dim: int
     vocab_size: int
     norm: str
+    position: str
+    residual: str
     precision: str
     tied: bool
+    embed_norm: bool
     remat: str
     scan: bool
 
     @property
     def num_groups(self):
-        return self.num_layers // len(self.blocks)
+        return 2 * self.num_layers // half_layers(self.blocks)
 
     @nn.compact
-    def __call__(self, tokens_BT, ctx, states=None):
-        """Returns float32 logits `[B, T, V]`, the new states (None without states) and aux stacked over groups."""
+    def __call__(self, tokens_BT, ctx, states=None, readout=True):
+        """Returns float32 logits `[B, T, V]`, the new states (None without states) and aux stacked over groups.
+
+        Without `readout`, what the logits would be made of, `[B, T, D]`, in their place.
+        """
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         embedding_VD = self.param("embedding", init, (self.vocab_size, self.dim))
         x_BTD = _look_up(embedding_VD, tokens_BT, activation_dtype(self.precision))
+        x_BTD = build("position", self.position, name="position").embed(x_BTD, ctx.positions_BT)
+        if self.embed_norm:
+            x_BTD = build("norm", self.norm, name="embed_norm")(x_BTD)
         x_BTD, states, aux = self._groups(x_BTD, ctx, states)
         x_BTD = build("norm", self.norm, name="norm")(x_BTD)
+        if not readout:
+            return x_BTD, states, aux
         if self.tied:
             logits_BTV = matmul(x_BTD, embedding_VD.T, self.precision, out_dtype=jnp.float32)
         else:
@@ -87,6 +123,8 @@ class LM(nn.Module):
 
     def _groups(self, x_BTD, ctx, states):
         group = Group if self.remat == "none" else nn.remat(Group, policy=_policy(self.remat), prevent_cse=False)
+        fields = (self.blocks, self.norm, self.residual)
+        carry = x_BTD, self._init_memo(*x_BTD.shape[:2])
         if self.scan:
             scanned = nn.scan(
                 group,
@@ -96,16 +134,22 @@ class LM(nn.Module):
                 length=self.num_groups,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x_BTD, (states, aux) = scanned(self.blocks, self.norm, name="groups")(x_BTD, ctx, states)
+            (x_BTD, _), (states, aux) = scanned(*fields, name="groups")(carry, ctx, states)
             return x_BTD, states, aux
         out = []
         for i in range(self.num_groups):
             state = None if states is None else states[i]
-            x_BTD, rest = group(self.blocks, self.norm, name=f"group_{i}")(x_BTD, ctx, state)
+            carry, rest = group(*fields, name=f"group_{i}")(carry, ctx, state)
             out.append(rest)
         new_states, aux = zip(*out, strict=True)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
-        return x_BTD, None if states is None else new_states, stacked
+        return carry[0], None if states is None else new_states, stacked
+
+    def _init_memo(self, batch, length):
+        memo = {}
+        for mixer, _ in parts(self):
+            memo |= mixer.init_memo(batch, length, self.dim) if hasattr(mixer, "init_memo") else {}
+        return memo
 
 
 def _look_up(embedding_VD, tokens_BT, dtype):
@@ -124,6 +168,27 @@ def from_config(model, tokenizer_size=None):
     Raises UserError naming the key that does not fit.
     """
     size = build("size", model.size, where="config.model.size")
+    if model.parameters_of:
+        size = _equal_parameters(model, size, tokenizer_size)
+    return _describe(model, size, tokenizer_size)
+
+
+def _equal_parameters(model, size, tokenizer_size):
+    """The size at which the model has as many parameters as with blocks of `config.model.parameters_of`."""
+
+    def count(model, size):
+        lm = _describe(model, size, tokenizer_size or 8)
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(lm)))
+
+    mixer, _, ffn = model.parameters_of.partition("|")
+    block = {"mixer": mixer.strip(), "ffn": ffn.strip() or model.ffn, "pattern": ()}
+    reference = model.copy_and_resolve_references()
+    reference.update(block)
+    return matching.matched(size, count(reference, size), lambda size: count(model, size), model.parameters_of)
+
+
+def _describe(model, size, tokenizer_size=None):
+    """The LM of `config.model` at a given size."""
     build("precision", model.precision, where="config.model.precision")
     if model.remat not in ("none", "full"):
         _policy(model.remat)
@@ -132,21 +197,54 @@ def from_config(model, tokenizer_size=None):
         defaults[kind] = complete(kind, model[kind], defaults, where=f"config.model.{kind}")
         build(kind, defaults[kind], where=f"config.model.{kind}")
     blocks = tuple(_block(entry, model.ffn, defaults) for entry in model.pattern or (model.mixer,))
-    if size.num_layers % len(blocks):
+    if 2 * size.num_layers % half_layers(blocks):
         raise UserError(
-            f"config.model.pattern has {len(blocks)} blocks; {size.num_layers} layers are no multiple of that"
+            f"config.model.pattern has {half_layers(blocks) / 2:g} layers; {size.num_layers} layers are no multiple of "
+            "that"
         )
+    _check_positions(blocks, defaults["position"])
     return LM(
         blocks=blocks,
         num_layers=size.num_layers,
         dim=size.dim,
         vocab_size=_vocab_size(size, tokenizer_size),
         norm=defaults["norm"],
+        position=defaults["position"],
+        residual=_one_of("residual", model.residual, ("sequential", "parallel")),
         precision=model.precision,
         tied=model.tied,
+        embed_norm=model.embed_norm,
         remat=model.remat,
         scan=model.scan,
     )
+
+
+def _one_of(key, value, known):
+    if value not in known:
+        raise UserError(f"config.model.{key} = {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}")
+    return value
+
+
+def _check_positions(blocks, model_position):
+    """Every mixer admits its position, and a position of the embeddings is the model's own."""
+    for mixer, _ in blocks:
+        name, fields = registry.parse(mixer)
+        if (spec := fields.get("position")) is None:
+            continue
+        acts_on = build("position", spec).acts_on
+        admitted = registry.lookup("mixer", name).admits
+        if acts_on is not None and acts_on not in admitted:
+            raise UserError(
+                f"config.model.position = {spec!r} acts on the {acts_on}; mixer {name!r} admits positions that act on "
+                f"the {' or the '.join(admitted)}"
+            )
+        if acts_on == "embedding" and spec != model_position:
+            raise UserError(f"{mixer}: a position of the embeddings is the whole model's: set config.model.position")
+
+
+def half_layers(blocks):
+    """Half layers in a pattern: two a block, one where it has no ffn."""
+    return sum(1 if build("ffn", ffn, parent=None) is None else 2 for _, ffn in blocks)
 
 
 def _block(entry, ffn, defaults):
@@ -183,16 +281,41 @@ def _policy(name):
 
 
 def parts(lm):
-    """The unbound (mixer, ffn) of each block of the pattern."""
-    return [(build("mixer", mixer), build("ffn", ffn)) for mixer, ffn in lm.blocks]
+    """The unbound (mixer, ffn) of each block of the pattern; a block without an ffn has None."""
+    return [(build("mixer", mixer, parent=None), build("ffn", ffn, parent=None)) for mixer, ffn in lm.blocks]
 
 
 def init_states(lm, batch, length):
-    """Empty states for `length` tokens of `batch` rows, in the layout `lm` takes (stacked if it scans)."""
-    group = tuple(mixer.init_state(batch, length) for mixer, _ in parts(lm))
+    """Empty states for `length` tokens of `batch` rows, in the layout `lm` takes (stacked if it scans).
+
+    A block's is the pair of its mixer's and its ffn's. Raises UserError for more tokens than the position has.
+    """
+    check_length(lm, length)
+    group = tuple(
+        (mixer.init_state(batch, length), ffn.init_state(batch, length) if hasattr(ffn, "init_state") else {})
+        for mixer, ffn in parts(lm)
+    )
     if not lm.scan:
         return (group,) * lm.num_groups
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lm.num_groups, *leaf.shape)), group)
+
+
+def abstract_params(lm):
+    """The parameters' shapes, boxed with their logical axes; no array is made."""
+    tokens_BT = jnp.zeros((1, 8), jnp.int32)
+    return jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens_BT, Context.packed(tokens_BT)))["params"]
+
+
+def head_kernel(lm, params):
+    """The output projection `[D, V]`."""
+    return params["embedding"].T if lm.tied else params["head"]["kernel"]
+
+
+def check_length(lm, length, where="the state"):
+    """Raises UserError for a row of `length` tokens where the position has fewer."""
+    most = getattr(build("position", lm.position), "max_positions", length)
+    if length > most:
+        raise UserError(f"{where} has {length} tokens; config.model.position = {lm.position!r} has {most} positions")
 
 
 def unroll(lm, params):

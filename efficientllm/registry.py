@@ -17,6 +17,7 @@ HOMES = {
     "mixer": "efficientllm.mixers",
     "ffn": "efficientllm.ffns",
     "position": "efficientllm.positions",
+    "rope_scaling": "efficientllm.positions",
     "norm": "efficientllm.layers",
     "attention_kernel": "efficientllm.attention",
     "grouped_kernel": "efficientllm.grouped_matmul",
@@ -106,7 +107,7 @@ def build(kind, spec, defaults=None, where=None, **fixed):
     where = where or f"{kind} spec"
     name, target, given = _resolve(kind, spec, where)
     values = {**_inherited(target, defaults or {}), **fixed, **given}
-    required = [key for key, field in _settable(target).items() if field.default is inspect.Parameter.empty]
+    required = [key for key, field in settable(target).items() if field.default is inspect.Parameter.empty]
     if missing := [key for key in required if key not in values]:
         raise UserError(f"{where} = {spec!r}: {kind} {name!r} needs a value for {', '.join(missing)}")
     return target(**values)
@@ -115,26 +116,25 @@ def build(kind, spec, defaults=None, where=None, **fixed):
 def _resolve(kind, spec, where):
     name, given = parse(spec, where)
     target = lookup(kind, name, where)
-    settable = _settable(target)
+    fields = settable(target)
     for key, value in given.items():
-        if key not in settable:
+        if key not in fields:
             raise UserError(
                 f"{where} = {spec!r}: {kind} {name!r} has no field {key!r}; "
-                f"fields: {', '.join(settable) or 'none'}{did_you_mean(key, settable)}"
+                f"fields: {', '.join(fields) or 'none'}{did_you_mean(key, fields)}"
             )
-        _check_type(where, spec, key, value, settable[key].annotation)
+        _check_type(where, spec, key, value, fields[key].annotation)
     return name, target, given
 
 
 def _inherited(target, defaults):
-    return {key: defaults[key] for key in _settable(target) if defaults.get(key) is not None}
+    return {key: defaults[key] for key in settable(target) if defaults.get(key) is not None}
 
 
-def _settable(target):
-    fields = dict(inspect.signature(target).parameters)
-    if "parent" in fields:  # a flax module's own two
-        del fields["parent"], fields["name"]
-    return fields
+def settable(target):
+    """The parameters that a spec of `target` may set, by name."""
+    parameters = inspect.signature(target).parameters
+    return {key: value for key, value in parameters.items() if key not in ("parent", "name")}  # flax's own two
 
 
 def _check_type(where, spec, key, value, annotation):

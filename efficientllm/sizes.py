@@ -11,7 +11,8 @@ from efficientllm.registry import register
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """`hidden` is the width of a dense ffn; `vocab_size` None means the tokenizer's."""
+    """`hidden` is the width of a dense ffn, `inner` that of a mixer without attention (None: twice `dim`);
+    `vocab_size` None means the tokenizer's."""
 
     num_layers: int
     dim: int
@@ -23,6 +24,7 @@ class Size:
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     vocab_size: int = None
+    inner: int = None
 
     def defaults(self):
         """What specs may inherit: the shape's own fields, and the names other techniques give two of them."""
@@ -35,6 +37,7 @@ def preset(name, **shape):
 
 
 preset("tiny", num_layers=4, dim=128, num_heads=4, num_kv_heads=2, head_dim=32, hidden=384, rope_base=1e4)
+preset("small", num_layers=6, dim=256, num_heads=8, num_kv_heads=4, head_dim=32, hidden=768, rope_base=1e4)
 
 _qwen = {"num_kv_heads": 2, "rope_base": 1e6, "qkv_bias": True, "vocab_size": 151936}
 preset("0.5b", num_layers=24, dim=896, num_heads=14, head_dim=64, hidden=4864, **_qwen)

@@ -5,7 +5,8 @@ import pytest
 import contract
 from efficientllm import registry
 
-TECHNIQUES = [(kind, registry.example(kind, name)) for kind in ("mixer", "ffn") for name in registry.names(kind)]
+KINDS = ("mixer", "ffn", "position")
+TECHNIQUES = [(kind, registry.example(kind, name)) for kind in KINDS for name in registry.names(kind)]
 MESHES = ("data=2, fsdp=2, tensor=2", "data=1, fsdp=4, tensor=2")  # test_sharding.py has one axis at a time
 
 every_technique = pytest.mark.parametrize("kind, spec", TECHNIQUES, ids=[spec for _, spec in TECHNIQUES])

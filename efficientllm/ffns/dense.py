@@ -35,3 +35,9 @@ class GELU(nn.Module):
         up = Linear(self.hidden, ("embed", "mlp"), self.precision, self.use_bias, name="up")(x_BTD)
         gelu = jax.nn.gelu(up, approximate=False)
         return Linear(x_BTD.shape[-1], ("mlp", "embed"), self.precision, self.use_bias, name="down")(gelu), {}
+
+
+@register("ffn", "none")
+def no_ffn(parent=None, name=None):
+    """A block that is a mixer alone, as Mamba's are."""
+    return None

@@ -1,16 +1,15 @@
-"""Multi-head, multi-query and grouped-query attention: one module, three counts of KV heads.
+"""Multi-head, multi-query, grouped-query and sliding-window attention: one module, some counts of KV heads.
 
 MHA: Vaswani et al. 2017, arXiv:1706.03762. MQA: Shazeer 2019, arXiv:1911.02150. GQA: Ainslie et al. 2023,
-arXiv:2305.13245.
+arXiv:2305.13245. Window: Beltagy et al. 2020, arXiv:2004.05150.
 """
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
-from efficientllm.attention import attend
+from efficientllm.attention import attend, causal_pairs, executed_pairs
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
+from efficientllm.mixers import cache
 from efficientllm.registry import build, register
 from efficientllm.sharding import constrain
 from efficientllm.weights import activation_dtype
@@ -19,8 +18,8 @@ from efficientllm.weights import activation_dtype
 class Attention(nn.Module, kw_only=True):
     """Attention of H query heads over `kv_heads` KV heads.
 
-    `qkv_bias` adds a bias to the three input projections (Qwen2), `qk_norm` norms each head of q and k before the
-    rotation (Qwen3).
+    `qkv_bias` adds a bias to the three input projections (Qwen2), `o_bias` to the output's (Pythia), `qk_norm` norms
+    each head of q and k before the rotation (Qwen3).
     """
 
     num_heads: int
@@ -30,7 +29,11 @@ class Attention(nn.Module, kw_only=True):
     precision: str
     attention_kernel: str
     qkv_bias: bool = False
+    o_bias: bool = False
     qk_norm: bool = False
+
+    admits = ("heads", "scores", "embedding")  # where a position may act; see positions/
+    keys_read = None  # how many tokens back a query reads, itself included; None is all
 
     @property
     def kv_heads(self):
@@ -47,12 +50,11 @@ class Attention(nn.Module, kw_only=True):
             q_BTHK = build("norm", self.norm, name="q_norm", axis=None)(q_BTHK)
             k_BTGK = build("norm", self.norm, name="k_norm", axis=None)(k_BTGK)
         q_BTHK, k_BTGK = position.rotate(q_BTHK, ctx.positions_BT), position.rotate(k_BTGK, ctx.positions_BT)
-        if state is not None:
-            state = {"k": _store(state["k"], k_BTGK, ctx), "v": _store(state["v"], v_BTGK, ctx)}
-            k_BTGK, v_BTGK = state["k"], state["v"]
-        y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, ctx.mask, self.attention_kernel)
+        mask = ctx.mask.replace(window=self.keys_read)
+        (k_BSGK, v_BSGK), mask, state = cache.extend(state, {"k": k_BTGK, "v": v_BTGK}, mask, ctx.positions_BT)
+        y_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, self.attention_kernel, position.bias(H))
         y_BTD = y_BTHK.reshape(*x_BTD.shape[:2], H * K)
-        return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, name="o")(y_BTD), state
+        return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, self.o_bias, name="o")(y_BTD), state
 
     def _project(self, x_BTD, name, heads, axis):
         linear = Linear(heads * self.head_dim, ("embed", axis), self.precision, self.qkv_bias, name=name)
@@ -61,22 +63,24 @@ class Attention(nn.Module, kw_only=True):
 
     def init_state(self, batch, length):
         """An empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the activation dtype."""
-        shape = (batch, length, self.kv_heads, self.head_dim)
-        return {name: jnp.zeros(shape, activation_dtype(self.precision)) for name in ("k", "v")}
+        shape = (self.kv_heads, self.head_dim)
+        slots = cache.slots(length, self.keys_read)
+        return cache.empty({"k": shape, "v": shape}, batch, slots, activation_dtype(self.precision))
 
     def state_bytes(self, length):
-        """Bytes of state a row of `length` tokens holds: 2 G K b a token."""
-        return 2 * length * self.kv_heads * self.head_dim * activation_dtype(self.precision).itemsize
+        """Bytes of state a row of `length` tokens holds: 2 G K b a token, up to the window's."""
+        slots = cache.slots(length, self.keys_read)
+        return 2 * slots * self.kv_heads * self.head_dim * activation_dtype(self.precision).itemsize
 
-    def mix_flops(self, pairs):
-        """Forward FLOPs beyond the kernels' for `pairs` query-key pairs: scores and values, 2 H K each."""
+    def mix_flops(self, length, executed=False):
+        """Forward FLOPs beyond the kernels' for a row of `length` tokens: scores and values, 2 H K a pair each.
+
+        The pairs that a causal row has, or with `executed` those that the kernel computes.
+        """
+        pairs = causal_pairs(length, self.keys_read)
+        if executed:
+            pairs = executed_pairs(self.attention_kernel, length, self.keys_read)
         return 4 * self.num_heads * self.head_dim * pairs
-
-
-def _store(cache_BSGK, new_BTGK, ctx):
-    """Writes each row's tokens into the slots from that row's first position on."""
-    write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice_in_dim(cache, new, start, 0))
-    return write(cache_BSGK, new_BTGK.astype(cache_BSGK.dtype), ctx.positions_BT[:, 0])
 
 
 @register("mixer", "mha")
@@ -105,9 +109,28 @@ class GQA(Attention, kw_only=True):
 
     def __post_init__(self):
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise UserError(f"gqa: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+            raise UserError(
+                f"num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}: "
+                "each KV head serves as many query heads as every other"
+            )
         super().__post_init__()
 
     @property
     def kv_heads(self):
         return self.num_kv_heads
+
+
+@register("mixer", "window", example="window(window=5)")
+class Window(GQA, kw_only=True):
+    """A query reads the last `window` tokens, itself included; the state is a ring of as many slots."""
+
+    window: int
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise UserError(f"window: window = {self.window} must be at least 1, the query's own token")
+        super().__post_init__()
+
+    @property
+    def keys_read(self):
+        return self.window

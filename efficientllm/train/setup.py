@@ -50,6 +50,7 @@ def prepare(config, log):
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
     tokenizer = data.build_tokenizer(config.tokenizer, config.data)
     lm = model.from_config(config.model, tokenizer.vocab_size)
+    model.check_length(lm, config.train.length, where="config.train.length: a row")
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     rows = (config.data, tokenizer, config.train.batch_size, config.train.length)
     with jax.set_mesh(mesh):

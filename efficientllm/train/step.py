@@ -12,6 +12,7 @@ from efficientllm import model as models
 from efficientllm import sharding
 from efficientllm.attention import Context
 from efficientllm.optim import rules
+from efficientllm.train.loss import nll_sum
 
 
 @flax.struct.dataclass
@@ -50,21 +51,12 @@ def loss_fn(lm, params, batch, targets):
     step counts alike. `metrics["aux"]` holds each block's statistics, stacked over groups.
     """
     ctx = Context.packed(batch["positions"], batch["segments"])
-    logits_BTV, _, aux = lm.apply({"params": params}, batch["tokens"], ctx)
-    cross_entropy = nll_sum(logits_BTV, batch) / jnp.maximum(targets, 1.0)
+    x_BTD, _, aux = lm.apply({"params": params}, batch["tokens"], ctx, readout=False)
+    nats = nll_sum(x_BTD, models.head_kernel(lm, params), batch, lm.precision)
+    cross_entropy = nats / jnp.maximum(targets, 1.0)
     router = sum(jnp.mean(leaf) for block in aux for leaf in block.get("losses", {}).values())
     total = cross_entropy + router
     return total, {"loss": cross_entropy, "total_loss": total, "aux": aux}
-
-
-def nll_sum(logits_BTV, batch):
-    """Negative log likelihood (nats) summed over the weighted targets.
-
-    The target's logit is picked by comparison, not by a gather: the vocabulary may be split over devices.
-    """
-    is_target_BTV = batch["targets"][..., None] == jnp.arange(logits_BTV.shape[-1])
-    target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), -1)
-    return jnp.sum((jax.nn.logsumexp(logits_BTV, -1) - target_BT) * batch["weights"])
 
 
 def gradients(lm, params, batch, accumulate):
@@ -108,9 +100,10 @@ def train_step(lm, train, state, batch):
 def eval_step(lm, params, batch, token_bytes_V):
     """`(summed nats, targets, UTF-8 bytes of the targets)` of a batch."""
     ctx = Context.packed(batch["positions"], batch["segments"])
-    logits_BTV, _, _ = lm.apply({"params": params}, batch["tokens"], ctx)
+    x_BTD, _, _ = lm.apply({"params": params}, batch["tokens"], ctx, readout=False)
+    nats = nll_sum(x_BTD, models.head_kernel(lm, params), batch, lm.precision)
     bytes_BT = token_bytes_V[batch["targets"]]
-    return nll_sum(logits_BTV, batch), jnp.sum(batch["weights"]), jnp.sum(bytes_BT * batch["weights"])
+    return nats, jnp.sum(batch["weights"]), jnp.sum(bytes_BT * batch["weights"])
 
 
 def jit_train_step(lm, train, mesh, state_shardings):

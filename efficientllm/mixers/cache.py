@@ -1,0 +1,61 @@
+"""Decode state that grows with the tokens: a slot a token, or a ring of the last ones."""
+
+import jax
+import jax.numpy as jnp
+
+
+def slots(length, window=None):
+    """Slots that a state for `length` tokens has; a ring has as many as the window."""
+    return length if window is None else min(length, window)
+
+
+def empty(shapes, batch, slots, dtype):
+    """`{name: zeros [B, S, *shape]}`."""
+    return {name: jnp.zeros((batch, slots, *shape), dtype) for name, shape in shapes.items()}
+
+
+def extend(state, new, mask, positions_BT):
+    """Adds the tokens of `new` to the state.
+
+    Args:
+      state: `{name: [B, S, ...]}`, or None in training: the new tokens are all there are.
+      new: `{name: [B, T, ...]}` of the tokens at `positions_BT`, which follow one another in each row.
+      mask: the pass's, with its window; a state of fewer slots than tokens is a ring of the window's.
+
+    Returns `(what queries read, in the order of new; the mask over it; the new state)`.
+    """
+    if state is None:
+        return tuple(new.values()), mask, None
+    new = {name: leaf.astype(state[name].dtype) for name, leaf in new.items()}
+    if mask.window is None:
+        state = {name: _write(state[name], leaf, positions_BT[:, 0]) for name, leaf in new.items()}
+        return tuple(state.values()), mask, state
+    return _extend_ring(state, new, mask, positions_BT)
+
+
+def _write(cache_BS, new_BT, start_B):
+    """Writes each row's tokens into the slots from `start` on."""
+    write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice_in_dim(cache, new, start, 0))
+    return write(cache_BS, new_BT, start_B)
+
+
+def _extend_ring(state, new, mask, positions_BT):
+    """Token p lives in slot p mod S, until token p + S takes it."""
+    S, T = next(iter(state.values())).shape[1], positions_BT.shape[1]
+    last_B1 = positions_BT[:, -1:]
+    if T == 1:
+        state = {name: _write(state[name], leaf, positions_BT[:, 0] % S) for name, leaf in new.items()}
+        return tuple(state.values()), mask.replace(key_index_BS=_ring_positions(last_B1, S)), state
+    # A query may read tokens whose slots its successors take: it reads the old ring and the new tokens side by side.
+    old_BS = _ring_positions(positions_BT[:, :1] - 1, S)
+    read = {name: jnp.concatenate([state[name], leaf], 1) for name, leaf in new.items()}
+    mask = mask.replace(key_index_BS=jnp.concatenate([old_BS, positions_BT], 1))
+    now_BS = _ring_positions(last_B1, S)
+    source_BS = jnp.where(now_BS >= positions_BT[:, :1], S + now_BS - positions_BT[:, :1], jnp.arange(S))
+    take = jax.vmap(lambda leaf, index: leaf[index])
+    return tuple(read.values()), mask, {name: take(leaf, source_BS) for name, leaf in read.items()}
+
+
+def _ring_positions(last_B1, S):
+    """The token that each slot holds once token `last` is in: `[B, S]`, negative where none was."""
+    return last_B1 - (last_B1 - jnp.arange(S)) % S

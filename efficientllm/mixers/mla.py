@@ -1,0 +1,115 @@
+"""Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, Section 2.1): keys and values from one small latent.
+
+Letters: R rank of the latent, N width of a head without positions, P width of the rotated part, V width of a value.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from efficientllm.attention import attend, causal_pairs, executed_pairs
+from efficientllm.layers import Linear, RMSNorm
+from efficientllm.mixers import cache
+from efficientllm.registry import build, register
+from efficientllm.sharding import constrain
+from efficientllm.weights import activation_dtype
+
+
+@register("mixer", "mla")
+class MLA(nn.Module, kw_only=True):
+    """Every head's key and value are products of a latent of `kv_rank`; a key of `rope_dim` that all heads share
+    carries the position.
+
+    State is the latent and that shared key (Eq. 9, 15). One token at a time, the products that would expand them are
+    taken with queries and outputs instead (the absorbed form of Section 2.1.2).
+
+    Args:
+      head_dim: N, width of a head without positions.
+      kv_rank: R; None is 4 x head_dim, as in DeepSeek-V2 and V3.
+      q_rank: rank of the queries' own latent; None projects queries at once (DeepSeek-V2-Lite).
+      rope_dim: P; None is head_dim / 2.
+      v_dim: V; None is head_dim.
+
+    Latents pass an RMS norm of eps 1e-6, whatever the model's, as in DeepSeek's code.
+    """
+
+    num_heads: int
+    head_dim: int
+    position: str
+    precision: str
+    attention_kernel: str
+    kv_rank: int = None
+    q_rank: int = None
+    rope_dim: int = None
+    v_dim: int = None
+
+    admits = ("heads", "scores", "embedding")
+
+    @property
+    def widths(self):
+        """(R, N, P, V)."""
+        N = self.head_dim
+        return self.kv_rank or 4 * N, N, self.rope_dim or N // 2, self.v_dim or N
+
+    @nn.compact
+    def __call__(self, x_BTD, ctx, state=None):
+        R, N, P, V = self.widths
+        B, T, D = x_BTD.shape
+        position = build("position", self.position, name="position")
+        q_BTHE = self._queries(x_BTD).reshape(B, T, self.num_heads, N + P)
+        q_BTHE = constrain(q_BTHE, "batch", None, "heads", None)
+        q_BTHN, q_BTHP = q_BTHE[..., :N], position.rotate(q_BTHE[..., N:], ctx.positions_BT)
+        latent_BTE = Linear(R + P, ("embed", None), self.precision, name="kv_a")(x_BTD)
+        latent_BTR = RMSNorm(1e-6, axis=None, name="kv_norm")(latent_BTE[..., :R])
+        k_BTP = position.rotate(latent_BTE[:, :, None, R:], ctx.positions_BT)[:, :, 0]
+        new = {"latent": latent_BTR, "rotated": k_BTP}
+        (latent_BSR, k_BSP), mask, state = cache.extend(state, new, ctx.mask, ctx.positions_BT)
+        up = Linear(self.num_heads * (N + V), ("embed", "heads"), self.precision, name="kv_b")
+        options = {"bias": position.bias(self.num_heads), "scale": (N + P) ** -0.5 * position.score_scale()}
+        form = self._absorbed if state is not None and T == 1 else self._expanded
+        y_BTHV = form(q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options)
+        y_BTE = y_BTHV.reshape(B, T, self.num_heads * V)
+        return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTE), state
+
+    def _queries(self, x_BTD):
+        _, N, P, _ = self.widths
+        if self.q_rank:
+            latent = Linear(self.q_rank, ("embed", None), self.precision, name="q_a")(x_BTD)
+            x_BTD = RMSNorm(1e-6, axis=None, name="q_norm")(latent)
+        name = "q_b" if self.q_rank else "q"
+        return Linear(self.num_heads * (N + P), ("embed", "heads"), self.precision, name=name)(x_BTD)
+
+    def _expanded(self, q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options):
+        """Keys and values of every head, made from the latents."""
+        _, N, P, V = self.widths
+        B, S, _ = latent_BSR.shape
+        kv_BSHE = constrain(up(latent_BSR).reshape(B, S, self.num_heads, N + V), "batch", None, "heads", None)
+        shared_BSHP = jnp.broadcast_to(k_BSP[:, :, None], (B, S, self.num_heads, P))
+        q_BTHK = jnp.concatenate([q_BTHN, q_BTHP], -1)
+        k_BSHK = jnp.concatenate([kv_BSHE[..., :N], shared_BSHP], -1)
+        return attend(q_BTHK, k_BSHK, kv_BSHE[..., N:], mask, self.attention_kernel, **options)
+
+    def _absorbed(self, q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options):
+        """All heads read one key, the latent beside the shared key, and one value, the latent."""
+        R, N, _, V = self.widths
+        kernel_RHE = up.variables["params"]["kernel"].reshape(R, self.num_heads, N + V).astype(q_BTHN.dtype)
+        q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, kernel_RHE[..., :N])
+        q_BTHK = jnp.concatenate([q_BTHR, q_BTHP], -1)
+        k_BS1K = jnp.concatenate([latent_BSR, k_BSP], -1)[:, :, None]
+        y_BTHR = attend(q_BTHK, k_BS1K, latent_BSR[:, :, None], mask, self.attention_kernel, **options)
+        return jnp.einsum("bthr,rhv->bthv", y_BTHR, kernel_RHE[..., N:])
+
+    def init_state(self, batch, length):
+        """Empty latents and shared keys for `length` tokens a row, `[B, S, R]` and `[B, S, P]`."""
+        R, _, P, _ = self.widths
+        return cache.empty({"latent": (R,), "rotated": (P,)}, batch, length, activation_dtype(self.precision))
+
+    def state_bytes(self, length):
+        """Bytes of state a row of `length` tokens holds: (R + P) b a token."""
+        R, _, P, _ = self.widths
+        return length * (R + P) * activation_dtype(self.precision).itemsize
+
+    def mix_flops(self, length, executed=False):
+        """As Attention's, with heads of N + P in the scores and V in the values."""
+        _, N, P, V = self.widths
+        pairs = executed_pairs(self.attention_kernel, length) if executed else causal_pairs(length)
+        return 2 * self.num_heads * (N + P + V) * pairs

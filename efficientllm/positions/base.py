@@ -1,0 +1,30 @@
+"""What a position is to a model: something added to the embeddings, a rotation of heads, or a bias of the scores."""
+
+import flax.linen as nn
+
+
+class Position(nn.Module):
+    """Does nothing anywhere; a position overrides the one method that it acts through.
+
+    `acts_on` names it: `embedding`, `heads` (queries and keys), `scores`, or None. A mixer lists what it admits as
+    `admits`; a mixer without the list has no use for positions.
+    """
+
+    acts_on = None
+
+    def embed(self, x_BTD, positions_BT):
+        """The embeddings with their positions."""
+        return x_BTD
+
+    def rotate(self, x_BTHK, positions_BT):
+        """Queries or keys with their positions."""
+        return x_BTHK
+
+    def bias(self, num_heads):
+        """None, or what the scores get: a function of `(mask, queries, keys)`, as `Mask.distance`, to float32
+        `[B or 1, H, T, S]`."""
+        return None
+
+    def score_scale(self):
+        """What the attention scale is multiplied by."""
+        return 1.0

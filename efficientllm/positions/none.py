@@ -1,0 +1,9 @@
+"""No positions: causal attention alone tells the order (Kazemnejad et al. 2023, arXiv:2305.19466)."""
+
+from efficientllm.positions.base import Position
+from efficientllm.registry import register
+
+
+@register("position", "none")
+class NoPosition(Position):
+    """Tokens carry no position."""

@@ -1,0 +1,118 @@
+"""How rotary frequencies are stretched so that a model reads further than it was trained: `rope(scaling="...")`.
+
+The formulas, and the names of the fields but `original_length`, are those of transformers' `rope_parameters`
+(`original_max_position_embeddings` there).
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from efficientllm.registry import register
+
+
+def plain(base, K):
+    """The K/2 frequencies of Eq. 15."""
+    return base ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+
+
+@register("rope_scaling", "none")
+@dataclasses.dataclass(frozen=True)
+class Unscaled:
+    """Frequencies as the base gives them."""
+
+    def frequencies(self, base, K, positions_BT):
+        """`(radians a position of each of the K/2 pairs, the factor on both waves)`."""
+        return plain(base, K), 1.0
+
+    def score_scale(self):
+        """What the attention scale is multiplied by, where a model (DeepSeek) asks for it."""
+        return 1.0
+
+
+@register("rope_scaling", "linear", example="linear(factor=4.0)")
+@dataclasses.dataclass(frozen=True)
+class Linear(Unscaled):
+    """All positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
+
+    factor: float
+
+    def frequencies(self, base, K, positions_BT):
+        return plain(base, K) / self.factor, 1.0
+
+
+@register("rope_scaling", "dynamic", example="dynamic(factor=4.0, original_length=16)")
+@dataclasses.dataclass(frozen=True)
+class Dynamic(Unscaled):
+    """A base that grows with the longest position of the batch, past the original length (dynamic NTK).
+
+    So a batch's longest row changes the rotation of its others, and keys of a cache keep the rotation that they were
+    stored with: it is transformers' behaviour, and not causal beyond the original length.
+    """
+
+    factor: float
+    original_length: int
+
+    def frequencies(self, base, K, positions_BT):
+        length = jnp.maximum(jnp.max(positions_BT) + 1, self.original_length).astype(jnp.float32)
+        stretch = self.factor * length / self.original_length - (self.factor - 1)
+        return plain(base * stretch ** (K / (K - 2)), K), 1.0
+
+
+@register("rope_scaling", "llama3", example="llama3(factor=8.0, original_length=16)")
+@dataclasses.dataclass(frozen=True)
+class Llama3(Unscaled):
+    """Long waves divided by `factor`, short ones kept, those between blended (Llama 3.1)."""
+
+    factor: float
+    original_length: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def frequencies(self, base, K, positions_BT):
+        frequency = plain(base, K)
+        turns = self.original_length * frequency / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = jnp.clip(kept, 0.0, 1.0)
+        return (1 - kept) * frequency / self.factor + kept * frequency, 1.0
+
+
+@register("rope_scaling", "yarn", example="yarn(factor=4.0, original_length=16, mscale_all_dim=1.0)")
+@dataclasses.dataclass(frozen=True)
+class Yarn(Unscaled):
+    """Pairs that turn less than `beta_slow` times over the original length are divided by `factor`, those that turn
+    more than `beta_fast` times are kept, and both waves grow with the factor (Peng et al. 2023, arXiv:2309.00071).
+
+    `mscale` and `mscale_all_dim`, both given, replace that growth by their ratio, and `mscale_all_dim` makes the
+    attention scale of a latent attention grow (DeepSeek-V2, V3). 0 is not given.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+    def frequencies(self, base, K, positions_BT):
+        def pair_that_turns(times):
+            return K * math.log(self.original_length / (times * 2 * math.pi)) / (2 * math.log(base))
+
+        low = max(math.floor(pair_that_turns(self.beta_fast)), 0)
+        high = min(math.ceil(pair_that_turns(self.beta_slow)), K - 1)
+        stretched = (jnp.arange(K // 2, dtype=jnp.float32) - low) / max(high - low, 1e-3)
+        stretched = jnp.clip(stretched, 0.0, 1.0)
+        frequency = plain(base, K)
+        return stretched * frequency / self.factor + (1 - stretched) * frequency, self._amplitude()
+
+    def _amplitude(self):
+        if self.mscale and self.mscale_all_dim:
+            return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+        return self._growth(1.0)
+
+    def _growth(self, mscale):
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+    def score_scale(self):
+        return self._growth(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
