@@ -4,6 +4,8 @@ import os
 import pathlib
 import tempfile
 
+import pytest
+
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
@@ -18,3 +20,11 @@ os.environ.setdefault("EFFICIENTLLM_CACHE", tempfile.mkdtemp(prefix="efficientll
 # A program that one test has compiled is not compiled again by the next, nor by the processes that tests start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(tempfile.gettempdir()) / f"efficientllm-tests-{os.getuid()}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+@pytest.fixture(autouse=True)
+def _scanned_layers(monkeypatch):
+    """Layers in a loop, as on accelerators: half the compilation; test_units.py has the unrolled form."""
+    from efficientllm import model
+
+    monkeypatch.setattr(model, "UNROLLED", 0)

@@ -107,6 +107,16 @@ def test_generation_is_the_argmax_of_the_full_pass_and_stops_at_the_end_of_text(
     assert list(stopped[: first + 1]) == list(found[0, : first + 1]) and set(stopped[first:]) == {eos}
 
 
+def test_layers_compiled_one_after_another_are_the_same_function(monkeypatch):
+    lm = contract.build("mixer", "gqa")
+    run = lambda: jax.jit(lambda p: contract.loss_and_gradients(lm, p))  # noqa: E731
+    loop, text = run()(contract.parameters(lm)), run().lower(contract.parameters(lm)).as_text()
+    monkeypatch.setattr(model, "UNROLLED", 12)
+    apart, apart_text = run()(contract.parameters(lm)), run().lower(contract.parameters(lm)).as_text()
+    assert "while" in text and "while" not in apart_text
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), loop, apart)
+
+
 def test_untied_embeddings_and_a_hybrid_pattern():
     lm = contract.build("mixer", "gqa", tied=False, pattern=("mha", "mqa | gelu"))
     tokens = jnp.zeros((1, 8), jnp.int32)
