@@ -54,7 +54,12 @@ def logits(lm, tokens_BT, params=None, ctx=None):
     params = parameters(lm) if params is None else params
     rows, length = tokens_BT.shape
     ctx = Context.packed(positions(length, rows)) if ctx is None else ctx
-    return jax.jit(lambda p, t, c: lm.apply({"params": p}, t, c)[0])(params, tokens_BT, ctx)
+    return _forward(lm)(params, tokens_BT, ctx)
+
+
+@functools.cache
+def _forward(lm):
+    return jax.jit(lambda params, tokens_BT, ctx: lm.apply({"params": params}, tokens_BT, ctx)[0])
 
 
 def batch():

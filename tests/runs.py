@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 12
@@ -67,3 +68,15 @@ def losses(workdir):
     for event in sorted(events.Tensors("loss"), key=lambda event: event.wall_time):
         found[event.step] = event.tensor_proto.tensor_content or tuple(event.tensor_proto.float_val)
     return found
+
+
+def when(workdir, text, act, deadline=120):
+    """Calls `act` as soon as `text` stands in the run's log."""
+    end = time.monotonic() + deadline
+    log = workdir / "log.txt"
+    while time.monotonic() < end:
+        if log.exists() and text in log.read_text():
+            act()
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"{text!r} never came in {log}")

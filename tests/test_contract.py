@@ -1,38 +1,45 @@
-"""The contract suite over every registered mixer and ffn. A new technique needs no test of its own to be in it."""
+"""The contract suite over every registered technique. A new one needs no test of its own to be in it."""
 
 import pytest
 
 import contract
 from efficientllm import registry
 
-KINDS = ("mixer", "ffn", "position")
-TECHNIQUES = [(kind, registry.example(kind, name)) for kind in KINDS for name in registry.names(kind)]
 MESHES = ("data=2, fsdp=2, tensor=2", "data=1, fsdp=4, tensor=2")  # test_sharding.py has one axis at a time
+CHECKS = [
+    contract.check_dtypes,
+    contract.check_causality,
+    contract.check_segments,
+    contract.check_decode,
+    contract.check_gradients,
+    contract.check_scan,
+    contract.check_fields,
+    contract.check_flops,
+    contract.check_state_bytes,
+]
+# Positions have no products and no state of their own.
+POSITION_CHECKS = [contract.check_segments, contract.check_decode, contract.check_gradients, contract.check_fields]
 
-every_technique = pytest.mark.parametrize("kind, spec", TECHNIQUES, ids=[spec for _, spec in TECHNIQUES])
+
+def cases(kinds, others):
+    """A case for each technique of the kinds and each of the others; a technique's all go to one worker, whose
+    programs they share."""
+    for kind in kinds:
+        for spec in (registry.example(kind, name) for name in registry.names(kind)):
+            for other in others:
+                group = pytest.mark.xdist_group(f"{kind} {spec}")
+                yield pytest.param(
+                    kind, spec, other, marks=group, id=f"{kind} {spec}-{getattr(other, '__name__', other)}"
+                )
 
 
-@every_technique
 @pytest.mark.parametrize(
-    "check",
-    [
-        contract.check_dtypes,
-        contract.check_causality,
-        contract.check_segments,
-        contract.check_decode,
-        contract.check_gradients,
-        contract.check_scan,
-        contract.check_fields,
-        contract.check_flops,
-        contract.check_state_bytes,
-    ],
-    ids=lambda check: check.__name__,
+    "kind, spec, check", [*cases(("mixer", "ffn"), CHECKS), *cases(("position",), POSITION_CHECKS)]
 )
-def test_contract(check, kind, spec):
+def test_contract(kind, spec, check):
     check(kind, spec)
 
 
-@every_technique
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("kind, spec, mesh", [*cases(("mixer", "ffn"), MESHES), *cases(("position",), MESHES[:1])])
 def test_one_device_equals_eight(kind, spec, mesh):
     contract.check_sharded(kind, spec, mesh)

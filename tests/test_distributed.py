@@ -6,7 +6,6 @@ import socket
 
 import numpy as np
 import pytest
-from test_runs import _when
 
 import runs
 from efficientllm import main
@@ -52,17 +51,40 @@ def losses(workdir):
     return [loss for at in sorted(found) for loss in found[at]]
 
 
-def test_killed_and_stopped_two_processes_give_the_losses_of_one(texts, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert main.main(runs.arguments(texts, one, **OPTIONS)) == 0
+@pytest.fixture(scope="module")
+def one(texts, tmp_path_factory):
+    """A run of one process."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    assert main.main(runs.arguments(texts, workdir, **OPTIONS)) == 0
+    return workdir
+
+
+def same(two, one):
+    """The run of two processes ended as that of one: its losses, its held-out loss."""
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    rows = [json.loads((workdir / "record.json").read_text()) for workdir in (one, two)]
+    np.testing.assert_allclose(*(row["quality"]["eval_loss"] for row in rows), rtol=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(texts, one, tmp_path):
+    argv = runs.arguments(texts, tmp_path / "two", mesh="fsdp=4", **OPTIONS)
+    statuses, outputs = finish(start(argv, argv))
+    assert statuses == [0, 0], outputs
+    assert outputs[1] == []  # the first process speaks
+    same(tmp_path / "two", one)
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_two_processes_give_the_losses_of_one(texts, one, tmp_path):
+    two = tmp_path / "two"
     argv = runs.arguments(texts, two, mesh="fsdp=4", **OPTIONS)
 
     killed = start(argv, argv)
-    _when(two, "step  6/24", lambda: [process.kill() for process in killed])
+    runs.when(two, "step  6/24", lambda: [process.kill() for process in killed])
     assert finish(killed)[0] == [-signal.SIGKILL] * 2
 
     stopped = start(argv, argv)
-    _when(two, "step  8/24", stopped[1].terminate)
+    runs.when(two, "step  8/24", stopped[1].terminate)
     statuses, outputs = finish(stopped)
     assert statuses == [128 + signal.SIGTERM] * 2, outputs
     assert "SIGTERM at step" in outputs[0][-1] and outputs[1] == []
@@ -71,9 +93,7 @@ def test_killed_and_stopped_two_processes_give_the_losses_of_one(texts, tmp_path
     statuses, outputs = finish(start(argv, argv))
     assert statuses == [0, 0], outputs
     assert any("resuming from step" in line for line in outputs[0]) and outputs[1] == []
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
-    rows = [json.loads((workdir / "record.json").read_text()) for workdir in (one, two)]
-    np.testing.assert_allclose(*(row["quality"]["eval_loss"] for row in rows), rtol=1e-5)
+    same(two, one)
 
 
 def test_what_stops_one_process_stops_all(texts, tmp_path):

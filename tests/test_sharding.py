@@ -103,7 +103,7 @@ def curve(ffn, mesh_spec, accumulate):
         ("dense", CUBE, 1),
         ("dense", "fsdp=4, tensor=2", 2),
         ("moe", "fsdp=8", 1),
-        ("moe", CUBE, 1),
+        pytest.param("moe", CUBE, 1, marks=pytest.mark.slow),
     ],
 )
 def test_every_mesh_gives_the_curve_of_one_device(ffn, mesh_spec, accumulate):
