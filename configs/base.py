@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from efficientllm.errors import UserError, did_you_mean
+
 
 def get_config():
     config = ConfigDict()
@@ -58,3 +60,10 @@ def get_config():
     config.metrics = ConfigDict()
     config.metrics.interval_s = 0.1  # seconds between samples of power, memory and utilisation
     return config
+
+
+def variant(variants, name):
+    """What a config file holds under the name after its colon. Raises UserError that lists the known ones."""
+    if name not in variants:
+        raise UserError(f"no variant {name!r}; known: {', '.join(variants)}{did_you_mean(name, variants)}")
+    return variants[name]

@@ -85,7 +85,8 @@ def _one_line(error, argv):
     text = str(error.args[0] if error.args else error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if "Traceback" in text:
-        return f"{lines[0].removeprefix('flag ').partition(': ')[0]}: {lines[-1]}"
+        said = lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+        return f"{lines[0].removeprefix('flag ').partition(': ')[0]}: {said}"
     if lines[0].startswith("flag --"):
         return lines[0].removeprefix("flag ")
     key = lines[0].strip("'\"")

@@ -187,16 +187,16 @@ def from_config(model, tokenizer_size=None):
 
 
 def _equal_parameters(model, size, tokenizer_size):
-    """The size at which the model has as many parameters as with blocks of `config.model.parameters_of`."""
+    """The size at which the model has as many parameters as a plain one with blocks of `config.model.parameters_of`."""
 
     def count(model, size):
         lm = _describe(model, size, tokenizer_size or 8)
         return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(lm)))
 
     mixer, _, ffn = model.parameters_of.partition("|")
-    block = {"mixer": mixer.strip(), "ffn": ffn.strip() or model.ffn, "pattern": ()}
     reference = model.copy_and_resolve_references()
-    reference.update(block)
+    reference.update({"mixer": mixer.strip(), "ffn": ffn.strip() or model.ffn, "pattern": ()})
+    reference.update({"position": "rope", "norm": "rmsnorm", "embed_norm": False, "tied": True})
     return matching.matched(size, count(reference, size), lambda size: count(model, size), model.parameters_of)
 
 

@@ -133,8 +133,10 @@ def _inherited(target, defaults):
 
 def settable(target):
     """The parameters that a spec of `target` may set, by name."""
-    parameters = inspect.signature(target).parameters
-    return {key: value for key, value in parameters.items() if key not in ("parent", "name")}  # flax's own two
+    fields = dict(inspect.signature(target).parameters)
+    if "parent" in fields:  # a flax module's own two
+        del fields["parent"], fields["name"]
+    return fields
 
 
 def _check_type(where, spec, key, value, annotation):

@@ -1,5 +1,6 @@
 """Every config: it builds, initialises at its real size without an array, and has no key that nobody reads."""
 
+import importlib
 import pathlib
 
 import jax
@@ -15,15 +16,40 @@ from efficientllm.train import setup, step
 from efficientllm.workdir import Workdir, flatten
 
 FILES = sorted(path for path in (runs.ROOT / "configs").glob("*.py") if path.stem != "__init__")
+FILES += sorted((runs.ROOT / "experiments").glob("*/config.py"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_config_builds_and_initialises(file):
-    config, _, _ = main.parse([f"--config={file}"])
+def _variants(file):
+    """What may follow the file's name: `FILE` alone, or `FILE:name` for each of its variants."""
+    names = getattr(importlib.import_module(f"configs.{file.stem}"), "VARIANTS", ()) if file.stem != "config" else ()
+    return [str(file), *(f"{file}:{name}" for name in names)]
+
+
+CONFIGS = [config for file in FILES for config in _variants(file)]
+
+
+def parse(config, *overrides):
+    """The config of a command line, its techniques registered."""
+    parsed, _, _ = main.parse([f"--config={config}", *overrides])
+    run.import_plugins(parsed.imports)
+    return parsed
+
+
+BASE = {"tiny": 1_049_728, "small": 5_246_208}  # parameters of configs/base.py with a vocabulary of 2048
+
+
+@pytest.mark.parametrize("name", CONFIGS, ids=lambda name: name.removeprefix(f"{runs.ROOT}/"))
+def test_config_initialises_with_the_parameters_of_its_comparison(name):
+    config = parse(name)
     assert flatten(config.to_dict()).keys() == flatten(base.get_config().to_dict()).keys()
-    lm = model.from_config(config.model, 4096)
+    lm = model.from_config(config.model, 2048)
     state = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
-    assert accounting.parameters(lm, state.params)["total"] > 0
+    counts = {"tiny": accounting.parameters(lm, state.params)["total"]}
+    config.model.size = "small"
+    lm = model.from_config(config.model, 2048)
+    counts["small"] = accounting.parameters(lm, model.abstract_params(lm))["total"]
+    for size, count in counts.items():
+        assert not config.model.parameters_of or abs(count / BASE[size] - 1) <= 0.02, f"{size}: {count:,}"
 
 
 # Qwen2.5's published totals (arXiv:2412.15115), embeddings included, to the unit as its checkpoints have them.

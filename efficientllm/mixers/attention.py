@@ -41,7 +41,7 @@ class Attention(nn.Module, kw_only=True):
 
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):
-        H, G, K = self.num_heads, self.kv_heads, self.head_dim
+        H, G = self.num_heads, self.kv_heads
         position = build("position", self.position, name="position")
         q_BTHK = self._project(x_BTD, "q", H, "heads")
         k_BTGK = self._project(x_BTD, "k", G, "kv_heads")
@@ -53,8 +53,12 @@ class Attention(nn.Module, kw_only=True):
         mask = ctx.mask.replace(window=self.keys_read)
         (k_BSGK, v_BSGK), mask, state = cache.extend(state, {"k": k_BTGK, "v": v_BTGK}, mask, ctx.positions_BT)
         y_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, self.attention_kernel, position.bias(H))
-        y_BTD = y_BTHK.reshape(*x_BTD.shape[:2], H * K)
-        return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, self.o_bias, name="o")(y_BTD), state
+        return self.combine(y_BTHK, x_BTD), state
+
+    def combine(self, y_BTHK, x_BTD):
+        """The mixer's output from that of its heads; `x_BTD` is the mixer's input."""
+        y_BTE = y_BTHK.reshape(*x_BTD.shape[:2], self.num_heads * self.head_dim)
+        return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, self.o_bias, name="o")(y_BTE)
 
     def _project(self, x_BTD, name, heads, axis):
         linear = Linear(heads * self.head_dim, ("embed", axis), self.precision, self.qkv_bias, name=name)

@@ -1,0 +1,23 @@
+"""One decoder, seven kinds of attention: --config=configs/attention.py:mla. All have gqa's number of parameters."""
+
+from configs import base
+
+# Blocks and windows that fit rows of 128 tokens. At a model's lengths the defaults are the papers':
+# --config.model.mixer=nsa --config.train.length=8192
+VARIANTS = {
+    "mha": "mha",
+    "mqa": "mqa",
+    "gqa": "gqa",
+    "mla": "mla",
+    "nsa": "nsa(compress_block=8, compress_stride=4, select_block=16, select_count=4, window=32)",
+    "window": "window(window=32)",
+    "moba": "moba(block=16, count=3)",
+}
+
+
+def get_config(variant="gqa"):
+    config = base.get_config()
+    config.name = f"attention-{variant}"
+    config.model.mixer = base.variant(VARIANTS, variant)
+    config.model.parameters_of = "gqa | swiglu"
+    return config

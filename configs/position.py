@@ -1,0 +1,21 @@
+"""One decoder, six kinds of position: --config=configs/position.py:alibi. All have the same number of parameters."""
+
+from configs import base
+
+VARIANTS = {
+    "rope": "rope",
+    "sinusoidal": "sinusoidal",
+    "learned": "learned(max_length=1024)",
+    "relative": "relative",
+    "t5": "t5",
+    "alibi": "alibi",
+    "none": "none",
+}
+
+
+def get_config(variant="rope"):
+    config = base.get_config()
+    config.name = f"position-{variant}"
+    config.model.position = base.variant(VARIANTS, variant)
+    config.model.parameters_of = "gqa | swiglu"
+    return config

@@ -1,0 +1,14 @@
+"""The base model with gated attention, beside a baseline of as many parameters (configs/attention.py:gqa)."""
+
+import os
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.name = "gated"
+    config.imports = (os.path.relpath(os.path.join(os.path.dirname(__file__), "gated.py")),)
+    config.model.mixer = "gated"
+    config.model.parameters_of = "gqa | swiglu"
+    return config
