@@ -6,11 +6,22 @@ import contextvars
 import jax
 
 _used = contextvars.ContextVar("used", default=None)
+_target = contextvars.ContextVar("target", default=None)
 
 
 def platform():
     """The platform being compiled for: `cpu`, `gpu` or `tpu`."""
-    return jax.default_backend()
+    return _target.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(target):
+    """What is traced inside chooses its kernels for the platform `target`, whatever this machine has."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 def note(operation, kernel):

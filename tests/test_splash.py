@@ -1,0 +1,55 @@
+"""The TPU kernel against the plain one, interpreted: values and gradients, on one device and on meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficientllm import kernels, sharding
+from efficientllm.attention import Mask, attend, choose
+from efficientllm.errors import UserError
+
+B, T, H, G, K = 2, 256, 4, 2, 16
+
+
+def _operands(value_dim=K):
+    rng = np.random.default_rng(0)
+    shapes = (B, T, H, K), (B, T, G, K), (B, T, G, value_dim)
+    segments = jnp.asarray(np.sort(rng.integers(1, 3, (B, T)), axis=1))
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes], segments
+
+
+def _value_and_gradients(kernel, operands, mask):
+    loss = lambda *operands: jnp.mean(attend(*operands, mask, kernel) ** 2)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*operands)
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2, fsdp=2, tensor=2", "data=2, tensor=4"])
+@pytest.mark.parametrize("window", [None, 30])
+def test_splash_is_the_plain_kernel(window, mesh):
+    operands, segments = _operands()
+    mask = Mask(segments_BT=segments, window=window)
+    expected = _value_and_gradients("xla", operands, mask)
+    if mesh is None:
+        found = _value_and_gradients("splash", operands, mask)
+    else:
+        with jax.set_mesh(sharding.make_mesh(mesh)):  # tensor=4 splits query heads and leaves KV heads whole
+            found = _value_and_gradients("splash", operands, mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-5), expected, found)
+
+
+def test_values_need_not_be_as_wide_as_keys():
+    operands, segments = _operands(value_dim=24)
+    mask = Mask(segments_BT=segments)
+    pair = (_value_and_gradients(kernel, operands, mask) for kernel in ("xla", "splash"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-5), *pair)
+
+
+def test_who_takes_it():
+    q = jnp.zeros((1, 256, 2, 64))
+    with kernels.compiling_for("tpu"):
+        assert choose(q, Mask()) == "splash"
+        assert choose(q[:, :200], Mask()) == choose(q, Mask(), bias=lambda *_: 0) == "xla"
+    assert choose(q, Mask()) == "chunked"
+    with pytest.raises(UserError, match="whole 128 tokens"):
+        attend(q[:, :200], q[:, :200], q[:, :200], Mask(), "splash")
