@@ -1,4 +1,4 @@
-"""Compiles a training step for hardware that is not here and prints what was chosen: `python ahead.py tpu|gpu MIXER`."""
+"""Compiles a training step for hardware that is not here and says what it chose: `python ahead.py tpu|gpu MIXER`."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def main():
         abstract = jax.eval_shape(step.init_state(lm, config.train, 0, 256))
         where = sharding.shardings(abstract, mesh)
         train = step.jit_train_step(lm, config.train, mesh, where)
-        dtypes = {name: jnp.int32 for name in ("tokens", "targets", "segments", "positions")} | {"weights": jnp.float32}
+        dtypes = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
         batch = {name: jax.ShapeDtypeStruct((8, 256), dtype) for name, dtype in dtypes.items()}
         unboxed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nn.unbox(abstract))
         text = train.lower(unboxed, batch).compile().as_text()

@@ -22,6 +22,16 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(tempfile.gettempdir()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--imports", default="", help="files of your own techniques, for the contract suite: a.py,b.py")
+
+
+def pytest_configure(config):
+    from efficientllm.run import import_plugins
+
+    import_plugins([name for name in config.getoption("--imports").split(",") if name])
+
+
 @pytest.fixture(autouse=True)
 def _scanned_layers(monkeypatch):
     """Layers in a loop, as on accelerators: half the compilation; test_units.py has the unrolled form."""

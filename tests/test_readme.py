@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -16,21 +18,20 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 RUNS = [command.partition("python -m efficientllm.main ")[2] for command in COMMANDS if "efficientllm.main" in command]
 INSTALL = "pip install -e . && python -m efficientllm.main --config=configs/moe.py"
 TEST = "pip install -e '.[test]' && pytest"
+CONTRACT = "pytest tests/test_contract.py --imports=experiments/my_attention/gated.py -k gated"
 
 
 def test_there_is_no_command_that_nothing_runs():
     others = [command for command in COMMANDS if "efficientllm.main" not in command]
     assert INSTALL in COMMANDS
-    assert others == [TEST, "tensorboard --logdir=runs"]  # CI runs the first; test_tensorboard asks the second's server
+    # CI runs the first, test_tensorboard asks the second's server.
+    assert others == [TEST, "tensorboard --logdir=runs", CONTRACT]
     assert README.count("python -m efficientllm.main") == len(RUNS)
 
 
 @pytest.mark.parametrize("command", RUNS)
 def test_command(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(runs.ROOT))
-    files = dict(re.findall(r"save it as `(\w+\.py)`:\n\n```python\n(.*?)```", README, re.DOTALL))
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
     for i, section in enumerate(README.split("\n## ")):
         (tmp_path / f"{i}.md").write_text(section * 5)
     monkeypatch.chdir(tmp_path)
@@ -46,3 +47,11 @@ def test_command(command, tmp_path, monkeypatch):
     short = ["train.steps=2", "train.length=32", "eval.batches=1", "sample.tokens=2", "model.size=tiny(num_layers=1)"]
     assert main.main([*argv, *data, *[f"--config.{each}" for each in short]]) == 0
     assert list((tmp_path / "runs").glob("*/*/record.json"))
+
+
+def test_the_worked_example_is_the_file_and_passes_the_contract_suite():
+    (shown,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert shown == (runs.ROOT / "experiments/my_attention/gated.py").read_text()
+    argv = [sys.executable, "-m", *shlex.split(CONTRACT), "-n", "0"]
+    done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"(\d+) passed", done.stdout), done.stdout + done.stderr
