@@ -20,6 +20,7 @@ HOMES = {
     "rope_scaling": "efficientllm.positions",
     "norm": "efficientllm.layers",
     "attention_kernel": "efficientllm.attention",
+    "scan_kernel": "efficientllm.mixers",
     "grouped_kernel": "efficientllm.grouped_matmul",
     "precision": "efficientllm.weights",
     "size": "efficientllm.sizes",

@@ -196,6 +196,7 @@ OTHER_STRINGS = {
     "dispatch": "capacity",
     "kernel": "ragged_dot",
     "scaling": "linear(factor=3.0)",
+    "scan_kernel": "associative",
 }
 
 

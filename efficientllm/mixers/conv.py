@@ -1,0 +1,49 @@
+"""A short causal convolution of each channel by itself, as state-space mixers have it before their scan."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class CausalConv(nn.Module):
+    """`y_t = sum over w of weight[w] * x_(t - width + 1 + w)`, a filter a channel, within a token's own document.
+
+    The first product of a row reads `tail`, the last `width - 1` inputs before it. Shifts and sums, no matrix product:
+    filters are a handful of taps long.
+    """
+
+    width: int
+    axis: str
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x_BTC, positions_BT, tail_BWC=None):
+        """Returns `(y_BTC, the new tail)`."""
+        B, T, C = x_BTC.shape
+        reach = self.width - 1
+        init = nn.with_logical_partitioning(_uniform(self.width**-0.5), (None, self.axis))
+        taps_WC = self.param("taps", init, (self.width, C)).astype(x_BTC.dtype)
+        tail_BWC = jnp.zeros((B, reach, C), x_BTC.dtype) if tail_BWC is None else tail_BWC
+        padded = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], 1)
+        y_BTC = jnp.zeros_like(x_BTC)
+        for tap in range(self.width):
+            inside_BT1 = positions_BT[..., None] >= reach - tap
+            y_BTC = y_BTC + jnp.where(inside_BT1, padded[:, tap : tap + T], 0) * taps_WC[tap]
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
+            y_BTC = y_BTC + self.param("bias", zeros, (C,)).astype(x_BTC.dtype)
+        return y_BTC, padded[:, T:]
+
+
+def _uniform(bound):
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def log_uniform_steps(low=1e-3, high=0.1):
+    """An initialiser: softplus of it is spread between the two steps evenly in logarithms (arXiv:2312.00752, 3.6)."""
+
+    def init(key, shape):
+        step = jnp.exp(jax.random.uniform(key, shape) * (jnp.log(high) - jnp.log(low)) + jnp.log(low))
+        return step + jnp.log(-jnp.expm1(-step))
+
+    return init

@@ -1,0 +1,61 @@
+"""Bytes of decode state and of each token's read, by closed formula and in the arrays there are, for every mixer.
+
+  python experiments/architectures/state.py --size=1.5b --precision=bfloat16
+"""
+
+import argparse
+import math
+
+import jax
+
+from configs import attention, base, mixers
+from efficientllm import accounting, model
+
+LENGTHS = (512, 4096, 16384)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="1.5b")
+    parser.add_argument("--precision", default="bfloat16")
+    options = parser.parse_args(argv)
+    print(f"{options.size}, {options.precision}: bytes of state in all layers for one row of as many tokens")
+    print(f"{'':10}{'parameters':>16}" + "".join(f"{length:>16,}" for length in LENGTHS) + f"{'a token':>12}")
+    for name, lm in models(options.size, options.precision).items():
+        count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(lm)))
+        held = [state_bytes(lm, length) for length in LENGTHS]
+        grows = (held[2] - held[1]) / (LENGTHS[2] - LENGTHS[1])
+        print(f"{name:10}{count:>16,}" + "".join(f"{value:>16,}" for value in held) + f"{grows:>12,.0f}")
+
+
+def models(size, precision):
+    """The study's architectures at one size, with the papers' blocks."""
+    names = {"mha": "mha", "gqa": "gqa", "mqa": "mqa", "mla": "mla", "nsa": "nsa", "window": "window(window=1024)"}
+    configs = {name: attention.get_config("gqa") for name in names}
+    for name, config in configs.items():
+        config.model.mixer = names[name]
+    configs |= {name: mixers.get_config(name) for name in mixers.VARIANTS}
+    found = {}
+    for name, config in configs.items():
+        config.model.size, config.model.precision, config.model.parameters_of = size, precision, ""
+        found[name] = model.from_config(config.model, base_vocabulary(size))
+    return found
+
+
+def base_vocabulary(size):
+    """A vocabulary for sizes that name none."""
+    config = base.get_config()
+    config.model.size = size
+    return 2048 if model.from_config(config.model, 8).vocab_size == 8 else None
+
+
+def state_bytes(lm, length):
+    """By the formula, which must be what the arrays hold."""
+    states = jax.eval_shape(lambda: model.init_states(lm, 1, length))
+    held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
+    assert held == accounting.state_bytes(lm, length)
+    return held
+
+
+if __name__ == "__main__":
+    main()
