@@ -1,0 +1,121 @@
+"""Compares a model with one of transformers that has its shape and weights, in float32: logits, loss and gradients."""
+
+import functools
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from efficientllm import model
+from efficientllm.attention import Context
+from efficientllm.train.step import loss_fn
+
+torch = pytest.importorskip("torch")
+
+VOCAB, B = 96, 2
+
+
+def randomise(reference, seed, size=0.1):
+    """Adds noise to every weight: biases and norm scales at their initial values would hide a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(parameter + size * torch.randn(parameter.shape, generator=generator))
+    return reference.eval()
+
+
+def lm(size, **changes):
+    """Ours, of a size given by its fields."""
+    config = base.get_config().model
+    config.size = f"tiny({', '.join(f'{key}={value!r}' for key, value in size.items())})"
+    config.tied = False
+    config.update(changes)
+    return model.from_config(config, VOCAB)
+
+
+def tree(tensors, num_layers, layer, top):
+    """Our parameters from theirs, or gradients from gradients.
+
+    Args:
+      tensors: theirs by name.
+      layer, top: `{our path: their name}` of a layer, whose names have `{}` for its number, and of the rest. Kernels
+        are transposed; where theirs are `[in, out]` already, the name is followed by `.T`.
+    """
+
+    def leaf(path, name):
+        value = tensors[name.removesuffix(".T")].detach().numpy()
+        return value.T if path.endswith("kernel") and not name.endswith(".T") else value
+
+    flat = {path: leaf(path, name) for path, name in top.items()}
+    for path, name in layer.items():
+        flat[f"groups/block_0/{path}"] = np.stack([leaf(path, name.format(i)) for i in range(num_layers)])
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+LLAMA_TOP = {
+    "embedding": "model.embed_tokens.weight",
+    "norm/scale": "model.norm.weight",
+    "head/kernel": "lm_head.weight",
+}
+_FFN = {f"ffn/{name}/kernel": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+_NORMS = {"mixer_norm/scale": "input_layernorm.weight", "ffn_norm/scale": "post_attention_layernorm.weight"}
+
+
+def llama_layer(mixer):
+    """A layer of Llama's names around a mixer's `{our path: their name in self_attn}`."""
+    attention = {f"mixer/{path}": f"self_attn.{name}" for path, name in mixer.items()}
+    return {path: f"model.layers.{{}}.{name}" for path, name in (attention | _FFN | _NORMS).items()}
+
+
+LLAMA_LAYER = llama_layer({f"{name}/kernel": f"{name}_proj.weight" for name in "qkvo"})
+
+
+def batch(ids):
+    """The batch of our loss for tokens `[B, T + 1]`."""
+    rows, length = ids[:, 1:].shape
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
+        "segments": np.ones((rows, length), np.int32),
+        "weights": np.ones((rows, length), np.float32),
+    }
+
+
+def tokens(seed, length):
+    return np.random.default_rng(seed).integers(0, VOCAB, (B, length), np.int32)
+
+
+def logits(ours, params, ids):
+    run = jax.jit(lambda params, ids, ctx: ours.apply({"params": params}, ids, ctx)[0])
+    return run(params, ids, Context.packed(batch(np.pad(ids, ((0, 0), (0, 1))))["positions"]))
+
+
+def close(ours, theirs, tolerance, path=()):
+    """The greatest error is within `tolerance` of the greatest value."""
+    theirs = np.asarray(theirs)
+    error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+    assert error <= tolerance, f"{jax.tree_util.keystr(path)}: relative error {error}"
+
+
+def check(ours, reference, to_tree, ids, tolerance):
+    """Logits, loss and every gradient of `to_tree({name: tensor})`; returns our parameters."""
+    params = to_tree(dict(reference.named_parameters()))
+    theirs = reference(torch.tensor(ids[:, :-1]).long()).logits
+    loss = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), torch.tensor(ids[:, 1:]).long().flatten())
+    loss.backward()
+
+    @jax.jit
+    def run(params, batch):
+        logits, _, _ = ours.apply({"params": params}, batch["tokens"], Context.packed(batch["positions"]))
+        objective = functools.partial(loss_fn, ours, batch=batch, targets=batch["weights"].sum())
+        return logits, jax.value_and_grad(objective, has_aux=True)(params)
+
+    found, ((our_loss, _), gradients) = run(params, batch(ids))
+    close(found, theirs.detach(), tolerance)
+    np.testing.assert_allclose(our_loss, loss.item(), rtol=tolerance)
+    expected = to_tree({name: parameter.grad for name, parameter in reference.named_parameters()})
+    jax.tree_util.tree_map_with_path(lambda path, a, b: close(a, b, tolerance, path), gradients, expected)
+    return params
