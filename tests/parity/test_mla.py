@@ -81,14 +81,13 @@ def _names(q_rank):
         ("V2", True, True, 4),
         ("V2", True, False, 1),
         ("V3", False, True, 0),
-        ("V3", True, True, 4),
         ("V3", True, False, 2),
         ("V3", True, True, 3),
     ],
 )
 def test_logits_loss_and_gradients(family, scaled, queries_low, seed):
     reference, ours, to_tree, _ = pair(family, scaled, queries_low, seed)
-    peer.check(ours, reference, to_tree, peer.tokens(seed, 41), 1e-5)
+    peer.check(reference, ours, to_tree, peer.tokens(seed, 41), 1e-5)
 
 
 @pytest.mark.parametrize("family, seed", [("V2", 4), ("V3", 0)])
@@ -125,7 +124,7 @@ def test_decode_expands_no_latent(new_tokens):
     _, ours, _, (R, N, P, V) = pair("V3", True, True, 0)
     S = 37
     wide = S * H * min(N, V)
-    assert S * (R + P) < wide, "the latents themselves would be taken for keys"
+    assert wide > S * (R + P), "the latents themselves would be taken for keys"
     ours = ours.clone(scan=False)
     positions = np.zeros((1, new_tokens), np.int32) + np.arange(new_tokens, dtype=np.int32)
     states = jax.eval_shape(lambda: model.init_states(ours, 1, S))
