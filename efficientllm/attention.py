@@ -84,7 +84,8 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
 
     Args:
       kernel: `auto` or a registered `attention_kernel`.
-      bias: what is added to the scores: a function of `(mask, queries, keys)`, as `Mask.distance`, to `[B or 1, H, T, S]`.
+      bias: what is added to the scores: a function of `(mask, queries, keys)`, as `Mask.distance`, to
+        `[B or 1, H, T, S]`.
       scale: of the scores; None is K^-1/2.
 
     Raises UserError for a kernel that does not exist.

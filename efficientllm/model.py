@@ -311,11 +311,14 @@ def head_kernel(lm, params):
     return params["embedding"].T if lm.tied else params["head"]["kernel"]
 
 
-def check_length(lm, length, where="the state"):
-    """Raises UserError for a row of `length` tokens where the position has fewer."""
+def check_length(lm, length, where="a state"):
+    """Raises UserError for a row of `length` tokens where the position has fewer; `where` says what asks for them."""
     most = getattr(build("position", lm.position), "max_positions", length)
     if length > most:
-        raise UserError(f"{where} has {length} tokens; config.model.position = {lm.position!r} has {most} positions")
+        raise UserError(
+            f"{where}: {length} tokens, but config.model.position = {lm.position!r} has {most} positions; "
+            f"give it {length}, or take {most} tokens at most"
+        )
 
 
 def unroll(lm, params):

@@ -37,11 +37,7 @@ class RoPE(Position):
         first, second = (head[..., ::2], head[..., 1::2]) if self.interleaved else jnp.split(head, 2, axis=-1)
         turned = (first * cos - second * sin, second * cos + first * sin)
         turned = jnp.stack(turned, -1).reshape(head.shape) if self.interleaved else jnp.concatenate(turned, -1)
-        return (
-            jnp.concatenate([turned.astype(x_BTHK.dtype), x_BTHK[..., K:]], -1)
-            if K < x_BTHK.shape[-1]
-            else (turned.astype(x_BTHK.dtype))
-        )
+        return jnp.concatenate([turned.astype(x_BTHK.dtype), x_BTHK[..., K:]], -1)
 
     def score_scale(self):
         return self._scaling().score_scale()
