@@ -1,12 +1,14 @@
 """Next-token cross-entropy that never holds the logits of a long row of a large vocabulary."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from efficientllm import kernels
-from efficientllm.sharding import constrain, current_mesh
+from efficientllm.sharding import constrain, current_mesh, spec
 from efficientllm.weights import matmul
 
 CHUNK_BYTES = 2**25  # float32 logits a device holds at a time
@@ -40,10 +42,12 @@ def _logits(x_BTD, head_DV, precision):
 
 
 def _chunks(B, T, V):
-    """Chunks of a row, so that one holds CHUNK_BYTES at most: the fewest that divide its tokens."""
-    devices = 1 if (mesh := current_mesh()) is None else mesh.size
-    least = -(-4 * B * T * V // (devices * CHUNK_BYTES))
-    return next((n for n in range(max(1, least), T) if T % n == 0), T)
+    """Chunks of a row: the fewest of which one holds CHUNK_BYTES at most, or a token."""
+    mesh, logits = current_mesh(), (B, 1, V)
+    if mesh is not None:
+        logits = NamedSharding(mesh, spec(("batch", None, "vocab"), logits, mesh)).shard_shape(logits)
+    tokens = max(1, CHUNK_BYTES // (4 * math.prod(logits)))
+    return -(-T // tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -67,7 +71,8 @@ def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
 
     carry = jnp.zeros(()), jnp.zeros(head_DV.shape, head_DV.dtype)
     (total, dhead_DV), dx = jax.lax.scan(one, carry, _split(chunks, x_BTD, targets_BT, weights_BT))
-    return total, (jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape), dhead_DV)
+    dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, : x_BTD.shape[1]]
+    return total, (dx_BTD, dhead_DV)
 
 
 def _chunked_backward(precision, chunks, gradients, dy):
@@ -79,5 +84,14 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _split(chunks, *leaves):
-    """`[B, T, ...]` -> `[chunks, B, T / chunks, ...]`: every chunk lies on all devices."""
-    return tuple(jnp.moveaxis(leaf.reshape(leaf.shape[0], chunks, -1, *leaf.shape[2:]), 1, 0) for leaf in leaves)
+    """`[B, T, ...]` -> `[chunks, B, T / chunks, ...]`: every chunk lies on all devices.
+
+    Zeros fill up the last chunk; those of the weights keep them out of the sum.
+    """
+
+    def one(leaf):
+        B, T, *rest = leaf.shape
+        padded = jnp.pad(leaf, ((0, 0), (0, -T % chunks), *((0, 0),) * len(rest)))
+        return jnp.moveaxis(padded.reshape(B, chunks, -1, *rest), 1, 0)
+
+    return tuple(map(one, leaves))
