@@ -182,6 +182,8 @@ def _equal_parameters(model, size, tokenizer_size):
 
     mixer, _, ffn = model.parameters_of.partition("|")
     block = {"mixer": mixer.strip(), "ffn": ffn.strip() or model.ffn, "pattern": ()}
+    for kind in ("mixer", "ffn"):
+        complete(kind, block[kind], {}, where="config.model.parameters_of")
     reference = model.copy_and_resolve_references()
     reference.update(block)
     return matching.matched(size, count(reference, size), lambda size: count(model, size), model.parameters_of)
