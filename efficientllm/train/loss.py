@@ -60,19 +60,35 @@ def _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
 
 
 def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
+    """Each group of rows has a gradient of the head of its own, and they are added up at the end: one sum over devices
+    for all chunks, not one for each. Letter: N groups."""
+    axes = _row_axes(len(x_BTD))
+    N = 1 if axes is None else math.prod(current_mesh().shape[axis] for axis in axes)
+
     def nll(x, head, targets, weights):
-        return logits_nll_sum(_logits(x, head, precision), targets, weights)
+        logits = constrain(matmul(x, head, precision, out_dtype=jnp.float32), None, None, "vocab")
+        return logits_nll_sum(logits, targets, weights)
+
+    of_groups = jax.vmap(jax.value_and_grad(nll, (0, 1)), in_axes=(0, None, 0, 0), spmd_axis_name=axes)
 
     def one(carry, chunk):
-        total, dhead_DV = carry
-        x, targets, weights = chunk
-        nats, (dx, dhead) = jax.value_and_grad(nll, (0, 1))(x, head_DV, targets, weights)
-        return (total + nats, dhead_DV + dhead), dx
+        total, dhead_NDV = carry
+        x, targets, weights = (leaf.reshape(N, -1, *leaf.shape[1:]) for leaf in chunk)
+        nats_N, (dx, dhead) = of_groups(x, head_DV, targets, weights)
+        dhead_NDV = constrain(dhead_NDV + dhead, "batch", None, "vocab")
+        return (total + jnp.sum(nats_N), dhead_NDV), dx.reshape(chunk[0].shape)
 
-    carry = jnp.zeros(()), jnp.zeros(head_DV.shape, head_DV.dtype)
-    (total, dhead_DV), dx = jax.lax.scan(one, carry, _split(chunks, x_BTD, targets_BT, weights_BT))
+    carry = jnp.zeros(()), constrain(jnp.zeros((N, *head_DV.shape), head_DV.dtype), "batch", None, "vocab")
+    (total, dhead_NDV), dx = jax.lax.scan(one, carry, _split(chunks, x_BTD, targets_BT, weights_BT))
     dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, : x_BTD.shape[1]]
-    return total, (dx_BTD, dhead_DV)
+    return total, (dx_BTD, jnp.sum(dhead_NDV, 0))
+
+
+def _row_axes(B):
+    """The mesh axes over which B rows are split, or None."""
+    mesh = current_mesh()
+    axes = None if mesh is None else spec(("batch",), (B,), mesh)[0]
+    return (axes,) if isinstance(axes, str) else axes
 
 
 def _chunked_backward(precision, chunks, gradients, dy):
