@@ -78,8 +78,7 @@ def _names(q_rank):
     "family, scaled, queries_low, seed",
     [
         ("V2", False, False, 0),
-        ("V2", True, True, 4),
-        ("V2", True, False, 1),
+        ("V2", True, True, 1),
         ("V3", False, True, 0),
         ("V3", True, False, 2),
         ("V3", True, True, 3),

@@ -58,14 +58,10 @@ def test_rope_scaling(kind):
     size = {"num_layers": LAYERS, "dim": 48, "num_heads": 3, "num_kv_heads": 3, "head_dim": 16, "hidden": 40}
     lm = peer.lm(size | {"rope_base": 100.0, "norm_eps": 1e-5}, mixer="gqa", position=f"rope(scaling={ours!r})")
     params = peer.tree(dict(reference.named_parameters()), LAYERS, peer.LLAMA_LAYER, peer.LLAMA_TOP)
-    unscaled = peer.lm(size | {"rope_base": 100.0, "norm_eps": 1e-5}, mixer="gqa")
     ids = peer.tokens(0, 2 * ORIGINAL)
     for length in (ORIGINAL, 2 * ORIGINAL):
         expected = reference(torch.tensor(ids[:, :length]).long()).logits.detach()
         peer.close(peer.logits(lm, params, ids[:, :length]), expected, 1e-5)
-    if kind != "default":
-        with pytest.raises(AssertionError):  # a scaling that does nothing would be no test
-            peer.close(peer.logits(unscaled, params, ids), expected, 1e-3)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SCALINGS if kind != "default"])
@@ -124,9 +120,12 @@ BLOOM_LAYER = peer.named(
 GPT_BLOCK = {"mixer": "mha(qkv_bias=True, o_bias=True)", "ffn": "gelu", "norm": "layernorm(eps=1e-5)", "tied": True}
 
 
-@pytest.mark.parametrize("H, length", [(4, 80), (6, 30)])
-def test_alibi_in_bloom(H, length):
-    """The whole model, the longer rows through the chunked kernel; BLOOM's approximate GELU is exchanged for ours."""
+def test_alibi_in_bloom():
+    """The whole model, through the chunked kernel, with heads that are no power of two.
+
+    BLOOM's approximate GELU is exchanged for the exact one.
+    """
+    H = 6
     config = transformers.BloomConfig(
         vocab_size=peer.VOCAB, hidden_size=8 * H, n_layer=LAYERS, n_head=H, attn_implementation="eager"
     )
@@ -139,7 +138,7 @@ def test_alibi_in_bloom(H, length):
     def to_tree(tensors):
         return peer.tree(peer.unfuse(tensors, H), LAYERS, BLOOM_LAYER, BLOOM_TOP)
 
-    peer.check(reference, ours, to_tree, peer.tokens(H, length + 1), 1e-5)
+    peer.check(reference, ours, to_tree, peer.tokens(H, 81), 1e-5)
 
 
 def _bias(position, H, table, mask, queries, keys):

@@ -65,7 +65,7 @@ def pair(seed, parallel, fraction, scaled):
 
 @pytest.mark.parametrize(
     "seed, parallel, fraction, scaled",
-    [(0, True, 0.25, False), (1, True, 0.25, False), (2, False, 0.25, False), (3, True, 0.5, True)],
+    [(0, True, 0.25, False), (2, False, 0.25, False), (3, True, 0.5, True)],
 )
 def test_logits_loss_and_gradients(seed, parallel, fraction, scaled):
     peer.check(*pair(seed, parallel, fraction, scaled), peer.tokens(seed, 41), 1e-5)
