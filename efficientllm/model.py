@@ -194,8 +194,11 @@ def _equal_parameters(model, size, tokenizer_size):
         return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(lm)))
 
     mixer, _, ffn = model.parameters_of.partition("|")
+    block = {"mixer": mixer.strip(), "ffn": ffn.strip() or model.ffn, "pattern": ()}
+    for kind in ("mixer", "ffn"):
+        complete(kind, block[kind], {}, where="config.model.parameters_of")
     reference = model.copy_and_resolve_references()
-    reference.update({"mixer": mixer.strip(), "ffn": ffn.strip() or model.ffn, "pattern": ()})
+    reference.update(block)
     reference.update({"position": "rope", "norm": "rmsnorm", "embed_norm": False, "tied": True})
     return matching.matched(size, count(reference, size), lambda size: count(model, size), model.parameters_of)
 
@@ -324,11 +327,14 @@ def head_kernel(lm, params):
     return params["embedding"].T if lm.tied else params["head"]["kernel"]
 
 
-def check_length(lm, length, where="the state"):
-    """Raises UserError for a row of `length` tokens where the position has fewer."""
+def check_length(lm, length, where="a state"):
+    """Raises UserError for a row of `length` tokens where the position has fewer; `where` says what asks for them."""
     most = getattr(build("position", lm.position), "max_positions", length)
     if length > most:
-        raise UserError(f"{where} has {length} tokens; config.model.position = {lm.position!r} has {most} positions")
+        raise UserError(
+            f"{where}: {length} tokens, but config.model.position = {lm.position!r} has {most} positions; "
+            f"give it {length}, or take {most} tokens at most"
+        )
 
 
 def unroll(lm, params):

@@ -12,8 +12,11 @@ from efficientllm.attention import Context
 def generate(lm, params, prompt_BT, new_tokens, temperature, key, eos_id):
     """Samples `new_tokens` after each prompt -> int32 `[B, new_tokens]`; what follows an `eos_id` is `eos_id`.
 
-    Prompts are of one length. Temperature 0 takes the likeliest token.
+    Prompts are of one length. Temperature 0 takes the likeliest token. Raises UserError for more tokens in all than the
+    model has positions.
     """
+    prompt = len(prompt_BT[0])
+    models.check_length(lm, prompt + new_tokens, f"new_tokens = {new_tokens} after a prompt of {prompt}")
     lm, params = models.unroll(lm, params) if lm.scan else (lm, params)
     sample = functools.partial(_generate, lm, new_tokens, temperature, eos_id)
     return jax.jit(sample)(params, jnp.asarray(prompt_BT), key)

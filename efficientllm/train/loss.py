@@ -1,12 +1,14 @@
 """Next-token cross-entropy that never holds the logits of a long row of a large vocabulary."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from efficientllm import kernels
-from efficientllm.sharding import constrain, current_mesh
+from efficientllm.sharding import constrain, current_mesh, spec
 from efficientllm.weights import matmul
 
 CHUNK_BYTES = 2**25  # float32 logits a device holds at a time
@@ -40,10 +42,12 @@ def _logits(x_BTD, head_DV, precision):
 
 
 def _chunks(B, T, V):
-    """Chunks of a row, so that one holds CHUNK_BYTES at most: the fewest that divide its tokens."""
-    devices = 1 if (mesh := current_mesh()) is None else mesh.size
-    least = -(-4 * B * T * V // (devices * CHUNK_BYTES))
-    return next((n for n in range(max(1, least), T) if T % n == 0), T)
+    """Chunks of a row: the fewest of which one holds CHUNK_BYTES at most, or a token."""
+    mesh, logits = current_mesh(), (B, 1, V)
+    if mesh is not None:
+        logits = NamedSharding(mesh, spec(("batch", None, "vocab"), logits, mesh)).shard_shape(logits)
+    tokens = max(1, CHUNK_BYTES // (4 * math.prod(logits)))
+    return -(-T // tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -56,18 +60,35 @@ def _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
 
 
 def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
+    """Each group of rows has a gradient of the head of its own, and they are added up at the end: one sum over devices
+    for all chunks, not one for each. Letter: N groups."""
+    axes = _row_axes(len(x_BTD))
+    N = 1 if axes is None else math.prod(current_mesh().shape[axis] for axis in axes)
+
     def nll(x, head, targets, weights):
-        return logits_nll_sum(_logits(x, head, precision), targets, weights)
+        logits = constrain(matmul(x, head, precision, out_dtype=jnp.float32), None, None, "vocab")
+        return logits_nll_sum(logits, targets, weights)
+
+    of_groups = jax.vmap(jax.value_and_grad(nll, (0, 1)), in_axes=(0, None, 0, 0), spmd_axis_name=axes)
 
     def one(carry, chunk):
-        total, dhead_DV = carry
-        x, targets, weights = chunk
-        nats, (dx, dhead) = jax.value_and_grad(nll, (0, 1))(x, head_DV, targets, weights)
-        return (total + nats, dhead_DV + dhead), dx
+        total, dhead_NDV = carry
+        x, targets, weights = (leaf.reshape(N, -1, *leaf.shape[1:]) for leaf in chunk)
+        nats_N, (dx, dhead) = of_groups(x, head_DV, targets, weights)
+        dhead_NDV = constrain(dhead_NDV + dhead, "batch", None, "vocab")
+        return (total + jnp.sum(nats_N), dhead_NDV), dx.reshape(chunk[0].shape)
 
-    carry = jnp.zeros(()), jnp.zeros(head_DV.shape, head_DV.dtype)
-    (total, dhead_DV), dx = jax.lax.scan(one, carry, _split(chunks, x_BTD, targets_BT, weights_BT))
-    return total, (jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape), dhead_DV)
+    carry = jnp.zeros(()), constrain(jnp.zeros((N, *head_DV.shape), head_DV.dtype), "batch", None, "vocab")
+    (total, dhead_NDV), dx = jax.lax.scan(one, carry, _split(chunks, x_BTD, targets_BT, weights_BT))
+    dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, : x_BTD.shape[1]]
+    return total, (dx_BTD, jnp.sum(dhead_NDV, 0))
+
+
+def _row_axes(B):
+    """The mesh axes over which B rows are split, or None."""
+    mesh = current_mesh()
+    axes = None if mesh is None else spec(("batch",), (B,), mesh)[0]
+    return (axes,) if isinstance(axes, str) else axes
 
 
 def _chunked_backward(precision, chunks, gradients, dy):
@@ -79,5 +100,14 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _split(chunks, *leaves):
-    """`[B, T, ...]` -> `[chunks, B, T / chunks, ...]`: every chunk lies on all devices."""
-    return tuple(jnp.moveaxis(leaf.reshape(leaf.shape[0], chunks, -1, *leaf.shape[2:]), 1, 0) for leaf in leaves)
+    """`[B, T, ...]` -> `[chunks, B, T / chunks, ...]`: every chunk lies on all devices.
+
+    Zeros fill up the last chunk; those of the weights keep them out of the sum.
+    """
+
+    def one(leaf):
+        B, T, *rest = leaf.shape
+        padded = jnp.pad(leaf, ((0, 0), (0, -T % chunks), *((0, 0),) * len(rest)))
+        return jnp.moveaxis(padded.reshape(B, chunks, -1, *rest), 1, 0)
+
+    return tuple(map(one, leaves))

@@ -44,13 +44,14 @@ class Setup:
 
 def prepare(config, log):
     """Reads the data and describes the model; makes no array of it. Raises UserError."""
-    model.from_config(config.model)  # a bad model is refused before any data is read
+    lm = model.from_config(config.model)  # a bad model is refused before any data is read
+    model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
     mesh = sharding.make_mesh(config.mesh)
     check_train(config.train, mesh)
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
     tokenizer = data.build_tokenizer(config.tokenizer, config.data)
     lm = model.from_config(config.model, tokenizer.vocab_size)
-    model.check_length(lm, config.train.length, where="config.train.length: a row")
+    _check_sample(lm, config.sample, tokenizer)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     rows = (config.data, tokenizer, config.train.batch_size, config.train.length)
     with jax.set_mesh(mesh):
@@ -69,6 +70,13 @@ def prepare(config, log):
         shardings=shardings,
         rss_before=host.rss_bytes(),
     )
+
+
+def _check_sample(lm, sample, tokenizer):
+    """Refuses a sample that the model could not write at the end of the run."""
+    prompt = len(tokenizer.encode(sample.prompt))
+    where = f"config.sample.tokens = {sample.tokens} after a prompt of {prompt}"
+    model.check_length(lm, prompt + sample.tokens, where)
 
 
 def _shaped(leaf, where):
