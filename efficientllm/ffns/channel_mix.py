@@ -12,7 +12,7 @@ from efficientllm.weights import activation_dtype
 
 @register("ffn", "channel_mix")
 class ChannelMix(nn.Module):
-    """`value(relu(key(x + (previous - x) x_k))^2)` (Peng et al. 2025, arXiv:2503.14456, Section 4.3).
+    """`value(relu(key(x + (previous - x) x_k))^2)` (Peng et al. 2025, arXiv:2503.14456, Section 4).
 
     State is the last token's input. `dim` is the model's width, which the state needs to know.
 

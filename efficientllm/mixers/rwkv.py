@@ -86,7 +86,7 @@ class RWKV(nn.Module, kw_only=True):
         return _LowRank(rank, self.precision, activation, bias_init, name=name)
 
     def _value(self, x_BTD, memo):
-        """Values, drawn to the first layer's (Eq. 8), and what later layers need to know of those."""
+        """Values, drawn to the first layer's, and what later layers need to know of those."""
         v_BTD = self._project("v", x_BTD, nn.initializers.orthogonal())
         first_BTD = jnp.where(memo["v_first_is_set"], memo["v_first"], v_BTD)
         share = self._low_rank("v_share", self.v_rank, 1.3 * v_BTD.shape[-1] ** 0.5, bias_init=_linear(0.73, -0.4))
@@ -94,7 +94,7 @@ class RWKV(nn.Module, kw_only=True):
         return v_BTD, {"v_first": first_BTD, "v_first_is_set": jnp.ones((), bool)}
 
     def _tokens(self, r_BTHN, k_BTD, v_BTHN, mixed):
-        """Decays, keys and learning rates (Eq. 5-7, 9-12)."""
+        """Decays, keys and learning rates."""
         D, N = k_BTD.shape[-1], self.head_dim
         rank = 1.8 * D**0.5
         decay = self._low_rank("decay", self.decay_rank, rank, "tanh", _decay_init(N))
@@ -114,7 +114,7 @@ class RWKV(nn.Module, kw_only=True):
         )
 
     def _own(self, tokens):
-        """What a token reads of itself, past the memory and the norm (Eq. 20)."""
+        """What a token reads of itself, past the memory and the norm."""
         H, N = tokens.r.shape[2:]
         r_k_HN = self._per_channel("r_k", nn.initializers.constant(-0.04), H * N)
         return jnp.sum(tokens.r * tokens.k * r_k_HN, -1, keepdims=True) * tokens.v

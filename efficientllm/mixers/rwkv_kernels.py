@@ -1,4 +1,4 @@
-"""RWKV-7's recurrence (Peng et al. 2025, arXiv:2503.14456, Eq. 16-17), token by token and in chunks.
+"""RWKV-7's recurrence (Peng et al. 2025, arXiv:2503.14456, Section 4), token by token and in chunks.
 
 A head's memory is a matrix S `[K, V]`, keys by values. Token t removes what S holds under the key kappa_t (a unit
 vector), as far as beta_t says, and adds the pair of k_t and v_t; r_t reads:
@@ -7,6 +7,8 @@ vector), as far as beta_t says, and adds the pair of k_t and v_t; r_t reads:
 
 Letters: C chunks, Q tokens of one, K and V widths of a key and a value.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,8 @@ from efficientllm.registry import lookup, register
 
 # Measured on CPUs, beside 32. Factored decays reach exp(-CHUNK log w), which float32 holds for log w >= -0.61.
 CHUNK = 16
+# Accelerators would round the operands of float32 products, and a memory adds up over the whole document.
+exact_products = functools.partial(jax.default_matmul_precision, "float32")
 
 
 @struct.dataclass
@@ -48,14 +52,15 @@ def recur(tokens, starts_BT, memory_BHKV=None, kernel="auto"):
     kernels.note("rwkv", kernel)
     if memory_BHKV is None:
         memory_BHKV = jnp.zeros((B, H, K, tokens.v.shape[-1]), jnp.float32)
-    return compute(tokens, starts_BT, memory_BHKV)
+    with exact_products():
+        return compute(tokens, starts_BT, memory_BHKV)
 
 
 def choose(length):
     """The kernel for rows of `length` on the platform being compiled for.
 
-    Measured on CPUs, see tests/parity/test_rwkv.py for their equality: steps take 0.3x to 0.5x of the chunks' time, but
-    their gradient, which keeps the memory at every token, 3x and more.
+    Measured on CPUs: steps take 0.3x to 0.5x of the chunks' time, but their gradient, which keeps the memory of every
+    token, 1.5x to 13x. Elsewhere a step is too little work to be alone (not measured).
     """
     if length == 1:
         return "sequential"
@@ -103,7 +108,7 @@ def _chunked(tokens, starts_BT, memory_BHKV):
 
     Inside a chunk every memory is written with the one before the chunk, S, so that what each token removes,
     u_t = kappa_t^T S_{t-1}, solves a triangular system (the WY form: Bischof & Van Loan 1987; Yang et al. 2024,
-    arXiv:2406.06484, Section 3.2, without decay):
+    arXiv:2406.06484, without decay):
 
         u_t + sum_{j<t} <kappa_t, beta_j>_w u_j = <kappa_t, S>_w + sum_{j<t} <kappa_t, k_j>_w v_j
 
@@ -166,7 +171,7 @@ def _reads(document_CBQ):
 
 
 def _carried(chunks, log_decay, document_CBQ):
-    """How much of the memory survives the chunk, `[C, B, H, K]`, and the keys that `[u; v]` go to, `[C, B, H, 2Q, K]`."""
+    """What survives of the memory, `[C, B, H, K]`, and the keys under which `[u; v]` enter it, `[C, B, H, 2Q, K]`."""
     last = log_decay[..., -1:, :]
     decay = jnp.where((document_CBQ == document_CBQ[..., -1:])[:, :, None, :, None], jnp.exp(last - log_decay), 0)
     kept = jnp.where(document_CBQ[..., -1][:, :, None, None] == 0, jnp.exp(last[..., 0, :]), 0)
@@ -199,7 +204,8 @@ def _inverse_forward(strict):
 
 def _inverse_backward(found, cotangent):
     transposed = jnp.swapaxes(found, -1, -2)
-    return (-(transposed @ cotangent @ transposed),)
+    with exact_products():
+        return (-(transposed @ cotangent @ transposed),)
 
 
 inverse.defvjp(_inverse_forward, _inverse_backward)
@@ -213,7 +219,8 @@ def _split(tokens, starts_BT, memory_BHKV):
 
 
 def _split_forward(tokens, starts_BT, memory_BHKV):
-    return jax.vjp(lambda tokens, memory: _chunked(tokens, starts_BT, memory), tokens, memory_BHKV)
+    with exact_products():
+        return jax.vjp(lambda tokens, memory: _chunked(tokens, starts_BT, memory), tokens, memory_BHKV)
 
 
 def _split_backward(pullback, cotangents):
