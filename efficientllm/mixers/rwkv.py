@@ -88,10 +88,10 @@ class RWKV(nn.Module, kw_only=True):
     def _value(self, x_BTD, memo):
         """Values, drawn to the first layer's, and what later layers need to know of those."""
         v_BTD = self._project("v", x_BTD, nn.initializers.orthogonal())
-        first_BTD = jnp.where(memo["v_first_is_set"], memo["v_first"], v_BTD)
+        first_BTD = jnp.where(memo["v_first_is_set"], memo["v_first"].astype(v_BTD.dtype), v_BTD)
         share = self._low_rank("v_share", self.v_rank, 1.3 * v_BTD.shape[-1] ** 0.5, bias_init=_linear(0.73, -0.4))
         v_BTD = v_BTD + (first_BTD - v_BTD) * jax.nn.sigmoid(share(x_BTD)).astype(v_BTD.dtype)
-        return v_BTD, {"v_first": first_BTD, "v_first_is_set": jnp.ones((), bool)}
+        return v_BTD, {"v_first": first_BTD.astype(memo["v_first"].dtype), "v_first_is_set": jnp.ones((), bool)}
 
     def _tokens(self, r_BTHN, k_BTD, v_BTHN, mixed):
         """Decays, keys and learning rates."""
