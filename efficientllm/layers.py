@@ -18,10 +18,11 @@ class Linear(nn.Module):
     precision: str
     use_bias: bool = False
     out_dtype: jnp.dtype = None
+    kernel_init: nn.initializers.Initializer = fan_in_normal
 
     @nn.compact
     def __call__(self, x):
-        init = nn.with_logical_partitioning(fan_in_normal, self.axes)
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         y = matmul(x, self.param("kernel", init, (x.shape[-1], self.features)), self.precision, self.out_dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])

@@ -22,6 +22,7 @@ HOMES = {
     "attention_kernel": "efficientllm.attention",
     "scan_kernel": "efficientllm.mixers",
     "grouped_kernel": "efficientllm.grouped_matmul",
+    "rwkv_kernel": "efficientllm.mixers.rwkv_kernels",
     "precision": "efficientllm.weights",
     "size": "efficientllm.sizes",
     "optimizer": "efficientllm.optim",

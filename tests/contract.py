@@ -197,6 +197,7 @@ OTHER_STRINGS = {
     "kernel": "ragged_dot",
     "scaling": "linear(factor=3.0)",
     "scan_kernel": "associative",
+    "rwkv_kernel": "chunked",
 }
 
 
@@ -222,12 +223,13 @@ def _spec(name, values):
 
 @functools.cache
 def _program(kind, spec):
-    """The traced loss, its kernels and its parameters, as text: what differs in it differs in what is computed."""
+    """The traced loss, its kernels, its parameters and its state, as text: what differs differs in what is computed."""
     lm = build(kind, spec)
     params = jax.eval_shape(lambda: nn.unbox(lm.init(jax.random.key(0), tokens(), Context.packed(positions()))))
     with kernels.recording() as used:
         traced = jax.make_jaxpr(lambda p: step.loss_fn(lm, p, batch(), 1.0)[0])(params["params"])
-    return str(traced) + str(used) + str(jax.tree.map(lambda leaf: leaf.shape, params))
+    states = jax.eval_shape(lambda: model.init_states(lm, B, 1))
+    return str(traced) + str(used) + str(jax.tree.map(lambda leaf: leaf.shape, (params, states)))
 
 
 def check_flops(kind, spec):

@@ -1,0 +1,46 @@
+"""RWKV-7's channel mix: a dense ffn of squared ReLUs over a token and the one before it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficientllm import token_shift
+from efficientllm.layers import Linear
+from efficientllm.registry import register
+from efficientllm.weights import activation_dtype
+
+
+@register("ffn", "channel_mix")
+class ChannelMix(nn.Module):
+    """`value(relu(key(x + (previous - x) x_k))^2)` (Peng et al. 2025, arXiv:2503.14456, Section 4).
+
+    State is the last token's input. `dim` is the model's width, which the state needs to know.
+
+    Initialisers are RWKV-LM's; shares depend on the depth there and are those of the middle layer here, since layers
+    are stacked.
+    """
+
+    dim: int
+    hidden: int
+    precision: str
+
+    @nn.compact
+    def __call__(self, x_BTD, ctx, state=None):
+        D = x_BTD.shape[-1]
+        init = nn.with_logical_partitioning(token_shift.share_init(0.5**4), ("embed",))
+        share_D = self.param("x_k", init, (D,))
+        shifted_BTD, last_BD = token_shift.shift(x_BTD, ctx.positions_BT, state and state["shift"])
+        key = Linear(
+            self.hidden, ("embed", "mlp"), self.precision, kernel_init=nn.initializers.orthogonal(), name="key"
+        )
+        hidden_BTF = jax.nn.relu(key(token_shift.mix(x_BTD, shifted_BTD, share_D))) ** 2
+        value = Linear(D, ("mlp", "embed"), self.precision, kernel_init=nn.initializers.zeros, name="value")
+        return value(hidden_BTF), state and {"shift": last_BD}, {}
+
+    def init_state(self, batch, length):
+        """No token before the first: zeros `[B, D]` in the activation dtype, whatever the length."""
+        return {"shift": jnp.zeros((batch, self.dim), activation_dtype(self.precision))}
+
+    def state_bytes(self, length):
+        """Bytes of state a row holds: D b, however long it is."""
+        return self.dim * activation_dtype(self.precision).itemsize

@@ -1,0 +1,214 @@
+"""RWKV-7's time mix (Peng et al. 2025, arXiv:2503.14456, Section 4): a memory of fixed size, edited by a delta rule.
+
+Conventions are those of the authors' code (github.com/BlinkDL/RWKV-LM, RWKV-v7). Letters: H heads, N width of one.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficientllm import token_shift
+from efficientllm.errors import UserError
+from efficientllm.layers import Linear
+from efficientllm.mixers.rwkv_kernels import Tokens, executed_flops, recur
+from efficientllm.registry import register
+from efficientllm.sharding import constrain
+from efficientllm.weights import activation_dtype
+
+NORM_EPS = 64e-5  # whatever the width of a head
+SLOWEST, DECAY = -6.0, -0.606531  # bias of the decay's first channel; log of the fastest decay, -exp(-1/2) as released
+# Power of i / D in the initial share of the token before, for half the depth: there the code's depth factors are 1/2.
+SHARES = {"r": 0.1, "w": 0.45, "k": 0.35, "v": 0.35, "a": 0.45, "g": 0.1}
+
+
+@register("mixer", "rwkv")
+class RWKV(nn.Module, kw_only=True):
+    """Every head holds a matrix that each token decays by channel, edits under one key and reads.
+
+    State is that matrix a head and the last token's input: as large after a million tokens as after one.
+
+    Values of later layers are drawn to the first layer's (`v_first`). Layers are stacked, so the first has the
+    parameters of that too, `2 D v_rank + D` of them that nothing reads.
+
+    Initialisers are the authors', and where theirs depend on the depth, those of half the depth.
+
+    Args:
+      dim: the model's width, which the state needs to know.
+      head_dim: N; the released models have 64.
+      decay_rank, a_rank, v_rank, gate_rank: ranks of the maps that make decays, learning rates, shares of `v_first` and
+        gates. None are the released models' for the width: 1.8 D^1/2 (twice), 1.3 D^1/2 and 0.6 D^4/5, rounded to
+        multiples of 32; the 0.4B model has 128 in place of the last's 160.
+      rwkv_kernel: `auto` or a registered `rwkv_kernel`.
+
+    Raises UserError where heads do not divide the width.
+    """
+
+    dim: int
+    head_dim: int
+    precision: str
+    decay_rank: int = None
+    a_rank: int = None
+    v_rank: int = None
+    gate_rank: int = None
+    rwkv_kernel: str = "auto"
+
+    @nn.compact
+    def __call__(self, x_BTD, ctx, state=None):
+        B, T, D = x_BTD.shape
+        _check_heads(D, self.head_dim)
+        shifted_BTD, last_BD = token_shift.shift(x_BTD, ctx.positions_BT, state and state["shift"])
+        mixed = {name: self._mix(name, x_BTD, shifted_BTD) for name in SHARES}
+        r_BTHN = self._heads(self._project("r", mixed["r"], nn.initializers.orthogonal()))
+        k_BTD = self._project("k", mixed["k"], nn.initializers.orthogonal(0.1))
+        v_BTD, memo = self._value(mixed["v"], ctx.memo)
+        tokens = self._tokens(r_BTHN, k_BTD, self._heads(v_BTD), mixed)
+        y_BTHN, memory = recur(tokens, ctx.positions_BT == 0, state and state["memory"], self.rwkv_kernel)
+        y_BTHN = _HeadNorm(name="norm")(y_BTHN) + self._own(tokens)
+        gate_BTD = self._low_rank("gate", self.gate_rank, 0.6 * D**0.8, activation="sigmoid")(mixed["g"])
+        y_BTD = (y_BTHN.reshape(B, T, D) * gate_BTD).astype(x_BTD.dtype)
+        out = Linear(D, ("heads", "embed"), self.precision, kernel_init=nn.initializers.zeros, name="o")
+        return out(y_BTD), state and {"shift": last_BD, "memory": memory}, memo
+
+    def _mix(self, name, x_BTD, shifted_BTD):
+        init = nn.with_logical_partitioning(token_shift.share_init(SHARES[name]), ("embed",))
+        return token_shift.mix(x_BTD, shifted_BTD, self.param(f"x_{name}", init, x_BTD.shape[-1:]))
+
+    def _project(self, name, x_BTD, init):
+        axes = ("embed", "heads")
+        return Linear(x_BTD.shape[-1], axes, self.precision, kernel_init=init, name=name)(x_BTD)
+
+    def _heads(self, x_BTD):
+        x_BTHN = x_BTD.astype(jnp.float32).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+        return constrain(x_BTHN, "batch", None, "heads", None)
+
+    def _low_rank(self, name, rank, published, activation=None, bias_init=None):
+        rank = rank or max(32, round(published / 32) * 32)
+        return _LowRank(rank, self.precision, activation, bias_init, name=name)
+
+    def _value(self, x_BTD, memo):
+        """Values, drawn to the first layer's, and what later layers need to know of those."""
+        v_BTD = self._project("v", x_BTD, nn.initializers.orthogonal())
+        first_BTD = jnp.where(memo["v_first_is_set"], memo["v_first"].astype(v_BTD.dtype), v_BTD)
+        share = self._low_rank("v_share", self.v_rank, 1.3 * v_BTD.shape[-1] ** 0.5, bias_init=_linear(0.73, -0.4))
+        v_BTD = v_BTD + (first_BTD - v_BTD) * jax.nn.sigmoid(share(x_BTD)).astype(v_BTD.dtype)
+        return v_BTD, {"v_first": first_BTD.astype(memo["v_first"].dtype), "v_first_is_set": jnp.ones((), bool)}
+
+    def _tokens(self, r_BTHN, k_BTD, v_BTHN, mixed):
+        """Decays, keys and learning rates."""
+        D, N = k_BTD.shape[-1], self.head_dim
+        rank = 1.8 * D**0.5
+        decay = self._low_rank("decay", self.decay_rank, rank, "tanh", _decay_init(N))
+        rate = self._low_rank("a", self.a_rank, rank, None, _linear(-0.19, 0.4, zigzag=0.3, head_dim=N))
+        a_BTHN = self._heads(jax.nn.sigmoid(rate(mixed["a"])))
+        k_BTHN = self._heads(k_BTD)
+        kappa_BTHN = k_BTHN * self._per_channel("k_k", _linear(0.71, -0.1), D)
+        # Of length one; the gradient of zero is zero.
+        kappa_BTHN *= jax.lax.rsqrt(jnp.maximum(jnp.sum(kappa_BTHN**2, -1, keepdims=True), 1e-24))
+        return Tokens(
+            r=r_BTHN,
+            log_w=self._heads(DECAY * jax.nn.sigmoid(decay(mixed["w"]))),
+            k=k_BTHN * (1 + (a_BTHN - 1) * self._per_channel("k_a", nn.initializers.constant(1.02), D)),
+            v=v_BTHN,
+            kappa=kappa_BTHN,
+            beta=kappa_BTHN * a_BTHN,
+        )
+
+    def _own(self, tokens):
+        """What a token reads of itself, past the memory and the norm."""
+        H, N = tokens.r.shape[2:]
+        r_k_HN = self._per_channel("r_k", nn.initializers.constant(-0.04), H * N)
+        return jnp.sum(tokens.r * tokens.k * r_k_HN, -1, keepdims=True) * tokens.v
+
+    def _per_channel(self, name, init, D):
+        return self.param(name, nn.with_logical_partitioning(init, ("heads",)), (D,)).reshape(-1, self.head_dim)
+
+    def init_memo(self, batch, length, dim):
+        """No values of a first layer yet: `v_first` `[B, T, D]`."""
+        v_first = jnp.zeros((batch, length, dim), activation_dtype(self.precision))
+        return {"v_first": v_first, "v_first_is_set": jnp.zeros((), bool)}
+
+    def init_state(self, batch, length):
+        """No token `[B, D]` in the activation dtype and an empty float32 memory `[B, H, N, N]`, whatever the length."""
+        N = self.head_dim
+        return {
+            "shift": jnp.zeros((batch, self.dim), activation_dtype(self.precision)),
+            "memory": jnp.zeros((batch, self.dim // N, N, N), jnp.float32),
+        }
+
+    def state_bytes(self, length):
+        """Bytes of state a row holds: D b + 4 D N, however long it is."""
+        return self.dim * activation_dtype(self.precision).itemsize + 4 * self.dim * self.head_dim
+
+    def mix_flops(self, length, executed=False):
+        """Forward FLOPs beyond the kernels' for a row of `length` tokens: 8 N^2 a head and token.
+
+        2 N^2 each for what the memory holds under a key, its removal, the new pair and the read; the decay is
+        elementwise and 0. With `executed` the products of the kernel in use (`rwkv_kernels.executed_flops`).
+        """
+        N = self.head_dim
+        return self.dim // N * (executed_flops(self.rwkv_kernel, length, N, N) if executed else 8 * length * N * N)
+
+
+def _check_heads(dim, head_dim):
+    if head_dim < 1 or dim % head_dim:
+        raise UserError(f"rwkv: head_dim = {head_dim} does not divide the width of the model, {dim}")
+
+
+class _LowRank(nn.Module):
+    """`up(activation(down(x))) + bias` in float32, as wide as x; without `bias_init` there is no bias."""
+
+    rank: int
+    precision: str
+    activation: str
+    bias_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D = x_BTD.shape[-1]
+        down = Linear(self.rank, ("embed", None), self.precision, kernel_init=nn.initializers.zeros, name="down")
+        hidden_BTR = down(x_BTD)
+        if self.activation:
+            hidden_BTR = getattr(jax.nn, self.activation)(hidden_BTR)
+        init = nn.initializers.orthogonal(0.1 * max(1, self.rank / D) ** 0.5)
+        up = Linear(D, (None, "heads"), self.precision, out_dtype=jnp.float32, kernel_init=init, name="up")
+        y_BTD = up(hidden_BTR)
+        if self.bias_init is None:
+            return y_BTD
+        return y_BTD + self.param("bias", nn.with_logical_partitioning(self.bias_init, ("heads",)), (D,))
+
+
+class _HeadNorm(nn.Module):
+    """Each head's own layer norm, in float32."""
+
+    @nn.compact
+    def __call__(self, x_BTHN):
+        H, N = x_BTHN.shape[2:]
+        half_depth = nn.initializers.constant(0.5**0.7)
+        scale = self.param("scale", nn.with_logical_partitioning(half_depth, ("heads",)), (H * N,))
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("heads",)), (H * N,))
+        centred = x_BTHN - jnp.mean(x_BTHN, -1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + NORM_EPS)
+        return normed * scale.reshape(H, N) + bias.reshape(H, N)
+
+
+def _linear(start, slope, zigzag=0.0, head_dim=1):
+    """Initialiser: `start`, a line of `slope` through zero over the channels and a signed square over each head's."""
+
+    def init(_, shape, dtype=jnp.float32):
+        line = jnp.linspace(-0.5, 0.5, shape[0], dtype=dtype)
+        return start + slope * line + zigzag * _zigzag(shape[0], head_dim)
+
+    return init
+
+
+def _decay_init(head_dim):
+    def init(_, shape, dtype=jnp.float32):
+        ramp = jnp.linspace(0, 1, shape[0], dtype=dtype) ** (1 + 0.5**0.3)
+        return SLOWEST - SLOWEST * ramp + 0.5 + 2.5 * _zigzag(shape[0], head_dim)
+
+    return init
+
+
+def _zigzag(dim, head_dim):
+    within = jnp.linspace(-1, 1, head_dim)[jnp.arange(dim) % head_dim]
+    return within * jnp.abs(within)
