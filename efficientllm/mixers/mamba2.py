@@ -1,0 +1,117 @@
+"""Mamba-2: a state-space model with one decay a head, computed in products of chunks (Dao & Gu 2024, arXiv:2405.21060).
+
+Letters: I inner channels, H heads of P channels, N state, J groups of heads that share b and c, Q tokens of a chunk.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficientllm.errors import UserError
+from efficientllm.layers import Linear
+from efficientllm.mixers import ssd
+from efficientllm.mixers.conv import CausalConv, log_uniform_steps
+from efficientllm.registry import register
+from efficientllm.sharding import constrain
+from efficientllm.weights import activation_dtype
+
+
+@register("mixer", "mamba2", example="mamba2(ssm_head_dim=16, state_dim=16)")
+class Mamba2(nn.Module, kw_only=True):
+    """The block of Figure 6, without its ffn: projections at once, convolutions, SSD, and a gate before a norm.
+
+    Args:
+      inner: I; None is twice the model's width.
+      ssm_head_dim: P; H is I / P.
+      state_dim: N.
+      num_groups: J.
+      conv: taps of the convolution.
+      chunk: Q, of training and prefill (`ssd`).
+      use_bias: of the projections in and out; `conv_bias`: of the convolutions.
+
+    State is the convolutions' last inputs and a float32 matrix `[P, N]` a head, whatever the length.
+    """
+
+    precision: str
+    dim: int
+    eps: float
+    inner: int = None
+    ssm_head_dim: int = 64
+    state_dim: int = 128
+    num_groups: int = 1
+    conv: int = 4
+    chunk: int = 64
+    use_bias: bool = False
+    conv_bias: bool = True
+
+    @property
+    def channels(self):
+        return self.inner or 2 * self.dim
+
+    @property
+    def num_heads(self):
+        I, P, J = self.channels, self.ssm_head_dim, self.num_groups
+        if I % P or (I // P) % J:
+            raise UserError(f"mamba2: inner = {I} is not made of num_groups = {J} groups of heads of ssm_head_dim = {P}")
+        return I // P
+
+    @nn.compact
+    def __call__(self, x_BTD, ctx, state=None):
+        B, T, D = x_BTD.shape
+        I, H, J, N = self.channels, self.num_heads, self.num_groups, self.state_dim
+        tails = {"x": None, "bc": None} if state is None else state["tails"]
+        gate_BTI = self._project(x_BTD, "gate", I, "mlp")
+        x_BTI, tail_x = self._convolve(x_BTD, "x", I, "mlp", ctx, tails["x"])
+        bc_BTE, tail_bc = self._convolve(x_BTD, "bc", 2 * J * N, None, ctx, tails["bc"])
+        b_BTJN, c_BTJN = (half.reshape(B, T, J, N) for half in jnp.split(bc_BTE, 2, -1))
+        step_BTH = self._project(x_BTD, "step", H, None).astype(jnp.float32)
+        axes = nn.with_logical_partitioning
+        step_BTH = jax.nn.softplus(step_BTH + self.param("step_bias", axes(log_uniform_steps(), (None,)), (H,)))
+        A_H = -jnp.exp(self.param("A_log", axes(_log_one_to_h, (None,)), (H,)))
+        skip_H = self.param("skip", axes(nn.initializers.ones, (None,)), (H,))
+        x_BTHP = constrain(x_BTI.reshape(B, T, H, -1).astype(jnp.float32), "batch", None, "heads", None)
+        memory = jnp.zeros((B, H, x_BTHP.shape[-1], N)) if state is None else state["memory"]
+        scan = ssd.step if state is not None and T == 1 else ssd.chunked
+        y_BTHP, memory = scan(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, ctx.positions_BT > 0, memory, self.chunk)
+        y_BTI = (y_BTHP + skip_H[:, None] * x_BTHP).reshape(B, T, I)
+        y_BTI = self._norm(y_BTI * jax.nn.silu(gate_BTI.astype(jnp.float32))).astype(x_BTD.dtype)
+        y_BTD = Linear(D, ("mlp", "embed"), self.precision, self.use_bias, name="o")(y_BTI)
+        return y_BTD, None if state is None else {"tails": {"x": tail_x, "bc": tail_bc}, "memory": memory}
+
+    def _project(self, x_BTD, name, width, axis):
+        y = Linear(width, ("embed", axis), self.precision, self.use_bias, name=name)(x_BTD)
+        return constrain(y, "batch", None, axis)
+
+    def _convolve(self, x_BTD, name, width, axis, ctx, tail):
+        conv = CausalConv(self.conv, axis, self.conv_bias, name=f"conv_{name}")
+        y, tail = conv(self._project(x_BTD, name, width, axis), ctx.positions_BT, tail)
+        return jax.nn.silu(y).astype(jnp.float32), tail
+
+    def _norm(self, y_BTI):
+        """RMS norm of each group's channels, in float32."""
+        scale_I = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("mlp",)), y_BTI.shape[-1:])
+        groups = y_BTI.reshape(*y_BTI.shape[:2], self.num_groups, -1)
+        groups = groups * jax.lax.rsqrt(jnp.mean(groups * groups, -1, keepdims=True) + self.eps)
+        return groups.reshape(y_BTI.shape) * scale_I
+
+    def init_state(self, batch, length):
+        """Zeros: tails `[B, W - 1, ...]` in the activation dtype, memory `[B, H, P, N]` in float32."""
+        dtype, before = activation_dtype(self.precision), self.conv - 1
+        widths = {"x": self.channels, "bc": 2 * self.num_groups * self.state_dim}
+        tails = {name: jnp.zeros((batch, before, width), dtype) for name, width in widths.items()}
+        return {"tails": tails, "memory": jnp.zeros((batch, self.num_heads, self.ssm_head_dim, self.state_dim))}
+
+    def state_bytes(self, length):
+        """Bytes of state a row holds, the same for every length: (I + 2 J N) (W - 1) b + 4 I N."""
+        tail = (self.conv - 1) * activation_dtype(self.precision).itemsize
+        return (self.channels + 2 * self.num_groups * self.state_dim) * tail + 4 * self.channels * self.state_dim
+
+    def mix_flops(self, length, executed=False):
+        """FLOPs of a row beyond the kernels': the recurrence's update and read, 2 I N each; or those of `ssd.chunked`."""
+        if not executed:
+            return 4 * self.channels * self.state_dim * length
+        return ssd.chunked_flops(length, self.num_heads, self.ssm_head_dim, self.state_dim, self.num_groups, self.chunk)
+
+
+def _log_one_to_h(key, shape):
+    return jnp.log(jnp.arange(1, shape[0] + 1, dtype=jnp.float32))

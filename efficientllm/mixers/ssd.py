@@ -1,0 +1,75 @@
+"""State-space duality (arXiv:2405.21060, Section 6, Listing 1): `S_t = keep_t exp(step_t A) S_(t-1) + step_t x_t b_t`,
+`y_t = S_t c_t` for each head, in products of chunks, or a step at a time. Letters as in mamba2; Z chunks.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def step(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, keep_BT, memory_BHPN, chunk):
+    """One token -> `(y [B, 1, H, P], memory)`: the recurrence itself."""
+    heads = x_BTHP.shape[2] // b_BTJN.shape[2]
+    b_BHN, c_BHN = (jnp.repeat(leaf[:, 0], heads, 1) for leaf in (b_BTJN, c_BTJN))
+    decay_BH = jnp.exp(step_BTH[:, 0] * A_H) * keep_BT[:, :1]
+    input_BHP = step_BTH[:, 0, :, None] * x_BTHP[:, 0]
+    memory_BHPN = decay_BH[..., None, None] * memory_BHPN + input_BHP[..., None] * b_BHN[:, :, None]
+    return jnp.sum(memory_BHPN * c_BHN[:, :, None], -1)[:, None], memory_BHPN
+
+
+def chunked(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, keep_BT, memory_BHPN, chunk):
+    """`(y [B, T, H, P], memory)`, float32. keep is False at the first token of a document."""
+    B, T, H, P = x_BTHP.shape
+    J, N = b_BTJN.shape[2:]
+    Q, Z = _chunks(T, chunk)
+
+    def split(leaf):
+        filled = jnp.pad(leaf, ((0, 0), (0, Z * Q - T)) + ((0, 0),) * (leaf.ndim - 2))
+        return filled.reshape(B, Z, Q, *leaf.shape[2:])
+
+    # Tokens that fill the last chunk have a step of 0 and start no document: they leave the memory as it is.
+    starts_BZQ = split(~keep_BT).astype(jnp.int32)
+    input_BZQJRP = split(step_BTH[..., None] * x_BTHP).reshape(B, Z, Q, J, H // J, P)
+    b_BZQJN, c_BZQJN = split(b_BTJN), split(c_BTJN)
+    log_BZQH = jnp.cumsum(split(step_BTH * A_H), 2)
+    document_BZQ = jnp.cumsum(starts_BZQ, 2)
+
+    within = _within(log_BZQH, document_BZQ).reshape(B, Z, J, H // J, Q, Q)
+    scores_BZJQS = jnp.einsum("bzqjn,bzsjn->bzjqs", c_BZQJN, b_BZQJN)
+    y = jnp.einsum("bzjrqs,bzsjrp->bzqjrp", scores_BZJQS[:, :, :, None] * within, input_BZQJRP)
+
+    last = document_BZQ[:, :, -1:]
+    to_end = jnp.exp(log_BZQH[:, :, -1:] - log_BZQH) * (document_BZQ == last)[..., None]
+    added = jnp.einsum("bzqjrp,bzqjn->bzjrpn", input_BZQJRP * to_end.reshape(B, Z, Q, J, -1, 1), b_BZQJN)
+    kept_BZH = jnp.exp(log_BZQH[:, :, -1]) * (last == 0)
+
+    def carry_on(memory, chunk):
+        kept_BH, added_BHPN = chunk
+        return kept_BH[..., None, None] * memory + added_BHPN, memory
+
+    chunks = jnp.moveaxis(kept_BZH, 1, 0), jnp.moveaxis(added.reshape(B, Z, H, P, N), 1, 0)
+    memory_BHPN, before_ZBHPN = jax.lax.scan(carry_on, memory_BHPN, chunks)
+    before = jnp.moveaxis(before_ZBHPN, 0, 1).reshape(B, Z, J, H // J, P, N)
+    from_start = jnp.exp(log_BZQH) * (document_BZQ == 0)[..., None]
+    y += jnp.einsum("bzqjn,bzjrpn->bzqjrp", c_BZQJN, before) * from_start.reshape(B, Z, Q, J, -1, 1)
+    return y.reshape(B, Z * Q, H, P)[:, :T], memory_BHPN
+
+
+def _within(log_BZQH, document_BZQ):
+    """How much of token s is left at token q of the same chunk: `[B, Z, H, Q, Q]`, 0 for later tokens and documents."""
+    Q = log_BZQH.shape[2]
+    log_BZHQ = jnp.moveaxis(log_BZQH, 3, 2)
+    same_BZ1QS = (document_BZQ[:, :, :, None] == document_BZQ[:, :, None, :])[:, :, None]
+    seen = same_BZ1QS & jnp.tril(jnp.ones((Q, Q), bool))
+    # Masked before the exponential: what comes later would grow beyond float32, and its gradient with it.
+    return jnp.exp(jnp.where(seen, log_BZHQ[..., :, None] - log_BZHQ[..., None, :], -jnp.inf))
+
+
+def _chunks(T, chunk):
+    Q = min(chunk, T)
+    return Q, -(-T // Q)
+
+
+def chunked_flops(length, H, P, N, J, chunk):
+    """FLOPs of the products in `chunked` for one row."""
+    Q, Z = _chunks(length, chunk)
+    return Z * Q * (2 * Q * N * J + 2 * Q * H * P + 4 * H * P * N)
