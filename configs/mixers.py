@@ -5,7 +5,7 @@ from configs import base
 VARIANTS = {
     # Blocks without an ffn are half a layer: twice as many stand in a model of one size.
     "mamba": {"mixer": "mamba", "ffn": "none", "position": "none"},
-    "mamba2": {"mixer": "mamba2", "ffn": "none", "position": "none"},
+    "mamba2": {"mixer": "mamba2(state_dim=64)", "ffn": "none", "position": "none"},
     "rwkv": {
         "mixer": "rwkv(head_dim=64)",
         "ffn": "channel_mix",

@@ -3,6 +3,8 @@
 Letters: I inner channels, H heads of P channels, N state, J groups of heads that share b and c, Q tokens of a chunk.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,13 +18,13 @@ from efficientllm.sharding import constrain
 from efficientllm.weights import activation_dtype
 
 
-@register("mixer", "mamba2", example="mamba2(ssm_head_dim=16, state_dim=16)")
+@register("mixer", "mamba2", example="mamba2(ssm_head_dim=4, state_dim=16)")
 class Mamba2(nn.Module, kw_only=True):
     """The block of Figure 6, without its ffn: projections at once, convolutions, SSD, and a gate before a norm.
 
     Args:
       inner: I; None is twice the model's width.
-      ssm_head_dim: P; H is I / P.
+      ssm_head_dim: P; H is I / P. None is 64, or the largest power of two that divides I where 64 does not.
       state_dim: N.
       num_groups: J.
       conv: taps of the convolution.
@@ -36,7 +38,7 @@ class Mamba2(nn.Module, kw_only=True):
     dim: int
     eps: float
     inner: int = None
-    ssm_head_dim: int = 64
+    ssm_head_dim: int = None
     state_dim: int = 128
     num_groups: int = 1
     conv: int = 4
@@ -49,10 +51,16 @@ class Mamba2(nn.Module, kw_only=True):
         return self.inner or 2 * self.dim
 
     @property
+    def width(self):
+        return self.ssm_head_dim or math.gcd(self.channels, 64)
+
+    @property
     def num_heads(self):
-        I, P, J = self.channels, self.ssm_head_dim, self.num_groups
+        I, P, J = self.channels, self.width, self.num_groups
         if I % P or (I // P) % J:
-            raise UserError(f"mamba2: inner = {I} is not made of num_groups = {J} groups of heads of ssm_head_dim = {P}")
+            raise UserError(
+                f"mamba2: inner = {I} is not made of num_groups = {J} groups of heads of ssm_head_dim = {P}"
+            )
         return I // P
 
     @nn.compact
@@ -99,7 +107,7 @@ class Mamba2(nn.Module, kw_only=True):
         dtype, before = activation_dtype(self.precision), self.conv - 1
         widths = {"x": self.channels, "bc": 2 * self.num_groups * self.state_dim}
         tails = {name: jnp.zeros((batch, before, width), dtype) for name, width in widths.items()}
-        return {"tails": tails, "memory": jnp.zeros((batch, self.num_heads, self.ssm_head_dim, self.state_dim))}
+        return {"tails": tails, "memory": jnp.zeros((batch, self.num_heads, self.width, self.state_dim))}
 
     def state_bytes(self, length):
         """Bytes of state a row holds, the same for every length: (I + 2 J N) (W - 1) b + 4 I N."""
@@ -110,7 +118,7 @@ class Mamba2(nn.Module, kw_only=True):
         """FLOPs of a row beyond the kernels': the recurrence's update and read, 2 I N each; or those of `ssd.chunked`."""
         if not executed:
             return 4 * self.channels * self.state_dim * length
-        return ssd.chunked_flops(length, self.num_heads, self.ssm_head_dim, self.state_dim, self.num_groups, self.chunk)
+        return ssd.chunked_flops(length, self.num_heads, self.width, self.state_dim, self.num_groups, self.chunk)
 
 
 def _log_one_to_h(key, shape):

@@ -1,6 +1,6 @@
 """Bytes of decode state and of each token's read, by closed formula and in the arrays there are, for every mixer.
 
-  python experiments/architectures/state.py --size=1.5b --precision=bfloat16
+python experiments/architectures/state.py --size=1.5b --precision=bfloat16
 """
 
 import argparse
