@@ -21,6 +21,7 @@ HOMES = {
     "norm": "efficientllm.layers",
     "attention_kernel": "efficientllm.attention",
     "grouped_kernel": "efficientllm.grouped_matmul",
+    "block_kernel": "efficientllm.block_attention",
     "precision": "efficientllm.weights",
     "size": "efficientllm.sizes",
     "optimizer": "efficientllm.optim",
