@@ -225,7 +225,8 @@ def _chunk_backward(carry, chunk, k_SK, v_SV, size):
         dq_A, dk_SK, dv_SV = carry
         W, query_WP = len(at_W), _stack(query_A, at_W, TILE)
         q_WMK, dy_WMV, lse_WM1, delta_WM1 = (
-            _rows(x.reshape(Q, -1), query_WP).reshape(W, TILE * R, -1) for x in (q_QRK * scale, dy_QRV, lse_QR, delta_QR)
+            _rows(x.reshape(Q, -1), query_WP).reshape(W, TILE * R, -1)
+            for x in (q_QRK * scale, dy_QRV, lse_QR, delta_QR)
         )
         k_WLK, v_WLV = _stack(k_SK, start_W, size), _stack(v_SV, start_W, size)
         readable = _readable(start_W, mine_WP, _rows(index_Q, query_WP), size, R)

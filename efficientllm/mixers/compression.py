@@ -1,6 +1,7 @@
 """The compressed branch of native sparse attention: blocks of keys made one key each, and the attention over them.
 
-Letters: P pieces (of `stride` tokens), M compressed blocks, J blocks to choose from, G KV heads, R query heads a KV head.
+Letters: P pieces of `stride` tokens, M compressed blocks, J blocks to choose from, G KV heads, R query heads a KV
+head.
 """
 
 import collections
@@ -59,8 +60,8 @@ class Layout:
 
     def chunks(self):
         """`[((start, stop) of queries, how many compressed blocks they may see, how many blocks to choose from)]`."""
-        total = self.end_BM.shape[1]
-        return chunks(self.index_BT.shape[1], self.keys, self.compress, self.pieces.size, self.select, total, self.aligned)
+        length, total = self.index_BT.shape[1], self.end_BM.shape[1]
+        return chunks(length, self.keys, self.compress, self.pieces.size, self.select, total, self.aligned)
 
     def of_queries(self, start, stop):
         """The layout of a range of the queries."""
@@ -143,7 +144,7 @@ def extend(state, new, finish, positions_BT, stride):
       new: the k and v of the tokens at `positions_BT`, `[B, T, G, K]`.
       finish: makes compressed k and v of the pieces of both and the positions that blocks begin at.
     """
-    compress, total = state["raw_k"].shape[1], state["k"].shape[1]
+    compress = state["raw_k"].shape[1]
     start_B, stop_B = positions_BT[:, 0], positions_BT[:, -1] + 1
     made = -(-(stride - 1 + positions_BT.shape[1]) // stride)  # blocks that can end in the new tokens
     before = compress - stride

@@ -4,7 +4,6 @@ Letters: d stride of compressed blocks, P pieces of d tokens, M compressed block
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,7 +13,6 @@ from efficientllm.errors import UserError
 from efficientllm.layers import Linear
 from efficientllm.mixers import blocks, cache, compression
 from efficientllm.registry import build, register
-from efficientllm.sharding import constrain
 from efficientllm.weights import activation_dtype
 
 BRANCHES = ("compressed", "chosen", "recent")
@@ -43,7 +41,8 @@ class NSA(nn.Module, kw_only=True):
     the `compress_block` tokens that unfinished ones are made of.
 
     Args:
-      block_kernel: `auto` or a registered `block_kernel`, for the chosen branch; `attention_kernel` is the recent one's.
+      block_kernel: `auto` or a registered `block_kernel`, for the chosen branch; `attention_kernel` is for the recent
+        one.
     """
 
     num_heads: int
@@ -81,9 +80,11 @@ class NSA(nn.Module, kw_only=True):
     def __call__(self, x_BTD, ctx, state=None):
         (B, T, D), H, G, K = x_BTD.shape, self.num_heads, self.num_kv_heads, self.head_dim
         position = build("position", self.position, name="position")
-        q_BTHK = position.rotate(self._project(x_BTD, "q", H, "heads"), ctx.positions_BT)
-        keys = {name: self._project(x_BTD, f"{name}_k", G, "kv_heads") for name in BRANCHES}
-        values = {name: self._project(x_BTD, f"{name}_v", G, "kv_heads") for name in BRANCHES}
+        q_BTHK = position.rotate(blocks.project(x_BTD, H, K, "heads", self.precision, "q"), ctx.positions_BT)
+        keys, values = (
+            {name: blocks.project(x_BTD, G, K, "kv_heads", self.precision, f"{name}_{kind}") for name in BRANCHES}
+            for kind in "kv"
+        )
         for name in ("chosen", "recent"):
             keys[name] = position.rotate(keys[name], ctx.positions_BT)
         new = {name: {"k": keys[name], "v": values[name]} for name in BRANCHES}
@@ -102,10 +103,6 @@ class NSA(nn.Module, kw_only=True):
         y_BTE = self._gated(x_BTD, found).reshape(B, T, H * K)
         y_BTD = Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTE)
         return y_BTD, None if state is None else states
-
-    def _project(self, x_BTD, name, heads, axis):
-        linear = Linear(heads * self.head_dim, ("embed", axis), self.precision, name=name)
-        return constrain(linear(x_BTD).reshape(*x_BTD.shape[:2], heads, self.head_dim), "batch", None, axis, None)
 
     def _gated(self, x_BTD, found):
         """The sum of the branches' outputs `[B, T, H, K]`, each times its gate."""
