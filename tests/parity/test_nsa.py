@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientllm import block_attention, grouped_attention
+from efficientllm import grouped_attention
 from efficientllm.attention import Context
 from efficientllm.block_attention import Chosen, attend_blocks
 from efficientllm.registry import build
