@@ -13,8 +13,8 @@ from jax import lax
 
 from efficientllm import kernels
 
-TILE = 64
-CHUNK_BYTES = 1 << 25  # of what the pairs of a chunk put out
+CHUNK_BYTES = 1 << 27  # of what the pairs of a chunk put out
+TILE_ROWS = 2048  # heads of the queries of a tile: XLA gives no smaller product of a loop to more than one core
 LOWEST = -1e30  # a score that no softmax sees; an infinite one would make NaN of a difference
 
 
@@ -66,11 +66,11 @@ def _pad(x_S, size):
 
 
 def _chunk(q_TRK, k_SK, v_SV, start_Tn):
-    """Queries a chunk: as many as `CHUNK_BYTES` allow, and as leave pairs and keys to be numbered in 31 bits."""
+    """Queries a chunk: as many as `CHUNK_BYTES` allow, and as leave pairs and keys to be numbered in 32 bits."""
     T, R, K = q_TRK.shape
     n = start_Tn.shape[1]
     by_memory = CHUNK_BYTES // (4 * n * R * max(K, v_SV.shape[1]))
-    by_number = 2**31 // ((k_SK.shape[0] + 1) * n) - 1
+    by_number = 2**32 // ((k_SK.shape[0] + 1) * n) - 1
     most = max(1, min(by_memory, by_number))
     return -(-T // -(-T // most))
 
@@ -90,24 +90,30 @@ def _whole(x_CQ, T):
     return x_CQ.reshape(-1, *x_CQ.shape[2:])[:T]
 
 
-def _sort(start_Qn, S):
+def _tile(q_QRK, start_Qn, S, size):
+    """Queries a tile: `TILE_ROWS` rows, but no more than twice the queries that read a block if all are read alike."""
+    readers = start_Qn.size * size // S
+    return 1 << max(4, min(2 * readers, TILE_ROWS // q_QRK.shape[1]).bit_length() - 1)
+
+
+def _sort(start_Qn, S, tile):
     """Pairs by the block they read -> (query of each place, block start of each place, place of each pair).
 
-    Places past the last pair, and pairs of no block, have the start S.
+    A tile's places past the last pair, and the pairs of no block, have the start S.
     """
     Q, n = start_Qn.shape
     A = Q * n
     start_A = jnp.where(start_Qn < 0, S, start_Qn).reshape(-1)
     # Distinct keys of one array sort faster than a pair of arrays.
+    key_A = jnp.sort(start_A.astype(jnp.uint32) * A + jnp.arange(A, dtype=jnp.uint32))
+    start_A, order_A = (key_A // A).astype(jnp.int32), (key_A % A).astype(jnp.int32)
     pairs_A = jnp.arange(A, dtype=jnp.int32)
-    key_A = jnp.sort(start_A * A + pairs_A)
-    order_A = key_A % A
     place_A = jnp.zeros(A, jnp.int32).at[order_A].set(pairs_A, unique_indices=True, mode="promise_in_bounds")
-    end = (0, TILE)
-    return jnp.pad(order_A // n, end), jnp.pad(key_A // A, end, constant_values=S), place_A.reshape(Q, n)
+    end = (0, tile)
+    return jnp.pad(order_A // n, end), jnp.pad(start_A, end, constant_values=S), place_A.reshape(Q, n)
 
 
-def _for_tiles(start_A, S, body, carry):
+def _for_tiles(start_A, S, tile, body, carry):
     """`carry = body(at_W, start_W, mine_WP, carry)` for tiles that cover the places of all pairs, W tiles a step.
 
     A tile is the P places from `at` on, of which it has those of the block its first place reads. What it does to the
@@ -119,7 +125,7 @@ def _for_tiles(start_A, S, body, carry):
         at, carry = state
         found = []
         for _ in range(tiles):
-            starts_P = _take(start_A, at, TILE)
+            starts_P = _take(start_A, at, tile)
             mine_P = (starts_P == starts_P[0]) & (starts_P < S)
             found.append((at, jnp.minimum(starts_P[0], S), mine_P))
             at = at + jnp.sum(mine_P, dtype=jnp.int32)
@@ -175,29 +181,30 @@ def _readable(start_W, mine_WP, index_WP, size, R):
 
 def _chunk_forward(q_QRK, start_Qn, index_Q, k_SK, v_SV, size):
     (Q, R, K), V, S = q_QRK.shape, v_SV.shape[1], k_SK.shape[0] - size
-    query_A, start_A, place_Qn = _sort(start_Qn, S)
+    tile = _tile(q_QRK, start_Qn, S, size)
+    query_A, start_A, place_Qn = _sort(start_Qn, S, tile)
     q_QRK = q_QRK * K**-0.5
 
-    def tile(at_W, start_W, mine_WP, carry):
+    def read(at_W, start_W, mine_WP, carry):
         y_A, top_A, sum_A = carry
-        query_WP = _stack(query_A, at_W, TILE)
-        q_WMK = _rows(q_QRK.reshape(Q, R * K), query_WP).reshape(len(at_W), TILE * R, K)
+        query_WP = _stack(query_A, at_W, tile)
+        q_WMK = _rows(q_QRK.reshape(Q, R * K), query_WP).reshape(len(at_W), tile * R, K)
         k_WLK, v_WLV = _stack(k_SK, start_W, size), _stack(v_SV, start_W, size)
         readable = _readable(start_W, mine_WP, _rows(index_Q, query_WP), size, R)
         scores_WML = jnp.where(readable, _dot(q_WMK, k_WLK, (2, 2)), LOWEST)
         top_WM = jnp.max(scores_WML, -1)
         weights_WML = jnp.exp(scores_WML - top_WM[..., None])
         y_WMV = _dot(weights_WML.astype(v_SV.dtype), v_WLV, (2, 1))
-        split = len(at_W), TILE, R
+        split = len(at_W), tile, R
         return (
-            _put(y_A, y_WMV.reshape(len(at_W), TILE, R * V), at_W),
+            _put(y_A, y_WMV.reshape(len(at_W), tile, R * V), at_W),
             _put(top_A, top_WM.reshape(split), at_W),
             _put(sum_A, jnp.sum(weights_WML, -1).reshape(split), at_W),
         )
 
     places = start_A.shape[0]
     carry = jnp.zeros((places, R * V)), jnp.full((places, R), LOWEST), jnp.zeros((places, R))
-    return _merge(*_for_tiles(start_A, S, tile, carry), place_Qn, start_Qn >= 0, q_QRK.dtype)
+    return _merge(*_for_tiles(start_A, S, tile, read, carry), place_Qn, start_Qn >= 0, q_QRK.dtype)
 
 
 def _merge(y_A, top_A, sum_A, place_Qn, read_Qn, dtype):
@@ -218,14 +225,14 @@ def _merge(y_A, top_A, sum_A, place_Qn, read_Qn, dtype):
 def _chunk_backward(carry, chunk, k_SK, v_SV, size):
     q_QRK, start_Qn, index_Q, dy_QRV, lse_QR, delta_QR = chunk
     (Q, R, K), S = q_QRK.shape, k_SK.shape[0] - size
-    query_A, start_A, place_Qn = _sort(start_Qn, S)
-    scale = K**-0.5
+    tile, scale = _tile(q_QRK, start_Qn, S, size), K**-0.5
+    query_A, start_A, place_Qn = _sort(start_Qn, S, tile)
 
-    def tile(at_W, start_W, mine_WP, carry):
+    def read(at_W, start_W, mine_WP, carry):
         dq_A, dk_SK, dv_SV = carry
-        W, query_WP = len(at_W), _stack(query_A, at_W, TILE)
+        W, query_WP = len(at_W), _stack(query_A, at_W, tile)
         q_WMK, dy_WMV, lse_WM1, delta_WM1 = (
-            _rows(x.reshape(Q, -1), query_WP).reshape(W, TILE * R, -1)
+            _rows(x.reshape(Q, -1), query_WP).reshape(W, tile * R, -1)
             for x in (q_QRK * scale, dy_QRV, lse_QR, delta_QR)
         )
         k_WLK, v_WLV = _stack(k_SK, start_W, size), _stack(v_SV, start_W, size)
@@ -233,7 +240,7 @@ def _chunk_backward(carry, chunk, k_SK, v_SV, size):
         weights_WML = jnp.where(readable, jnp.exp(_dot(q_WMK, k_WLK, (2, 2)) - lse_WM1), 0)
         dweights_WML = _dot(dy_WMV, v_WLV, (2, 2))
         dscores_WML = (weights_WML * (dweights_WML - delta_WM1)).astype(k_SK.dtype)
-        dq_WPE = (_dot(dscores_WML, k_WLK, (2, 1)) * scale).reshape(W, TILE, R * K)
+        dq_WPE = (_dot(dscores_WML, k_WLK, (2, 1)) * scale).reshape(W, tile, R * K)
         return (
             _put(dq_A, dq_WPE, at_W),
             _add(dk_SK, _dot(dscores_WML, q_WMK, (1, 1)), start_W),
@@ -241,7 +248,7 @@ def _chunk_backward(carry, chunk, k_SK, v_SV, size):
         )
 
     dq_A = jnp.zeros((start_A.shape[0], R * K))
-    dq_A, dk_SK, dv_SV = _for_tiles(start_A, S, tile, (dq_A, *carry))
+    dq_A, dk_SK, dv_SV = _for_tiles(start_A, S, tile, read, (dq_A, *carry))
     dq_QE = 0
     for i in range(start_Qn.shape[1]):
         dq_QE += jnp.where(start_Qn[:, i, None] >= 0, _rows(dq_A, place_Qn[:, i]), 0)

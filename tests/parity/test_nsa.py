@@ -1,4 +1,4 @@
-"""Native sparse attention and mixture of block attention against explicit loops, and their kernels against each other."""
+"""Native sparse attention and mixture of block attention against explicit loops, and kernels against each other."""
 
 import functools
 
@@ -167,11 +167,11 @@ CASES = {  # documents, choosers, query heads a chooser, KV heads, size, n
 }
 
 
-@pytest.mark.parametrize("chunk_bytes, tiles", [(1 << 25, 1), (1 << 14, 3)])
+@pytest.mark.parametrize("chunk_bytes, tile_rows, tiles", [(1 << 25, 2048, 1), (1 << 14, 16, 3)])
 @pytest.mark.parametrize("name", CASES)
-def test_grouped_and_masked_are_one_function(name, chunk_bytes, tiles, monkeypatch):
+def test_grouped_and_masked_are_one_function(name, chunk_bytes, tile_rows, tiles, monkeypatch):
     monkeypatch.setattr(grouped_attention, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(grouped_attention, "TILE", 16)
+    monkeypatch.setattr(grouped_attention, "TILE_ROWS", tile_rows)
     monkeypatch.setattr(grouped_attention, "_tiles_a_step", lambda: tiles)
     lengths, choosers, heads, kv_heads, size, n = CASES[name]
     rng = np.random.default_rng(len(name))
