@@ -23,6 +23,7 @@ HOMES = {
     "scan_kernel": "efficientllm.mixers",
     "grouped_kernel": "efficientllm.grouped_matmul",
     "rwkv_kernel": "efficientllm.mixers.rwkv_kernels",
+    "block_kernel": "efficientllm.block_attention",
     "precision": "efficientllm.weights",
     "size": "efficientllm.sizes",
     "optimizer": "efficientllm.optim",

@@ -195,6 +195,7 @@ OTHER_STRINGS = {
     "scores": "sigmoid",
     "dispatch": "capacity",
     "kernel": "ragged_dot",
+    "block_kernel": "grouped",
     "scaling": "linear(factor=3.0)",
     "scan_kernel": "associative",
     "rwkv_kernel": "chunked",
@@ -235,9 +236,10 @@ def _program(kind, spec):
 def check_flops(kind, spec):
     """The closed formula gives the FLOPs of the program, with every pair that the kernel computes.
 
-    Experts run as ragged products here: how often other kernels' loops run is not to be seen in a program.
+    Experts run as ragged products here, and chosen blocks as masked ones: how often other kernels' loops run is not to
+    be seen in a program.
     """
-    spec = registry.complete(kind, spec, {"kernel": "ragged_dot"})
+    spec = registry.complete(kind, spec, {"kernel": "ragged_dot", "block_kernel": "masked"})
     for kernel in ("xla", "chunked"):
         lm = build(kind, spec, attention_kernel=kernel)
         length = 160

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from configs import attention, mixers
+from configs import attention
 from efficientllm import model
 from efficientllm.registry import build
 

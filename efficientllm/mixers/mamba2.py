@@ -1,6 +1,6 @@
 """Mamba-2: a state-space model with one decay a head, computed in products of chunks (Dao & Gu 2024, arXiv:2405.21060).
 
-Letters: I inner channels, H heads of P channels, N state, J groups of heads that share b and c, Q tokens of a chunk.
+Letters: C inner channels, H heads of P channels, N state, J groups of heads that share b and c, Q tokens of a chunk.
 """
 
 import math
@@ -23,8 +23,8 @@ class Mamba2(nn.Module, kw_only=True):
     """The block of Figure 6, without its ffn: projections at once, convolutions, SSD, and a gate before a norm.
 
     Args:
-      inner: I; None is twice the model's width.
-      ssm_head_dim: P; H is I / P. None is 64, or the largest power of two that divides I where 64 does not.
+      inner: C; None is twice the model's width.
+      ssm_head_dim: P; H is C / P. None is 64, or the largest power of two that divides C where 64 does not.
       state_dim: N.
       num_groups: J.
       conv: taps of the convolution.
@@ -56,20 +56,20 @@ class Mamba2(nn.Module, kw_only=True):
 
     @property
     def num_heads(self):
-        I, P, J = self.channels, self.width, self.num_groups
-        if I % P or (I // P) % J:
+        C, P, J = self.channels, self.width, self.num_groups
+        if C % P or (C // P) % J:
             raise UserError(
-                f"mamba2: inner = {I} is not made of num_groups = {J} groups of heads of ssm_head_dim = {P}"
+                f"mamba2: inner = {C} is not made of num_groups = {J} groups of heads of ssm_head_dim = {P}"
             )
-        return I // P
+        return C // P
 
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):
         B, T, D = x_BTD.shape
-        I, H, J, N = self.channels, self.num_heads, self.num_groups, self.state_dim
+        C, H, J, N = self.channels, self.num_heads, self.num_groups, self.state_dim
         tails = {"x": None, "bc": None} if state is None else state["tails"]
-        gate_BTI = self._project(x_BTD, "gate", I, "mlp")
-        x_BTI, tail_x = self._convolve(x_BTD, "x", I, "mlp", ctx, tails["x"])
+        gate_BTC = self._project(x_BTD, "gate", C, "mlp")
+        x_BTC, tail_x = self._convolve(x_BTD, "x", C, "mlp", ctx, tails["x"])
         bc_BTE, tail_bc = self._convolve(x_BTD, "bc", 2 * J * N, None, ctx, tails["bc"])
         b_BTJN, c_BTJN = (half.reshape(B, T, J, N) for half in jnp.split(bc_BTE, 2, -1))
         step_BTH = self._project(x_BTD, "step", H, None).astype(jnp.float32)
@@ -77,13 +77,13 @@ class Mamba2(nn.Module, kw_only=True):
         step_BTH = jax.nn.softplus(step_BTH + self.param("step_bias", axes(log_uniform_steps(), (None,)), (H,)))
         A_H = -jnp.exp(self.param("A_log", axes(_log_one_to_h, (None,)), (H,)))
         skip_H = self.param("skip", axes(nn.initializers.ones, (None,)), (H,))
-        x_BTHP = constrain(x_BTI.reshape(B, T, H, -1).astype(jnp.float32), "batch", None, "heads", None)
+        x_BTHP = constrain(x_BTC.reshape(B, T, H, -1).astype(jnp.float32), "batch", None, "heads", None)
         memory = jnp.zeros((B, H, x_BTHP.shape[-1], N)) if state is None else state["memory"]
         scan = ssd.step if state is not None and T == 1 else ssd.chunked
         y_BTHP, memory = scan(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, ctx.positions_BT > 0, memory, self.chunk)
-        y_BTI = (y_BTHP + skip_H[:, None] * x_BTHP).reshape(B, T, I)
-        y_BTI = self._norm(y_BTI * jax.nn.silu(gate_BTI.astype(jnp.float32))).astype(x_BTD.dtype)
-        y_BTD = Linear(D, ("mlp", "embed"), self.precision, self.use_bias, name="o")(y_BTI)
+        y_BTC = (y_BTHP + skip_H[:, None] * x_BTHP).reshape(B, T, C)
+        y_BTC = self._norm(y_BTC * jax.nn.silu(gate_BTC.astype(jnp.float32))).astype(x_BTD.dtype)
+        y_BTD = Linear(D, ("mlp", "embed"), self.precision, self.use_bias, name="o")(y_BTC)
         return y_BTD, None if state is None else {"tails": {"x": tail_x, "bc": tail_bc}, "memory": memory}
 
     def _project(self, x_BTD, name, width, axis):
@@ -95,12 +95,12 @@ class Mamba2(nn.Module, kw_only=True):
         y, tail = conv(self._project(x_BTD, name, width, axis), ctx.positions_BT, tail)
         return jax.nn.silu(y).astype(jnp.float32), tail
 
-    def _norm(self, y_BTI):
+    def _norm(self, y_BTC):
         """RMS norm of each group's channels, in float32."""
-        scale_I = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("mlp",)), y_BTI.shape[-1:])
-        groups = y_BTI.reshape(*y_BTI.shape[:2], self.num_groups, -1)
+        scale_C = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("mlp",)), y_BTC.shape[-1:])
+        groups = y_BTC.reshape(*y_BTC.shape[:2], self.num_groups, -1)
         groups = groups * jax.lax.rsqrt(jnp.mean(groups * groups, -1, keepdims=True) + self.eps)
-        return groups.reshape(y_BTI.shape) * scale_I
+        return groups.reshape(y_BTC.shape) * scale_C
 
     def init_state(self, batch, length):
         """Zeros: tails `[B, W - 1, ...]` in the activation dtype, memory `[B, H, P, N]` in float32."""
@@ -110,12 +110,12 @@ class Mamba2(nn.Module, kw_only=True):
         return {"tails": tails, "memory": jnp.zeros((batch, self.num_heads, self.width, self.state_dim))}
 
     def state_bytes(self, length):
-        """Bytes of state a row holds, the same for every length: (I + 2 J N) (W - 1) b + 4 I N."""
+        """Bytes of state a row holds, the same for every length: (C + 2 J N) (W - 1) b + 4 C N."""
         tail = (self.conv - 1) * activation_dtype(self.precision).itemsize
         return (self.channels + 2 * self.num_groups * self.state_dim) * tail + 4 * self.channels * self.state_dim
 
     def mix_flops(self, length, executed=False):
-        """FLOPs of a row beyond the kernels': the recurrence's update and read, 2 I N each; or those of `ssd.chunked`."""
+        """As Mamba's; `executed`, those of `ssd.chunked`."""
         if not executed:
             return 4 * self.channels * self.state_dim * length
         return ssd.chunked_flops(length, self.num_heads, self.width, self.state_dim, self.num_groups, self.chunk)

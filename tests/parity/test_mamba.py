@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 against transformers' models, in float32: logits, loss and gradients; the scans against each other."""
+"""Mamba and Mamba-2 against transformers, in float32: logits, loss, gradients; the scans against each other."""
 
 import functools
 

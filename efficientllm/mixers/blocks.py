@@ -1,0 +1,121 @@
+"""Blocks of tokens counted from the start of each document, and the choice of those that a query reads.
+
+Letters: P pieces of a row, C choosers (query heads that choose together), J blocks of a row.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficientllm.layers import Linear
+from efficientllm.sharding import constrain
+
+
+def project(x_BTD, heads, width, axis, precision, name):
+    """A linear map to heads, `[B, T, heads, width]`; to be called where a module creates its own."""
+    y_BTE = Linear(heads * width, ("embed", axis), precision, name=name)(x_BTD)
+    return constrain(y_BTE.reshape(*x_BTD.shape[:2], heads, width), "batch", None, axis, None)
+
+
+def document_starts(mask, length):
+    """The token that each token's document starts at, `[B or 1, T]`."""
+    if mask.segments_BT is None:
+        return jnp.zeros((1, length), jnp.int32)
+    segments = mask.segments_BT
+    index_T = jnp.arange(length, dtype=jnp.int32)
+    changes_BT = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return jax.lax.cummax(jnp.where(changes_BT, index_T, 0), axis=1)
+
+
+@flax.struct.dataclass
+class Pieces:
+    """The whole pieces of `size` tokens of each document, in order: at most T / size, however the row is packed.
+
+    first_BT: the place among them of the first piece of a token's document; None where a row is one document.
+    last_BP: the token each piece ends at; T or more for places that hold none.
+    place_BT: the place of each token among the tokens of all pieces, negative for those of no whole piece.
+    """
+
+    last_BP: jax.Array
+    first_BT: jax.Array
+    place_BT: jax.Array
+    size: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, mask, length, size, at_least=1):
+        """The pieces of rows of `length` tokens; `at_least` so many places."""
+        count = max(length // size, at_least)
+        if mask.segments_BT is None:
+            return cls((jnp.arange(count)[None] + 1) * size - 1, None, None, size)
+        index_T = jnp.arange(length, dtype=jnp.int32)
+        local_BT = index_T - document_starts(mask, length)
+        ended_BT = jnp.cumsum((local_BT + 1) % size == 0, 1, dtype=jnp.int32)
+        last_BP = jax.vmap(lambda ended_T: jnp.searchsorted(ended_T, jnp.arange(1, count + 1)))(ended_BT)
+        first_BT = ended_BT - (local_BT + 1) // size
+        piece_BT = first_BT + local_BT // size
+        end_BT = index_T - local_BT % size + size - 1
+        whole_BT = jnp.take_along_axis(last_BP, jnp.minimum(piece_BT, count - 1), 1) == end_BT
+        whole_BT &= piece_BT < count
+        return cls(last_BP, first_BT, jnp.where(whole_BT, piece_BT * size + local_BT % size, -1), size)
+
+    def of_tokens(self, x_BT):
+        """`[B, T, ...] -> [B, P, size, ...]`; zeros where a place holds no piece."""
+        B, T, *rest = x_BT.shape
+        places = self.last_BP.shape[1] * self.size
+        if self.place_BT is None:
+            x_BT = jnp.pad(x_BT, ((0, 0), (0, max(0, places - T)), *((0, 0),) * len(rest)))
+            return x_BT[:, :places].reshape(B, -1, self.size, *rest)
+        token_BPs = self.last_BP[..., None] - self.size + 1 + jnp.arange(self.size)
+        token_BPs = jnp.where(self.last_BP[..., None] < T, token_BPs, -1)
+        return _move(x_BT, token_BPs.reshape(B, -1), self.place_BT).reshape(B, -1, self.size, *rest)
+
+    def by_document(self, values_BCTP, blocks, stride=1):
+        """What stands at the pieces `stride` apart of a query's own document: `[B, C, T, J]`, zeros past the last."""
+        if self.first_BT is None:
+            values_BCTP = values_BCTP[..., : (blocks - 1) * stride + 1 : stride]
+            return jnp.pad(values_BCTP, ((0, 0),) * 3 + ((0, blocks - values_BCTP.shape[-1]),))
+        at_BTJ = self.first_BT[..., None] + stride * jnp.arange(blocks)
+        return jnp.take_along_axis(values_BCTP, at_BTJ[:, None], -1, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _move(x_BT, source_BP, target_BT):
+    """x's token `source` at each place, zeros where that is negative. `target` is the place of each token: with both,
+    the gradient is a gather too, where autodiff would scatter."""
+    B, P = source_BP.shape
+    index_BP = jnp.maximum(source_BP, 0).reshape(B, P, *(1,) * (x_BT.ndim - 2))
+    kept_BP = (source_BP >= 0).reshape(index_BP.shape)
+    return jnp.where(kept_BP, jax.vmap(lambda x, index: x[index])(x_BT, index_BP.reshape(B, P)), 0)
+
+
+_move.defvjp(
+    lambda x, source, target: (_move(x, source, target), (source, target)),
+    lambda plan, g: (_move(g, plan[1], plan[0]), None, None),
+)
+
+
+def choose(score_BCTJ, local_BT, size, count, first, recent):
+    """The blocks that queries read: the `first` and the `recent` of their document, and by score up to `count` in all.
+
+    `local` is a query's place in its document. Returns `[B, T, C, count or J]`, blocks of the document, -1 for none.
+    No gradient passes: the choice is a constant.
+    """
+    block_J, current_BT1 = jnp.arange(score_BCTJ.shape[-1]), (local_BT // size)[..., None]
+    past_BTJ = block_J <= current_BT1
+    forced_BTJ = past_BTJ & ((block_J < first) | (block_J > current_BT1 - recent))
+    score = jnp.where(past_BTJ[:, None], jax.lax.stop_gradient(score_BCTJ.astype(jnp.float32)), -jnp.inf)
+    score = jnp.where(forced_BTJ[:, None], jnp.inf, score)
+    value_BCTn, block_BCTn = jax.lax.top_k(score, min(count, score.shape[-1]))
+    return jnp.swapaxes(jnp.where(value_BCTn > -jnp.inf, block_BCTn, -1), 1, 2)
+
+
+def key_starts(block_BTCn, start_BT, size):
+    """The keys that chosen blocks of documents start at; negative stays so."""
+    return jnp.where(block_BTCn < 0, -1, start_BT[:, :, None, None] + block_BTCn * size)
+
+
+def causal_pairs(length, size, count):
+    """Query-key pairs per head where a query reads `count` blocks, its own among them: of that, half on average."""
+    index_T = np.arange(length)
+    return float(np.sum(np.minimum(count - 1, index_T // size) * size + index_T % size + 0.5))

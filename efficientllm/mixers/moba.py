@@ -1,0 +1,111 @@
+"""Mixture of block attention (Lu et al. 2025, arXiv:2502.13189): a query head reads the blocks whose mean key it meets.
+
+Letters: P whole blocks of a row's documents, J blocks of a row.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficientllm.block_attention import Chosen, attend_blocks
+from efficientllm.errors import UserError
+from efficientllm.layers import Linear
+from efficientllm.mixers import blocks, cache
+from efficientllm.registry import build, register
+from efficientllm.weights import activation_dtype
+
+
+@register("mixer", "moba", example="moba(block=4, block_count=4)")
+class MoBA(nn.Module, kw_only=True):
+    """Attention over `block_count` blocks of `block` keys: the query's own, and the past ones with the largest product
+    of the query and the mean of their keys (Eq. 5 to 7). Each query head chooses for itself, and the choice is a
+    constant to the gradient.
+
+    Blocks are counted from the start of each document. Keys are averaged as they are read, with their rotation, in
+    float32. State is the KV cache and, in float32, the sum of the keys of each block.
+
+    Args:
+      block_count: blocks that a query reads, its own included, as in the authors' code.
+      block_kernel: `auto` or a registered `block_kernel`.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    position: str
+    precision: str
+    block: int = 512
+    block_count: int = 3
+    block_kernel: str = "auto"
+
+    admits = ("heads", "embedding")  # a bias of the scores has no meaning for a mean of keys
+
+    def __post_init__(self):
+        for name in ("block", "block_count", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"moba: {name} = {getattr(self, name)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"moba: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x_BTD, ctx, state=None):
+        (B, T, D), H, G, K = x_BTD.shape, self.num_heads, self.num_kv_heads, self.head_dim
+        position = build("position", self.position, name="position")
+        q_BTHK = position.rotate(blocks.project(x_BTD, H, K, "heads", self.precision, "q"), ctx.positions_BT)
+        k_BTGK = position.rotate(blocks.project(x_BTD, G, K, "kv_heads", self.precision, "k"), ctx.positions_BT)
+        v_BTGK = blocks.project(x_BTD, G, K, "kv_heads", self.precision, "v")
+        if state is None:
+            start_BT, index_BT = blocks.document_starts(ctx.mask, T), jnp.arange(T)[None]
+            pieces = blocks.Pieces.of(ctx.mask, T, self.block)
+            sum_BPGK = jnp.sum(pieces.of_tokens(k_BTGK).astype(jnp.float32), 2)
+            k_BSGK, v_BSGK = k_BTGK, v_BTGK
+        else:
+            start_BT, index_BT = jnp.zeros_like(ctx.positions_BT), ctx.positions_BT
+            sum_BPGK = self._add(state["sum"], k_BTGK, ctx.positions_BT)
+            old, new = {name: state[name] for name in "kv"}, {"k": k_BTGK, "v": v_BTGK}
+            (k_BSGK, v_BSGK), _, state = cache.extend(old, new, ctx.mask, ctx.positions_BT)
+            state = state | {"sum": sum_BPGK}
+            pieces = blocks.Pieces.of(ctx.mask, k_BSGK.shape[1], self.block)
+        block_BTHn = self._choose(q_BTHK, sum_BPGK, pieces, index_BT - start_BT, k_BSGK.shape[1])
+        chosen = Chosen(blocks.key_starts(block_BTHn, start_BT, self.block), index_BT, self.block)
+        y_BTE = attend_blocks(q_BTHK, k_BSGK, v_BSGK, chosen, self.block_kernel).reshape(B, T, H * K)
+        return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTE), state
+
+    def _choose(self, q_BTHK, sum_BPGK, pieces, local_BT, num_keys):
+        B, T, H, K = q_BTHK.shape
+        q_BTGRK = jax.lax.stop_gradient(q_BTHK).reshape(B, T, self.num_kv_heads, -1, K).astype(jnp.float32)
+        mean_BPGK = jax.lax.stop_gradient(sum_BPGK) / self.block
+        score_BGRTP = jnp.einsum("btgrk,bpgk->bgrtp", q_BTGRK, mean_BPGK)
+        score_BHTJ = pieces.by_document(score_BGRTP.reshape(B, H, T, -1), self._blocks(num_keys))
+        return blocks.choose(score_BHTJ, local_BT, self.block, self.block_count, first=0, recent=1)
+
+    def _add(self, sum_BJGK, k_BTGK, positions_BT):
+        """The blocks' sums with new keys."""
+        block_BTJ = (positions_BT // self.block)[..., None] == jnp.arange(sum_BJGK.shape[1])
+        return sum_BJGK + jnp.einsum("btj,btgk->bjgk", block_BTJ.astype(jnp.float32), k_BTGK.astype(jnp.float32))
+
+    def _blocks(self, length):
+        return -(-length // self.block)
+
+    def init_state(self, batch, length):
+        """An empty KV cache for `length` tokens a row, `[B, S, G, K]`, and sums of its blocks, `[B, J, G, K]`."""
+        shape = (self.num_kv_heads, self.head_dim)
+        tokens = cache.empty({"k": shape, "v": shape}, batch, length, activation_dtype(self.precision))
+        return tokens | cache.empty({"sum": shape}, batch, self._blocks(length), jnp.float32)
+
+    def state_bytes(self, length):
+        """Bytes of state a row of `length` tokens holds: 2 G K b a token and 4 G K a block."""
+        itemsize = activation_dtype(self.precision).itemsize
+        return self.num_kv_heads * self.head_dim * (2 * length * itemsize + 4 * self._blocks(length))
+
+    def mix_flops(self, length, executed=False):
+        """Forward FLOPs: 4 K a query head and pair of query and key, 2 K a pair of query and mean.
+
+        With `executed` those of the `masked` kernel: what others compute depends on the choice.
+        """
+        means = length * length / self.block / 2
+        pairs = blocks.causal_pairs(length, self.block, self.block_count)
+        if executed:
+            means, pairs = length * max(1, length // self.block), length * length
+        return 2 * self.num_heads * self.head_dim * (2 * pairs + means)

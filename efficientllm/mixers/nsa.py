@@ -1,0 +1,180 @@
+"""Native sparse attention (Yuan et al. 2025, arXiv:2502.11089): compressed, chosen and recent keys, three branches.
+
+Letters: d stride of compressed blocks, P pieces of d tokens, M compressed blocks, G KV heads, R query heads a KV head.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from efficientllm.attention import attend, causal_pairs, executed_pairs
+from efficientllm.block_attention import Chosen, attend_blocks
+from efficientllm.errors import UserError
+from efficientllm.layers import Linear
+from efficientllm.mixers import blocks, cache, compression
+from efficientllm.registry import build, register
+from efficientllm.weights import activation_dtype
+
+BRANCHES = ("compressed", "chosen", "recent")
+
+
+@register(
+    "mixer",
+    "nsa",
+    example="nsa(compress_block=4, compress_stride=2, select_block=4, select_count=4, window=5)",
+)
+class NSA(nn.Module, kw_only=True):
+    """The sum of three attentions of the same queries, each with keys and values of its own and a sigmoid gate a head
+    that is linear in the token (Eq. 5).
+
+    compressed: over blocks of `compress_block` keys, one every `compress_stride`, each made one key by a small network
+      (`compression.Compressor`); a block is visible from its last token on, and where none is, the output is zero.
+    chosen: over `select_count` blocks of `select_block` keys: the first, the query's own and the one before it, and
+      those that the compressed attention weighs most (Eq. 8 and 9, counted from 0), summed over the query heads of a KV
+      head, which choose together (Eq. 10). The choice is a constant to the gradient.
+    recent: over the last `window` tokens, the query's own included.
+
+    Blocks are counted from the start of each document. Rotary positions turn the queries and the keys of all
+    branches; a compressed key is made of unturned keys, and turned as the first token of its block would be.
+
+    State of a row: keys and values of the chosen branch, a ring of the recent one's, the finished compressed ones, and
+    the `compress_block` tokens that unfinished ones are made of.
+
+    Args:
+      block_kernel: `auto` or a registered `block_kernel`, for the chosen branch; `attention_kernel` is for the recent
+        one.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    position: str
+    precision: str
+    attention_kernel: str
+    compress_block: int = 32
+    compress_stride: int = 16
+    select_block: int = 64
+    select_count: int = 16
+    window: int = 512
+    block_kernel: str = "auto"
+
+    admits = ("heads", "embedding")  # a bias of the scores has no meaning for a key made of many
+
+    def __post_init__(self):
+        least = {"compress_stride": 1, "compress_block": 1, "select_block": 1, "select_count": 3, "window": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"nsa: {name} = {getattr(self, name)} must be at least {value}")
+        for name, divisor in (
+            ("compress_block", "compress_stride"),
+            ("select_block", "compress_stride"),
+            ("num_heads", "num_kv_heads"),
+        ):
+            if getattr(self, name) % getattr(self, divisor):
+                raise UserError(
+                    f"nsa: {name} = {getattr(self, name)} is no multiple of {divisor} = {getattr(self, divisor)}"
+                )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x_BTD, ctx, state=None):
+        (B, T, D), H, G, K = x_BTD.shape, self.num_heads, self.num_kv_heads, self.head_dim
+        position = build("position", self.position, name="position")
+        q_BTHK = position.rotate(blocks.project(x_BTD, H, K, "heads", self.precision, "q"), ctx.positions_BT)
+        keys, values = (
+            {name: blocks.project(x_BTD, G, K, "kv_heads", self.precision, f"{name}_{kind}") for name in BRANCHES}
+            for kind in "kv"
+        )
+        for name in ("chosen", "recent"):
+            keys[name] = position.rotate(keys[name], ctx.positions_BT)
+        new = {name: {"k": keys[name], "v": values[name]} for name in BRANCHES}
+        old = dict.fromkeys(BRANCHES) if state is None else state
+        states = {}
+        (k, v), _, states["chosen"] = cache.extend(old["chosen"], new["chosen"], ctx.mask, ctx.positions_BT)
+        k_BMGK, v_BMGV, layout, states["compressed"] = self._compress(new, old, ctx, position, k.shape[1])
+        q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+        y_BTGRK, block_BTGn = compression.attend(q_BTGRK, k_BMGK, v_BMGV, layout, self.select_count)
+        start_BTGn = blocks.key_starts(block_BTGn, layout.start_BT, self.select_block)
+        chosen = Chosen(start_BTGn, layout.index_BT, self.select_block)
+        found = [y_BTGRK.reshape(q_BTHK.shape), attend_blocks(q_BTHK, k, v, chosen, self.block_kernel)]
+        mask = ctx.mask.replace(window=self.window)
+        (k, v), mask, states["recent"] = cache.extend(old["recent"], new["recent"], mask, ctx.positions_BT)
+        found.append(attend(q_BTHK, k, v, mask, self.attention_kernel))
+        y_BTE = self._gated(x_BTD, found).reshape(B, T, H * K)
+        y_BTD = Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTE)
+        return y_BTD, None if state is None else states
+
+    def _gated(self, x_BTD, found):
+        """The sum of the branches' outputs `[B, T, H, K]`, each times its gate."""
+        gates = Linear(3 * self.num_heads, ("embed", "heads"), self.precision, out_dtype=jnp.float32, name="gate")
+        gates_BTH3 = nn.sigmoid(gates(x_BTD)).reshape(*x_BTD.shape[:2], self.num_heads, 3)
+        return sum(gates_BTH3[..., i, None].astype(y.dtype) * y for i, y in enumerate(found))
+
+    def _compress(self, new, old, ctx, position, num_keys):
+        """Compressed keys and values, their layout, and the state."""
+        stride, block = self.compress_stride, self.compress_block
+        networks = [compression.Compressor(block, self.precision, name=f"compress_{name}") for name in "kv"]
+
+        def finish(k_BPdGK, v_BPdGK, begin_BM):
+            return position.rotate(networks[0](k_BPdGK), begin_BM), networks[1](v_BPdGK)
+
+        if old["compressed"] is None:
+            T = num_keys
+            pieces = blocks.Pieces.of(ctx.mask, T, stride, at_least=block // stride)
+            start_BT, index_BT = blocks.document_starts(ctx.mask, T), jnp.arange(T)[None]
+            end_BM = pieces.last_BP[:, block // stride - 1 :]
+            begin_BM = pieces.last_BP[:, : end_BM.shape[1]] - stride + 1
+            position_BM = jnp.take_along_axis(ctx.positions_BT, jnp.clip(begin_BM, 0, T - 1), 1)
+            k, v = finish(*(pieces.of_tokens(new["compressed"][name]) for name in "kv"), position_BM)
+            state = None
+        else:
+            state = compression.extend(old["compressed"], new["compressed"], finish, ctx.positions_BT, stride)
+            k, v = state["k"], state["v"]
+            pieces = blocks.Pieces.of(ctx.mask, num_keys, stride)
+            start_BT, index_BT = jnp.zeros_like(ctx.positions_BT), ctx.positions_BT
+            begin_BM = jnp.arange(k.shape[1])[None] * stride
+            end_BM = begin_BM + block - 1
+        sizes = {"compress": block, "select": self.select_block, "keys": num_keys, "aligned": state is None}
+        return k, v, compression.Layout(begin_BM, end_BM, start_BT, index_BT, pieces, **sizes), state
+
+    def init_state(self, batch, length):
+        """Empty state for `length` tokens a row; every leaf is `[B, slots, G, K]` in the activation dtype."""
+        shape, dtype = (self.num_kv_heads, self.head_dim), activation_dtype(self.precision)
+        of_tokens = {"k": shape, "v": shape}
+        return {
+            "chosen": cache.empty(of_tokens, batch, length, dtype),
+            "recent": cache.empty(of_tokens, batch, cache.slots(length, self.window), dtype),
+            "compressed": compression.empty(batch, length, self.compress_block, self.compress_stride, shape, dtype),
+        }
+
+    def state_bytes(self, length):
+        """Bytes of state a row of `length` tokens holds: 2 G K b for each token, token of the window, compressed block,
+        and token of an unfinished one."""
+        slots = length + cache.slots(length, self.window) + self._compressed(length) + self.compress_block
+        return 2 * slots * self.num_kv_heads * self.head_dim * activation_dtype(self.precision).itemsize
+
+    def _compressed(self, length):
+        return compression.count(length, self.compress_block, self.compress_stride)
+
+    def kernel_rows(self, path, length):
+        """A compressor's kernels multiply a row for each compressed block and KV head."""
+        return self._compressed(length) * self.num_kv_heads if "/compress_" in path else length
+
+    def mix_flops(self, length, executed=False):
+        """Forward FLOPs of scores and values, 4 K a query head and pair of query and key; a compressed key is one key.
+
+        With `executed` the chosen branch is that of the `masked` kernel: what others compute depends on the choice.
+        """
+        return 4 * self.num_heads * self.head_dim * (self._executed(length) if executed else self._needed(length))
+
+    def _needed(self, length):
+        visible_T = np.maximum(0, (np.arange(length) - self.compress_block + 1) // self.compress_stride + 1)
+        chosen = blocks.causal_pairs(length, self.select_block, self.select_count)
+        return int(visible_T.sum()) + chosen + causal_pairs(length, self.window)
+
+    def _executed(self, length):
+        total = self._compressed(length)
+        sizes = self.compress_block, self.compress_stride, self.select_block
+        chunks = compression.chunks(length, length, *sizes, total, True)
+        compressed = sum((stop - start) * seen for (start, stop), seen, _ in chunks)
+        return compressed + length * length + executed_pairs(self.attention_kernel, length, self.window)
