@@ -11,7 +11,7 @@ VARIANTS = {
     "mla": "mla",
     "nsa": "nsa(compress_block=8, compress_stride=4, select_block=16, select_count=4, window=32)",
     "window": "window(window=32)",
-    "moba": "moba(block=16, count=3)",
+    "moba": "moba(block=16, block_count=3)",
 }
 
 

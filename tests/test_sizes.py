@@ -42,7 +42,7 @@ def test_attention(size):
         "gqa": attends(shape, H, shape.num_kv_heads),
         "mqa": attends(shape, H, 1),
         "window": attends(shape, H, shape.num_kv_heads),
-        "moba": attends(shape, H, shape.num_kv_heads),
+        "moba": attends(shape, H, shape.num_kv_heads) - K * (H + 2 * shape.num_kv_heads),  # no biases
         "mla": latent,
     }
     for name, each in mixer.items():
