@@ -1,9 +1,11 @@
 """The study's shapes: the parameters of every architecture, by a formula written here and by the model's own tree."""
 
+import math
+
 import jax
 import pytest
 
-from configs import attention
+from configs import attention, mixers
 from efficientllm import model
 from efficientllm.registry import build
 
@@ -36,15 +38,41 @@ def test_attention(size):
     shape = build("size", size)
     N, D, H, K = shape.num_layers, shape.dim, shape.num_heads, shape.head_dim
     R, P = 4 * K, K // 2
+    G = shape.num_kv_heads
+    compressor = 32 * K + 32 * K * 2 * K + 2 * K * K
     latent = D * H * (K + P) + D * (R + P) + R + R * H * 2 * K + H * K * D
     mixer = {
         "mha": attends(shape, H, H),
-        "gqa": attends(shape, H, shape.num_kv_heads),
+        "gqa": attends(shape, H, G),
         "mqa": attends(shape, H, 1),
-        "window": attends(shape, H, shape.num_kv_heads),
-        "moba": attends(shape, H, shape.num_kv_heads) - K * (H + 2 * shape.num_kv_heads),  # no biases
+        "window": attends(shape, H, G),
+        "moba": attends(shape, H, G) - K * (H + 2 * G),  # no biases
         "mla": latent,
+        "nsa": D * (2 * H * K + 6 * G * K + 3 * H) + 2 * compressor,
     }
     for name, each in mixer.items():
-        found = total(attention.get_config(name), size)
+        config = attention.get_config(name)
+        config.model.mixer = name if name == "nsa" else config.model.mixer  # the paper's blocks
+        found = total(config, size)
         assert found == around(shape, swiglu(shape)) + N * each, name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_beside_attention(size):
+    shape = build("size", size)
+    N, D, F, V = shape.num_layers, shape.dim, shape.hidden, shape.vocab_size
+    C, states = 2 * D, 16  # Mamba's inner channels
+    rank = math.ceil(D / 16)
+    mamba = 3 * D * C + C * (rank + 2 * states) + rank * C + C * (4 + 1 + states + 2)
+    states, heads = 64, C // 64
+    mamba2 = 3 * D * C + D * (2 * states + heads) + 5 * (C + 2 * states) + 3 * heads + C
+    ranks = sum(max(32, round(width / 32) * 32) for width in (1.8 * D**0.5, 1.8 * D**0.5, 1.3 * D**0.5, 0.6 * D**0.8))
+    rwkv = 4 * D * D + 2 * D * ranks + 14 * D + D + 2 * D * F
+    pythia = 4 * D * D + 4 * D + 2 * D * F + F + D
+    expected = {
+        "mamba": around(shape, 2 * mamba),
+        "mamba2": around(shape, 2 * mamba2),
+        "rwkv": around(shape, rwkv, norms=4) + 3 * D,  # norms have biases, and one follows the embedding
+        "pythia": around(shape, pythia, norms=4) + D + V * D,
+    }
+    assert {name: total(mixers.get_config(name), size) for name in expected} == expected

@@ -27,7 +27,7 @@ DENSE = "dense"
 
 
 def main(argv=None):
-    options = _options(argv)
+    options = parse_options(argv)
     specs = {DENSE: "gqa", **dict(spec.split("=", 1) for spec in options.sparse.split(";"))}
     rows = []
     for length in map(int, options.lengths.split(",")):
@@ -37,7 +37,7 @@ def main(argv=None):
     print(json.dumps(provenance() | vars(options)))
 
 
-def _options(argv):
+def parse_options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384", help="tokens of the row")
     parser.add_argument("--sparse", default="nsa=nsa", help="name=spec of the contestants, separated by ;")
@@ -76,6 +76,7 @@ class Step:
     def __init__(self, spec, length, options):
         shape = {"num_heads": options.heads, "num_kv_heads": options.kv_heads, "head_dim": options.head_dim}
         defaults = {"norm": "rmsnorm(eps=1e-6)", "attention_kernel": "auto", "precision": options.precision}
+        defaults |= {"dim": options.dim, "eps": 1e-6}
         mixer = build("mixer", spec, shape | defaults | {"position": "rope(base=10000.0)"})
         index = jnp.arange(length)[None]
         ctx = Context.packed(index)
@@ -83,7 +84,11 @@ class Step:
             each = -(-length // options.documents)
             ctx = Context.packed(index % each, index // each)
         x = jax.random.normal(jax.random.key(0), (1, length, options.dim))
-        params = nn.unbox(jax.jit(mixer.init)(jax.random.key(1), x[:, :64], Context.packed(index[:, :64])))
+        short = Context.packed(index[:, :64])
+        if hasattr(mixer, "init_memo"):
+            ctx = ctx.replace(memo=mixer.init_memo(1, length, options.dim))
+            short = short.replace(memo=mixer.init_memo(1, 64, options.dim))
+        params = nn.unbox(jax.jit(mixer.init)(jax.random.key(1), x[:, :64], short))
         loss = lambda params, x: jnp.mean(jnp.square(mixer.apply(params, x, ctx)[0]))  # noqa: E731
         self._inputs = params, x
         self._run = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile()
