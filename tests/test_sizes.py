@@ -60,7 +60,7 @@ def test_attention(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_beside_attention(size):
     shape = build("size", size)
-    N, D, F, V = shape.num_layers, shape.dim, shape.hidden, shape.vocab_size
+    D, F, V = shape.dim, shape.hidden, shape.vocab_size
     C, states = 2 * D, 16  # Mamba's inner channels
     rank = math.ceil(D / 16)
     mamba = 3 * D * C + C * (rank + 2 * states) + rank * C + C * (4 + 1 + states + 2)
