@@ -36,7 +36,7 @@ def test_row_and_charts_of_a_whole_run(whole):
     assert (found["schema_version"], found["outcome"], found["task"]) == (1, "ok", "pretrain")
     assert sorted(runs.losses(whole)) == list(range(1, runs.STEPS + 1))
     assert found["quality"]["eval_loss"] > 0 and found["quality"]["bits_per_byte"] > 0
-    assert found["provenance"]["kernels"] == {"attention": ["xla"]}
+    assert found["provenance"]["kernels"] == {"attention": ["xla"], "loss": ["whole"]}
     assert found["paper"]["aec_w"] is None and found["sources"]["aec_w"]["reason"]
     assert found["config"] == json.loads((whole / "config.json").read_text())
 
