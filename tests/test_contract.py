@@ -41,12 +41,12 @@ def test_contract(kind, spec, check):
     check(kind, spec)
 
 
-@pytest.mark.parametrize("kind, spec, mesh", cases(KINDS, [MESH]))
+@pytest.mark.parametrize("kind, spec, mesh", list(cases(KINDS, [MESH])))
 def test_one_device_equals_eight(kind, spec, mesh):
     contract.check_sharded(kind, spec, mesh)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, spec, mesh", cases(KINDS, ["data=1, fsdp=4, tensor=2"]))
+@pytest.mark.parametrize("kind, spec, mesh", list(cases(KINDS, ["data=1, fsdp=4, tensor=2"])))
 def test_one_device_equals_eight_on_another_mesh(kind, spec, mesh):
     contract.check_sharded(kind, spec, mesh)
