@@ -27,14 +27,20 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    from efficientllm.run import import_plugins
+    if names := config.getoption("--imports"):
+        from efficientllm.run import import_plugins
 
-    import_plugins([name for name in config.getoption("--imports").split(",") if name])
+        import_plugins(names.split(","))
 
 
-@pytest.fixture(autouse=True)
-def _scanned_layers(monkeypatch):
-    """Layers in a loop, as on accelerators: half the compilation; test_units.py has the unrolled form."""
+@pytest.fixture(autouse=True, scope="session")
+def _scanned_layers():
+    """Layers in a loop, as on accelerators: half the compilation; test_units.py has the unrolled form.
+
+    Of the whole session: the runs that fixtures of a module make must be of the same program as those of its tests.
+    """
     from efficientllm import model
 
-    monkeypatch.setattr(model, "UNROLLED", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "UNROLLED", 0)
+        yield
