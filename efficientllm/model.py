@@ -4,11 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm import kernels, matching, registry
+from efficientllm import kernels
 from efficientllm.attention import Context
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.layers import Linear
-from efficientllm.registry import build, complete
+from efficientllm.registry import build
 from efficientllm.sharding import constrain
 from efficientllm.weights import activation_dtype, matmul
 
@@ -122,7 +122,7 @@ class LM(nn.Module):
         return constrain(logits_BTV, "batch", None, "vocab"), states, aux
 
     def _groups(self, x_BTD, ctx, states):
-        group = Group if self.remat == "none" else nn.remat(Group, policy=_policy(self.remat), prevent_cse=False)
+        group = Group if self.remat == "none" else nn.remat(Group, policy=remat_policy(self.remat), prevent_cse=False)
         fields = (self.blocks, self.norm, self.residual)
         carry = x_BTD, self._init_memo(*x_BTD.shape[:2])
         if self.scan:
@@ -175,116 +175,12 @@ def _look_up(embedding_VD, tokens_BT, dtype):
     return constrain(constrain(x_BTD, "group_batch", None, "embed"), "batch", None, None)
 
 
-def from_config(model, tokenizer_size=None):
-    """The LM that `config.model` describes. `tokenizer_size` is needed where the size names no vocabulary.
-
-    Raises UserError naming the key that does not fit.
-    """
-    size = build("size", model.size, where="config.model.size")
-    if model.parameters_of:
-        size = _equal_parameters(model, size, tokenizer_size)
-    return _describe(model, size, tokenizer_size)
-
-
-def _equal_parameters(model, size, tokenizer_size):
-    """The size at which the model has as many parameters as a plain one with blocks of `config.model.parameters_of`."""
-
-    def count(model, size):
-        lm = _describe(model, size, tokenizer_size or 8)
-        return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(lm)))
-
-    mixer, _, ffn = model.parameters_of.partition("|")
-    block = {"mixer": mixer.strip(), "ffn": ffn.strip() or model.ffn, "pattern": ()}
-    for kind in ("mixer", "ffn"):
-        complete(kind, block[kind], {}, where="config.model.parameters_of")
-    reference = model.copy_and_resolve_references()
-    reference.update(block)
-    reference.update({"position": "rope", "norm": "rmsnorm", "embed_norm": False, "tied": True})
-    return matching.matched(size, count(reference, size), lambda size: count(model, size), model.parameters_of)
-
-
-def _describe(model, size, tokenizer_size=None):
-    """The LM of `config.model` at a given size."""
-    build("precision", model.precision, where="config.model.precision")
-    if model.remat not in ("none", "full"):
-        _policy(model.remat)
-    defaults = size.defaults() | {"precision": model.precision, "attention_kernel": model.attention_kernel}
-    for kind in ("norm", "position"):
-        defaults[kind] = complete(kind, model[kind], defaults, where=f"config.model.{kind}")
-        build(kind, defaults[kind], where=f"config.model.{kind}")
-    blocks = tuple(_block(entry, model.ffn, defaults) for entry in model.pattern or (model.mixer,))
-    if 2 * size.num_layers % half_layers(blocks):
-        raise UserError(
-            f"config.model.pattern has {half_layers(blocks) / 2:g} layers; {size.num_layers} layers are no multiple of "
-            "that"
-        )
-    _check_positions(blocks, defaults["position"])
-    return LM(
-        blocks=blocks,
-        num_layers=size.num_layers,
-        dim=size.dim,
-        vocab_size=_vocab_size(size, tokenizer_size),
-        norm=defaults["norm"],
-        position=defaults["position"],
-        residual=_one_of("residual", model.residual, ("sequential", "parallel")),
-        precision=model.precision,
-        tied=model.tied,
-        embed_norm=model.embed_norm,
-        remat=model.remat,
-        scan=model.scan,
-    )
-
-
-def _one_of(key, value, known):
-    if value not in known:
-        raise UserError(f"config.model.{key} = {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}")
-    return value
-
-
-def _check_positions(blocks, model_position):
-    """Every mixer admits its position, and a position of the embeddings is the model's own."""
-    for mixer, _ in blocks:
-        name, fields = registry.parse(mixer)
-        if (spec := fields.get("position")) is None:
-            continue
-        acts_on = build("position", spec).acts_on
-        admitted = registry.lookup("mixer", name).admits
-        if acts_on is not None and acts_on not in admitted:
-            raise UserError(
-                f"config.model.position = {spec!r} acts on the {acts_on}; mixer {name!r} admits positions that act on "
-                f"the {' or the '.join(admitted)}"
-            )
-        if acts_on == "embedding" and spec != model_position:
-            raise UserError(f"{mixer}: a position of the embeddings is the whole model's: set config.model.position")
-
-
 def half_layers(blocks):
     """Half layers in a pattern: two a block, one where it has no ffn."""
     return sum(1 if build("ffn", ffn, parent=None) is None else 2 for _, ffn in blocks)
 
 
-def _block(entry, ffn, defaults):
-    """`"mixer"` or `"mixer | ffn"` -> complete specs of both, each built once so that a bad one is refused here."""
-    mixer, _, own_ffn = entry.partition("|")
-    specs = []
-    for kind, spec in (("mixer", mixer), ("ffn", own_ffn or ffn)):
-        specs.append(complete(kind, spec.strip(), defaults, where=f"config.model.{kind}"))
-        build(kind, specs[-1], where=f"config.model.{kind}")
-    return tuple(specs)
-
-
-def _vocab_size(size, tokenizer_size):
-    if size.vocab_size is None:
-        return tokenizer_size
-    if tokenizer_size is not None and tokenizer_size > size.vocab_size:
-        raise UserError(
-            f"config.tokenizer has {tokenizer_size} tokens, the vocabulary of config.model.size {size.vocab_size}; "
-            "choose a smaller tokenizer"
-        )
-    return size.vocab_size
-
-
-def _policy(name):
+def remat_policy(name):
     if name == "full":
         return None
     known = [policy for policy in dir(jax.checkpoint_policies) if policy.endswith("saveable")]  # the rest take names

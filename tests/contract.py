@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import base
-from efficientllm import accounting, kernels, model, registry, sharding
+from efficientllm import accounting, architecture, kernels, model, registry, sharding
 from efficientllm.attention import Context
 from efficientllm.metrics.flops import count_matmul_flops
 from efficientllm.train import step
@@ -29,7 +29,7 @@ def build(kind, spec, **changes):
     config[kind] = spec
     for key, value in changes.items():
         config[key] = value
-    return model.from_config(config, VOCAB)
+    return architecture.from_config(config, VOCAB)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 
 import runs
 from configs import base
-from efficientllm import accounting, main, model, registry, run
+from efficientllm import accounting, architecture, main, model, registry, run
 from efficientllm.attention import Context
 from efficientllm.train import setup, step
 from efficientllm.workdir import Workdir, flatten
@@ -42,11 +42,11 @@ BASE = {"tiny": 1_049_728, "small": 5_246_208}  # parameters of configs/base.py 
 def test_config_initialises_with_the_parameters_of_its_comparison(name):
     config = parse(name)
     assert flatten(config.to_dict()).keys() == flatten(base.get_config().to_dict()).keys()
-    lm = model.from_config(config.model, 2048)
+    lm = architecture.from_config(config.model, 2048)
     state = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
     counts = {"tiny": accounting.parameters(lm, state.params)["total"]}
     config.model.size = "small"
-    lm = model.from_config(config.model, 2048)
+    lm = architecture.from_config(config.model, 2048)
     counts["small"] = accounting.parameters(lm, model.abstract_params(lm))["total"]
     for size, count in counts.items():
         assert not config.model.parameters_of or abs(count / BASE[size] - 1) <= 0.02, f"{size}: {count:,}"
@@ -60,7 +60,7 @@ STUDY = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "3b": 3_085_938_688}
 def test_study_sizes_have_the_published_parameter_counts(size):
     config = base.get_config().model
     config.size = size
-    lm = model.from_config(config)
+    lm = architecture.from_config(config)
     tokens = jnp.zeros((1, 8), jnp.int32)
     boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens, Context.packed(tokens)))["params"]
     assert accounting.parameters(lm, boxed)["total"] == STUDY[size]
@@ -69,7 +69,7 @@ def test_study_sizes_have_the_published_parameter_counts(size):
 def test_moe_counts_active_parameters_by_closed_formula():
     config = base.get_config().model
     config.ffn = "moe(num_experts=8, top_k=2)"
-    lm = model.from_config(config, 512)
+    lm = architecture.from_config(config, 512)
     tokens = jnp.zeros((1, 8), jnp.int32)
     boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens, Context.packed(tokens)))["params"]
     D, N, expert = 128, 4, 3 * 128 * 384

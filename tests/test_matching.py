@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from configs import base
-from efficientllm import model
+from efficientllm import architecture, model
 from efficientllm.errors import UserError
 from efficientllm.registry import parse
 
@@ -18,7 +18,7 @@ VOCAB = 2048
 def build(size, mixer, reference="", **changes):
     config = base.get_config().model
     config.update({"size": size, "mixer": mixer, "parameters_of": reference, **changes})
-    return model.from_config(config, VOCAB)
+    return architecture.from_config(config, VOCAB)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import runs
-from efficientllm import main, model
+from efficientllm import architecture, main
 from efficientllm.run import import_plugins
 from efficientllm.train import step
 
@@ -39,7 +39,7 @@ def test_command(command, tmp_path, monkeypatch):
     config, _, _ = main.parse(argv)
     if config.model.size != "tiny":  # a size for a cluster: all but its arrays
         import_plugins(config.imports)
-        lm = model.from_config(config.model, 4096)
+        lm = architecture.from_config(config.model, 4096)
         jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
         return
     text = [f"--config.data=text(path='{tmp_path}/*.md')", "--config.tokenizer=bytes"]

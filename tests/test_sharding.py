@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import hlo
 from configs import base
-from efficientllm import model, sharding
+from efficientllm import architecture, sharding
 from efficientllm.train import step
 
 # Sizes that no two kinds of array share, so that a shape tells what an array is.
@@ -40,7 +40,7 @@ def program(ffn, mesh_spec, accumulate):
     config = base.get_config()
     config.model.size, config.model.ffn = SIZE, FFNS[ffn]
     config.train.steps, config.train.accumulate, config.train.schedule = STEPS, accumulate, "constant(peak=0.01)"
-    lm = model.from_config(config.model, V)
+    lm = architecture.from_config(config.model, V)
     mesh = sharding.make_mesh(mesh_spec, jax.devices()[: 1 if mesh_spec == "data=1" else 8])
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(step.init_state(lm, config.train, 0, T))

@@ -11,7 +11,7 @@ import pytest
 
 import contract
 from configs import base
-from efficientllm import model
+from efficientllm import architecture, model
 from efficientllm.attention import Context, Mask, attend
 from efficientllm.errors import UserError
 from efficientllm.infer.generate import generate
@@ -131,9 +131,9 @@ def test_untied_embeddings_and_a_hybrid_pattern():
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
     config = base.get_config().model
     config.size = "tiny(vocab_size=100)"
-    assert model.from_config(config, 90).vocab_size == 100
+    assert architecture.from_config(config, 90).vocab_size == 100
     with pytest.raises(UserError, match="has 101 tokens"):
-        model.from_config(config, 101)
+        architecture.from_config(config, 101)
 
 
 def test_charts_name_layers_across_groups():

@@ -9,9 +9,8 @@ import flax.linen as nn
 from efficientllm.attention import attend, causal_pairs, executed_pairs
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.mixers import cache
+from efficientllm.mixers import cache, heads
 from efficientllm.registry import build, register
-from efficientllm.sharding import constrain
 from efficientllm.weights import activation_dtype
 
 
@@ -60,10 +59,8 @@ class Attention(nn.Module, kw_only=True):
         y_BTE = y_BTHK.reshape(*x_BTD.shape[:2], self.num_heads * self.head_dim)
         return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, self.o_bias, name="o")(y_BTE)
 
-    def _project(self, x_BTD, name, heads, axis):
-        linear = Linear(heads * self.head_dim, ("embed", axis), self.precision, self.qkv_bias, name=name)
-        # Heads that do not divide over `tensor` stay whole: split ones would be put together for every rotation.
-        return constrain(linear(x_BTD).reshape(*x_BTD.shape[:2], heads, self.head_dim), "batch", None, axis, None)
+    def _project(self, x_BTD, name, count, axis):
+        return heads.project(x_BTD, count, self.head_dim, axis, self.precision, name, self.qkv_bias)
 
     def init_state(self, batch, length):
         """An empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the activation dtype."""
@@ -112,11 +109,7 @@ class GQA(Attention, kw_only=True):
     num_kv_heads: int
 
     def __post_init__(self):
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}: "
-                "each KV head serves as many query heads as every other"
-            )
+        heads.check_groups(self)
         super().__post_init__()
 
     @property

@@ -8,15 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm.layers import Linear
-from efficientllm.sharding import constrain
-
-
-def project(x_BTD, heads, width, axis, precision, name):
-    """A linear map to heads, `[B, T, heads, width]`; to be called where a module creates its own."""
-    y_BTE = Linear(heads * width, ("embed", axis), precision, name=name)(x_BTD)
-    return constrain(y_BTE.reshape(*x_BTD.shape[:2], heads, width), "batch", None, axis, None)
-
 
 def document_starts(mask, length):
     """The token that each token's document starts at, `[B or 1, T]`."""

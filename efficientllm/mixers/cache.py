@@ -28,15 +28,15 @@ def extend(state, new, mask, positions_BT):
         return tuple(new.values()), mask, None
     new = {name: leaf.astype(state[name].dtype) for name, leaf in new.items()}
     if mask.window is None:
-        state = {name: _write(state[name], leaf, positions_BT[:, 0]) for name, leaf in new.items()}
+        state = {name: write(state[name], leaf, positions_BT[:, 0]) for name, leaf in new.items()}
         return tuple(state.values()), mask, state
     return _extend_ring(state, new, mask, positions_BT)
 
 
-def _write(cache_BS, new_BT, start_B):
+def write(cache_BS, new_BT, start_B):
     """Writes each row's tokens into the slots from `start` on."""
-    write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice_in_dim(cache, new, start, 0))
-    return write(cache_BS, new_BT, start_B)
+    one = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice_in_dim(cache, new, start, 0))
+    return one(cache_BS, new_BT, start_B)
 
 
 def _extend_ring(state, new, mask, positions_BT):
@@ -44,7 +44,7 @@ def _extend_ring(state, new, mask, positions_BT):
     S, T = next(iter(state.values())).shape[1], positions_BT.shape[1]
     last_B1 = positions_BT[:, -1:]
     if T == 1:
-        state = {name: _write(state[name], leaf, positions_BT[:, 0] % S) for name, leaf in new.items()}
+        state = {name: write(state[name], leaf, positions_BT[:, 0] % S) for name, leaf in new.items()}
         return tuple(state.values()), mask.replace(key_index_BS=_ring_positions(last_B1, S)), state
     # A query may read tokens whose slots its successors take: it reads the old ring and the new tokens side by side.
     old_BS = _ring_positions(positions_BT[:, :1] - 1, S)

@@ -151,7 +151,7 @@ def extend(state, new, finish, positions_BT, stride):
 
     def with_tokens(name):
         room_B = jnp.pad(state[f"raw_{name}"], ((0, 0), (0, made * stride), (0, 0), (0, 0)))
-        return _write(room_B, new[name].astype(room_B.dtype), before + start_B % stride)
+        return cache.write(room_B, new[name].astype(room_B.dtype), before + start_B % stride)
 
     raw = {name: with_tokens(name) for name in new}
     pieces = (raw[name][:, : before + made * stride] for name in ("k", "v"))
@@ -177,12 +177,8 @@ def _put(old_BS, new_BM, first_B, ended_B):
     new_BW = jax.vmap(lambda new, index: new.at[index].get(mode="clip"))(new_BM, source_BW)
     filled_BW = (slot_BW < ended_B[:, None]) & (source_BW < new_BM.shape[1]) & (source_BW >= 0)
     kept_BW = jnp.where(filled_BW[..., None, None], new_BW.astype(old_BS.dtype), _slice(old_BS, at_B, width))
-    return _write(old_BS, kept_BW, at_B)
+    return cache.write(old_BS, kept_BW, at_B)
 
 
 def _slice(x_BS, at_B, length):
     return jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, length, 0))(x_BS, at_B)
-
-
-def _write(x_BS, new_BT, at_B):
-    return jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0))(x_BS, new_BT, at_B)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from efficientllm.block_attention import Chosen, attend_blocks
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.mixers import blocks, cache
+from efficientllm.mixers import blocks, cache, heads
 from efficientllm.registry import build, register
 from efficientllm.weights import activation_dtype
 
@@ -41,20 +41,19 @@ class MoBA(nn.Module, kw_only=True):
     admits = ("heads", "embedding")  # a bias of the scores has no meaning for a mean of keys
 
     def __post_init__(self):
-        for name in ("block", "block_count", "num_kv_heads"):
+        for name in ("block", "block_count"):
             if getattr(self, name) < 1:
                 raise UserError(f"moba: {name} = {getattr(self, name)} must be at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(f"moba: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+        heads.check_groups(self)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):
         (B, T, D), H, G, K = x_BTD.shape, self.num_heads, self.num_kv_heads, self.head_dim
         position = build("position", self.position, name="position")
-        q_BTHK = position.rotate(blocks.project(x_BTD, H, K, "heads", self.precision, "q"), ctx.positions_BT)
-        k_BTGK = position.rotate(blocks.project(x_BTD, G, K, "kv_heads", self.precision, "k"), ctx.positions_BT)
-        v_BTGK = blocks.project(x_BTD, G, K, "kv_heads", self.precision, "v")
+        q_BTHK = position.rotate(heads.project(x_BTD, H, K, "heads", self.precision, "q"), ctx.positions_BT)
+        k_BTGK = position.rotate(heads.project(x_BTD, G, K, "kv_heads", self.precision, "k"), ctx.positions_BT)
+        v_BTGK = heads.project(x_BTD, G, K, "kv_heads", self.precision, "v")
         if state is None:
             start_BT, index_BT = blocks.document_starts(ctx.mask, T), jnp.arange(T)[None]
             pieces = blocks.Pieces.of(ctx.mask, T, self.block)

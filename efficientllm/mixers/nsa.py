@@ -11,7 +11,7 @@ from efficientllm.attention import attend, causal_pairs, executed_pairs
 from efficientllm.block_attention import Chosen, attend_blocks
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.mixers import blocks, cache, compression
+from efficientllm.mixers import blocks, cache, compression, heads
 from efficientllm.registry import build, register
 from efficientllm.weights import activation_dtype
 
@@ -65,24 +65,20 @@ class NSA(nn.Module, kw_only=True):
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"nsa: {name} = {getattr(self, name)} must be at least {value}")
-        for name, divisor in (
-            ("compress_block", "compress_stride"),
-            ("select_block", "compress_stride"),
-            ("num_heads", "num_kv_heads"),
-        ):
-            if getattr(self, name) % getattr(self, divisor):
-                raise UserError(
-                    f"nsa: {name} = {getattr(self, name)} is no multiple of {divisor} = {getattr(self, divisor)}"
-                )
+        for name in ("compress_block", "select_block"):
+            if getattr(self, name) % self.compress_stride:
+                stride = self.compress_stride
+                raise UserError(f"nsa: {name} = {getattr(self, name)} is no multiple of compress_stride = {stride}")
+        heads.check_groups(self)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):
         (B, T, D), H, G, K = x_BTD.shape, self.num_heads, self.num_kv_heads, self.head_dim
         position = build("position", self.position, name="position")
-        q_BTHK = position.rotate(blocks.project(x_BTD, H, K, "heads", self.precision, "q"), ctx.positions_BT)
+        q_BTHK = position.rotate(heads.project(x_BTD, H, K, "heads", self.precision, "q"), ctx.positions_BT)
         keys, values = (
-            {name: blocks.project(x_BTD, G, K, "kv_heads", self.precision, f"{name}_{kind}") for name in BRANCHES}
+            {name: heads.project(x_BTD, G, K, "kv_heads", self.precision, f"{name}_{kind}") for name in BRANCHES}
             for kind in "kv"
         )
         for name in ("chosen", "recent"):

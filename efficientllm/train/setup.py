@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm import data, kernels, model, sharding
+from efficientllm import architecture, data, kernels, model, sharding
 from efficientllm.errors import UserError
 from efficientllm.metrics import host, peaks
 from efficientllm.optim import rules
@@ -44,13 +44,13 @@ class Setup:
 
 def prepare(config, log):
     """Reads the data and describes the model; makes no array of it. Raises UserError."""
-    lm = model.from_config(config.model)  # a bad model is refused before any data is read
+    lm = architecture.check(config.model)  # a bad model is refused before any data is read
     model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
     mesh = sharding.make_mesh(config.mesh)
     check_train(config.train, mesh)
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
     tokenizer = data.build_tokenizer(config.tokenizer, config.data)
-    lm = model.from_config(config.model, tokenizer.vocab_size)
+    lm = architecture.from_config(config.model, tokenizer.vocab_size)
     _check_sample(lm, config.sample, tokenizer)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     rows = (config.data, tokenizer, config.train.batch_size, config.train.length)

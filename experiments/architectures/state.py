@@ -9,7 +9,7 @@ import math
 import jax
 
 from configs import attention, base, mixers
-from efficientllm import accounting, model
+from efficientllm import accounting, architecture, model
 
 LENGTHS = (512, 4096, 16384)
 
@@ -38,7 +38,7 @@ def models(size, precision):
     found = {}
     for name, config in configs.items():
         config.model.size, config.model.precision, config.model.parameters_of = size, precision, ""
-        found[name] = model.from_config(config.model, base_vocabulary(size))
+        found[name] = architecture.from_config(config.model, base_vocabulary(size))
     return found
 
 
@@ -46,7 +46,7 @@ def base_vocabulary(size):
     """A vocabulary for sizes that name none."""
     config = base.get_config()
     config.model.size = size
-    return 2048 if model.from_config(config.model, 8).vocab_size == 8 else None
+    return 2048 if architecture.from_config(config.model, 8).vocab_size == 8 else None
 
 
 def state_bytes(lm, length):

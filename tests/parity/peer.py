@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from efficientllm import model
+from efficientllm import architecture
 from efficientllm.attention import Context
 from efficientllm.train.loss import logits_nll_sum
 
@@ -30,7 +30,7 @@ def lm(size, **changes):
     config.size = f"tiny({', '.join(f'{key}={value!r}' for key, value in size.items())})"
     config.tied = False
     config.update(changes)
-    return model.from_config(config, VOCAB)
+    return architecture.from_config(config, VOCAB)
 
 
 def tree(tensors, num_layers, layer, top):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from efficientllm import accounting, model
+from efficientllm import accounting, architecture, model
 from efficientllm.attention import Context
 from efficientllm.errors import UserError
 from efficientllm.metrics.flops import count_matmul_flops
@@ -36,7 +36,7 @@ def _lm(layers, dim, head_dim, hidden, vocab=VOCAB, mixer="", **changes):
     config.norm, config.embed_norm, config.tied = "layernorm(eps=1e-5)", True, False
     for key, value in changes.items():
         config[key] = value
-    return model.from_config(config, vocab)
+    return architecture.from_config(config, vocab)
 
 
 def _state_dict(rng, layers, dim, head_dim, hidden):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from efficientllm import model
+from efficientllm import architecture
 from efficientllm.attention import Context
 from efficientllm.train.step import loss_fn
 
@@ -55,7 +55,7 @@ def _ours(config, mixer, tied):
         f"norm_eps={config.rms_norm_eps})"
     )
     ours.mixer, ours.tied = mixer, tied
-    return model.from_config(ours, VOCAB)
+    return architecture.from_config(ours, VOCAB)
 
 
 def _params(tensors, qk_norm, bias, tied):

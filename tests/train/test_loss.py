@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import hlo
 from configs import base
-from efficientllm import kernels, model, sharding
+from efficientllm import architecture, kernels, sharding
 from efficientllm.train import loss, step
 from efficientllm.weights import activation_dtype, matmul
 
@@ -123,7 +123,7 @@ def _train_step(monkeypatch, chunk_bytes):
     monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_bytes)
     config = base.get_config()
     config.model.size = "tiny(num_layers=1, dim=8, num_heads=1, num_kv_heads=1, head_dim=8, hidden=8)"
-    lm = model.from_config(config.model, 151_936)
+    lm = architecture.from_config(config.model, 151_936)
     mesh = sharding.make_mesh("data=1", jax.devices()[:1])
     length = 128
     batch = {

@@ -6,7 +6,7 @@ import numpy as np
 import work
 
 from configs import base
-from efficientllm import model, sharding
+from efficientllm import architecture, model, sharding
 from efficientllm.train import step
 
 
@@ -18,7 +18,7 @@ class Trainer:
 
     def __init__(self, shape, precision, length, unrolled=False, seed=0):
         config = _config(shape, precision)
-        lm = model.from_config(config.model)
+        lm = architecture.from_config(config.model)
         params = _parameters(work.initial_weights(shape, seed), shape)
         if unrolled:
             lm, params = model.unroll(lm, params)

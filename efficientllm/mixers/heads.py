@@ -1,0 +1,22 @@
+"""What attentions of query and KV heads have in common."""
+
+from efficientllm.errors import UserError
+from efficientllm.layers import Linear
+from efficientllm.sharding import constrain
+
+
+def project(x_BTD, heads, width, axis, precision, name, use_bias=False):
+    """A linear map to heads, `[B, T, heads, width]`; to be called where a module creates its own.
+
+    Heads that do not divide over `tensor` stay whole: split ones would be put together for every rotation.
+    """
+    y_BTE = Linear(heads * width, ("embed", axis), precision, use_bias, name=name)(x_BTD)
+    return constrain(y_BTE.reshape(*x_BTD.shape[:2], heads, width), "batch", None, axis, None)
+
+
+def check_groups(mixer):
+    """Raises UserError unless each KV head of the mixer serves as many query heads as every other."""
+    heads, kv_heads = mixer.num_heads, mixer.num_kv_heads
+    if kv_heads < 1 or heads % kv_heads:
+        name = type(mixer).__name__.lower()
+        raise UserError(f"{name}: num_heads = {heads} is no multiple of num_kv_heads = {kv_heads}")
