@@ -1,4 +1,4 @@
-"""One decoder, six kinds of position: --config=configs/position.py:alibi. All have the same number of parameters."""
+"""One decoder, seven kinds of position: --config=configs/position.py:alibi. All have the same number of parameters."""
 
 from configs import base
 

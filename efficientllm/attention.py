@@ -84,13 +84,14 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
     Softmax is float32. H is a multiple of G: query head h reads KV head h // (H // G).
 
     Args:
-      kernel: `auto` or a registered `attention_kernel`.
+      kernel: `auto` or a registered `attention_kernel`, for passes whose queries are the keys' tokens; over a state
+        it is chosen.
       bias: what is added to the scores: `(mask, queries, keys) -> [B or 1, H, T, S]`, the ranges as in `Mask.rows`.
       scale: of the scores; None is K^-1/2.
 
     Raises UserError for a kernel that does not exist.
     """
-    if kernel == "auto":
+    if kernel == "auto" or not mask.aligned:
         kernel = choose(q_BTHK, mask, bias)
     compute = lookup("attention_kernel", kernel, where="config.model.attention_kernel")
     kernels.note("attention", kernel)
@@ -131,15 +132,16 @@ def _xla(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
 
 @register("attention_kernel", "cudnn")
 def _cudnn(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
-    K, V = q_BTHK.shape[-1], v_BSGV.shape[-1]
-    v_BSGK = jnp.pad(v_BSGV, ((0, 0),) * 3 + ((0, K - V),))  # it wants values as wide as keys
+    V = v_BSGV.shape[-1]
+    width = max(q_BTHK.shape[-1], V)  # it wants heads of one width; zeros change no score
+    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, width - x.shape[-1]),)) for x in (q_BTHK, k_BSGK, v_BSGV))
     options = {"scale": scale, "implementation": "cudnn"}
-    if mask.aligned and mask.segments_BT is None:
+    if mask.segments_BT is None:
         window = None if mask.window is None else (mask.window - 1, 0)
-        y = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, is_causal=True, local_window_size=window, **options)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window, **options)
     else:
-        mask_B1TS = mask.dense(q_BTHK.shape[1], k_BSGK.shape[1])[:, None]
-        y = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask_B1TS, **options)
+        mask_B1TS = mask.dense(q.shape[1], k.shape[1])[:, None]
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, **options)
     return y[..., :V]
 
 

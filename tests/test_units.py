@@ -107,6 +107,18 @@ def test_generation_is_the_argmax_of_the_full_pass_and_stops_at_the_end_of_text(
     assert list(stopped[: first + 1]) == list(found[0, : first + 1]) and set(stopped[first:]) == {eos}
 
 
+@pytest.mark.parametrize("mixer", ["gqa", "window(window=5)"])
+def test_a_kernel_for_training_does_not_change_what_is_generated(mixer):
+    prompt = contract.tokens()[:2, :7]
+    texts = []
+    for kernel in ("auto", "chunked", "splash"):
+        lm = contract.build("mixer", mixer, attention_kernel=kernel)
+        params = contract.parameters(contract.build("mixer", mixer))
+        texts.append(np.asarray(generate(lm, params, prompt, 6, 0, jax.random.key(0), eos_id=-1)))
+    np.testing.assert_array_equal(texts[0], texts[1])
+    np.testing.assert_array_equal(texts[0], texts[2])
+
+
 def test_layers_compiled_one_after_another_are_the_same_function(monkeypatch):
     lm = contract.build("mixer", "gqa")
     run = lambda: jax.jit(lambda p: contract.loss_and_gradients(lm, p))  # noqa: E731
