@@ -12,6 +12,7 @@ from jax import lax
 
 from efficientllm import kernels
 from efficientllm.registry import build, lookup, register
+from efficientllm.weights import Weight
 
 
 class Kernel(typing.NamedTuple):
@@ -33,6 +34,8 @@ def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
     passes follow the policy `precision`. `kernel` is `auto` or a registered `grouped_kernel`. Raises UserError for a
     kernel or a precision that does not exist.
     """
+    if isinstance(w_EKN, Weight):
+        return w_EKN.apply(x_AK, lambda x, w: grouped_matmul(x, w, sizes_E, precision, kernel))
     product = build("precision", precision, where="config.model.precision").product
     name = kernel if kernel != "auto" else choose()
     kernel = lookup("grouped_kernel", name, where="kernel")

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.registry import register
-from efficientllm.weights import matmul
+from efficientllm.weights import matmul, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -23,7 +23,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        y = matmul(x, self.param("kernel", init, (x.shape[-1], self.features)), self.precision, self.out_dtype)
+        kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
+        y = matmul(x, kernel, self.precision, self.out_dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
             y = y + self.param("bias", zeros, (self.features,)).astype(y.dtype)

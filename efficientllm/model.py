@@ -10,7 +10,7 @@ from efficientllm.errors import UserError, did_you_mean
 from efficientllm.layers import Linear
 from efficientllm.registry import build
 from efficientllm.sharding import constrain
-from efficientllm.weights import activation_dtype, matmul
+from efficientllm.weights import activation_dtype, matmul, parameter, take
 
 
 class Block(nn.Module):
@@ -105,7 +105,7 @@ class LM(nn.Module):
         Without `readout`, what the logits would be made of, `[B, T, D]`, in their place.
         """
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        embedding_VD = self.param("embedding", init, (self.vocab_size, self.dim))
+        embedding_VD = parameter(self, "embedding", init, (self.vocab_size, self.dim))
         x_BTD = _look_up(embedding_VD, tokens_BT, activation_dtype(self.precision))
         x_BTD = build("position", self.position, name="position").embed(x_BTD, ctx.positions_BT)
         if self.embed_norm:
@@ -171,7 +171,7 @@ def _look_up(embedding_VD, tokens_BT, dtype):
     Each device looks up its own columns for all rows of its fsdp group; an all-to-all then trades columns for rows.
     Left to itself the partitioner gathers the whole table on some meshes.
     """
-    x_BTD = jnp.take(embedding_VD, constrain(tokens_BT, "group_batch", None), axis=0).astype(dtype)
+    x_BTD = take(embedding_VD, constrain(tokens_BT, "group_batch", None)).astype(dtype)
     return constrain(constrain(x_BTD, "group_batch", None, "embed"), "batch", None, None)
 
 

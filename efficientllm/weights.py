@@ -1,6 +1,7 @@
 """Matrix products: every one of the package goes through `matmul`, under a stated precision.
 
-Kernels are `[..., in, out]`, so that adapters, quantisers and name tables see one layout.
+Kernels are `[..., in, out]`, so that adapters, quantisers and name tables see one layout. A kernel is an array, or a
+`Weight`: a leaf that holds arrays of its own.
 """
 
 import dataclasses
@@ -37,8 +38,55 @@ def activation_dtype(precision):
     return jnp.dtype(build("precision", precision, where="config.model.precision").activation)
 
 
+class Weight:
+    """What may stand in the place of a kernel or a table: an adapter around it, or a quantised form of it.
+
+    Subclasses are flax struct dataclasses, so that they are trees of arrays: scanned, sharded, saved and mapped as such.
+    Their arrays have the leading axes (layers, experts) that the kernel has. They have a `shape`, the kernel's.
+    """
+
+    def apply(self, x, product):
+        """`x` times the kernel, where `product(x, kernel)` is the caller's way to multiply: dense or by groups."""
+        return product(x, self.dense())
+
+    def matmul(self, x, precision, out_dtype):
+        """`x[..., in] @ self[in, out]`; overridden where the form has a product of its own."""
+        return self.apply(x, lambda x, w: matmul(x, w, precision, out_dtype))
+
+    def dense(self):
+        """The kernel as one float32 array."""
+        raise NotImplementedError(type(self).__name__)
+
+    def take(self, index):
+        """The rows `index` of a table `[rows, width]`, float32."""
+        return jnp.take(self.dense(), index, axis=0)
+
+    @property
+    def T(self):  # noqa: N802, as arrays call it
+        """The transposed kernel: an array or a Weight."""
+        return self.dense().T
+
+
+def dense(w):
+    """The kernel as an array, whatever form it has."""
+    return w.dense() if isinstance(w, Weight) else w
+
+
+def take(table, index):
+    """`table[index]` for rows of a table, whatever form it has."""
+    return table.take(index) if isinstance(table, Weight) else jnp.take(table, index, axis=0)
+
+
+def parameter(module, name, init, shape):
+    """`module.param`, for one that may be a `Weight`: its arrays need not have the shapes that `init` makes."""
+    value = module.get_variable("params", name)
+    return value if isinstance(value, Weight) else module.param(name, init, shape)
+
+
 def matmul(x, w, precision, out_dtype=None):
     """`x[..., in] @ w[in, out]` -> `[..., out]` in `x.dtype` (or `out_dtype`)."""
+    if isinstance(w, Weight):
+        return w.matmul(x, precision, out_dtype)
     product = jnp.dtype(build("precision", precision, where="config.model.precision").product)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if product != x.dtype:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from efficientllm import sharding
 from efficientllm.ffns import dispatch
 from efficientllm.grouped_matmul import grouped_matmul
+from efficientllm.weights import parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
 AXES = {
@@ -50,7 +51,7 @@ class _Kernel(nn.Module):
 
     @nn.compact
     def __call__(self):
-        return self.param("kernel", nn.with_logical_partitioning(fan_in_normal, self.axes), self.shape)
+        return parameter(self, "kernel", nn.with_logical_partitioning(fan_in_normal, self.axes), self.shape)
 
 
 def _compute(x_BTD, experts_BTk, weights_BTk, kernels, *, plan, precision, kernel):

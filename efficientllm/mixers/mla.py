@@ -11,7 +11,7 @@ from efficientllm.layers import Linear, RMSNorm
 from efficientllm.mixers import cache
 from efficientllm.registry import build, register
 from efficientllm.sharding import constrain
-from efficientllm.weights import activation_dtype
+from efficientllm.weights import activation_dtype, dense
 
 
 @register("mixer", "mla")
@@ -91,7 +91,7 @@ class MLA(nn.Module, kw_only=True):
     def _absorbed(self, q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options):
         """All heads read one key, the latent beside the shared key, and one value, the latent."""
         R, N, _, V = self.widths
-        kernel_RHE = up.variables["params"]["kernel"].reshape(R, self.num_heads, N + V).astype(q_BTHN.dtype)
+        kernel_RHE = dense(up.variables["params"]["kernel"]).reshape(R, self.num_heads, N + V).astype(q_BTHN.dtype)
         q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, kernel_RHE[..., :N])
         q_BTHK = jnp.concatenate([q_BTHR, q_BTHP], -1)
         k_BS1K = jnp.concatenate([latent_BSR, k_BSP], -1)[:, :, None]
