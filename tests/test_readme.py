@@ -18,6 +18,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 RUNS = [command.partition("python -m efficientllm.main ")[2] for command in COMMANDS if "efficientllm.main" in command]
 INSTALL = "pip install -e . && python -m efficientllm.main --config=configs/moe.py"
 TEST = "pip install -e '.[test]' && pytest"
+SMALLEST = "tiny(num_layers=1, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hidden=48)"
 CONTRACT = "pytest tests/test_contract.py --imports=experiments/my_attention/gated.py -k gated"
 
 
@@ -44,7 +45,7 @@ def test_command(command, tmp_path, monkeypatch):
         return
     text = [f"--config.data=text(path='{tmp_path}/*.md')", "--config.tokenizer=bytes"]
     data = [] if "config.data" in command else text
-    short = ["train.steps=2", "train.length=32", "eval.batches=1", "sample.tokens=2", "model.size=tiny(num_layers=1)"]
+    short = ["train.steps=2", "train.length=32", "eval.batches=1", "sample.tokens=2", f"model.size={SMALLEST}"]
     assert main.main([*argv, *data, *[f"--config.{each}" for each in short]]) == 0
     assert list((tmp_path / "runs").glob("*/*/record.json"))
 

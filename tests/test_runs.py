@@ -51,12 +51,12 @@ def test_a_finished_run_is_left_alone_unless_overwritten(whole, texts, capsys):
 
 
 def test_killed_at_any_step_and_resumed_gives_the_same_losses_bit_for_bit(texts, tmp_path):
-    options = {"train__steps": 60, "checkpoint__every": 5, "eval__every": 0}
+    options = {"train__steps": 30, "checkpoint__every": 5, "eval__every": 0}
     status, output = runs.finish(runs.start(runs.arguments(texts, tmp_path / "a", **options)))
     assert status == 0, output
     argv = runs.arguments(texts, tmp_path / "b", **options)
-    process, at = runs.start(argv), random.randint(8, 50)
-    runs.when(tmp_path / "b", f"step {at:2}/60", process.kill)
+    process, at = runs.start(argv), random.randint(8, 25)
+    runs.when(tmp_path / "b", f"step {at:2}/30", process.kill)
     assert runs.finish(process)[0] == -signal.SIGKILL, f"at step {at}"
     status, output = runs.finish(runs.start(argv))
     assert status == 0 and "resuming from step" in output
