@@ -57,6 +57,14 @@ class Weight:
         """The kernel as one float32 array."""
         raise NotImplementedError(type(self).__name__)
 
+    def axes(self, names):
+        """This leaf with the logical axes of each array in its place, for a kernel with the axes `names`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def divisible(self):
+        """A form whose arrays may be cut along any axis of the kernel, each part then multiplying alone."""
+        return self.dense()
+
     def take(self, index):
         """The rows `index` of a table `[rows, width]`, float32."""
         return jnp.take(self.dense(), index, axis=0)
@@ -70,6 +78,20 @@ class Weight:
 def dense(w):
     """The kernel as an array, whatever form it has."""
     return w.dense() if isinstance(w, Weight) else w
+
+
+def axes(w, names):
+    """The logical axes of a kernel: `names`, or a tree of such for those of a Weight's arrays."""
+    return w.axes(names) if isinstance(w, Weight) else Axes(names)
+
+
+class Axes(tuple):
+    """Logical axis names of one array: a leaf of trees, unlike other tuples."""
+
+
+def divisible(w):
+    """The kernel, or the form of it that may be cut along any axis."""
+    return w.divisible() if isinstance(w, Weight) else w
 
 
 def take(table, index):

@@ -232,7 +232,9 @@ def _program(kind, spec):
     packed = batch()
     ctx = Context.packed(packed["positions"], packed["segments"])
     with kernels.recording() as used:
-        traced = jax.make_jaxpr(lambda key: nn.unbox(lm.init_with_output(key, packed["tokens"], ctx)))(jax.random.key(0))
+        traced = jax.make_jaxpr(lambda key: nn.unbox(lm.init_with_output(key, packed["tokens"], ctx)))(
+            jax.random.key(0)
+        )
     states = jax.eval_shape(lambda: model.init_states(lm, B, 1))
     return str(traced) + str(used) + str(jax.tree.map(lambda leaf: leaf.shape, states))
 

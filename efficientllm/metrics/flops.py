@@ -8,6 +8,7 @@ else: causal masks are not halved, and padding of a convolution counts.
 import math
 
 import jax
+from jax.interpreters import partial_eval
 
 # A kernel of its own says nothing of its products: count the plain form of the same function instead.
 OPAQUE = ("pallas_call", "ffi_call", "custom_call", "dot_product_attention", "triton_kernel_call")
@@ -16,10 +17,13 @@ OPAQUE = ("pallas_call", "ffi_call", "custom_call", "dot_product_attention", "tr
 def count_matmul_flops(fn, *args, **kwargs):
     """FLOPs of every matrix product, ragged product and convolution in one call of `fn`.
 
-    `args` may be arrays or `jax.ShapeDtypeStruct`; nothing is computed. Raises ValueError for products inside a
-    `while` loop, whose trip count no jaxpr knows, and for opaque kernels.
+    `args` may be arrays or `jax.ShapeDtypeStruct`; nothing is computed. What no result depends on is not counted: the
+    compiler drops it. Raises ValueError for products inside a `while` loop, whose trip count no jaxpr knows, and for
+    opaque kernels.
     """
-    return _count(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
+    jaxpr = jax.make_jaxpr(fn)(*args, **kwargs).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(used)
 
 
 def _count(jaxpr):

@@ -24,11 +24,11 @@ def readings(run, measurement, window):
         nothing = {key: missing(unit, short) for key, unit in paper.UNITS.items()}
         return nothing, {**physical_of_model(run, params), "tokens_per_s": missing("1/s", short)}
     work = paper.Work(
-        task="pretrain",
+        task=run.config.task,
         iterations_s=tuple(measurement.timer.samples),
         duration_s=measurement.seconds,
         params_active=params["active"],
-        tokens=measurement.tokens,
+        **({"samples": measurement.samples} if run.config.task == "tune" else {"tokens": measurement.tokens}),
     )
     study = paper.paper_metrics(work, sampler.combine(measurement.averages), window)
     physical = {
@@ -49,19 +49,21 @@ def utilisation(run, step_seconds):
 
 
 def _utilisation(run, steps, seconds):
-    flops = accounting.train_flops(run.lm, run.boxed, run.length) * run.batch_size * steps
+    flops = accounting.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method) * steps
     return peaks.model_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(run.lm.precision))
 
 
 def physical_of_model(run, params):
     """What is known of the model without a clock: parameters, FLOPs, bytes."""
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.shaped.params))
-    flops = accounting.train_flops(run.lm, run.boxed, run.length) / run.length
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.shaped.all_params))
+    flops = accounting.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
+    flops /= run.length * run.batch_size
+    learnt = sum(leaf.size for leaf in jax.tree.leaves(run.shaped.params))
     formula = f"closed formula ({accounting.FLOP_CONVENTION})"
     return {
         "params_total": Reading(params["total"], "1", "parameter tree"),
         "params_active": Reading(params["active"], "1", "parameter tree, experts as far as a token is sent to them"),
-        "params_trainable": Reading(params["total"], "1", "parameter tree"),
+        "params_trainable": Reading(learnt, "1", "parameter tree"),
         "flops_per_token": Reading(flops, "FLOP", f"{formula}, forward and backward, row of {run.length}"),
         "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
         "peak_memory_bytes": memory.peak_bytes(jax.local_devices(), run.rss_before),

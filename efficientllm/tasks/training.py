@@ -1,4 +1,4 @@
-"""Pre-training: from a config to a trained model, its charts, its checkpoints and its row."""
+"""Pre-training and tuning: from a config to a trained model, its charts, its checkpoints and its row."""
 
 import contextlib
 import logging
@@ -23,16 +23,21 @@ FAILED = 3
 
 
 @register("task", "pretrain")
-def pretrain(config, workdir):
-    """Trains to `config.train.steps`, resuming what the workdir holds -> exit status. Raises UserError."""
-    run = Pretraining(config, workdir)
+@register("task", "tune")
+def train(config, workdir):
+    """Trains to `config.train.steps`, resuming what the workdir holds -> exit status. Raises UserError.
+
+    Tuning is training that starts from `config.model.pretrained`; its row counts samples where pre-training's counts
+    tokens.
+    """
+    run = Training(config, workdir)
     try:
         return run.run()
     finally:
         run.close()
 
 
-class Pretraining:
+class Training:
     """One run from start to row. Only the main process writes logs, charts, samples and the row."""
 
     def __init__(self, config, workdir):
@@ -91,28 +96,30 @@ class Pretraining:
         return 0
 
     def _restore_or_create(self):
-        restored = self.checkpoints.restore_newest(self.setup.shaped)
+        """The newest checkpoint's state, or a new one. What is frozen is in no checkpoint: it is made as it was."""
+        run, shaped = self.setup, self.setup.shaped
+        restored = self.checkpoints.restore_newest(shaped.replace(frozen=None))
         if restored is None:
-            run = self.setup
-            return step.jit_create(run.lm, self.config.train, self.config.seed, run.length, run.shardings)()
+            return setup.create_state(run)
         state, data_state = restored
-        self.setup.batches.set_state(data_state)
+        run.batches.set_state(data_state)
         self.first_step = int(state.step)
         log.info(f"resuming from step {self.first_step}")
-        return state
+        frozen = setup.create_state(run).frozen if jax.tree.leaves(shaped.frozen) else shaped.frozen
+        return state.replace(frozen=frozen)
 
     def _log(self, at, metrics, seconds):
         self.loss = float(metrics["loss"])
         log.info(self.progress.line(at, self.loss))
         if self.writer:
             shown = charts.scalars(metrics, len(self.setup.lm.blocks))
-            shown |= {"tokens_per_s": float(metrics["targets"]) / seconds, **self.sampler.latest()}
+            shown |= {"tokens_per_s": float(metrics["tokens"]) / seconds, **self.sampler.latest()}
             shown |= row.utilisation(self.setup, seconds)
             self.writer.scalars(at, shown)
 
     def _evaluate(self, at, state):
         self.evaluation = evaluate.evaluate(
-            self.compiled_eval, state.params, self.setup.eval_batches, self.token_bytes, self.setup.mesh
+            self.compiled_eval, state.all_params, self.setup.eval_batches, self.token_bytes, self.setup.mesh
         )
         log.info("held out  " + "  ".join(f"{key} {value:.4f}" for key, value in self.evaluation.items()))
         if self.writer:
@@ -120,10 +127,10 @@ class Pretraining:
         return self.evaluation["eval_loss"]
 
     def _save(self, at, state, loss):
-        self.checkpoints.save(at, state, self.setup.batches.get_state(), loss)
+        self.checkpoints.save(at, state.replace(frozen=None), self.setup.batches.get_state(), loss)
 
     def _finish(self, state):
-        sample = self._sample(state.params)
+        sample = self._sample(state.all_params)
         found = self._write_row("ok", row.all_energy(self.measurement))
         if self.main:
             log.info(f"\n{record.format_table(found)}\n\nsample: {sample!r}\n")
