@@ -1,4 +1,7 @@
-"""Fine-tuning of a pretrained model by one method: configs/tune.py:rslora. Equal batch, tokens and evaluation for all."""
+"""Fine-tuning of a pretrained model by one method: configs/tune.py:rslora.
+
+Batch, tokens and evaluation are the same for every method.
+"""
 
 from configs import base
 

@@ -41,7 +41,7 @@ def activation_dtype(precision):
 class Weight:
     """What may stand in the place of a kernel or a table: an adapter around it, or a quantised form of it.
 
-    Subclasses are flax struct dataclasses, so that they are trees of arrays: scanned, sharded, saved and mapped as such.
+    Subclasses are flax struct dataclasses, hence trees of arrays, and are scanned, sharded, saved and mapped as such.
     Their arrays have the leading axes (layers, experts) that the kernel has. They have a `shape`, the kernel's.
     """
 
@@ -70,7 +70,7 @@ class Weight:
         return jnp.take(self.dense(), index, axis=0)
 
     @property
-    def T(self):  # noqa: N802, as arrays call it
+    def T(self):
         """The transposed kernel: an array or a Weight."""
         return self.dense().T
 

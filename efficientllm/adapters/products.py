@@ -161,7 +161,7 @@ class LoKrMethod(_LowRank):
 
     def _delta_flops(self, shape):
         *stack, width_in, width_out = shape
-        (in1, in2), (out1, out2) = _factors(width_in), _factors(width_out)
+        (_, in2), (_, out2) = _factors(width_in), _factors(width_out)
         low_rank, kron = 6 * in2 * self.rank * out2, 6 * width_in * width_out
         return math.prod(stack) * (low_rank + kron)
 

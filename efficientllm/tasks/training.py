@@ -12,7 +12,7 @@ from efficientllm.metrics import energy, provenance, record
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
 from efficientllm.registry import register
-from efficientllm.train import charts, evaluate, loop, row, setup, step
+from efficientllm.train import charts, evaluate, loop, row, setup
 from efficientllm.train.checkpoint import CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
 from efficientllm.train.progress import Progress, close_log, open_log

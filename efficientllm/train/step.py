@@ -47,7 +47,7 @@ def init_params(lm, seed, length):
 
 
 def create(lm, train, method, seed, boxed, held):
-    """The TrainState of parameters `held`, all boxed; `boxed` is the plain model's tree (see `adapters.base.attach`)."""
+    """The TrainState of parameters `held`, all boxed; `boxed` is the plain model's tree (see `adapters.attach`)."""
     key = jax.random.key(seed)
     learnt, frozen = split(method, lm, attach(method, boxed, held, jax.random.fold_in(key, 1)))
     opt_state = rules.optimizer(train, nn.unbox(learnt), method.rates).init(learnt)

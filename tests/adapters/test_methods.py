@@ -150,11 +150,12 @@ def test_dropout_drops_in_training_only_and_its_mean_is_the_whole():
 
 
 def test_a_rule_on_b_is_all_that_lora_plus_is():
+    train = base.get_config().train
+    train.optimizer, train.clip, train.schedule = "sgd(momentum=0.0)", 0.0, "constant(peak=1.0)"
     for name, ratio in (("lora", 1.0), ("lora_plus", 8.0)):
         method, lm, params, _ = tuned(name)
-        state, train = start(method, lm, params), base.get_config().train
-        train.optimizer, train.clip, train.schedule = "sgd(momentum=0.0)", 0.0, "constant(peak=1.0)"
-        grads = jax.jit(lambda s: step.gradients(lm, s.params, contract.batch(), 1, s.frozen)[0])(state)
+        state = start(method, lm, params)
+        grads = jax.jit(lambda s, lm=lm: step.gradients(lm, s.params, contract.batch(), 1, s.frozen)[0])(state)
         state = state.replace(opt_state=step.rules.optimizer(train, state.params, method.rates).init(state.params))
         after, _ = jax.jit(functools.partial(step.train_step, lm, train, method))(state, contract.batch())
         leaf = lambda tree: tree["groups"]["block_0"]["mixer"]["q"]["kernel"]  # noqa: E731
