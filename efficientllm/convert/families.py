@@ -315,11 +315,14 @@ def _mamba2(keys, max_positions):
         raise keys.refusal("num_heads", heads, f"heads of {fields['ssm_head_dim']} make {inner} channels")
     for name in ("chunk_size", "time_step_rank"):  # how it is computed, and a width that nothing has
         keys.take(name, default=None)
-    limit = keys.take("time_step_limit", default=(0.0, float("inf")))
-    if tuple(limit) != (0.0, float("inf")):
+    limit = keys.take("time_step_limit", default=_UNBOUNDED[0])
+    if list(limit) not in _UNBOUNDED:
         raise keys.refusal("time_step_limit", limit, "steps of ours have no bounds")
     keys.expect("norm_before_gate", False, because="mamba2 of ours gates before its norm")
     return _stack(size, spec("mamba2", fields), tied=False)
+
+
+_UNBOUNDED = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])  # as JSON has it, and as transformers writes it
 
 
 def _state_space(keys):

@@ -8,6 +8,7 @@ token into bits per byte.
 
 import dataclasses
 import hashlib
+import os
 
 import numpy as np
 
@@ -86,7 +87,8 @@ class BPE:
 @register("tokenizer", "hf")
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
-    """The tokenizer that `transformers` loads from `path`, a folder or the name of a repository on the hub."""
+    """The tokenizer that `transformers` loads from `path`: a folder, the name of a repository on the hub, or a GGUF
+    file."""
 
     path: str
 
@@ -95,7 +97,7 @@ class HuggingFace:
         import transformers
 
         try:
-            loaded = transformers.AutoTokenizer.from_pretrained(self.path)
+            loaded = transformers.AutoTokenizer.from_pretrained(**self._place())
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
@@ -104,20 +106,29 @@ class HuggingFace:
         if not loaded.is_fast or loaded.eos_token_id is None:
             missing = "eos token" if loaded.is_fast else "fast implementation"
             raise UserError(f"config.tokenizer: hf(path={self.path!r}) has no {missing}")
-        return Backed(loaded.backend_tokenizer, loaded.eos_token_id, len(loaded))
+        return Backed(loaded.backend_tokenizer, loaded.eos_token_id, len(loaded), loaded.chat_template)
+
+    def _place(self):
+        """What `from_pretrained` takes."""
+        if not self.path.endswith(".gguf"):
+            return {"pretrained_model_name_or_path": self.path}
+        folder, name = os.path.split(self.path)
+        return {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
 
 
 class Backed:
     """A tokenizer of the `tokenizers` library with an eos of its own or of ours.
 
-    Special tokens that a text spells out are read as text: a document cannot end itself.
+    Special tokens that a text spells out are read as text: a document cannot end itself. `chat_template` is the Jinja
+    template of a conversation, or None.
     """
 
-    def __init__(self, backend, eos_id, vocab_size):
+    def __init__(self, backend, eos_id, vocab_size, chat_template=None):
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.eos_id, self.vocab_size = backend, eos_id, vocab_size
+        self.chat_template = chat_template
         self.fingerprint = hashlib.sha256(f"{eos_id} {backend.to_str()}".encode()).hexdigest()
         self.token_bytes = _token_bytes(backend, vocab_size)
 

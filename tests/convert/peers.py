@@ -58,7 +58,7 @@ FAMILIES = {
         EXPERTS | LATENT | {"n_group": 2, "topk_group": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
     ),
     "gpt-neox": ("GPTNeoX", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}),
-    "gpt-neox-sequential": ("GPTNeoX", {"use_parallel_residual": False, "tie_word_embeddings": True}),
+    "gpt-neox-sequential": ("GPTNeoX", {"hidden_size": 32, "use_parallel_residual": False, "tie_word_embeddings": True}),
     "mamba": ("Mamba", STATE | {"time_step_rank": 5, "use_bias": True}),
     "mamba2": ("Mamba2", STATE | MAMBA2),
 }
@@ -68,6 +68,7 @@ def reference(name, seed=0):
     """A random model of transformers; biases, norms and routers too are random."""
     kind, changes = FAMILIES[name]
     base = {} if kind.startswith("Mamba") else ATTENTION | {"rope_parameters": dict(ROPE)}
+    base = {key: value for key, value in base.items() if kind != "GPTNeoX" or key != "num_key_value_heads"}
     config = getattr(transformers, f"{kind}Config")(
         **base | {"vocab_size": VOCAB, "num_hidden_layers": LAYERS, "pad_token_id": None} | changes
     )

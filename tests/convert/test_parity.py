@@ -10,7 +10,9 @@ from . import peers
 
 from .peers import transformers
 
-CASES = list(peers.FAMILIES)
+SLOW = {"llama-linear", "llama-dynamic", "llama-tied-bias", "qwen2-windows", "qwen2-moe", "deepseek-v2", "mamba2"}
+SLOW |= {"phi3-plain", "gpt-neox-sequential"}
+CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in peers.FAMILIES]
 
 
 @pytest.mark.parametrize("name", CASES)
