@@ -27,7 +27,8 @@ setup(
         "tensorboard>=2.21,<3",
     ],
     extras_require={
-        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17,<0.18", "torch==2.13.0", "rwkv>=0.8.32,<0.9"] + PRETRAINED,
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17,<0.18", "torch==2.13.0", "rwkv>=0.8.32,<0.9"]
+        + PRETRAINED,
         "demo": PRETRAINED,
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],

@@ -60,6 +60,8 @@ def _theirs(source, ids):
     place = {"pretrained_model_name_or_path": source.path}
     if source.path.is_file():
         place = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, attn_implementation="eager")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        **place, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         return jnp.asarray(loaded.eval()(torch.tensor(ids).long()).logits.numpy())

@@ -19,10 +19,12 @@ from efficientllm.convert.source import Source
 from efficientllm.errors import UserError, did_you_mean
 
 SHARD = 2 * 2**30  # bytes of a file; one is held in memory while it is written
+# fmt: off
 _TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt "
-    "chat_template.jinja generation_config.json"
-).split()
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)
+# fmt: on
 
 
 def export(lm, params, folder, like, tokenizer=None, dtype=None, max_positions=None, shard=SHARD):
@@ -143,7 +145,9 @@ def _config(lm, like, max_positions):
 def _of_family(lm, ours, name, max_positions):
     if name not in families.FAMILIES:
         known = ", ".join(families.FAMILIES)
-        raise UserError(f"no family {name!r} of checkpoints; known: {known}{did_you_mean(str(name), families.FAMILIES)}")
+        raise UserError(
+            f"no family {name!r} of checkpoints; known: {known}{did_you_mean(str(name), families.FAMILIES)}"
+        )
     if max_positions is None and lm.position != "none":
         raise UserError(f"a {name} checkpoint says how many positions it has: give max_positions")
     return inverse.config_of(name, lm, ours, max_positions)
@@ -152,9 +156,7 @@ def _of_family(lm, ours, name, max_positions):
 def _model_config(model, lm):
     from ml_collections import ConfigDict
 
-    return ConfigDict(
-        model | {"precision": lm.precision, "attention_kernel": "auto", "remat": "none", "scan": True}
-    )
+    return ConfigDict(model | {"precision": lm.precision, "attention_kernel": "auto", "remat": "none", "scan": True})
 
 
 @contextlib.contextmanager

@@ -45,12 +45,13 @@ class GGUFFile:
         gguf = package(self.where)
         try:
             reader = gguf.GGUFReader(self.where)
-            fields = {key: field for key, field in reader.fields.items()}
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
             # numpy's order: GGUF counts the fastest axis first
             self.shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in self._tensors.items()}
             self._places = {name: (int(t.data_offset), t.data.dtype, t.data.shape) for name, t in self._tensors.items()}
-            values = {key: _value(field) for key, field in fields.items() if not key.startswith("tokenizer.ggml.tok")}
+            values = {
+                key: _value(field) for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.tok")
+            }
         except Exception as error:  # the package raises whatever its parsing stumbles over
             raise UserError(f"{self.where}: no GGUF file that can be read ({type(error).__name__}: {error})") from None
         self._check_size()
@@ -81,12 +82,18 @@ class GGUFFile:
                 continue
             config[KEYS.get(key, f"{prefix}{key}")] = value  # an unknown one is refused as unknown keys are
         config.setdefault("vocab_size", self.shapes.get("token_embd.weight", (None,))[0])
-        head_dim = config.get("head_dim") or config.get("hidden_size", 0) // max(config.get("num_attention_heads", 1), 1)
+        head_dim = config.get("head_dim") or config.get("hidden_size", 0) // max(
+            config.get("num_attention_heads", 1), 1
+        )
         if rotated not in (None, head_dim):
-            raise UserError(f"{self.where}: {prefix}rope.dimension_count = {rotated} is not supported: heads of ours turn whole")
+            raise UserError(
+                f"{self.where}: {prefix}rope.dimension_count = {rotated} is not supported: heads of ours turn whole"
+            )
         if model_type == "llama" and "blk.0.attn_q.bias" in self.shapes:
             config["attention_bias"] = True
-        config |= {key: values[f"tokenizer.ggml.{name}"] for name, key in SPECIAL.items() if f"tokenizer.ggml.{name}" in values}
+        config |= {
+            key: values[f"tokenizer.ggml.{name}"] for name, key in SPECIAL.items() if f"tokenizer.ggml.{name}" in values
+        }
         return config, table
 
     def _rope(self, given):
@@ -96,7 +103,12 @@ class GGUFFile:
         original = given.pop("rope.scaling.original_context_length", None)
         if ROPE_FACTORS in self.shapes:
             factors = [float(value) for value in self.read(ROPE_FACTORS)]
-            scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
+            scaling = {
+                "rope_type": "longrope",
+                "short_factor": factors,
+                "long_factor": factors,
+                "attention_factor": 1.0,
+            }
             return {"rope_scaling": scaling | {"original_max_position_embeddings": given.get("context_length")}}
         if kind == "none":
             return {}

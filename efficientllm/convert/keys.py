@@ -6,17 +6,19 @@ from efficientllm.errors import UserError
 
 # What no forward pass reads: book-keeping, training and generation. Dropouts act in training alone, where runs of ours
 # have none.
-HARMLESS = frozenset(
-    """
-    architectures auto_map bos_token_id chunk_size_feed_forward classifier_dropout dtype eos_token_id finetuning_task
-    id2label initializer_range is_decoder is_encoder_decoder label2id model_type output_attentions output_hidden_states
-    pad_token_id return_dict task_specific_params tokenizer_class torch_dtype transformers_version unk_token_id use_cache
-    problem_type resid_pdrop embd_pdrop attention_dropout hidden_dropout output_router_logits router_aux_loss_coef
-    router_jitter_noise aux_loss_alpha seq_aux ep_size pretraining_tp rope_interleaved transformers.js_config
-    time_step_min time_step_max time_step_floor time_step_init_scheme time_step_scale rescale_prenorm_residual
-    residual_in_fp32 use_mambapy use_associative_scan num_nextn_predict_layers unsloth_version unsloth_fixed
-    """.split()
-)
+# fmt: off
+HARMLESS = frozenset({
+    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "dtype",
+    "eos_token_id", "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "return_dict",
+    "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
+    "problem_type", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp",
+    "rope_interleaved", "transformers.js_config", "time_step_min", "time_step_max", "time_step_floor",
+    "time_step_init_scheme", "time_step_scale", "rescale_prenorm_residual", "residual_in_fp32", "use_mambapy",
+    "use_associative_scan", "num_nextn_predict_layers", "unsloth_version", "unsloth_fixed",
+})
+# fmt: on
 _MISSING = object()
 
 

@@ -54,7 +54,9 @@ class Rows(Same):
     def take(self, disk, part, shapes, heads):
         sizes = [shape[-1] for shape in shapes]
         start = sum(sizes[:part])
-        return flipped(disk[..., start : start + sizes[part], :] if disk.ndim > 1 else disk[start : start + sizes[part]])
+        return flipped(
+            disk[..., start : start + sizes[part], :] if disk.ndim > 1 else disk[start : start + sizes[part]]
+        )
 
     def join(self, parts, heads):
         flat = [flipped(part) for part in parts]

@@ -76,7 +76,7 @@ def _files(folder):
     pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
     if pickled:
         raise UserError(
-            f"{folder}: {pickled[0]} is a pickle, which can run code and is never loaded; convert it where you trust it: "
+            f"{folder}: {pickled[0]} is a pickle, which can run code and is never loaded; where you trust it: "
             "transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
     raise UserError(f"{folder}: no *.safetensors in it")

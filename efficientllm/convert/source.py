@@ -46,10 +46,7 @@ class Source:
 
     def lm(self, **changes):
         """The LM that it is; `changes` are of `config.model`: precision, scan, remat, attention_kernel."""
-        from ml_collections import ConfigDict
-
-        plain = {"precision": "float32", "attention_kernel": "auto", "remat": "none", "scan": True}
-        return architecture.from_config(ConfigDict(plain | self.model | changes))
+        return architecture.from_config(_complete(self.model | changes))
 
     def tokenizer(self):
         """A spec for `config.tokenizer`. Raises UserError if no tokenizer is there."""
@@ -109,6 +106,13 @@ class Source:
         return load.load(leaves, self.tensors, abstract, dtype)
 
 
+def _complete(model):
+    """`config.model` of a description: what it does not say is what checking and converting take."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict({"precision": "float32", "attention_kernel": "auto", "remat": "none", "scan": True} | model)
+
+
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
@@ -127,6 +131,7 @@ def open_source(pretrained):
     else:
         config, table, tensors = _json(path / "config.json"), None, None
     described = families.describe(config, path if tensors else path / "config.json")
+    architecture.check(_complete(described.model))
     tensors = tensors or SafetensorsFolder(path)
     table = table or families.FAMILIES[described.model_type].table
     return Source(path, config, described.model, described.max_positions, tensors, table)

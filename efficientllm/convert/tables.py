@@ -2,7 +2,7 @@
 module's state.
 
 `{layer}` stands for a layer's number and makes our path one of a block; `{expert}` for an expert's, of those that ours
-stacks. What a model does not have of a table (a bias, a router) is not looked for. A layout is one of `layouts.LAYOUTS`.
+stacks. What a model does not have of a table (a bias, a router) is not looked for. Layouts are those of `layouts`.
 """
 
 
@@ -32,9 +32,7 @@ def _swiglu(prefix, ours, names=("gate_proj", "up_proj", "down_proj")):
     return {disk: entry for name, part in parts for disk, entry in _linear(f"{prefix}{name}", f"{ours}/{part}").items()}
 
 
-_TOP = (
-    _plain("model.embed_tokens.weight", "embedding") | _norm("model.norm", "norm") | _linear("lm_head", "head")
-)
+_TOP = _plain("model.embed_tokens.weight", "embedding") | _norm("model.norm", "norm") | _linear("lm_head", "head")
 _NORMS = _norm("input_layernorm", "mixer_norm") | _norm("post_attention_layernorm", "ffn_norm")
 _OUTPUT = _linear("self_attn.o_proj", "mixer/o")
 _ATTENTION = (
@@ -152,6 +150,4 @@ GGUF_LLAMA = _GGUF_TOP | _within(
     _linear("attn_k", "mixer/k", layout="key_pairs"),
     _GGUF_REST,
 )
-GGUF_QWEN = _GGUF_TOP | _within(
-    "blk.{layer}.", _linear("attn_q", "mixer/q"), _linear("attn_k", "mixer/k"), _GGUF_REST
-)
+GGUF_QWEN = _GGUF_TOP | _within("blk.{layer}.", _linear("attn_q", "mixer/q"), _linear("attn_k", "mixer/k"), _GGUF_REST)

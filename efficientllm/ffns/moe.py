@@ -27,7 +27,7 @@ class MoE(nn.Module, kw_only=True):
       scores: `softmax` or `sigmoid` of the router's logits.
       normalise: a token's weights sum to one.
       scale: what multiplies the weights (DeepSeek's routed_scaling_factor).
-      groups, top_groups: the experts are that many equal groups, of which a token goes to the best few (DeepSeek-V2, V3).
+      groups, top_groups: equal groups of experts, and groups that a token goes to (DeepSeek-V2, V3).
       shared_hidden: width of the shared expert; 0 has none.
       shared_gate: a learned sigmoid multiplies the shared expert's output (Qwen2-MoE).
       load_balance, z_loss: coefficients of the router's two losses (`routing.load_balance_loss`, `routing.z_loss`).

@@ -38,7 +38,10 @@ FAMILIES = {
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}}),
     "llama-dynamic": (
         "Llama",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 500.0}, "max_position_embeddings": 16},
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 500.0},
+            "max_position_embeddings": 16,
+        },
     ),
     "mistral": ("Mistral", {"sliding_window": 7, "head_dim": 8}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
@@ -55,10 +58,15 @@ FAMILIES = {
     ),
     "deepseek-v3": (
         "DeepseekV3",
-        EXPERTS | LATENT | {"n_group": 2, "topk_group": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+        EXPERTS
+        | LATENT
+        | {"n_group": 2, "topk_group": 1, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
     ),
     "gpt-neox": ("GPTNeoX", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}),
-    "gpt-neox-sequential": ("GPTNeoX", {"hidden_size": 32, "use_parallel_residual": False, "tie_word_embeddings": True}),
+    "gpt-neox-sequential": (
+        "GPTNeoX",
+        {"hidden_size": 32, "use_parallel_residual": False, "tie_word_embeddings": True},
+    ),
     "mamba": ("Mamba", STATE | {"time_step_rank": 5, "use_bias": True}),
     "mamba2": ("Mamba2", STATE | MAMBA2),
 }

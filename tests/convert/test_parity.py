@@ -7,10 +7,18 @@ import pytest
 from efficientllm import convert
 
 from . import peers
-
 from .peers import transformers
 
-SLOW = {"llama-linear", "llama-dynamic", "llama-tied-bias", "qwen2-windows", "qwen2-moe", "deepseek-v2", "mamba2"}
+SLOW = {
+    "llama-linear",
+    "llama-dynamic",
+    "llama-tied-bias",
+    "qwen2-windows",
+    "qwen2-moe",
+    "qwen3-moe",
+    "deepseek-v2",
+    "mamba2",
+}
 SLOW |= {"phi3-plain", "gpt-neox-sequential"}
 CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in peers.FAMILIES]
 
