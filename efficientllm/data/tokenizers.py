@@ -9,6 +9,7 @@ token into bits per byte.
 import dataclasses
 import functools
 import hashlib
+import os
 
 import numpy as np
 
@@ -87,7 +88,8 @@ class BPE:
 @register("tokenizer", "hf")
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
-    """The tokenizer that `transformers` loads from `path`, a folder or the name of a repository on the hub."""
+    """The tokenizer that `transformers` loads from `path`: a folder, the name of a repository on the hub, or a GGUF
+    file."""
 
     path: str
 
@@ -96,7 +98,7 @@ class HuggingFace:
         import transformers
 
         try:
-            loaded = transformers.AutoTokenizer.from_pretrained(self.path)
+            loaded = transformers.AutoTokenizer.from_pretrained(**self._place())
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
@@ -106,6 +108,13 @@ class HuggingFace:
             missing = "eos token" if loaded.is_fast else "fast implementation"
             raise UserError(f"config.tokenizer: hf(path={self.path!r}) has no {missing}")
         return from_transformers(loaded)
+
+    def _place(self):
+        """What `from_pretrained` takes."""
+        if not self.path.endswith(".gguf"):
+            return {"pretrained_model_name_or_path": self.path}
+        folder, name = os.path.split(self.path)
+        return {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
 
 
 def from_transformers(loaded):

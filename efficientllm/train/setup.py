@@ -54,7 +54,7 @@ def prepare(config, log):
     """Reads the data and describes the model; makes no array of it. Raises UserError."""
     method = build("adapter", config.adapter, where="config.adapter")
     source = _open(config.model.pretrained)
-    described = source.describe(config.model) if source else config.model
+    described = _described(config.model, source)
     lm = architecture.check(described)  # a bad model is refused before any data is read
     model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
     mesh = sharding.make_mesh(config.mesh)
@@ -91,7 +91,7 @@ def create_state(run):
     if run.source is None:
         return step.jit_create(run.lm, train, seed, run.length, run.shardings, method)()
     where = sharding.shardings(run.boxed, run.mesh)
-    params = run.source.load(run.lm, jax.tree.map(_shaped, nn.unbox(run.boxed), where))
+    params = run.source.load(jax.tree.map(_shaped, nn.unbox(run.boxed), where), lm=run.lm)
 
     def around(params):
         held = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), run.boxed, params, is_leaf=is_box)
@@ -109,12 +109,21 @@ def _open(pretrained):
     return convert.open_source(pretrained)
 
 
+def _described(model, source):
+    """`config.model` with what a checkpoint's files say of it."""
+    if source is None:
+        return model
+    described = model.copy_and_resolve_references()
+    described.update(source.model | {"pattern": tuple(source.model.get("pattern", ())), "parameters_of": ""})
+    return described
+
+
 def _tokenizer(config, source):
     if config.tokenizer != "pretrained":
         return data.build_tokenizer(config.tokenizer, config.data)
     if source is None:
         raise UserError("config.tokenizer = 'pretrained' needs config.model.pretrained, the checkpoint it belongs to")
-    return source.tokenizer()
+    return data.build_tokenizer(source.tokenizer(), config.data)
 
 
 def _for_method(lm, method):
