@@ -54,7 +54,7 @@ class Group:
             return f"the baseline's is null: {self._why_null(key)}"
         if any(row.values[key] <= 0 for row in known + reference):
             return "not positive in every row: no ratio"
-        return _differences(known, reference[0], key)
+        return differences(known, reference[0], key)
 
     def _why_null(self, key):
         rows = self.of(self.baseline)
@@ -192,7 +192,7 @@ def batch(row):
     return f"{config.get('train.batch_size')} x {config.get('train.length')} tokens a step"
 
 
-def _differences(rows, reference, key):
+def differences(rows, reference, key):
     """How the first row that may not be compared differs from the baseline's, in words; None where all may."""
     expected = _conditions(reference, key)
     for row in rows:
