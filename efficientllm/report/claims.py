@@ -1,8 +1,9 @@
 """The study's headline claims as named checks over whatever rows there are; data/claims.json declares them.
 
 A claim compares a metric of the variants `of` with that of those `against`, pair by pair, where nothing else differs:
-it holds if every pair's 95 % interval lies on the claimed side of its bound, it does not hold if one lies wholly on the
-other side (or is equal within 2 % where a difference is claimed), and else it cannot be tested here, with the reason.
+it holds if every measured pair's 95 % interval lies on the claimed side of its bound, it does not hold if one lies wholly
+on the other side (or is equal within 2 % where a difference is claimed), and else it cannot be tested here. The reason
+names the pairs that decided nothing.
 """
 
 import functools
@@ -33,14 +34,14 @@ def evaluate(groups):
 
 def _evaluate(claim, groups):
     pairs = [pair for group in groups for pair in _pairs(claim, group)]
-    decided = [pair for pair in pairs if pair["status"] != OPEN]
-    if any(pair["status"] == FAILS for pair in decided):
+    measured = [pair for pair in pairs if "ratio" in pair]
+    if any(pair["status"] == FAILS for pair in measured):
         status = FAILS
     else:
-        status = HOLDS if pairs and len(decided) == len(pairs) else OPEN
+        status = HOLDS if measured and all(pair["status"] == HOLDS for pair in measured) else OPEN
     shown = {key: claim[key] for key in ("name", "where", "metric", "ratio", "table")}
     says = f"“{claim['quote']}”" if "quote" in claim else claim["says"]
-    reason = _why_open(claim, groups, pairs) if status == OPEN else ""
+    reason = _reasons(pairs) if pairs else _why_open(claim, groups)
     return shown | {"says": says, "note": claim.get("note", ""), "status": status, "reason": reason, "pairs": pairs}
 
 
@@ -102,13 +103,16 @@ def judge(interval, bound):
     return OPEN, f"the interval {interval.low:.3g} to {interval.high:.3g} holds {limit:g}: not decided"
 
 
-def _why_open(claim, groups, pairs):
-    if pairs:
-        return "; ".join(dict.fromkeys(f"{p['variant']} against {p['against']}: {p['reason']}" for p in pairs if p["reason"]))
+def _reasons(pairs):
+    return "; ".join(dict.fromkeys(f"{p['variant']} / {p['against']}: {p['reason']}" for p in pairs if p["reason"]))
+
+
+def _why_open(claim, groups):
+    """Why not one pair was found."""
     rows = [row for group in groups for row in group.rows]
-    of = [row for row in rows if _is(techniques(row), claim["of"])]
-    for side, found in ((claim["of"], of), (claim["against"], [r for r in rows if _is(techniques(r), claim["against"])])):
-        if not found:
+    for side in (claim["of"], claim["against"]):
+        if not any(_is(techniques(row), side) for row in rows):
             ((kind, names),) = side.items()
             return f"no row with {kind} {names if isinstance(names, str) else ' or '.join(names)}"
+    of = [row for row in rows if _is(techniques(row), claim["of"])]
     return next(filter(None, (_outside(claim, row) for row in of)), "no two rows differ in this alone")

@@ -93,4 +93,6 @@ def show(value, unit):
     factor, prefix = next(((f, p) for f, p in _SI if abs(value) >= f * 0.99995), _SI[-1])
     if unit in ("", "nat", "bit", "GB") and 1e-3 <= abs(value) < 1e4:
         factor, prefix = 1, ""
+    if unit == "/s" and abs(value) < 1:  # 2 m/s would be a speed
+        return f"{value:.3e} /s"
     return f"{value / factor:.4g} {prefix}{unit}".strip()

@@ -166,7 +166,7 @@ def groups(rows, baseline=None):
     found = collections.defaultdict(list)
     for row in rows:
         found[_key(row)].append(row)
-    return [Group(key, found[key], baseline) for key in sorted(found)]
+    return [Group(key, found[key], baseline) for key in sorted(found, key=lambda key: (not key[0], key))]
 
 
 def _key(row):

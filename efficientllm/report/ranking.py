@@ -56,7 +56,7 @@ def efficiency_scores(table, better):
     ratios reward slow runs, so that direction is corrected. A metric that one variant lacks, or that is not positive,
     leaves the score for all; `parts` names those that remain. Fewer than five make it another score: print `parts`.
     """
-    parts = [key for key in SCORED if all(value is not None and value > 0 for value in table.get(key, [None]))]
+    parts = [key for key in SCORED if all(value is not None and value > 0 for value in table.get(key) or [None])]
     ratios = []
     for key in parts:
         values = np.asarray(table[key], float)

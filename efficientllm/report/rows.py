@@ -145,6 +145,23 @@ def _name_variants(rows):
     for row in rows:
         row.variant = row.sweep.get("variant") or labels[row.identity]
         row.baseline = row.sweep.get("baseline")
+    _tell_apart(rows)
+
+
+def _tell_apart(rows):
+    """Two configs under one name, as a sweep run at two sizes leaves them, get the size, or the config's hash."""
+    configs = collections.defaultdict(dict)
+    for row in rows:
+        configs[row.sweep.get("name"), row.variant].setdefault(row.identity, row.config.get("model.size"))
+    clashes = {name for (name, _), found in configs.items() if len(found) > 1}
+    for row in rows:
+        name, found = row.sweep.get("name"), configs[row.sweep.get("name"), row.variant]
+        sized = len(set(found.values())) == len(found)
+        if name in clashes and sized:
+            size = row.config.get("model.size")
+            row.variant, row.baseline = f"{row.variant} ({size})", row.baseline and f"{row.baseline} ({size})"
+        elif len(found) > 1:
+            row.variant = f"{row.variant} #{row.identity[:4]}"
 
 
 def _labels(rows):

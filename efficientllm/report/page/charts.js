@@ -116,6 +116,8 @@ function setUpPareto() {
 
 function setUpCharts() {
   for (const id of ["pareto-group", "six-group", "curves-group"]) fillSelect(byId(id), groupOptions(), "0");
+  const drawn = BOARD.groups.findIndex((group) => group.variants.some((variant) => variant.paths.some((path) => DATA.curves[path]?.loss)));
+  byId("curves-group").value = String(Math.max(0, drawn));
   const tags = [...new Set(Object.values(DATA.curves).flatMap((run) => Object.keys(run)))];
   fillSelect(byId("curves-tag"), tags.map((tag) => [tag, tag]), tags[0]);
   byId("pareto-group").addEventListener("change", setUpPareto);

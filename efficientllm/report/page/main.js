@@ -44,7 +44,7 @@ function answerNode(query, group) {
     lines.push(make("p", { class: "hint" }, `Next: ${second.variant.variant} ${show(second.cell.mean, unit)}${sure}. ${fit.length} fit.`));
   }
   if (out.length) {
-    lines.push(make("details", {}, make("summary", {}, `${out.length} do not fit`),
+    lines.push(make("details", {}, make("summary", {}, `${out.length} ${out.length === 1 ? "does" : "do"} not fit`),
       ...out.map((one) => make("p", { class: "hint" }, `${one.variant.variant}: ${one.why}`))));
   }
   return make("div", { class: "answer-group" }, ...lines);
@@ -68,7 +68,9 @@ function ask() {
 
 function setUpQuery() {
   const held = new Set(BOARD.groups.flatMap((group) => heldMetrics(group).map((column) => column.key)));
-  const cost = ["j_per_token", "tpot_s", "al_s", "amu_gb"].find((key) => held.has(key)) ?? [...held][0] ?? "al_s";
+  const everywhere = (key) => BOARD.groups.every((group) => heldMetrics(group).some((column) => column.key === key));
+  const costs = ["j_per_token", "tpot_s", "al_s", "amu_gb"].filter((key) => held.has(key));
+  const cost = costs.find(everywhere) ?? costs[0] ?? [...held][0] ?? "al_s";
   const quality = ["eval_loss", "loss", "mcr"].find((key) => held.has(key));
   byId("query").value = quality && quality !== "mcr" ? `least ${cost} with ${quality} <= +1 %` : `least ${cost}`;
   byId("query-help").textContent = "least|most METRIC with METRIC <= VALUE and … · values: 20 ms, 3.5 GB, 0.2, or +1 % of the baseline's";
