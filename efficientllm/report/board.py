@@ -29,7 +29,13 @@ def build(rows, orphans=(), baseline=None):
 
 
 def _failure(row):
-    return {"variant": row.variant, "outcome": row.outcome, "block": row.block, "path": str(row.path), "tail": row.tail()}
+    return {
+        "variant": row.variant,
+        "outcome": row.outcome,
+        "block": row.block,
+        "path": str(row.path),
+        "tail": row.tail(),
+    }
 
 
 def _group(group, shown):

@@ -5,7 +5,16 @@ import math
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.report import columns, comparison, statistics
 
-DEFAULT = ("al_s", "tokens_per_s", "tpot_s", "j_per_token", "amu_gb", "peak_memory_bytes", "flops_per_token", "eval_loss")
+DEFAULT = (
+    "al_s",
+    "tokens_per_s",
+    "tpot_s",
+    "j_per_token",
+    "amu_gb",
+    "peak_memory_bytes",
+    "flops_per_token",
+    "eval_loss",
+)
 
 
 def compare(rows_a, rows_b, metrics=(), margin=statistics.MARGIN):
@@ -72,7 +81,9 @@ def _metrics(a, b, asked):
     known = a[0].values.keys() | b[0].values.keys()
     for key in asked:
         if key not in known:
-            raise UserError(f"--metric={key}: no such metric{did_you_mean(key, known)}; known: {', '.join(sorted(known))}")
+            raise UserError(
+                f"--metric={key}: no such metric{did_you_mean(key, known)}; known: {', '.join(sorted(known))}"
+            )
         if columns.column(key, "", None).better is None:
             raise UserError(f"--metric={key}: neither more nor less of it is better, so that nothing can regress")
     return asked or [key for key in DEFAULT if all(_known(side, key) for side in (a, b))]
@@ -103,7 +114,9 @@ def _interval(key, a, b, asked):
     single = math.log(_mean(b, key) / _mean(a, key))
     if exact:
         return statistics.ratio_interval([single], exact=True), None
-    return statistics.ratio_interval([single]), f"{len(a)} and {len(b)} rows: an interval needs two pairs; run more seeds"
+    return statistics.ratio_interval(
+        [single]
+    ), f"{len(a)} and {len(b)} rows: an interval needs two pairs; run more seeds"
 
 
 def _mean(rows, key):

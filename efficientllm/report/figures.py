@@ -2,7 +2,18 @@
 
 import math
 
-_COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f", "#64748b", "#92400e")
+_COLOURS = (
+    "#2563eb",
+    "#d97706",
+    "#059669",
+    "#dc2626",
+    "#7c3aed",
+    "#0891b2",
+    "#be185d",
+    "#4d7c0f",
+    "#64748b",
+    "#92400e",
+)
 
 
 def draw(board, curves, folder):
@@ -48,7 +59,9 @@ def _ratios(group, columns):
     keys = [c["key"] for c in columns if c["key"] in wanted and any("ratio" in v["cells"][c["key"]] for v in compared)]
     if not keys:
         return None
-    figure, axes_1M = _figure(2.4 * len(keys) + 1, 0.35 * len(compared) + 1, ncols=len(keys), sharey=True, squeeze=False)
+    figure, axes_1M = _figure(
+        2.4 * len(keys) + 1, 0.35 * len(compared) + 1, ncols=len(keys), sharey=True, squeeze=False
+    )
     for axes, key in zip(axes_1M[0], keys, strict=True):
         axes.axvspan(1 / 1.02, 1.02, color="#94a3b8", alpha=0.3, lw=0)
         axes.axvline(1, color="#475569", lw=0.8)

@@ -37,7 +37,9 @@ def _setting(group):
 def table(head, rows):
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
 
 
 def chosen(group, columns):
@@ -123,7 +125,9 @@ def _claims(claims):
     for claim in claims:
         found = "; ".join(f"{p['variant']} / {p['against']} {ratio(p)}" for p in claim["pairs"] if "ratio" in p)
         said = f"{claim['metric']} ratio {claim['ratio']}"
-        rows.append([claim["name"], f"{claim['says']} ({claim['where']})", said, claim["status"], found or claim["reason"]])
+        rows.append(
+            [claim["name"], f"{claim['says']} ({claim['where']})", said, claim["status"], found or claim["reason"]]
+        )
     return "## The study's claims\n\n" + table(["claim", "says", "checked as", "here", "ratios, or why not"], rows)
 
 

@@ -41,6 +41,6 @@ def _study():
     """The study's tables that hold metrics of rows of ours, by axis."""
     tables = study.tables()
     return {
-        axis: [{"table": name, "trust": study.TRUST[tables[name]["trust"]], **tables[name]} for name in names]
+        axis: [{**tables[name], "table": name, "trust": study.TRUST[tables[name]["trust"]]} for name in names]
         for axis, names in techniques.TABLES.items()
     }

@@ -88,7 +88,14 @@ def sweep(folder, blocks=6, noise=0.01, seed=1, techniques=TRUE, event_files=Fal
         slow = math.exp(rng.gauss(0, 0.05))  # what a block shares
         for place, mixer in enumerate(order):
             times, memory, loss = techniques[mixer]
-            told = {"name": "attention", "variant": mixer, "baseline": "gqa", "block": block, "order": place, "seed": block}
+            told = {
+                "name": "attention",
+                "variant": mixer,
+                "baseline": "gqa",
+                "block": block,
+                "order": place,
+                "seed": block,
+            }
             own = folder / f"{block}-{place}-{mixer}"
             row(
                 own,
