@@ -99,7 +99,7 @@ def report(options):
     write.write(made, found, _folder(options.out))
     groups = made["groups"]
     count = sum(len(group["variants"]) for group in groups)
-    print(f"{len(found)} rows, {count} variants, {len(groups)} groups, {len(made['failures'])} failed")
+    print(f"rows {len(found)}, variants {count}, rankings {len(groups)}, failed {len(made['failures'])}")
     print(f"report: {pathlib.Path(options.out) / 'index.html'}")
     return 0
 

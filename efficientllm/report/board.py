@@ -12,7 +12,7 @@ _PARETO_DRAWS = 2000
 
 
 def build(rows, orphans=(), baseline=None):
-    """The leaderboard of these rows as plain data, the same for the same rows. Raises UserError for no such baseline."""
+    """The leaderboard of these rows as plain data, the same for the same rows."""
     shown = columns.columns(rows)
     found = comparison.groups(rows, baseline)
     return {

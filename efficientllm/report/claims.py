@@ -1,9 +1,9 @@
 """The study's headline claims as named checks over whatever rows there are; data/claims.json declares them.
 
 A claim compares a metric of the variants `of` with that of those `against`, pair by pair, where nothing else differs:
-it holds if every measured pair's 95 % interval lies on the claimed side of its bound, it does not hold if one lies wholly
-on the other side (or is equal within 2 % where a difference is claimed), and else it cannot be tested here. The reason
-names the pairs that decided nothing.
+it holds if every measured pair's 95 % interval lies on the claimed side of its bound, it does not hold if one lies
+wholly on the other side (or is equal within 2 % where a difference is claimed), and else it cannot be tested here. The
+reason names the pairs that decided nothing.
 """
 
 import functools

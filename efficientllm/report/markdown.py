@@ -19,15 +19,15 @@ def text(board, figures):
 
 METHOD = """## How to read it
 
-A row is one process. A ratio is to the baseline of the same block, paired in logs; its 95 % interval is a bootstrap over
-blocks (Student's t below six). "No difference seen" is not "equal": equal is an interval within ±2 %. Rows of another
-device, energy scope or effective batch share no ranking. "–" is a null: the reason stands in `leaderboard.json` and in
-the page's titles."""
+A row is one process. A ratio is to the baseline of the same block, paired in logs; its 95 % interval is a bootstrap
+over blocks (Student's t below six). "No difference seen" is not "equal": equal is an interval within ±2 %. Rows of
+another device, energy scope or effective batch share no ranking. "–" is a null: the reason stands in
+`leaderboard.json` and in the page's titles."""
 
 
 def _counts(board):
     failed = len(board["failures"])
-    return f"{board['rows']} rows in {len(board['groups'])} groups that may be ranked; {failed} failed."
+    return f"Rows: {board['rows']}. Rankings, never mixed: {len(board['groups'])}. Failed rows: {failed}."
 
 
 def _setting(group):

@@ -12,7 +12,7 @@ def wins(draws_RV, better):
 
 
 def ranks(means_V, draws_RV, better):
-    """`(rank, low, high)` a variant: of its mean, and the 95 % range over the draws. 1 is best, ties share the middle."""
+    """`(rank, low, high)` a variant: of its mean, and the 95 % range of the draws. 1 is best, ties share the middle."""
     of_means = _ranks(np.asarray(means_V)[None], better)[0]
     low, high = np.quantile(_ranks(draws_RV, better), [0.025, 0.975], axis=0, method="nearest")
     return list(zip(of_means.tolist(), low.tolist(), high.tolist(), strict=True))
