@@ -120,8 +120,7 @@ def _interval(key, a, b, asked):
 
 
 def _mean(rows, key):
-    values = [row.values[key] for row in rows if row.values.get(key) is not None]
-    return sum(values) / len(values) if values else None
+    return statistics.centre([row.values[key] for row in rows if row.values.get(key) is not None])
 
 
 def _lines(table):

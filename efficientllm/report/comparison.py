@@ -121,7 +121,7 @@ class Group:
 
     def _cell(self, variant, key, reason, better):
         values = [row.values[key] for row in self.of(variant) if row.ok and row.values.get(key) is not None]
-        cell = {"mean": sum(values) / len(values) if values else None, "n": len(values), "reason": reason}
+        cell = {"mean": statistics.centre(values), "n": len(values), "reason": reason}
         if reason or variant == self.baseline:
             return cell
         logs_B = self.logs(key, [variant])[0]

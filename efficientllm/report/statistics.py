@@ -26,6 +26,18 @@ class Interval:
     method: str
 
 
+def centre(values):
+    """The geometric mean, so that ratios of what is shown are the ratios that are shown; None for no values.
+
+    Of values that are not all positive it is the arithmetic mean.
+    """
+    if not values:
+        return None
+    if min(values) <= 0:
+        return sum(values) / len(values)
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
 def ratio_interval(logs_B, exact=False):
     """The Interval of log-ratios, one a block; `None` for none. `exact` values need no second block.
 

@@ -17,6 +17,13 @@ def test_few_blocks_give_the_t_interval_on_logs():
     assert (found.low, found.high) == pytest.approx(tuple(expected))
 
 
+def test_the_values_shown_have_the_ratios_shown():
+    a, b = [1.0, 2.0, 9.0], [2.0, 2.2, 7.0]
+    paired = statistics.ratio_interval(np.log(b) - np.log(a)).ratio
+    assert statistics.centre(b) / statistics.centre(a) == pytest.approx(paired)
+    assert statistics.centre([-1.0, 3.0]) == 1 and statistics.centre([]) is None
+
+
 def test_one_block_has_no_interval_and_none_has_nothing():
     assert statistics.ratio_interval([0.1]).low is None
     assert statistics.ratio_interval([]) is None
