@@ -38,6 +38,8 @@ def compare(rows_a, rows_b, metrics=(), margin=statistics.MARGIN):
             regressed |= said == "worse"
     if untested and not regressed and (metrics or all(row[-1].startswith("not tested") for row in table)):
         raise UserError(f"not comparable: {untested[0]}")
+    if not table:
+        raise UserError("not comparable: A and B have no metric in common that could regress; name one with --metric=")
     return _lines(table), regressed
 
 

@@ -33,6 +33,8 @@ def centre(values):
     """
     if not values:
         return None
+    if min(values) == max(values):
+        return values[0]
     if min(values) <= 0:
         return sum(values) / len(values)
     return math.exp(sum(map(math.log, values)) / len(values))

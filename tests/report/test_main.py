@@ -170,6 +170,13 @@ def test_what_cannot_be_compared_is_said_and_exits_2(sides, a, b, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_sides_without_a_common_metric_are_no_success(tmp_path, capsys):
+    made.row(tmp_path / "a", pcu=0.5)
+    made.row(tmp_path / "b", pcu=0.5)
+    assert command.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "no metric in common" in capsys.readouterr().err
+
+
 def test_sides_without_a_common_block_are_compared_unpaired(sides, tmp_path, capsys):
     for seed in range(3):
         made.row(tmp_path / str(seed), seed=seed + 10, al_s=0.6 + 0.001 * seed)

@@ -97,6 +97,7 @@ WRONG = {
     "least al_s with eval_loss": "is no condition",
     "least al_s with eval_loss <= much": "is no value for eval_loss",
     "least al_s with al_s <= 3 GB": "“GB” is no unit for al_s, which is in s",
+    "least al_s with amu_gb <= 3 parsec": "“parsec” is no unit for amu_gb, which is in GB",
     "least al_s eval_loss <= 3": "conditions follow “with”",
 }
 
