@@ -7,9 +7,11 @@ import signal
 import threading
 
 import pytest
+from metrics.test_tensorboard import hparams_table
 
 import runs
 from efficientllm import main
+from efficientllm.workdir import flatten
 
 pytestmark = pytest.mark.xdist_group("runs")  # they share one whole run
 
@@ -39,6 +41,17 @@ def test_row_and_charts_of_a_whole_run(whole):
     assert found["provenance"]["kernels"] == {"attention": ["xla"], "loss": ["whole"]}
     assert found["paper"]["aec_w"] is None and found["sources"]["aec_w"]["reason"]
     assert found["config"] == json.loads((whole / "config.json").read_text())
+
+
+def test_the_hparams_table_holds_every_key_and_every_metric_of_the_row(whole):
+    columns, sessions, metrics = hparams_table(whole.parent)
+    found = row(whole)
+    config = flatten(found["config"])
+    assert {info.name for info in columns} == set(config)
+    values = sessions["run"]
+    assert values["model.mixer"].string_value == "gqa" and values["train.steps"].number_value == runs.STEPS
+    held = {f"row/{key}" for group in ("paper", "quality") for key, value in found[group].items() if value is not None}
+    assert {tag for tag in metrics if tag.startswith("row/")} == held and "row/eval_loss" in held
 
 
 def test_a_finished_run_is_left_alone_unless_overwritten(whole, texts, capsys):
