@@ -1,10 +1,11 @@
 """Checkpoints of others.
 
-  python -m efficientllm.convert SOURCE --out=FOLDER [--dtype=bfloat16]
+  python -m efficientllm.convert SOURCE --out=FOLDER [--dtype=bfloat16] [--merge=ADAPTER]
   python -m efficientllm.convert check SOURCE
 
   SOURCE    a folder of safetensors, a GGUF file, 'owner/name' of the Hugging Face hub, or smollm2-135m
   --out     a new folder that transformers loads: config.json, safetensors, the tokenizer's files
+  --merge   a folder of an adapter that peft or a tuning run wrote: what it adds is added to the kernels
   --dtype   float32, float16 or bfloat16 (default: what SOURCE holds; float32 for a GGUF file)
 
 check reads SOURCE with both, and prints the greatest difference of logits and the mean KL divergence; it needs torch.
@@ -54,11 +55,17 @@ def _convert(argv):
     parser.add_argument("source")
     parser.add_argument("--out", required=True)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--merge")
     given = parser.parse_args(argv)
     from efficientllm.convert import convert, open_source
 
     source = open_source(given.source)
-    convert(source, given.out, given.dtype)
+    if given.merge:
+        from efficientllm.adapters.folder import merge_into
+
+        merge_into(source, given.merge, given.out, given.dtype)
+    else:
+        convert(source, given.out, given.dtype)
     print(f"{given.source} -> {given.out}: {source.config['model_type']}, {given.dtype or source.stored_dtype}")
     return 0
 

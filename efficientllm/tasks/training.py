@@ -7,6 +7,7 @@ import time
 import jax
 
 from efficientllm import distributed
+from efficientllm.adapters import folder as adapter_folder
 from efficientllm.infer.generate import generate
 from efficientllm.metrics import energy, provenance, record
 from efficientllm.metrics.sampler import Sampler
@@ -130,12 +131,22 @@ class Training:
         self.checkpoints.save(at, state.replace(frozen=None), self.setup.batches.get_state(), loss)
 
     def _finish(self, state):
+        self._write_adapter(state)
         sample = self._sample(state.all_params)
         found = self._write_row("ok", row.all_energy(self.measurement))
         if self.main:
             log.info(f"\n{record.format_table(found)}\n\nsample: {sample!r}\n")
             log.info(f"row: {self.workdir.shown / 'record.json'}")
             log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
+
+    def _write_adapter(self, state):
+        """The adapter in peft's format, where peft has one and the model came from a checkpoint it can be put around."""
+        run = self.setup
+        if run.source is None or not self.main or not adapter_folder.is_writable(self.config.adapter):
+            return
+        folder = self.workdir.path / "adapter"
+        adapter_folder.write(run.lm, self.config.adapter, state.params, folder, run.source)
+        log.info(f"adapter: {self.workdir.shown / 'adapter'}, in peft's format")
 
     def _sample(self, params):
         prompt = self.setup.tokenizer.encode(self.config.sample.prompt)
