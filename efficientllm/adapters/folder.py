@@ -14,8 +14,8 @@ from efficientllm.adapters.base import attach, is_box, merge
 from efficientllm.adapters.dora import DoRA
 from efficientllm.adapters.lora import LoRA
 from efficientllm.convert import binding, families, mapped
-from efficientllm.convert.safetensors_file import read_header
 from efficientllm.convert.export import export
+from efficientllm.convert.safetensors_file import read_header
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.registry import build, parse
 
@@ -104,8 +104,8 @@ def read_spec(folder):
 def read(lm, params, folder, source):
     """`params`, whose adapters `attach` has made, with the arrays of a folder of peft's in them.
 
-    A kernel that the folder does not adapt gets an adapter that adds nothing. Raises UserError naming the tensor that is
-    missing, belongs to nothing, or has another shape.
+    A kernel that the folder does not adapt gets an adapter that adds nothing. Raises UserError naming the tensor that
+    is missing, belongs to nothing, or has another shape.
     """
     file = pathlib.Path(folder) / TENSORS
     found = _tensors(file)

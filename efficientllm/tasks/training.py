@@ -140,7 +140,7 @@ class Training:
             log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
 
     def _write_adapter(self, state):
-        """The adapter in peft's format, where peft has one and the model came from a checkpoint it can be put around."""
+        """The adapter in peft's format, where peft has one and there is a checkpoint to put it around."""
         run = self.setup
         if run.source is None or not self.main or not adapter_folder.is_writable(self.config.adapter):
             return

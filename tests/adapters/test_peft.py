@@ -3,15 +3,15 @@
 import jax
 import numpy as np
 import pytest
+from convert import peers
 
 from configs import base
 from efficientllm import convert, model
-from efficientllm.adapters import folder
+from efficientllm.adapters import folder, products
 from efficientllm.adapters.base import merge, split
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.train import step
-from convert import peers
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -88,7 +88,9 @@ def gradients(lm, learnt, frozen, ids):
     return jax.jit(lambda a: step.gradients(lm, a, batch, 1, frozen)[0])(learnt)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "rslora")) for name in OPTIONS]
+)
 def test_peft_loads_what_we_write(source, name, tmp_path):
     spec, ids = f"{name}(rank=4, alpha=6)", peers.tokens(1)
     lm, method = source.lm(), build("adapter", f"{name}(rank=4, alpha=6)")
@@ -122,3 +124,25 @@ def test_what_is_no_adapter_of_this_model_is_refused(source, tmp_path):
     (tmp_path / "adapter" / folder.CONFIG).write_text(config)
     with pytest.raises(UserError, match="is missing: no folder of an adapter"):
         folder.around(source, lm, source.load(peers.abstract(lm)), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["loha", "lokr"])
+def test_changes_of_the_kernel_are_pefts(name):
+    layer = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False))
+    kinds = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}
+    tuned = peft.get_peft_model(layer, kinds[name](r=3, alpha=5, target_modules=["0"]))
+    adapter = tuned.base_model.model[0]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for path, tensor in tuned.named_parameters():
+            if name in path or "hada" in path:
+                tensor.normal_()
+    expected = adapter.get_delta_weight("default").detach().numpy().T
+    get = lambda key: getattr(adapter, key)["default"].detach().numpy()  # noqa: E731
+    base_kernel = np.zeros((24, 40), np.float32)
+    if name == "loha":
+        a1, b1, a2, b2 = (get(f"hada_w{i}_{part}").T for i in (1, 2) for part in ("b", "a"))
+        leaf = products.LoHa(base_kernel, a1, b1, a2, b2, scale=5 / 3)
+    else:
+        leaf = products.LoKr(base_kernel, get("lokr_w1").T, get("lokr_w2_b").T, get("lokr_w2_a").T, scale=5 / 3)
+    np.testing.assert_allclose(leaf.delta(), expected, rtol=1e-5, atol=1e-6)
