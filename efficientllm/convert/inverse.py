@@ -17,6 +17,10 @@ def config_of(model_type, lm, facts, max_positions):
         "hidden_size": lm.dim,
         "num_hidden_layers": len(facts["layers"]),
         "tie_word_embeddings": lm.tied,
+        # Not given, a family's own would stand for tokens that this vocabulary need not have.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
     }
     if mixer["mixer"] in ("mamba", "mamba2"):
         return config | _state_space(mixer, facts)
