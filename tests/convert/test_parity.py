@@ -9,17 +9,8 @@ from efficientllm import convert
 from . import peers
 from .peers import transformers
 
-SLOW = {
-    "llama-linear",
-    "llama-dynamic",
-    "llama-tied-bias",
-    "qwen2-windows",
-    "qwen2-moe",
-    "qwen3-moe",
-    "deepseek-v2",
-    "mamba2",
-}
-SLOW |= {"phi3-plain", "gpt-neox-sequential"}
+SLOW = {"llama-linear", "llama-dynamic", "llama-tied-bias", "qwen2-windows", "phi3-plain", "gpt-neox-sequential"}
+SLOW |= {"qwen2-moe", "qwen3-moe", "deepseek-v2", "mamba2"}
 CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in peers.FAMILIES]
 
 
@@ -41,6 +32,6 @@ def test_both_directions(name, tmp_path):
         tmp_path / "ours", attn_implementation="eager", experts_implementation="eager"
     )
     found = peers.their_logits(loaded.eval(), ids)
-    np.testing.assert_array_equal(found, expected)
+    peers.close(found, expected, 1e-6)  # the chunks that it is computed in are no fact of a model
     back = convert.open_source(tmp_path / "ours")
     jax.tree.map(np.testing.assert_array_equal, back.load(peers.abstract(lm)), params)
