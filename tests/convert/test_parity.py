@@ -35,3 +35,13 @@ def test_both_directions(name, tmp_path):
     peers.close(found, expected, 1e-6)  # the chunks that it is computed in are no fact of a model
     back = convert.open_source(tmp_path / "ours")
     jax.tree.map(np.testing.assert_array_equal, back.load(peers.abstract(lm)), params)
+
+
+def test_longrope_within_its_original_length(tmp_path):
+    """Other divisors than beyond it, where the test above is."""
+    theirs = peers.reference("phi3")
+    theirs.save_pretrained(tmp_path)
+    source, ids = convert.open_source(tmp_path), peers.tokens(length=12)
+    lm = source.lm()
+    found = peers.our_logits(lm, source.load(peers.abstract(lm)), ids)
+    peers.close(found, peers.their_logits(theirs, ids), 1e-5)
