@@ -62,7 +62,7 @@ def mistral(keys, max_positions):
 
 def phi3(keys, max_positions):
     aliases = (("su", "longrope"), ("yarn", "longrope"))
-    return decoder(keys, max_positions, bias=(False, False), fraction=1.0, aliases=aliases)
+    return decoder(keys, max_positions, bias=(False, False), fraction=1.0, original=4096, aliases=aliases)
 
 
 def qwen2(keys, max_positions):

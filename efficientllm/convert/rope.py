@@ -41,18 +41,19 @@ SCALINGS = {
 }
 
 
-def position(keys, max_positions, *, base=10_000.0, fraction=None, interleaved=False, aliases=()):
+def position(keys, max_positions, *, base=10_000.0, fraction=None, interleaved=False, original=None, aliases=()):
     """`(base, our position spec)` of a config.json, whatever generation of keys it has.
 
     Args:
       base: where no key says it.
       fraction: the share of a head that is turned where no key says it; None: the family turns whole heads.
+      original: the original length of families that have it beside the scaling's keys, where it is missing there.
       aliases: pairs of a scaling's name in this family and the one that it means.
 
     Raises UserError for a kind of scaling, or a key of one, that ours does not have.
     """
     given = _parameters(keys)
-    original = keys.take("original_max_position_embeddings", default=None)
+    original = keys.take("original_max_position_embeddings", default=original)
     base = given.pop("rope_theta", None) or keys.number("rope_theta", "rotary_emb_base", kind=float, default=base)
     share = given.pop("partial_rotary_factor", None)
     share = share or keys.take("partial_rotary_factor", "rotary_pct", default=fraction or 1.0)

@@ -148,7 +148,7 @@ def _of_family(lm, ours, name, max_positions):
         raise UserError(
             f"no family {name!r} of checkpoints; known: {known}{did_you_mean(str(name), families.FAMILIES)}"
         )
-    if max_positions is None and lm.position != "none":
+    if max_positions is None and not lm.position.startswith("none"):
         raise UserError(f"a {name} checkpoint says how many positions it has: give max_positions")
     return inverse.config_of(name, lm, ours, max_positions)
 
