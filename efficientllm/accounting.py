@@ -19,9 +19,9 @@ FLOP_CONVENTION = "causal = half, embedding lookup = 0, router counted, optimise
 
 def parameters(lm, boxed):
     """`{"total", "active"}`: active counts an expert as far as a token is sent to it, and the whole of the rest."""
-    leaves = list(_leaves(boxed))
-    total = sum(math.prod(shape) for _, shape, _ in leaves)
-    active = sum(math.prod(shape) * _active_fraction(lm, path, axes) for path, shape, axes in leaves)
+    found = list(leaves(boxed))
+    total = sum(math.prod(shape) for _, shape, _ in found)
+    active = sum(math.prod(shape) * active_fraction(lm, path, axes) for path, shape, axes in found)
     return {"total": total, "active": round(active)}
 
 
@@ -57,8 +57,8 @@ def train_flops(lm, boxed, length, method=FULL):
 def adapter_flops(lm, boxed, length, rows, method):
     """FLOPs that the leaves of a tuning method add to a training step of `rows` rows of `length` tokens."""
     return sum(
-        method.step_flops(shape, rows * _rows(lm, path, length) * _active_fraction(lm, path, axes))
-        for path, shape, axes in _leaves(boxed)
+        method.step_flops(shape, rows * _rows(lm, path, length) * active_fraction(lm, path, axes))
+        for path, shape, axes in leaves(boxed)
         if method.targets(path)
     )
 
@@ -70,7 +70,7 @@ def step_flops(lm, boxed, length, rows, method=FULL):
 
 def _lowest_group(lm, boxed, method):
     """The lowest group in which something learns: -1 if something below the layers does, or if they are scanned."""
-    learns = [_group(path) for path, _, _ in _leaves(boxed) if method.trains(path, lm)]
+    learns = [_group(path) for path, _, _ in leaves(boxed) if method.trains(path, lm)]
     return min(learns, default=-1)
 
 
@@ -91,16 +91,17 @@ def state_bytes(lm, length):
 
 def _kernel_flops(lm, boxed, length):
     """`(path, forward FLOPs)` of each kernel for a row of `length` tokens."""
-    for path, shape, axes in _leaves(boxed):
+    for path, shape, axes in leaves(boxed):
         if path.endswith("kernel"):
-            yield path, 2 * _rows(lm, path, length) * math.prod(shape) * _active_fraction(lm, path, axes)
+            yield path, 2 * _rows(lm, path, length) * math.prod(shape) * active_fraction(lm, path, axes)
 
 
 def _tied_head_flops(lm, length):
     return 2 * length * lm.dim * lm.vocab_size if lm.tied else 0
 
 
-def _leaves(boxed):
+def leaves(boxed):
+    """Yields `(path, shape, logical axes)` of each parameter."""
     flat = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     for keys, leaf in flat[0]:
         yield path_of(keys), leaf.value.shape, leaf.names
@@ -122,5 +123,6 @@ def _rows(lm, path, length):
     return part.kernel_rows(path, length) if hasattr(part, "kernel_rows") else length
 
 
-def _active_fraction(lm, path, axes):
+def active_fraction(lm, path, axes):
+    """The share of a parameter that a token meets."""
     return _part(lm, path).active_fraction if "expert" in axes else 1

@@ -14,8 +14,8 @@ from efficientllm.adapters.base import attach, is_box, merge
 from efficientllm.adapters.dora import DoRA
 from efficientllm.adapters.lora import LoRA
 from efficientllm.convert import binding, families, mapped
-from efficientllm.convert.write import export
 from efficientllm.convert.safetensors_file import read_header
+from efficientllm.convert.write import export
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.registry import build, parse
 

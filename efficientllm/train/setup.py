@@ -53,15 +53,15 @@ class Setup:
 def prepare(config, log):
     """Reads the data and describes the model; makes no array of it. Raises UserError."""
     method = build("adapter", config.adapter, where="config.adapter")
-    source = _open(config.model.pretrained)
-    described = _described(config.model, source)
-    lm = architecture.check(described)  # a bad model is refused before any data is read
+    source = open_pretrained(config.model.pretrained)
+    model_config = described(config.model, source)
+    lm = architecture.check(model_config)  # a bad model is refused before any data is read
     model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
     mesh = sharding.make_mesh(config.mesh)
     check_train(config.train, mesh)
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
     tokenizer = _tokenizer(config, source)
-    lm = _for_method(architecture.from_config(described, tokenizer.vocab_size), method)
+    lm = _for_method(architecture.from_config(model_config, tokenizer.vocab_size), method)
     _check_sample(lm, config.sample, tokenizer)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     rows = (config.data, tokenizer, config.train.batch_size, config.train.length)
@@ -100,7 +100,7 @@ def create_state(run):
     return jax.jit(around, out_shardings=run.shardings, donate_argnums=0)(params)
 
 
-def _open(pretrained):
+def open_pretrained(pretrained):
     """The checkpoint `config.model.pretrained` names, or None for none."""
     if not pretrained:
         return None
@@ -109,13 +109,13 @@ def _open(pretrained):
     return convert.open_source(pretrained)
 
 
-def _described(model, source):
+def described(model, source):
     """`config.model` with what a checkpoint's files say of it."""
     if source is None:
         return model
-    described = model.copy_and_resolve_references()
-    described.update(source.model | {"pattern": tuple(source.model.get("pattern", ())), "parameters_of": ""})
-    return described
+    complete = model.copy_and_resolve_references()
+    complete.update(source.model | {"pattern": tuple(source.model.get("pattern", ())), "parameters_of": ""})
+    return complete
 
 
 def _tokenizer(config, source):
@@ -142,8 +142,8 @@ def _shaped(leaf, where):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def check_train(train, mesh):
-    """Refuses what can't be trained. Raises UserError naming the key."""
+def check_rows(train):
+    """Refuses counts that cannot be. Raises UserError naming the key."""
     for key in ("steps", "batch_size", "length", "accumulate", "log_every"):
         if train[key] < 1:
             raise UserError(f"config.train.{key} = {train[key]}: must be at least 1")
@@ -151,6 +151,11 @@ def check_train(train, mesh):
         raise UserError(
             f"config.train.accumulate = {train.accumulate}: must divide config.train.batch_size = {train.batch_size}"
         )
+
+
+def check_train(train, mesh):
+    """Refuses what can't be trained. Raises UserError naming the key."""
+    check_rows(train)
     rows, ways = train.batch_size // train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise UserError(
