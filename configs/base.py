@@ -61,6 +61,7 @@ def get_config():
     config.sample.temperature = 0.8
 
     config.metrics = ConfigDict()
+    config.metrics.meter = ""  # a CSV of (unix time in s, W) that a meter of yours writes meanwhile
     config.metrics.interval_s = 0.1  # seconds between samples of power, memory and utilisation
     return config
 

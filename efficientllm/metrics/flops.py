@@ -17,11 +17,15 @@ OPAQUE = ("pallas_call", "ffi_call", "custom_call", "dot_product_attention", "tr
 def count_matmul_flops(fn, *args, **kwargs):
     """FLOPs of every matrix product, ragged product and convolution in one call of `fn`.
 
-    `args` may be arrays or `jax.ShapeDtypeStruct`; nothing is computed. What no result depends on is not counted: the
-    compiler drops it. Raises ValueError for products inside a `while` loop, whose trip count no jaxpr knows, and for
-    opaque kernels.
+    `args` may be arrays or `jax.ShapeDtypeStruct`; nothing is computed. Raises ValueError for products inside a
+    `while` loop, whose trip count no jaxpr knows, and for opaque kernels.
     """
-    jaxpr = jax.make_jaxpr(fn)(*args, **kwargs).jaxpr
+    return _count(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
+
+
+def count_needed_flops(fn, *args):
+    """`count_matmul_flops` of what some result depends on; the rest is left out, as the compiler leaves it out."""
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(used)
 

@@ -51,7 +51,8 @@ class Training:
     def run(self):
         """Returns the exit status."""
         distributed.together(self._prepare)
-        self.reader = energy.open_reader(jax.local_devices())
+        self.reader = energy.open_reader(jax.local_devices(), meter=self.config.metrics.meter)
+        self.idle = energy.idle_power(self.reader)
         self.checkpoints = Checkpoints(self.workdir.checkpoints, self.config.checkpoint.keep)
         self.sampler = Sampler(jax.local_devices(), self.reader, self.config.metrics.interval_s).start()
         self.measurement = Measurement(self.reader, self.sampler)
@@ -133,6 +134,7 @@ class Training:
     def _finish(self, state):
         self._write_adapter(state)
         sample = self._sample(state.all_params)
+        self.idle = row.all_idle(self.idle.compared(energy.idle_power(self.reader)))
         found = self._write_row("ok", row.all_energy(self.measurement))
         if self.main:
             log.info(f"\n{record.format_table(found)}\n\nsample: {sample!r}\n")
@@ -163,7 +165,7 @@ class Training:
         return self.config.sample.prompt + self.setup.tokenizer.decode(jax.device_get(new)[0].tolist())
 
     def _write_row(self, outcome, energy_window):
-        study, physical = row.readings(self.setup, self.measurement, energy_window)
+        study, physical = row.readings(self.setup, self.measurement, energy_window, self.idle)
         found = record.build_record(
             outcome=outcome,
             name=self.config.name,

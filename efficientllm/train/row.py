@@ -16,8 +16,18 @@ def all_energy(measurement):
     return energy.over_processes([energy.EnergyWindow(**window) for window in distributed.gather(own)])
 
 
-def readings(run, measurement, window):
-    """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`); `window` is its energy."""
+def all_idle(idle):
+    """The power at rest of all processes' devices; every process calls it, or none."""
+    found = [energy.Idle(**each) for each in distributed.gather(dataclasses.asdict(idle))]
+    if reason := next((each.reason for each in found if each.power_w is None), None):
+        return energy.Idle(None, reason)
+    drifts = [each.drift for each in found if each.drift is not None]
+    return energy.Idle(sum(each.power_w for each in found), None, max(drifts, key=abs, default=None))
+
+
+def readings(run, measurement, window, idle):
+    """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`); `window` is its energy, `idle`
+    the power at rest."""
     params = accounting.parameters(run.lm, run.boxed)
     if not measurement.steps:
         short = f"too short to measure: all of its {len(measurement.timer.discarded)} steps went into warming up"
@@ -33,7 +43,7 @@ def readings(run, measurement, window):
     study = paper.paper_metrics(work, sampler.combine(measurement.averages), window)
     physical = {
         **physical_of_model(run, params),
-        **paper.energy_metrics(window, measurement.tokens),
+        **paper.energy_metrics(window, measurement.tokens, idle),
         **_utilisation(run, measurement.steps, measurement.seconds),
         "tokens_per_s": Reading(
             measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"

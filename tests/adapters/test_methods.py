@@ -13,7 +13,7 @@ from configs import base
 from efficientllm import accounting, model, sharding
 from efficientllm.adapters.base import attach, box, join, merge, split
 from efficientllm.errors import UserError
-from efficientllm.metrics.flops import count_matmul_flops
+from efficientllm.metrics.flops import count_needed_flops
 from efficientllm.registry import build, names
 from efficientllm.train import step
 
@@ -108,7 +108,7 @@ def test_what_is_frozen_stays_and_what_learns_moves(spec):
 def test_flops_are_the_programs(spec, mixer):
     method, lm, _, state = tuned(spec, "mixer", mixer)
     batch = contract.batch()
-    counted = count_matmul_flops(lambda s: step.gradients(lm, s.params, batch, 1, s.frozen)[0], state)
+    counted = count_needed_flops(lambda s: step.gradients(lm, s.params, batch, 1, s.frozen), state)
     expected = accounting.step_flops(lm, model.abstract_params(lm), contract.T, contract.B, method)
     # The program multiplies what the causal mask then drops; below the layers that learn only forward.
     dropped = sum(mixer.mix_flops(contract.T, True) - mixer.mix_flops(contract.T) for mixer, _ in model.parts(lm))
