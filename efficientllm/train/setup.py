@@ -57,6 +57,7 @@ def prepare(config, log):
     model_config = described(config.model, source)
     lm = architecture.check(model_config)  # a bad model is refused before any data is read
     model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
+    _check_positions(config, source)
     mesh = sharding.make_mesh(config.mesh)
     check_train(config.train, mesh)
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
@@ -98,6 +99,16 @@ def create_state(run):
         return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, held))
 
     return jax.jit(around, out_shardings=run.shardings, donate_argnums=0)(params)
+
+
+def _check_positions(config, source):
+    """Refuses rows that are longer than what the checkpoint was made for."""
+    most = source.max_positions if source else None
+    if most and config.train.length > most:
+        raise UserError(
+            f"config.train.length = {config.train.length}: {config.model.pretrained} has {most} positions; take "
+            f"{most} tokens at most"
+        )
 
 
 def open_pretrained(pretrained):
