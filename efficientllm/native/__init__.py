@@ -24,7 +24,7 @@ def instruction_sets():
     return () if library is None else tuple(library.efficientllm_instruction_sets().decode().split())
 
 
-def product(form, x_MK, weights, scale=None, minimum=None, zero=None, table=None, instructions="best"):
+def product(form, x_MK, weights, scale=None, minimum=None, zero=None, table=None, x_bits=16, instructions="best"):
     """`x[m, k]` times rows of `weights`, stored as `product.h` says for `form` -> float32 `[m, rows]`.
 
     Needs `instruction_sets()`. On one CPU device, in jitted code or out of it.
@@ -40,7 +40,7 @@ def product(form, x_MK, weights, scale=None, minimum=None, zero=None, table=None
     )
     arrays = (weights, given(scale, jnp.float32), given(minimum, jnp.float16), given(zero, jnp.uint8))
     table = jnp.zeros(0, jnp.float32) if table is None else table
-    attributes = {"format": np.int32(FORMATS.index(form)), "instructions": instructions}
+    attributes = {"format": np.int32(FORMATS.index(form)), "x_bits": np.int32(x_bits), "instructions": instructions}
     return call(x_MK.astype(jnp.float32), *arrays, table, **attributes)
 
 

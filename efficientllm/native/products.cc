@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(__clang__)
@@ -24,14 +26,14 @@ namespace baseline {  // SSE2 or NEON
 }  // namespace baseline
 
 #if defined(__x86_64__)
-BEGIN("avx2,fma")
+BEGIN("avx2,fma,f16c")
 namespace avx2 {
 #define LANES 8
 #include "rows.inc"
 #undef LANES
 }  // namespace avx2
 END
-BEGIN("avx512f,avx2,fma")
+BEGIN("avx512f,avx512bw,avx2,fma,f16c")
 namespace avx512 {
 #define LANES 16
 #include "rows.inc"
@@ -44,7 +46,7 @@ namespace ffi = xla::ffi;
 
 struct Kernel {
   const char* name;
-  int lanes;
+  Prepared (*prepare)(const Product&);
   void (*run)(const Product&, const Prepared&, int64_t, int64_t);
   bool supported;
 };
@@ -52,14 +54,15 @@ struct Kernel {
 // Slowest first.
 static const std::vector<Kernel>& kernels() {
 #if defined(__x86_64__)
-  static const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
   static const std::vector<Kernel> all = {
-      {"baseline", 4, baseline::run, true},
-      {"avx2", 8, avx2::run, fma},
-      {"avx512", 16, avx512::run, fma && __builtin_cpu_supports("avx512f")},
+      {"baseline", baseline::prepare, baseline::run, true},
+      {"avx2", avx2::prepare, avx2::run, fma},
+      {"avx512", avx512::prepare, avx512::run, fma && __builtin_cpu_supports("avx512bw")},
   };
 #else
-  static const std::vector<Kernel> all = {{"baseline", 4, baseline::run, true}};
+  static const std::vector<Kernel> all = {{"baseline", baseline::prepare, baseline::run, true}};
 #endif
   return all;
 }
@@ -85,11 +88,12 @@ extern "C" const char* efficientllm_instruction_sets() {
 // x[m, k], weights[rows, bytes], scale[rows, groups], minimum and zero [rows, groups] (or empty), table[16] (or empty).
 static ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weights, ffi::AnyBuffer scale,
                           ffi::Buffer<ffi::F16> minimum, ffi::Buffer<ffi::U8> zero, ffi::Buffer<ffi::F32> table,
-                          ffi::ResultBuffer<ffi::F32> y, int32_t format, std::string_view instructions) {
+                          ffi::ResultBuffer<ffi::F32> y, int32_t format, int32_t x_bits,
+                          std::string_view instructions) {
   const Kernel* kernel = find(instructions);
   if (!kernel) return ffi::Error::InvalidArgument("no such instruction set on this machine");
   Product p{};
-  p.format = (Format)format;
+  p.format = (Format)format, p.x_bits = x_bits;
   p.m = x.dimensions()[0], p.k = x.dimensions()[1];
   p.rows = weights.dimensions()[0], p.row_bytes = (int64_t)weights.size_bytes() / p.rows;
   p.groups = scale.element_count() ? scale.dimensions()[1] : 1;
@@ -100,7 +104,7 @@ static ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::An
   p.zero = zero.element_count() ? zero.typed_data() : nullptr;
   static const float none[16] = {};
   p.table = table.element_count() ? table.typed_data() : none;
-  const Prepared prepared = prepare(p, kernel->lanes);
+  const Prepared prepared = kernel->prepare(p);
   share(pool, p.rows, p.rows * p.row_bytes * std::max<int64_t>(1, p.m / 4),
         [&](int64_t from, int64_t to) { kernel->run(p, prepared, from, to); });
   return ffi::Error::Success();
@@ -117,4 +121,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(efficientllm_product, product,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int32_t>("format")
+                                  .Attr<int32_t>("x_bits")
                                   .Attr<std::string_view>("instructions"));
