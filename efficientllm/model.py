@@ -242,10 +242,15 @@ def unroll(lm, params):
 
 def after_step(lm, params, aux):
     """Updates that no gradient makes, such as a router's balancing bias: each ffn's own rule, given its statistics."""
-    for i, (_, ffn) in enumerate(parts(lm)):
-        if hasattr(ffn, "after_step"):
-            name = f"block_{i}"
-            block = params["groups"][name]
-            block = block | {"ffn": ffn.after_step(block["ffn"], aux[i]["stats"])}
-            params = params | {"groups": params["groups"] | {name: block}}
-    return params
+    rules = {f"block_{i}": (ffn, aux[i]) for i, (_, ffn) in enumerate(parts(lm)) if hasattr(ffn, "after_step")}
+
+    def group(blocks, index=...):
+        stats = {name: jax.tree.map(lambda leaf: leaf[index], aux["stats"]) for name, (_, aux) in rules.items()}
+        after = {name: ffn.after_step(blocks[name]["ffn"], stats[name]) for name, (ffn, _) in rules.items()}
+        return blocks | {name: blocks[name] | {"ffn": leaves} for name, leaves in after.items()}
+
+    if not rules:
+        return params
+    if lm.scan:
+        return params | {"groups": group(params["groups"])}
+    return params | {f"group_{i}": group(params[f"group_{i}"], i) for i in range(lm.num_groups)}

@@ -31,6 +31,7 @@ HOMES = {
     "data": "efficientllm.data",
     "tokenizer": "efficientllm.data",
     "task": "efficientllm.tasks",
+    "adapter": "efficientllm.adapters",
 }
 _REGISTRY = {}
 _EXAMPLES = {}

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import pathlib
 import sys
+import zlib
 
 from efficientllm import distributed, registry
 from efficientllm.errors import UserError
@@ -35,18 +36,24 @@ def import_plugins(imports):
     for name in imports:
         try:
             if name.endswith(".py"):
-                _import_file(pathlib.Path(name))
+                import_file(pathlib.Path(name))
             else:
                 importlib.import_module(name)
         except (ImportError, OSError, SyntaxError) as error:
             raise UserError(f"config.imports = {name!r} cannot be imported: {error}") from None
 
 
-def _import_file(path):
-    key = f"efficientllm_plugin_{path.stem}"
+def import_file(path):
+    """The module that the Python file at `path` is; imported once."""
+    key = f"efficientllm_plugin_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     if key in sys.modules:
-        return
+        return sys.modules[key]
     module_spec = importlib.util.spec_from_file_location(key, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[key] = module
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    return module

@@ -36,6 +36,7 @@ def preset(name, **shape):
     register("size", name)(functools.partial(Size, **shape))
 
 
+register("size", "custom")(Size)  # every field of one's own
 preset("tiny", num_layers=4, dim=128, num_heads=4, num_kv_heads=2, head_dim=32, hidden=384, rope_base=1e4)
 preset("small", num_layers=6, dim=256, num_heads=8, num_kv_heads=4, head_dim=32, hidden=768, rope_base=1e4)
 

@@ -41,7 +41,7 @@ def activation_dtype(precision):
 class Weight:
     """What may stand in the place of a kernel or a table: an adapter around it, or a quantised form of it.
 
-    Subclasses are flax struct dataclasses, so that they are trees of arrays: scanned, sharded, saved and mapped as such.
+    Subclasses are flax struct dataclasses, hence trees of arrays, and are scanned, sharded, saved and mapped as such.
     Their arrays have the leading axes (layers, experts) that the kernel has. They have a `shape`, the kernel's.
     """
 
@@ -57,12 +57,20 @@ class Weight:
         """The kernel as one float32 array."""
         raise NotImplementedError(type(self).__name__)
 
+    def axes(self, names):
+        """This leaf with the logical axes of each array in its place, for a kernel with the axes `names`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def divisible(self):
+        """A form whose arrays may be cut along any axis of the kernel, each part then multiplying alone."""
+        return self.dense()
+
     def take(self, index):
         """The rows `index` of a table `[rows, width]`, float32."""
         return jnp.take(self.dense(), index, axis=0)
 
     @property
-    def T(self):  # noqa: N802, as arrays call it
+    def T(self):
         """The transposed kernel: an array or a Weight."""
         return self.dense().T
 
@@ -70,6 +78,20 @@ class Weight:
 def dense(w):
     """The kernel as an array, whatever form it has."""
     return w.dense() if isinstance(w, Weight) else w
+
+
+def axes(w, names):
+    """The logical axes of a kernel: `names`, or a tree of such for those of a Weight's arrays."""
+    return w.axes(names) if isinstance(w, Weight) else Axes(names)
+
+
+class Axes(tuple):
+    """Logical axis names of one array: a leaf of trees, unlike other tuples."""
+
+
+def divisible(w):
+    """The kernel, or the form of it that may be cut along any axis."""
+    return w.divisible() if isinstance(w, Weight) else w
 
 
 def take(table, index):

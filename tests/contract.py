@@ -224,13 +224,19 @@ def _spec(name, values):
 
 @functools.cache
 def _program(kind, spec):
-    """The traced loss, its kernels, its parameters and its state, as text: what differs differs in what is computed."""
-    lm = build(kind, spec)
-    params = jax.eval_shape(lambda: nn.unbox(lm.init(jax.random.key(0), tokens(), Context.packed(positions()))))
+    """The traced model, its kernels, its parameters and its state, as text: what differs differs in what is computed.
+
+    Initialised and run in one trace of one layer: every other way traces a block several times.
+    """
+    lm = build(kind, spec, size=SIZE.replace("num_layers=2", "num_layers=1"), scan=False)
+    packed = batch()
+    ctx = Context.packed(packed["positions"], packed["segments"])
     with kernels.recording() as used:
-        traced = jax.make_jaxpr(lambda p: step.loss_fn(lm, p, batch(), 1.0)[0])(params["params"])
+        traced = jax.make_jaxpr(lambda key: nn.unbox(lm.init_with_output(key, packed["tokens"], ctx)))(
+            jax.random.key(0)
+        )
     states = jax.eval_shape(lambda: model.init_states(lm, B, 1))
-    return str(traced) + str(used) + str(jax.tree.map(lambda leaf: leaf.shape, (params, states)))
+    return str(traced) + str(used) + str(jax.tree.map(lambda leaf: leaf.shape, states))
 
 
 def check_flops(kind, spec):

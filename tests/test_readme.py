@@ -7,22 +7,26 @@ import sys
 
 import jax
 import pytest
+from report import made
 
 import runs
 from efficientllm import architecture, main
+from efficientllm.report import __main__ as report
 from efficientllm.run import import_plugins
 from efficientllm.train import step
 
 README = (runs.ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 RUNS = [command.partition("python -m efficientllm.main ")[2] for command in COMMANDS if "efficientllm.main" in command]
+REPORTS = [command for command in COMMANDS if "efficientllm.report" in command]
 INSTALL = "pip install -e . && python -m efficientllm.main --config=configs/moe.py"
 TEST = "pip install -e '.[test]' && pytest"
+SMALLEST = "tiny(num_layers=1, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hidden=48)"
 CONTRACT = "pytest tests/test_contract.py --imports=experiments/my_attention/gated.py -k gated"
 
 
 def test_there_is_no_command_that_nothing_runs():
-    others = [command for command in COMMANDS if "efficientllm.main" not in command]
+    others = [command for command in COMMANDS if "efficientllm.main" not in command and command not in REPORTS]
     assert INSTALL in COMMANDS
     # CI runs the first, test_tensorboard asks the second's server.
     assert others == [TEST, "tensorboard --logdir=runs", CONTRACT]
@@ -44,9 +48,18 @@ def test_command(command, tmp_path, monkeypatch):
         return
     text = [f"--config.data=text(path='{tmp_path}/*.md')", "--config.tokenizer=bytes"]
     data = [] if "config.data" in command else text
-    short = ["train.steps=2", "train.length=32", "eval.batches=1", "sample.tokens=2", "model.size=tiny(num_layers=1)"]
+    short = ["train.steps=2", "train.length=32", "eval.batches=1", "sample.tokens=2", f"model.size={SMALLEST}"]
     assert main.main([*argv, *data, *[f"--config.{each}" for each in short]]) == 0
     assert list((tmp_path / "runs").glob("*/*/record.json"))
+
+
+def test_reports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, mixer in (("base", "gqa"), ("moe", "mqa")):
+        for seed in range(3):
+            made.row(tmp_path / "runs" / name / str(seed), mixer, seed=seed, al_s=0.5 + 0.001 * seed, eval_loss=5.0)
+    assert [report.main(shlex.split(command.partition("efficientllm.report ")[2])) for command in REPORTS] == [0, 0]
+    assert (tmp_path / "report" / "index.html").exists()
 
 
 def test_the_worked_example_is_the_file_and_passes_the_contract_suite():

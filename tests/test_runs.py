@@ -7,9 +7,11 @@ import signal
 import threading
 
 import pytest
+from metrics.test_tensorboard import hparams_table
 
 import runs
 from efficientllm import main
+from efficientllm.workdir import flatten
 
 pytestmark = pytest.mark.xdist_group("runs")  # they share one whole run
 
@@ -41,6 +43,17 @@ def test_row_and_charts_of_a_whole_run(whole):
     assert found["config"] == json.loads((whole / "config.json").read_text())
 
 
+def test_the_hparams_table_holds_every_key_and_every_metric_of_the_row(whole):
+    columns, sessions, metrics = hparams_table(whole.parent)
+    found = row(whole)
+    config = flatten(found["config"])
+    assert {info.name for info in columns} == set(config)
+    values = sessions["run"]
+    assert values["model.mixer"].string_value == "gqa" and values["train.steps"].number_value == runs.STEPS
+    held = {f"row/{key}" for group in ("paper", "quality") for key, value in found[group].items() if value is not None}
+    assert {tag for tag in metrics if tag.startswith("row/")} == held and "row/eval_loss" in held
+
+
 def test_a_finished_run_is_left_alone_unless_overwritten(whole, texts, capsys):
     before = (whole / "record.json").stat().st_mtime_ns
     assert main.main(runs.arguments(texts, whole)) == 0
@@ -51,12 +64,12 @@ def test_a_finished_run_is_left_alone_unless_overwritten(whole, texts, capsys):
 
 
 def test_killed_at_any_step_and_resumed_gives_the_same_losses_bit_for_bit(texts, tmp_path):
-    options = {"train__steps": 60, "checkpoint__every": 5, "eval__every": 0}
+    options = {"train__steps": 30, "checkpoint__every": 5, "eval__every": 0}
     status, output = runs.finish(runs.start(runs.arguments(texts, tmp_path / "a", **options)))
     assert status == 0, output
     argv = runs.arguments(texts, tmp_path / "b", **options)
-    process, at = runs.start(argv), random.randint(8, 50)
-    runs.when(tmp_path / "b", f"step {at:2}/60", process.kill)
+    process, at = runs.start(argv), random.randint(14, 26)
+    runs.when(tmp_path / "b", f"step {at:2}/30", process.kill)
     assert runs.finish(process)[0] == -signal.SIGKILL, f"at step {at}"
     status, output = runs.finish(runs.start(argv))
     assert status == 0 and "resuming from step" in output

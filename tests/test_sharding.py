@@ -99,7 +99,7 @@ def curve(ffn, mesh_spec, accumulate):
     [
         ("dense", "data=8", 1),
         ("dense", "fsdp=8", 1),
-        ("dense", "tensor=8", 1),
+        pytest.param("dense", "tensor=8", 1, marks=pytest.mark.slow),
         ("dense", CUBE, 1),
         ("dense", "fsdp=4, tensor=2", 2),
         ("moe", "fsdp=8", 1),

@@ -8,33 +8,48 @@ import json
 
 import numpy as np
 
-from efficientllm.data import cache
+from efficientllm.data import cache, conversation
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 
 SIDES = ("train", "held_out")
 _ALL = 1 << 64
+LEARNT = np.uint32(1 << 31)
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Tokens of one side, memory-mapped: document i is `ids[ends[i - 1]:ends[i]]` and closes with eos."""
+    """Tokens of one side, memory-mapped: document i is `ids[ends[i - 1]:ends[i]]` and closes with eos.
+
+    Of records (`records`), the highest bit of an id says that it is to be learnt.
+    """
 
     ids: np.ndarray
     ends: np.ndarray
+    records: bool = False
 
     def __len__(self):
         return len(self.ends)
 
     def __getitem__(self, index):
-        """One document as {"tokens": its ids, "targets": the id that follows each}, int32; the last target is eos."""
+        """One document as {"tokens": its ids, "targets": the id that follows each}, int32; the last target is eos.
+
+        Of a record also {"weights": 1.0 for targets that are to be learnt}.
+        """
         start = self.ends[index - 1] if index else 0
-        return shifted(self.ids[start : self.ends[index]])
+        ids = self.ids[start : self.ends[index]]
+        if not self.records:
+            return shifted(ids)
+        return {**shifted(ids & ~LEARNT), "weights": (ids[1:] >= LEARNT).astype(np.float32)}
 
     @property
     def size(self):
         """Tokens with a target, which is all of them but eos."""
         return len(self.ids) - len(self.ends)
+
+    def longer_than(self, length):
+        """How many documents have more than `length` tokens with a target."""
+        return int(np.sum(np.diff(self.ends, prepend=0) - 1 > length))
 
 
 class Corpus:
@@ -71,9 +86,15 @@ class Corpus:
 
     def documents(self, tokenizer):
         """{side: Documents}, tokenised at the first call."""
-        name = f"tokens-{cache.digest(self.summary['fingerprint'], tokenizer.fingerprint)}"
+        form = "record" if self.has_records else "text"
+        name = f"tokens-{cache.digest(self.summary['fingerprint'], tokenizer.fingerprint, form)}"
         folder = cache.entry(self.cache, name, lambda new: self._tokenise(tokenizer, new))
-        return {side: _load(folder, side) for side in SIDES}
+        return {side: _load(folder, side, self.has_records) for side in SIDES}
+
+    @property
+    def has_records(self):
+        """Whether a document is a conversation (`data.conversation`), of which the answers are learnt."""
+        return getattr(self.source, "records", False)
 
     def _summarise(self):
         hashes, sizes, content = array.array("Q"), array.array("q"), hashlib.sha256()
@@ -104,7 +125,13 @@ class Corpus:
         }
 
     def _tokenise(self, tokenizer, folder):
-        writers = {side: _Writer(folder, side, tokenizer) for side in SIDES}
+        writers = {side: _Writer(folder, side, tokenizer, self.has_records) for side in SIDES}
+        if self.has_records:
+            for text, group in self.source.documents():
+                writers[self.side(group)].append_record(*conversation.encode(tokenizer, text))
+            for writer in writers.values():
+                writer.close()
+            return
         for texts in _chunks(self.source.documents()):
             encoded = tokenizer.encode_batch([text for text, _ in texts])
             for ids, (_, group) in zip(encoded, texts, strict=True):
@@ -116,9 +143,9 @@ class Corpus:
 class _Writer:
     """Appends documents to an .npy file, whose header numpy leaves room to grow in."""
 
-    def __init__(self, folder, side, tokenizer):
+    def __init__(self, folder, side, tokenizer, records=False):
         self.folder, self.side, self.eos = folder, side, tokenizer.eos_id
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 and not records else np.uint32)
         self.file, self.ends = open(folder / f"{side}.npy", "wb"), array.array("q")  # noqa: SIM115
         self.total = 0
         self._header()
@@ -126,8 +153,15 @@ class _Writer:
     def append(self, ids):
         if len(ids) == 0:
             return
-        self.file.write(np.append(ids, self.eos).astype(self.dtype).tobytes())
-        self.total += len(ids) + 1
+        self._write(np.append(ids, self.eos))
+
+    def append_record(self, ids, learnt):
+        """A document that closes with eos itself."""
+        self._write(np.where(learnt, np.array(ids, np.uint32) | LEARNT, ids))
+
+    def _write(self, ids):
+        self.file.write(ids.astype(self.dtype).tobytes())
+        self.total += len(ids)
         self.ends.append(self.total)
 
     def close(self):
@@ -164,7 +198,7 @@ def _chunks(documents, characters=1 << 20):
         yield chunk
 
 
-def _load(folder, side):
+def _load(folder, side, records):
     ends = np.load(folder / f"{side}_ends.npy")
     ids = np.load(folder / f"{side}.npy", mmap_mode="r" if len(ends) else None)
-    return Documents(ids, ends)
+    return Documents(ids, ends, records)

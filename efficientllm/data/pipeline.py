@@ -36,8 +36,8 @@ def train_iterator(data_spec, tokenizer, batch_size, length, seed, process_index
         rows = packing.mix(packing.pack(documents, length), length, rows_seed)
         batches = packing.batch(rows, share)
     else:
-        documents = packing.endless(_long_enough(corpus, tokenizer, "train", length), documents_seed)
-        rows = packing.mix(packing.pack(documents, length), length, rows_seed)
+        documents = _long_enough(corpus, tokenizer, "train", length)
+        rows = packing.mix(_rows(documents, packing.endless(documents, documents_seed), length), length, rows_seed)
         batches = packing.batch(rows, batch_size, process_index, process_count)
     return packing.prefetch(batches, _PREFETCHED)
 
@@ -76,17 +76,31 @@ class EvalBatches:
     limit: int | None
 
     def __len__(self):
-        rows = -(-self.documents.size // self.length)
-        batches = -(-rows // self.batch_size)
+        batches = -(-self._count() // self.batch_size)
         return batches if self.limit is None else min(batches, self.limit)
 
     def __iter__(self):
         from efficientllm.data.rows import packing
 
-        rows = packing.pack(packing.in_order(self.documents), self.length)
+        rows = _rows(self.documents, packing.in_order(self.documents), self.length)
         batches = packing.batch(rows, self.batch_size, self.process_index, self.process_count)
         for _, values in zip(range(len(self)), batches, strict=False):
             yield values
+
+    def _count(self):
+        """Rows there are."""
+        from efficientllm.data.rows import packing
+
+        if not self.documents.records:
+            return -(-self.documents.size // self.length)
+        return sum(1 for _ in _rows(self.documents, packing.in_order(self.documents), self.length))
+
+
+def _rows(documents, dataset, length):
+    """Rows of the dataset of `documents`: of records whole ones, of text a stream of tokens cut at the row's end."""
+    from efficientllm.data.rows import packing
+
+    return packing.fit(dataset, length) if documents.records else packing.pack(dataset, length)
 
 
 def _share(batch_size, process_count):

@@ -7,7 +7,9 @@ token into bits per byte.
 """
 
 import dataclasses
+import functools
 import hashlib
+import os
 
 import numpy as np
 
@@ -22,7 +24,7 @@ _WORDPIECE, _SENTENCEPIECE = "##", "\u2581"
 class Bytes:
     """The 256 bytes of UTF-8, and eos."""
 
-    vocab_size, eos_id, fingerprint = 257, 256, "bytes"
+    vocab_size, eos_id, fingerprint, chat = 257, 256, "bytes", None
 
     def __init__(self):
         self.token_bytes = np.array([1] * 256 + [0], np.int32)
@@ -86,7 +88,8 @@ class BPE:
 @register("tokenizer", "hf")
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
-    """The tokenizer that `transformers` loads from `path`, a folder or the name of a repository on the hub."""
+    """The tokenizer that `transformers` loads from `path`: a folder, the name of a repository on the hub, or a GGUF
+    file."""
 
     path: str
 
@@ -95,7 +98,7 @@ class HuggingFace:
         import transformers
 
         try:
-            loaded = transformers.AutoTokenizer.from_pretrained(self.path)
+            loaded = transformers.AutoTokenizer.from_pretrained(**self._place())
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
@@ -104,25 +107,48 @@ class HuggingFace:
         if not loaded.is_fast or loaded.eos_token_id is None:
             missing = "eos token" if loaded.is_fast else "fast implementation"
             raise UserError(f"config.tokenizer: hf(path={self.path!r}) has no {missing}")
-        return Backed(loaded.backend_tokenizer, loaded.eos_token_id, len(loaded))
+        return from_transformers(loaded)
+
+    def _place(self):
+        """What `from_pretrained` takes."""
+        if not self.path.endswith(".gguf"):
+            return {"pretrained_model_name_or_path": self.path}
+        folder, name = os.path.split(self.path)
+        return {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
+
+
+def from_transformers(loaded):
+    """The tokenizer that `transformers` has loaded, with its chat template if it has one."""
+    chat = functools.partial(loaded.apply_chat_template, tokenize=False) if loaded.chat_template else None
+    return Backed(loaded.backend_tokenizer, loaded.eos_token_id, len(loaded), chat, loaded.chat_template or "")
 
 
 class Backed:
     """A tokenizer of the `tokenizers` library with an eos of its own or of ours.
 
-    Special tokens that a text spells out are read as text: a document cannot end itself.
+    Special tokens that a text spells out are read as text: a document cannot end itself. Only `encode_template` reads
+    them as what they are. `chat(messages, add_generation_prompt=False)` is the text of a conversation, or None.
     """
 
-    def __init__(self, backend, eos_id, vocab_size):
+    def __init__(self, backend, eos_id, vocab_size, chat=None, template=""):
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.eos_id, self.vocab_size = backend, eos_id, vocab_size
-        self.fingerprint = hashlib.sha256(f"{eos_id} {backend.to_str()}".encode()).hexdigest()
+        self.chat = chat
+        self.fingerprint = hashlib.sha256(f"{eos_id} {template} {backend.to_str()}".encode()).hexdigest()
         self.token_bytes = _token_bytes(backend, vocab_size)
 
     def encode(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_template(self, text):
+        """Ids of a text that a chat template made: special tokens are special."""
+        self.backend.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self.backend.encode_special_tokens = True
 
     def encode_batch(self, texts):
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from efficientllm import sharding
 from efficientllm.ffns import dispatch
 from efficientllm.grouped_matmul import grouped_matmul
-from efficientllm.weights import parameter
+from efficientllm.weights import axes, divisible, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
 AXES = {
@@ -41,6 +41,7 @@ class Experts(nn.Module):
         compute = functools.partial(_compute, plan=self.plan, precision=self.precision, kernel=self.kernel)
         mesh = sharding.current_mesh()
         if mesh is not None and mesh.size > 1:
+            kernels = {name: divisible(kernel) for name, kernel in kernels.items()}
             compute = _per_device(compute, kernels, x_BTD.shape, mesh)
         return compute(x_BTD, experts_BTk, weights_BTk, kernels)
 
@@ -76,12 +77,13 @@ def _per_device(compute, kernels, x_shape, mesh):
     This layer's kernels are gathered over the axes they are stored on, but for the hidden width, which stays split over
     `tensor`: each device computes its share of every expert, and the shares are summed.
     """
-    layouts = {name: sharding.spec(AXES[name], kernel.shape, mesh) for name, kernel in kernels.items()}
+    kernels_axes = {name: axes(kernel, AXES[name]) for name, kernel in kernels.items()}
+    layouts = jax.tree.map(lambda kernel, names: sharding.spec(names, kernel.shape, mesh), kernels, kernels_axes)
     (rows, *_) = sharding.spec(("batch", None, None), x_shape, mesh)
-    split = layouts["down"][AXES["down"].index("mlp")]
+    split = sharding.spec(AXES["down"], kernels["down"].shape, mesh)[AXES["down"].index("mlp")]
 
     def on_device(x_BTD, experts_BTk, weights_BTk, kernels):
-        whole = {name: _gather(kernel, AXES[name], layouts[name]) for name, kernel in kernels.items()}
+        whole = jax.tree.map(_gather, kernels, kernels_axes, layouts)
         y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole)
         return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
 

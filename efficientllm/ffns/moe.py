@@ -17,7 +17,7 @@ from efficientllm.weights import activation_dtype, matmul
 DISPATCH = ("dropless", "capacity")
 
 
-@register("ffn", "moe", example="moe(num_experts=8, top_k=2, hidden=32, shared_hidden=16)")
+@register("ffn", "moe", example="moe(num_experts=8, top_k=2, hidden=32, shared_hidden=16, groups=4, top_groups=2)")
 class MoE(nn.Module, kw_only=True):
     """`sum over the top_k chosen experts e of weight_e * swiglu_e(x)`, plus a shared expert that every token passes.
 
@@ -27,6 +27,7 @@ class MoE(nn.Module, kw_only=True):
       scores: `softmax` or `sigmoid` of the router's logits.
       normalise: a token's weights sum to one.
       scale: what multiplies the weights (DeepSeek's routed_scaling_factor).
+      groups, top_groups: equal groups of experts, and groups that a token goes to (DeepSeek-V2, V3).
       shared_hidden: width of the shared expert; 0 has none.
       shared_gate: a learned sigmoid multiplies the shared expert's output (Qwen2-MoE).
       load_balance, z_loss: coefficients of the router's two losses (`routing.load_balance_loss`, `routing.z_loss`).
@@ -46,6 +47,8 @@ class MoE(nn.Module, kw_only=True):
     scores: str = "softmax"
     normalise: bool = True
     scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
     shared_hidden: int = 0
     shared_gate: bool = False
     load_balance: float = 0.01
@@ -68,7 +71,9 @@ class MoE(nn.Module, kw_only=True):
         share of the assignments that were dropped.
         """
         logits_BTE, bias_E = Router(self.num_experts, self.bias_rate > 0, name="router")(x_BTD)
-        routed = routing.route(logits_BTE, self.top_k, self.scores, self.normalise, self.scale, bias_E)
+        routed = routing.route(
+            logits_BTE, self.top_k, self.scores, self.normalise, self.scale, bias_E, self.groups, self.top_groups
+        )
         load_E = routing.load(routed.experts_BTk, self.num_experts)
         experts = Experts(self.num_experts, self.hidden, self.precision, self._plan(), self.kernel, name="experts")
         y_BTD, kept_BTk = experts(x_BTD, routed.experts_BTk, routed.weights_BTk)
@@ -136,6 +141,15 @@ class MoE(nn.Module, kw_only=True):
                 raise UserError(f"moe: {field} = {value!r} is none of {', '.join(values)}{hint}")
         if not 1 <= self.top_k <= self.num_experts:
             raise UserError(f"moe: top_k = {self.top_k} must lie between 1 and num_experts = {self.num_experts}")
+        if self.groups < 1 or self.num_experts % self.groups:
+            raise UserError(f"moe: groups = {self.groups} must divide num_experts = {self.num_experts}")
+        if not 1 <= self.top_groups <= self.groups or self.top_k > self.num_experts // self.groups * self.top_groups:
+            raise UserError(
+                f"moe: top_groups = {self.top_groups} must lie between 1 and groups = {self.groups}, "
+                f"and hold top_k = {self.top_k} experts"
+            )
+        if self.groups > 1 and self.scores == "sigmoid" and self.num_experts < 2 * self.groups:
+            raise UserError(f"moe: groups = {self.groups} are compared by their two best experts; they hold one")
         for field in ("hidden", "scale", "capacity_factor"):
             if getattr(self, field) <= 0:
                 raise UserError(f"moe: {field} = {getattr(self, field)} must be more than 0")

@@ -35,21 +35,40 @@ def _sigmoid(logits_BTE):
 SCORES = {"softmax": _softmax, "sigmoid": _sigmoid}
 
 
-def route(logits_BTE, top_k, scores, normalise, scale, bias_E=None):
+def route(logits_BTE, top_k, scores, normalise, scale, bias_E=None, groups=1, top_groups=1):
     """The `top_k` experts of highest score (Shazeer et al. 2017, arXiv:1701.06538, Eq. 3-5).
 
     `scores` is `softmax` (Mixtral, Qwen-MoE) or `sigmoid` (DeepSeek-V3). `normalise` makes a token's weights sum to
     one, before `scale` multiplies them. `bias_E` takes part in the choice alone (DeepSeek-V3, arXiv:2412.19437,
-    Eq. 16): weights are the unbiased scores, and its gradient is zero.
+    Eq. 16): weights are the unbiased scores, and its gradient is zero. Of `groups` equal groups of experts, only the
+    `top_groups` best are chosen from (`_within_groups`).
     """
     scores_BTE, probabilities_BTE = SCORES[scores](logits_BTE)
     choice_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E
+    if groups > 1:
+        choice_BTE = _within_groups(choice_BTE, groups, top_groups, best=2 if scores == "sigmoid" else 1)
     experts_BTk = _best(jax.lax.stop_gradient(choice_BTE), top_k)
     # By comparison, not by a gather, whose gradient would be a scatter.
     weights_BTk = jnp.sum(jnp.where(_is_chosen(experts_BTk, logits_BTE.shape[-1]), scores_BTE[..., None, :], 0.0), -1)
     if normalise:
         weights_BTk = weights_BTk / (jnp.sum(weights_BTk, -1, keepdims=True) + 1e-20)
     return Routing(experts_BTk, weights_BTk * scale, probabilities_BTE)
+
+
+def _within_groups(choice_BTE, groups, top_groups, best):
+    """The scores, -inf outside each token's best groups.
+
+    A group is worth the sum of its `best` highest scores: one in DeepSeek-V2 (arXiv:2405.04434, Section 2.2.2), two in
+    V3 (arXiv:2412.19437, Section 2.1.2).
+    """
+    choice_BTGE = choice_BTE.reshape(*choice_BTE.shape[:-1], groups, -1)
+    worth_BTG = jnp.max(choice_BTGE, -1)
+    if best == 2:
+        is_first = jax.nn.one_hot(jnp.argmax(choice_BTGE, -1), choice_BTGE.shape[-1], dtype=bool)
+        worth_BTG += jnp.max(jnp.where(is_first, -jnp.inf, choice_BTGE), -1)
+    chosen_BTg = _best(jax.lax.stop_gradient(worth_BTG), top_groups)
+    is_chosen_BTG = jnp.any(_is_chosen(chosen_BTg, groups), -2)
+    return jnp.where(is_chosen_BTG[..., None], choice_BTGE, -jnp.inf).reshape(choice_BTE.shape)
 
 
 def _best(choice_BTE, top_k):

@@ -7,10 +7,12 @@
         jax.block_until_ready(state)
     window.result                 # an EnergyWindow
 
-Sources, the first that all devices have: NVML's energy counter, NVML's instantaneous power, NVML's averaged power,
-none. A window that cannot be trusted is void: its energy is None and `reason` says why.
+Sources, the first that all devices have: a meter if one is given, NVML's energy counter, NVML's instantaneous power,
+NVML's averaged power, what `zeus` reads of other devices (RAPL, AMD, Apple, Jetson), none. A window that cannot be
+trusted is void: its energy is None and `reason` says why.
 """
 
+import dataclasses
 import glob
 import os
 import time
@@ -18,19 +20,25 @@ import time
 from efficientllm.metrics import nvml as nvml_module
 from efficientllm.metrics.energy_window import EnergyWindow, Reader, combine, over_processes, unavailable
 from efficientllm.metrics.nvml_energy import CounterReader, PowerReader
+from efficientllm.metrics.other_energy import MeterReader, zeus_reader
 
 __all__ = ["EnergyWindow", "Reader", "combine", "open_reader", "over_processes", "unavailable"]
 
 
-def open_reader(devices, nvml=None, identify=nvml_module.pci_bus_ids, clock=time.monotonic, sleep=time.sleep):
-    """The best reader for these local JAX devices; never fails: what cannot be read is a reader that says why.
+def open_reader(devices, nvml=None, identify=nvml_module.pci_bus_ids, clock=time.monotonic, sleep=time.sleep, meter=""):
+    """The best reader for these local JAX devices; what cannot be read is a reader that says why.
 
-    `nvml` (a pynvml-like module), `identify` (devices -> PCI bus ids), `clock` and `sleep` are there for tests.
+    `meter` is the file of a meter (`config.metrics.meter`); only a bad one raises, a UserError. `nvml` (a pynvml-like
+    module), `identify` (devices -> PCI bus ids), `clock` and `sleep` are there for tests.
     Finding the counter's tick takes about half a second.
     """
     platform = devices[0].platform
+    if meter:
+        return MeterReader(meter)
     if platform == "cpu":
-        return Reader(_rapl_reason(), clock)
+        return _cpu_reader(clock)
+    if platform == "rocm":
+        return zeus_reader("gpu", clock)
     if platform not in ("gpu", "cuda"):
         return Reader(f"no energy reader for {platform} devices", clock)
     try:
@@ -59,11 +67,50 @@ def _nvml_reader(gpus, clock, sleep):
     return Reader("; ".join(failures), clock)
 
 
-def _rapl_reason():
-    """Why a CPU's energy is not read, and the one-line remedy."""
-    zones = glob.glob("/sys/class/powercap/intel-rapl:*/energy_uj")
-    if not zones:
-        return "no energy counter on this machine"
-    if not all(os.access(zone, os.R_OK) for zone in zones):
-        return "RAPL is readable by root only: sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj"
-    return "RAPL counters are there, but only NVML is read"
+def _cpu_reader(clock):
+    """RAPL or an SoC's counters where they can be read; else why not, and the one-line remedy."""
+    zones = rapl_zones()
+    if zones and not all(os.access(zone, os.R_OK) for zone in zones):
+        return Reader("RAPL is readable by root only: sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj", clock)
+    reader = zeus_reader("cpu", clock)
+    if reader.reason and not zones:
+        return Reader(f"no energy counter on this machine ({reader.reason})", clock)
+    return reader
+
+
+def rapl_zones():
+    """Files of the kernel's energy counters of CPUs."""
+    return glob.glob("/sys/class/powercap/intel-rapl:*/energy_uj")
+
+
+IDLE_S = 2.0  # of rest before and after the work
+DRIFT = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Idle:
+    """Mean power at rest in W, of the devices of this process, or why there is none; `drifted` if it moved."""
+
+    power_w: float | None
+    reason: str | None
+    drift: float | None = None
+
+    def compared(self, after):
+        """This rest with another one's drift: more than DRIFT means that net energy is no good number."""
+        if self.power_w is None or after.power_w is None:
+            return self
+        return dataclasses.replace(self, drift=after.power_w / self.power_w - 1)
+
+    @property
+    def drifted(self):
+        return self.drift is not None and abs(self.drift) > DRIFT
+
+
+def idle_power(reader, sleep=time.sleep, seconds=IDLE_S):
+    """Power at rest: to be called with the device's client there and nothing running. No time passes where no energy
+    can be read."""
+    if reader.reason is not None:
+        return Idle(None, reader.reason)
+    with reader.window() as window:
+        sleep(seconds)
+    return Idle(window.result.mean_power_w, window.result.reason)

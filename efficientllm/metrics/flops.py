@@ -8,6 +8,7 @@ else: causal masks are not halved, and padding of a convolution counts.
 import math
 
 import jax
+from jax.interpreters import partial_eval
 
 # A kernel of its own says nothing of its products: count the plain form of the same function instead.
 OPAQUE = ("pallas_call", "ffi_call", "custom_call", "dot_product_attention", "triton_kernel_call")
@@ -20,6 +21,13 @@ def count_matmul_flops(fn, *args, **kwargs):
     `while` loop, whose trip count no jaxpr knows, and for opaque kernels.
     """
     return _count(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
+
+
+def count_needed_flops(fn, *args):
+    """`count_matmul_flops` of what some result depends on; the rest is left out, as the compiler leaves it out."""
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(used)
 
 
 def _count(jaxpr):

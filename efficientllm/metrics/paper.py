@@ -121,14 +121,16 @@ def _compression_rate(compression):
     return Reading(smaller * kept, "1", f"measured bytes and {compression.quality_name} (Eq. 9)")
 
 
-def energy_metrics(energy: EnergyWindow, tokens, idle_power_w=None):
+def energy_metrics(energy: EnergyWindow, tokens, idle=None):
     """`energy_j`, `j_per_token` (gross) and `j_per_token_net` (less idle power) as `{key: Reading}`.
 
-    `tokens` were processed in the window; `idle_power_w` was measured in the same process, devices at rest.
+    `tokens` were processed in the window; `idle` (`energy.Idle`) was measured in the same process, devices at rest.
     """
     source, reason = _energy_source(energy), energy.reason
-    gross = energy.energy_j
-    no_idle = reason or "idle power was not measured"
+    gross, idle_power_w = energy.energy_j, idle and idle.power_w
+    no_idle = reason or (idle and idle.reason) or "idle power was not measured"
+    if idle is not None and idle.drifted:
+        idle_power_w, no_idle = None, f"idle power drifted by {idle.drift:+.1%} over the run"
     net = None if gross is None or idle_power_w is None else gross - idle_power_w * energy.duration_s
     return {
         "energy_j": reading_or_missing(gross, "J", source, reason),

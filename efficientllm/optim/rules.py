@@ -1,5 +1,6 @@
 """From `config.train` to one optax transformation: clipping, direction, decay and rates by parameter name."""
 
+import operator
 import re
 
 import jax
@@ -39,13 +40,15 @@ def schedule(train):
     return build("schedule", train.schedule, where="config.train.schedule", steps=train.steps)
 
 
-def optimizer(train, params):
+def optimizer(train, params, rates=()):
     """The optax transformation of `config.train` for a parameter tree (abstract will do).
 
-    The update of a parameter is `-rate * lr * (direction + decay * parameter)`, after clipping by the global norm.
+    The update of a parameter is `-rate * lr * (direction + decay * parameter)`, after clipping by the global norm. Its
+    rate is that of `config.train.rates`, times that of the rules `rates` if one of them finds it.
     """
     decay = match(train.decay, params, "config.train.decay")
-    rates = match(train.rates, params, "config.train.rates")
+    own = match((*rates, (".*", 1.0)), params, "rates")
+    rates = jax.tree.map(operator.mul, own, match(train.rates, params, "config.train.rates"))
     return optax.chain(
         optax.clip_by_global_norm(train.clip) if train.clip else optax.identity(),
         build("optimizer", train.optimizer, where="config.train.optimizer"),

@@ -9,6 +9,7 @@ import math
 
 import jax.numpy as jnp
 
+from efficientllm.errors import UserError
 from efficientllm.registry import register
 
 
@@ -76,6 +77,35 @@ class Llama3(Unscaled):
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = jnp.clip(kept, 0.0, 1.0)
         return (1 - kept) * frequency / self.factor + kept * frequency, 1.0
+
+
+@register(
+    "rope_scaling",
+    "longrope",
+    example="longrope(short_factor=(1.0, 1.1), long_factor=(1.5, 4.0), original_length=16, amplitude=1.2)",
+)
+@dataclasses.dataclass(frozen=True)
+class LongRope(Unscaled):
+    """A divisor for each pair's frequency, one set up to the original length and one for batches that go beyond
+    (Ding et al. 2024, arXiv:2402.13753; Phi-3). `amplitude` is the factor on both waves.
+
+    As with `dynamic`, a batch's longest row decides for its others.
+    """
+
+    short_factor: tuple
+    long_factor: tuple
+    original_length: int
+    amplitude: float
+
+    def frequencies(self, base, K, positions_BT):
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(self, name)) != K // 2:
+                raise UserError(
+                    f"rope scaling longrope: {name} has {len(getattr(self, name))} values for {K // 2} pairs of a head"
+                )
+        is_long = jnp.max(positions_BT) + 1 > self.original_length
+        divisor = jnp.where(is_long, jnp.asarray(self.long_factor), jnp.asarray(self.short_factor))
+        return plain(base, K) / divisor, self.amplitude
 
 
 @register("rope_scaling", "yarn", example="yarn(factor=4.0, original_length=16, mscale_all_dim=1.0)")

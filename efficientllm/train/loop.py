@@ -113,9 +113,9 @@ class _Loop:
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
-        loss, grad_norm, targets = (float(metrics[key]) for key in ("loss", "grad_norm", "targets"))
-        seconds = self._measurement.step_done(targets)
-        self._progress.add(targets)
+        loss, grad_norm, tokens, samples = (float(metrics[key]) for key in ("loss", "grad_norm", "tokens", "samples"))
+        seconds = self._measurement.step_done(tokens, samples)
+        self._progress.add(tokens)
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
             raise Diverged(step, loss)
         if step % self._config.train.log_every == 0 or step == self._config.train.steps:

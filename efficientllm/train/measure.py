@@ -15,7 +15,7 @@ class Measurement:
         self._reader, self._sampler, self._clock = reader, sampler, clock
         self.timer = StepTimer()
         self.windows, self.averages = [], []
-        self.tokens = self.steps = 0
+        self.tokens = self.samples = self.steps = 0
         self.seconds = 0.0
         self._mark = None
 
@@ -31,7 +31,7 @@ class Measurement:
 
     def start(self):
         """Opens a segment."""
-        self._before = self.tokens, self.steps
+        self._before = self.tokens, self.samples, self.steps
         self._reader.start()
         self._mark = self._sampler.mark()
         self._begin = self.restart_clock()
@@ -41,13 +41,14 @@ class Measurement:
         self._last = self._clock()
         return self._last
 
-    def step_done(self, tokens):
-        """Adds a step of `tokens` tokens -> its seconds."""
+    def step_done(self, tokens, samples=0):
+        """Adds a step of `tokens` tokens in `samples` samples -> its seconds."""
         now = self._clock()
         seconds, self._last = now - self._last, now
         if self.running:
             self.timer.add(seconds)
             self.tokens += tokens
+            self.samples += samples
             self.steps += 1
         elif not self.steady:
             self.timer.add(seconds)
@@ -67,4 +68,4 @@ class Measurement:
             self._sampler.since(self._mark)
             self._reader.stop()
             self._mark = None
-            self.tokens, self.steps = self._before
+            self.tokens, self.samples, self.steps = self._before

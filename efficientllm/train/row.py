@@ -16,24 +16,34 @@ def all_energy(measurement):
     return energy.over_processes([energy.EnergyWindow(**window) for window in distributed.gather(own)])
 
 
-def readings(run, measurement, window):
-    """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`); `window` is its energy."""
+def all_idle(idle):
+    """The power at rest of all processes' devices; every process calls it, or none."""
+    found = [energy.Idle(**each) for each in distributed.gather(dataclasses.asdict(idle))]
+    if reason := next((each.reason for each in found if each.power_w is None), None):
+        return energy.Idle(None, reason)
+    drifts = [each.drift for each in found if each.drift is not None]
+    return energy.Idle(sum(each.power_w for each in found), None, max(drifts, key=abs, default=None))
+
+
+def readings(run, measurement, window, idle):
+    """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`); `window` is its energy, `idle`
+    the power at rest."""
     params = accounting.parameters(run.lm, run.boxed)
     if not measurement.steps:
         short = f"too short to measure: all of its {len(measurement.timer.discarded)} steps went into warming up"
         nothing = {key: missing(unit, short) for key, unit in paper.UNITS.items()}
         return nothing, {**physical_of_model(run, params), "tokens_per_s": missing("1/s", short)}
     work = paper.Work(
-        task="pretrain",
+        task=run.config.task,
         iterations_s=tuple(measurement.timer.samples),
         duration_s=measurement.seconds,
         params_active=params["active"],
-        tokens=measurement.tokens,
+        **({"samples": measurement.samples} if run.config.task == "tune" else {"tokens": measurement.tokens}),
     )
     study = paper.paper_metrics(work, sampler.combine(measurement.averages), window)
     physical = {
         **physical_of_model(run, params),
-        **paper.energy_metrics(window, measurement.tokens),
+        **paper.energy_metrics(window, measurement.tokens, idle),
         **_utilisation(run, measurement.steps, measurement.seconds),
         "tokens_per_s": Reading(
             measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"
@@ -49,19 +59,21 @@ def utilisation(run, step_seconds):
 
 
 def _utilisation(run, steps, seconds):
-    flops = accounting.train_flops(run.lm, run.boxed, run.length) * run.batch_size * steps
+    flops = accounting.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method) * steps
     return peaks.model_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(run.lm.precision))
 
 
 def physical_of_model(run, params):
     """What is known of the model without a clock: parameters, FLOPs, bytes."""
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.shaped.params))
-    flops = accounting.train_flops(run.lm, run.boxed, run.length) / run.length
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.shaped.all_params))
+    flops = accounting.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
+    flops /= run.length * run.batch_size
+    learnt = sum(leaf.size for leaf in jax.tree.leaves(run.shaped.params))
     formula = f"closed formula ({accounting.FLOP_CONVENTION})"
     return {
         "params_total": Reading(params["total"], "1", "parameter tree"),
         "params_active": Reading(params["active"], "1", "parameter tree, experts as far as a token is sent to them"),
-        "params_trainable": Reading(params["total"], "1", "parameter tree"),
+        "params_trainable": Reading(learnt, "1", "parameter tree"),
         "flops_per_token": Reading(flops, "FLOP", f"{formula}, forward and backward, row of {run.length}"),
         "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
         "peak_memory_bytes": memory.peak_bytes(jax.local_devices(), run.rss_before),

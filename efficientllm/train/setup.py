@@ -9,16 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import architecture, data, kernels, model, sharding
+from efficientllm.adapters.base import is_box
 from efficientllm.errors import UserError
 from efficientllm.metrics import host, peaks
 from efficientllm.optim import rules
+from efficientllm.registry import build
 from efficientllm.train import step
 from efficientllm.weights import activation_dtype
 
 
 @dataclasses.dataclass
 class Setup:
-    """The parts of a run. `shaped` is the abstract TrainState on its shardings, `boxed` its parameters with axes."""
+    """The parts of a run.
+
+    `shaped` is the abstract TrainState on its shardings; `boxed` are the plain model's abstract parameters with their
+    axes; `method` says what learns; `source` is the checkpoint the model comes from, or None.
+    """
 
     config: object
     mesh: object
@@ -26,6 +32,8 @@ class Setup:
     lm: object
     batches: object
     eval_batches: object
+    method: object
+    source: object
     boxed: dict
     shaped: step.TrainState
     shardings: step.TrainState
@@ -44,20 +52,23 @@ class Setup:
 
 def prepare(config, log):
     """Reads the data and describes the model; makes no array of it. Raises UserError."""
-    lm = architecture.check(config.model)  # a bad model is refused before any data is read
+    method = build("adapter", config.adapter, where="config.adapter")
+    source = open_pretrained(config.model.pretrained)
+    model_config = described(config.model, source)
+    lm = architecture.check(model_config)  # a bad model is refused before any data is read
     model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
     mesh = sharding.make_mesh(config.mesh)
     check_train(config.train, mesh)
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
-    tokenizer = data.build_tokenizer(config.tokenizer, config.data)
-    lm = architecture.from_config(config.model, tokenizer.vocab_size)
+    tokenizer = _tokenizer(config, source)
+    lm = _for_method(architecture.from_config(model_config, tokenizer.vocab_size), method)
     _check_sample(lm, config.sample, tokenizer)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     rows = (config.data, tokenizer, config.train.batch_size, config.train.length)
     with jax.set_mesh(mesh):
-        abstract = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
+        boxed = model.abstract_params(lm)
+        abstract = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length, method))
     shardings = sharding.shardings(abstract, mesh)
-    shaped = jax.tree.map(_shaped, nn.unbox(abstract), shardings)
     return Setup(
         config=config,
         mesh=mesh,
@@ -65,11 +76,59 @@ def prepare(config, log):
         lm=lm,
         batches=iter(data.train_iterator(*rows, seed=config.seed, **share)),
         eval_batches=data.eval_batches(*rows, limit=config.eval.batches or None, **share),
-        boxed=abstract.params,
-        shaped=shaped,
+        method=method,
+        source=source,
+        boxed=boxed,
+        shaped=jax.tree.map(_shaped, nn.unbox(abstract), shardings),
         shardings=shardings,
         rss_before=host.rss_bytes(),
     )
+
+
+def create_state(run):
+    """The TrainState before the first step, on its shardings: of a new model, or around a checkpoint's parameters."""
+    train, seed, method = run.config.train, run.config.seed, run.method
+    if run.source is None:
+        return step.jit_create(run.lm, train, seed, run.length, run.shardings, method)()
+    where = sharding.shardings(run.boxed, run.mesh)
+    params = run.source.load(jax.tree.map(_shaped, nn.unbox(run.boxed), where), lm=run.lm)
+
+    def around(params):
+        held = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), run.boxed, params, is_leaf=is_box)
+        return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, held))
+
+    return jax.jit(around, out_shardings=run.shardings, donate_argnums=0)(params)
+
+
+def open_pretrained(pretrained):
+    """The checkpoint `config.model.pretrained` names, or None for none."""
+    if not pretrained:
+        return None
+    from efficientllm import convert  # not needed by every run
+
+    return convert.open_source(pretrained)
+
+
+def described(model, source):
+    """`config.model` with what a checkpoint's files say of it."""
+    if source is None:
+        return model
+    complete = model.copy_and_resolve_references()
+    complete.update(source.model | {"pattern": tuple(source.model.get("pattern", ())), "parameters_of": ""})
+    return complete
+
+
+def _tokenizer(config, source):
+    if config.tokenizer != "pretrained":
+        return data.build_tokenizer(config.tokenizer, config.data)
+    if source is None:
+        raise UserError("config.tokenizer = 'pretrained' needs config.model.pretrained, the checkpoint it belongs to")
+    return data.build_tokenizer(source.tokenizer(), config.data)
+
+
+def _for_method(lm, method):
+    method.check(lm)
+    return lm.clone(scan=False) if method.unrolled else lm
 
 
 def _check_sample(lm, sample, tokenizer):
@@ -83,8 +142,8 @@ def _shaped(leaf, where):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def check_train(train, mesh):
-    """Refuses what can't be trained. Raises UserError naming the key."""
+def check_rows(train):
+    """Refuses counts that cannot be. Raises UserError naming the key."""
     for key in ("steps", "batch_size", "length", "accumulate", "log_every"):
         if train[key] < 1:
             raise UserError(f"config.train.{key} = {train[key]}: must be at least 1")
@@ -92,6 +151,11 @@ def check_train(train, mesh):
         raise UserError(
             f"config.train.accumulate = {train.accumulate}: must divide config.train.batch_size = {train.batch_size}"
         )
+
+
+def check_train(train, mesh):
+    """Refuses what can't be trained. Raises UserError naming the key."""
+    check_rows(train)
     rows, ways = train.batch_size // train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise UserError(
@@ -115,8 +179,8 @@ def compile_steps(setup):
             ("weights", jnp.float32),
         )
     }
-    train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, setup.shardings)
-    evaluate = step.jit_eval_step(setup.lm, setup.mesh, setup.shardings.params)
+    train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, setup.shardings, setup.method)
+    evaluate = step.jit_eval_step(setup.lm, setup.mesh, setup.shardings.all_params)
     begin = time.perf_counter()
     with kernels.recording() as used:
         lowered = train.lower(setup.shaped, batch)
@@ -126,7 +190,7 @@ def compile_steps(setup):
     peaks.measure_gemm_peak(activation_dtype(setup.lm.precision).name)  # at most once a host, and not between steps
     setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
     token_bytes = jax.ShapeDtypeStruct((setup.lm.vocab_size,), jnp.float32, sharding=sharding.replicated(setup.mesh))
-    return compiled, evaluate.lower(setup.shaped.params, batch, token_bytes).compile()
+    return compiled, evaluate.lower(setup.shaped.all_params, batch, token_bytes).compile()
 
 
 def token_bytes(setup):

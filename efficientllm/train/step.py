@@ -10,37 +10,63 @@ import optax
 
 from efficientllm import model as models
 from efficientllm import sharding
+from efficientllm.adapters.base import attach, join, split
+from efficientllm.adapters.lora import seeded
+from efficientllm.adapters.selected import Full
 from efficientllm.attention import Context
 from efficientllm.optim import rules
 from efficientllm.train.loss import nll_sum
 
+FULL = Full()
+
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `step` counts finished steps; `key` is folded with it, never split."""
+    """All that a step changes, and the parameters it only reads. `step` counts finished steps; `key` is folded with it,
+    never split.
+
+    `params` holds what learns, `frozen` the rest, each with None in the place of what is in the other.
+    """
 
     step: jax.Array
     params: dict
     opt_state: tuple
     key: jax.Array
+    frozen: dict
+
+    @property
+    def all_params(self):
+        """The model's parameters."""
+        return join(self.params, self.frozen)
 
 
-def init_state(lm, train, seed, length):
-    """A function of no arguments that makes the TrainState, parameters boxed with their logical axes."""
+def init_params(lm, seed, length):
+    """The model's own initial parameters, boxed with their logical axes."""
+    tokens_BT = jnp.zeros((1, length), jnp.int32)
+    return lm.init(jax.random.key(seed), tokens_BT, Context.packed(tokens_BT))["params"]
+
+
+def create(lm, train, method, seed, boxed, held):
+    """The TrainState of parameters `held`, all boxed; `boxed` is the plain model's tree (see `adapters.attach`)."""
+    key = jax.random.key(seed)
+    learnt, frozen = split(method, lm, attach(method, boxed, held, jax.random.fold_in(key, 1)))
+    opt_state = rules.optimizer(train, nn.unbox(learnt), method.rates).init(learnt)
+    return TrainState(jnp.zeros((), jnp.int32), learnt, opt_state, jax.random.key_data(key), frozen)
+
+
+def init_state(lm, train, seed, length, method=FULL):
+    """A function of no arguments that makes a new model's TrainState, boxed."""
 
     def init():
-        key = jax.random.key(seed)
-        tokens_BT = jnp.zeros((1, length), jnp.int32)
-        params = lm.init(key, tokens_BT, Context.packed(tokens_BT))["params"]
-        opt_state = rules.optimizer(train, nn.unbox(params)).init(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(key))
+        boxed = init_params(lm, seed, length)
+        return create(lm, train, method, seed, boxed, boxed)
 
     return init
 
 
-def jit_create(lm, train, seed, length, shardings):
+def jit_create(lm, train, seed, length, shardings, method=FULL):
     """A jitted function of no arguments: the TrainState on its shardings; no array is ever made unsharded."""
-    init = init_state(lm, train, seed, length)
+    init = init_state(lm, train, seed, length, method)
     return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)
 
 
@@ -59,40 +85,54 @@ def loss_fn(lm, params, batch, targets):
     return total, {"loss": cross_entropy, "total_loss": total, "aux": aux}
 
 
-def gradients(lm, params, batch, accumulate):
-    """Gradients and metrics of a step's batch, over `accumulate` micro-batches of its rows."""
-    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, lm), has_aux=True)
+def gradients(lm, learnt, batch, accumulate, frozen=None, key=None):
+    """Gradients of what learns and metrics of a step's batch, over `accumulate` micro-batches of its rows.
+
+    With a `key`, leaves that drop do so.
+    """
     targets = jnp.sum(batch["weights"]) / accumulate
+
+    def loss(learnt, micro, index):
+        params = learnt if frozen is None else join(learnt, frozen)
+        params = params if key is None else seeded(params, jax.random.fold_in(key, index))
+        return loss_fn(lm, params, micro, targets)
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
-        (_, metrics), grads = value_and_grad(params, batch, targets)
+        (_, metrics), grads = value_and_grad(learnt, batch, 0)
         return grads, metrics
 
     # Rows are dealt out in turn, so that every micro-batch lies on all devices without moving a row.
-    def split(leaf):
+    def split_rows(leaf):
         micro = leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
         return sharding.constrain(micro, None, "batch", *(None,) * (leaf.ndim - 1))
 
-    def one(micro):
-        (_, metrics), grads = value_and_grad(params, micro, targets)
+    def one(micro, index):
+        (_, metrics), grads = value_and_grad(learnt, micro, index)
         return grads, metrics
 
-    micros = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], micros))
+    micros = jax.tree.map(split_rows, batch), jnp.arange(accumulate)
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], micros))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), zeros, micros)
+    total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(*micro)), None), zeros, micros)
     return jax.tree.map(lambda leaf: leaf / accumulate, total)
 
 
-def train_step(lm, train, state, batch):
+def train_step(lm, train, method, state, batch):
     """One optimiser step -> `(state, metrics)`."""
-    grads, metrics = gradients(lm, state.params, batch, train.accumulate)
-    updates, opt_state = rules.optimizer(train, state.params).update(grads, state.opt_state, state.params)
+    key = None
+    if getattr(method, "dropout", 0):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    grads, metrics = gradients(lm, state.params, batch, train.accumulate, state.frozen, key)
+    optimizer = rules.optimizer(train, state.params, method.rates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    params = models.after_step(lm, params, metrics["aux"])
+    params, _ = split(method, lm, models.after_step(lm, join(params, state.frozen), metrics["aux"]))
     metrics |= {
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": rules.schedule(train)(state.step),
-        "targets": jnp.sum(batch["weights"]),
+        "tokens": jnp.sum(batch["segments"] > 0),
+        "samples": jnp.sum(jnp.max(batch["segments"], -1)),
     }
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
@@ -106,10 +146,10 @@ def eval_step(lm, params, batch, token_bytes_V):
     return nats, jnp.sum(batch["weights"]), jnp.sum(bytes_BT * batch["weights"])
 
 
-def jit_train_step(lm, train, mesh, state_shardings):
+def jit_train_step(lm, train, mesh, state_shardings, method=FULL):
     """`train_step` with explicit shardings; the state is donated, the batch split over rows."""
     return jax.jit(
-        functools.partial(train_step, lm, train),
+        functools.partial(train_step, lm, train, method),
         in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
         donate_argnums=0,

@@ -273,7 +273,7 @@ def test_a_cpu_has_no_reading_and_says_why():
     assert reader.sample() == {"power_w": None, "memory_bytes": None, "utilisation": None}
 
 
-@pytest.mark.parametrize("readable, said", [(True, "only NVML"), (False, "sudo chmod a+r")])
+@pytest.mark.parametrize("readable, said", [(True, "zeus"), (False, "sudo chmod a+r")])
 def test_rapl_gives_the_one_line_fix(monkeypatch, readable, said):
     monkeypatch.setattr(energy.glob, "glob", lambda _: ["/sys/class/powercap/intel-rapl:0/energy_uj"])
     monkeypatch.setattr(energy.os, "access", lambda *_: readable)

@@ -134,7 +134,7 @@ def _params(tensors, convert):
     }
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", [_mamba, _mamba2], ids=["mamba", "mamba2"])
 def test_logits_loss_and_gradients(family, seed):
     torch = pytest.importorskip("torch")
@@ -174,7 +174,7 @@ def _documents(rng, length):
     return rng.random((B, length)) > 0.1
 
 
-@pytest.mark.parametrize("length", [1, 31, 130])
+@pytest.mark.parametrize("length", [1, 31, pytest.param(130, marks=pytest.mark.slow)])
 def test_selective_scans_are_the_recurrence(length):
     rng = np.random.default_rng(length)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731

@@ -128,6 +128,7 @@ def _spec(**fields):
     return ", ".join(f"{key}={value!r}" for key, value in fields.items())
 
 
+@pytest.mark.xdist_group("rwkv package")
 @pytest.mark.parametrize("case, kernel", [(0, "sequential"), (0, "chunked"), (1, "auto")])
 def test_logits_are_the_packages(reference, case, kernel):
     shape, weights, ids, theirs = reference[case]
@@ -137,6 +138,7 @@ def test_logits_are_the_packages(reference, case, kernel):
     np.testing.assert_allclose(ours[0], theirs["logits"], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.xdist_group("rwkv package")
 @pytest.mark.parametrize("case", range(len(SHAPES)))
 def test_gradients_are_the_packages(reference, case):
     shape, weights, ids, theirs = reference[case]

@@ -33,6 +33,19 @@ def pack(documents, length):
     return _Restorable(rows)
 
 
+def fit(documents, length, bins=64):
+    """Rows of `length` tokens from an IterDataset of {"tokens", "targets", "weights"}: whole documents side by side.
+
+    Each goes into the first row with room for it, of `bins` that are filled at a time; what is longer than a row is cut
+    at its end. Padding takes what is left.
+    """
+    cut = documents.map(lambda document: {key: value[:length] for key, value in document.items()})
+    sizes = {"tokens": length, "targets": length, "weights": length}
+    return grain.experimental.FirstFitPackIterDataset(
+        cut, length_struct=sizes, num_packing_bins=bins, shuffle_bins=False
+    )
+
+
 def mix(rows, length, seed):
     """Rows in random order within windows of 512 (of 4M tokens, if rows are long), so that the rows of a long document
     do not share a batch."""
@@ -67,7 +80,7 @@ def _named(values):
         "targets": values["targets"],
         "segments": segments,
         "positions": values["tokens_positions"],
-        "weights": (segments > 0).astype(np.float32),
+        "weights": values.get("weights", segments > 0).astype(np.float32),
     }
 
 

@@ -1,4 +1,4 @@
-"""Pre-training: from a config to a trained model, its charts, its checkpoints and its row."""
+"""Pre-training and tuning: from a config to a trained model, its charts, its checkpoints and its row."""
 
 import contextlib
 import logging
@@ -7,12 +7,13 @@ import time
 import jax
 
 from efficientllm import distributed
+from efficientllm.adapters import folder as adapter_folder
 from efficientllm.infer.generate import generate
 from efficientllm.metrics import energy, provenance, record
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
 from efficientllm.registry import register
-from efficientllm.train import charts, evaluate, loop, row, setup, step
+from efficientllm.train import charts, evaluate, loop, row, setup
 from efficientllm.train.checkpoint import CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
 from efficientllm.train.progress import Progress, close_log, open_log
@@ -23,16 +24,21 @@ FAILED = 3
 
 
 @register("task", "pretrain")
-def pretrain(config, workdir):
-    """Trains to `config.train.steps`, resuming what the workdir holds -> exit status. Raises UserError."""
-    run = Pretraining(config, workdir)
+@register("task", "tune")
+def train(config, workdir):
+    """Trains to `config.train.steps`, resuming what the workdir holds -> exit status. Raises UserError.
+
+    Tuning is training that starts from `config.model.pretrained`; its row counts samples where pre-training's counts
+    tokens.
+    """
+    run = Training(config, workdir)
     try:
         return run.run()
     finally:
         run.close()
 
 
-class Pretraining:
+class Training:
     """One run from start to row. Only the main process writes logs, charts, samples and the row."""
 
     def __init__(self, config, workdir):
@@ -45,7 +51,8 @@ class Pretraining:
     def run(self):
         """Returns the exit status."""
         distributed.together(self._prepare)
-        self.reader = energy.open_reader(jax.local_devices())
+        self.reader = energy.open_reader(jax.local_devices(), meter=self.config.metrics.meter)
+        self.idle = energy.idle_power(self.reader)
         self.checkpoints = Checkpoints(self.workdir.checkpoints, self.config.checkpoint.keep)
         self.sampler = Sampler(jax.local_devices(), self.reader, self.config.metrics.interval_s).start()
         self.measurement = Measurement(self.reader, self.sampler)
@@ -91,28 +98,30 @@ class Pretraining:
         return 0
 
     def _restore_or_create(self):
-        restored = self.checkpoints.restore_newest(self.setup.shaped)
+        """The newest checkpoint's state, or a new one. What is frozen is in no checkpoint: it is made as it was."""
+        run, shaped = self.setup, self.setup.shaped
+        restored = self.checkpoints.restore_newest(shaped.replace(frozen=None))
         if restored is None:
-            run = self.setup
-            return step.jit_create(run.lm, self.config.train, self.config.seed, run.length, run.shardings)()
+            return setup.create_state(run)
         state, data_state = restored
-        self.setup.batches.set_state(data_state)
+        run.batches.set_state(data_state)
         self.first_step = int(state.step)
         log.info(f"resuming from step {self.first_step}")
-        return state
+        frozen = setup.create_state(run).frozen if jax.tree.leaves(shaped.frozen) else shaped.frozen
+        return state.replace(frozen=frozen)
 
     def _log(self, at, metrics, seconds):
         self.loss = float(metrics["loss"])
         log.info(self.progress.line(at, self.loss))
         if self.writer:
             shown = charts.scalars(metrics, len(self.setup.lm.blocks))
-            shown |= {"tokens_per_s": float(metrics["targets"]) / seconds, **self.sampler.latest()}
+            shown |= {"tokens_per_s": float(metrics["tokens"]) / seconds, **self.sampler.latest()}
             shown |= row.utilisation(self.setup, seconds)
             self.writer.scalars(at, shown)
 
     def _evaluate(self, at, state):
         self.evaluation = evaluate.evaluate(
-            self.compiled_eval, state.params, self.setup.eval_batches, self.token_bytes, self.setup.mesh
+            self.compiled_eval, state.all_params, self.setup.eval_batches, self.token_bytes, self.setup.mesh
         )
         log.info("held out  " + "  ".join(f"{key} {value:.4f}" for key, value in self.evaluation.items()))
         if self.writer:
@@ -120,15 +129,26 @@ class Pretraining:
         return self.evaluation["eval_loss"]
 
     def _save(self, at, state, loss):
-        self.checkpoints.save(at, state, self.setup.batches.get_state(), loss)
+        self.checkpoints.save(at, state.replace(frozen=None), self.setup.batches.get_state(), loss)
 
     def _finish(self, state):
-        sample = self._sample(state.params)
+        self._write_adapter(state)
+        sample = self._sample(state.all_params)
+        self.idle = row.all_idle(self.idle.compared(energy.idle_power(self.reader)))
         found = self._write_row("ok", row.all_energy(self.measurement))
         if self.main:
             log.info(f"\n{record.format_table(found)}\n\nsample: {sample!r}\n")
             log.info(f"row: {self.workdir.shown / 'record.json'}")
             log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
+
+    def _write_adapter(self, state):
+        """The adapter in peft's format, where peft has one and there is a checkpoint to put it around."""
+        run = self.setup
+        if run.source is None or not self.main or not adapter_folder.is_writable(self.config.adapter):
+            return
+        folder = self.workdir.path / "adapter"
+        adapter_folder.write(run.lm, self.config.adapter, state.params, folder, run.source)
+        log.info(f"adapter: {self.workdir.shown / 'adapter'}, in peft's format")
 
     def _sample(self, params):
         prompt = self.setup.tokenizer.encode(self.config.sample.prompt)
@@ -145,7 +165,7 @@ class Pretraining:
         return self.config.sample.prompt + self.setup.tokenizer.decode(jax.device_get(new)[0].tolist())
 
     def _write_row(self, outcome, energy_window):
-        study, physical = row.readings(self.setup, self.measurement, energy_window)
+        study, physical = row.readings(self.setup, self.measurement, energy_window, self.idle)
         found = record.build_record(
             outcome=outcome,
             name=self.config.name,

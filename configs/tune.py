@@ -1,0 +1,43 @@
+"""Fine-tuning of a pretrained model by one method: configs/tune.py:rslora.
+
+Batch, tokens and evaluation are the same for every method.
+"""
+
+from configs import base
+
+ADAPTERS = {
+    "lora": "lora(rank=64, alpha=128)",
+    "rslora": "rslora(rank=64, alpha=128)",
+    "dora": "dora(rank=64, alpha=128)",
+    "pissa": "pissa(rank=64, alpha=128)",
+    "lora_plus": "lora_plus(rank=64, alpha=128, ratio=16)",
+    "loha": "loha(rank=16, alpha=16)",
+    "lokr": "lokr(rank=16, alpha=16)",
+    "glora": "glora(rank=16)",
+    "freeze": "freeze(last=4)",
+    "full": "full()",
+}
+# Where everything learns, a step that suits an adapter would destroy what was learnt before.
+RATES = {"full": 2e-5, "freeze": 5e-5}
+
+
+def get_config(name="lora"):
+    config = base.get_config()
+    config.name = f"tune_{name}"
+    config.task = "tune"
+    config.model.pretrained = "smollm2-135m"
+    config.adapter = base.variant(ADAPTERS, name)
+    config.data = "doc_pairs()"
+    config.tokenizer = "pretrained"
+    config.train.steps = 40
+    config.train.batch_size = 4
+    config.train.length = 256
+    config.train.log_every = 1
+    config.train.schedule = f"cosine(peak={RATES.get(name, 2e-4)}, warmup=0.1, final=0.1)"
+    config.train.decay = ((".*", 0.0),)
+    config.eval.every = 20
+    config.eval.batches = 8
+    config.checkpoint.every = 20
+    config.sample.prompt = "What does `json.dumps(obj, indent=None)` do?"
+    config.sample.tokens = 48
+    return config

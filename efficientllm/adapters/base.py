@@ -1,0 +1,110 @@
+"""What every tuning method is, and the tree maps that apply one to a model."""
+
+import re
+import zlib
+
+import flax.linen as nn
+import jax
+
+from efficientllm.errors import UserError
+from efficientllm.optim.rules import path_of
+from efficientllm.weights import Weight
+
+KERNEL = re.compile(r"block_\d+/(?!.*\brouter/).*\bkernel$")  # of mixers and ffns; never routers, never the head
+
+
+class Method:
+    """A tuning method; subclasses are frozen dataclasses, and those with `learnt` have a field `target`, a regex.
+
+    Class attributes: `learnt` are the names of the arrays of the leaf that learn, empty where no leaf is made; `rates`
+    are (regex, factor) pairs that come before `config.train.rates`; `unrolled` is True where layers must be apart.
+    """
+
+    learnt = ()
+    rates = ()
+    unrolled = False
+
+    def wrap(self, held, names, key):
+        """The leaf in the place of `held`, a boxed array or a `Weight` of boxed arrays, `[..., in, out]`.
+
+        `names` are the kernel's logical axes, `key` is a random key of its own. The new arrays are boxed.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def trains(self, path, lm):
+        """Whether the parameter at `path` learns."""
+        return bool(self.learnt) and re.search(rf"/kernel/({'|'.join(self.learnt)})$", path) is not None
+
+    def targets(self, path):
+        """Whether the method puts a leaf around the kernel at `path`."""
+        return bool(self.learnt and KERNEL.search(path) and _pattern(self.target).search(path))
+
+    def step_flops(self, shape, rows):
+        """FLOPs that a leaf around a kernel of `shape` adds to a training step in which it multiplies `rows` rows."""
+        raise NotImplementedError(type(self).__name__)
+
+    def check(self, lm):
+        """Raises UserError where the method cannot be applied to `lm`."""
+
+
+def attach(method, boxed, held, key):
+    """The parameters `held` with the method's leaves around the kernels it targets, boxed.
+
+    `boxed` is the plain model's tree, abstract will do: its boxes name the axes. `held` has a boxed array or a `Weight`
+    of boxed arrays for each of them. Raises UserError for a target that is no regex or finds no kernel.
+    """
+    if not method.learnt:
+        return held
+    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)]
+    if not any(map(method.targets, paths)):
+        kernels = ", ".join(filter(KERNEL.search, paths))
+        raise UserError(f"config.adapter: target = {method.target!r} finds none of the kernels {kernels}")
+
+    def one(keys, box, leaf):
+        path = path_of(keys)
+        if not method.targets(path):
+            return leaf
+        return method.wrap(leaf, box.names, jax.random.fold_in(key, zlib.crc32(path.encode())))
+
+    return jax.tree_util.tree_map_with_path(one, boxed, held, is_leaf=is_box)
+
+
+def is_box(leaf):
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def box(value, names):
+    """`value` with its logical axes."""
+    return nn.LogicallyPartitioned(value, tuple(names))
+
+
+def split(method, lm, params):
+    """`(learnt, frozen)`: the tree twice, with None in the place of what is in the other. Boxed trees will do."""
+
+    def part(wanted):
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: leaf if method.trains(path_of(keys), lm) == wanted else None, params, is_leaf=is_box
+        )
+
+    return part(True), part(False)
+
+
+def join(learnt, frozen):
+    """The tree that `split` divided."""
+    return jax.tree.map(lambda a, b: b if a is None else a, learnt, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def merge(params):
+    """The plain parameters: every leaf as one float32 array."""
+    return jax.tree.map(
+        lambda leaf: leaf.dense() if isinstance(leaf, Weight) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Weight),
+    )
+
+
+def _pattern(target):
+    try:
+        return re.compile(target)
+    except re.error as error:
+        raise UserError(f"config.adapter: target = {target!r} is no regex: {error}") from None

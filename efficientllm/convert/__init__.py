@@ -1,0 +1,18 @@
+"""Checkpoints of others, in both directions.
+
+`open_source(pretrained)` describes a checkpoint and loads it onto shardings; `export(...)` writes a folder that
+transformers loads, and `convert(source, folder)` one straight from a source. A family is a description of its
+config.json and a name table (`families`, `tables`).
+"""
+
+import importlib
+
+# The package is imported to answer --help too, which needs no jax.
+_HOMES = {"Source": "source", "open_source": "source", "convert": "write", "export": "write"}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

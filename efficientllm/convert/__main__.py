@@ -1,0 +1,74 @@
+"""Checkpoints of others.
+
+  python -m efficientllm.convert SOURCE --out=FOLDER [--dtype=bfloat16] [--merge=ADAPTER]
+  python -m efficientllm.convert check SOURCE
+
+  SOURCE    a folder of safetensors, a GGUF file, 'owner/name' of the Hugging Face hub, or smollm2-135m
+  --out     a new folder that transformers loads: config.json, safetensors, the tokenizer's files
+  --merge   a folder of an adapter that peft or a tuning run wrote: what it adds is added to the kernels
+  --dtype   float32, float16 or bfloat16 (default: what SOURCE holds; float32 for a GGUF file)
+
+check reads SOURCE with both, and prints the greatest difference of logits and the mean KL divergence; it needs torch.
+Exit status: 0 ok, 1 check found more than rounding, 2 bad input.
+"""
+
+import argparse
+import sys
+
+from efficientllm.errors import UserError
+
+TOLERANCE = 1e-3  # of the greatest logit: float32 rounding over some dozens of layers
+
+
+def main(argv=None):
+    """Runs the command line `argv` and returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or {"-h", "--help"} & set(argv):
+        print(__doc__.strip())
+        return 0 if argv else 2
+    try:
+        return _check(argv[1:]) if argv[0] == "check" else _convert(argv)
+    except UserError as error:
+        print(f"efficientllm: {error}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see python -m efficientllm.convert --help")
+
+
+def _check(argv):
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("source")
+    given = parser.parse_args(argv)
+    from efficientllm.convert import check, open_source
+
+    found = check.compare(open_source(given.source))
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):24}{value:.6g}")
+    return 0 if found["max_logit_difference"] <= TOLERANCE * found["max_logit"] else 1
+
+
+def _convert(argv):
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("source")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--merge")
+    given = parser.parse_args(argv)
+    from efficientllm.convert import convert, open_source
+
+    source = open_source(given.source)
+    if given.merge:
+        from efficientllm.adapters.folder import merge_into
+
+        merge_into(source, given.merge, given.out, given.dtype)
+    else:
+        convert(source, given.out, given.dtype)
+    print(f"{given.source} -> {given.out}: {source.config['model_type']}, {given.dtype or source.stored_dtype}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""A checkpoint read by us and by transformers: how far their logits lie apart."""
+
+import importlib.util
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficientllm import model
+from efficientllm.attention import Context
+from efficientllm.errors import UserError
+
+TEXT = "The function returns a list of all the names in the module, sorted, or raises ValueError if there are none. "
+
+
+def compare(source, length=64):
+    """`{"tokens", "max_logit_difference", "max_logit", "mean_kl", "same_first_choice"}` in float32 on `length` tokens.
+
+    KL is theirs from ours, KL(theirs || ours), in nats a token. Raises UserError where torch is not installed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("check compares with transformers on torch; pip install 'efficientllm[peers]'")
+    ids = _ids(source, min(length, source.max_positions or length))
+    theirs, ours = _theirs(source, ids), _ours(source, ids)
+    p, q = jax.nn.log_softmax(theirs), jax.nn.log_softmax(ours)
+    return {
+        "tokens": ids.shape[1],
+        "max_logit_difference": float(jnp.max(jnp.abs(theirs - ours))),
+        "max_logit": float(jnp.max(jnp.abs(theirs))),
+        "mean_kl": float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))),
+        "same_first_choice": float(jnp.mean(jnp.argmax(theirs, -1) == jnp.argmax(ours, -1))),
+    }
+
+
+def _ids(source, length):
+    """Tokens `[1, length]` of a text, or random ones where the source has no tokenizer."""
+    from efficientllm.registry import build
+
+    vocab_size = source.lm().vocab_size
+    try:
+        tokenizer = build("tokenizer", source.tokenizer()).fit(None)
+    except UserError:
+        return np.random.default_rng(0).integers(0, vocab_size, (1, length), np.int32)
+    ids = tokenizer.encode(TEXT * length)[:length]
+    return np.asarray([ids], np.int32)
+
+
+def _ours(source, ids):
+    lm = source.lm()
+    params = source.load(nn.unbox(model.abstract_params(lm)))
+    positions_BT = np.arange(ids.shape[1], dtype=np.int32)[None]
+    return jax.jit(lm.apply)({"params": params}, ids, Context.packed(positions_BT))[0]
+
+
+def _theirs(source, ids):
+    import torch
+    import transformers
+
+    place = {"pretrained_model_name_or_path": source.path}
+    if source.path.is_file():
+        place = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        **place, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return jnp.asarray(loaded.eval()(torch.tensor(ids).long()).logits.numpy())

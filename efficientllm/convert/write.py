@@ -1,0 +1,204 @@
+"""Our parameters as a folder that transformers loads: config.json, safetensors, and the tokenizer's files."""
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from efficientllm import architecture
+from efficientllm.convert import binding, families, inverse
+from efficientllm.convert.facts import differences, facts
+from efficientllm.convert.safetensors_file import INDEX, SINGLE
+from efficientllm.convert.source import Source
+from efficientllm.errors import UserError, did_you_mean
+
+SHARD = 2 * 2**30  # bytes of a file; one is held in memory while it is written
+# fmt: off
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)
+# fmt: on
+
+
+def export(lm, params, folder, like, tokenizer=None, dtype=None, max_positions=None, shard=SHARD):
+    """Writes `params` of `lm` to a new folder.
+
+    Args:
+      like: the Source that they came from, or the name of a family (`families.FAMILIES`).
+      tokenizer: a fitted tokenizer (`data.tokenizers.Backed`); None takes the Source's.
+      dtype: of the tensors; None is each parameter's own.
+      max_positions: what config.json shall say; None is the Source's. A family needs one where it rotates.
+      shard: bytes of a file, of which there are several, with an index, where one is not enough.
+
+    Raises UserError if the folder holds something, or the family cannot say what the model is.
+    """
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+
+    def get(path, position):
+        return np.asarray(_at(flat[path], position) if position else flat[path])
+
+    config = _config(lm, like, max_positions)
+    with _new(folder) as new:
+        write_model(lm, new, config, get, lambda path: np.dtype(dtype or flat[path].dtype), shard)
+        _write_tokenizer(new, like, tokenizer)
+
+
+def convert(source, folder, dtype=None, shard=SHARD):
+    """Writes what `source` holds to a new folder, one file of it in memory at a time."""
+    lm = source.lm()
+    leaves = source.bind(lm)
+    dtype = np.dtype(dtype or source.stored_dtype)
+
+    def get(path, position):
+        leaf = leaves[path]
+        index = [slice(i, i + 1) for i in position] + [slice(None)] * (len(leaf.shape) - len(position))
+        return leaf.read(source.tensors, tuple(index), dtype)[(0,) * len(position)]
+
+    with _new(folder) as new:
+        write_model(lm, new, _config(lm, source, None), get, lambda path: dtype, shard)
+        _write_tokenizer(new, source, None)
+
+
+@jax.jit
+def _at(leaf, position):
+    return leaf[tuple(position)]
+
+
+def write_model(lm, folder, config, get, dtype_of, shard):
+    """config.json and the tensors of `get(path, leading position)` in `dtype_of(path)`."""
+    from safetensors.numpy import save_file
+
+    tensors = _tensors(binding.bind(lm, families.FAMILIES[config["model_type"]].table))
+    files = _files(tensors, dtype_of, shard)
+    for file, names in files.items():
+        held = {}
+        for name in names:
+            parts, layout, heads = tensors[name]
+            held[name] = np.ascontiguousarray(
+                layout.join([get(path, at).astype(dtype_of(path)) for path, _, at in parts], heads)
+            )
+        save_file(held, folder / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(_size(parts, dtype_of) for parts, _, _ in tensors.values())}}
+        index["weight_map"] = {name: file for file, names in files.items() for name in names}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    common = collections.Counter(dtype_of(path).name for parts, _, _ in tensors.values() for path, _, _ in parts)
+    config = config | {"dtype": common.most_common(1)[0][0]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _tensors(leaves):
+    """`{name on disk: (parts, layout, heads)}`, a part being (our path, its shape, leading position), in order."""
+    found = {}
+    for leaf in leaves.values():
+        for position, name in leaf.tensors():
+            parts, *_ = found.setdefault(name, ([None] * len(leaf.shapes), leaf.layout, leaf.heads))
+            parts[leaf.part] = (leaf.path, leaf.shapes[leaf.part], position)
+    return found
+
+
+def _files(tensors, dtype_of, shard):
+    """`{file: names of its tensors}`."""
+    groups, room = [[]], shard
+    for name, (parts, _, _) in tensors.items():
+        size = _size(parts, dtype_of)
+        if size > room and groups[-1]:
+            groups.append([])
+            room = shard
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _size(parts, dtype_of):
+    return sum(int(np.prod(shape, dtype=np.int64)) * dtype_of(path).itemsize for path, shape, _ in parts)
+
+
+def _config(lm, like, max_positions):
+    """The config.json to write, read back and compared with the model."""
+    ours = facts(lm)
+    if isinstance(like, Source):
+        config = {key: value for key, value in like.config.items() if key not in ("torch_dtype", "quantization_config")}
+        config |= {"max_position_embeddings": max_positions} if max_positions else {}
+    else:
+        config = _of_family(lm, ours, like, max_positions)
+    config["architectures"] = [families.FAMILIES[config["model_type"]].architecture]
+    try:
+        described = families.describe(config, "config.json")
+        theirs = facts(architecture.from_config(_model_config(described.model, lm)))
+    except UserError as error:
+        raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {error}") from None
+    if different := differences(ours, theirs):
+        raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {different[0]}")
+    return config
+
+
+def _of_family(lm, ours, name, max_positions):
+    if name not in families.FAMILIES:
+        known = ", ".join(families.FAMILIES)
+        raise UserError(
+            f"no family {name!r} of checkpoints; known: {known}{did_you_mean(str(name), families.FAMILIES)}"
+        )
+    if max_positions is None and not lm.position.startswith("none"):
+        raise UserError(f"a {name} checkpoint says how many positions it has: give max_positions")
+    return inverse.config_of(name, lm, ours, max_positions)
+
+
+def _model_config(model, lm):
+    from ml_collections import ConfigDict
+
+    return ConfigDict(model | {"precision": lm.precision, "attention_kernel": "auto", "remat": "none", "scan": True})
+
+
+@contextlib.contextmanager
+def _new(folder):
+    """A folder that stands under its name once it is whole. Raises UserError for one that holds something."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} holds something already; name a new folder")
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tokenizer(folder, like, tokenizer):
+    if tokenizer is not None:
+        _save_fast(tokenizer, folder)
+    elif isinstance(like, Source) and like.path.is_dir():
+        for name in _TOKENIZER_FILES:
+            if (like.path / name).is_file():
+                shutil.copyfile(like.path / name, folder / name)
+    elif isinstance(like, Source):
+        import transformers
+
+        loaded = transformers.AutoTokenizer.from_pretrained(like.path.parent, gguf_file=like.path.name)
+        loaded.save_pretrained(folder)
+
+
+def _save_fast(tokenizer, folder):
+    """A fitted tokenizer of ours as files of transformers; an eos behind its vocabulary becomes a token there."""
+    import transformers
+
+    backend = getattr(tokenizer, "backend", None)
+    if backend is None:
+        raise UserError(f"tokenizer {tokenizer.fingerprint!r} has no form that transformers reads")
+    eos = backend.id_to_token(tokenizer.eos_id) or "<|endoftext|>"
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
+    fast.save_pretrained(folder)

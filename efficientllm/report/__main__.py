@@ -1,0 +1,117 @@
+"""Compares rows: writes a report of many runs, or says whether one regressed against another.
+
+  python -m efficientllm.report RUNS... --out=DIR [--baseline=VARIANT]
+  python -m efficientllm.report --compare A B [--metric=NAME,...] [--margin=0.02]
+
+  RUNS, A, B            a record.json, a run's folder, or a folder of runs (such as a sweep's)
+  --out=DIR             where index.html, report.md, rows.csv, leaderboard.json and figures/ are written
+  --baseline=VARIANT    what the others are compared with (default: the sweep's, else the run that started first)
+  --compare             tells whether B is worse than A: the 95 % interval of B/A lies on the worse side of equal
+  --metric=NAME,...     the metrics that --compare looks at (default: time, energy, memory and held-out loss)
+  --margin=SHARE        how far an interval may reach on either side and still be equal
+
+Exit status: 0 ok or no regression, 1 B regressed, 2 bad input or rows that may not be compared.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from efficientllm.errors import UserError, did_you_mean
+
+FLAGS = ("--out", "--baseline", "--compare", "--metric", "--margin", "--help")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def main(argv=None):
+    """Runs the command line `argv` and returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or any(argument in ("-h", "--help") for argument in argv):
+        print(__doc__.strip())
+        return 0 if argv else 2
+    try:
+        options = parse(argv)
+        return compare(options) if options.compare else report(options)
+    except UserError as error:
+        print(f"efficientllm: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv):
+    """The options of a command line. Raises UserError."""
+    for argument in argv:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and name not in FLAGS:
+            raise UserError(f"no flag {name}; flags: {', '.join(FLAGS)}{did_you_mean(name, FLAGS)}")
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--out")
+    parser.add_argument("--baseline")
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--metric", default="")
+    parser.add_argument("--margin", type=float, default=0.02)
+    options = parser.parse_args(argv)
+    options.metrics = [metric for metric in options.metric.split(",") if metric]
+    _check(options)
+    return options
+
+
+def _check(options):
+    if options.compare and len(options.runs) != 2:
+        raise UserError(f"--compare takes two folders or rows, A and B, not {len(options.runs)}")
+    if options.compare and not 0 <= options.margin < 1:
+        raise UserError(f"--margin={options.margin}: a share from 0 to 1, such as 0.02")
+    if not options.compare and not options.runs:
+        raise UserError("no runs given; give a record.json, a run's folder or a folder of runs")
+    if not options.compare and not options.out:
+        raise UserError("--out=DIR is missing; for example --out=report")
+
+
+def compare(options):
+    """Prints B against A and returns 1 if it regressed, else 0."""
+    from efficientllm.report import rows
+    from efficientllm.report.compare import compare
+
+    a, b = (rows.read(rows.find([path])[0]) for path in options.runs)
+    lines, regressed = compare(a, b, options.metrics, options.margin)
+    print("\n".join(lines))
+    print("\nB regressed against A" if regressed else "\nno regression seen")
+    return int(regressed)
+
+
+def report(options):
+    """Writes the report's files and says where."""
+    from efficientllm.report import rows
+
+    files, orphans = rows.find(options.runs)
+    found = rows.read(files)
+    variants = sorted({row.variant for row in found})
+    if options.baseline and options.baseline not in variants:
+        near = did_you_mean(options.baseline, variants)
+        raise UserError(f"--baseline={options.baseline}: no such variant{near}; variants: {', '.join(variants)}")
+    from efficientllm.report import board, write
+
+    made = board.build(found, orphans, options.baseline)
+    write.write(made, found, _folder(options.out))
+    groups = made["groups"]
+    count = sum(len(group["variants"]) for group in groups)
+    print(f"rows {len(found)}, variants {count}, rankings {len(groups)}, failed {len(made['failures'])}")
+    print(f"report: {pathlib.Path(options.out) / 'index.html'}")
+    return 0
+
+
+def _folder(path):
+    folder = pathlib.Path(path)
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={path} cannot be written: {error.strerror}") from None
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What a report knows of a metric: its unit, which way is better, and how its numbers are printed."""
+
+import dataclasses
+import math
+
+from efficientllm.metrics.paper import UNITS
+from efficientllm.metrics.record import PHYSICAL_UNITS, QUALITY_UNITS
+
+# By the longest key that a metric's name starts with, so that `tpot_s_p95` is judged as `tpot_s`.
+BETTER = {
+    **dict.fromkeys(("amu", "al_s", "aec_w", "energy_j", "j_per_token", "peak_memory", "resident_weight"), "lower"),
+    **dict.fromkeys(("checkpoint_bytes", "ttft", "tpot", "flops_per_token", "kv_bytes", "compile_s"), "lower"),
+    **dict.fromkeys(("loss", "eval_loss", "perplexity", "bits_per_byte"), "lower"),
+    **dict.fromkeys(("pcu", "tt_", "st_", "it_", "mcr", "tokens_per_s", "mfu", "hfu", "mbu"), "higher"),
+}
+LABELS = {
+    "amu_gb": "AMU",
+    "amu_fraction": "AMU share",
+    "pcu": "PCU",
+    "al_s": "AL",
+    "tt_tokens_per_param_s": "TT",
+    "st_samples_per_param_s": "ST",
+    "it_tokens_per_s": "IT",
+    "aec_w": "AEC",
+    "mcr": "MCR",
+    "j_per_token": "J/token",
+    "j_per_token_net": "J/token net",
+    "tokens_per_s": "tokens/s",
+    "eval_loss": "eval loss",
+    "peak_memory_bytes": "peak memory",
+    "flops_per_token": "FLOPs/token",
+    "tpot_s": "TPOT",
+    "ttft_s": "TTFT",
+}
+THROUGHPUT = {"pretrain": "tt_tokens_per_param_s", "tune": "st_samples_per_param_s", "infer": "it_tokens_per_s"}
+QUALITY = tuple(QUALITY_UNITS)
+ENERGY = ("aec_w", "energy_j", "j_per_token")
+# Facts of the config: the same in every process, so that one pair of rows shows a difference.
+EXACT = ("flops_per_token", "params_", "kv_bytes_per_token", "resident_weight_bytes")
+_SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A metric as a report shows it; `better` is `lower`, `higher` or None where neither is."""
+
+    key: str
+    unit: str
+    better: str | None
+    group: str
+
+    @property
+    def label(self):
+        return LABELS.get(self.key, self.key.replace("_", " "))
+
+
+def column(key, unit, group):
+    """The column of a metric; estimates (`est_*`) have no better way, so that nothing ranks them."""
+    prefix = max((known for known in BETTER if key.startswith(known)), key=len, default=None)
+    return Column(key, unit, BETTER.get(prefix), group)
+
+
+def columns(rows):
+    """The columns of these rows: the known metrics in the order of the record, then those of other rows by name."""
+    known = {**dict.fromkeys(UNITS, "paper"), **dict.fromkeys(QUALITY_UNITS, "quality")}
+    known |= dict.fromkeys(PHYSICAL_UNITS, "physical")
+    units = {**UNITS, **QUALITY_UNITS, **PHYSICAL_UNITS}
+    extra = {key: row for row in rows for key in row.values if key not in known}
+    found = [column(key, units[key], group) for key, group in known.items()]
+    return found + [column(key, row.unit(key), row.group(key)) for key, row in sorted(extra.items())]
+
+
+def six(task):
+    """The study's six metrics for a task, its own throughput among them."""
+    return ("amu_gb", "pcu", "al_s", THROUGHPUT.get(task, THROUGHPUT["pretrain"]), "aec_w", "mcr")
+
+
+def is_energy(key):
+    return key.startswith(ENERGY)
+
+
+def is_exact(key):
+    return key.startswith(EXACT)
+
+
+def show(value, unit):
+    """`494 ms`, `1.31 M`, `–`: four digits, with the SI prefix that keeps them before the point."""
+    if value is None:
+        return "–"
+    unit = {"1": "", "bytes": "B", "1/s": "/s"}.get(unit, unit)
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g} {unit}".strip()
+    factor, prefix = next(((f, p) for f, p in _SI if abs(value) >= f * 0.99995), _SI[-1])
+    if unit in ("", "nat", "bit", "GB") and 1e-3 <= abs(value) < 1e4:
+        factor, prefix = 1, ""
+    if unit == "/s" and abs(value) < 1:  # 2 m/s would be a speed
+        return f"{value:.3e} /s"
+    return f"{value / factor:.4g} {prefix}{unit}".strip()

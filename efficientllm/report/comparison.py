@@ -1,0 +1,217 @@
+"""Which rows may stand in one ranking, and what the ranking says.
+
+Rows of one sweep, task, device and effective batch form a Group. Inside it a metric may ask for more: energy the same
+scope, quality the same tokens, data and tokenizer, memory the same allocator. A variant that differs from the baseline
+there is shown with the reason, and without ratio or rank.
+"""
+
+import collections
+import math
+import re
+
+import numpy as np
+
+from efficientllm.report import columns, ranking, statistics
+
+_ENERGY = re.compile(r"\((\w+), ([\w+-]+)")  # "nvml counter (measured, gpu, edges +-0.8 %)"
+
+
+class Group:
+    """Rows that share a ranking. `baseline` is a variant's name, or None where no row of it is here."""
+
+    def __init__(self, key, rows, baseline=None):
+        self.sweep, self.task, self.device, self.batch = key
+        self.rows = sorted(rows, key=lambda row: (row.block, row.order, row.started, str(row.path)))
+        self.variants = list(dict.fromkeys(row.variant for row in sorted(rows, key=lambda row: row.started)))
+        named = baseline or next((row.baseline for row in self.rows if row.baseline), None)
+        self.baseline = named if named in self.variants else (None if named else self.variants[0])
+        self.variants.sort(key=lambda variant: variant != self.baseline)
+        self.blocks = list(dict.fromkeys(row.block for row in self.rows if row.ok))
+        self.measured = [row for row in self.rows if row.ok and not row.predicted]
+
+    @property
+    def name(self):
+        parts = (self.sweep, self.task, self.device, self.batch)
+        return " · ".join(part for part in parts if part)
+
+    def of(self, variant):
+        return [row for row in self.rows if row.variant == variant]
+
+    def refusal(self, variant, key):
+        """Why this variant's metric is neither compared nor ranked, or None."""
+        rows = [row for row in self.measured if row.variant == variant]
+        if any(row.predicted for row in self.of(variant)):
+            return "predicted, not measured"
+        if not rows:
+            return f"no run ended well ({', '.join(sorted({row.outcome for row in self.of(variant)}))})"
+        known = [row for row in rows if row.values.get(key) is not None]
+        if not known:
+            return rows[0].reasons.get(key, "not recorded")
+        if self.baseline is None:
+            return "the baseline has no row here"
+        reference = [row for row in self.measured if row.variant == self.baseline and row.values.get(key) is not None]
+        if not reference:
+            return f"the baseline's is null: {self._why_null(key)}"
+        if any(row.values[key] <= 0 for row in known + reference):
+            return "not positive in every row: no ratio"
+        return differences(known, reference[0], key)
+
+    def _why_null(self, key):
+        rows = self.of(self.baseline)
+        return next((row.reasons[key] for row in rows if key in row.reasons), "no run of it ended well")
+
+    def logs(self, key, variants):
+        """`logs_VB`: log-ratios to the mean of the block's baselines; NaN where a block lacks one or the other."""
+        logs_VB = np.full((len(variants), len(self.blocks)), np.nan)
+        reference = self._means(self.baseline, key)
+        for v, variant in enumerate(variants):
+            for block, mean in self._means(variant, key).items():
+                if block in reference:
+                    logs_VB[v, self.blocks.index(block)] = mean - reference[block]
+        return logs_VB
+
+    def _means(self, variant, key):
+        found = collections.defaultdict(list)
+        for row in self.measured:
+            if row.variant == variant and (row.values.get(key) or 0) > 0:
+                found[row.block].append(math.log(row.values[key]))
+        return {block: sum(logs) / len(logs) for block, logs in found.items()}
+
+    def between(self, key, variant, other):
+        """`(Interval of variant over other or None, reason or None)`: paired in every block that holds both."""
+        reason = self.refusal(variant, key) or self.refusal(other, key)
+        if reason:
+            return None, reason
+        a, b = self._means(variant, key), self._means(other, key)
+        shared = [block for block in self.blocks if block in a and block in b]
+        if not shared:
+            return None, "no block holds both"
+        logs_B = [a[block] - b[block] for block in shared]
+        return statistics.ratio_interval(logs_B, columns.is_exact(key)), None
+
+    def compare(self, key, better):
+        """`{variant: cell}` and `wins` (`{variant: {variant: share}}`) of a metric; every number a plain one."""
+        reasons = {variant: self.refusal(variant, key) for variant in self.variants}
+        cells = {variant: self._cell(variant, key, reasons[variant], better) for variant in self.variants}
+        ranked = self.ranked(key)
+        if better is None or len(ranked) < 2:
+            return cells, {}
+        logs_VB = self.logs(key, ranked)
+        draws_RV = statistics.draws(logs_VB)
+        sure = self.is_sure(key, ranked)
+        for variant, (rank, low, high) in zip(
+            ranked, ranking.ranks(np.nanmean(logs_VB, 1), draws_RV, better), strict=True
+        ):
+            cells[variant] |= {"rank": rank, "rank_low": low if sure else None, "rank_high": high if sure else None}
+        if not sure:
+            return cells, {}
+        wins_VV = ranking.wins(draws_RV, better)
+        return cells, {a: dict(zip(ranked, row, strict=True)) for a, row in zip(ranked, wins_VV.tolist(), strict=True)}
+
+    def ranked(self, key):
+        """The variants that this metric ranks: compared with the baseline in at least one block."""
+        able = [variant for variant in self.variants if self.refusal(variant, key) is None]
+        if not able:
+            return []
+        return [v for v, row in zip(able, np.isfinite(self.logs(key, able)).any(1), strict=True) if row]
+
+    def is_sure(self, key, variants):
+        """Whether draws of these variants say anything: two blocks each, or values that need only one."""
+        return columns.is_exact(key) or bool((np.isfinite(self.logs(key, variants)).sum(1) > 1).all())
+
+    def _cell(self, variant, key, reason, better):
+        values = [row.values[key] for row in self.of(variant) if row.ok and row.values.get(key) is not None]
+        cell = {"mean": statistics.centre(values), "n": len(values), "reason": reason}
+        if reason or variant == self.baseline:
+            return cell
+        logs_B = self.logs(key, [variant])[0]
+        interval = statistics.ratio_interval(logs_B[np.isfinite(logs_B)], columns.is_exact(key))
+        if interval is None:
+            return cell | {"reason": "no block holds it and the baseline"}
+        return cell | {
+            "ratio": interval.ratio,
+            "low": interval.low,
+            "high": interval.high,
+            "blocks": interval.blocks,
+            "method": interval.method,
+            "verdict": statistics.verdict(interval, better),
+        }
+
+    def noise(self, key):
+        """The statistics.Noise of the baseline against itself, or None where no block holds it twice.
+
+        Pairs are the first and the last baseline of a block, or a variant of the very same config.
+        """
+        pairs, baselines = [], 1
+        rows = [row for row in self.measured if row.variant == self.baseline and (row.values.get(key) or 0) > 0]
+        for block in self.blocks:
+            own = [row.values[key] for row in rows if row.block == block]
+            if len(own) > 1:
+                pairs.append(math.log(own[-1] / own[0]))
+                baselines = 2
+        for variant in self.twins():
+            if not pairs and self.refusal(variant, key) is None:
+                logs_B = self.logs(key, [variant])[0]
+                pairs = logs_B[np.isfinite(logs_B)].tolist()
+        return statistics.noise(pairs, baselines, len(self.blocks))
+
+    def twins(self):
+        """Variants whose config is the baseline's: what the harness sees between them is noise."""
+        identities = {row.identity for row in self.rows if row.variant == self.baseline}
+        return [v for v in self.variants if v != self.baseline and {row.identity for row in self.of(v)} == identities]
+
+
+def groups(rows, baseline=None):
+    """The Groups of these rows, rows of a sweep first."""
+    found = collections.defaultdict(list)
+    for row in rows:
+        found[_key(row)].append(row)
+    return [Group(key, found[key], baseline) for key in sorted(found, key=lambda key: (not key[0], key))]
+
+
+def _key(row):
+    return row.sweep.get("name") or "", row.task + (" (predicted)" if row.predicted else ""), device(row), batch(row)
+
+
+def device(row):
+    """What the run ran on: `2 x NVIDIA H100`; of a CPU also the processor, as XLA calls every CPU `cpu`."""
+    devices = row.record["provenance"].get("devices") or {}
+    kind = devices.get("kind") or "unknown device"
+    if devices.get("platform") == "cpu":
+        processor = (row.record["provenance"].get("host") or {}).get("processor") or {}
+        kind = f"{processor.get('name') or kind}, {processor.get('cores')} cores"
+    return f"{devices.get('count') or 1} x {kind}"
+
+
+def batch(row):
+    """The effective batch: sequences and tokens a step (requests and prompts where the task is infer)."""
+    config = row.config
+    if row.task == "infer":
+        keys = ("infer.batch_size", "infer.prompts", "infer.prompt_length", "infer.max_new_tokens")
+        return ", ".join(f"{key.partition('.')[2]} {config[key]}" for key in keys if key in config)[:80]
+    return f"{config.get('train.batch_size')} x {config.get('train.length')} tokens a step"
+
+
+def differences(rows, reference, key):
+    """How the first row that may not be compared differs from the baseline's, in words; None where all may."""
+    expected = _conditions(reference, key)
+    for row in rows:
+        for what, value in _conditions(row, key).items():
+            if value != expected[what]:
+                return f"another {what} than the baseline's: {value}, not {expected[what]}"
+    return None
+
+
+def _conditions(row, key):
+    """What must be equal for two rows' metric to be compared, beyond their group."""
+    if columns.is_energy(key):
+        found = _ENERGY.search(row.source(key))
+        return {"kind of energy figure": found and found[1], "energy scope": found and found[2]}
+    if key in columns.QUALITY:
+        shape = [row.config.get(f"train.{part}") for part in ("steps", "batch_size", "length")]
+        tokens = math.prod(shape) if all(isinstance(part, int) for part in shape) else None
+        asked = {"number of tokens": tokens, "data": row.config.get("data")}
+        return asked if key == "bits_per_byte" else asked | {"tokenizer": row.config.get("tokenizer")}
+    if key.startswith(("amu", "peak_memory")):
+        return {"allocator": (row.record["provenance"].get("allocator") or {}).get("preallocates")}
+    return {}

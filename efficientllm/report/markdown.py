@@ -1,0 +1,137 @@
+"""The report as Markdown."""
+
+from efficientllm.report.columns import show
+
+_ALWAYS = ("eval_loss", "j_per_token", "tokens_per_s", "peak_memory_bytes")
+
+
+def text(board, figures):
+    """`report.md` of a leaderboard; `figures` are `{group name: [(title, file), ...]}` relative to it."""
+    parts = ["# Report", _counts(board)]
+    for group in board["groups"]:
+        parts += [f"## {group['name']}", _setting(group), _table(group, board["columns"]), _score(group)]
+        parts += [_noise(group), _ranks(group, board["columns"])]
+        parts += [f"![{title}]({file})" for title, file in figures.get(group["name"], ())]
+        parts += [_study(entry) for entry in group["study"]]
+    parts += [_claims(board["claims"]), _failures(board), METHOD]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+METHOD = """## How to read it
+
+A row is one process. A ratio is to the baseline of the same block, paired in logs; its 95 % interval is a bootstrap
+over blocks (Student's t below six). "No difference seen" is not "equal": equal is an interval within ±2 %. Rows of
+another device, energy scope or effective batch share no ranking. "–" is a null: the reason stands in
+`leaderboard.json` and in the page's titles."""
+
+
+def _counts(board):
+    failed = len(board["failures"])
+    return f"Rows: {board['rows']}. Rankings, never mixed: {len(board['groups'])}. Failed rows: {failed}."
+
+
+def _setting(group):
+    return f"Baseline: {group['baseline'] or 'no row of it is here'}. Blocks: {group['blocks']}."
+
+
+def table(head, rows):
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def chosen(group, columns):
+    """The columns shown at first: the study's six, and of some others those that hold a value."""
+    shown = [*group["six"], *_ALWAYS]
+    held = {key for variant in group["variants"] for key, cell in variant["cells"].items() if cell["mean"] is not None}
+    return [c for key in shown for c in columns if c["key"] == key and (key in group["six"] or key in held)]
+
+
+def _table(group, columns):
+    shown = chosen(group, columns)
+    head = ["variant", "rows", *(f"{c['label']} ({c['unit']})" for c in shown)]
+    rows = []
+    for variant in group["variants"]:
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in variant["outcomes"].items())
+        cells = [_cell(variant["cells"][c["key"]], c["unit"]) for c in shown]
+        rows.append([f"**{variant['variant']}**", outcomes, *cells])
+    return table(head, rows)
+
+
+def _cell(cell, unit):
+    value = show(cell["mean"], unit)
+    return value if "ratio" not in cell else f"{value} (×{ratio(cell)})"
+
+
+def ratio(entry):
+    """`1.24, 1.20–1.28`: a ratio and its interval."""
+    if entry["low"] is None:
+        return f"{entry['ratio']:.3f}, no interval"
+    return f"{entry['ratio']:.3f}, {entry['low']:.3f}–{entry['high']:.3f}"
+
+
+def _score(group):
+    of, over = group["score"]["of"], group["score"]["over"]
+    if not of:
+        return "Efficiency Score: null, no metric of Eq. 12 is known of every variant."
+    scores = ", ".join(f"{v['variant']} {v['efficiency_score']:.3f}" for v in group["variants"] if v["variant"] in over)
+    part = "" if len(of) == 5 else f", {len(of)} of Eq. 12's five: not the study's score"
+    return f"Efficiency Score over the group {', '.join(over)} (mean of the ratios of {', '.join(of)}{part}): {scores}."
+
+
+def _noise(group):
+    if not group["noise"]:
+        return "Noise floor: unknown, no block holds the baseline twice."
+    head = ["metric", "baseline / itself", "pairs", "smallest effect seen in 4 sweeps of 5", "blocks to see 3 %"]
+    rows = []
+    for key, found in group["noise"].items():
+        smallest = "–" if found["smallest_effect"] is None else f"{found['smallest_effect']:.1%}"
+        rows.append([key, ratio(found), found["pairs"], smallest, found["blocks_for_3_percent"]])
+    return f"Noise floor, from the baseline against itself:\n\n{table(head, rows)}"
+
+
+def _ranks(group, columns):
+    units = {column["key"]: column for column in columns}
+    rows = []
+    for key in group["wins"]:
+        if units[key]["better"]:
+            ranked = [(v["cells"][key], v["variant"]) for v in group["variants"] if "rank" in v["cells"][key]]
+            ranked.sort(key=lambda pair: pair[0]["rank"])
+            order = ", ".join(f"{name} {c['rank']:g} ({c['rank_low']:g}–{c['rank_high']:g})" for c, name in ranked)
+            rows.append([key, units[key]["better"], order])
+    return rows and f"Ranks with 95 % intervals:\n\n{table(['metric', 'better', 'rank (interval)'], rows)}"
+
+
+def _study(entry):
+    head = ["variant", "metric", "study / its baseline", "here", ""]
+    rows = [
+        [
+            row["variant"],
+            row["metric"],
+            f"{row['study_ratio']:.3f}",
+            ratio(row) if "ratio" in row else f"– ({row['reason']})",
+            row["agrees"],
+        ]
+        for row in entry["rows"]
+    ]
+    note = f" {entry['note']}." if entry["note"] else ""
+    return f"Beside the study, table `{entry['table']}` ({entry['trust']}).{note}\n\n{table(head, rows)}"
+
+
+def _claims(claims):
+    rows = []
+    for claim in claims:
+        found = "; ".join(f"{p['variant']} / {p['against']} {ratio(p)}" for p in claim["pairs"] if "ratio" in p)
+        said = f"{claim['metric']} ratio {claim['ratio']}"
+        rows.append(
+            [claim["name"], f"{claim['says']} ({claim['where']})", said, claim["status"], found or claim["reason"]]
+        )
+    return "## The study's claims\n\n" + table(["claim", "says", "checked as", "here", "ratios, or why not"], rows)
+
+
+def _failures(board):
+    lines = [[f["variant"], f["block"], f["outcome"], f["path"]] for f in board["failures"]]
+    lines += [["?", "", "no row", path] for path in board["without_row"]]
+    return lines and "## Failed rows\n\n" + table(["variant", "block", "outcome", "row"], lines)

@@ -1,0 +1,77 @@
+/* The page's data, and how its parts are made and printed. */
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const BOARD = DATA.board;
+const COLUMNS = Object.fromEntries(BOARD.columns.map((column) => [column.key, column]));
+const PREFIXES = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""], [1e-3, "m"], [1e-6, "µ"], [1e-9, "n"]];
+
+const byId = (id) => document.getElementById(id);
+
+/* An element: make("td", {class: "null", title: "why"}, "text", child, ...). */
+function make(name, attributes = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (value === true) element.setAttribute(key, "");
+    else if (value !== null && value !== undefined && value !== false) element.setAttribute(key, value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+function digits(value) {
+  return Number(value.toPrecision(4)).toString();
+}
+
+/* "494 ms", "1.31 M", "–": four digits, with the SI prefix that keeps them before the point. */
+function show(value, unit) {
+  if (value === null || value === undefined) return "–";
+  const named = { 1: "", bytes: "B", "1/s": "/s" }[unit] ?? unit;
+  let [factor, prefix] = PREFIXES.find(([size]) => Math.abs(value) >= size * 0.99995) ?? PREFIXES[PREFIXES.length - 1];
+  const plain = ["", "nat", "bit", "GB"].includes(named) && Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4;
+  if (value === 0 || plain) [factor, prefix] = [1, ""];
+  if (named === "/s" && Math.abs(value) < 1) return `${value.toExponential(3)} /s`; // 2 m/s would be a speed
+  return `${digits(value / factor)} ${prefix}${named}`.trim();
+}
+
+function showRatio(entry) {
+  if (entry.low === null || entry.low === undefined) return `×${entry.ratio.toFixed(3)}, no interval`;
+  return `×${entry.ratio.toFixed(3)} (${entry.low.toFixed(3)}–${entry.high.toFixed(3)})`;
+}
+
+function percent(share) {
+  return share === null || share === undefined ? "–" : `${Math.round(share * 100)} %`;
+}
+
+/* A value, or a dash with the reason as its title. */
+function valueNode(cell, unit) {
+  if (cell.mean !== null) return document.createTextNode(show(cell.mean, unit));
+  return make("span", { class: "null", title: cell.reason, tabindex: "0", "aria-label": `null: ${cell.reason}` }, "–");
+}
+
+/* A table in a box that scrolls sideways: heads are strings, rows are lists of strings or nodes. */
+function plainTable(caption, heads, rows, classes = []) {
+  const head = make("tr", {}, ...heads.map((text, i) => make("th", { scope: "col", class: classes[i] }, text)));
+  const body = rows.map((row) =>
+    make("tr", {}, ...row.map((cell, i) =>
+      i === 0 ? make("th", { scope: "row" }, cell) : make("td", { class: classes[i] }, cell))));
+  const table = make("table", {}, caption ? make("caption", {}, caption) : null,
+    make("thead", {}, head), make("tbody", {}, ...body));
+  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption || heads[0] }, table);
+}
+
+function fillSelect(select, pairs, chosen) {
+  select.replaceChildren(...pairs.map(([value, text]) => make("option", { value, selected: value === chosen }, text)));
+}
+
+function groupOptions() {
+  return BOARD.groups.map((group, i) => [String(i), group.name]);
+}
+
+/* Metrics of a group that hold a value, optionally only those that have a better way. */
+function heldMetrics(group, judged = true) {
+  return BOARD.columns.filter((column) => (!judged || column.better) &&
+    group.variants.some((variant) => variant.cells[column.key].mean !== null));
+}
+
+function metricOptions(columns) {
+  return columns.map((column) => [column.key, `${column.label} (${column.key})`]);
+}

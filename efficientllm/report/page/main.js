@@ -1,0 +1,99 @@
+/* Puts the page together. */
+function setTheme(name) {
+  document.documentElement.dataset.theme = name;
+}
+
+function setUpTheme() {
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  let own = null;
+  try { own = localStorage.getItem("efficientllm-theme"); } catch { own = null; } // a browser may keep no storage for files
+  setTheme(own ?? (system.matches ? "dark" : "light"));
+  system.addEventListener("change", () => {
+    if (own === null) { setTheme(system.matches ? "dark" : "light"); renderCharts(); }
+  });
+  byId("theme").addEventListener("click", () => {
+    own = theme() === "dark" ? "light" : "dark";
+    setTheme(own);
+    try { localStorage.setItem("efficientllm-theme", own); } catch { /* the switch still works for this visit */ }
+    renderCharts();
+  });
+}
+
+function renderSummary() {
+  const devices = [...new Set(BOARD.groups.map((group) => group.device))].join("; ");
+  const count = BOARD.groups.reduce((sum, group) => sum + group.variants.length, 0);
+  const failed = BOARD.failures.length ? `, ${BOARD.failures.length} failed` : "";
+  const groups = BOARD.groups.length === 1 ? "one ranking" : `${BOARD.groups.length} rankings that are never mixed`;
+  byId("summary").textContent = `${BOARD.rows} rows${failed}, ${count} variants in ${groups}. ${devices}`;
+}
+
+function answerNode(query, group) {
+  const { fit, out } = answer(query, group), unit = COLUMNS[query.key].unit;
+  const best = fit[0], second = fit[1];
+  const lines = [make("h3", {}, group.name)];
+  if (!best) lines.push(make("p", { class: "answer" }, "No variant fits."));
+  else {
+    const ratio = best.cell.ratio === undefined ? "the baseline" : showRatio(best.cell);
+    lines.push(make("p", { class: "answer" }, make("b", {}, best.variant.variant), ` ${show(best.cell.mean, unit)} · ${ratio}`,
+      best.sure ? "" : make("span", { class: "open" }, " · a condition lies within its interval: not certain")));
+  }
+  if (second) {
+    const share = group.wins[query.key]?.[best.variant.variant]?.[second.variant.variant];
+    const better = COLUMNS[query.key].better === (query.most ? "higher" : "lower");
+    const sure = share === undefined ? "" : `; it is ahead with a probability of ${percent(better ? share : 1 - share)}`;
+    lines.push(make("p", { class: "hint" }, `Next: ${second.variant.variant} ${show(second.cell.mean, unit)}${sure}. ${fit.length} fit.`));
+  }
+  if (out.length) {
+    lines.push(make("details", {}, make("summary", {}, `${out.length} ${out.length === 1 ? "does" : "do"} not fit`),
+      ...out.map((one) => make("p", { class: "hint" }, `${one.variant.variant}: ${one.why}`))));
+  }
+  return make("div", { class: "answer-group" }, ...lines);
+}
+
+function ask() {
+  const error = byId("query-error"), result = byId("query-result");
+  error.hidden = true;
+  byId("query").removeAttribute("aria-invalid");
+  try {
+    const query = parseQuery(byId("query").value);
+    result.replaceChildren(...BOARD.groups.map((group) => answerNode(query, group)));
+  } catch (problem) {
+    if (!(problem instanceof QueryError)) throw problem;
+    result.replaceChildren();
+    error.textContent = problem.message;
+    error.hidden = false;
+    byId("query").setAttribute("aria-invalid", "true");
+  }
+}
+
+function setUpQuery() {
+  const held = new Set(BOARD.groups.flatMap((group) => heldMetrics(group).map((column) => column.key)));
+  const everywhere = (key) => BOARD.groups.every((group) => heldMetrics(group).some((column) => column.key === key));
+  const costs = ["j_per_token", "tpot_s", "al_s", "amu_gb"].filter((key) => held.has(key));
+  const cost = costs.find(everywhere) ?? costs[0] ?? [...held][0] ?? "al_s";
+  const quality = ["eval_loss", "loss", "mcr"].find((key) => held.has(key));
+  byId("query").value = quality && quality !== "mcr" ? `least ${cost} with ${quality} <= +1 %` : `least ${cost}`;
+  byId("query-help").textContent = "least|most METRIC with METRIC <= VALUE and … · values: 20 ms, 3.5 GB, 0.2, or +1 % of the baseline's";
+  byId("query-form").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+  ask();
+}
+
+async function start() {
+  setUpTheme();
+  renderSummary();
+  setUpQuery();
+  setUpTable();
+  renderStudy();
+  renderClaims();
+  renderNoise();
+  renderFailures();
+  fillSelect(byId("ranks-group"), groupOptions(), "0");
+  byId("ranks-group").addEventListener("change", setUpRanks);
+  byId("ranks-metric").addEventListener("change", renderRanks);
+  setUpRanks();
+  try { await loadPlotly(); } catch (problem) { console.warn(`charts need a browser with DecompressionStream: ${problem}`); }
+  setUpCharts();
+  document.documentElement.dataset.ready = "yes";
+}
+
+start();

@@ -1,0 +1,139 @@
+/* The table of variants: sorted, filtered, grouped, with the study's rows on demand. */
+const FIRST = ["eval_loss", "loss", "j_per_token", "tokens_per_s", "peak_memory_bytes", "flops_per_token", "params_active"];
+const GROUPINGS = {
+  ranking: ["ranking group", (entry) => entry.group.name],
+  device: ["device", (entry) => entry.group.device],
+  scale: ["scale", (entry) => entry.variant.scale ?? "–"],
+  axis: ["study axis", (entry) => entry.variant.axis],
+  task: ["task", (entry) => entry.group.task],
+};
+const tableState = { sort: null, descending: false, columns: [] };
+
+function allEntries() {
+  return BOARD.groups.flatMap((group) => group.variants.map((variant) => ({ group, variant })));
+}
+
+function initialColumns() {
+  const six = new Set(BOARD.groups.flatMap((group) => group.six));
+  const held = new Set(BOARD.groups.flatMap((group) => heldMetrics(group, false).map((column) => column.key)));
+  const keys = BOARD.columns.map((column) => column.key);
+  return keys.filter((key) => six.has(key) || (FIRST.includes(key) && held.has(key)));
+}
+
+/* What the filter searches: names, techniques, outcomes and setting; every word must occur. */
+function matches(entry, words) {
+  const { group, variant } = entry;
+  const text = [variant.variant, variant.axis, group.name, ...Object.values(variant.techniques), ...Object.keys(variant.outcomes)];
+  const all = text.join(" ").toLowerCase();
+  return words.every((word) => all.includes(word));
+}
+
+function sortValue(entry, key) {
+  if (key === "variant") return entry.variant.variant;
+  if (key === "rows") return Object.values(entry.variant.outcomes).reduce((a, b) => a + b, 0);
+  if (key === "score") return entry.variant.efficiency_score;
+  return entry.variant.cells[key].mean;
+}
+
+/* Nulls stay at the end, whichever way. */
+function sorted(entries) {
+  const { sort, descending } = tableState;
+  if (!sort) return entries;
+  return [...entries].sort((a, b) => {
+    const x = sortValue(a, sort), y = sortValue(b, sort);
+    if (x === null || y === null) return (x === null) - (y === null);
+    const order = typeof x === "string" ? x.localeCompare(y) : x - y;
+    return descending ? -order : order;
+  });
+}
+
+function headCell(key, label, hint) {
+  const direction = tableState.sort === key ? (tableState.descending ? "descending" : "ascending") : "none";
+  const button = make("button", { type: "button", "data-sort": key }, label);
+  button.addEventListener("click", () => {
+    tableState.descending = tableState.sort === key && !tableState.descending;
+    tableState.sort = key;
+    renderTable();
+    document.querySelector(`[data-sort="${key}"]`)?.focus();
+  });
+  return make("th", { scope: "col", "aria-sort": direction }, button, make("small", {}, hint));
+}
+
+function ratioNode(cell) {
+  if (cell.ratio === undefined) return null;
+  const verdict = cell.verdict;
+  const mark = verdict.startsWith("better") ? "▲ " : verdict.startsWith("worse") ? "▼ " : verdict.startsWith("equal") ? "≈ " : "";
+  const kind = mark === "▲ " ? "better" : mark === "▼ " ? "worse" : "";
+  return make("small", { class: kind, title: `${verdict}; ${cell.method}` }, `${mark}${showRatio(cell)}`);
+}
+
+function metricCell(cell, key) {
+  const td = make("td", { "data-key": key }, valueNode(cell, COLUMNS[key].unit), ratioNode(cell));
+  if (cell.mean !== null && cell.reason) td.append(make("small", { class: "open", title: cell.reason }, "not compared"));
+  return td;
+}
+
+function outcomesText(variant) {
+  return Object.entries(variant.outcomes).map(([outcome, count]) => `${count} ${outcome}`).join(", ");
+}
+
+function entryRow({ group, variant }) {
+  const score = variant.efficiency_score;
+  const whole = group.score.of.length === 5;
+  const failed = Object.keys(variant.outcomes).some((outcome) => outcome !== "ok");
+  return make("tr", { class: variant.variant === group.baseline ? "baseline" : null, "data-variant": variant.variant },
+    make("th", { scope: "row" }, variant.variant),
+    make("td", { class: failed ? "worse" : "" }, outcomesText(variant)),
+    ...tableState.columns.map((key) => metricCell(variant.cells[key], key)),
+    make("td", { title: score === null ? "no metric of Eq. 12 is known" : `Eq. 12 over ${group.score.over.join(", ")}: ${group.score.of.join(", ")}` },
+      score === null ? "–" : score.toFixed(3), !whole && score !== null ? make("small", {}, `${group.score.of.length} of 5`) : null));
+}
+
+/* The study's rows of an axis, in our columns where they have a figure. */
+function studyRows(axes) {
+  const ours = (row, key) => (key === "perplexity" ? row.ppl : row[key]) ?? null;
+  return [...axes].flatMap((axis) => (DATA.study[axis] ?? []).flatMap((table) => table.rows.map((row) =>
+    make("tr", { class: "theirs", title: `${table.trust}. ${table.note ?? ""}` },
+      make("th", { scope: "row" }, row.name, make("small", {}, `study: ${table.table}`)), make("td", {}, ""),
+      ...tableState.columns.map((key) => make("td", {}, valueNode({ mean: ours(row, key), reason: "not in the study's table" }, COLUMNS[key].unit))),
+      make("td", {}, "–")))));
+}
+
+function renderTable() {
+  const words = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const [, groupOf] = GROUPINGS[byId("group-by").value];
+  const entries = allEntries(), kept = entries.filter((entry) => matches(entry, words));
+  const parts = new Map();
+  for (const entry of kept) parts.set(groupOf(entry), [...(parts.get(groupOf(entry)) ?? []), entry]);
+  const heads = () => [headCell("variant", "variant", " "), headCell("rows", "rows", "outcome"),
+    ...tableState.columns.map((key) => {
+      const { label, unit, better } = COLUMNS[key];
+      return headCell(key, label, `${unit}${better ? ` · ${better}` : ""}`);
+    }), headCell("score", "score", "Eq. 12 · higher")];
+  byId("table-tables").replaceChildren(...[...parts].map(([name, own]) => {
+    const study = byId("show-study").checked ? studyRows(new Set(own.map((entry) => entry.variant.axis))) : [];
+    const table = make("table", {}, make("caption", {}, name), make("thead", {}, make("tr", {}, ...heads())),
+      make("tbody", {}, ...sorted(own).map(entryRow), ...study));
+    return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name }, table);
+  }));
+  byId("table-count").textContent = `${kept.length} of ${entries.length} variants`;
+}
+
+function setUpTable() {
+  tableState.columns = initialColumns();
+  fillSelect(byId("group-by"), Object.entries(GROUPINGS).map(([key, [label]]) => [key, label]), "ranking");
+  const fieldset = byId("columns").querySelector("fieldset");
+  for (const { key, label } of BOARD.columns) {
+    const box = make("input", { type: "checkbox", value: key, checked: tableState.columns.includes(key) });
+    box.addEventListener("change", () => {
+      const chosen = new Set([...fieldset.querySelectorAll("input:checked")].map((input) => input.value));
+      tableState.columns = BOARD.columns.map((column) => column.key).filter((name) => chosen.has(name));
+      renderTable();
+    });
+    fieldset.append(make("label", { class: "check", title: key }, box, label));
+  }
+  byId("filter").addEventListener("input", renderTable);
+  byId("group-by").addEventListener("change", renderTable);
+  byId("show-study").addEventListener("change", renderTable);
+  renderTable();
+}

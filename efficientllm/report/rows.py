@@ -1,0 +1,196 @@
+"""Rows from files: found in folders, checked, and told apart as replicates of variants."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import re
+
+from efficientllm.errors import UserError
+from efficientllm.metrics.record import read_record
+from efficientllm.workdir import flatten
+
+# Keys that say how a run is watched, saved or called, not what is compared.
+IGNORED = ("name", "seed", "sweep", "imports", "checkpoint", "sample", "metrics", "train.log_every")
+GROUPS = ("paper", "physical", "quality")
+_LONGEST_LABEL = 60
+_TAIL = 12
+
+
+@dataclasses.dataclass
+class Row:
+    """One run. `values` holds every metric as a finite number or None; `reasons` says why for each None.
+
+    `variant` names what replicates share; `block` is the round of a sweep (or the seed) that pairs it with others.
+    """
+
+    path: pathlib.Path
+    record: dict
+    values: dict
+    reasons: dict
+    config: dict
+    identity: str
+    variant: str = ""
+    baseline: str | None = None
+    block: str = ""
+    order: int = 0
+
+    @property
+    def outcome(self):
+        return self.record["outcome"]
+
+    @property
+    def ok(self):
+        return self.outcome == "ok"
+
+    @property
+    def predicted(self):
+        return self.task == "plan"
+
+    @property
+    def task(self):
+        return self.record["task"]
+
+    @property
+    def sweep(self):
+        return self.record.get("sweep") or {}
+
+    @property
+    def started(self):
+        return self.record["provenance"].get("started") or ""
+
+    def unit(self, key):
+        return self.record["sources"].get(key, {}).get("unit", "1")
+
+    def source(self, key):
+        return self.record["sources"].get(key, {}).get("source") or ""
+
+    def group(self, key):
+        return next(group for group in GROUPS if key in self.record[group])
+
+    def spec(self, key):
+        """The name of a spec string of the config, without its fields: `moe` of `moe(num_experts=8)`."""
+        found = re.match(r"\s*([\w.+-]+)", str(self.config.get(key) or ""))
+        return found[1] if found else None
+
+    def tail(self):
+        """The last lines of a failed run's log, or an empty string."""
+        kept = self.record.get("log_tail") or self.record.get("error")
+        log = self.path.with_name("log.txt")
+        if kept or not log.exists():
+            return kept if isinstance(kept, str) else "\n".join(kept or [])
+        return "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
+
+
+def find(paths):
+    """`(files, orphans)`: every `record.json` under the paths, and run folders that hold none (killed, or running).
+
+    Raises UserError for a path that is not there or holds no row.
+    """
+    files, orphans = [], []
+    for path in map(pathlib.Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; give a record.json, a run's folder or a folder of runs")
+        found = [path] if path.is_file() else sorted(path.rglob("record.json"))
+        if not found:
+            raise UserError(f"{path}: no record.json in it; give a record.json, a run's folder or a folder of runs")
+        files += found
+        if path.is_dir():
+            runs = (file.parent for file in sorted(path.rglob("config.json")))
+            orphans += [run for run in runs if not (run / "record.json").exists()]
+    return list({file.resolve(): file for file in files}.values()), orphans
+
+
+def read(files):
+    """The rows of these files, with variants and blocks. Raises UserError for a file that is no row."""
+    rows = [read_row(file) for file in files]
+    _name_variants(rows)
+    _number_blocks(rows)
+    return rows
+
+
+def read_row(file):
+    """One row, not yet told apart from others. Raises UserError for a file that is no row."""
+    record = read_record(file)
+    needed = {**dict.fromkeys((*GROUPS, "sources", "provenance", "config"), dict), "outcome": str, "task": str}
+    for key, kind in needed.items():
+        if not isinstance(record.get(key), kind):
+            raise UserError(f"{file}: no row: its {key!r} is {record.get(key)!r:.40}, not a {kind.__name__}")
+    values, reasons = {}, {}
+    for key, value in ((key, value) for group in GROUPS for key, value in record[group].items()):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{file}: no row: {key} is {value!r:.40}, not a number or null")
+        finite = value is not None and math.isfinite(value)
+        values[key] = float(value) if finite else None
+        if not finite:
+            said = record["sources"].get(key, {}).get("reason")
+            reasons[key] = said or ("not recorded" if value is None else f"recorded as {value}")
+    config = flatten(record["config"])
+    return Row(pathlib.Path(file), record, values, reasons, config, _identity(config))
+
+
+def _compared(config):
+    return {k: v for k, v in config.items() if not any(k == i or k.startswith(f"{i}.") for i in IGNORED)}
+
+
+def _identity(config):
+    text = json.dumps(_compared(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _name_variants(rows):
+    labels = _labels([row for row in rows if not row.sweep.get("variant")])
+    for row in rows:
+        row.variant = row.sweep.get("variant") or labels[row.identity]
+        row.baseline = row.sweep.get("baseline")
+    _tell_apart(rows)
+
+
+def _tell_apart(rows):
+    """Two configs under one name, as a sweep run at two sizes leaves them, get the size, or the config's hash."""
+    configs = collections.defaultdict(dict)
+    for row in rows:
+        configs[row.sweep.get("name"), row.variant].setdefault(row.identity, row.config.get("model.size"))
+    clashes = {name for (name, _), found in configs.items() if len(found) > 1}
+    for row in rows:
+        name, found = row.sweep.get("name"), configs[row.sweep.get("name"), row.variant]
+        sized = len(set(found.values())) == len(found)
+        if name in clashes and sized:
+            size = row.config.get("model.size")
+            row.variant, row.baseline = f"{row.variant} ({size})", row.baseline and f"{row.baseline} ({size})"
+        elif len(found) > 1:
+            row.variant = f"{row.variant} #{row.identity[:4]}"
+
+
+def _labels(rows):
+    """`{identity: label}`: the keys in which the configs differ, or the configs' names where that is too long."""
+    configs = {row.identity: _compared(row.config) for row in rows}
+    names = {row.identity: row.record.get("name") or row.identity for row in rows}
+    keys = sorted({key for config in configs.values() for key in config})
+    differ = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+    if not differ:
+        return names
+    full = {
+        identity: ", ".join(f"{key}={config[key]}" for key in differ if key in config)
+        for identity, config in configs.items()
+    }
+    too_long = max(map(len, full.values())) > _LONGEST_LABEL
+    return names if too_long and len(set(names.values())) == len(names) else full
+
+
+def _number_blocks(rows):
+    """The sweep's block, else the seed; a second row of a variant with the same seed is a block of its own."""
+    seen = collections.Counter()
+    for row in sorted(rows, key=lambda row: (row.started, str(row.path))):
+        name = row.sweep.get("name")
+        if "block" in row.sweep:
+            row.block, row.order = str(row.sweep["block"]), row.sweep.get("order") or 0
+        else:
+            seed = row.config.get("seed", row.record["provenance"].get("seed"))
+            repeat = seen[row.identity, seed]
+            seen[row.identity, seed] += 1
+            row.block, row.order = f"seed {seed}" + (f", repeat {repeat + 1}" if repeat else ""), repeat
+        if name:
+            row.block = f"{name} {row.block}"

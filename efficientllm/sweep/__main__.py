@@ -1,0 +1,103 @@
+"""Runs every variant of a sweep in fresh processes, in randomised blocks, and reports.
+
+  python -m efficientllm.sweep --config=FILE [--config.key=value ...] [--out=DIR] [--dry_run] [--retry=oom,crash]
+                               [--launcher=local|slurm] [--partition=NAME]
+
+  --config=FILE         a Python file whose get_config() returns an efficientllm.sweep.Sweep
+  --config.key=value    replaces one value in every run: --config.model.size=1.5b
+  --out=DIR             where runs and report go (default: runs/sweeps/<name>)
+  --dry_run             prints every run with what it costs, and runs nothing
+  --retry=LIST          runs those again whose outcome is in the list: oom, crash, nan, timeout, invalid
+  --launcher            local: one after another; slurm: one job array, a run an allocation
+  --partition           Slurm's
+
+The same command goes on with an interrupted sweep; what has a row is not run again.
+Exit status: 0 all runs are ok, 1 some failed (their rows say how), 2 bad input, 130 stopped.
+"""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+from efficientllm.errors import UserError, did_you_mean
+
+FLAGS = ("config", "out", "dry_run", "retry", "launcher", "partition")
+
+
+def main(argv=None):
+    """Runs the command line `argv` and returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or {"-h", "--help"} & set(argv):
+        print(__doc__.strip())
+        return 0 if argv else 2
+    try:
+        flags, extra = _parse(argv)
+        return _main(flags, extra)
+    except UserError as error:
+        print(f"efficientllm: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv):
+    flags, extra = {}, []
+    for argument in argv:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--config."):
+            extra.append(argument)
+        elif argument.startswith("--") and name in FLAGS:
+            flags[name] = value or "true"
+        else:
+            raise UserError(f"no flag {argument!r}; flags: --{', --'.join(FLAGS)}{did_you_mean(name, FLAGS)}")
+    if "config" not in flags:
+        raise UserError("--config=FILE is missing; for example --config=experiments/attention/sweep.py")
+    return flags, tuple(extra)
+
+
+def _main(flags, extra):
+    from efficientllm.sweep import check, execute, launch, spec
+
+    sweep = spec.load(flags["config"])
+    costs = check.costs(sweep, extra)
+    runs = list(spec.runs(sweep, extra))
+    out = pathlib.Path(flags.get("out") or pathlib.Path("runs/sweeps") / sweep.name)
+    print(check.table(sweep, costs, runs))
+    if "dry_run" in flags:
+        return 0
+    retry = _retry(flags.get("retry"))
+    for run in runs:
+        if execute.outcome(out / run.folder) in retry:
+            execute.forget(out / run.folder)
+    launcher = launch.launcher(flags.get("launcher", "local"), out, flags.get("partition"))
+    began = time.time()
+    outcomes = launcher(runs, out, sweep.timeout_s, costs)
+    if outcomes is None:
+        print(f"stopped after {time.time() - began:.0f} s; the same command goes on")
+        return 130
+    _report(out)
+    failed = {run.folder: found for run, found in zip(runs, outcomes, strict=True) if found != "ok"}
+    for folder, found in failed.items():
+        print(f"{found:10} {out / folder}")
+    return 1 if failed else 0
+
+
+def _retry(text):
+    from efficientllm.metrics.record import OUTCOMES
+
+    names = tuple(text.split(",")) if text else ()
+    for name in names:
+        if name not in OUTCOMES or name == "ok":
+            known = [each for each in OUTCOMES if each != "ok"]
+            raise UserError(f"--retry={text}: {name!r} is none of {', '.join(known)}{did_you_mean(name, known)}")
+    return names
+
+
+def _report(out):
+    """The report, in a process of its own: it needs the extra `report`."""
+    done = subprocess.run([sys.executable, "-m", "efficientllm.report", str(out), f"--out={out / 'report'}"])
+    if done.returncode:
+        print(f"no report: pip install -e '.[report]', then python -m efficientllm.report {out} --out={out}/report")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What is known of a sweep before anything runs: what each variant costs, whether it fits, whether it is fair."""
+
+import dataclasses
+import math
+
+from efficientllm.errors import UserError
+from efficientllm.sweep import spec
+
+MFU = 0.3  # of the host's best matrix product: what a training step of a small model reaches at the least
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a variant's run costs by closed formula; times and memory are guesses of their order."""
+
+    parameters: int
+    active: int
+    tokens: int
+    flops: float
+    memory_bytes: float
+
+    def seconds(self, peak):
+        """At MFU of `peak` FLOP/s."""
+        return self.flops / (MFU * peak)
+
+
+def costs(sweep, extra=()):
+    """`{variant: Cost}`. Raises UserError naming the variant whose config is wrong, or that is not equal to the
+    baseline in what the sweep says must be."""
+    found = {}
+    for variant in sweep.variants:
+        try:
+            found[variant] = _cost(spec.argv_of(sweep, variant, extra))
+        except UserError as error:
+            raise UserError(f"sweep {sweep.name}, variant {variant}: {error}") from None
+    _check_equal(sweep, found)
+    return found
+
+
+def _check_equal(sweep, found):
+    base = found[sweep.baseline]
+    for key, allowed in sweep.equal.items():
+        for variant, cost in found.items():
+            ours, theirs = getattr(cost, key), getattr(base, key)
+            if abs(ours - theirs) > allowed * theirs:
+                raise UserError(
+                    f"sweep {sweep.name}: {key} of variant {variant} is {ours:,.0f}, of the baseline "
+                    f"{sweep.baseline} {theirs:,.0f}: more than {allowed:.1%} apart"
+                )
+
+
+def _cost(argv):
+    import flax.linen as nn
+    import jax
+
+    from efficientllm import accounting, main, model
+    from efficientllm.registry import build
+    from efficientllm.run import import_plugins
+    from efficientllm.train import setup, step
+
+    config, _, _ = main.parse(list(argv))
+    import_plugins(config.imports)
+    lm, method = _described(config), build("adapter", config.adapter, where="config.adapter")
+    method.check(lm)
+    lm = lm.clone(scan=False) if method.unrolled else lm
+    train, boxed = config.train, model.abstract_params(lm)
+    setup.check_rows(train)
+    state = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method))
+    params = accounting.parameters(lm, boxed)
+    leaves = jax.tree.leaves(nn.unbox(state))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    learnt = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nn.unbox(state.params)))
+    return Cost(
+        parameters=params["total"],
+        active=params["active"],
+        tokens=train.steps * train.batch_size * train.length,
+        flops=train.steps * accounting.step_flops(lm, boxed, train.length, train.batch_size, method),
+        memory_bytes=held + learnt + _activation_bytes(lm, boxed, train),
+    )
+
+
+def _described(config):
+    from efficientllm import architecture, data
+    from efficientllm.train import setup
+
+    source = setup.open_pretrained(config.model.pretrained)
+    described = setup.described(config.model, source)
+    architecture.check(described)
+    size = None
+    if source is None and not architecture.has_vocabulary(described):
+        size = data.build_tokenizer(config.tokenizer, config.data).vocab_size
+    return architecture.from_config(described, size)
+
+
+def _activation_bytes(lm, boxed, train):
+    """What a backward pass keeps: the outputs of all kernels and about as much around them, once a layer; with remat
+    a layer's input, and all of one layer."""
+    from efficientllm import accounting
+    from efficientllm.weights import activation_dtype
+
+    rows = train.batch_size // train.accumulate * train.length
+    outputs = sum(
+        math.prod(shape) // shape[-2] * accounting.active_fraction(lm, path, axes)
+        for path, shape, axes in accounting.leaves(boxed)
+        if path.endswith("kernel")
+    )
+    kept = 2 * outputs
+    if lm.remat != "none":
+        kept = lm.num_layers * lm.dim + kept / lm.num_layers
+    return rows * kept * activation_dtype(lm.precision).itemsize
+
+
+def table(sweep, costs, runs):
+    """Every variant's cost, and every run, as text."""
+    from efficientllm.metrics import host, peaks
+
+    peak = peaks.measure_gemm_peak("float32").value
+    room = host.memory_total_bytes()
+    lines = [f"{'variant':24}{'parameters':>14}{'active':>14}{'tokens':>12}{'PFLOP':>10}{'memory':>10}{'time':>10}"]
+    for variant, cost in costs.items():
+        mark = "" if cost.memory_bytes <= room else f"  does not fit into {room / 1e9:.0f} GB"
+        lines.append(
+            f"{variant:24}{cost.parameters:14,}{cost.active:14,}{cost.tokens:12,}{cost.flops / 1e15:10.3g}"
+            f"{cost.memory_bytes / 1e9:8.2f}GB{cost.seconds(peak):9.0f}s{mark}"
+        )
+    seconds = sum(costs[run.variant].seconds(peak) for run in runs)
+    lines.append(
+        f"{len(runs)} runs in {runs[-1].block + 1} blocks, about {seconds / 60:.0f} minutes at {MFU:.0%} of "
+        f"{peak / 1e9:.0f} GFLOP/s; memory by formula: weights, gradients, optimiser, activations"
+    )
+    lines += [f"  {run.folder}  {' '.join(run.argv)}" for run in runs]
+    return "\n".join(lines)

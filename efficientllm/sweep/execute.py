@@ -1,0 +1,106 @@
+"""One run as a process of its own, and its outcome as a row, whatever becomes of it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from efficientllm.errors import UserError
+from efficientllm.metrics import record
+
+TAIL = 20  # lines of the log in the row of a run that failed
+GRACE_S = 60  # for a run that is told to stop: it saves
+
+
+def execute(run, folder, timeout_s, command=(sys.executable, "-m", "efficientllm.main")):
+    """Runs `run` in `folder` unless it has a row -> its outcome.
+
+    The row is the run's own where it wrote one, else made here from how the process ended. An interrupted run has no
+    row: the same call resumes it.
+    """
+    folder = pathlib.Path(folder)
+    if (known := outcome(folder)) is not None:
+        return known
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "ab") as output:
+        ended = _process((*command, *run.argv, f"--workdir={folder}"), output, timeout_s)
+    if ended != "interrupted":
+        _write_row(run, folder, ended)
+    return outcome(folder) or ended
+
+
+def outcome(folder):
+    """The outcome in a folder's row, or None where there is no row that a sweep has marked."""
+    try:
+        found = record.read_record(pathlib.Path(folder) / "record.json")
+    except UserError:
+        return None
+    return found["outcome"] if "sweep" in found else None
+
+
+def forget(folder):
+    """Sets the row of a failed run aside, so that it runs again."""
+    file = pathlib.Path(folder) / "record.json"
+    file.replace(file.with_name(f"record-{int(time.time())}.failed"))
+
+
+def _process(argv, output, timeout_s):
+    """How the process ended: an exit status, `timeout`, or `interrupted` if we were told to stop."""
+    process = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        _stop(process, signal.SIGTERM)
+        return "timeout"
+    except KeyboardInterrupt:  # the process has had the same signal from the terminal
+        _stop(process, signal.SIGTERM)
+        return "interrupted"
+
+
+def _stop(process, signum):
+    process.send_signal(signum)
+    try:
+        process.wait(GRACE_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        process.wait()
+
+
+def typed(ended):
+    """The outcome of a process that left no row: a signal's number is negative, or above 128 from a shell."""
+    if ended == "timeout":
+        return "timeout"
+    if ended in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return "oom"  # nobody else kills without a word: the kernel did, for memory
+    return "invalid" if ended == 2 else "crash"
+
+
+def _write_row(run, folder, ended):
+    """Adds the run's place to its row, or makes the row."""
+    file = folder / "record.json"
+    try:
+        found = record.read_record(file)
+    except UserError:
+        found = _failed(run, folder, ended)
+    if ended == "timeout":
+        found["outcome"] = "timeout"
+    record.write_record(found | {"sweep": run.place}, file)
+
+
+def _failed(run, folder, ended):
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {"seed": run.seed, "command": list(run.argv)}
+    lines = (folder / "output.txt").read_text(errors="replace").splitlines()[-TAIL:]
+    found = record.build_record(
+        outcome=typed(ended),
+        name=run.variant,
+        task=config.get("task", "unknown"),
+        config=config,
+        provenance={"exit_status": ended, "host": os.uname().nodename, "ended": time.time()},
+    )
+    return found | {"log_tail": lines}

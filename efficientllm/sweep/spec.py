@@ -1,0 +1,120 @@
+"""What a sweep compares, and the runs that makes: variants in randomised blocks around a baseline."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import random
+
+from efficientllm.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """One comparison. A sweep config's `get_config()` returns one.
+
+    Args:
+      name: of the sweep.
+      variants: `{name: "configs/attention.py:mla"}`, or `{name: ("configs/base.py", {"model.mixer": "mla"})}` with
+        overrides of `config`.
+      baseline: the variant that every ratio is taken to; it runs first and last in each block.
+      seeds: a block has a seed, each of these in turn.
+      repeats: blocks of each seed.
+      overrides: of `config`, for every variant.
+      equal: what must be equal, `{"tokens": 0.0, "parameters": 0.02}`: the relative difference from the baseline that
+        is allowed of `tokens`, `parameters`, `active` (parameters) or `flops` (a step's).
+      twice: whether the baseline runs at both ends of a block; its drift within the block is then seen.
+      timeout_s: of a run, in seconds.
+    """
+
+    name: str
+    variants: dict
+    baseline: str
+    seeds: tuple = (0, 1, 2)
+    repeats: int = 1
+    overrides: dict = dataclasses.field(default_factory=dict)
+    equal: dict = dataclasses.field(default_factory=dict)
+    twice: bool = True
+    timeout_s: float = 3600.0
+
+    def __post_init__(self):
+        if self.baseline not in self.variants:
+            hint = did_you_mean(self.baseline, self.variants)
+            raise UserError(f"sweep {self.name}: baseline = {self.baseline!r} is none of its variants{hint}")
+        if known := set(self.equal) - set(EQUAL):
+            raise UserError(f"sweep {self.name}: equal = {sorted(known)}: known are {', '.join(EQUAL)}")
+        if not self.seeds or self.repeats < 1 or self.timeout_s <= 0:
+            raise UserError(f"sweep {self.name}: it needs a seed, repeats of at least 1 and a timeout_s above 0")
+
+
+EQUAL = ("tokens", "parameters", "active", "flops")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One process: a variant in its place of a block."""
+
+    sweep: str
+    variant: str
+    baseline: str
+    block: int
+    order: int
+    seed: int
+    argv: tuple
+
+    @property
+    def folder(self):
+        """Its folder's name: readable, and another one as soon as anything in it is another."""
+        content = json.dumps([self.block, self.order, self.seed, self.argv])
+        return f"{self.block:02}-{self.order:02}-{self.variant}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+    @property
+    def place(self):
+        """What its row says of it."""
+        return {
+            "name": self.sweep,
+            "variant": self.variant,
+            "baseline": self.baseline,
+            "block": self.block,
+            "order": self.order,
+            "seed": self.seed,
+        }
+
+
+def argv_of(sweep, variant, extra=()):
+    """The command line of a variant, but for its seed and workdir; `extra` are flags that replace any value."""
+    entry = sweep.variants[variant]
+    file, own = (entry, {}) if isinstance(entry, str) else entry
+    values = {**sweep.overrides, **own}
+    return (f"--config={file}", *(f"--config.{key}={value}" for key, value in values.items()), *extra)
+
+
+def runs(sweep, extra=()):
+    """Every run in the order of running: blocks in which the baseline comes first (and last) and the others between in
+    a random order that depends on the sweep's name and the block alone."""
+    blocks = [seed for _ in range(sweep.repeats) for seed in sweep.seeds]
+    for block, seed in enumerate(blocks):
+        others = [name for name in sweep.variants if name != sweep.baseline]
+        random.Random(f"{sweep.name} {block}").shuffle(others)
+        order = [sweep.baseline, *others, *([sweep.baseline] if sweep.twice else [])]
+        for place, variant in enumerate(order):
+            argv = (*argv_of(sweep, variant, extra), f"--config.seed={seed}")
+            yield Run(sweep.name, variant, sweep.baseline, block, place, seed, argv)
+
+
+def load(file):
+    """The Sweep that the Python file `file` describes. Raises UserError."""
+    from efficientllm.run import import_file
+
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise UserError(f"--config={file}: no such file")
+    try:
+        found = import_file(path).get_config()
+    except (ImportError, SyntaxError, AttributeError, TypeError) as error:
+        raise UserError(f"--config={file}: {type(error).__name__}: {error}") from None
+    if not isinstance(found, Sweep):
+        raise UserError(
+            f"--config={file}: get_config() must return an efficientllm.sweep.Sweep, not a {type(found).__name__}"
+        )
+    return found

@@ -1,0 +1,21 @@
+"""The baseline against itself: what this machine calls a difference where there is none."""
+
+from efficientllm.sweep import Sweep
+
+
+def get_config():
+    return Sweep(
+        name="aa",
+        baseline="gqa",
+        variants={"gqa": "configs/base.py", "gqa_again": "configs/base.py"},
+        seeds=(0,),
+        repeats=6,
+        equal={"tokens": 0.0, "parameters": 0.0, "flops": 0.0},
+        overrides={
+            "train.steps": 120,
+            "eval.every": 0,
+            "eval.batches": 1,
+            "checkpoint.every": 0,
+            "sample.tokens": 1,
+        },
+    )

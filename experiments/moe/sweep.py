@@ -1,0 +1,31 @@
+"""A sparse mixture beside dense models of its active and of its total parameters."""
+
+from efficientllm.sweep import Sweep
+
+HIDDEN = 512  # of the dense model: two experts of half of it are as wide
+
+
+def get_config():
+    dense = "swiglu(hidden={})"
+    moe = f"moe(num_experts=8, top_k=2, hidden={HIDDEN // 2}, {{}})"
+    return Sweep(
+        name="moe",
+        baseline="dense",
+        variants={
+            "dense": ("configs/base.py", {"model.ffn": dense.format(HIDDEN)}),
+            "dense_large": ("configs/base.py", {"model.ffn": dense.format(4 * HIDDEN)}),
+            "moe": ("configs/base.py", {"model.ffn": moe.format("load_balance=0.01")}),
+            "moe_bias": ("configs/base.py", {"model.ffn": moe.format("bias_rate=0.001")}),
+        },
+        equal={"tokens": 0.0},
+        overrides={
+            "model.size": "small",
+            "train.steps": 40,
+            "train.batch_size": 4,
+            "eval.every": 0,
+            "eval.batches": 16,
+            "checkpoint.every": 0,
+            "sample.tokens": 1,
+        },
+        twice=False,
+    )

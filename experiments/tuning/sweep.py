@@ -1,0 +1,23 @@
+"""Every tuning method on SmolLM2-135M: the same records, batches and evaluation."""
+
+from efficientllm.sweep import Sweep
+
+
+def get_config():
+    names = ("lora", "rslora", "dora", "pissa", "lora_plus", "loha", "lokr", "glora", "freeze", "full")
+    return Sweep(
+        name="tuning",
+        baseline="lora",
+        variants={name: f"configs/tune.py:{name}" for name in names},
+        equal={"tokens": 0.0},
+        overrides={
+            "train.steps": 12,
+            "train.batch_size": 2,
+            "train.length": 128,
+            "eval.every": 0,
+            "eval.batches": 4,
+            "checkpoint.every": 0,
+            "sample.tokens": 1,
+        },
+        twice=False,
+    )

@@ -1,0 +1,190 @@
+"""What every tuning method does to a model: what learns, what stays, what it costs, on one device and on eight."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import contract
+from configs import base
+from efficientllm import accounting, model, sharding
+from efficientllm.adapters.base import attach, box, join, merge, split
+from efficientllm.errors import UserError
+from efficientllm.metrics.flops import count_needed_flops
+from efficientllm.registry import build, names
+from efficientllm.train import step
+
+SPECS = {
+    "lora": "lora(rank=4, alpha=6)",
+    "rslora": "rslora(rank=4, alpha=6)",
+    "lora_plus": "lora_plus(rank=4, alpha=6, ratio=8)",
+    "dora": "dora(rank=4, alpha=6)",
+    "pissa": "pissa(rank=4, alpha=6)",
+    "loha": "loha(rank=4)",
+    "lokr": "lokr(rank=4)",
+    "glora": "glora(rank=4)",
+    "full": "full()",
+    "freeze": "freeze(last=1)",
+}
+MIXERS = ["gqa", "mla"]
+MOE = "moe(num_experts=8, top_k=2, hidden=32, bias_rate=0.01)"
+
+
+def test_every_method_is_here():
+    assert sorted(SPECS) == names("adapter")
+
+
+@functools.cache
+def forward(lm):
+    batch = contract.batch()
+    ctx = step.Context.packed(batch["positions"], batch["segments"])
+    return jax.jit(lambda p: lm.apply({"params": p}, batch["tokens"], ctx)[0])
+
+
+@functools.cache
+def tuned(spec, kind="mixer", technique="gqa"):
+    """`(method, lm, plain parameters, TrainState)` with every learnt array moved from its initial value."""
+    method = build("adapter", SPECS.get(spec, spec))
+    lm = contract.build(kind, technique)
+    params = contract.parameters(lm)
+    lm, params = model.unroll(lm, params) if method.unrolled else (lm, params)
+    state = start(method, lm, params)
+    noise = np.random.default_rng(1)
+    moved = jax.tree.map(lambda leaf: leaf + 0.05 * noise.standard_normal(leaf.shape, np.float32), state.params)
+    return method, lm, params, state.replace(params=moved)
+
+
+def start(method, lm, params):
+    config = base.get_config()
+    boxed = model.abstract_params(lm)
+    held = jax.tree.map(lambda a, b: box(b, a.names), boxed, params, is_leaf=lambda leaf: hasattr(leaf, "names"))
+    return nn.unbox(step.create(lm, config.train, method, 0, boxed, held))
+
+
+def logits(lm, params):
+    return forward(lm)(params)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_model_is_the_same_at_step_0(spec):
+    method, lm, params, _ = tuned(spec)
+    before = logits(lm, params)
+    np.testing.assert_allclose(logits(lm, start(method, lm, params).all_params), before, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind, technique", [*(("mixer", mixer) for mixer in MIXERS), ("ffn", MOE)])
+@pytest.mark.parametrize("spec", SPECS)
+def test_leaves_multiply_as_their_dense_kernels_do(spec, kind, technique):
+    _, lm, params, state = tuned(spec, kind, technique)
+    found = logits(lm, state.all_params)
+    np.testing.assert_allclose(found, logits(lm, merge(state.all_params)), atol=1e-4)
+    assert jnp.abs(found - logits(lm, params)).max() > 1e-2
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_is_frozen_stays_and_what_learns_moves(spec):
+    config = base.get_config()
+    method, lm, _, state = tuned(spec, "mixer", "gqa")
+    run = jax.jit(functools.partial(step.train_step, lm, config.train, method))
+    after = state.replace(step=state.step + 1)  # past the first step of the warm-up, whose rate is zero
+    for _ in range(2):
+        after, metrics = run(after, contract.batch())
+    jax.tree.map(np.testing.assert_array_equal, state.frozen, after.frozen)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, after.params)
+    assert all(jax.tree.leaves(moved)), moved
+    assert np.isfinite(metrics["loss"])
+    learnt = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * learnt
+    if method.learnt:
+        assert learnt < 0.5 * sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_flops_are_the_programs(spec, mixer):
+    method, lm, _, state = tuned(spec, "mixer", mixer)
+    batch = contract.batch()
+    counted = count_needed_flops(lambda s: step.gradients(lm, s.params, batch, 1, s.frozen), state)
+    expected = accounting.step_flops(lm, model.abstract_params(lm), contract.T, contract.B, method)
+    # The program multiplies what the causal mask then drops; below the layers that learn only forward.
+    dropped = sum(mixer.mix_flops(contract.T, True) - mixer.mix_flops(contract.T) for mixer, _ in model.parts(lm))
+    passes = 3 + 1 if method.unrolled else 3 * lm.num_groups
+    assert counted == expected + contract.B * dropped * passes
+
+
+@pytest.mark.parametrize(
+    "spec, kind, technique", [("dora", "ffn", MOE), ("lokr", "mixer", "gqa"), ("lora", "ffn", MOE)]
+)
+def test_one_device_equals_eight(spec, kind, technique):
+    method, lm, _, state = tuned(spec, kind, technique)
+    run = lambda s: step.gradients(lm, s.params, contract.batch(), 1, s.frozen)[0]  # noqa: E731
+    one = jax.jit(run)(state)
+    mesh = sharding.make_mesh("data=2, fsdp=2, tensor=2")
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(step.init_state(lm, base.get_config().train, 0, contract.T, method))
+        where = sharding.shardings(abstract, mesh)
+        many = jax.jit(run, in_shardings=(where,))(jax.device_put(state, where))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), one, jax.device_get(many))
+
+
+def test_layers_apart_are_the_layers_stacked():
+    _, lm, _, state = tuned("dora")
+    loop, params = model.unroll(lm, state.all_params)
+    np.testing.assert_allclose(logits(lm, state.all_params), logits(loop, params), atol=1e-5)
+
+
+def test_dropout_drops_in_training_only_and_its_mean_is_the_whole():
+    method, lm, _, state = tuned("lora(rank=4, alpha=6, dropout=0.5)")
+    whole = logits(lm, state.all_params)
+    np.testing.assert_allclose(whole, logits(lm, tuned("lora")[3].all_params), atol=1e-6)
+    grads = [
+        jax.jit(lambda k: step.gradients(lm, state.params, contract.batch(), 2, state.frozen, k)[0])(jax.random.key(k))
+        for k in (0, 0, 1)
+    ]
+    flat = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in grads]
+    assert np.array_equal(flat[0], flat[1]) and not np.allclose(flat[0], flat[2])
+
+
+def test_a_rule_on_b_is_all_that_lora_plus_is():
+    train = base.get_config().train
+    train.optimizer, train.clip, train.schedule = "sgd(momentum=0.0)", 0.0, "constant(peak=1.0)"
+    for name, ratio in (("lora", 1.0), ("lora_plus", 8.0)):
+        method, lm, params, _ = tuned(name)
+        state = start(method, lm, params)
+        grads = jax.jit(lambda s, lm=lm: step.gradients(lm, s.params, contract.batch(), 1, s.frozen)[0])(state)
+        state = state.replace(opt_state=step.rules.optimizer(train, state.params, method.rates).init(state.params))
+        after, _ = jax.jit(functools.partial(step.train_step, lm, train, method))(state, contract.batch())
+        leaf = lambda tree: tree["groups"]["block_0"]["mixer"]["q"]["kernel"]  # noqa: E731
+        np.testing.assert_allclose(leaf(after.params).b, -ratio * leaf(grads).b, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("lora(rank=0)", "rank must be at least 1"),
+        ("lora(target='nothing')", "finds none of the kernels"),
+        ("lora(target='(')", "is no regex"),
+        ("pissa(rank=64)", "too large"),
+        ("freeze(last=3)", "the model has 2"),
+        ("freeze(last=1, first=1)", "set one of them"),
+        ("lorra", "did you mean 'lora'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(spec, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
+        method = build("adapter", spec, where="config.adapter")
+        lm = contract.build("mixer", "gqa")
+        method.check(lm)
+        start(method, lm, contract.parameters(lm))
+    assert "\n" not in str(error.value)
+
+
+def test_join_undoes_split():
+    method, lm, _, state = tuned("dora")
+    learnt, frozen = split(method, lm, state.all_params)
+    jax.tree.map(np.testing.assert_array_equal, join(learnt, frozen), state.all_params)
+    assert attach(build("adapter", "full"), {}, {"x": 1}, None) == {"x": 1}

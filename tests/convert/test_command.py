@@ -1,0 +1,50 @@
+"""The command line: a folder converted, and the exit statuses."""
+
+import sys
+
+import pytest
+
+from efficientllm import convert
+from efficientllm.convert import __main__ as command
+
+from . import folders
+
+
+def test_folder_to_folder(tmp_path, capsys):
+    folders.llama(tmp_path / "in")
+    assert command.main([str(tmp_path / "in"), f"--out={tmp_path / 'out'}", "--dtype=bfloat16"]) == 0
+    assert "llama, bfloat16" in capsys.readouterr().out
+    assert convert.open_source(tmp_path / "out").stored_dtype == "bfloat16"
+
+
+def test_check(tmp_path, capsys):
+    pytest.importorskip("torch")
+    folders.llama(tmp_path / "in")
+    assert command.main(["check", str(tmp_path / "in")]) == 0
+    found = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert float(found["max logit difference"]) < 1e-4 * float(found["max logit"]) and float(found["tokens"]) == 64
+
+
+def test_check_without_torch(tmp_path, capsys, monkeypatch):
+    folders.llama(tmp_path / "in")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert command.main(["check", str(tmp_path / "in")]) == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, said", [(["gone/x/y", "--out=z"], "no such file"), (["x"], "--out"), (["x", "--ouy=1", "--out=z"], "--ouy")]
+)
+def test_bad_input(argv, said, capsys):
+    assert command.main(argv) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_help_imports_no_jax(capsys):
+    assert command.main(["--help"]) == 0 and "SOURCE" in capsys.readouterr().out
+    assert command.main([]) == 2
+    import subprocess
+
+    program = "import efficientllm.convert.__main__ as c, sys; c.main(['--help']); assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

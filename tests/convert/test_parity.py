@@ -1,0 +1,47 @@
+"""Every family against transformers in float32: a saved folder read by us, and a folder of ours read there."""
+
+import jax
+import numpy as np
+import pytest
+
+from efficientllm import convert
+
+from . import peers
+from .peers import transformers
+
+SLOW = {"llama-linear", "llama-dynamic", "llama-tied-bias", "qwen2-windows", "phi3-plain", "gpt-neox-sequential"}
+SLOW |= {"qwen2-moe", "qwen3-moe", "deepseek-v2", "mamba2"}
+CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in peers.FAMILIES]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_directions(name, tmp_path):
+    theirs = peers.reference(name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = peers.tokens()
+    expected = peers.their_logits(theirs, ids)
+
+    source = convert.open_source(tmp_path / "theirs")
+    lm = source.lm()
+    params = source.load(peers.abstract(lm))
+    peers.close(peers.our_logits(lm, params, ids), expected, 1e-5)
+
+    # By the family's name: the config.json too is ours.
+    convert.export(lm, params, tmp_path / "ours", source.config["model_type"], max_positions=source.max_positions)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", experts_implementation="eager"
+    )
+    found = peers.their_logits(loaded.eval(), ids)
+    peers.close(found, expected, 1e-6)  # the chunks that it is computed in are no fact of a model
+    back = convert.open_source(tmp_path / "ours")
+    jax.tree.map(np.testing.assert_array_equal, back.load(peers.abstract(lm)), params)
+
+
+def test_longrope_within_its_original_length(tmp_path):
+    """Other divisors than beyond it, where the test above is."""
+    theirs = peers.reference("phi3")
+    theirs.save_pretrained(tmp_path)
+    source, ids = convert.open_source(tmp_path), peers.tokens(length=12)
+    lm = source.lm()
+    found = peers.our_logits(lm, source.load(peers.abstract(lm)), ids)
+    peers.close(found, peers.their_logits(theirs, ids), 1e-5)

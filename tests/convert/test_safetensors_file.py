@@ -1,0 +1,94 @@
+"""Files that are damaged, or that lie: one clear line each, before a tensor is read."""
+
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from efficientllm.convert.safetensors_file import INDEX, SafetensorsFolder
+from efficientllm.errors import UserError
+
+F4 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+def write(folder, header, room=64, name="model.safetensors"):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (folder / name).write_bytes(struct.pack("<Q", len(text)) + text + bytes(room))
+
+
+@pytest.mark.parametrize(
+    "header, said",
+    [
+        pytest.param({"a": F4 | {"data_offsets": [52, 68]}}, "ends 4 bytes behind the end", id="outside"),
+        pytest.param({"a": F4, "b": F4 | {"data_offsets": [12, 28]}}, "'a' and 'b' overlap", id="overlap"),
+        pytest.param({"a": F4 | {"dtype": "F128"}}, "'a' is of dtype 'F128'", id="dtype"),
+        pytest.param({"a": F4 | {"shape": [5]}}, "'a' has 16 bytes; F32 of shape [5] has 20", id="size"),
+        pytest.param({"a": F4 | {"shape": [-4]}}, "whole numbers", id="negative"),
+        pytest.param({"a": F4 | {"shape": [2**40, 2**40]}}, "16 bytes", id="huge"),
+        pytest.param({"a": F4 | {"data_offsets": [16, 0]}}, "-16 bytes", id="backwards"),
+        pytest.param({"a": {"dtype": "F32"}}, "no dtype, shape and data_offsets", id="fields"),
+        pytest.param([1, 2], "cannot be read", id="list"),
+        pytest.param(b'{"a": ', "cannot be read", id="broken"),
+        pytest.param(b'{"a": 1, "a": 2}', "twice", id="twice"),
+        pytest.param(b"[" * 100_000, "cannot be read", id="deep"),
+    ],
+)
+def test_header(tmp_path, header, said):
+    write(tmp_path, header)
+    with pytest.raises(UserError) as error:
+        SafetensorsFolder(tmp_path)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"1234", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 100) + b"{}"])
+def test_no_header(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="cut short"):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "a\\b", 3])
+def test_index_stays_in_its_folder(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(tmp_path, {"a": F4})
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="leads out of the folder"):
+        SafetensorsFolder(folder)
+
+
+@pytest.mark.parametrize(
+    "index, said",
+    [
+        ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors is missing"),
+        ({"weight_map": {"b": "part.safetensors"}}, "'b' is not in it"),
+        ({"weights": {}}, "no index of tensors"),
+        ([], "no index of tensors"),
+    ],
+)
+def test_index(tmp_path, index, said):
+    write(tmp_path, {"a": F4}, name="part.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=said):
+        SafetensorsFolder(tmp_path)
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle.*save_pretrained"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_what_the_library_writes_is_read(tmp_path):
+    rng = np.random.default_rng(0)
+    kinds = [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.int64]
+    written = {np.dtype(kind).name: rng.normal(0, 20, (5, 3)).astype(kind) for kind in kinds} | {"e": np.zeros((0, 3))}
+    save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = SafetensorsFolder(tmp_path)
+    assert found.shapes == {name: value.shape for name, value in written.items()}
+    for name, value in written.items():
+        assert found.read(name).dtype == value.dtype == found.dtype(name)
+        np.testing.assert_array_equal(found.read(name), value)

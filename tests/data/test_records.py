@@ -1,0 +1,132 @@
+"""Conversations: what is learnt of them, how they are packed, and what is said of bad records."""
+
+import json
+
+import numpy as np
+import pytest
+
+from efficientllm import data
+from efficientllm.data import conversation
+from efficientllm.data.corpus import Corpus
+from efficientllm.data.tokenizers import Backed
+from efficientllm.errors import UserError
+
+LENGTH = 64
+
+
+@pytest.fixture
+def tokenizer():
+    return data.build_tokenizer("bytes", "doc_pairs()")
+
+
+@pytest.fixture
+def records(tmp_path):
+    rows = [{"prompt": f"Question {i}?", "response": f"Answer {i}{'.' * (i % 70)}"} for i in range(120)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return f"pairs(path='{tmp_path}/rows.jsonl', held_out=0.2)"
+
+
+def decode(ids):
+    return bytes(int(id) for id in ids if id < 256).decode()
+
+
+def rows(batch):
+    """(tokens, targets, learnt) of every segment of a batch."""
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, batch["segments"][row].max() + 1):
+            where = batch["segments"][row] == segment
+            yield tuple(batch[key][row][where] for key in ("tokens", "targets", "weights"))
+
+
+def test_only_answers_and_their_end_are_learnt_and_no_record_is_cut_or_crossed(records, tokenizer):
+    seen = 0
+    for batch in data.eval_batches(records, tokenizer, 4, LENGTH):
+        for tokens, targets, learnt in rows(batch):
+            prompt, answer = decode(tokens).split("\n\n")
+            assert prompt.startswith("Question ") and (answer.startswith("Answer") or len(tokens) == LENGTH)
+            said = targets[learnt > 0]
+            if len(tokens) < LENGTH:
+                assert decode(said) == answer and said[-1] == tokenizer.eos_id
+            assert list(targets[:-1]) == list(tokens[1:])
+            seen += 1
+    assert seen == len(Corpus(records).documents(tokenizer)["held_out"])
+
+
+def test_training_rows_hold_every_record_and_resume(records, tokenizer):
+    iterator = data.train_iterator(records, tokenizer, 4, LENGTH, seed=0)
+    first = [next(iterator) for _ in range(3)]
+    state = json.loads(json.dumps(iterator.get_state()))
+    after = [next(iterator) for _ in range(60)]
+    prompts = {decode(tokens).split("\n\n")[0] for batch in first + after for tokens, _, _ in rows(batch)}
+    assert len(prompts) == len(Corpus(records).documents(tokenizer)["train"])
+    again = data.train_iterator(records, tokenizer, 4, LENGTH, seed=0)
+    again.set_state(state)
+    for batch in after:
+        found = next(again)
+        assert all(np.array_equal(batch[key], found[key]) for key in batch)
+    for opened in (iterator, again):
+        opened.close()
+
+
+def test_records_longer_than_a_row_are_counted(records, tokenizer):
+    documents = Corpus(records).documents(tokenizer)["train"]
+    lengths = [len(documents[i]["tokens"]) for i in range(len(documents))]
+    assert documents.longer_than(LENGTH) == sum(length > LENGTH for length in lengths) > 0
+
+
+def chat_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {f"{chr(i)}": i for i in range(33, 127)} | {" ": 0, "\n": 1, "<end>": 127}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens(["<end>"])
+
+    def chat(messages, add_generation_prompt=False):
+        turns = "".join(f"[{message['role']}]{message['content']}<end>\n" for message in messages)
+        return turns + ("[assistant]" if add_generation_prompt else "")
+
+    return Backed(backend, 127, 128, chat, "turns")
+
+
+def test_a_chat_template_frames_the_turns_and_every_answer_is_learnt():
+    tokenizer = chat_tokenizer()
+    messages = [("system", "S"), ("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2")]
+    text = conversation.dump([{"role": role, "content": content} for role, content in messages])
+    ids, learnt = conversation.encode(tokenizer, text)
+    spelt = "".join(chr(id) if id > 32 else " \n"[id] for id in ids).replace(chr(127), "|")
+    assert spelt == "[system]S|\n[user]U1|\n[assistant]A1|\n[user]U2|\n[assistant]A2|"
+    assert "".join(c for c, said in zip(spelt, learnt, strict=True) if said) == "A1|A2|"
+
+
+def test_questions_from_the_documentation_stay_with_their_module(tokenizer):
+    corpus = Corpus("doc_pairs(max_bytes=200000)")
+    sides = {side: [json.loads(text) for text in corpus.texts(side)] for side in ("train", "held_out")}
+    modules = {side: {turns[0]["content"].partition(".")[0] for turns in found} for side, found in sides.items()}
+    assert sides["held_out"] and not modules["train"] & modules["held_out"]
+    assert all([turn["role"] for turn in turns] == ["user", "assistant"] for turns in sides["train"])
+
+
+@pytest.mark.parametrize(
+    "line, spec, message",
+    [
+        ({"prompt": "a"}, "pairs", "record 1: field 'response' holds None, no text"),
+        ({"prompt": "a", "response": " "}, "pairs", "record 1: field 'response' holds ' ', no text"),
+        ({"messages": "hello"}, "chat", "record 1: a conversation is a list"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "chat", "nothing to learn"),
+    ],
+)
+def test_a_bad_record_is_named(line, spec, message, tmp_path, tokenizer):
+    good = {
+        "pairs": {"prompt": "a", "response": "b"},
+        "chat": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    }[spec]
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(line)}\n")
+    with pytest.raises(UserError) as error:
+        next(iter(data.eval_batches(f"{spec}(path='{tmp_path}/*.jsonl')", tokenizer, 1, 1)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_field_that_no_record_has_is_named(records, tokenizer):
+    with pytest.raises(UserError, match="record 0: no field 'answer'; there are: prompt, response"):
+        Corpus(records.replace("held_out", "response='answer', held_out")).documents(tokenizer)

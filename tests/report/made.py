@@ -1,0 +1,118 @@
+"""Rows and run folders made for tests: what a sweep leaves behind, without running one."""
+
+import math
+import random
+
+from efficientllm.metrics.reading import Reading
+from efficientllm.metrics.record import PHYSICAL_UNITS, build_record, write_record
+from efficientllm.metrics.tensorboard import SummaryWriter
+
+UNITS = {"al_s": "s", "amu_gb": "GB", "pcu": "1", "tt_tokens_per_param_s": "1/s", "aec_w": "W"}
+CPU = {"platform": "cpu", "kind": "cpu", "count": 1}
+H100 = {"platform": "gpu", "kind": "NVIDIA H100", "count": 1}
+# Times, memory and loss of a sweep over attention, as multiples of the baseline's.
+TRUE = {"gqa": (1.0, 1.0, 1.0), "mqa": (0.9, 0.8, 1.0), "mla": (1.3, 1.1, 0.97)}
+
+
+def config(mixer="gqa", seed=0, **changes):
+    """A flat config's nested form; keys such as `train.steps` replace values."""
+    made = {
+        "name": f"attention-{mixer}",
+        "task": "pretrain",
+        "seed": seed,
+        "model": {"size": "tiny", "mixer": mixer, "ffn": "swiglu", "pattern": [], "position": "rope"},
+        "data": "python_docs()",
+        "tokenizer": "bytes",
+        "train": {"steps": 100, "batch_size": 8, "length": 128},
+    }
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        target = made
+        for part in path:
+            target = target.setdefault(part, {})
+        target[last] = value
+    return made
+
+
+def row(
+    folder,
+    mixer="gqa",
+    seed=0,
+    outcome="ok",
+    sweep=None,
+    devices=CPU,
+    energy="nvml energy counter (measured, gpu, edges +-0.8%)",
+    changes=None,
+    task="pretrain",
+    **values,
+):
+    """Writes `folder/record.json` with these values (`al_s=0.5`, `eval_loss=None`, ...) and returns its path."""
+    readings = {"paper": {}, "physical": {}, "quality": {}}
+    for key, value in values.items():
+        group = "paper" if key in UNITS else "physical" if key in PHYSICAL_UNITS else "quality"
+        source = energy if key in ("aec_w", "j_per_token", "energy_j") else "test"
+        if value is not None:
+            readings[group][key] = Reading(value, UNITS.get(key) or PHYSICAL_UNITS.get(key, "nat"), source)
+    record = build_record(
+        outcome=outcome,
+        name=f"attention-{mixer}",
+        task=task,
+        config=config(mixer, seed, **(changes or {})),
+        provenance={
+            "devices": devices,
+            "host": {"processor": {"name": "Test", "cores": 2}},
+            "started": f"2026-01-01T00:00:{seed:02}",
+        },
+        paper_readings=readings["paper"],
+        physical=readings["physical"],
+        quality=readings["quality"],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(record | ({"sweep": sweep} if sweep else {}), folder / "record.json")
+    return folder / "record.json"
+
+
+def curves(folder, steps=500):
+    """An event file with a loss."""
+    writer = SummaryWriter(folder)
+    for step in range(1, steps + 1):
+        writer.scalars(step, {"loss": 2 + 5 / step})
+    writer.close()
+
+
+def sweep(folder, blocks=6, noise=0.01, seed=1, techniques=TRUE, event_files=False, devices=CPU, **more):
+    """A sweep over `techniques` with the baseline gqa first and last in each block; returns its folder."""
+    rng = random.Random(seed)
+    for block in range(blocks):
+        order = ["gqa", *(name for name in techniques if name != "gqa"), "gqa"]
+        slow = math.exp(rng.gauss(0, 0.05))  # what a block shares
+        for place, mixer in enumerate(order):
+            times, memory, loss = techniques[mixer]
+            told = {
+                "name": "attention",
+                "variant": mixer,
+                "baseline": "gqa",
+                "block": block,
+                "order": place,
+                "seed": block,
+            }
+            own = folder / f"{block}-{place}-{mixer}"
+            row(
+                own,
+                mixer,
+                seed=block,
+                sweep=told,
+                devices=devices,
+                al_s=0.5 * times * slow * math.exp(rng.gauss(0, noise)),
+                tt_tokens_per_param_s=0.002 / times / slow,
+                amu_gb=2 * memory * math.exp(rng.gauss(0, noise / 10)),
+                pcu=0.5 * math.exp(rng.gauss(0, noise)),
+                eval_loss=5.5 * loss * math.exp(rng.gauss(0, noise / 10)),
+                perplexity=math.exp(5.5 * loss) * math.exp(rng.gauss(0, noise / 10)),
+                flops_per_token=8e6 * times,
+                params_total=1.3e6,
+                **more,
+            )
+            if event_files:
+                curves(own)
+    return folder

@@ -1,0 +1,74 @@
+"""The study's claims on rows where the answer is known."""
+
+import pytest
+
+from efficientllm.report import claims, columns, comparison, rows, study
+from efficientllm.report.statistics import Interval
+from report import made
+
+
+def evaluate(folder):
+    found = claims.evaluate(comparison.groups(rows.read(rows.find([folder])[0])))
+    return {claim["name"]: claim for claim in found}
+
+
+def test_claims_hold_fail_and_stay_open(tmp_path):
+    found = evaluate(made.sweep(tmp_path, blocks=6))
+    assert found["mqa-latency"]["status"] == claims.HOLDS and len(found["mqa-latency"]["pairs"]) == 2
+    assert found["mla-perplexity"]["status"] == claims.HOLDS
+    assert (found["moe-memory"]["status"], found["moe-memory"]["reason"]) == (claims.OPEN, "no row with ffn moe")
+    nulls = found["mqa-memory"], found["nsa-power"]
+    assert nulls[0]["status"] == claims.HOLDS and nulls[1]["reason"] == "no row with attention nsa"
+
+
+def test_a_claim_that_is_wrong_here_does_not_hold(tmp_path):
+    worse = {"gqa": (1.0, 1.0, 1.0), "mqa": (1.2, 1.0, 1.0), "mla": (0.9, 1.0, 1.0)}
+    found = evaluate(made.sweep(tmp_path, blocks=6, techniques=worse))
+    assert found["mqa-latency"]["status"] == claims.FAILS
+    assert found["mqa-memory"]["status"] == claims.FAILS, "equal within 2 % is not less"
+
+
+def test_moe_is_compared_with_dense_only_where_nothing_else_differs(tmp_path):
+    for seed in range(3):
+        made.row(tmp_path / f"d{seed}", seed=seed, amu_gb=1.0 + seed / 1e3)
+        made.row(tmp_path / f"m{seed}", seed=seed, amu_gb=1.7 + seed / 1e4, changes={"model.ffn": "moe(num_experts=8)"})
+        made.row(tmp_path / f"x{seed}", "mla", seed=seed, amu_gb=1.0)
+    found = evaluate(tmp_path)["moe-memory"]
+    assert found["status"] == claims.FAILS and len(found["pairs"]) == 1
+    assert found["pairs"][0]["ratio"] == pytest.approx(1.7, abs=0.01)
+
+
+def test_a_claim_of_a_scale_or_device_is_not_tested_elsewhere(tmp_path):
+    for name in ("lora", "rslora"):
+        made.row(tmp_path / name, task="tune", changes={"adapter": f"{name}(rank=8)"}, loss=1.0, params_total=1e9)
+    found = evaluate(tmp_path)
+    assert "at least 1.35e+10; here it is 1e+09" in found["rslora-large"]["reason"]
+    assert found["rslora-small"]["pairs"][0]["reason"] == "one block: no interval"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "bound", "status"),
+    [
+        (0.8, 0.9, "< 1", claims.HOLDS),
+        (1.1, 1.2, "< 1", claims.FAILS),
+        (0.9, 1.1, "< 1", claims.OPEN),
+        (0.99, 1.01, "< 1", claims.FAILS),
+        (0.99, 1.01, ">= 1", claims.HOLDS),
+        (1.5, 1.7, "<= 1.4", claims.FAILS),
+        (1.3, 1.5, "<= 1.4", claims.OPEN),
+        (None, None, "< 1", claims.OPEN),
+    ],
+)
+def test_judgement(low, high, bound, status):
+    assert claims.judge(Interval(1.0, low, high, 6, ""), bound)[0] == status
+
+
+def test_what_is_declared_can_be_evaluated():
+    tables = study.tables()
+    for claim in claims.declared():
+        assert ("quote" in claim) != ("says" in claim) and claim["where"]
+        assert claim["table"] in tables
+        assert claim["metric"] == "fid" or columns.column(claim["metric"], "", "").better
+        assert claims.judge(Interval(1.0, 1.0, 1.0, 6, ""), claim["ratio"])[0] in (claims.HOLDS, claims.FAILS)
+    names = [claim["name"] for claim in claims.declared()]
+    assert len(set(names)) == len(names)

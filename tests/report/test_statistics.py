@@ -1,0 +1,159 @@
+"""Intervals against closed formulas and scipy, and their coverage by simulation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from efficientllm.report import ranking, statistics
+from efficientllm.report.statistics import Interval
+
+LOGS = np.log([1.10, 1.14, 1.08, 1.16])
+
+
+def test_few_blocks_give_the_t_interval_on_logs():
+    found = statistics.ratio_interval(LOGS)
+    expected = np.exp(stats.t.interval(0.95, 3, loc=LOGS.mean(), scale=stats.sem(LOGS)))
+    assert found.ratio == pytest.approx(np.exp(LOGS.mean()))
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
+
+
+def test_the_values_shown_have_the_ratios_shown():
+    a, b = [1.0, 2.0, 9.0], [2.0, 2.2, 7.0]
+    paired = statistics.ratio_interval(np.log(b) - np.log(a)).ratio
+    assert statistics.centre(b) / statistics.centre(a) == pytest.approx(paired)
+    assert statistics.centre([-1.0, 3.0]) == 1 and statistics.centre([]) is None
+
+
+def test_one_block_has_no_interval_and_none_has_nothing():
+    assert statistics.ratio_interval([0.1]).low is None
+    assert statistics.ratio_interval([]) is None
+    assert statistics.ratio_interval([0.1], exact=True).low == pytest.approx(np.exp(0.1))
+    assert statistics.ratio_interval([0.1, 0.2], exact=True).method != "exact", "values that vary are not exact"
+
+
+@pytest.mark.parametrize("blocks", [3, 6, 12])
+def test_the_interval_covers_the_truth_as_often_as_it_says(blocks, monkeypatch):
+    monkeypatch.setattr(statistics.draws, "__defaults__", (2000,))
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        found = statistics.ratio_interval(rng.normal(0.05, 0.03, blocks))
+        covered += found.low <= np.exp(0.05) <= found.high
+    # 400 trials at 0.95 have a standard error of 0.011; plain percentiles cover 0.88 at six blocks.
+    assert 0.915 <= covered / 400 <= 0.985
+
+
+def test_the_same_rows_give_the_same_numbers():
+    logs = np.random.default_rng(1).normal(0, 0.1, 8)
+    assert statistics.ratio_interval(logs) == statistics.ratio_interval(logs)
+
+
+def test_draws_keep_what_variants_share():
+    shared = np.random.default_rng(0).normal(0, 1, 8)
+    draws_RV = statistics.draws([shared, shared + 0.1])
+    assert np.allclose(draws_RV[:, 1] - draws_RV[:, 0], 0.1)
+    few_RV = statistics.draws([shared[:4], shared[:4] + 0.1])
+    assert np.allclose(few_RV[:, 1] - few_RV[:, 0], 0.1)
+
+
+def test_draws_of_few_blocks_have_the_t_interval():
+    low, high = np.quantile(statistics.draws([LOGS], 200_000)[:, 0], [0.025, 0.975])
+    expected = stats.t.interval(0.95, 3, loc=LOGS.mean(), scale=stats.sem(LOGS))
+    assert (low, high) == pytest.approx(expected, abs=3e-3)
+
+
+def test_a_missing_block_is_left_out():
+    logs_VB = np.array([[0.0, 0.1, 0.2, 0.1, 0.0, 0.2], [1.0, np.nan, 1.0, 1.0, 1.0, 1.0]])
+    draws_RV = statistics.draws(logs_VB)
+    assert np.allclose(draws_RV[:, 1], 1.0) and abs(draws_RV[:, 0].mean() - 0.1) < 0.01
+
+
+def test_unpaired_rows_give_welchs_interval():
+    a, b = np.log([1.0, 1.1, 0.9]), np.log([1.2, 1.3, 1.25, 1.28])
+    expected = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    found = statistics.unpaired_interval(a, b)
+    assert (found.low, found.high) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
+    assert statistics.unpaired_interval(a[:1], b) is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "better", "said"),
+    [
+        (1.10, 1.20, "lower", "worse"),
+        (1.10, 1.20, "higher", "better"),
+        (0.80, 0.90, "lower", "better"),
+        (0.95, 1.20, "lower", "no difference seen"),
+        (0.99, 1.015, "lower", "equal within ±2%"),
+        (1.005, 1.015, "lower", "worse, within ±2%"),
+        (1.10, 1.20, None, "higher"),
+        (None, None, "lower", "not tested"),
+    ],
+)
+def test_verdict(low, high, better, said):
+    ratio = 1.05 if low is None else (low + high) / 2
+    assert statistics.verdict(Interval(ratio, low, high, 6, ""), better) == said
+
+
+def test_noise_floor_against_simulation():
+    """An effect of the stated size is seen in about four sweeps of five."""
+    rng = np.random.default_rng(2)
+    spread, blocks = 0.02, 5
+    effect = np.log1p(statistics.smallest_effect(spread, blocks))
+    seen = 0
+    for _ in range(2000):
+        found = statistics.ratio_interval(rng.normal(effect, spread, blocks))
+        seen += found.low > 1
+    assert 0.77 < seen / 2000 < 0.85
+    n = statistics.blocks_needed(spread, 0.03)
+    assert statistics.smallest_effect(spread, n) <= 0.03 < statistics.smallest_effect(spread, n - 1)
+
+
+def test_two_baselines_a_block_make_the_comparison_quieter():
+    pairs = [0.02, -0.02, 0.03, -0.03]
+    once, twice = (statistics.noise(pairs, baselines, 4).smallest for baselines in (1, 2))
+    assert np.log1p(twice) / np.log1p(once) == pytest.approx(np.sqrt(0.75))
+    assert statistics.noise([0.1]) is None
+
+
+def test_ranks_and_wins_by_hand():
+    draws_RV = np.array([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0], [1.0, 2.0, 3.0], [1.0, 1.0, 3.0]])
+    wins_VV = ranking.wins(draws_RV, "lower")
+    assert wins_VV[0].tolist() == [0.5, 0.625, 1.0] and wins_VV[2, 0] == 0
+    assert np.allclose(wins_VV + wins_VV.T, 1)
+    assert ranking.ranks([1.2, 1.4, 3.0], draws_RV, "lower") == [(1.0, 1.0, 2.0), (2.0, 1.0, 2.0), (3.0, 3.0, 3.0)]
+    assert ranking.ranks([1.2, 1.4, 3.0], draws_RV, "higher")[2][0] == 1
+    assert [rank for rank, *_ in ranking.ranks([1.0, 1.0, 2.0], draws_RV, "lower")] == [1.5, 1.5, 3.0]
+
+
+def test_pareto_by_hand():
+    x_RV = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    y_RV = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    assert ranking.non_dominated(x_RV, y_RV, "lower", "lower").tolist() == [1.0, 0.5, 0.5]
+    assert ranking.non_dominated(x_RV, y_RV, "lower", "higher").tolist() == [1.0, 0.5, 0.5]
+    same = np.ones((1, 2))
+    assert ranking.non_dominated(same, same, "lower", "lower").tolist() == [1.0, 1.0], "equals do not dominate"
+
+
+def test_normalisation_is_equations_10_and_11():
+    assert ranking.normalised([2.0, 4.0, 3.0, None], "lower") == pytest.approx([1.0, 0.1, 0.55, None], nan_ok=True)
+    assert ranking.normalised([2.0, 4.0], "higher") == pytest.approx([0.1, 1.0])
+    assert ranking.normalised([2.0, 2.0], "lower") == [1.0, 1.0]
+    assert ranking.normalised([None], "lower") == [None]
+
+
+BETTER = {"amu_gb": "lower", "al_s": "lower", "aec_w": "lower", "throughput": "higher", "pcu": "higher"}
+
+
+def test_efficiency_score_is_equation_12_with_the_better_way_up():
+    table = {"amu_gb": [2, 4], "al_s": [1, 2], "aec_w": [10, 5], "throughput": [3, 6], "pcu": [0.5, 0.25]}
+    scores, parts = ranking.efficiency_scores(table, BETTER)
+    assert scores == pytest.approx([0.2 * (1 + 1 + 0.5 + 0.5 + 1), 0.2 * (0.5 + 0.5 + 1 + 1 + 0.5)]) and len(parts) == 5
+    faster = ranking.efficiency_scores({**table, "al_s": [0.5, 2]}, BETTER)[0]
+    assert faster[0] == scores[0] and faster[1] < scores[1], "a slow run is not rewarded"
+
+
+def test_a_score_says_which_metrics_it_lacks():
+    table = {"amu_gb": [2, 4], "al_s": [1, 2], "aec_w": [None, 5], "throughput": [3, 6], "pcu": [0.5, 0.5]}
+    scores, parts = ranking.efficiency_scores(table, BETTER)
+    assert "aec_w" not in parts and len(parts) == 4 and scores[0] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+    assert ranking.efficiency_scores({}, BETTER) == ([], [])

