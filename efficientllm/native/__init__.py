@@ -58,3 +58,8 @@ def _library():
     library.efficientllm_instruction_sets.restype = ctypes.c_char_p
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.efficientllm_product), platform="cpu")
     return library
+
+
+def fits(group_bytes, groups):
+    """Whether there is a product for rows of `groups` groups of `group_bytes`."""
+    return group_bytes % 4 == 0 and (groups == 1 or (group_bytes >= 16 and group_bytes & (group_bytes - 1) == 0))
