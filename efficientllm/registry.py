@@ -25,6 +25,7 @@ HOMES = {
     "rwkv_kernel": "efficientllm.mixers.rwkv_kernels",
     "block_kernel": "efficientllm.block_attention",
     "precision": "efficientllm.weights",
+    "quant": "efficientllm.quant",
     "size": "efficientllm.sizes",
     "optimizer": "efficientllm.optim",
     "schedule": "efficientllm.optim",
