@@ -60,10 +60,10 @@ class Rows(Weight):
         first = x[(0,) * x.ndim]
 
         def tie(array):
-            # As integers: XLA selects 16-bit floats as float32 on CPUs, and would convert them ahead of a loop. All ones
-            # are a NaN, and where bits are codes any will do beside scales that are NaN.
+            # As integers: XLA selects 16-bit floats as float32 on CPUs, and would convert them ahead of a loop. All
+            # ones are a NaN, and where bits are codes any will do beside scales that are NaN.
             bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
-            tied = jnp.where(first == first, bits, jnp.iinfo(bits.dtype).max)
+            tied = jnp.where(first == first, bits, jnp.array(jnp.iinfo(bits.dtype).max, bits.dtype))
             return jax.lax.bitcast_convert_type(tied, array.dtype)
 
         return jax.tree.map(tie, self)

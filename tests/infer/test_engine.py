@@ -36,7 +36,7 @@ def test_greedy_tokens_are_transformers(name, tmp_path):
 
 
 MIXERS = [registry.example("mixer", name) for name in registry.names("mixer")]
-FAST = ("gqa", "mla", "mamba", "window", "rwkv")
+FAST = ("gqa", "mla", "mamba")
 
 
 @pytest.mark.parametrize(
