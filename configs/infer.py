@@ -19,6 +19,7 @@ def get_config(name="bfloat16"):
     config.model.pretrained = "smollm2-135m"
     config.quant = base.variant(FORMS, name)
     config.tokenizer = "pretrained"
+    config.infer.chat = True
     config.train.batch_size = 1  # of the held-out text, for quality
     config.train.length = 256
     config.eval.batches = 8
