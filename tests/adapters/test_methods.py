@@ -17,6 +17,7 @@ from efficientllm.metrics.flops import count_needed_flops
 from efficientllm.registry import build, names
 from efficientllm.train import step
 
+pytestmark = pytest.mark.xdist_group("methods")  # they share models and compiled programs
 SPECS = {
     "lora": "lora(rank=4, alpha=6)",
     "rslora": "rslora(rank=4, alpha=6)",
@@ -29,8 +30,19 @@ SPECS = {
     "full": "full()",
     "freeze": "freeze(last=1)",
 }
-MIXERS = ["gqa", "mla"]
+OTHERS = ("rslora", "lora_plus", "loha", "glora")  # take the way of another method: their runs are slow tests
 MOE = "moe(num_experts=8, top_k=2, hidden=32, bias_rate=0.01)"
+
+
+def cases(*techniques):
+    """Every method with the first technique, lora and dora with all of them; the rest is slow."""
+    found = []
+    for name in SPECS:
+        for index, (kind, technique) in enumerate(techniques):
+            fast = name not in OTHERS if index == 0 else name in ("lora", "dora")
+            marks = [] if fast else [pytest.mark.slow]
+            found.append(pytest.param(name, kind, technique, marks=marks, id=f"{name}-{technique.partition('(')[0]}"))
+    return found
 
 
 def test_every_method_is_here():
@@ -68,15 +80,14 @@ def logits(lm, params):
     return forward(lm)(params)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHERS)) for n in SPECS])
 def test_the_model_is_the_same_at_step_0(spec):
     method, lm, params, _ = tuned(spec)
     before = logits(lm, params)
     np.testing.assert_allclose(logits(lm, start(method, lm, params).all_params), before, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind, technique", [*(("mixer", mixer) for mixer in MIXERS), ("ffn", MOE)])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec, kind, technique", cases(("mixer", "gqa"), ("mixer", "mla"), ("ffn", MOE)))
 def test_leaves_multiply_as_their_dense_kernels_do(spec, kind, technique):
     _, lm, params, state = tuned(spec, kind, technique)
     found = logits(lm, state.all_params)
@@ -103,10 +114,9 @@ def test_what_is_frozen_stays_and_what_learns_moves(spec):
         assert learnt < 0.5 * sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("spec", SPECS)
-def test_flops_are_the_programs(spec, mixer):
-    method, lm, _, state = tuned(spec, "mixer", mixer)
+@pytest.mark.parametrize("spec, kind, technique", cases(("mixer", "gqa"), ("mixer", "mla")))
+def test_flops_are_the_programs(spec, kind, technique):
+    method, lm, _, state = tuned(spec, kind, technique)
     batch = contract.batch()
     counted = count_needed_flops(lambda s: step.gradients(lm, s.params, batch, 1, s.frozen), state)
     expected = accounting.step_flops(lm, model.abstract_params(lm), contract.T, contract.B, method)
