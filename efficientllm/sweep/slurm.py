@@ -83,7 +83,7 @@ def _wait(jobs, runs, out, poll_s):
 
 def _queued(array):
     """Ids of the array's jobs that wait or run, or None if the controller does not answer."""
-    command = ["squeue", "--noheader", "--array", f"--jobs={array}", "--format=%F_%K"]
+    command = ["squeue", "--noheader", "--array", f"--jobs={array}", "--format=%i"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return set(done.stdout.split())

@@ -75,7 +75,7 @@ def test_every_end_is_a_row_and_runs_are_alone(slurm_conf, tmp_path, monkeypatch
     assert len({job for _, job, *_ in ran(out)}) == len(runs)
     times = sorted((began, ended) for _, _, began, ended in ran(out))
     assert all(after[0] >= before[1] for before, after in zip(times, times[1:], strict=False))
-    assert len(list((out / "slurm").glob("submission_file_*.sh"))) == 1
+    assert len(list((out / "slurm").glob("*_submission.sh"))) == 1
 
     # The same command submits nothing that has a row, and one that failed after it was asked for.
     assert submit(compared, out, monkeypatch) == list(found[run.variant] for run in runs)
@@ -89,7 +89,7 @@ def test_every_end_is_a_row_and_runs_are_alone(slurm_conf, tmp_path, monkeypatch
 def test_what_slurm_refuses_is_one_line(slurm_conf, tmp_path):
     executor = slurm.open_executor(tmp_path / "out", partition="nowhere")
     runs = list(spec.runs(sweep(a="ok")))
-    with pytest.raises(UserError, match="--launcher=slurm: .*invalid partition"):
+    with pytest.raises(UserError, match="--launcher=slurm: .*Invalid partition"):
         slurm.submit(executor, runs, tmp_path / "out", sweep(a="ok"))
 
 
