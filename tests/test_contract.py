@@ -22,16 +22,24 @@ CHECKS = [
 POSITION_CHECKS = [contract.check_segments, contract.check_decode, contract.check_gradients, contract.check_fields]
 
 
+# Techniques that share their code with another (mha, mqa and window are gqa's module, ...) run their costly checks with
+# the slow tests.
+ALIKE = ("mha", "mqa", "window", "moba", "mamba2", "t5", "sinusoidal", "learned", "channel_mix", "gelu")
+COSTLY = (contract.check_dtypes, contract.check_scan, contract.check_fields)
+
+
 def cases(kinds, others):
     """A case for each technique of the kinds and each of the others; a technique's all go to one worker, whose
     programs they share."""
     for kind in kinds:
-        for spec in (registry.example(kind, name) for name in registry.names(kind)):
+        for name in registry.names(kind):
+            spec = registry.example(kind, name)
             for other in others:
-                group = pytest.mark.xdist_group(f"{kind} {spec}")
-                yield pytest.param(
-                    kind, spec, other, marks=group, id=f"{kind} {spec}-{getattr(other, '__name__', other)}"
-                )
+                marks = [pytest.mark.xdist_group(f"{kind} {spec}")]
+                if name in ALIKE and (other in COSTLY or isinstance(other, str)):
+                    marks.append(pytest.mark.slow)
+                case = f"{kind} {spec}-{getattr(other, '__name__', other)}"
+                yield pytest.param(kind, spec, other, marks=marks, id=case)
 
 
 @pytest.mark.parametrize(

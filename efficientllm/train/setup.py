@@ -61,7 +61,7 @@ def prepare(config, log):
     mesh = sharding.make_mesh(config.mesh)
     check_train(config.train, mesh)
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
-    tokenizer = _tokenizer(config, source)
+    tokenizer = tokenizer_of(config, source)
     lm = _for_method(architecture.from_config(model_config, tokenizer.vocab_size), method)
     _check_sample(lm, config.sample, tokenizer)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -129,7 +129,7 @@ def described(model, source):
     return complete
 
 
-def _tokenizer(config, source):
+def tokenizer_of(config, source):
     if config.tokenizer != "pretrained":
         return data.build_tokenizer(config.tokenizer, config.data)
     if source is None:
@@ -206,6 +206,11 @@ def compile_steps(setup):
 
 def token_bytes(setup):
     """UTF-8 bytes of each token of the vocabulary, on the devices."""
-    table = np.zeros(setup.lm.vocab_size, np.float32)
-    table[: setup.tokenizer.vocab_size] = setup.tokenizer.token_bytes
-    return jax.device_put(table, sharding.replicated(setup.mesh))
+    return jax.device_put(bytes_of(setup.tokenizer, setup.lm), sharding.replicated(setup.mesh))
+
+
+def bytes_of(tokenizer, lm):
+    """UTF-8 bytes of each token, float32 `[V]`, zero where the model has more tokens than the tokenizer."""
+    table = np.zeros(lm.vocab_size, np.float32)
+    table[: tokenizer.vocab_size] = tokenizer.token_bytes
+    return table

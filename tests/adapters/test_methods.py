@@ -117,7 +117,12 @@ def test_flops_are_the_programs(spec, mixer):
 
 
 @pytest.mark.parametrize(
-    "spec, kind, technique", [("dora", "ffn", MOE), ("lokr", "mixer", "gqa"), ("lora", "ffn", MOE)]
+    "spec, kind, technique",
+    [
+        ("lokr", "mixer", "gqa"),
+        pytest.param("lora", "ffn", MOE, marks=pytest.mark.slow),
+        pytest.param("dora", "ffn", MOE, marks=pytest.mark.slow),
+    ],
 )
 def test_one_device_equals_eight(spec, kind, technique):
     method, lm, _, state = tuned(spec, kind, technique)

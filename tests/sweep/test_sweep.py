@@ -207,6 +207,10 @@ def test_ctrl_c_stops_the_run_and_the_sweep(tmp_path, monkeypatch):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     threading.Thread(target=interrupt).start()
-    assert launch.local(runs, tmp_path, sweep(), {"a": check.Cost(1, 1, 1, 1.0, 1.0)}) is None
+    try:
+        assert launch.local(runs, tmp_path, sweep(), {"a": check.Cost(1, 1, 1, 1.0, 1.0)}) is None
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.glob("*/record.json"))

@@ -1,0 +1,55 @@
+"""Sixteen-bit floats, and no change at all."""
+
+import dataclasses
+import functools
+import typing
+
+import flax.struct
+import jax.numpy as jnp
+
+from efficientllm import native
+from efficientllm.quant.rows import STATIC, Rows
+from efficientllm.registry import register
+
+
+@flax.struct.dataclass
+class Half(Rows):
+    """Rows in bfloat16 or float16: 16 bits a weight."""
+
+    values: typing.Any
+    is_table: bool = flax.struct.field(default=False, **STATIC)
+
+    @property
+    def name(self):
+        return self.values.dtype.name
+
+    def rows(self):
+        return self.values.astype(jnp.float32)
+
+    def native(self, x_MK):
+        return native.product(self.name, x_MK, self.values) if self.width % 2 == 0 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfForm:
+    dtype: str
+
+    @property
+    def embedding(self):
+        """The form of embeddings and heads."""
+        return self.dtype
+
+    def leaf(self, rows, is_table):
+        return Half(rows.astype(self.dtype), is_table)
+
+
+@register("quant", "float32")
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """Arrays as they are."""
+
+    embedding: typing.ClassVar[str] = "float32"
+
+
+register("quant", "bfloat16")(functools.partial(HalfForm, "bfloat16"))
+register("quant", "float16")(functools.partial(HalfForm, "float16"))

@@ -1,0 +1,142 @@
+"""Four-bit integers with a scale a group, rounded to nearest or as GPTQ and AWQ do."""
+
+import dataclasses
+import typing
+
+import flax.struct
+import jax.numpy as jnp
+
+from efficientllm import native
+from efficientllm.errors import UserError, did_you_mean
+from efficientllm.quant.rows import STATIC, Rows, grouped, pack, unpack
+from efficientllm.registry import register
+from efficientllm.weights import Axes
+
+METHODS = ("rtn", "awq", "gptq")
+
+
+@flax.struct.dataclass
+class Int4(Rows):
+    """`code * scale + minimum`, or `(code - zero) * scale`, or where both are None `(code - 8) * scale`.
+
+    Codes 0..15 are packed as `rows.pack` does, uint8 `[..., R, K / 2]`; scale is float16 `[..., R, G]`, as is minimum;
+    zero is uint8. `x_scale` `[..., 1, K]`, if any, multiplies the activations (AWQ's folds into no other layer).
+    `x_bits` are those that the native product rounds activations to, of the largest of a group.
+    """
+
+    values: typing.Any
+    scale: typing.Any
+    zero: typing.Any = None
+    minimum: typing.Any = None
+    x_scale: typing.Any = None
+    columns: int = flax.struct.field(default=0, **STATIC)
+    x_bits: int = flax.struct.field(default=16, **STATIC)
+    is_table: bool = flax.struct.field(default=False, **STATIC)
+
+    name = "int4"
+
+    @property
+    def width(self):
+        return self.columns
+
+    def rows(self):
+        codes, scale = unpack(self.values, self.scale.shape[-1]), self.scale[..., None].astype(jnp.float32)
+        weights = decode(codes, scale, *(None if x is None else x[..., None] for x in (self.zero, self.minimum)))
+        rows = weights.reshape(*weights.shape[:-2], -1)[..., : self.width]
+        return rows if self.x_scale is None else rows * self.x_scale
+
+    def native(self, x_MK):
+        groups = self.scale.shape[-1]
+        if not native.fits(self.values.shape[-1] // groups, groups):
+            return None
+        if self.x_scale is not None:
+            x_MK = x_MK.astype(jnp.float32) * self.x_scale
+        return native.product("int4", x_MK, self.values, self.scale, self.minimum, self.zero, x_bits=self.x_bits)
+
+    def take(self, index):
+        if self.x_scale is None:
+            return super().take(index)
+        return self.replace(x_scale=None).take(index) * self.x_scale[0]
+
+    def axes(self, names):
+        leaf = super().axes(names)
+        along = names[-1] if self.is_table else names[-2]
+        return leaf if self.x_scale is None else leaf.replace(x_scale=Axes((*names[:-2], None, along)))
+
+
+def decode(codes, scale, zero=None, minimum=None):
+    """The weights of codes, by the formula of `Int4`."""
+    codes = codes.astype(jnp.float32)
+    if minimum is not None:
+        return codes * scale + minimum.astype(jnp.float32)
+    return (codes - (8.0 if zero is None else zero.astype(jnp.float32))) * scale
+
+
+def scales(groups, symmetric):
+    """`(scale, zero)` of groups of weights, `[..., group]` -> `[...]`; zero is None where they are symmetric.
+
+    Symmetric: amax / 7.5, as compressed-tensors, torchao and qwix have it. Else 15 steps span the weights and 0.
+    """
+    if symmetric:
+        return _representable(jnp.max(jnp.abs(groups), -1) / 7.5), None
+    low, high = jnp.minimum(jnp.min(groups, -1), 0), jnp.maximum(jnp.max(groups, -1), 0)
+    scale = _representable((high - low) / 15)
+    zero = jnp.clip(jnp.round(-low / jnp.where(scale > 0, scale, 1)), 0, 15)
+    return scale, zero.astype(jnp.uint8)
+
+
+def _representable(scale):
+    """Rounded to float16 before anything is divided by it."""
+    return scale.astype(jnp.float16).astype(jnp.float32)
+
+
+def encode(weights, scale, zero=None):
+    """The nearest codes, half to even; `scale` and `zero` broadcast against `weights`."""
+    offset = 8.0 if zero is None else zero.astype(jnp.float32)
+    return jnp.clip(jnp.round(weights / jnp.where(scale > 0, scale, 1)) + offset, 0, 15)
+
+
+def nearest(rows, group, symmetric):
+    """Round to nearest: `(codes [..., G, group], scale, zero)` of rows `[..., K]`."""
+    groups = grouped(rows.astype(jnp.float32), group)
+    scale, zero = scales(groups, symmetric)
+    return encode(groups, scale[..., None], None if zero is None else zero[..., None]), scale, zero
+
+
+@register("quant", "int4")
+@dataclasses.dataclass(frozen=True)
+class Int4Form:
+    """Groups of `group` inputs share a scale, and a zero point where they are not `symmetric`.
+
+    Args:
+      method: `rtn` rounds to nearest; `gptq` and `awq` are calibrated on text (`gptq`, `awq`).
+      activations: `float`, or `int8` where the native product may round activations to 8 bits of a group's largest, as
+        llama.cpp does, which is faster on CPUs; elsewhere it changes nothing.
+      embedding: the form of embeddings and heads.
+    """
+
+    method: str = "rtn"
+    group: int = 32
+    symmetric: bool = True
+    activations: str = "float"
+    embedding: str = "int8"
+
+    def __post_init__(self):
+        for field, known in (("method", METHODS), ("activations", ("float", "int8"))):
+            if (value := getattr(self, field)) not in known:
+                hint = did_you_mean(value, known)
+                raise UserError(f"quant int4: {field} = {value!r} is none of {', '.join(known)}{hint}")
+        if self.group < 32 or self.group & (self.group - 1):
+            raise UserError(f"quant int4: group = {self.group} must be a power of two and at least 32")
+
+    @property
+    def calibrated(self):
+        return self.method != "rtn"
+
+    def leaf(self, rows, is_table):
+        return self.make(*nearest(rows, self.group, self.symmetric), rows.shape[-1], is_table)
+
+    def make(self, codes, scale, zero, columns, is_table=False, x_scale=None):
+        """The leaf of codes `[..., G, group]` and what goes with them."""
+        bits = 8 if self.activations == "int8" else 16
+        return Int4(pack(codes), scale.astype(jnp.float16), zero, None, x_scale, columns, bits, is_table)

@@ -1,0 +1,58 @@
+"""Eight-bit integers with a scale an output, or one a group."""
+
+import dataclasses
+import typing
+
+import flax.struct
+import jax.numpy as jnp
+
+from efficientllm import native
+from efficientllm.errors import UserError
+from efficientllm.quant.rows import STATIC, Rows, grouped
+from efficientllm.registry import register
+
+
+@flax.struct.dataclass
+class Int8(Rows):
+    """`values * scale`: int8 `[..., R, K]`, padded to whole groups, and float32 `[..., R, G]`."""
+
+    values: typing.Any
+    scale: typing.Any
+    columns: int = flax.struct.field(**STATIC)
+    is_table: bool = flax.struct.field(default=False, **STATIC)
+
+    name = "int8"
+
+    @property
+    def width(self):
+        return self.columns
+
+    def rows(self):
+        codes = self.values.reshape(*self.scale.shape, -1).astype(jnp.float32)
+        return (codes * self.scale[..., None]).reshape(self.values.shape)[..., : self.width]
+
+    def native(self, x_MK):
+        width, groups = self.values.shape[-1], self.scale.shape[-1]
+        if width % 4 or not native.fits(width // groups, groups):
+            return None
+        return native.product("int8", x_MK, self.values, self.scale)
+
+
+@register("quant", "int8")
+@dataclasses.dataclass(frozen=True)
+class Int8Form:
+    """Round to nearest, symmetric: scale = amax / 127 of `group` weights, or of an output's all where it is 0."""
+
+    group: int = 0
+    embedding: str = "int8"
+
+    def __post_init__(self):
+        if self.group < 0 or self.group % 32:
+            raise UserError(f"quant int8: group = {self.group} must be 0 (whole columns) or a multiple of 32")
+
+    def leaf(self, rows, is_table):
+        K = rows.shape[-1]
+        rows = grouped(rows.astype(jnp.float32), self.group or K)
+        scale = jnp.max(jnp.abs(rows), -1) / 127
+        codes = jnp.round(rows / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8)
+        return Int8(codes.reshape(*rows.shape[:-2], -1), scale, K, is_table)

@@ -1,0 +1,108 @@
+"""What compressed leaves have in common: they hold rows `[..., R, K]`, each the weights of one output or one entry.
+
+Rows lie as a product of few vectors reads them. `is_table` says what they stand for: a table `[..., R, K]`, whose rows
+are looked up, or the kernel `[..., K, R]`; a tied head is the table's arrays under the other reading.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from efficientllm.quant import products
+from efficientllm.weights import Axes, Weight
+
+STATIC = {"pytree_node": False}
+
+
+class Rows(Weight):
+    """Subclasses have arrays whose last two axes are R and one along K, `is_table`, `name` and these three methods."""
+
+    name = None
+
+    def rows(self):
+        """float32 `[..., R, K]`."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def width(self):
+        """K."""
+        return self.values.shape[-1]
+
+    def native(self, x_MK):
+        """float32 `x @ rows.T` through `efficientllm.native`; None where that has no such product."""
+        return None
+
+    @property
+    def shape(self):
+        *stack, R, _ = self.values.shape
+        return (*stack, R, self.width) if self.is_table else (*stack, self.width, R)
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+    def dense(self):
+        rows = self.rows()
+        return rows if self.is_table else jnp.swapaxes(rows, -1, -2)
+
+    def take(self, index):
+        return jax.tree.map(lambda array: jnp.take(array, index, axis=0), self).rows()
+
+    @property
+    def T(self):
+        return self.replace(is_table=not self.is_table)
+
+    def after(self, x):
+        """The same leaf, to be decompressed once `x` is known and not before; NaN if its first number is.
+
+        XLA would else decompress all weights ahead of a loop, or of the first layer, and keep them so. An optimization
+        barrier stops only the first: it is gone when buffers are assigned.
+        """
+        first = x[(0,) * x.ndim]
+
+        def tie(array):
+            # As integers: XLA selects 16-bit floats as float32 on CPUs, and would convert them ahead of a loop. All
+            # ones are a NaN, and where bits are codes any will do beside scales that are NaN.
+            bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+            tied = jnp.where(first == first, bits, jnp.array(jnp.iinfo(bits.dtype).max, bits.dtype))
+            return jax.lax.bitcast_convert_type(tied, array.dtype)
+
+        return jax.tree.map(tie, self)
+
+    def apply(self, x, product):
+        return product(x, self.after(x).dense())
+
+    def matmul(self, x, precision, out_dtype):
+        if self.is_table or self.ndim > 2:
+            return super().matmul(x, precision, out_dtype)
+        return products.product(x, self, precision, out_dtype)
+
+    def axes(self, names):
+        *stack, first, second = names
+        row, along = (first, second) if self.is_table else (second, first)
+        return jax.tree.map(lambda array: Axes((*stack, row, along)), self)
+
+
+def resident_bytes(params):
+    """Bytes of a tree's arrays: on the device, and in a checkpoint of them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
+def grouped(rows, group):
+    """`[..., K]` -> `[..., G, group]`, padded with zeros to whole groups."""
+    K = rows.shape[-1]
+    padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -K % group)])
+    return padded.reshape(*rows.shape[:-1], -1, group)
+
+
+def pack(codes):
+    """Codes 0..15, `[..., G, group]`, to bytes `[..., G * group / 2]`: one of a group's first half, with one of its
+    second half in the upper bits."""
+    low, high = jnp.split(codes.astype(jnp.uint8), 2, axis=-1)
+    return (low | high << 4).reshape(*codes.shape[:-2], -1)
+
+
+def unpack(values, groups):
+    """The codes `[..., groups, group]` of `pack`'s bytes, as one elementwise operation."""
+    bytes_ = values.reshape(*values.shape[:-1], groups, 1, -1)
+    codes = bytes_ >> jnp.array([[0], [4]], jnp.uint8) & 15
+    return codes.reshape(*values.shape[:-1], groups, -1)

@@ -1,0 +1,76 @@
+"""Compressed forms put into a model's parameters, by name."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficientllm.errors import UserError
+from efficientllm.optim.rules import path_of
+from efficientllm.registry import build
+from efficientllm.weights import Axes, Weight
+
+TABLE = re.compile(r"(^|/)(embedding|head/kernel)$")
+KERNEL = re.compile(r"^(?!.*\brouter/).*(^|/)kernel$")
+BOX = nn.LogicallyPartitioned
+
+
+def quantize(params, spec, rules=(), learn=None):
+    """The parameters with every kernel in the form `spec`, and embeddings and the head in the form it has for them.
+
+    Routers, norms, biases and all that no matrix product reads stay as they are. `rules` are (regex, spec) pairs that
+    come first, for what is a kernel or the embedding; `"float32"` leaves it as it is. A calibrated form takes leaves of
+    `learn` (`calibrate.leaves`), by path. Works on boxed trees, whose arrays stay boxed with their axes, on abstract
+    ones under `jax.eval_shape`, and on stacked or unrolled layers. Raises UserError for a spec or rule that is none,
+    and for a calibrated form without `learn`.
+    """
+    choose = _chooser(spec, rules)
+
+    def one(keys, leaf):
+        path = path_of(keys)
+        form = choose(path)
+        if not hasattr(form, "leaf") or isinstance(leaf, Weight):
+            return leaf
+        if getattr(form, "calibrated", False):
+            if learn is None:
+                raise UserError(f"quant = {spec!r} is calibrated: give it text to calibrate on")
+            found = learn(path, form)
+        else:
+            found = _leaf(form, path == "embedding", leaf.unbox() if isinstance(leaf, BOX) else leaf)
+        return box(found, leaf.names) if isinstance(leaf, BOX) else found
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, BOX | Weight))
+
+
+def box(leaf, names):
+    """A Weight whose arrays are boxed with their logical axes, for a kernel with the axes `names`."""
+    return jax.tree.map(
+        lambda array, axes: BOX(array, tuple(axes)), leaf, leaf.axes(names), is_leaf=lambda x: isinstance(x, Axes)
+    )
+
+
+def form_of(spec):
+    """The form a spec names. Raises UserError for one that is none."""
+    return build("quant", spec, where="config.quant")
+
+
+def _chooser(spec, rules):
+    form = form_of(spec)
+    try:
+        compiled = [(re.compile(pattern), form_of(value)) for pattern, value in rules]
+    except (re.error, TypeError, ValueError) as error:
+        raise UserError(f"quantisation rules {rules!r} must be pairs of (regex, spec): {error}") from None
+    compiled += [(TABLE, form_of(form.embedding)), (KERNEL, form)]
+
+    def choose(path):
+        is_weight = TABLE.search(path) or KERNEL.search(path)
+        return next((value for pattern, value in compiled if is_weight and pattern.search(path)), None)
+
+    return choose
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _leaf(form, is_table, array):
+    return form.leaf(array if is_table else jnp.swapaxes(array, -1, -2), is_table)

@@ -1,0 +1,227 @@
+"""Compressed leaves: their arithmetic by formula, their bytes, and their products on every kernel there is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficientllm import kernels, native
+from efficientllm.errors import UserError
+from efficientllm.quant import products
+from efficientllm.quant.int4 import Int4
+from efficientllm.quant.nf4 import TABLE
+from efficientllm.quant.rows import grouped, resident_bytes
+from efficientllm.quant.tree import form_of, quantize
+from efficientllm.weights import matmul, take
+
+SPECS = ["bfloat16", "float16", "int8", "int8(group=32)", "int4", "int4(group=64, symmetric=False)", "nf4"]
+BITS = {"bfloat16": 16, "float16": 16, "int8(group=32)": 9, "int4": 4.5, "int4(group=64, symmetric=False)": 4.375}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def leaf(spec, kernel):
+    return quantize({"kernel": jnp.asarray(kernel)}, spec)["kernel"]
+
+
+def relative(found, exact):
+    return np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
+
+
+def test_int4_by_formula():
+    """Symmetric: amax / 7.5 in float16, half to even, -8..7 (compressed-tensors, torchao, qwix)."""
+    kernel = normal(64, 3)
+    kernel[32:, 1] = 0
+    found = np.asarray(leaf("int4", kernel).dense())
+    for r in range(3):
+        for g in (0, 32):
+            w = kernel[g : g + 32, r]
+            scale = np.float32(np.float16(np.abs(w).max() / np.float32(7.5)))
+            exact = np.clip(np.round(w / (scale or 1)), -8, 7) * scale
+            np.testing.assert_array_equal(found[g : g + 32, r], exact)
+
+
+def test_asymmetric_int4_by_formula():
+    kernel = normal(32, 4) + np.array([0, 3, -3, 0.5], np.float32)
+    found = np.asarray(leaf("int4(symmetric=False)", kernel).dense())
+    low, high = np.minimum(kernel.min(0), 0), np.maximum(kernel.max(0), 0)
+    scale = np.float32(np.float16((high - low) / np.float32(15)))
+    zero = np.clip(np.round(-low / scale), 0, 15)
+    np.testing.assert_array_equal(found, (np.clip(np.round(kernel / scale) + zero, 0, 15) - zero) * scale)
+
+
+def test_int8_by_formula():
+    kernel = normal(40, 5)
+    scale = np.abs(kernel).max(0) / np.float32(127)
+    np.testing.assert_allclose(leaf("int8", kernel).dense(), np.round(kernel / scale) * scale, rtol=1e-6)
+
+
+def test_nf4_takes_the_nearest_value_of_the_table():
+    kernel = normal(64, 6)
+    found = np.asarray(leaf("nf4", kernel).dense())
+    amax = np.abs(kernel).max(0)
+    nearest = TABLE[np.abs((kernel / amax)[..., None] - TABLE).argmin(-1)]
+    np.testing.assert_array_equal(found, nearest * amax)
+
+
+def test_packing_is_two_codes_a_byte_a_half_of_the_group_apart():
+    codes = np.arange(32) % 16
+    values = np.asarray(leaf("int4", (codes - 8.0)[:, None].astype(np.float32) * 1).values)[0]
+    scale = np.float32(np.float16(8 / 7.5))
+    codes = np.clip(np.round((codes - 8) / scale), -8, 7).astype(int) + 8
+    np.testing.assert_array_equal(values, codes[:16] | codes[16:] << 4)
+
+
+@pytest.mark.parametrize("spec", BITS)
+def test_bytes_are_the_bits_claimed(spec):
+    assert resident_bytes(leaf(spec, normal(256, 8))) == 256 * 8 * BITS[spec] / 8
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("width", [64, 83])
+def test_a_leaf_stands_for_its_kernel_and_its_table(spec, width):
+    kernel, x = normal(2, width, 5), jnp.asarray(normal(3, width))
+    stacked = leaf(spec, kernel)
+    assert stacked.shape == kernel.shape and relative(stacked.dense(), kernel) < 0.15
+    one = jax.tree.map(lambda array: array[1], stacked)
+    np.testing.assert_array_equal(one.dense(), stacked.dense()[1])
+    assert relative(matmul(x, one, "float32"), np.asarray(x) @ np.asarray(one.dense())) < 3e-5
+    table = quantize({"embedding": jnp.asarray(kernel[0].T)}, "float32", [("embedding", spec)])["embedding"]
+    assert table.shape == (5, width)
+    np.testing.assert_array_equal(table.dense(), stacked.dense()[0].T)
+    np.testing.assert_array_equal(take(table, jnp.array([[4, 0]])), table.dense()[jnp.array([[4, 0]])])
+    assert relative(matmul(x, table.T, "float32"), np.asarray(x) @ np.asarray(table.dense()).T) < 3e-5
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradient_of_the_input(spec):
+    """Of one that no native product has, and of one that it has."""
+    one, x, dy = leaf(spec, normal(64, 6)), jnp.asarray(normal(3, 64)), jnp.asarray(normal(3, 6))
+    _, pull = jax.vjp(lambda x: matmul(x, one, "float32"), x)
+    assert relative(pull(dy)[0], np.asarray(dy) @ np.asarray(one.dense()).T) < 1e-5
+
+
+def native_cases():
+    for form in ("int4", "zero", "minimum", "int8", "int8 groups", "nf4", "bfloat16", "float16"):
+        for rows, width, group in ((1, 32, 32), (1, 576, 32), (3, 320, 64), (7, 99, 128), (5, 65, 1), (16, 160, 32)):
+            yield form, rows, width, group
+
+
+def native_leaf(form, rng, width, group):
+    """A leaf of 37 rows and of random bits, the smallest scales included."""
+    group = max(group, 32)
+    groups = -(-width // group)
+    codes = rng.integers(0, 256, (37, groups * group // 2), np.uint8)
+    scale = jnp.asarray(rng.random((37, groups)) ** 8, jnp.float16)
+    if form in ("bfloat16", "float16"):
+        return form_of(form).leaf(jnp.asarray(rng.standard_normal((37, width)) ** 5), False)
+    if form.startswith("int8"):
+        spec = f"int8(group={group})" if "groups" in form else "int8"
+        return form_of(spec).leaf(jnp.asarray(rng.standard_normal((37, width))), False)
+    if form == "nf4":
+        return form_of(f"nf4(block={group})").leaf(jnp.asarray(rng.standard_normal((37, width))), False)
+    zero = jnp.asarray(rng.integers(0, 16, scale.shape), jnp.uint8) if form == "zero" else None
+    minimum = jnp.asarray(rng.standard_normal(scale.shape), jnp.float16) if form == "minimum" else None
+    return Int4(codes, scale, zero, minimum, None, width)
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
+@pytest.mark.parametrize("instructions", native.instruction_sets())
+@pytest.mark.parametrize("form, rows, width, group", list(native_cases()))
+def test_native_products(instructions, form, rows, width, group, monkeypatch):
+    """Every instruction set this machine has, on odd sizes; int4 rounds activations to 16 bits of their group."""
+    rng = np.random.default_rng(width)
+    one = native_leaf(form, rng, width, group)
+    x = jnp.asarray(rng.standard_normal((rows, width)) * np.exp(3 * rng.standard_normal(width)), jnp.float32)
+    call = native.product
+    monkeypatch.setattr(native, "product", lambda *args, **kw: call(*args, **kw, instructions=instructions))
+    found = one.native(x)
+    if found is None:
+        assert width % 2 or width % 4  # left to XLA
+        return
+    exact = np.asarray(x, np.float64) @ np.asarray(one.rows(), np.float64).T
+    bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(one.rows(), axis=-1)
+    if one.name == "int4":  # half a step of a group's activations, times its weights
+        groups = one.scale.shape[-1]
+        largest_MG = jnp.max(jnp.abs(grouped(x, one.values.shape[-1] * 2 // groups)), -1)
+        sizes_RG = jnp.sum(jnp.abs(grouped(one.rows(), one.values.shape[-1] * 2 // groups)), -1)
+        bound += largest_MG / 32767 / 2 @ sizes_RG.T
+    assert (np.abs(found - exact) <= bound).all()
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
+def test_eight_bit_activations():
+    one = leaf("int4(activations='int8')", normal(576, 64))
+    x = jnp.asarray(normal(4, 576, seed=1))
+    assert one.x_bits == 8 and 1e-4 < relative(one.native(x), x @ one.dense()) < 1e-2
+
+
+def test_the_kernel_is_chosen_and_noted(monkeypatch):
+    one = leaf("int4", normal(64, 32))
+    few, many = jnp.ones((products.FEW, 64)), jnp.ones((products.FEW + 1, 64))
+    with kernels.recording() as used:
+        jax.eval_shape(lambda: matmul(many, one, "float32"))
+        assert used.pop("matmul_int4") == {"xla"}
+        jax.eval_shape(lambda: matmul(few, one, "float32"))
+        assert used.pop("matmul_int4") == ({"ffi"} if native.instruction_sets() else {"xla"})
+        with kernels.compiling_for("gpu"):
+            jax.eval_shape(lambda: matmul(few, one, "float32"))
+        assert used.pop("matmul_int4") == {"xla"}
+        monkeypatch.setattr(native, "instruction_sets", tuple)
+        jax.eval_shape(lambda: matmul(few, one, "float32"))
+        assert used.pop("matmul_int4") == {"xla"}
+
+
+@pytest.mark.parametrize("has_native", [True, False])
+@pytest.mark.parametrize("spec", ["bfloat16", "int8", "int4", "nf4"])
+def test_a_loop_keeps_the_weights_compressed(spec, has_native, monkeypatch):
+    """No float32 copy of all layers is made ahead of a loop; one layer's at a time may be, without native products."""
+    if not has_native:
+        monkeypatch.setattr(native, "instruction_sets", tuple)
+    layers = [leaf(spec, normal(128, 128, seed=i) / 12) for i in range(8)]
+
+    def decode(layers, x):
+        def step(_, x):
+            for one in layers:
+                x = jnp.tanh(matmul(x, one, "float32"))
+            return x
+
+        return jax.lax.fori_loop(0, 4, step, x)
+
+    compiled = jax.jit(decode, donate_argnums=1).lower(layers, jnp.ones((1, 128))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 128 * 128 * 4 < 8 * 128 * 128 * 4
+    exact = jnp.ones((1, 128))
+    for one in layers * 4:
+        exact = jnp.tanh(exact @ one.dense())
+    assert relative(compiled(layers, jnp.ones((1, 128))), np.asarray(exact)) < 1e-3  # int4: 32 times rounded to 16 bits
+
+
+def test_threads_share_no_state():
+    """Products that XLA runs at the same time, from several threads, are what they are alone."""
+    import concurrent.futures
+
+    one, x = leaf("int4", normal(512, 1024)), jnp.asarray(normal(2, 512))
+    run = jax.jit(lambda x, one: sum(matmul(x * i, one, "float32") for i in range(1, 9)))
+    alone = run(x, one)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: run(x, one), range(24)):
+            np.testing.assert_array_equal(found, alone)
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        ("int5", "no quant of that name"),
+        ("int4(group=48)", "power of two"),
+        ("int4(method='gtpq')", "did you mean 'gptq'"),
+        ("int4(activations='int4')", "none of float, int8"),
+        ("int8(group=5)", "multiple of 32"),
+        ("nf4(block=8)", "power of two"),
+        ("int4(method='awq')", "text to calibrate"),
+    ],
+)
+def test_bad_specs(spec, said):
+    with pytest.raises(UserError, match=said):
+        quantize({"kernel": jnp.ones((32, 4))}, spec)
