@@ -191,7 +191,7 @@ def test_a_loop_keeps_the_weights_compressed(spec, has_native, monkeypatch):
         return jax.lax.fori_loop(0, 4, step, x)
 
     compiled = jax.jit(decode, donate_argnums=1).lower(layers, jnp.ones((1, 128))).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 128 * 128 * 4 < 8 * 128 * 128 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 128 * 128 * 4
     exact = jnp.ones((1, 128))
     for one in layers * 4:
         exact = jnp.tanh(exact @ one.dense())
