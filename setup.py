@@ -11,7 +11,6 @@ GGUF = ["gguf>=0.17,<1"]
 REPORT = ["matplotlib>=3.10,<4", "plotly>=6,<8", "scipy>=1.15,<2"]
 
 
-
 def native():
     """The products in C++, where jaxlib's headers are; without a compiler the package installs without them."""
     jaxlib = importlib.util.find_spec("jaxlib")

@@ -17,6 +17,7 @@ class Rows(Weight):
     """Subclasses have arrays whose last two axes are R and one along K, `is_table`, `name` and these three methods."""
 
     name = None
+    by_group = True
 
     def rows(self):
         """float32 `[..., R, K]`."""

@@ -80,8 +80,7 @@ def test_bytes_are_the_bits_claimed(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("width", [64, 83])
-def test_a_leaf_stands_for_its_kernel_and_its_table(spec, width):
+def test_a_leaf_stands_for_its_kernel_and_its_table(spec, width=83):
     kernel, x = normal(2, width, 5), jnp.asarray(normal(3, width))
     stacked = leaf(spec, kernel)
     assert stacked.shape == kernel.shape and relative(stacked.dense(), kernel) < 0.15
@@ -105,7 +104,7 @@ def test_gradient_of_the_input(spec):
 
 def native_cases():
     for form in ("int4", "zero", "minimum", "int8", "int8 groups", "nf4", "bfloat16", "float16"):
-        for rows, width, group in ((1, 32, 32), (1, 576, 32), (3, 320, 64), (7, 99, 128), (5, 65, 1), (16, 160, 32)):
+        for rows, width, group in ((1, 576, 32), (3, 320, 64), (7, 99, 128), (16, 65, 32)):
             yield form, rows, width, group
 
 
@@ -131,7 +130,7 @@ def native_leaf(form, rng, width, group):
 @pytest.mark.parametrize("instructions", native.instruction_sets())
 @pytest.mark.parametrize("form, rows, width, group", list(native_cases()))
 def test_native_products(instructions, form, rows, width, group, monkeypatch):
-    """Every instruction set this machine has, on odd sizes; activations of int4 are rounded to 16 bits of their group."""
+    """Every instruction set this machine has, on odd sizes; int4 rounds activations to 16 bits of a group's largest."""
     rng = np.random.default_rng(width)
     one = native_leaf(form, rng, width, group)
     x = jnp.asarray(rng.standard_normal((rows, width)) * np.exp(3 * rng.standard_normal(width)), jnp.float32)
