@@ -55,8 +55,8 @@ class Rows(Weight):
     def after(self, x):
         """The same leaf, to be decompressed once `x` is known and not before; NaN if its first number is.
 
-        XLA would else decompress all weights ahead of a loop, or of the first layer, and keep them so. The barrier stops
-        the first, but is gone when buffers are assigned.
+        XLA would else decompress all weights ahead of a loop, or of the first layer, and keep them so. The barrier
+        stops the first, but is gone when buffers are assigned.
         """
         x, leaf = jax.lax.optimization_barrier((x, self))
         first = x[(0,) * x.ndim]
