@@ -4,6 +4,7 @@ A technique is put into a two-layer model of a tiny shape, with nothing else cha
 """
 
 import functools
+import unittest.mock
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,10 @@ from efficientllm.adapters import base as adapters
 from efficientllm.adapters.lora import LoRA
 from efficientllm.attention import Context
 from efficientllm.metrics.flops import count_matmul_flops
+from efficientllm.quant import products
 from efficientllm.quant import tree as quant
+from efficientllm.quant.rows import Rows
+from efficientllm.quant.tree import quantize
 from efficientllm.train import step
 
 SIZE = "tiny(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden=48)"
@@ -173,6 +177,21 @@ def check_sharded(kind, spec, mesh_spec):
     assert any(leaf != NamedSharding(mesh, P()) for leaf in jax.tree.leaves(where)) or "data" in mesh_spec
     np.testing.assert_allclose(loss, sharded_loss, rtol=1e-5)
     _close(grads, jax.device_get(sharded_grads), 2e-5)
+
+
+def check_compressed(kind, spec):
+    """With its kernels in int4 and int8 a model gives what it gives with the same weights as plain arrays: scanned, and
+    unrolled through the products for few rows, where those of int4 round activations to 16 bits."""
+    lm = build(kind, spec)
+    packed = quantize(parameters(lm), "int8", [("(mixer|experts)/", "int4")])
+    plain = adapters.merge(packed)
+    assert any(isinstance(leaf, Rows) for leaf in jax.tree.leaves(packed, is_leaf=lambda leaf: isinstance(leaf, Rows)))
+    exact = logits(lm, tokens(), plain)
+    np.testing.assert_allclose(logits(lm, tokens(), packed), exact, atol=2e-5)
+    with unittest.mock.patch.object(products, "FEW", B * T * 8):
+        loop, packed = model.unroll(lm, packed)
+        error = jnp.linalg.norm(logits(loop, tokens(), packed) - exact) / jnp.linalg.norm(exact)
+    assert error < 1e-3
 
 
 def check_fields(kind, spec):

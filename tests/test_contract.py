@@ -14,6 +14,7 @@ CHECKS = [
     contract.check_decode,
     contract.check_gradients,
     contract.check_scan,
+    contract.check_compressed,
     contract.check_fields,
     contract.check_flops,
     contract.check_state_bytes,
