@@ -27,7 +27,13 @@ POSITION_CHECKS = [contract.check_segments, contract.check_decode, contract.chec
 # Techniques that share their code with another (mha, mqa and window are gqa's module, ...) run their costly checks with
 # the slow tests.
 ALIKE = ("mha", "mqa", "window", "moba", "mamba2", "t5", "sinusoidal", "learned", "channel_mix", "gelu")
-COSTLY = (contract.check_dtypes, contract.check_scan, contract.check_fields, contract.check_leaves)
+COSTLY = (
+    contract.check_dtypes,
+    contract.check_scan,
+    contract.check_fields,
+    contract.check_leaves,
+    contract.check_compressed,
+)
 
 
 def cases(kinds, others):

@@ -30,18 +30,19 @@ SPECS = {
     "full": "full()",
     "freeze": "freeze(last=1)",
 }
-OTHERS = ("rslora", "lora_plus", "loha", "glora")  # take the way of another method: their runs are slow tests
+# What the default run has of every test; the rest of the methods and techniques is slow.
+FAST = {"lora-gqa", "dora-moe", "lokr-gqa", "freeze-gqa"}
 MOE = "moe(num_experts=8, top_k=2, hidden=32, bias_rate=0.01)"
 
 
 def cases(*techniques):
-    """Every method with the first technique, lora and dora with all of them; the rest is slow."""
+    """Every method with every technique."""
     found = []
     for name in SPECS:
-        for index, (kind, technique) in enumerate(techniques):
-            fast = name not in OTHERS if index == 0 else name in ("lora", "dora")
-            marks = [] if fast else [pytest.mark.slow]
-            found.append(pytest.param(name, kind, technique, marks=marks, id=f"{name}-{technique.partition('(')[0]}"))
+        for kind, technique in techniques:
+            case = f"{name}-{technique.partition('(')[0]}"
+            marks = [] if case in FAST else [pytest.mark.slow]
+            found.append(pytest.param(name, kind, technique, marks=marks, id=case))
     return found
 
 
@@ -80,7 +81,9 @@ def logits(lm, params):
     return forward(lm)(params)
 
 
-@pytest.mark.parametrize("spec", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHERS)) for n in SPECS])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("dora", "pissa"))) for n in SPECS]
+)
 def test_the_model_is_the_same_at_step_0(spec):
     method, lm, params, _ = tuned(spec)
     before = logits(lm, params)
@@ -152,6 +155,7 @@ def test_layers_apart_are_the_layers_stacked():
     np.testing.assert_allclose(logits(lm, state.all_params), logits(loop, params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_drops_in_training_only_and_its_mean_is_the_whole():
     method, lm, _, state = tuned("lora(rank=4, alpha=6, dropout=0.5)")
     whole = logits(lm, state.all_params)
