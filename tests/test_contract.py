@@ -24,16 +24,10 @@ CHECKS = [
 POSITION_CHECKS = [contract.check_segments, contract.check_decode, contract.check_gradients, contract.check_fields]
 
 
-# Techniques that share their code with another (mha, mqa and window are gqa's module, ...) run their costly checks with
-# the slow tests.
+# Techniques that share their code with another (mha, mqa and window are gqa's module, ...), or that parity tests cover,
+# run all but the cheap checks with the slow tests.
 ALIKE = ("mha", "mqa", "window", "moba", "mamba2", "t5", "sinusoidal", "learned", "channel_mix", "gelu")
-COSTLY = (
-    contract.check_dtypes,
-    contract.check_scan,
-    contract.check_fields,
-    contract.check_leaves,
-    contract.check_compressed,
-)
+CHEAP = (contract.check_causality, contract.check_segments, contract.check_flops, contract.check_state_bytes)
 
 
 def cases(kinds, others):
@@ -44,7 +38,7 @@ def cases(kinds, others):
             spec = registry.example(kind, name)
             for other in others:
                 marks = [pytest.mark.xdist_group(f"{kind} {spec}")]
-                if name in ALIKE and (other in COSTLY or isinstance(other, str)):
+                if name in ALIKE and other not in CHEAP:
                     marks.append(pytest.mark.slow)
                 case = f"{kind} {spec}-{getattr(other, '__name__', other)}"
                 yield pytest.param(kind, spec, other, marks=marks, id=case)
