@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from efficientllm import kernels
+from efficientllm.quant.products import is_native
 from efficientllm.registry import build, lookup, register
-from efficientllm.weights import Weight
+from efficientllm.weights import Weight, dense
 
 
 class Kernel(typing.NamedTuple):
@@ -34,7 +35,7 @@ def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
     passes follow the policy `precision`. `kernel` is `auto` or a registered `grouped_kernel`. Raises UserError for a
     kernel or a precision that does not exist.
     """
-    if isinstance(w_EKN, Weight):
+    if isinstance(w_EKN, Weight) and not w_EKN.by_group:
         return w_EKN.apply(x_AK, lambda x, w: grouped_matmul(x, w, sizes_E, precision, kernel))
     product = build("precision", precision, where="config.model.precision").product
     name = kernel if kernel != "auto" else choose()
@@ -68,7 +69,8 @@ def _backward(product, kernel, residuals, dy):
     x, w, sizes, like_x = residuals
     dy = dy.astype(product)
     dx = kernel.rows(dy, w, sizes, True, like_x.dtype)
-    return dx, kernel.weights(x, dy, sizes, w.shape[0]).astype(w.dtype), None
+    dw = None if isinstance(w, Weight) else kernel.weights(x, dy, sizes, w.shape[0]).astype(w.dtype)
+    return dx, dw, None
 
 
 _grouped.defvjp(_forward, _backward)
@@ -131,7 +133,11 @@ def _blocked_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
     def group(e, start, stop, y_AN):
         # Without the barrier XLA converts all groups ahead of the loop, and a decoded token would pay for every expert.
         w, e = lax.optimization_barrier((w_EKN, e))
-        w_KN = w[e].astype(x_AK.dtype)
+        w = jax.tree.map(lambda array: array[e], w)
+        if isinstance(w, Weight) and not transposed and is_native(rows):
+            mine = (jnp.arange(rows) >= start) & (jnp.arange(rows) < stop)
+            return jnp.where(mine[:, None], w.matmul(x_AK, x_AK.dtype.name, out_dtype), y_AN)
+        w_KN = dense(w).astype(x_AK.dtype)
 
         def block(at, mine, y_AN):
             new = _contract(_take(x_AK, at, mine.size), w_KN, (1, 1 if transposed else 0)).astype(out_dtype)
@@ -163,6 +169,7 @@ register("grouped_kernel", "blocked")(Kernel(_blocked_rows, _blocked_weights))
 
 
 def _ragged_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
+    w_EKN = dense(w_EKN, after=x_AK)
     w_EKN = (jnp.swapaxes(w_EKN, 1, 2) if transposed else w_EKN).astype(x_AK.dtype)
     return lax.ragged_dot(x_AK, w_EKN, sizes_E, preferred_element_type=out_dtype)
 
@@ -179,7 +186,10 @@ register("grouped_kernel", "ragged_dot")(Kernel(_ragged_rows, _ragged_weights))
 def _batched_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
     axes = ((2,), (2 if transposed else 1,)), ((0,), (0,))
     y = lax.dot_general(
-        _by_group(x_AK, w_EKN.shape[0]), w_EKN.astype(x_AK.dtype), axes, preferred_element_type=out_dtype
+        _by_group(x_AK, w_EKN.shape[0]),
+        dense(w_EKN, after=x_AK).astype(x_AK.dtype),
+        axes,
+        preferred_element_type=out_dtype,
     )
     return y.reshape(x_AK.shape[0], -1)
 

@@ -43,7 +43,10 @@ class Weight:
 
     Subclasses are flax struct dataclasses, hence trees of arrays, and are scanned, sharded, saved and mapped as such.
     Their arrays have the leading axes (layers, experts) that the kernel has. They have a `shape`, the kernel's.
+    `by_group` is True for those that grouped products take as they are, one of a stack of kernels at a time.
     """
+
+    by_group = False
 
     def apply(self, x, product):
         """`x` times the kernel, where `product(x, kernel)` is the caller's way to multiply: dense or by groups."""
@@ -56,6 +59,10 @@ class Weight:
     def dense(self):
         """The kernel as one float32 array."""
         raise NotImplementedError(type(self).__name__)
+
+    def after(self, x):
+        """This leaf, which is not made dense before `x` is known: not ahead of a loop, say."""
+        return self
 
     def axes(self, names):
         """This leaf with the logical axes of each array in its place, for a kernel with the axes `names`."""
@@ -75,9 +82,11 @@ class Weight:
         return self.dense().T
 
 
-def dense(w):
-    """The kernel as an array, whatever form it has."""
-    return w.dense() if isinstance(w, Weight) else w
+def dense(w, after=None):
+    """The kernel as an array, whatever form it has; not made before the array `after` is known, if one is given."""
+    if not isinstance(w, Weight):
+        return w
+    return w.dense() if after is None else w.after(after).dense()
 
 
 def axes(w, names):

@@ -4,6 +4,7 @@ A technique is put into a two-layer model of a tiny shape, with nothing else cha
 """
 
 import functools
+import unittest.mock
 
 import flax.linen as nn
 import jax
@@ -14,8 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from efficientllm import accounting, architecture, kernels, model, registry, sharding
+from efficientllm.adapters import base as adapters
+from efficientllm.adapters.lora import LoRA
 from efficientllm.attention import Context
 from efficientllm.metrics.flops import count_matmul_flops
+from efficientllm.quant import products
+from efficientllm.quant import tree as quant
+from efficientllm.quant.rows import Rows
+from efficientllm.quant.tree import quantize
 from efficientllm.train import step
 
 SIZE = "tiny(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden=48)"
@@ -172,6 +179,21 @@ def check_sharded(kind, spec, mesh_spec):
     _close(grads, jax.device_get(sharded_grads), 2e-5)
 
 
+def check_compressed(kind, spec):
+    """With its kernels in int4 and int8 a model gives what it gives with the same weights as plain arrays: scanned, and
+    unrolled through the products for few rows, where those of int4 round activations to 16 bits."""
+    lm = build(kind, spec)
+    packed = quantize(parameters(lm), "int8", [("(mixer|experts)/", "int4")])
+    plain = adapters.merge(packed)
+    assert any(isinstance(leaf, Rows) for leaf in jax.tree.leaves(packed, is_leaf=lambda leaf: isinstance(leaf, Rows)))
+    exact = logits(lm, tokens(), plain)
+    np.testing.assert_allclose(logits(lm, tokens(), packed), exact, atol=2e-5)
+    with unittest.mock.patch.object(products, "FEW", B * T * 8):
+        loop, packed = model.unroll(lm, packed)
+        error = jnp.linalg.norm(logits(loop, tokens(), packed) - exact) / jnp.linalg.norm(exact)
+    assert error < 1e-3
+
+
 def check_fields(kind, spec):
     """Every field of the technique changes the program: one that nobody reads is a bug."""
     name, given = registry.parse(spec)
@@ -254,6 +276,26 @@ def check_flops(kind, spec):
         forward = functools.partial(lm.apply, tokens_BT=tokens(length=length), ctx=ctx)
         counted = count_matmul_flops(forward, {"params": nn.unbox(boxed)})
         assert counted == B * accounting.forward_flops(lm, boxed, length, executed=True)
+
+
+def check_leaves(kind, spec):
+    """An adapter over four-bit kernels multiplies as the dense kernels that both stand for."""
+    lm = build(kind, spec)
+    boxed = model.abstract_params(lm)
+    method = registry.build("adapter", "lora(rank=2, alpha=4)")
+
+    def wrapped(params):
+        held = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), boxed, params, is_leaf=adapters.is_box)
+        held = quant.quantize(held, "int4(group=32)")
+        return nn.unbox(adapters.attach(method, boxed, held, jax.random.key(0)))
+
+    params = jax.jit(wrapped)(parameters(lm))
+    noise = np.random.default_rng(0)
+    moved = lambda leaf: leaf.replace(b=leaf.b + 0.1 * noise.standard_normal(leaf.b.shape, np.float32))  # noqa: E731
+    is_lora = lambda leaf: isinstance(leaf, LoRA)  # noqa: E731
+    params = jax.tree.map(lambda leaf: moved(leaf) if is_lora(leaf) else leaf, params, is_leaf=is_lora)
+    assert any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora)))
+    np.testing.assert_allclose(logits(lm, tokens(), params), logits(lm, tokens(), adapters.merge(params)), atol=1e-4)
 
 
 def check_state_bytes(kind, spec):

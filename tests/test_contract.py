@@ -14,9 +14,11 @@ CHECKS = [
     contract.check_decode,
     contract.check_gradients,
     contract.check_scan,
+    contract.check_compressed,
     contract.check_fields,
     contract.check_flops,
     contract.check_state_bytes,
+    contract.check_leaves,
 ]
 # Positions have no products and no state of their own.
 POSITION_CHECKS = [contract.check_segments, contract.check_decode, contract.check_gradients, contract.check_fields]
@@ -25,7 +27,13 @@ POSITION_CHECKS = [contract.check_segments, contract.check_decode, contract.chec
 # Techniques that share their code with another (mha, mqa and window are gqa's module, ...) run their costly checks with
 # the slow tests.
 ALIKE = ("mha", "mqa", "window", "moba", "mamba2", "t5", "sinusoidal", "learned", "channel_mix", "gelu")
-COSTLY = (contract.check_dtypes, contract.check_scan, contract.check_fields)
+COSTLY = (
+    contract.check_dtypes,
+    contract.check_scan,
+    contract.check_fields,
+    contract.check_leaves,
+    contract.check_compressed,
+)
 
 
 def cases(kinds, others):

@@ -59,6 +59,8 @@ def test_command(command, tmp_path, monkeypatch):
     if config.model.pretrained:
         folders.llama(tmp_path / "model", vocab_size=300)
         argv += [f"--config.model.pretrained={tmp_path / 'model'}", "--config.train.batch_size=8"]
+        few = ("chat=False", "repeats=1", "prompt_length=8", "max_new_tokens=4")
+        argv += [f"--config.infer.{each}" for each in few]
     if config.model.size != "tiny":  # a size for a cluster: all but its arrays
         import_plugins(config.imports)
         lm = architecture.from_config(config.model, 4096)

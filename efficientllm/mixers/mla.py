@@ -91,7 +91,8 @@ class MLA(nn.Module, kw_only=True):
     def _absorbed(self, q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options):
         """All heads read one key, the latent beside the shared key, and one value, the latent."""
         R, N, _, V = self.widths
-        kernel_RHE = dense(up.variables["params"]["kernel"]).reshape(R, self.num_heads, N + V).astype(q_BTHN.dtype)
+        kernel_RHE = dense(up.variables["params"]["kernel"], after=q_BTHN).astype(q_BTHN.dtype)
+        kernel_RHE = kernel_RHE.reshape(R, self.num_heads, N + V)
         q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, kernel_RHE[..., :N])
         q_BTHK = jnp.concatenate([q_BTHR, q_BTHP], -1)
         k_BS1K = jnp.concatenate([latent_BSR, k_BSP], -1)[:, :, None]

@@ -17,6 +17,7 @@ class Rows(Weight):
     """Subclasses have arrays whose last two axes are R and one along K, `is_table`, `name` and these three methods."""
 
     name = None
+    by_group = True
 
     def rows(self):
         """float32 `[..., R, K]`."""
@@ -54,19 +55,21 @@ class Rows(Weight):
     def after(self, x):
         """The same leaf, to be decompressed once `x` is known and not before; NaN if its first number is.
 
-        XLA would else decompress all weights ahead of a loop, or of the first layer, and keep them so. An optimization
-        barrier stops only the first: it is gone when buffers are assigned.
+        XLA would else decompress all weights ahead of a loop, or of the first layer, and keep them so. The barrier
+        stops the first, but is gone when buffers are assigned.
         """
+        x, leaf = jax.lax.optimization_barrier((x, self))
         first = x[(0,) * x.ndim]
 
         def tie(array):
-            # As integers: XLA selects 16-bit floats as float32 on CPUs, and would convert them ahead of a loop. All
-            # ones are a NaN, and where bits are codes any will do beside scales that are NaN.
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                return jnp.where(first == first, array, 0)
+            # As integers, of which all ones are a NaN: XLA selects 16-bit floats as float32 on CPUs.
             bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
-            tied = jnp.where(first == first, bits, jnp.array(jnp.iinfo(bits.dtype).max, bits.dtype))
+            tied = jnp.where(first == first, bits, bits.dtype.type(jnp.iinfo(bits.dtype).max))
             return jax.lax.bitcast_convert_type(tied, array.dtype)
 
-        return jax.tree.map(tie, self)
+        return jax.tree.map(tie, leaf)
 
     def apply(self, x, product):
         return product(x, self.after(x).dense())

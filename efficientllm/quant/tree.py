@@ -21,25 +21,25 @@ def quantize(params, spec, rules=(), learn=None):
     """The parameters with every kernel in the form `spec`, and embeddings and the head in the form it has for them.
 
     Routers, norms, biases and all that no matrix product reads stay as they are. `rules` are (regex, spec) pairs that
-    come first, for what is a kernel or the embedding; `"float32"` leaves it as it is. A calibrated form takes leaves of
-    `learn` (`calibrate.leaves`), by path. Works on boxed trees, whose arrays stay boxed with their axes, on abstract
-    ones under `jax.eval_shape`, and on stacked or unrolled layers. Raises UserError for a spec or rule that is none,
-    and for a calibrated form without `learn`.
+    come first, for what is a kernel or the embedding; `"float32"` leaves it as it is. Works on boxed trees, whose
+    arrays stay boxed with their axes, on abstract ones under `jax.eval_shape`, and on stacked or unrolled layers. The
+    leaves of calibrated forms are those of `learn(path, form)`, which `calibrate.quantize` gives. Raises UserError for
+    a spec or rule that is none, and for a calibrated form without `learn`.
     """
-    choose = _chooser(spec, rules)
+    choose = chooser(spec, rules)
 
-    def one(keys, leaf):
+    def one(keys, held):
         path = path_of(keys)
         form = choose(path)
-        if not hasattr(form, "leaf") or isinstance(leaf, Weight):
-            return leaf
+        if not hasattr(form, "leaf") or isinstance(held, Weight):
+            return held
         if getattr(form, "calibrated", False):
             if learn is None:
                 raise UserError(f"quant = {spec!r} is calibrated: give it text to calibrate on")
             found = learn(path, form)
         else:
-            found = _leaf(form, path == "embedding", leaf.unbox() if isinstance(leaf, BOX) else leaf)
-        return box(found, leaf.names) if isinstance(leaf, BOX) else found
+            found = leaf(form, path == "embedding", held.unbox() if isinstance(held, BOX) else held)
+        return box(found, held.names) if isinstance(held, BOX) else found
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, BOX | Weight))
 
@@ -56,7 +56,8 @@ def form_of(spec):
     return build("quant", spec, where="config.quant")
 
 
-def _chooser(spec, rules):
+def chooser(spec, rules):
+    """A function of a path that gives its form, None for what has none."""
     form = form_of(spec)
     try:
         compiled = [(re.compile(pattern), form_of(value)) for pattern, value in rules]
@@ -72,5 +73,6 @@ def _chooser(spec, rules):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _leaf(form, is_table, array):
+def leaf(form, is_table, array):
+    """The leaf of a kernel or a table."""
     return form.leaf(array if is_table else jnp.swapaxes(array, -1, -2), is_table)

@@ -51,7 +51,7 @@ def ours(source, name, where):
     return lm, folder.around(source, lm, source.load(peers.abstract(lm)), where)
 
 
-SOME = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("lora", "rslora"))) for name in OPTIONS]
+SOME = [pytest.param(name, marks=[pytest.mark.slow] * (name != "dora")) for name in OPTIONS]
 
 
 @pytest.mark.parametrize("name", SOME)

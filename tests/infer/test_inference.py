@@ -52,6 +52,7 @@ def test_a_row_holds_time_bytes_and_quality(base, tmp_path):
     assert [line["prompt"] for line in lines] == ["Hello, world", "Hi"]
 
 
+@pytest.mark.slow
 def test_uncompressed_has_a_rate_of_one(base, tmp_path):
     assert main.main(arguments(base, tmp_path / "run", "float32")) == 0
     assert json.loads((tmp_path / "run" / "record.json").read_text())["paper"]["mcr"] == pytest.approx(1.0)

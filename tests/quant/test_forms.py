@@ -80,8 +80,7 @@ def test_bytes_are_the_bits_claimed(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("width", [64, 83])
-def test_a_leaf_stands_for_its_kernel_and_its_table(spec, width):
+def test_a_leaf_stands_for_its_kernel_and_its_table(spec, width=83):
     kernel, x = normal(2, width, 5), jnp.asarray(normal(3, width))
     stacked = leaf(spec, kernel)
     assert stacked.shape == kernel.shape and relative(stacked.dense(), kernel) < 0.15
@@ -105,7 +104,7 @@ def test_gradient_of_the_input(spec):
 
 def native_cases():
     for form in ("int4", "zero", "minimum", "int8", "int8 groups", "nf4", "bfloat16", "float16"):
-        for rows, width, group in ((1, 32, 32), (1, 576, 32), (3, 320, 64), (7, 99, 128), (5, 65, 1), (16, 160, 32)):
+        for rows, width, group in ((1, 576, 32), (3, 320, 64), (7, 99, 128), (16, 65, 32)):
             yield form, rows, width, group
 
 
@@ -191,7 +190,7 @@ def test_a_loop_keeps_the_weights_compressed(spec, has_native, monkeypatch):
         return jax.lax.fori_loop(0, 4, step, x)
 
     compiled = jax.jit(decode, donate_argnums=1).lower(layers, jnp.ones((1, 128))).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 128 * 128 * 4 < 8 * 128 * 128 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 128 * 128 * 4
     exact = jnp.ones((1, 128))
     for one in layers * 4:
         exact = jnp.tanh(exact @ one.dense())

@@ -48,7 +48,11 @@ def run_up_to(limits, calls):
         assert "--config.seed=3" in probe.argv and memory_bytes == 2e9
         calls.append((probe.variant, length))
         found = record.build_record(
-            outcome="ok" if length <= limits[probe.variant] else "oom", name="x", task="pretrain", config={}, provenance={}
+            outcome="ok" if length <= limits[probe.variant] else "oom",
+            name="x",
+            task="pretrain",
+            config={},
+            provenance={},
         )
         folder.mkdir(parents=True)
         record.write_record(found | {"sweep": probe.place}, folder / "record.json")

@@ -78,7 +78,7 @@ def test_every_end_is_a_row_and_runs_are_alone(slurm_conf, tmp_path, monkeypatch
     assert len(list((out / "slurm").glob("*_submission.sh"))) == 1
 
     # The same command submits nothing that has a row, and one that failed after it was asked for.
-    assert submit(compared, out, monkeypatch) == list(found[run.variant] for run in runs)
+    assert submit(compared, out, monkeypatch) == [found[run.variant] for run in runs]
     assert len(ran(out)) == len(runs)
     (failed,) = (run for run in runs if run.variant == "c")
     execute.forget(out / failed.folder)

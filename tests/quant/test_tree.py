@@ -1,0 +1,131 @@
+"""Compressed forms in a whole model: which parameters get one, their axes, and programs over eight devices."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import contract
+from efficientllm import kernels, model, sharding
+from efficientllm.adapters import base
+from efficientllm.errors import UserError
+from efficientllm.optim.rules import path_of
+from efficientllm.quant.int4 import Int4
+from efficientllm.quant.int8 import Int8
+from efficientllm.quant.rows import Rows, resident_bytes
+from efficientllm.quant.tree import quantize
+from efficientllm.registry import build
+
+MOE = "moe(num_experts=4, top_k=2, hidden=32)"
+
+
+def boxed(lm):
+    return model.abstract_params(lm)
+
+
+def forms(params):
+    """The type of each parameter, by path."""
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Rows))
+    return {path_of(keys): type(leaf) for keys, leaf in flat[0]}
+
+
+def test_kernels_get_the_form_and_embeddings_theirs():
+    lm = contract.build("ffn", MOE, tied=False)
+    found = forms(jax.eval_shape(lambda params: quantize(params, "int4"), nn.unbox(boxed(lm))))
+    assert found.pop("embedding") is Int8 and found.pop("head/kernel") is Int8
+    others = {path for path, form in found.items() if form is not Int4}
+    router = "groups/block_0/ffn/router/kernel"
+    assert others == {path for path in found if path.endswith(("scale", "bias"))} | {router}
+    assert found["groups/block_0/ffn/experts/down/kernel"] is Int4
+
+
+def test_rules_come_first():
+    lm = contract.build("mixer", "gqa")
+    rules = [("mixer/[qk]/", "float32"), ("embedding", "bfloat16"), ("ffn/down", "nf4")]
+    found = forms(quantize(contract.parameters(lm), "int8(group=32)", rules))
+    assert found["groups/block_0/mixer/q/kernel"] is not Int8 and found["groups/block_0/mixer/v/kernel"] is Int8
+    assert found["embedding"].__name__ == "Half" and found["groups/block_0/ffn/down/kernel"].__name__ == "NF4"
+    for bad in ([("(", "int8")], ["int8"]):
+        with pytest.raises(UserError, match=r"pairs of \(regex, spec\)"):
+            quantize({}, "int8", bad)
+
+
+def test_boxes_name_the_axes_of_each_array():
+    found = jax.eval_shape(lambda params: quantize(params, "int4"), boxed(contract.build("mixer", "gqa")))
+    kernel = found["groups"]["block_0"]["mixer"]["q"]["kernel"]
+    assert kernel.values.names == kernel.scale.names == ("layers", "heads", "embed")
+    assert found["embedding"].values.names == ("vocab", "embed")
+    mesh = sharding.make_mesh("data=2, fsdp=2, tensor=2")
+    where = sharding.shardings(found, mesh)["groups"]["block_0"]["mixer"]["q"]["kernel"]
+    assert where.values.spec == jax.sharding.PartitionSpec(None, "tensor", "fsdp")
+    assert where.scale.spec == jax.sharding.PartitionSpec(None, "tensor", None)  # one group: left whole
+
+
+def test_bytes_of_a_model():
+    """int4 in groups of 32 is 4.5 bits a weight, and the embedding's int8 8 and a scale a row."""
+    lm = contract.build("mixer", "gqa", size="tiny(num_layers=2, dim=64, num_heads=4, num_kv_heads=4, hidden=128)")
+    plain = nn.unbox(boxed(lm))
+    kernels_ = sum(leaf.size for keys, leaf in jax.tree_util.tree_leaves_with_path(plain) if "kernel" in str(keys))
+    scales = sum(leaf.size for keys, leaf in jax.tree_util.tree_leaves_with_path(plain) if "scale" in str(keys))
+    packed = jax.eval_shape(lambda params: quantize(params, "int4"), plain)
+    assert resident_bytes(packed) == kernels_ * 4.5 / 8 + contract.VOCAB * (64 + 4) + 4 * scales
+
+
+def test_one_device_equals_eight():
+    """Experts among them; on a mesh XLA runs the products."""
+    lm = contract.build("ffn", MOE, size=contract.SIZE.replace("num_layers=2", "num_layers=1"))
+    rules = [("embedding", "bfloat16"), ("mixer/", "int8")]
+    packed = quantize(contract.parameters(lm), "int4", rules)
+    exact = contract.logits(lm, contract.tokens(), packed)
+    mesh = sharding.make_mesh("data=2, fsdp=2, tensor=2")
+    with jax.set_mesh(mesh), kernels.recording() as used:
+        where = sharding.shardings(jax.eval_shape(lambda params: quantize(params, "int4", rules), boxed(lm)), mesh)
+        ctx = contract.Context.packed(contract.positions())
+        run = jax.jit(lambda params, ids: lm.apply({"params": params}, ids, ctx)[0], in_shardings=(where, None))
+        found = run(jax.device_put(packed, where), contract.tokens())
+    assert used["matmul_int8"] == used["matmul_bfloat16"] == {"xla"}
+    np.testing.assert_allclose(found, exact, atol=2e-5)
+
+
+def test_adapters_learn_around_compressed_kernels():
+    """QLoRA (arXiv:2305.14314): the gradients are those of LoRA over the same weights as plain arrays."""
+    lm = contract.build("mixer", "gqa", size=contract.SIZE.replace("num_layers=2", "num_layers=1"), scan=False)
+    method = build("adapter", "lora(rank=2)")
+    packed = quantize(contract.parameters(lm), "nf4")
+    grads = []
+    for held in (packed, base.merge(packed)):
+        params = nn.unbox(base.attach(method, boxed(lm), held, jax.random.key(0)))
+        params = jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: leaf + 0.1 if path_of(keys).endswith("/b") else leaf, params
+        )
+        learnt, frozen = base.split(method, lm, params)
+        grads.append(jax.jit(jax.grad(functools.partial(_loss, lm)))(learnt, frozen))
+    assert len(jax.tree.leaves(grads[0])) == 14
+    for found, exact in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(found, exact, atol=1e-5, rtol=1e-4)
+
+
+def _loss(lm, learnt, frozen):
+    packed = contract.batch()
+    return contract.step.loss_fn(lm, base.join(learnt, frozen), packed, jnp.sum(packed["weights"]))[0]
+
+
+def test_state_is_donated_beside_native_products():
+    """A jitted step whose state is donated gives what one gives that keeps it."""
+    lm, params = model.unroll(contract.build("mixer", "gqa"), contract.parameters(contract.build("mixer", "gqa")))
+    packed = quantize(params, "int4")
+    ctx = contract.Context.decoding(contract.positions(1))
+
+    def step(params, ids, states):
+        return lm.apply({"params": params}, ids, ctx, states)[:2]
+
+    ids = contract.tokens()[:, :1]
+    states = jax.tree.map(jnp.copy, model.init_states(lm, contract.B, 4))
+    with kernels.recording() as used:
+        kept, _ = jax.jit(step)(packed, ids, states)
+    given, _ = jax.jit(step, donate_argnums=2)(packed, ids, states)
+    assert used["matmul_int4"] in ({"ffi"}, {"xla"})
+    np.testing.assert_array_equal(kept, given)
