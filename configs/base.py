@@ -32,6 +32,8 @@ def get_config():
 
     config.adapter = "full"  # what learns: full, freeze(last=2), lora(rank=8), dora, pissa...
 
+    config.quant = "float32"  # the form of weights at inference: bfloat16, float16, int8(...), int4(...), nf4(...)
+
     config.data = "python_docs()"
     config.tokenizer = "bpe(vocab_size=2048)"  # or pretrained: the checkpoint's own
 
@@ -59,6 +61,16 @@ def get_config():
     config.sample.prompt = "The function returns"
     config.sample.tokens = 64
     config.sample.temperature = 0.8
+
+    config.infer = ConfigDict()
+    config.infer.prompts = ("What is a context manager?",)  # texts, or a file: .txt, or .jsonl with `prompt`
+    config.infer.chat = False  # prompts go through the tokenizer's chat template
+    config.infer.max_new_tokens = 64
+    config.infer.sampler = "greedy"  # or sample(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05)
+    config.infer.stop = ()  # texts that end an answer
+    config.infer.batch_size = 1  # prompts measured together
+    config.infer.prompt_length = 128  # tokens of a measured prompt
+    config.infer.repeats = 5  # measured batches
 
     config.metrics = ConfigDict()
     config.metrics.meter = ""  # a CSV of (unix time in s, W) that a meter of yours writes meanwhile

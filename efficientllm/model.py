@@ -223,6 +223,11 @@ def head_kernel(lm, params):
     return params["embedding"].T if lm.tied else params["head"]["kernel"]
 
 
+def read_out(lm, params, x_BTD):
+    """Float32 logits `[B, T, V]` of what the model gives without `readout`."""
+    return matmul(x_BTD, head_kernel(lm, params), lm.precision, out_dtype=jnp.float32)
+
+
 def check_length(lm, length, where="a state"):
     """Raises UserError for a row of `length` tokens where the position has fewer; `where` says what asks for them."""
     most = getattr(build("position", lm.position), "max_positions", length)

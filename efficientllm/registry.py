@@ -31,6 +31,7 @@ HOMES = {
     "schedule": "efficientllm.optim",
     "data": "efficientllm.data",
     "tokenizer": "efficientllm.data",
+    "sampler": "efficientllm.infer",
     "task": "efficientllm.tasks",
     "adapter": "efficientllm.adapters",
 }

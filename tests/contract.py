@@ -16,9 +16,11 @@ from jax.sharding import PartitionSpec as P
 from configs import base
 from efficientllm import accounting, architecture, kernels, model, registry, sharding
 from efficientllm.adapters import base as adapters
+from efficientllm.adapters.lora import LoRA
 from efficientllm.attention import Context
 from efficientllm.metrics.flops import count_matmul_flops
 from efficientllm.quant import products
+from efficientllm.quant import tree as quant
 from efficientllm.quant.rows import Rows
 from efficientllm.quant.tree import quantize
 from efficientllm.train import step
@@ -274,6 +276,26 @@ def check_flops(kind, spec):
         forward = functools.partial(lm.apply, tokens_BT=tokens(length=length), ctx=ctx)
         counted = count_matmul_flops(forward, {"params": nn.unbox(boxed)})
         assert counted == B * accounting.forward_flops(lm, boxed, length, executed=True)
+
+
+def check_leaves(kind, spec):
+    """An adapter over four-bit kernels multiplies as the dense kernels that both stand for."""
+    lm = build(kind, spec)
+    boxed = model.abstract_params(lm)
+    method = registry.build("adapter", "lora(rank=2, alpha=4)")
+
+    def wrapped(params):
+        held = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), boxed, params, is_leaf=adapters.is_box)
+        held = quant.quantize(held, "int4(group=32)")
+        return nn.unbox(adapters.attach(method, boxed, held, jax.random.key(0)))
+
+    params = jax.jit(wrapped)(parameters(lm))
+    noise = np.random.default_rng(0)
+    moved = lambda leaf: leaf.replace(b=leaf.b + 0.1 * noise.standard_normal(leaf.b.shape, np.float32))  # noqa: E731
+    is_lora = lambda leaf: isinstance(leaf, LoRA)  # noqa: E731
+    params = jax.tree.map(lambda leaf: moved(leaf) if is_lora(leaf) else leaf, params, is_leaf=is_lora)
+    assert any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora)))
+    np.testing.assert_allclose(logits(lm, tokens(), params), logits(lm, tokens(), adapters.merge(params)), atol=1e-4)
 
 
 def check_state_bytes(kind, spec):

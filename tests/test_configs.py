@@ -100,11 +100,12 @@ class Watched:
 def test_every_key_is_read_by_somebody(tmp_path):
     folder = runs.corpus(tmp_path / "texts")
     config, _, _ = main.parse(runs.arguments(folder, tmp_path / "run", train__steps=2))
-    read = {"imports"}  # by run.run, before the task
+    read = {"imports", "task"}  # by run.run, before the task
     run.import_plugins(config.imports)
-    task = registry.lookup("task", config.task)
-    read.add("task")
-    assert task(Watched(config, read), Workdir(config, tmp_path / "run")) == 0
+    config.infer.repeats, config.infer.max_new_tokens, config.infer.prompt_length = 1, 2, 4
+    for name in ("pretrain", "infer"):
+        task = registry.lookup("task", name)
+        assert task(Watched(config, read), Workdir(config, tmp_path / name)) == 0
     assert flatten(config.to_dict()).keys() - read == set()
 
 

@@ -18,21 +18,30 @@ CHECKS = [
     contract.check_fields,
     contract.check_flops,
     contract.check_state_bytes,
+    contract.check_leaves,
 ]
 # Positions have no products and no state of their own.
 POSITION_CHECKS = [contract.check_segments, contract.check_decode, contract.check_gradients, contract.check_fields]
+
+
+# Techniques that share their code with another (mha, mqa and window are gqa's module, ...), or that parity tests cover,
+# run all but the cheap checks with the slow tests.
+ALIKE = ("mha", "mqa", "window", "moba", "mamba2", "t5", "sinusoidal", "learned", "channel_mix", "gelu")
+CHEAP = (contract.check_causality, contract.check_segments, contract.check_flops, contract.check_state_bytes)
 
 
 def cases(kinds, others):
     """A case for each technique of the kinds and each of the others; a technique's all go to one worker, whose
     programs they share."""
     for kind in kinds:
-        for spec in (registry.example(kind, name) for name in registry.names(kind)):
+        for name in registry.names(kind):
+            spec = registry.example(kind, name)
             for other in others:
-                group = pytest.mark.xdist_group(f"{kind} {spec}")
-                yield pytest.param(
-                    kind, spec, other, marks=group, id=f"{kind} {spec}-{getattr(other, '__name__', other)}"
-                )
+                marks = [pytest.mark.xdist_group(f"{kind} {spec}")]
+                if name in ALIKE and other not in CHEAP:
+                    marks.append(pytest.mark.slow)
+                case = f"{kind} {spec}-{getattr(other, '__name__', other)}"
+                yield pytest.param(kind, spec, other, marks=marks, id=case)
 
 
 @pytest.mark.parametrize(

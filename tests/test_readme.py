@@ -5,35 +5,50 @@ import shlex
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import pytest
+from convert import folders
 from report import made
 
 import runs
-from efficientllm import architecture, main
+from configs import base
+from efficientllm import architecture, convert, main
+from efficientllm.adapters import folder as adapters
+from efficientllm.convert import __main__ as convert_command
+from efficientllm.registry import build
 from efficientllm.report import __main__ as report
 from efficientllm.run import import_plugins
+from efficientllm.sweep import __main__ as sweep
 from efficientllm.train import step
 
 README = (runs.ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 RUNS = [command.partition("python -m efficientllm.main ")[2] for command in COMMANDS if "efficientllm.main" in command]
 REPORTS = [command for command in COMMANDS if "efficientllm.report" in command]
+SWEEPS = [command for command in COMMANDS if "efficientllm.sweep" in command]
 INSTALL = "pip install -e . && python -m efficientllm.main --config=configs/moe.py"
 TEST = "pip install -e '.[test]' && pytest"
-SMALLEST = "tiny(num_layers=1, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hidden=48)"
+MERGE = "python -m efficientllm.convert smollm2-135m --merge=runs/tune_rslora/adapter --out=merged"
+SMALLEST = "tiny(num_layers=1, dim=64, num_heads=2, num_kv_heads=1, head_dim=32, hidden=128)"
 CONTRACT = "pytest tests/test_contract.py --imports=experiments/my_attention/gated.py -k gated"
 
 
 def test_there_is_no_command_that_nothing_runs():
-    others = [command for command in COMMANDS if "efficientllm.main" not in command and command not in REPORTS]
+    tested = [*REPORTS, *SWEEPS]
+    others = [command for command in COMMANDS if "efficientllm.main" not in command and command not in tested]
     assert INSTALL in COMMANDS
-    # CI runs the first, test_tensorboard asks the second's server.
-    assert others == [TEST, "tensorboard --logdir=runs", CONTRACT]
+    # CI runs the first, test_tensorboard asks the second's server; the doctor and merging have tests of their own.
+    assert others == [TEST, "tensorboard --logdir=runs", "python -m efficientllm.doctor", MERGE, CONTRACT]
     assert README.count("python -m efficientllm.main") == len(RUNS)
 
 
-@pytest.mark.parametrize("command", RUNS)
+ALIKE = ("model.mixer=mqa", "num_experts=16")  # take the way of another command
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(each, marks=[pytest.mark.slow] * any(part in each for part in ALIKE)) for each in RUNS]
+)
 def test_command(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(runs.ROOT))
     for i, section in enumerate(README.split("\n## ")):
@@ -41,6 +56,11 @@ def test_command(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = shlex.split(command.replace("--config=", f"--config={runs.ROOT}/"))
     config, _, _ = main.parse(argv)
+    if config.model.pretrained:
+        folders.llama(tmp_path / "model", vocab_size=300)
+        argv += [f"--config.model.pretrained={tmp_path / 'model'}", "--config.train.batch_size=8"]
+        few = ("chat=False", "repeats=1", "prompt_length=8", "max_new_tokens=4")
+        argv += [f"--config.infer.{each}" for each in few]
     if config.model.size != "tiny":  # a size for a cluster: all but its arrays
         import_plugins(config.imports)
         lm = architecture.from_config(config.model, 4096)
@@ -51,6 +71,29 @@ def test_command(command, tmp_path, monkeypatch):
     short = ["train.steps=2", "train.length=32", "eval.batches=1", "sample.tokens=2", f"model.size={SMALLEST}"]
     assert main.main([*argv, *data, *[f"--config.{each}" for each in short]]) == 0
     assert list((tmp_path / "runs").glob("*/*/record.json"))
+
+
+def test_merging(tmp_path, monkeypatch):
+    """MERGE, with a model and an adapter made here."""
+    monkeypatch.chdir(tmp_path)
+    folders.llama(tmp_path / "model", vocab_size=300)
+    source = convert.open_source(tmp_path / "model")
+    lm, method = source.lm(), build("adapter", "rslora(rank=2)")
+    state = step.init_state(lm, base.get_config().train, 0, 8, method)
+    adapters.write(lm, "rslora(rank=2)", nn.unbox(state()).params, tmp_path / "runs/tune_rslora/adapter", source)
+    argv = shlex.split(MERGE.replace("smollm2-135m", "model").partition("efficientllm.convert ")[2])
+    assert convert_command.main(argv) == 0
+    assert convert.open_source(tmp_path / "merged").model == source.model
+
+
+@pytest.mark.slow  # describes all attentions at the size of the experiment, twice
+def test_sweeps_are_described(monkeypatch, capsys):
+    """The first as written; the second runs what it shows, and test_sweep.py runs such runs."""
+    monkeypatch.chdir(runs.ROOT)
+    monkeypatch.syspath_prepend(str(runs.ROOT))
+    dry, real = (shlex.split(command.partition("efficientllm.sweep ")[2]) for command in SWEEPS)
+    assert sweep.main(dry) == 0 and "21 runs in 3 blocks" in capsys.readouterr().out
+    assert sweep.main([*real, "--dry_run"]) == 0
 
 
 def test_reports(tmp_path, monkeypatch):

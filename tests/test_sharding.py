@@ -97,7 +97,7 @@ def curve(ffn, mesh_spec, accumulate):
 @pytest.mark.parametrize(
     "ffn, mesh_spec, accumulate",
     [
-        ("dense", "data=8", 1),
+        pytest.param("dense", "data=8", 1, marks=pytest.mark.slow),
         ("dense", "fsdp=8", 1),
         pytest.param("dense", "tensor=8", 1, marks=pytest.mark.slow),
         ("dense", CUBE, 1),

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import warnings
 
 import numpy as np
 
@@ -98,7 +99,9 @@ class HuggingFace:
         import transformers
 
         try:
-            loaded = transformers.AutoTokenizer.from_pretrained(**self._place())
+            with warnings.catch_warnings():  # torch, where it is installed, imports pynvml by its package's old name
+                warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
+                loaded = transformers.AutoTokenizer.from_pretrained(**self._place())
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(

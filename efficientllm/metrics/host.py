@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 
-def rss_bytes():
-    """Bytes of this process resident in memory now; where there is no /proc (macOS) its peak, an upper bound."""
+def rss_bytes(pid="self"):
+    """Bytes of a process resident in memory now, 0 for one that is gone; where there is no /proc (macOS) the peak of
+    this process, an upper bound, and 0 of another."""
     try:
-        pages = Path("/proc/self/statm").read_bytes().split()[1]
-    except FileNotFoundError:
-        return peak_rss_bytes()
+        pages = Path(f"/proc/{pid}/statm").read_bytes().split()[1]
+    except (FileNotFoundError, ProcessLookupError):
+        return peak_rss_bytes() if pid == "self" else 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -59,18 +59,20 @@ def _main(flags, extra):
 
     sweep = spec.load(flags["config"])
     costs = check.costs(sweep, extra)
-    runs = list(spec.runs(sweep, extra))
+    runs = [] if sweep.search else list(spec.runs(sweep, extra))
     out = pathlib.Path(flags.get("out") or pathlib.Path("runs/sweeps") / sweep.name)
     print(check.table(sweep, costs, runs))
     if "dry_run" in flags:
         return 0
     retry = _retry(flags.get("retry"))
+    if sweep.search:
+        return _search(sweep, flags, extra, out, retry)
     for run in runs:
         if execute.outcome(out / run.folder) in retry:
             execute.forget(out / run.folder)
     launcher = launch.launcher(flags.get("launcher", "local"), out, flags.get("partition"))
     began = time.time()
-    outcomes = launcher(runs, out, sweep.timeout_s, costs)
+    outcomes = launcher(runs, out, sweep, costs)
     if outcomes is None:
         print(f"stopped after {time.time() - began:.0f} s; the same command goes on")
         return 130
@@ -79,6 +81,19 @@ def _main(flags, extra):
     for folder, found in failed.items():
         print(f"{found:10} {out / folder}")
     return 1 if failed else 0
+
+
+def _search(sweep, flags, extra, out, retry):
+    from efficientllm.sweep import search
+
+    if flags.get("launcher", "local") != "local":
+        raise UserError(f"--launcher={flags['launcher']}: a search asks one run after another: --launcher=local")
+    found = search.search(sweep, out, extra, retry)
+    if found is None:
+        print("stopped; the same command goes on")
+        return 130
+    print(search.table(sweep, found))
+    return 0 if all(each.largest for each in found.values()) else 1
 
 
 def _retry(text):

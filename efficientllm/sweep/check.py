@@ -123,6 +123,10 @@ def table(sweep, costs, runs):
             f"{variant:24}{cost.parameters:14,}{cost.active:14,}{cost.tokens:12,}{cost.flops / 1e15:10.3g}"
             f"{cost.memory_bytes / 1e9:8.2f}GB{cost.seconds(peak):9.0f}s{mark}"
         )
+    if sweep.search:
+        key, least, most = sweep.search
+        lines.append(f"the largest {key} from {least:,} to {most:,} that runs, of each; the costs are without it")
+        return "\n".join(lines)
     seconds = sum(costs[run.variant].seconds(peak) for run in runs)
     lines.append(
         f"{len(runs)} runs in {runs[-1].block + 1} blocks, about {seconds / 60:.0f} minutes at {MFU:.0%} of "

@@ -9,26 +9,31 @@ import sys
 import time
 
 from efficientllm.errors import UserError
-from efficientllm.metrics import record
+from efficientllm.metrics import host, record
 
 TAIL = 20  # lines of the log in the row of a run that failed
 GRACE_S = 60  # for a run that is told to stop: it saves
+LOOK_S = 0.2  # between two looks at a run's memory
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # a run that somebody stopped, and that has saved
+ROOM = 0.9  # of the machine's memory: a run that takes more is stopped before the kernel picks something to kill
 
 
-def execute(run, folder, timeout_s, command=(sys.executable, "-m", "efficientllm.main")):
+def execute(run, folder, timeout_s, memory_bytes=0, command=(sys.executable, "-m", "efficientllm.main")):
     """Runs `run` in `folder` unless it has a row -> its outcome.
 
-    The row is the run's own where it wrote one, else made here from how the process ended. An interrupted run has no
-    row: the same call resumes it.
+    A run that is resident with more than `memory_bytes` (0: ROOM of the machine's) is stopped and is `oom`. The row is
+    the run's own where it wrote one, else made here from how the process ended. An interrupted run has no row: the same
+    call resumes it.
     """
     folder = pathlib.Path(folder)
     if (known := outcome(folder)) is not None:
         return known
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "ab") as output:
-        ended = _process((*command, *run.argv, f"--workdir={folder}"), output, timeout_s)
+        limit = memory_bytes or ROOM * host.memory_total_bytes()
+        ended = _process((*command, *run.argv, f"--workdir={folder}"), output, timeout_s, limit)
     if ended != "interrupted":
-        _write_row(run, folder, ended)
+        write_row(run, folder, ended)
     return outcome(folder) or ended
 
 
@@ -47,12 +52,22 @@ def forget(folder):
     file.replace(file.with_name(f"record-{int(time.time())}.failed"))
 
 
-def _process(argv, output, timeout_s):
-    """How the process ended: an exit status, `timeout`, or `interrupted` if we were told to stop."""
+def _process(argv, output, timeout_s, memory_bytes):
+    """How the process ended: an exit status, `timeout`, `oom`, or `interrupted` if we were told to stop."""
     process = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    end = time.monotonic() + timeout_s
     try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
+        while time.monotonic() < end:
+            try:
+                ended = process.wait(LOOK_S)
+                return "interrupted" if ended in STOPPED else ended
+            except subprocess.TimeoutExpired:
+                used = host.rss_bytes(process.pid)
+            if used > memory_bytes:
+                process.kill()
+                process.wait()
+                output.write(f"stopped at {used / 1e9:.2f} GB resident, over {memory_bytes / 1e9:.2f} GB\n".encode())
+                return "oom"
         _stop(process, signal.SIGTERM)
         return "timeout"
     except KeyboardInterrupt:  # the process has had the same signal from the terminal
@@ -71,15 +86,16 @@ def _stop(process, signum):
 
 def typed(ended):
     """The outcome of a process that left no row: a signal's number is negative, or above 128 from a shell."""
-    if ended == "timeout":
-        return "timeout"
+    if ended in record.OUTCOMES:
+        return ended
     if ended in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return "oom"  # nobody else kills without a word: the kernel did, for memory
     return "invalid" if ended == 2 else "crash"
 
 
-def _write_row(run, folder, ended):
-    """Adds the run's place to its row, or makes the row."""
+def write_row(run, folder, ended):
+    """Adds the run's place to the row in its folder, or makes the row of how it `ended`."""
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "record.json"
     try:
         found = record.read_record(file)
@@ -95,7 +111,8 @@ def _failed(run, folder, ended):
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         config = {"seed": run.seed, "command": list(run.argv)}
-    lines = (folder / "output.txt").read_text(errors="replace").splitlines()[-TAIL:]
+    log = folder / "output.txt"
+    lines = log.read_text(errors="replace").splitlines()[-TAIL:] if log.exists() else []
     found = record.build_record(
         outcome=typed(ended),
         name=run.variant,

@@ -25,6 +25,9 @@ class Sweep:
         is allowed of `tokens`, `parameters`, `active` (parameters) or `flops` (a step's).
       twice: whether the baseline runs at both ends of a block; its drift within the block is then seen.
       timeout_s: of a run, in seconds.
+      memory_gb: a run that is resident with more is stopped as out of memory; 0 is nine tenths of the machine's.
+      search: `("train.batch_size", 1, 4096)` or `("train.length", 128, 1048576)`: instead of blocks, the largest value
+        between the two that each variant still runs with.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Sweep:
     equal: dict = dataclasses.field(default_factory=dict)
     twice: bool = True
     timeout_s: float = 3600.0
+    memory_gb: float = 0.0
+    search: tuple = ()
 
     def __post_init__(self):
         if self.baseline not in self.variants:
@@ -45,8 +50,19 @@ class Sweep:
             raise UserError(f"sweep {self.name}: equal = {sorted(known)}: known are {', '.join(EQUAL)}")
         if not self.seeds or self.repeats < 1 or self.timeout_s <= 0:
             raise UserError(f"sweep {self.name}: it needs a seed, repeats of at least 1 and a timeout_s above 0")
+        if self.search:
+            self._check_search()
+
+    def _check_search(self):
+        key, least, most = self.search if len(self.search) == 3 else ("", 0, 0)
+        if key not in SEARCHED or not 1 <= least <= most:
+            raise UserError(
+                f"sweep {self.name}: search = {self.search!r}: needed are a key ({', '.join(SEARCHED)}), the least "
+                "value and the largest one"
+            )
 
 
+SEARCHED = ("train.batch_size", "train.length")
 EQUAL = ("tokens", "parameters", "active", "flops")
 
 

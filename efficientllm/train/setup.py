@@ -57,10 +57,11 @@ def prepare(config, log):
     model_config = described(config.model, source)
     lm = architecture.check(model_config)  # a bad model is refused before any data is read
     model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
+    _check_positions(config, source)
     mesh = sharding.make_mesh(config.mesh)
     check_train(config.train, mesh)
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
-    tokenizer = _tokenizer(config, source)
+    tokenizer = tokenizer_of(config, source)
     lm = _for_method(architecture.from_config(model_config, tokenizer.vocab_size), method)
     _check_sample(lm, config.sample, tokenizer)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -100,6 +101,16 @@ def create_state(run):
     return jax.jit(around, out_shardings=run.shardings, donate_argnums=0)(params)
 
 
+def _check_positions(config, source):
+    """Refuses rows that are longer than what the checkpoint was made for."""
+    most = source.max_positions if source else None
+    if most and config.train.length > most:
+        raise UserError(
+            f"config.train.length = {config.train.length}: {config.model.pretrained} has {most} positions; take "
+            f"{most} tokens at most"
+        )
+
+
 def open_pretrained(pretrained):
     """The checkpoint `config.model.pretrained` names, or None for none."""
     if not pretrained:
@@ -118,7 +129,7 @@ def described(model, source):
     return complete
 
 
-def _tokenizer(config, source):
+def tokenizer_of(config, source):
     if config.tokenizer != "pretrained":
         return data.build_tokenizer(config.tokenizer, config.data)
     if source is None:
@@ -195,6 +206,11 @@ def compile_steps(setup):
 
 def token_bytes(setup):
     """UTF-8 bytes of each token of the vocabulary, on the devices."""
-    table = np.zeros(setup.lm.vocab_size, np.float32)
-    table[: setup.tokenizer.vocab_size] = setup.tokenizer.token_bytes
-    return jax.device_put(table, sharding.replicated(setup.mesh))
+    return jax.device_put(bytes_of(setup.tokenizer, setup.lm), sharding.replicated(setup.mesh))
+
+
+def bytes_of(tokenizer, lm):
+    """UTF-8 bytes of each token, float32 `[V]`, zero where the model has more tokens than the tokenizer."""
+    table = np.zeros(lm.vocab_size, np.float32)
+    table[: tokenizer.vocab_size] = tokenizer.token_bytes
+    return table

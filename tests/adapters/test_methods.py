@@ -17,6 +17,7 @@ from efficientllm.metrics.flops import count_needed_flops
 from efficientllm.registry import build, names
 from efficientllm.train import step
 
+pytestmark = pytest.mark.xdist_group("methods")  # they share models and compiled programs
 SPECS = {
     "lora": "lora(rank=4, alpha=6)",
     "rslora": "rslora(rank=4, alpha=6)",
@@ -29,8 +30,20 @@ SPECS = {
     "full": "full()",
     "freeze": "freeze(last=1)",
 }
-MIXERS = ["gqa", "mla"]
+# What the default run has of every test; the rest of the methods and techniques is slow.
+FAST = {"lora-gqa", "dora-moe", "lokr-gqa", "freeze-gqa"}
 MOE = "moe(num_experts=8, top_k=2, hidden=32, bias_rate=0.01)"
+
+
+def cases(*techniques):
+    """Every method with every technique."""
+    found = []
+    for name in SPECS:
+        for kind, technique in techniques:
+            case = f"{name}-{technique.partition('(')[0]}"
+            marks = [] if case in FAST else [pytest.mark.slow]
+            found.append(pytest.param(name, kind, technique, marks=marks, id=case))
+    return found
 
 
 def test_every_method_is_here():
@@ -68,15 +81,16 @@ def logits(lm, params):
     return forward(lm)(params)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "spec", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("dora", "pissa"))) for n in SPECS]
+)
 def test_the_model_is_the_same_at_step_0(spec):
     method, lm, params, _ = tuned(spec)
     before = logits(lm, params)
     np.testing.assert_allclose(logits(lm, start(method, lm, params).all_params), before, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind, technique", [*(("mixer", mixer) for mixer in MIXERS), ("ffn", MOE)])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec, kind, technique", cases(("mixer", "gqa"), ("mixer", "mla"), ("ffn", MOE)))
 def test_leaves_multiply_as_their_dense_kernels_do(spec, kind, technique):
     _, lm, params, state = tuned(spec, kind, technique)
     found = logits(lm, state.all_params)
@@ -103,10 +117,9 @@ def test_what_is_frozen_stays_and_what_learns_moves(spec):
         assert learnt < 0.5 * sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("spec", SPECS)
-def test_flops_are_the_programs(spec, mixer):
-    method, lm, _, state = tuned(spec, "mixer", mixer)
+@pytest.mark.parametrize("spec, kind, technique", cases(("mixer", "gqa"), ("mixer", "mla")))
+def test_flops_are_the_programs(spec, kind, technique):
+    method, lm, _, state = tuned(spec, kind, technique)
     batch = contract.batch()
     counted = count_needed_flops(lambda s: step.gradients(lm, s.params, batch, 1, s.frozen), state)
     expected = accounting.step_flops(lm, model.abstract_params(lm), contract.T, contract.B, method)
@@ -117,7 +130,12 @@ def test_flops_are_the_programs(spec, mixer):
 
 
 @pytest.mark.parametrize(
-    "spec, kind, technique", [("dora", "ffn", MOE), ("lokr", "mixer", "gqa"), ("lora", "ffn", MOE)]
+    "spec, kind, technique",
+    [
+        ("lokr", "mixer", "gqa"),
+        pytest.param("lora", "ffn", MOE, marks=pytest.mark.slow),
+        pytest.param("dora", "ffn", MOE, marks=pytest.mark.slow),
+    ],
 )
 def test_one_device_equals_eight(spec, kind, technique):
     method, lm, _, state = tuned(spec, kind, technique)
@@ -137,6 +155,7 @@ def test_layers_apart_are_the_layers_stacked():
     np.testing.assert_allclose(logits(lm, state.all_params), logits(loop, params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_drops_in_training_only_and_its_mean_is_the_whole():
     method, lm, _, state = tuned("lora(rank=4, alpha=6, dropout=0.5)")
     whole = logits(lm, state.all_params)

@@ -51,12 +51,17 @@ def ours(source, name, where):
     return lm, folder.around(source, lm, source.load(peers.abstract(lm)), where)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+SOME = [pytest.param(name, marks=[pytest.mark.slow] * (name != "dora")) for name in OPTIONS]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_logits_a_step_and_merged_weights_are_pefts(source, name, tmp_path):
     tuned, ids = theirs(source, name), peers.tokens()
     tuned.save_pretrained(tmp_path / "adapter")
     lm, params = ours(source, name, tmp_path / "adapter")
-    peers.close(peers.our_logits(lm, params, ids), peers.their_logits(tuned, ids), 1e-5)
+    # Both take the kernel apart for PiSSA, each by its own float32 singular values.
+    tolerance = 3e-5 if name == "pissa" else 1e-5
+    peers.close(peers.our_logits(lm, params, ids), peers.their_logits(tuned, ids), tolerance)
 
     method = build("adapter", folder.read_spec(tmp_path / "adapter"))
     labels = torch.tensor(ids).long()
@@ -88,9 +93,7 @@ def gradients(lm, learnt, frozen, ids):
     return jax.jit(lambda a: step.gradients(lm, a, batch, 1, frozen)[0])(learnt)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "rslora")) for name in OPTIONS]
-)
+@pytest.mark.parametrize("name", SOME)
 def test_peft_loads_what_we_write(source, name, tmp_path):
     spec, ids = f"{name}(rank=4, alpha=6)", peers.tokens(1)
     lm, method = source.lm(), build("adapter", f"{name}(rank=4, alpha=6)")

@@ -134,7 +134,7 @@ def _params(tensors, convert):
     }
 
 
-@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("family", [_mamba, _mamba2], ids=["mamba", "mamba2"])
 def test_logits_loss_and_gradients(family, seed):
     torch = pytest.importorskip("torch")
@@ -195,7 +195,7 @@ def test_selective_scans_are_the_recurrence(length):
     _same_function(recurrence, kernels, operands, keep, memory)
 
 
-@pytest.mark.parametrize("length", [1, 16, 43])
+@pytest.mark.parametrize("length", [1, 16, pytest.param(43, marks=pytest.mark.slow)])
 def test_chunks_of_ssd_are_its_steps(length):
     rng = np.random.default_rng(length)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731

@@ -130,7 +130,7 @@ def native_leaf(form, rng, width, group):
 @pytest.mark.parametrize("instructions", native.instruction_sets())
 @pytest.mark.parametrize("form, rows, width, group", list(native_cases()))
 def test_native_products(instructions, form, rows, width, group, monkeypatch):
-    """Every instruction set this machine has, on odd sizes; int4 rounds activations to 16 bits of a group's largest."""
+    """Every instruction set this machine has, on odd sizes; int4 rounds activations to 16 bits of their group."""
     rng = np.random.default_rng(width)
     one = native_leaf(form, rng, width, group)
     x = jnp.asarray(rng.standard_normal((rows, width)) * np.exp(3 * rng.standard_normal(width)), jnp.float32)

@@ -25,12 +25,15 @@ what = argv.get("config.what", "ok")
 print("this is", what, flush=True)
 with open(folder.parent / "ran.txt", "a") as log:
     log.write(folder.name + "\\n")
+if what == "large":
+    held = b"x" * 10**9
+    time.sleep(60)
 if what == "oom":
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "sleep":
     time.sleep(60)
-if what in ("crash", "invalid"):
-    sys.exit({"crash": 1, "invalid": 2}[what])
+if what in ("crash", "invalid", "stopped"):
+    sys.exit({"crash": 1, "invalid": 2, "stopped": 143}[what])
 from efficientllm.metrics import record
 row = record.build_record(outcome=what, name="x", task="pretrain", config={"what": what}, provenance={})
 record.write_record(row, folder / "record.json")
@@ -49,8 +52,8 @@ def sweep(**changes):
     return Sweep(**values | changes)
 
 
-def execute_program(run, folder, timeout_s=20):
-    return execute.execute(run, folder, timeout_s, command=(sys.executable, "-c", PROGRAM))
+def execute_program(run, folder, timeout_s=20, memory_bytes=0):
+    return execute.execute(run, folder, timeout_s, memory_bytes, command=(sys.executable, "-c", PROGRAM))
 
 
 def test_a_block_holds_every_variant_once_between_two_baselines_in_a_random_order_of_its_own():
@@ -91,12 +94,25 @@ def test_a_run_that_takes_too_long_is_stopped(tmp_path):
     assert execute_program(run, tmp_path / run.folder, timeout_s=1) == "timeout"
 
 
+def test_a_run_that_takes_too_much_is_stopped_before_the_machine_is_full(tmp_path):
+    (run, *_) = spec.runs(sweep(variants={"a": ("configs/base.py", {"what": "large"})}))
+    assert execute_program(run, tmp_path / run.folder, memory_bytes=4 * 10**8) == "oom"
+    tail = json.loads((tmp_path / run.folder / "record.json").read_text())["log_tail"]
+    assert tail[0] == "this is large" and "over 0.40 GB" in tail[-1]
+
+
+def test_a_run_that_somebody_stopped_has_no_row_and_is_resumed(tmp_path):
+    (run, *_) = spec.runs(sweep(variants={"a": ("configs/base.py", {"what": "stopped"})}))
+    assert execute_program(run, tmp_path / run.folder) == "interrupted"
+    assert execute.outcome(tmp_path / run.folder) is None
+
+
 def test_failures_stop_nothing_and_the_command_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "execute", lambda run, folder, timeout_s: execute_program(run, folder))
+    monkeypatch.setattr(launch, "execute", execute_program)
     runs = list(spec.runs(sweep(seeds=(0,))))
     costs = {name: check.Cost(1, 1, 1, 1.0, 1.0) for name in "abc"}
     execute_program(runs[0], tmp_path / runs[0].folder)
-    outcomes = launch.local(runs, tmp_path, 20, costs)
+    outcomes = launch.local(runs, tmp_path, sweep(), costs)
     assert {run.variant: found for run, found in zip(runs, outcomes, strict=True)} == {"a": "ok", "b": "ok", "c": "nan"}
     assert len((tmp_path / "ran.txt").read_text().split()) == len(runs)
 
@@ -118,6 +134,8 @@ def test_equality_is_checked_before_anything_runs():
         ({"baseline": "z"}, "baseline = 'z' is none of its variants"),
         ({"equal": {"joules": 0.1}}, "known are tokens"),
         ({"seeds": ()}, "it needs a seed"),
+        ({"search": ("train.steps", 1, 8)}, "needed are a key"),
+        ({"search": ("train.length", 64, 8)}, "needed are a key"),
     ],
 )
 def test_a_bad_sweep_is_refused(changes, message):
@@ -181,7 +199,7 @@ def test_real_runs_make_a_report(tmp_path):
 
 
 def test_ctrl_c_stops_the_run_and_the_sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "execute", lambda run, folder, timeout_s: execute_program(run, folder))
+    monkeypatch.setattr(launch, "execute", execute_program)
     runs = list(spec.runs(sweep(seeds=(0,), variants={"a": ("configs/base.py", {"what": "sleep"})})))
 
     def interrupt():
@@ -189,6 +207,10 @@ def test_ctrl_c_stops_the_run_and_the_sweep(tmp_path, monkeypatch):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     threading.Thread(target=interrupt).start()
-    assert launch.local(runs, tmp_path, 30, {"a": check.Cost(1, 1, 1, 1.0, 1.0)}) is None
+    try:
+        assert launch.local(runs, tmp_path, sweep(), {"a": check.Cost(1, 1, 1, 1.0, 1.0)}) is None
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.glob("*/record.json"))

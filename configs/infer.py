@@ -1,0 +1,26 @@
+"""Generation from a pretrained model, its weights in one form: configs/infer.py:int4."""
+
+from configs import base
+
+FORMS = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "int8": "int8()",
+    "int4": "int4()",
+    "nf4": "nf4()",
+}
+
+
+def get_config(name="bfloat16"):
+    config = base.get_config()
+    config.name = f"infer_{name}"
+    config.task = "infer"
+    config.model.pretrained = "smollm2-135m"
+    config.quant = base.variant(FORMS, name)
+    config.tokenizer = "pretrained"
+    config.infer.chat = True
+    config.train.batch_size = 1  # of the held-out text, for quality
+    config.train.length = 256
+    config.eval.batches = 8
+    return config

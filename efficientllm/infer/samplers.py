@@ -1,0 +1,86 @@
+"""How the next token is chosen from logits: greedy, or drawn after the usual filters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from efficientllm.errors import UserError
+from efficientllm.registry import register
+
+
+@register("sampler", "greedy")
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """The likeliest token."""
+
+    remembers = False
+
+    def __call__(self, logits_BV, seen_BV, key):
+        return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+
+
+@register("sampler", "sample")
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draws from the softmax of the logits after, in this order, as transformers does: repetition penalty, temperature,
+    the `top_k` likeliest, the fewest that hold `top_p` of the probability, those with `min_p` times the likeliest's.
+
+    `top_k = 0` and `top_p = 1` keep all; a `repetition_penalty` of 1 does nothing (Keskar et al. 2019,
+    arXiv:1909.05858, Section 4.1); a temperature of 0 is greedy.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise UserError(
+                f"config.infer.sampler = {self}: temperature and top_k are at least 0, top_p above 0 and at most 1, "
+                "min_p between 0 and 1"
+            )
+        if self.repetition_penalty <= 0:
+            raise UserError(f"config.infer.sampler: repetition_penalty = {self.repetition_penalty} must be above 0")
+
+    @property
+    def remembers(self):
+        """Whether it must know which tokens a row holds."""
+        return self.repetition_penalty != 1
+
+    def __call__(self, logits_BV, seen_BV, key):
+        logits_BV = self.filtered(logits_BV, seen_BV)
+        if self.temperature == 0:
+            return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+        return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+
+    def filtered(self, logits_BV, seen_BV=None):
+        """The logits that are drawn from; -inf for what cannot be."""
+        if self.remembers:
+            penalised = jnp.where(
+                logits_BV > 0, logits_BV / self.repetition_penalty, logits_BV * self.repetition_penalty
+            )
+            logits_BV = jnp.where(seen_BV, penalised, logits_BV)
+        if self.temperature == 0:
+            return logits_BV
+        logits_BV = logits_BV / self.temperature
+        if self.top_k:
+            least_B1 = jax.lax.top_k(logits_BV, min(self.top_k, logits_BV.shape[-1]))[0][:, -1:]
+            logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+        if self.top_p < 1:
+            logits_BV = jnp.where(self._beyond_top_p(logits_BV), -jnp.inf, logits_BV)
+        if self.min_p:
+            probabilities_BV = jax.nn.softmax(logits_BV)
+            unlikely_BV = probabilities_BV < self.min_p * jnp.max(probabilities_BV, -1, keepdims=True)
+            logits_BV = jnp.where(unlikely_BV, -jnp.inf, logits_BV)
+        return logits_BV
+
+    def _beyond_top_p(self, logits_BV):
+        """True for tokens that the likelier ones leave no room for."""
+        order_BV = jnp.argsort(-logits_BV, -1)
+        sorted_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV), order_BV, -1)
+        beyond_BV = jnp.cumsum(sorted_BV, -1) - sorted_BV >= self.top_p
+        rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+        return jnp.zeros_like(beyond_BV).at[rows_B1, order_BV].set(beyond_BV)

@@ -1,0 +1,108 @@
+"""Generation: transformers' tokens, a batch's rows alone, every state, stops, samplers against plain numpy."""
+
+import numpy as np
+import pytest
+from convert import peers
+
+import contract
+from efficientllm import convert, registry
+from efficientllm.errors import UserError
+from efficientllm.infer.engine import Engine
+from efficientllm.infer.samplers import Greedy, Sample
+
+NEW = 8
+
+
+def answers(engine, prompts, new=NEW, **options):
+    *_, last = engine.generate(prompts, new, **options)
+    return last
+
+
+FAMILIES = ["llama"]
+SLOW = ["mamba", "gpt-neox", "qwen2", "qwen3", "mistral", "mixtral", "phi3", "deepseek-v3", "mamba2"]
+
+
+@pytest.mark.parametrize("name", FAMILIES + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW])
+def test_greedy_tokens_are_transformers(name, tmp_path):
+    theirs = peers.reference(name)
+    theirs.save_pretrained(tmp_path / "model")
+    source = convert.open_source(tmp_path / "model")
+    lm = source.lm()
+    engine = Engine(lm, source.load(peers.abstract(lm)), Greedy(), -1, 40)
+    for prompt in (peers.tokens(0)[0, :9].tolist(), peers.tokens(1)[0, :5].tolist()):
+        ids = peers.torch.tensor([prompt])
+        expected = theirs.generate(ids, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0)
+        assert answers(engine, [prompt]) == [expected[0, len(prompt) :].tolist()]
+
+
+MIXERS = [registry.example("mixer", name) for name in registry.names("mixer")]
+FAST = ("gqa", "mamba")
+
+
+@pytest.mark.parametrize(
+    "spec", [pytest.param(s, marks=[pytest.mark.slow] * (s.partition("(")[0] not in FAST)) for s in MIXERS]
+)
+def test_a_batch_of_prompts_of_any_length_is_each_alone(spec):
+    lm = contract.build("mixer", spec)
+    engine = Engine(lm, contract.parameters(lm), Greedy(), -1, 40)
+    prompts = [contract.tokens()[0, :length].tolist() for length in (5, 9, 6)]
+    together = answers(engine, prompts, chunk=4)
+    assert [len(ids) for ids in together] == [NEW] * 3
+    for prompt, found in zip(prompts, together, strict=True):
+        assert answers(engine, [prompt]) == [found]
+
+
+@pytest.fixture(scope="module")
+def small():
+    lm = contract.build("mixer", "gqa")
+    return lm, contract.parameters(lm)
+
+
+def test_rows_end_at_the_end_of_text_or_where_they_are_told_to(small):
+    prompts = [contract.tokens()[row, :6].tolist() for row in range(3)]
+    free = answers(Engine(*small, Greedy(), -1, 40), prompts)
+    end = free[0][3]
+    for found, whole in zip(answers(Engine(*small, Greedy(), end, 40), prompts, chunk=2), free, strict=True):
+        assert found == (whole[: whole.index(end) + 1] if end in whole else whole)
+    stopped = answers(Engine(*small, Greedy(), -1, 40), prompts, chunk=1, stop=lambda ids: len(ids) == 2)
+    assert stopped == [ids[:2] for ids in free]
+
+
+def test_a_seed_is_a_text_and_another_another(small):
+    engine = Engine(*small, Sample(temperature=2.0, repetition_penalty=1.2), -1, 40)
+    prompts = [contract.tokens()[0, :6].tolist()] * 2
+    assert answers(engine, prompts, seed=1) == answers(engine, prompts, seed=1, chunk=3)
+    assert answers(engine, prompts, seed=1) != answers(engine, prompts, seed=2)
+
+
+def test_what_cannot_be_is_refused(small):
+    engine = Engine(*small, Greedy(), -1, 40)
+    for prompts, message in (([], "is empty"), ([[1], []], "prompt 1 has no tokens")):
+        with pytest.raises(UserError, match=message):
+            answers(engine, prompts)
+    for options in ({"top_p": 0.0}, {"temperature": -1.0}, {"repetition_penalty": 0.0}):
+        with pytest.raises(UserError, match="config.infer.sampler"):
+            Sample(**options)
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_filters_keep_what_their_definitions_keep(seed):
+    logits = np.random.default_rng(seed).normal(size=20).astype(np.float32) * 3
+    order = np.argsort(-logits)
+    kept = lambda sampler: set(np.flatnonzero(np.isfinite(np.asarray(sampler.filtered(logits[None]))[0])))  # noqa: E731
+    assert kept(Sample(top_k=5)) == set(order[:5]) and kept(Sample()) == set(range(20))
+    probabilities = softmax(logits)[order]
+    nucleus = int(np.searchsorted(np.cumsum(probabilities), 0.7)) + 1
+    assert kept(Sample(top_p=0.7)) == set(order[:nucleus])
+    assert kept(Sample(min_p=0.1)) == set(np.flatnonzero(softmax(logits) >= 0.1 * softmax(logits).max()))
+    hot = np.asarray(Sample(temperature=2.0).filtered(logits[None]))[0]
+    np.testing.assert_allclose(hot, logits / 2, rtol=1e-6)
+    seen = np.arange(20) < 10
+    found = np.asarray(Sample(repetition_penalty=1.5).filtered(logits[None], seen[None]))[0]
+    expected = np.where(seen, np.where(logits > 0, logits / 1.5, logits * 1.5), logits)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

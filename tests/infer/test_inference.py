@@ -1,0 +1,76 @@
+"""Inference runs: the row, the samples, and what is refused."""
+
+import json
+
+import pytest
+from convert import folders
+
+import runs
+from efficientllm import main
+
+pytestmark = pytest.mark.xdist_group("inference")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    where = tmp_path_factory.mktemp("inference")
+    folders.llama(where / "model", vocab_size=300)
+    runs.corpus(where / "texts")
+    return where
+
+
+def arguments(base, workdir, form="int8", **overrides):
+    values = {
+        "model.pretrained": base / "model",
+        "tokenizer": "bytes",
+        "data": f"text(path='{base}/texts/*.txt')",
+        "train.length": 32,
+        "eval.batches": 1,
+        "infer.chat": False,
+        "infer.prompts": ("Hello, world", "Hi"),
+        "infer.max_new_tokens": 8,
+        "infer.prompt_length": 8,
+        "infer.repeats": 2,
+    } | {key.replace("__", "."): value for key, value in overrides.items()}
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return [f"--config={runs.ROOT}/configs/infer.py:{form}", f"--workdir={workdir}", *flags]
+
+
+def test_a_row_holds_time_bytes_and_quality(base, tmp_path):
+    assert main.main(arguments(base, tmp_path / "run")) == 0
+    row = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (row["outcome"], row["task"]) == ("ok", "infer")
+    physical, study = row["physical"], row["paper"]
+    assert physical["ttft_s"] > 0 and physical["tpot_s"] > 0 and physical["tokens_per_s"] > 0
+    assert physical["tpot_p99_s"] is None and "needs 1000 samples" in row["sources"]["tpot_p99_s"]["reason"]
+    # Generated tokens over whole requests, not over decoding alone.
+    assert study["it_tokens_per_s"] < physical["tokens_per_s"]
+    assert study["tt_tokens_per_param_s"] is None and study["mcr"] > 1
+    assert physical["kv_bytes_per_token"] == 2 * 2 * 2 * 4 * 4  # layers, k and v, KV heads, width, bytes
+    assert row["quality"]["perplexity"] > 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples" / "generated.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["Hello, world", "Hi"]
+
+
+@pytest.mark.slow
+def test_uncompressed_has_a_rate_of_one(base, tmp_path):
+    assert main.main(arguments(base, tmp_path / "run", "float32")) == 0
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["paper"]["mcr"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"infer__prompts": "('',)"}, "prompt 0 has no tokens"),
+        ({"infer__prompts": f"('{'x' * 130}',)"}, "prompt 0 has 130 tokens"),
+        ({"infer__prompts": "/nowhere.txt"}, "cannot be read"),
+        ({"infer__sampler": "gredy"}, "did you mean 'greedy'"),
+        ({"quant": "int3"}, "no quant of that name"),
+        ({"infer__chat": True}, "the tokenizer has no chat template"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_bad_input_is_one_line_and_status_2(overrides, message, base, tmp_path, capsys):
+    assert main.main(arguments(base, tmp_path / "run", **overrides)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error

@@ -1,0 +1,106 @@
+"""Tuning runs: from a checkpoint of others to a row and an adapter, stopped and resumed, and what is refused."""
+
+import json
+
+import pytest
+from convert import folders
+
+import runs
+from efficientllm import main
+from efficientllm.adapters import folder as adapters
+
+pytestmark = pytest.mark.xdist_group("runs")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random Llama and records to tune it on."""
+    where = tmp_path_factory.mktemp("tuning")
+    folders.llama(where / "model", vocab_size=300)
+    records = [{"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(80)]
+    (where / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return where
+
+
+def arguments(base, workdir, method="lora(rank=4, alpha=8, dropout=0.1)", **overrides):
+    values = {
+        "model.pretrained": base / "model",
+        "adapter": method,
+        "data": f"pairs(path='{base}/records.jsonl', held_out=0.2)",
+        "tokenizer": "bytes",
+        "train.steps": 12,
+        "train.batch_size": 8,
+        "train.length": 48,
+        "train.log_every": 1,
+        "train.schedule": "constant(peak=0.01)",
+        "eval.every": 0,
+        "eval.batches": 1,
+        "checkpoint.every": 4,
+        "sample.prompt": "What is 3 + 3?",
+        "sample.tokens": 4,
+    } | {key.replace("__", "."): value for key, value in overrides.items()}
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return [f"--config={runs.ROOT}/configs/tune.py", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert main.main(arguments(base, workdir)) == 0
+    return workdir
+
+
+def test_a_row_counts_samples_and_what_learns(whole):
+    row = json.loads((whole / "record.json").read_text())
+    assert (row["outcome"], row["task"]) == ("ok", "tune")
+    # 7 kernels a layer: q, o: 16 + 16; k, v: 16 + 8; gate, up, down: 16 + 24; times the rank and 2 layers.
+    assert row["physical"]["params_trainable"] == 2 * 4 * (2 * 32 + 2 * 24 + 3 * 40)
+    assert row["sources"]["tt_tokens_per_param_s"]["reason"]
+    losses = runs.losses(whole)
+    assert len(losses) == 12 and losses[12] < losses[1]
+
+
+def test_checkpoints_hold_only_what_learns(whole):
+    metadata = json.loads((whole / "checkpoints" / "12" / "state" / "_METADATA").read_text())["tree_metadata"]
+    arrays = [path for path, entry in metadata.items() if entry["value_metadata"]["value_type"] != "None"]
+    assert any("'kernel', 'a'" in path for path in arrays)
+    assert not [path for path in arrays if "'base'" in path or "'embedding'" in path or "'frozen'" in path]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora(rank=4, alpha=8, dropout=0.1)", "pissa(rank=4, alpha=8)", "freeze(last=1)"])
+def test_resumed_it_has_the_same_losses(method, base, whole, tmp_path):
+    argv = arguments(base, tmp_path / "run", method)
+    if "lora" in method:
+        reference = whole
+    else:
+        reference = tmp_path / "whole"
+        assert main.main(arguments(base, reference, method)) == 0
+    assert main.main([*argv, "--config.train.steps=6"]) == 0
+    (tmp_path / "run" / "record.json").unlink()
+    assert main.main(argv) == 0
+    assert runs.losses(tmp_path / "run") == runs.losses(reference)
+
+
+def test_the_adapter_is_a_folder_of_pefts(whole, base):
+    assert adapters.read_spec(whole / "adapter").startswith("lora(rank=4, alpha=8.0, dropout=0.1")
+    config = json.loads((whole / "adapter" / adapters.CONFIG).read_text())
+    assert config["base_model_name_or_path"] == str(base / "model")
+    assert "model.layers.1.mlp.down_proj" in config["target_modules"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"model__pretrained": "/nowhere"}, "config.model.pretrained = '/nowhere': no such file or folder"),
+        ({"adapter": "dorra(rank=4)"}, "config.adapter = 'dorra': no adapter of that name"),
+        ({"adapter": "freeze(last=3)"}, "the model has 2"),
+        ({"train__length": 300}, "config.train.length = 300"),
+        ({"tokenizer": "bpe(vocab_size=400)"}, "the vocabulary of config.model.size 300"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_bad_input_is_one_line_and_status_2(overrides, message, base, tmp_path, capsys):
+    assert main.main(arguments(base, tmp_path / "run", **overrides)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error

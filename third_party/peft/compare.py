@@ -1,0 +1,231 @@
+"""Tunes one pretrained model with transformers + peft and with efficientllm, in turn: ratios of step time and memory.
+
+  python third_party/peft/compare.py --model=smollm2-135m --methods=lora,dora,full --steps=5
+
+Each contestant is a process that holds one model; only one works at a time. A block holds a step of each in random
+order; ratios are of medians over blocks, with a 95 % bootstrap interval. Both sides read the same weights, start from
+the same factors (B = 0) and see the same batches; their first losses must agree before anything is timed. Memory is the
+peak of a process's resident memory less what it held before the model was there. Methods run one after another.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pathlib
+import pydoc_data.topics
+import random
+import statistics
+import tempfile
+import time
+
+DISCARDED = 2
+TOLERANCE = 2e-3  # nats, of the first loss
+RANK, ALPHA, RATE = 16, 32, 1e-4
+
+
+def main(argv=None):
+    options = _options(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        model = _folder(options.model, pathlib.Path(folder) / "model")
+        found = {method: compare(method, model, options) for method in options.methods.split(",")}
+    print(table(found))
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _options(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="as config.model.pretrained")
+    parser.add_argument("--methods", default="lora,dora,full")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each contestant")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--precision", default="float32", help="of ours: float32 or mixed")
+    parser.add_argument("--json", help="file for every number")
+    return parser.parse_args(argv)
+
+
+def _folder(model, folder):
+    """The model as a folder that transformers reads."""
+    from efficientllm import convert
+
+    source = convert.open_source(model)
+    if source.path.is_dir():
+        return str(source.path)
+    convert.convert(source, folder, dtype="float32")
+    return str(folder)
+
+
+def compare(method, model, options):
+    """`{contestant: {"step_s": [...], "peak_bytes", "first_loss"}}` and the ratios theirs / ours."""
+    context, sides = multiprocessing.get_context("spawn"), {}
+    for name in ("peft", "ours"):
+        pipe, far_end = context.Pipe()
+        process = context.Process(target=_serve, args=(name, method, model, options, far_end), daemon=True)
+        process.start()
+        far_end.close()
+        sides[name] = (pipe, process)
+
+    def ask(name, question):
+        sides[name][0].send(question)
+        return sides[name][0].recv()
+
+    first = {name: ask(name, 0)[1] for name in sides}
+    if abs(first["peft"] - first["ours"]) > TOLERANCE:
+        raise SystemExit(f"{method}: the first losses differ: {first}")
+    seconds = {name: [] for name in sides}
+    order = random.Random(0)
+    for step in range(1, 1 + DISCARDED + options.steps):
+        for name in order.sample(list(sides), 2):
+            taken, _ = ask(name, step)
+            if step > DISCARDED:
+                seconds[name].append(taken)
+    peaks = {name: ask(name, "peak") for name in sides}
+    for pipe, process in sides.values():
+        pipe.close()
+        process.join()
+    return {
+        "first_loss": first,
+        "step_s": seconds,
+        "peak_bytes": peaks,
+        "time_ratio": _ratio(seconds["peft"], seconds["ours"]),
+        "memory_ratio": peaks["peft"] / peaks["ours"],
+    }
+
+
+def _ratio(theirs, ours):
+    """`(ratio of medians, low, high)`: above 1, ours is faster."""
+    draw, blocks = random.Random(0), list(zip(theirs, ours, strict=True))
+
+    def of(sample):
+        a, b = zip(*sample, strict=True)
+        return statistics.median(a) / statistics.median(b)
+
+    drawn = sorted(of(draw.choices(blocks, k=len(blocks))) for _ in range(1000))
+    return of(blocks), drawn[25], drawn[974]
+
+
+def _serve(name, method, model, options, pipe):
+    from efficientllm.metrics import host
+
+    trainer, before = (_peft if name == "peft" else _ours)(method, model, options, host)
+    while True:
+        try:
+            question = pipe.recv()
+        except EOFError:
+            return
+        if question == "peak":
+            pipe.send(host.peak_rss_bytes() - before)
+            continue
+        batch = _batch(question, options)
+        begin = time.perf_counter()
+        loss = trainer(batch)
+        pipe.send((time.perf_counter() - begin, loss))
+
+
+def _batch(step, options):
+    """Bytes of the Python documentation as token ids: the same for both, and no tokenizer's work."""
+    import numpy as np
+
+    text = "".join(pydoc_data.topics.topics.values()).encode()
+    size = options.batch * options.length
+    return np.frombuffer(text[step * size : (step + 1) * size], np.uint8).astype(np.int32).reshape(options.batch, -1)
+
+
+def _peft(method, model, options, host):
+    import peft
+    import torch
+    import transformers
+
+    torch.set_num_threads(options.threads)
+    before = host.rss_bytes()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+    if method != "full":
+        kinds = {"use_dora": method == "dora", "use_rslora": method == "rslora"}
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **kinds)
+        plain = peft.get_peft_model(plain, config)
+    plain.train()
+    learnt = [tensor for tensor in plain.parameters() if tensor.requires_grad]
+    optimiser = torch.optim.AdamW(learnt, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step(tokens):
+        ids = torch.from_numpy(tokens).long()
+        loss = plain(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.item()
+
+    return step, before
+
+
+def _ours(method, model, options, host):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from configs import base
+    from efficientllm import architecture, sharding
+    from efficientllm import model as models
+    from efficientllm.registry import build
+    from efficientllm.train import setup, step
+
+    before = host.rss_bytes()
+    config = base.get_config()
+    config.model.pretrained, config.model.precision = model, options.precision
+    config.adapter = method if method == "full" else f"{method}(rank={RANK}, alpha={ALPHA})"
+    config.train.schedule, config.train.decay = f"constant(peak={RATE})", ((".*", 0.0),)
+    config.train.optimizer, config.train.length = "adamw(b1=0.9, b2=0.95)", options.length - 1
+    config.train.batch_size = options.batch
+    source = setup.open_pretrained(model)
+    tuned = build("adapter", config.adapter)
+    lm = architecture.from_config(setup.described(config.model, source))
+    mesh = sharding.make_mesh("data=1", jax.devices()[:1])
+    jax.set_mesh(mesh)
+    boxed = models.abstract_params(lm)
+    abstract = jax.eval_shape(step.init_state(lm, config.train, 0, options.length - 1, tuned))
+    where = sharding.shardings(abstract, mesh)
+    run = setup.Setup(
+        config=config, mesh=mesh, tokenizer=None, lm=lm, batches=None, eval_batches=None, method=tuned, source=source,
+        boxed=boxed, shaped=None, shardings=where, rss_before=before,
+    )  # fmt: skip
+    state = setup.create_state(run)
+    train = step.jit_train_step(lm, config.train, mesh, where, tuned)
+
+    def one(tokens):
+        nonlocal state
+        rows, length = tokens.shape[0], tokens.shape[1] - 1
+        batch = {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segments": np.ones((rows, length), np.int32),
+            "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
+            "weights": np.ones((rows, length), np.float32),
+        }
+        state, metrics = train(state, jax.tree.map(jnp.asarray, batch))
+        jax.block_until_ready(state.params)
+        return float(metrics["loss"])
+
+    return one, before
+
+
+def table(found):
+    lines = [
+        f"{'method':8}{'peft s':>9}{'ours s':>9}{'time ratio (95 %)':>24}{'peft GB':>10}{'ours GB':>10}{'ratio':>8}"
+    ]
+    for method, each in found.items():
+        ratio, low, high = each["time_ratio"]
+        theirs, ours = (statistics.median(each["step_s"][name]) for name in ("peft", "ours"))
+        sizes = [each["peak_bytes"][name] / 1e9 for name in ("peft", "ours")]
+        lines.append(
+            f"{method:8}{theirs:9.2f}{ours:9.2f}{f'{ratio:.2f} ({low:.2f}..{high:.2f})':>24}{sizes[0]:10.2f}"
+            f"{sizes[1]:10.2f}{each['memory_ratio']:8.2f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
