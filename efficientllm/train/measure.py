@@ -6,7 +6,6 @@ import time
 from efficientllm.metrics import compiles
 from efficientllm.metrics.timer import StepTimer
 
-
 COMPILED = "a program was compiled inside the window"
 
 
@@ -68,7 +67,9 @@ class Measurement:
             self.averages.append(self._sampler.since(self._mark))
             window, compiled = self._reader.stop(), compiles.count() - self._compiled
             if compiled and window.energy_j is not None:
-                window = dataclasses.replace(window, energy_j=None, mean_power_w=None, error_bound=None, reason=COMPILED)
+                window = dataclasses.replace(
+                    window, energy_j=None, mean_power_w=None, error_bound=None, reason=COMPILED
+                )
             self.compiled += compiled
             self.windows.append(window)
             self._mark = None

@@ -18,7 +18,9 @@ class Metered(Reader):
     source, scope, kind = "test", "gpu", "measured"
 
     def stop(self):
-        return EnergyWindow(100.0, 10.0, self._duration(), self.source, self.scope, self.kind, 0.0, self._close(0).reason)
+        return EnergyWindow(
+            100.0, 10.0, self._duration(), self.source, self.scope, self.kind, 0.0, self._close(0).reason
+        )
 
 
 class NoSampler:
