@@ -71,6 +71,7 @@ def get_config():
     config.infer.batch_size = 1  # prompts measured together
     config.infer.prompt_length = 128  # tokens of a measured prompt
     config.infer.repeats = 5  # measured batches
+    config.infer.baseline = "float32"  # what MCR compares with: a form scored in the same run, or a record.json
 
     config.metrics = ConfigDict()
     config.metrics.meter = ""  # a CSV of (unix time in s, W) that a meter of yours writes meanwhile

@@ -12,6 +12,7 @@ import jax
 from efficientllm.adapters.selected import Full
 from efficientllm.model import parts
 from efficientllm.optim.rules import path_of
+from efficientllm.weights import Weight
 
 FULL = Full()
 FLOP_CONVENTION = "causal = half, embedding lookup = 0, router counted, optimiser outside"
@@ -87,6 +88,29 @@ def state_bytes(lm, length):
     """Bytes of decode state that one row of `length` tokens holds in all layers."""
     stateful = [part for block in parts(lm) for part in block if hasattr(part, "state_bytes")]
     return sum(part.state_bytes(length) for part in stateful) * lm.num_groups
+
+
+def decode_bytes(lm, boxed, params, rows, length):
+    """Bytes that one step of decoding must read: the weights that `rows` tokens touch, and states of `length` tokens.
+
+    `params` are the parameters in the form they have. Of E experts of which a token meets k, B tokens touch
+    E (1 - (1 - k/E)^B) on average; of a table that is no head, B rows.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Weight))[0]
+    sizes = {path_of(keys): sum(array.nbytes for array in jax.tree.leaves(leaf)) for keys, leaf in flat}
+
+    def touched(path, shape, axes):
+        if path == "embedding" and not lm.tied:
+            return min(1, rows / shape[0])
+        return 1 - (1 - active_fraction(lm, path, axes)) ** rows
+
+    weights = sum(sizes[path] * touched(path, shape, axes) for path, shape, axes in leaves(boxed))
+    return weights + rows * state_bytes(lm, length)
+
+
+def decode_flops(lm, boxed, length):
+    """Forward FLOPs of the last token of a row of `length` tokens, those before it being in the state."""
+    return forward_flops(lm, boxed, length) - forward_flops(lm, boxed, length - 1)
 
 
 def _kernel_flops(lm, boxed, length):

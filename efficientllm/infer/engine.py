@@ -1,8 +1,7 @@
-"""Generation for prompts of any lengths: prefill in one pass, then decoding in compiled runs of steps over the state.
+"""Generation for prompts of any lengths: prefill, then a compiled loop of steps over a donated state.
 
-A batch is prefilled as far as its shortest prompt goes. In the steps after that a row whose prompt goes on is given its
-next token, and one whose prompt has ended chooses its own: no row is padded, so that states of every kind (caches,
-rings, recurrences) hold what they would hold alone.
+No row is padded and each has its own positions and random numbers, so that states of every kind (caches, rings,
+recurrences) and what is drawn are what they would be alone.
 """
 
 import functools
@@ -15,69 +14,116 @@ import numpy as np
 from efficientllm import model as models
 from efficientllm.attention import Context
 from efficientllm.errors import UserError
+from efficientllm.weights import activation_dtype
+
+PIECES = (256, 64, 16)  # tokens of prompts of several lengths that are prefilled together; each compiles a program
 
 
 @flax.struct.dataclass
 class Carry:
-    """What a step hands to the next: logits of the next token, states, its position, which rows have ended, and which
-    tokens a row holds (`seen_BV`, one column for samplers that do not ask)."""
+    """What a step hands to the next: logits of the next token, states, the positions the next tokens take, which rows
+    have ended, which tokens a row holds (`seen_BV`, one column for samplers that do not ask), a random key a row."""
 
     logits_BV: jax.Array
     states: tuple
-    position: jax.Array
+    positions_B: jax.Array
     done_B: jax.Array
     seen_BV: jax.Array
+    keys_B: jax.Array
 
 
 class Engine:
     """Generates with `lm` (its layers are taken apart) and its parameters, prompts and answers within `length` tokens.
 
+    Prompts of one length are prefilled in one pass. Of others, as many tokens as are in whole PIECES, a piece at a time
+    in all rows that still have one; the rest are given to the first steps of the loop, in which a row whose prompt has
+    ended chooses its own. With `pieces` it is so for prompts of one length too: few programs for many lengths.
+
     `sampler` is a registered `sampler`. Raises UserError for more tokens than the model has positions.
     """
 
-    def __init__(self, lm, params, sampler, eos_id, length):
+    def __init__(self, lm, params, sampler, eos_id, length, pieces=False):
         models.check_length(lm, length, f"prompts and answers of {length} tokens")
         self.lm, self.params = models.unroll(lm, params) if lm.scan else (lm, params)
-        self.sampler, self.eos_id, self.length = sampler, eos_id, length
-        self._prefill = jax.jit(functools.partial(_prefill, self.lm, sampler, length))
-        self._decode = jax.jit(
-            functools.partial(_decode, self.lm, sampler, eos_id), static_argnames="steps", donate_argnums=1
-        )
+        self.sampler, self.eos_id, self.length, self.pieces = sampler, eos_id, length, pieces
+        self._empty = jax.jit(lambda rows: models.init_states(self.lm, rows, length), static_argnums=0)
+        self._prefill = jax.jit(functools.partial(_prefill, self.lm), donate_argnums=(1, 2))
+        self._read_out = jax.jit(lambda params, x_BD: models.read_out(self.lm, params, x_BD[:, None])[:, 0])
+        self._decode = jax.jit(functools.partial(_decode, self.lm, sampler, eos_id, length), donate_argnums=1)
 
-    def prefill(self, prompts):
-        """A Carry after the common part of the prompts, lists of ids. Raises UserError for an empty prompt."""
+    def prefill(self, prompts, seed=0, first=0):
+        """A Carry after the prompts, lists of ids, or as far as they are in whole pieces.
+
+        `first` is the number of the first prompt: what is drawn depends on the seed and a prompt's number, not on the
+        rows beside it. Raises UserError for an empty prompt.
+        """
         check_prompts(prompts)
-        shared = min(map(len, prompts))
-        return self._prefill(self.params, jnp.asarray([prompt[:shared] for prompt in prompts], jnp.int32))
+        rows = len(prompts)
+        states, hidden_BD = self._empty(rows), jnp.zeros((rows, self.lm.dim), activation_dtype(self.lm.precision))
+        at_B = np.zeros(rows, np.int32)
+        for who, size in self._passes([len(prompt) for prompt in prompts]):
+            ids_BT = np.array([prompts[row][at_B[row] : at_B[row] + size] for row in who], np.int32)
+            states, hidden_BD = self._prefill(self.params, states, hidden_BD, ids_BT, np.array(who), at_B[who])
+            at_B[who] += size
+        seen_BV = np.zeros((rows, self.lm.vocab_size if self.sampler.remembers else 1), bool)
+        if self.sampler.remembers:
+            for row, prompt in enumerate(prompts):
+                seen_BV[row, prompt] = True
+        keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(first + jnp.arange(rows))
+        logits_BV = self._read_out(self.params, hidden_BD)
+        # jnp.array copies: a donated buffer must not be numpy's.
+        return Carry(logits_BV, states, jnp.array(at_B), jnp.zeros(rows, bool), jnp.array(seen_BV), keys_B)
 
-    def decode(self, carry, prompts, steps, key):
-        """`steps` further tokens of each row, those of its prompt included -> `(Carry, int32 [B, steps])`."""
-        longest = max(map(len, prompts))
-        table_BT = np.zeros((len(prompts), longest), np.int32)
+    def _passes(self, lengths):
+        """Yields `(rows, tokens)` of each pass of prefill."""
+        if len(set(lengths)) == 1 and not self.pieces:
+            yield list(range(len(lengths))), lengths[0]
+            return
+        left = list(lengths)
+        for size in PIECES:
+            while who := [row for row, count in enumerate(left) if count >= size]:
+                yield who, size
+                for row in who:
+                    left[row] -= size
+
+    def decode(self, carry, prompts, steps):
+        """`steps` further tokens of each row, those of its prompt included -> `(Carry, int32 [B, steps])`.
+
+        The carry is donated. Steps end early where all rows have; what follows an eos is eos.
+        """
+        table_BT = np.zeros((len(prompts), self.length), np.int32)
         for row, prompt in enumerate(prompts):
             table_BT[row, : len(prompt)] = prompt
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-        return self._decode(self.params, carry, table_BT, lengths_B, key, steps=steps)
+        carry, tokens_BT = self._decode(self.params, carry, table_BT, lengths_B, np.int32(steps))
+        return carry, tokens_BT[:, :steps]
 
-    def generate(self, prompts, new_tokens, seed=0, chunk=None, stop=None):
+    def lower_decode(self, rows):
+        """The loop for `rows` rows, lowered: what compiling it takes and needs can be looked at ahead of time."""
+        carry = jax.eval_shape(lambda: _empty_carry(self.lm, self.sampler, rows, self.length))
+        table_BT = jax.ShapeDtypeStruct((rows, self.length), jnp.int32)
+        lengths_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        return self._decode.lower(self.params, carry, table_BT, lengths_B, jax.ShapeDtypeStruct((), jnp.int32))
+
+    def generate(self, prompts, new_tokens, seed=0, chunk=None, stop=None, first=0):
         """Yields, for each run of `chunk` steps, the new ids of each row so far (lists; eos ends one and is in it).
 
         `stop(ids) -> bool` ends a row early. The last value holds at most `new_tokens` ids a row.
         """
-        carry, key = self.prefill(prompts), jax.random.key(seed)
-        at, end = min(map(len, prompts)), max(map(len, prompts)) + new_tokens
-        found = [[] for _ in prompts]
-        ended = [False] * len(prompts)
-        while at < end and not all(ended):
-            steps = min(chunk or end - at, end - at)
-            carry, new_BS = self.decode(carry, prompts, steps, key)
+        carry = self.prefill(prompts, seed, first)
+        at_B = np.asarray(carry.positions_B).copy()
+        found, ended = [[] for _ in prompts], [new_tokens < 1] * len(prompts)
+        while not all(ended):
+            needed = max(len(prompt) + new_tokens - at for prompt, at in zip(prompts, at_B, strict=True))
+            steps = min(chunk or needed, needed)
+            carry, new_BS = self.decode(carry, prompts, steps)
             for row, ids in enumerate(np.asarray(new_BS).tolist()):
-                for offset, id in enumerate(ids):
-                    if at + offset < len(prompts[row]) or ended[row]:
-                        continue
-                    found[row].append(id)
-                    ended[row] = id == self.eos_id or len(found[row]) == new_tokens or bool(stop and stop(found[row]))
-            at += steps
+                for id in ids[max(0, len(prompts[row]) - at_B[row]) :]:
+                    if not ended[row]:
+                        found[row].append(id)
+                        ended[row] = id == self.eos_id or len(found[row]) == new_tokens
+                        ended[row] = ended[row] or bool(stop and stop(found[row]))
+            at_B += steps
             yield [list(ids) for ids in found]
 
 
@@ -90,35 +136,49 @@ def check_prompts(prompts):
             raise UserError(f"config.infer.prompts: prompt {index} has no tokens; give it a text")
 
 
-def _prefill(lm, sampler, length, params, prompt_BT):
-    B, T = prompt_BT.shape
-    states = models.init_states(lm, B, length)
-    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+def _empty_carry(lm, sampler, rows, length):
+    return Carry(
+        logits_BV=jnp.zeros((rows, lm.vocab_size)),
+        states=models.init_states(lm, rows, length),
+        positions_B=jnp.zeros(rows, jnp.int32),
+        done_B=jnp.zeros(rows, bool),
+        seen_BV=jnp.zeros((rows, lm.vocab_size if sampler.remembers else 1), bool),
+        keys_B=jax.random.split(jax.random.key(0), rows),
+    )
+
+
+def _prefill(lm, params, states, hidden_BD, ids_BT, rows_B, at_B):
+    """The states and last hidden vectors of a batch after further tokens of some of its rows, which stand at `at`."""
+    positions_BT = at_B[:, None] + jnp.arange(ids_BT.shape[1])
+    own = jax.tree.map(lambda leaf: leaf[rows_B], states)
     ctx = Context.decoding(positions_BT)
-    x_BTD, states, _ = lm.apply({"params": params}, prompt_BT, ctx, states, readout=False)
-    logits_BV = models.read_out(lm, params, x_BTD[:, -1:])[:, 0]  # of the last token alone
-    seen_BV = jnp.zeros((B, lm.vocab_size if sampler.remembers else 1), bool)
-    if sampler.remembers:
-        seen_BV = seen_BV.at[jnp.arange(B)[:, None], prompt_BT].set(True)
-    return Carry(logits_BV, states, jnp.int32(T), jnp.zeros(B, bool), seen_BV)
+    x_BTD, own, _ = lm.apply({"params": params}, ids_BT, ctx, own, readout=False)
+    states = jax.tree.map(lambda leaf, new: leaf.at[rows_B].set(new), states, own)
+    return states, hidden_BD.at[rows_B].set(x_BTD[:, -1])
 
 
-def _decode(lm, sampler, eos_id, params, carry, table_BT, lengths_B, key, steps):
-    B, longest = table_BT.shape
+def _decode(lm, sampler, eos_id, most, params, carry, table_BT, lengths_B, steps):
+    """At most `steps` steps, no more than `most`, which is a constant of the program."""
+    rows_B = jnp.arange(table_BT.shape[0])
 
-    def step(carry, _):
-        chosen_B = sampler(carry.logits_BV, carry.seen_BV, jax.random.fold_in(key, carry.position))
-        given_B = table_BT[:, jnp.minimum(carry.position, longest - 1)]
-        in_prompt_B = carry.position < lengths_B
+    def going(loop):
+        index, carry, _ = loop
+        return (index < steps) & ~jnp.all(carry.done_B)
+
+    def step(loop):
+        index, carry, found_BT = loop
+        at_B = carry.positions_B
+        chosen_B = sampler(carry.logits_BV, carry.seen_BV, jax.vmap(jax.random.fold_in)(carry.keys_B, at_B))
+        in_prompt_B = at_B < lengths_B
+        given_B = table_BT[rows_B, jnp.minimum(at_B, most - 1)]
         token_B = jnp.where(in_prompt_B, given_B, jnp.where(carry.done_B, eos_id, chosen_B))
-        positions_B1 = jnp.full((B, 1), carry.position)
-        ctx = Context.decoding(positions_B1)
+        ctx = Context.decoding(at_B[:, None])
         logits_B1V, states, _ = lm.apply({"params": params}, token_B[:, None], ctx, carry.states)
-        seen_BV = carry.seen_BV
-        if sampler.remembers:
-            seen_BV = seen_BV.at[jnp.arange(B), token_B].set(True)
+        seen_BV = carry.seen_BV.at[rows_B, token_B].set(True) if sampler.remembers else carry.seen_BV
         done_B = carry.done_B | (~in_prompt_B & (token_B == eos_id))
-        return Carry(logits_B1V[:, 0], states, carry.position + 1, done_B, seen_BV), token_B
+        carry = Carry(logits_B1V[:, 0], states, at_B + 1, done_B, seen_BV, carry.keys_B)
+        return index + 1, carry, found_BT.at[:, index].set(token_B)
 
-    carry, tokens_SB = jax.lax.scan(step, carry, None, length=steps)
-    return carry, tokens_SB.T
+    found_BT = jnp.full((table_BT.shape[0], most), eos_id, jnp.int32)
+    _, carry, found_BT = jax.lax.while_loop(going, step, (jnp.int32(0), carry, found_BT))
+    return carry, found_BT

@@ -1,79 +1,126 @@
 """Prefill and decoding measured apart, each in windows of its own, on prompts that are fresh each time."""
 
 import dataclasses
+import math
 import time
 
 import jax
 import numpy as np
 
-from efficientllm.metrics import energy, timer
+from efficientllm.metrics import energy, sampler, timer
+
+WARM_UPS = 2  # repeats that are set aside: the first compiles
+WINDOW_S = 2.0  # what an energy window should last at least, where energy can be read
 
 
 @dataclasses.dataclass
 class Measured:
-    """Times in s: `prefill_s` and `decode_s` of each repeat, `steps_s` of single steps; energy windows of both."""
+    """What `measure` found, times in s.
 
+    prefill_s, decode_s: of each repeat, of a whole batch; `discarded_s` those of the warm-up, both together.
+    steps: single steps of decoding, each waited for.
+    prefills, decodes: how many batches lie in the energy windows.
+    """
+
+    rows: int
+    prompt: int
+    new_tokens: int
     prefill_s: list
     decode_s: list
-    steps_s: timer.StepTimer
+    discarded_s: list
+    steps: timer.StepTimer
+    prefills: int
+    decodes: int
     prefill_energy: energy.EnergyWindow
     decode_energy: energy.EnergyWindow
-    averages: object
-    rows: int
-    new_tokens: int
+    averages: sampler.Averages
 
     @property
     def requests_s(self):
-        """Of whole requests: prefill and decoding."""
+        """Wall time of each repeat: prefill and decoding of all its rows, which are served together."""
         return [a + b for a, b in zip(self.prefill_s, self.decode_s, strict=True)]
 
+    @property
+    def compile_s(self):
+        """What the first repeat took longer than the second."""
+        return max(0.0, self.discarded_s[0] - self.discarded_s[1])
 
-def measure(engine, vocab_size, rows, prompt, new_tokens, repeats, reader, sampler, seed=0):
-    """A Measured of `rows` prompts of `prompt` random tokens each and `new_tokens` after them.
 
-    The first repeat compiles and is dropped. Decoding is timed whole, in one call, and step by step for percentiles.
+def measure(engine, ids, rows, prompt, new_tokens, repeats, reader, averages, seed=0):
+    """A Measured of batches of `rows` prompts of `prompt` tokens, cut from the text `ids`, and `new_tokens` after them.
+
+    Throughput comes from decoding in one call, latencies from as many batches decoded a step at a time. A window that
+    is too short for the energy `reader` holds its work several times: prefill on further prompts, decoding from the
+    same places again. `averages` is the run's `Sampler`.
     """
-    random, key = np.random.default_rng(seed), jax.random.key(seed)
-    times, windows = {"prefill": [], "decode": []}, {"prefill": [], "decode": []}
-    mark = None
-    for repeat in range(repeats + 1):
-        prompts = random.integers(0, vocab_size, (rows, prompt)).tolist()
-        measured = repeat > 0
-        if repeat == 1:
-            mark = sampler.mark()
-        carry = _timed("prefill", lambda p=prompts: engine.prefill(p), reader, times, windows, measured)
-        _timed(
-            "decode",
-            lambda c=carry, p=prompts: engine.decode(c, p, new_tokens, key),
-            reader,
-            times,
-            windows,
-            measured,
+    return _Measurement(engine, ids, rows, prompt, new_tokens, reader, averages, seed).run(repeats)
+
+
+def fresh(ids, rows, length, random):
+    """`rows` stretches of `length` tokens from random places of a text, which is repeated where it is shorter."""
+    if len(ids) < length:
+        ids = np.tile(ids, -(-length // len(ids)))
+    starts = random.integers(0, len(ids) - length + 1, rows)
+    return [ids[start : start + length].tolist() for start in starts]
+
+
+class _Measurement:
+    def __init__(self, engine, ids, rows, prompt, new_tokens, reader, averages, seed):
+        self._engine, self._reader, self._sampler = engine, reader, averages
+        self._new_tokens, self._shape = new_tokens, (rows, prompt)
+        self._ids, self._random = np.asarray(ids), np.random.default_rng(seed)
+        self._parts, self._windows = [], {"prefill": [], "decode": []}
+        self._times, self._counts = {"prefill": [], "decode": []}, {"prefill": 0, "decode": 0}
+
+    def run(self, repeats):
+        warm = [(self._seconds(self._prefill), self._seconds(self._decode)) for _ in range(WARM_UPS)]
+        for _ in range(repeats):
+            self._window("prefill", self._prefill, warm[-1][0])
+            self._window("decode", self._decode, warm[-1][1])
+        steps = timer.StepTimer(cap=5)
+        for _ in range(repeats):
+            self._prefill()
+            for _ in range(self._new_tokens):
+                with steps.step():
+                    self._decode(1, rewind=False)
+        return Measured(
+            *self._shape,
+            self._new_tokens,
+            self._times["prefill"],
+            self._times["decode"],
+            [sum(pair) for pair in warm],
+            steps,
+            self._counts["prefill"],
+            self._counts["decode"],
+            energy.combine(self._windows["prefill"]),
+            energy.combine(self._windows["decode"]),
+            sampler.combine(self._parts),
         )
-    averages = sampler.since(mark)
-    steps = timer.StepTimer(cap=5)
-    carry = engine.prefill(prompts)
-    for _ in range(new_tokens):
-        with steps.step():
-            carry, _ = jax.block_until_ready(engine.decode(carry, prompts, 1, key))
-    return Measured(
-        times["prefill"],
-        times["decode"],
-        steps,
-        energy.combine(windows["prefill"]),
-        energy.combine(windows["decode"]),
-        averages,
-        rows,
-        new_tokens,
-    )
 
+    def _window(self, name, call, expected_s):
+        times = 1 if self._reader.reason else max(1, math.ceil(WINDOW_S / expected_s))
+        with self._reader.window() as window:
+            mark = self._sampler.mark()
+            seconds = self._seconds(lambda: [call() for _ in range(times)])
+            self._parts.append(self._sampler.since(mark))
+        self._times[name].append(seconds / times)
+        self._counts[name] += times
+        self._windows[name].append(window.result)
 
-def _timed(name, call, reader, times, windows, measured):
-    with reader.window() as window:
+    def _seconds(self, call):
         begin = time.perf_counter()
-        found = jax.block_until_ready(call())
-        seconds = time.perf_counter() - begin
-    if measured:
-        times[name].append(seconds)
-        windows[name].append(window.result)
-    return found
+        call()
+        return time.perf_counter() - begin
+
+    def _prefill(self):
+        """Leaves the state of fresh prompts in `_carry`."""
+        self._carry = None  # two states at once would be a peak that serving has not
+        self._prompts = fresh(self._ids, *self._shape, self._random)
+        self._carry = jax.block_until_ready(self._engine.prefill(self._prompts))
+        self._start = np.asarray(self._carry.positions_B)
+
+    def _decode(self, steps=None, rewind=True):
+        carry = self._carry
+        if rewind:  # what the state holds beyond is overwritten, or costs the same whatever it is
+            carry = carry.replace(positions_B=jax.numpy.array(self._start))
+        self._carry, _ = jax.block_until_ready(self._engine.decode(carry, self._prompts, steps or self._new_tokens))

@@ -7,12 +7,12 @@ from efficientllm.errors import UserError
 
 
 def read(prompts):
-    """The texts that `config.infer.prompts` names: a tuple of texts, or a file: one a line of .txt, `prompt` of each
-    record of .jsonl. Raises UserError."""
-    if not isinstance(prompts, str):
+    """The texts that `config.infer.prompts` names: a tuple of texts, or of one file: each line of a .txt, `prompt` of
+    each record of a .jsonl. Raises UserError."""
+    if len(prompts) != 1 or not prompts[0].endswith((".txt", ".jsonl")):
         return list(prompts)
-    file = pathlib.Path(prompts)
-    where = f"config.infer.prompts = {prompts!r}"
+    file = pathlib.Path(prompts[0])
+    where = f"config.infer.prompts = {prompts[0]!r}"
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

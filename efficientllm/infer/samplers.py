@@ -16,7 +16,7 @@ class Greedy:
 
     remembers = False
 
-    def __call__(self, logits_BV, seen_BV, key):
+    def __call__(self, logits_BV, seen_BV, keys_B):
         return jnp.argmax(logits_BV, -1).astype(jnp.int32)
 
 
@@ -50,11 +50,11 @@ class Sample:
         """Whether it must know which tokens a row holds."""
         return self.repetition_penalty != 1
 
-    def __call__(self, logits_BV, seen_BV, key):
+    def __call__(self, logits_BV, seen_BV, keys_B):
         logits_BV = self.filtered(logits_BV, seen_BV)
         if self.temperature == 0:
             return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-        return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
     def filtered(self, logits_BV, seen_BV=None):
         """The logits that are drawn from; -inf for what cannot be."""

@@ -97,16 +97,51 @@ def measure_gemm_peak(dtype):
     Kept in `$EFFICIENTLLM_CACHE/gemm_peaks.json` (`~/.cache/efficientllm`) under host, cores, device, dtype and jax
     version; removing the file measures again, as one should if the host was busy at the first time.
     """
-    path = cache_folder() / "gemm_peaks.json"
+    best = _once("gemm_peaks.json", dtype, lambda: _best_gemm(dtype))
+    return Reading(best, "FLOP/s", f"best {dtype} matrix product measured on this host")
+
+
+@functools.cache
+def measure_copy_bandwidth():
+    """Best rate at which one local device copies a large array in byte/s, read and written, as a Reading.
+
+    Kept as `measure_gemm_peak`'s is, in `copy_bandwidths.json`.
+    """
+    best = _once("copy_bandwidths.json", "copy", _best_copy)
+    return Reading(best, "byte/s", "best copy of a large array measured on this host, read and written")
+
+
+def bandwidth_utilisation(bytes_, seconds, devices):
+    """`{"mbu": Reading, "mbu_copy": Reading}`: bytes that had to move in `seconds` over what `devices` could move.
+
+    `mbu` is against the datasheet, `mbu_copy` against a copy measured on this host.
+    """
+    count = 1 if devices[0].platform == "cpu" else len(devices)
+    found = {"mbu": peak_bandwidth(devices[0].device_kind), "mbu_copy": measure_copy_bandwidth()}
+    return {
+        key: missing("1", peak.reason)
+        if peak.value is None
+        else Reading(
+            bytes_ / (seconds * count * peak.value),
+            "1",
+            f"weights and state read over {peak.value / 1e9:.4g} GB/s: {peak.source}",
+        )
+        for key, peak in found.items()
+    }
+
+
+def _once(file, what, measure):
+    """`measure()`, kept in a file of the cache."""
+    path = cache_folder() / file
     known = json.loads(path.read_text()) if path.exists() else {}
-    key = _host_key(dtype)
+    key = _host_key(what)
     if key not in known:
-        known[key] = _best_gemm(dtype)
+        known[key] = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(known, indent=2))
         temporary.replace(path)
-    return Reading(known[key], "FLOP/s", f"best {dtype} matrix product measured on this host")
+    return known[key]
 
 
 def cache_folder():
@@ -131,4 +166,17 @@ def _best_gemm(dtype, sizes=None, repeats=8):
             begin = time.perf_counter()
             product(a, a).block_until_ready()
             best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best
+
+
+def _best_copy(size=None, repeats=8):
+    """Best byte/s of `x + 1` over an array of `size` floats: far beyond the caches, each element read and written."""
+    size = size or (2**26 if jax.default_backend() == "cpu" else 2**28)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jax.block_until_ready(add(jnp.zeros(size, jnp.float32)))
+    best = 0.0
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        x = jax.block_until_ready(add(x))
+        best = max(best, 2 * 4 * size / (time.perf_counter() - begin))
     return best

@@ -1,28 +1,25 @@
 """Inference: from a checkpoint to generated text, prefill and decoding measured apart, quality, and a row."""
 
-import json
+import contextlib
 import logging
 import signal
-import statistics
+import sys
 import time
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from efficientllm import accounting, architecture, data, sharding
-from efficientllm import model as models
-from efficientllm.infer import measure, prompts
-from efficientllm.infer.engine import Engine, check_prompts
-from efficientllm.metrics import energy, memory, paper, provenance, record
-from efficientllm.metrics.reading import Reading, missing
+from efficientllm import kernels
+from efficientllm.infer import measure, row, serving
+from efficientllm.infer.answers import Answers
+from efficientllm.infer.engine import Engine
+from efficientllm.metrics import energy, memory, peaks, provenance, record
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
-from efficientllm.quant import tree as quant
-from efficientllm.registry import build, register
+from efficientllm.registry import register
 from efficientllm.train import evaluate, setup, step
 from efficientllm.train.progress import close_log, open_log
-from efficientllm.workdir import config_hash, flatten, plain, write_atomically
+from efficientllm.weights import activation_dtype
+from efficientllm.workdir import config_hash, flatten, plain
 
 log = logging.getLogger("efficientllm")
 FAILED = 3
@@ -39,126 +36,113 @@ def infer(config, workdir):
 
 
 class Inference:
-    """One run from start to row, on one process."""
+    """One run from start to row, on one device of one process."""
 
     def __init__(self, config, workdir):
         self.config, self.workdir, self.started = config, workdir, time.time()
-        self.writer = None
+        self.kernels = {}
 
     def run(self):
         """Returns the exit status."""
-        self._prepare()
+        self.serving = serving.prepare(self.config)
         self.workdir.claim(self.config)
-        self.reader = energy.open_reader(jax.local_devices(), meter=self.config.metrics.meter)
+        self.reader = energy.open_reader(self.serving.devices, meter=self.config.metrics.meter)
         self.idle = energy.idle_power(self.reader)
         try:
-            with jax.set_mesh(self.mesh), Sampler(jax.local_devices(), self.reader, 0.1) as self.sampler:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_terminated_as_interrupted())
+                stack.enter_context(jax.set_mesh(self.serving.mesh))
+                interval_s = self.config.metrics.interval_s
+                self.averages = stack.enter_context(Sampler(self.serving.devices, self.reader, interval_s))
                 return self._serve()
-        except KeyboardInterrupt:
-            log.info("SIGINT: what was generated is in samples/")
-            return 128 + signal.SIGINT
+        except KeyboardInterrupt as stop:
+            log.info(f"{stop or 'SIGINT'}: what was generated is in {self.workdir.shown / 'samples'}")
+            return 128 + (signal.SIGTERM if stop.args else signal.SIGINT)
+        except serving.OutOfMemory as error:
+            return self._fail("oom", str(error))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            log.error(f"out of device memory: {str(error).splitlines()[0]}")
-            record.write_record(self._record("oom"), self.workdir.path / "record.json")
-            return FAILED
-
-    def _prepare(self):
-        config, ours = self.config, self.config.infer
-        source = setup.open_pretrained(config.model.pretrained)
-        described = setup.described(config.model, source)
-        architecture.check(described)
-        self.tokenizer = setup.tokenizer_of(config, source)
-        self.lm = architecture.from_config(described, self.tokenizer.vocab_size)
-        self.sampler_spec = build("sampler", ours.sampler, where="config.infer.sampler")
-        quant.form_of(config.quant)
-        self.texts = prompts.read(ours.prompts)
-        self.prompts = prompts.encode(self.texts, self.tokenizer, ours.chat)
-        check_prompts(self.prompts)
-        prompts.check_lengths(self.prompts, ours.max_new_tokens, source.max_positions if source else None)
-        self.mesh = sharding.make_mesh("data=1", jax.devices()[:1])  # one device serves
-        self.source = source
-
-    def _load(self):
-        """The parameters, and the compressed ones; bytes of both."""
-        boxed = models.abstract_params(self.lm)
-        if self.source is None:
-            params = jax.jit(lambda: nn.unbox(step.init_params(self.lm, self.config.seed, 8)))()
-        else:
-            params = self.source.load(nn.unbox(boxed), lm=self.lm)
-        self.original_bytes = _bytes(params)
-        log.info(f"{self.config.name}: {self.original_bytes / 1e6:,.0f} MB as float32")
-        return boxed, params
+            return self._fail("oom", f"out of device memory: {str(error).splitlines()[0]}")
 
     def _serve(self):
-        boxed, params = self._load()
-        baseline = self._quality(params)
-        self.params = quant.quantize(params, self.config.quant)
-        self.bytes = _bytes(self.params)
-        del params
-        same = self.config.quant == "float32"
-        self.quality = baseline if same else self._quality(self.params)
-        self.baseline = baseline
-        length = max(max(map(len, self.prompts)), self.config.infer.prompt_length) + self.config.infer.max_new_tokens
-        engine = Engine(self.lm, self.params, self.sampler_spec, self.tokenizer.eos_id, length)
-        self._generate(engine)
-        ours = self.config.infer
-        self.measured = measure.measure(
-            engine,
-            self.lm.vocab_size,
-            ours.batch_size,
-            ours.prompt_length,
-            ours.max_new_tokens,
-            ours.repeats,
-            self.reader,
-            self.sampler,
+        run, ours = self.serving, self.config.infer
+        peaks.measure_gemm_peak(activation_dtype(run.lm.precision).name)  # at most once a host, and not between steps
+        peaks.measure_copy_bandwidth()
+        self.params = run.load(self.config.quant)
+        log.info(
+            f"{self.config.name}: weights of {row.resident_bytes(self.params) / 1e6:,.1f} MB as {self.config.quant}"
         )
-        self.boxed = boxed
-        found = self._record("ok")
-        record.write_record(found, self.workdir.path / "record.json")
-        with_charts = {f"row/{key}": value for group in ("paper", "quality") for key, value in found[group].items()}
+        engine = Engine(run.lm, self.params, run.sampler, run.tokenizer.eos_id, run.length)
+        with kernels.recording() as used:
+            self._generate(engine)
+            self.measured = measure.measure(
+                engine,
+                run.held_out_ids(),
+                ours.batch_size,
+                ours.prompt_length,
+                ours.max_new_tokens,
+                ours.repeats,
+                self.reader,
+                self.averages,
+                self.config.seed,
+            )
+        self.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
+        self.peak = memory.peak_bytes(run.devices, run.rss_before)  # before another form of the weights is loaded
+        self.idle = self.idle.compared(energy.idle_power(self.reader))
+        self.quality = self._score(self.params)
+        self._finish()
+        return 0
+
+    def _generate(self, engine):
+        """Shows the answers as they come, and writes as many as there are, whatever happens."""
+        run, ours = self.serving, self.config.infer
+        answers = Answers(run.texts, run.prompts, run.tokenizer, ours.stop)
+        try:
+            answers.generate(engine, ours.max_new_tokens, ours.batch_size, self.config.seed, _show)
+        finally:
+            answers.write(self.workdir.path / "samples" / "generated.jsonl")
+
+    def _score(self, params):
+        """Held-out loss, perplexity and bits per byte."""
+        run = self.serving
+        score = jax.jit(lambda params, batch, token_bytes: step.eval_step(run.lm, params, batch, token_bytes))
+        token_bytes = setup.bytes_of(run.tokenizer, run.lm)
+        found = evaluate.evaluate(score, params, run.held_out, token_bytes, run.mesh)
+        log.info("held out  " + "  ".join(f"{key} {value:.4f}" for key, value in found.items()))
+        return found
+
+    def _compression(self):
+        """What MCR compares; the baseline is scored last, in the place of what was measured."""
+        name = self.config.infer.baseline
+        ours = row.Scored(self.config.quant, row.resident_bytes(self.params), self.quality["bits_per_byte"])
+        if name.endswith(".json"):
+            return row.compression(row.baseline_of(name), ours)
+        if name in ("", self.config.quant):
+            return row.compression(ours, ours) if name else None
+        self.params = None
+        params = self.serving.load(name)
+        log.info(f"baseline {name}: weights of {row.resident_bytes(params) / 1e6:,.1f} MB")
+        return row.compression(row.Scored(name, row.resident_bytes(params), self._score(params)["bits_per_byte"]), ours)
+
+    def _finish(self):
+        run = self.serving
+        physical = row.physical(run.lm, run.boxed, self.params, self.measured, self.idle)
+        physical["peak_memory_bytes"] = self.peak
+        study = row.study(run.lm, run.boxed, self.measured, self._compression())
+        found = self._write_row("ok", study, physical, row.quality(self.quality))
+        metrics = {
+            f"row/{key}": value for group in ("paper", "physical", "quality") for key, value in found[group].items()
+        }
         writer = SummaryWriter(self.workdir.path)
-        writer.hparams(flatten(plain(self.config)), with_charts)
+        writer.text("config", "\n".join(f"    {key} = {value!r}" for key, value in flatten(plain(self.config)).items()))
+        writer.hparams(flatten(plain(self.config)), metrics)
         writer.close()
         log.info(f"\n{record.format_table(found)}\n\nrow: {self.workdir.shown / 'record.json'}")
         log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
-        return 0
 
-    def _quality(self, params):
-        """Held-out loss, perplexity and bits per byte."""
-        train = self.config.train
-        rows = (self.config.data, self.tokenizer, train.batch_size, train.length)
-        batches = data.eval_batches(*rows, limit=self.config.eval.batches or None)
-        whole = jax.jit(lambda p, batch, token_bytes: step.eval_step(self.lm, p, batch, token_bytes))
-        return evaluate.evaluate(whole, params, batches, setup.bytes_of(self.tokenizer, self.lm), self.mesh)
-
-    def _generate(self, engine):
-        """Prints what the first prompt is given as it comes, and writes all answers."""
-        ours, shown = self.config.infer, ""
-        folder = self.workdir.path / "samples"
-        folder.mkdir(exist_ok=True)
-        answers = [[] for _ in self.prompts]
-        try:
-            for answers in engine.generate(self.prompts, ours.max_new_tokens, self.config.seed, 16, self._stops):
-                text = self.tokenizer.decode(answers[0])
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-        finally:
-            print()
-            texts = [self._cut(self.tokenizer.decode(ids)) for ids in answers]
-            lines = [json.dumps({"prompt": a, "answer": b}) for a, b in zip(self.texts, texts, strict=True)]
-            write_atomically(folder / "generated.jsonl", "\n".join(lines) + "\n")
-
-    def _stops(self, ids):
-        return any(text in self.tokenizer.decode(ids) for text in self.config.infer.stop)
-
-    def _cut(self, text):
-        return text[: min((text.find(stop) for stop in self.config.infer.stop if stop in text), default=len(text))]
-
-    def _record(self, outcome):
-        study, physical, quality = self._readings() if outcome == "ok" else (None, None, None)
-        return record.build_record(
+    def _write_row(self, outcome, study=None, physical=None, quality=None):
+        found = record.build_record(
             outcome=outcome,
             name=self.config.name,
             task="infer",
@@ -169,58 +153,40 @@ class Inference:
                 ended=time.time(),
                 config_hash=config_hash(self.config),
                 seed=self.config.seed,
-                mesh=self.mesh,
-                kernels={},
+                mesh=self.serving.mesh,
+                kernels=self.kernels,
             ),
             paper_readings=study,
             physical=physical,
             quality=quality,
         )
+        record.write_record(found, self.workdir.path / "record.json")
+        return found
 
-    def _readings(self):
-        found, ours = self.measured, self.config.infer
-        params = accounting.parameters(self.lm, self.boxed)
-        generated = found.rows * found.new_tokens * len(found.decode_s)
-        seconds = sum(found.requests_s)
-        work = paper.Work("infer", tuple(found.requests_s), seconds, params["active"], generated=generated)
-        compression = paper.Compression(
-            self.original_bytes,
-            self.bytes,
-            1 / self.baseline["bits_per_byte"],
-            1 / self.quality["bits_per_byte"],
-            "bytes per held-out bit",
-        )
-        window = energy.combine([found.prefill_energy, found.decode_energy])
-        study = paper.paper_metrics(work, found.averages, window, compression)
-        decode = statistics.median(found.decode_s)
-        tpot = [seconds / found.new_tokens for seconds in found.decode_s]
-        tails = found.steps_s.statistics()
-        of = f"{len(found.prefill_s)} batches of {found.rows} x {ours.prompt_length} tokens"
-        state = accounting.state_bytes(self.lm, ours.prompt_length + ours.max_new_tokens)
-        physical = {
-            "ttft_s": Reading(statistics.median(found.prefill_s), "s", f"median of {of}: prefill and the first logits"),
-            "tpot_s": Reading(statistics.median(tpot), "s", f"median of {of}: {found.new_tokens} tokens in one call"),
-            **{f"tpot_{key}_s": tails[key] for key in ("p50", "p90", "p95", "p99")},
-            "prefill_tokens_per_s": Reading(
-                found.rows * ours.prompt_length / statistics.median(found.prefill_s), "1/s", f"median of {of}"
-            ),
-            "tokens_per_s": Reading(found.rows * found.new_tokens / decode, "1/s", "decoded, without prefill"),
-            "requests_per_s": Reading(found.rows * len(found.decode_s) / seconds, "1/s", of),
-            "params_total": Reading(params["total"], "1", "parameter tree"),
-            "params_active": Reading(params["active"], "1", "parameter tree"),
-            "params_trainable": missing("1", "nothing learns"),
-            "resident_weight_bytes": Reading(self.bytes, "bytes", "arrays of the parameter tree"),
-            "kv_bytes_per_token": Reading(
-                state / (ours.prompt_length + ours.max_new_tokens), "bytes", "closed formula, whole context"
-            ),
-            "peak_memory_bytes": memory.peak_bytes(jax.local_devices(), 0),
-            **paper.energy_metrics(found.decode_energy, found.rows * found.new_tokens * len(found.decode_s), self.idle),
-        }
-        units = {"eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
-        quality = {key: Reading(value, units[key], "held-out text") for key, value in self.quality.items()}
-        return study, physical, quality
+    def _fail(self, outcome, message):
+        log.error(message)
+        self._write_row(outcome)
+        return FAILED
 
 
-def _bytes(params):
-    """Bytes of the arrays; jnp.int4 would count half a byte an element, and no form of ours holds it."""
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+def _show(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted():
+    """SIGTERM ends the run as Ctrl-C does."""
+
+    def stop(signum, frame):
+        raise KeyboardInterrupt("SIGTERM")
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread, which alone may listen
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

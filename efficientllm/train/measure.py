@@ -1,21 +1,26 @@
 """What the steady part of training takes: step times, energy, memory, utilisation; nothing but training inside."""
 
+import dataclasses
 import time
 
+from efficientllm.metrics import compiles
 from efficientllm.metrics.timer import StepTimer
+
+COMPILED = "a program was compiled inside the window"
 
 
 class Measurement:
     """Segments of finished, steady steps. Evaluation, checkpoints and compilation lie between segments.
 
-    `start` and `stop` are called with no work in flight; `step_done` when a step's outputs have arrived.
+    `start` and `stop` are called with no work in flight; `step_done` when a step's outputs have arrived. `compiled`
+    counts programs that were compiled inside segments, whose times and energy then mean nothing.
     """
 
     def __init__(self, reader, sampler, clock=time.perf_counter):
         self._reader, self._sampler, self._clock = reader, sampler, clock
         self.timer = StepTimer()
         self.windows, self.averages = [], []
-        self.tokens = self.samples = self.steps = 0
+        self.tokens = self.samples = self.steps = self.compiled = 0
         self.seconds = 0.0
         self._mark = None
 
@@ -31,6 +36,7 @@ class Measurement:
 
     def start(self):
         """Opens a segment."""
+        self._compiled = compiles.count()
         self._before = self.tokens, self.samples, self.steps
         self._reader.start()
         self._mark = self._sampler.mark()
@@ -59,7 +65,13 @@ class Measurement:
         if self.running:
             self.seconds += self._clock() - self._begin
             self.averages.append(self._sampler.since(self._mark))
-            self.windows.append(self._reader.stop())
+            window, compiled = self._reader.stop(), compiles.count() - self._compiled
+            if compiled and window.energy_j is not None:
+                window = dataclasses.replace(
+                    window, energy_j=None, mean_power_w=None, error_bound=None, reason=COMPILED
+                )
+            self.compiled += compiled
+            self.windows.append(window)
             self._mark = None
 
     def abandon(self):

@@ -5,9 +5,11 @@ import dataclasses
 import jax
 
 from efficientllm import accounting, distributed
-from efficientllm.metrics import energy, memory, paper, peaks, sampler
+from efficientllm.metrics import energy, memory, paper, peaks, record, sampler
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.weights import activation_dtype
+
+TIMED = ("tokens_per_s", "energy_j", "j_per_token", "j_per_token_net", "mfu", "mfu_gemm", "hfu")
 
 
 def all_energy(measurement):
@@ -29,10 +31,10 @@ def readings(run, measurement, window, idle):
     """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`); `window` is its energy, `idle`
     the power at rest."""
     params = accounting.parameters(run.lm, run.boxed)
-    if not measurement.steps:
-        short = f"too short to measure: all of its {len(measurement.timer.discarded)} steps went into warming up"
-        nothing = {key: missing(unit, short) for key, unit in paper.UNITS.items()}
-        return nothing, {**physical_of_model(run, params), "tokens_per_s": missing("1/s", short)}
+    if reason := _spoilt(measurement):
+        nothing = {key: missing(unit, reason) for key, unit in paper.UNITS.items()}
+        timed = {key: missing(record.PHYSICAL_UNITS[key], reason) for key in TIMED}
+        return nothing, {**physical_of_model(run, params), **timed}
     work = paper.Work(
         task=run.config.task,
         iterations_s=tuple(measurement.timer.samples),
@@ -50,6 +52,15 @@ def readings(run, measurement, window, idle):
         ),
     }
     return study, physical
+
+
+def _spoilt(measurement):
+    """Why nothing that has to do with time can be said of the run; None if all is well."""
+    if not measurement.steps:
+        return f"too short to measure: all of its {len(measurement.timer.discarded)} steps went into warming up"
+    if measurement.compiled:
+        return f"{measurement.compiled} program(s) were compiled inside the measured steps"
+    return None
 
 
 def utilisation(run, step_seconds):

@@ -42,10 +42,12 @@ FAST = ("gqa", "mamba")
 @pytest.mark.parametrize(
     "spec", [pytest.param(s, marks=[pytest.mark.slow] * (s.partition("(")[0] not in FAST)) for s in MIXERS]
 )
-def test_a_batch_of_prompts_of_any_length_is_each_alone(spec):
+def test_a_batch_of_prompts_of_any_length_is_each_alone(spec, monkeypatch):
     lm = contract.build("mixer", spec)
     engine = Engine(lm, contract.parameters(lm), Greedy(), -1, 40)
-    prompts = [contract.tokens()[0, :length].tolist() for length in (5, 9, 6)]
+    # A piece and a rest, a rest alone, two pieces: of each other's rows nothing is seen.
+    monkeypatch.setattr("efficientllm.infer.engine.PIECES", (8,))
+    prompts = [contract.tokens()[0, :length].tolist() for length in (11, 5, 16)]
     together = answers(engine, prompts, chunk=4)
     assert [len(ids) for ids in together] == [NEW] * 3
     for prompt, found in zip(prompts, together, strict=True):
@@ -71,8 +73,11 @@ def test_rows_end_at_the_end_of_text_or_where_they_are_told_to(small):
 def test_a_seed_is_a_text_and_another_another(small):
     engine = Engine(*small, Sample(temperature=2.0, repetition_penalty=1.2), -1, 40)
     prompts = [contract.tokens()[0, :6].tolist()] * 2
-    assert answers(engine, prompts, seed=1) == answers(engine, prompts, seed=1, chunk=3)
-    assert answers(engine, prompts, seed=1) != answers(engine, prompts, seed=2)
+    first, second = answers(engine, prompts, seed=1)
+    assert first != second
+    assert [first, second] == answers(engine, prompts, seed=1, chunk=3)
+    assert [first] == answers(engine, prompts[:1], seed=1) and [second] == answers(engine, prompts[:1], seed=1, first=1)
+    assert [first, second] != answers(engine, prompts, seed=2)
 
 
 def test_what_cannot_be_is_refused(small):

@@ -42,7 +42,7 @@ def test_a_row_holds_time_bytes_and_quality(base, tmp_path):
     assert (row["outcome"], row["task"]) == ("ok", "infer")
     physical, study = row["physical"], row["paper"]
     assert physical["ttft_s"] > 0 and physical["tpot_s"] > 0 and physical["tokens_per_s"] > 0
-    assert physical["tpot_p99_s"] is None and "needs 1000 samples" in row["sources"]["tpot_p99_s"]["reason"]
+    assert physical["tpot_s_p99"] is None and "needs 1000 samples" in row["sources"]["tpot_s_p99"]["reason"]
     # Generated tokens over whole requests, not over decoding alone.
     assert study["it_tokens_per_s"] < physical["tokens_per_s"]
     assert study["tt_tokens_per_param_s"] is None and study["mcr"] > 1

@@ -1,0 +1,144 @@
+"""From what an inference run measured to its row."""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+
+import jax
+
+from efficientllm import accounting
+from efficientllm.errors import UserError
+from efficientllm.metrics import energy, paper, peaks
+from efficientllm.metrics.reading import Reading, missing
+from efficientllm.weights import activation_dtype
+
+QUALITY = {"eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
+LIKELIHOOD = "likelihood a byte of held-out text"  # 2^-bits_per_byte: 1 is certainty, and more is better
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Bytes of a form of the weights and bits per byte of held-out text under it: what MCR compares."""
+
+    name: str
+    bytes: int
+    bits_per_byte: float
+
+
+def baseline_of(file):
+    """The Scored of another run's row. Raises UserError for what holds no such numbers."""
+    where = f"config.infer.baseline = {file!r}"
+    try:
+        row = json.loads(pathlib.Path(file).read_text())
+        size, bits = row["physical"]["resident_weight_bytes"], row["quality"]["bits_per_byte"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: no row with resident_weight_bytes and bits_per_byte ({error!r})") from None
+    if size is None or bits is None:
+        raise UserError(f"{where}: its resident_weight_bytes or bits_per_byte is null")
+    return Scored(f"the row {row.get('name')}", size, bits)
+
+
+def compression(baseline, ours):
+    """What Eq. 9 compares, for two Scored."""
+    qualities = (2**-baseline.bits_per_byte, 2**-ours.bits_per_byte)
+    name = f"{LIKELIHOOD}, against {baseline.name}"
+    return paper.Compression(baseline.bytes, ours.bytes, *qualities, name)
+
+
+def quality(evaluation):
+    """Readings of the held-out text."""
+    return {key: Reading(value, QUALITY[key], "held-out text") for key, value in evaluation.items()}
+
+
+def study(lm, boxed, found, compared):
+    """The study's metrics of `found` (a `measure.Measured`); `compared` is a Compression or None."""
+    work = paper.Work(
+        "infer",
+        tuple(found.requests_s),
+        sum(found.requests_s),
+        accounting.parameters(lm, boxed)["active"],
+        generated=found.rows * found.new_tokens * len(found.requests_s),
+    )
+    return paper.paper_metrics(work, found.averages, _window(found), compared)
+
+
+def _window(found):
+    """Energy of a typical share of prefill and decoding: the windows may hold one of them more often."""
+    parts = ((found.prefill_energy, found.prefills), (found.decode_energy, found.decodes))
+    whole = energy.combine([window for window, _ in parts])
+    if whole.energy_j is None:
+        return whole
+    repeats = len(found.requests_s)
+    joules = sum(window.energy_j * repeats / count for window, count in parts)
+    seconds = sum(window.duration_s * repeats / count for window, count in parts)
+    return dataclasses.replace(whole, energy_j=joules, duration_s=seconds, mean_power_w=joules / seconds)
+
+
+def times(found):
+    """Latencies and rates as Readings. One token is one step of all rows, so that TPOT is what each of them waits."""
+    of = f"median of {len(found.prefill_s)} batches of {found.rows} x {found.prompt} tokens"
+    prefill, decode = statistics.median(found.prefill_s), statistics.median(found.decode_s)
+    steps = found.steps.statistics()
+    tails = {f"tpot_s_{key}": steps[key] for key in ("p50", "p90", "p95", "p99")}
+    rate = lambda tokens, seconds: Reading(found.rows * tokens / seconds, "1/s", of)  # noqa: E731
+    return {
+        "ttft_s": Reading(prefill, "s", f"{of}: prefill and the first token's logits"),
+        "tpot_s": Reading(decode / found.new_tokens, "s", f"{of}: {found.new_tokens} tokens in one call"),
+        **tails,
+        "prefill_tokens_per_s": rate(found.prompt, prefill),
+        "tokens_per_s": rate(found.new_tokens, decode),
+        "requests_per_s": Reading(found.rows * len(found.requests_s) / sum(found.requests_s), "1/s", "requests in all"),
+        "compile_s": Reading(found.compile_s, "s", "first batch less the second"),
+    }
+
+
+def physical(lm, boxed, params, found, idle):
+    """Everything physical but the peak of memory."""
+    counts, of_weights = accounting.parameters(lm, boxed), "arrays of the parameter tree"
+    length = found.prompt + found.new_tokens
+    tree = {key: Reading(value, "1", "parameter tree") for key, value in counts.items()}
+    decoded = found.rows * found.new_tokens * found.decodes
+    prefilled = paper.energy_metrics(found.prefill_energy, found.rows * found.prompt * found.prefills, idle)
+    return {
+        **times(found),
+        "params_total": tree["total"],
+        "params_active": tree["active"],
+        "params_trainable": missing("1", "nothing learns"),
+        "resident_weight_bytes": Reading(resident_bytes(params), "bytes", of_weights),
+        "kv_bytes_per_token": Reading(
+            accounting.state_bytes(lm, length) / length, "bytes", f"closed formula, row of {length}"
+        ),
+        **paper.energy_metrics(found.decode_energy, decoded, idle),
+        **{f"prefill_{key}": reading for key, reading in prefilled.items()},
+        **_bounds(lm, boxed, params, found),
+    }
+
+
+def _bounds(lm, boxed, params, found):
+    """Utilisation of prefill and of decoding, and the time that a step of decoding cannot fall below."""
+    devices, dtype = jax.local_devices()[:1], activation_dtype(lm.precision)
+    middle = found.prompt + found.new_tokens // 2  # the state grows by a token a step
+    moved = accounting.decode_bytes(lm, boxed, params, found.rows, middle)
+    flops = accounting.decode_flops(lm, boxed, middle)
+    step_s = statistics.median(found.decode_s) / found.new_tokens
+    prefill = found.rows * accounting.forward_flops(lm, boxed, found.prompt)
+    used = peaks.model_flops_utilisation(prefill, statistics.median(found.prefill_s), devices, dtype)
+    rates = peaks.measure_gemm_peak(dtype.name).value, peaks.measure_copy_bandwidth().value
+    least = max(found.rows * flops / rates[0], moved / rates[1])
+    return {
+        **{key: dataclasses.replace(each, source=f"prefill: {each.source}") for key, each in used.items()},
+        **peaks.bandwidth_utilisation(moved, step_s, devices),
+        "flops_per_token": Reading(flops, "FLOP", f"closed formula ({accounting.FLOP_CONVENTION}), token {middle}"),
+        "decode_bytes_per_step": Reading(
+            moved, "bytes", f"weights touched and state of {found.rows} x {middle} tokens"
+        ),
+        "tpot_s_roofline": Reading(
+            least, "s", "max(FLOPs / best matrix product, bytes / best copy), both measured on this host"
+        ),
+    }
+
+
+def resident_bytes(params):
+    """Bytes of the arrays; jnp.int4 would count half a byte an element, and no form of ours holds it."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -1,0 +1,144 @@
+"""Everything an inference run needs before its first token, in the order that finds errors first."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from efficientllm import accounting, architecture, data, sharding
+from efficientllm import model as models
+from efficientllm.errors import UserError
+from efficientllm.infer import prompts
+from efficientllm.infer.engine import check_prompts
+from efficientllm.infer.row import baseline_of
+from efficientllm.metrics import host, memory
+from efficientllm.quant import calibrate
+from efficientllm.quant import tree as quant
+from efficientllm.registry import build
+from efficientllm.train import setup, step
+
+CALIBRATION_ROWS = 16  # of config.train.length tokens each
+
+
+class OutOfMemory(RuntimeError):
+    """What is asked for cannot fit into the device's memory."""
+
+
+@dataclasses.dataclass
+class Serving:
+    """The parts of a run. `lm` has its layers apart; `boxed` are its abstract float32 parameters with their axes;
+    `length` is the tokens of the longest prompt and answer."""
+
+    config: object
+    source: object
+    lm: object
+    boxed: dict
+    tokenizer: object
+    sampler: object
+    texts: list
+    prompts: list
+    length: int
+    mesh: object
+    rss_before: int
+
+    @property
+    def devices(self):
+        """The one device that serves."""
+        return list(self.mesh.devices.flat)
+
+    def load(self, spec):
+        """The parameters in the form `spec`. Raises OutOfMemory."""
+        self._check_memory()
+        form = quant.form_of(spec)
+        params = self._dense()
+        if getattr(form, "calibrated", False):
+            found = calibrate.quantize(self.lm, params, spec, self._calibration())
+        else:
+            found = quant.quantize(params, spec)
+        return jax.block_until_ready(found)
+
+    def _dense(self):
+        if self.source is None:
+            return jax.jit(lambda: nn.unbox(step.init_params(self.lm, self.config.seed, 8)))()
+        return self.source.load(nn.unbox(self.boxed), lm=self.lm)
+
+    def _check_memory(self):
+        """Weights are dense before they are compressed, and states must fit beside them."""
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.boxed))
+        rows = self.config.infer.batch_size
+        states = rows * accounting.state_bytes(self.lm, self.length)
+        limit = host.memory_total_bytes() if self.devices[0].platform == "cpu" else memory.limit_bytes(self.devices)
+        if limit is not None and weights + states > limit:
+            raise OutOfMemory(
+                f"out of memory: float32 weights of {weights / 1e9:.1f} GB and states of {states / 1e9:.1f} GB for "
+                f"{rows} x {self.length} tokens, the device has {limit / 1e9:.1f} GB"
+            )
+
+    @functools.cached_property
+    def held_out(self):
+        """Batches of held-out text."""
+        train = self.config.train
+        limit = self.config.eval.batches or None
+        return data.eval_batches(self.config.data, self.tokenizer, train.batch_size, train.length, limit=limit)
+
+    def held_out_ids(self):
+        """The tokens of the held-out text, of which measured prompts are cut."""
+        return np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in self.held_out])
+
+    def _calibration(self):
+        """Rows of the text that is not held out."""
+        rows = (self.config.data, self.tokenizer, CALIBRATION_ROWS, self.config.train.length)
+        return next(iter(data.train_iterator(*rows, seed=self.config.seed)))["tokens"]
+
+
+def prepare(config):
+    """Reads the prompts and describes the model; makes no array of it. Raises UserError."""
+    ours = config.infer
+    for key in ("max_new_tokens", "batch_size", "prompt_length", "repeats"):
+        if ours[key] < 1:
+            raise UserError(f"config.infer.{key} = {ours[key]}: must be at least 1")
+    quant.form_of(config.quant)
+    _check_baseline(ours.baseline)
+    sampler = build("sampler", ours.sampler, where="config.infer.sampler")
+    texts = prompts.read(ours.prompts)
+    source = setup.open_pretrained(config.model.pretrained)
+    described = setup.described(config.model, source)
+    architecture.check(described)
+    tokenizer = setup.tokenizer_of(config, source)
+    lm = architecture.from_config(described, tokenizer.vocab_size).clone(scan=False)
+    ids = prompts.encode(texts, tokenizer, ours.chat)
+    check_prompts(ids)
+    most = source.max_positions if source else None
+    prompts.check_lengths(ids, ours.max_new_tokens, most)
+    length = max(ours.prompt_length, *map(len, ids)) + ours.max_new_tokens
+    _check_length(lm, ours, length, most)
+    return Serving(
+        config=config,
+        source=source,
+        lm=lm,
+        boxed=models.abstract_params(lm),
+        tokenizer=tokenizer,
+        sampler=sampler,
+        texts=texts,
+        prompts=ids,
+        length=length,
+        mesh=sharding.make_mesh("data=1", jax.devices()[:1]),  # one device serves
+        rss_before=host.rss_bytes(),
+    )
+
+
+def _check_length(lm, ours, length, most):
+    where = f"config.infer.prompt_length = {ours.prompt_length}, config.infer.max_new_tokens = {ours.max_new_tokens}"
+    if most and length > most:
+        raise UserError(f"{where}: {length} tokens; the model has {most} positions")
+    models.check_length(lm, length, where)
+
+
+def _check_baseline(baseline):
+    """A row, a form of the weights, or nothing."""
+    if baseline.endswith(".json"):
+        baseline_of(baseline)
+    elif baseline:
+        build("quant", baseline, where="config.infer.baseline")

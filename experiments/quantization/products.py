@@ -1,0 +1,112 @@
+"""Times of products of M rows with a matrix in every form, against float32 in XLA, torch's int4 and the copy bandwidth.
+
+`python experiments/quantization/products.py [M ...]` prints a Markdown table: microseconds a product, median of turns
+in which all run one after the other, each over enough copies of the matrix that no cache holds them; in brackets GB/s
+of weights read. Shapes are SmolLM2-135M's, inputs x outputs.
+"""
+
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficientllm.quant import products
+from efficientllm.quant.rows import resident_bytes
+from efficientllm.quant.tree import quantize
+from efficientllm.weights import matmul
+
+SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))
+FORMS = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "int8": "int8",
+    "int4": "int4",
+    "int4 asymmetric": "int4(symmetric=False)",
+    "int4, int8 activations": "int4(activations='int8')",
+    "nf4": "nf4",
+}
+BYTES = 64 * 2**20  # that a turn reads in float32
+TURNS = 15
+
+
+def medians(contestants):
+    """Seconds of each contestant, by name."""
+    times = {name: [] for name in contestants}
+    for run in contestants.values():
+        run()
+        run()
+    for _ in range(TURNS):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def copy_bandwidth():
+    """Bytes read and written a second by a copy in memory that is already there, on all cores."""
+    source = jnp.ones((BYTES // 4,), jnp.float32)
+    target = jnp.zeros_like(source)
+    write = jax.jit(lambda target, source: target.at[:].set(source * 1.0001), donate_argnums=0)
+    times = []
+    for _ in range(TURNS):
+        start = time.perf_counter()
+        target = jax.block_until_ready(write(target, source))
+        times.append(time.perf_counter() - start)
+    return 2 * BYTES / statistics.median(times)
+
+
+def ours(spec, kernels, x):
+    """A run of `x` times each kernel in the form `spec`, and the bytes of one kernel."""
+    leaves = [quantize({"kernel": kernel}, spec)["kernel"] for kernel in kernels]
+    run = jax.jit(lambda x, leaves: [matmul(x, leaf, "float32") for leaf in leaves])
+    return lambda: jax.block_until_ready(run(x, leaves)), resident_bytes(leaves[0])
+
+
+def torchs(K, N, rows, copies):
+    """The same with torch's int4 kernel, whose activations and scales are bfloat16; None where torch is not there."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    ops = torch.ops.aten
+    pack = lambda: ops._convert_weight_to_int4pack_for_cpu(torch.randint(0, 15, (N, K), dtype=torch.int32), 1)  # noqa: E731
+    kernels, scales = [pack() for _ in range(copies)], torch.ones(K // 32, N, 2, dtype=torch.bfloat16)
+    x = torch.ones(rows, K, dtype=torch.bfloat16)
+
+    def run():
+        for kernel in kernels:
+            ops._weight_int4pack_mm_for_cpu(x, kernel, 32, scales)
+
+    return run, N * K * 5 / 8
+
+
+def main(rows):
+    products.FEW = 10**9 if "--native" in sys.argv else products.FEW
+    print(f"copy: {copy_bandwidth() / 1e9:.1f} GB/s read and written\n")
+    names = [*FORMS, "torch int4"]
+    print("| shape | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2))
+    rng = np.random.default_rng(0)
+    for K, N in SHAPES:
+        copies = max(1, BYTES // (4 * K * N))
+        kernels = [jnp.asarray(rng.standard_normal((K, N), np.float32)) for _ in range(copies)]
+        for M in rows:
+            x = jnp.asarray(rng.standard_normal((M, K), np.float32))
+            made = {name: ours(spec, kernels, x) for name, spec in FORMS.items()}
+            made |= {"torch int4": torchs(K, N, M, copies)}
+            taken = medians({name: each[0] for name, each in made.items() if each})
+            cells = [
+                f"{1e6 * taken[name] / copies:.0f} ({made[name][1] * copies / taken[name] / 1e9:.1f})"
+                if name in taken
+                else ""
+                for name in names
+            ]
+            print(f"| {K}x{N} | {M} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main([int(each) for each in sys.argv[1:] if each != "--native"] or [1])
