@@ -5,6 +5,8 @@ test_paper.py; a peak out of two looks: test_memory.py; counters that fall, are 
 frozen weights with a full backward: test_flops.py and adapters/test_methods.py.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -54,6 +56,16 @@ def test_a_latent_cache_holds_the_latent_and_no_keys_and_values():
     assert held < LAYERS * length * 2 * 4 * 8  # keys and values of all heads
 
 
+@dataclasses.dataclass
+class Carry:
+    """As much of the engine's as measuring looks at."""
+
+    positions_B: object
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
 class Recording:
     """An engine that only remembers which prompts it was given."""
 
@@ -62,19 +74,20 @@ class Recording:
 
     def prefill(self, prompts):
         self.prefilled.append(prompts)
-        return len(self.prefilled)
+        return Carry(np.full(len(prompts), len(prompts[0])))
 
-    def decode(self, carry, prompts, new_tokens, key):
-        return carry, new_tokens
+    def decode(self, carry, prompts, steps):
+        return carry, np.zeros((len(prompts), steps))
 
 
 def test_no_repeat_meets_a_prompt_that_an_earlier_one_has_left_in_a_cache():
     engine, reader = Recording(), energy.open_reader(jax.local_devices())
     sampler = Sampler(jax.local_devices()[:1], reader, 0.05).start()
     try:
-        measured = measure.measure(engine, 1000, 3, 16, 2, 4, reader, sampler)
+        measured = measure.measure(engine, np.arange(10_000), 3, 16, 2, 4, reader, sampler)
     finally:
         sampler.stop()
-    assert len(measured.prefill_s) == 4
-    rows = [tuple(row) for prompts in engine.prefilled[:5] for row in prompts]
-    assert len({row[:4] for row in rows}) == len(rows) == 5 * 3  # the first repeat, dropped, and four
+    assert measured.prefills == 4
+    assert len(engine.prefilled) == measure.WARM_UPS + 4 + 4  # throughput, then latencies
+    rows = [tuple(row) for prompts in engine.prefilled for row in prompts]
+    assert len(set(rows)) == len(rows)
