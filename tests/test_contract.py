@@ -28,6 +28,15 @@ POSITION_CHECKS = [contract.check_segments, contract.check_decode, contract.chec
 # run all but the cheap checks with the slow tests.
 ALIKE = ("mha", "mqa", "window", "moba", "mamba2", "t5", "sinusoidal", "learned", "channel_mix", "gelu")
 CHEAP = (contract.check_causality, contract.check_segments, contract.check_flops, contract.check_state_bytes)
+# What is the model's work rather than the technique's is slow but for these.
+MACHINERY = (
+    contract.check_dtypes,
+    contract.check_scan,
+    contract.check_compressed,
+    contract.check_fields,
+    contract.check_leaves,
+)
+WHOLE = ("gqa", "mla", "moe", "swiglu", "relative", "gated")
 
 
 def cases(kinds, others):
@@ -38,7 +47,7 @@ def cases(kinds, others):
             spec = registry.example(kind, name)
             for other in others:
                 marks = [pytest.mark.xdist_group(f"{kind} {spec}")]
-                if name in ALIKE and other not in CHEAP:
+                if (name in ALIKE and other not in CHEAP) or (name not in WHOLE and other in MACHINERY):
                     marks.append(pytest.mark.slow)
                 case = f"{kind} {spec}-{getattr(other, '__name__', other)}"
                 yield pytest.param(kind, spec, other, marks=marks, id=case)

@@ -43,7 +43,7 @@ def test_there_is_no_command_that_nothing_runs():
     assert README.count("python -m efficientllm.main") == len(RUNS)
 
 
-ALIKE = ("model.mixer=mqa", "num_experts=16")  # take the way of another command
+ALIKE = ("model.mixer=mqa", "num_experts=16", "attention.py:mla", "mixers.py:rwkv")  # take the way of another command
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def logits(lm, params):
 
 
 @pytest.mark.parametrize(
-    "spec", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("dora", "pissa"))) for n in SPECS]
+    "spec", [pytest.param(n, marks=[pytest.mark.slow] * (n != "pissa")) for n in SPECS]
 )
 def test_the_model_is_the_same_at_step_0(spec):
     method, lm, params, _ = tuned(spec)
@@ -98,7 +98,9 @@ def test_leaves_multiply_as_their_dense_kernels_do(spec, kind, technique):
     assert jnp.abs(found - logits(lm, params)).max() > 1e-2
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "spec", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("lora", "dora", "freeze"))) for n in SPECS]
+)
 def test_what_is_frozen_stays_and_what_learns_moves(spec):
     config = base.get_config()
     method, lm, _, state = tuned(spec, "mixer", "gqa")

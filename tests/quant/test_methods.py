@@ -122,7 +122,7 @@ def small():
     return lm, params, ids, lambda changed: float(jnp.linalg.norm(run(changed) - exact) / jnp.linalg.norm(exact))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_calibration_of_a_model_beats_rounding(small, method):
     lm, params, ids, change = small
     spec = f"int4(method='{method}')"
