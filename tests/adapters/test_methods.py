@@ -81,9 +81,7 @@ def logits(lm, params):
     return forward(lm)(params)
 
 
-@pytest.mark.parametrize(
-    "spec", [pytest.param(n, marks=[pytest.mark.slow] * (n != "pissa")) for n in SPECS]
-)
+@pytest.mark.parametrize("spec", [pytest.param(n, marks=[pytest.mark.slow] * (n != "pissa")) for n in SPECS])
 def test_the_model_is_the_same_at_step_0(spec):
     method, lm, params, _ = tuned(spec)
     before = logits(lm, params)
