@@ -99,13 +99,46 @@ def _energy(devices):
     for passed in reader.passed_over:
         yield Finding("  passed over", False, passed)
     try:
-        nvml.load()
+        library = nvml.load()
         yield Finding("  nvml", True, "starts")
+        if devices[0].platform in ("gpu", "cuda"):
+            for bus_id in nvml.pci_bus_ids(devices):
+                yield from gpu_findings(nvml.Gpu(library, bus_id))
     except nvml.NvmlUnavailable as error:
         yield Finding("  nvml", False, str(error))
     yield _rapl()
     meter = "set config.metrics.meter to a CSV of (unix time in s, W)"
     yield Finding("  meter", False, "none is given", meter)
+
+
+def gpu_findings(gpu):
+    """What of an `nvml.Gpu` would void a row or make it drift."""
+    name = f"  {gpu.pci_bus_id}"
+    kept = gpu.persistence()
+    yield Finding(
+        f"{name} persistence",
+        bool(kept),
+        {True: "on", False: "off: the driver unloads between processes, and counters start anew"}.get(
+            kept, gpu.refusals.get("persistence mode", "")
+        ),
+        "" if kept else "sudo nvidia-smi -pm 1",
+    )
+    others = gpu.other_processes()
+    yield Finding(
+        f"{name} alone",
+        not others,
+        f"{others} other process(es) compute on it: energy is null" if others else "no other process computes on it",
+        "nvidia-smi --query-compute-apps=pid,name --format=csv shows whose they are" if others else "",
+    )
+    sliced = gpu.mig()
+    yield Finding(
+        f"{name} whole",
+        not sliced,
+        "cut into MIG slices: energy is null" if sliced else "not cut into MIG slices",
+        "sudo nvidia-smi -mig 0" if sliced else "",
+    )
+    slow = gpu.slowdowns()
+    yield Finding(f"{name} clocks", not slow, ", ".join(slow) or "no slowdown now")
 
 
 def _remedy(reader):
@@ -152,6 +185,8 @@ def _peaks(devices):
     yield Finding("peaks", known is not None, found)
     gemm = peaks.measure_gemm_peak("float32")
     yield Finding("  measured", True, f"{gemm.value / 1e9:,.0f} GFLOP/s: {gemm.source}, kept in {peaks.cache_folder()}")
+    copy = peaks.measure_copy_bandwidth()
+    yield Finding("  measured copy", True, f"{copy.value / 1e9:,.1f} GB/s: {copy.source}")
 
 
 def _kernels():

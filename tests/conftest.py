@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import tempfile
 
 import pytest
@@ -31,6 +32,15 @@ def pytest_configure(config):
         from efficientllm.run import import_plugins
 
         import_plugins(names.split(","))
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of slow.txt."""
+    lines = pathlib.Path(__file__).with_name("slow.txt").read_text().splitlines()
+    alike = re.compile("|".join(f"(?:{line})" for line in lines if line and not line.startswith("#")))
+    for item in items:
+        if alike.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,7 +2,10 @@
 
 import json
 
+from metrics import fake_nvml
+
 from efficientllm import doctor
+from efficientllm.metrics import nvml
 
 
 def test_every_finding_that_is_wanting_says_why(capsys):
@@ -16,6 +19,21 @@ def test_every_finding_that_is_wanting_says_why(capsys):
     assert "mfu is null" in found["peaks"]["found"] and "GFLOP/s" in found["  measured"]["found"]
     for extra in (each for name, each in found.items() if name.startswith("extra")):
         assert extra["ok"] or extra["fix"].startswith("pip install")
+
+
+def test_a_gpu_that_is_shared_sliced_or_let_go_is_told_with_its_remedy():
+    clock = fake_nvml.Clock()
+    board = fake_nvml.FakeGpu(clock)
+    gpu = nvml.Gpu(fake_nvml.FakeNvml(board), board.bus_id)
+    assert all(finding.ok and not finding.fix for finding in doctor.gpu_findings(gpu))
+    board.persistence, board.mig, board.processes, board.throttle = False, True, [1, 2, 3], 0x40
+    found = {finding.name.split()[-1]: finding for finding in doctor.gpu_findings(gpu)}
+    assert not any(finding.ok for finding in found.values())
+    assert found["persistence"].fix == "sudo nvidia-smi -pm 1" and found["whole"].fix == "sudo nvidia-smi -mig 0"
+    assert found["alone"].found.startswith("2 other") and found["clocks"].found == "hardware thermal slowdown"
+    board.lacks["persistence"] = "Not Supported"
+    found = {finding.name.split()[-1]: finding for finding in doctor.gpu_findings(gpu)}
+    assert found["persistence"].found == "Not Supported"
 
 
 def test_it_fits_a_screen(capsys):

@@ -106,6 +106,11 @@ def physical(lm, boxed, params, found, idle):
         "params_active": tree["active"],
         "params_trainable": missing("1", "nothing learns"),
         "resident_weight_bytes": Reading(resident_bytes(params), "bytes", of_weights),
+        "predicted_memory_bytes": Reading(
+            resident_bytes(params) + found.rows * accounting.state_bytes(lm, length),
+            "bytes",
+            f"weights, and closed formula of the state of {found.rows} x {length} tokens",
+        ),
         "kv_bytes_per_token": Reading(
             accounting.state_bytes(lm, length) / length, "bytes", f"closed formula, row of {length}"
         ),

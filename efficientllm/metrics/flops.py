@@ -25,7 +25,12 @@ def count_matmul_flops(fn, *args, **kwargs):
 
 def count_needed_flops(fn, *args):
     """`count_matmul_flops` of what some result depends on; the rest is left out, as the compiler leaves it out."""
-    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return count_program_flops(jax.make_jaxpr(fn)(*args))
+
+
+def count_program_flops(closed_jaxpr):
+    """`count_needed_flops` of a program that is traced already (`jax.jit(fn).trace(...).jaxpr`)."""
+    jaxpr = closed_jaxpr.jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(used)
 

@@ -12,6 +12,9 @@ COMPILED = {
     "temp_bytes": "temp_size_in_bytes",
     "generated_code_bytes": "generated_code_size_in_bytes",
 }
+# What was seen, what the compiler planned, what the shapes say; and the share by which they may differ.
+ACCOUNTS = ("peak_memory_bytes", "compiled_memory_bytes", "predicted_memory_bytes")
+AGREE = 0.2
 SETTINGS = (
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_CLIENT_MEM_FRACTION",
@@ -35,6 +38,19 @@ def peak_bytes(devices, rss_before=None):
     if peaks is None:
         return missing("bytes", f"{devices[0].device_kind} gives no memory statistics")
     return Reading(sum(peaks), "bytes", "allocator's peak_bytes_in_use")
+
+
+def disagreement(physical):
+    """What to say if a row's accounts of memory are more than `AGREE` of the largest apart; "" if they agree.
+
+    On a CPU the peak holds the compiler's own work as well, and on accelerators fragmentation: that they differ is
+    something to know of, and no error.
+    """
+    values = {name: physical[name] for name in ACCOUNTS if physical.get(name)}
+    if len(values) < 2 or min(values.values()) >= (1 - AGREE) * max(values.values()):
+        return ""
+    said = ", ".join(f"{name} {value / 1e9:.3f} GB" for name, value in values.items())
+    return f"memory by different accounts is more than {AGREE:.0%} apart: {said}"
 
 
 def pool_bytes(devices):

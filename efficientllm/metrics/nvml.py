@@ -150,6 +150,11 @@ class Gpu:
         modes = self._read("MIG mode", self._nvml.nvmlDeviceGetMigMode)
         return modes is not None and modes[0] == 1
 
+    def persistence(self):
+        """True if the driver stays loaded between processes, so that counters and clocks do; None if unreadable."""
+        mode = self._read("persistence mode", self._nvml.nvmlDeviceGetPersistenceMode)
+        return None if mode is None else bool(mode)
+
     def other_processes(self):
         """How many compute processes besides this one use the GPU.
 

@@ -19,6 +19,7 @@ from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
 
 CONVENTION = "matmul FLOPs of the model (causal half, lookup 0, router counted, optimiser not)"
+EXECUTED = "matmul FLOPs of the program, with all that it masks, drops and computes twice"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +75,35 @@ def model_flops_utilisation(flops, seconds, devices, dtype):
     of one process share its cores and count as one. float32 on an NVIDIA GPU is held against TF32, as which JAX runs
     it at its default precision.
     """
+    return _utilisation(("mfu", "mfu_gemm"), CONVENTION, flops, seconds, devices, dtype)
+
+
+def hardware_flops_utilisation(flops, seconds, devices, dtype):
+    """`{"hfu": Reading, "hfu_gemm": Reading}`: as `model_flops_utilisation`, of the FLOPs that a program executes.
+
+    `flops` is a Reading: None where a program's FLOPs cannot be counted.
+    """
+    if flops.value is None:
+        return {key: missing("1", flops.reason) for key in ("hfu", "hfu_gemm")}
+    return _utilisation(("hfu", "hfu_gemm"), EXECUTED, flops.value, seconds, devices, dtype)
+
+
+def _utilisation(keys, convention, flops, seconds, devices, dtype):
     kind, on_cpu = devices[0].device_kind, devices[0].platform == "cpu"
     count = len({device.process_index for device in devices}) if on_cpu else len(devices)
     dtype = jnp.dtype(dtype).name
-    peaks = {
-        "mfu": peak_flops(kind, "tf32" if dtype == "float32" and kind.startswith("NVIDIA") else dtype),
-        "mfu_gemm": measure_gemm_peak(dtype),
-    }
-    return {key: _share(peak, flops / (seconds * count)) for key, peak in peaks.items()}
+    peaks = (
+        peak_flops(kind, "tf32" if dtype == "float32" and kind.startswith("NVIDIA") else dtype),
+        measure_gemm_peak(dtype),
+    )
+    rate = flops / (seconds * count)
+    return {key: _share(peak, rate, convention) for key, peak in zip(keys, peaks, strict=True)}
 
 
-def _share(peak, rate):
+def _share(peak, rate, convention):
     if peak.value is None:
         return missing("1", peak.reason)
-    return Reading(rate / peak.value, "1", f"{CONVENTION} over {peak.value / 1e9:.4g} GFLOP/s: {peak.source}")
+    return Reading(rate / peak.value, "1", f"{convention} over {peak.value / 1e9:.4g} GFLOP/s: {peak.source}")
 
 
 @functools.cache

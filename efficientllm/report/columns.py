@@ -10,6 +10,7 @@ from efficientllm.metrics.record import PHYSICAL_UNITS, QUALITY_UNITS
 BETTER = {
     **dict.fromkeys(("amu", "al_s", "aec_w", "energy_j", "j_per_token", "peak_memory", "resident_weight"), "lower"),
     **dict.fromkeys(("checkpoint_bytes", "ttft", "tpot", "flops_per_token", "kv_bytes", "compile_s"), "lower"),
+    **dict.fromkeys(("program_flops", "compiled_memory", "predicted_memory"), "lower"),
     **dict.fromkeys(("loss", "eval_loss", "perplexity", "bits_per_byte"), "lower"),
     **dict.fromkeys(("pcu", "tt_", "st_", "it_", "mcr", "tokens_per_s", "mfu", "hfu", "mbu"), "higher"),
 }
@@ -36,7 +37,15 @@ THROUGHPUT = {"pretrain": "tt_tokens_per_param_s", "tune": "st_samples_per_param
 QUALITY = tuple(QUALITY_UNITS)
 ENERGY = ("aec_w", "energy_j", "j_per_token")
 # Facts of the config: the same in every process, so that one pair of rows shows a difference.
-EXACT = ("flops_per_token", "params_", "kv_bytes_per_token", "resident_weight_bytes")
+EXACT = (
+    "flops_per_token",
+    "program_flops",
+    "params_",
+    "kv_bytes_per_token",
+    "resident_weight_bytes",
+    "compiled_memory",
+    "predicted_memory",
+)
 _SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 
 

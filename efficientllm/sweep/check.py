@@ -1,7 +1,6 @@
 """What is known of a sweep before anything runs: what each variant costs, whether it fits, whether it is fair."""
 
 import dataclasses
-import math
 
 from efficientllm.errors import UserError
 from efficientllm.sweep import spec
@@ -11,7 +10,7 @@ MFU = 0.3  # of the host's best matrix product: what a training step of a small 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a variant's run costs by closed formula; times and memory are guesses of their order."""
+    """What a variant's run costs by closed formula; times are guesses of their order."""
 
     parameters: int
     active: int
@@ -56,7 +55,7 @@ def _cost(argv):
     from efficientllm import accounting, main, model
     from efficientllm.registry import build
     from efficientllm.run import import_plugins
-    from efficientllm.train import setup, step
+    from efficientllm.train import footprint, setup, step
 
     config, _, _ = main.parse(list(argv))
     import_plugins(config.imports)
@@ -67,15 +66,12 @@ def _cost(argv):
     setup.check_rows(train)
     state = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method))
     params = accounting.parameters(lm, boxed)
-    leaves = jax.tree.leaves(nn.unbox(state))
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    learnt = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nn.unbox(state.params)))
     return Cost(
         parameters=params["total"],
         active=params["active"],
         tokens=train.steps * train.batch_size * train.length,
         flops=train.steps * accounting.step_flops(lm, boxed, train.length, train.batch_size, method),
-        memory_bytes=held + learnt + _activation_bytes(lm, boxed, train),
+        memory_bytes=footprint.predicted_bytes(lm, nn.unbox(state), train.batch_size // train.accumulate, train.length),
     )
 
 
@@ -90,24 +86,6 @@ def _described(config):
     if source is None and not architecture.has_vocabulary(described):
         size = data.build_tokenizer(config.tokenizer, config.data).vocab_size
     return architecture.from_config(described, size)
-
-
-def _activation_bytes(lm, boxed, train):
-    """What a backward pass keeps: the outputs of all kernels and about as much around them, once a layer; with remat
-    a layer's input, and all of one layer."""
-    from efficientllm import accounting
-    from efficientllm.weights import activation_dtype
-
-    rows = train.batch_size // train.accumulate * train.length
-    outputs = sum(
-        math.prod(shape) // shape[-2] * accounting.active_fraction(lm, path, axes)
-        for path, shape, axes in accounting.leaves(boxed)
-        if path.endswith("kernel")
-    )
-    kept = 2 * outputs
-    if lm.remat != "none":
-        kept = lm.num_layers * lm.dim + kept / lm.num_layers
-    return rows * kept * activation_dtype(lm.precision).itemsize
 
 
 def table(sweep, costs, runs):
@@ -130,7 +108,7 @@ def table(sweep, costs, runs):
     seconds = sum(costs[run.variant].seconds(peak) for run in runs)
     lines.append(
         f"{len(runs)} runs in {runs[-1].block + 1} blocks, about {seconds / 60:.0f} minutes at {MFU:.0%} of "
-        f"{peak / 1e9:.0f} GFLOP/s; memory by formula: weights, gradients, optimiser, activations"
+        f"{peak / 1e9:.0f} GFLOP/s; memory from shapes: weights, gradients, optimiser, activations"
     )
     lines += [f"  {run.folder}  {' '.join(run.argv)}" for run in runs]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ import jax
 from efficientllm import distributed
 from efficientllm.adapters import folder as adapter_folder
 from efficientllm.infer.generate import generate
-from efficientllm.metrics import energy, provenance, record
+from efficientllm.metrics import energy, memory, provenance, record
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
 from efficientllm.registry import register
@@ -138,6 +138,8 @@ class Training:
         found = self._write_row("ok", row.all_energy(self.measurement))
         if self.main:
             log.info(f"\n{record.format_table(found)}\n\nsample: {sample!r}\n")
+            if note := memory.disagreement(found["physical"]):
+                log.warning(note)
             log.info(f"row: {self.workdir.shown / 'record.json'}")
             log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
 

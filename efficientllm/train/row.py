@@ -7,9 +7,10 @@ import jax
 from efficientllm import accounting, distributed
 from efficientllm.metrics import energy, memory, paper, peaks, record, sampler
 from efficientllm.metrics.reading import Reading, missing
+from efficientllm.train import setup
 from efficientllm.weights import activation_dtype
 
-TIMED = ("tokens_per_s", "energy_j", "j_per_token", "j_per_token_net", "mfu", "mfu_gemm", "hfu")
+TIMED = ("tokens_per_s", "energy_j", "j_per_token", "j_per_token_net", "mfu", "mfu_gemm", "hfu", "hfu_gemm")
 
 
 def all_energy(measurement):
@@ -47,6 +48,7 @@ def readings(run, measurement, window, idle):
         **physical_of_model(run, params),
         **paper.energy_metrics(window, measurement.tokens, idle),
         **_utilisation(run, measurement.steps, measurement.seconds),
+        **_executed(run, measurement.steps, measurement.seconds),
         "tokens_per_s": Reading(
             measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"
         ),
@@ -74,6 +76,21 @@ def _utilisation(run, steps, seconds):
     return peaks.model_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(run.lm.precision))
 
 
+def _executed(run, steps, seconds):
+    counted = run.program_flops
+    whole = counted if counted.value is None else dataclasses.replace(counted, value=counted.value * steps)
+    return peaks.hardware_flops_utilisation(whole, seconds, jax.devices(), activation_dtype(run.lm.precision))
+
+
+def memory_of(run):
+    """The three columns of memory: what was seen, what the compiler planned, what the shapes say."""
+    return {
+        "peak_memory_bytes": memory.peak_bytes(jax.local_devices(), run.rss_before),
+        "compiled_memory_bytes": run.program_memory,
+        "predicted_memory_bytes": setup.predicted_memory(run),
+    }
+
+
 def physical_of_model(run, params):
     """What is known of the model without a clock: parameters, FLOPs, bytes."""
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.shaped.all_params))
@@ -87,7 +104,8 @@ def physical_of_model(run, params):
         "params_trainable": Reading(learnt, "1", "parameter tree"),
         "flops_per_token": Reading(flops, "FLOP", f"{formula}, forward and backward, row of {run.length}"),
         "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
-        "peak_memory_bytes": memory.peak_bytes(jax.local_devices(), run.rss_before),
+        **memory_of(run),
+        "program_flops_per_token": _per_token(run, run.program_flops),
         "kv_bytes_per_token": Reading(
             accounting.state_bytes(run.lm, run.length) / run.length, "bytes", f"closed formula, row of {run.length}"
         ),
@@ -95,6 +113,12 @@ def physical_of_model(run, params):
         if run.compile_s
         else missing("s", "the run ended before compilation"),
     }
+
+
+def _per_token(run, counted):
+    if counted.value is None:
+        return counted
+    return dataclasses.replace(counted, value=counted.value / (run.length * run.batch_size))
 
 
 def quality(evaluation, loss):

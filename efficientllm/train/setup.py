@@ -11,10 +11,11 @@ import numpy as np
 from efficientllm import architecture, data, kernels, model, sharding
 from efficientllm.adapters.base import is_box
 from efficientllm.errors import UserError
-from efficientllm.metrics import host, peaks
+from efficientllm.metrics import flops, host, memory, peaks
+from efficientllm.metrics.reading import Reading, missing
 from efficientllm.optim import rules
 from efficientllm.registry import build
-from efficientllm.train import step
+from efficientllm.train import footprint, step
 from efficientllm.weights import activation_dtype
 
 
@@ -40,6 +41,8 @@ class Setup:
     rss_before: int
     compile_s: dict = dataclasses.field(default_factory=dict)
     kernels: dict = dataclasses.field(default_factory=dict)
+    program_flops: Reading = missing("FLOP", "the run ended before compilation")
+    program_memory: Reading = missing("bytes", "the run ended before compilation")
 
     @property
     def length(self):
@@ -177,31 +180,45 @@ def check_train(train, mesh):
 
 
 def compile_steps(setup):
-    """The compiled (train, eval) steps. Fills in the setup's compile times and kernels."""
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            (setup.batch_size, setup.length), dtype, sharding=sharding.batch_sharding(setup.mesh)
-        )
-        for name, dtype in (
-            ("tokens", jnp.int32),
-            ("targets", jnp.int32),
-            ("segments", jnp.int32),
-            ("positions", jnp.int32),
-            ("weights", jnp.float32),
-        )
-    }
+    """The compiled (train, eval) steps. Fills in the setup's compile times and kernels, and what the program of a
+    step costs."""
+    batch = footprint.batch_shapes(setup.batch_size, setup.length, sharding.batch_sharding(setup.mesh))
     train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, setup.shardings, setup.method)
     evaluate = step.jit_eval_step(setup.lm, setup.mesh, setup.shardings.all_params)
     begin = time.perf_counter()
     with kernels.recording() as used:
-        lowered = train.lower(setup.shaped, batch)
+        traced = train.trace(setup.shaped, batch)
+        lowered = traced.lower()
     lowered_at = time.perf_counter()
     compiled = lowered.compile()
     setup.compile_s = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
     peaks.measure_gemm_peak(activation_dtype(setup.lm.precision).name)  # at most once a host, and not between steps
+    setup.program_flops, setup.program_memory = _program_flops(traced.jaxpr), _program_memory(compiled)
     setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
     token_bytes = jax.ShapeDtypeStruct((setup.lm.vocab_size,), jnp.float32, sharding=sharding.replicated(setup.mesh))
     return compiled, evaluate.lower(setup.shaped.all_params, batch, token_bytes).compile()
+
+
+def _program_flops(jaxpr):
+    try:
+        return Reading(flops.count_program_flops(jaxpr), "FLOP", "products of a step's program, counted in its jaxpr")
+    except ValueError as error:
+        return missing("FLOP", str(error))
+
+
+def _program_memory(compiled):
+    total = memory.compiled_memory(compiled).get("total_bytes")
+    if total is None:
+        return missing("bytes", "the compiler gives no plan of memory")
+    return Reading(total * jax.local_device_count(), "bytes", "compiler's plan of a step, over this process's devices")
+
+
+def predicted_memory(setup):
+    """Bytes of a step by `train.footprint`, over this process's devices, as a Reading."""
+    config, shape = setup.config.train, setup.mesh.shape
+    rows, ways = config.batch_size // config.accumulate, shape["data"] * shape["fsdp"]
+    found = footprint.predicted_bytes(setup.lm, setup.shaped, rows, setup.length, ways) * jax.local_device_count()
+    return Reading(found, "bytes", "shapes: parameters, optimiser, gradients, activations; over this process's devices")
 
 
 def token_bytes(setup):

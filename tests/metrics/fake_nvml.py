@@ -29,6 +29,7 @@ class FakeGpu:
         self.history = [(clock.now - 1000, watts)]
         self.lacks, self.processes, self.throttle = {}, [], 0
         self.mig, self.frozen, self.resets = False, False, 0.0
+        self.persistence = True
         self.field_power = True
 
     def set_power(self, watts):
@@ -116,6 +117,9 @@ class FakeNvml:
 
     def nvmlDeviceGetMigMode(self, gpu):
         return self._give(gpu, "mig", [int(gpu.mig), int(gpu.mig)])
+
+    def nvmlDeviceGetPersistenceMode(self, gpu):
+        return self._give(gpu, "persistence", int(gpu.persistence))
 
     def nvmlDeviceGetComputeRunningProcesses(self, gpu):
         return [types.SimpleNamespace(pid=pid) for pid in gpu.processes]

@@ -1,0 +1,75 @@
+"""What a step holds in memory, from its shapes, beside the compiler's plan; and what its program computes."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import pytest
+
+import contract
+from configs import base
+from efficientllm import accounting, model
+from efficientllm.metrics import flops, memory
+from efficientllm.registry import build
+from efficientllm.train import footprint, step
+
+ROWS, LENGTH = 4, 128
+SIZE = "tiny(num_layers=4, dim=128, num_heads=4, num_kv_heads=2, head_dim=32, hidden=384)"
+
+
+def described(method="full()", **model):
+    """(lm, method, abstract state, config.train) of a model whose activations outweigh its parameters."""
+    config = base.get_config()
+    config.train.batch_size, config.train.length = ROWS, LENGTH
+    lm, method = contract.build("mixer", "gqa", size=SIZE, **model), build("adapter", method)
+    state = nn.unbox(jax.eval_shape(step.init_state(lm, config.train, 0, LENGTH, method)))
+    return lm, method, state, config.train
+
+
+def planned(lm, method, state, train):
+    """The compiler's total, without the reordering that trades memory for parallel work on CPUs."""
+    run = jax.jit(lambda state, batch: step.train_step(lm, train, method, state, batch), donate_argnums=0)
+    lowered = run.lower(state, footprint.batch_shapes(ROWS, LENGTH))
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    return memory.compiled_memory(lowered.compile(compiler_options=options))["total_bytes"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"remat": "full"}, {"method": "lora(rank=4)"}, {"ffn": "gelu"}], ids=str)
+def test_memory_is_the_compilers(changes):
+    found = described(**changes)
+    lm, _, state, _ = found
+    predicted = footprint.predicted_bytes(lm, state, ROWS, LENGTH)
+    assert predicted == pytest.approx(planned(*found), rel=memory.AGREE)
+
+
+def test_what_is_frozen_has_no_gradient_and_no_moments():
+    lm, _, state, _ = described()
+    full = footprint.predicted_bytes(lm, state, ROWS, LENGTH) - footprint.activation_bytes(lm, state, ROWS, LENGTH)
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    weights = size(state.params)
+    assert full == pytest.approx(4 * weights, rel=0.01)
+    lm, _, state, _ = described("lora(rank=4)")
+    tuned = footprint.predicted_bytes(lm, state, ROWS, LENGTH) - footprint.activation_bytes(lm, state, ROWS, LENGTH)
+    assert tuned == pytest.approx(weights + 4 * size(state.params), rel=0.01)
+
+
+def test_a_program_executes_what_the_model_needs_and_what_remat_computes_twice():
+    counted = {}
+    for remat in ("none", "full"):
+        lm, method, state, train = described(remat=remat, attention_kernel="xla")
+        run = functools.partial(step.train_step, lm, train, method)
+        counted[remat] = flops.count_needed_flops(run, state, footprint.batch_shapes(ROWS, LENGTH))
+    boxed = model.abstract_params(lm)
+    forward = ROWS * accounting.forward_flops(lm, boxed, LENGTH, executed=True)
+    head = 2 * ROWS * LENGTH * lm.dim * lm.vocab_size
+    assert counted["none"] == 3 * forward
+    last = 2 * ROWS * LENGTH * lm.num_layers * 128 * 384  # the last product of a layer is not needed to go back
+    assert counted["full"] == 4 * forward - head - last
+    assert counted["none"] > accounting.step_flops(lm, boxed, LENGTH, ROWS)  # masks
+
+
+def test_accounts_that_differ_are_told():
+    agree = {"peak_memory_bytes": 1.0e9, "compiled_memory_bytes": 0.9e9, "predicted_memory_bytes": None}
+    assert memory.disagreement(agree) == ""
+    told = memory.disagreement(agree | {"predicted_memory_bytes": 0.7e9})
+    assert "more than 20% apart" in told and "predicted_memory_bytes 0.700 GB" in told
