@@ -9,6 +9,9 @@ pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on
 ROWS = "[...document.querySelectorAll('#table-tables tbody tr')].map((row) => row.dataset.variant ?? 'theirs')"
 
 
+pytestmark = pytest.mark.xdist_group("page")  # they share one report and one browser
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
