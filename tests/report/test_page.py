@@ -5,11 +5,11 @@ import pytest
 from efficientllm.report import __main__ as command
 from report import browser, made
 
-pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on this machine")
+pytestmark = [
+    pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on this machine"),
+    pytest.mark.xdist_group("page"),  # they share one report and one browser
+]
 ROWS = "[...document.querySelectorAll('#table-tables tbody tr')].map((row) => row.dataset.variant ?? 'theirs')"
-
-
-pytestmark = pytest.mark.xdist_group("page")  # they share one report and one browser
 
 
 @pytest.fixture(scope="module")
