@@ -50,7 +50,9 @@ def disagreement(physical):
     if len(values) < 2 or min(values.values()) >= (1 - AGREE) * max(values.values()):
         return ""
     said = ", ".join(f"{name} {value / 1e9:.3f} GB" for name, value in values.items())
-    return f"memory by different accounts is more than {AGREE:.0%} apart: {said}"
+    besides = "; the peak holds what the process does besides, compiling above all"
+    largest = max(values, key=values.get) == "peak_memory_bytes"
+    return f"memory by different accounts is more than {AGREE:.0%} apart: {said}{besides if largest else ''}"
 
 
 def pool_bytes(devices):
