@@ -13,7 +13,11 @@ COMPILED = {
     "generated_code_bytes": "generated_code_size_in_bytes",
 }
 # What was seen, what the compiler planned, what the shapes say; and the share by which they may differ.
-ACCOUNTS = ("peak_memory_bytes", "compiled_memory_bytes", "predicted_memory_bytes")
+ACCOUNTS = {
+    "peak_memory_bytes": "at the peak of the process",
+    "compiled_memory_bytes": "planned by the compiler",
+    "predicted_memory_bytes": "by shapes",
+}
 AGREE = 0.2
 SETTINGS = (
     "XLA_PYTHON_CLIENT_PREALLOCATE",
@@ -46,13 +50,11 @@ def disagreement(physical):
     On a CPU the peak holds the compiler's own work as well, and on accelerators fragmentation: that they differ is
     something to know of, and no error.
     """
-    values = {name: physical[name] for name in ACCOUNTS if physical.get(name)}
+    values = {said: physical[name] for name, said in ACCOUNTS.items() if physical.get(name)}
     if len(values) < 2 or min(values.values()) >= (1 - AGREE) * max(values.values()):
         return ""
-    said = ", ".join(f"{name} {value / 1e9:.3f} GB" for name, value in values.items())
-    besides = "; the peak holds what the process does besides, compiling above all"
-    largest = max(values, key=values.get) == "peak_memory_bytes"
-    return f"memory by different accounts is more than {AGREE:.0%} apart: {said}{besides if largest else ''}"
+    listed = ", ".join(f"{value / 1e9:.3f} GB {said}" for said, value in values.items())
+    return f"memory, more than {AGREE:.0%} apart: {listed}"
 
 
 def pool_bytes(devices):
