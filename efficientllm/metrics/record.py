@@ -21,6 +21,10 @@ PHYSICAL_UNITS = {
     "resident_weight_bytes": "bytes",
     "checkpoint_bytes": "bytes",
     "tokens_per_s": "1/s",
+    "step_s_p50": "s",
+    "step_s_p90": "s",
+    "step_s_p95": "s",
+    "step_s_p99": "s",
     "ttft_s": "s",
     "tpot_s": "s",
     "mfu": "1",
@@ -52,12 +56,23 @@ _SHOWN_BY_TASK = {"pretrain": "tt_tokens_per_param_s", "tune": "st_samples_per_p
 
 
 def build_record(
-    *, outcome, name, task, config, provenance, paper_readings=None, physical=None, quality=None, predicted=None
+    *,
+    outcome,
+    name,
+    task,
+    config,
+    provenance,
+    paper_readings=None,
+    physical=None,
+    quality=None,
+    predicted=None,
+    warm_up=None,
 ):
     """The row as plain data, ready for JSON.
 
     `paper_readings`, `physical` and `quality` are `{key: Reading}`; known keys that are absent become null, so that
-    every row has the same columns. `predicted` holds plain numbers of a plan. Raises ValueError for an unknown
+    every row has the same columns. `predicted` holds plain numbers of a plan, `warm_up` the times that were set aside.
+    Raises ValueError for an unknown
     outcome or a key given in two groups.
     """
     if outcome not in OUTCOMES:
@@ -78,6 +93,7 @@ def build_record(
         "task": task,
         **{group: {key: each.value for key, each in readings.items()} for group, readings in groups.items()},
         "predicted": predicted or {},
+        "warm_up": warm_up or {},
         "sources": {key: _source(each) for readings in groups.values() for key, each in readings.items()},
         "provenance": provenance,
         "config": config,

@@ -9,7 +9,9 @@ from efficientllm.metrics.record import PHYSICAL_UNITS, QUALITY_UNITS
 # By the longest key that a metric's name starts with, so that `tpot_s_p95` is judged as `tpot_s`.
 BETTER = {
     **dict.fromkeys(("amu", "al_s", "aec_w", "energy_j", "j_per_token", "peak_memory", "resident_weight"), "lower"),
-    **dict.fromkeys(("checkpoint_bytes", "ttft", "tpot", "flops_per_token", "kv_bytes", "compile_s"), "lower"),
+    **dict.fromkeys(
+        ("checkpoint_bytes", "ttft", "tpot", "step_s", "flops_per_token", "kv_bytes", "compile_s"), "lower"
+    ),
     **dict.fromkeys(("program_flops", "compiled_memory", "predicted_memory"), "lower"),
     **dict.fromkeys(("loss", "eval_loss", "perplexity", "bits_per_byte"), "lower"),
     **dict.fromkeys(("pcu", "tt_", "st_", "it_", "mcr", "tokens_per_s", "mfu", "hfu", "mbu"), "higher"),

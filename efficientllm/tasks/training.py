@@ -177,6 +177,7 @@ class Training:
             paper_readings=study,
             physical=physical,
             quality=row.quality(self.evaluation, self.loss),
+            warm_up=row.warm_up(self.measurement),
         )
         if self.main:
             record.write_record(found, self.workdir.path / "record.json")

@@ -10,7 +10,17 @@ from efficientllm.metrics.reading import Reading, missing
 from efficientllm.train import setup
 from efficientllm.weights import activation_dtype
 
-TIMED = ("tokens_per_s", "energy_j", "j_per_token", "j_per_token_net", "mfu", "mfu_gemm", "hfu", "hfu_gemm")
+TIMED = (
+    *(f"step_s_p{percent}" for percent in (50, 90, 95, 99)),
+    "tokens_per_s",
+    "energy_j",
+    "j_per_token",
+    "j_per_token_net",
+    "mfu",
+    "mfu_gemm",
+    "hfu",
+    "hfu_gemm",
+)
 
 
 def all_energy(measurement):
@@ -43,17 +53,25 @@ def readings(run, measurement, window, idle):
         params_active=params["active"],
         **({"samples": measurement.samples} if run.config.task == "tune" else {"tokens": measurement.tokens}),
     )
+    steps = measurement.timer.statistics()
     study = paper.paper_metrics(work, sampler.combine(measurement.averages), window)
     physical = {
         **physical_of_model(run, params),
         **paper.energy_metrics(window, measurement.tokens, idle),
         **_utilisation(run, measurement.steps, measurement.seconds),
         **_executed(run, measurement.steps, measurement.seconds),
+        **{f"step_s_{key}": steps[key] for key in ("p50", "p90", "p95", "p99")},
         "tokens_per_s": Reading(
             measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"
         ),
     }
     return study, physical
+
+
+def warm_up(measurement):
+    """The times of the steps that were set aside, in s, and whether they had settled by the last of them."""
+    found = measurement.timer.statistics()
+    return {key: found[key] for key in ("discarded_s", "settled")}
 
 
 def _spoilt(measurement):
