@@ -15,13 +15,16 @@ The same command goes on with an interrupted sweep; what has a row is not run ag
 Exit status: 0 all runs are ok, 1 some failed (their rows say how), 2 bad input, 130 stopped.
 """
 
+import contextlib
 import pathlib
+import signal
 import subprocess
 import sys
 import time
 
 from efficientllm.errors import UserError, did_you_mean
 
+STOPPED = 130
 FLAGS = ("config", "out", "dry_run", "retry", "launcher", "partition")
 
 
@@ -33,10 +36,24 @@ def main(argv=None):
         return 0 if argv else 2
     try:
         flags, extra = _parse(argv)
-        return _main(flags, extra)
+        with stoppable():
+            return _main(flags, extra)
     except UserError as error:
         print(f"efficientllm: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # between two runs
+        print("stopped; the same command goes on")
+        return STOPPED
+
+
+@contextlib.contextmanager
+def stoppable():
+    """SIGTERM stops as Ctrl-C does: the run that is going is told, saves, and is waited for."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(argv):
@@ -75,7 +92,7 @@ def _main(flags, extra):
     outcomes = launcher(runs, out, sweep, costs)
     if outcomes is None:
         print(f"stopped after {time.time() - began:.0f} s; the same command goes on")
-        return 130
+        return STOPPED
     _report(out)
     failed = {run.folder: found for run, found in zip(runs, outcomes, strict=True) if found != "ok"}
     for folder, found in failed.items():
@@ -91,7 +108,7 @@ def _search(sweep, flags, extra, out, retry):
     found = search.search(sweep, out, extra, retry)
     if found is None:
         print("stopped; the same command goes on")
-        return 130
+        return STOPPED
     print(search.table(sweep, found))
     return 0 if all(each.largest for each in found.values()) else 1
 

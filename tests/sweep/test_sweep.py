@@ -14,7 +14,7 @@ import pytest
 import runs as small
 from efficientllm.errors import UserError
 from efficientllm.sweep import Sweep, check, execute, launch, spec
-from efficientllm.sweep.__main__ import main
+from efficientllm.sweep.__main__ import main, stoppable
 
 # A program in the place of a training run: what it does is its seed's and its mixer's.
 PROGRAM = """
@@ -198,19 +198,21 @@ def test_real_runs_make_a_report(tmp_path):
     assert (tmp_path / "out" / "report" / "index.html").exists()
 
 
-def test_ctrl_c_stops_the_run_and_the_sweep(tmp_path, monkeypatch):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_and_the_sweep(signum, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "execute", execute_program)
     runs = list(spec.runs(sweep(seeds=(0,), variants={"a": ("configs/base.py", {"what": "sleep"})})))
 
     def interrupt():
         while not (tmp_path / "ran.txt").exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signum)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     threading.Thread(target=interrupt).start()
     try:
-        assert launch.local(runs, tmp_path, sweep(), {"a": check.Cost(1, 1, 1, 1.0, 1.0)}) is None
+        with stoppable():
+            assert launch.local(runs, tmp_path, sweep(), {"a": check.Cost(1, 1, 1, 1.0, 1.0)}) is None
     finally:
         signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.glob("*/record.json"))
