@@ -1,0 +1,22 @@
+"""LoRA against RSLoRA, which differ by one constant and so cost the same: a second control of the harness."""
+
+from efficientllm.sweep import Sweep
+
+
+def get_config():
+    return Sweep(
+        name="aa_adapters",
+        baseline="lora",
+        variants={name: ("configs/base.py", {"adapter": f"{name}(rank=16, alpha=32)"}) for name in ("lora", "rslora")},
+        seeds=(0,),
+        repeats=6,
+        equal={"tokens": 0.0, "parameters": 0.0, "flops": 0.0},
+        overrides={
+            "train.steps": 240,
+            "train.batch_size": 4,
+            "eval.every": 0,
+            "eval.batches": 1,
+            "checkpoint.every": 0,
+            "sample.tokens": 1,
+        },
+    )
