@@ -112,18 +112,19 @@ def hosts(hardware, count):
     return 1 if not hardware.network else max(1, count // hardware.per_host)
 
 
-def compile_only():
+def compile_only(hardware, count):
     """Readies this process to compile for what is not here. Call before the first use of a device."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if "JAX_PLATFORMS" not in os.environ:  # a plan takes no accelerator, nor memory of one
         jax.config.update("jax_platforms", "cpu")
+    if hardware.platform == "cpu" or not hardware.has_compiler:
+        with contextlib.suppress(RuntimeError):  # this process has its devices already
+            jax.config.update("jax_num_cpu_devices", count)
 
 
-def host_devices(count):
+def _host_devices(count):
     """`count` CPU devices of this process: to describe a mesh with, and to compile for. Raises UserError."""
-    with contextlib.suppress(RuntimeError):  # this process has its devices already
-        jax.config.update("jax_num_cpu_devices", count)
     found = jax.devices("cpu")
     if len(found) < count:
         raise UserError(f"config.plan.devices = {count}: this process has {len(found)} CPU devices already")
@@ -133,7 +134,7 @@ def host_devices(count):
 def devices(hardware, count):
     """`count` devices that can be compiled for; CPU devices in their place where the compiler is not installed."""
     if hardware.platform == "cpu" or not hardware.has_compiler:
-        return host_devices(count)
+        return _host_devices(count)
     from jax.experimental import topologies
 
     if hardware.platform == "tpu":

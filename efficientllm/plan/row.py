@@ -181,9 +181,7 @@ def _six_lines(made):
     known = made["calibration"]
     said = LEAST if known is None else f"roofline x {known['factor']:.2f}, from {known['rows']} measured rows"
     if known and known["median_error"] is not None:
-        said += (
-            f"; each from the others {known['median_error']:.0%} off in the median, {known['worst_error']:.0%} at most"
-        )
+        said += f"; each from the others off by {known['median_error']:.0%}, at most {known['worst_error']:.0%}"
     lines = [f"  predicted ({said})"]
     for label, key, unit in _SIX:
         value = made[key]

@@ -100,10 +100,11 @@ def whole_rows(config, mesh):
 def describe(config, devices, platform):
     """The Step of a config on `devices`, for the `platform` that it is compiled for."""
     mesh = sharding.make_mesh(config.mesh, devices)
-    with jax.set_mesh(mesh), kernels.compiling_for(platform):
+    setup.check_train(config.train, mesh)
+    with kernels.compiling_for(platform):
         lm, method = model_of(config)
-        setup.check_train(config.train, mesh)
-        boxed = model.abstract_params(lm)
+        boxed = model.abstract_params(lm)  # makes a small array: not on devices that are not here
+    with jax.set_mesh(mesh), kernels.compiling_for(platform):
         train = config.train
         abstract = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method))
     shardings = sharding.shardings(abstract, mesh)

@@ -23,13 +23,27 @@ def plan(config, workdir):
     """Plans the step of `config` for `config.plan` -> exit status, 0 whether it fits or not. Raises UserError."""
     if jax.distributed.is_initialized():
         raise UserError("config.task = 'plan': one process plans for any number of devices; start it alone")
-    hardware.compile_only()
     _refuse_runs(workdir)
     open_log(workdir.path / "log.txt")
     try:
         return Planning(config, workdir).run()
     finally:
         close_log()
+
+
+def before_devices(config):
+    """Says what this process compiles for before it starts its devices. Raises UserError."""
+    hardware.compile_only(*_asked(config.plan))
+
+
+plan.before_devices = before_devices
+
+
+def _asked(asked):
+    """(hardware, number of devices) of `config.plan`."""
+    found = hardware.find(asked.hardware, max(1, asked.devices))
+    hardware.check_count(found, asked.devices)
+    return found, asked.devices
 
 
 def _refuse_runs(workdir):
@@ -44,9 +58,8 @@ class Planning:
 
     def __init__(self, config, workdir):
         self.workdir, self.started = workdir, time.time()
-        self.count, self.calibration_of = config.plan.devices, config.plan.calibration
-        self.hardware = hardware.find(config.plan.hardware, max(1, self.count))
-        hardware.check_count(self.hardware, self.count)
+        self.hardware, self.count = _asked(config.plan)
+        self.calibration_of = config.plan.calibration
         self.devices = hardware.devices(self.hardware, self.count)
         self.asked = config
         self.config = steps.whole_rows(config, sharding.make_mesh(config.mesh, self.devices))
