@@ -114,8 +114,9 @@ def hosts(hardware, count):
 
 def compile_only(hardware, count):
     """Readies this process to compile for what is not here. Call before the first use of a device."""
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    if hardware.plugin and hardware.has_compiler:
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
     if "JAX_PLATFORMS" not in os.environ:  # a plan takes no accelerator, nor memory of one
         jax.config.update("jax_platforms", "cpu")
     if hardware.platform == "cpu" or not hardware.has_compiler:
