@@ -34,14 +34,14 @@ class Estimate:
 
 def estimate(one, hardware, count):
     """The Estimate of a `steps.Step`: compiled where the compiler is installed."""
-    by_shapes, executed = one.by_shapes(), steps.program_flops(one)
+    trace, used = steps.traced(one)
+    by_shapes, executed = one.by_shapes(), steps.program_flops(one, trace)
     if not hardware.has_compiler:
-        _, used = steps.traced(one)
         memory, seconds, refused, calls = {"total_bytes": by_shapes}, None, None, {}
         collectives = moved = None
     else:
-        done = steps.compile_step(one)
-        memory, seconds, refused, used = done.memory, done.seconds, done.refused, done.kernels
+        done = steps.compile_step(one, trace)
+        memory, seconds, refused = done.memory, done.seconds, done.refused
         collectives, moved, calls = steps.read(done, count) if done.text else (None, None, {})
     dtype = str(build("precision", one.lm.precision).product)
     work = one.model_flops if executed is None else executed
@@ -65,4 +65,4 @@ def total_bytes(one, hardware):
     """Bytes that a device needs for a step, by the compiler where it is installed; None where it gives none."""
     if not hardware.has_compiler:
         return one.by_shapes()
-    return steps.compile_step(one).memory.get("total_bytes")
+    return steps.compile_step(one, steps.traced(one)[0]).memory.get("total_bytes")

@@ -110,7 +110,7 @@ def physical(one, found):
         "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
         "compile_s": missing("s", "no compiler")
         if found.compile_s is None
-        else Reading(found.compile_s, "s", "tracing and compilation of the training step"),
+        else Reading(found.compile_s, "s", "XLA compilation of the training step"),
     }
 
 

@@ -59,7 +59,6 @@ class Compiled:
 
     memory: dict
     seconds: float
-    kernels: dict
     text: str | None
     refused: str | None = None
 
@@ -124,18 +123,17 @@ def traced(one):
         return jitted.trace(one.shaped, batch), {operation: sorted(kinds) for operation, kinds in used.items()}
 
 
-def compile_step(one):
-    """The Compiled of a step; the compiler's refusal for want of memory is an answer, other errors are raised."""
+def compile_step(one, trace):
+    """The Compiled of a traced step; the compiler's refusal for want of memory is an answer, other errors raise."""
     begin = time.perf_counter()
-    trace, used = traced(one)
     try:
         with jax.set_mesh(one.mesh), kernels.compiling_for(one.platform):
             done = trace.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(_used(str(error)), time.perf_counter() - begin, used, None, str(error).splitlines()[0])
-    return Compiled(memory.compiled_memory(done), time.perf_counter() - begin, used, done.as_text())
+        return Compiled(_used(str(error)), time.perf_counter() - begin, None, str(error).splitlines()[0])
+    return Compiled(memory.compiled_memory(done), time.perf_counter() - begin, done.as_text())
 
 
 def _used(message):
@@ -143,14 +141,14 @@ def _used(message):
     return {"total_bytes": round(float(found[1]) * _UNITS[found[2]])} if found else {}
 
 
-def program_flops(one):
+def program_flops(one, trace):
     """FLOPs of the products that a step executes, remat's twice, masked ones too; counted in its jaxpr.
 
     Where kernels hide theirs, those of the same step in plain products. None where neither can be counted.
     """
-    for plain in (False, True):
+    for shown in (lambda: trace, lambda: _plain(one)):
         try:
-            return flops.count_program_flops((_plain(one) if plain else traced(one)[0]).jaxpr)
+            return flops.count_program_flops(shown().jaxpr)
         except ValueError:
             continue
     return None
