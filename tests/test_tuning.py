@@ -95,6 +95,8 @@ def test_the_adapter_is_a_folder_of_pefts(whole, base):
         ({"model__pretrained": "/nowhere"}, "config.model.pretrained = '/nowhere': no such file or folder"),
         ({"adapter": "dorra(rank=4)"}, "config.adapter = 'dorra': no adapter of that name"),
         ({"adapter": "freeze(last=3)"}, "the model has 2"),
+        ({"adapter": "full", "quant": "nf4"}, "rounded weights cannot learn"),
+        ({"quant": "int4(method='gptq')"}, "tuning rounds to the nearest"),
         ({"train__length": 300}, "config.train.length = 300"),
         ({"tokenizer": "bpe(vocab_size=400)"}, "the vocabulary of config.model.size 300"),
     ],
