@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import architecture
-from efficientllm.convert import binding, families, load
+from efficientllm.convert import binding, families, load, quantized
 from efficientllm.convert.gguf_file import ROPE_FACTORS, GGUFFile
-from efficientllm.convert.safetensors_file import SafetensorsFolder
 from efficientllm.errors import UserError
 
 SMOLLM2 = "smollm2-135m"
@@ -105,6 +107,19 @@ class Source:
         leaves = self.bind(lm or self.lm(scan="groups" in abstract))
         return load.load(leaves, self.tensors, abstract, dtype)
 
+    def load_stored(self, abstract, lm):
+        """The parameters of `lm`, whose layers are apart, with the kernels that the files hold rounded as they are.
+
+        Raises UserError as `load` does, and where nothing is rounded.
+        """
+        leaves, flat = self.bind(lm), flax.traverse_util.flatten_dict(abstract, sep="/")
+        found = {path: stored for path, leaf in leaves.items() if (stored := leaf.stored(self.tensors)) is not None}
+        if not found:
+            raise UserError(f"config.quant = 'stored': {self.path} holds no weights that are rounded")
+        rest = flax.traverse_util.unflatten_dict({path: flat[path] for path in flat if path not in found}, sep="/")
+        loaded = flax.traverse_util.flatten_dict(load.load(leaves, self.tensors, rest), sep="/")
+        return flax.traverse_util.unflatten_dict(loaded | jax.tree.map(jnp.asarray, found), sep="/")
+
 
 def _complete(model):
     """`config.model` of a description: what it does not say is what checking and converting take."""
@@ -130,9 +145,10 @@ def open_source(pretrained):
         config, table = tensors.config, tensors.table
     else:
         config, table, tensors = _json(path / "config.json"), None, None
-    described = families.describe(config, path if tensors else path / "config.json")
+    plain = {key: value for key, value in config.items() if key != quantized.KEY}
+    described = families.describe(plain, path if tensors else path / "config.json")
     architecture.check(_complete(described.model))
-    tensors = tensors or SafetensorsFolder(path)
+    tensors = tensors or quantized.folder(path, config)
     table = table or families.FAMILIES[described.model_type].table
     return Source(path, config, described.model, described.max_positions, tensors, table)
 
