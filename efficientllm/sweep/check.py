@@ -80,7 +80,7 @@ def _described(config):
     from efficientllm import architecture, data
     from efficientllm.train import setup
 
-    source = setup.open_pretrained(config.model.pretrained)
+    source = setup.open_pretrained(config.model.pretrained, weights=False)
     described = setup.described(config.model, source)
     architecture.check(described)
     size = None

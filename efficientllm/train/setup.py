@@ -131,13 +131,13 @@ def _check_positions(config, source):
         )
 
 
-def open_pretrained(pretrained):
-    """The checkpoint `config.model.pretrained` names, or None for none."""
+def open_pretrained(pretrained, weights=True):
+    """The checkpoint `config.model.pretrained` names, or None for none; without `weights` it is only described."""
     if not pretrained:
         return None
     from efficientllm import convert  # not needed by every run
 
-    return convert.open_source(pretrained)
+    return convert.open_source(pretrained, weights)
 
 
 def described(model, source):
