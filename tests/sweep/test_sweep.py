@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def test_every_end_is_a_row(what, outcome, tmp_path):
     assert row["outcome"] == outcome and row["sweep"] == run.place
     if outcome not in ("ok", "nan"):
         assert row["log_tail"] == [f"this is {what}"]
+        assert platform.node() not in json.dumps(row["provenance"])
     # What has a row is not run again, until it is asked for.
     execute_program(run, tmp_path / run.folder)
     assert (tmp_path / "ran.txt").read_text().count(run.folder) == 1

@@ -151,8 +151,10 @@ def _peft(method, model, options, host):
     optimiser = torch.optim.AdamW(learnt, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step(tokens):
+        # The same positions on both sides: transformers would else run the last token through the model for nothing.
         ids = torch.from_numpy(tokens).long()
-        loss = plain(input_ids=ids, labels=ids, use_cache=False).loss
+        inputs, targets = ids[:, :-1], ids[:, 1:].contiguous()
+        loss = plain(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learnt, 1.0)
         optimiser.step()
