@@ -25,7 +25,8 @@ class Setup:
     """The parts of a run.
 
     `shaped` is the abstract TrainState on its shardings; `boxed` are the plain model's abstract parameters with their
-    axes; `method` says what learns; `source` is the checkpoint the model comes from, or None.
+    axes; `method` says what learns; `source` is the checkpoint the model comes from, or None; `data` is what the row
+    says of the data.
     """
 
     config: object
@@ -39,6 +40,7 @@ class Setup:
     boxed: dict
     shaped: step.TrainState
     shardings: step.TrainState
+    data: dict
     rss_before: int
     compile_s: dict = dataclasses.field(default_factory=dict)
     kernels: dict = dataclasses.field(default_factory=dict)
@@ -88,8 +90,21 @@ def prepare(config, log):
         boxed=boxed,
         shaped=jax.tree.map(_shaped, nn.unbox(abstract), shardings),
         shardings=shardings,
+        data=_described_data(config, tokenizer, log),
         rss_before=host.rss_bytes(),
     )
+
+
+def _described_data(config, tokenizer, log):
+    found = data.describe(config.data, tokenizer, config.train.length)
+    for side in ("train", "held_out"):
+        if found.get(f"{side}_cut"):
+            total = found[f"{side}_documents"]
+            log.info(
+                f"{side.replace('_', ' ')}: {found[f'{side}_cut']} of {total} records are longer than "
+                f"{config.train.length} tokens, and cut there"
+            )
+    return found
 
 
 def create_state(run):

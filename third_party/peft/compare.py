@@ -192,7 +192,7 @@ def _ours(method, model, options, host):
     where = sharding.shardings(abstract, mesh)
     run = setup.Setup(
         config=config, mesh=mesh, tokenizer=None, lm=lm, batches=None, eval_batches=None, method=tuned, source=source,
-        boxed=boxed, shaped=None, shardings=where, rss_before=before,
+        boxed=boxed, shaped=None, shardings=where, data={}, rss_before=before,
     )  # fmt: skip
     state = setup.create_state(run)
     train = step.jit_train_step(lm, config.train, mesh, where, tuned)
