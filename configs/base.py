@@ -32,7 +32,9 @@ def get_config():
 
     config.adapter = "full"  # what learns: full, freeze(last=2), lora(rank=8), dora, pissa...
 
-    config.quant = "float32"  # the form of weights at inference: bfloat16, float16, int8(...), int4(...), nf4(...)
+    config.quant = (
+        "float32"  # the form of weights that do not learn: bfloat16, int8(...), int4(...), nf4(...), stored...
+    )
 
     config.data = "python_docs()"
     config.tokenizer = "bpe(vocab_size=2048)"  # or pretrained: the checkpoint's own

@@ -9,6 +9,7 @@ FORMS = {
     "int8": "int8()",
     "int4": "int4()",
     "nf4": "nf4()",
+    "stored": "stored",
 }
 
 

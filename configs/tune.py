@@ -11,12 +11,14 @@ ADAPTERS = {
     "dora": "dora(rank=64, alpha=128)",
     "pissa": "pissa(rank=64, alpha=128)",
     "lora_plus": "lora_plus(rank=64, alpha=128, ratio=16)",
+    "qlora": "lora(rank=64, alpha=128)",
     "loha": "loha(rank=16, alpha=16)",
     "lokr": "lokr(rank=16, alpha=16)",
     "glora": "glora(rank=16)",
     "freeze": "freeze(last=4)",
     "full": "full()",
 }
+FORMS = {"qlora": "nf4(block=64)"}  # of the kernels beside which an adapter learns
 # Where everything learns, a step that suits an adapter would destroy what was learnt before.
 RATES = {"full": 2e-5, "freeze": 5e-5}
 
@@ -27,6 +29,7 @@ def get_config(name="lora"):
     config.task = "tune"
     config.model.pretrained = "smollm2-135m"
     config.adapter = base.variant(ADAPTERS, name)
+    config.quant = FORMS.get(name, "float32")
     config.data = "doc_pairs()"
     config.tokenizer = "pretrained"
     config.train.steps = 40

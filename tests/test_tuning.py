@@ -17,7 +17,9 @@ def base(tmp_path_factory):
     """A random Llama and records to tune it on."""
     where = tmp_path_factory.mktemp("tuning")
     folders.llama(where / "model", vocab_size=300)
-    records = [{"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(80)]
+    records = [
+        {"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}. " * (1 + 5 * (i % 10 == 0))} for i in range(80)
+    ]
     (where / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
     return where
 
@@ -56,6 +58,13 @@ def test_a_row_counts_samples_and_what_learns(whole):
     # 7 kernels a layer: q, o: 16 + 16; k, v: 16 + 8; gate, up, down: 16 + 24; times the rank and 2 layers.
     assert row["physical"]["params_trainable"] == 2 * 4 * (2 * 32 + 2 * 24 + 3 * 40)
     assert row["sources"]["tt_tokens_per_param_s"]["reason"]
+    # One answer in ten is longer than a row.
+    data = row["provenance"]["data"]
+    assert data["train_cut"] + data["held_out_cut"] == 8
+    assert (
+        f"{data['train_cut']} of {data['train_documents']} records are longer than 48"
+        in (whole / "log.txt").read_text()
+    )
     losses = runs.losses(whole)
     assert len(losses) == 12 and losses[12] < losses[1]
 
@@ -95,6 +104,8 @@ def test_the_adapter_is_a_folder_of_pefts(whole, base):
         ({"model__pretrained": "/nowhere"}, "config.model.pretrained = '/nowhere': no such file or folder"),
         ({"adapter": "dorra(rank=4)"}, "config.adapter = 'dorra': no adapter of that name"),
         ({"adapter": "freeze(last=3)"}, "the model has 2"),
+        ({"adapter": "full", "quant": "nf4"}, "rounded weights cannot learn"),
+        ({"quant": "int4(method='gptq')"}, "tuning rounds to the nearest"),
         ({"train__length": 300}, "config.train.length = 300"),
         ({"tokenizer": "bpe(vocab_size=400)"}, "the vocabulary of config.model.size 300"),
     ],

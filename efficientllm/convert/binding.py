@@ -6,10 +6,11 @@ import re
 
 import flax.linen as nn
 import flax.traverse_util
+import jax
 import numpy as np
 
 from efficientllm import model
-from efficientllm.convert.layouts import LAYOUTS, Heads
+from efficientllm.convert.layouts import LAYOUTS, Heads, flipped
 from efficientllm.errors import UserError, did_you_mean
 
 _BLOCK = re.compile(r"(groups|group_(\d+))/block_(\d+)/(.*)")
@@ -58,6 +59,19 @@ class Leaf:
             whole = self.layout.take(tensors.read(name), self.part, self.shapes, self.heads)
             out[position] = whole[index[depth:]]
         return out
+
+    def stored(self, tensors):
+        """The leaf that the files hold rounded, in numpy; None where one is not, or layers are stacked."""
+        if any(name == "layer" for name, _ in self.loops):
+            return None
+        found = [tensors.stored(name) for _, name in self.tensors()]
+        if any(each is None for each in found):
+            return None
+        if self.path == "embedding":
+            return found[0].T
+        rows = lambda array: flipped(self.layout.take(array, self.part, self.shapes, self.heads))  # noqa: E731
+        parts = [jax.tree.map(rows, each) for each in found]
+        return jax.tree.map(lambda *arrays: np.stack(arrays) if self.loops else arrays[0], *parts)
 
 
 def bind(lm, table):

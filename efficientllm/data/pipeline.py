@@ -52,8 +52,9 @@ def eval_batches(
     return EvalBatches(documents, batch_size, length, process_index, process_count, limit)
 
 
-def describe(data_spec, tokenizer, cache_dir=None):
-    """What a row says of the data: source, sha256 of the corpus, and documents, bytes and tokens of both sides.
+def describe(data_spec, tokenizer, length=None, cache_dir=None):
+    """What a row says of the data: source, sha256 of the corpus, and documents, bytes and tokens of both sides; of
+    records also how many are cut at the end of rows of `length` tokens.
 
     Of a stream the numbers are those of the documents read ahead (`sampled` is true).
     """
@@ -61,7 +62,10 @@ def describe(data_spec, tokenizer, cache_dir=None):
     sides = corpus.documents(tokenizer)
     counts = {key: value for key, value in corpus.summary.items() if key != "threshold"}
     tokens = {f"{side}_tokens": documents.size for side, documents in sides.items()}
-    return {"source": data_spec, "sampled": corpus.source.streaming, **counts, **tokens}
+    cut = {}
+    if length and any(documents.records for documents in sides.values()):
+        cut = {f"{side}_cut": documents.longer_than(length) for side, documents in sides.items()}
+    return {"source": data_spec, "sampled": corpus.source.streaming, **counts, **tokens, **cut}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,11 @@ from efficientllm.registry import register
 
 @dataclasses.dataclass(frozen=True)
 class _Records(_Files):
-    """`path` is a glob of .jsonl or .parquet files, or with `hub` a data set of the hub, of which `split` is read."""
+    """`path` is a glob of .jsonl or .parquet files, or with `hub` a data set of the hub (`name` its configuration), of
+    which `split` is read."""
 
     hub: bool = False
+    name: str = ""
     split: str = "train"
     held_out: float = 0.05
 
@@ -33,7 +35,7 @@ class _Records(_Files):
             yield text, text
 
     def _hub(self):
-        return Hub(self.path, split=self.split, held_out=self.held_out)
+        return Hub(self.path, name=self.name, split=self.split, held_out=self.held_out)
 
     def _rows(self):
         if self.hub:

@@ -50,6 +50,8 @@ class Serving:
 
     def load(self, spec):
         """The parameters in the form `spec`. Raises OutOfMemory."""
+        if spec == "stored":
+            return jax.block_until_ready(self._stored())
         self._check_memory()
         form = quant.form_of(spec)
         params = self._dense()
@@ -63,6 +65,11 @@ class Serving:
         if self.source is None:
             return jax.jit(lambda: nn.unbox(step.init_params(self.lm, self.config.seed, 8)))()
         return self.source.load(nn.unbox(self.boxed), lm=self.lm)
+
+    def _stored(self):
+        if self.source is None:
+            raise UserError("config.quant = 'stored' needs config.model.pretrained, whose files hold rounded weights")
+        return self.source.load_stored(nn.unbox(self.boxed), self.lm)
 
     def _check_memory(self):
         """Weights are dense before they are compressed, and states must fit beside them."""

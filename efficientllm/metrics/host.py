@@ -3,11 +3,18 @@
 On a CPU the host is the device: its resident memory and CPU time are the study's AMU and PCU.
 """
 
+import hashlib
 import os
+import platform
 import resource
 import sys
 import time
 from pathlib import Path
+
+
+def name_hash():
+    """The machine's name as 12 hexadecimal digits: rows tell machines apart and name none."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
 
 
 def rss_bytes(pid="self"):

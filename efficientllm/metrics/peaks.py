@@ -5,10 +5,8 @@ Figures are dense (without structured sparsity), per device as JAX counts device
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -166,7 +164,7 @@ def cache_folder():
 
 
 def _host_key(dtype):
-    name = hashlib.sha256(platform.node().encode()).hexdigest()[:12]
+    name = host.name_hash()
     return f"{name} {host.usable_cores()} cores {jax.local_devices()[0].device_kind} {dtype} jax {jax.__version__}"
 
 

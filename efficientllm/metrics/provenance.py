@@ -1,7 +1,6 @@
 """Where a row comes from: code, versions, devices, settings and time, null where the machine does not say."""
 
 import datetime
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from efficientllm.metrics import memory
+from efficientllm.metrics import host, memory
 
 PACKAGES = (
     "efficientllm",
@@ -40,7 +39,7 @@ def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None
         "versions": versions(),
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "host": {
-            "name_hash": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
+            "name_hash": host.name_hash(),
             "os": platform.platform(),
             "processor": processor(),
         },

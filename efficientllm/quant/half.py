@@ -8,6 +8,7 @@ import flax.struct
 import jax.numpy as jnp
 
 from efficientllm import native
+from efficientllm.errors import UserError
 from efficientllm.quant.rows import STATIC, Rows
 from efficientllm.registry import register
 
@@ -49,6 +50,19 @@ class Plain:
     """Arrays as they are."""
 
     embedding: typing.ClassVar[str] = "float32"
+
+
+@register("quant", "stored")
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The rounded weights of a checkpoint (AWQ, GPTQ, GGUF) as its files hold them, at inference."""
+
+    embedding: typing.ClassVar[str] = "float32"
+
+    def leaf(self, rows, is_table):
+        raise UserError(
+            "config.quant = 'stored' takes what a checkpoint's files hold, at inference; here take 'float32'"
+        )
 
 
 register("quant", "bfloat16")(functools.partial(HalfForm, "bfloat16"))

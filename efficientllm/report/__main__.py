@@ -95,7 +95,7 @@ def report(options):
         raise UserError(f"--baseline={options.baseline}: no such variant{near}; variants: {', '.join(variants)}")
     from efficientllm.report import board, write
 
-    made = board.build(found, orphans, options.baseline)
+    made = board.build(found, orphans, options.baseline) | {"grids": rows.grids(options.runs)}
     write.write(made, found, _folder(options.out))
     groups = made["groups"]
     count = sum(len(group["variants"]) for group in groups)

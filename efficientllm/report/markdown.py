@@ -13,6 +13,7 @@ def text(board, figures):
         parts += [_noise(group), _ranks(group, board["columns"])]
         parts += [f"![{title}]({file})" for title, file in figures.get(group["name"], ())]
         parts += [_study(entry) for entry in group["study"]]
+    parts += [_grid(found) for found in board.get("grids", ())]
     parts += [_claims(board["claims"]), _failures(board), METHOD]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -118,6 +119,22 @@ def _study(entry):
     ]
     note = f" {entry['note']}." if entry["note"] else ""
     return f"Beside the study, table `{entry['table']}` ({entry['trust']}).{note}\n\n{table(head, rows)}"
+
+
+def _grid(grid):
+    head = ["variant", f"{grid['key']}", "held-out loss", "", "tries, wall time"]
+    rows = []
+    for variant, found in grid["variants"].items():
+        seconds = sum(each["seconds"] or 0 for each in found["tries"])
+        for each in found["tries"]:
+            loss = "–" if each["eval_loss"] is None else f"{each['eval_loss']:.4f}"
+            mark = "chosen" if each["value"] == found["chosen"] else each["outcome"]
+            rows.append([variant, each["value"], loss, mark, f"{len(found['tries'])}, {seconds:.0f} s"])
+    return (
+        f"## What sweep {grid['sweep']} chose before it compared\n\nThe value of the least held-out loss at the first "
+        "seed, on the text that the rankings are scored on: losses are that much flattered, of every variant alike.\n\n"
+        f"{table(head, rows)}"
+    )
 
 
 def _claims(claims):

@@ -93,14 +93,27 @@ def find(paths):
     for path in map(pathlib.Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; give a record.json, a run's folder or a folder of runs")
-        found = [path] if path.is_file() else sorted(path.rglob("record.json"))
+        found = (
+            [path] if path.is_file() else [file for file in sorted(path.rglob("record.json")) if _ranked(file, path)]
+        )
         if not found:
             raise UserError(f"{path}: no record.json in it; give a record.json, a run's folder or a folder of runs")
         files += found
         if path.is_dir():
-            runs = (file.parent for file in sorted(path.rglob("config.json")))
+            runs = (file.parent for file in sorted(path.rglob("config.json")) if _ranked(file, path))
             orphans += [run for run in runs if not (run / "record.json").exists()]
     return list({file.resolve(): file for file in files}.values()), orphans
+
+
+def _ranked(file, path):
+    """Whether a file below `path` is of a run that is compared, and not of one that only chose a value for others."""
+    return "grid" not in file.relative_to(path).parts
+
+
+def grids(paths):
+    """What sweeps below the paths chose before they compared, as `sweep.grid` writes it."""
+    folders = [path for path in map(pathlib.Path, paths) if path.is_dir()]
+    return [json.loads(file.read_text()) for folder in folders for file in sorted(folder.rglob("grid.json"))]
 
 
 def read(files):

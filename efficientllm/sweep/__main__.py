@@ -72,7 +72,7 @@ def _parse(argv):
 
 
 def _main(flags, extra):
-    from efficientllm.sweep import check, execute, launch, spec
+    from efficientllm.sweep import check, execute, grid, launch, spec
 
     sweep = spec.load(flags["config"])
     costs = check.costs(sweep, extra)
@@ -84,20 +84,33 @@ def _main(flags, extra):
     retry = _retry(flags.get("retry"))
     if sweep.search:
         return _search(sweep, flags, extra, out, retry)
-    for run in runs:
-        if execute.outcome(out / run.folder) in retry:
-            execute.forget(out / run.folder)
     launcher = launch.launcher(flags.get("launcher", "local"), out, flags.get("partition"))
     began = time.time()
-    outcomes = launcher(runs, out, sweep, costs)
+
+    def run_all(runs, out):
+        for run in runs:
+            if execute.outcome(out / run.folder) in retry:
+                execute.forget(out / run.folder)
+        return launcher(runs, out, sweep, costs)
+
+    if sweep.grid and run_all(list(grid.runs(sweep, extra)), out / grid.FOLDER) is not None:
+        runs = list(spec.runs(sweep, extra, grid.choose(sweep, out, extra)))
+        print(grid.table(sweep, out))
+    elif sweep.grid:
+        return _stopped(began)
+    outcomes = run_all(runs, out)
     if outcomes is None:
-        print(f"stopped after {time.time() - began:.0f} s; the same command goes on")
-        return STOPPED
+        return _stopped(began)
     _report(out)
     failed = {run.folder: found for run, found in zip(runs, outcomes, strict=True) if found != "ok"}
     for folder, found in failed.items():
         print(f"{found:10} {out / folder}")
     return 1 if failed else 0
+
+
+def _stopped(began):
+    print(f"stopped after {time.time() - began:.0f} s; the same command goes on")
+    return STOPPED
 
 
 def _search(sweep, flags, extra, out, retry):

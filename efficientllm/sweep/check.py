@@ -60,11 +60,12 @@ def _cost(argv):
     config, _, _ = main.parse(list(argv))
     import_plugins(config.imports)
     lm, method = _described(config), build("adapter", config.adapter, where="config.adapter")
+    setup.check_form(config.quant, config.adapter, method)
     method.check(lm)
     lm = lm.clone(scan=False) if method.unrolled else lm
     train, boxed = config.train, model.abstract_params(lm)
     setup.check_rows(train)
-    state = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method))
+    state = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method, config.quant))
     params = accounting.parameters(lm, boxed)
     return Cost(
         parameters=params["total"],
@@ -79,7 +80,7 @@ def _described(config):
     from efficientllm import architecture, data
     from efficientllm.train import setup
 
-    source = setup.open_pretrained(config.model.pretrained)
+    source = setup.open_pretrained(config.model.pretrained, weights=False)
     described = setup.described(config.model, source)
     architecture.check(described)
     size = None
@@ -110,5 +111,9 @@ def table(sweep, costs, runs):
         f"{len(runs)} runs in {runs[-1].block + 1} blocks, about {seconds / 60:.0f} minutes at {MFU:.0%} of "
         f"{peak / 1e9:.0f} GFLOP/s; memory from shapes: weights, gradients, optimiser, activations"
     )
+    if sweep.grid:
+        key, values = sweep.grid
+        tried = len(values) * sum(cost.seconds(peak) for cost in costs.values())
+        lines.append(f"before them {len(values)} values of {key}, each variant: about {tried / 60:.0f} minutes more")
     lines += [f"  {run.folder}  {' '.join(run.argv)}" for run in runs]
     return "\n".join(lines)

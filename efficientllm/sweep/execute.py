@@ -1,7 +1,6 @@
 """One run as a process of its own, and its outcome as a row, whatever becomes of it."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -118,6 +117,6 @@ def _failed(run, folder, ended):
         name=run.variant,
         task=config.get("task", "unknown"),
         config=config,
-        provenance={"exit_status": ended, "host": os.uname().nodename, "ended": time.time()},
+        provenance={"exit_status": ended, "host": {"name_hash": host.name_hash()}, "ended": time.time()},
     )
     return found | {"log_tail": lines}

@@ -28,6 +28,8 @@ class Sweep:
       memory_gb: a run that is resident with more is stopped as out of memory; 0 is nine tenths of the machine's.
       search: `("train.batch_size", 1, 4096)` or `("train.length", 128, 1048576)`: instead of blocks, the largest value
         between the two that each variant still runs with.
+      grid: `("train.schedule", ("constant(peak=1e-4)", "constant(peak=1e-3)"))`: before the blocks, every variant is
+        run with every value at the first seed, and takes the one of the least held-out loss into the blocks.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Sweep:
     timeout_s: float = 3600.0
     memory_gb: float = 0.0
     search: tuple = ()
+    grid: tuple = ()
 
     def __post_init__(self):
         if self.baseline not in self.variants:
@@ -52,6 +55,8 @@ class Sweep:
             raise UserError(f"sweep {self.name}: it needs a seed, repeats of at least 1 and a timeout_s above 0")
         if self.search:
             self._check_search()
+        if self.grid:
+            self._check_grid()
 
     def _check_search(self):
         key, least, most = self.search if len(self.search) == 3 else ("", 0, 0)
@@ -59,6 +64,13 @@ class Sweep:
             raise UserError(
                 f"sweep {self.name}: search = {self.search!r}: needed are a key ({', '.join(SEARCHED)}), the least "
                 "value and the largest one"
+            )
+
+    def _check_grid(self):
+        key, values = self.grid if len(self.grid) == 2 else ("", ())
+        if self.search or not key or isinstance(values, str) or len(values) < 2:
+            raise UserError(
+                f"sweep {self.name}: grid = {self.grid!r}: needed are a key and two values or more, without a search"
             )
 
 
@@ -105,16 +117,16 @@ def argv_of(sweep, variant, extra=()):
     return (f"--config={file}", *(f"--config.{key}={value}" for key, value in values.items()), *extra)
 
 
-def runs(sweep, extra=()):
+def runs(sweep, extra=(), chosen=None):
     """Every run in the order of running: blocks in which the baseline comes first (and last) and the others between in
-    a random order that depends on the sweep's name and the block alone."""
+    a random order that depends on the sweep's name and the block alone. `chosen` are flags by variant."""
     blocks = [seed for _ in range(sweep.repeats) for seed in sweep.seeds]
     for block, seed in enumerate(blocks):
         others = [name for name in sweep.variants if name != sweep.baseline]
         random.Random(f"{sweep.name} {block}").shuffle(others)
         order = [sweep.baseline, *others, *([sweep.baseline] if sweep.twice else [])]
         for place, variant in enumerate(order):
-            argv = (*argv_of(sweep, variant, extra), f"--config.seed={seed}")
+            argv = (*argv_of(sweep, variant, extra), *(chosen or {}).get(variant, ()), f"--config.seed={seed}")
             yield Run(sweep.name, variant, sweep.baseline, block, place, seed, argv)
 
 

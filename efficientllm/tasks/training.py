@@ -195,7 +195,11 @@ class Training:
             seed=self.config.seed,
             mesh=self.setup.mesh,
             kernels=self.setup.kernels,
-        ) | {"resumed_from_step": self.first_step, "sampler_cost_fraction": self.sampler.cost_fraction}
+        ) | {
+            "resumed_from_step": self.first_step,
+            "sampler_cost_fraction": self.sampler.cost_fraction,
+            "data": self.setup.data,
+        }
 
     def _fail(self, outcome, message):
         self.measurement.abandon()

@@ -14,6 +14,7 @@ from efficientllm.errors import UserError
 from efficientllm.metrics import flops, host, memory, peaks
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.optim import rules
+from efficientllm.quant import tree as quant
 from efficientllm.registry import build
 from efficientllm.train import footprint, step
 from efficientllm.weights import activation_dtype
@@ -24,7 +25,8 @@ class Setup:
     """The parts of a run.
 
     `shaped` is the abstract TrainState on its shardings; `boxed` are the plain model's abstract parameters with their
-    axes; `method` says what learns; `source` is the checkpoint the model comes from, or None.
+    axes; `method` says what learns; `source` is the checkpoint the model comes from, or None; `data` is what the row
+    says of the data.
     """
 
     config: object
@@ -38,6 +40,7 @@ class Setup:
     boxed: dict
     shaped: step.TrainState
     shardings: step.TrainState
+    data: dict
     rss_before: int
     compile_s: dict = dataclasses.field(default_factory=dict)
     kernels: dict = dataclasses.field(default_factory=dict)
@@ -56,6 +59,7 @@ class Setup:
 def prepare(config, log):
     """Reads the data and describes the model; makes no array of it. Raises UserError."""
     method = build("adapter", config.adapter, where="config.adapter")
+    check_form(config.quant, config.adapter, method)
     source = open_pretrained(config.model.pretrained)
     model_config = described(config.model, source)
     lm = architecture.check(model_config)  # a bad model is refused before any data is read
@@ -71,7 +75,8 @@ def prepare(config, log):
     rows = (config.data, tokenizer, config.train.batch_size, config.train.length)
     with jax.set_mesh(mesh):
         boxed = model.abstract_params(lm)
-        abstract = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length, method))
+        init = step.init_state(lm, config.train, config.seed, config.train.length, method, config.quant)
+        abstract = jax.eval_shape(init)
     shardings = sharding.shardings(abstract, mesh)
     return Setup(
         config=config,
@@ -85,23 +90,50 @@ def prepare(config, log):
         boxed=boxed,
         shaped=jax.tree.map(_shaped, nn.unbox(abstract), shardings),
         shardings=shardings,
+        data=_described_data(config, tokenizer, log),
         rss_before=host.rss_bytes(),
     )
 
 
+def _described_data(config, tokenizer, log):
+    found = data.describe(config.data, tokenizer, config.train.length)
+    for side in ("train", "held_out"):
+        if found.get(f"{side}_cut"):
+            total = found[f"{side}_documents"]
+            log.info(
+                f"{side.replace('_', ' ')}: {found[f'{side}_cut']} of {total} records are longer than "
+                f"{config.train.length} tokens, and cut there"
+            )
+    return found
+
+
 def create_state(run):
     """The TrainState before the first step, on its shardings: of a new model, or around a checkpoint's parameters."""
-    train, seed, method = run.config.train, run.config.seed, run.method
+    train, seed, method, form = run.config.train, run.config.seed, run.method, run.config.quant
     if run.source is None:
-        return step.jit_create(run.lm, train, seed, run.length, run.shardings, method)()
+        return step.jit_create(run.lm, train, seed, run.length, run.shardings, method, form)()
     where = sharding.shardings(run.boxed, run.mesh)
     params = run.source.load(jax.tree.map(_shaped, nn.unbox(run.boxed), where), lm=run.lm)
 
     def around(params):
         held = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), run.boxed, params, is_leaf=is_box)
-        return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, held))
+        return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, held, form))
 
     return jax.jit(around, out_shardings=run.shardings, donate_argnums=0)(params)
+
+
+def check_form(form, adapter, method):
+    """Refuses weights that are rounded where nothing but them could learn. Raises UserError."""
+    found = quant.form_of(form)
+    if not hasattr(found, "leaf"):
+        return
+    if not method.learnt:
+        raise UserError(
+            f"config.quant = {form!r} with config.adapter = {adapter!r}: rounded weights cannot learn; take an adapter "
+            "such as 'lora(rank=8)', or config.quant = 'float32'"
+        )
+    if getattr(found, "calibrated", False):
+        raise UserError(f"config.quant = {form!r}: tuning rounds to the nearest; take 'nf4()', 'int4()' or 'int8()'")
 
 
 def _check_positions(config, source):
@@ -114,13 +146,13 @@ def _check_positions(config, source):
         )
 
 
-def open_pretrained(pretrained):
-    """The checkpoint `config.model.pretrained` names, or None for none."""
+def open_pretrained(pretrained, weights=True):
+    """The checkpoint `config.model.pretrained` names, or None for none; without `weights` it is only described."""
     if not pretrained:
         return None
     from efficientllm import convert  # not needed by every run
 
-    return convert.open_source(pretrained)
+    return convert.open_source(pretrained, weights)
 
 
 def described(model, source):

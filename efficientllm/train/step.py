@@ -15,9 +15,11 @@ from efficientllm.adapters.lora import seeded
 from efficientllm.adapters.selected import Full
 from efficientllm.attention import Context
 from efficientllm.optim import rules
+from efficientllm.quant import tree as quant
 from efficientllm.train.loss import nll_sum
 
 FULL = Full()
+AS_THEY_ARE = ((quant.TABLE.pattern, "float32"),)  # embeddings and the head (arXiv:2305.14314, Section 3)
 
 
 @flax.struct.dataclass
@@ -46,27 +48,31 @@ def init_params(lm, seed, length):
     return lm.init(jax.random.key(seed), tokens_BT, Context.packed(tokens_BT))["params"]
 
 
-def create(lm, train, method, seed, boxed, held):
-    """The TrainState of parameters `held`, all boxed; `boxed` is the plain model's tree (see `adapters.attach`)."""
+def create(lm, train, method, seed, boxed, held, form="float32"):
+    """The TrainState of parameters `held`, all boxed; `boxed` is the plain model's tree (see `adapters.attach`).
+
+    Kernels are put into the quantised `form` before the method's leaves go around them.
+    """
     key = jax.random.key(seed)
+    held = quant.quantize(held, form, AS_THEY_ARE)
     learnt, frozen = split(method, lm, attach(method, boxed, held, jax.random.fold_in(key, 1)))
     opt_state = rules.optimizer(train, nn.unbox(learnt), method.rates).init(learnt)
     return TrainState(jnp.zeros((), jnp.int32), learnt, opt_state, jax.random.key_data(key), frozen)
 
 
-def init_state(lm, train, seed, length, method=FULL):
+def init_state(lm, train, seed, length, method=FULL, form="float32"):
     """A function of no arguments that makes a new model's TrainState, boxed."""
 
     def init():
         boxed = init_params(lm, seed, length)
-        return create(lm, train, method, seed, boxed, boxed)
+        return create(lm, train, method, seed, boxed, boxed, form)
 
     return init
 
 
-def jit_create(lm, train, seed, length, shardings, method=FULL):
+def jit_create(lm, train, seed, length, shardings, method=FULL, form="float32"):
     """A jitted function of no arguments: the TrainState on its shardings; no array is ever made unsharded."""
-    init = init_state(lm, train, seed, length, method)
+    init = init_state(lm, train, seed, length, method, form)
     return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)
 
 

@@ -9,10 +9,10 @@ def get_config():
         baseline="gqa",
         variants={"gqa": "configs/base.py", "gqa_again": "configs/base.py"},
         seeds=(0,),
-        repeats=6,
+        repeats=12,
         equal={"tokens": 0.0, "parameters": 0.0, "flops": 0.0},
         overrides={
-            "train.steps": 240,
+            "train.steps": 60,
             "train.batch_size": 4,
             "eval.every": 0,
             "eval.batches": 1,

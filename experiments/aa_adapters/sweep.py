@@ -12,7 +12,7 @@ def get_config():
         repeats=6,
         equal={"tokens": 0.0, "parameters": 0.0, "flops": 0.0},
         overrides={
-            "train.steps": 240,
+            "train.steps": 60,
             "train.batch_size": 4,
             "eval.every": 0,
             "eval.batches": 1,

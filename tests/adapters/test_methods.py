@@ -14,6 +14,7 @@ from efficientllm import accounting, model, sharding
 from efficientllm.adapters.base import attach, box, join, merge, split
 from efficientllm.errors import UserError
 from efficientllm.metrics.flops import count_needed_flops
+from efficientllm.quant.rows import Rows
 from efficientllm.registry import build, names
 from efficientllm.train import step
 
@@ -70,11 +71,11 @@ def tuned(spec, kind="mixer", technique="gqa"):
     return method, lm, params, state.replace(params=moved)
 
 
-def start(method, lm, params):
+def start(method, lm, params, form="float32"):
     config = base.get_config()
     boxed = model.abstract_params(lm)
     held = jax.tree.map(lambda a, b: box(b, a.names), boxed, params, is_leaf=lambda leaf: hasattr(leaf, "names"))
-    return nn.unbox(step.create(lm, config.train, method, 0, boxed, held))
+    return nn.unbox(step.create(lm, config.train, method, 0, boxed, held, form))
 
 
 def logits(lm, params):
@@ -94,6 +95,27 @@ def test_leaves_multiply_as_their_dense_kernels_do(spec, kind, technique):
     found = logits(lm, state.all_params)
     np.testing.assert_allclose(found, logits(lm, merge(state.all_params)), atol=1e-4)
     assert jnp.abs(found - logits(lm, params)).max() > 1e-2
+
+
+ADAPTERS = [name for name in SPECS if build("adapter", SPECS[name]).learnt and name != "pissa"]
+
+
+@pytest.mark.parametrize("spec", [pytest.param(n, marks=[pytest.mark.slow] * (n != "lora")) for n in ADAPTERS])
+def test_beside_rounded_kernels_it_learns_as_beside_what_they_stand_for(spec):
+    """QLoRA: arXiv:2305.14314, Eq. 5, with every method that has leaves."""
+    method, lm, params, _ = tuned(spec)
+    state = start(method, lm, params, "nf4(block=32)")
+    rounded = lambda leaf: isinstance(leaf, Rows)  # noqa: E731
+    names = {leaf.name for leaf in jax.tree.leaves(state.frozen, is_leaf=rounded) if rounded(leaf)}
+    assert names == {"nf4"} and not rounded(state.frozen["embedding"])
+    dense = jax.tree.map(lambda leaf: leaf.dense() if rounded(leaf) else leaf, state.all_params, is_leaf=rounded)
+    run = jax.jit(lambda learnt, frozen: step.gradients(lm, learnt, contract.batch(), 1, frozen))
+    (ours, metrics), (theirs, expected) = run(state.params, state.frozen), run(*split(method, lm, dense))
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], atol=1e-5)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    plain = logits(lm, params)
+    assert jnp.abs(logits(lm, state.all_params) - plain).max() > 1e-3  # it is rounded
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from efficientllm import convert, model
+from efficientllm.adapters.base import merge
 from efficientllm.attention import Context
 from efficientllm.errors import UserError
+from efficientllm.quant.rows import Rows
 from efficientllm.registry import build
 
 from . import folders
@@ -146,3 +148,15 @@ def _topics():
 def _perplexity(logits, ids):
     logp = jax.nn.log_softmax(logits[:, :-1])
     return float(jnp.exp(-jnp.mean(jnp.take_along_axis(logp, jnp.asarray(ids[:, 1:, None]), -1))))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_are_kept_as_they_are(kind, tmp_path):
+    write(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType[kind])
+    source = convert.open_source(tmp_path / "m.gguf")
+    lm = source.lm(scan=False)
+    abstract = nn.unbox(model.abstract_params(lm))
+    stored, dense = source.load_stored(abstract, lm), source.load(abstract)
+    held = jax.tree.leaves(stored, is_leaf=lambda leaf: isinstance(leaf, Rows))
+    assert sum(isinstance(leaf, Rows) for leaf in held) == 1 + 2 * 7  # the embedding, and a layer's matrices
+    jax.tree.map(np.testing.assert_array_equal, merge(stored), dense)

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 import runs as small
 from efficientllm.errors import UserError
-from efficientllm.sweep import Sweep, check, execute, launch, spec
+from efficientllm.report import markdown, rows
+from efficientllm.sweep import Sweep, check, execute, grid, launch, spec
 from efficientllm.sweep.__main__ import main, stoppable
 
 # A program in the place of a training run: what it does is its seed's and its mixer's.
@@ -34,8 +36,13 @@ if what == "sleep":
     time.sleep(60)
 if what in ("crash", "invalid", "stopped"):
     sys.exit({"crash": 1, "invalid": 2, "stopped": 143}[what])
-from efficientllm.metrics import record
-row = record.build_record(outcome=what, name="x", task="pretrain", config={"what": what}, provenance={})
+from efficientllm.metrics import reading, record
+loss = float(argv.get("config.loss", "nan"))
+quality = {"eval_loss": reading.Reading(loss, "nat", "made up")} if "config.loss" in argv else None
+row = record.build_record(
+    outcome=what, name="x", task="pretrain", config={"what": what}, quality=quality,
+    provenance={"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:07+00:00"},
+)
 record.write_record(row, folder / "record.json")
 sys.exit(0 if what == "ok" else 3)
 """
@@ -81,6 +88,7 @@ def test_every_end_is_a_row(what, outcome, tmp_path):
     assert row["outcome"] == outcome and row["sweep"] == run.place
     if outcome not in ("ok", "nan"):
         assert row["log_tail"] == [f"this is {what}"]
+        assert platform.node() not in json.dumps(row["provenance"])
     # What has a row is not run again, until it is asked for.
     execute_program(run, tmp_path / run.folder)
     assert (tmp_path / "ran.txt").read_text().count(run.folder) == 1
@@ -117,6 +125,29 @@ def test_failures_stop_nothing_and_the_command_goes_on(tmp_path, monkeypatch):
     assert len((tmp_path / "ran.txt").read_text().split()) == len(runs)
 
 
+def test_a_grid_gives_each_variant_the_value_of_its_least_loss(tmp_path):
+    what = {"a": "ok", "b": "ok", "c": "nan"}
+    variants = {name: ("configs/base.py", {"what": value}) for name, value in what.items()}
+    ours = sweep(variants=variants, seeds=(5, 6), grid=("loss", ("2.5", "1.5", "3.5")))
+    tries = list(grid.runs(ours))
+    assert len(tries) == 9 and {run.seed for run in tries} == {5}
+    for run in tries:
+        execute_program(run, tmp_path / grid.FOLDER / run.folder)
+    chosen = grid.choose(ours, tmp_path)
+    assert chosen == {"a": ("--config.loss=1.5",), "b": ("--config.loss=1.5",), "c": ()}
+    found = [run for run in spec.runs(ours, (), chosen) if run.variant != "c"]
+    assert all(run.argv[-2:] == ("--config.loss=1.5", f"--config.seed={run.seed}") for run in found)
+    assert "its own: no try ended well" in grid.table(ours, tmp_path)
+    # A report ranks none of the tries, and says what they cost.
+    for run in found:
+        execute_program(run, tmp_path / run.folder)
+    files, _ = rows.find([tmp_path])
+    assert len(files) == len(found)
+    (said,) = rows.grids([tmp_path])
+    text = markdown._grid(said)
+    assert "| a | 1.5 | 1.5000 | chosen | 3, 21 s |" in text and "| c | 1.5 | – | nan |" in text
+
+
 def test_equality_is_checked_before_anything_runs():
     wide = {"a": "configs/base.py", "b": ("configs/base.py", {"model.ffn": "swiglu(hidden=512)"})}
     base = {"tokenizer": "bytes"}
@@ -136,6 +167,7 @@ def test_equality_is_checked_before_anything_runs():
         ({"seeds": ()}, "it needs a seed"),
         ({"search": ("train.steps", 1, 8)}, "needed are a key"),
         ({"search": ("train.length", 64, 8)}, "needed are a key"),
+        ({"grid": ("train.schedule", "constant(peak=1)")}, "two values or more"),
     ],
 )
 def test_a_bad_sweep_is_refused(changes, message):

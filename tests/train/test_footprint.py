@@ -22,6 +22,7 @@ def described(method="full()", **model):
     config = base.get_config()
     config.train.batch_size, config.train.length = ROWS, LENGTH
     lm, method = contract.build("mixer", "gqa", size=SIZE, **model), build("adapter", method)
+    lm = lm.clone(scan=False) if method.unrolled else lm
     state = nn.unbox(jax.eval_shape(step.init_state(lm, config.train, 0, LENGTH, method)))
     return lm, method, state, config.train
 
@@ -34,7 +35,15 @@ def planned(lm, method, state, train):
     return memory.compiled_memory(lowered.compile(compiler_options=options))["total_bytes"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"remat": "full"}, {"method": "lora(rank=4)"}, {"ffn": "gelu"}], ids=str)
+METHODS = [
+    *("rslora(rank=4)", "lora_plus(rank=4)", "dora(rank=4)", "pissa(rank=4)", "loha(rank=4)", "lokr(rank=4)"),
+    *("glora(rank=4)", "freeze(last=1)"),
+]
+CASES = [{}, {"remat": "full"}, {"method": "lora(rank=4)"}, {"ffn": "gelu"}]
+CASES += [pytest.param({"method": method}, marks=pytest.mark.slow) for method in METHODS]
+
+
+@pytest.mark.parametrize("changes", CASES, ids=str)
 def test_memory_is_the_compilers(changes):
     found = described(**changes)
     lm, _, state, _ = found

@@ -151,8 +151,10 @@ def _peft(method, model, options, host):
     optimiser = torch.optim.AdamW(learnt, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step(tokens):
+        # The same positions on both sides: transformers would else run the last token through the model for nothing.
         ids = torch.from_numpy(tokens).long()
-        loss = plain(input_ids=ids, labels=ids, use_cache=False).loss
+        inputs, targets = ids[:, :-1], ids[:, 1:].contiguous()
+        loss = plain(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learnt, 1.0)
         optimiser.step()
@@ -190,7 +192,7 @@ def _ours(method, model, options, host):
     where = sharding.shardings(abstract, mesh)
     run = setup.Setup(
         config=config, mesh=mesh, tokenizer=None, lm=lm, batches=None, eval_batches=None, method=tuned, source=source,
-        boxed=boxed, shaped=None, shardings=where, rss_before=before,
+        boxed=boxed, shaped=None, shardings=where, data={}, rss_before=before,
     )  # fmt: skip
     state = setup.create_state(run)
     train = step.jit_train_step(lm, config.train, mesh, where, tuned)

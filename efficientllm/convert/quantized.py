@@ -1,0 +1,140 @@
+"""Folders whose weights others have rounded, read as if they had not been: block-wise float8, GPTQ, AWQ.
+
+A tensor is decoded when it is read, one at a time; `stored` gives the codes themselves as a leaf. Letters: K inputs, N
+outputs.
+"""
+
+import json
+import math
+
+import ml_dtypes
+import numpy as np
+
+from efficientllm.convert.safetensors_file import SafetensorsFolder
+from efficientllm.errors import UserError
+from efficientllm.quant import checkpoints
+
+KEY = "quantization_config"
+WEIGHT = ".weight"
+
+
+def folder(path, config):
+    """What reads the tensors of a folder with this config.json. Raises UserError for a rounding that is not known."""
+    said = config.get(KEY)
+    if not said:
+        return SafetensorsFolder(path)
+    kind = said.get("quant_method") if isinstance(said, dict) else None
+    if kind == "fp8":
+        return BlockFloat8(path, said)
+    if kind in ("gptq", "awq"):
+        return Packed(path, said)
+    raise _refusal(path, said, "known are quant_method fp8 (with weight_block_size), gptq and awq")
+
+
+def _refusal(path, said, because):
+    return UserError(f"{path / 'config.json'}: {KEY} = {json.dumps(said)} is not supported: {because}")
+
+
+class BlockFloat8:
+    """DeepSeek-V3's files: float8 weights `[N, K]` and a factor for each block of them in `weight_scale_inv`
+    (arXiv:2412.19437, Section 3.3.2)."""
+
+    suffix = "_scale_inv"
+
+    def __init__(self, path, said):
+        self._files = SafetensorsFolder(path)
+        self._block = said.get("weight_block_size")
+        if not (isinstance(self._block, list) and len(self._block) == 2 and all(b > 0 for b in self._block)):
+            raise _refusal(path, said, "weight_block_size must be two numbers")
+        held = self._files.shapes
+        self.shapes = {name: shape for name, shape in held.items() if not name.endswith(self.suffix)}
+        for name, shape in self.shapes.items():
+            if self._files.dtype(name).itemsize == 1:
+                self._check(path, name, shape, held.get(name + self.suffix))
+
+    def _check(self, path, name, shape, found):
+        wanted = tuple(-(-size // block) for size, block in zip(shape, self._block, strict=True))
+        if found != wanted:
+            shown = "missing" if found is None else f"of shape {list(found)}"
+            raise UserError(f"{path}: tensor {name + self.suffix!r} is {shown}; {name!r} needs {list(wanted)}")
+
+    def dtype(self, name):
+        """What the weights were before: bfloat16."""
+        found = self._files.dtype(name)
+        return np.dtype(ml_dtypes.bfloat16) if found.itemsize == 1 else found
+
+    def read(self, name):
+        """The tensor, float32 where it was rounded."""
+        found = self._files.read(name)
+        if found.dtype.itemsize > 1:
+            return found
+        factors = self._files.read(name + self.suffix).astype(np.float32)
+        for axis, block in enumerate(self._block):
+            factors = factors.repeat(block, axis)
+        return found.astype(np.float32) * factors[: found.shape[0], : found.shape[1]]
+
+    def stored(self, name):
+        """No leaf of ours holds blocks of float8."""
+        return None
+
+
+class Packed:
+    """AutoGPTQ's and AutoAWQ's files: `qweight`, `qzeros` and `scales` in the place of a kernel's `weight`."""
+
+    def __init__(self, path, said):
+        self._files, self._where, self._kind = SafetensorsFolder(path), path, said["quant_method"]
+        if said.get("bits") != 4:
+            raise _refusal(path, said, "bits must be 4")
+        if self._kind == "awq" and (version := str(said.get("version", "gemm")).lower()) != "gemm":
+            raise _refusal(path, said, f"version {version!r}; only gemm's layout is known")
+        # AutoGPTQ's first format stores zero - 1; gptqmodel's second one does not.
+        self._version = 2 if said.get("checkpoint_format") == "gptq_v2" else 1
+        held = self._files.shapes
+        self._packed = {name.removesuffix(".qweight") + WEIGHT for name in held if name.endswith(".qweight")}
+        parts = ("qweight", "qzeros", "scales", "g_idx")
+        own = {f"{name.removesuffix(WEIGHT)}.{part}" for name in self._packed for part in parts}
+        self.shapes = {name: shape for name, shape in held.items() if name not in own}
+        self.shapes |= {name: self._shape(name) for name in self._packed}
+
+    def _part(self, name, part, needed=True):
+        full = f"{name.removesuffix(WEIGHT)}.{part}"
+        if full in self._files.shapes:
+            return self._files.read(full)
+        if needed:
+            raise UserError(f"{self._where}: tensor {full!r} is missing")
+        return None
+
+    def _shape(self, name):
+        rows, columns = self._files.shapes[f"{name.removesuffix(WEIGHT)}.qweight"]
+        return (columns, rows * 8) if self._kind == "gptq" else (columns * 8, rows)
+
+    def dtype(self, name):
+        """float16 for what is packed, as its scales are."""
+        return np.dtype(np.float16) if name in self._packed else self._files.dtype(name)
+
+    def read(self, name):
+        """The tensor; `[N, K]` float32 where it was packed."""
+        leaf = self.stored(name)
+        return self._files.read(name) if leaf is None else np.asarray(leaf.rows())
+
+    def stored(self, name):
+        """The `Int4` of a packed kernel `[N, K]` in numpy, or None."""
+        if name not in self._packed:
+            return None
+        words = [self._part(name, part) for part in ("qweight", "qzeros", "scales")]
+        self._check_parts(name, *(each.shape for each in words))
+        if self._kind == "awq":
+            return checkpoints.from_awq(*words)
+        try:
+            return checkpoints.from_gptq(*words, self._part(name, "g_idx", needed=False), self._version)
+        except UserError as error:
+            raise UserError(f"{self._where}: {name!r}: {error}") from None
+
+    def _check_parts(self, name, codes, zeros, scales):
+        N, K = self._shape(name)
+        groups = scales[0] if len(scales) == 2 else 0
+        if not groups or K % groups or scales[1] != N or math.prod(zeros) * 8 != groups * N:
+            raise UserError(
+                f"{self._where}: {name!r}: qweight {list(codes)}, qzeros {list(zeros)} and scales {list(scales)} do "
+                "not fit each other"
+            )

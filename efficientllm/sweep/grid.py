@@ -1,0 +1,78 @@
+"""What each variant is run with, chosen before it is compared: the value of one key with the least held-out loss.
+
+Every try is a run of its own with a row of its own, in the folder `grid`, which reports leave out of their rankings;
+what the tries cost stands in `grid.json` and in the report.
+"""
+
+import datetime
+import json
+
+from efficientllm.metrics.record import read_record
+from efficientllm.sweep import execute, spec
+from efficientllm.workdir import write_atomically
+
+FOLDER = "grid"
+
+
+def runs(sweep, extra=()):
+    """A run of every variant with every value, at the first seed."""
+    key, values = sweep.grid
+    for order, value in enumerate(values):
+        for variant in sweep.variants:
+            argv = (*spec.argv_of(sweep, variant, extra), _flag(key, value), f"--config.seed={sweep.seeds[0]}")
+            yield spec.Run(sweep.name, variant, sweep.baseline, 0, order, sweep.seeds[0], argv)
+
+
+def choose(sweep, out, extra=()):
+    """`{variant: flags}` from the rows of the tries, also written to `grid.json` in `out`.
+
+    A variant of which no try ended well has no flags: it runs as it stands.
+    """
+    key, values = sweep.grid
+    tries = {variant: [] for variant in sweep.variants}
+    for run in runs(sweep, extra):
+        tries[run.variant].append({"value": values[run.order], **_found(out / FOLDER / run.folder)})
+    best = {variant: _best(found) for variant, found in tries.items()}
+    text = {variant: {"chosen": best[variant], "tries": found} for variant, found in tries.items()}
+    write_atomically(out / "grid.json", json.dumps({"sweep": sweep.name, "key": key, "variants": text}, indent=2))
+    return {variant: () if value is None else (_flag(key, value),) for variant, value in best.items()}
+
+
+def table(sweep, out):
+    """What was chosen, as text."""
+    found = json.loads((out / "grid.json").read_text())
+    lines = [f"{'variant':24}{'held-out loss':>14}  chosen {found['key']}"]
+    for variant, each in found["variants"].items():
+        loss = min((t["eval_loss"] for t in each["tries"] if t["eval_loss"] is not None), default=float("nan"))
+        lines.append(f"{variant:24}{loss:14.4f}  {each['chosen'] or 'its own: no try ended well'}")
+    return "\n".join(lines)
+
+
+def _flag(key, value):
+    return f"--config.{key}={value}"
+
+
+def _found(folder):
+    """What a try's row says: outcome, held-out loss, wall time in s, energy in J."""
+    row = read_record(folder / "record.json")
+    loss = row["quality"].get("eval_loss") if execute.outcome(folder) == "ok" else None
+    return {
+        "outcome": row["outcome"],
+        "eval_loss": loss,
+        "seconds": _seconds(row["provenance"]),
+        "energy_j": row["physical"].get("energy_j"),
+    }
+
+
+def _seconds(provenance):
+    """Wall time of a run that ended by itself, or None."""
+    try:
+        begin, end = (datetime.datetime.fromisoformat(provenance[key]) for key in ("started", "ended"))
+    except (KeyError, TypeError):
+        return None
+    return (end - begin).total_seconds()
+
+
+def _best(tries):
+    ended = [each for each in tries if each["eval_loss"] is not None]
+    return min(ended, key=lambda each: each["eval_loss"])["value"] if ended else None

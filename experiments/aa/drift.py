@@ -1,0 +1,78 @@
+"""Where a machine's noise comes from: three kinds of work in turn, and how far their speed strays over what time.
+
+  python experiments/aa/drift.py --seconds=180
+
+A Python loop uses one core and no memory, a matrix product all cores and the caches, a copy the memory. White noise
+averages out: the spread of means over n times as long is that divided by sqrt(n). What does not shrink is drift, and no
+length of run helps against it; runs close to each other in time do.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+WINDOWS = (1, 5, 20)  # of rounds: the lengths whose means are compared
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    works = {"loop": loop, "product": product(), "copy": copy()}
+    rates = {name: [] for name in works}
+    begin = time.perf_counter()
+    end = begin + parser.parse_args().seconds
+    while time.perf_counter() < end:
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            rates[name].append(1 / (time.perf_counter() - start))
+    rounds = len(rates["loop"])
+    print(table(rates, (time.perf_counter() - begin) / rounds))
+
+
+def loop():
+    for _ in range(2_000_000):
+        pass
+
+
+def product():
+    """Products of matrices of 1 MB, which stay in a core's cache."""
+    x = jnp.ones((512, 512), jnp.float32) / 512
+
+    def run(x):
+        return jax.lax.fori_loop(0, 100, lambda _, y: y @ x, x)
+
+    compiled = jax.jit(run).lower(x).compile()
+    return lambda: jax.block_until_ready(compiled(x))
+
+
+def copy():
+    """A sum of two arrays of 256 MB, which stay in no cache."""
+    x = jnp.ones(64 * 2**20, jnp.float32)
+    compiled = jax.jit(lambda x: x + 1).lower(x).compile()
+    return lambda: jax.block_until_ready(compiled(x))
+
+
+def table(rates, seconds):
+    """Spread (standard deviation over mean) of means over windows, and the slowest and fastest twentieth."""
+    head = "".join(f"{f'over {count * seconds:.1f} s':>14}" for count in WINDOWS)
+    lines = [f"{'work':10}{head}{'5 % to 95 % of the median':>30}"]
+    for name, found in rates.items():
+        cells = "".join(f"{spread(found, count):14.1%}" for count in WINDOWS)
+        ordered, middle = sorted(found), statistics.median(found)
+        low, high = (ordered[int(share * (len(ordered) - 1))] / middle for share in (0.05, 0.95))
+        lines.append(f"{name:10}{cells}{f'{low:.2f} to {high:.2f}':>30}")
+    return "\n".join(lines)
+
+
+def spread(values, count):
+    """Standard deviation over mean of the means of `count` values that follow each other."""
+    means = [statistics.mean(values[i : i + count]) for i in range(0, len(values) - count + 1, count)]
+    return statistics.stdev(means) / statistics.mean(means) if len(means) > 1 else float("nan")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Folders that others have rounded: block-wise float8, GPTQ and AWQ, against the weights that they stand for."""
+
+import json
+import struct
+
+import flax.linen as nn
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from efficientllm import convert, model
+from efficientllm.attention import Context
+from efficientllm.errors import UserError
+from efficientllm.quant.int4 import Int4
+
+from . import folders
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96}
+GROUP = 32
+
+
+def write_raw(file, tensors):
+    """A safetensors file with dtypes that the package's numpy side does not know."""
+    names = {"float8_e4m3fn": "F8_E4M3", "float32": "F32"}
+    header, at = {}, 0
+    for name, value in tensors.items():
+        header[name] = {"dtype": names[value.dtype.name], "shape": value.shape, "data_offsets": [at, at + value.nbytes]}
+        at += value.nbytes
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(value.tobytes() for value in tensors.values()))
+
+
+def is_linear(name):
+    return "_proj" in name
+
+
+def float8(folder, plain):
+    """The model of `plain` in blocks of 16 x 32, and the weights that they stand for."""
+    stored, exact = {}, {}
+    for name, value in plain.items():
+        if not is_linear(name):
+            stored[name] = exact[name] = value
+            continue
+        N, K = value.shape
+        scale = np.zeros((-(-N // 16), -(-K // 32)), np.float32)
+        rounded, back = np.zeros((N, K), ml_dtypes.float8_e4m3fn), np.zeros((N, K), np.float32)
+        for i, j in np.ndindex(scale.shape):
+            block = np.s_[16 * i : 16 * i + 16, 32 * j : 32 * j + 32]
+            scale[i, j] = np.abs(value[block]).max() / 448
+            rounded[block] = value[block] / scale[i, j]
+            back[block] = rounded[block].astype(np.float32) * scale[i, j]
+        stored[name], stored[f"{name}_scale_inv"], exact[name] = rounded, scale, back
+    write_raw(folder / "model.safetensors", stored)
+    return exact, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 32]}
+
+
+def packed(kind):
+    """AutoGPTQ's or AutoAWQ's words, code by code, of random codes."""
+
+    def words(x_KN, along, order):
+        x = x_KN if along else x_KN.T
+        out = np.zeros((x.shape[0], x.shape[1] // 8), np.uint32)
+        for i, column in enumerate(order):
+            out |= x[:, column::8].astype(np.uint32) << np.uint32(4 * i)
+        return (out if along else out.T).copy().view(np.int32)
+
+    def write(folder, plain):
+        rng = np.random.default_rng(1)
+        stored, exact = {}, {}
+        for name, value in plain.items():
+            if not is_linear(name):
+                stored[name] = exact[name] = value
+                continue
+            N, K = value.shape
+            codes, zeros = rng.integers(0, 16, (K, N)), rng.integers(1, 16, (K // GROUP, N))
+            scales = (rng.random((K // GROUP, N)) / 40).astype(np.float16)
+            inner = name.removesuffix("weight")
+            order = range(8) if kind == "gptq" else (0, 2, 4, 6, 1, 3, 5, 7)
+            stored[f"{inner}qweight"] = words(codes, kind == "awq", order)
+            stored[f"{inner}qzeros"] = words(zeros - (kind == "gptq"), True, order)
+            stored[f"{inner}scales"] = scales
+            whole = (codes - zeros.repeat(GROUP, 0)) * scales.astype(np.float32).repeat(GROUP, 0)
+            exact[name] = whole.T.astype(np.float32).copy()
+        save_file(stored, folder / "model.safetensors")
+        return exact, {"quant_method": kind, "bits": 4, "group_size": GROUP}
+
+    return write
+
+
+WRITERS = {"fp8": float8, "gptq": packed("gptq"), "awq": packed("awq")}
+
+
+@pytest.fixture(params=WRITERS)
+def both(request, tmp_path):
+    """`(kind, folder that is rounded, folder of the exact weights)`."""
+    rounded, plain = tmp_path / "rounded", tmp_path / "plain"
+    tensors = folders.llama(rounded, **SHAPE)
+    exact, said = WRITERS[request.param](rounded, tensors)
+    (rounded / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": said}))
+    folders.llama(plain, lambda tensors: tensors.update(exact), **SHAPE)
+    return request.param, rounded, plain
+
+
+def loaded(folder, scan=True):
+    source = convert.open_source(folder)
+    lm = source.lm(scan=scan)
+    return source, lm, nn.unbox(model.abstract_params(lm))
+
+
+def test_it_reads_as_the_weights_it_stands_for(both):
+    _, rounded, plain = both
+    (ours, _, abstract), (theirs, _, _) = loaded(rounded), loaded(plain)
+    jax.tree.map(np.testing.assert_array_equal, ours.load(abstract), theirs.load(abstract))
+
+
+def test_stored_kernels_are_kept_and_multiply(both):
+    kind, rounded, plain = both
+    source, lm, abstract = loaded(rounded, scan=False)
+    if kind == "fp8":
+        with pytest.raises(UserError, match="holds no weights that are rounded"):
+            source.load_stored(abstract, lm)
+        return
+    stored, exact = source.load_stored(abstract, lm), loaded(plain)[0].load(abstract)
+    kernel = stored["group_1"]["block_0"]["mixer"]["q"]["kernel"]
+    assert isinstance(kernel, Int4) and kernel.values.nbytes == 64 * 64 // 2
+    np.testing.assert_array_equal(kernel.dense(), exact["group_1"]["block_0"]["mixer"]["q"]["kernel"])
+    ids = np.arange(24, dtype=np.int32)[None]
+    logits = [lm.apply({"params": params}, ids, Context.packed(ids))[0] for params in (stored, exact)]
+    np.testing.assert_allclose(*logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind, change, said",
+    [
+        ("fp8", {"weight_block_size": None}, "weight_block_size must be two numbers"),
+        ("gptq", {"bits": 8}, "bits must be 4"),
+        ("awq", {"version": "gemv"}, "only gemm's layout"),
+        ("gptq", {"quant_method": "aqlm"}, "known are quant_method fp8"),
+    ],
+)
+def test_other_roundings_are_refused_by_name(kind, change, said, tmp_path):
+    _, config = WRITERS[kind](tmp_path, folders.llama(tmp_path, **SHAPE))
+    folder = folders.LLAMA | SHAPE | {"quantization_config": config | change}
+    (tmp_path / "config.json").write_text(json.dumps(folder))
+    with pytest.raises(UserError, match=said) as error:
+        convert.open_source(tmp_path)
+    assert "quantization_config" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind, broken, said",
+    [
+        ("fp8", "_scale_inv", "q_proj.weight_scale_inv' is missing"),
+        ("gptq", "qzeros", "q_proj.qzeros' is missing"),
+    ],
+)
+def test_a_missing_part_is_named(kind, broken, said, tmp_path, monkeypatch):
+    from efficientllm.convert.safetensors_file import SafetensorsFolder
+
+    _, config = WRITERS[kind](tmp_path, folders.llama(tmp_path, **SHAPE))
+    (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": config}))
+    opened = SafetensorsFolder.__init__
+
+    def without(self, folder):
+        opened(self, folder)
+        self.shapes = {
+            name: shape for name, shape in self.shapes.items() if not name.endswith(f"q_proj.weight{broken}")
+        }
+        self.shapes = {name: shape for name, shape in self.shapes.items() if not name.endswith(f"q_proj.{broken}")}
+
+    monkeypatch.setattr(SafetensorsFolder, "__init__", without)
+    with pytest.raises(UserError, match=said):
+        source, lm, abstract = loaded(tmp_path)
+        source.load(abstract)
