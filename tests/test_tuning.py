@@ -65,6 +65,9 @@ def test_a_row_counts_samples_and_what_learns(whole):
         f"{data['train_cut']} of {data['train_documents']} records are longer than 48"
         in (whole / "log.txt").read_text()
     )
+    learnt = row["physical"]["params_trainable"]
+    assert 3 * 4 * learnt < row["physical"]["checkpoint_bytes"] < 3 * 4 * learnt + 200_000  # and two moments
+    assert row["physical"]["mbu_copy"] is None and "too short" in row["sources"]["mbu_copy"]["reason"]
     losses = runs.losses(whole)
     assert len(losses) == 12 and losses[12] < losses[1]
 

@@ -225,6 +225,7 @@ def compile_steps(setup):
     compiled = lowered.compile()
     setup.compile_s = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
     peaks.measure_gemm_peak(activation_dtype(setup.lm.precision).name)  # at most once a host, and not between steps
+    peaks.measure_copy_bandwidth()
     setup.program_flops, setup.program_memory = _program_flops(traced.jaxpr), _program_memory(compiled)
     setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
     token_bytes = jax.ShapeDtypeStruct((setup.lm.vocab_size,), jnp.float32, sharding=sharding.replicated(setup.mesh))
