@@ -37,6 +37,7 @@ setup(
     packages=find_packages(include=["efficientllm", "efficientllm.*"]),
     package_data={
         "efficientllm.report": ["data/*.json", "page/*"],
+        "efficientllm.plan": ["data/*.json"],
         "efficientllm.native": ["*.cc", "*.h", "*.inc"],
     },
     ext_modules=native(),

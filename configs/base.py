@@ -75,6 +75,11 @@ def get_config():
     config.infer.repeats = 5  # measured batches
     config.infer.baseline = "float32"  # what MCR compares with: a form scored in the same run, or a record.json
 
+    config.plan = ConfigDict()  # of the task plan
+    config.plan.hardware = "cpu"  # or gh200_96, h200, h100, a100, b200, v5e, v5p, v6e
+    config.plan.devices = 1
+    config.plan.calibration = ""  # a folder of measured runs on that hardware, or the file made from one
+
     config.metrics = ConfigDict()
     config.metrics.meter = ""  # a CSV of (unix time in s, W) that a meter of yours writes meanwhile
     config.metrics.interval_s = 0.1  # seconds between samples of power, memory and utilisation

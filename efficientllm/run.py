@@ -15,6 +15,8 @@ def run(config, path=None, overwrite=False):
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
     distributed.initialise()
     task = distributed.together(lambda: _task(config))
+    if hasattr(task, "before_devices"):
+        task.before_devices(config)
     # The main process makes the folder, or empties it, before another looks at it.
     made = distributed.together(lambda: Workdir(config, path, overwrite) if distributed.is_main() else None)
     workdir = distributed.together(lambda: made or Workdir(config, path))

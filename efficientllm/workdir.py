@@ -10,7 +10,19 @@ from efficientllm.errors import UserError
 
 # Keys that may change between the parts of a resumed run: they change how it is watched, saved or spread, not what it
 # computes.
-FREE = ("name", "task", "imports", "mesh", "train.steps", "train.log_every", "eval", "checkpoint", "sample", "metrics")
+FREE = (
+    "name",
+    "task",
+    "imports",
+    "mesh",
+    "train.steps",
+    "train.log_every",
+    "eval",
+    "checkpoint",
+    "sample",
+    "metrics",
+    "plan",
+)
 
 
 def plain(config):

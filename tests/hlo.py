@@ -1,12 +1,8 @@
-"""Reads the text of a compiled program: which arrays it makes, in which computations."""
+"""The text of a compiled program as tests look at it: which arrays it makes, and whether in a loop."""
 
-import re
 from typing import NamedTuple
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
-_ARRAY = re.compile(r"\b([a-z]+\d+)\[([\d,]+)\]")
-_CALLS = re.compile(r"\b(\w+)=%([\w.-]+)")
+from efficientllm.plan import hlo
 
 
 class Instruction(NamedTuple):
@@ -20,34 +16,13 @@ class Instruction(NamedTuple):
 
 def instructions(text):
     """Every instruction of a module that makes an array."""
-    lines, name = {}, None
-    for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            name = found[1]
-            lines[name] = []
-        elif name:
-            lines[name].append(line)
-    looped = _in_loops(lines)
+    program = hlo.Program(text)
     return [
-        Instruction(found[2], _shapes(found[1]), name in looped, line.strip())
-        for name, body in lines.items()
-        for line in body
-        if (found := _INSTRUCTION.match(line))
+        Instruction(each.op, _shapes(each), name in program.in_loops, each.text)
+        for name, computation in program.computations.items()
+        for each in computation.values()
     ]
 
 
-def _shapes(text):
-    return tuple(tuple(int(size) for size in sizes.split(",")) for _, sizes in _ARRAY.findall(text))
-
-
-def _in_loops(lines):
-    """The computations that run once an iteration of some loop."""
-    calls = {name: [call for line in body for call in _CALLS.findall(line)] for name, body in lines.items()}
-    waiting = [called for found in calls.values() for role, called in found if role == "body"]
-    looped = set()
-    while waiting:
-        name = waiting.pop()
-        if name not in looped:
-            looped.add(name)
-            waiting += [called for _, called in calls.get(name, ()) if called in lines]
-    return looped
+def _shapes(instruction):
+    return tuple(array.shape for array in instruction.arrays if array.shape and array.dtype != "pred")

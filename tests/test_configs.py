@@ -103,7 +103,7 @@ def test_every_key_is_read_by_somebody(tmp_path):
     read = {"imports", "task"}  # by run.run, before the task
     run.import_plugins(config.imports)
     config.infer.repeats, config.infer.max_new_tokens, config.infer.prompt_length = 1, 2, 4
-    for name in ("pretrain", "infer"):
+    for name in ("pretrain", "infer", "plan"):
         task = registry.lookup("task", name)
         assert task(Watched(config, read), Workdir(config, tmp_path / name)) == 0
     assert flatten(config.to_dict()).keys() - read == set()

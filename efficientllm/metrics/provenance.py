@@ -41,7 +41,7 @@ def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None
         "host": {
             "name_hash": host.name_hash(),
             "os": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
         },
         "devices": {
             "platform": devices[0].platform,
@@ -92,7 +92,7 @@ def _version(package):
         return None
 
 
-def _processor():
+def processor():
     """The CPU's name and core count, as the system gives them."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

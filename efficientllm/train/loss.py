@@ -11,7 +11,10 @@ from efficientllm import kernels
 from efficientllm.sharding import constrain, current_mesh, spec
 from efficientllm.weights import matmul
 
-CHUNK_BYTES = 2**25  # float32 logits a device holds at a time
+CHUNK_BYTES = 2**25  # float32 logits a device holds at a time: what caches of CPUs bear
+# On accelerators: every chunk reads the head and adds to its gradient, which at 2**25 bytes of a vocabulary of 151,936
+# moves more memory than all layers do (seen in the programs that XLA compiles for an H200).
+ACCELERATOR_CHUNK_BYTES = 2**29
 
 
 def nll_sum(x_BTD, head_DV, batch, precision):
@@ -42,11 +45,12 @@ def _logits(x_BTD, head_DV, precision):
 
 
 def _chunks(B, T, V):
-    """Chunks of a row: the fewest of which one holds CHUNK_BYTES at most, or a token."""
+    """Chunks of a row: the fewest of which one holds the platform's bytes at most, or a token."""
     mesh, logits = current_mesh(), (B, 1, V)
     if mesh is not None:
         logits = NamedSharding(mesh, spec(("batch", None, "vocab"), logits, mesh)).shard_shape(logits)
-    tokens = max(1, CHUNK_BYTES // (4 * math.prod(logits)))
+    most = CHUNK_BYTES if kernels.platform() == "cpu" else ACCELERATOR_CHUNK_BYTES
+    tokens = max(1, most // (4 * math.prod(logits)))
     return -(-T // tokens)
 
 
@@ -62,6 +66,7 @@ def _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
 def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
     """Each group of rows has a gradient of the head of its own, and they are added up at the end: one sum over devices
     for all chunks, not one for each. Letter: N groups."""
+    head_DV = constrain(head_DV, None, "vocab")  # whole before the loop: not every compiler takes the gather out of it
     axes = _row_axes(len(x_BTD))
     N = 1 if axes is None else math.prod(current_mesh().shape[axis] for axis in axes)
 

@@ -1,0 +1,128 @@
+"""Measured rows beside the rooflines of their own steps: by how much real steps are slower, and how surely."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+
+from ml_collections import ConfigDict
+
+from efficientllm.errors import UserError
+from efficientllm.metrics import provenance
+from efficientllm.metrics.record import read_record
+from efficientllm.plan import estimate, steps
+from efficientllm.plan import hardware as hardwares
+from efficientllm.workdir import write_atomically
+
+TASKS = ("pretrain", "tune")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """`rows`: `{"path", "measured_s", "roofline_s", "watts", "pcu"}` each; watts and pcu are a device's, or None."""
+
+    hardware: str
+    rows: tuple
+
+    @property
+    def factor(self):
+        """Geometric mean of measured over least time."""
+        return _factor(self.rows)
+
+    @property
+    def errors(self):
+        """The relative error of each row's time as predicted from the others; empty for a single row."""
+        rows = self.rows
+        if len(rows) < 2:
+            return []
+        others = [_factor(rows[:i] + rows[i + 1 :]) for i in range(len(rows))]
+        return [factor * row["roofline_s"] / row["measured_s"] - 1 for row, factor in zip(rows, others, strict=True)]
+
+    def mean(self, key):
+        """The mean of what rows measured, None where none did."""
+        found = [row[key] for row in self.rows if row.get(key) is not None]
+        return statistics.fmean(found) if found else None
+
+    def summary(self):
+        """What a plan's row says of it."""
+        errors = [abs(error) for error in self.errors]
+        return {
+            "rows": len(self.rows),
+            "factor": self.factor,
+            "median_error": statistics.median(errors) if errors else None,
+            "worst_error": max(errors, default=None),
+        }
+
+
+def _factor(rows):
+    return math.exp(statistics.fmean(math.log(row["measured_s"] / row["roofline_s"]) for row in rows))
+
+
+def load(path, hardware, log, keep):
+    """The Calibration of `config.plan.calibration`: a file written here before, or a folder of runs on this hardware.
+
+    From a folder each row's own step is compiled, and the result is kept as the file `keep`. Raises UserError where
+    there is nothing to calibrate with.
+    """
+    file = pathlib.Path(path)
+    if not file.exists():
+        raise UserError(f"config.plan.calibration = {path!r}: no such file or folder")
+    if file.is_dir() or file.name == "record.json":
+        found = measure(file, hardware, log)
+        write_atomically(keep, json.dumps(dataclasses.asdict(found), indent=2))
+        return found
+    try:
+        held = json.loads(file.read_text())
+        found = Calibration(held["hardware"], tuple(held["rows"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"config.plan.calibration = {path!r}: no calibration: {error!r}") from None
+    if found.hardware != hardware.name or not found.rows:
+        raise UserError(f"config.plan.calibration = {path!r} is of {found.hardware}, not of {hardware.name}")
+    return found
+
+
+def measure(folder, hardware, log):
+    """The Calibration of the measured rows below a folder."""
+    files = [folder] if folder.is_file() else sorted(folder.rglob("record.json"))
+    rows = []
+    for file in files:
+        record = read_record(file)
+        if _usable(record, hardware):
+            rows.append(_row(file, record, hardware))
+            log.info(
+                f"calibration: {file.parent}: {rows[-1]['measured_s'] / rows[-1]['roofline_s']:.2f} x its roofline"
+            )
+    if not rows:
+        raise UserError(f"config.plan.calibration = {str(folder)!r} holds no timed row of training on {hardware.name}")
+    return Calibration(hardware.name, tuple(rows))
+
+
+def _usable(record, hardware):
+    devices = record["provenance"]["devices"]
+    same = devices["kind"] == hardware.device_kind
+    if hardware.platform == "cpu":
+        same &= record["provenance"]["host"]["processor"] == provenance.processor()
+    return same and record["task"] in TASKS and record["outcome"] == "ok" and record["paper"]["al_s"] is not None
+
+
+def _row(file, record, hardware):
+    count = record["provenance"]["devices"]["count"]
+    config = ConfigDict(_tuples(record["config"]))
+    one = steps.describe(config, hardwares.devices(hardware, count), hardware.platform)
+    least = estimate.estimate(one, hardware, count).roofline.seconds
+    watts = record["paper"]["aec_w"]
+    return {
+        "path": str(file.parent),
+        "measured_s": record["paper"]["al_s"],
+        "roofline_s": least,
+        "watts": None if watts is None else watts / count,
+        "pcu": record["paper"]["pcu"],
+    }
+
+
+def _tuples(value):
+    """JSON's lists as the tuples that a config holds."""
+    if isinstance(value, dict):
+        return {key: _tuples(held) for key, held in value.items()}
+    return tuple(_tuples(held) for held in value) if isinstance(value, list) else value

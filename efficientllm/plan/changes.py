@@ -1,0 +1,76 @@
+"""Which single change makes a step fit: each is tried, by the compiler where there is one."""
+
+import dataclasses
+
+from efficientllm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Try:
+    """One change, what it was called on the command line, and the bytes a device then needs; None if it was refused."""
+
+    change: dict
+    flags: str
+    total_bytes: int | None
+    fits: bool
+    reason: str | None = None
+
+
+def candidates(config, shape):
+    """The changes that are tried, each a list from the smallest to the largest of its kind; `shape` is the mesh's."""
+    found = []
+    if config.model.remat != "full":
+        found.append([{"model.remat": "full"}])
+    if shape["data"] > 1:
+        sizes = _divisors(shape["data"])[1:]
+        found.append([{"mesh": _mesh(shape, size)} for size in sizes])
+    rows = config.train.batch_size // config.train.accumulate // (shape["data"] * shape["fsdp"])
+    found.append([{"train.accumulate": config.train.accumulate * size} for size in _divisors(rows)[1:]])
+    return [steps for steps in found if steps]
+
+
+def _mesh(shape, more):
+    sizes = {**shape, "data": shape["data"] // more, "fsdp": shape["fsdp"] * more}
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+
+
+def _divisors(number):
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def attempt(config, shape, memory_bytes, total_of):
+    """The Tries: of each kind the smallest change that fits, or its largest if none does.
+
+    `total_of(change)` gives the bytes of a device, or raises UserError. The largest is tried first: where it does not
+    fit, no smaller one will.
+    """
+    tries = []
+    for steps in candidates(config, shape):
+        found = _try(steps[-1], memory_bytes, total_of)
+        if found.fits and len(steps) > 1:
+            found = _smallest(steps[:-1], found, memory_bytes, total_of)
+        tries.append(found)
+    return tries
+
+
+def _smallest(steps, found, memory_bytes, total_of):
+    """By halving: the smallest of `steps` that fits, `found` if none does."""
+    low, high = 0, len(steps)
+    while low < high:
+        middle = (low + high) // 2
+        one = _try(steps[middle], memory_bytes, total_of)
+        low, high, found = (low, middle, one) if one.fits else (middle + 1, high, found)
+    return found
+
+
+def _try(change, memory_bytes, total_of):
+    flags = " ".join(
+        f"--config.{key}={value!r}" if " " in str(value) else f"--config.{key}={value}" for key, value in change.items()
+    )
+    try:
+        total = total_of(change)
+    except UserError as error:
+        return Try(change, flags, None, False, str(error))
+    if total is None:
+        return Try(change, flags, None, False, "the compiler ran out of memory and does not say how much it wants")
+    return Try(change, flags, total, total <= memory_bytes)

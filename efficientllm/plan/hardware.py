@@ -1,0 +1,184 @@
+"""Hardware by name: its figures with their sources, and devices of it that can only be compiled for."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.resources
+import importlib.util
+import json
+import os
+
+import jax
+
+from efficientllm.errors import UserError, did_you_mean
+from efficientllm.metrics import host, peaks
+from efficientllm.metrics.reading import Reading
+
+# By platform: the module that shows its compiler is there, and the extra of setup.py that brings it.
+PLUGINS = {"gpu": ("jax_cuda13_plugin", "gpu"), "tpu": ("libtpu", "tpu")}
+# Without a device, the plugins would wait for one or refuse to load.
+ENVIRONMENT = {
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One kind of device. Bandwidths are a device's, one way, in byte/s.
+
+    link:    between the devices of a host (of a slice, for TPUs); 0 where devices share a memory.
+    network: between hosts; None where there are none.
+    facts:   the rest of the table's entry: what a compiler wants to be told.
+    """
+
+    name: str
+    platform: str
+    device_kind: str
+    memory_bytes: int
+    tdp_w: float | None
+    per_host: int | None
+    link: float
+    network: float | None
+    sources: dict
+    facts: dict
+
+    def peak_flops(self, dtype):
+        """Dense peak of a device at a compute dtype in FLOP/s, as a Reading; the host's share on a CPU."""
+        if self.platform == "cpu":
+            return peaks.measure_gemm_peak(dtype)
+        return peaks.peak_flops(self.device_kind, "tf32" if (dtype, self.platform) == ("float32", "gpu") else dtype)
+
+    def bandwidth(self):
+        """Peak memory bandwidth of a device in byte/s, as a Reading."""
+        return peaks.measure_copy_bandwidth() if self.platform == "cpu" else peaks.peak_bandwidth(self.device_kind)
+
+    @property
+    def plugin(self):
+        """`(module, extra)` of the compiler, or None where every installation has it."""
+        return PLUGINS.get(self.platform)
+
+    @property
+    def has_compiler(self):
+        return self.plugin is None or importlib.util.find_spec(self.plugin[0]) is not None
+
+
+@functools.cache
+def table():
+    """The package's table: `{"gpu": facts common to GPUs, "hardware": {name: facts}}`."""
+    return json.loads(importlib.resources.files("efficientllm.plan").joinpath("data/hardware.json").read_text("utf-8"))
+
+
+def find(name, count):
+    """The Hardware of `config.plan.hardware`; a beginning that only one name has will do, as `h100`.
+
+    `count` devices share the memory of a CPU's host. Raises UserError listing the known names.
+    """
+    known = table()["hardware"]
+    near = [full for full in known if full == name] or [
+        full for full in known if full.removeprefix("tpu_").startswith(name) and name
+    ]
+    if len(near) != 1:
+        raise UserError(
+            f"config.plan.hardware = {name!r}: no such hardware; known: {', '.join(known)}{did_you_mean(name, known)}"
+        )
+    facts = dict(known[near[0]])
+    if facts["platform"] == "cpu":
+        facts |= {"memory_bytes": host.memory_total_bytes() // count}
+    fields = [field.name for field in dataclasses.fields(Hardware) if field.name not in ("name", "facts", "link")]
+    own = {key: facts.pop(key, None) for key in fields}
+    return Hardware(name=near[0], link=facts.pop("link", 0), facts=facts, **own)
+
+
+def check_count(hardware, count):
+    """Raises UserError for a number of devices that the hardware does not come in."""
+    where = f"config.plan.devices = {count}"
+    if count < 1:
+        raise UserError(f"{where}: must be at least 1")
+    sizes = hardware.facts.get("topologies")
+    if sizes and str(count) not in sizes:
+        raise UserError(f"{where}: slices of {hardware.name} have {', '.join(sizes)} chips")
+    if hardware.network and count > hardware.per_host and count % hardware.per_host:
+        raise UserError(
+            f"{where}: hosts of {hardware.name} have {hardware.per_host} devices; "
+            f"{count + -count % hardware.per_host} would do"
+        )
+
+
+def hosts(hardware, count):
+    """How many hosts `count` devices are on."""
+    return 1 if not hardware.network else max(1, count // hardware.per_host)
+
+
+def compile_only(hardware, count):
+    """Readies this process to compile for what is not here. Call before the first use of a device."""
+    if hardware.plugin and hardware.has_compiler:
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+    if "JAX_PLATFORMS" not in os.environ:  # a plan takes no accelerator, nor memory of one
+        jax.config.update("jax_platforms", "cpu")
+    if hardware.platform == "cpu" or not hardware.has_compiler:
+        with contextlib.suppress(RuntimeError):  # this process has its devices already
+            jax.config.update("jax_num_cpu_devices", count)
+
+
+def _host_devices(count):
+    """`count` CPU devices of this process: to describe a mesh with, and to compile for. Raises UserError."""
+    found = jax.devices("cpu")
+    if len(found) < count:
+        raise UserError(f"config.plan.devices = {count}: this process has {len(found)} CPU devices already")
+    return found[:count]
+
+
+def devices(hardware, count):
+    """`count` devices that can be compiled for; CPU devices in their place where the compiler is not installed."""
+    if hardware.platform == "cpu" or not hardware.has_compiler:
+        return _host_devices(count)
+    from jax.experimental import topologies
+
+    if hardware.platform == "tpu":
+        name = hardware.facts["topologies"][str(count)]
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    each = min(count, hardware.per_host)
+    options = {"topology": f"1x{hosts(hardware, count)}x{each}", "target_config": target_config(hardware)}
+    return list(topologies.get_topology_desc(platform="cuda", topology_name=hardware.name, **options).devices)
+
+
+def target_config(hardware):
+    """A GPU as XLA wants it described: the text form of its `GpuTargetConfigProto`."""
+    own, common = hardware.facts, table()["gpu"]
+    x, y, z = common["block_dim_limit"]
+    major, minor = own["compute_capability"]
+    feature = "feature_extension: ACCELERATED_FEATURES" if own["accelerated_features"] else ""
+    counts = ("threads_per_block_limit", "threads_per_warp", "shared_memory_per_block", "threads_per_core_limit")
+    counts += ("fpus_per_core", "registers_per_core_limit", "registers_per_block_limit")
+    cudnn = " ".join(f"{key}: {value}" for key, value in zip(("major", "minor", "patch"), common["cudnn"], strict=True))
+    return (
+        f"gpu_device_info {{ {' '.join(f'{key}: {common[key]}' for key in counts)} "
+        f"shared_memory_per_core: {own['shared_per_core']} core_count: {own['cores']} "
+        f"block_dim_limit_x: {x} block_dim_limit_y: {y} block_dim_limit_z: {z} "
+        f"memory_bandwidth: {own['bandwidth']} l2_cache_size: {own['l2_bytes']} clock_rate_ghz: {own['clock_ghz']} "
+        f"device_memory_size: {hardware.memory_bytes} shared_memory_per_block_optin: {own['shared_optin']} "
+        f"cuda_compute_capability {{ major: {major} minor: {minor} {feature} }} }} "
+        f'platform_name: "CUDA" dnn_version_info {{ {cudnn} }} device_description_str: "{hardware.device_kind}"'
+    )
+
+
+def link_bandwidth(hardware, group):
+    """byte/s one way of a device among the devices `group` (their numbers), as a Reading.
+
+    A group on several hosts is held up by the network: its members of one host share that host's adapters, and a ring
+    crosses between two hosts once in each.
+    """
+    per_host = hardware.per_host or max(group) + 1
+    on_hosts = {}
+    for device in group:
+        on_hosts[device // per_host] = on_hosts.get(device // per_host, 0) + 1
+    if len(on_hosts) == 1 or not hardware.network:
+        return Reading(hardware.link, "byte/s", hardware.sources.get("link", "devices of one memory"))
+    shared = hardware.network * min(on_hosts.values())
+    if shared > hardware.link:
+        return Reading(hardware.link, "byte/s", hardware.sources["link"])
+    return Reading(shared, "byte/s", hardware.sources["network"])

@@ -1,0 +1,65 @@
+"""The least time a step can take: what it computes, moves and sends over what the hardware does at best.
+
+A roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) with a third side, the network. Each side alone is a
+lower bound of a step; the greatest is the time of one that overlaps them wholly, their sum of one that does not at all.
+"""
+
+import dataclasses
+
+from efficientllm.plan import hardware as hardwares
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of each side, None where it is not known, and where the figures come from."""
+
+    compute: float | None
+    memory: float | None
+    network: float | None
+    sources: dict
+
+    @property
+    def sides(self):
+        """The known sides, `{name: seconds}`."""
+        found = {"compute": self.compute, "memory": self.memory, "network": self.network}
+        return {name: seconds for name, seconds in found.items() if seconds is not None}
+
+    @property
+    def seconds(self):
+        return max(self.sides.values(), default=None)
+
+    @property
+    def bound(self):
+        """The name of the greatest side."""
+        return max(self.sides, key=self.sides.get, default=None)
+
+
+def roofline(hardware, count, dtype, flops, moved, collectives):
+    """The Roofline of a step.
+
+    `flops` are of all devices, `moved` bytes and the `collectives` of one; None for what is not known.
+    """
+    peak, bandwidth = hardware.peak_flops(dtype), hardware.bandwidth()
+    known = peak.value is not None and flops is not None
+    shared = 1 if hardware.platform == "cpu" else count  # the CPU devices of a process share its cores
+    at_once = count if hardware.platform == "cpu" else 1
+    return Roofline(
+        compute=flops / (shared * peak.value) if known else None,
+        memory=None if moved is None or bandwidth.value is None else moved * at_once / bandwidth.value,
+        network=None if collectives is None else network_seconds(hardware, collectives),
+        sources={
+            "peak_flops": f"{dtype}: {peak.source if peak.value is not None else peak.reason}",
+            "bandwidth": bandwidth.source if bandwidth.value is not None else bandwidth.reason,
+            **{key: hardware.sources[key] for key in ("link", "network") if key in hardware.sources},
+        },
+    )
+
+
+def network_seconds(hardware, collectives):
+    """Seconds that the collectives of a step take one after another; 0 on devices of one memory."""
+    if not hardware.link:
+        return 0.0
+    return sum(
+        one.times * one.wire_bytes / min(hardwares.link_bandwidth(hardware, group).value for group in set(one.groups))
+        for one in collectives
+    )

@@ -1,0 +1,189 @@
+"""A plan as a row and as text. All that is predicted stands in keys of its own: no measured row is ranked with it."""
+
+import dataclasses
+
+import jax
+
+from efficientllm import accounting
+from efficientllm.metrics.reading import Reading, missing
+from efficientllm.plan import hardware as hardwares
+from efficientllm.plan import program
+
+LEAST = "least time by roofline"
+_SIX = (
+    ("AMU", "amu_gb", "GB"),
+    ("PCU", "pcu", ""),
+    ("AL", "al_s", "s"),
+    ("TT", "tt_tokens_per_param_s", "1/s"),
+    ("ST", "st_samples_per_param_s", "1/s"),
+    ("AEC", "aec_w", "W"),
+    ("MCR", "mcr", ""),
+)
+
+
+def predicted(one, hardware, count, found, tries, calibration):
+    """The row's `predicted`: the study's six metrics, memory, cost and what it takes to fit, as plain data."""
+    total, room = found.total_bytes, hardware.memory_bytes
+    return {
+        **_six(one, hardware, count, found, calibration),
+        "source": found.source,
+        "hardware": hardware.name,
+        "device_kind": hardware.device_kind,
+        "devices": count,
+        "hosts": hardwares.hosts(hardware, count),
+        "mesh": dict(one.mesh.shape),
+        "fits": None if total is None and found.refused is None else found.refused is None and total <= room,
+        "refused": found.refused,
+        "device_memory_bytes": room,
+        "peak_bytes": total,
+        "memory_bytes": found.memory,
+        "by_shapes_bytes": found.by_shapes,
+        "model_flops": found.model_flops,
+        "program_flops": found.program_flops,
+        "moved_bytes": found.moved_bytes,
+        "collectives": None if found.collectives is None else program.by_kind(found.collectives),
+        "roofline_s": found.roofline.sides,
+        "step_s": found.roofline.seconds,
+        "bound": found.roofline.bound,
+        "kernels": found.kernels,
+        "custom_calls": found.custom_calls,
+        "changes": [dataclasses.asdict(each) for each in tries],
+        "calibration": None if calibration is None else calibration.summary(),
+        "sources": {**hardware.sources, **found.roofline.sources},
+    }
+
+
+def _six(one, hardware, count, found, calibration):
+    """AMU, AL and throughputs from the plan; PCU and power only as measured rows had them; null with the reason."""
+    train = one.config.train
+    active = accounting.parameters(one.lm, one.boxed)["active"]
+    seconds = found.roofline.seconds
+    if seconds is not None and calibration is not None:
+        seconds *= calibration.factor
+    rate = None if seconds is None else train.batch_size / seconds / active
+    watts, busy = (calibration.mean("watts"), calibration.mean("pcu")) if calibration else (None, None)
+    total = found.total_bytes
+    values = {
+        "amu_gb": None if total is None else total / 1e9,
+        "amu_fraction": None if total is None else total / hardware.memory_bytes,
+        "pcu": busy,
+        "al_s": seconds,
+        "tt_tokens_per_param_s": None if rate is None else rate * train.length,
+        "st_samples_per_param_s": rate,
+        "aec_w": None if watts is None else watts * count,
+        "aec_at_most_w": None if hardware.tdp_w is None else hardware.tdp_w * count,
+        "mcr": None,
+    }
+    return values | {"reasons": {key: _REASONS[key] for key, value in values.items() if value is None}}
+
+
+_UNKNOWN = "a peak or the compiler's figure is not known"
+_REASONS = {
+    "amu_gb": "the compiler gives no figure",
+    "amu_fraction": "the compiler gives no figure",
+    "pcu": "how busy a device is said to be is measured: give rows of it as config.plan.calibration",
+    "al_s": _UNKNOWN,
+    "tt_tokens_per_param_s": _UNKNOWN,
+    "st_samples_per_param_s": _UNKNOWN,
+    "aec_w": "power is measured: give rows of this hardware as config.plan.calibration",
+    "aec_at_most_w": "no design power of the device alone is published",
+    "mcr": "nothing is compressed in training",
+}
+
+
+def physical(one, found):
+    """What is known of the model without a clock, as readings."""
+    params = accounting.parameters(one.lm, one.boxed)
+    tokens = one.config.train.batch_size * one.config.train.length
+    learnt = sum(leaf.size for leaf in jax.tree.leaves(one.shaped.params))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one.shaped.all_params))
+    formula = f"closed formula ({accounting.FLOP_CONVENTION})"
+    executed = found.program_flops
+    return {
+        "params_total": Reading(params["total"], "1", "parameter tree"),
+        "params_active": Reading(params["active"], "1", "parameter tree, experts as far as a token is sent to them"),
+        "params_trainable": Reading(learnt, "1", "parameter tree"),
+        "flops_per_token": Reading(found.model_flops / tokens, "FLOP", formula),
+        "program_flops_per_token": missing("FLOP", "kernels hide their products")
+        if executed is None
+        else Reading(executed / tokens, "FLOP", "products of a step's program, counted in its jaxpr"),
+        "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
+        "compile_s": missing("s", "no compiler")
+        if found.compile_s is None
+        else Reading(found.compile_s, "s", "XLA compilation of the training step"),
+    }
+
+
+def text(name, one, hardware, found, made):
+    """What a plan prints."""
+    train, count = one.config.train, made["devices"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in made["mesh"].items() if size > 1) or "one device"
+    by = f"compiled for it in {found.compile_s:.1f} s" if found.source == "compiler" else "from shapes alone"
+    lines = [
+        f"plan of {name}: {train.batch_size} x {train.length} tokens a step on {count} x {hardware.name} "
+        f"({made['hosts']} host{'s' * (made['hosts'] > 1)}), mesh {mesh}; {by}",
+        *_memory_lines(hardware, found, made),
+        *_cost_lines(found, made),
+        *_six_lines(made),
+    ]
+    return "\n".join(lines)
+
+
+def _memory_lines(hardware, found, made):
+    room, total = made["device_memory_bytes"], made["peak_bytes"]
+    kinds = (("argument_bytes", "arguments"), ("output_bytes", "outputs"), ("alias_bytes", "of them in place"))
+    parts = [
+        f"{said} {found.memory[key] / 1e9:.2f}"
+        for key, said in (*kinds, ("temp_bytes", "temporaries"))
+        if key in found.memory
+    ]
+    verdict = "fits" if made["fits"] else "does not fit"
+    peak = "of unknown size" if total is None else f"{total / 1e9:.2f}"
+    lines = [
+        f"  memory, GB a device  peak {peak} of {room / 1e9:.1f}: {verdict}"
+        + (f"  ({', '.join(parts)})" if parts else "")
+        + (f"; by shapes {found.by_shapes / 1e9:.2f}" if found.source == "compiler" else "")
+    ]
+    if found.refused:
+        lines.append(f"    the compiler refuses: {found.refused[:160]}")
+    if made["fits"] and hardware.platform == "gpu" and total > 0.75 * room:
+        lines.append(
+            f"    JAX takes 75 % of a GPU by itself: XLA_PYTHON_CLIENT_MEM_FRACTION={total / room + 0.005:.2f}"
+        )
+    for each in made["changes"]:
+        said = "no figure" if each["total_bytes"] is None else f"{each['total_bytes'] / 1e9:.2f} GB"
+        ends = "would fit" if each["fits"] else each["reason"] or "does not fit either"
+        lines.append(f"    with {each['flags']}: {said}, {ends}")
+    if not made["fits"] and not made["changes"]:
+        lines.append("    no single change of remat, mesh or micro-batch is left to try")
+    return lines
+
+
+def _cost_lines(found, made):
+    sides = ", ".join(f"{side} {seconds * 1e3:,.2f} ms" for side, seconds in made["roofline_s"].items())
+    executed = made["program_flops"]
+    flops = f"{made['model_flops'] / 1e12:,.4g} TFLOP of the model" + (
+        f", {executed / 1e12:,.4g} of the program" if executed else ""
+    )
+    moved = "" if made["moved_bytes"] is None else f"; {made['moved_bytes'] / 1e9:,.4g} GB moved on a device"
+    lines = [f"  a step               {flops}{moved}"]
+    for kind, each in (made["collectives"] or {}).items():
+        size, sent = each["bytes"] / 1e9, each["wire_bytes"] / 1e9
+        lines.append(f"    {kind:<18} {each['count']:>6} x, {size:,.4g} GB a device, {sent:,.4g} sent")
+    names = {**made["kernels"], **({"calls": list(made["custom_calls"])} if made["custom_calls"] else {})}
+    lines.append("  kernels              " + "; ".join(f"{key}: {', '.join(kinds)}" for key, kinds in names.items()))
+    if sides:
+        lines.append(f"  least time           {sides}: bound by {made['bound']}")
+    return lines
+
+
+def _six_lines(made):
+    known = made["calibration"]
+    said = LEAST if known is None else f"roofline x {known['factor']:.2f}, from {known['rows']} measured rows"
+    if known and known["median_error"] is not None:
+        said += f"; each from the others off by {known['median_error']:.0%}, at most {known['worst_error']:.0%}"
+    lines = [f"  predicted ({said})"]
+    for label, key, unit in _SIX:
+        value = made[key]
+        lines.append(f"    {label:<5}" + (f"null  {made['reasons'][key]}" if value is None else f"{value:.4g} {unit}"))
+    return lines

@@ -1,0 +1,136 @@
+"""Planning: the training step of a config, compiled for hardware that is not here, and a row of what it would cost."""
+
+import json
+import logging
+import time
+
+import jax
+
+from efficientllm import sharding
+from efficientllm.errors import UserError
+from efficientllm.metrics import provenance, record
+from efficientllm.metrics.energy_window import Reader
+from efficientllm.plan import calibration, changes, estimate, hardware, row, steps
+from efficientllm.registry import register
+from efficientllm.train.progress import close_log, open_log
+from efficientllm.workdir import config_hash, plain
+
+log = logging.getLogger("efficientllm")
+
+
+@register("task", "plan")
+def plan(config, workdir):
+    """Plans the step of `config` for `config.plan` -> exit status, 0 whether it fits or not. Raises UserError."""
+    if jax.distributed.is_initialized():
+        raise UserError("config.task = 'plan': one process plans for any number of devices; start it alone")
+    _refuse_runs(workdir)
+    open_log(workdir.path / "log.txt")
+    try:
+        return Planning(config, workdir).run()
+    finally:
+        close_log()
+
+
+def before_devices(config):
+    """Says what this process compiles for before it starts its devices. Raises UserError."""
+    hardware.compile_only(*_asked(config.plan))
+
+
+plan.before_devices = before_devices
+
+
+def _asked(asked):
+    """(hardware, number of devices) of `config.plan`."""
+    found = hardware.find(asked.hardware, max(1, asked.devices))
+    hardware.check_count(found, asked.devices)
+    return found, asked.devices
+
+
+def _refuse_runs(workdir):
+    """A plan does not go where a run is, whose row it would replace."""
+    file = workdir.path / "config.json"
+    if file.exists() and json.loads(file.read_text()).get("task") != "plan":
+        raise UserError(f"--workdir={workdir.path} holds a run; a plan needs a folder of its own")
+
+
+class Planning:
+    """One plan from config to row."""
+
+    def __init__(self, config, workdir):
+        self.workdir, self.started = workdir, time.time()
+        self.hardware, self.count = _asked(config.plan)
+        self.calibration_of = config.plan.calibration
+        self.devices = hardware.devices(self.hardware, self.count)
+        self.asked = config
+        self.config = steps.whole_rows(config, sharding.make_mesh(config.mesh, self.devices))
+
+    def run(self):
+        """Returns the exit status."""
+        self._say_what_is_different()
+        one = self._described({})
+        self.workdir.claim(self.config)
+        found = estimate.estimate(one, self.hardware, self.count)
+        known = None
+        if self.calibration_of:
+            keep = self.workdir.path / "calibration.json"
+            known = calibration.load(self.calibration_of, self.hardware, log, keep)
+        made = row.predicted(one, self.hardware, self.count, found, self._tries(one, found), known)
+        log.info(row.text(self.config.name, one, self.hardware, found, made))
+        self._write(one, found, made)
+        return 0
+
+    def _say_what_is_different(self):
+        size, asked = self.config.train.batch_size, self.asked.train.batch_size
+        if size != asked:
+            log.info(
+                f"config.train.batch_size = {asked} does not divide over {self.count} devices: planned with {size}"
+            )
+        if not self.hardware.has_compiler:
+            module, extra = self.hardware.plugin
+            log.info(
+                f"{module} is not installed, the compiler for {self.hardware.name}: pip install "
+                f"'efficientllm[{extra}]'. What follows is from shapes alone"
+            )
+
+    def _described(self, change):
+        config = steps.changed(self.config, change)
+        return steps.describe(config, self.devices, self.hardware.platform)
+
+    def _tries(self, one, found):
+        """What was tried where the step does not fit."""
+        room = self.hardware.memory_bytes
+        if found.refused is None and (found.total_bytes is None or found.total_bytes <= room):
+            return []
+        log.info("does not fit; trying single changes")
+
+        def total_of(change):
+            return estimate.total_bytes(self._described(change), self.hardware)
+
+        return changes.attempt(one.config, dict(one.mesh.shape), room, total_of)
+
+    def _write(self, one, found, made):
+        written = record.build_record(
+            outcome="ok",
+            name=self.config.name,
+            task="plan",
+            config=plain(self.config),
+            provenance=self._provenance(one, found),
+            physical=row.physical(one, found),
+            predicted=made,
+        )
+        record.write_record(written, self.workdir.path / "record.json")
+        log.info(f"row: {self.workdir.shown / 'record.json'}")
+
+    def _provenance(self, one, found):
+        """As a run's, with the devices that were planned for in the place of those that are here."""
+        said = provenance.provenance(
+            reader=Reader("a plan reads no energy"),
+            started=self.started,
+            ended=time.time(),
+            config_hash=config_hash(self.config),
+            seed=self.config.seed,
+            mesh=one.mesh,
+            kernels=found.kernels,
+        )
+        planned = {"platform": self.hardware.platform, "kind": self.hardware.device_kind, "count": self.count}
+        return said | {"devices": {**dict.fromkeys(said["devices"]), **planned}}

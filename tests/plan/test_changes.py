@@ -1,0 +1,58 @@
+"""Single changes that are tried where a step does not fit."""
+
+import pytest
+
+from configs import base
+from efficientllm.errors import UserError
+from efficientllm.plan import changes
+
+
+def config(**values):
+    found = base.get_config()
+    found.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+    return found
+
+
+SHAPE = {"data": 8, "fsdp": 1, "tensor": 2}
+
+
+def test_of_each_kind_the_smallest_change_that_fits():
+    tried = []
+    meshes = {"data=4, fsdp=2": 110, "data=2, fsdp=4": 90, "fsdp=8": 50}
+
+    def total_of(change):
+        tried.append(change)
+        ((key, value),) = change.items()
+        if key == "mesh":
+            return meshes[value.removesuffix(", tensor=2")]
+        return 120 if key == "model.remat" else 100 - value
+
+    found = changes.attempt(config(train__batch_size=32), SHAPE, 100, total_of)
+    assert [(each.flags, each.total_bytes, each.fits) for each in found] == [
+        ("--config.model.remat=full", 120, False),
+        ("--config.mesh='data=2, fsdp=4, tensor=2'", 90, True),
+        ("--config.train.accumulate=2", 98, True),
+    ]
+    assert {"mesh": "fsdp=8, tensor=2"} in tried
+
+
+def test_what_cannot_be_changed_is_not_tried():
+    shape = {"data": 1, "fsdp": 8, "tensor": 1}
+    assert changes.candidates(config(model__remat="full", train__batch_size=8), shape) == []
+
+
+def test_a_change_that_is_refused_says_why():
+    def refuse(change):
+        raise UserError("no such thing")
+
+    (one,) = changes.attempt(config(train__batch_size=1), {"data": 1, "fsdp": 1, "tensor": 1}, 1, refuse)
+    assert not one.fits and one.reason == "no such thing"
+    (one,) = changes.attempt(config(train__batch_size=1), {"data": 1, "fsdp": 1, "tensor": 1}, 1, lambda change: None)
+    assert not one.fits and "does not say" in one.reason
+
+
+@pytest.mark.parametrize("fits_from", [1, 2, 3, 4, 9])
+def test_halving_finds_the_smallest(fits_from):
+    steps = [{"train.accumulate": size} for size in (1, 2, 3)]
+    found = changes._smallest(steps, None, 0, lambda change: int(change["train.accumulate"] < fits_from))
+    assert (found and found.change["train.accumulate"]) == (fits_from if fits_from <= 3 else None)

@@ -1,0 +1,69 @@
+"""The table of hardware, and what is refused of it."""
+
+import pytest
+
+from efficientllm.errors import UserError
+from efficientllm.metrics import peaks
+from efficientllm.plan import hardware, roofline
+from efficientllm.plan.program import Collective
+
+NAMES = sorted(hardware.table()["hardware"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_has_a_source(name):
+    found = hardware.find(name, 1)
+    assert set(found.sources) >= {"memory"} | ({"link", "power"} if found.plugin else set())
+    assert found.network is None or "network" in found.sources
+    if found.plugin:
+        assert found.device_kind in peaks.PEAKS and found.memory_bytes > 1e10
+        assert found.peak_flops("bfloat16").value and found.bandwidth().value
+
+
+def test_names_may_be_short_where_one_begins_so():
+    assert [hardware.find(name, 1).name for name in ("h100", "v5e", "gh200", "a100", "tpu_v6e")] == [
+        "h100_sxm",
+        "tpu_v5e",
+        "gh200_96",
+        "a100_sxm_80",
+        "tpu_v6e",
+    ]
+    for name in ("h", "v5", "h300", ""):
+        with pytest.raises(UserError, match="no such hardware; known: .*gh200_96"):
+            hardware.find(name, 1)
+
+
+@pytest.mark.parametrize(
+    "name, count, said", [("v5e", 6, "4, 8, 16"), ("h200", 12, "16 would do"), ("h200", 0, "least 1")]
+)
+def test_numbers_that_hardware_does_not_come_in(name, count, said):
+    with pytest.raises(UserError, match=said):
+        hardware.check_count(hardware.find(name, 1), count)
+
+
+def test_a_group_over_hosts_is_held_up_by_the_network():
+    gh200 = hardware.find("gh200_96", 1)  # four a host, 450 GB/s inside, 25 GB/s an adapter
+    speed = lambda *group: hardware.link_bandwidth(gh200, group).value  # noqa: E731
+    assert speed(0, 1, 2, 3) == 450e9
+    assert speed(0, 4) == 25e9
+    assert speed(*range(8)) == 4 * 25e9
+    assert speed(3, 4) == 25e9
+    assert hardware.link_bandwidth(hardware.find("v5e", 1), range(256)).value == 200e9
+
+
+def test_the_three_sides_of_a_roofline():
+    h200 = hardware.find("h200", 8)
+    sum_of_gradients = Collective("all-reduce", 2, 8e9, (tuple(range(8)),))
+    found = roofline.roofline(h200, 8, "bfloat16", 8 * 989e12, 9.6e9, [sum_of_gradients])
+    assert found.compute == pytest.approx(1.0)
+    assert found.memory == pytest.approx(0.002)
+    assert found.network == pytest.approx(2 * 8e9 * 2 * 7 / 8 / 450e9)
+    assert (found.bound, found.seconds) == ("compute", found.compute)
+    unknown = roofline.roofline(hardware.find("b200", 1), 1, "float32", 1e12, None, None)
+    assert unknown.sides == {} and unknown.seconds is None and unknown.bound is None
+
+
+def test_a_gpu_is_described_to_its_compiler():
+    text = hardware.target_config(hardware.find("b200", 1))
+    assert "core_count: 148" in text and "major: 10 minor: 0 feature_extension: ACCELERATED_FEATURES" in text
+    assert "feature_extension" not in hardware.target_config(hardware.find("a100", 1))

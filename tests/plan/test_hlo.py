@@ -1,0 +1,94 @@
+"""What is read off compiled programs, beside programs whose costs are known by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from efficientllm import sharding
+from efficientllm.plan import hlo, program
+
+
+def read(fn, *shapes, **options):
+    """The Program of `fn` for float32 arrays of these shapes."""
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.Program(jax.jit(fn, **options).lower(*args).compile().as_text())
+
+
+@pytest.mark.parametrize(
+    "written, groups",
+    [
+        ("replica_groups={{0,2},{1,3}}, dimensions={0}", [(0, 2), (1, 3)]),
+        ("replica_groups=[2,4]<=[8], use_global_device_ids=true", [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ("replica_groups=[4,2]<=[4,2]T(1,0), dimensions={2}", [(0, 2), (4, 6), (1, 3), (5, 7)]),
+        ("replica_groups=[4,2]<=[2,2,2]T(1,0,2), x", [(0, 1), (4, 5), (2, 3), (6, 7)]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", [(0, 1), (2, 3)]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}", [(0, 2), (1, 3), (4, 6), (5, 7)]),
+        ("source_target_pairs={{0,1},{1,0}}", [(0, 1), (1, 0)]),
+        ("dimensions={0}", [(0, 1, 2, 3)]),
+    ],
+)
+def test_groups_of_devices_in_every_way_they_are_written(written, groups):
+    assert hlo.groups(f"%x = f32[8]{{0}} all-gather(%y), channel_id=1, {written}", 4) == groups
+
+
+def test_sizes_of_arrays():
+    text = "(bf16[2,3]{1,0:T(8,128)S(1)}, s4[5]{0}, f8e4m3fn[7]{0}, pred[], f32[4]{0})"
+    assert [array.bytes for array in hlo.arrays(text)] == [12, 2.5, 7, 1, 16]
+    assert [array.scratch for array in hlo.arrays(text)] == [True, False, False, False, False]
+
+
+def test_what_is_read_and_written_is_counted_once():
+    n = 1 << 16
+    assert program.moved_bytes(read(lambda x, y: x + y, (n,), (n,))) == 3 * 4 * n
+
+
+def test_the_body_of_a_loop_counts_its_turns_and_its_slices():
+    def summed(xs):
+        return jax.lax.scan(lambda total, x: (total + jnp.sin(x), None), jnp.zeros(xs.shape[1:]), xs)[0]
+
+    turns, n = 12, 1 << 14
+    found = read(summed, (turns, n))
+    assert turns in {times for times, _ in found.runs.values()}
+    least = 4 * n * (3 * turns)  # of each turn: a slice, and the sum read and written
+    assert least <= program.moved_bytes(found) <= 2 * least  # and not the whole of xs each turn, 13 times more
+
+
+def test_the_collectives_of_a_product_over_devices():
+    mesh = sharding.make_mesh("fsdp=4", jax.devices()[:4])
+    split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+    gathered = read(lambda x: x * 2, (64, 8), in_shardings=split, out_shardings=whole)
+    (one,) = program.collectives(gathered, 4)
+    assert (one.kind, one.times, one.bytes, one.groups) == ("all-gather", 1, 64 * 8 * 4, ((0, 1, 2, 3),))
+    assert one.wire_bytes == 64 * 8 * 4 * 3 / 4
+    summed = read(lambda x: jnp.sum(x, 0), (64, 8), in_shardings=split, out_shardings=whole)
+    assert program.by_kind(program.collectives(summed, 4)) == {
+        "all-reduce": {"count": 1, "bytes": 8 * 4, "wire_bytes": 2 * 8 * 4 * 3 // 4}
+    }
+
+
+def test_a_loop_s_collectives_count_its_turns_and_one_channel_once():
+    text = """
+cond (p: s32[]) -> pred[] {
+  %p = s32[] parameter(0)
+  %bound = s32[] constant(28)
+  ROOT %less = pred[] compare(%p, %bound), direction=LT
+}
+part (x: f32[4]) -> f32[8] {
+  %x = f32[4]{0:T(128)} parameter(0)
+  ROOT %again = f32[8]{0:T(128)} all-gather(%x), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+body (p: s32[]) -> s32[] {
+  %p = s32[] parameter(0)
+  %y = f32[4]{0:T(128)} iota()
+  %one = f32[8]{0:T(128)} all-gather(%y), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  %two = f32[8]{0:T(128)} fusion(%y), kind=kCustom, calls=%part
+  ROOT %next = s32[] add(%p, %p)
+}
+ENTRY main (p: s32[]) -> s32[] {
+  %p = s32[] parameter(0)
+  ROOT %loop = s32[] while(%p), condition=%cond, body=%body
+}"""
+    found = program.collectives(hlo.Program(text), 2)
+    assert program.by_kind(found) == {"all-gather": {"count": 28, "bytes": 28 * 32, "wire_bytes": 28 * 16}}
