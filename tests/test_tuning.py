@@ -1,13 +1,20 @@
 """Tuning runs: from a checkpoint of others to a row and an adapter, stopped and resumed, and what is refused."""
 
 import json
+import logging
 
+import flax.linen as nn
+import jax
+import numpy as np
 import pytest
 from convert import folders
 
 import runs
 from efficientllm import main
 from efficientllm.adapters import folder as adapters
+from efficientllm.quant.nf4 import NF4
+from efficientllm.quant.tree import quantize
+from efficientllm.train import setup, step
 
 pytestmark = pytest.mark.xdist_group("runs")
 
@@ -65,6 +72,9 @@ def test_a_row_counts_samples_and_what_learns(whole):
         f"{data['train_cut']} of {data['train_documents']} records are longer than 48"
         in (whole / "log.txt").read_text()
     )
+    learnt = row["physical"]["params_trainable"]
+    assert 3 * 4 * learnt < row["physical"]["checkpoint_bytes"] < 3 * 4 * learnt + 200_000  # and two moments
+    assert row["physical"]["mbu_copy"] is None and "too short" in row["sources"]["mbu_copy"]["reason"]
     losses = runs.losses(whole)
     assert len(losses) == 12 and losses[12] < losses[1]
 
@@ -89,6 +99,21 @@ def test_resumed_it_has_the_same_losses(method, base, whole, tmp_path):
     (tmp_path / "run" / "record.json").unlink()
     assert main.main(argv) == 0
     assert runs.losses(tmp_path / "run") == runs.losses(reference)
+
+
+def test_rounded_as_it_is_read_it_is_as_rounded_whole(base):
+    """QLoRA's kernels, one by one off the disk or all of a tree at once, over eight devices."""
+    argv = [f"--config={runs.ROOT}/configs/tune.py", *arguments(base, "x")[2:], "--config.quant=nf4(block=32)"]
+    config, _, _ = main.parse([*argv, "--config.mesh=data=2, fsdp=2, tensor=2"])
+    made = setup.prepare(config, logging.getLogger("test"))
+    with jax.set_mesh(made.mesh):
+        state = setup.create_state(made)
+        kernel = state.frozen["groups"]["block_0"]["mixer"]["q"]["kernel"].base
+        assert isinstance(kernel, NF4)
+        assert kernel.values.sharding.spec == jax.sharding.PartitionSpec(None, "tensor", "fsdp")
+    plain = made.source.load(nn.unbox(made.boxed), lm=made.lm)
+    whole = quantize(plain, "nf4(block=32)", step.AS_THEY_ARE)["groups"]["block_0"]["mixer"]["q"]["kernel"]
+    jax.tree.map(np.testing.assert_array_equal, kernel, whole)
 
 
 def test_the_adapter_is_a_folder_of_pefts(whole, base):

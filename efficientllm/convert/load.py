@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 PIECE = 128 * 2**20  # bytes
 
 
-def load(leaves, tensors, abstract, dtype=None):
+def load(leaves, tensors, abstract, dtype=None, each=None):
     """The parameters, on the shardings of `abstract`.
 
     Args:
@@ -23,10 +23,12 @@ def load(leaves, tensors, abstract, dtype=None):
       tensors: what they are read from.
       abstract: a tree of `jax.ShapeDtypeStruct` with `sharding`; without one, the first device holds all.
       dtype: of every parameter; None is each one's of `abstract`.
+      each: what is kept of a parameter, `each(path, array)`, called before the next one is read.
     """
+    each = each or (lambda path, array: array)
     flat = flax.traverse_util.flatten_dict(abstract, sep="/")
     placed = {
-        path: _place(leaf, functools.partial(leaves[path].read, tensors), jnp.dtype(dtype or leaf.dtype))
+        path: each(path, _place(leaf, functools.partial(leaves[path].read, tensors), jnp.dtype(dtype or leaf.dtype)))
         for path, leaf in flat.items()
     }
     return flax.traverse_util.unflatten_dict(placed, sep="/")

@@ -94,18 +94,19 @@ class Source:
         if a.shape != b.shape or not np.array_equal(a, b):
             raise UserError(f"{self.path}: tie_word_embeddings is true, but {twin!r} is not {embedding!r}")
 
-    def load(self, abstract, dtype=None, lm=None):
+    def load(self, abstract, dtype=None, lm=None, each=None):
         """The parameters, each read straight onto its shards.
 
         Args:
           abstract: a tree of `jax.ShapeDtypeStruct`, with `sharding` where not all belongs to the first device.
           dtype: of every parameter; None is that of `abstract`.
           lm: the model that `abstract` belongs to; None takes its layers for stacked or apart as they are.
+          each: what is kept of a parameter, `each(path, array)`, called before the next one is read.
 
         Raises UserError naming the tensor that is missing, extra, or of another shape.
         """
         leaves = self.bind(lm or self.lm(scan="groups" in abstract))
-        return load.load(leaves, self.tensors, abstract, dtype)
+        return load.load(leaves, self.tensors, abstract, dtype, each)
 
     def load_stored(self, abstract, lm):
         """The parameters of `lm`, whose layers are apart, with the kernels that the files hold rounded as they are.

@@ -129,8 +129,6 @@ def _bounds(lm, boxed, params, found):
     step_s = statistics.median(found.decode_s) / found.new_tokens
     prefill = found.rows * accounting.forward_flops(lm, boxed, found.prompt)
     used = peaks.model_flops_utilisation(prefill, statistics.median(found.prefill_s), devices, dtype)
-    rates = peaks.measure_gemm_peak(dtype.name).value, peaks.measure_copy_bandwidth().value
-    least = max(found.rows * flops / rates[0], moved / rates[1])
     return {
         **{key: dataclasses.replace(each, source=f"prefill: {each.source}") for key, each in used.items()},
         **peaks.bandwidth_utilisation(moved, step_s, devices),
@@ -138,9 +136,7 @@ def _bounds(lm, boxed, params, found):
         "decode_bytes_per_step": Reading(
             moved, "bytes", f"weights touched and state of {found.rows} x {middle} tokens"
         ),
-        "tpot_s_roofline": Reading(
-            least, "s", "max(FLOPs / best matrix product, bytes / best copy), both measured on this host"
-        ),
+        "tpot_s_roofline": peaks.roofline(found.rows * flops, moved, devices, dtype),
     }
 
 

@@ -16,6 +16,7 @@ from efficientllm.infer.row import baseline_of
 from efficientllm.metrics import host, memory
 from efficientllm.quant import calibrate
 from efficientllm.quant import tree as quant
+from efficientllm.quant.rows import resident_bytes
 from efficientllm.registry import build
 from efficientllm.train import setup, step
 
@@ -52,14 +53,22 @@ class Serving:
         """The parameters in the form `spec`. Raises OutOfMemory."""
         if spec == "stored":
             return jax.block_until_ready(self._stored())
-        self._check_memory()
-        form = quant.form_of(spec)
-        params = self._dense()
-        if getattr(form, "calibrated", False):
-            found = calibrate.quantize(self.lm, params, spec, self._calibration())
+        calibrated = getattr(quant.form_of(spec), "calibrated", False)
+        by_one = self.source is not None and not calibrated
+        self._check_memory(self._rounded_bytes(spec) if by_one else resident_bytes(self.boxed), spec if by_one else "")
+        if by_one:
+            found = self.source.load(nn.unbox(self.boxed), lm=self.lm, each=quant.rounder(spec))
+        elif calibrated:
+            found = calibrate.quantize(self.lm, self._dense(), spec, self._calibration())
         else:
-            found = quant.quantize(params, spec)
+            found = quant.quantize(self._dense(), spec)
         return jax.block_until_ready(found)
+
+    def _rounded_bytes(self, spec):
+        """Bytes of weights that are rounded one by one as they are read: all so, and the largest as it was."""
+        plain = nn.unbox(self.boxed)
+        largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plain))
+        return resident_bytes(jax.eval_shape(lambda params: quant.quantize(params, spec), plain)) + largest
 
     def _dense(self):
         if self.source is None:
@@ -71,16 +80,15 @@ class Serving:
             raise UserError("config.quant = 'stored' needs config.model.pretrained, whose files hold rounded weights")
         return self.source.load_stored(nn.unbox(self.boxed), self.lm)
 
-    def _check_memory(self):
-        """Weights are dense before they are compressed, and states must fit beside them."""
-        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.boxed))
+    def _check_memory(self, weights, spec):
+        """States must fit beside the bytes of `weights`, as many as there ever are at a time."""
         rows = self.config.infer.batch_size
         states = rows * accounting.state_bytes(self.lm, self.length)
         limit = host.memory_total_bytes() if self.devices[0].platform == "cpu" else memory.limit_bytes(self.devices)
         if limit is not None and weights + states > limit:
             raise OutOfMemory(
-                f"out of memory: float32 weights of {weights / 1e9:.1f} GB and states of {states / 1e9:.1f} GB for "
-                f"{rows} x {self.length} tokens, the device has {limit / 1e9:.1f} GB"
+                f"out of memory: {spec or 'float32'} weights of {weights / 1e9:.1f} GB and states of "
+                f"{states / 1e9:.1f} GB for {rows} x {self.length} tokens, the device has {limit / 1e9:.1f} GB"
             )
 
     @functools.cached_property

@@ -87,8 +87,7 @@ def hardware_flops_utilisation(flops, seconds, devices, dtype):
 
 
 def _utilisation(keys, convention, flops, seconds, devices, dtype):
-    kind, on_cpu = devices[0].device_kind, devices[0].platform == "cpu"
-    count = len({device.process_index for device in devices}) if on_cpu else len(devices)
+    kind, count = devices[0].device_kind, parallel(devices)
     dtype = jnp.dtype(dtype).name
     peaks = (
         peak_flops(kind, "tf32" if dtype == "float32" and kind.startswith("NVIDIA") else dtype),
@@ -96,6 +95,12 @@ def _utilisation(keys, convention, flops, seconds, devices, dtype):
     )
     rate = flops / (seconds * count)
     return {key: _share(peak, rate, convention) for key, peak in zip(keys, peaks, strict=True)}
+
+
+def parallel(devices):
+    """How many of the devices can be busy at a time: the CPU devices of a process are one machine."""
+    on_cpu = devices[0].platform == "cpu"
+    return len({device.process_index for device in devices}) if on_cpu else len(devices)
 
 
 def _share(peak, rate, convention):
@@ -125,12 +130,12 @@ def measure_copy_bandwidth():
     return Reading(best, "byte/s", "best copy of a large array measured on this host, read and written")
 
 
-def bandwidth_utilisation(bytes_, seconds, devices):
+def bandwidth_utilisation(bytes_, seconds, devices, what="weights and state read"):
     """`{"mbu": Reading, "mbu_copy": Reading}`: bytes that had to move in `seconds` over what `devices` could move.
 
     `mbu` is against the datasheet, `mbu_copy` against a copy measured on this host.
     """
-    count = 1 if devices[0].platform == "cpu" else len(devices)
+    count = parallel(devices)
     found = {"mbu": peak_bandwidth(devices[0].device_kind), "mbu_copy": measure_copy_bandwidth()}
     return {
         key: missing("1", peak.reason)
@@ -138,10 +143,19 @@ def bandwidth_utilisation(bytes_, seconds, devices):
         else Reading(
             bytes_ / (seconds * count * peak.value),
             "1",
-            f"weights and state read over {peak.value / 1e9:.4g} GB/s: {peak.source}",
+            f"{what} over {peak.value / 1e9:.4g} GB/s: {peak.source}",
         )
         for key, peak in found.items()
     }
+
+
+def roofline(flops, bytes_, devices, dtype):
+    """The time in s below which `devices` cannot do `flops` and move `bytes_`, as a Reading: the longer of the two, at
+    the rates measured on this host."""
+    flops_s = flops / (parallel(devices) * measure_gemm_peak(jnp.dtype(dtype).name).value)
+    bytes_s = bytes_ / (parallel(devices) * measure_copy_bandwidth().value)
+    bound = f"max({flops_s:.3g} s of FLOPs at the best matrix product, {bytes_s:.3g} s of bytes at the best copy)"
+    return Reading(max(flops_s, bytes_s), "s", f"{bound}, both measured on this host")
 
 
 def _once(file, what, measure):

@@ -44,6 +44,18 @@ def quantize(params, spec, rules=(), learn=None):
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, BOX | Weight))
 
 
+def rounder(spec, rules=()):
+    """A function of a path and an array that gives its leaf in the form `spec`, as `quantize` does for a whole tree:
+    for parameters that come one by one, of which the memory then never holds more than one as it was."""
+    choose = chooser(spec, rules)
+
+    def one(path, array):
+        form = choose(path)
+        return leaf(form, path == "embedding", array) if hasattr(form, "leaf") else array
+
+    return one
+
+
 def box(leaf, names):
     """A Weight whose arrays are boxed with their logical axes, for a kernel with the axes `names`."""
     return jax.tree.map(

@@ -10,6 +10,7 @@ from efficientllm import distributed
 from efficientllm.adapters import folder as adapter_folder
 from efficientllm.infer.generate import generate
 from efficientllm.metrics import energy, memory, provenance, record
+from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
 from efficientllm.registry import register
@@ -168,6 +169,10 @@ class Training:
 
     def _write_row(self, outcome, energy_window):
         study, physical = row.readings(self.setup, self.measurement, energy_window, self.idle)
+        if (stored := self.checkpoints.newest_bytes()) is not None:
+            physical["checkpoint_bytes"] = Reading(
+                stored, "bytes", "files of the newest checkpoint: what learns, moments"
+            )
         found = record.build_record(
             outcome=outcome,
             name=self.config.name,

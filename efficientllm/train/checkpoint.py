@@ -51,6 +51,13 @@ class Checkpoints:
         """The newest step there is a checkpoint of, or None."""
         return self._manager.latest_step()
 
+    def newest_bytes(self):
+        """Bytes on disk of the newest checkpoint, or None if there is none; `wait` first."""
+        step = self.latest_step()
+        if step is None:
+            return None
+        return sum(file.stat().st_size for file in (self._folder / str(step)).rglob("*") if file.is_file())
+
     def restore_newest(self, shaped_like):
         """`(state, data_state)` of the newest checkpoint that can be read, or None if there is none at all.
 

@@ -38,6 +38,18 @@ def predicted_bytes(lm, state, rows, length, ways=1):
     return held + gradients + math.ceil(activation_bytes(lm, state, rows, length) / ways)
 
 
+def moved_bytes(lm, state, rows, length, accumulate=1):
+    """The bytes that a step moves over all devices, were every array to pass through memory once for each use.
+
+    Each of `accumulate` micro-batches of `rows` rows reads the parameters forward and backward, and writes and reads
+    what the forward pass leaves. The optimiser reads the gradients, and reads and writes moments and what learns.
+    """
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    learnt, frozen, moments = size(state.params), size(state.frozen), size(state.opt_state)
+    passes = 2 * (learnt + frozen) + 2 * activation_bytes(lm, state, rows, length)
+    return accumulate * (passes + learnt) + 3 * learnt + 2 * moments
+
+
 def activation_bytes(lm, state, rows, length):
     """Bytes that the forward pass leaves for the backward pass, and with remat those of the group that is remade."""
     kept = _kept_bytes(lm, state, rows, length)

@@ -7,7 +7,7 @@ import jax
 from efficientllm import accounting, distributed
 from efficientllm.metrics import energy, memory, paper, peaks, record, sampler
 from efficientllm.metrics.reading import Reading, missing
-from efficientllm.train import setup
+from efficientllm.train import footprint, setup
 from efficientllm.weights import activation_dtype
 
 TIMED = (
@@ -20,6 +20,8 @@ TIMED = (
     "mfu_gemm",
     "hfu",
     "hfu_gemm",
+    "mbu",
+    "mbu_copy",
 )
 
 
@@ -60,6 +62,7 @@ def readings(run, measurement, window, idle):
         **paper.energy_metrics(window, measurement.tokens, idle),
         **_utilisation(run, measurement.steps, measurement.seconds),
         **_executed(run, measurement.steps, measurement.seconds),
+        **_moved(run, measurement.seconds / measurement.steps),
         **{f"step_s_{key}": steps[key] for key in ("p50", "p90", "p95", "p99")},
         "tokens_per_s": Reading(
             measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"
@@ -98,6 +101,19 @@ def _executed(run, steps, seconds):
     counted = run.program_flops
     whole = counted if counted.value is None else dataclasses.replace(counted, value=counted.value * steps)
     return peaks.hardware_flops_utilisation(whole, seconds, jax.devices(), activation_dtype(run.lm.precision))
+
+
+def _moved(run, step_seconds):
+    """How much of the memory's bandwidth a step uses, and the time it cannot fall below."""
+    train, devices = run.config.train, jax.devices()
+    rows = run.batch_size // train.accumulate
+    moved = footprint.moved_bytes(run.lm, run.shaped, rows, run.length, train.accumulate)
+    flops = accounting.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
+    what = "parameters, moments, gradients and activations, each passing once for each use,"
+    return {
+        **peaks.bandwidth_utilisation(moved, step_seconds, devices, what),
+        "step_s_roofline": peaks.roofline(flops, moved, devices, activation_dtype(run.lm.precision)),
+    }
 
 
 def memory_of(run):

@@ -17,7 +17,7 @@ from efficientllm.optim import rules
 from efficientllm.quant import tree as quant
 from efficientllm.registry import build
 from efficientllm.train import footprint, step
-from efficientllm.weights import activation_dtype
+from efficientllm.weights import Weight, activation_dtype
 
 
 @dataclasses.dataclass
@@ -113,13 +113,19 @@ def create_state(run):
     if run.source is None:
         return step.jit_create(run.lm, train, seed, run.length, run.shardings, method, form)()
     where = sharding.shardings(run.boxed, run.mesh)
-    params = run.source.load(jax.tree.map(_shaped, nn.unbox(run.boxed), where), lm=run.lm)
+    shaped = jax.tree.map(_shaped, nn.unbox(run.boxed), where)
+    params = run.source.load(shaped, lm=run.lm, each=quant.rounder(form, step.AS_THEY_ARE))
 
     def around(params):
-        held = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), run.boxed, params, is_leaf=is_box)
+        held = jax.tree.map(_boxed, run.boxed, params, is_leaf=is_box)
         return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, held, form))
 
     return jax.jit(around, out_shardings=run.shardings, donate_argnums=0)(params)
+
+
+def _boxed(box, leaf):
+    """`leaf`, an array or a Weight, in boxes with the axes of `box`."""
+    return quant.box(leaf, box.names) if isinstance(leaf, Weight) else box.replace_boxed(leaf)
 
 
 def check_form(form, adapter, method):
@@ -225,6 +231,7 @@ def compile_steps(setup):
     compiled = lowered.compile()
     setup.compile_s = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
     peaks.measure_gemm_peak(activation_dtype(setup.lm.precision).name)  # at most once a host, and not between steps
+    peaks.measure_copy_bandwidth()
     setup.program_flops, setup.program_memory = _program_flops(traced.jaxpr), _program_memory(compiled)
     setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
     token_bytes = jax.ShapeDtypeStruct((setup.lm.vocab_size,), jnp.float32, sharding=sharding.replicated(setup.mesh))

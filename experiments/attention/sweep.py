@@ -13,7 +13,7 @@ def get_config():
         equal={"tokens": 0.0, "parameters": 0.02},
         overrides={
             "model.size": "small",
-            "train.steps": 40,
+            "train.steps": 24,
             "train.batch_size": 4,
             "eval.every": 0,
             "eval.batches": 16,

@@ -4,19 +4,19 @@ from efficientllm.sweep import Sweep
 
 
 def get_config():
-    names = ("lora", "rslora", "dora", "pissa", "lora_plus", "loha", "lokr", "glora", "freeze", "full")
+    names = ("lora", "rslora", "dora", "pissa", "lora_plus", "qlora", "loha", "lokr", "glora", "freeze", "full")
     return Sweep(
         name="tuning",
         baseline="lora",
         variants={name: f"configs/tune.py:{name}" for name in names},
         equal={"tokens": 0.0},
         overrides={
-            "train.steps": 12,
+            "train.steps": 10,
             "train.batch_size": 2,
-            "train.length": 128,
+            "train.length": 96,
             "eval.every": 0,
-            "eval.batches": 4,
-            "checkpoint.every": 0,
+            "eval.batches": 2,
+            "checkpoint.every": 10,
             "sample.tokens": 1,
         },
         twice=False,

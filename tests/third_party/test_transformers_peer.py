@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from convert import folders
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 PEER = REPOSITORY / "third_party" / "transformers"
@@ -64,3 +65,22 @@ def test_ratio(compare):
     assert steady == {"ratio": 2.0, "low": 2.0, "high": 2.0}
     noisy = compare.ratio([2.0, 2.2, 1.8, 2.1, 1.9, 2.0], [1.0, 1.3, 0.8, 1.1, 0.9, 1.0])
     assert noisy["low"] < noisy["ratio"] == 2.0 < noisy["high"]
+
+
+@pytest.mark.slow  # the same, served
+def test_served_tokens_are_the_same(tmp_path):
+    pytest.importorskip("torch")
+    folders.llama(tmp_path / "model", vocab_size=300)
+    found = tmp_path / "found.json"
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    command = [sys.executable, str(PEER / "serve.py"), f"--model={tmp_path / 'model'}", "--prefill=40", "--new=6"]
+    command += ["--blocks=2", "--contestants=transformers float32;ours float32;ours int8", f"--json={found}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(found.read_text())
+    # serve.py itself refuses tokens that differ in float32.
+    assert report["ours float32"]["tokens"] == report["transformers float32"]["tokens"]
+    for each in report.values():
+        assert len(each["tokens"]) == 6 and len(each["prefill_s"]) == len(each["token_s"]) == 2
+    assert "| ours int8 |" in done.stdout

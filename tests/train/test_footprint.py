@@ -62,6 +62,20 @@ def test_what_is_frozen_has_no_gradient_and_no_moments():
     assert tuned == pytest.approx(weights + 4 * size(state.params), rel=0.01)
 
 
+def test_bytes_that_a_step_moves():
+    """Without activations: a closed formula of weights, gradients and two moments; micro-batches read weights again."""
+    for method, frozen_too in (("full()", False), ("lora(rank=4)", True)):
+        lm, _, state, _ = described(method)
+        kept = footprint.activation_bytes(lm, state, ROWS, LENGTH)
+        size = lambda tree: sum(leaf.size * 4 for leaf in jax.tree.leaves(tree))  # noqa: E731
+        learnt, frozen = size(state.params), size(state.frozen)
+        assert bool(frozen) == frozen_too
+        moved = footprint.moved_bytes(lm, state, ROWS, LENGTH) - 2 * kept
+        assert moved == pytest.approx(2 * (learnt + frozen) + 4 * learnt + 4 * learnt, abs=100)
+        twice = footprint.moved_bytes(lm, state, ROWS, LENGTH, accumulate=2)
+        assert twice - footprint.moved_bytes(lm, state, ROWS, LENGTH) == 2 * (learnt + frozen) + learnt + 2 * kept
+
+
 def test_a_program_executes_what_the_model_needs_and_what_remat_computes_twice():
     counted = {}
     for remat in ("none", "full"):

@@ -1,0 +1,269 @@
+"""Serves one model with transformers, with llama.cpp where it is installed, and with efficientllm, in turn.
+
+  python third_party/transformers/serve.py --model=smollm2-135m --prefill=512 --new=128 --blocks=5
+
+Each contestant is a process that holds one model in one form; only one works at a time, in random order within a block.
+A block is a prefill of fresh tokens and a greedy decoding of `--new` tokens after a short prompt, timed apart: decoding
+from its first token to its last, by the times at which each contestant hands them out. Ratios are of medians over
+blocks, with a 95 % bootstrap interval. Where two contestants hold the same weights in float32 their tokens must agree.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pathlib
+import pydoc_data.topics
+import random
+import statistics
+import tempfile
+import time
+
+DISCARDED = 1
+PROMPT = 32  # tokens before what is decoded
+OURS = {
+    "ours float32": "float32",
+    "ours bfloat16": "bfloat16",
+    "ours int8": "int8()",
+    "ours int4": "int4()",
+    "ours int4, int8 activations": "int4(activations='int8')",
+    "ours as stored": "stored",
+}
+TORCH = {"transformers float32": "float32", "transformers bfloat16": "bfloat16"}
+LLAMA_CPP = "llama.cpp"
+
+
+def main(argv=None):
+    options = _options(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare(options, _folder(options.model, pathlib.Path(folder) / "model"))
+    print(table(found, options))
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _options(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="as config.model.pretrained")
+    parser.add_argument("--contestants", default="", help="names from the table, separated by ;")
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", help="file for every number")
+    return parser.parse_args(argv)
+
+
+def _folder(model, folder):
+    """The model as a folder that transformers reads."""
+    from efficientllm import convert
+
+    source = convert.open_source(model)
+    if source.path.is_dir():
+        return str(source.path)
+    convert.convert(source, folder, dtype="float32")
+    return str(folder)
+
+
+def contestants(options):
+    """Names of those that can work here: those asked for, or all."""
+    names = [*TORCH, *OURS]
+    if options.batch == 1 and _gguf(options.model):
+        names.append(LLAMA_CPP)
+    asked = [name.strip() for name in options.contestants.split(";") if name.strip()]
+    if unknown := set(asked) - set(names):
+        raise SystemExit(f"--contestants: {', '.join(sorted(unknown))}: known are {'; '.join(names)}")
+    return asked or names
+
+
+def _gguf(model):
+    """The model's GGUF file, where llama.cpp's Python package is installed; else None."""
+    from importlib.util import find_spec
+
+    from efficientllm import convert
+
+    path = convert.open_source(model).path
+    return path if path.suffix == ".gguf" and find_spec("llama_cpp") else None
+
+
+def compare(options, folder):
+    """`{contestant: {"prefill_s": [...], "token_s": [...], "tokens": [...]}}`."""
+    context, sides = multiprocessing.get_context("spawn"), {}
+    names = contestants(options)
+    for name in names:
+        pipe, far_end = context.Pipe()
+        process = context.Process(target=_serve, args=(name, folder, options, far_end), daemon=True)
+        process.start()
+        far_end.close()
+        pipe.recv()  # it has read its model: the next one may start
+        sides[name] = (pipe, process)
+    found = {name: {"prefill_s": [], "token_s": [], "tokens": None} for name in names}
+    order = random.Random(0)
+    for block in range(DISCARDED + options.blocks):
+        for name in order.sample(names, len(names)):
+            pipe = sides[name][0]
+            pipe.send(block)
+            prefill_s, token_s, tokens = pipe.recv()
+            if block >= DISCARDED:
+                found[name]["prefill_s"].append(prefill_s)
+                found[name]["token_s"].append(token_s)
+                found[name]["tokens"] = tokens
+        print(f"block {block + 1}/{DISCARDED + options.blocks}", flush=True)
+    for pipe, process in sides.values():
+        pipe.close()
+        process.join()
+    exact = [found[name]["tokens"] for name in ("transformers float32", "ours float32") if name in found]
+    if len(exact) == 2 and exact[0] != exact[1]:
+        raise SystemExit(f"the greedy tokens differ: {exact}")
+    return found
+
+
+def _serve(name, folder, options, pipe):
+    if name in TORCH:
+        run = _transformers(TORCH[name], folder, options)
+    elif name in OURS:
+        run = _ours(OURS[name], folder, options)
+    else:
+        run = _llama_cpp(options)
+    pipe.send("ready")
+    while True:
+        try:
+            block = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(run(_prompts(block, options.prefill, options.batch), _prompts(block, PROMPT, options.batch)))
+
+
+def _prompts(block, length, batch):
+    """`batch` rows of token ids, the same for all: bytes of the Python documentation, another place each block."""
+    text = "".join(pydoc_data.topics.topics.values()).encode()
+    starts = [(block * batch + row) * 1009 for row in range(batch)]
+    return [[3 + byte for byte in text[start : start + length]] for start in starts]
+
+
+def _transformers(dtype, folder, options):
+    import torch
+    import transformers
+
+    torch.set_num_threads(options.threads)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+    class Clock(transformers.generation.streamers.BaseStreamer):
+        def __init__(self):
+            self.times = []
+
+        def put(self, value):
+            self.times.append(time.perf_counter())
+
+        def end(self):
+            pass
+
+    @torch.inference_mode()
+    def run(long, short):
+        begin = time.perf_counter()
+        lm(input_ids=torch.tensor(long), use_cache=True, logits_to_keep=1)
+        prefill_s = time.perf_counter() - begin
+        ids, clock = torch.tensor(short), Clock()
+        streamer = clock if options.batch == 1 else None  # transformers streams one row alone
+        settings = {"max_new_tokens": options.new, "min_new_tokens": options.new, "do_sample": False}
+        begin = time.perf_counter()
+        made = lm.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)
+        whole_s = time.perf_counter() - begin
+        token_s = whole_s / options.new  # of a batch: its short prefill is in it, on every side
+        if streamer:
+            times = clock.times[1:]  # the first put is the prompt
+            token_s = (times[-1] - times[0]) / (len(times) - 1)
+        return prefill_s, token_s, made[0, len(short[0]) :].tolist()
+
+    return run
+
+
+def _ours(form, folder, options):
+    import jax
+
+    from configs import base
+    from efficientllm.infer import samplers, serving
+    from efficientllm.infer.engine import Engine
+
+    config = base.get_config()
+    config.task, config.tokenizer, config.quant = "infer", "pretrained", form
+    config.model.pretrained = options.model if form == "stored" else folder
+    config.infer.prompts, config.infer.baseline = ("x",), ""
+    config.infer.batch_size, config.infer.prompt_length = options.batch, max(options.prefill, PROMPT)
+    config.infer.max_new_tokens = options.new + 1
+    made = serving.prepare(config)
+    jax.set_mesh(made.mesh)
+    engine = Engine(made.lm, made.load(form), samplers.Greedy(), -1, options.prefill + options.new + 1)
+
+    def run(long, short):
+        begin = time.perf_counter()
+        jax.block_until_ready(engine.prefill(long).logits_BV)
+        prefill_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        carry = jax.block_until_ready(engine.prefill(short))
+        carry, first = jax.block_until_ready(engine.decode(carry, short, 1))
+        if options.batch == 1:
+            begin = time.perf_counter()
+        _, rest = jax.block_until_ready(engine.decode(carry, short, options.new - 1))
+        token_s = (time.perf_counter() - begin) / (options.new - (options.batch == 1))
+        return prefill_s, token_s, [int(first[0, 0]), *rest[0].tolist()]
+
+    return run
+
+
+def _llama_cpp(options):
+    import llama_cpp
+
+    settings = {"n_threads": options.threads, "n_threads_batch": options.threads, "verbose": False}
+    length = options.prefill + options.new + 8
+    lm = llama_cpp.Llama(str(_gguf(options.model)), n_ctx=length, n_batch=512, **settings)
+
+    def run(long, short):
+        lm.reset()
+        begin = time.perf_counter()
+        lm.eval(long[0])
+        prefill_s = time.perf_counter() - begin
+        lm.reset()
+        times, tokens = [], []
+        for token in lm.generate(short[0], temp=0.0, repeat_penalty=1.0):
+            times.append(time.perf_counter())
+            tokens.append(token)
+            if len(tokens) == options.new:
+                break
+        return prefill_s, (times[-1] - times[0]) / (len(times) - 1), tokens
+
+    return run
+
+
+def _ratio(theirs, ours):
+    """`(ratio of medians, low, high)`: above 1, ours is faster."""
+    draw, blocks = random.Random(0), list(zip(theirs, ours, strict=True))
+
+    def of(sample):
+        a, b = zip(*sample, strict=True)
+        return statistics.median(a) / statistics.median(b)
+
+    drawn = sorted(of(draw.choices(blocks, k=len(blocks))) for _ in range(1000))
+    return of(blocks), drawn[25], drawn[974]
+
+
+def table(found, options):
+    """Tokens a second of all, and how many times the bfloat16 of transformers (or the first contestant) that is."""
+    against = "transformers bfloat16" if "transformers bfloat16" in found else next(iter(found))
+    lines = [
+        f"| {options.batch} x {options.prefill} prefilled, {options.new} decoded | prefill tokens/s | x {against} "
+        f"| decode tokens/s | x {against} |",
+        "|---" * 5 + "|",
+    ]
+    for name, each in found.items():
+        cells = [name]
+        for key, count in (("prefill_s", options.batch * options.prefill), ("token_s", options.batch)):
+            ratio, low, high = _ratio(found[against][key], each[key])
+            cells += [f"{count / statistics.median(each[key]):.1f}", f"{ratio:.2f} ({low:.2f}-{high:.2f})"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
