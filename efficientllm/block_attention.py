@@ -3,11 +3,14 @@
 Letters of this file: C choosers (query heads that choose together), R query heads a chooser, n blocks a query.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from efficientllm import grouped_attention, kernels
+from efficientllm import grouped_attention, kernels, sharding
 from efficientllm.registry import lookup, register
 
 
@@ -102,20 +105,34 @@ def _softmax(scores, mask, q_BTHK):
 
 @register("block_kernel", "grouped")
 def _grouped(q_BTHK, k_BSCK, v_BSCV, chosen):
-    """Queries sorted by the block they read: see `grouped_attention`."""
+    """Queries sorted by the block they read: see `grouped_attention`. Under a mesh each device is given its rows and
+    choosers: the compiler cannot split loops over them, and would run all on every device."""
+    operands = q_BTHK, k_BSCK, v_BSCV, chosen.start_BTCn, chosen.index_BT
+    local = functools.partial(_grouped_local, chosen.size)
+    mesh = sharding.current_mesh()
+    if mesh is None:
+        return local(*operands)
+    spec = sharding.spec(("batch", None, "kv_heads", None), k_BSCK.shape, mesh)
+    rows = P(spec[0] if chosen.index_BT.shape[0] == k_BSCK.shape[0] else None, None)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(*(spec,) * 4, rows), out_specs=spec, check_vma=False)
+    return mapped(*operands)
+
+
+def _grouped_local(size, q_BTHK, k_BSCK, v_BSCV, start_BTCn, index_BT):
+    """One device's rows and choosers."""
     B, T, H, K = q_BTHK.shape
     C, V = k_BSCK.shape[2], v_BSCV.shape[-1]
 
     def by_chooser(x_BTCx):
         return jnp.moveaxis(x_BTCx, 2, 1).reshape(B * C, x_BTCx.shape[1], *x_BTCx.shape[3:])
 
-    index_NT = jnp.repeat(jnp.broadcast_to(chosen.index_BT, (B, T)), C, axis=0)
+    index_NT = jnp.repeat(jnp.broadcast_to(index_BT, (B, T)), C, axis=0)
     y_NTRV = grouped_attention.attend(
         by_chooser(q_BTHK.reshape(B, T, C, H // C, K)),
         by_chooser(k_BSCK),
         by_chooser(v_BSCV),
-        by_chooser(chosen.start_BTCn),
+        by_chooser(start_BTCn),
         index_NT,
-        chosen.size,
+        size,
     )
     return jnp.moveaxis(y_NTRV.reshape(B, C, T, H // C, V), 1, 2).reshape(B, T, H, V)

@@ -1,4 +1,4 @@
-"""Trains, tunes or serves with named techniques and writes one row.
+"""Trains, tunes, serves or plans with named techniques and writes one row.
 
   python -m efficientllm.main --config=FILE[:ARG] [--config.key=value ...] [--workdir=DIR] [--overwrite]
 

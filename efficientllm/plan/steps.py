@@ -76,6 +76,7 @@ def model_of(config):
     Raises UserError as the run would.
     """
     method = build("adapter", config.adapter, where="config.adapter")
+    setup.check_form(config.quant, config.adapter, method)
     if architecture.has_vocabulary(config.model):
         lm = architecture.from_config(config.model)
     else:
@@ -105,7 +106,7 @@ def describe(config, devices, platform):
         boxed = model.abstract_params(lm)  # makes a small array: not on devices that are not here
     with jax.set_mesh(mesh), kernels.compiling_for(platform):
         train = config.train
-        abstract = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method))
+        abstract = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method, config.quant))
     shardings = sharding.shardings(abstract, mesh)
     shaped = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), nn.unbox(abstract), shardings

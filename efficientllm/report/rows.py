@@ -145,7 +145,8 @@ def read_row(file):
 
 
 def _compared(config):
-    return {k: v for k, v in config.items() if not any(k == i or k.startswith(f"{i}.") for i in IGNORED)}
+    ignored = IGNORED if config.get("task") == "plan" else (*IGNORED, "plan")
+    return {k: v for k, v in config.items() if not any(k == i or k.startswith(f"{i}.") for i in ignored)}
 
 
 def _identity(config):

@@ -54,9 +54,8 @@ def pretraining():
     for size in ("1.5b", "0.5b", "3b"):
         own = {**PRETRAIN, "model.size": size}
         for mixer in ("gqa", "mqa", "mla", "nsa", "mha"):
-            change = (
-                {"model.mixer": "nsa"} if mixer == "nsa" else {}
-            )  # the paper's blocks rather than the demonstration's
+            # The paper's blocks rather than the demonstration's.
+            change = {"model.mixer": "nsa"} if mixer == "nsa" else {}
             plans[f"attention/{size}/{mixer}"] = (f"attention.py:{mixer}", own | change, ("attention", mixer))
         for position in ("sinusoidal", "learned", "none", "relative"):
             change = {"model.position": "learned(max_length=8192)"} if position == "learned" else {}
@@ -70,18 +69,9 @@ def pretraining():
 
 def tuning():
     plans = {}
-    for model in (
-        "llama-3.2-1b",
-        "qwen2.5-14b",
-        "mistral-small-24b",
-        "llama-3.1-8b",
-        "qwen2.5-7b",
-        "llama-3-70b",
-        "qwen2.5-72b",
-    ):
+    for model in SHAPES:
         own = TUNE | size_of(model)
-        methods = ("lora", "dora", "full") if "70b" in model or "72b" in model else ("lora", "dora", "full", "freeze")
-        for method in methods:
+        for method in ("lora", "qlora", "dora", "full"):
             plans[f"tune/{model}/{method}"] = (f"tune.py:{method}", own, (f"tune_{model}_o1-sft", method))
     for model in ("llama-3-70b", "qwen2.5-72b"):
         own = PRETRAIN | size_of(model) | {"model.remat": "full"}
@@ -132,7 +122,7 @@ def line(name, where, record):
     plan, train = record["predicted"], record["config"]["train"]
     size = lambda key: _round(plan["memory_bytes"].get(key), 1e9)  # noqa: E731
     sent = None if plan["collectives"] is None else sum(each["wire_bytes"] for each in plan["collectives"].values())
-    sides = {f"{side}_ms": _round(seconds, 1e-3, 4) for side, seconds in plan["roofline_s"].items()}
+    sides = {f"{side}_ms": _round(seconds, 1e-3) for side, seconds in plan["roofline_s"].items()}
     amu, al = studied(where) if "0.5b/" not in name and "3b/" not in name else (None, None)
     values = {
         "plan": name,
@@ -146,8 +136,8 @@ def line(name, where, record):
         "fits": "yes" if plan["fits"] else "no",
         "fits_with": "; ".join(each["flags"].replace("--config.", "") for each in plan["changes"] if each["fits"]),
         "by_shapes_gb": _round(plan["by_shapes_bytes"], 1e9),
-        "model_tflop": _round(plan["model_flops"], 1e12, 4),
-        "program_tflop": _round(plan["program_flops"], 1e12, 4),
+        "model_tflop": _round(plan["model_flops"], 1e12),
+        "program_tflop": _round(plan["program_flops"], 1e12),
         "moved_gb": _round(plan["moved_bytes"], 1e9),
         "sent_gb": _round(sent, 1e9),
         "bound": plan["bound"],
@@ -159,7 +149,7 @@ def line(name, where, record):
     return {key: values.get(key, sides.get(key)) for key in COLUMNS}
 
 
-def _round(value, unit, digits=3):
+def _round(value, unit, digits=4):
     return (
         None
         if value is None
