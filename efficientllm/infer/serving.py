@@ -95,16 +95,22 @@ class Serving:
         return next(iter(data.train_iterator(*rows, seed=self.config.seed)))["tokens"]
 
 
+def check(config):
+    """Raises UserError for values that no model could be measured with."""
+    for key in ("max_new_tokens", "batch_size", "prompt_length", "repeats"):
+        if config.infer[key] < 1:
+            raise UserError(f"config.infer.{key} = {config.infer[key]}: must be at least 1")
+    quant.form_of(config.quant)
+    one_device(config.mesh)
+
+
 def prepare(config):
     """Reads the prompts and describes the model; makes no array of it. Raises UserError."""
+    check(config)
     ours = config.infer
-    for key in ("max_new_tokens", "batch_size", "prompt_length", "repeats"):
-        if ours[key] < 1:
-            raise UserError(f"config.infer.{key} = {ours[key]}: must be at least 1")
-    quant.form_of(config.quant)
     _check_baseline(ours.baseline)
     harness.check(config.quality)
-    mesh = _mesh(config.mesh)
+    mesh = one_device(config.mesh)
     sampler = build("sampler", ours.sampler, where="config.infer.sampler")
     texts = prompts.read(ours.prompts)
     source = setup.open_pretrained(config.model.pretrained)
@@ -134,7 +140,7 @@ def prepare(config):
     )
 
 
-def _mesh(spec):
+def one_device(spec):
     """The mesh of the one device that serves. Raises UserError for a mesh that asks for more; -1 asks for none."""
     _, given = parse(f"mesh({spec})", "config.mesh")
     if any(size not in (1, -1) for size in given.values()):

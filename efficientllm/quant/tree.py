@@ -1,5 +1,6 @@
 """Compressed forms put into a model's parameters, by name."""
 
+import dataclasses
 import functools
 import re
 
@@ -42,6 +43,20 @@ def quantize(params, spec, rules=(), learn=None):
         return box(found, held.names) if isinstance(held, BOX) else found
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, BOX | Weight))
+
+
+def abstract(params, spec, rules=()):
+    """The shapes of `quantize`'s tree; of calibrated forms those of rounding to nearest, and AWQ's factors beside."""
+    arrays = {path_of(keys): array for keys, array in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def learn(path, form):
+        found = leaf(dataclasses.replace(form, method="rtn"), path == "embedding", arrays[path])
+        if form.method != "awq":
+            return found
+        *stack, K, _ = arrays[path].shape
+        return found.replace(x_scale=jnp.ones((*stack, 1, K), jnp.float16))
+
+    return jax.eval_shape(lambda: quantize(params, spec, rules, learn))
 
 
 def box(leaf, names):

@@ -175,6 +175,8 @@ class Inference:
             physical=physical,
             quality=quality,
         )
+        if not self.config.model.pretrained:
+            found["provenance"]["weights"] = f"random, of size {self.config.model.size}: quality means nothing"
         record.write_record(found, self.workdir.path / "record.json")
         return found
 
