@@ -3,6 +3,7 @@
 https://github.com/EleutherAI/lm-evaluation-harness
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -78,7 +79,9 @@ def score(model, ours, chat, seed, file):
         random_seed=seed,
         numpy_random_seed=seed,
         fewshot_random_seed=seed,
+        torch_random_seed=None,  # what a seed is set in would be imported
     )
+    found["lm_eval_version"] = importlib.metadata.version("lm_eval")
     logging.getLogger("efficientllm").info(utils.make_table(found))
     write_atomically(file, json.dumps(found, indent=1, default=str) + "\n")
     return readings(found, str(file.name))
