@@ -14,8 +14,8 @@ from efficientllm.infer import prompts
 from efficientllm.infer.engine import check_prompts
 from efficientllm.infer.row import baseline_of
 from efficientllm.metrics import host, memory
-from efficientllm.quant import calibrate
 from efficientllm.quality import harness
+from efficientllm.quant import calibrate
 from efficientllm.quant import tree as quant
 from efficientllm.registry import build, parse
 from efficientllm.train import setup, step

@@ -31,6 +31,8 @@ def check(ours):
             f"config.quality.limit = {ours.limit}, config.quality.batch_size = {ours.batch_size}: "
             "they must be at least 0 and 1"
         )
+    if ours.include and not pathlib.Path(ours.include).is_dir():
+        raise UserError(f"config.quality.include = {ours.include!r}: no such folder of tasks")
     if ours.results:
         readings_of_file(ours.results)
     if ours.tasks:
@@ -54,8 +56,6 @@ def names(tasks):
 def _manager(include):
     from lm_eval.tasks import TaskManager
 
-    if include and not pathlib.Path(include).is_dir():
-        raise UserError(f"config.quality.include = {include!r}: no such folder of tasks")
     return TaskManager(include_path=include or None)
 
 
