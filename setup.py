@@ -73,6 +73,7 @@ setup(
         "report": REPORT,
         "sweep": [*REPORT, "submitit>=1.5,<2"],
         "energy": ["zeus>=0.16,<0.17"],
+        "quality": ["lm-eval[ifeval,math]>=0.4.13,<0.5"],  # neither it nor what it needs asks for torch
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "peers": ["torch==2.13.0", "transformers>=5.23,<6"],

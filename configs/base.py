@@ -80,6 +80,13 @@ def get_config():
     config.plan.devices = 1
     config.plan.calibration = ""  # a folder of measured runs on that hardware, or the file made from one
 
+    config.quality = ConfigDict()
+    config.quality.tasks = ()  # of the lm-evaluation-harness; "study" is the study's six and their mean
+    config.quality.limit = 0  # examples a task; 0 is all of them
+    config.quality.batch_size = 8
+    config.quality.include = ""  # a folder with tasks of your own
+    config.quality.results = ""  # a results.json of the harness, joined to the row
+
     config.metrics = ConfigDict()
     config.metrics.meter = ""  # a CSV of (unix time in s, W) that a meter of yours writes meanwhile
     config.metrics.interval_s = 0.1  # seconds between samples of power, memory and utilisation

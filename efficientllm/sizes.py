@@ -44,3 +44,10 @@ _qwen = {"num_kv_heads": 2, "rope_base": 1e6, "qkv_bias": True, "vocab_size": 15
 preset("0.5b", num_layers=24, dim=896, num_heads=14, head_dim=64, hidden=4864, **_qwen)
 preset("1.5b", num_layers=28, dim=1536, num_heads=12, head_dim=128, hidden=8960, **_qwen)
 preset("3b", num_layers=36, dim=2048, num_heads=16, head_dim=128, hidden=11008, **_qwen)
+
+_qwen |= {"head_dim": 128, "vocab_size": 152064}  # their heads are not tied: config.model.tied = False
+preset("7b", **_qwen | {"num_layers": 28, "dim": 3584, "num_heads": 28, "num_kv_heads": 4, "hidden": 18944})
+_qwen |= {"num_kv_heads": 8}
+preset("14b", num_layers=48, dim=5120, num_heads=40, hidden=13824, **_qwen)
+preset("32b", num_layers=64, dim=5120, num_heads=40, hidden=27648, **_qwen)
+preset("72b", num_layers=80, dim=8192, num_heads=64, hidden=29568, **_qwen)

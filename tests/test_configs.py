@@ -54,12 +54,14 @@ def test_config_initialises_with_the_parameters_of_its_comparison(name):
 
 # Qwen2.5's published totals (arXiv:2412.15115), embeddings included, to the unit as its checkpoints have them.
 STUDY = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "3b": 3_085_938_688}
+UNTIED = {"7b": 7_615_616_512, "14b": 14_770_033_664, "32b": 32_763_876_352, "72b": 72_706_203_648}
+STUDY |= UNTIED
 
 
 @pytest.mark.parametrize("size", STUDY)
 def test_study_sizes_have_the_published_parameter_counts(size):
     config = base.get_config().model
-    config.size = size
+    config.size, config.tied = size, size not in UNTIED
     lm = architecture.from_config(config)
     tokens = jnp.zeros((1, 8), jnp.int32)
     boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens, Context.packed(tokens)))["params"]

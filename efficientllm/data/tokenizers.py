@@ -37,6 +37,9 @@ class Bytes:
     def encode(self, text):
         return list(text.encode())
 
+    def encode_context(self, text, special=True):
+        return self.encode(text)
+
     def encode_batch(self, texts):
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
@@ -123,7 +126,10 @@ class HuggingFace:
 def from_transformers(loaded):
     """The tokenizer that `transformers` has loaded, with its chat template if it has one."""
     chat = functools.partial(loaded.apply_chat_template, tokenize=False) if loaded.chat_template else None
-    return Backed(loaded.backend_tokenizer, loaded.eos_token_id, len(loaded), chat, loaded.chat_template or "")
+    template = loaded.chat_template or ""
+    return Backed(
+        loaded.backend_tokenizer, loaded.eos_token_id, len(loaded), chat, template, bos_id=loaded.bos_token_id
+    )
 
 
 class Backed:
@@ -133,12 +139,12 @@ class Backed:
     them as what they are. `chat(messages, add_generation_prompt=False)` is the text of a conversation, or None.
     """
 
-    def __init__(self, backend, eos_id, vocab_size, chat=None, template=""):
+    def __init__(self, backend, eos_id, vocab_size, chat=None, template="", bos_id=None):
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.eos_id, self.vocab_size = backend, eos_id, vocab_size
-        self.chat = chat
+        self.chat, self.template, self.bos_id = chat, template, bos_id
         self.fingerprint = hashlib.sha256(f"{eos_id} {template} {backend.to_str()}".encode()).hexdigest()
         self.token_bytes = _token_bytes(backend, vocab_size)
 
@@ -152,6 +158,19 @@ class Backed:
             return self.encode(text)
         finally:
             self.backend.encode_special_tokens = True
+
+    def encode_context(self, text, special=True):
+        """Ids as transformers gives them: what the text spells out is special, and with `special` the tokens that the
+        tokenizer puts around a text are there, unless it begins with them."""
+        plain = self.encode_template(text)
+        if not special:
+            return plain
+        self.backend.encode_special_tokens = False
+        try:
+            whole = self.backend.encode(text, add_special_tokens=True).ids
+        finally:
+            self.backend.encode_special_tokens = True
+        return plain if plain[:1] == whole[:1] == [self.bos_id] else whole
 
     def encode_batch(self, texts):
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)

@@ -14,10 +14,11 @@ from efficientllm.infer import prompts
 from efficientllm.infer.engine import check_prompts
 from efficientllm.infer.row import baseline_of
 from efficientllm.metrics import host, memory
+from efficientllm.quality import harness
 from efficientllm.quant import calibrate
 from efficientllm.quant import tree as quant
 from efficientllm.quant.rows import resident_bytes
-from efficientllm.registry import build
+from efficientllm.registry import build, parse
 from efficientllm.train import setup, step
 
 CALIBRATION_ROWS = 16  # of config.train.length tokens each
@@ -43,6 +44,7 @@ class Serving:
     length: int
     mesh: object
     rss_before: int
+    max_positions: int = None
 
     @property
     def devices(self):
@@ -108,14 +110,22 @@ class Serving:
         return next(iter(data.train_iterator(*rows, seed=self.config.seed)))["tokens"]
 
 
+def check(config):
+    """Raises UserError for values that no model could be measured with."""
+    for key in ("max_new_tokens", "batch_size", "prompt_length", "repeats"):
+        if config.infer[key] < 1:
+            raise UserError(f"config.infer.{key} = {config.infer[key]}: must be at least 1")
+    quant.form_of(config.quant)
+    one_device(config.mesh)
+
+
 def prepare(config):
     """Reads the prompts and describes the model; makes no array of it. Raises UserError."""
+    check(config)
     ours = config.infer
-    for key in ("max_new_tokens", "batch_size", "prompt_length", "repeats"):
-        if ours[key] < 1:
-            raise UserError(f"config.infer.{key} = {ours[key]}: must be at least 1")
-    quant.form_of(config.quant)
     _check_baseline(ours.baseline)
+    harness.check(config.quality)
+    mesh = one_device(config.mesh)
     sampler = build("sampler", ours.sampler, where="config.infer.sampler")
     texts = prompts.read(ours.prompts)
     source = setup.open_pretrained(config.model.pretrained)
@@ -139,9 +149,18 @@ def prepare(config):
         texts=texts,
         prompts=ids,
         length=length,
-        mesh=sharding.make_mesh("data=1", jax.devices()[:1]),  # one device serves
+        mesh=mesh,
         rss_before=host.rss_bytes(),
+        max_positions=most,
     )
+
+
+def one_device(spec):
+    """The mesh of the one device that serves. Raises UserError for a mesh that asks for more; -1 asks for none."""
+    _, given = parse(f"mesh({spec})", "config.mesh")
+    if any(size not in (1, -1) for size in given.values()):
+        raise UserError(f"config.mesh = {spec!r}: inference serves on one device; take 'data=1'")
+    return sharding.make_mesh(spec, jax.devices()[:1])
 
 
 def _check_length(lm, ours, length, most):

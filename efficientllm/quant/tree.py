@@ -1,5 +1,6 @@
 """Compressed forms put into a model's parameters, by name."""
 
+import dataclasses
 import functools
 import re
 
@@ -54,6 +55,24 @@ def rounder(spec, rules=()):
         return leaf(form, path == "embedding", array) if hasattr(form, "leaf") else array
 
     return one
+
+
+def abstract(params, spec, rules=()):
+    """The shapes of `quantize`'s tree; of calibrated forms those of rounding to nearest, and AWQ's factors beside."""
+
+    def made(params):
+        arrays = {path_of(keys): array for keys, array in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+        def learn(path, form):
+            found = leaf(dataclasses.replace(form, method="rtn"), path == "embedding", arrays[path])
+            if form.method != "awq":
+                return found
+            *stack, K, _ = arrays[path].shape
+            return found.replace(x_scale=jnp.ones((*stack, 1, K), jnp.float16))
+
+        return quantize(params, spec, rules, learn)
+
+    return jax.eval_shape(made, params)
 
 
 def box(leaf, names):

@@ -59,6 +59,8 @@ def _cost(argv):
 
     config, _, _ = main.parse(list(argv))
     import_plugins(config.imports)
+    if config.task == "infer":
+        return _cost_of_inference(config)
     lm, method = _described(config), build("adapter", config.adapter, where="config.adapter")
     setup.check_form(config.quant, config.adapter, method)
     method.check(lm)
@@ -73,6 +75,34 @@ def _cost(argv):
         tokens=train.steps * train.batch_size * train.length,
         flops=train.steps * accounting.step_flops(lm, boxed, train.length, train.batch_size, method),
         memory_bytes=footprint.predicted_bytes(lm, nn.unbox(state), train.batch_size // train.accumulate, train.length),
+    )
+
+
+def _cost_of_inference(config):
+    """Of the measured repeats; memory is that of the compressed weights and the states. The float32 weights, of which a
+    run makes them, come and go before."""
+    import flax.linen as nn
+
+    from efficientllm import accounting, model
+    from efficientllm.infer import serving
+    from efficientllm.quant import tree
+    from efficientllm.quant.rows import resident_bytes
+
+    lm, ours = _described(config), config.infer
+    serving.check(config)
+    boxed = model.abstract_params(lm)
+    params, length = accounting.parameters(lm, boxed), ours.prompt_length + ours.max_new_tokens
+    model.check_length(lm, length, "config.infer.prompt_length and config.infer.max_new_tokens")
+    middle = ours.prompt_length + ours.max_new_tokens // 2
+    decode = ours.max_new_tokens * accounting.decode_flops(lm, boxed, middle)
+    rows = ours.repeats * ours.batch_size
+    weights = resident_bytes(tree.abstract(nn.unbox(boxed), config.quant))
+    return Cost(
+        parameters=params["total"],
+        active=params["active"],
+        tokens=rows * ours.max_new_tokens,
+        flops=rows * (accounting.forward_flops(lm, boxed, ours.prompt_length) + decode),
+        memory_bytes=weights + ours.batch_size * accounting.state_bytes(lm, length),
     )
 
 

@@ -15,6 +15,7 @@ from efficientllm.infer.engine import Engine
 from efficientllm.metrics import energy, memory, peaks, provenance, record
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
+from efficientllm.quality import harness
 from efficientllm.registry import register
 from efficientllm.train import evaluate, setup, step
 from efficientllm.train.progress import close_log, open_log
@@ -91,6 +92,7 @@ class Inference:
         self.peak = memory.peak_bytes(run.devices, run.rss_before)  # before another form of the weights is loaded
         self.idle = self.idle.compared(energy.idle_power(self.reader))
         self.quality = self._score(self.params)
+        self.tasks = self._tasks()
         self._finish()
         return 0
 
@@ -112,6 +114,19 @@ class Inference:
         log.info("held out  " + "  ".join(f"{key} {value:.4f}" for key, value in found.items()))
         return found
 
+    def _tasks(self):
+        """Readings of the harness's tasks, and of results that are joined."""
+        run, ours = self.serving, self.config.quality
+        found = harness.readings_of_file(ours.results) if ours.results else {}
+        if ours.tasks:
+            from efficientllm.quality import interface  # lm-eval is an extra
+
+            most = run.max_positions or harness.POSITIONS
+            model = interface.Harness(run.lm, self.params, run.tokenizer, most, ours.batch_size, self.config.seed)
+            file = self.workdir.path / "results.json"
+            found |= harness.score(model, ours, self.config.infer.chat, self.config.seed, file)
+        return found
+
     def _compression(self):
         """What MCR compares; the baseline is scored last, in the place of what was measured."""
         name = self.config.infer.baseline
@@ -130,7 +145,7 @@ class Inference:
         physical = row.physical(run.lm, run.boxed, self.params, self.measured, self.idle)
         physical["peak_memory_bytes"] = self.peak
         study = row.study(run.lm, run.boxed, self.measured, self._compression())
-        found = self._write_row("ok", study, physical, row.quality(self.quality))
+        found = self._write_row("ok", study, physical, row.quality(self.quality) | self.tasks)
         metrics = {
             f"row/{key}": value for group in ("paper", "physical", "quality") for key, value in found[group].items()
         }
@@ -160,6 +175,8 @@ class Inference:
             physical=physical,
             quality=quality,
         )
+        if not self.config.model.pretrained:
+            found["provenance"]["weights"] = f"random, of size {self.config.model.size}: quality means nothing"
         record.write_record(found, self.workdir.path / "record.json")
         return found
 

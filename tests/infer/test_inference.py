@@ -67,6 +67,9 @@ def test_uncompressed_has_a_rate_of_one(base, tmp_path):
         ({"infer__sampler": "gredy"}, "did you mean 'greedy'"),
         ({"quant": "int3"}, "no quant of that name"),
         ({"infer__chat": True}, "the tokenizer has no chat template"),
+        ({"mesh": "tensor=2"}, "inference serves on one device"),
+        ({"mesh": "data=-1,tensr=1"}, "did you mean 'tensor'"),
+        ({"quality__results": "/nowhere.json"}, "cannot be read"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

