@@ -66,7 +66,7 @@ def test_accumulation_changes_nothing_even_where_targets_are_missing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, split_grads)
 
 
-@pytest.mark.parametrize("kernel", ["xla", "chunked"])
+@pytest.mark.parametrize("kernel", ["xla", "chunked", "gathered"])
 @pytest.mark.parametrize("length", [1, 63, 64, 130])
 def test_attention_kernels_against_plain_numpy(kernel, length):
     rng = np.random.default_rng(length)
