@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 import yaml
+from sweep import cluster
 
 import runs
 from efficientllm import main
-from sweep import cluster
 
 FOLDER = runs.ROOT / "experiments" / "cluster"
 

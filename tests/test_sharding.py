@@ -183,10 +183,9 @@ def test_only_keys_and_values_of_a_row_are_gathered_over_the_sequence():
 
 
 def test_a_kernel_that_needs_whole_rows_is_refused_by_name():
-    q_BTHK = jnp.zeros((2, 8, 4, 8))
-    with jax.set_mesh(sharding.make_mesh("fsdp=2, sequence=4")):
-        with pytest.raises(UserError, match="attention_kernel = 'chunked' needs whole rows.*sequence.*take 'auto'"):
-            jax.eval_shape(lambda q: attend(q, q, q, Mask(), "chunked"), q_BTHK)
+    q_BTHK, said = jnp.zeros((2, 8, 4, 8)), "attention_kernel = 'chunked' needs whole rows.*sequence.*take 'auto'"
+    with jax.set_mesh(sharding.make_mesh("fsdp=2, sequence=4")), pytest.raises(UserError, match=said):
+        jax.eval_shape(lambda q: attend(q, q, q, Mask(), "chunked"), q_BTHK)
 
 
 def test_processes_that_hold_the_same_rows_read_the_same_part():
