@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from efficientllm import kernels, splash
+from efficientllm import kernels, sharding, splash
 from efficientllm.errors import UserError
 from efficientllm.registry import lookup, register
 
@@ -19,12 +19,14 @@ class Mask:
         into an empty state).
       key_index_BS: the index each key stands at, negative where a slot is empty; None when key s stands at s.
       window: keys a query reads, itself included; None reads all.
+      query_segments_BT: the document of each query, where queries are not all of the row's tokens.
     """
 
     segments_BT: jax.Array = None
     query_index_BT: jax.Array = None
     key_index_BS: jax.Array = None
     window: int = flax.struct.field(pytree_node=False, default=None)
+    query_segments_BT: jax.Array = None
 
     @property
     def aligned(self):
@@ -44,8 +46,8 @@ class Mask:
         if self.key_index_BS is not None:
             mask_BTS &= self.key_index_BS[:, None, slice(*keys)] >= 0
         if self.segments_BT is not None:
-            segments = self.segments_BT
-            mask_BTS &= segments[:, slice(*queries), None] == segments[:, None, slice(*keys)]
+            of_queries = self.segments_BT if self.query_segments_BT is None else self.query_segments_BT
+            mask_BTS &= of_queries[:, slice(*queries), None] == self.segments_BT[:, None, slice(*keys)]
         return mask_BTS
 
     def distance(self, queries, keys):
@@ -89,11 +91,16 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
       bias: what is added to the scores: `(mask, queries, keys) -> [B or 1, H, T, S]`, the ranges as in `Mask.rows`.
       scale: of the scores; None is K^-1/2.
 
-    Raises UserError for a kernel that does not exist.
+    Raises UserError for a kernel that does not exist, or needs whole rows where the mesh divides them.
     """
     if kernel == "auto" or not mask.aligned:
         kernel = choose(q_BTHK, mask, bias)
     compute = lookup("attention_kernel", kernel, where="config.model.attention_kernel")
+    if mask.aligned and kernel not in DIVIDED and sharding.ways("length", q_BTHK.shape[1]) > 1:
+        raise UserError(
+            f"config.model.attention_kernel = {kernel!r} needs whole rows, and the mesh axis sequence divides them; "
+            "take 'auto'"
+        )
     kernels.note("attention", kernel)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
@@ -102,6 +109,8 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
 def choose(q_BTHK, mask, bias=None):
     """The attention kernel for these shapes on the platform being compiled for."""
     T, K = q_BTHK.shape[1], q_BTHK.shape[-1]
+    if mask.aligned and sharding.ways("length", T) > 1:
+        return "gathered"
     half = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
     if (
         kernels.platform() == "gpu"
@@ -121,8 +130,10 @@ def choose(q_BTHK, mask, bias=None):
     return "xla"
 
 
+DIVIDED = ("xla", "gathered")  # kernels that take rows whose tokens lie on several devices
 CHUNK = 64
 MAX_CHUNKS = 32  # each chunk is compiled apart
+GATHERED_CHUNK = 256
 
 
 @register("attention_kernel", "xla")
@@ -163,6 +174,36 @@ def _chunked(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
         for queries, keys in _chunks(q_BTHK.shape[1], mask.window)
     ]
     return jnp.concatenate(outputs, axis=1)
+
+
+@register("attention_kernel", "gathered")
+def _gathered(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
+    """Queries stay where their tokens are; each device gathers the row's keys and values and reads all of them.
+
+    A chunk of every device's queries at a time, whose scores the backward pass makes again: no device holds scores of
+    more than `GATHERED_CHUNK` queries. What is masked is computed, so that all devices do as much. Letters: n devices
+    of a row, m chunks of L tokens on each.
+    """
+    (B, T, H, K), V, n = q_BTHK.shape, v_BSGV.shape[-1], sharding.ways("length", q_BTHK.shape[1])
+    k_BSGK, v_BSGV = (sharding.constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGV))
+    L = next(size for size in range(min(T // n, GATHERED_CHUNK), 0, -1) if T // n % size == 0)
+
+    def split(x_BT):
+        return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], n, -1, L, *x_BT.shape[2:]), 2, 0)
+
+    @jax.checkpoint
+    def one(chunk):
+        q_BTHK, index_BT, segments_BT = (
+            None if x is None else x.reshape(x.shape[0], n * L, *x.shape[3:]) for x in chunk
+        )
+        of_chunk = mask.replace(query_index_BT=index_BT, query_segments_BT=segments_BT)
+        y_BTHV = _dense(q_BTHK, k_BSGK, v_BSGV, of_chunk, bias, scale, (0, n * L), (0, T))
+        return y_BTHV.reshape(B, n, L, H, V)
+
+    q_mBnLHK = sharding.constrain(split(q_BTHK), None, "batch", "length", None, "heads", None)
+    segments_mBnL = None if mask.segments_BT is None else split(mask.segments_BT)
+    y_mBnLHV = jax.lax.map(one, (q_mBnLHK, split(jnp.arange(T)[None]), segments_mBnL))
+    return sharding.constrain(jnp.moveaxis(y_mBnLHV, 0, 2).reshape(B, T, H, V), "batch", "length", "heads", None)
 
 
 def _dense(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale, queries, keys):

@@ -26,7 +26,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, ctx, states):
-        x_BTD = constrain(x_BTD, "batch", None, None)
+        x_BTD = constrain(x_BTD, "batch", "length", None)
         mixer, ffn = build("mixer", self.mixer, name="mixer"), build("ffn", self.ffn, name="ffn")
         mixer_state, ffn_state = (None, None) if states is None else states
         normed_BTD = build("norm", self.norm, name="mixer_norm")(x_BTD)
@@ -119,7 +119,7 @@ class LM(nn.Module):
         else:
             head = Linear(self.vocab_size, ("embed", "vocab"), self.precision, out_dtype=jnp.float32, name="head")
             logits_BTV = head(x_BTD)
-        return constrain(logits_BTV, "batch", None, "vocab"), states, aux
+        return constrain(logits_BTV, "batch", "length", "vocab"), states, aux
 
     def _groups(self, x_BTD, ctx, states):
         group = Group if self.remat == "none" else nn.remat(Group, policy=remat_policy(self.remat), prevent_cse=False)
@@ -171,8 +171,8 @@ def _look_up(embedding_VD, tokens_BT, dtype):
     Each device looks up its own columns for all rows of its fsdp group; an all-to-all then trades columns for rows.
     Left to itself the partitioner gathers the whole table on some meshes.
     """
-    x_BTD = take(embedding_VD, constrain(tokens_BT, "group_batch", None)).astype(dtype)
-    return constrain(constrain(x_BTD, "group_batch", None, "embed"), "batch", None, None)
+    x_BTD = take(embedding_VD, constrain(tokens_BT, "group_batch", "length")).astype(dtype)
+    return constrain(constrain(x_BTD, "group_batch", "length", "embed"), "batch", "length", None)
 
 
 def half_layers(blocks):

@@ -1,9 +1,10 @@
 """Logical axis names to mesh axes: one table, and the few functions that read it.
 
-A mesh has the axes `data` (rows only), `fsdp` (rows and parameters) and `tensor` (heads, ffn hidden, vocabulary);
-experts ride on `fsdp`.
+A mesh has the axes `data` (rows only), `fsdp` (rows and parameters), `tensor` (heads, ffn hidden, vocabulary) and
+`sequence` (the tokens of a row); experts ride on `fsdp`.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -14,12 +15,17 @@ from jax.sharding import PartitionSpec as P
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.registry import parse
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = ("data", "fsdp")
-# First match wins; a mesh axis is used once in a spec, so an expert kernel is split over experts, not over `embed`.
+# The first that divides a dimension wins. A mesh axis is used once in a spec, so an expert kernel is split over
+# experts, not over `embed`.
 RULES = (
     ("batch", BATCH),
     ("group_batch", "data"),  # rows that the devices of an fsdp group share
+    ("length", "sequence"),
+    ("token_rows", ("sequence", *BATCH)),  # pieces of rows as rows of their own
+    ("channels", ("tensor", "sequence")),  # of activations that need every token of a row, but not every channel
+    ("channels", "tensor"),
     ("expert", "fsdp"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
@@ -60,15 +66,31 @@ def current_mesh():
 
 def spec(axes, shape, mesh):
     """The PartitionSpec of an array with logical `axes`; an axis that does not divide its dimension is left whole."""
-    rules, used, parts = dict(RULES), set(), []
+    used, parts = set(), []
     for name, size in zip(axes, shape, strict=True):
-        wanted = rules.get(name, ())
-        wanted = (wanted,) if isinstance(wanted, str) else wanted
-        free = tuple(axis for axis in wanted if axis not in used and mesh.shape[axis] > 1)
-        fits = free and size % math.prod(mesh.shape[axis] for axis in free) == 0
-        used.update(free if fits else ())
-        parts.append((free if len(free) > 1 else free[0]) if fits else None)
+        free = next((free for free in _free(name, used, mesh) if size % _product(mesh, free) == 0), ())
+        used.update(free)
+        parts.append(free if len(free) > 1 else free[0] if free else None)
     return P(*parts)
+
+
+def _free(name, used, mesh):
+    """The mesh axes of each rule for a logical axis that are not used yet and have more than one device."""
+    for rule, wanted in RULES:
+        if rule == name:
+            wanted = (wanted,) if isinstance(wanted, str) else wanted
+            yield tuple(axis for axis in wanted if axis not in used and mesh.shape[axis] > 1)
+
+
+def _product(mesh, axes):
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def ways(axis, size):
+    """Over how many devices the mesh in scope divides a dimension of `size` with this logical axis; 1 without one."""
+    mesh = current_mesh()
+    found = None if mesh is None else spec((axis,), (size,), mesh)[0]
+    return 1 if found is None else _product(mesh, (found,) if isinstance(found, str) else found)
 
 
 def constrain(x, *axes):
@@ -94,5 +116,35 @@ def replicated(mesh):
 
 
 def batch_sharding(mesh):
-    """Rows are split over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(BATCH))
+    """Of arrays `[B, T]`: rows are split over `data` and `fsdp`, their tokens over `sequence`."""
+    return NamedSharding(mesh, P(BATCH, "sequence"))
+
+
+def row_ways(mesh):
+    """Over how many devices the rows of a batch are split."""
+    return _product(mesh, BATCH)
+
+
+@functools.cache
+def process_share(mesh):
+    """`(index, count)`: which of `count` equal parts of a batch's rows this process reads.
+
+    Processes whose devices hold the same rows, as along `tensor` or `sequence`, read the same part.
+    Raises UserError for a mesh whose rows are not dealt out to processes in equal runs.
+    """
+    return share_of(mesh, jax.process_index(), lambda device: device.process_index)
+
+
+def share_of(mesh, process, process_of):
+    """`process_share` of a process, where `process_of(device)` says which one a device belongs to."""
+    blocks = NamedSharding(mesh, P(BATCH)).devices_indices_map((row_ways(mesh),))
+    held = {}
+    for device, (block,) in blocks.items():
+        held.setdefault(process_of(device), set()).update(range(*block.indices(row_ways(mesh))))
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(parts, ()) != tuple(range(row_ways(mesh))) or len(set(map(len, parts))) > 1:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise UserError(
+            f"config.mesh: {sizes} gives processes rows that overlap; let data x fsdp divide the processes, or they it"
+        )
+    return parts.index(tuple(sorted(held[process]))), len(parts)

@@ -10,7 +10,7 @@ import pytest
 
 import runs
 from configs import base
-from efficientllm import accounting, architecture, main, model, registry, run
+from efficientllm import accounting, architecture, main, model, registry, run, sharding
 from efficientllm.attention import Context
 from efficientllm.train import setup, step
 from efficientllm.workdir import Workdir, flatten
@@ -115,4 +115,4 @@ def test_the_readme_config_is_the_study_s_mixture_in_small():
     config, _, _ = main.parse([f"--config={pathlib.Path(runs.ROOT, 'configs/moe.py')}"])
     ffn = registry.parse(config.model.ffn)[1]
     assert (ffn["num_experts"], ffn["top_k"], ffn["load_balance"]) == (8, 2, 0.01)
-    setup.check_train(config.train, jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1]))
+    setup.check_train(config.train, sharding.make_mesh("data=1", jax.devices()[:1]))

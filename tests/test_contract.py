@@ -65,6 +65,22 @@ def test_one_device_equals_eight(kind, spec, mesh):
     contract.check_sharded(kind, spec, mesh)
 
 
+# Tokens of a row on several devices: attention, latent attention, a scan and experts with the quick tests.
+LONG = "fsdp=2, sequence=4"
+QUICK = ("gqa", "mamba", "moe")
+
+
+def long_cases():
+    for case in cases(KINDS, [LONG]):
+        quick = case.values[1].partition("(")[0] in QUICK
+        yield case if quick else pytest.param(*case.values, marks=[*case.marks, pytest.mark.slow], id=case.id)
+
+
+@pytest.mark.parametrize("kind, spec, mesh", list(long_cases()))
+def test_one_device_equals_eight_of_long_rows(kind, spec, mesh):
+    contract.check_sharded(kind, spec, mesh)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, spec, mesh", list(cases(KINDS, ["data=1, fsdp=4, tensor=2"])))
 def test_one_device_equals_eight_on_another_mesh(kind, spec, mesh):

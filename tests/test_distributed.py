@@ -20,15 +20,15 @@ def texts(tmp_path_factory):
     return runs.corpus(tmp_path_factory.mktemp("data") / "texts")
 
 
-def start(*argvs):
-    """A process of two devices for each command line, joined over a free port."""
+def start(*argvs, devices=2):
+    """A process of `devices` devices for each command line, joined over a free port."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     return [
         runs.start(
             argv,
-            devices=2,
+            devices=devices,
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES=str(len(argvs)),
             JAX_PROCESS_ID=str(index),
@@ -37,9 +37,9 @@ def start(*argvs):
     ]
 
 
-def finish(processes):
+def finish(processes, timeout=120):
     """Exit statuses and outputs, without what the transport says of itself."""
-    statuses, outputs = zip(*(runs.finish(process, timeout=120) for process in processes), strict=True)
+    statuses, outputs = zip(*(runs.finish(process, timeout=timeout) for process in processes), strict=True)
     lines = ([line for line in output.splitlines() if not line.startswith("[Gloo]")] for output in outputs)
     return list(statuses), list(lines)
 
@@ -93,6 +93,50 @@ def test_killed_and_stopped_two_processes_give_the_losses_of_one(texts, one, tmp
     statuses, outputs = finish(start(argv, argv))
     assert statuses == [0, 0], outputs
     assert any("resuming from step" in line for line in outputs[0]) and outputs[1] == []
+    same(two, one)
+
+
+@pytest.mark.slow
+def test_four_processes_whose_rows_lie_on_two_of_them(texts, one, tmp_path):
+    """Two processes read the same rows, and each puts its quarter of their tokens on its devices."""
+    argv = runs.arguments(texts, tmp_path / "four", mesh="fsdp=2, sequence=4", **OPTIONS)
+    statuses, outputs = finish(start(argv, argv, argv, argv), timeout=400)
+    assert statuses == [0] * 4, outputs
+    same(tmp_path / "four", one)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices_and_processes(texts, one, tmp_path):
+    """Eight devices of one process, four of two, then four of one with rows divided."""
+    folder = tmp_path / "run"
+
+    def until(text, count, devices, mesh):
+        argv = runs.arguments(texts, folder, mesh=mesh, **OPTIONS)
+        processes = start(*[argv] * count, devices=devices)
+        runs.when(folder, text, processes[0].terminate)
+        statuses, outputs = finish(processes)
+        assert statuses == [128 + signal.SIGTERM] * count, outputs
+
+    until("step  3/24", 1, 8, "fsdp=8")
+    until("step 11/24", 2, 2, "fsdp=4")
+    argv = runs.arguments(texts, folder, mesh="fsdp=2, sequence=2", **OPTIONS)
+    statuses, outputs = finish(start(argv, devices=4))
+    assert statuses == [0] and any("resuming from step" in line for line in outputs[0]), outputs
+    same(folder, one)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_and_the_same_command_resumes(texts, one, tmp_path):
+    two = tmp_path / "two"
+    argv = runs.arguments(texts, two, mesh="fsdp=4", **OPTIONS)
+    processes = start(argv, argv)
+    runs.when(two, "step  8/24", processes[1].kill)
+    statuses, outputs = finish(processes, timeout=400)
+    assert statuses[1] == -signal.SIGKILL and statuses[0] != 0, outputs
+
+    statuses, outputs = finish(start(argv, argv))
+    assert statuses == [0, 0], outputs
+    assert any("resuming from step" in line for line in outputs[0])
     same(two, one)
 
 

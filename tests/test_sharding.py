@@ -14,13 +14,16 @@ from jax.sharding import PartitionSpec as P
 import hlo
 from configs import base
 from efficientllm import architecture, sharding
-from efficientllm.train import step
+from efficientllm.attention import Mask, attend
+from efficientllm.errors import UserError
+from efficientllm.train import setup, step
 
 # Sizes that no two kinds of array share, so that a shape tells what an array is.
 N, B, T, D, V, STEPS = 6, 16, 26, 48, 88, 6
 SIZE = f"tiny(num_layers={N}, dim={D}, num_heads=8, num_kv_heads=4, head_dim=8, hidden=72)"
 FFNS = {"dense": "swiglu", "moe": "moe(num_experts=8, top_k=2, hidden=40, load_balance=0.01, z_loss=0.001)"}
 CUBE = "data=2, fsdp=2, tensor=2"
+LONG = "fsdp=4, sequence=2"
 pytestmark = pytest.mark.xdist_group("sharding")  # they share compiled programs
 
 
@@ -102,7 +105,10 @@ def curve(ffn, mesh_spec, accumulate):
         pytest.param("dense", "tensor=8", 1, marks=pytest.mark.slow),
         ("dense", CUBE, 1),
         ("dense", "fsdp=4, tensor=2", 2),
+        ("dense", LONG, 2),
+        pytest.param("dense", "fsdp=2, tensor=2, sequence=2", 1, marks=pytest.mark.slow),
         ("moe", "fsdp=8", 1),
+        pytest.param("moe", LONG, 1, marks=pytest.mark.slow),
         pytest.param("moe", CUBE, 1, marks=pytest.mark.slow),
     ],
 )
@@ -166,6 +172,44 @@ def test_a_router_chooses_where_its_tokens_are():
     assert gathered and not any(shape[0] in (B, B * T) for shape in gathered), gathered
 
 
+def test_only_keys_and_values_of_a_row_are_gathered_over_the_sequence():
+    """What is as long as a row on a device: keys and values, in the loop over layers or their gradients; no activation
+    of the model's width, no hidden layer, no logits."""
+    rows, whole = B // 4, []
+    for found in hlo.instructions(program("dense", LONG, 2).compiled.as_text()):
+        if found.op in ("all-gather", "all-to-all"):
+            whole += [shape for shape in found.shapes if T in shape and rows // 2 in shape and len(shape) > 2]
+    assert whole and all(set(shape) >= {4, 8} for shape in whole), whole  # KV heads, and their width
+
+
+def test_a_kernel_that_needs_whole_rows_is_refused_by_name():
+    q_BTHK, said = jnp.zeros((2, 8, 4, 8)), "attention_kernel = 'chunked' needs whole rows.*sequence.*take 'auto'"
+    with jax.set_mesh(sharding.make_mesh("fsdp=2, sequence=4")), pytest.raises(UserError, match=said):
+        jax.eval_shape(lambda q: attend(q, q, q, Mask(), "chunked"), q_BTHK)
+
+
+def test_processes_that_hold_the_same_rows_read_the_same_part():
+    assert sharding.process_share(sharding.make_mesh(LONG)) == (0, 1)
+    held = {"fsdp=8": [0, 1, 2, 3], "fsdp=4, sequence=2": [0, 1, 2, 3], "data=2, sequence=4": [0, 0, 1, 1]}
+    held["sequence=8"] = [0, 0, 0, 0]
+    for mesh_spec, expected in held.items():
+        mesh = sharding.make_mesh(mesh_spec)
+        owner = {device: index // 2 for index, device in enumerate(mesh.devices.flat)}  # two devices a process
+        assert [sharding.share_of(mesh, process, owner.get) for process in range(4)] == [
+            (index, max(expected) + 1) for index in expected
+        ]
+    mesh = sharding.make_mesh("data=4, tensor=2")
+    with pytest.raises(UserError, match="rows that overlap"):
+        sharding.share_of(mesh, 0, {device: index // 3 for index, device in enumerate(mesh.devices.flat)}.get)
+
+
+def test_rows_that_the_sequence_does_not_divide_are_refused():
+    train = base.get_config().train
+    train.length = 30
+    with pytest.raises(UserError, match="config.train.length = 30: .*sequence.* 4 devices; 32 would do"):
+        setup.check_train(train, sharding.make_mesh("fsdp=2, sequence=4"))
+
+
 def test_the_state_is_created_split_and_donated():
     made = program("dense", "fsdp=8", 1)
     with jax.set_mesh(made.mesh):
@@ -203,6 +247,7 @@ def test_moments_lie_where_their_parameters_lie():
         (("batch", None, None), (8, 5, 32), P(("data", "fsdp"), None, None)),
         (("batch", None), (2, 5), P(None, None)),  # all axes or none
         (("group_batch", None, "embed"), (8, 5, 32), P("data", None, "fsdp")),
+        (("batch", None, "channels"), (8, 5, 32), P(("data", "fsdp"), None, "tensor")),
         (("unheard of", None), (8, 8), P(None, None)),
         ((), (), P()),
     ],
@@ -214,6 +259,14 @@ def test_spec_takes_an_axis_once_and_only_where_it_divides(axes, shape, expected
 def test_an_axis_of_one_device_is_not_named():
     assert sharding.spec(("vocab", "embed"), (64, 32), sharding.make_mesh("fsdp=8")) == P(None, "fsdp")
     assert sharding.spec(("batch",), (8,), sharding.make_mesh("fsdp=8")) == P("fsdp")
+
+
+def test_tokens_and_channels_are_divided_over_the_sequence():
+    mesh = sharding.make_mesh("fsdp=2, tensor=2, sequence=2")
+    assert sharding.spec(("batch", "length", "heads"), (8, 6, 4), mesh) == P("fsdp", "sequence", "tensor")
+    assert sharding.spec(("batch", "length"), (8, 5), mesh) == P("fsdp", None)
+    assert sharding.spec(("batch", None, "channels"), (8, 5, 12), mesh) == P("fsdp", None, ("tensor", "sequence"))
+    assert sharding.spec(("batch", None, "channels"), (8, 5, 6), mesh) == P("fsdp", None, "tensor")  # 6 / 4 is none
 
 
 def test_constrain_does_nothing_without_a_mesh():

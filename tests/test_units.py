@@ -11,7 +11,7 @@ import pytest
 
 import contract
 from configs import base
-from efficientllm import architecture, model
+from efficientllm import architecture, attention, model
 from efficientllm.attention import Context, Mask, attend
 from efficientllm.errors import UserError
 from efficientllm.infer.generate import generate
@@ -66,9 +66,10 @@ def test_accumulation_changes_nothing_even_where_targets_are_missing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, split_grads)
 
 
-@pytest.mark.parametrize("kernel", ["xla", "chunked"])
+@pytest.mark.parametrize("kernel", ["xla", "chunked", "gathered"])
 @pytest.mark.parametrize("length", [1, 63, 64, 130])
-def test_attention_kernels_against_plain_numpy(kernel, length):
+def test_attention_kernels_against_plain_numpy(kernel, length, monkeypatch):
+    monkeypatch.setattr(attention, "GATHERED_CHUNK", 8)
     rng = np.random.default_rng(length)
     q, k, v = (rng.normal(size=(2, length, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     segments = np.sort(rng.integers(1, 4, (2, length)), axis=1)

@@ -5,7 +5,6 @@ import typing
 
 import flax.linen as nn
 import jax
-from jax.sharding import PartitionSpec as P
 
 from efficientllm import sharding
 from efficientllm.ffns import dispatch
@@ -42,7 +41,7 @@ class Experts(nn.Module):
         mesh = sharding.current_mesh()
         if mesh is not None and mesh.size > 1:
             kernels = {name: divisible(kernel) for name, kernel in kernels.items()}
-            compute = _per_device(compute, kernels, x_BTD.shape, mesh)
+            compute = _per_device(compute, kernels, x_BTD.shape, mesh, self.plan is dispatch.dropless)
         return compute(x_BTD, experts_BTk, weights_BTk, kernels)
 
 
@@ -71,15 +70,15 @@ def _compute(x_BTD, experts_BTk, weights_BTk, kernels, *, plan, precision, kerne
     return y_ND.reshape(x_BTD.shape), kept
 
 
-def _per_device(compute, kernels, x_shape, mesh):
-    """`compute` on each device's own tokens.
+def _per_device(compute, kernels, x_shape, mesh, divided):
+    """`compute` on each device's own tokens; of whole rows, unless they may be `divided`.
 
     This layer's kernels are gathered over the axes they are stored on, but for the hidden width, which stays split over
     `tensor`: each device computes its share of every expert, and the shares are summed.
     """
     kernels_axes = {name: axes(kernel, AXES[name]) for name, kernel in kernels.items()}
     layouts = jax.tree.map(lambda kernel, names: sharding.spec(names, kernel.shape, mesh), kernels, kernels_axes)
-    (rows, *_) = sharding.spec(("batch", None, None), x_shape, mesh)
+    tokens = sharding.spec(("batch", "length" if divided else None, None), x_shape, mesh)
     split = sharding.spec(AXES["down"], kernels["down"].shape, mesh)[AXES["down"].index("mlp")]
 
     def on_device(x_BTD, experts_BTk, weights_BTk, kernels):
@@ -87,11 +86,11 @@ def _per_device(compute, kernels, x_shape, mesh):
         y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole)
         return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
 
-    specs = (P(rows), P(rows), P(rows), layouts)
+    specs = (tokens, tokens, tokens, layouts)
     # The backward pass gathers again: kept, the kernels of all layers would lie whole on every device.
     on_device = jax.checkpoint(on_device, policy=_not_gathered)
     # Loops whose carries start as constants do not type-check per mesh axis, hence check_vma.
-    return jax.shard_map(on_device, in_specs=specs, out_specs=P(rows), check_vma=False)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=tokens, check_vma=False)
 
 
 def _not_gathered(primitive, *_, **__):

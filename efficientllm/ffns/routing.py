@@ -78,7 +78,7 @@ def _best(choice_BTE, top_k):
     mesh = sharding.current_mesh()
     if mesh is not None and mesh.size > 1:
         # XLA does not split top_k by itself: every device would look at the tokens of all.
-        layout = sharding.spec(("batch", None, None), choice_BTE.shape, mesh)
+        layout = sharding.spec(("batch", "length", None), choice_BTE.shape, mesh)
         best = jax.shard_map(best, in_specs=layout, out_specs=layout, check_vma=False)
     return best(choice_BTE)
 

@@ -60,7 +60,7 @@ class Attention(nn.Module, kw_only=True):
         return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, self.o_bias, name="o")(y_BTE)
 
     def _project(self, x_BTD, name, count, axis):
-        return heads.project(x_BTD, count, self.head_dim, axis, self.precision, name, self.qkv_bias)
+        return heads.project(x_BTD, count, self.head_dim, axis, self.precision, name, self.qkv_bias, "length")
 
     def init_state(self, batch, length):
         """An empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the activation dtype."""

@@ -5,13 +5,14 @@ from efficientllm.layers import Linear
 from efficientllm.sharding import constrain
 
 
-def project(x_BTD, heads, width, axis, precision, name, use_bias=False):
+def project(x_BTD, heads, width, axis, precision, name, use_bias=False, length=None):
     """A linear map to heads, `[B, T, heads, width]`; to be called where a module creates its own.
 
+    `length` is the logical axis of the tokens: None where what follows needs a whole row.
     Heads that do not divide over `tensor` stay whole: split ones would be put together for every rotation.
     """
     y_BTE = Linear(heads * width, ("embed", axis), precision, use_bias, name=name)(x_BTD)
-    return constrain(y_BTE.reshape(*x_BTD.shape[:2], heads, width), "batch", None, axis, None)
+    return constrain(y_BTE.reshape(*x_BTD.shape[:2], heads, width), "batch", length, axis, None)
 
 
 def check_groups(mixer):

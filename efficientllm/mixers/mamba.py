@@ -49,7 +49,7 @@ class Mamba(nn.Module, kw_only=True):
         C, N, D = self.channels, self.state_dim, x_BTD.shape[-1]
         R = self.step_rank or -(-D // 16)
         project = lambda name: Linear(C, ("embed", "mlp"), self.precision, self.use_bias, name=name)  # noqa: E731
-        x_BTC, gate_BTC = (constrain(project(name)(x_BTD), "batch", None, "mlp") for name in ("x", "gate"))
+        x_BTC, gate_BTC = (constrain(project(name)(x_BTD), "batch", None, "channels") for name in ("x", "gate"))
         tail = None if state is None else state["tail"]
         x_BTC, tail = CausalConv(self.conv, "mlp", self.conv_bias, name="conv")(x_BTC, ctx.positions_BT, tail)
         x_BTC = jax.nn.silu(x_BTC)

@@ -77,7 +77,7 @@ class Mamba2(nn.Module, kw_only=True):
         step_BTH = jax.nn.softplus(step_BTH + self.param("step_bias", axes(log_uniform_steps(), (None,)), (H,)))
         A_H = -jnp.exp(self.param("A_log", axes(_log_one_to_h, (None,)), (H,)))
         skip_H = self.param("skip", axes(nn.initializers.ones, (None,)), (H,))
-        x_BTHP = constrain(x_BTC.reshape(B, T, H, -1).astype(jnp.float32), "batch", None, "heads", None)
+        x_BTHP = constrain(x_BTC.reshape(B, T, H, -1).astype(jnp.float32), "batch", None, "channels", None)
         memory = jnp.zeros((B, H, x_BTHP.shape[-1], N)) if state is None else state["memory"]
         scan = ssd.step if state is not None and T == 1 else ssd.chunked
         y_BTHP, memory = scan(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, ctx.positions_BT > 0, memory, self.chunk)
@@ -88,7 +88,7 @@ class Mamba2(nn.Module, kw_only=True):
 
     def _project(self, x_BTD, name, width, axis):
         y = Linear(width, ("embed", axis), self.precision, self.use_bias, name=name)(x_BTD)
-        return constrain(y, "batch", None, axis)
+        return constrain(y, "batch", None, axis and "channels")
 
     def _convolve(self, x_BTD, name, width, axis, ctx, tail):
         conv = CausalConv(self.conv, axis, self.conv_bias, name=f"conv_{name}")

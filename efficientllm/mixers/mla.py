@@ -56,7 +56,7 @@ class MLA(nn.Module, kw_only=True):
         B, T, D = x_BTD.shape
         position = build("position", self.position, name="position")
         q_BTHE = self._queries(x_BTD).reshape(B, T, self.num_heads, N + P)
-        q_BTHE = constrain(q_BTHE, "batch", None, "heads", None)
+        q_BTHE = constrain(q_BTHE, "batch", "length", "heads", None)
         q_BTHN, q_BTHP = q_BTHE[..., :N], position.rotate(q_BTHE[..., N:], ctx.positions_BT)
         latent_BTE = Linear(R + P, ("embed", None), self.precision, name="kv_a")(x_BTD)
         latent_BTR = RMSNorm(1e-6, axis=None, name="kv_norm")(latent_BTE[..., :R])
@@ -82,7 +82,7 @@ class MLA(nn.Module, kw_only=True):
         """Keys and values of every head, made from the latents."""
         _, N, P, V = self.widths
         B, S, _ = latent_BSR.shape
-        kv_BSHE = constrain(up(latent_BSR).reshape(B, S, self.num_heads, N + V), "batch", None, "heads", None)
+        kv_BSHE = constrain(up(latent_BSR).reshape(B, S, self.num_heads, N + V), "batch", "length", "heads", None)
         shared_BSHP = jnp.broadcast_to(k_BSP[:, :, None], (B, S, self.num_heads, P))
         q_BTHK = jnp.concatenate([q_BTHN, q_BTHP], -1)
         k_BSHK = jnp.concatenate([kv_BSHE[..., :N], shared_BSHP], -1)

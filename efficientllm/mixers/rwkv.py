@@ -79,7 +79,7 @@ class RWKV(nn.Module, kw_only=True):
 
     def _heads(self, x_BTD):
         x_BTHN = x_BTD.astype(jnp.float32).reshape(*x_BTD.shape[:2], -1, self.head_dim)
-        return constrain(x_BTHN, "batch", None, "heads", None)
+        return constrain(x_BTHN, "batch", None, "channels", None)
 
     def _low_rank(self, name, rank, published, activation=None, bias_init=None):
         rank = rank or max(32, round(published / 32) * 32)

@@ -32,9 +32,9 @@ class Step:
 
     @property
     def rows(self):
-        """Sequences of a micro-batch, and the number of ways they are dealt out."""
-        train, shape = self.config.train, self.mesh.shape
-        return train.batch_size // train.accumulate, shape["data"] * shape["fsdp"]
+        """Sequences of a micro-batch, and the number of ways their tokens are dealt out."""
+        train, ways = self.config.train, sharding.row_ways(self.mesh) * self.mesh.shape["sequence"]
+        return train.batch_size // train.accumulate, ways
 
     @property
     def model_flops(self):

@@ -67,9 +67,13 @@ class Training:
         except loop.Diverged as error:
             return self._fail("nan", f"{error}: not a number; {self._last_good()}")
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            first = str(error).splitlines()[0]
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return self._fail("oom", f"out of device memory: {first}")
+            if jax.process_count() == 1:
                 raise
-            return self._fail("oom", f"out of device memory: {str(error).splitlines()[0]}")
+            message = f"a step failed, as it does where another process has died: {first}; {self._last_good()}"
+            return self._fail("crash", message)
         except (CheckpointError, OSError) as error:  # a full disk stops checkpoints, charts or the row
             return self._fail("crash", f"{error}; {self._last_good()}")
 

@@ -154,5 +154,15 @@ def _agreed(caught, step):
 
 def to_device(batch, mesh):
     """This process's rows as its part of the global batch."""
-    where = sharding.batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}
+    where, (index, count) = sharding.batch_sharding(mesh), sharding.process_share(mesh)
+
+    def one(rows):
+        first, shape = index * len(rows), (count * len(rows), *rows.shape[1:])
+
+        def part(of):
+            start, stop, _ = of[0].indices(shape[0])
+            return rows[start - first : stop - first, *of[1:]]
+
+        return jax.make_array_from_callback(shape, where, part)
+
+    return {name: one(rows) for name, rows in batch.items()}

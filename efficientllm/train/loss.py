@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from efficientllm import kernels
-from efficientllm.sharding import constrain, current_mesh, spec
+from efficientllm.sharding import constrain, current_mesh, spec, ways
 from efficientllm.weights import matmul
 
 CHUNK_BYTES = 2**25  # float32 logits a device holds at a time: what caches of CPUs bear
@@ -23,11 +23,21 @@ def nll_sum(x_BTD, head_DV, batch, precision):
     Logits of more than CHUNK_BYTES are made, used and dropped a chunk of tokens at a time. The gradient is made in the
     same visit (as in Liger, arXiv:2410.10989, Section 3.2), so no product is done twice.
     """
+    x_BTD, targets_BT, weights_BT = map(_pieces, (x_BTD, batch["targets"], batch["weights"]))
     chunks = _chunks(*x_BTD.shape[:2], head_DV.shape[1])
     kernels.note("loss", "whole" if chunks == 1 else "chunked")
     if chunks == 1:
-        return logits_nll_sum(_logits(x_BTD, head_DV, precision), batch["targets"], batch["weights"])
-    return _chunked(x_BTD, head_DV, batch["targets"], batch["weights"], precision, chunks)
+        return logits_nll_sum(_logits(x_BTD, head_DV, precision), targets_BT, weights_BT)
+    return _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks)
+
+
+def _pieces(leaf):
+    """Rows whose tokens lie on several devices, as so many rows of fewer tokens: a sum over targets knows no rows."""
+    (B, T, *rest), n = leaf.shape, ways("length", leaf.shape[1])
+    if n == 1:
+        return leaf
+    pieces = jnp.moveaxis(leaf.reshape(B, n, T // n, *rest), 1, 0).reshape(n * B, T // n, *rest)
+    return constrain(pieces, "token_rows", None, *(None for _ in rest))
 
 
 def logits_nll_sum(logits_BTV, targets_BT, weights_BT):
@@ -41,14 +51,14 @@ def logits_nll_sum(logits_BTV, targets_BT, weights_BT):
 
 
 def _logits(x_BTD, head_DV, precision):
-    return constrain(matmul(x_BTD, head_DV, precision, out_dtype=jnp.float32), "batch", None, "vocab")
+    return constrain(matmul(x_BTD, head_DV, precision, out_dtype=jnp.float32), "token_rows", None, "vocab")
 
 
 def _chunks(B, T, V):
     """Chunks of a row: the fewest of which one holds the platform's bytes at most, or a token."""
     mesh, logits = current_mesh(), (B, 1, V)
     if mesh is not None:
-        logits = NamedSharding(mesh, spec(("batch", None, "vocab"), logits, mesh)).shard_shape(logits)
+        logits = NamedSharding(mesh, spec(("token_rows", None, "vocab"), logits, mesh)).shard_shape(logits)
     most = CHUNK_BYTES if kernels.platform() == "cpu" else ACCELERATOR_CHUNK_BYTES
     tokens = max(1, most // (4 * math.prod(logits)))
     return -(-T // tokens)
@@ -80,10 +90,10 @@ def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
         total, dhead_NDV = carry
         x, targets, weights = (leaf.reshape(N, -1, *leaf.shape[1:]) for leaf in chunk)
         nats_N, (dx, dhead) = of_groups(x, head_DV, targets, weights)
-        dhead_NDV = constrain(dhead_NDV + dhead, "batch", None, "vocab")
+        dhead_NDV = constrain(dhead_NDV + dhead, "token_rows", None, "vocab")
         return (total + jnp.sum(nats_N), dhead_NDV), dx.reshape(chunk[0].shape)
 
-    carry = jnp.zeros(()), constrain(jnp.zeros((N, *head_DV.shape), head_DV.dtype), "batch", None, "vocab")
+    carry = jnp.zeros(()), constrain(jnp.zeros((N, *head_DV.shape), head_DV.dtype), "token_rows", None, "vocab")
     (total, dhead_NDV), dx = jax.lax.scan(one, carry, _split(chunks, x_BTD, targets_BT, weights_BT))
     dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, : x_BTD.shape[1]]
     return total, (dx_BTD, jnp.sum(dhead_NDV, 0))
@@ -92,7 +102,7 @@ def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
 def _row_axes(B):
     """The mesh axes over which B rows are split, or None."""
     mesh = current_mesh()
-    axes = None if mesh is None else spec(("batch",), (B,), mesh)[0]
+    axes = None if mesh is None else spec(("token_rows",), (B,), mesh)[0]
     return (axes,) if isinstance(axes, str) else axes
 
 

@@ -71,7 +71,7 @@ def prepare(config, log):
     tokenizer = tokenizer_of(config, source)
     lm = _for_method(architecture.from_config(model_config, tokenizer.vocab_size), method)
     _check_sample(lm, config.sample, tokenizer)
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    share = dict(zip(("process_index", "process_count"), sharding.process_share(mesh), strict=True))
     rows = (config.data, tokenizer, config.train.batch_size, config.train.length)
     with jax.set_mesh(mesh):
         boxed = model.abstract_params(lm)
@@ -208,11 +208,16 @@ def check_rows(train):
 def check_train(train, mesh):
     """Refuses what can't be trained. Raises UserError naming the key."""
     check_rows(train)
-    rows, ways = train.batch_size // train.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, ways = train.batch_size // train.accumulate, sharding.row_ways(mesh)
     if rows % ways:
         raise UserError(
             f"config.train.batch_size = {train.batch_size}: {rows} rows a micro-batch do not divide over the "
             f"{ways} devices of the mesh axes data and fsdp; {rows + -rows % ways} would"
+        )
+    if train.length % mesh.shape["sequence"]:
+        raise UserError(
+            f"config.train.length = {train.length}: the mesh axis sequence divides a row's tokens over "
+            f"{mesh.shape['sequence']} devices; {train.length + -train.length % mesh.shape['sequence']} would do"
         )
     rules.schedule(train)
 
@@ -254,8 +259,9 @@ def _program_memory(compiled):
 
 def predicted_memory(setup):
     """Bytes of a step by `train.footprint`, over this process's devices, as a Reading."""
-    config, shape = setup.config.train, setup.mesh.shape
-    rows, ways = config.batch_size // config.accumulate, shape["data"] * shape["fsdp"]
+    config = setup.config.train
+    rows = config.batch_size // config.accumulate
+    ways = sharding.row_ways(setup.mesh) * setup.mesh.shape["sequence"]
     found = footprint.predicted_bytes(setup.lm, setup.shaped, rows, setup.length, ways) * jax.local_device_count()
     return Reading(found, "bytes", "shapes: parameters, optimiser, gradients, activations; over this process's devices")
 

@@ -111,7 +111,7 @@ def gradients(lm, learnt, batch, accumulate, frozen=None, key=None):
     # Rows are dealt out in turn, so that every micro-batch lies on all devices without moving a row.
     def split_rows(leaf):
         micro = leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(micro, None, "batch", *(None,) * (leaf.ndim - 1))
+        return sharding.constrain(micro, None, "batch", "length")
 
     def one(micro, index):
         (_, metrics), grads = value_and_grad(learnt, micro, index)
@@ -153,7 +153,7 @@ def eval_step(lm, params, batch, token_bytes_V):
 
 
 def jit_train_step(lm, train, mesh, state_shardings, method=FULL):
-    """`train_step` with explicit shardings; the state is donated, the batch split over rows."""
+    """`train_step` with explicit shardings; the state is donated, the batch split over rows and tokens."""
     return jax.jit(
         functools.partial(train_step, lm, train, method),
         in_shardings=(state_shardings, sharding.batch_sharding(mesh)),

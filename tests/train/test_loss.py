@@ -84,6 +84,7 @@ def test_chunks_are_few_and_fit(monkeypatch):
         ("fsdp=4, tensor=2", 23, V),
         ("fsdp=2, tensor=4", 23, V),
         ("fsdp=2, tensor=4", 23, V - 1),
+        ("fsdp=2, tensor=2, sequence=2", 24, V),
     ],
 )
 def test_eight_devices_equal_one(monkeypatch, mesh_spec, T, vocab):
@@ -97,7 +98,7 @@ def test_eight_devices_equal_one(monkeypatch, mesh_spec, T, vocab):
     with jax.set_mesh(mesh):
         where = [
             NamedSharding(mesh, sharding.spec(axes, leaf.shape, mesh))
-            for axes, leaf in ((("batch", None, None), x_BTD), (("embed", "vocab"), head_DV))
+            for axes, leaf in ((("batch", "length", None), x_BTD), (("embed", "vocab"), head_DV))
         ]
         run = jax.jit(
             jax.value_and_grad(functools.partial(ours, precision="float32"), (0, 1)),
