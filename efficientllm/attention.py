@@ -184,7 +184,7 @@ def _gathered(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     more than `GATHERED_CHUNK` queries. What is masked is computed, so that all devices do as much. Letters: n devices
     of a row, m chunks of L tokens on each.
     """
-    (B, T, H, K), V, n = q_BTHK.shape, v_BSGV.shape[-1], sharding.ways("length", q_BTHK.shape[1])
+    (B, T, H, _), V, n = q_BTHK.shape, v_BSGV.shape[-1], sharding.ways("length", q_BTHK.shape[1])
     k_BSGK, v_BSGV = (sharding.constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGV))
     L = next(size for size in range(min(T // n, GATHERED_CHUNK), 0, -1) if T // n % size == 0)
 
