@@ -80,7 +80,7 @@ def model_of(config):
     if architecture.has_vocabulary(config.model):
         lm = architecture.from_config(config.model)
     else:
-        source = setup.open_pretrained(config.model.pretrained)
+        source = setup.open_pretrained(config.model.pretrained, weights=False)
         described = setup.described(config.model, source)
         known = source is not None or architecture.has_vocabulary(described)
         lm = architecture.from_config(described, None if known else setup.tokenizer_of(config, source).vocab_size)
