@@ -220,7 +220,7 @@ def get_config():
 def test_inference_costs_its_form_of_the_weights_and_the_states():
     base = {"model.pretrained": "", "tokenizer": "bytes", "infer.prompt_length": 24, "infer.max_new_tokens": 8}
     forms = {name: (f"configs/infer.py:{name}", base) for name in ("float32", "bfloat16", "int4")}
-    forms["awq"] = ("configs/infer.py:int4", {"quant": "int4(method='awq')"})
+    forms["awq"] = ("configs/infer.py:int4", base | {"quant": "int4(method='awq')"})
     found = check.costs(sweep(variants=forms, baseline="float32", equal={"parameters": 0.0, "flops": 0.0}))
     state = 32 * 4 * 2 * 2 * 32 * 4  # tokens, layers, k and v, KV heads, width, bytes
     parameters = 4 * (3 * 128 * 384 + 2 * 128 * 128 + 2 * 128 * 64 + 2 * 128) + 128 * (257 + 1)

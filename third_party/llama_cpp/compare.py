@@ -26,9 +26,7 @@ NAMES = ("llama.cpp", "ours")
 def main(argv=None):
     options = _options(argv)
     if importlib.util.find_spec("llama_cpp") is None:
-        sys.exit(
-            "llama_cpp is missing: pip install -r third_party/llama_cpp/requirements.txt (it needs a C++ compiler)"
-        )
+        sys.exit("llama_cpp is missing: pip install -r third_party/llama_cpp/requirements.txt (needs a C++ compiler)")
     if not pathlib.Path(options.gguf).is_file():
         sys.exit(f"--gguf={options.gguf}: no such file")
     contestants = {name: Contestant(name, options) for name in NAMES}
@@ -44,9 +42,7 @@ def main(argv=None):
 
 def _options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--gguf", required=True, help="a Q4_1 file, whose groups are ours: 32 weights, scale and minimum"
-    )
+    parser.add_argument("--gguf", required=True, help="a Q4_1 file: 32 weights, a scale and a minimum a group")
     parser.add_argument("--prompt", type=int, default=512, help="tokens (default: %(default)s)")
     parser.add_argument("--new", type=int, default=128, help="tokens after them (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=7)
