@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficientllm import kernels
+from efficientllm import kernels, sharding
 from efficientllm.registry import build, register
 
 
@@ -146,7 +146,12 @@ def _product_backward(operand, result, residuals, dy):
     x, w, like_x, like_w = residuals
     dy = dy.astype(operand)
     dx = jnp.matmul(dy, w.T, preferred_element_type=result)
-    dw = _weight_gradient(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), result)
+    if x.ndim > 2 and sharding.ways("length", x.shape[1]) > 1:
+        # Rows and tokens that lie on several devices are no one axis: made one, they would be gathered first.
+        leading = tuple(range(x.ndim - 1))
+        dw = jax.lax.dot_general(x, dy, ((leading, leading), ((), ())), preferred_element_type=result)
+    else:
+        dw = _weight_gradient(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), result)
     return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
 
 
