@@ -9,7 +9,7 @@ def get_config():
         baseline="lora",
         variants={name: ("configs/base.py", {"adapter": f"{name}(rank=16, alpha=32)"}) for name in ("lora", "rslora")},
         seeds=(0,),
-        repeats=6,
+        repeats=4,
         equal={"tokens": 0.0, "parameters": 0.0, "flops": 0.0},
         overrides={
             "train.steps": 60,
