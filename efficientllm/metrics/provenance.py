@@ -93,11 +93,11 @@ def _version(package):
 
 
 def processor():
-    """The CPU's name and core count, as the system gives them."""
+    """The CPU's name as the system gives it, and the cores of it that this process may use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"name": name or None, "cores": os.cpu_count()}
+    return {"name": name or None, "cores": host.usable_cores()}
 
 
 def _iso(unix_s):

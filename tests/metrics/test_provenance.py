@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 
 import jax
@@ -65,3 +66,15 @@ def test_gpus_give_uuid_driver_limit_and_clocks():
 def test_a_package_that_is_not_installed_is_null(monkeypatch):
     monkeypatch.setattr(provenance, "PACKAGES", ("jax", "no-such-package"))
     assert provenance.versions()["no-such-package"] is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system pins no process")
+def test_a_pinned_process_has_the_cores_that_it_may_use():
+    """Rows of one core and of two are rows of two devices."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert provenance.processor()["cores"] == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert provenance.processor()["cores"] == len(before)
