@@ -187,7 +187,7 @@ def _ours(form, folder, options):
     from efficientllm.infer.engine import Engine
 
     config = base.get_config()
-    config.task, config.tokenizer, config.quant = "infer", "pretrained", form
+    config.task, config.tokenizer, config.quant = "infer", "bytes", form  # no text is read or written
     config.model.pretrained = options.model if form == "stored" else folder
     config.infer.prompts, config.infer.baseline = ("x",), ""
     config.infer.batch_size, config.infer.prompt_length = options.batch, max(options.prefill, PROMPT)
