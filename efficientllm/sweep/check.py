@@ -79,8 +79,7 @@ def _cost(argv):
 
 
 def _cost_of_inference(config):
-    """Of the measured repeats; memory is that of the compressed weights and the states. The float32 weights, of which a
-    run makes them, come and go before."""
+    """Of the measured repeats; memory is that of the compressed weights and the states."""
     import flax.linen as nn
 
     from efficientllm import accounting, model

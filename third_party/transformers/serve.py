@@ -1,4 +1,4 @@
-"""Serves one model with transformers, with llama.cpp where it is installed, and with efficientllm, in turn.
+"""Serves one model with transformers and with efficientllm, in turn; llama.cpp has a runner of its own beside this one.
 
   python third_party/transformers/serve.py --model=smollm2-135m --prefill=512 --new=128 --blocks=5
 
@@ -30,7 +30,6 @@ OURS = {
     "ours as stored": "stored",
 }
 TORCH = {"transformers float32": "float32", "transformers bfloat16": "bfloat16"}
-LLAMA_CPP = "llama.cpp"
 
 
 def main(argv=None):
@@ -69,22 +68,10 @@ def _folder(model, folder):
 def contestants(options):
     """Names of those that can work here: those asked for, or all."""
     names = [*TORCH, *OURS]
-    if options.batch == 1 and _gguf(options.model):
-        names.append(LLAMA_CPP)
     asked = [name.strip() for name in options.contestants.split(";") if name.strip()]
     if unknown := set(asked) - set(names):
         raise SystemExit(f"--contestants: {', '.join(sorted(unknown))}: known are {'; '.join(names)}")
     return asked or names
-
-
-def _gguf(model):
-    """The model's GGUF file, where llama.cpp's Python package is installed; else None."""
-    from importlib.util import find_spec
-
-    from efficientllm import convert
-
-    path = convert.open_source(model).path
-    return path if path.suffix == ".gguf" and find_spec("llama_cpp") else None
 
 
 def compare(options, folder):
@@ -120,12 +107,7 @@ def compare(options, folder):
 
 
 def _serve(name, folder, options, pipe):
-    if name in TORCH:
-        run = _transformers(TORCH[name], folder, options)
-    elif name in OURS:
-        run = _ours(OURS[name], folder, options)
-    else:
-        run = _llama_cpp(options)
+    run = _transformers(TORCH[name], folder, options) if name in TORCH else _ours(OURS[name], folder, options)
     pipe.send("ready")
     while True:
         try:
@@ -208,30 +190,6 @@ def _ours(form, folder, options):
         _, rest = jax.block_until_ready(engine.decode(carry, short, options.new - 1))
         token_s = (time.perf_counter() - begin) / (options.new - (options.batch == 1))
         return prefill_s, token_s, [int(first[0, 0]), *rest[0].tolist()]
-
-    return run
-
-
-def _llama_cpp(options):
-    import llama_cpp
-
-    settings = {"n_threads": options.threads, "n_threads_batch": options.threads, "verbose": False}
-    length = options.prefill + options.new + 8
-    lm = llama_cpp.Llama(str(_gguf(options.model)), n_ctx=length, n_batch=512, **settings)
-
-    def run(long, short):
-        lm.reset()
-        begin = time.perf_counter()
-        lm.eval(long[0])
-        prefill_s = time.perf_counter() - begin
-        lm.reset()
-        times, tokens = [], []
-        for token in lm.generate(short[0], temp=0.0, repeat_penalty=1.0):
-            times.append(time.perf_counter())
-            tokens.append(token)
-            if len(tokens) == options.new:
-                break
-        return prefill_s, (times[-1] - times[0]) / (len(times) - 1), tokens
 
     return run
 
