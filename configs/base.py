@@ -61,7 +61,7 @@ def get_config():
 
     config.sample = ConfigDict()
     config.sample.prompt = "The function returns"
-    config.sample.tokens = 64
+    config.sample.tokens = 64  # 0 for no sample
     config.sample.temperature = 0.8
 
     config.infer = ConfigDict()

@@ -21,6 +21,7 @@ from efficientllm.train.progress import Progress, close_log, open_log
 from efficientllm.workdir import config_hash, flatten, plain
 
 log = logging.getLogger("efficientllm")
+WARM_UP = 20  # steps that are set aside at most
 FAILED = 3
 
 
@@ -56,7 +57,9 @@ class Training:
         self.idle = energy.idle_power(self.reader)
         self.checkpoints = Checkpoints(self.workdir.checkpoints, self.config.checkpoint.keep)
         self.sampler = Sampler(jax.local_devices(), self.reader, self.config.metrics.interval_s).start()
-        self.measurement = Measurement(self.reader, self.sampler)
+        # A run of a few steps measures half of them, and says that they had not settled, rather than none.
+        aside = max(1, min(WARM_UP, self.config.train.steps // 2))
+        self.measurement = Measurement(self.reader, self.sampler, warm_up=aside)
         try:
             with jax.set_mesh(self.setup.mesh):
                 return self._train()
@@ -138,11 +141,11 @@ class Training:
 
     def _finish(self, state):
         self._write_adapter(state)
-        sample = self._sample(state.all_params)
+        sample = self._sample(state.all_params) if self.config.sample.tokens else None
         self.idle = row.all_idle(self.idle.compared(energy.idle_power(self.reader)))
         found = self._write_row("ok", row.all_energy(self.measurement))
         if self.main:
-            log.info(f"\n{record.format_table(found)}\n\nsample: {sample!r}\n")
+            log.info(f"\n{record.format_table(found)}\n" + (f"\nsample: {sample!r}\n" if sample else ""))
             if note := memory.disagreement(found["physical"]):
                 log.warning(note)
             log.info(f"row: {self.workdir.shown / 'record.json'}")

@@ -2,6 +2,7 @@
 
 import math
 
+from efficientllm.errors import UserError
 from efficientllm.train.loop import to_device
 
 
@@ -9,10 +10,13 @@ def evaluate(compiled, params, batches, token_bytes_V, mesh):
     """Loss over held-out batches -> `{"eval_loss", "perplexity", "bits_per_byte"}`.
 
     `eval_loss` is nats a token, `bits_per_byte` the same nats over the UTF-8 bytes of the text. A document's end is
-    predicted, and counts as a token of no bytes. Sums are taken in double precision on the host.
+    predicted, and counts as a token of no bytes. Sums are taken in double precision on the host. Raises UserError where
+    no token has a loss.
     """
     parts = [compiled(params, to_device(batch, mesh), token_bytes_V) for batch in batches]
     nats, targets, text_bytes = (math.fsum(float(part) for part in column) for column in zip(*parts, strict=True))
+    if not targets:
+        raise UserError("no held-out token has a loss: config.train.length cuts every response off; take a longer one")
     loss = nats / targets
     return {
         "eval_loss": loss,

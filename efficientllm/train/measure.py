@@ -12,13 +12,14 @@ COMPILED = "a program was compiled inside the window"
 class Measurement:
     """Segments of finished, steady steps. Evaluation, checkpoints and compilation lie between segments.
 
-    `start` and `stop` are called with no work in flight; `step_done` when a step's outputs have arrived. `compiled`
-    counts programs that were compiled inside segments, whose times and energy then mean nothing.
+    At most `warm_up` steps are set aside first. `start` and `stop` are called with no work in flight; `step_done` when
+    a step's outputs have arrived. `compiled` counts programs that were compiled inside segments, whose times and energy
+    then mean nothing.
     """
 
-    def __init__(self, reader, sampler, clock=time.perf_counter):
+    def __init__(self, reader, sampler, clock=time.perf_counter, warm_up=20):
         self._reader, self._sampler, self._clock = reader, sampler, clock
-        self.timer = StepTimer()
+        self.timer = StepTimer(cap=warm_up)
         self.windows, self.averages = [], []
         self.tokens = self.samples = self.steps = self.compiled = 0
         self.seconds = 0.0

@@ -11,13 +11,13 @@ def get_config():
         variants={name: f"configs/tune.py:{name}" for name in names},
         equal={"tokens": 0.0},
         overrides={
-            "train.steps": 10,
+            "train.steps": 12,
             "train.batch_size": 2,
             "train.length": 96,
             "eval.every": 0,
             "eval.batches": 2,
-            "checkpoint.every": 10,
-            "sample.tokens": 1,
+            "checkpoint.every": 12,
+            "sample.tokens": 0,
         },
         twice=False,
     )
