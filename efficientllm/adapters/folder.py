@@ -120,8 +120,8 @@ def read(lm, params, folder, source):
     """`params`, whose adapters `attach` has made, with the arrays of a folder of peft's in them.
 
     A layer that the folder does not adapt, of a stack that it does, gets an adapter that adds nothing. Raises UserError
-    naming the tensor that is missing, belongs to nothing, or has another shape; and for a layer without an adapter where
-    the method has none that adds nothing.
+    naming the tensor that is missing, belongs to nothing, or has another shape; and for a layer without an adapter
+    where the method has none that adds nothing.
     """
     file, (name, _) = pathlib.Path(folder) / TENSORS, parse(read_spec(folder))
     found = _tensors(file)
@@ -194,7 +194,7 @@ def _target(lm, source, file):
 
 
 def _require_neutral(name, module, file):
-    """PiSSA has taken its factors out of every layer of a stack, and a magnitude of DoRA has no value that does nothing."""
+    """PiSSA takes its factors out of every layer of a stack, and no magnitude of DoRA's does nothing to all kernels."""
     if name in ("pissa", "dora"):
         raise UserError(f"{file}: {module} has no adapter, and {name} of ours adapts a kernel in all layers or in none")
 

@@ -34,8 +34,8 @@ RATE = 0.1
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Its kernels' four largest singular values stand apart from the rest, as PiSSA means it: where they do not, what the
-    four span is no more certain than float32's rounding over the gap, and each side takes its own apart."""
+    """Its kernels' four largest singular values stand apart from the rest. Where they do not, what the four span is no
+    more certain than float32's rounding over the gap, and for PiSSA each side takes the kernels apart for itself."""
     where = tmp_path_factory.mktemp("base") / "model"
     plain = peers.reference("llama")
     with torch.no_grad():
