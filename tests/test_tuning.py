@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 
 import flax.linen as nn
 import jax
@@ -100,6 +101,26 @@ def test_resumed_it_has_the_same_losses(method, base, whole, tmp_path):
     (tmp_path / "run" / "record.json").unlink()
     assert main.main(argv) == 0
     assert runs.losses(tmp_path / "run") == runs.losses(reference)
+    if "freeze" not in method:
+        files = [(where / "adapter" / adapters.TENSORS).read_bytes() for where in (tmp_path / "run", reference)]
+        assert files[0] == files[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, form", [("dora(rank=4, alpha=8, dropout=0.1)", "float32"), ("lora(rank=4)", "nf4")])
+def test_killed_and_resumed_the_adapter_is_the_same_bit_for_bit(method, form, base, tmp_path):
+    options = {"quant": form, "train__steps": 40, "checkpoint__every": 8}
+    status, output = runs.finish(runs.start(arguments(base, tmp_path / "a", method, **options)))
+    assert status == 0, output
+    argv = arguments(base, tmp_path / "b", method, **options)
+    process = runs.start(argv)
+    runs.when(tmp_path / "b", "step 20/40", process.kill)
+    assert runs.finish(process)[0] == -signal.SIGKILL
+    status, output = runs.finish(runs.start(argv))
+    assert status == 0 and "resuming from step" in output, output
+    assert runs.losses(tmp_path / "a") == runs.losses(tmp_path / "b")
+    files = [(tmp_path / name / "adapter" / adapters.TENSORS).read_bytes() for name in "ab"]
+    assert files[0] == files[1]
 
 
 def test_rounded_as_it_is_read_it_is_as_rounded_whole(base):
