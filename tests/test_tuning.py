@@ -145,6 +145,21 @@ def test_the_adapter_is_a_folder_of_pefts(whole, base):
     assert "model.layers.1.mlp.down_proj" in config["target_modules"]
 
 
+@pytest.mark.slow
+def test_a_row_comes_out_where_peft_has_no_folder_for_the_family(base, tmp_path, monkeypatch):
+    """Phi-3 holds queries, keys and values in one tensor, which peft adapts as one."""
+    pytest.importorskip("torch")
+    from convert import peers
+
+    monkeypatch.setattr(peers, "VOCAB", 300)
+    peers.reference("phi3-plain").save_pretrained(tmp_path / "phi3")
+    argv = arguments(base, tmp_path / "run", model__pretrained=tmp_path / "phi3", train__steps=2, checkpoint__every=2)
+    assert main.main(argv) == 0
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["outcome"] == "ok"
+    assert "no adapter in peft's format: " in (tmp_path / "run" / "log.txt").read_text()
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
