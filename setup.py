@@ -49,6 +49,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "transformers>=5.23,<6",
+        "jinja2>=3.1.6,<4",  # of chat templates; transformers asks for it in an extra only
         "tokenizers>=0.23,<0.24",
         "datasets>=5.2,<6",
         "ml-collections>=1.1,<2",

@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 import runs
-from configs import base
+from configs import base, tune
 from efficientllm import accounting, architecture, main, model, registry, run, sharding
 from efficientllm.attention import Context
 from efficientllm.train import setup, step
@@ -50,6 +50,22 @@ def test_config_initialises_with_the_parameters_of_its_comparison(name):
     counts["small"] = accounting.parameters(lm, model.abstract_params(lm))["total"]
     for size, count in counts.items():
         assert not config.model.parameters_of or abs(count / BASE[size] - 1) <= 0.02, f"{size}: {count:,}"
+
+
+@pytest.mark.parametrize("method", tune.ADAPTERS)
+def test_methods_of_tuning_differ_by_the_method_alone(method):
+    """One batch, one count of tokens and one evaluation for all, with the data of the study and without."""
+    for name in (f"tune.py:{method}", f"tune_study.py:{method}", f"tune_study.py:{method}+medical"):
+        config, plain = (flatten(parse(f"{runs.ROOT}/configs/{each}").to_dict()) for each in (name, _as_lora(name)))
+        assert {key for key in config if config[key] != plain[key]} <= {"name", "adapter", "quant", "train.schedule"}
+        registry.build("adapter", config["adapter"])
+        assert registry.build("data", config["data"]).records
+    assert "medical-o1-reasoning-SFT" in config["data"]
+
+
+def _as_lora(name):
+    file, _, variant = name.partition(":")
+    return f"{file}:lora{''.join(variant.partition('+')[1:])}"
 
 
 # Qwen2.5's published totals (arXiv:2412.15115), embeddings included, to the unit as its checkpoints have them.

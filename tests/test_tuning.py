@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 
 import flax.linen as nn
 import jax
@@ -100,6 +101,26 @@ def test_resumed_it_has_the_same_losses(method, base, whole, tmp_path):
     (tmp_path / "run" / "record.json").unlink()
     assert main.main(argv) == 0
     assert runs.losses(tmp_path / "run") == runs.losses(reference)
+    if "freeze" not in method:
+        files = [(where / "adapter" / adapters.TENSORS).read_bytes() for where in (tmp_path / "run", reference)]
+        assert files[0] == files[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, form", [("dora(rank=4, alpha=8, dropout=0.1)", "float32"), ("lora(rank=4)", "nf4")])
+def test_killed_and_resumed_the_adapter_is_the_same_bit_for_bit(method, form, base, tmp_path):
+    options = {"quant": form, "train__steps": 40, "checkpoint__every": 8}
+    status, output = runs.finish(runs.start(arguments(base, tmp_path / "a", method, **options)))
+    assert status == 0, output
+    argv = arguments(base, tmp_path / "b", method, **options)
+    process = runs.start(argv)
+    runs.when(tmp_path / "b", "step 20/40", process.kill)
+    assert runs.finish(process)[0] == -signal.SIGKILL
+    status, output = runs.finish(runs.start(argv))
+    assert status == 0 and "resuming from step" in output, output
+    assert runs.losses(tmp_path / "a") == runs.losses(tmp_path / "b")
+    files = [(tmp_path / name / "adapter" / adapters.TENSORS).read_bytes() for name in "ab"]
+    assert files[0] == files[1]
 
 
 def test_rounded_as_it_is_read_it_is_as_rounded_whole(base):
@@ -122,6 +143,21 @@ def test_the_adapter_is_a_folder_of_pefts(whole, base):
     config = json.loads((whole / "adapter" / adapters.CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(base / "model")
     assert "model.layers.1.mlp.down_proj" in config["target_modules"]
+
+
+@pytest.mark.slow
+def test_a_row_comes_out_where_peft_has_no_folder_for_the_family(base, tmp_path, monkeypatch):
+    """Phi-3 holds queries, keys and values in one tensor, which peft adapts as one."""
+    pytest.importorskip("torch")
+    from convert import peers
+
+    monkeypatch.setattr(peers, "VOCAB", 300)
+    peers.reference("phi3-plain").save_pretrained(tmp_path / "phi3")
+    argv = arguments(base, tmp_path / "run", model__pretrained=tmp_path / "phi3", train__steps=2, checkpoint__every=2)
+    assert main.main(argv) == 0
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["outcome"] == "ok"
+    assert "no adapter in peft's format: " in (tmp_path / "run" / "log.txt").read_text()
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 @pytest.mark.parametrize(

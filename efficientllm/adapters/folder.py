@@ -1,8 +1,10 @@
 """Adapters as folders that peft reads and writes: adapter_config.json and adapter_model.safetensors."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
 
 import flax.linen as nn
 import flax.traverse_util
@@ -10,7 +12,7 @@ import jax
 import numpy as np
 
 from efficientllm import model
-from efficientllm.adapters.base import attach, is_box, merge
+from efficientllm.adapters.base import KERNEL, attach, is_box, merge
 from efficientllm.adapters.dora import DoRA
 from efficientllm.adapters.lora import LoRA
 from efficientllm.convert import binding, families, mapped
@@ -27,7 +29,7 @@ NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector
 NEUTRAL = {
     "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "alpha_pattern": {}, "rank_pattern": {},
     "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
-    "use_qalora": False, "use_bdlora": None, "arrow_config": None, "alora_invocation_tokens": None,
+    "use_qalora": False, "use_bdlora": None, "arrow_config": None, "alora_invocation_tokens": None, "kasa_config": None,
 }  # fmt: skip
 
 
@@ -82,6 +84,8 @@ def read_spec(folder):
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds no object")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type = {config.get('peft_type')!r}; only LORA can be read")
     for key, neutral in NEUTRAL.items():
@@ -96,38 +100,50 @@ def read_spec(folder):
         name = "rslora" if config.get("use_rslora") else "lora"
     if config.get("use_rslora") and name != "rslora":
         raise UserError(f"{file}: use_rslora together with {name} is not supported")
+    if initial == "pissa" and name != "pissa":
+        raise UserError(f"{file}: init_lora_weights = 'pissa' together with {name} is not supported")
     if initial not in (True, False, "gaussian", "pissa"):
         raise UserError(f"{file}: init_lora_weights = {initial!r} changes the base model in a way that is not known")
-    return f"{name}(rank={config['r']}, alpha={config['lora_alpha']}, dropout={config.get('lora_dropout', 0.0)})"
+    rank = _number(config, "r", file, int)
+    alpha, dropout = _number(config, "lora_alpha", file), _number(config, "lora_dropout", file, default=0.0)
+    return f"{name}(rank={rank}, alpha={alpha}, dropout={dropout})"
+
+
+def _number(config, key, file, kind=float, default=None):
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        raise UserError(f"{file}: {key} = {value!r} must be a number ({kind.__name__})")
+    return value
 
 
 def read(lm, params, folder, source):
     """`params`, whose adapters `attach` has made, with the arrays of a folder of peft's in them.
 
-    A kernel that the folder does not adapt gets an adapter that adds nothing. Raises UserError naming the tensor that
-    is missing, belongs to nothing, or has another shape.
+    A layer that the folder does not adapt, of a stack that it does, gets an adapter that adds nothing. Raises UserError
+    naming the tensor that is missing, belongs to nothing, or has another shape; and for a layer without an adapter
+    where the method has none that adds nothing.
     """
-    file = pathlib.Path(folder) / TENSORS
+    file, (name, _) = pathlib.Path(folder) / TENSORS, parse(read_spec(folder))
     found = _tensors(file)
     leaves, used = _leaves(params), set()
     values = {path: {ours: np.zeros_like(np.asarray(getattr(leaf, ours))) for ours in NAMES if hasattr(leaf, ours)}
               for path, leaf in leaves.items()}  # fmt: skip
     for module, path, position in _modules(lm, source, leaves):
-        names = {ours: f"{PREFIX}{module}.{NAMES[ours]}" for ours in values[path]}
-        if not any(name in found for name in names.values()):
-            _require_no_magnitude(leaves[path], module, file)
+        tensors = {ours: f"{PREFIX}{module}.{NAMES[ours]}" for ours in values[path]}
+        if not any(tensor in found for tensor in tensors.values()):
+            _require_neutral(name, module, file)
             continue
-        for ours, name in names.items():
-            if name not in found:
-                raise UserError(f"{file}: tensor {name!r} is missing{did_you_mean(name, found)}")
+        for ours, tensor in tensors.items():
+            if tensor not in found:
+                raise UserError(f"{file}: tensor {tensor!r} is missing{did_you_mean(tensor, found)}")
             slot = values[path][ours][position]
-            if found[name].T.shape != slot.shape:
+            if found[tensor].T.shape != slot.shape:
                 raise UserError(
-                    f"{file}: tensor {name!r} has shape {list(found[name].shape)}, the model asks for "
+                    f"{file}: tensor {tensor!r} has shape {list(found[tensor].shape)}, the model asks for "
                     f"{list(slot.T.shape)}: an adapter of another model or rank"
                 )
-            values[path][ours][position] = found[name].T
-            used.add(name)
+            values[path][ours][position] = found[tensor].T
+            used.add(tensor)
     if left := sorted(set(found) - used):
         raise UserError(f"{file}: tensor {left[0]!r} belongs to nothing in the model")
     flat = flax.traverse_util.flatten_dict(params, sep="/")
@@ -140,6 +156,7 @@ def read(lm, params, folder, source):
 def around(source, lm, params, folder):
     """`params` of `lm`, a checkpoint's, with the adapters of a folder of peft's around their kernels."""
     method, boxed = build("adapter", read_spec(folder)), model.abstract_params(lm)
+    method = dataclasses.replace(method, target=_target(lm, source, pathlib.Path(folder) / TENSORS))
     held = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), boxed, params, is_leaf=is_box)
     wrapped = jax.jit(lambda held: nn.unbox(attach(method, boxed, held, jax.random.key(0))), donate_argnums=0)(held)
     return read(lm, wrapped, folder, source)
@@ -162,9 +179,24 @@ def _tensors(file):
     }
 
 
-def _require_no_magnitude(leaf, module, file):
-    if isinstance(leaf, DoRA):
-        raise UserError(f"{file}: {module} has no adapter, and DoRA's magnitude has no neutral value here")
+def _target(lm, source, file):
+    """A regex of our kernels that the folder adapts, in one layer at least. Raises UserError if there are none."""
+    adapted = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in _tensors(file)}
+    table = families.FAMILIES[source.config["model_type"]].table
+    paths = [
+        re.escape(path)
+        for path, bound in binding.bind(lm, table).items()
+        if KERNEL.search(path) and any(name.removesuffix(".weight") in adapted for _, name in bound.tensors())
+    ]
+    if not paths:
+        raise UserError(f"{file}: no tensor of it belongs to a kernel of the model: an adapter of another model")
+    return f"^({'|'.join(paths)})$"
+
+
+def _require_neutral(name, module, file):
+    """PiSSA takes its factors out of every layer of a stack, and no magnitude of DoRA's does nothing to all kernels."""
+    if name in ("pissa", "dora"):
+        raise UserError(f"{file}: {module} has no adapter, and {name} of ours adapts a kernel in all layers or in none")
 
 
 def _leaves(params):

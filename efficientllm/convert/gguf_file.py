@@ -99,10 +99,14 @@ class GGUFFile:
 
     def _rope(self, given):
         """`rope_scaling` of a config.json; takes its keys out of `given`."""
-        kind = given.pop("rope.scaling.type", "none")
         factor = given.pop("rope.scaling.factor", None)
+        kind = given.pop("rope.scaling.type", "linear" if factor else "none")  # as llama.cpp takes a factor alone
         original = given.pop("rope.scaling.original_context_length", None)
         if ROPE_FACTORS in self.shapes:
+            if kind != "none" and factor not in (None, 1.0):
+                raise UserError(
+                    f"{self.where}: rope.scaling.factor = {factor:g} is not supported together with {ROPE_FACTORS!r}"
+                )
             factors = [float(value) for value in self.read(ROPE_FACTORS)]
             scaling = {
                 "rope_type": "longrope",
@@ -138,7 +142,10 @@ class GGUFFile:
 
         offset, dtype, shape = self._places[name]
         stored = mapped.array(self.where, offset, dtype, shape)
-        return gguf.dequantize(stored, self._types[name]).reshape(self.shapes[name])
+        try:
+            return gguf.dequantize(stored, self._types[name]).reshape(self.shapes[name])
+        except NotImplementedError as error:
+            raise UserError(f"{self.where}: tensor {name!r} cannot be read: {error}") from None
 
 
 def package(where):

@@ -14,7 +14,7 @@ HARMLESS = frozenset({
     "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
     "problem_type", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout", "output_router_logits",
     "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp",
-    "rope_interleaved", "transformers.js_config", "time_step_min", "time_step_max", "time_step_floor",
+    "transformers.js_config", "time_step_min", "time_step_max", "time_step_floor",
     "time_step_init_scheme", "time_step_scale", "rescale_prenorm_residual", "residual_in_fp32", "use_mambapy",
     "use_associative_scan", "num_nextn_predict_layers", "unsloth_version", "unsloth_fixed",
 })

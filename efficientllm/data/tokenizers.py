@@ -125,11 +125,25 @@ class HuggingFace:
 
 def from_transformers(loaded):
     """The tokenizer that `transformers` has loaded, with its chat template if it has one."""
-    chat = functools.partial(loaded.apply_chat_template, tokenize=False) if loaded.chat_template else None
+    chat = functools.partial(_chat, loaded) if loaded.chat_template else None
     template = loaded.chat_template or ""
     return Backed(
         loaded.backend_tokenizer, loaded.eos_token_id, len(loaded), chat, template, bos_id=loaded.bos_token_id
     )
+
+
+def _chat(loaded, messages, **how):
+    """The text of a conversation. Raises UserError where the template takes no such one: it may refuse roles."""
+    import jinja2
+
+    try:
+        return loaded.apply_chat_template(messages, tokenize=False, **how)
+    except jinja2.TemplateError as error:
+        roles, said = ", ".join(message["role"] for message in messages), " ".join(str(error).split())
+        begin = messages[0]["content"] if messages else ""
+        raise UserError(
+            f"the tokenizer's chat template refuses a conversation of {roles} that begins {begin!r:.60} ({said})"
+        ) from None
 
 
 class Backed:

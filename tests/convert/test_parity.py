@@ -45,3 +45,17 @@ def test_longrope_within_its_original_length(tmp_path):
     lm = source.lm()
     found = peers.our_logits(lm, source.load(peers.abstract(lm)), ids)
     peers.close(found, peers.their_logits(theirs, ids), 1e-5)
+
+
+def test_several_files_in_bfloat16(tmp_path):
+    """As transformers writes them: read under its index, each value as it is stored."""
+    peers.reference("qwen2").to(peers.torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=peers.torch.float32, attn_implementation="eager"
+    )
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    source, ids = convert.open_source(tmp_path), peers.tokens()
+    assert source.stored_dtype == "bfloat16"
+    lm = source.lm()
+    found = peers.our_logits(lm, source.load(peers.abstract(lm)), ids)
+    peers.close(found, peers.their_logits(theirs.eval(), ids), 1e-5)

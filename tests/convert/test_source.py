@@ -41,6 +41,7 @@ def loaded(folder):
         ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0"),
         ({"sliding_window": 9}, "sliding_window = 9"),
         ({"mlp_bias": True}, "mlp_bias = true"),
+        ({"rope_interleaved": True}, "rope_interleaved = true"),
         ({"hidden_act": "gelu_pytorch_tanh"}, 'hidden_act = "gelu_pytorch_tanh"'),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, 'rope_type = "proportional"'),
@@ -159,6 +160,7 @@ def test_export_in_several_files(tmp_path):
     lm = source.lm()
     convert.export(lm, source.load(abstract(lm)), tmp_path / "a", source, shard=9000)
     convert.convert(source, tmp_path / "b", shard=9000)
+    jax.tree.map(np.testing.assert_array_equal, loaded(tmp_path / "a"), loaded(tmp_path / "in"))
     for name in ("a", "b"):
         files = sorted((tmp_path / name).glob("*.safetensors"))
         assert len(files) > 2

@@ -99,6 +99,67 @@ def test_a_chat_template_frames_the_turns_and_every_answer_is_learnt():
     assert "".join(c for c, said in zip(spelt, learnt, strict=True) if said) == "A1|A2|"
 
 
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<eos>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def templated(tmp_path):
+    """A tokenizer of transformers with a template of its own, as a folder."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    saved = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    saved.chat_template = TEMPLATE
+    saved.save_pretrained(tmp_path / "templated")
+    return tmp_path / "templated"
+
+
+def test_a_conversation_has_the_ids_that_transformers_gives_it(templated):
+    import transformers
+
+    ours = data.build_tokenizer(f"hf(path={str(templated)!r})", "doc_pairs()")
+    messages = [("user", "U 1"), ("assistant", "A 1"), ("user", "U 2"), ("assistant", "A 2")]
+    messages = [{"role": role, "content": content} for role, content in messages]
+    ids, learnt = conversation.encode(ours, conversation.dump(messages))
+    theirs = transformers.AutoTokenizer.from_pretrained(templated)
+    expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ids == expected[: len(ids)] and theirs.decode(expected[len(ids) :]) == "\n"
+    answer = theirs.encode("A 1<eos>") + theirs.encode("A 2<eos>")
+    assert [id for id, said in zip(ids, learnt, strict=True) if said] == answer
+
+
+def test_a_conversation_that_the_template_refuses_is_named(templated):
+    ours = data.build_tokenizer(f"hf(path={str(templated)!r})", "doc_pairs()")
+    roles = ("system", "user", "assistant")
+    text = conversation.dump([{"role": role, "content": f"I am {role}"} for role in roles])
+    with pytest.raises(
+        UserError, match=r"refuses a conversation of system, user that begins 'I am sys.*no system here"
+    ):
+        conversation.encode(ours, text)
+
+
+def test_parquet_and_a_hub_s_folder_hold_the_same_records(records, tokenizer, tmp_path, monkeypatch):
+    import datasets
+    import pyarrow.json
+    import pyarrow.parquet
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    pyarrow.parquet.write_table(pyarrow.json.read_json(tmp_path / "rows.jsonl"), tmp_path / "rows.parquet")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "part.jsonl").write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    specs = [records, records.replace(".jsonl", ".parquet"), f"pairs(path='{tmp_path}/set', hub=True, held_out=0.2)"]
+    assert len(set(specs)) == 3
+    found = [[list(Corpus(spec).texts(side)) for side in ("train", "held_out")] for spec in specs]
+    assert found[0] == found[1] == found[2] and len(found[0][0]) + len(found[0][1]) == 120
+
+
 def test_questions_from_the_documentation_stay_with_their_module(tokenizer):
     corpus = Corpus("doc_pairs(max_bytes=200000)")
     sides = {side: [json.loads(text) for text in corpus.texts(side)] for side in ("train", "held_out")}

@@ -17,13 +17,13 @@ ROWS, LENGTH = 4, 128
 SIZE = "tiny(num_layers=4, dim=128, num_heads=4, num_kv_heads=2, head_dim=32, hidden=384)"
 
 
-def described(method="full()", **model):
+def described(method="full()", form="float32", **model):
     """(lm, method, abstract state, config.train) of a model whose activations outweigh its parameters."""
     config = base.get_config()
     config.train.batch_size, config.train.length = ROWS, LENGTH
     lm, method = contract.build("mixer", "gqa", size=SIZE, **model), build("adapter", method)
     lm = lm.clone(scan=False) if method.unrolled else lm
-    state = nn.unbox(jax.eval_shape(step.init_state(lm, config.train, 0, LENGTH, method)))
+    state = nn.unbox(jax.eval_shape(step.init_state(lm, config.train, 0, LENGTH, method, form)))
     return lm, method, state, config.train
 
 
@@ -40,6 +40,10 @@ METHODS = [
     *("glora(rank=4)", "freeze(last=1)"),
 ]
 CASES = [{}, {"remat": "full"}, {"method": "lora(rank=4)"}, {"ffn": "gelu"}]
+CASES += [
+    pytest.param({"method": "lora(rank=4)", "form": form}, marks=pytest.mark.slow)
+    for form in ("nf4(block=32)", "int4(group=32)")
+]
 CASES += [pytest.param({"method": method}, marks=pytest.mark.slow) for method in METHODS]
 
 
