@@ -68,9 +68,13 @@ class _Sum:
         """Bytes of an operand of a product: a kernel is rounded before it is sent."""
         return np.dtype(build("precision", self.one.lm.precision).product).itemsize
 
-    def _send(self, kind, axes, size, times=1):
-        """A collective of `size` bytes in each micro-batch, among the devices that differ in `axes` only."""
-        return Collective(kind, times * self.one.config.train.accumulate, size, groups(self.one.mesh, axes))
+    def _send(self, kind, axes, size, times=1, once=False):
+        """A collective of `size` bytes in each micro-batch, among the devices that differ in `axes` alone.
+
+        `once`: it is the same in all of them, and XLA on CPUs takes it out of their loop.
+        """
+        micros = 1 if once and self.one.platform == "cpu" else self.one.config.train.accumulate
+        return Collective(kind, times * micros, size, groups(self.one.mesh, axes))
 
     def _scatter(self, axes, size, times=1):
         """A sum of which each device keeps its part. XLA on CPUs sums the whole and drops the rest."""
@@ -83,7 +87,8 @@ class _Sum:
         if head:
             yield from self._head(count, split)
         elif split > 1:
-            yield self._send("all-gather", ("fsdp",), count * (self._product if kernel else self._width), times=2)
+            width, once = self._product if kernel else self._width, names[0] != "layers"
+            yield self._send("all-gather", ("fsdp",), count * width, times=2, once=once)
         yield from self._gradient(count * (4 if head else self._width), split)
 
     def _held(self, shape, names):
@@ -106,7 +111,7 @@ class _Sum:
             sequence = self.one.mesh.shape["sequence"]
             whole = loss.count_chunks(rows * sequence, train.length // sequence, self.one.lm.vocab_size) == 1
         if split > 1:
-            yield self._send("all-gather", ("fsdp",), count * (2 * self._product if whole else 4))
+            yield self._send("all-gather", ("fsdp",), count * (2 * self._product if whole else 4), once=True)
 
     def _tables(self):
         """The look-up: fsdp trades the ids of its rows for columns of the table, and those for rows. Its gradient is
@@ -148,10 +153,12 @@ class _Sum:
                 yield self._send("all-reduce", ("tensor",), size, layers)
 
     def _keys_and_values(self):
-        (B, T), shape, lm = self._tokens, self.one.mesh.shape, self.one.lm
+        """Of whole rows, and which document each of their tokens belongs to."""
+        (B, _), shape, lm = self._tokens, self.one.mesh.shape, self.one.lm
+        tokens = B * self.one.config.train.length
+        yield self._send("all-gather", ("sequence",), 4 * tokens)
         for mixer, _ in model.parts(lm):
-            heads = mixer.kv_heads // shape["tensor"]
-            size = self._width * B * T * shape["sequence"] * heads * mixer.head_dim
+            size = self._width * tokens * mixer.head_dim * mixer.kv_heads // shape["tensor"]
             yield self._send("all-gather", ("sequence",), size, 2 * lm.num_groups)
             yield self._scatter(("sequence",), size, 2 * lm.num_groups)
 

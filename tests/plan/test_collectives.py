@@ -1,31 +1,41 @@
 """What a compiled step sends is what the closed formula says, on every kind of mesh."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+
 import jax
 import pytest
 
+import runs
 from configs import base
+from efficientllm import attention, sharding
 from efficientllm.plan import collectives, hlo, program, steps
 
-# No two kinds of array are of one size; the vocabulary is named, so that there is no tokenizer to ask.
-LAYERS, SIZES = 3, "dim=48, num_heads=8, num_kv_heads=4, head_dim=8, hidden=72, rope_base=1e4, vocab_size=88"
+# The vocabularies are named, so that there is no tokenizer to ask.
+SMALL = "custom(num_layers=3, dim=48, num_heads=8, num_kv_heads=4, head_dim=8, hidden=72, rope_base=1e4, vocab_size=88)"
+WIDE = (
+    "custom(num_layers=6, dim=256, num_heads=4, num_kv_heads=2, head_dim=64, hidden=768, rope_base=1e4, "
+    "vocab_size=1024)"
+)
 MESHES = (
     "data=8",
     "fsdp=8",
     "data=2, fsdp=4",
     "data=2, tensor=4",
     "fsdp=4, tensor=2",
-    "fsdp=4, sequence=2",
     "data=2, fsdp=2, tensor=2",
 )
 pytestmark = pytest.mark.xdist_group("collectives")
 
 
-def described(mesh, **changes):
+def described(mesh="fsdp=8", platform="cpu", **changes):
     config = base.get_config()
-    config.mesh, config.model.size = mesh, f"custom(num_layers={LAYERS}, {SIZES})"
+    config.mesh, config.model.size = mesh, SMALL
     config.train.batch_size, config.train.length = 16, 26
     config.update_from_flattened_dict(changes)
-    return steps.describe(config, jax.devices()[:8], "cpu")
+    return steps.describe(config, jax.devices()[:8], platform)
 
 
 def sent(found):
@@ -44,10 +54,9 @@ def scalars(one):
     return axes * 2 * 4 * (2 * len(jax.tree.leaves(one.shaped.params)) + 8)
 
 
-def segments(one):
-    """The documents of each row's tokens, once, and in the backward pass of every layer: of a divided row."""
-    rows, ways = one.config.train.batch_size // one.mesh.shape["fsdp"], one.mesh.shape["sequence"]
-    return 4 * rows * one.config.train.length * (ways - 1) // ways * (1 + LAYERS)
+def norms(one, width):
+    """Bytes of the norms' scales: of those of each layer, and the last."""
+    return width * one.lm.dim * (2 * one.lm.num_layers + 1)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +70,73 @@ def test_a_step_sends_what_the_formula_says(mesh, changes):
     assert ours.keys() == theirs.keys()
     more = {kind: theirs[kind] - ours[kind] for kind in theirs}
     assert 0 <= more.pop("all-reduce") <= scalars(one) < 0.01 * sum(theirs.values())
-    if "all-gather" in more and one.mesh.shape["sequence"] > 1:
-        assert more.pop("all-gather") == segments(one)
     assert set(more.values()) <= {0}, (ours, theirs)
+
+
+@pytest.mark.parametrize("chunk", [256, 5])
+def test_keys_and_values_are_sent_once_for_all_chunks_of_queries(chunk, monkeypatch):
+    """And so are their gradients."""
+    monkeypatch.setattr(attention, "GATHERED_CHUNK", chunk)
+    one = described("fsdp=4, sequence=2")
+    ours, theirs = sent(collectives.closed(one)), compiled(one)
+    assert ours["all-gather"] == theirs["all-gather"] and ours["all-to-all"] == theirs["all-to-all"]
+    # The norms' gradients are summed over the sequence, then over the rows, whole each time.
+    apart = norms(one, 4) * (2 * 1 / 2 + 2 * 3 / 4 - 2 * 7 / 8)
+    assert 0 <= theirs["all-reduce"] - ours["all-reduce"] - apart <= scalars(one)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.mixer": "mamba"},
+        {"model.ffn": "moe(num_experts=8, top_k=2, hidden=40)"},
+        {"model.mixer": "mqa", "mesh": "data=4, tensor=2"},
+        {"model.remat": "full"},
+        {"adapter": "lora(rank=2)"},
+    ],
+)
+def test_what_the_formula_does_not_know_is_not_guessed(changes):
+    assert collectives.closed(described(**changes)) is None
+
+
+@pytest.mark.parametrize(
+    "axes, expected",
+    [
+        (("data",), {(0, 4), (1, 5), (2, 6), (3, 7)}),
+        (("data", "fsdp"), {(0, 2, 4, 6), (1, 3, 5, 7)}),
+        (("tensor",), {(0, 1), (2, 3), (4, 5), (6, 7)}),
+        (("sequence",), {(index,) for index in range(8)}),
+    ],
+)
+def test_groups_differ_in_their_axes_alone(axes, expected):
+    assert set(collectives.groups(sharding.make_mesh("data=2, fsdp=2, tensor=2"), axes)) == expected
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "fsdp=8",
+        pytest.param("fsdp=4, tensor=2", marks=pytest.mark.slow),
+        pytest.param("fsdp=4, sequence=2", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_are_reduce_scattered_on_gpus(mesh, tmp_path):
+    """As the plugin compiles for eight H100s: the formula's bytes of every kind, but for scalars and norms."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("jax_cuda13_plugin is not installed: pip install 'efficientllm[gpu]'")
+    changes = {"mesh": mesh, "model.size": WIDE, "model.precision": "bfloat16", "train.batch_size": 8}
+    changes["train.length"] = 256
+    one = described(platform="gpu", **changes)
+    planned = {"task": "plan", "plan.hardware": "h100", "plan.devices": 8, **changes}
+    argv = runs.arguments("nowhere", tmp_path, **{key.replace(".", "__"): value for key, value in planned.items()})
+    # A process of its own: a plugin must be found before JAX starts.
+    argv = [sys.executable, "-m", "efficientllm.main", *argv]
+    done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "record.json").read_text())["predicted"]["collectives"]
+    ours, theirs = sent(collectives.closed(one)), {kind: each["wire_bytes"] for kind, each in found.items()}
+    assert ours["reduce-scatter"] > ours["all-gather"] / 4
+    small = scalars(one) + 2 * norms(one, 2)
+    assert small < 0.005 * sum(ours.values())
+    for kind in ours | theirs:
+        assert abs(theirs.get(kind, 0) - ours.get(kind, 0)) <= small, (kind, ours, theirs)
