@@ -121,6 +121,7 @@ def test_without_its_compiler_the_plan_is_of_shapes_and_says_so(tmp_path, capsys
     assert found["source"] == "shapes" and found["peak_bytes"] == found["by_shapes_bytes"]
     assert found["moved_bytes"] is None and found["roofline_s"].keys() == {"compute", "network"}
     assert found["collectives"].keys() == {"all-reduce"} and found["roofline_s"]["network"] > 0
+    assert "all-reduce         by formula" in said
     assert row["provenance"]["devices"]["kind"] == "NVIDIA H100 80GB HBM3"
 
 
