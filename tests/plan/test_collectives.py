@@ -112,31 +112,41 @@ def test_groups_differ_in_their_axes_alone(axes, expected):
     assert set(collectives.groups(sharding.make_mesh("data=2, fsdp=2, tensor=2"), axes)) == expected
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        "fsdp=8",
-        pytest.param("fsdp=4, tensor=2", marks=pytest.mark.slow),
-        pytest.param("fsdp=4, sequence=2", marks=pytest.mark.slow),
-    ],
-)
-def test_gradients_are_reduce_scattered_on_gpus(mesh, tmp_path):
-    """As the plugin compiles for eight H100s: the formula's bytes of every kind, but for scalars and norms."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.skip("jax_cuda13_plugin is not installed: pip install 'efficientllm[gpu]'")
-    changes = {"mesh": mesh, "model.size": WIDE, "model.precision": "bfloat16", "train.batch_size": 8}
-    changes["train.length"] = 256
-    one = described(platform="gpu", **changes)
-    planned = {"task": "plan", "plan.hardware": "h100", "plan.devices": 8, **changes}
-    argv = runs.arguments("nowhere", tmp_path, **{key.replace(".", "__"): value for key, value in planned.items()})
-    # A process of its own: a plugin must be found before JAX starts.
+def planned(plugin, folder, **changes):
+    """Bytes sent by kind, as the platform's compiler has it; in a process of its own, for a plugin must be found before
+    JAX starts."""
+    if importlib.util.find_spec(plugin) is None:
+        pytest.skip(f"{plugin} is not installed")
+    overrides = {key.replace(".", "__"): value for key, value in changes.items()}
+    argv = runs.arguments("nowhere", folder, task="plan", plan__devices=8, **overrides)
     argv = [sys.executable, "-m", "efficientllm.main", *argv]
     done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "record.json").read_text())["predicted"]["collectives"]
-    ours, theirs = sent(collectives.closed(one)), {kind: each["wire_bytes"] for kind, each in found.items()}
-    assert ours["reduce-scatter"] > ours["all-gather"] / 4
-    small = scalars(one) + 2 * norms(one, 2)
-    assert small < 0.005 * sum(ours.values())
+    found = json.loads((folder / "record.json").read_text())["predicted"]["collectives"]
+    return {kind: each["wire_bytes"] for kind, each in found.items()}
+
+
+@pytest.mark.parametrize(
+    "hardware, plugin, mesh",
+    [
+        ("h100", "jax_cuda13_plugin", "fsdp=8"),
+        ("v5e", "libtpu", "fsdp=8"),
+        pytest.param("h100", "jax_cuda13_plugin", "fsdp=4, tensor=2", marks=pytest.mark.slow),
+        pytest.param("v5e", "libtpu", "fsdp=4, tensor=2", marks=pytest.mark.slow),
+        pytest.param("h100", "jax_cuda13_plugin", "fsdp=4, sequence=2", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_are_reduce_scattered_where_the_platform_can(hardware, plugin, mesh, tmp_path):
+    """And nothing more is sent than the formula says, but for scalars, and norms that are summed whole."""
+    changes = {"mesh": mesh, "model.size": WIDE, "model.precision": "bfloat16"}
+    changes |= {"train.batch_size": 8, "train.length": 256}
+    theirs = planned(plugin, tmp_path, **{"plan.hardware": hardware}, **changes)
+    one = described(platform="gpu" if hardware == "h100" else "tpu", **changes)
+    # A norm's scale may be summed whole, and on TPUs be gathered as a sum in both passes: twice its bytes each time.
+    ours, small = sent(collectives.closed(one)), scalars(one) + 6 * norms(one, 2)
+    assert small < 0.005 * sum(ours.values()) and ours["reduce-scatter"] > sum(ours.values()) / 10
     for kind in ours | theirs:
-        assert abs(theirs.get(kind, 0) - ours.get(kind, 0)) <= small, (kind, ours, theirs)
+        more = theirs.get(kind, 0) - ours.get(kind, 0)
+        assert more <= small, (kind, ours, theirs)
+        # A TPU's compiler gathers a head that is a table's transpose once for both passes.
+        assert more >= -small or (hardware, kind) == ("v5e", "all-gather"), (kind, ours, theirs)
