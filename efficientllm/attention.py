@@ -185,25 +185,37 @@ def _gathered(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     of a row, m chunks of L tokens on each.
     """
     (B, T, H, _), V, n = q_BTHK.shape, v_BSGV.shape[-1], sharding.ways("length", q_BTHK.shape[1])
-    k_BSGK, v_BSGV = (sharding.constrain(x, "batch", None, "kv_heads", None) for x in (k_BSGK, v_BSGV))
+    k_nBSGK, v_nBSGV = _gather(k_BSGK, n), _gather(v_BSGV, n)
+    segments_mnBL = None
     L = next(size for size in range(min(T // n, GATHERED_CHUNK), 0, -1) if T // n % size == 0)
 
     def split(x_BT):
-        return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], n, -1, L, *x_BT.shape[2:]), 2, 0)
+        return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], n, -1, L, *x_BT.shape[2:]), 0, 2).swapaxes(0, 1)
 
-    @jax.checkpoint
-    def one(chunk):
-        q_BTHK, index_BT, segments_BT = (
-            None if x is None else x.reshape(x.shape[0], n * L, *x.shape[3:]) for x in chunk
-        )
-        of_chunk = mask.replace(query_index_BT=index_BT, query_segments_BT=segments_BT)
-        y_BTHV = _dense(q_BTHK, k_BSGK, v_BSGV, of_chunk, bias, scale, (0, n * L), (0, T))
-        return y_BTHV.reshape(B, n, L, H, V)
+    if mask.segments_BT is not None:
+        segments_mnBL = split(mask.segments_BT)
+        mask = mask.replace(segments_BT=sharding.constrain(mask.segments_BT, "batch", None))  # once, not for each chunk
 
-    q_mBnLHK = sharding.constrain(split(q_BTHK), None, "batch", "length", None, "heads", None)
-    segments_mBnL = None if mask.segments_BT is None else split(mask.segments_BT)
-    y_mBnLHV = jax.lax.map(one, (q_mBnLHK, split(jnp.arange(T)[None]), segments_mBnL))
-    return sharding.constrain(jnp.moveaxis(y_mBnLHV, 0, 2).reshape(B, T, H, V), "batch", "length", "heads", None)
+    def on_device(chunk, k_BSGK, v_BSGV):
+        q_BLHK, index_BL, segments_BL = chunk
+        of_chunk = mask.replace(query_index_BT=index_BL, query_segments_BT=segments_BL)
+        return _dense(q_BLHK, k_BSGK, v_BSGV, of_chunk, bias, scale, (0, L), (0, T))
+
+    on_devices = jax.checkpoint(jax.vmap(on_device, spmd_axis_name="sequence"))
+    q_mnBLHK = sharding.constrain(split(q_BTHK), None, "length", "batch", None, "heads", None)
+    chunks = q_mnBLHK, split(jnp.arange(T)[None]), segments_mnBL
+    y_mnBLHV = jax.lax.map(lambda chunk: on_devices(chunk, k_nBSGK, v_nBSGV), chunks)
+    y_BTHV = jnp.moveaxis(y_mnBLHV, 2, 0).swapaxes(1, 2).reshape(B, T, H, V)
+    return sharding.constrain(y_BTHV, "batch", "length", "heads", None)
+
+
+def _gather(x_BSG, n):
+    """A copy of keys or values for each of n devices: their gradients are added up at the end, once for all chunks.
+
+    Pinned before: the partitioner would gather what they are made of, float32 under a rotation.
+    """
+    x_BSG = sharding.constrain(x_BSG, "batch", "length", "kv_heads", None)
+    return sharding.constrain(jnp.broadcast_to(x_BSG, (n, *x_BSG.shape)), "length", "batch", None, "kv_heads", None)
 
 
 def _dense(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale, queries, keys):

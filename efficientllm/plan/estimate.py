@@ -1,9 +1,12 @@
-"""What a step on hardware costs: from its compiled program, or from its shapes alone where no compiler is there."""
+"""What a step on hardware costs: from its compiled program, or from its shapes alone where no compiler is there.
+
+What is sent between devices is then `plan.collectives`', where its formula holds.
+"""
 
 import dataclasses
 
+from efficientllm.plan import collectives, steps
 from efficientllm.plan import roofline as rooflines
-from efficientllm.plan import steps
 from efficientllm.registry import build
 
 
@@ -38,11 +41,11 @@ def estimate(one, hardware, count):
     by_shapes, executed = one.by_shapes(), steps.program_flops(one, trace)
     if not hardware.has_compiler:
         memory, seconds, refused, calls = {"total_bytes": by_shapes}, None, None, {}
-        collectives = moved = None
+        sent, moved = collectives.closed(one), None
     else:
         done = steps.compile_step(one, trace)
         memory, seconds, refused = done.memory, done.seconds, done.refused
-        collectives, moved, calls = steps.read(done, count) if done.text else (None, None, {})
+        sent, moved, calls = steps.read(done, count) if done.text else (None, None, {})
     dtype = str(build("precision", one.lm.precision).product)
     work = one.model_flops if executed is None else executed
     return Estimate(
@@ -52,12 +55,12 @@ def estimate(one, hardware, count):
         model_flops=one.model_flops,
         program_flops=executed,
         moved_bytes=moved,
-        collectives=collectives,
+        collectives=sent,
         custom_calls=calls,
         kernels=used,
         compile_s=seconds,
         refused=refused,
-        roofline=rooflines.roofline(hardware, count, dtype, work, moved, collectives),
+        roofline=rooflines.roofline(hardware, count, dtype, work, moved, sent),
     )
 
 

@@ -52,6 +52,8 @@ def collectives(program, count):
             kind = each.op.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
+            if name.startswith("all-reduce-scatter"):  # how a TPU's program spells it: a fusion of a sum and a slice
+                kind = "reduce-scatter"
             groups = tuple(hlo.groups(each.text, count))
             one = Collective(kind, times, _payload(program.computations[name], each, kind, groups), groups)
             channel = _CHANNEL.search(each.text)

@@ -169,7 +169,8 @@ def _cost_lines(found, made):
     lines = [f"  a step               {flops}{moved}"]
     for kind, each in (made["collectives"] or {}).items():
         size, sent = each["bytes"] / 1e9, each["wire_bytes"] / 1e9
-        lines.append(f"    {kind:<18} {each['count']:>6} x, {size:,.4g} GB a device, {sent:,.4g} sent")
+        how = f"{each['count']:>6} x" if found.source == "compiler" else "by formula"
+        lines.append(f"    {kind:<18} {how}, {size:,.4g} GB a device, {sent:,.4g} sent")
     names = {**made["kernels"], **({"calls": list(made["custom_calls"])} if made["custom_calls"] else {})}
     lines.append("  kernels              " + "; ".join(f"{key}: {', '.join(kinds)}" for key, kinds in names.items()))
     if sides:

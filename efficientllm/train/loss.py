@@ -24,7 +24,7 @@ def nll_sum(x_BTD, head_DV, batch, precision):
     same visit (as in Liger, arXiv:2410.10989, Section 3.2), so no product is done twice.
     """
     x_BTD, targets_BT, weights_BT = map(_pieces, (x_BTD, batch["targets"], batch["weights"]))
-    chunks = _chunks(*x_BTD.shape[:2], head_DV.shape[1])
+    chunks = count_chunks(*x_BTD.shape[:2], head_DV.shape[1])
     kernels.note("loss", "whole" if chunks == 1 else "chunked")
     if chunks == 1:
         return logits_nll_sum(_logits(x_BTD, head_DV, precision), targets_BT, weights_BT)
@@ -54,7 +54,7 @@ def _logits(x_BTD, head_DV, precision):
     return constrain(matmul(x_BTD, head_DV, precision, out_dtype=jnp.float32), "token_rows", None, "vocab")
 
 
-def _chunks(B, T, V):
+def count_chunks(B, T, V):
     """Chunks of a row: the fewest of which one holds the platform's bytes at most, or a token."""
     mesh, logits = current_mesh(), (B, 1, V)
     if mesh is not None:

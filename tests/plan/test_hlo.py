@@ -92,3 +92,19 @@ ENTRY main (p: s32[]) -> s32[] {
 }"""
     found = program.collectives(hlo.Program(text), 2)
     assert program.by_kind(found) == {"all-gather": {"count": 28, "bytes": 28 * 32, "wire_bytes": 28 * 16}}
+
+
+def test_a_sum_and_a_slice_in_one_fusion_are_a_tpu_s_reduce_scatter():
+    text = """
+all-reduce-scatter.7 (input.7: f32[64]) -> f32[32] {
+  %input.7 = f32[64]{0:T(128)} parameter(0)
+  %all-reduce.82 = f32[64]{0:T(128)} all-reduce(%input.7), channel_id=5, replica_groups={{0,1}}, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %dynamic-slice.1 = f32[32]{0:T(128)} dynamic-slice(%all-reduce.82, %zero), dynamic_slice_sizes={32}
+}
+ENTRY main (p: f32[64]) -> f32[32] {
+  %p = f32[64]{0:T(128)} parameter(0)
+  ROOT %fusion = f32[32]{0:T(128)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.7
+}"""
+    found = program.by_kind(program.collectives(hlo.Program(text), 2))
+    assert found == {"reduce-scatter": {"count": 1, "bytes": 256, "wire_bytes": 128}}

@@ -119,7 +119,9 @@ def test_without_its_compiler_the_plan_is_of_shapes_and_says_so(tmp_path, capsys
     assert status == 0 and "pip install 'efficientllm[gpu]'" in said and "from shapes alone" in said
     found = row["predicted"]
     assert found["source"] == "shapes" and found["peak_bytes"] == found["by_shapes_bytes"]
-    assert found["collectives"] is None and found["moved_bytes"] is None and found["bound"] == "compute"
+    assert found["moved_bytes"] is None and found["roofline_s"].keys() == {"compute", "network"}
+    assert found["collectives"].keys() == {"all-reduce"} and found["roofline_s"]["network"] > 0
+    assert "all-reduce         by formula" in said
     assert row["provenance"]["devices"]["kind"] == "NVIDIA H100 80GB HBM3"
 
 

@@ -57,7 +57,7 @@ def test_values_and_gradients(monkeypatch, precision, T, chunks):
     with kernels.recording() as used:
         found = jax.jit(jax.value_and_grad(ours, (0, 1)), static_argnums=3)(x_BTD, head_DV, batch, precision)
     assert used == {"loss": {"chunked" if chunks > 1 else "whole"}}
-    assert loss._chunks(B, T, V) == chunks
+    assert loss.count_chunks(B, T, V) == chunks
     value, (dx_BTD, dhead_DV) = jax.jit(jax.value_and_grad(whole, (0, 1)), static_argnums=3)(
         x_BTD, head_DV, batch, precision
     )
@@ -72,7 +72,7 @@ def test_values_and_gradients(monkeypatch, precision, T, chunks):
 def test_chunks_are_few_and_fit(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * B * V * 10 + 3)
     for T in range(1, 200):
-        chunks = loss._chunks(B, T, V)
+        chunks = loss.count_chunks(B, T, V)
         tokens = -(-T // chunks)
         assert tokens <= 10 and chunks == -(-T // 10) and chunks * tokens - T < chunks
 
