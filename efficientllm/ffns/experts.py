@@ -68,8 +68,8 @@ def _check(mesh, num_experts, plan):
     ways = mesh.shape["expert"]
     if ways > 1 and plan is dispatch.dropless:
         raise UserError(
-            f"config.mesh: expert = {ways} sends every expert a fixed number of rows, and moe's dispatch = 'dropless' has "
-            "none; take dispatch = 'capacity' with a capacity_factor, or fsdp in place of expert"
+            f"config.mesh: expert = {ways} needs experts of a capacity, which moe's dispatch = 'dropless' has not; "
+            "take dispatch = 'capacity' with a capacity_factor, or the mesh axis fsdp in place of expert"
         )
     if num_experts % ways:
         raise UserError(

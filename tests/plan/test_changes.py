@@ -14,6 +14,7 @@ def config(**values):
 
 
 SHAPE = {"data": 8, "fsdp": 1, "expert": 1, "tensor": 2}
+ONE = dict.fromkeys(SHAPE, 1)
 
 
 def test_of_each_kind_the_smallest_change_that_fits():
@@ -45,9 +46,9 @@ def test_a_change_that_is_refused_says_why():
     def refuse(change):
         raise UserError("no such thing")
 
-    (one,) = changes.attempt(config(train__batch_size=1), {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, 1, refuse)
+    (one,) = changes.attempt(config(train__batch_size=1), ONE, 1, refuse)
     assert not one.fits and one.reason == "no such thing"
-    (one,) = changes.attempt(config(train__batch_size=1), {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, 1, lambda change: None)
+    (one,) = changes.attempt(config(train__batch_size=1), ONE, 1, lambda change: None)
     assert not one.fits and "does not say" in one.reason
 
 
