@@ -120,7 +120,7 @@ def curve(ffn, mesh_spec, accumulate):
         pytest.param("moe", CUBE, 1, marks=pytest.mark.slow),
         ("capacity", EXPERTS, 1),
         pytest.param("capacity", "expert=8", 1, marks=pytest.mark.slow),
-        pytest.param("capacity", "expert=4, tensor=2", 2, marks=pytest.mark.slow),
+        pytest.param("capacity", "expert=4, tensor=2", 1, marks=pytest.mark.slow),
         pytest.param("capacity", "expert=4, sequence=2", 1, marks=pytest.mark.slow),
         pytest.param("dense", EXPERTS, 1, marks=pytest.mark.slow),
     ],
