@@ -19,8 +19,8 @@ from efficientllm.registry import parse
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 BATCH = ("data", "fsdp", "expert")
 # The first that divides a dimension wins. A mesh axis is used once in a spec, so an expert kernel is split over
-# experts, not also over `embed`. Parameters that are no expert's are split over `expert` as over `fsdp`: whole on each of
-# its devices, they and their moments could outweigh the experts that the axis divides.
+# experts, not also over `embed`. Parameters that are no expert's are split over `expert` as over `fsdp`: whole on each
+# of its devices, they and their moments could outweigh the experts that the axis divides.
 RULES = (
     ("batch", BATCH),
     ("group_batch", "data"),  # rows that the devices of an fsdp and expert group share
