@@ -11,7 +11,7 @@ def get_config():
     config.task = "pretrain"
     config.seed = 0
     config.imports = ()  # files or modules that register techniques of your own
-    config.mesh = "data=-1"  # sizes of the axes data, fsdp, tensor, sequence; -1 is all devices that are left
+    config.mesh = "data=-1"  # sizes of the axes data, fsdp, expert, tensor, sequence; -1 is all devices that are left
 
     config.model = ConfigDict()
     config.model.pretrained = ""  # a folder, a GGUF file, a hub id or smollm2-135m: where the model comes from

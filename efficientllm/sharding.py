@@ -1,7 +1,8 @@
 """Logical axis names to mesh axes: one table, and the few functions that read it.
 
-A mesh has the axes `data` (rows only), `fsdp` (rows and parameters), `tensor` (heads, ffn hidden, vocabulary) and
-`sequence` (the tokens of a row); experts ride on `fsdp`.
+A mesh has the axes `data` (rows only), `fsdp` (rows and parameters), `expert` (rows and parameters, of which experts by
+number: tokens travel to them), `tensor` (heads, ffn hidden, vocabulary) and `sequence` (the tokens of a row). Without
+`expert`, experts are stored split over `fsdp`, and gathered to the tokens.
 """
 
 import functools
@@ -15,22 +16,25 @@ from jax.sharding import PartitionSpec as P
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.registry import parse
 
-AXES = ("data", "fsdp", "tensor", "sequence")
-BATCH = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+BATCH = ("data", "fsdp", "expert")
 # The first that divides a dimension wins. A mesh axis is used once in a spec, so an expert kernel is split over
-# experts, not over `embed`.
+# experts, not also over `embed`. Parameters that are no expert's are split over `expert` as over `fsdp`: whole on each
+# of its devices, they and their moments could outweigh the experts that the axis divides.
 RULES = (
     ("batch", BATCH),
-    ("group_batch", "data"),  # rows that the devices of an fsdp group share
+    ("group_batch", "data"),  # rows that the devices of an fsdp and expert group share
     ("length", "sequence"),
     ("token_rows", ("sequence", *BATCH)),  # pieces of rows as rows of their own
     ("channels", ("tensor", "sequence")),  # of activations that need every token of a row, but not every channel
     ("channels", "tensor"),
+    ("expert", "expert"),
     ("expert", "fsdp"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
+    ("embed", ("fsdp", "expert")),
     ("embed", "fsdp"),
 )
 
@@ -79,7 +83,8 @@ def _free(name, used, mesh):
     for rule, wanted in RULES:
         if rule == name:
             wanted = (wanted,) if isinstance(wanted, str) else wanted
-            yield tuple(axis for axis in wanted if axis not in used and mesh.shape[axis] > 1)
+            if free := tuple(axis for axis in wanted if axis not in used and mesh.shape[axis] > 1):
+                yield free
 
 
 def _product(mesh, axes):
@@ -116,7 +121,7 @@ def replicated(mesh):
 
 
 def batch_sharding(mesh):
-    """Of arrays `[B, T]`: rows are split over `data` and `fsdp`, their tokens over `sequence`."""
+    """Of arrays `[B, T]`: rows are split over `data`, `fsdp` and `expert`, their tokens over `sequence`."""
     return NamedSharding(mesh, P(BATCH, "sequence"))
 
 
@@ -145,6 +150,7 @@ def share_of(mesh, process, process_of):
     if sum(parts, ()) != tuple(range(row_ways(mesh))) or len(set(map(len, parts))) > 1:
         sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         raise UserError(
-            f"config.mesh: {sizes} gives processes rows that overlap; let data x fsdp divide the processes, or they it"
+            f"config.mesh: {sizes} gives processes rows that overlap; "
+            "let data x fsdp x expert divide the processes, or they it"
         )
     return parts.index(tuple(sorted(held[process]))), len(parts)

@@ -16,14 +16,22 @@ from configs import base
 from efficientllm import architecture, sharding
 from efficientllm.attention import Mask, attend
 from efficientllm.errors import UserError
+from efficientllm.ffns import dispatch
+from efficientllm.plan.hlo import Program as Text
+from efficientllm.plan.program import collectives
 from efficientllm.train import setup, step
 
 # Sizes that no two kinds of array share, so that a shape tells what an array is.
 N, B, T, D, V, STEPS = 6, 16, 26, 48, 88, 6
 SIZE = f"tiny(num_layers={N}, dim={D}, num_heads=8, num_kv_heads=4, head_dim=8, hidden=72)"
-FFNS = {"dense": "swiglu", "moe": "moe(num_experts=8, top_k=2, hidden=40, load_balance=0.01, z_loss=0.001)"}
+FFNS = {
+    "dense": "swiglu",
+    "moe": "moe(num_experts=8, top_k=2, hidden=40, load_balance=0.01, z_loss=0.001)",
+    "capacity": "moe(num_experts=8, top_k=2, hidden=40, dispatch='capacity', capacity_factor=1.25)",
+}
 CUBE = "data=2, fsdp=2, tensor=2"
 LONG = "fsdp=4, sequence=2"
+EXPERTS = "fsdp=2, expert=4"
 pytestmark = pytest.mark.xdist_group("sharding")  # they share compiled programs
 
 
@@ -110,6 +118,11 @@ def curve(ffn, mesh_spec, accumulate):
         ("moe", "fsdp=8", 1),
         pytest.param("moe", LONG, 1, marks=pytest.mark.slow),
         pytest.param("moe", CUBE, 1, marks=pytest.mark.slow),
+        ("capacity", EXPERTS, 1),
+        pytest.param("capacity", "expert=8", 1, marks=pytest.mark.slow),
+        pytest.param("capacity", "expert=4, tensor=2", 1, marks=pytest.mark.slow),
+        pytest.param("capacity", "expert=4, sequence=2", 1, marks=pytest.mark.slow),
+        pytest.param("dense", EXPERTS, 1, marks=pytest.mark.slow),
     ],
 )
 def test_every_mesh_gives_the_curve_of_one_device(ffn, mesh_spec, accumulate):
@@ -134,7 +147,7 @@ def makes(text, shapes):
     ]
 
 
-@pytest.mark.parametrize("ffn", FFNS)
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
 def test_no_device_ever_holds_a_whole_stack_of_layers(ffn):
     """Neither of parameters nor of gradients nor of the optimizer's state: a layer is gathered, in the loop."""
     made = program(ffn, "fsdp=8", 1)
@@ -172,6 +185,22 @@ def test_a_router_chooses_where_its_tokens_are():
     assert gathered and not any(shape[0] in (B, B * T) for shape in gathered), gathered
 
 
+def test_a_step_sends_rows_to_their_experts_and_nothing_else():
+    """Each layer: rows there and back, forward and backward, and with them their weights; no kernels of experts over
+    the axis."""
+    made = program("capacity", EXPERTS, 1)
+    found = collectives(Text(made.compiled.as_text()), 8)
+    axis = {(0, 1, 2, 3), (4, 5, 6, 7)}
+    over_experts = [one for one in found if {tuple(sorted(group)) for group in one.groups} == axis]
+    rows = 8 * (B // 8) * dispatch.rows_per_expert(T, 8, 2, 1.25)
+    sent = sum(one.times * one.bytes for one in over_experts if one.kind == "all-to-all")
+    assert sent == N * 4 * rows * (4 * D + 2)
+    kernel = 4 * 2 * D * 40  # of a device's two experts, whole after the gather over fsdp
+    text = [each for each in hlo.instructions(made.compiled.as_text()) if each.op == "all-gather"]
+    assert kernel in {one.bytes for one in found if one.kind == "all-gather"}
+    assert not [each for each in text for shape in each.shapes if {8, D, 40} <= set(shape)], text
+
+
 def test_only_keys_and_values_of_a_row_are_gathered_over_the_sequence():
     """What is as long as a row on a device: keys and values, in the loop over layers or their gradients; no activation
     of the model's width, no hidden layer, no logits."""
@@ -193,6 +222,7 @@ def test_processes_that_hold_the_same_rows_read_the_same_part():
     assert sharding.process_share(sharding.make_mesh(LONG)) == (0, 1)
     held = {"fsdp=8": [0, 1, 2, 3], "fsdp=4, sequence=2": [0, 1, 2, 3], "data=2, sequence=4": [0, 0, 1, 1]}
     held["sequence=8"] = [0, 0, 0, 0]
+    held["fsdp=2, expert=4"], held["expert=2, tensor=4"] = [0, 1, 2, 3], [0, 0, 1, 1]
     for mesh_spec, expected in held.items():
         mesh = sharding.make_mesh(mesh_spec)
         owner = {device: index // 2 for index, device in enumerate(mesh.devices.flat)}  # two devices a process
@@ -260,6 +290,14 @@ def test_spec_takes_an_axis_once_and_only_where_it_divides(axes, shape, expected
 def test_an_axis_of_one_device_is_not_named():
     assert sharding.spec(("vocab", "embed"), (64, 32), sharding.make_mesh("fsdp=8")) == P(None, "fsdp")
     assert sharding.spec(("batch",), (8,), sharding.make_mesh("fsdp=8")) == P("fsdp")
+
+
+def test_an_axis_of_experts_divides_them_alone_and_all_else_as_fsdp():
+    mesh = sharding.make_mesh("fsdp=2, expert=2, tensor=2")
+    assert sharding.spec(("expert", "embed", "mlp"), (8, 32, 64), mesh) == P("expert", "fsdp", "tensor")
+    assert sharding.spec(("embed", "mlp"), (32, 64), mesh) == P(("fsdp", "expert"), "tensor")
+    assert sharding.spec(("embed", "mlp"), (34, 64), mesh) == P("fsdp", "tensor")  # 34 / 4 is none
+    assert sharding.spec(("batch", "length"), (8, 6), mesh) == P(("fsdp", "expert"), None)
 
 
 def test_tokens_and_channels_are_divided_over_the_sequence():

@@ -1,12 +1,18 @@
-"""The experts of a mixture: their kernels, and each device sending its own tokens through them."""
+"""The experts of a mixture: their kernels, and each device sending its own tokens through them.
+
+Over `fsdp` the kernels come to the tokens. Over the mesh axis `expert` tokens go to the kernels and back, in two
+all-to-alls (GShard: Lepikhin et al. 2020, arXiv:2006.16668, Section 3.2).
+"""
 
 import functools
+import math
 import typing
 
 import flax.linen as nn
 import jax
 
 from efficientllm import sharding
+from efficientllm.errors import UserError
 from efficientllm.ffns import dispatch
 from efficientllm.grouped_matmul import grouped_matmul
 from efficientllm.weights import axes, divisible, parameter
@@ -33,13 +39,17 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, experts_BTk, weights_BTk):
-        """Returns the weighted sum of each token's experts, and which assignments were kept (None: all)."""
+        """Returns the weighted sum of each token's experts, and which assignments were kept (None: all).
+
+        Raises UserError for a mesh whose axis `expert` does not divide the experts, or a plan that it does not take.
+        """
         E, D, F = self.num_experts, x_BTD.shape[-1], self.hidden
         shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
         kernels = {name: _Kernel(shape, AXES[name], name=name)() for name, shape in shapes.items()}
         compute = functools.partial(_compute, plan=self.plan, precision=self.precision, kernel=self.kernel)
         mesh = sharding.current_mesh()
         if mesh is not None and mesh.size > 1:
+            _check(mesh, E, self.plan)
             kernels = {name: divisible(kernel) for name, kernel in kernels.items()}
             compute = _per_device(compute, kernels, x_BTD.shape, mesh, self.plan is dispatch.dropless)
         return compute(x_BTD, experts_BTk, weights_BTk, kernels)
@@ -54,27 +64,59 @@ class _Kernel(nn.Module):
         return parameter(self, "kernel", nn.with_logical_partitioning(fan_in_normal, self.axes), self.shape)
 
 
-def _compute(x_BTD, experts_BTk, weights_BTk, kernels, *, plan, precision, kernel):
-    k, D = experts_BTk.shape[-1], x_BTD.shape[-1]
-    plan = plan(experts_BTk, kernels["gate"].shape[0])
+def _check(mesh, num_experts, plan):
+    ways = mesh.shape["expert"]
+    if ways > 1 and plan is dispatch.dropless:
+        raise UserError(
+            f"config.mesh: expert = {ways} needs experts of a capacity, which moe's dispatch = 'dropless' has not; "
+            "take dispatch = 'capacity' with a capacity_factor, or the mesh axis fsdp in place of expert"
+        )
+    if num_experts % ways:
+        raise UserError(
+            f"config.mesh: expert = {ways} does not divide moe's num_experts = {num_experts}; "
+            f"{math.gcd(ways, num_experts)} would, or fsdp in place of expert"
+        )
+
+
+def _compute(x_BTD, experts_BTk, weights_BTk, kernels, *, plan, precision, kernel, ways=1):
+    """`ways`: the devices of the mesh axis `expert`, each of which has `kernels` of its own experts alone."""
+    k, D, E = experts_BTk.shape[-1], x_BTD.shape[-1], ways * kernels["gate"].shape[0]
+    plan = plan(experts_BTk, E)
 
     def product(x, name):
         return grouped_matmul(x, kernels[name], plan.sizes_E, precision, kernel)
 
-    x_RD = dispatch.to_experts(x_BTD.reshape(-1, D), plan)
+    x_RD = _send(dispatch.to_experts(x_BTD.reshape(-1, D), plan), E, ways)
     hidden_RF = jax.nn.silu(product(x_RD, "gate")) * product(x_RD, "up")
     # The weights multiply ahead of the last product: its outputs need not be kept for the backward pass.
-    weights_R1 = dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(hidden_RF.dtype)
-    y_ND = dispatch.from_experts(product(hidden_RF * weights_R1, "down"), plan)
+    weights_R1 = _send(dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(hidden_RF.dtype), E, ways)
+    y_ND = dispatch.from_experts(_return(product(hidden_RF * weights_R1, "down"), E, ways), plan)
     kept = None if plan.kept_Nk is None else plan.kept_Nk.reshape(experts_BTk.shape)
     return y_ND.reshape(x_BTD.shape), kept
+
+
+def _send(x_RD, num_experts, ways):
+    """This device's rows for all experts -> all devices' rows for this device's experts, sorted by expert as before."""
+    if ways == 1:
+        return x_RD
+    x_ERD = x_RD.reshape(num_experts, -1, x_RD.shape[-1])
+    return jax.lax.all_to_all(x_ERD, "expert", 0, 1, tiled=True).reshape(x_RD.shape)
+
+
+def _return(y_RD, num_experts, ways):
+    """The inverse of `_send`."""
+    if ways == 1:
+        return y_RD
+    y_ERD = y_RD.reshape(num_experts // ways, -1, y_RD.shape[-1])
+    return jax.lax.all_to_all(y_ERD, "expert", 1, 0, tiled=True).reshape(y_RD.shape)
 
 
 def _per_device(compute, kernels, x_shape, mesh, divided):
     """`compute` on each device's own tokens; of whole rows, unless they may be `divided`.
 
     This layer's kernels are gathered over the axes they are stored on, but for the hidden width, which stays split over
-    `tensor`: each device computes its share of every expert, and the shares are summed.
+    `tensor`: each device computes its share of every expert, and the shares are summed. Nor are experts gathered over
+    the axis `expert`, to whose devices the tokens go.
     """
     kernels_axes = {name: axes(kernel, AXES[name]) for name, kernel in kernels.items()}
     layouts = jax.tree.map(lambda kernel, names: sharding.spec(names, kernel.shape, mesh), kernels, kernels_axes)
@@ -83,7 +125,7 @@ def _per_device(compute, kernels, x_shape, mesh, divided):
 
     def on_device(x_BTD, experts_BTk, weights_BTk, kernels):
         whole = jax.tree.map(_gather, kernels, kernels_axes, layouts)
-        y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole)
+        y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole, ways=mesh.shape["expert"])
         return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
 
     specs = (tokens, tokens, tokens, layouts)
@@ -99,6 +141,6 @@ def _not_gathered(primitive, *_, **__):
 
 def _gather(kernel, axes, layout):
     for dimension, (axis, stored) in enumerate(zip(axes, layout, strict=True)):
-        if stored and axis != "mlp":
+        if stored and stored != "expert" and axis != "mlp":
             kernel = jax.lax.all_gather(kernel, stored, axis=dimension, tiled=True)
     return kernel

@@ -1,7 +1,9 @@
 """Which single change makes a step fit: each is tried, by the compiler where there is one."""
 
 import dataclasses
+import math
 
+from efficientllm import sharding
 from efficientllm.errors import UserError
 
 
@@ -24,7 +26,7 @@ def candidates(config, shape):
     if shape["data"] > 1:
         sizes = _divisors(shape["data"])[1:]
         found.append([{"mesh": _mesh(shape, size)} for size in sizes])
-    rows = config.train.batch_size // config.train.accumulate // (shape["data"] * shape["fsdp"])
+    rows = config.train.batch_size // config.train.accumulate // math.prod(shape[axis] for axis in sharding.BATCH)
     found.append([{"train.accumulate": config.train.accumulate * size} for size in _divisors(rows)[1:]])
     return [steps for steps in found if steps]
 

@@ -45,6 +45,7 @@ def collectives(program, count):
     """The Collectives of a program for `count` devices.
 
     What one channel does is counted once: a TPU's compiler writes a collective anew for each part of it that it hides.
+    Channel 1 is none: JAX writes it on every collective of its shard_maps.
     """
     found, channels = [], {}
     for name, (times, _) in program.runs.items():
@@ -57,7 +58,7 @@ def collectives(program, count):
             groups = tuple(hlo.groups(each.text, count))
             one = Collective(kind, times, _payload(program.computations[name], each, kind, groups), groups)
             channel = _CHANNEL.search(each.text)
-            if channel is None:
+            if channel is None or channel[1] == "1":
                 found.append(one)
             else:
                 before = channels.get((kind, channel[1]))

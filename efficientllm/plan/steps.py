@@ -92,7 +92,7 @@ def model_of(config):
 def whole_rows(config, mesh):
     """The config with the least batch from its own upwards that divides over the mesh."""
     setup.check_rows(config.train)
-    parts = config.train.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = config.train.accumulate * sharding.row_ways(mesh)
     size = config.train.batch_size
     return config if size % parts == 0 else changed(config, {"train.batch_size": size + -size % parts})
 

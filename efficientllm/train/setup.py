@@ -212,7 +212,7 @@ def check_train(train, mesh):
     if rows % ways:
         raise UserError(
             f"config.train.batch_size = {train.batch_size}: {rows} rows a micro-batch do not divide over the "
-            f"{ways} devices of the mesh axes data and fsdp; {rows + -rows % ways} would"
+            f"{ways} devices of the mesh axes data, fsdp and expert; {rows + -rows % ways} would"
         )
     if train.length % mesh.shape["sequence"]:
         raise UserError(

@@ -10,6 +10,10 @@ import pytest
 
 import hlo
 from efficientllm import sharding
+from efficientllm.errors import UserError
+from efficientllm.ffns.dispatch import rows_per_expert
+from efficientllm.plan import program
+from efficientllm.plan.hlo import Program
 from efficientllm.registry import build
 
 T, D, F = 6, 20, 36
@@ -69,6 +73,64 @@ def test_eight_devices_are_one(name, mesh_spec):
 def test_rows_that_no_mesh_divides():
     moe, boxed, x, expected = one_device("dropless", rows=3)
     mesh = sharding.make_mesh(CUBE)
+    with jax.set_mesh(mesh):
+        compiled, inputs = on_mesh(moe, boxed, x, mesh)
+        found = compiled(*inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(found))
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "mesh_spec",
+    ["fsdp=2, expert=4", pytest.param("expert=8", marks=SLOW), pytest.param("expert=4, tensor=2", marks=SLOW)],
+)
+def test_tokens_travel_to_their_experts(mesh_spec):
+    """Same values and gradients; every row there and back, forward and backward, its weight there and its gradient
+    back; and no device meets the kernels of another's experts."""
+    moe, boxed, x, expected = one_device("capacity")
+    mesh = sharding.make_mesh(mesh_spec)
+    with jax.set_mesh(mesh):
+        compiled, inputs = on_mesh(moe, boxed, x, mesh)
+        found = compiled(*inputs)
+    assert expected[0][1]["stats"]["drop_rate"] > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(found))
+    sent, others = travel(compiled, mesh)
+    rows = 8 * (len(x) // sharding.row_ways(mesh)) * rows_per_expert(T, 8, 2, 0.7)
+    assert sent == 4 * rows * (4 * D + 2)
+    own = 4 * D * F * 8 // mesh.shape["expert"] // mesh.shape["tensor"]
+    assert max(one.bytes for one in others) <= own, others
+
+
+def travel(compiled, mesh):
+    """Bytes of a device's all-to-alls over `expert`, and the collectives of other kinds."""
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    alike = np.moveaxis(ids, mesh.axis_names.index("expert"), -1).reshape(-1, mesh.shape["expert"])
+    groups = {tuple(sorted(group)) for group in alike.tolist()}
+    found = program.collectives(Program(compiled.as_text()), mesh.size)
+    exchanges = [one for one in found if one.kind == "all-to-all"]
+    assert exchanges and all({tuple(sorted(group)) for group in one.groups} == groups for one in exchanges), exchanges
+    return sum(one.times * one.bytes for one in exchanges), [one for one in found if one.kind != "all-to-all"]
+
+
+@pytest.mark.parametrize(
+    "name, mesh_spec, said",
+    [
+        ("dropless", "fsdp=2, expert=4", "expert = 4 .* dispatch = 'dropless' .* dispatch = 'capacity'"),
+        ("six", "fsdp=2, expert=4", "expert = 4 does not divide moe's num_experts = 6; 2 would"),
+    ],
+)
+def test_what_the_axis_does_not_take_is_refused_by_name(name, mesh_spec, said):
+    layers = LAYERS | {"six": "num_experts=6, top_k=2, dispatch='capacity'"}
+    moe = build("ffn", f"moe(hidden={F}, {layers[name]})", {"precision": "float32"})
+    with jax.set_mesh(sharding.make_mesh(mesh_spec)), pytest.raises(UserError, match=said):
+        jax.eval_shape(moe.init, jax.random.key(0), jnp.zeros((8, T, D)))
+
+
+def test_rows_that_the_axis_does_not_divide_travel_too():
+    moe, boxed, x, expected = one_device("capacity", rows=3)
+    mesh = sharding.make_mesh("fsdp=2, expert=4")
     with jax.set_mesh(mesh):
         compiled, inputs = on_mesh(moe, boxed, x, mesh)
         found = compiled(*inputs)

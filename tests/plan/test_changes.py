@@ -13,7 +13,8 @@ def config(**values):
     return found
 
 
-SHAPE = {"data": 8, "fsdp": 1, "tensor": 2}
+SHAPE = {"data": 8, "fsdp": 1, "expert": 1, "tensor": 2}
+ONE = dict.fromkeys(SHAPE, 1)
 
 
 def test_of_each_kind_the_smallest_change_that_fits():
@@ -37,7 +38,7 @@ def test_of_each_kind_the_smallest_change_that_fits():
 
 
 def test_what_cannot_be_changed_is_not_tried():
-    shape = {"data": 1, "fsdp": 8, "tensor": 1}
+    shape = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1}
     assert changes.candidates(config(model__remat="full", train__batch_size=8), shape) == []
 
 
@@ -45,9 +46,9 @@ def test_a_change_that_is_refused_says_why():
     def refuse(change):
         raise UserError("no such thing")
 
-    (one,) = changes.attempt(config(train__batch_size=1), {"data": 1, "fsdp": 1, "tensor": 1}, 1, refuse)
+    (one,) = changes.attempt(config(train__batch_size=1), ONE, 1, refuse)
     assert not one.fits and one.reason == "no such thing"
-    (one,) = changes.attempt(config(train__batch_size=1), {"data": 1, "fsdp": 1, "tensor": 1}, 1, lambda change: None)
+    (one,) = changes.attempt(config(train__batch_size=1), ONE, 1, lambda change: None)
     assert not one.fits and "does not say" in one.reason
 
 
