@@ -26,13 +26,15 @@ from efficientllm.weights import activation_dtype
 
 def closed(one):
     """The Collectives of a `steps.Step`, or None where the formula does not hold: parts other than attention and dense
-    ffns, KV heads that `tensor` does not divide, activations made again, and parameters of which only some learn."""
+    ffns, KV heads that `tensor` does not divide, the axis `expert`, activations made again, frozen parameters."""
     return tuple(_Sum(one).all()) if _holds(one) else None
 
 
 def _holds(one):
     lm, tensor = one.lm, one.mesh.shape["tensor"]
     if not isinstance(one.method, Full) or one.config.quant != "float32" or lm.remat != "none" or not lm.scan:
+        return False
+    if one.mesh.shape["expert"] > 1:
         return False
     known = all(isinstance(mixer, Attention) and isinstance(ffn, SwiGLU | GELU) for mixer, ffn in model.parts(lm))
     return known and all(mixer.kv_heads % tensor == 0 for mixer, _ in model.parts(lm))
