@@ -81,6 +81,14 @@ def test_a_row_counts_samples_and_what_learns(whole):
     assert len(losses) == 12 and losses[12] < losses[1]
 
 
+def test_a_run_of_few_steps_is_measured_and_need_not_end_in_a_sample(base, tmp_path):
+    argv = arguments(base, tmp_path / "run", train__steps=4, checkpoint__every=4, sample__tokens=0)
+    assert main.main(argv) == 0
+    row = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert row["paper"]["al_s"] > 0 and row["physical"]["tokens_per_s"] > 0
+    assert "sample: " not in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_checkpoints_hold_only_what_learns(whole):
     metadata = json.loads((whole / "checkpoints" / "12" / "state" / "_METADATA").read_text())["tree_metadata"]
     arrays = [path for path, entry in metadata.items() if entry["value_metadata"]["value_type"] != "None"]
@@ -169,6 +177,7 @@ def test_a_row_comes_out_where_peft_has_no_folder_for_the_family(base, tmp_path,
         ({"adapter": "full", "quant": "nf4"}, "rounded weights cannot learn"),
         ({"quant": "int4(method='gptq')"}, "tuning rounds to the nearest"),
         ({"train__length": 300}, "config.train.length = 300"),
+        ({"train__length": 8}, "config.train.length = 8 cuts off every train response"),
         ({"tokenizer": "bpe(vocab_size=400)"}, "the vocabulary of config.model.size 300"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

@@ -51,6 +51,10 @@ class Documents:
         """How many documents have more than `length` tokens with a target."""
         return int(np.sum(np.diff(self.ends, prepend=0) - 1 > length))
 
+    def teaches(self, length):
+        """Whether a document has a target to learn among its first `length`."""
+        return not self.records or any(self[index]["weights"][:length].any() for index in range(len(self)))
+
 
 class Corpus:
     """What `spec` names, as seen by one cache. Building it reads nothing."""

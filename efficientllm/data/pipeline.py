@@ -123,4 +123,9 @@ def _long_enough(corpus, tokenizer, side, length):
             f"config.train.length = {length}: the {side.replace('_', '-')} text of config.data = {corpus.spec!r} "
             f"has only {documents.size} tokens; shorten the length or add text"
         )
+    if not documents.teaches(length):
+        raise UserError(
+            f"config.train.length = {length} cuts off every {side.replace('_', '-')} response of config.data = "
+            f"{corpus.spec!r}; take a longer one"
+        )
     return documents

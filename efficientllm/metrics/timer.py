@@ -6,6 +6,7 @@ import time
 
 from efficientllm.metrics.reading import Reading, missing
 
+CAP = 20  # calls that are set aside at most
 TAIL = 10  # a percentile is given where at least this many samples lie beyond it: p99 from 1000 samples on
 
 
@@ -20,7 +21,7 @@ class StepTimer:
     step. `warming` tells whether the next call is still set aside, `settled` is False where the cap ended the warm-up.
     """
 
-    def __init__(self, window=5, settled=0.02, cap=20, clock=time.perf_counter):
+    def __init__(self, window=5, settled=0.02, cap=CAP, clock=time.perf_counter):
         self._window, self._threshold, self._cap, self._clock = window, settled, cap, clock
         self._running = False
         self.warming = cap > 0

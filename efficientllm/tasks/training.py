@@ -10,7 +10,7 @@ from efficientllm import distributed
 from efficientllm.adapters import folder as adapter_folder
 from efficientllm.errors import UserError
 from efficientllm.infer.generate import generate
-from efficientllm.metrics import energy, memory, provenance, record
+from efficientllm.metrics import energy, memory, provenance, record, timer
 from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
@@ -22,7 +22,6 @@ from efficientllm.train.progress import Progress, close_log, open_log
 from efficientllm.workdir import config_hash, flatten, plain
 
 log = logging.getLogger("efficientllm")
-WARM_UP = 20  # steps that are set aside at most
 FAILED = 3
 
 
@@ -59,7 +58,7 @@ class Training:
         self.checkpoints = Checkpoints(self.workdir.checkpoints, self.config.checkpoint.keep)
         self.sampler = Sampler(jax.local_devices(), self.reader, self.config.metrics.interval_s).start()
         # A run of a few steps measures half of them, and says that they had not settled, rather than none.
-        aside = max(1, min(WARM_UP, self.config.train.steps // 2))
+        aside = max(1, min(timer.CAP, self.config.train.steps // 2))
         self.measurement = Measurement(self.reader, self.sampler, warm_up=aside)
         try:
             with jax.set_mesh(self.setup.mesh):

@@ -16,7 +16,7 @@ def evaluate(compiled, params, batches, token_bytes_V, mesh):
     parts = [compiled(params, to_device(batch, mesh), token_bytes_V) for batch in batches]
     nats, targets, text_bytes = (math.fsum(float(part) for part in column) for column in zip(*parts, strict=True))
     if not targets:
-        raise UserError("no held-out token has a loss: config.train.length cuts every response off; take a longer one")
+        raise UserError("none of the held-out rows has a token to predict; raise config.eval.batches or train.length")
     loss = nats / targets
     return {
         "eval_loss": loss,

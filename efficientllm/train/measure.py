@@ -4,7 +4,7 @@ import dataclasses
 import time
 
 from efficientllm.metrics import compiles
-from efficientllm.metrics.timer import StepTimer
+from efficientllm.metrics.timer import CAP, StepTimer
 
 COMPILED = "a program was compiled inside the window"
 
@@ -17,7 +17,7 @@ class Measurement:
     then mean nothing.
     """
 
-    def __init__(self, reader, sampler, clock=time.perf_counter, warm_up=20):
+    def __init__(self, reader, sampler, clock=time.perf_counter, warm_up=CAP):
         self._reader, self._sampler, self._clock = reader, sampler, clock
         self.timer = StepTimer(cap=warm_up)
         self.windows, self.averages = [], []
