@@ -16,8 +16,11 @@ import pathlib
 import pydoc_data.topics
 import random
 import statistics
+import sys
 import tempfile
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # configs/ is beside the package, not in it
 
 DISCARDED = 1
 PROMPT = 32  # tokens before what is decoded
