@@ -27,6 +27,7 @@ def get_config():
     config.model.embed_norm = False  # a norm after the embedding
     config.model.precision = "float32"  # float32, bfloat16, mixed
     config.model.attention_kernel = "auto"
+    config.model.kv_cache = "activation"  # the state of attention: activation (its own type), or int8
     config.model.remat = "none"  # none, full, or a policy of jax.checkpoint_policies
     config.model.scan = True
 
@@ -73,6 +74,7 @@ def get_config():
     config.infer.batch_size = 1  # prompts measured together
     config.infer.prompt_length = 128  # tokens of a measured prompt
     config.infer.repeats = 5  # measured batches
+    config.infer.rules = ()  # (regex, form) pairs, before config.quant: kernels and tables that get another form
     config.infer.baseline = "float32"  # what MCR compares with: a form scored in the same run, or a record.json
 
     config.plan = ConfigDict()  # of the task plan

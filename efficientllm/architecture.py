@@ -5,6 +5,7 @@ import jax
 from efficientllm import matching, registry
 from efficientllm import model as models
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.mixers import cache
 from efficientllm.registry import build, complete
 
 
@@ -62,7 +63,8 @@ def _describe(model, size, tokenizer_size=None):
     build("precision", model.precision, where="config.model.precision")
     if model.remat not in ("none", "full"):
         models.remat_policy(model.remat)
-    defaults = size.defaults() | {"precision": model.precision, "attention_kernel": model.attention_kernel}
+    own = ("precision", "attention_kernel", "kv_cache")
+    defaults = size.defaults() | {key: model[key] for key in own}
     for kind in ("norm", "position"):
         defaults[kind] = complete(kind, model[kind], defaults, where=f"config.model.{kind}")
         build(kind, defaults[kind], where=f"config.model.{kind}")
@@ -73,6 +75,7 @@ def _describe(model, size, tokenizer_size=None):
             f"config.model.pattern has {half_layers / 2:g} layers; {size.num_layers} layers are no multiple of that"
         )
     _check_positions(blocks, defaults["position"])
+    _check_cache(blocks, model.kv_cache)
     return models.LM(
         blocks=blocks,
         num_layers=size.num_layers,
@@ -110,6 +113,17 @@ def _check_positions(blocks, model_position):
             )
         if acts_on == "embedding" and spec != model_position:
             raise UserError(f"{mixer}: a position of the embeddings is the whole model's: set config.model.position")
+
+
+def _check_cache(blocks, kind):
+    """Refuses a kind of KV cache that there is none of, or that no mixer has."""
+    cache.dtype(kind, "float32")
+    fields = [registry.settable(registry.lookup("mixer", registry.parse(mixer)[0])) for mixer, _ in blocks]
+    if kind != "activation" and not any("kv_cache" in each for each in fields):
+        raise UserError(
+            f"config.model.kv_cache = {kind!r}: no mixer of this model keeps its state so; take 'activation', or one "
+            "of mha, mqa, gqa, window, mla"
+        )
 
 
 def _block(entry, ffn, defaults):

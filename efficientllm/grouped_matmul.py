@@ -36,7 +36,8 @@ def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
     kernel or a precision that does not exist.
     """
     if isinstance(w_EKN, Weight) and not w_EKN.by_group:
-        return w_EKN.apply(x_AK, lambda x, w: grouped_matmul(x, w, sizes_E, precision, kernel))
+        product = lambda x, w: grouped_matmul(x, w, sizes_E, precision, kernel)  # noqa: E731
+        return w_EKN.apply(x_AK, product, lambda v_EN: _of_rows(v_EN, sizes_E, x_AK.shape[0]))
     product = build("precision", precision, where="config.model.precision").product
     name = kernel if kernel != "auto" else choose()
     kernel = lookup("grouped_kernel", name, where="kernel")
@@ -44,6 +45,14 @@ def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
         name, kernel = "batched", Kernel(_batched_rows, _batched_weights)
     kernels.note("grouped_matmul", name)
     return _grouped(x_AK, w_EKN, sizes_E, jnp.dtype(product), kernel)
+
+
+def _of_rows(v_EN, sizes_E, rows):
+    """Each row's vector of its group, `[A, N]`."""
+    groups = v_EN.shape[0]
+    sizes_E = rows // groups if sizes_E is None else sizes_E
+    group_A = jnp.repeat(jnp.arange(groups), sizes_E, total_repeat_length=rows)
+    return v_EN.at[group_A].get(indices_are_sorted=True, mode="promise_in_bounds")
 
 
 def choose():

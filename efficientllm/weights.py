@@ -48,13 +48,17 @@ class Weight:
 
     by_group = False
 
-    def apply(self, x, product):
-        """`x` times the kernel, where `product(x, kernel)` is the caller's way to multiply: dense or by groups."""
+    def apply(self, x, product, of_rows):
+        """`x` times the kernel, or times each row's own of a stack of kernels.
+
+        `product(x, kernel)` is the caller's way to multiply, dense or by groups; `of_rows(v)` gives the rows of `x`
+        their kernel's vector of `v` `[..., N]`.
+        """
         return product(x, self.dense())
 
     def matmul(self, x, precision, out_dtype):
         """`x[..., in] @ self[in, out]`; overridden where the form has a product of its own."""
-        return self.apply(x, lambda x, w: matmul(x, w, precision, out_dtype))
+        return self.apply(x, lambda x, w: matmul(x, w, precision, out_dtype), lambda v: v)
 
     def dense(self):
         """The kernel as one float32 array."""

@@ -221,6 +221,7 @@ OTHER_STRINGS = {
     "scaling": "linear(factor=3.0)",
     "scan_kernel": "associative",
     "rwkv_kernel": "chunked",
+    "kv_cache": "int8",
 }
 
 

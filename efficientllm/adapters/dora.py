@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from efficientllm.adapters.base import box
 from efficientllm.adapters.lora import STATIC, LoRA, LoRAMethod, dropped
 from efficientllm.registry import register
-from efficientllm.weights import Weight, dense, matmul
+from efficientllm.weights import Axes, Weight, dense
 
 
 @flax.struct.dataclass
@@ -34,28 +34,51 @@ class DoRA(Weight):
     def shape(self):
         return self.base.shape
 
-    @property
-    def _direction(self):
-        return LoRA(self.base, self.a, self.b, self.key, self.scale, self.dropout)
+    def _scaled(self):
+        direction = LoRA(self.base, self.a, self.b, self.key, self.scale, self.dropout)
+        norm = jnp.linalg.norm(jax.lax.stop_gradient(direction.dense()), axis=-2)
+        return Scaled(direction, self.m / norm)
 
-    def _gain(self):
-        """`m / |V|`, `[..., out]`."""
-        norm = jnp.linalg.norm(jax.lax.stop_gradient(self._direction.dense()), axis=-2)
-        return self.m / norm
+    def apply(self, x, product, of_rows):
+        return self._scaled().apply(x, product, of_rows)
 
-    def matmul(self, x, precision, out_dtype):
-        out_dtype = out_dtype or x.dtype
-        product = lambda x, w: matmul(x, w, precision, out_dtype)  # noqa: E731
-        gain = self._gain().astype(out_dtype)
-        if self.key is None:
-            return self._direction.apply(x, product) * gain
-        # What is dropped is the change's input; the frozen kernel sees all of x (as peft).
-        low = dropped(x, self.key, self.dropout)
-        changed = gain * (product(low, self.base) + self.scale * product(product(low, self.a).astype(x.dtype), self.b))
-        return product(x, self.base) + changed - product(low, self.base)
+    def divisible(self):
+        """With each output's factor known: the norm of a part of a column is not that of the column."""
+        scaled = self._scaled()
+        return scaled.replace(direction=scaled.direction.divisible())
 
     def dense(self):
-        return self._direction.dense() * self._gain()[..., None, :]
+        return self._scaled().dense()
+
+
+@flax.struct.dataclass
+class Scaled(Weight):
+    """`direction` with its outputs times `gain` `[..., out]`."""
+
+    direction: LoRA
+    gain: typing.Any
+
+    @property
+    def shape(self):
+        return self.direction.shape
+
+    def apply(self, x, product, of_rows):
+        lora = self.direction
+        if lora.key is None:
+            y = lora.apply(x, product, of_rows)
+            return y * of_rows(self.gain).astype(y.dtype)
+        # What is dropped is the change's input; the frozen kernel sees all of x (as peft).
+        low = dropped(x, lora.key, lora.dropout)
+        kept = product(low, lora.base)
+        gain = of_rows(self.gain).astype(kept.dtype)
+        change = lora.scale * product(product(low, lora.a).astype(x.dtype), lora.b)
+        return product(x, lora.base) - kept + gain * (kept + change)
+
+    def axes(self, names):
+        return Scaled(self.direction.axes(names), Axes((*names[:-2], names[-1])))
+
+    def dense(self):
+        return self.direction.dense() * self.gain[..., None, :]
 
 
 @register("adapter", "dora")
@@ -72,5 +95,7 @@ class DoRAMethod(LoRAMethod):
         return DoRA(lora.base, lora.a, lora.b, m, scale=self.scale, dropout=self.dropout)
 
     def step_flops(self, shape, rows):
-        """LoRA's, and the product A B, of which the norm is taken once a step."""
-        return super().step_flops(shape, rows) + 2 * math.prod(shape) * self.rank
+        """LoRA's, and the product A B, of which the norm is taken once a step; and where inputs are dropped, the
+        kernel's own product of them with the gradient of its input."""
+        kept = 4 * rows * math.prod(shape) if self.dropout else 0
+        return super().step_flops(shape, rows) + 2 * math.prod(shape) * self.rank + kept

@@ -39,7 +39,7 @@ class LoRA(Weight):
     def shape(self):
         return self.base.shape
 
-    def apply(self, x, product):
+    def apply(self, x, product, of_rows):
         low = product(dropped(x, self.key, self.dropout), self.a)
         return product(x, self.base) + self.scale * product(low.astype(x.dtype), self.b)
 
@@ -68,10 +68,14 @@ def low_rank_axes(names):
 
 
 def dropped(x, key, rate):
-    """Inverted dropout of `x`; none without a key."""
+    """Inverted dropout of `x`; none without a key. Of the keys of several kernels (experts), whose rows `x` holds
+    together, the first serves all."""
     if key is None or not rate:
         return x
-    keep = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - rate, x.shape)
+    key = jax.random.wrap_key_data(key.reshape(-1, key.shape[-1])[0])
+    for axis in jax.sharding.get_abstract_mesh().manual_axes:  # devices that each see their own part of x
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0)
 
 

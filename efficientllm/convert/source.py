@@ -47,7 +47,7 @@ class Source:
         return families.FAMILIES[self.config["model_type"]]
 
     def lm(self, **changes):
-        """The LM that it is; `changes` are of `config.model`: precision, scan, remat, attention_kernel."""
+        """The LM that it is; `changes` are of `config.model`: precision, scan, remat, attention_kernel, kv_cache."""
         return architecture.from_config(_complete(self.model | changes))
 
     def tokenizer(self):
@@ -122,11 +122,14 @@ class Source:
         return flax.traverse_util.unflatten_dict(loaded | jax.tree.map(jnp.asarray, found), sep="/")
 
 
+_PLAIN = {"precision": "float32", "attention_kernel": "auto", "kv_cache": "activation", "remat": "none", "scan": True}
+
+
 def _complete(model):
     """`config.model` of a description: what it does not say is what checking and converting take."""
     from ml_collections import ConfigDict
 
-    return ConfigDict({"precision": "float32", "attention_kernel": "auto", "remat": "none", "scan": True} | model)
+    return ConfigDict(_PLAIN | model)
 
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")

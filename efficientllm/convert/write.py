@@ -156,7 +156,8 @@ def _of_family(lm, ours, name, max_positions):
 def _model_config(model, lm):
     from ml_collections import ConfigDict
 
-    return ConfigDict(model | {"precision": lm.precision, "attention_kernel": "auto", "remat": "none", "scan": True})
+    plain = {"attention_kernel": "auto", "kv_cache": "activation", "remat": "none", "scan": True}
+    return ConfigDict(model | plain | {"precision": lm.precision})
 
 
 @contextlib.contextmanager

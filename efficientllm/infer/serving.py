@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -51,26 +52,28 @@ class Serving:
         """The one device that serves."""
         return list(self.mesh.devices.flat)
 
-    def load(self, spec):
-        """The parameters in the form `spec`. Raises OutOfMemory."""
+    def load(self, spec, rules=()):
+        """The parameters in the form `spec`, and those that `rules` name in theirs. Raises OutOfMemory."""
         if spec == "stored":
             return jax.block_until_ready(self._stored())
-        calibrated = getattr(quant.form_of(spec), "calibrated", False)
+        forms = [quant.form_of(each) for each in (spec, *(form for _, form in rules))]
+        calibrated = any(getattr(form, "calibrated", False) for form in forms)
         by_one = self.source is not None and not calibrated
-        self._check_memory(self._rounded_bytes(spec) if by_one else resident_bytes(self.boxed), spec if by_one else "")
+        weights = self._rounded_bytes(spec, rules) if by_one else resident_bytes(self.boxed)
+        self._check_memory(weights, spec if by_one else "")
         if by_one:
-            found = self.source.load(nn.unbox(self.boxed), lm=self.lm, each=quant.rounder(spec))
+            found = self.source.load(nn.unbox(self.boxed), lm=self.lm, each=quant.rounder(spec, rules))
         elif calibrated:
-            found = calibrate.quantize(self.lm, self._dense(), spec, self._calibration())
+            found = calibrate.quantize(self.lm, self._dense(), spec, self._calibration(), rules)
         else:
-            found = quant.quantize(self._dense(), spec)
+            found = quant.quantize(self._dense(), spec, rules)
         return jax.block_until_ready(found)
 
-    def _rounded_bytes(self, spec):
+    def _rounded_bytes(self, spec, rules):
         """Bytes of weights that are rounded one by one as they are read: all so, and the largest as it was."""
         plain = nn.unbox(self.boxed)
         largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plain))
-        return resident_bytes(jax.eval_shape(lambda params: quant.quantize(params, spec), plain)) + largest
+        return resident_bytes(jax.eval_shape(lambda params: quant.quantize(params, spec, rules), plain)) + largest
 
     def _dense(self):
         if self.source is None:
@@ -115,7 +118,9 @@ def check(config):
     for key in ("max_new_tokens", "batch_size", "prompt_length", "repeats"):
         if config.infer[key] < 1:
             raise UserError(f"config.infer.{key} = {config.infer[key]}: must be at least 1")
-    quant.form_of(config.quant)
+    if config.quant == "stored" and config.infer.rules:
+        raise UserError("config.infer.rules: config.quant = 'stored' takes all weights as the files hold them; take ()")
+    quant.chooser(config.quant, config.infer.rules, "config.infer.rules")
     one_device(config.mesh)
 
 
@@ -137,13 +142,15 @@ def prepare(config):
     check_prompts(ids)
     most = source.max_positions if source else None
     prompts.check_lengths(ids, ours.max_new_tokens, most)
+    boxed = models.abstract_params(lm)
+    check_rules(boxed, ours.rules)
     length = max(ours.prompt_length, *map(len, ids)) + ours.max_new_tokens
     _check_length(lm, ours, length, most)
     return Serving(
         config=config,
         source=source,
         lm=lm,
-        boxed=models.abstract_params(lm),
+        boxed=boxed,
         tokenizer=tokenizer,
         sampler=sampler,
         texts=texts,
@@ -153,6 +160,17 @@ def prepare(config):
         rss_before=host.rss_bytes(),
         max_positions=most,
     )
+
+
+def check_rules(boxed, rules):
+    """Raises UserError for a rule that names no weight, which would change nothing."""
+    paths = [path for path, _, _ in accounting.leaves(boxed) if quant.is_weight(path)]
+    for pattern, form in rules:
+        if not any(re.search(pattern, path) for path in paths):
+            raise UserError(
+                f"config.infer.rules: {pattern!r} ({form}) matches no kernel or table; there are {paths[0]}, "
+                f"{paths[1]}...; norms, biases and routers keep their own type"
+            )
 
 
 def one_device(spec):

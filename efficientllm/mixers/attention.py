@@ -11,14 +11,13 @@ from efficientllm.errors import UserError
 from efficientllm.layers import Linear
 from efficientllm.mixers import cache, heads
 from efficientllm.registry import build, register
-from efficientllm.weights import activation_dtype
 
 
 class Attention(nn.Module, kw_only=True):
     """Attention of H query heads over `kv_heads` KV heads.
 
     `qkv_bias` adds a bias to the three input projections (Qwen2), `o_bias` to the output's (Pythia), `qk_norm` norms
-    each head of q and k before the rotation (Qwen3).
+    each head of q and k before the rotation (Qwen3). `kv_cache` is how the state is kept (`cache.KINDS`).
     """
 
     num_heads: int
@@ -30,6 +29,7 @@ class Attention(nn.Module, kw_only=True):
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    kv_cache: str = "activation"
 
     admits = ("heads", "scores", "embedding")  # where a position may act; see positions/
     keys_read = None  # how many tokens back a query reads, itself included; None is all
@@ -63,15 +63,18 @@ class Attention(nn.Module, kw_only=True):
         return heads.project(x_BTD, count, self.head_dim, axis, self.precision, name, self.qkv_bias, "length")
 
     def init_state(self, batch, length):
-        """An empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the activation dtype."""
-        shape = (self.kv_heads, self.head_dim)
+        """An empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the activation dtype, or in int8."""
         slots = cache.slots(length, self.keys_read)
-        return cache.empty({"k": shape, "v": shape}, batch, slots, activation_dtype(self.precision))
+        return cache.empty(self._slot, batch, slots, cache.dtype(self.kv_cache, self.precision))
 
     def state_bytes(self, length):
-        """Bytes of state a row of `length` tokens holds: 2 G K b a token, up to the window's."""
+        """Bytes of state a row of `length` tokens holds: 2 G K b a token, up to the window's; in int8 2 G (K + 4)."""
         slots = cache.slots(length, self.keys_read)
-        return 2 * slots * self.kv_heads * self.head_dim * activation_dtype(self.precision).itemsize
+        return slots * cache.slot_bytes(self._slot, cache.dtype(self.kv_cache, self.precision))
+
+    @property
+    def _slot(self):
+        return dict.fromkeys("kv", (self.kv_heads, self.head_dim))
 
     def mix_flops(self, length, executed=False):
         """Forward FLOPs beyond the kernels' for a row of `length` tokens: scores and values, 2 H K a pair each.

@@ -1,7 +1,36 @@
-"""Decode state that grows with the tokens: a slot a token, or a ring of the last ones."""
+"""Decode state that grows with the tokens: a slot a token, or a ring of the last ones; as it comes, or in int8."""
 
+import math
+import typing
+
+import flax.struct
 import jax
 import jax.numpy as jnp
+
+from efficientllm.errors import UserError, did_you_mean
+from efficientllm.weights import activation_dtype
+
+KINDS = ("activation", "int8")
+
+
+@flax.struct.dataclass
+class Rounded:
+    """Slots in int8: `values * scale`, int8 `[B, S, ..., K]` and float32 `[B, S, ..., 1]`, amax / 127 of each vector.
+
+    Each token is rounded by itself, so that the state does not depend on how many come at a time.
+    """
+
+    values: typing.Any
+    scale: typing.Any
+
+    @classmethod
+    def of(cls, vectors):
+        vectors = vectors.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(vectors), -1, keepdims=True) / 127
+        return cls(jnp.round(vectors / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+
+    def read(self, dtype):
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
 def slots(length, window=None):
@@ -9,16 +38,32 @@ def slots(length, window=None):
     return length if window is None else min(length, window)
 
 
+def dtype(kind, precision):
+    """The dtype of slots of `config.model.kv_cache`. Raises UserError for a kind that is none."""
+    if kind not in KINDS:
+        raise UserError(f"config.model.kv_cache = {kind!r} is none of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+    return jnp.dtype(jnp.int8) if kind == "int8" else activation_dtype(precision)
+
+
 def empty(shapes, batch, slots, dtype):
-    """`{name: zeros [B, S, *shape]}`."""
-    return {name: jnp.zeros((batch, slots, *shape), dtype) for name, shape in shapes.items()}
+    """`{name: zeros [B, S, *shape]}`, `Rounded` where `dtype` is int8."""
+    zeros = {name: jnp.zeros((batch, slots, *shape), dtype) for name, shape in shapes.items()}
+    if dtype != jnp.int8:
+        return zeros
+    return {name: Rounded(leaf, jnp.zeros((*leaf.shape[:-1], 1))) for name, leaf in zeros.items()}
+
+
+def slot_bytes(shapes, dtype):
+    """Bytes of a slot of `empty`."""
+    scales = 4 if dtype == jnp.int8 else 0
+    return sum(math.prod(shape) * dtype.itemsize + math.prod(shape[:-1]) * scales for shape in shapes.values())
 
 
 def extend(state, new, mask, positions_BT):
     """Adds the tokens of `new` to the state.
 
     Args:
-      state: `{name: [B, S, ...]}`, or None in training: the new tokens are all there are.
+      state: `{name: [B, S, ...]}`, rounded or not, or None in training: the new tokens are all there are.
       new: `{name: [B, T, ...]}` of the tokens at `positions_BT`, which follow one another in each row.
       mask: the pass's, with its window; a state of fewer slots than tokens is a ring of the window's.
 
@@ -26,34 +71,44 @@ def extend(state, new, mask, positions_BT):
     """
     if state is None:
         return tuple(new.values()), mask, None
-    new = {name: leaf.astype(state[name].dtype) for name, leaf in new.items()}
+    like = next(iter(new.values())).dtype
+    new = {name: _as(state[name], leaf) for name, leaf in new.items()}
     if mask.window is None:
         state = {name: write(state[name], leaf, positions_BT[:, 0]) for name, leaf in new.items()}
-        return tuple(state.values()), mask, state
-    return _extend_ring(state, new, mask, positions_BT)
+        return tuple(_read(leaf, like) for leaf in state.values()), mask, state
+    read, mask, state = _extend_ring(state, new, mask, positions_BT)
+    return tuple(_read(leaf, like) for leaf in read), mask, state
+
+
+def _as(cache, new):
+    return Rounded.of(new) if isinstance(cache, Rounded) else new.astype(cache.dtype)
+
+
+def _read(cache, dtype):
+    return cache.read(dtype) if isinstance(cache, Rounded) else cache
 
 
 def write(cache_BS, new_BT, start_B):
     """Writes each row's tokens into the slots from `start` on."""
     one = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice_in_dim(cache, new, start, 0))
-    return one(cache_BS, new_BT, start_B)
+    return jax.tree.map(lambda cache, new: one(cache, new, start_B), cache_BS, new_BT)
 
 
 def _extend_ring(state, new, mask, positions_BT):
     """Token p lives in slot p mod S, until token p + S takes it."""
-    S, T = next(iter(state.values())).shape[1], positions_BT.shape[1]
+    S, T = jax.tree.leaves(state)[0].shape[1], positions_BT.shape[1]
     last_B1 = positions_BT[:, -1:]
     if T == 1:
         state = {name: write(state[name], leaf, positions_BT[:, 0] % S) for name, leaf in new.items()}
         return tuple(state.values()), mask.replace(key_index_BS=_ring_positions(last_B1, S)), state
     # A query may read tokens whose slots its successors take: it reads the old ring and the new tokens side by side.
     old_BS = _ring_positions(positions_BT[:, :1] - 1, S)
-    read = {name: jnp.concatenate([state[name], leaf], 1) for name, leaf in new.items()}
+    read = jax.tree.map(lambda old, leaf: jnp.concatenate([old, leaf], 1), state, new)
     mask = mask.replace(key_index_BS=jnp.concatenate([old_BS, positions_BT], 1))
     now_BS = _ring_positions(last_B1, S)
     source_BS = jnp.where(now_BS >= positions_BT[:, :1], S + now_BS - positions_BT[:, :1], jnp.arange(S))
     take = jax.vmap(lambda leaf, index: leaf[index])
-    return tuple(read.values()), mask, {name: take(leaf, source_BS) for name, leaf in read.items()}
+    return tuple(read.values()), mask, jax.tree.map(lambda leaf: take(leaf, source_BS), read)
 
 
 def _ring_positions(last_B1, S):

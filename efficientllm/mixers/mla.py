@@ -11,7 +11,7 @@ from efficientllm.layers import Linear, RMSNorm
 from efficientllm.mixers import cache
 from efficientllm.registry import build, register
 from efficientllm.sharding import constrain
-from efficientllm.weights import activation_dtype, dense
+from efficientllm.weights import dense
 
 
 @register("mixer", "mla")
@@ -28,6 +28,7 @@ class MLA(nn.Module, kw_only=True):
       q_rank: rank of the queries' own latent; None projects queries at once (DeepSeek-V2-Lite).
       rope_dim: P; None is head_dim / 2.
       v_dim: V; None is head_dim.
+      kv_cache: how the state is kept (`cache.KINDS`).
 
     Latents pass an RMS norm of eps 1e-6, whatever the model's, as in DeepSeek's code.
     """
@@ -41,6 +42,7 @@ class MLA(nn.Module, kw_only=True):
     q_rank: int = None
     rope_dim: int = None
     v_dim: int = None
+    kv_cache: str = "activation"
 
     admits = ("heads", "scores", "embedding")
 
@@ -101,13 +103,16 @@ class MLA(nn.Module, kw_only=True):
 
     def init_state(self, batch, length):
         """Empty latents and shared keys for `length` tokens a row, `[B, S, R]` and `[B, S, P]`."""
-        R, _, P, _ = self.widths
-        return cache.empty({"latent": (R,), "rotated": (P,)}, batch, length, activation_dtype(self.precision))
+        return cache.empty(self._slot, batch, length, cache.dtype(self.kv_cache, self.precision))
 
     def state_bytes(self, length):
-        """Bytes of state a row of `length` tokens holds: (R + P) b a token."""
+        """Bytes of state a row of `length` tokens holds: (R + P) b a token; in int8 R + P + 8."""
+        return length * cache.slot_bytes(self._slot, cache.dtype(self.kv_cache, self.precision))
+
+    @property
+    def _slot(self):
         R, _, P, _ = self.widths
-        return length * (R + P) * activation_dtype(self.precision).itemsize
+        return {"latent": (R,), "rotated": (P,)}
 
     def mix_flops(self, length, executed=False):
         """As Attention's, with heads of N + P in the scores and V in the values."""

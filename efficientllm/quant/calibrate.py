@@ -65,7 +65,7 @@ class _Watched(Weight):
     def ndim(self):
         return self.kernel.ndim
 
-    def apply(self, x, product):
+    def apply(self, x, product, of_rows):
         self.record(x)
         return product(x, self.kernel)
 

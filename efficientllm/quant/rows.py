@@ -71,7 +71,7 @@ class Rows(Weight):
 
         return jax.tree.map(tie, leaf)
 
-    def apply(self, x, product):
+    def apply(self, x, product, of_rows):
         return product(x, self.after(x).dense())
 
     def matmul(self, x, precision, out_dtype):

