@@ -20,7 +20,7 @@ def native():
     return [
         Extension(
             "efficientllm.native._products",
-            [str(sources / "products.cc")],
+            [str(sources / name) for name in ("products.cc", "attention.cc")],
             include_dirs=[str(pathlib.Path(jaxlib.origin).parent / "include")],
             depends=[str(path) for path in sources.glob("*") if path.suffix in (".h", ".inc")],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-w"],

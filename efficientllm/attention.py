@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from efficientllm import kernels, sharding, splash
+from efficientllm import kernels, native, sharding, splash
 from efficientllm.errors import UserError
 from efficientllm.registry import lookup, register
 
@@ -83,7 +83,8 @@ class Context:
 def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1) -> `[B, T, H, V]`.
 
-    Softmax is float32. H is a multiple of G: query head h reads KV head h // (H // G).
+    Softmax is float32. H is a multiple of G: query head h reads KV head h // (H // G). Keys and values may be those of
+    a state in int8 (`mixers.cache.Rounded`).
 
     Args:
       kernel: `auto` or a registered `attention_kernel`, for passes whose queries are the keys' tokens; over a state
@@ -103,6 +104,8 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
         )
     kernels.note("attention", kernel)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    if kernel != "ffi":
+        k_BSGK, v_BSGV = (x.read(q_BTHK.dtype) if hasattr(x, "read") else x for x in (k_BSGK, v_BSGV))
     return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
 
 
@@ -111,6 +114,8 @@ def choose(q_BTHK, mask, bias=None):
     T, K = q_BTHK.shape[1], q_BTHK.shape[-1]
     if mask.aligned and sharding.ways("length", T) > 1:
         return "gathered"
+    if T == 1 and not mask.aligned and bias is None and native.is_usable():
+        return "ffi"
     half = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
     if (
         kernels.platform() == "gpu"
@@ -139,6 +144,22 @@ GATHERED_CHUNK = 256
 @register("attention_kernel", "xla")
 def _xla(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     return _dense(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale, (0, q_BTHK.shape[1]), (0, k_BSGK.shape[1]))
+
+
+@register("attention_kernel", "ffi")
+def _ffi(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
+    if mask.aligned or q_BTHK.shape[1] > 1 or bias is not None or not native.is_usable():
+        raise UserError(
+            "config.model.attention_kernel = 'ffi' decodes one token a row on one CPU device, with positions that are "
+            "no bias; 'auto' takes it wherever it can"
+        )
+    scales_BSG = None
+    if hasattr(k_BSGK, "read"):
+        scales_BSG = k_BSGK.scale[..., 0], v_BSGV.scale[..., 0]
+        k_BSGK, v_BSGV = k_BSGK.values, v_BSGV.values
+    mask_B1S = jnp.broadcast_to(mask.dense(1, k_BSGK.shape[1]), (q_BTHK.shape[0], 1, k_BSGK.shape[1]))
+    y_BHV = native.attention(q_BTHK[:, 0], k_BSGK, v_BSGV, mask_B1S[:, 0], scale, scales_BSG)
+    return y_BHV[:, None].astype(q_BTHK.dtype)
 
 
 @register("attention_kernel", "cudnn")

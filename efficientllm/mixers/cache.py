@@ -67,25 +67,24 @@ def extend(state, new, mask, positions_BT):
       new: `{name: [B, T, ...]}` of the tokens at `positions_BT`, which follow one another in each row.
       mask: the pass's, with its window; a state of fewer slots than tokens is a ring of the window's.
 
-    Returns `(what queries read, in the order of new; the mask over it; the new state)`.
+    Returns `(what queries read, as it is kept and in the order of new; the mask over it; the new state)`.
     """
     if state is None:
         return tuple(new.values()), mask, None
-    like = next(iter(new.values())).dtype
     new = {name: _as(state[name], leaf) for name, leaf in new.items()}
     if mask.window is None:
         state = {name: write(state[name], leaf, positions_BT[:, 0]) for name, leaf in new.items()}
-        return tuple(_read(leaf, like) for leaf in state.values()), mask, state
-    read, mask, state = _extend_ring(state, new, mask, positions_BT)
-    return tuple(_read(leaf, like) for leaf in read), mask, state
+        return tuple(state.values()), mask, state
+    return _extend_ring(state, new, mask, positions_BT)
 
 
 def _as(cache, new):
     return Rounded.of(new) if isinstance(cache, Rounded) else new.astype(cache.dtype)
 
 
-def _read(cache, dtype):
-    return cache.read(dtype) if isinstance(cache, Rounded) else cache
+def read(kept, dtype):
+    """What `extend` returned, as an array."""
+    return kept.read(dtype) if isinstance(kept, Rounded) else kept
 
 
 def write(cache_BS, new_BT, start_B):

@@ -64,7 +64,8 @@ class MLA(nn.Module, kw_only=True):
         latent_BTR = RMSNorm(1e-6, axis=None, name="kv_norm")(latent_BTE[..., :R])
         k_BTP = position.rotate(latent_BTE[:, :, None, R:], ctx.positions_BT)[:, :, 0]
         new = {"latent": latent_BTR, "rotated": k_BTP}
-        (latent_BSR, k_BSP), mask, state = cache.extend(state, new, ctx.mask, ctx.positions_BT)
+        kept, mask, state = cache.extend(state, new, ctx.mask, ctx.positions_BT)
+        latent_BSR, k_BSP = (cache.read(leaf, latent_BTR.dtype) for leaf in kept)
         up = Linear(self.num_heads * (N + V), ("embed", "heads"), self.precision, name="kv_b")
         options = {"bias": position.bias(self.num_heads), "scale": (N + P) ** -0.5 * position.score_scale()}
         form = self._absorbed if state is not None and T == 1 else self._expanded

@@ -1,4 +1,5 @@
-"""Products of a few rows with compressed weights, in C++: on CPUs XLA runs these far below the memory's bandwidth.
+"""Decoding in C++, products of a few rows with compressed weights and attention over a state: on CPUs XLA runs these
+far below the memory's bandwidth.
 
 `setup.py` builds them where a compiler is found. Without them everything runs, through XLA, at a fraction of the speed.
 """
@@ -12,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficientllm import kernels, sharding
+
 log = logging.getLogger("efficientllm")
-TARGET = "efficientllm_product"
+TARGETS = ("efficientllm_product", "efficientllm_attention")
 FORMATS = ("int4", "int8", "nf4", "bfloat16", "float16")  # the order of product.h
 
 
@@ -22,6 +25,13 @@ def instruction_sets():
     """The instruction sets the library can use on this machine, best last; empty where there is no library."""
     library = _library()
     return () if library is None else tuple(library.efficientllm_instruction_sets().decode().split())
+
+
+def is_usable():
+    """Whether what is traced here may call the library: it is there, and the program is for one CPU device."""
+    mesh = sharding.current_mesh()
+    alone = mesh is None or mesh.size == 1
+    return alone and kernels.platform() == "cpu" and bool(instruction_sets())
 
 
 def product(form, x_MK, weights, scale=None, minimum=None, zero=None, table=None, x_bits=16, instructions="best"):
@@ -36,12 +46,26 @@ def product(form, x_MK, weights, scale=None, minimum=None, zero=None, table=None
         return jnp.zeros((0, 0), dtype) if array is None else array
 
     call = jax.ffi.ffi_call(
-        TARGET, jax.ShapeDtypeStruct((x_MK.shape[0], weights.shape[0]), jnp.float32), vmap_method="sequential"
+        TARGETS[0], jax.ShapeDtypeStruct((x_MK.shape[0], weights.shape[0]), jnp.float32), vmap_method="sequential"
     )
     arrays = (weights, given(scale, jnp.float32), given(minimum, jnp.float16), given(zero, jnp.uint8))
     table = jnp.zeros(0, jnp.float32) if table is None else table
     attributes = {"format": np.int32(FORMATS.index(form)), "x_bits": np.int32(x_bits), "instructions": instructions}
     return call(x_MK.astype(jnp.float32), *arrays, table, **attributes)
+
+
+def attention(q_BHK, k_BSGK, v_BSGV, mask_BS, scale, scales_BSG=None, instructions="best"):
+    """Softmax attention of one query a row over the slots that `mask_BS` allows -> float32 `[B, H, V]`.
+
+    Keys and values are float32, bfloat16, float16, or int8 with float32 `scales_BSG` of both. Query head h reads KV
+    head h // (H // G). A row that is allowed nothing gets zeros. Needs `is_usable()`.
+    """
+    _library()
+    shape = jax.ShapeDtypeStruct((*q_BHK.shape[:2], v_BSGV.shape[-1]), jnp.float32)
+    call = jax.ffi.ffi_call(TARGETS[1], shape, vmap_method="sequential")
+    scales = (jnp.zeros((0, 0, 0)),) * 2 if scales_BSG is None else scales_BSG
+    operands = (q_BHK.astype(jnp.float32), k_BSGK, v_BSGV, *scales, mask_BS)
+    return call(*operands, scale=np.float32(scale), instructions=instructions)
 
 
 @functools.cache
@@ -56,7 +80,8 @@ def _library():
         log.warning("native products cannot be loaded (%s): compressed weights run through XLA, slower", error)
         return None
     library.efficientllm_instruction_sets.restype = ctypes.c_char_p
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.efficientllm_product), platform="cpu")
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return library
 
 

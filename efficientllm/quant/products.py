@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficientllm import kernels, native, sharding
+from efficientllm import kernels, native
 from efficientllm.registry import build
 
 # Rows of x up to which the native product is taken: above, decompressing once and multiplying is faster. Measured by
@@ -31,9 +31,7 @@ def _product(x_MK, leaf, operand):
 
 def is_native(rows):
     """Whether a product of `rows` vectors is one for `efficientllm.native`: few, and on one CPU device."""
-    mesh = sharding.current_mesh()
-    alone = mesh is None or mesh.size == 1
-    return rows <= FEW and alone and kernels.platform() == "cpu" and bool(native.instruction_sets())
+    return rows <= FEW and native.is_usable()
 
 
 def _contract(x, rows, axis):

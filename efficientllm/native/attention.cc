@@ -1,0 +1,99 @@
+// Attention of one query a row over a decode state, for XLA's foreign function interface.
+
+#include "attention.h"
+
+#include <cmath>
+
+#include "instructions.h"
+#include "threads.h"
+
+namespace baseline {
+#define LANES 4
+#include "vectors.inc"
+#include "attention.inc"
+#undef LANES
+}  // namespace baseline
+
+#if defined(__x86_64__)
+BEGIN("avx2,fma,f16c")
+namespace avx2 {
+#define LANES 8
+#include "vectors.inc"
+#include "attention.inc"
+#undef LANES
+}  // namespace avx2
+END
+BEGIN("avx512f,avx512bw,avx2,fma,f16c")
+namespace avx512 {
+#define LANES 16
+#include "vectors.inc"
+#include "attention.inc"
+#undef LANES
+}  // namespace avx512
+END
+#endif
+
+namespace ffi = xla::ffi;
+
+// Adds up what the units of a head found, each relative to its own largest score.
+static void merge(Attention& a, int64_t b, int64_t h) {
+  float largest = a.part(b, h, 0)[0], total = 0;
+  for (int64_t unit = 1; unit < a.units_of_row(); unit++) largest = std::max(largest, a.part(b, h, unit)[0]);
+  float* y = a.y + (b * a.heads + h) * a.value_width;
+  std::fill_n(y, a.value_width, 0.0f);
+  for (int64_t unit = 0; unit < a.units_of_row(); unit++) {
+    const float* part = a.part(b, h, unit);
+    if (part[1] == 0) continue;
+    const float factor = std::exp(part[0] - largest);
+    total += factor * part[1];
+    for (int64_t i = 0; i < a.value_width; i++) y[i] += factor * part[2 + i];
+  }
+  for (int64_t i = 0; i < a.value_width && total > 0; i++) y[i] /= total;
+}
+
+static ffi::ErrorOr<Element> element(ffi::DataType type) {
+  switch (type) {
+    case ffi::S8: return kElementInt8;
+    case ffi::BF16: return kElementBfloat16;
+    case ffi::F16: return kElementFloat16;
+    case ffi::F32: return kElementFloat32;
+    default: return ffi::Unexpected(ffi::Error::InvalidArgument("no such element of a decode state"));
+  }
+}
+
+// q[B, H, K], k[B, S, G, K], v[B, S, G, V], k_scale and v_scale [B, S, G] (or empty), mask[B, S] -> y[B, H, V]
+static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                            ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::PRED> mask,
+                            ffi::ResultBuffer<ffi::F32> y, float scale, std::string_view instructions) {
+  static constexpr decltype(&baseline::attend) attends[] = PER_INSTRUCTION_SET(attend);
+  const int set = instruction_set(instructions);
+  if (set < 0) return ffi::Error::InvalidArgument("no such instruction set on this machine");
+  const auto type = element(k.element_type());
+  if (!type.has_value()) return type.error();
+  Attention a{};
+  a.element = *type, a.scale = scale;
+  a.batch = q.dimensions()[0], a.heads = q.dimensions()[1], a.width = q.dimensions()[2];
+  a.slots = k.dimensions()[1], a.kv_heads = k.dimensions()[2], a.value_width = v.dimensions()[3];
+  a.q = q.typed_data(), a.y = y->typed_data(), a.mask = (const uint8_t*)mask.untyped_data();
+  a.k = (const uint8_t*)k.untyped_data(), a.v = (const uint8_t*)v.untyped_data();
+  a.k_scale = k_scale.typed_data(), a.v_scale = v_scale.typed_data();
+  a.prepare();
+  share(pool, a.units(), (int64_t)(k.size_bytes() + v.size_bytes()),
+        [&](int64_t from, int64_t to) { attends[set](a, from, to); });
+  for (int64_t b = 0; b < a.batch; b++)
+    for (int64_t h = 0; h < a.heads; h++) merge(a, b, h);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(efficientllm_attention, attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<std::string_view>("instructions"));

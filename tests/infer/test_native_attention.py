@@ -1,0 +1,84 @@
+"""Attention in C++ against XLA's: every kind of state, instruction set and awkward size; what it is chosen for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficientllm import kernels, native
+from efficientllm.attention import Mask, attend
+from efficientllm.errors import UserError
+from efficientllm.mixers.cache import Rounded
+
+pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="no compiler: no native library")
+
+
+def a_state(B, S, H, G, K, V, dtype, seed=0):
+    """Queries, keys and values, and a mask in which rows have lengths of their own and holes."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=shape) * 2, jnp.float32) for shape in ((B, H, K), (B, S, G, K), (B, S, G, V))
+    )
+    mask = np.arange(S) < rng.integers(1, S + 1, (B, 1))
+    mask &= (rng.random((B, S)) < 0.8) | (np.arange(S) == 0)
+    return q, k.astype(dtype), v.astype(dtype), jnp.asarray(mask)
+
+
+def exact(q, k, v, mask, scale):
+    """In float64."""
+    q, k, v = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v))
+    repeats = q.shape[1] // k.shape[2]
+    scores = np.einsum("bhk,bshk->bhs", q, np.repeat(k, repeats, 2)) * scale
+    scores = np.where(np.asarray(mask)[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhs,bshv->bhv", weights, np.repeat(v, repeats, 2))
+
+
+SHAPES = [(1, 641, 9, 3, 64, 64), (3, 130, 4, 4, 7, 5), (2, 128, 20, 1, 96, 33), (2, 5, 2, 2, 128, 128)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("instructions", native.instruction_sets())
+def test_the_sum_is_that_of_the_formula(instructions, shape, dtype):
+    q, k, v, mask = a_state(*shape, dtype)
+    scale = shape[4] ** -0.5
+    found = jax.jit(lambda *a: native.attention(*a, scale, instructions=instructions))(q, k, v, mask)
+    np.testing.assert_allclose(found, exact(q, k, v, mask, scale), atol=5e-6)
+
+
+@pytest.mark.parametrize("instructions", native.instruction_sets())
+def test_a_state_in_int8_is_read_as_it_lies(instructions):
+    q, k, v, mask = a_state(2, 300, 6, 2, 40, 24, "float32")
+    k, v = Rounded.of(k), Rounded.of(v)
+    scales = k.scale[..., 0], v.scale[..., 0]
+    found = native.attention(q, k.values, v.values, mask, 0.2, scales, instructions)
+    read = k.read(jnp.float32), v.read(jnp.float32)
+    np.testing.assert_allclose(found, exact(q, *read, mask, 0.2), atol=5e-6)
+
+
+def test_large_scores_and_rows_that_may_read_nothing():
+    q, k, v, mask = a_state(2, 200, 2, 1, 16, 16, "float32")
+    found = native.attention(q * 40, k, v, mask.at[1].set(False), 1.0)
+    np.testing.assert_allclose(found[0], exact(q * 40, k, v, mask, 1.0)[0], atol=5e-5)
+    np.testing.assert_array_equal(found[1], 0)
+
+
+def test_it_is_chosen_for_decoding_one_token_on_one_cpu_device():
+    q, k, v, _ = a_state(2, 33, 4, 2, 16, 16, "float32")
+    at_B1 = jnp.asarray([[7], [32]])
+    with kernels.recording() as used:
+        one = attend(q[:, None], k, v, Mask(query_index_BT=at_B1, window=9))
+        two = attend(jnp.repeat(q[:, None], 2, 1), k, v, Mask(query_index_BT=jnp.repeat(at_B1, 2, 1), window=9))
+    assert used["attention"] == {"ffi", "xla"}
+    np.testing.assert_allclose(one[:, 0], two[:, 0], atol=2e-6)
+    with kernels.compiling_for("tpu"), kernels.recording() as used:
+        attend(q[:, None], k, v, Mask(query_index_BT=at_B1))
+    assert used["attention"] == {"xla"}
+
+
+def test_it_is_refused_where_it_cannot_run():
+    q, k, v, _ = a_state(1, 4, 2, 2, 8, 8, "float32")
+    with pytest.raises(UserError, match="attention_kernel = 'ffi' decodes one token a row"):
+        attend(jnp.repeat(q[:, None], 4, 1), k, v, Mask(), "ffi")
