@@ -6,8 +6,8 @@ What is sent between devices is then `plan.collectives`', where its formula hold
 import dataclasses
 import math
 
-from efficientllm.plan import steps
 from efficientllm.plan import roofline as rooflines
+from efficientllm.plan import steps
 from efficientllm.registry import build
 
 
