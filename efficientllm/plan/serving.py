@@ -118,7 +118,11 @@ class Request:
     def candidates(self):
         """The single changes that could make it fit (`plan.changes`)."""
         plain = nn.unbox(self.boxed)
-        smaller = [form for form in FORMS if resident_bytes(quant.abstract(plain, form)) < self.weights]
+        smaller = [
+            form
+            for form in FORMS
+            if resident_bytes(quant.abstract(plain, form, self.config.infer.rules)) < self.weights
+        ]
         return changes.of_serving(self.config, smaller)
 
     def rates(self, seconds):
@@ -161,8 +165,9 @@ def describe(config, devices, platform, capability=(0, 0)):
         lm, most = _model_of(config)
         boxed = model.abstract_params(lm)
     _check_length(config.infer, lm, most)
+    infer.check_rules(boxed, config.infer.rules)
     whole = sharding.replicated(mesh)
-    held = quant.abstract(nn.unbox(boxed), config.quant)
+    held = quant.abstract(nn.unbox(boxed), config.quant, config.infer.rules)
     shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), held)
     return Request(config, lm, mesh, boxed, shaped, platform, capability)
 
