@@ -119,7 +119,8 @@ def _usable(record, hardware, planned):
 
 
 def _row(file, record, hardware, planned):
-    count = record["provenance"]["devices"]["count"]
+    read, mesh = record["provenance"]["devices"]["count"], record["provenance"]["mesh"]
+    count = math.prod(mesh.values())  # a request is served by one device, of as many as the process has
     config = ConfigDict(_tuples(record["config"]))
     one = planned.describe(config, hardwares.devices(hardware, count), hardware.platform, hardware.capability)
     least = estimate.estimate(one, hardware, count).roofline.seconds
@@ -128,7 +129,7 @@ def _row(file, record, hardware, planned):
         "path": str(file.parent),
         "measured_s": record["paper"]["al_s"],
         "roofline_s": least,
-        "watts": None if watts is None else watts / count,
+        "watts": None if watts is None else watts / read,
         "pcu": record["paper"]["pcu"],
     }
 

@@ -161,7 +161,7 @@ def describe(config, devices, platform, capability=(0, 0)):
     if len(devices) > 1:
         raise UserError(f"config.plan.devices = {len(devices)}: inference serves on one device; take 1")
     mesh = sharding.make_mesh(config.mesh, devices)
-    with kernels.compiling_for(platform, capability):
+    with steps.target(platform, capability):
         lm, most = _model_of(config)
         boxed = model.abstract_params(lm)
     _check_length(config.infer, lm, most)

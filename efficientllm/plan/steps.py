@@ -161,9 +161,16 @@ class Compiled:
 
 
 @contextlib.contextmanager
+def target(platform, capability):
+    """What is traced inside takes its kernels for the platform, of a GPU by its compute capability."""
+    with kernels.compiling_for(platform, capability), cudnn.planned_for(capability):
+        yield
+
+
+@contextlib.contextmanager
 def scope(mesh, platform, capability):
     """What is traced and compiled inside lies on `mesh` and takes its kernels for the platform."""
-    with jax.set_mesh(mesh), kernels.compiling_for(platform, capability), cudnn.planned_for(capability):
+    with jax.set_mesh(mesh), target(platform, capability):
         yield
 
 
@@ -213,7 +220,7 @@ def describe(config, devices, platform, capability=(0, 0)):
     """The Step of a config on `devices`, for the `platform` that it is compiled for, a GPU of this capability."""
     mesh = sharding.make_mesh(config.mesh, devices)
     setup.check_train(config.train, mesh)
-    with kernels.compiling_for(platform, capability):
+    with target(platform, capability):
         lm, method = model_of(config)
         boxed = model.abstract_params(lm)  # makes a small array: not on devices that are not here
     with scope(mesh, platform, capability):
