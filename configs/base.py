@@ -80,6 +80,7 @@ def get_config():
     config.plan = ConfigDict()  # of the task plan
     config.plan.hardware = "cpu"  # or gh200_96, h200, h100, a100, b200, v5e, v5p, v6e
     config.plan.devices = 1
+    config.plan.of = "pretrain"  # or tune, infer: the task whose step or request is planned
     config.plan.calibration = ""  # a folder of measured runs on that hardware, or the file made from one
 
     config.quality = ConfigDict()

@@ -17,6 +17,7 @@ def get_config(name="bfloat16"):
     config = base.get_config()
     config.name = f"infer_{name}"
     config.task = "infer"
+    config.plan.of = "infer"
     config.model.pretrained = "smollm2-135m"
     config.quant = base.variant(FORMS, name)
     config.tokenizer = "pretrained"

@@ -27,6 +27,7 @@ def get_config(name="lora"):
     config = base.get_config()
     config.name = f"tune_{name}"
     config.task = "tune"
+    config.plan.of = "tune"
     config.model.pretrained = "smollm2-135m"
     config.adapter = base.variant(ADAPTERS, name)
     config.quant = FORMS.get(name, "float32")

@@ -97,7 +97,9 @@ def decode_bytes(lm, boxed, params, rows, length):
     E (1 - (1 - k/E)^B) on average; of a table that is no head, B rows.
     """
     flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Weight))[0]
-    sizes = {path_of(keys): sum(array.nbytes for array in jax.tree.leaves(leaf)) for keys, leaf in flat}
+    sizes = {
+        path_of(keys): sum(each.size * each.dtype.itemsize for each in jax.tree.leaves(leaf)) for keys, leaf in flat
+    }
 
     def touched(path, shape, axes):
         if path == "embedding" and not lm.tied:

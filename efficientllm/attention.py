@@ -117,15 +117,9 @@ def choose(q_BTHK, mask, bias=None):
     if T == 1 and not mask.aligned and bias is None and native.is_usable():
         return "ffi"
     half = q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
-    if (
-        kernels.platform() == "gpu"
-        and half
-        and mask.aligned
-        and bias is None
-        and K % 8 == 0
-        and K <= 128
-        and T % 2 == 0
-    ):
+    widest = 256 if kernels.capability() >= (9, 0) else 128  # of heads in cuDNN, as JAX has it
+    shaped = T % 2 == 0 and not K % 8 and widest >= K
+    if kernels.platform() == "gpu" and half and shaped and mask.aligned and bias is None:
         return "cudnn"
     if kernels.platform() == "tpu" and splash.takes(q_BTHK, mask, bias):
         return "splash"

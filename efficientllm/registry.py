@@ -33,6 +33,7 @@ HOMES = {
     "tokenizer": "efficientllm.data",
     "sampler": "efficientllm.infer",
     "task": "efficientllm.tasks",
+    "planned": "efficientllm.plan",
     "adapter": "efficientllm.adapters",
 }
 _REGISTRY = {}

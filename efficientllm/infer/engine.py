@@ -100,10 +100,22 @@ class Engine:
 
     def lower_decode(self, rows):
         """The loop for `rows` rows, lowered: what compiling it takes and needs can be looked at ahead of time."""
+        return self.trace_decode(rows).lower()
+
+    def trace_decode(self, rows):
+        """The loop for `rows` rows, traced. The parameters may be abstract, here and in `trace_prefill`."""
         carry = jax.eval_shape(lambda: _empty_carry(self.lm, self.sampler, rows, self.length))
         table_BT = jax.ShapeDtypeStruct((rows, self.length), jnp.int32)
         lengths_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        return self._decode.lower(self.params, carry, table_BT, lengths_B, jax.ShapeDtypeStruct((), jnp.int32))
+        return self._decode.trace(self.params, carry, table_BT, lengths_B, jax.ShapeDtypeStruct((), jnp.int32))
+
+    def trace_prefill(self, rows, tokens):
+        """`(the pass over so many tokens of each of `rows` prompts, the logits of what comes next)`, traced."""
+        states = jax.eval_shape(lambda: models.init_states(self.lm, rows, self.length))
+        hidden_BD = jax.ShapeDtypeStruct((rows, self.lm.dim), activation_dtype(self.lm.precision))
+        ids_BT, at_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
+        passed = self._prefill.trace(self.params, states, hidden_BD, ids_BT, at_B, at_B)
+        return passed, self._read_out.trace(self.params, hidden_BD)
 
     def generate(self, prompts, new_tokens, seed=0, chunk=None, stop=None, first=0):
         """Yields, for each run of `chunk` steps, the new ids of each row so far (lists; eos ends one and is in it).

@@ -28,26 +28,33 @@ def count_needed_flops(fn, *args):
     return count_program_flops(jax.make_jaxpr(fn)(*args))
 
 
-def count_program_flops(closed_jaxpr):
-    """`count_needed_flops` of a program that is traced already (`jax.jit(fn).trace(...).jaxpr`)."""
+def count_program_flops(closed_jaxpr, turns=None):
+    """`count_needed_flops` of a program that is traced already (`jax.jit(fn).trace(...).jaxpr`).
+
+    `turns` is how often its outer `while` loops run, of a program that is such a loop; those inside of them and all
+    others raise ValueError if they hold products.
+    """
     jaxpr = closed_jaxpr.jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _count(used)
+    return _count(used, turns)
 
 
-def _count(jaxpr):
-    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def _count(jaxpr, turns=None):
+    return sum(_count_equation(equation, turns) for equation in jaxpr.eqns)
 
 
-def _count_equation(equation):
+def _count_equation(equation, turns):
     name, params = equation.primitive.name, equation.params
     if name in _LEAVES:
         return _LEAVES[name](equation)
     if name.startswith(OPAQUE):
         raise ValueError(f"{name} is a kernel whose FLOPs its jaxpr does not show: count its plain form")
-    inner = [_count(jaxpr) for jaxpr in _subjaxprs(params)]
+    looping = name == "while" and turns is not None
+    inner = [_count(jaxpr, None if looping else turns) for jaxpr in _subjaxprs(params)]
     if name == "cond":
         return max(inner)
+    if looping:
+        return sum(inner) * turns
     if name == "while" and any(inner):
         raise ValueError("a while loop holds matrix products and its trip count is unknown: use scan, or static bounds")
     if name == "scan":

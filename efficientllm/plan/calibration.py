@@ -11,18 +11,19 @@ from ml_collections import ConfigDict
 from efficientllm.errors import UserError
 from efficientllm.metrics import provenance
 from efficientllm.metrics.record import read_record
-from efficientllm.plan import estimate, steps
+from efficientllm.plan import estimate
 from efficientllm.plan import hardware as hardwares
 from efficientllm.workdir import write_atomically
-
-TASKS = ("pretrain", "tune")
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """`rows`: `{"path", "measured_s", "roofline_s", "watts", "pcu"}` each; watts and pcu are a device's, or None."""
+    """`rows`: `{"path", "measured_s", "roofline_s", "watts", "pcu"}` each; watts and pcu are a device's, or None.
+
+    `tasks` are those that rows of one calibration may be of."""
 
     hardware: str
+    tasks: tuple
     rows: tuple
 
     @property
@@ -59,64 +60,76 @@ def _factor(rows):
     return math.exp(statistics.fmean(math.log(row["measured_s"] / row["roofline_s"]) for row in rows))
 
 
-def load(path, hardware, log, keep):
+def load(path, hardware, planned, log, keep):
     """The Calibration of `config.plan.calibration`: a file written here before, or a folder of runs on this hardware.
 
-    From a folder each row's own step is compiled, and the result is kept as the file `keep`. Raises UserError where
-    there is nothing to calibrate with.
+    `planned` is a `steps.Planned`. From a folder each row's own step is compiled, and the result is kept as
+    the file `keep`. Raises UserError where there is nothing to calibrate with.
     """
     file = pathlib.Path(path)
     if not file.exists():
         raise UserError(f"config.plan.calibration = {path!r}: no such file or folder")
     if file.is_dir() or file.name == "record.json":
-        found = measure(file, hardware, log)
+        found = measure(file, hardware, planned, log)
         write_atomically(keep, json.dumps(dataclasses.asdict(found), indent=2))
         return found
     try:
         held = json.loads(file.read_text())
-        found = Calibration(held["hardware"], tuple(held["rows"]))
+        found = Calibration(held["hardware"], tuple(held["tasks"]), tuple(held["rows"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"config.plan.calibration = {path!r}: no calibration: {error!r}") from None
-    if found.hardware != hardware.name or not found.rows:
-        raise UserError(f"config.plan.calibration = {path!r} is of {found.hardware}, not of {hardware.name}")
+    if (found.hardware, found.tasks) != (hardware.name, planned.tasks) or not found.rows:
+        own, asked = (
+            (name, " or ".join(tasks))
+            for name, tasks in ((found.hardware, found.tasks), (hardware.name, planned.tasks))
+        )
+        raise UserError(
+            f"config.plan.calibration = {path!r} is of {own[1]} on {own[0]}, not of {asked[1]} on {asked[0]}"
+        )
     return found
 
 
-def measure(folder, hardware, log):
+def measure(folder, hardware, planned, log):
     """The Calibration of the measured rows below a folder."""
     files = [folder] if folder.is_file() else sorted(folder.rglob("record.json"))
     rows = []
     for file in files:
         record = read_record(file)
-        if _usable(record, hardware):
-            rows.append(_row(file, record, hardware))
+        if _usable(record, hardware, planned):
+            rows.append(_row(file, record, hardware, planned))
             log.info(
                 f"calibration: {file.parent}: {rows[-1]['measured_s'] / rows[-1]['roofline_s']:.2f} x its roofline"
             )
     if not rows:
-        raise UserError(f"config.plan.calibration = {str(folder)!r} holds no timed row of training on {hardware.name}")
-    return Calibration(hardware.name, tuple(rows))
+        raise UserError(
+            f"config.plan.calibration = {str(folder)!r} holds no timed row of "
+            f"{' or '.join(planned.tasks)} on {hardware.name}"
+        )
+    return Calibration(hardware.name, planned.tasks, tuple(rows))
 
 
-def _usable(record, hardware):
+def _usable(record, hardware, planned):
     devices = record["provenance"]["devices"]
     same = devices["kind"] == hardware.device_kind
     if hardware.platform == "cpu":
         same &= record["provenance"]["host"]["processor"] == provenance.processor()
-    return same and record["task"] in TASKS and record["outcome"] == "ok" and record["paper"]["al_s"] is not None
+    return (
+        same and record["task"] in planned.tasks and record["outcome"] == "ok" and record["paper"]["al_s"] is not None
+    )
 
 
-def _row(file, record, hardware):
-    count = record["provenance"]["devices"]["count"]
+def _row(file, record, hardware, planned):
+    read, mesh = record["provenance"]["devices"]["count"], record["provenance"]["mesh"]
+    count = math.prod(mesh.values())  # a request is served by one device, of as many as the process has
     config = ConfigDict(_tuples(record["config"]))
-    one = steps.describe(config, hardwares.devices(hardware, count), hardware.platform)
+    one = planned.describe(config, hardwares.devices(hardware, count), hardware.platform, hardware.capability)
     least = estimate.estimate(one, hardware, count).roofline.seconds
     watts = record["paper"]["aec_w"]
     return {
         "path": str(file.parent),
         "measured_s": record["paper"]["al_s"],
         "roofline_s": least,
-        "watts": None if watts is None else watts / count,
+        "watts": None if watts is None else watts / read,
         "pcu": record["paper"]["pcu"],
     }
 

@@ -18,8 +18,9 @@ class Try:
     reason: str | None = None
 
 
-def candidates(config, shape):
-    """The changes that are tried, each a list from the smallest to the largest of its kind; `shape` is the mesh's."""
+def of_training(config, shape):
+    """The changes of a training step that are tried, a list of each kind from the smallest to the largest; `shape` is
+    the mesh's."""
     found = []
     if config.model.remat != "full":
         found.append([{"model.remat": "full"}])
@@ -28,6 +29,14 @@ def candidates(config, shape):
         found.append([{"mesh": _mesh(shape, size)} for size in sizes])
     rows = config.train.batch_size // config.train.accumulate // math.prod(shape[axis] for axis in sharding.BATCH)
     found.append([{"train.accumulate": config.train.accumulate * size} for size in _divisors(rows)[1:]])
+    return [steps for steps in found if steps]
+
+
+def of_serving(config, smaller):
+    """The changes of inference that are tried; `smaller` are the forms that weigh less than what it has."""
+    rows = config.infer.batch_size
+    found = [[{"quant": form} for form in smaller]]
+    found.append([{"infer.batch_size": rows // size} for size in _divisors(rows)[1:]])
     return [steps for steps in found if steps]
 
 
@@ -40,14 +49,14 @@ def _divisors(number):
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def attempt(config, shape, memory_bytes, total_of):
-    """The Tries: of each kind the smallest change that fits, or its largest if none does.
+def attempt(candidates, memory_bytes, total_of):
+    """The Tries of the lists `candidates`: of each kind the smallest change that fits, or its largest if none does.
 
     `total_of(change)` gives the bytes of a device, or raises UserError. The largest is tried first: where it does not
     fit, no smaller one will.
     """
     tries = []
-    for steps in candidates(config, shape):
+    for steps in candidates:
         found = _try(steps[-1], memory_bytes, total_of)
         if found.fits and len(steps) > 1:
             found = _smallest(steps[:-1], found, memory_bytes, total_of)

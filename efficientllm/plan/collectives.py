@@ -11,10 +11,9 @@ loss, its counts, and the norms of gradients.
 import dataclasses
 import math
 
-import jax
 import numpy as np
 
-from efficientllm import accounting, kernels, model, sharding
+from efficientllm import accounting, model, sharding
 from efficientllm.adapters.selected import Full
 from efficientllm.ffns.dense import GELU, SwiGLU
 from efficientllm.mixers.attention import Attention
@@ -108,7 +107,7 @@ class _Sum:
 
     def _head(self, count, split):
         """Its kernel for both passes; whole and as it is where the loss is made in chunks, which have one visit."""
-        with jax.set_mesh(self.one.mesh), kernels.compiling_for(self.one.platform):
+        with self.one.scope():
             (rows, _), train = self.one.rows, self.one.config.train
             sequence = self.one.mesh.shape["sequence"]
             whole = loss.count_chunks(rows * sequence, train.length // sequence, self.one.lm.vocab_size) == 1

@@ -1,20 +1,22 @@
-"""What a step on hardware costs: from its compiled program, or from its shapes alone where no compiler is there.
+"""What a step or a request on hardware costs: from its compiled programs, or from shapes where no compiler is there.
 
 What is sent between devices is then `plan.collectives`', where its formula holds.
 """
 
 import dataclasses
+import math
 
-from efficientllm.plan import collectives, steps
 from efficientllm.plan import roofline as rooflines
+from efficientllm.plan import steps
 from efficientllm.registry import build
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A step's cost. Bytes are one device's, FLOPs all devices'; None is not known.
+    """A cost. Bytes are one device's, FLOPs all devices'; None is not known.
 
     source: `compiler` or `shapes`.
+    parts:  of what is made of several programs, `{name: (how often it runs, its Estimate)}`.
     """
 
     source: str
@@ -29,6 +31,7 @@ class Estimate:
     compile_s: float | None
     refused: str | None
     roofline: rooflines.Roofline
+    parts: dict = dataclasses.field(default_factory=dict)
 
     @property
     def total_bytes(self):
@@ -36,36 +39,83 @@ class Estimate:
 
 
 def estimate(one, hardware, count):
-    """The Estimate of a `steps.Step`: compiled where the compiler is installed."""
-    trace, used = steps.traced(one)
-    by_shapes, executed = one.by_shapes(), steps.program_flops(one, trace)
+    """The Estimate of a `steps.Step`, or of what else is planned: compiled where the compiler is installed."""
+    found = {part.name: (part.times, _part(one, part, hardware, count)) for part in one.programs()}
+    return next(iter(found.values()))[1] if len(found) == 1 else _together(found)
+
+
+def _part(one, part, hardware, count):
+    by_shapes, executed = one.by_shapes(), steps.program_flops(one, part)
     if not hardware.has_compiler:
         memory, seconds, refused, calls = {"total_bytes": by_shapes}, None, None, {}
-        sent, moved = collectives.closed(one), None
+        sent, moved = one.sent_by_formula(), part.moved_bytes
     else:
-        done = steps.compile_step(one, trace)
+        done = steps.compile_step(one, part.trace)
         memory, seconds, refused = done.memory, done.seconds, done.refused
         sent, moved, calls = steps.read(done, count) if done.text else (None, None, {})
     dtype = str(build("precision", one.lm.precision).product)
-    work = one.model_flops if executed is None else executed
+    work = part.model_flops if executed is None else executed
     return Estimate(
         source="compiler" if hardware.has_compiler else "shapes",
         memory=memory,
         by_shapes=by_shapes,
-        model_flops=one.model_flops,
+        model_flops=part.model_flops,
         program_flops=executed,
         moved_bytes=moved,
         collectives=sent,
         custom_calls=calls,
-        kernels=used,
+        kernels=part.kernels,
         compile_s=seconds,
         refused=refused,
         roofline=rooflines.roofline(hardware, count, dtype, work, moved, sent),
     )
 
 
+def _together(parts):
+    """The Estimate of several programs that run one after another: the memory of the one that needs most."""
+    found = [each for _, each in parts.values()]
+    largest = max(found, key=lambda each: math.inf if each.total_bytes is None else each.total_bytes)
+    sent = None
+    if all(each.collectives is not None for each in found):
+        sent = tuple(
+            dataclasses.replace(one, times=one.times * times)
+            for times, each in parts.values()
+            for one in each.collectives
+        )
+    return Estimate(
+        source=largest.source,
+        memory=largest.memory,
+        by_shapes=largest.by_shapes,
+        model_flops=_sum(parts, "model_flops"),
+        program_flops=_sum(parts, "program_flops"),
+        moved_bytes=_sum(parts, "moved_bytes"),
+        collectives=sent,
+        custom_calls=_sum_calls(parts),
+        kernels={key: sorted({k for each in found for k in each.kernels.get(key, ())}) for key in _keys(found)},
+        compile_s=None if found[0].compile_s is None else sum(each.compile_s for each in found),
+        refused=next((each.refused for each in found if each.refused), None),
+        roofline=rooflines.Chain(tuple((times, each.roofline) for times, each in parts.values())),
+        parts=parts,
+    )
+
+
+def _sum(parts, key):
+    values = [(times, getattr(each, key)) for times, each in parts.values()]
+    return None if any(value is None for _, value in values) else sum(times * value for times, value in values)
+
+
+def _keys(found):
+    return sorted({key for each in found for key in each.kernels})
+
+
+def _sum_calls(parts):
+    names = sorted({name for _, each in parts.values() for name in each.custom_calls})
+    return {name: sum(times * each.custom_calls.get(name, 0) for times, each in parts.values()) for name in names}
+
+
 def total_bytes(one, hardware):
-    """Bytes that a device needs for a step, by the compiler where it is installed; None where it gives none."""
+    """Bytes that a device needs, by the compiler where it is installed; None where it gives none."""
     if not hardware.has_compiler:
         return one.by_shapes()
-    return steps.compile_step(one, steps.traced(one)[0]).memory.get("total_bytes")
+    totals = [steps.compile_step(one, part.trace).memory.get("total_bytes") for part in one.programs()]
+    return None if None in totals else max(totals)

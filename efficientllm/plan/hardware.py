@@ -56,6 +56,11 @@ class Hardware:
         return peaks.measure_copy_bandwidth() if self.platform == "cpu" else peaks.peak_bandwidth(self.device_kind)
 
     @property
+    def capability(self):
+        """The compute capability `(major, minor)` of a GPU; (0, 0) of what is none."""
+        return tuple(self.facts.get("compute_capability", (0, 0)))
+
+    @property
     def plugin(self):
         """`(module, extra)` of the compiler, or None where every installation has it."""
         return PLUGINS.get(self.platform)

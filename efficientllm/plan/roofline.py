@@ -34,6 +34,36 @@ class Roofline:
         return max(self.sides, key=self.sides.get, default=None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Programs one after another: pairs of (how often it runs, its Roofline)."""
+
+    links: tuple
+
+    @property
+    def sides(self):
+        """Seconds of each side that every link knows."""
+        shared = [side for side in self.links[0][1].sides if all(side in line.sides for _, line in self.links)]
+        return {side: sum(times * line.sides[side] for times, line in self.links) for side in shared}
+
+    @property
+    def seconds(self):
+        """Each link by its own greatest side: more than the greatest of the sums."""
+        values = [(times, line.seconds) for times, line in self.links]
+        return None if any(value is None for _, value in values) else sum(times * value for times, value in values)
+
+    @property
+    def bound(self):
+        """That of the link which takes longest."""
+        if self.seconds is None:
+            return None
+        return max(self.links, key=lambda link: link[0] * link[1].seconds)[1].bound
+
+    @property
+    def sources(self):
+        return self.links[0][1].sources
+
+
 def roofline(hardware, count, dtype, flops, moved, collectives):
     """The Roofline of a step.
 

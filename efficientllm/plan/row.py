@@ -2,20 +2,20 @@
 
 import dataclasses
 
-import jax
-
 from efficientllm import accounting
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.plan import hardware as hardwares
 from efficientllm.plan import program
 
 LEAST = "least time by roofline"
+_LATENCIES = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"))
 _SIX = (
     ("AMU", "amu_gb", "GB"),
     ("PCU", "pcu", ""),
     ("AL", "al_s", "s"),
     ("TT", "tt_tokens_per_param_s", "1/s"),
     ("ST", "st_samples_per_param_s", "1/s"),
+    ("IT", "it_tokens_per_s", "1/s"),
     ("AEC", "aec_w", "W"),
     ("MCR", "mcr", ""),
 )
@@ -38,6 +38,17 @@ def predicted(one, hardware, count, found, tries, calibration):
         "peak_bytes": total,
         "memory_bytes": found.memory,
         "by_shapes_bytes": found.by_shapes,
+        **_cost(found),
+        **one.latencies(found.parts),
+        "parts": {name: {"times": times} | _part(each) for name, (times, each) in found.parts.items()},
+        "changes": [dataclasses.asdict(each) for each in tries],
+        "calibration": None if calibration is None else calibration.summary(),
+        "sources": {**hardware.sources, **found.roofline.sources},
+    }
+
+
+def _cost(found):
+    return {
         "model_flops": found.model_flops,
         "program_flops": found.program_flops,
         "moved_bytes": found.moved_bytes,
@@ -47,20 +58,20 @@ def predicted(one, hardware, count, found, tries, calibration):
         "bound": found.roofline.bound,
         "kernels": found.kernels,
         "custom_calls": found.custom_calls,
-        "changes": [dataclasses.asdict(each) for each in tries],
-        "calibration": None if calibration is None else calibration.summary(),
-        "sources": {**hardware.sources, **found.roofline.sources},
     }
+
+
+def _part(found):
+    """One program of several: a run of it."""
+    return {"peak_bytes": found.total_bytes, "memory_bytes": found.memory, **_cost(found)}
 
 
 def _six(one, hardware, count, found, calibration):
     """AMU, AL and throughputs from the plan; PCU and power only as measured rows had them; null with the reason."""
-    train = one.config.train
-    active = accounting.parameters(one.lm, one.boxed)["active"]
     seconds = found.roofline.seconds
     if seconds is not None and calibration is not None:
         seconds *= calibration.factor
-    rate = None if seconds is None else train.batch_size / seconds / active
+    rates = dict.fromkeys(one.no_rates) if seconds is None else one.rates(seconds)
     watts, busy = (calibration.mean("watts"), calibration.mean("pcu")) if calibration else (None, None)
     total = found.total_bytes
     values = {
@@ -68,13 +79,13 @@ def _six(one, hardware, count, found, calibration):
         "amu_fraction": None if total is None else total / hardware.memory_bytes,
         "pcu": busy,
         "al_s": seconds,
-        "tt_tokens_per_param_s": None if rate is None else rate * train.length,
-        "st_samples_per_param_s": rate,
+        **rates,
         "aec_w": None if watts is None else watts * count,
         "aec_at_most_w": None if hardware.tdp_w is None else hardware.tdp_w * count,
         "mcr": None,
     }
-    return values | {"reasons": {key: _REASONS[key] for key, value in values.items() if value is None}}
+    reasons = dict.fromkeys(rates, _UNKNOWN) | _REASONS | {"mcr": one.no_mcr}
+    return values | {"reasons": {key: reasons[key] for key, value in values.items() if value is None}}
 
 
 _UNKNOWN = "a peak or the compiler's figure is not known"
@@ -83,44 +94,35 @@ _REASONS = {
     "amu_fraction": "the compiler gives no figure",
     "pcu": "how busy a device is said to be is measured: give rows of it as config.plan.calibration",
     "al_s": _UNKNOWN,
-    "tt_tokens_per_param_s": _UNKNOWN,
-    "st_samples_per_param_s": _UNKNOWN,
     "aec_w": "power is measured: give rows of this hardware as config.plan.calibration",
     "aec_at_most_w": "no design power of the device alone is published",
-    "mcr": "nothing is compressed in training",
 }
 
 
 def physical(one, found):
     """What is known of the model without a clock, as readings."""
     params = accounting.parameters(one.lm, one.boxed)
-    tokens = one.config.train.batch_size * one.config.train.length
-    learnt = sum(leaf.size for leaf in jax.tree.leaves(one.shaped.params))
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one.shaped.all_params))
-    formula = f"closed formula ({accounting.FLOP_CONVENTION})"
     executed = found.program_flops
     return {
         "params_total": Reading(params["total"], "1", "parameter tree"),
         "params_active": Reading(params["active"], "1", "parameter tree, experts as far as a token is sent to them"),
-        "params_trainable": Reading(learnt, "1", "parameter tree"),
-        "flops_per_token": Reading(found.model_flops / tokens, "FLOP", formula),
+        **one.readings(),
         "program_flops_per_token": missing("FLOP", "kernels hide their products")
         if executed is None
-        else Reading(executed / tokens, "FLOP", "products of a step's program, counted in its jaxpr"),
-        "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
+        else Reading(executed / one.tokens, "FLOP", "products of the programs, counted in their jaxprs"),
         "compile_s": missing("s", "no compiler")
         if found.compile_s is None
-        else Reading(found.compile_s, "s", "XLA compilation of the training step"),
+        else Reading(found.compile_s, "s", "XLA compilation of the programs"),
     }
 
 
 def text(name, one, hardware, found, made):
     """What a plan prints."""
-    train, count = one.config.train, made["devices"]
+    count = made["devices"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in made["mesh"].items() if size > 1) or "one device"
     by = f"compiled for it in {found.compile_s:.1f} s" if found.source == "compiler" else "from shapes alone"
     lines = [
-        f"plan of {name}: {train.batch_size} x {train.length} tokens a step on {count} x {hardware.name} "
+        f"plan of {name}: {one.heading} on {count} x {hardware.name} "
         f"({made['hosts']} host{'s' * (made['hosts'] > 1)}), mesh {mesh}; {by}",
         *_memory_lines(hardware, found, made),
         *_cost_lines(found, made),
@@ -160,21 +162,34 @@ def _memory_lines(hardware, found, made):
 
 
 def _cost_lines(found, made):
-    sides = ", ".join(f"{side} {seconds * 1e3:,.2f} ms" for side, seconds in made["roofline_s"].items())
+    if not made["parts"]:
+        return _lines_of("a step", found.source, made)
+    lines = []
+    for name, part in made["parts"].items():
+        lines += _lines_of(f"{part['times']} x {name}", found.source, part)
+    known = [f"{label} {made[key] * 1e3:,.4g} ms" for label, key in _LATENCIES if made[key] is not None]
+    return [*lines, f"  {'least latencies':<20} {', '.join(known)}"] if known else lines
+
+
+def _lines_of(label, source, made):
+    sides = ", ".join(f"{side} {seconds * 1e3:,.4g} ms" for side, seconds in made["roofline_s"].items())
     executed = made["program_flops"]
     flops = f"{made['model_flops'] / 1e12:,.4g} TFLOP of the model" + (
         f", {executed / 1e12:,.4g} of the program" if executed else ""
     )
     moved = "" if made["moved_bytes"] is None else f"; {made['moved_bytes'] / 1e9:,.4g} GB moved on a device"
-    lines = [f"  a step               {flops}{moved}"]
+    lines = [f"  {label:<20} {flops}{moved}"]
     for kind, each in (made["collectives"] or {}).items():
         size, sent = each["bytes"] / 1e9, each["wire_bytes"] / 1e9
-        how = f"{each['count']:>6} x" if found.source == "compiler" else "by formula"
+        how = f"{each['count']:>6} x" if source == "compiler" else "by formula"
         lines.append(f"    {kind:<18} {how}, {size:,.4g} GB a device, {sent:,.4g} sent")
     names = {**made["kernels"], **({"calls": list(made["custom_calls"])} if made["custom_calls"] else {})}
-    lines.append("  kernels              " + "; ".join(f"{key}: {', '.join(kinds)}" for key, kinds in names.items()))
+    if names:
+        lines.append(
+            "    kernels            " + "; ".join(f"{key}: {', '.join(kinds)}" for key, kinds in names.items())
+        )
     if sides:
-        lines.append(f"  least time           {sides}: bound by {made['bound']}")
+        lines.append(f"    least time         {sides}: bound by {made['bound']}")
     return lines
 
 
@@ -185,6 +200,8 @@ def _six_lines(made):
         said += f"; each from the others off by {known['median_error']:.0%}, at most {known['worst_error']:.0%}"
     lines = [f"  predicted ({said})"]
     for label, key, unit in _SIX:
+        if key not in made:
+            continue
         value = made[key]
         lines.append(f"    {label:<5}" + (f"null  {made['reasons'][key]}" if value is None else f"{value:.4g} {unit}"))
     return lines

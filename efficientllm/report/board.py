@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from efficientllm.report import claims, columns, comparison, ranking, statistics, study, techniques
+from efficientllm.report import claims, columns, comparison, forecasts, ranking, statistics, study, techniques
 
 SCHEMA_VERSION = 1
 NOISE = ("al_s", "tokens_per_s", "it_tokens_per_s", "j_per_token", "aec_w", "amu_gb", "peak_memory_bytes", "eval_loss")
@@ -22,6 +22,7 @@ def build(rows, orphans=(), baseline=None):
         ],
         "groups": [_group(group, shown) for group in found],
         "claims": claims.evaluate(found),
+        "forecasts": forecasts.evaluate(found),
         "failures": [_failure(row) for row in rows if not row.ok],
         "without_row": [str(path) for path in orphans],
         "rows": len(rows),

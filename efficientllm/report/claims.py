@@ -1,4 +1,4 @@
-"""The study's headline claims as named checks over whatever rows there are; data/claims.json declares them.
+"""The study's headline claims as named checks over whatever rows were measured; data/claims.json declares them.
 
 A claim compares a metric of the variants `of` with that of those `against`, pair by pair, where nothing else differs:
 it holds if every measured pair's 95 % interval lies on the claimed side of its bound, it does not hold if one lies
@@ -28,21 +28,33 @@ def declared():
 
 
 def evaluate(groups):
-    """Every claim with its `status`, `reason` and `pairs` (each with ratio and interval)."""
-    return [_evaluate(claim, groups) for claim in declared()]
+    """Every claim with its `status`, `reason` and `pairs` (each with ratio and interval). Plans decide nothing here:
+    `forecasts` has what they say."""
+    measured = [group for group in groups if not any(row.predicted for row in group.rows)]
+    return [_evaluate(claim, measured) for claim in declared()]
 
 
 def _evaluate(claim, groups):
-    pairs = [pair for group in groups for pair in _pairs(claim, group)]
-    measured = [pair for pair in pairs if "ratio" in pair]
+    found = pairs(claim, groups, _pair)
+    measured = [pair for pair in found if "ratio" in pair]
     if any(pair["status"] == FAILS for pair in measured):
         status = FAILS
     else:
         status = HOLDS if measured and all(pair["status"] == HOLDS for pair in measured) else OPEN
-    shown = {key: claim[key] for key in ("name", "where", "metric", "ratio", "table")}
+    reason = reasons(found) if found else _why_open(claim, groups)
+    return shown(claim) | {"status": status, "reason": reason, "pairs": found}
+
+
+def shown(claim):
+    """What a report repeats of a declared claim."""
+    own = {key: claim[key] for key in ("name", "where", "metric", "ratio", "table")}
     says = f"“{claim['quote']}”" if "quote" in claim else claim["says"]
-    reason = _reasons(pairs) if pairs else _why_open(claim, groups)
-    return shown | {"says": says, "note": claim.get("note", ""), "status": status, "reason": reason, "pairs": pairs}
+    return own | {"says": says, "note": claim.get("note", "")}
+
+
+def pairs(claim, groups, judged):
+    """`judged(claim, group, variant, other)` of every two variants that the claim compares, nothing else differing."""
+    return [judged(claim, group, *pair) for group in groups for pair in _pairs(claim, group)]
 
 
 def _pairs(claim, group):
@@ -51,7 +63,7 @@ def _pairs(claim, group):
         if _is(used, claim["of"]) and not _outside(claim, row):
             for other, (_, against) in leaders.items():
                 if _is(against, claim["against"]) and _only_differ_in(used, against, claim["of"]):
-                    yield _pair(claim, group, variant, other)
+                    yield variant, other
 
 
 def _is(used, asked):
@@ -103,7 +115,8 @@ def judge(interval, bound):
     return OPEN, f"the interval {interval.low:.3g} to {interval.high:.3g} holds {limit:g}: not decided"
 
 
-def _reasons(pairs):
+def reasons(pairs):
+    """Why pairs decided nothing, or that they are equal; each reason once."""
     return "; ".join(dict.fromkeys(f"{p['variant']} / {p['against']}: {p['reason']}" for p in pairs if p["reason"]))
 
 

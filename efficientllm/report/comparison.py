@@ -170,7 +170,7 @@ def groups(rows, baseline=None):
 
 
 def _key(row):
-    return row.sweep.get("name") or "", row.task + (" (predicted)" if row.predicted else ""), device(row), batch(row)
+    return row.sweep.get("name") or "", row.kind + (" (predicted)" if row.predicted else ""), device(row), batch(row)
 
 
 def device(row):
@@ -186,7 +186,7 @@ def device(row):
 def batch(row):
     """The effective batch: sequences and tokens a step (requests and prompts where the task is infer)."""
     config = row.config
-    if row.task == "infer":
+    if row.kind == "infer":
         keys = ("infer.batch_size", "infer.prompts", "infer.prompt_length", "infer.max_new_tokens")
         return ", ".join(f"{key.partition('.')[2]} {config[key]}" for key in keys if key in config)[:80]
     return f"{config.get('train.batch_size')} x {config.get('train.length')} tokens a step"

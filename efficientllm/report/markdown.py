@@ -14,7 +14,9 @@ def text(board, figures):
         parts += [f"![{title}]({file})" for title, file in figures.get(group["name"], ())]
         parts += [_study(entry) for entry in group["study"]]
     parts += [_grid(found) for found in board.get("grids", ())]
-    parts += [_claims(board["claims"]), _failures(board), METHOD]
+    parts += ["## The study's claims\n\n" + _claims(board["claims"])]
+    parts += [board["forecasts"] and FORECASTS + _claims(board["forecasts"])]
+    parts += [_failures(board), METHOD]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -24,6 +26,13 @@ A row is one process. A ratio is to the baseline of the same block, paired in lo
 over blocks (Student's t below six). "No difference seen" is not "equal": equal is an interval within ±2 %. Rows of
 another device, energy scope or effective batch share no ranking. "–" is a null: the reason stands in
 `leaderboard.json` and in the page's titles."""
+
+
+FORECASTS = """## What plans say of the claims
+
+Predicted, not measured: bytes and FLOPs of programs that were compiled for hardware that was not there.
+
+"""
 
 
 def _counts(board):
@@ -145,7 +154,7 @@ def _claims(claims):
         rows.append(
             [claim["name"], f"{claim['says']} ({claim['where']})", said, claim["status"], found or claim["reason"]]
         )
-    return "## The study's claims\n\n" + table(["claim", "says", "checked as", "here", "ratios, or why not"], rows)
+    return table(["claim", "says", "checked as", "here", "ratios, or why not"], rows)
 
 
 def _failures(board):

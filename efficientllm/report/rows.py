@@ -54,6 +54,11 @@ class Row:
         return self.record["task"]
 
     @property
+    def kind(self):
+        """The task that was run, or planned."""
+        return self.config.get("plan.of", "pretrain") if self.predicted else self.task
+
+    @property
     def sweep(self):
         return self.record.get("sweep") or {}
 

@@ -47,7 +47,7 @@ def techniques(row):
 
 
 def _tuning(row):
-    if row.task != "tune":
+    if row.kind != "tune":
         return None
     name = row.sweep.get("variant") or str(row.record.get("name") or "").removeprefix("tune-")
     known = ("lora_plus", "lora-plus", "freeze", "full")
@@ -58,8 +58,8 @@ def axis(row):
     """The study's axis of a row: its sweep's name where that is one, else what the config changes."""
     if row.sweep.get("name") in AXES:
         return row.sweep["name"]
-    if row.task in ("tune", "infer"):
-        return {"tune": "tuning", "infer": "inference"}[row.task]
+    if row.kind in ("tune", "infer"):
+        return {"tune": "tuning", "infer": "inference"}[row.kind]
     used = techniques(row)
     if used["ffn"] == "moe":
         return "moe"

@@ -1,4 +1,4 @@
-"""Planning: the training step of a config, compiled for hardware that is not here, and a row of what it would cost."""
+"""Planning: a config's step of training or request, compiled for hardware that is not here, and a row of its cost."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from efficientllm.errors import UserError
 from efficientllm.metrics import provenance, record
 from efficientllm.metrics.energy_window import Reader
 from efficientllm.plan import calibration, changes, estimate, hardware, row, steps
-from efficientllm.registry import register
+from efficientllm.registry import lookup, register
 from efficientllm.train.progress import close_log, open_log
 from efficientllm.workdir import config_hash, plain
 
@@ -20,7 +20,7 @@ log = logging.getLogger("efficientllm")
 
 @register("task", "plan")
 def plan(config, workdir):
-    """Plans the step of `config` for `config.plan` -> exit status, 0 whether it fits or not. Raises UserError."""
+    """Plans what `config.plan.of` names -> exit status, 0 whether it fits or not. Raises UserError."""
     if jax.distributed.is_initialized():
         raise UserError("config.task = 'plan': one process plans for any number of devices; start it alone")
     _refuse_runs(workdir)
@@ -61,8 +61,8 @@ class Planning:
         self.hardware, self.count = _asked(config.plan)
         self.calibration_of = config.plan.calibration
         self.devices = hardware.devices(self.hardware, self.count)
-        self.asked = config
-        self.config = steps.whole_rows(config, sharding.make_mesh(config.mesh, self.devices))
+        self.asked, self.planned = config, lookup("planned", config.plan.of, where="config.plan.of")
+        self.config = self.planned.whole(config, sharding.make_mesh(config.mesh, self.devices))
 
     def run(self):
         """Returns the exit status."""
@@ -73,7 +73,7 @@ class Planning:
         known = None
         if self.calibration_of:
             keep = self.workdir.path / "calibration.json"
-            known = calibration.load(self.calibration_of, self.hardware, log, keep)
+            known = calibration.load(self.calibration_of, self.hardware, self.planned, log, keep)
         made = row.predicted(one, self.hardware, self.count, found, self._tries(one, found), known)
         log.info(row.text(self.config.name, one, self.hardware, found, made))
         self._write(one, found, made)
@@ -94,7 +94,7 @@ class Planning:
 
     def _described(self, change):
         config = steps.changed(self.config, change)
-        return steps.describe(config, self.devices, self.hardware.platform)
+        return self.planned.describe(config, self.devices, self.hardware.platform, self.hardware.capability)
 
     def _tries(self, one, found):
         """What was tried where the step does not fit."""
@@ -106,7 +106,7 @@ class Planning:
         def total_of(change):
             return estimate.total_bytes(self._described(change), self.hardware)
 
-        return changes.attempt(one.config, dict(one.mesh.shape), room, total_of)
+        return changes.attempt(one.candidates(), room, total_of)
 
     def _write(self, one, found, made):
         written = record.build_record(

@@ -64,7 +64,7 @@ def prepare(config, log):
     model_config = described(config.model, source)
     lm = architecture.check(model_config)  # a bad model is refused before any data is read
     model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
-    _check_positions(config, source)
+    check_positions(config, source)
     mesh = sharding.make_mesh(config.mesh)
     check_train(config.train, mesh)
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
@@ -142,7 +142,7 @@ def check_form(form, adapter, method):
         raise UserError(f"config.quant = {form!r}: tuning rounds to the nearest; take 'nf4()', 'int4()' or 'int8()'")
 
 
-def _check_positions(config, source):
+def check_positions(config, source):
     """Refuses rows that are longer than what the checkpoint was made for."""
     most = source.max_positions if source else None
     if most and config.train.length > most:

@@ -15,17 +15,8 @@ from efficientllm import main
 from efficientllm.report import study
 
 HERE = pathlib.Path(__file__).parent
-# Published shapes (each model's own config.json); the vocabulary makes a tokenizer and a checkpoint unnecessary.
-SHAPES = {
-    "llama-3.2-1b": (16, 2048, 32, 8, 64, 8192, 5e5, 128256, True),
-    "qwen2.5-7b": (28, 3584, 28, 4, 128, 18944, 1e6, 152064, False),
-    "llama-3.1-8b": (32, 4096, 32, 8, 128, 14336, 5e5, 128256, False),
-    "qwen2.5-14b": (48, 5120, 40, 8, 128, 13824, 1e6, 152064, False),
-    "mistral-small-24b": (40, 5120, 32, 8, 128, 32768, 1e8, 131072, False),
-    "llama-3-70b": (80, 8192, 64, 8, 128, 28672, 5e5, 128256, False),
-    "qwen2.5-72b": (80, 8192, 64, 8, 128, 29568, 1e6, 152064, False),
-}
-FIELDS = ("num_layers", "dim", "num_heads", "num_kv_heads", "head_dim", "hidden", "rope_base", "vocab_size")
+# Models by their config.json alone; those that are tuned lie beside that study.
+FOLDERS = (HERE.parent / "tuning" / "models", HERE / "models")
 # One row of 8,192 tokens a device, parameters and optimiser sharded over all devices, everything kept for the way back.
 PRETRAIN = {
     "plan.hardware": "gh200_96",
@@ -35,16 +26,32 @@ PRETRAIN = {
     "model.precision": "bfloat16",
     "mesh": "fsdp=-1",
 }
-# One row of 4,096 tokens a device for every method; the study's own batches differ between methods.
-TUNE = {
-    "plan.hardware": "h200",
-    "plan.devices": 8,
-    "train.batch_size": 8,
-    "train.length": 4096,
+# The study's rank, dropout, precision and remat, and one batch for all methods: configs/tune_study.py.
+TUNE = {"plan.hardware": "h200", "plan.devices": 8}
+# RSLoRA, LoRA+ and PiSSA are LoRA's program with other constants or other initial values (tests/plan/test_methods.py).
+METHODS = ("lora", "dora", "freeze", "full")
+TUNED = (
+    *("llama-3.2-1b", "llama-3.2-3b", "mistral-7b", "qwen2.5-7b"),
+    *("llama-3.1-8b", "qwen2.5-14b", "mistral-small-24b"),
+)
+# A request of the sweep experiments/inference: one prompt of 512 tokens, and 128 after it.
+SERVE = {
+    "plan.hardware": "gh200_96",
     "model.precision": "bfloat16",
-    "model.remat": "full",
-    "mesh": "fsdp=-1",
+    "infer.prompt_length": 512,
+    "infer.max_new_tokens": 128,
 }
+# Of 14B, DeepSeek's distillation of the study has Qwen2.5's shape.
+SERVED = {
+    "deepseek-r1-distill-qwen-1.5b": None,
+    "qwen2.5-7b": None,
+    "llama-3.1-8b": None,
+    "qwen2.5-14b": "quantization_deepseek-r1-distill-qwen-14b",
+    "phi-4": "quantization_phi-4",
+    "qwen2.5-32b": "quantization_qwen2.5-32b",
+    "yi-34b": "quantization_yi-34b",
+}
+FORMS = ("bfloat16", "float16", "int4")
 MOE = "moe(num_experts=8, top_k=2, load_balance=0.01, z_loss=0.001)"
 
 
@@ -63,26 +70,48 @@ def pretraining():
         for mixer in ("mamba", "pythia", "rwkv"):
             plans[f"attention_free/{size}/{mixer}"] = (f"mixers.py:{mixer}", own, ("attention_free", mixer))
         if size != "3b":
-            plans[f"moe/{size}x8/top2"] = ("base.py", own | {"model.ffn": MOE}, ("moe", f"moe-{size}x8-top2"))
-    return plans
-
-
-def tuning():
-    plans = {}
-    for model in SHAPES:
-        own = TUNE | size_of(model)
-        for method in ("lora", "qlora", "dora", "full"):
-            plans[f"tune/{model}/{method}"] = (f"tune.py:{method}", own, (f"tune_{model}_o1-sft", method))
+            mixture = ("base.py", own | {"model.ffn": MOE}, ("moe", f"moe-{size}x8-top2"))
+            plans[f"moe/{size}x8/top2"] = mixture
+            # 48 divides neither 8 experts nor, of 0.5b, a width of 896.
+            plans[f"moe/{size}x8/top2, data 3, fsdp 16"] = (
+                *mixture[:1],
+                mixture[1] | {"mesh": "data=3, fsdp=16"},
+                mixture[2],
+            )
+            plans[f"moe/{size}x8/top2, expert 8"] = (
+                *mixture[:1],
+                mixture[1] | {"mesh": "expert=8, fsdp=6"},
+                mixture[2],
+            )
     for model in ("llama-3-70b", "qwen2.5-72b"):
-        own = PRETRAIN | size_of(model) | {"model.remat": "full"}
+        own = PRETRAIN | {"model.pretrained": folder(model), "model.remat": "full"}
         plans[f"pretrain/{model}/gqa"] = ("base.py", own, (None, None))
     return plans
 
 
-def size_of(model):
-    *shape, tied = SHAPES[model]
-    spec = ", ".join(f"{key}={value!r}" for key, value in zip(FIELDS, shape, strict=True))
-    return {"model.size": f"custom({spec}, qkv_bias={model.startswith('qwen')})", "model.tied": tied}
+def tuning():
+    return {
+        f"tune/{model}/{method}": (
+            f"tune_study.py:{method}",
+            TUNE | {"model.pretrained": folder(model)},
+            (f"tune_{model}_o1-sft", method),
+        )
+        for model in TUNED
+        for method in METHODS
+    }
+
+
+def inference():
+    return {
+        f"infer/{model}/{form}": (f"infer.py:{form}", SERVE | {"model.pretrained": folder(model)}, (table, form))
+        for model, table in SERVED.items()
+        for form in FORMS
+    }
+
+
+def folder(model):
+    """Where its config.json is."""
+    return next(str(parent / model) for parent in FOLDERS if (parent / model).is_dir())
 
 
 def make(name, config, overrides, out):
@@ -111,9 +140,9 @@ def studied(where):
 
 
 COLUMNS = (
-    *("plan", "devices", "mesh", "parameters", "tokens_a_step", "arguments_gb", "temporaries_gb", "peak_gb", "fits"),
+    *("plan", "devices", "mesh", "parameters", "tokens", "arguments_gb", "temporaries_gb", "peak_gb", "fits"),
     *("fits_with", "by_shapes_gb", "model_tflop", "program_tflop", "moved_gb", "sent_gb", "compute_ms", "memory_ms"),
-    *("network_ms", "bound", "study_amu_gb", "study_al_ms", "compile_s", "kernels"),
+    *("network_ms", "bound", "ttft_ms", "tpot_ms", "study_amu_gb", "study_al_ms", "compile_s", "kernels"),
 )
 
 
@@ -121,6 +150,9 @@ def line(name, where, record):
     """A plan's line of the table."""
     plan, train = record["predicted"], record["config"]["train"]
     size = lambda key: _round(plan["memory_bytes"].get(key), 1e9)  # noqa: E731
+    ours, parts = record["config"]["infer"], plan["parts"]
+    served = f"{ours['batch_size']} x {ours['prompt_length']} and {ours['max_new_tokens']} after"
+    first = (parts[key]["step_s"] for key in ("prefill", "first logits") if parts)
     sent = None if plan["collectives"] is None else sum(each["wire_bytes"] for each in plan["collectives"].values())
     sides = {f"{side}_ms": _round(seconds, 1e-3) for side, seconds in plan["roofline_s"].items()}
     amu, al = studied(where) if "0.5b/" not in name and "3b/" not in name else (None, None)
@@ -129,7 +161,7 @@ def line(name, where, record):
         "devices": f"{plan['devices']} x {plan['hardware']}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1),
         "parameters": record["physical"]["params_total"],
-        "tokens_a_step": f"{train['batch_size']} x {train['length']}",
+        "tokens": served if parts else f"{train['batch_size']} x {train['length']} a step",
         "arguments_gb": size("argument_bytes"),
         "temporaries_gb": size("temp_bytes"),
         "peak_gb": _round(plan["peak_bytes"], 1e9),
@@ -141,6 +173,8 @@ def line(name, where, record):
         "moved_gb": _round(plan["moved_bytes"], 1e9),
         "sent_gb": _round(sent, 1e9),
         "bound": plan["bound"],
+        "ttft_ms": _round(sum(first), 1e-3) if parts else None,
+        "tpot_ms": _round(parts["decode"]["step_s"], 1e-3) if parts else None,
         "study_amu_gb": amu,
         "study_al_ms": _round(al, 1e-3),
         "compile_s": _round(record["physical"]["compile_s"], 1),
@@ -160,12 +194,15 @@ def _round(value, unit, digits=4):
 
 
 def table(plans, out):
-    """The lines of all plans that are there, as rows.csv."""
-    lines = [
-        line(name, where, json.loads((out / name / "record.json").read_text()))
+    """The lines of all plans that are there, as rows.csv; of the rest those that it holds already."""
+    with open(HERE / "rows.csv", newline="", encoding="utf-8") as file:
+        held = {each["plan"]: each for each in csv.DictReader(file)}
+    made = {
+        name: line(name, where, json.loads((out / name / "record.json").read_text()))
         for name, (_, _, where) in plans.items()
         if (out / name / "record.json").exists()
-    ]
+    }
+    lines = [(held | made)[name] for name in plans if name in held | made]
     with open(HERE / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -193,7 +230,7 @@ def run():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/plan"))
     options = parser.parse_args()
     logging.getLogger("jax").setLevel(logging.ERROR)
-    plans = pretraining() | tuning()
+    plans = pretraining() | tuning() | inference()
     for name, (config, overrides, _) in plans.items():
         if re.search(options.only, name):
             make(name, config, overrides, options.out)

@@ -125,6 +125,13 @@ def test_without_its_compiler_the_plan_is_of_shapes_and_says_so(tmp_path, capsys
     assert row["provenance"]["devices"]["kind"] == "NVIDIA H100 80GB HBM3"
 
 
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="the compiler is installed")
+def test_without_its_compiler_the_kernels_are_still_the_hardware_s(tmp_path):
+    options = {"plan__hardware": "h100", "model__precision": "bfloat16"}
+    status, row = plan(tmp_path / "plan", **options)
+    assert status == 0 and row["predicted"]["kernels"]["attention"] == ["cudnn"]
+
+
 def test_what_cannot_be_planned_is_one_line(tmp_path, capsys):
     for overrides, said in (
         ({"plan__hardware": "h201"}, "did you mean 'h200'"),

@@ -1,8 +1,10 @@
 """The study's claims on rows where the answer is known."""
 
+import json
+
 import pytest
 
-from efficientllm.report import claims, columns, comparison, rows, study
+from efficientllm.report import board, claims, columns, comparison, forecasts, markdown, rows, study
 from efficientllm.report.statistics import Interval
 from report import made
 
@@ -72,3 +74,36 @@ def test_what_is_declared_can_be_evaluated():
         assert claims.judge(Interval(1.0, 1.0, 1.0, 6, ""), claim["ratio"])[0] in (claims.HOLDS, claims.FAILS)
     names = [claim["name"] for claim in claims.declared()]
     assert len(set(names)) == len(names)
+
+
+def plan(folder, gb, flops=1e9, **changes):
+    """A plan's row, with what it predicts."""
+    file = made.row(folder, task="plan", devices=made.H100, flops_per_token=flops, changes=changes)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"predicted": {"amu_gb": gb}}))
+
+
+def test_plans_are_judged_apart_and_say_so(tmp_path):
+    mixture, adapter = {"model.ffn": "moe(num_experts=8)"}, {"plan.of": "tune", "adapter": "lora(rank=8)"}
+    plan(tmp_path / "dense", 40.0)
+    plan(tmp_path / "moe", 80.0, 1.1e9, **mixture)
+    plan(tmp_path / "mqa", 39.9, **{"model.mixer": "mqa"})
+    plan(tmp_path / "lora", 10.0, **adapter)
+    plan(tmp_path / "full", 30.0, **adapter | {"adapter": "full()"})
+    plan(tmp_path / "remade", 5.0, **mixture | {"model.remat": "full"})
+    for seed in range(3):
+        made.row(tmp_path / f"measured{seed}", seed=seed, amu_gb=1.0, devices=made.H100)
+        made.row(tmp_path / f"mixture{seed}", seed=seed, amu_gb=1.2, devices=made.H100, changes=mixture)
+    found = comparison.groups(rows.read(rows.find([tmp_path])[0]))
+    measured = {claim["name"]: claim for claim in claims.evaluate(found)}
+    planned = {claim["name"]: claim for claim in forecasts.evaluate(found)}
+    assert [pair["ratio"] for pair in measured["moe-memory"]["pairs"]] == [pytest.approx(1.2)]
+    assert "no row with tuning lora" in measured["lora-memory"]["reason"]
+    ratios = [pair.get("ratio") for pair in planned["moe-memory"]["pairs"]]
+    assert sorted(ratios, key=str) == [2.0, None] and "differ in model.remat too" in planned["moe-memory"]["reason"]
+    assert planned["moe-memory"]["status"] == "does not hold, predicted"
+    assert planned["lora-memory"]["pairs"][0]["ratio"] == pytest.approx(1 / 3)
+    assert planned["mqa-memory"]["reason"].endswith("equal within ±2 %")
+    assert "al_s" not in {claim["metric"] for claim in planned.values()}
+    text = markdown.text(board.build(rows.read(rows.find([tmp_path])[0])), {})
+    sections = ("## The study's claims", "## What plans say", "does not hold, predicted")
+    assert sorted(map(text.index, sections)) == [text.index(section) for section in sections]

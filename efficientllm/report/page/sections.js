@@ -47,15 +47,18 @@ function renderStudy() {
 
 function renderClaims() {
   const kinds = { holds: "better", "does not hold": "worse" };
-  const rows = BOARD.claims.map((claim) => {
+  const rows = (claims) => claims.map((claim) => {
     const pairs = claim.pairs.filter((pair) => pair.ratio !== undefined)
       .map((pair) => make("small", {}, `${pair.variant} / ${pair.against} ${showRatio(pair)}`));
     const says = make("span", {}, claim.says, make("small", {}, `${claim.where}${claim.note ? `. ${claim.note}` : ""}`));
     const found = make("span", {}, ...pairs, claim.reason ? make("small", {}, claim.reason) : null);
-    return [claim.name, says, `${claim.metric} ratio ${claim.ratio}`, make("span", { class: kinds[claim.status] ?? "open" }, claim.status), found];
+    return [claim.name, says, `${claim.metric} ratio ${claim.ratio}`, make("span", { class: kinds[claim.status.replace(", predicted", "")] ?? "open" }, claim.status), found];
   });
-  byId("claims-text").replaceChildren(plainTable("EfficientLLM, arXiv:2505.13840, replayed on these rows",
-    ["claim", "it says", "checked as", "here", "ratios, or why not"], rows, ["", "wrap", "text", "text", "wrap"]));
+  const table = (caption, claims) => plainTable(caption,
+    ["claim", "it says", "checked as", "here", "ratios, or why not"], rows(claims), ["", "wrap", "text", "text", "wrap"]);
+  const tables = [table("EfficientLLM, arXiv:2505.13840, replayed on these rows", BOARD.claims)];
+  if (BOARD.forecasts.length) tables.push(table("Predicted, not measured: what plans say of the claims", BOARD.forecasts));
+  byId("claims-text").replaceChildren(...tables);
 }
 
 function renderNoise() {

@@ -1,0 +1,189 @@
+"""A request as it would be served: prefill and decoding, described from a config alone and compiled without arrays."""
+
+import dataclasses
+import functools
+import typing
+
+import flax.linen as nn
+import jax
+
+from efficientllm import accounting, kernels, model, sharding
+from efficientllm.errors import UserError
+from efficientllm.infer import serving as infer
+from efficientllm.infer.engine import Engine
+from efficientllm.metrics.reading import Reading
+from efficientllm.plan import changes, steps
+from efficientllm.quant import tree as quant
+from efficientllm.quant.rows import resident_bytes
+from efficientllm.registry import build, register
+
+FIRST = ("prefill", "first logits")  # the programs before the first token
+FORMS = ("bfloat16", "int8()", "int4()")  # tried, from the largest to the smallest, where weights do not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is served: prompts of `config.infer.prompt_length` tokens, `infer.batch_size` at once, and answers to them.
+
+    The prompts that a run shows answers to are no part of it: no tokenizer is there to count them.
+    `shaped` are the abstract parameters in the form `config.quant`, on their shardings.
+    """
+
+    config: object
+    lm: object
+    mesh: object
+    boxed: dict
+    shaped: dict
+    platform: str
+    capability: tuple = (0, 0)
+
+    def scope(self):
+        """Where it is traced and compiled: its mesh, and kernels for its platform and compute capability."""
+        return steps.scope(self.mesh, self.platform, self.capability)
+
+    @property
+    def samples(self):
+        return self.config.infer.batch_size
+
+    @property
+    def length(self):
+        """Tokens of a row, prompt and answer."""
+        return self.config.infer.prompt_length + self.config.infer.max_new_tokens
+
+    @property
+    def tokens(self):
+        """Tokens that a request makes."""
+        return self.samples * self.config.infer.max_new_tokens
+
+    @property
+    def heading(self):
+        ours = self.config.infer
+        return (
+            f"{self.samples} x {ours.prompt_length} tokens and {ours.max_new_tokens} after them as {self.config.quant}"
+        )
+
+    def programs(self):
+        """The Parts of a request: the pass over the prompts, the first logits, and as many steps as there are tokens.
+
+        A step's FLOPs and bytes are those in the middle of an answer, as a run's row has them.
+        """
+        ours, middle = self.config.infer, self.config.infer.prompt_length + self.config.infer.max_new_tokens // 2
+        engine = Engine(self.lm, self.shaped, build("sampler", ours.sampler), 0, self.length)
+        with self.scope(), kernels.recording() as of_prefill:
+            prefill, read_out = engine.trace_prefill(self.samples, ours.prompt_length)
+        with self.scope(), kernels.recording() as of_decode:
+            decode = engine.trace_decode(self.samples)
+        head = 2 * self.samples * self.lm.dim * self.lm.vocab_size
+        passed = self.samples * accounting.forward_flops(self.lm, self.boxed, ours.prompt_length)
+        passed -= ours.prompt_length * head  # logits of the last token alone, and those by `read_out`
+        stepped = self.samples * accounting.decode_flops(self.lm, self.boxed, middle)
+        moved = accounting.decode_bytes(self.lm, self.boxed, self.shaped, self.samples, middle)
+        used = {name: sorted(kinds) for name, kinds in of_prefill.items()}
+        return [
+            steps.Part(FIRST[0], 1, prefill, used, passed, self.weights + self.states),
+            steps.Part(FIRST[1], 1, read_out, {}, head, 0),
+            steps.Part(
+                "decode",
+                ours.max_new_tokens,
+                decode,
+                {name: sorted(kinds) for name, kinds in of_decode.items()},
+                stepped,
+                moved,
+                turns=1,
+            ),
+        ]
+
+    def plain(self):
+        """The same in products that a jaxpr shows."""
+        return describe(self.config, list(self.mesh.devices.flat), "tpu")
+
+    @functools.cached_property
+    def weights(self):
+        """Bytes of the parameters."""
+        return resident_bytes(self.shaped)
+
+    @property
+    def states(self):
+        """Bytes of all rows' states at their longest."""
+        return self.samples * accounting.state_bytes(self.lm, self.length)
+
+    def by_shapes(self):
+        """Bytes of the weights and of the states."""
+        return self.weights + self.states
+
+    def sent_by_formula(self):
+        """Its Collectives: one device sends nothing."""
+        return ()
+
+    def candidates(self):
+        """The single changes that could make it fit (`plan.changes`)."""
+        plain = nn.unbox(self.boxed)
+        smaller = [
+            form
+            for form in FORMS
+            if resident_bytes(quant.abstract(plain, form, self.config.infer.rules)) < self.weights
+        ]
+        return changes.of_serving(self.config, smaller)
+
+    def rates(self, seconds):
+        """The study's throughput of a request that takes so long."""
+        return {"it_tokens_per_s": self.tokens / seconds}
+
+    def latencies(self, parts):
+        """The least time to the first token and that of another, of the Estimates of `programs`."""
+        *first, step = (parts[name][1].roofline.seconds for name in (*FIRST, "decode"))
+        return {"ttft_s": None if None in first else sum(first), "tpot_s": step}
+
+    no_rates: typing.ClassVar = ("it_tokens_per_s",)
+    no_mcr: typing.ClassVar = "how good the weights still are in this form is measured"
+
+    def readings(self):
+        """What is known of the model and is no cost, as Readings."""
+        middle = self.config.infer.prompt_length + self.config.infer.max_new_tokens // 2
+        flops = accounting.decode_flops(self.lm, self.boxed, middle)
+        state = accounting.state_bytes(self.lm, self.length) / self.length
+        formula = f"closed formula ({accounting.FLOP_CONVENTION}), token {middle}"
+        return {
+            "flops_per_token": Reading(flops, "FLOP", formula),
+            "resident_weight_bytes": Reading(self.weights, "bytes", "parameter tree"),
+            "kv_bytes_per_token": Reading(state, "bytes", f"closed formula, row of {self.length}"),
+        }
+
+
+def whole(config, mesh):
+    """The config, checked as a run's: there is no batch to divide."""
+    infer.check(config)
+    return config
+
+
+def describe(config, devices, platform, capability=(0, 0)):
+    """The Request of a config on the first of `devices`, for the `platform` that it is compiled for."""
+    if len(devices) > 1:
+        raise UserError(f"config.plan.devices = {len(devices)}: inference serves on one device; take 1")
+    mesh = sharding.make_mesh(config.mesh, devices)
+    with steps.target(platform, capability):
+        lm, most = _model_of(config)
+        boxed = model.abstract_params(lm)
+    _check_length(config.infer, lm, most)
+    infer.check_rules(boxed, config.infer.rules)
+    whole = sharding.replicated(mesh)
+    held = quant.abstract(nn.unbox(boxed), config.quant, config.infer.rules)
+    shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), held)
+    return Request(config, lm, mesh, boxed, shaped, platform, capability)
+
+
+def _model_of(config):
+    """(lm with its layers apart, the most positions its checkpoint names or None)."""
+    source = steps.source_of(config)
+    return steps.lm_of(config, source).clone(scan=False), source and source.max_positions
+
+
+def _check_length(ours, lm, most):
+    length = ours.prompt_length + ours.max_new_tokens
+    where = f"config.infer.prompt_length = {ours.prompt_length}, config.infer.max_new_tokens = {ours.max_new_tokens}"
+    if most and length > most:
+        raise UserError(f"{where}: {length} tokens; the model has {most} positions")
+    model.check_length(lm, length, where)
+
+
+register("planned", "infer")(steps.Planned(whole, describe, ("infer",)))

@@ -1,0 +1,48 @@
+"""Attention in cuDNN is chosen by the GPU that is planned for, and JAX traces it without one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as fused
+
+from efficientllm import kernels
+from efficientllm.attention import Mask, attend, choose
+from efficientllm.plan import cudnn
+
+
+def heads(K, G=2):
+    return jax.ShapeDtypeStruct((1, 64, G, K), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "K, capability, kernel", [(128, (8, 0), "cudnn"), (192, (8, 0), "xla"), (192, (9, 0), "cudnn")]
+)
+def test_how_wide_heads_may_be_depends_on_the_gpu(K, capability, kernel):
+    with kernels.compiling_for("gpu", capability):
+        assert choose(heads(K), Mask()) == kernel
+        assert kernels.capability() == capability
+    assert kernels.capability() == (0, 0)  # this machine has no GPU
+
+
+def test_wide_heads_are_traced_for_a_gpu_that_takes_them():
+    def loss(q, k, v):
+        return attend(q, k, v, Mask(), "cudnn").astype(jnp.float32).sum()
+
+    shapes = heads(192), heads(192), heads(128)
+    with cudnn.planned_for((8, 0)), pytest.raises(NotImplementedError, match="head dim must be <= 128"):
+        jax.eval_shape(jax.grad(loss), *shapes)
+    with kernels.compiling_for("gpu", (9, 0)), cudnn.planned_for((9, 0)):
+        assert jax.eval_shape(jax.grad(loss), *shapes).shape == (1, 64, 2, 192)
+
+
+def test_afterwards_the_process_is_asked_again():
+    checks = fused.check_compute_capability, fused.is_cuda_compute_capability_equal, fused.check_cudnn_version
+    with pytest.raises(ValueError, match="inside"), cudnn.planned_for((9, 0)):
+        assert fused.check_compute_capability("9.0") and not fused.check_compute_capability("10.0")
+        assert fused.check_cudnn_version() == 91000
+        raise ValueError("inside")
+    assert checks == (
+        fused.check_compute_capability,
+        fused.is_cuda_compute_capability_equal,
+        fused.check_cudnn_version,
+    )
