@@ -1,7 +1,10 @@
 """Several processes as one run: found by jax's own cluster detection, or named by three environment variables."""
 
+import contextlib
 import json
 import os
+import sys
+import traceback
 
 import jax
 import numpy as np
@@ -11,25 +14,64 @@ from efficientllm.errors import UserError
 
 # Set by the launchers whose environment jax.distributed reads by itself.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# Seconds without a sign of life after which a process counts as dead, where its death breaks no connection.
+SILENT_S = 30
 
 
 def initialise():
     """Joins the other processes, if the environment tells of any. Call before the first use of a device.
 
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them by hand.
+    Raises UserError for a launcher whose environment jax does not know.
     """
     # It would swallow a SIGTERM that comes before the loop listens; the loop has its own way of stopping all.
     jax.config.update("jax_enable_preemption_service", False)
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
-    elif any(int(os.environ.get(name, "1")) > 1 for name in LAUNCHERS):
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize()
+        _join(num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
+    elif launcher := next((name for name in LAUNCHERS if int(os.environ.get(name, "1")) > 1), None):
+        try:
+            _join()
+        except ValueError as error:
+            raise UserError(
+                f"{launcher} = {os.environ[launcher]}, but jax finds no cluster in the environment ({error}); "
+                "name the processes by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            ) from None
+
+
+def _join(**named):
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(heartbeat_timeout_seconds=SILENT_S, **named)
 
 
 def _number(name):
     return int(os.environ[name]) if name in os.environ else None
+
+
+def leave(status):
+    """Ends this process at once if it is one of several: at exit jax waits for the others, and they wait for it in a
+    collective. Returns `status` if it is alone."""
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+@contextlib.contextmanager
+def leaving():
+    """An exception that the other processes may not share ends this one at once, and with it the job."""
+    try:
+        yield
+    except UserError as error:
+        if not getattr(error, "shared", False) and jax.distributed.is_initialized():
+            print(f"efficientllm: {error}", file=sys.stderr)
+            leave(2)
+        raise
+    except Exception:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            leave(1)
+        raise
 
 
 def is_main():
@@ -56,8 +98,8 @@ def together(function):
     except UserError as raised:
         error = raised
     refusing = [index for index, refuses in enumerate(gather(error is not None)) if refuses]
-    if error:
-        raise error
     if refusing:
-        raise UserError(f"process {refusing[0]} cannot go on; it says why")
+        error = error or UserError(f"process {refusing[0]} cannot go on; it says why")
+        error.shared = True
+        raise error
     return result

@@ -14,6 +14,11 @@ from efficientllm.workdir import Workdir
 def run(config, path=None, overwrite=False):
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
     distributed.initialise()
+    with distributed.leaving():
+        return _run(config, path, overwrite)
+
+
+def _run(config, path, overwrite):
     task = distributed.together(lambda: _task(config))
     if hasattr(task, "before_devices"):
         task.before_devices(config)

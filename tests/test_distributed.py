@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -126,18 +127,72 @@ def test_a_run_goes_on_with_other_devices_and_processes(texts, one, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job_and_the_same_command_resumes(texts, one, tmp_path):
+def test_a_run_with_an_axis_of_experts_goes_on_with_other_devices_and_processes(texts, tmp_path):
+    moe = "moe(num_experts=4, top_k=2, hidden=32, dispatch='capacity')"
+    options = OPTIONS | {"model__ffn": moe}
+    assert main.main(runs.arguments(texts, tmp_path / "one", **options)) == 0
+    folder = tmp_path / "run"
+
+    def command(mesh):
+        return runs.arguments(texts, folder, mesh=mesh, **options)
+
+    argv = command("fsdp=2, expert=4")
+    (process,) = start(argv, devices=8)
+    runs.when(folder, "step  3/24", process.terminate)
+    assert finish([process])[0] == [128 + signal.SIGTERM]
+
+    argv = command("expert=4")  # tokens travel from one process to the other
+    statuses, outputs = finish(start(argv, argv))
+    assert statuses == [0, 0] and any("resuming from step" in line for line in outputs[0]), outputs
+    same(folder, tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_job_and_the_same_command_resumes(victim, texts, one, tmp_path):
+    """The first process, which coordinates and writes, or another. The one that is left says so and ends at once."""
     two = tmp_path / "two"
     argv = runs.arguments(texts, two, mesh="fsdp=4", **OPTIONS)
     processes = start(argv, argv)
-    runs.when(two, "step  8/24", processes[1].kill)
+    runs.when(two, "step  8/24", processes[victim].kill)
+    begin = time.monotonic()
     statuses, outputs = finish(processes, timeout=400)
-    assert statuses[1] == -signal.SIGKILL and statuses[0] != 0, outputs
+    assert time.monotonic() - begin < 20
+    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] != 0, outputs
+    if victim:
+        assert statuses[0] == 3 and "where another process has died" in outputs[0][-1], outputs
+        row = json.loads((two / "record.json").read_text())
+        assert row["outcome"] == "crash"
 
     statuses, outputs = finish(start(argv, argv))
     assert statuses == [0, 0], outputs
     assert any("resuming from step" in line for line in outputs[0])
     same(two, one)
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all(texts, tmp_path):
+    """Even one that nobody foresaw, while the others wait for it: a full disk under one writer, a bug."""
+    broken = tmp_path / "broken.py"
+    broken.write_text("""
+import os
+from efficientllm.train import loop
+to_device, calls = loop.to_device, []
+def breaks(batch, mesh):
+    calls.append(batch)
+    if len(calls) == 5 and os.environ["JAX_PROCESS_ID"] == "1":
+        raise ZeroDivisionError("a bug")
+    return to_device(batch, mesh)
+loop.to_device = breaks
+""")
+    argv = runs.arguments(texts, tmp_path / "run", mesh="fsdp=4", imports=f"('{broken}',)", **OPTIONS)
+    processes = start(argv, argv)
+    runs.when(tmp_path / "run", "step  3/24", lambda: None)
+    begin = time.monotonic()
+    statuses, outputs = finish(processes, timeout=400)
+    assert time.monotonic() - begin < 20
+    assert statuses == [3, 1] and outputs[1][-1] == "ZeroDivisionError: a bug", outputs
+    assert "where another process has died" in outputs[0][-1]
 
 
 def test_what_stops_one_process_stops_all(texts, tmp_path):

@@ -3,9 +3,10 @@ the network's share of a plan where no compiler is.
 
 Gradients are summed over the devices that hold other tokens (Li et al. 2020, arXiv:2006.15704). What `fsdp` splits is
 gathered for each pass, and its gradient summed into its parts (ZeRO-3, Rajbhandari et al. 2020, arXiv:1910.02054,
-Section 7). `tensor` sums the outputs of a mixer and an ffn forward, and the gradients of their inputs backward
-(Shoeybi et al. 2019, arXiv:1909.08053, Section 3); `sequence` gathers keys and values. Scalars are left out: the
-loss, its counts, and the norms of gradients.
+Section 7), and so is what `expert` splits but for the experts, to which it sends the rows of tokens and back (GShard:
+Lepikhin et al. 2020, arXiv:2006.16668, Section 3.2). `tensor` sums the outputs of a mixer and an ffn forward, and the
+gradients of their inputs backward (Shoeybi et al. 2019, arXiv:1909.08053, Section 3); `sequence` gathers keys and
+values. Scalars are left out: the loss, its counts, a router's statistics, and the norms of gradients.
 """
 
 import dataclasses

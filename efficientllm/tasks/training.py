@@ -224,7 +224,10 @@ class Training:
             self._write_row(outcome, energy.unavailable(f"the run ended as {outcome}"))
         except OSError as error:
             log.error(f"no row could be written: {error}")
-        return FAILED
+        if outcome == "nan":  # as all processes see
+            return FAILED
+        self._close_writer()
+        return distributed.leave(FAILED)
 
     def _last_good(self):
         step_saved = self.checkpoints.latest_step()
@@ -234,12 +237,16 @@ class Training:
         """Stops threads and closes files."""
         if self.sampler:
             self.sampler.stop()
-        if self.writer:
-            with contextlib.suppress(OSError):  # a full disk has been said
-                self.writer.close()
+        self._close_writer()
         if self.checkpoints:
             self.checkpoints.close()
         close_log()
+
+    def _close_writer(self):
+        if self.writer:
+            with contextlib.suppress(OSError):  # a full disk has been said
+                self.writer.close()
+        self.writer = None
 
     def _headline(self):
         devices = jax.devices()

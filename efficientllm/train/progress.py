@@ -7,13 +7,14 @@ import time
 
 
 def open_log(file):
-    """The package's logger, writing to the console and to `file`; silent without one."""
+    """The package's logger, writing to the console and to `file`; without one, errors alone and to stderr."""
     log = logging.getLogger("efficientllm")
     log.setLevel(logging.INFO)
     log.propagate = False
     close_log()
-    handlers = (logging.StreamHandler(sys.stdout), logging.FileHandler(file)) if file else (logging.NullHandler(),)
+    handlers = (logging.StreamHandler(sys.stdout), logging.FileHandler(file)) if file else (logging.StreamHandler(),)
     for handler in handlers:
+        handler.setLevel(logging.INFO if file else logging.ERROR)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
     return log

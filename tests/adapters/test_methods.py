@@ -60,13 +60,13 @@ def forward(lm):
 
 
 @functools.cache
-def tuned(spec, kind="mixer", technique="gqa"):
+def tuned(spec, kind="mixer", technique="gqa", form="float32"):
     """`(method, lm, plain parameters, TrainState)` with every learnt array moved from its initial value."""
     method = build("adapter", SPECS.get(spec, spec))
     lm = contract.build(kind, technique)
     params = contract.parameters(lm)
     lm, params = model.unroll(lm, params) if method.unrolled else (lm, params)
-    state = start(method, lm, params)
+    state = start(method, lm, params, form)
     noise = np.random.default_rng(1)
     moved = jax.tree.map(lambda leaf: leaf + 0.05 * noise.standard_normal(leaf.shape, np.float32), state.params)
     return method, lm, params, state.replace(params=moved)
@@ -178,21 +178,37 @@ def check_flops(method, lm, _, state):
     assert counted == expected + contract.B * dropped * passes
 
 
+CUBE = "data=2, fsdp=2, tensor=2"
+TRAVELLING = MOE.replace("bias_rate", "dispatch='capacity', capacity_factor=1.0, bias_rate")
+
+
 @pytest.mark.parametrize(
-    "spec, kind, technique",
+    "spec, technique, mesh_spec, form",
     [
-        ("lokr", "mixer", "gqa"),
-        pytest.param("lora", "ffn", MOE, marks=pytest.mark.slow),
-        pytest.param("dora", "ffn", MOE, marks=pytest.mark.slow),
+        ("lokr", "gqa", CUBE, "float32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("lora", MOE, CUBE, "float32"),
+                ("dora", MOE, CUBE, "float32"),
+                ("lora", TRAVELLING, "fsdp=2, expert=4", "float32"),
+                ("dora", TRAVELLING, "expert=8", "float32"),
+                ("lokr", TRAVELLING, "expert=4, tensor=2", "float32"),
+                ("full", TRAVELLING, "data=2, expert=4", "float32"),
+                ("lora", TRAVELLING, "fsdp=2, expert=2, tensor=2", "nf4(block=32)"),
+                ("dora", TRAVELLING, "fsdp=2, expert=4", "int8"),
+            )
+        ),
     ],
 )
-def test_one_device_equals_eight(spec, kind, technique):
-    method, lm, _, state = tuned(spec, kind, technique)
+def test_one_device_equals_eight(spec, technique, mesh_spec, form):
+    """Experts on an axis of their own too, with adapters, rounded, and both."""
+    method, lm, _, state = tuned(spec, "mixer" if technique == "gqa" else "ffn", technique, form)
     run = lambda s: step.gradients(lm, s.params, contract.batch(), 1, s.frozen)[0]  # noqa: E731
     one = jax.jit(run)(state)
-    mesh = sharding.make_mesh("data=2, fsdp=2, tensor=2")
+    mesh = sharding.make_mesh(mesh_spec)
     with jax.set_mesh(mesh):
-        abstract = jax.eval_shape(step.init_state(lm, base.get_config().train, 0, contract.T, method))
+        abstract = jax.eval_shape(step.init_state(lm, base.get_config().train, 0, contract.T, method, form))
         where = sharding.shardings(abstract, mesh)
         many = jax.jit(run, in_shardings=(where,))(jax.device_put(state, where))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), one, jax.device_get(many))

@@ -20,6 +20,7 @@ from efficientllm.quant.tree import quantize
 from efficientllm.registry import build
 
 MOE = "moe(num_experts=4, top_k=2, hidden=32)"
+TRAVELLING = "moe(num_experts=4, top_k=2, hidden=32, dispatch='capacity', capacity_factor=1.0)"
 
 
 def boxed(lm):
@@ -74,13 +75,21 @@ def test_bytes_of_a_model():
     assert resident_bytes(packed) == kernels_ * 4.5 / 8 + contract.VOCAB * (64 + 4) + 4 * scales
 
 
-def test_one_device_equals_eight():
-    """Experts among them; on a mesh XLA runs the products."""
-    lm = contract.build("ffn", MOE, size=contract.SIZE.replace("num_layers=2", "num_layers=1"))
+@pytest.mark.parametrize(
+    "mesh_spec, moe",
+    [
+        ("data=2, fsdp=2, tensor=2", MOE),
+        pytest.param("fsdp=2, expert=4", TRAVELLING, marks=pytest.mark.slow),
+        pytest.param("expert=4, tensor=2", TRAVELLING, marks=pytest.mark.slow),
+    ],
+)
+def test_one_device_equals_eight(mesh_spec, moe):
+    """Experts among them, also on an axis of their own; on a mesh XLA runs the products."""
+    lm = contract.build("ffn", moe, size=contract.SIZE.replace("num_layers=2", "num_layers=1"))
     rules = [("embedding", "bfloat16"), ("mixer/", "int8")]
     packed = quantize(contract.parameters(lm), "int4", rules)
     exact = contract.logits(lm, contract.tokens(), packed)
-    mesh = sharding.make_mesh("data=2, fsdp=2, tensor=2")
+    mesh = sharding.make_mesh(mesh_spec)
     with jax.set_mesh(mesh), kernels.recording() as used:
         where = sharding.shardings(jax.eval_shape(lambda params: quantize(params, "int4", rules), boxed(lm)), mesh)
         ctx = contract.Context.packed(contract.positions())
