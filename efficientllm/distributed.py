@@ -1,6 +1,7 @@
 """Several processes as one run: found by jax's own cluster detection, or named by three environment variables."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ from efficientllm.errors import UserError
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # Seconds without a sign of life after which a process counts as dead, where its death breaks no connection.
 SILENT_S = 30
+# Exit status where another process has died and the same command would go on: EX_TEMPFAIL of sysexits.h.
+LOST = 75
 
 
 def initialise():
@@ -28,7 +31,7 @@ def initialise():
     jax.config.update("jax_enable_preemption_service", False)
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         _join(num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
-    elif launcher := next((name for name in LAUNCHERS if int(os.environ.get(name, "1")) > 1), None):
+    elif launcher := _launcher():
         try:
             _join()
         except ValueError as error:
@@ -36,6 +39,14 @@ def initialise():
                 f"{launcher} = {os.environ[launcher]}, but jax finds no cluster in the environment ({error}); "
                 "name the processes by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
             ) from None
+
+
+def _launcher():
+    """The variable that tells of several processes which jax.distributed can find by itself, or None."""
+    found = next((name for name in LAUNCHERS if int(os.environ.get(name, "1")) > 1), None)
+    # Kubernetes tells jax of the others through a package that not every image has.
+    asked = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
+    return found or ("JOB_COMPLETION_INDEX" if asked and importlib.util.find_spec("kubernetes") else None)
 
 
 def _join(**named):
@@ -50,11 +61,15 @@ def _number(name):
 def leave(status):
     """Ends this process at once if it is one of several: at exit jax waits for the others, and they wait for it in a
     collective. Returns `status` if it is alone."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    if _several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def _several():
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 @contextlib.contextmanager
@@ -63,14 +78,14 @@ def leaving():
     try:
         yield
     except UserError as error:
-        if not getattr(error, "shared", False) and jax.distributed.is_initialized():
+        if not getattr(error, "shared", False) and _several():
             print(f"efficientllm: {error}", file=sys.stderr)
             leave(2)
         raise
-    except Exception:
-        if jax.distributed.is_initialized():
+    except Exception as error:
+        if _several():
             traceback.print_exc()
-            leave(1)
+            leave(LOST if isinstance(error, jax.errors.JaxRuntimeError) else 1)
         raise
 
 

@@ -8,7 +8,8 @@
   --overwrite           start anew although the workdir holds a run
 
 The same command resumes an interrupted run. Compare runs with: tensorboard --logdir=runs
-Exit status: 0 ok, 2 bad config or input, 3 the run failed and its row says how, 128+n stopped by signal n and saved.
+Exit status: 0 ok, 2 bad config or input, 3 the run failed and its row says how, 75 another process of it has died,
+128+n stopped by signal n and saved.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Two processes of two devices each are one run: the losses of a single process, whatever happens to them."""
 
 import json
+import os
 import signal
 import socket
 import time
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 import runs
-from efficientllm import main
+from efficientllm import distributed, main
+from efficientllm.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("runs")  # with the other runs: they start processes of their own
 STEPS = 24
@@ -160,7 +162,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_resumes(victim, text
     assert time.monotonic() - begin < 20
     assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] != 0, outputs
     if victim:
-        assert statuses[0] == 3 and "where another process has died" in outputs[0][-1], outputs
+        assert statuses[0] == 75 and "where another process has died" in outputs[0][-1], outputs
         row = json.loads((two / "record.json").read_text())
         assert row["outcome"] == "crash"
 
@@ -168,6 +170,65 @@ def test_a_killed_process_ends_the_job_and_the_same_command_resumes(victim, text
     assert statuses == [0, 0], outputs
     assert any("resuming from step" in line for line in outputs[0])
     same(two, one)
+
+
+@pytest.mark.slow
+def test_processes_that_mpirun_has_started_find_each_other(texts, one, tmp_path):
+    """By the environment of Open MPI 4."""
+    argv = runs.arguments(texts, tmp_path / "two", mesh="fsdp=4", **OPTIONS)
+    job = os.getpid() % 4096 * 4096  # of which jax makes a port
+    processes = [
+        runs.start(
+            argv,
+            devices=2,
+            OMPI_MCA_orte_hnp_uri=f"{job}.0;tcp://127.0.0.1:1",
+            OMPI_COMM_WORLD_SIZE="2",
+            OMPI_COMM_WORLD_RANK=str(rank),
+            OMPI_COMM_WORLD_LOCAL_RANK="0",
+        )
+        for rank in range(2)
+    ]
+    assert finish(processes)[0] == [0, 0]
+    same(tmp_path / "two", one)
+
+
+@pytest.mark.parametrize(
+    "environment, joins",
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, True),
+    ],
+)
+def test_what_the_environment_tells_of(environment, joins, monkeypatch):
+    calls = []
+    for name in (*distributed.LAUNCHERS, "JAX_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "kubernetes")
+    monkeypatch.setattr(distributed.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **named: calls.append(named))
+    distributed.initialise()
+    assert bool(calls) == joins
+    if "JAX_PROCESS_ID" in environment:
+        assert (calls[0]["num_processes"], calls[0]["process_id"]) == (2, 1)
+
+
+def test_a_launcher_that_jax_does_not_know_is_named(monkeypatch):
+    def unknown(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", unknown)
+    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE = 2, but jax finds no cluster.*JAX_COORDINATOR_ADDRESS"):
+        distributed.initialise()
 
 
 @pytest.mark.slow
@@ -191,7 +252,7 @@ loop.to_device = breaks
     begin = time.monotonic()
     statuses, outputs = finish(processes, timeout=400)
     assert time.monotonic() - begin < 20
-    assert statuses == [3, 1] and outputs[1][-1] == "ZeroDivisionError: a bug", outputs
+    assert statuses == [75, 1] and outputs[1][-1] == "ZeroDivisionError: a bug", outputs
     assert "where another process has died" in outputs[0][-1]
 
 

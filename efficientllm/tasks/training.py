@@ -76,9 +76,10 @@ class Training:
             if jax.process_count() == 1:
                 raise
             message = f"a step failed, as it does where another process has died: {first}; {self._last_good()}"
-            return self._fail("crash", message)
+            return self._fail("crash", message, distributed.LOST)
         except (CheckpointError, OSError) as error:  # a full disk stops checkpoints, charts or the row
-            return self._fail("crash", f"{error}; {self._last_good()}")
+            lost = jax.process_count() > 1 and isinstance(error.__cause__, jax.errors.JaxRuntimeError)
+            return self._fail("crash", f"{error}; {self._last_good()}", distributed.LOST if lost else FAILED)
 
     def _prepare(self):
         self.setup = setup.prepare(self.config, log)
@@ -217,7 +218,7 @@ class Training:
             "data": self.setup.data,
         }
 
-    def _fail(self, outcome, message):
+    def _fail(self, outcome, message, status=FAILED):
         self.measurement.abandon()
         log.error(message)
         try:  # alone: other processes may not have failed, so their energy is not waited for
@@ -227,7 +228,7 @@ class Training:
         if outcome == "nan":  # as all processes see
             return FAILED
         self._close_writer()
-        return distributed.leave(FAILED)
+        return distributed.leave(status)
 
     def _last_good(self):
         step_saved = self.checkpoints.latest_step()
