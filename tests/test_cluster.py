@@ -13,7 +13,8 @@ import yaml
 from sweep import cluster
 
 import runs
-from efficientllm import main
+from efficientllm import distributed, main
+from efficientllm.tasks import training
 
 FOLDER = runs.ROOT / "experiments" / "cluster"
 
@@ -36,6 +37,7 @@ def test_the_pods_of_a_jobset_are_the_processes_of_a_run(job):
     }
     (rule,) = spec["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert {2, training.FAILED} == set(rule["onExitCodes"]["values"]) and distributed.LOST != training.FAILED
 
 
 def test_the_commands_are_commands(job, monkeypatch):

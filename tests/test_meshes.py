@@ -101,7 +101,7 @@ def one_device(family):
     return curve
 
 
-@pytest.mark.parametrize("family, mesh_spec", cases())
+@pytest.mark.parametrize("family, mesh_spec", list(cases()))
 def test_every_mesh_gives_the_curve_of_one_device(family, mesh_spec):
     np.testing.assert_allclose(run(family, sharding.make_mesh(mesh_spec))[0], one_device(family), rtol=1e-5)
 
