@@ -133,7 +133,7 @@ def leaves(boxed):
         yield path_of(keys), leaf.value.shape, leaf.names
 
 
-def _part(lm, path):
+def part_of(lm, path):
     """The mixer or ffn that a parameter belongs to; None for the model's own."""
     names = path.split("/")
     block = next((name for name in names if name.startswith("block_")), None)
@@ -145,10 +145,10 @@ def _part(lm, path):
 
 def _rows(lm, path, length):
     """How many rows a kernel multiplies: one a token, unless its part says otherwise (`kernel_rows`)."""
-    part = _part(lm, path)
+    part = part_of(lm, path)
     return part.kernel_rows(path, length) if hasattr(part, "kernel_rows") else length
 
 
 def active_fraction(lm, path, axes):
     """The share of a parameter that a token meets."""
-    return _part(lm, path).active_fraction if "expert" in axes else 1
+    return part_of(lm, path).active_fraction if "expert" in axes else 1

@@ -16,7 +16,9 @@ import numpy as np
 
 from efficientllm import accounting, model, sharding
 from efficientllm.adapters.selected import Full
+from efficientllm.ffns import dispatch
 from efficientllm.ffns.dense import GELU, SwiGLU
+from efficientllm.ffns.moe import MoE
 from efficientllm.mixers.attention import Attention
 from efficientllm.plan.program import Collective
 from efficientllm.registry import build
@@ -25,19 +27,19 @@ from efficientllm.weights import activation_dtype
 
 
 def closed(one):
-    """The Collectives of a `steps.Step`, or None where the formula does not hold: parts other than attention and dense
-    ffns, KV heads that `tensor` does not divide, the axis `expert`, activations made again, frozen parameters."""
+    """The Collectives of a `steps.Step`, or None where the formula does not hold: mixers other than attention, KV heads
+    that `tensor` does not divide, experts on a TPU or beside `sequence`, activations made again, frozen parameters."""
     return tuple(_Sum(one).all()) if _holds(one) else None
 
 
 def _holds(one):
-    lm, tensor = one.lm, one.mesh.shape["tensor"]
+    lm, shape = one.lm, one.mesh.shape
     if not isinstance(one.method, Full) or one.config.quant != "float32" or lm.remat != "none" or not lm.scan:
         return False
-    if one.mesh.shape["expert"] > 1:
-        return False
-    known = all(isinstance(mixer, Attention) and isinstance(ffn, SwiGLU | GELU) for mixer, ffn in model.parts(lm))
-    return known and all(mixer.kv_heads % tensor == 0 for mixer, _ in model.parts(lm))
+    experts = one.platform != "tpu" and shape["sequence"] == 1
+    ffns = SwiGLU | GELU | MoE if experts else SwiGLU | GELU
+    known = all(isinstance(mixer, Attention) and isinstance(ffn, ffns) for mixer, ffn in model.parts(lm))
+    return known and all(mixer.kv_heads % shape["tensor"] == 0 for mixer, _ in model.parts(lm))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class _Sum:
 
     def all(self):
         """Every term, without those of groups of one device."""
-        terms = [*self._tables(), *self._loss(), *self._activations(), *self._keys_and_values()]
+        terms = [*self._tables(), *self._loss(), *self._activations(), *self._keys_and_values(), *self._travels()]
         for path, shape, names in accounting.leaves(self.one.boxed):
             if path != "embedding":
                 terms += self._parameter(path, shape, names)
@@ -57,18 +59,18 @@ class _Sum:
     @property
     def _tokens(self):
         """Rows of a micro-batch on a device, and tokens of a row on it."""
-        (rows, _), shape = self.one.rows, self.one.mesh.shape
-        return rows // (shape["data"] * shape["fsdp"]), self.one.config.train.length // shape["sequence"]
+        rows, sequence = self.one.rows[0], self.one.mesh.shape["sequence"]
+        return rows // sharding.row_ways(self.one.mesh), self.one.config.train.length // sequence
 
     @property
     def _width(self):
-        """Bytes of an activation."""
-        return activation_dtype(self.one.lm.precision).itemsize
+        """Bytes of an activation; XLA on CPUs sends bfloat16 as float32."""
+        return 4 if self.one.platform == "cpu" else activation_dtype(self.one.lm.precision).itemsize
 
     @property
     def _product(self):
-        """Bytes of an operand of a product: a kernel is rounded before it is sent."""
-        return np.dtype(build("precision", self.one.lm.precision).product).itemsize
+        """Bytes of an operand of a product: a kernel is rounded before it is sent, but not on CPUs."""
+        return 4 if self.one.platform == "cpu" else np.dtype(build("precision", self.one.lm.precision).product).itemsize
 
     def _send(self, kind, axes, size, times=1, once=False):
         """A collective of `size` bytes in each micro-batch, among the devices that differ in `axes` alone.
@@ -84,27 +86,48 @@ class _Sum:
 
     def _parameter(self, path, shape, names):
         """A parameter gathered in both passes, and its gradient summed."""
-        kernel, head = path.endswith("kernel"), path == "head/kernel"
         count, split = self._held(shape, names)
+        if "expert" in names:
+            yield from self._experts(accounting.part_of(self.one.lm, path), count, split)
+            return
+        head, router = path == "head/kernel", path.endswith("router/kernel")  # a router is float32 under every policy
         if head:
             yield from self._head(count, split)
-        elif split > 1:
-            width, once = self._product if kernel else self._width, names[0] != "layers"
-            yield self._send("all-gather", ("fsdp",), count * width, times=2, once=once)
-        yield from self._gradient(count * (4 if head else self._width), split)
+        elif split:
+            width = 4 if router else self._product if path.endswith("kernel") else self._width
+            yield self._send("all-gather", split, count * width, times=2, once=names[0] != "layers")
+        yield from self._gradient(count * (4 if head or router else self._width), split)
+
+    def _experts(self, ffn, count, split):
+        """Kernels as the layer's own program gathers them, those of one batched product rounded, and sums their
+        gradients into parts on any platform."""
+        if split:
+            width = self._product if ffn.dispatch == "capacity" else 4
+            yield self._send("all-gather", split, count * width, times=2)
+            yield self._send("reduce-scatter", split, count * 4)
+        others = [axis for axis in ("data", "fsdp") if axis not in split]
+        yield self._send("all-reduce", others, count * 4 / self._ways(split))
 
     def _held(self, shape, names):
-        """(elements of a parameter that the devices of an fsdp group hold together, their number)."""
-        where = sharding.spec(names, shape, self.one.mesh)
-        tensor = self.one.mesh.shape["tensor"] if "tensor" in where else 1
-        return math.prod(shape) // tensor, self.one.mesh.shape["fsdp"] if "fsdp" in where else 1
+        """(elements of a parameter that a group of devices holds together, the axes that split it among them).
+
+        Over `expert` experts are held apart.
+        """
+        mesh, split = self.one.mesh, []
+        for name, part in zip(names, sharding.spec(names, shape, self.one.mesh), strict=True):
+            split += [(axis, name) for axis in ([part] if isinstance(part, str) else part or ())]
+        apart = [axis for axis, name in split if axis == "tensor" or (axis, name) == ("expert", "expert")]
+        together = tuple(axis for axis, _ in split if axis in sharding.BATCH and axis not in apart)
+        return math.prod(shape) // math.prod(mesh.shape[axis] for axis in apart), together
+
+    def _ways(self, axes):
+        return math.prod(self.one.mesh.shape[axis] for axis in axes)
 
     def _gradient(self, size, split):
-        if split == 1:
-            yield self._send("all-reduce", (*sharding.BATCH, "sequence"), size)
-        else:
-            yield self._scatter(("fsdp",), size)
-            yield self._send("all-reduce", ("data", "sequence"), size / split)
+        others = [axis for axis in (*sharding.BATCH, "sequence") if axis not in split]
+        if split:
+            yield self._scatter(split, size)
+        yield self._send("all-reduce", others, size / self._ways(split))
 
     def _head(self, count, split):
         """Its kernel for both passes; whole and as it is where the loss is made in chunks, which have one visit."""
@@ -112,25 +135,40 @@ class _Sum:
             (rows, _), train = self.one.rows, self.one.config.train
             sequence = self.one.mesh.shape["sequence"]
             whole = loss.count_chunks(rows * sequence, train.length // sequence, self.one.lm.vocab_size) == 1
-        if split > 1:
-            yield self._send("all-gather", ("fsdp",), count * (2 * self._product if whole else 4), once=True)
+        if split:
+            yield self._send("all-gather", split, count * (2 * self._product if whole else 4), once=True)
 
     def _tables(self):
-        """The look-up: fsdp trades the ids of its rows for columns of the table, and those for rows. Its gradient is
-        summed apart from that of a head which is the same table."""
+        """The look-up: devices that split a table trade ids of their rows for columns of it, and those for rows. Its
+        gradient is summed apart from that of a head which is the same table."""
         (B, T), D, lm = self._tokens, self.one.lm.dim, self.one.lm
         shape, names = {path: rest for path, *rest in accounting.leaves(self.one.boxed)}["embedding"]
         count, split = self._held(shape, names)
         if "tensor" in sharding.spec(names, shape, self.one.mesh):
             yield self._send("all-reduce", ("tensor",), 4 * B * T * D)
-        if split > 1:
-            yield self._send("all-gather", ("fsdp",), 4 * B * split * T)
-            yield self._send("all-to-all", ("fsdp",), self._width * B * T * D, times=2)
-        others = ("data", "sequence") if split > 1 else (*sharding.BATCH, "sequence")
-        yield self._send("all-reduce", others, 4 * count / split)
+        if split:
+            yield self._send("all-gather", split, 4 * B * self._ways(split) * T)
+            yield self._send("all-to-all", split, self._width * B * T * D, times=2)
+        others = [axis for axis in (*sharding.BATCH, "sequence") if axis not in split]
+        yield self._send("all-reduce", others, 4 * count / self._ways(split))
         if lm.tied:
             yield from self._head(count, split)
             yield from self._gradient(4 * count, split)
+
+    def _travels(self):
+        """Rows of tokens to the experts and back, forward and backward; their weights there, and its gradient back, of
+        which devices that hold parts of the experts' width have parts."""
+        (B, T), lm = self._tokens, self.one.lm
+        for _, ffn in model.parts(lm):
+            if isinstance(ffn, MoE):
+                size = self._width * ffn.num_experts * B * self._places(ffn)
+                yield self._send("all-to-all", ("expert",), size * lm.dim, 4 * lm.num_groups)
+                yield self._send("all-to-all", ("expert",), size, 2 * lm.num_groups)
+                if ffn.hidden % self.one.mesh.shape["tensor"] == 0:
+                    yield self._send("all-reduce", ("tensor",), 4 * B * T * ffn.top_k, lm.num_groups)
+
+    def _places(self, ffn):
+        return dispatch.rows_per_expert(self.one.config.train.length, ffn.num_experts, ffn.top_k, ffn.capacity_factor)
 
     def _loss(self):
         """A vocabulary in parts: the greatest logit, the sum of exponentials, the target's logit, and dx."""
@@ -141,7 +179,8 @@ class _Sum:
 
     def _activations(self):
         """Kernels cut along their input give sums to add; those cut along their output, gradients of their input. The
-        latter are added first where several read one input, but XLA on CPUs sends each."""
+        latter are added first where several read one input, but XLA on CPUs sends each. Experts send as many: their
+        own program adds the gradients of its output among `tensor` and, once, those of its input."""
         (B, T), readers = self._tokens, {}
         for path, shape, names in accounting.leaves(self.one.boxed):
             if names[0] == "layers" and path.endswith("kernel"):
@@ -150,8 +189,9 @@ class _Sum:
                     yield self._send("all-reduce", ("tensor",), size * shape[-1], shape[0])
                 if where[-1] == "tensor":
                     readers.setdefault(path.rsplit("/", 2)[0], []).append((size * shape[-2], shape[0]))
-        for found in readers.values():
-            for size, layers in found if self.one.platform == "cpu" else found[:1]:
+        for reader, found in readers.items():
+            each = self.one.platform == "cpu" or reader.endswith("experts")
+            for size, layers in found if each else found[:1]:
                 yield self._send("all-reduce", ("tensor",), size, layers)
 
     def _keys_and_values(self):

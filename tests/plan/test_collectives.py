@@ -10,7 +10,8 @@ import pytest
 
 import runs
 from configs import base
-from efficientllm import attention, sharding
+from efficientllm import attention, model, sharding
+from efficientllm.ffns.moe import MoE
 from efficientllm.plan import collectives, hlo, program, steps
 
 # The vocabularies are named, so that there is no tokenizer to ask.
@@ -26,6 +27,19 @@ MESHES = (
     "data=2, tensor=4",
     "fsdp=4, tensor=2",
     "data=2, fsdp=2, tensor=2",
+)
+DROPLESS = "moe(num_experts=8, top_k=2, hidden=40)"
+CAPACITY = DROPLESS.replace(")", ", dispatch='capacity')")
+SHARED = CAPACITY.replace(")", ", shared_hidden=24, shared_gate=True, bias_rate=0.01)")
+MIXTURES = (
+    ("data=8", DROPLESS),
+    ("fsdp=8", DROPLESS),
+    ("data=2, fsdp=4", DROPLESS),
+    ("fsdp=4, tensor=2", DROPLESS),
+    ("expert=8", CAPACITY),
+    ("fsdp=2, expert=4", CAPACITY),
+    ("data=2, expert=4", CAPACITY),
+    ("expert=4, tensor=2", CAPACITY),
 )
 pytestmark = pytest.mark.xdist_group("collectives")
 
@@ -49,9 +63,11 @@ def compiled(one):
 
 
 def scalars(one):
-    """Bytes at most of what the formula leaves out: two norms of every gradient over each axis, and a few counts."""
+    """Bytes at most of what the formula leaves out: two norms of every gradient over each axis, a few counts, and
+    each router's loads, probabilities and three scalars."""
     axes = sum(size > 1 for size in one.mesh.shape.values())
-    return axes * 2 * 4 * (2 * len(jax.tree.leaves(one.shaped.params)) + 8)
+    routers = sum(2 * ffn.num_experts + 3 for _, ffn in model.parts(one.lm) if isinstance(ffn, MoE))
+    return axes * 2 * 4 * (2 * len(jax.tree.leaves(one.shaped.params)) + 8 + one.lm.num_groups * routers)
 
 
 def norms(one, width):
@@ -62,7 +78,14 @@ def norms(one, width):
 @pytest.mark.parametrize(
     "mesh, changes",
     [(mesh, {}) for mesh in MESHES]
-    + [("data=2, fsdp=2, tensor=2", {"model.tied": False}), ("fsdp=4, tensor=2", {"train.accumulate": 2})],
+    + [("data=2, fsdp=2, tensor=2", {"model.tied": False}), ("fsdp=4, tensor=2", {"train.accumulate": 2})]
+    + [("fsdp=2, expert=2, tensor=2", {"model.ffn": SHARED})]
+    + [pytest.param("fsdp=2, expert=4", {}, marks=pytest.mark.slow)]
+    + [pytest.param(mesh, {"model.ffn": ffn}, marks=pytest.mark.slow) for mesh, ffn in MIXTURES]
+    + [
+        pytest.param("fsdp=2, expert=4", {"model.ffn": CAPACITY} | changes, marks=pytest.mark.slow)
+        for changes in ({"train.accumulate": 2}, {"model.precision": "bfloat16"}, {"model.precision": "mixed"})
+    ],
 )
 def test_a_step_sends_what_the_formula_says(mesh, changes):
     one = described(mesh, **changes)
@@ -71,6 +94,15 @@ def test_a_step_sends_what_the_formula_says(mesh, changes):
     more = {kind: theirs[kind] - ours[kind] for kind in theirs}
     assert 0 <= more.pop("all-reduce") <= scalars(one) < 0.01 * sum(theirs.values())
     assert set(more.values()) <= {0}, (ours, theirs)
+
+
+@pytest.mark.slow
+def test_over_a_wide_tensor_axis_xla_sends_the_routers_gradients_too():
+    """It divides a router's product among the axis's devices, who put it together again: its bytes, and no more."""
+    one = described("fsdp=2, tensor=4", **{"model.ffn": DROPLESS})
+    ours, theirs = sent(collectives.closed(one)), compiled(one)
+    routers = 4 * one.lm.num_layers * one.lm.dim * 8
+    assert all(abs(theirs.get(kind, 0) - ours.get(kind, 0)) <= routers for kind in ours | theirs), (ours, theirs)
 
 
 @pytest.mark.parametrize("chunk", [256, 5])
@@ -89,7 +121,8 @@ def test_keys_and_values_are_sent_once_for_all_chunks_of_queries(chunk, monkeypa
     "changes",
     [
         {"model.mixer": "mamba"},
-        {"model.ffn": "moe(num_experts=8, top_k=2, hidden=40)"},
+        {"model.ffn": DROPLESS, "mesh": "fsdp=4, sequence=2"},
+        {"model.ffn": DROPLESS, "platform": "tpu"},
         {"model.mixer": "mqa", "mesh": "data=4, tensor=2"},
         {"model.remat": "full"},
         {"adapter": "lora(rank=2)"},
@@ -126,19 +159,28 @@ def planned(plugin, folder, **changes):
     return {kind: each["wire_bytes"] for kind, each in found.items()}
 
 
+WIDE_DROPLESS = DROPLESS.replace("40", "256")
+WIDE_CAPACITY = CAPACITY.replace("40", "256")
+
+
 @pytest.mark.parametrize(
-    "hardware, plugin, mesh",
+    "hardware, mesh, ffn",
     [
-        ("h100", "jax_cuda13_plugin", "fsdp=8"),
-        ("v5e", "libtpu", "fsdp=8"),
-        pytest.param("h100", "jax_cuda13_plugin", "fsdp=4, tensor=2", marks=pytest.mark.slow),
-        pytest.param("v5e", "libtpu", "fsdp=4, tensor=2", marks=pytest.mark.slow),
-        pytest.param("h100", "jax_cuda13_plugin", "fsdp=4, sequence=2", marks=pytest.mark.slow),
+        ("h100", "fsdp=8", "swiglu"),
+        ("v5e", "fsdp=8", "swiglu"),
+        pytest.param("h100", "fsdp=4, tensor=2", "swiglu", marks=pytest.mark.slow),
+        pytest.param("v5e", "fsdp=4, tensor=2", "swiglu", marks=pytest.mark.slow),
+        pytest.param("h100", "fsdp=4, sequence=2", "swiglu", marks=pytest.mark.slow),
+        pytest.param("h100", "fsdp=8", WIDE_DROPLESS, marks=pytest.mark.slow),
+        pytest.param("h100", "fsdp=8", WIDE_CAPACITY, marks=pytest.mark.slow),
+        pytest.param("h100", "fsdp=2, expert=4", WIDE_CAPACITY, marks=pytest.mark.slow),
+        pytest.param("h100", "fsdp=4, tensor=2", WIDE_CAPACITY, marks=pytest.mark.slow),
     ],
 )
-def test_gradients_are_reduce_scattered_where_the_platform_can(hardware, plugin, mesh, tmp_path):
+def test_gradients_are_reduce_scattered_where_the_platform_can(hardware, mesh, ffn, tmp_path):
     """And nothing more is sent than the formula says, but for scalars, and norms that are summed whole."""
-    changes = {"mesh": mesh, "model.size": WIDE, "model.precision": "bfloat16"}
+    plugin = {"h100": "jax_cuda13_plugin", "v5e": "libtpu"}[hardware]
+    changes = {"mesh": mesh, "model.size": WIDE, "model.precision": "bfloat16", "model.ffn": ffn}
     changes |= {"train.batch_size": 8, "train.length": 256}
     theirs = planned(plugin, tmp_path, **{"plan.hardware": hardware}, **changes)
     one = described(platform="gpu" if hardware == "h100" else "tpu", **changes)
