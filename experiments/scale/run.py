@@ -4,7 +4,7 @@
 
 Each point is a process of its own, with CPU devices that do not exist where more than one is asked for: it lowers and
 compiles the training step of the config, runs it, and prints what that took. One axis grows at a time. Points that are
-done stay done: the same command goes on where it was stopped.
+done stay done: the same command goes on where it was stopped. Writes points.csv, scale.png and report.md.
 """
 
 import argparse
@@ -18,45 +18,59 @@ import sys
 import time
 
 SIZE = {"num_layers": 4, "dim": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "hidden": 384}
-BASE = {"layers": 4, "devices": 1, "experts": 0, "length": 128}
+BASE = {"layers": 4, "unrolled": 0, "devices": 1, "experts": 0, "length": 128}
+# `unrolled` are layers too, compiled one after another in place of a loop.
 GROWN = {
     "layers": (2, 4, 8, 16, 32, 64),
+    "unrolled": (2, 4, 8, 16, 32),
     "devices": (1, 2, 4, 8, 16, 32, 64),
-    "experts": (2, 4, 8, 16, 32, 64),
-    "length": (128, 256, 512, 1024, 2048, 4096),
+    "experts": (2, 4, 16, 64),
+    "length": (128, 256, 512, 1024, 2048),
 }
+PANELS = ("layers", "devices", "experts", "length")
 KEYS = ("axis", "value", "lower_s", "compile_s", "step_s", "peak_rss_bytes", "program_bytes")
-STEPS = 5
+STEPS = 3
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/scale")
     parser.add_argument("--point", help="one point as JSON, printed as JSON (what the processes are called with)")
-    parser.add_argument("--most", type=int, default=64, help="largest value of layers, devices and experts")
+    parser.add_argument("--most", type=int, default=64, help="largest value of layers, devices and experts, 2 or more")
+    parser.add_argument("--longest", type=int, default=2048, help="largest length")
     ours = parser.parse_args()
     if ours.point:
         print(json.dumps(measure(json.loads(ours.point))))
         return
     out = pathlib.Path(ours.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = collect(out / "points.csv", ours.most)
+    rows = collect(out / "points.csv", ours.most, ours.longest)
     draw(rows, out / "scale.png")
-    print(f"{len(rows)} points: {out / 'points.csv'}, {out / 'scale.png'}")
+    (out / "report.md").write_text(report(rows))
+    print(f"{len(rows)} points: {', '.join(str(out / name) for name in ('points.csv', 'scale.png', 'report.md'))}")
 
 
-def collect(file, most):
+def points(most, longest):
+    """Every axis at each of its values, up to the largest asked for."""
+    return [
+        (axis, value)
+        for axis, values in GROWN.items()
+        for value in values
+        if value <= (longest if axis == "length" else most)
+    ]
+
+
+def collect(file, most, longest):
     """The rows of all points, those missing measured and added to the file one by one."""
     rows = list(csv.DictReader(file.open())) if file.exists() else []
     done = {(row["axis"], int(row["value"])) for row in rows}
-    points = [(axis, value) for axis, values in GROWN.items() for value in values if axis == "length" or value <= most]
-    todo = [point for point in points if point not in done]
+    todo = [point for point in points(most, longest) if point not in done]
     begin = time.monotonic()
     for index, (axis, value) in enumerate(todo):
         row = {"axis": axis, "value": value} | in_its_process(BASE | {axis: value})
         new = not file.exists()
         with file.open("a", newline="") as opened:
-            writer = csv.DictWriter(opened, KEYS)
+            writer = csv.DictWriter(opened, KEYS, lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerow(row)
@@ -85,13 +99,15 @@ def measure(point):
     import numpy as np
 
     from configs import base
-    from efficientllm import architecture, sharding
+    from efficientllm import architecture, model, sharding
     from efficientllm.adapters.selected import Full
     from efficientllm.metrics import host
     from efficientllm.train import footprint, step
 
+    layers = point["unrolled"] or point["layers"]
+    model.UNROLLED = point["unrolled"]  # of itself a CPU unrolls few layers, and no other platform any
     config = base.get_config()
-    size = ", ".join(f"{key}={value}" for key, value in (SIZE | {"num_layers": point["layers"]}).items())
+    size = ", ".join(f"{key}={value}" for key, value in (SIZE | {"num_layers": layers}).items())
     config.model.size = f"custom({size}, rope_base=1e4, vocab_size=2048)"
     if point["experts"]:
         config.model.ffn = f"moe(num_experts={point['experts']}, top_k=2, hidden=64)"
@@ -124,28 +140,64 @@ def measure(point):
     }
 
 
+def along(rows, axis):
+    """`(value, row)` of an axis, growing."""
+    return sorted(((int(row["value"]), row) for row in rows if row["axis"] == axis), key=lambda pair: pair[0])
+
+
 def draw(rows, file):
-    """Each axis a column, each quantity a row, both axes logarithmic."""
+    """Each axis a column, each quantity a row, values logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     shown = (("compile_s", "compile, s", 1), ("step_s", "step, s", 1), ("peak_rss_bytes", "peak resident, GB", 1e9))
-    figure, axes = pyplot.subplots(len(shown), len(GROWN), figsize=(11, 7), sharex="col", squeeze=False)
-    for column, axis in enumerate(GROWN):
-        points = sorted((int(row["value"]), row) for row in rows if row["axis"] == axis)
+    figure, axes = pyplot.subplots(len(shown), len(PANELS), figsize=(11, 7), sharex="col", squeeze=False)
+    for column, axis in enumerate(PANELS):
+        lines = {"a loop": "layers", "unrolled": "unrolled"} if axis == "layers" else {axis: axis}
         for line, (key, label, unit) in enumerate(shown):
             place = axes[line][column]
-            place.plot([value for value, _ in points], [float(row[key]) / unit for _, row in points], marker="o")
+            for name, source in lines.items():
+                values, found = zip(*along(rows, source), strict=True)
+                place.plot(values, [float(row[key]) / unit for row in found], "o-", label=name)
             place.set_xscale("log", base=2)
-            place.set_ylim(bottom=0)
+            place.xaxis.set_major_formatter("{x:.0f}")
+            place.set_ylim(0, 1.1 * place.get_ylim()[1])
             place.grid(alpha=0.3)
             if not column:
                 place.set_ylabel(label)
         axes[-1][column].set_xlabel(axis)
+    axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
+
+
+def report(rows):
+    """Where it was measured, what grew by how much, and every point, as Markdown."""
+    from efficientllm.metrics import provenance
+
+    commit, processor = provenance.git_state()["commit"], provenance.processor()
+    device = f"{processor['name']}, {processor['cores']} cores, jax {provenance.versions()['jax']}"
+    lines = [f"{time.strftime('%Y-%m-%d')}, commit {(commit or 'unknown')[:7]}, {device}.\n", *growth(rows), ""]
+    columns = ("axis", "value", "lower s", "compile s", "step ms", "peak MB", "program kB")
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for axis in GROWN:
+        for value, row in along(rows, axis):
+            seconds = f"{float(row['lower_s']):.2f} | {float(row['compile_s']):.2f} | {1e3 * float(row['step_s']):.1f}"
+            peak, program = float(row["peak_rss_bytes"]) / 1e6, float(row["program_bytes"]) / 1e3
+            lines.append(f"| {axis} | {value} | {seconds} | {peak:.0f} | {program:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def growth(rows):
+    """A line for each axis: its last point as a multiple of its first."""
+    for axis in GROWN:
+        if len(found := along(rows, axis)) > 1:
+            (least, first), (most, last) = found[0], found[-1]
+            ratios = {key: float(last[key]) / float(first[key]) for key in ("compile_s", "step_s", "peak_rss_bytes")}
+            compiling, step, peak = ratios.values()
+            yield f"- {axis} {least} to {most}: compile x{compiling:.2f}, step x{step:.2f}, peak memory x{peak:.2f}"
 
 
 if __name__ == "__main__":
