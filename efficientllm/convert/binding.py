@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import typing
 
 import flax.linen as nn
 import flax.traverse_util
@@ -72,6 +73,36 @@ class Leaf:
         rows = lambda array: flipped(self.layout.take(array, self.part, self.shapes, self.heads))  # noqa: E731
         parts = [jax.tree.map(rows, each) for each in found]
         return jax.tree.map(lambda *arrays: np.stack(arrays) if self.loops else arrays[0], *parts)
+
+
+class OnDisk(typing.NamedTuple):
+    """A tensor of a file: `parts` are `(our path, its shape there, position in our leading axes)`, in their order."""
+
+    parts: list
+    layout: object
+    heads: Heads
+
+    def join(self, arrays):
+        """The tensor that arrays of the parts make."""
+        return self.layout.join(arrays, self.heads)
+
+    def take(self, tensor, part):
+        """Part number `part` of the tensor."""
+        return self.layout.take(tensor, part, [shape for _, shape, _ in self.parts], self.heads)
+
+    @property
+    def shape(self):
+        return self.layout.shape([shape for _, shape, _ in self.parts], self.heads)
+
+
+def on_disk(leaves):
+    """`{name of a tensor: OnDisk}` of what `bind` gives."""
+    found = {}
+    for leaf in leaves.values():
+        for position, name in leaf.tensors():
+            tensor = found.setdefault(name, OnDisk([None] * len(leaf.shapes), leaf.layout, leaf.heads))
+            tensor.parts[leaf.part] = (leaf.path, leaf.shapes[leaf.part], position)
+    return found
 
 
 def bind(lm, table):

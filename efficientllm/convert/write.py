@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -41,8 +43,8 @@ def export(lm, params, folder, like, tokenizer=None, dtype=None, max_positions=N
     """
     flat = flax.traverse_util.flatten_dict(params, sep="/")
 
-    def get(path, position):
-        return np.asarray(_at(flat[path], position) if position else flat[path])
+    def get(path, position, dtype):
+        return np.asarray(_at(flat[path], position) if position else flat[path]).astype(dtype, copy=False)
 
     config = _config(lm, like, max_positions)
     with _new(folder) as new:
@@ -50,20 +52,25 @@ def export(lm, params, folder, like, tokenizer=None, dtype=None, max_positions=N
         _write_tokenizer(new, like, tokenizer)
 
 
-def convert(source, folder, dtype=None, shard=SHARD):
-    """Writes what `source` holds to a new folder, one file of it in memory at a time."""
+def convert(source, folder, dtype=None, shard=SHARD, change=lambda name, read: read()):
+    """Writes what `source` holds to a new folder, one file of it in memory at a time.
+
+    `change(name, read)` gives the tensor to write under a name; `read(dtype)` is the one that is there, `read()` in
+    the dtype that is written.
+    """
     lm = source.lm()
     leaves = source.bind(lm)
     dtype = np.dtype(dtype or source.stored_dtype)
-
-    def get(path, position):
-        leaf = leaves[path]
-        index = [slice(i, i + 1) for i in position] + [slice(None)] * (len(leaf.shape) - len(position))
-        return leaf.read(source.tensors, tuple(index), dtype)[(0,) * len(position)]
-
+    get = functools.partial(_get, leaves, source.tensors)
     with _new(folder) as new:
-        write_model(lm, new, _config(lm, source, None), get, lambda path: dtype, shard)
+        write_model(lm, new, _config(lm, source, None), get, lambda path: dtype, shard, change)
         _write_tokenizer(new, source, None)
+
+
+def _get(leaves, tensors, path, position, dtype):
+    leaf = leaves[path]
+    index = [slice(i, i + 1) for i in position] + [slice(None)] * (len(leaf.shape) - len(position))
+    return leaf.read(tensors, tuple(index), dtype)[(0,) * len(position)]
 
 
 @jax.jit
@@ -71,44 +78,37 @@ def _at(leaf, position):
     return leaf[tuple(position)]
 
 
-def write_model(lm, folder, config, get, dtype_of, shard):
-    """config.json and the tensors of `get(path, leading position)` in `dtype_of(path)`."""
+def write_model(lm, folder, config, get, dtype_of, shard, change=lambda name, read: read()):
+    """config.json and the tensors of `get(path, leading position)` in `dtype_of(path)`, each of them `change`d."""
     from safetensors.numpy import save_file
 
-    tensors = _tensors(binding.bind(lm, families.FAMILIES[config["model_type"]].table))
-    files = _files(tensors, dtype_of, shard)
+    tensors = binding.on_disk(binding.bind(lm, families.FAMILIES[config["model_type"]].table))
+    dtypes = {name: dtype_of(tensor.parts[0][0]) for name, tensor in tensors.items()}
+    sizes = {name: math.prod(tensor.shape) * dtypes[name].itemsize for name, tensor in tensors.items()}
+    files = _files(sizes, shard)
     for file, names in files.items():
-        held = {}
-        for name in names:
-            parts, layout, heads = tensors[name]
-            held[name] = np.ascontiguousarray(
-                layout.join([get(path, at).astype(dtype_of(path)) for path, _, at in parts], heads)
-            )
+        held = {name: _tensor(name, tensors[name], get, dtypes[name], change) for name in names}
         save_file(held, folder / file, metadata={"format": "pt"})
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(_size(parts, dtype_of) for parts, _, _ in tensors.values())}}
+        index = {"metadata": {"total_size": sum(sizes.values())}}
         index["weight_map"] = {name: file for file, names in files.items() for name in names}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
-    common = collections.Counter(dtype_of(path).name for parts, _, _ in tensors.values() for path, _, _ in parts)
+    common = collections.Counter(dtype.name for dtype in dtypes.values())
     config = config | {"dtype": common.most_common(1)[0][0]}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _tensors(leaves):
-    """`{name on disk: (parts, layout, heads)}`, a part being (our path, its shape, leading position), in order."""
-    found = {}
-    for leaf in leaves.values():
-        for position, name in leaf.tensors():
-            parts, *_ = found.setdefault(name, ([None] * len(leaf.shapes), leaf.layout, leaf.heads))
-            parts[leaf.part] = (leaf.path, leaf.shapes[leaf.part], position)
-    return found
+def _tensor(name, tensor, get, dtype, change):
+    def read(kind=dtype):
+        return tensor.join([get(path, position, kind) for path, _, position in tensor.parts])
+
+    return np.ascontiguousarray(change(name, read).astype(dtype, copy=False))
 
 
-def _files(tensors, dtype_of, shard):
-    """`{file: names of its tensors}`."""
+def _files(sizes, shard):
+    """`{file: names of its tensors}`, of each one's bytes."""
     groups, room = [[]], shard
-    for name, (parts, _, _) in tensors.items():
-        size = _size(parts, dtype_of)
+    for name, size in sizes.items():
         if size > room and groups[-1]:
             groups.append([])
             room = shard
@@ -117,10 +117,6 @@ def _files(tensors, dtype_of, shard):
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
-
-
-def _size(parts, dtype_of):
-    return sum(int(np.prod(shape, dtype=np.int64)) * dtype_of(path).itemsize for path, shape, _ in parts)
 
 
 def _config(lm, like, max_positions):

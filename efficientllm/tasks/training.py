@@ -159,8 +159,8 @@ class Training:
             return
         folder = self.workdir.path / "adapter"
         try:
-            adapter_folder.write(run.lm, self.config.adapter, state.params, folder, run.source)
-        except UserError as error:  # a family whose tensors hold several kernels: what was learnt is in the checkpoint
+            adapter_folder.write(run.lm, self.config.adapter, state.all_params, folder, run.source)
+        except UserError as error:  # what was learnt is in the checkpoint
             log.warning(f"no adapter in peft's format: {error}")
             return
         log.info(f"adapter: {self.workdir.shown / 'adapter'}, in peft's format")

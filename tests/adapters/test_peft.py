@@ -1,7 +1,5 @@
 """Our tuning methods against peft's, from identical factors: logits, one optimiser step, merged weights, folders."""
 
-import json
-
 import flax.linen as nn
 import flax.traverse_util
 import jax
@@ -9,13 +7,11 @@ import numpy as np
 import optax
 import pytest
 from convert import peers
-from safetensors.numpy import save_file
 
 from configs import base
 from efficientllm import convert, model
 from efficientllm.adapters import folder, products
 from efficientllm.adapters.base import KERNEL, attach, is_box, merge, split
-from efficientllm.errors import UserError
 from efficientllm.optim import rules
 from efficientllm.registry import build
 from efficientllm.train import step
@@ -30,22 +26,6 @@ OPTIONS = {
     "pissa": {"init_lora_weights": "pissa"},
 }
 RATE = 0.1
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Its kernels' four largest singular values stand apart from the rest. Where they do not, what the four span is no
-    more certain than float32's rounding over the gap, and for PiSSA each side takes the kernels apart for itself."""
-    where = tmp_path_factory.mktemp("base") / "model"
-    plain = peers.reference("llama")
-    with torch.no_grad():
-        for name, tensor in plain.named_parameters():
-            if name.endswith("_proj.weight"):
-                u, s, vt = torch.linalg.svd(tensor.double(), full_matrices=False)
-                s[:4] += s[0].clone()
-                tensor.copy_(0.5 * (u * s) @ vt)
-    plain.save_pretrained(where)
-    return convert.open_source(where)
 
 
 def theirs(source, name, **changes):
@@ -128,8 +108,8 @@ def test_peft_loads_what_we_write(source, name, tmp_path):
     spec, ids = f"{name}(rank=4, alpha=6)", peers.tokens(1)
     lm, method = source.lm(), build("adapter", f"{name}(rank=4, alpha=6)")
     boxed = model.abstract_params(lm)
-    held = jax.tree.map(lambda a, b: a.replace_boxed(b), boxed, source.load(peers.abstract(lm)), is_leaf=folder.is_box)
-    state = folder.nn.unbox(step.create(lm, base.get_config().train, method, 0, boxed, held))
+    held = jax.tree.map(lambda a, b: a.replace_boxed(b), boxed, source.load(peers.abstract(lm)), is_leaf=is_box)
+    state = nn.unbox(step.create(lm, base.get_config().train, method, 0, boxed, held))
     noise = np.random.default_rng(0)
     learnt = jax.tree.map(lambda leaf: leaf + 0.05 * noise.standard_normal(leaf.shape, np.float32), state.params)
     params = step.join(learnt, state.frozen)
@@ -216,77 +196,6 @@ def with_factors(lm, source, method, tensors, parts):
         flat[path] = flat[path].replace(**put)
         assert all(getattr(leaf, ours)[position].shape == value.shape for ours, value in given.items())
     return flax.traverse_util.unflatten_dict(flat, sep="/")
-
-
-@pytest.mark.parametrize("name", SOME[1:])
-def test_a_folder_may_adapt_some_of_the_kernels(source, name, tmp_path):
-    """peft's default for a Llama: queries and values."""
-    tuned, ids = theirs(source, name, target_modules=["q_proj", "v_proj"]), peers.tokens()
-    tuned.save_pretrained(tmp_path / "adapter")
-    lm, params = ours(source, name, tmp_path / "adapter")
-    assert sum(isinstance(leaf, np.ndarray | jax.Array) for _, _, leaf, _ in kernels(lm, source, params)) == 5 * 2
-    expected = peers.their_logits(tuned, ids)
-    peers.close(peers.our_logits(lm, params, ids), expected, 1e-5)
-    folder.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
-    merged = convert.open_source(tmp_path / "merged").load(peers.abstract(lm))
-    peers.close(peers.our_logits(lm, merged, ids), expected, 1e-5)
-
-
-@pytest.mark.parametrize("name", ["lora", "dora", "pissa"])
-def test_a_folder_of_some_layers_is_read_right_or_refused(source, name, tmp_path):
-    tuned, ids = theirs(source, name, target_modules=["q_proj"], layers_to_transform=[1]), peers.tokens()
-    tuned.save_pretrained(tmp_path / "adapter")
-    if name == "lora":
-        lm, params = ours(source, name, tmp_path / "adapter")
-        peers.close(peers.our_logits(lm, params, ids), peers.their_logits(tuned, ids), 1e-5)
-        return
-    with pytest.raises(UserError, match=f"layers.0.self_attn.q_proj has no adapter, and {name} of ours"):
-        ours(source, name, tmp_path / "adapter")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"r": "4"}, "r = '4' must be a number"),
-        ({"r": None}, "r = None must be a number"),
-        ({"lora_alpha": None}, "lora_alpha = None must be a number"),
-        ({"r": 0}, "rank must be at least 1"),
-        ({"use_dora": True, "init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' together with dora"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
-        (None, "holds no object"),
-    ],
-)
-def test_a_config_that_we_do_not_compute_is_refused(change, message, tmp_path):
-    config = [] if change is None else {"peft_type": "LORA", "r": 4, "lora_alpha": 6} | change
-    (tmp_path / folder.CONFIG).write_text(json.dumps(config))
-    with pytest.raises(UserError) as error:
-        build("adapter", folder.read_spec(tmp_path))
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_an_adapter_of_another_family_is_refused(source, tmp_path):
-    name = f"{folder.PREFIX}gpt_neox.layers.0.attention.query_key_value.lora_A.weight"
-    save_file({name: np.zeros((4, 48), np.float32)}, tmp_path / folder.TENSORS)
-    (tmp_path / folder.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6}))
-    with pytest.raises(UserError, match="an adapter of another model"):
-        ours(source, "lora", tmp_path)
-
-
-def test_what_is_no_adapter_of_this_model_is_refused(source, tmp_path):
-    theirs(source, "lora").save_pretrained(tmp_path / "adapter")
-    lm = source.lm()
-    params = source.load(peers.abstract(lm))
-    config = (tmp_path / "adapter" / folder.CONFIG).read_text()
-    for change, message in ((('"r": 4', '"r": 5'), "another model or rank"), (('"none"', '"all"'), "bias = 'all'")):
-        (tmp_path / "adapter" / folder.CONFIG).write_text(config.replace(*change))
-        with pytest.raises(UserError, match=message):
-            folder.around(source, lm, params, tmp_path / "adapter")
-    (tmp_path / "adapter" / folder.TENSORS).unlink()
-    (tmp_path / "adapter" / folder.CONFIG).write_text(config)
-    with pytest.raises(UserError, match="is missing: no folder of an adapter"):
-        folder.around(source, lm, source.load(peers.abstract(lm)), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("name", ["loha", "lokr"])

@@ -44,3 +44,16 @@ def llama(folder, change=lambda tensors: None, **config):
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(LLAMA | config))
     return tensors
+
+
+def adapter(folder, shapes, rank):
+    """Writes a random adapter of peft's around weights `{name on disk: (out, in)}`; returns its tensors."""
+    folder.mkdir(exist_ok=True)
+    rng, tensors = np.random.default_rng(1), {}
+    for name, (width_out, width_in) in shapes.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{module}.lora_A.weight"] = rng.standard_normal((rank, width_in), np.float32)
+        tensors[f"{module}.lora_B.weight"] = rng.standard_normal((width_out, rank), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}))
+    return tensors

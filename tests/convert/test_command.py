@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 
 from efficientllm import convert
@@ -16,6 +17,22 @@ def test_folder_to_folder(tmp_path, capsys):
     assert command.main([str(tmp_path / "in"), f"--out={tmp_path / 'out'}", "--dtype=bfloat16"]) == 0
     assert "llama, bfloat16" in capsys.readouterr().out
     assert convert.open_source(tmp_path / "out").stored_dtype == "bfloat16"
+
+
+def test_an_adapter_merged(tmp_path, capsys):
+    tensors = folders.llama(tmp_path / "in")
+    module = "model.layers.1.self_attn.v_proj"
+    added = folders.adapter(tmp_path / "adapter", {f"{module}.weight": tensors[f"{module}.weight"].shape}, rank=2)
+    argv = [str(tmp_path / "in"), f"--out={tmp_path / 'out'}", f"--merge={tmp_path / 'adapter'}"]
+    assert command.main(argv) == 0
+    found = convert.open_source(tmp_path / "out").tensors
+    a, b = (added[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+    for name, value in tensors.items():
+        expected = value + 2 * b @ a if name.startswith(module) else value
+        np.testing.assert_allclose(found.read(name), expected, rtol=1e-5, atol=1e-5)
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 4}')
+    assert command.main([*argv[:1], f"--out={tmp_path / 'not'}", argv[2]]) == 2
+    assert "another model or rank" in capsys.readouterr().err and not (tmp_path / "not").exists()
 
 
 def test_check(tmp_path, capsys):

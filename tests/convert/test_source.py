@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -208,14 +209,9 @@ def test_default_model_without_its_package(monkeypatch):
 
 
 MEMORY = """
-    import json, pathlib, sys
-    import jax, numpy as np
-    from convert import folders
-    from convert.test_source import abstract, convert, load
-
-    def resident(key):
-        line = next(l for l in open("/proc/self/status") if l.startswith(key))
-        return int(line.split()[1]) / 1024
+    import sys
+    import jax
+    from convert.test_source import abstract, convert, load, resident
 
     load.PIECE = 4 * 2**20
     source = convert.open_source(sys.argv[1])
@@ -229,25 +225,64 @@ MEMORY = """
 
 def test_peak_memory(tmp_path):
     """A checkpoint in three files, larger than what its loading may take beside the parameters themselves."""
-    config = folders.LLAMA | {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 16,
-        "vocab_size": 8192,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    shapes = folders.shapes(config)
+    stored = _large(tmp_path)
+    grown = _grown(MEMORY, tmp_path)
+    assert stored > 270 and grown < stored / 2 + 80, f"{grown:.0f} MiB for {stored / 2:.0f} of parameters"
+
+
+MERGED = """
+    import sys
+    import jax
+    from convert.test_source import convert, resident
+    from efficientllm.adapters import folder
+
+    source = convert.open_source(sys.argv[1])
+    jax.block_until_ready(jax.numpy.zeros(2) + 1)
+    before = resident("VmRSS")
+    folder.merge_into(source, sys.argv[2], sys.argv[3], shard=32 * 2**20)
+    print(resident("VmHWM") - before)
+"""
+
+
+def test_peak_memory_of_a_merge(tmp_path):
+    """One file of what is written is in memory at a time, and a tensor with what is added to it."""
+    stored = _large(tmp_path / "base")
+    shapes = {name: shape for name, shape in folders.shapes(LARGE).items() if "_proj" in name}
+    folders.adapter(tmp_path / "adapter", shapes, rank=4)
+    grown = _grown(MERGED, tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert stored > 270 and grown < 100, f"{grown:.0f} MiB for a checkpoint of {stored:.0f}"
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 8
+
+
+LARGE = folders.LLAMA | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 8192}
+
+
+def resident(key):
+    """MiB of this process, VmRSS or VmHWM."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def _large(folder):
+    """Writes a checkpoint of three files and returns its MiB."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LARGE))
+    shapes = folders.shapes(LARGE)
     names, files = list(shapes), {}
     for i in range(3):
         files |= dict.fromkeys(names[i::3], f"{i}.safetensors")
-        _sparse_file(tmp_path / f"{i}.safetensors", {name: shapes[name] for name in names[i::3]})
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    stored = sum(4 * int(np.prod(shape)) for shape in shapes.values()) / 2**20
-    run = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path)]
+        _sparse_file(folder / f"{i}.safetensors", {name: shapes[name] for name in names[i::3]})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return sum(4 * int(np.prod(shape)) for shape in shapes.values()) / 2**20
+
+
+def _grown(program, *arguments):
+    """What a program of its own prints last."""
+    run = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
     path = f"{os.getcwd()}:{os.getcwd()}/tests"
     environment = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    grown = float(subprocess.run(run, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1])
-    assert stored > 270 and grown < stored / 2 + 80, f"{grown:.0f} MiB for {stored / 2:.0f} of parameters"
+    return float(subprocess.run(run, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1])
 
 
 def _sparse_file(file, shapes):

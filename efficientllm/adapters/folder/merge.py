@@ -1,0 +1,34 @@
+"""An adapter added to a checkpoint, one tensor at a time: `W + scale B A`, DoRA's magnitudes, PiSSA's frozen rest."""
+
+import numpy as np
+
+from efficientllm.adapters.folder.opened import WEIGHT, Adapter
+from efficientllm.convert import binding, families
+from efficientllm.convert.write import SHARD, convert
+
+
+def merge_into(source, folder, out, dtype=None, shard=SHARD):
+    """Writes the checkpoint `source` with the adapter of a folder of peft's in its tensors to the new folder `out`.
+
+    `dtype` is None for that of the source; sums are float32. Raises UserError before anything is written.
+    """
+    bound = binding.bind(source.lm(), families.FAMILIES[source.config["model_type"]].table)
+    tensors = {
+        name: tensor
+        for name, tensor in binding.on_disk(bound).items()
+        if all(path.endswith("kernel") for path, _, _ in tensor.parts)
+    }
+    adapter = Adapter(folder, tensors)
+
+    def change(name, read):
+        module = name.removesuffix(WEIGHT)
+        return merged(adapter, module, read(np.float32)) if module in adapter.modules else read()
+
+    convert(source, out, dtype, shard, change)
+
+
+def merged(adapter, module, weight):
+    """The module's weight `[out, in]` with its adapter, float32."""
+    a, b, m, scale = adapter.factors(module)
+    new = adapter.base(module, weight) + scale * (b @ a)
+    return new if m is None else new * (m / np.linalg.norm(new, axis=1))[:, None]
