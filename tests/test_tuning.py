@@ -15,6 +15,7 @@ from efficientllm import main
 from efficientllm.adapters import folder as adapters
 from efficientllm.quant.nf4 import NF4
 from efficientllm.quant.tree import quantize
+from efficientllm.sweep import __main__ as sweep
 from efficientllm.train import setup, step
 
 pytestmark = pytest.mark.xdist_group("runs")
@@ -155,17 +156,51 @@ def test_the_adapter_is_a_folder_of_pefts(whole, base):
 
 @pytest.mark.slow
 def test_a_row_comes_out_where_peft_has_no_folder_for_the_family(base, tmp_path, monkeypatch):
-    """Phi-3 holds queries, keys and values in one tensor, which peft adapts as one."""
+    """peft adapts no out_proj of Mamba."""
     pytest.importorskip("torch")
     from convert import peers
 
     monkeypatch.setattr(peers, "VOCAB", 300)
-    peers.reference("phi3-plain").save_pretrained(tmp_path / "phi3")
-    argv = arguments(base, tmp_path / "run", model__pretrained=tmp_path / "phi3", train__steps=2, checkpoint__every=2)
+    peers.reference("mamba").save_pretrained(tmp_path / "mamba")
+    argv = arguments(base, tmp_path / "run", model__pretrained=tmp_path / "mamba", train__steps=2, checkpoint__every=2)
     assert main.main(argv) == 0
     assert json.loads((tmp_path / "run" / "record.json").read_text())["outcome"] == "ok"
     assert "no adapter in peft's format: " in (tmp_path / "run" / "log.txt").read_text()
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+SWEEP = """
+from efficientllm.sweep import Sweep
+
+def get_config():
+    return Sweep(
+        name="rates", baseline="lora", variants={{name: f"configs/tune.py:{{name}}" for name in ("lora", "full")}},
+        overrides={overrides!r}, seeds=(0,), equal={{"tokens": 0.0}}, twice=False,
+        grid=("train.rates", ("(('.*', 0.001),)", "(('.*', 1.0),)")),
+    )
+"""
+
+
+@pytest.mark.slow
+def test_a_learning_rate_is_chosen_for_each_method_and_its_cost_told(base, tmp_path, monkeypatch, capsys):
+    """Six processes: both rates of both methods, then each method at its own."""
+    monkeypatch.chdir(runs.ROOT)
+    monkeypatch.syspath_prepend(str(runs.ROOT))
+    flags = [flag.removeprefix("--config.").split("=", 1) for flag in arguments(base, "x")[2:]]
+    overrides = {key: value for key, value in flags if key not in ("adapter",)} | {"train.steps": 6}
+    (tmp_path / "sweep.py").write_text(SWEEP.format(overrides=overrides))
+    assert sweep.main([f"--config={tmp_path}/sweep.py", f"--out={tmp_path}/out"]) == 0
+    found = json.loads((tmp_path / "out" / "grid.json").read_text())["variants"]
+    said = capsys.readouterr().out
+    for name, each in found.items():
+        small, large = each["tries"]
+        assert large["eval_loss"] < small["eval_loss"] and each["chosen"] == large["value"]
+        assert min(small["seconds"], large["seconds"]) > 0
+        (line,) = (line for line in said.splitlines() if line.startswith(name) and line.endswith(each["chosen"]))
+        assert line.split()[2:5] == ["2", f"{small['seconds'] + large['seconds']:.0f}", "s"]
+    rows = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*/record.json")]
+    assert {row["config"]["train"]["rates"][0][1] for row in rows} == {1.0} and len(rows) == 2
+    assert "What sweep rates chose" in (tmp_path / "out" / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

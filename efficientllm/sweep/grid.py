@@ -39,13 +39,23 @@ def choose(sweep, out, extra=()):
 
 
 def table(sweep, out):
-    """What was chosen, as text."""
+    """What was chosen and what the tries cost, as text."""
     found = json.loads((out / "grid.json").read_text())
-    lines = [f"{'variant':24}{'held-out loss':>14}  chosen {found['key']}"]
+    lines = [f"{'variant':24}{'held-out loss':>14}{'tries':>7}{'cost':>9}{'J':>11}  chosen {found['key']}"]
     for variant, each in found["variants"].items():
-        loss = min((t["eval_loss"] for t in each["tries"] if t["eval_loss"] is not None), default=float("nan"))
-        lines.append(f"{variant:24}{loss:14.4f}  {each['chosen'] or 'its own: no try ended well'}")
+        tries = each["tries"]
+        loss = min((t["eval_loss"] for t in tries if t["eval_loss"] is not None), default=float("nan"))
+        seconds, joules = (_sum(tries, key) for key in ("seconds", "energy_j"))
+        cost = f"{len(tries):7}{'-' if seconds is None else f'{seconds:.0f} s':>9}"
+        cost += f"{'-' if joules is None else f'{joules:.4g}':>11}"
+        lines.append(f"{variant:24}{loss:14.4f}{cost}  {each['chosen'] or 'its own: no try ended well'}")
     return "\n".join(lines)
+
+
+def _sum(tries, key):
+    """Over the tries that know it; None where none does."""
+    known = [each[key] for each in tries if each[key] is not None]
+    return sum(known) if known else None
 
 
 def _flag(key, value):

@@ -137,6 +137,8 @@ def test_a_grid_gives_each_variant_the_value_of_its_least_loss(tmp_path):
     assert chosen == {"a": ("--config.loss=1.5",), "b": ("--config.loss=1.5",), "c": ()}
     found = [run for run in spec.runs(ours, (), chosen) if run.variant != "c"]
     assert all(run.argv[-2:] == ("--config.loss=1.5", f"--config.seed={run.seed}") for run in found)
+    said = {line.split()[0]: line.split()[1:] for line in grid.table(ours, tmp_path).splitlines()}
+    assert said["a"] == ["1.5000", "3", "21", "s", "-", "1.5"]
     assert "its own: no try ended well" in grid.table(ours, tmp_path)
     # A report ranks none of the tries, and says what they cost.
     for run in found:
