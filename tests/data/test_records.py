@@ -145,6 +145,15 @@ def test_a_conversation_that_the_template_refuses_is_named(templated):
         conversation.encode(ours, text)
 
 
+def test_a_template_of_a_checkpoint_cannot_reach_python(templated):
+    """It is run in the sandbox of transformers."""
+    (templated / "chat_template.jinja").write_text("{{ messages.__class__.__base__.__subclasses__() }}")
+    ours = data.build_tokenizer(f"hf(path={str(templated)!r})", "doc_pairs()")
+    messages = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    with pytest.raises(UserError, match="chat template refuses .*unsafe"):
+        conversation.encode(ours, conversation.dump(messages))
+
+
 def test_parquet_and_a_hub_s_folder_hold_the_same_records(records, tokenizer, tmp_path, monkeypatch):
     import datasets
     import pyarrow.json
