@@ -7,7 +7,7 @@ import typing
 import flax.struct
 import jax.numpy as jnp
 
-from efficientllm import native
+from efficientllm import kernels, native
 from efficientllm.errors import UserError
 from efficientllm.quant.rows import STATIC, Rows
 from efficientllm.registry import register
@@ -26,6 +26,11 @@ class Half(Rows):
 
     def rows(self):
         return self.values.astype(jnp.float32)
+
+    def after(self, x):
+        """Itself where products read it as it lies: tied to `x`, a GPU's program would copy every kernel first."""
+        same = kernels.platform() != "cpu" and self.values.dtype == x.dtype
+        return self if same else super().after(x)
 
     def native(self, x_MK):
         return native.product(self.name, x_MK, self.values) if self.width % 2 == 0 else None

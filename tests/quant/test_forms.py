@@ -224,3 +224,12 @@ def test_threads_share_no_state():
 def test_bad_specs(spec, said):
     with pytest.raises(UserError, match=said):
         quantize({"kernel": jnp.ones((32, 4))}, spec)
+
+
+@pytest.mark.parametrize("spec, platform, tied", [("bfloat16", "cpu", 1), ("bfloat16", "gpu", 0), ("int8", "gpu", 1)])
+def test_accelerators_read_halves_of_the_product_s_type_as_they_lie(spec, platform, tied):
+    """Tied to the input, which keeps decompression where it is, they would be copied by a GPU's program."""
+    held, x_MK = leaf(spec, normal(64, 8)), jnp.ones((products.FEW + 1, 64), jnp.bfloat16)
+    with kernels.compiling_for(platform):
+        made = str(jax.make_jaxpr(lambda x: products.product(x, held, "bfloat16", None))(x_MK))
+    assert ("optimization_barrier" in made) == tied
