@@ -27,6 +27,8 @@ def of_training(config, shape):
     if shape["data"] > 1:
         sizes = _divisors(shape["data"])[1:]
         found.append([{"mesh": _mesh(shape, size)} for size in sizes])
+    if (odd := _odd(shape["fsdp"])) > 1:  # 3 of 48 ways divide few widths, so that nothing is split
+        found.append([{"mesh": _mesh(shape, 1 / odd)}])
     rows = config.train.batch_size // config.train.accumulate // math.prod(shape[axis] for axis in sharding.BATCH)
     found.append([{"train.accumulate": config.train.accumulate * size} for size in _divisors(rows)[1:]])
     return [steps for steps in found if steps]
@@ -41,8 +43,13 @@ def of_serving(config, smaller):
 
 
 def _mesh(shape, more):
-    sizes = {**shape, "data": shape["data"] // more, "fsdp": shape["fsdp"] * more}
+    sizes = {**shape, "data": round(shape["data"] / more), "fsdp": round(shape["fsdp"] * more)}
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+
+
+def _odd(number):
+    """Its greatest odd divisor."""
+    return number // (number & -number)
 
 
 def _divisors(number):

@@ -43,6 +43,12 @@ def test_what_cannot_be_changed_is_not_tried():
     assert changes.of_serving(config(), []) == []
 
 
+def test_ways_that_divide_no_width_may_be_fewer():
+    shape = {"data": 1, "fsdp": 48, "expert": 1, "tensor": 1}
+    found = changes.of_training(config(model__remat="full", train__batch_size=48), shape)
+    assert found == [[{"mesh": "data=3, fsdp=16"}]]
+
+
 def test_a_request_s_weights_may_be_smaller_or_its_rows_fewer():
     found = changes.of_serving(config(infer__batch_size=6), ["int8()", "int4()"])
     assert found == [
