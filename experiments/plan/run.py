@@ -28,8 +28,9 @@ PRETRAIN = {
 }
 # The study's rank, dropout, precision and remat, and one batch for all methods: configs/tune_study.py.
 TUNE = {"plan.hardware": "h200", "plan.devices": 8}
-# RSLoRA, LoRA+ and PiSSA are LoRA's program with other constants or other initial values (tests/plan/test_methods.py).
-METHODS = ("lora", "dora", "freeze", "full")
+METHODS = ("lora", "rslora", "lora_plus", "pissa", "dora", "freeze", "full")
+# Other constants and other initial values in the same program: tests/plan/test_methods.py.
+AS_LORA = re.compile(r"^(tune/.*)/(rslora|lora_plus|pissa)$")
 TUNED = (
     *("llama-3.2-1b", "llama-3.2-3b", "mistral-7b", "qwen2.5-7b"),
     *("llama-3.1-8b", "qwen2.5-14b", "mistral-small-24b"),
@@ -53,13 +54,15 @@ SERVED = {
 }
 FORMS = ("bfloat16", "float16", "int4")
 MOE = "moe(num_experts=8, top_k=2, load_balance=0.01, z_loss=0.001)"
+CAPACITY = MOE.replace("(", "(dispatch='capacity', capacity_factor=1.25, ")
 
 
 def pretraining():
     """`{name: (config file, overrides, the study's table and row)}` of the axes of pre-training."""
     plans = {}
     for size in ("1.5b", "0.5b", "3b"):
-        own = {**PRETRAIN, "model.size": size}
+        # 48 ways divide the width of 1.5b, and none of the others'.
+        own = {**PRETRAIN, "model.size": size, "mesh": "fsdp=-1" if size == "1.5b" else "data=3, fsdp=16"}
         for mixer in ("gqa", "mqa", "mla", "nsa", "mha"):
             # The paper's blocks rather than the demonstration's.
             change = {"model.mixer": "nsa"} if mixer == "nsa" else {}
@@ -70,22 +73,19 @@ def pretraining():
         for mixer in ("mamba", "pythia", "rwkv"):
             plans[f"attention_free/{size}/{mixer}"] = (f"mixers.py:{mixer}", own, ("attention_free", mixer))
         if size != "3b":
-            mixture = ("base.py", own | {"model.ffn": MOE}, ("moe", f"moe-{size}x8-top2"))
-            plans[f"moe/{size}x8/top2"] = mixture
-            # 48 divides neither 8 experts nor, of 0.5b, a width of 896.
-            plans[f"moe/{size}x8/top2, data 3, fsdp 16"] = (
-                *mixture[:1],
-                mixture[1] | {"mesh": "data=3, fsdp=16"},
-                mixture[2],
-            )
-            plans[f"moe/{size}x8/top2, expert 8"] = (
-                *mixture[:1],
-                mixture[1] | {"mesh": "expert=8, fsdp=6"},
-                mixture[2],
-            )
+            # 48 divides neither 8 experts nor, of 0.5b, a width of 896; experts on their own devices need a capacity.
+            for ending, mesh, ffn in (
+                ("", "fsdp=-1", MOE),
+                (", data=3, fsdp=16", "data=3, fsdp=16", MOE),
+                (", expert=8, fsdp=6, capacity 1.25", "expert=8, fsdp=6", CAPACITY),
+            ):
+                change = {"model.ffn": ffn, "mesh": mesh}
+                plans[f"moe/{size}x8/top2{ending}"] = ("base.py", own | change, ("moe", f"moe-{size}x8-top2"))
     for model in ("llama-3-70b", "qwen2.5-72b"):
         own = PRETRAIN | {"model.pretrained": folder(model), "model.remat": "full"}
-        plans[f"pretrain/{model}/gqa"] = ("base.py", own, (None, None))
+        for devices, mesh in ((48, "fsdp=-1"), (48, "data=3, fsdp=16"), (64, "fsdp=-1")):
+            change = {"plan.devices": devices, "train.batch_size": devices, "mesh": mesh}
+            plans[f"pretrain/{model}/{devices} by {mesh}"] = ("base.py", own | change, (None, None))
     return plans
 
 
@@ -94,7 +94,7 @@ def tuning():
         f"tune/{model}/{method}": (
             f"tune_study.py:{method}",
             TUNE | {"model.pretrained": folder(model)},
-            (f"tune_{model}_o1-sft", method),
+            (f"tune_{model}_o1-sft", method.replace("_", "-")),
         )
         for model in TUNED
         for method in METHODS
@@ -114,6 +114,11 @@ def folder(model):
     return next(str(parent / model) for parent in FOLDERS if (parent / model).is_dir())
 
 
+def program_of(name):
+    """The plan that has the same program."""
+    return AS_LORA.sub(r"\1/lora", name)
+
+
 def make(name, config, overrides, out):
     """Plans one configuration into `out/name`; what fails is said and left for the next time."""
     folder = out / name
@@ -122,7 +127,11 @@ def make(name, config, overrides, out):
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     try:
         main.main(
-            [f"--config={HERE.parents[1] / 'configs' / config}", "--config.task=plan", f"--workdir={folder}", *flags]
+            [
+                f"--config={HERE.parents[1] / 'configs' / config}",
+                *("--config.task=plan", f"--config.name={name}", f"--workdir={folder}"),
+                *flags,
+            ]
         )
     except Exception:  # one configuration that the compiler cannot take does not stop the others
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,30 +207,15 @@ def table(plans, out):
     with open(HERE / "rows.csv", newline="", encoding="utf-8") as file:
         held = {each["plan"]: each for each in csv.DictReader(file)}
     made = {
-        name: line(name, where, json.loads((out / name / "record.json").read_text()))
+        name: line(name, where, json.loads(file.read_text()))
         for name, (_, _, where) in plans.items()
-        if (out / name / "record.json").exists()
+        if (file := out / program_of(name) / "record.json").exists()
     }
     lines = [(held | made)[name] for name in plans if name in held | made]
     with open(HERE / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    shown = (
-        "plan",
-        "peak_gb",
-        "fits",
-        "fits_with",
-        "by_shapes_gb",
-        "compute_ms",
-        "memory_ms",
-        "network_ms",
-        "study_amu_gb",
-        "study_al_ms",
-    )
-    print("| " + " | ".join(shown) + " |\n|" + "---|" * len(shown))
-    for each in lines:
-        print("| " + " | ".join("" if each[key] is None else str(each[key]) for key in shown) + " |")
 
 
 def run():
@@ -231,9 +225,8 @@ def run():
     options = parser.parse_args()
     logging.getLogger("jax").setLevel(logging.ERROR)
     plans = pretraining() | tuning() | inference()
-    for name, (config, overrides, _) in plans.items():
-        if re.search(options.only, name):
-            make(name, config, overrides, options.out)
+    for name in dict.fromkeys(program_of(name) for name in plans if re.search(options.only, name)):
+        make(name, *plans[name][:2], options.out)
     table(plans, options.out)
 
 

@@ -1,0 +1,39 @@
+"""What the plans say of the study's claims, as a table: `python experiments/plan/claims.py [--out=DIR]`."""
+
+import argparse
+import pathlib
+
+from efficientllm.report import comparison, forecasts, rows
+
+
+def judged(out):
+    """The claims that the plans below `out` say something of, each plan by its name."""
+    found = rows.read(rows.find([out])[0])
+    for row in found:
+        row.variant = str(row.path.parent.relative_to(out))
+    return forecasts.evaluate(comparison.groups(found))
+
+
+def shown(pair):
+    """Two plans' ratio; the folder that they share is named once."""
+    (folder, of), (other, against) = (pair[key].rsplit("/", 1) for key in ("variant", "against"))
+    against = against if folder == other else f"{other}/{against}"
+    return f"{folder}: {of} / {against} {pair['ratio']:.3g}"
+
+
+def line(claim):
+    """A claim, its verdict, and each pair's ratio or why it has none."""
+    said = "; ".join(shown(pair) for pair in claim["pairs"] if "ratio" in pair)
+    bound = f"{claim['metric']} ratio {claim['ratio']}"
+    return f"| {claim['name']} | {claim['says']} ({claim['where']}) | {bound} | {claim['status']} | {said} |"
+
+
+def run():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/plan"))
+    print("| claim | says | checked as | here | ratios |\n|---|---|---|---|---|")
+    print("\n".join(line(claim) for claim in judged(parser.parse_args().out)))
+
+
+if __name__ == "__main__":
+    run()
