@@ -200,6 +200,8 @@ def _weight_gradient(x, dy, result):
     copies with what makes it, and refuses bfloat16: there the transpose is made first, alone."""
     if kernels.platform() != "cpu":
         return jnp.matmul(x.T, dy, preferred_element_type=result)
+    if dy.shape[1] * sum(x.shape) < x.size:  # a few columns, an adapter's: they and the result are the smaller to turn
+        return _weight_gradient(dy, x, result).T
     alone = jax.lax.optimization_barrier
     return alone(jnp.matmul(alone(alone(x).T), alone(dy), preferred_element_type=result))
 
