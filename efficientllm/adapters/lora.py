@@ -43,7 +43,7 @@ class LoRA(Weight):
     def apply(self, x, product, of_rows):
         low = product(dropped(x, self.key, self.dropout), self.a)
         changed = product(x, self.base) + self.scale * product(low.astype(x.dtype), self.b)
-        return checkpoint_name(changed, "changed")  # where products are kept for the backward pass, the sum is, not both
+        return checkpoint_name(changed, "changed")  # kept for the backward pass instead of both terms
 
     def axes(self, names):
         return self.replace(
