@@ -80,6 +80,7 @@ class LM(nn.Module):
       tied: the output projection is the embedding, transposed.
       embed_norm: a norm follows the embedding (RWKV, BLOOM).
       remat: `none`, `full`, or the name of a policy of `jax.checkpoint_policies`: what the backward pass keeps.
+        `none` is everything, on CPUs less what is cheap (`_kept`); `everything_saveable` is everything there too.
       scan: compile one group and scan over the stacked rest; False unrolls (debugging, decoding).
     """
 

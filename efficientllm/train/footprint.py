@@ -51,7 +51,7 @@ def moved_bytes(lm, state, rows, length, accumulate=1):
 
 
 def activation_bytes(lm, state, rows, length):
-    """Bytes that the forward pass leaves for the backward pass, and all that one group leaves: what is remade at once."""
+    """Bytes that the forward pass leaves for the backward pass, and those of the group that is being remade."""
     kept = _kept_bytes(lm, state, rows, length)
     everything = _kept_bytes(lm.clone(remat="everything_saveable"), state, rows, length)
     return kept + max(0, everything - kept) // lm.num_groups
