@@ -16,6 +16,7 @@ import os
 import pathlib
 import sys
 
+from efficientllm import allocator
 from efficientllm.errors import UserError, did_you_mean
 
 FLAGS = ("config", "workdir", "overwrite", "help")
@@ -99,4 +100,5 @@ def _one_line(error, argv):
 
 
 if __name__ == "__main__":
+    allocator.restart_with_huge_pages()
     sys.exit(main())

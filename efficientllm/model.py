@@ -1,5 +1,7 @@
 """The language model: embeddings, a scanned pattern of blocks, a norm, logits. Every architecture is a config of it."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from efficientllm.errors import UserError, did_you_mean
 from efficientllm.layers import Linear
 from efficientllm.registry import build
 from efficientllm.sharding import constrain
-from efficientllm.weights import activation_dtype, matmul, parameter, take
+from efficientllm.weights import activation_dtype, matmul, parameter, take, turned
 
 
 class Block(nn.Module):
@@ -78,6 +80,7 @@ class LM(nn.Module):
       tied: the output projection is the embedding, transposed.
       embed_norm: a norm follows the embedding (RWKV, BLOOM).
       remat: `none`, `full`, or the name of a policy of `jax.checkpoint_policies`: what the backward pass keeps.
+        `none` is everything, on CPUs less what is cheap (`_kept`); `everything_saveable` is everything there too.
       scan: compile one group and scan over the stacked rest; False unrolls (debugging, decoding).
     """
 
@@ -115,14 +118,15 @@ class LM(nn.Module):
         if not readout:
             return x_BTD, states, aux
         if self.tied:
-            logits_BTV = matmul(x_BTD, embedding_VD.T, self.precision, out_dtype=jnp.float32)
+            logits_BTV = matmul(x_BTD, turned(embedding_VD), self.precision, out_dtype=jnp.float32)
         else:
             head = Linear(self.vocab_size, ("embed", "vocab"), self.precision, out_dtype=jnp.float32, name="head")
             logits_BTV = head(x_BTD)
         return constrain(logits_BTV, "batch", "length", "vocab"), states, aux
 
     def _groups(self, x_BTD, ctx, states):
-        group = Group if self.remat == "none" else nn.remat(Group, policy=remat_policy(self.remat), prevent_cse=False)
+        policy = self._kept(states)
+        group = Group if policy == "all" else nn.remat(Group, policy=policy, prevent_cse=False)
         fields = (self.blocks, self.norm, self.residual)
         carry = x_BTD, self._init_memo(*x_BTD.shape[:2])
         if self.scan:
@@ -146,11 +150,34 @@ class LM(nn.Module):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
         return carry[0], None if states is None else new_states, stacked
 
+    def _kept(self, states):
+        """What the backward pass finds of the forward pass: `all`, or what a policy says.
+
+        On CPUs a loop over layers stores, copies and fetches what is kept; the elementwise work of attention and dense
+        ffns (`remade`) takes less to do again: with it the kept bytes of a Llama fall to less than half.
+        """
+        if self.remat != "none":
+            return remat_policy(self.remat)
+        remade = all(getattr(part, "remade", part is None) for block in parts(self) for part in block)
+        return _not_cheap if remade and states is None and kernels.platform() == "cpu" else "all"
+
     def _init_memo(self, batch, length):
         memo = {}
         for mixer, _ in parts(self):
             memo |= mixer.init_memo(batch, length, self.dim) if hasattr(mixer, "init_memo") else {}
         return memo
+
+
+CHEAP = re.compile(
+    r"add|and|broadcast_in_dim|concatenate|convert_element_type|copy|cos|div|eq|erf|exp|ge|gt|integer_pow|iota|le|log|"
+    r"logistic|lt|max|min|mul|ne|neg|not|optimization_barrier|or|pad|pow|reshape|rsqrt|select_n|sharding_constraint|"
+    r"sign|sin|slice|sqrt|square|squeeze|stop_gradient|sub|tanh|transpose"
+)
+
+
+def _not_cheap(primitive, *_, **__):
+    """A policy of `jax.checkpoint` that keeps the results of all but elementwise operations and moves."""
+    return not CHEAP.fullmatch(primitive.name)
 
 
 UNROLLED = 12  # groups; on CPUs
@@ -220,7 +247,7 @@ def abstract_params(lm):
 
 def head_kernel(lm, params):
     """The output projection `[D, V]`."""
-    return params["embedding"].T if lm.tied else params["head"]["kernel"]
+    return turned(params["embedding"]) if lm.tied else params["head"]["kernel"]
 
 
 def read_out(lm, params, x_BTD):

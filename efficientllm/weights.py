@@ -7,6 +7,7 @@ Kernels are `[..., in, out]`, so that adapters, quantisers and name tables see o
 import dataclasses
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -86,6 +87,37 @@ class Weight:
         return self.dense().T
 
 
+@flax.struct.dataclass
+class Turned(Weight):
+    """A table `[out, in]` that multiplies as the kernel `[in, out]`: the embedding as the head of a tied model.
+
+    CPUs multiply it as it lies. XLA turns it for a product in a loop, and its gradient back: four passes over a table.
+    """
+
+    table: jax.Array
+
+    @property
+    def shape(self):
+        return self.table.shape[::-1]
+
+    def matmul(self, x, precision, out_dtype):
+        product = jnp.dtype(build("precision", precision, where="config.model.precision").product)
+        if kernels.platform() == "cpu" and x.dtype == product == jnp.float32:
+            return _product(x, self.table, product, jnp.dtype(out_dtype or x.dtype), True)
+        return matmul(x, self.table.T, precision, out_dtype)
+
+    def dense(self):
+        return self.table.T
+
+    def axes(self, names):
+        return Turned(Axes(names[::-1]))
+
+
+def turned(table):
+    """The kernel `[in, out]` of a table `[out, in]`."""
+    return table.T if isinstance(table, Weight) else Turned(table)
+
+
 def dense(w, after=None):
     """The kernel as an array, whatever form it has; not made before the array `after` is known, if one is given."""
     if not isinstance(w, Weight):
@@ -131,31 +163,35 @@ def matmul(x, w, precision, out_dtype=None):
     return jnp.matmul(x, w.astype(product), preferred_element_type=out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x, w, operand, result):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x, w, operand, result, turned=False):
     """A product of operands rounded to `operand`, accumulated to `result`; so are the two of the backward pass.
 
-    Autodiff of a mixed product would multiply the float32 cotangent with an upcast copy of the other operand.
+    Autodiff of a mixed product would multiply the float32 cotangent with an upcast copy of the other operand. With
+    `turned`, w is `[out, in]`.
     """
-    return jnp.matmul(x.astype(operand), w.astype(operand), preferred_element_type=result)
+    w = w.astype(operand)
+    return jnp.matmul(x.astype(operand), w.T if turned else w, preferred_element_type=result)
 
 
-def _product_forward(x, w, operand, result):
+def _product_forward(x, w, operand, result, turned):
     low = x.astype(operand), w.astype(operand)
     # Zero-size arrays carry the operands' dtypes: a residual must be an array.
-    return _product(*low, operand, result), (*low, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
+    return _product(*low, operand, result, turned), (*low, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
 
 
-def _product_backward(operand, result, residuals, dy):
+def _product_backward(operand, result, turned, residuals, dy):
     x, w, like_x, like_w = residuals
     dy = dy.astype(operand)
-    dx = jnp.matmul(dy, w.T, preferred_element_type=result)
+    dx = jnp.matmul(dy, w if turned else w.T, preferred_element_type=result)
     if x.ndim > 2 and sharding.ways("length", x.shape[1]) > 1:
         # Rows and tokens that lie on several devices are no one axis: made one, they would be gathered first.
         leading = tuple(range(x.ndim - 1))
-        dw = jax.lax.dot_general(x, dy, ((leading, leading), ((), ())), preferred_element_type=result)
+        pair = (dy, x) if turned else (x, dy)
+        dw = jax.lax.dot_general(*pair, ((leading, leading), ((), ())), preferred_element_type=result)
     else:
-        dw = _weight_gradient(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), result)
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dw = jnp.matmul(dy.T, x, preferred_element_type=result) if turned else _weight_gradient(x, dy, result)
     return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
 
 
@@ -164,6 +200,8 @@ def _weight_gradient(x, dy, result):
     copies with what makes it, and refuses bfloat16: there the transpose is made first, alone."""
     if kernels.platform() != "cpu":
         return jnp.matmul(x.T, dy, preferred_element_type=result)
+    if dy.shape[1] * sum(x.shape) < x.size:  # a few columns, an adapter's: they and the result are the smaller to turn
+        return _weight_gradient(dy, x, result).T
     alone = jax.lax.optimization_barrier
     return alone(jnp.matmul(alone(alone(x).T), alone(dy), preferred_element_type=result))
 

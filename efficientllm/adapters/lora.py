@@ -12,6 +12,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from efficientllm.adapters.base import Method, box
 from efficientllm.errors import UserError
@@ -41,7 +42,8 @@ class LoRA(Weight):
 
     def apply(self, x, product, of_rows):
         low = product(dropped(x, self.key, self.dropout), self.a)
-        return product(x, self.base) + self.scale * product(low.astype(x.dtype), self.b)
+        changed = product(x, self.base) + self.scale * product(low.astype(x.dtype), self.b)
+        return checkpoint_name(changed, "changed")  # kept for the backward pass instead of both terms
 
     def axes(self, names):
         return self.replace(

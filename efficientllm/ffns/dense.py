@@ -14,6 +14,8 @@ class SwiGLU(nn.Module):
     hidden: int
     precision: str
 
+    remade = True  # see `model.LM._kept`
+
     @nn.compact
     def __call__(self, x_BTD):
         gate = Linear(self.hidden, ("embed", "mlp"), self.precision, name="gate")(x_BTD)
@@ -29,6 +31,8 @@ class GELU(nn.Module):
     hidden: int
     precision: str
     use_bias: bool = True
+
+    remade = True
 
     @nn.compact
     def __call__(self, x_BTD):

@@ -4,6 +4,7 @@ import operator
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from efficientllm.errors import UserError
@@ -50,11 +51,26 @@ def optimizer(train, params, rates=()):
     own = match((*rates, (".*", 1.0)), params, "rates")
     rates = jax.tree.map(operator.mul, own, match(train.rates, params, "config.train.rates"))
     return optax.chain(
-        optax.clip_by_global_norm(train.clip) if train.clip else optax.identity(),
+        _clip(train.clip) if train.clip else optax.identity(),
         build("optimizer", train.optimizer, where="config.train.optimizer"),
         _stateless(lambda update, param, d, r: r * (update + d * param.astype(update.dtype)), decay, rates),
         optax.scale_by_learning_rate(schedule(train)),
     )
+
+
+def _clip(most):
+    """Clipping by the global norm, as one factor of all gradients.
+
+    optax divides each gradient by the norm; XLA does a division once for all that use it, hence keeps a second copy of
+    all gradients (0.5 GB and a tenth of a step of 135 M parameters on a CPU).
+    """
+
+    def update(updates, params):
+        norm = optax.tree.norm(updates)
+        factor = jnp.where(norm < most, 1.0, most / norm)
+        return jax.tree.map(lambda update: update * factor.astype(update.dtype), updates)
+
+    return optax.stateless(update)
 
 
 def _stateless(function, *trees):

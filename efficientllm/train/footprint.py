@@ -51,11 +51,10 @@ def moved_bytes(lm, state, rows, length, accumulate=1):
 
 
 def activation_bytes(lm, state, rows, length):
-    """Bytes that the forward pass leaves for the backward pass, and with remat those of the group that is remade."""
+    """Bytes that the forward pass leaves for the backward pass, and those of the group that is being remade."""
     kept = _kept_bytes(lm, state, rows, length)
-    if lm.remat == "none":
-        return kept
-    return kept + max(0, _kept_bytes(lm.clone(remat="none"), state, rows, length) - kept) // lm.num_groups
+    everything = _kept_bytes(lm.clone(remat="everything_saveable"), state, rows, length)
+    return kept + max(0, everything - kept) // lm.num_groups
 
 
 def _kept_bytes(lm, state, rows, length):

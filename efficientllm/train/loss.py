@@ -9,9 +9,9 @@ from jax.sharding import NamedSharding
 
 from efficientllm import kernels
 from efficientllm.sharding import constrain, current_mesh, spec, ways
-from efficientllm.weights import matmul
+from efficientllm.weights import axes, matmul
 
-CHUNK_BYTES = 2**25  # float32 logits a device holds at a time: what caches of CPUs bear
+CHUNK_BYTES = 2**26  # float32 logits a device holds at a time
 # On accelerators: every chunk reads the head and adds to its gradient, which at 2**25 bytes of a vocabulary of 151,936
 # moves more memory than all layers do (seen in the programs that XLA compiles for an H200).
 ACCELERATOR_CHUNK_BYTES = 2**29
@@ -76,27 +76,33 @@ def _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
 def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
     """Each group of rows has a gradient of the head of its own, and they are added up at the end: one sum over devices
     for all chunks, not one for each. Letter: N groups."""
-    head_DV = constrain(head_DV, None, "vocab")  # whole before the loop: not every compiler takes the gather out of it
-    axes = _row_axes(len(x_BTD))
-    N = 1 if axes is None else math.prod(current_mesh().shape[axis] for axis in axes)
+    names = axes(head_DV, (None, "vocab"))
+    # Whole before the loop: not every compiler takes the gather out of it.
+    head_DV = jax.tree.map(lambda leaf, names: constrain(leaf, *names), head_DV, names)
+    split_over = _row_axes(len(x_BTD))
+    N = 1 if split_over is None else math.prod(current_mesh().shape[axis] for axis in split_over)
 
     def nll(x, head, targets, weights):
         logits = constrain(matmul(x, head, precision, out_dtype=jnp.float32), None, None, "vocab")
         return logits_nll_sum(logits, targets, weights)
 
-    of_groups = jax.vmap(jax.value_and_grad(nll, (0, 1)), in_axes=(0, None, 0, 0), spmd_axis_name=axes)
+    of_groups = jax.vmap(jax.value_and_grad(nll, (0, 1)), in_axes=(0, None, 0, 0), spmd_axis_name=split_over)
+
+    def in_groups(dhead_NDV):
+        return jax.tree.map(lambda leaf, names: constrain(leaf, "token_rows", *names), dhead_NDV, names)
 
     def one(carry, chunk):
         total, dhead_NDV = carry
         x, targets, weights = (leaf.reshape(N, -1, *leaf.shape[1:]) for leaf in chunk)
         nats_N, (dx, dhead) = of_groups(x, head_DV, targets, weights)
-        dhead_NDV = constrain(dhead_NDV + dhead, "token_rows", None, "vocab")
+        dhead_NDV = in_groups(jax.tree.map(jnp.add, dhead_NDV, dhead))
         return (total + jnp.sum(nats_N), dhead_NDV), dx.reshape(chunk[0].shape)
 
-    carry = jnp.zeros(()), constrain(jnp.zeros((N, *head_DV.shape), head_DV.dtype), "token_rows", None, "vocab")
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((N, *leaf.shape), leaf.dtype), head_DV)
+    carry = jnp.zeros(()), in_groups(zeros)
     (total, dhead_NDV), dx = jax.lax.scan(one, carry, _split(chunks, x_BTD, targets_BT, weights_BT))
     dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, : x_BTD.shape[1]]
-    return total, (dx_BTD, jnp.sum(dhead_NDV, 0))
+    return total, (dx_BTD, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), dhead_NDV))
 
 
 def _row_axes(B):
@@ -108,7 +114,8 @@ def _row_axes(B):
 
 def _chunked_backward(precision, chunks, gradients, dy):
     dx_BTD, dhead_DV = gradients
-    return (dx_BTD * dy).astype(dx_BTD.dtype), (dhead_DV * dy).astype(dhead_DV.dtype), None, None
+    scaled = jax.tree.map(lambda leaf: (leaf * dy).astype(leaf.dtype), (dx_BTD, dhead_DV))
+    return *scaled, None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

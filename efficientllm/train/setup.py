@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm import architecture, data, kernels, model, sharding
+from efficientllm import allocator, architecture, data, kernels, model, sharding
 from efficientllm.adapters.base import is_box
 from efficientllm.errors import UserError
 from efficientllm.metrics import flops, host, memory, peaks
@@ -240,7 +240,9 @@ def compile_steps(setup):
     setup.program_flops, setup.program_memory = _program_flops(traced.jaxpr), _program_memory(compiled)
     setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
     token_bytes = jax.ShapeDtypeStruct((setup.lm.vocab_size,), jnp.float32, sharding=sharding.replicated(setup.mesh))
-    return compiled, evaluate.lower(setup.shaped.all_params, batch, token_bytes).compile()
+    compiled_eval = evaluate.lower(setup.shaped.all_params, batch, token_bytes).compile()
+    allocator.give_back()
+    return compiled, compiled_eval
 
 
 def _program_flops(jaxpr):

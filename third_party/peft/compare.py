@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # configs/ is beside the package, not in it
 
@@ -63,11 +64,14 @@ def _folder(model, folder):
 
 def compare(method, model, options):
     """`{contestant: {"step_s": [...], "peak_bytes", "first_loss"}}` and the ratios theirs / ours."""
+    from efficientllm import allocator
+
     context, sides = multiprocessing.get_context("spawn"), {}
     for name in ("peft", "ours"):
         pipe, far_end = context.Pipe()
         process = context.Process(target=_serve, args=(name, method, model, options, far_end), daemon=True)
-        process.start()
+        with mock.patch.dict(os.environ, allocator.huge_pages() if name == "ours" else {}):  # as efficientllm.main
+            process.start()
         far_end.close()
         sides[name] = (pipe, process)
 
@@ -168,15 +172,16 @@ def _peft(method, model, options, host):
 
 
 def _ours(method, model, options, host):
+    import flax.linen as nn
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from configs import base
-    from efficientllm import architecture, sharding
+    from efficientllm import allocator, architecture, sharding
     from efficientllm import model as models
     from efficientllm.registry import build
-    from efficientllm.train import setup, step
+    from efficientllm.train import footprint, setup, step
 
     before = host.rss_bytes()
     config = base.get_config()
@@ -197,8 +202,13 @@ def _ours(method, model, options, host):
         config=config, mesh=mesh, tokenizer=None, lm=lm, batches=None, eval_batches=None, method=tuned, source=source,
         boxed=boxed, shaped=None, shardings=where, data={}, rss_before=before,
     )  # fmt: skip
+    placed = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)  # noqa: E731
+    shaped = jax.tree.map(placed, nn.unbox(abstract), where)
+    batch = footprint.batch_shapes(options.batch, options.length - 1, sharding.batch_sharding(mesh))
+    # In the order of a run: compiled from shapes before a weight is read.
+    train = step.jit_train_step(lm, config.train, mesh, where, tuned).lower(shaped, batch).compile()
+    allocator.give_back()
     state = setup.create_state(run)
-    train = step.jit_train_step(lm, config.train, mesh, where, tuned)
 
     def one(tokens):
         nonlocal state
