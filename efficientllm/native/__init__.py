@@ -29,9 +29,7 @@ def instruction_sets():
 
 def is_usable():
     """Whether what is traced here may call the library: it is there, and the program is for one CPU device."""
-    mesh = sharding.current_mesh()
-    alone = mesh is None or mesh.size == 1
-    return alone and kernels.platform() == "cpu" and bool(instruction_sets())
+    return sharding.is_alone() and kernels.platform() == "cpu" and bool(instruction_sets())
 
 
 def product(form, x_MK, weights, scale=None, minimum=None, zero=None, table=None, x_bits=16, instructions="best"):
@@ -76,12 +74,13 @@ def _library():
         return None
     try:
         library = ctypes.CDLL(str(found[0]))
-    except OSError as error:
+        capsules = {target: jax.ffi.pycapsule(getattr(library, target)) for target in TARGETS}
+    except (OSError, AttributeError) as error:  # one that was built from older sources lacks a function
         log.warning("native products cannot be loaded (%s): compressed weights run through XLA, slower", error)
         return None
     library.efficientllm_instruction_sets.restype = ctypes.c_char_p
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    for target, capsule in capsules.items():
+        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
     return library
 
 

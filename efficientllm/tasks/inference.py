@@ -37,7 +37,7 @@ def infer(config, workdir):
 
 
 class Inference:
-    """One run from start to row, on one device of one process."""
+    """One run from start to row, on devices of one process."""
 
     def __init__(self, config, workdir):
         self.config, self.workdir, self.started = config, workdir, time.time()
@@ -57,7 +57,8 @@ class Inference:
                 self.averages = stack.enter_context(Sampler(self.serving.devices, self.reader, interval_s))
                 return self._serve()
         except KeyboardInterrupt as stop:
-            log.info(f"{stop or 'SIGINT'}: what was generated is in {self.workdir.shown / 'samples'}")
+            name = stop.args[0] if stop.args else "SIGINT"
+            log.info(f"\n{name}: what was generated is in {self.workdir.shown / 'samples'}")
             return 128 + (signal.SIGTERM if stop.args else signal.SIGINT)
         except serving.OutOfMemory as error:
             return self._fail("oom", str(error))
@@ -142,7 +143,7 @@ class Inference:
 
     def _finish(self):
         run = self.serving
-        physical = row.physical(run.lm, run.boxed, self.params, self.measured, self.idle)
+        physical = row.physical(run.lm, run.boxed, self.params, self.measured, self.idle, run.mesh)
         physical["peak_memory_bytes"] = self.peak
         study = row.study(run.lm, run.boxed, self.measured, self._compression())
         found = self._write_row("ok", study, physical, row.quality(self.quality) | self.tasks)

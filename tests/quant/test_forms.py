@@ -233,3 +233,11 @@ def test_accelerators_read_halves_of_the_product_s_type_as_they_lie(spec, platfo
     with kernels.compiling_for(platform):
         made = str(jax.make_jaxpr(lambda x: products.product(x, held, "bfloat16", None))(x_MK))
     assert ("optimization_barrier" in made) == tied
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
+def test_a_library_of_older_sources_costs_speed_only(monkeypatch, caplog):
+    monkeypatch.setattr(native, "TARGETS", (*native.TARGETS, "efficientllm_of_next_year"))
+    with caplog.at_level("WARNING", "efficientllm"):
+        assert native._library.__wrapped__() is None
+    assert "undefined symbol: efficientllm_of_next_year" in caplog.text
