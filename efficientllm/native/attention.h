@@ -13,7 +13,6 @@ constexpr int kElementBytes[] = {1, 2, 2, 4};
 // y[b, h] = sum over s of softmax(scale * q[b, h] . k[b, s, g])[s] * v[b, s, g], g = h / (heads / kv_heads), over the
 // slots that mask[b] allows; 0 where it allows none.
 struct Attention {
-  static constexpr int64_t kSlots = 128;  // of a unit
   Element element;
   int64_t batch, heads, kv_heads, slots, width, value_width;
   float scale;
@@ -24,10 +23,12 @@ struct Attention {
   std::vector<float> parts;          // of each (row, head, unit's slots): the largest score, the sum, values' sum
   float* y;                          // [batch, heads, value_width]
 
-  int64_t units_of_row() const { return (slots + kSlots - 1) / kSlots; }
-  int64_t units() const { return batch * kv_heads * units_of_row(); }
+  // A unit is a row's next slots: enough for the work to be more than its sums, few enough to be shared.
+  int64_t unit_slots() const { return std::max<int64_t>(64, padded((slots + 63) / 64)); }
+  int64_t units_of_row() const { return (slots + unit_slots() - 1) / unit_slots(); }
+  int64_t units() const { return batch * units_of_row(); }
   int64_t shared() const { return heads / kv_heads; }  // query heads of a KV head
-  int64_t padded(int64_t n) const { return (n + 15) / 16 * 16; }
+  static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
   float* part(int64_t b, int64_t h, int64_t unit) {
     return parts.data() + ((b * heads + h) * units_of_row() + unit) * (padded(value_width) + 2);
   }
