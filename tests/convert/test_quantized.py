@@ -19,6 +19,7 @@ from . import folders
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96}
 GROUP = 32
+BLOCK = (24, 40)  # of float8
 
 
 def write_raw(file, tensors):
@@ -37,23 +38,24 @@ def is_linear(name):
 
 
 def float8(folder, plain):
-    """The model of `plain` in blocks of 16 x 32, and the weights that they stand for."""
+    """The model of `plain` in blocks that do not divide it, and the weights that they stand for."""
     stored, exact = {}, {}
     for name, value in plain.items():
         if not is_linear(name):
             stored[name] = exact[name] = value
             continue
         N, K = value.shape
-        scale = np.zeros((-(-N // 16), -(-K // 32)), np.float32)
+        scale = np.zeros((-(-N // BLOCK[0]), -(-K // BLOCK[1])), np.float32)
         rounded, back = np.zeros((N, K), ml_dtypes.float8_e4m3fn), np.zeros((N, K), np.float32)
         for i, j in np.ndindex(scale.shape):
-            block = np.s_[16 * i : 16 * i + 16, 32 * j : 32 * j + 32]
+            rows, columns = (slice(at * size, (at + 1) * size) for at, size in zip((i, j), BLOCK, strict=True))
+            block = rows, columns
             scale[i, j] = np.abs(value[block]).max() / 448
             rounded[block] = value[block] / scale[i, j]
             back[block] = rounded[block].astype(np.float32) * scale[i, j]
         stored[name], stored[f"{name}_scale_inv"], exact[name] = rounded, scale, back
     write_raw(folder / "model.safetensors", stored)
-    return exact, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 32]}
+    return exact, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)}
 
 
 def packed(kind):
