@@ -68,6 +68,12 @@ def current_mesh():
     return None if mesh.empty else mesh
 
 
+def is_alone():
+    """Whether the program is for one device: what XLA did not write it cannot divide over a mesh."""
+    mesh = current_mesh()
+    return mesh is None or mesh.size == 1
+
+
 def spec(axes, shape, mesh):
     """The PartitionSpec of an array with logical `axes`; an axis that does not divide its dimension is left whole."""
     used, parts = set(), []

@@ -10,12 +10,15 @@ import pytest
 
 import runs
 
+PLUGINS = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
 
-def compiled(target, mixer, plugin):
-    """What ahead.py prints, from a process of its own: a plugin must be found before JAX starts."""
+
+def compiled(target, what, script="ahead.py"):
+    """What the script prints, from a process of its own: a plugin must be found before JAX starts."""
+    plugin = PLUGINS[target]
     if importlib.util.find_spec(plugin) is None:
         pytest.skip(f"{plugin} is not installed: pip install 'efficientllm[{target}]'")
-    argv = [sys.executable, str(runs.ROOT / "tests" / "ahead.py"), target, mixer]
+    argv = [sys.executable, str(runs.ROOT / "tests" / script), target, what]
     environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
     done = subprocess.run(argv, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -24,11 +27,21 @@ def compiled(target, mixer, plugin):
 
 @pytest.mark.parametrize("mixer", ["gqa", "window(window=100)", "mla"])
 def test_tpus_run_attention_in_the_splash_kernel(mixer):
-    found = compiled("tpu", mixer, "libtpu")
+    found = compiled("tpu", mixer)
     assert found["used"]["attention"] == ["splash"] and found["calls"] == ["tpu_custom_call"]
 
 
 @pytest.mark.parametrize("mixer", ["gqa", "window(window=100)", "mla"])
 def test_gpus_run_attention_in_cudnn(mixer):
-    found = compiled("gpu", mixer, "jax_cuda13_plugin")
+    found = compiled("gpu", mixer)
     assert found["used"]["attention"] == ["cudnn"] and found["calls"] == ["__cudnn$fmha"]
+
+
+@pytest.mark.parametrize("target", PLUGINS)
+def test_int4_is_never_decompressed_in_memory(target):
+    """No array of floats as large as some kernel, neither in prefill nor in decoding; nf4, which XLA multiplies, has
+    one."""
+    found = compiled(target, "int4(group=64)", "ahead_rounded.py")
+    assert found["used"]["matmul_int4"] == ["pallas"] and found["floats"] == {"prefill": [], "decode": []}
+    by_xla = compiled(target, "nf4", "ahead_rounded.py")
+    assert by_xla["used"]["matmul_nf4"] == ["xla"] and by_xla["floats"]["prefill"] and by_xla["floats"]["decode"]

@@ -29,9 +29,7 @@ def instruction_sets():
 
 def is_usable():
     """Whether what is traced here may call the library: it is there, and the program is for one CPU device."""
-    mesh = sharding.current_mesh()
-    alone = mesh is None or mesh.size == 1
-    return alone and kernels.platform() == "cpu" and bool(instruction_sets())
+    return sharding.is_alone() and kernels.platform() == "cpu" and bool(instruction_sets())
 
 
 def product(form, x_MK, weights, scale=None, minimum=None, zero=None, table=None, x_bits=16, instructions="best"):

@@ -94,8 +94,9 @@ class Request:
         ]
 
     def plain(self):
-        """The same in products that a jaxpr shows."""
-        return describe(self.config, list(self.mesh.devices.flat), "tpu")
+        """The same in products that a jaxpr shows: of weights that are not rounded."""
+        config = steps.changed(self.config, {"quant": "float32", "infer.rules": ()})
+        return describe(config, list(self.mesh.devices.flat), "tpu")
 
     @functools.cached_property
     def weights(self):

@@ -99,8 +99,9 @@ class Step:
         return [Part("step", 1, *traced(self), self.model_flops)]
 
     def plain(self):
-        """The same in products that a jaxpr shows: dense attention, ragged products, scans of known length."""
-        config = changed(self.config, {"model.attention_kernel": "xla"})
+        """The same in products that a jaxpr shows: dense attention, ragged products, unrounded weights, scans of known
+        length."""
+        config = changed(self.config, {"model.attention_kernel": "xla", "quant": "float32"})
         return describe(config, list(self.mesh.devices.flat), "tpu")
 
     def sent_by_formula(self):

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficientllm import kernels, native
+from efficientllm import kernels, native, sharding
 from efficientllm.registry import build
 
 # Rows of x up to which the native product is taken: above, decompressing once and multiplying is faster. Measured by
@@ -25,6 +25,9 @@ def _product(x_MK, leaf, operand):
     if is_native(x_MK.shape[0]) and (y_MR := leaf.native(x_MK)) is not None:
         kernels.note(f"matmul_{leaf.name}", "ffi")
         return y_MR
+    if is_tiled(leaf) and (y_MR := _tiled(x_MK, leaf, operand)) is not None:
+        kernels.note(f"matmul_{leaf.name}", "pallas")
+        return y_MR
     kernels.note(f"matmul_{leaf.name}", "xla")
     return _contract(x_MK.astype(operand), leaf.after(x_MK).rows().astype(operand), 1)
 
@@ -32,6 +35,17 @@ def _product(x_MK, leaf, operand):
 def is_native(rows):
     """Whether a product of `rows` vectors is one for `efficientllm.native`: few, and on one CPU device."""
     return rows <= FEW and native.is_usable()
+
+
+def is_tiled(leaf):
+    """Whether a product is one for `tiled`: of int4, on one NVIDIA or TPU device."""
+    return leaf.name == "int4" and sharding.is_alone() and kernels.platform() in ("gpu", "tpu")
+
+
+def _tiled(x_MK, leaf, operand):
+    from efficientllm.quant import tiled  # Pallas takes a second to import
+
+    return tiled.product(x_MK, leaf, operand, kernels.platform())
 
 
 def _contract(x, rows, axis):

@@ -1,0 +1,73 @@
+"""The kernels for NVIDIA and TPU, interpreted, against the decompressed product; and what compilers see of them."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficientllm import kernels
+from efficientllm.quant import tiled
+from efficientllm.quant.int4 import Int4, Int4Form
+from efficientllm.weights import matmul
+
+# rows of x, rows of the weights, their width, group: tiles that divide them and that do not
+SIZES = [
+    (1, 64, 64, 32),
+    (3, 200, 576, 32),
+    (17, 37, 99, 64),
+    (130, 130, 1024, 128),
+    (16, 16, 2080, 32),
+    (2, 40, 2336, 64),
+]
+
+
+def leaf(form, rows, width, group):
+    """Random bits, an input factor too where the form is AWQ's."""
+    rng, groups = np.random.default_rng(width), -(-width // group)
+    values = jnp.asarray(rng.integers(0, 256, (rows, groups * group // 2), np.uint8))
+    scale = jnp.asarray(rng.random((rows, groups)) ** 4, jnp.float16)
+    zero = jnp.asarray(rng.integers(0, 16, (rows, groups)), jnp.uint8) if form == "zero" else None
+    minimum = jnp.asarray(rng.standard_normal((rows, groups)), jnp.float16) if form == "minimum" else None
+    x_scale = jnp.asarray(rng.random((1, width)) + 0.5, jnp.float16) if form == "awq" else None
+    return Int4(values, scale, zero, minimum, x_scale, width)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("form", ["symmetric", "zero", "minimum", "awq"])
+@pytest.mark.parametrize("rows, outputs, width, group", SIZES)
+def test_it_is_the_decompressed_product(platform, form, rows, outputs, width, group):
+    one = leaf(form, outputs, width, group)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, width)), jnp.float32)
+    found = tiled.product(x, one, jnp.float32, platform, interpret=True)
+    exact = np.asarray(x, np.float64) @ np.asarray(one.rows(), np.float64).T
+    bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(one.rows(), axis=-1)
+    assert found.dtype == jnp.float32 and (np.abs(found - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_operands_are_rounded_to_bfloat16(platform):
+    one = leaf("symmetric", 64, 256, 32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 256)), jnp.float32)
+    found = tiled.product(x, one, jnp.bfloat16, platform, interpret=True)
+    rounded = [np.asarray(each.astype(jnp.bfloat16), np.float64) for each in (x, one.rows())]
+    np.testing.assert_allclose(found, rounded[0] @ rounded[1].T, rtol=1e-5, atol=1e-4)
+
+
+def test_it_is_chosen_on_one_device_of_its_platform():
+    one = jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((64, 128)), False))
+    for target, kind in (("gpu", "pallas"), ("tpu", "pallas"), ("cpu", "xla")):
+        with kernels.compiling_for(target), kernels.recording() as used:
+            jax.eval_shape(lambda one, x: matmul(x, one, "bfloat16"), one, jnp.ones((20, 128)))
+        assert used["matmul_int4"] == {kind}
+
+
+def test_nvidia_s_is_lowered_to_triton_and_no_weight_to_floats():
+    """Lowered without the platform: what XLA is given to compile."""
+    one = jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((1536, 576)), False))
+    traced = jax.jit(lambda x, one: tiled.product(x, one, jnp.bfloat16, "gpu")).trace(jnp.ones((1, 576)), one)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    shapes = re.findall(r"tensor<([\dx]+)x(?:bf16|f16|f32)>", text)
+    assert "triton" in text and max(math.prod(map(int, shape.split("x"))) for shape in shapes) == one.scale.size
