@@ -9,7 +9,7 @@ from efficientllm.attention import Context
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.layers import Linear
 from efficientllm.registry import build
-from efficientllm.sharding import constrain
+from efficientllm.sharding import constrain, current_mesh
 from efficientllm.weights import activation_dtype, matmul, parameter, take
 
 
@@ -210,6 +210,28 @@ def init_states(lm, batch, length):
     if not lm.scan:
         return (group,) * lm.num_groups
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lm.num_groups, *leaf.shape)), group)
+
+
+def pin_states(lm, states):
+    """States laid out over the mesh in scope: rows as those of a batch, the rest as each part's `state_axes` says,
+    `{name of a leaf: logical axes behind the rows}`; what it does not name is whole on each device."""
+    if current_mesh() is None:
+        return states
+
+    def of(part, state):
+        known = getattr(part, "state_axes", {})
+
+        def one(keys, leaf):
+            name = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
+            axes = ("batch", *known.get(name, ()))
+            return constrain(leaf, *(None,) * lm.scan, *axes, *(None,) * (leaf.ndim - len(axes) - lm.scan))
+
+        return jax.tree_util.tree_map_with_path(one, state)
+
+    def group(state):
+        return tuple(tuple(map(of, *pair)) for pair in zip(parts(lm), state, strict=True))
+
+    return group(states) if lm.scan else tuple(map(group, states))
 
 
 def abstract_params(lm):

@@ -14,6 +14,7 @@ import numpy as np
 from efficientllm import model as models
 from efficientllm.attention import Context
 from efficientllm.errors import UserError
+from efficientllm.sharding import constrain, current_mesh
 from efficientllm.weights import activation_dtype
 
 PIECES = (256, 64, 16)  # tokens of prompts of several lengths that are prefilled together; each compiles a program
@@ -39,16 +40,17 @@ class Engine:
     in all rows that still have one; the rest are given to the first steps of the loop, in which a row whose prompt has
     ended chooses its own. With `pieces` it is so for prompts of one length too: few programs for many lengths.
 
-    `sampler` is a registered `sampler`. Raises UserError for more tokens than the model has positions.
+    On the mesh in scope rows, heads and channels of states are divided as those of activations are. `sampler` is a
+    registered `sampler`. Raises UserError for more tokens than the model has positions.
     """
 
     def __init__(self, lm, params, sampler, eos_id, length, pieces=False):
         models.check_length(lm, length, f"prompts and answers of {length} tokens")
         self.lm, self.params = models.unroll(lm, params) if lm.scan else (lm, params)
         self.sampler, self.eos_id, self.length, self.pieces = sampler, eos_id, length, pieces
-        self._empty = jax.jit(lambda rows: models.init_states(self.lm, rows, length), static_argnums=0)
+        self._empty = jax.jit(functools.partial(_empty, self.lm, length), static_argnums=0)
         self._prefill = jax.jit(functools.partial(_prefill, self.lm), donate_argnums=(1, 2))
-        self._read_out = jax.jit(lambda params, x_BD: models.read_out(self.lm, params, x_BD[:, None])[:, 0])
+        self._begin = jax.jit(functools.partial(_begin, self.lm), donate_argnums=1)
         self._decode = jax.jit(functools.partial(_decode, self.lm, sampler, eos_id, length), donate_argnums=1)
 
     def prefill(self, prompts, seed=0, first=0):
@@ -59,20 +61,18 @@ class Engine:
         """
         check_prompts(prompts)
         rows = len(prompts)
-        states, hidden_BD = self._empty(rows), jnp.zeros((rows, self.lm.dim), activation_dtype(self.lm.precision))
+        states, hidden_BD = self._empty(rows)
         at_B = np.zeros(rows, np.int32)
         for who, size in self._passes([len(prompt) for prompt in prompts]):
             ids_BT = np.array([prompts[row][at_B[row] : at_B[row] + size] for row in who], np.int32)
-            states, hidden_BD = self._prefill(self.params, states, hidden_BD, ids_BT, np.array(who), at_B[who])
+            some = None if len(who) == rows else np.array(who)
+            states, hidden_BD = self._prefill(self.params, states, hidden_BD, ids_BT, some, at_B[who])
             at_B[who] += size
         seen_BV = np.zeros((rows, self.lm.vocab_size if self.sampler.remembers else 1), bool)
         if self.sampler.remembers:
             for row, prompt in enumerate(prompts):
                 seen_BV[row, prompt] = True
-        keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(first + jnp.arange(rows))
-        logits_BV = self._read_out(self.params, hidden_BD)
-        # jnp.array copies: a donated buffer must not be numpy's.
-        return Carry(logits_BV, states, jnp.array(at_B), jnp.zeros(rows, bool), jnp.array(seen_BV), keys_B)
+        return self._begin(self.params, states, hidden_BD, at_B, seen_BV, np.int32(seed), first + np.arange(rows))
 
     def _passes(self, lengths):
         """Yields `(rows, tokens)` of each pass of prefill."""
@@ -110,12 +110,13 @@ class Engine:
         return self._decode.trace(self.params, carry, table_BT, lengths_B, jax.ShapeDtypeStruct((), jnp.int32))
 
     def trace_prefill(self, rows, tokens):
-        """`(the pass over so many tokens of each of `rows` prompts, the logits of what comes next)`, traced."""
-        states = jax.eval_shape(lambda: models.init_states(self.lm, rows, self.length))
-        hidden_BD = jax.ShapeDtypeStruct((rows, self.lm.dim), activation_dtype(self.lm.precision))
-        ids_BT, at_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
-        passed = self._prefill.trace(self.params, states, hidden_BD, ids_BT, at_B, at_B)
-        return passed, self._read_out.trace(self.params, hidden_BD)
+        """`(the pass over so many tokens of each of `rows` prompts, what makes the first carry of it)`, traced."""
+        carry = jax.eval_shape(lambda: _empty_carry(self.lm, self.sampler, rows, self.length))
+        states, hidden_BD = jax.eval_shape(functools.partial(_empty, self.lm, self.length, rows))
+        ids_BT, numbers_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
+        passed = self._prefill.trace(self.params, states, hidden_BD, ids_BT, None, numbers_B)
+        seed = jax.ShapeDtypeStruct((), jnp.int32)
+        return passed, self._begin.trace(self.params, states, hidden_BD, numbers_B, carry.seen_BV, seed, numbers_B)
 
     def generate(self, prompts, new_tokens, seed=0, chunk=None, stop=None, first=0):
         """Yields, for each run of `chunk` steps, the new ids of each row so far (lists; eos ends one and is in it).
@@ -159,14 +160,38 @@ def _empty_carry(lm, sampler, rows, length):
     )
 
 
+def _empty(lm, length, rows):
+    """Empty states and last hidden vectors."""
+    hidden_BD = jnp.zeros((rows, lm.dim), activation_dtype(lm.precision))
+    return models.pin_states(lm, models.init_states(lm, rows, length)), constrain(hidden_BD, "batch", None)
+
+
 def _prefill(lm, params, states, hidden_BD, ids_BT, rows_B, at_B):
-    """The states and last hidden vectors of a batch after further tokens of some of its rows, which stand at `at`."""
+    """The states and last hidden vectors of a batch after further tokens of some of its rows (None: all), which stand
+    at `at`."""
     positions_BT = at_B[:, None] + jnp.arange(ids_BT.shape[1])
-    own = jax.tree.map(lambda leaf: leaf[rows_B], states)
+    own = states if rows_B is None else jax.tree.map(lambda leaf: leaf[rows_B], states)
     ctx = Context.decoding(positions_BT)
     x_BTD, own, _ = lm.apply({"params": params}, ids_BT, ctx, own, readout=False)
-    states = jax.tree.map(lambda leaf, new: leaf.at[rows_B].set(new), states, own)
-    return states, hidden_BD.at[rows_B].set(x_BTD[:, -1])
+    put = (lambda leaf, new: new) if rows_B is None else (lambda leaf, new: leaf.at[rows_B].set(new))
+    hidden_BD = put(hidden_BD, x_BTD[:, -1])
+    return models.pin_states(lm, jax.tree.map(put, states, own)), constrain(hidden_BD, "batch", None)
+
+
+def _begin(lm, params, states, hidden_BD, at_B, seen_BV, seed, numbers_B):
+    """What the first step is given."""
+    logits_BV = models.read_out(lm, params, hidden_BD[:, None])[:, 0]
+    keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers_B)
+    return _pinned(lm, Carry(logits_BV, states, at_B, jnp.zeros(at_B.shape, bool), seen_BV, keys_B))
+
+
+def _pinned(lm, carry):
+    """The carry on the mesh in scope as every step takes and gives it: what is donated is then of one layout."""
+    if current_mesh() is None:
+        return carry
+    rows = lambda leaf: constrain(leaf, "batch", *(None,) * (leaf.ndim - 1))  # noqa: E731
+    states = models.pin_states(lm, carry.states)
+    return jax.tree.map(rows, carry.replace(states=None)).replace(states=states)
 
 
 def _decode(lm, sampler, eos_id, most, params, carry, table_BT, lengths_B, steps):
@@ -188,7 +213,7 @@ def _decode(lm, sampler, eos_id, most, params, carry, table_BT, lengths_B, steps
         logits_B1V, states, _ = lm.apply({"params": params}, token_B[:, None], ctx, carry.states)
         seen_BV = carry.seen_BV.at[rows_B, token_B].set(True) if sampler.remembers else carry.seen_BV
         done_B = carry.done_B | (~in_prompt_B & (token_B == eos_id))
-        carry = Carry(logits_B1V[:, 0], states, at_B + 1, done_B, seen_BV, carry.keys_B)
+        carry = _pinned(lm, Carry(logits_B1V[:, 0], states, at_B + 1, done_B, seen_BV, carry.keys_B))
         return index + 1, carry, found_BT.at[:, index].set(token_B)
 
     found_BT = jnp.full((table_BT.shape[0], most), eos_id, jnp.int32)

@@ -122,5 +122,5 @@ class _Measurement:
     def _decode(self, steps=None, rewind=True):
         carry = self._carry
         if rewind:  # what the state holds beyond is overwritten, or costs the same whatever it is
-            carry = carry.replace(positions_B=jax.numpy.array(self._start))
+            carry = carry.replace(positions_B=jax.device_put(self._start, carry.positions_B.sharding))
         self._carry, _ = jax.block_until_ready(self._engine.decode(carry, self._prompts, steps or self._new_tokens))

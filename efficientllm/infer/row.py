@@ -7,7 +7,7 @@ import statistics
 
 import jax
 
-from efficientllm import accounting
+from efficientllm import accounting, sharding
 from efficientllm.errors import UserError
 from efficientllm.metrics import energy, paper, peaks
 from efficientllm.metrics.reading import Reading, missing
@@ -93,8 +93,8 @@ def times(found):
     }
 
 
-def physical(lm, boxed, params, found, idle):
-    """Everything physical but the peak of memory."""
+def physical(lm, boxed, params, found, idle, mesh):
+    """Everything physical but the peak of memory; `mesh` is that of the devices that serve."""
     counts, of_weights = accounting.parameters(lm, boxed), "arrays of the parameter tree"
     length = found.prompt + found.new_tokens
     tree = {key: Reading(value, "1", "parameter tree") for key, value in counts.items()}
@@ -116,15 +116,15 @@ def physical(lm, boxed, params, found, idle):
         ),
         **paper.energy_metrics(found.decode_energy, decoded, idle),
         **{f"prefill_{key}": reading for key, reading in prefilled.items()},
-        **_bounds(lm, boxed, params, found),
+        **_bounds(lm, boxed, params, found, mesh),
     }
 
 
-def _bounds(lm, boxed, params, found):
+def _bounds(lm, boxed, params, found, mesh):
     """Utilisation of prefill and of decoding, and the time that a step of decoding cannot fall below."""
-    devices, dtype = jax.local_devices()[:1], activation_dtype(lm.precision)
+    devices, dtype, ways = list(mesh.devices.flat), activation_dtype(lm.precision), sharding.row_ways(mesh)
     middle = found.prompt + found.new_tokens // 2  # the state grows by a token a step
-    moved = accounting.decode_bytes(lm, boxed, params, found.rows, middle)
+    moved = ways * accounting.decode_bytes(lm, boxed, params, found.rows // ways, middle)  # weights, by each part
     flops = accounting.decode_flops(lm, boxed, middle)
     step_s = statistics.median(found.decode_s) / found.new_tokens
     prefill = found.rows * accounting.forward_flops(lm, boxed, found.prompt)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import flax.linen as nn
@@ -10,19 +11,19 @@ import numpy as np
 
 from efficientllm import accounting, architecture, data, sharding
 from efficientllm import model as models
+from efficientllm.adapters import base as adapters
 from efficientllm.errors import UserError
 from efficientllm.infer import prompts
 from efficientllm.infer.engine import check_prompts
 from efficientllm.infer.row import baseline_of
 from efficientllm.metrics import host, memory
+from efficientllm.optim.rules import path_of
 from efficientllm.quality import harness
 from efficientllm.quant import calibrate
 from efficientllm.quant import tree as quant
 from efficientllm.quant.rows import resident_bytes
 from efficientllm.registry import build, parse
 from efficientllm.train import setup, step
-
-CALIBRATION_ROWS = 16  # of config.train.length tokens each
 
 
 class OutOfMemory(RuntimeError):
@@ -49,25 +50,45 @@ class Serving:
 
     @property
     def devices(self):
-        """The one device that serves."""
+        """The devices that serve."""
         return list(self.mesh.devices.flat)
 
     def load(self, spec, rules=()):
         """The parameters in the form `spec`, and those that `rules` name in theirs. Raises OutOfMemory."""
         if spec == "stored":
-            return jax.block_until_ready(self._stored())
+            return jax.block_until_ready(self._placed(self._stored()))
         forms = [quant.form_of(each) for each in (spec, *(form for _, form in rules))]
         calibrated = any(getattr(form, "calibrated", False) for form in forms)
         by_one = self.source is not None and not calibrated
         weights = self._rounded_bytes(spec, rules) if by_one else resident_bytes(self.boxed)
         self._check_memory(weights, spec if by_one else "")
         if by_one:
-            found = self.source.load(nn.unbox(self.boxed), lm=self.lm, each=quant.rounder(spec, rules))
+            found = self.source.load(self._shaped, lm=self.lm, each=self._rounder(spec, rules))
         elif calibrated:
             found = calibrate.quantize(self.lm, self._dense(), spec, self._calibration(), rules)
         else:
             found = quant.quantize(self._dense(), spec, rules)
-        return jax.block_until_ready(found)
+        return jax.block_until_ready(found if by_one else self._placed(found))
+
+    @functools.cached_property
+    def _shaped(self):
+        """The plain parameters' shapes, on their shards."""
+        where = sharding.shardings(self.boxed, self.mesh)
+        return jax.tree.map(setup.on_shards, nn.unbox(self.boxed), where)
+
+    def _rounder(self, spec, rules):
+        """As `quant.rounder`, and each leaf on its shards before the next is read."""
+        flat = jax.tree_util.tree_flatten_with_path(self.boxed, is_leaf=adapters.is_box)[0]
+        boxes, one = {path_of(keys): box for keys, box in flat}, quant.rounder(spec, rules)
+        return lambda path, array: self._place(boxes[path], one(path, array))
+
+    def _placed(self, params):
+        return jax.tree.map(self._place, self.boxed, params, is_leaf=adapters.is_box)
+
+    def _place(self, box, leaf):
+        """`leaf`, an array or a Weight, where the axes of its `box` put it on the mesh."""
+        held = setup.boxed_like(box, leaf)
+        return jax.device_put(nn.unbox(held), sharding.shardings(held, self.mesh))
 
     def _rounded_bytes(self, spec, rules):
         """Bytes of weights that are rounded one by one as they are read: all so, and the largest as it was."""
@@ -78,7 +99,7 @@ class Serving:
     def _dense(self):
         if self.source is None:
             return jax.jit(lambda: nn.unbox(step.init_params(self.lm, self.config.seed, 8)))()
-        return self.source.load(nn.unbox(self.boxed), lm=self.lm)
+        return self.source.load(self._shaped, lm=self.lm)
 
     def _stored(self):
         if self.source is None:
@@ -89,11 +110,13 @@ class Serving:
         """States must fit beside the bytes of `weights`, as many as there ever are at a time."""
         rows = self.config.infer.batch_size
         states = rows * accounting.state_bytes(self.lm, self.length)
+        weights *= self.mesh.shape["data"]  # each of whose devices has its own
         limit = host.memory_total_bytes() if self.devices[0].platform == "cpu" else memory.limit_bytes(self.devices)
         if limit is not None and weights + states > limit:
             raise OutOfMemory(
                 f"out of memory: {spec or 'float32'} weights of {weights / 1e9:.1f} GB and states of "
-                f"{states / 1e9:.1f} GB for {rows} x {self.length} tokens, the device has {limit / 1e9:.1f} GB"
+                f"{states / 1e9:.1f} GB for {rows} x {self.length} tokens, {len(self.devices)} x "
+                f"{self.devices[0].platform} has {limit / 1e9:.1f} GB"
             )
 
     @functools.cached_property
@@ -109,8 +132,7 @@ class Serving:
 
     def _calibration(self):
         """Rows of the text that is not held out."""
-        rows = (self.config.data, self.tokenizer, CALIBRATION_ROWS, self.config.train.length)
-        return next(iter(data.train_iterator(*rows, seed=self.config.seed)))["tokens"]
+        return calibrate.text(self.config.data, self.tokenizer, self.config.train.length, self.config.seed)
 
 
 def check(config):
@@ -121,7 +143,7 @@ def check(config):
     if config.quant == "stored" and config.infer.rules:
         raise UserError("config.infer.rules: config.quant = 'stored' takes all weights as the files hold them; take ()")
     quant.chooser(config.quant, config.infer.rules, "config.infer.rules")
-    one_device(config.mesh)
+    make_mesh(config)
 
 
 def prepare(config):
@@ -130,7 +152,7 @@ def prepare(config):
     ours = config.infer
     _check_baseline(ours.baseline)
     harness.check(config.quality)
-    mesh = one_device(config.mesh)
+    mesh = make_mesh(config)
     sampler = build("sampler", ours.sampler, where="config.infer.sampler")
     texts = prompts.read(ours.prompts)
     source = setup.open_pretrained(config.model.pretrained)
@@ -173,12 +195,25 @@ def check_rules(boxed, rules):
             )
 
 
-def one_device(spec):
-    """The mesh of the one device that serves. Raises UserError for a mesh that asks for more; -1 asks for none."""
-    _, given = parse(f"mesh({spec})", "config.mesh")
-    if any(size not in (1, -1) for size in given.values()):
-        raise UserError(f"config.mesh = {spec!r}: inference serves on one device; take 'data=1'")
-    return sharding.make_mesh(spec, jax.devices()[:1])
+def make_mesh(config):
+    """The mesh of as many devices as `config.mesh` names; -1 names one. Raises UserError for what cannot serve."""
+    where = f"config.mesh = {config.mesh!r}"
+    _, given = parse(f"mesh({config.mesh})", "config.mesh")
+    if given.get("sequence", 1) not in (1, -1):
+        raise UserError(
+            f"{where}: a step of decoding has one token, which 'sequence' cannot divide; take tensor or data"
+        )
+    if jax.process_count() > 1:
+        raise UserError("inference runs in one process, on as many of its devices as config.mesh names")
+    named = [size for size in given.values() if isinstance(size, int) and size > 0]
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: math.prod(named)])
+    ways = sharding.row_ways(mesh)
+    for key, rows in (("infer", config.infer.batch_size), ("train", config.train.batch_size)):
+        if rows % ways:
+            raise UserError(
+                f"config.{key}.batch_size = {rows}: {where} divides rows over {ways} devices; take a multiple of {ways}"
+            )
+    return mesh
 
 
 def _check_length(lm, ours, length, most):

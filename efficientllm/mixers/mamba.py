@@ -40,6 +40,8 @@ class Mamba(nn.Module, kw_only=True):
     conv_bias: bool = True
     scan_kernel: str = "auto"
 
+    state_axes = {"tail": (None, "channels"), "memory": ("channels",)}
+
     @property
     def channels(self):
         return self.inner or 2 * self.dim

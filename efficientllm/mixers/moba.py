@@ -38,6 +38,7 @@ class MoBA(nn.Module, kw_only=True):
     block_count: int = 3
     block_kernel: str = "auto"
 
+    state_axes = dict.fromkeys(("k", "v", "sum"), (None, "kv_heads"))
     admits = ("heads", "embedding")  # a bias of the scores has no meaning for a mean of keys
 
     def __post_init__(self):

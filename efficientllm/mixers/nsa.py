@@ -58,6 +58,7 @@ class NSA(nn.Module, kw_only=True):
     window: int = 512
     block_kernel: str = "auto"
 
+    state_axes = dict.fromkeys(("k", "v", "raw_k", "raw_v"), (None, "kv_heads"))
     admits = ("heads", "embedding")  # a bias of the scores has no meaning for a key made of many
 
     def __post_init__(self):

@@ -17,7 +17,15 @@ from efficientllm.quant.awq import awq
 from efficientllm.quant.gptq import gptq
 from efficientllm.weights import Weight
 
+TEXT_ROWS = 16
 ROWS = 4  # rows of tokens that go through a layer at once
+
+
+def text(data_spec, tokenizer, length, seed=0):
+    """Rows of tokens `[B, length]` to calibrate on, of the text that is not held out."""
+    from efficientllm import data
+
+    return next(iter(data.train_iterator(data_spec, tokenizer, TEXT_ROWS, length, seed=seed)))["tokens"]
 
 
 def quantize(lm, params, spec, tokens_BT, rules=()):

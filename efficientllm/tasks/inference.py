@@ -37,7 +37,7 @@ def infer(config, workdir):
 
 
 class Inference:
-    """One run from start to row, on one device of one process."""
+    """One run from start to row, on devices of one process."""
 
     def __init__(self, config, workdir):
         self.config, self.workdir, self.started = config, workdir, time.time()
@@ -142,7 +142,7 @@ class Inference:
 
     def _finish(self):
         run = self.serving
-        physical = row.physical(run.lm, run.boxed, self.params, self.measured, self.idle)
+        physical = row.physical(run.lm, run.boxed, self.params, self.measured, self.idle, run.mesh)
         physical["peak_memory_bytes"] = self.peak
         study = row.study(run.lm, run.boxed, self.measured, self._compression())
         found = self._write_row("ok", study, physical, row.quality(self.quality) | self.tasks)

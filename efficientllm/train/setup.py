@@ -88,7 +88,7 @@ def prepare(config, log):
         method=method,
         source=source,
         boxed=boxed,
-        shaped=jax.tree.map(_shaped, nn.unbox(abstract), shardings),
+        shaped=jax.tree.map(on_shards, nn.unbox(abstract), shardings),
         shardings=shardings,
         data=_described_data(config, tokenizer, log),
         rss_before=host.rss_bytes(),
@@ -113,17 +113,17 @@ def create_state(run):
     if run.source is None:
         return step.jit_create(run.lm, train, seed, run.length, run.shardings, method, form)()
     where = sharding.shardings(run.boxed, run.mesh)
-    shaped = jax.tree.map(_shaped, nn.unbox(run.boxed), where)
+    shaped = jax.tree.map(on_shards, nn.unbox(run.boxed), where)
     params = run.source.load(shaped, lm=run.lm, each=quant.rounder(form, step.AS_THEY_ARE))
 
     def around(params):
-        held = jax.tree.map(_boxed, run.boxed, params, is_leaf=is_box)
+        held = jax.tree.map(boxed_like, run.boxed, params, is_leaf=is_box)
         return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, held, form))
 
     return jax.jit(around, out_shardings=run.shardings, donate_argnums=0)(params)
 
 
-def _boxed(box, leaf):
+def boxed_like(box, leaf):
     """`leaf`, an array or a Weight, in boxes with the axes of `box`."""
     return quant.box(leaf, box.names) if isinstance(leaf, Weight) else box.replace_boxed(leaf)
 
@@ -190,7 +190,7 @@ def _check_sample(lm, sample, tokenizer):
     model.check_length(lm, prompt + sample.tokens, where)
 
 
-def _shaped(leaf, where):
+def on_shards(leaf, where):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
