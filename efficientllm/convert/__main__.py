@@ -1,12 +1,16 @@
 """Checkpoints of others.
 
   python -m efficientllm.convert SOURCE --out=FOLDER [--dtype=bfloat16] [--merge=ADAPTER]
+  python -m efficientllm.convert SOURCE --out=FOLDER --quant=FORM [--data=TEXT]
   python -m efficientllm.convert check SOURCE
 
   SOURCE    a folder of safetensors, a GGUF file, 'owner/name' of the Hugging Face hub, or smollm2-135m
   --out     a new folder that transformers loads: config.json, safetensors, the tokenizer's files
   --merge   a folder of an adapter that peft or a tuning run wrote: what it adds is added to the kernels
   --dtype   float32, float16 or bfloat16 (default: what SOURCE holds; float32 for a GGUF file)
+  --quant   writes rounded weights: bfloat16, float16, int8(...), int4(...), nf4(...), as config.quant; the folder is
+            ours, for config.model.pretrained with config.quant = stored
+  --data    the text that int4(method='gptq') and 'awq' are calibrated on (default: python_docs())
 
 check reads SOURCE with both, and prints the greatest difference of logits and the mean KL divergence; it needs torch.
 Exit status: 0 ok, 1 check found more than rounding, 2 bad input.
@@ -56,10 +60,16 @@ def _convert(argv):
     parser.add_argument("--out", required=True)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--merge")
+    parser.add_argument("--quant")
+    parser.add_argument("--data")
     given = parser.parse_args(argv)
     from efficientllm.convert import convert, open_source
 
     source = open_source(given.source)
+    if given.quant:
+        return _round(source, given)
+    if given.data:
+        raise UserError("--data is the text that --quant is calibrated on; give --quant, or leave it")
     if given.merge:
         from efficientllm.adapters.folder import merge_into
 
@@ -67,6 +77,16 @@ def _convert(argv):
     else:
         convert(source, given.out, given.dtype)
     print(f"{given.source} -> {given.out}: {source.config['model_type']}, {given.dtype or source.stored_dtype}")
+    return 0
+
+
+def _round(source, given):
+    if given.merge or given.dtype:
+        raise UserError("--quant goes with neither --merge nor --dtype: write the merged folder first, then round that")
+    from efficientllm.convert import rounding
+
+    size = rounding.convert(source, given.quant, given.out, given.data or "python_docs()")
+    print(f"{given.source} -> {given.out}: {given.quant}, weights of {size / 1e6:,.1f} MB")
     return 0
 
 

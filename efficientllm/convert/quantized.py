@@ -1,4 +1,4 @@
-"""Folders whose weights others have rounded, read as if they had not been: block-wise float8, GPTQ, AWQ.
+"""Folders whose weights others have rounded, read as if they had not been: block-wise float8, GPTQ, AWQ, ours.
 
 A tensor is decoded when it is read, one at a time; `stored` gives the codes themselves as a leaf. Letters: K inputs, N
 outputs.
@@ -10,6 +10,7 @@ import math
 import ml_dtypes
 import numpy as np
 
+from efficientllm.convert import rounded
 from efficientllm.convert.safetensors_file import SafetensorsFolder
 from efficientllm.errors import UserError
 from efficientllm.quant import checkpoints
@@ -28,7 +29,9 @@ def folder(path, config):
         return BlockFloat8(path, said)
     if kind in ("gptq", "awq"):
         return Packed(path, said)
-    raise _refusal(path, said, "known are quant_method fp8 (with weight_block_size), gptq and awq")
+    if kind == rounded.METHOD:
+        return rounded.Folder(path, said)
+    raise _refusal(path, said, "known are quant_method fp8 (with weight_block_size), gptq, awq and efficientllm")
 
 
 def _refusal(path, said, because):

@@ -78,6 +78,8 @@ class Source:
 
     def bind(self, lm):
         """`{our path: binding.Leaf}`, checked against the files. Raises UserError naming the tensor that is wrong."""
+        if hasattr(self.tensors, "bind"):  # under our own paths
+            return self.tensors.bind(lm)
         leaves = binding.bind(lm, self.table)
         ignored = (*self.family.ignored, f"^{ROPE_FACTORS}$")
         if lm.tied and (twin := next((name for name in _HEADS if name in self.tensors.shapes), None)):

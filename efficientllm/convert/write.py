@@ -47,9 +47,9 @@ def export(lm, params, folder, like, tokenizer=None, dtype=None, max_positions=N
         return np.asarray(_at(flat[path], position) if position else flat[path]).astype(dtype, copy=False)
 
     config = _config(lm, like, max_positions)
-    with _new(folder) as new:
+    with new_folder(folder) as new:
         write_model(lm, new, config, get, lambda path: np.dtype(dtype or flat[path].dtype), shard)
-        _write_tokenizer(new, like, tokenizer)
+        write_tokenizer(new, like, tokenizer)
 
 
 def convert(source, folder, dtype=None, shard=SHARD, change=lambda name, read: read()):
@@ -62,9 +62,9 @@ def convert(source, folder, dtype=None, shard=SHARD, change=lambda name, read: r
     leaves = source.bind(lm)
     dtype = np.dtype(dtype or source.stored_dtype)
     get = functools.partial(_get, leaves, source.tensors)
-    with _new(folder) as new:
+    with new_folder(folder) as new:
         write_model(lm, new, _config(lm, source, None), get, lambda path: dtype, shard, change)
-        _write_tokenizer(new, source, None)
+        write_tokenizer(new, source, None)
 
 
 def _get(leaves, tensors, path, position, dtype):
@@ -85,7 +85,7 @@ def write_model(lm, folder, config, get, dtype_of, shard, change=lambda name, re
     tensors = binding.on_disk(binding.bind(lm, families.FAMILIES[config["model_type"]].table))
     dtypes = {name: dtype_of(tensor.parts[0][0]) for name, tensor in tensors.items()}
     sizes = {name: math.prod(tensor.shape) * dtypes[name].itemsize for name, tensor in tensors.items()}
-    files = _files(sizes, shard)
+    files = files_of(sizes, shard)
     for file, names in files.items():
         held = {name: _tensor(name, tensors[name], get, dtypes[name], change) for name in names}
         save_file(held, folder / file, metadata={"format": "pt"})
@@ -105,7 +105,7 @@ def _tensor(name, tensor, get, dtype, change):
     return np.ascontiguousarray(change(name, read).astype(dtype, copy=False))
 
 
-def _files(sizes, shard):
+def files_of(sizes, shard):
     """`{file: names of its tensors}`, of each one's bytes."""
     groups, room = [[]], shard
     for name, size in sizes.items():
@@ -157,7 +157,7 @@ def _model_config(model, lm):
 
 
 @contextlib.contextmanager
-def _new(folder):
+def new_folder(folder):
     """A folder that stands under its name once it is whole. Raises UserError for one that holds something."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -175,7 +175,7 @@ def _new(folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_tokenizer(folder, like, tokenizer):
+def write_tokenizer(folder, like, tokenizer):
     if tokenizer is not None:
         _save_fast(tokenizer, folder)
     elif isinstance(like, Source) and like.path.is_dir():
