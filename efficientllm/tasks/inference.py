@@ -57,7 +57,8 @@ class Inference:
                 self.averages = stack.enter_context(Sampler(self.serving.devices, self.reader, interval_s))
                 return self._serve()
         except KeyboardInterrupt as stop:
-            log.info(f"{stop or 'SIGINT'}: what was generated is in {self.workdir.shown / 'samples'}")
+            name = stop.args[0] if stop.args else "SIGINT"
+            log.info(f"\n{name}: what was generated is in {self.workdir.shown / 'samples'}")
             return 128 + (signal.SIGTERM if stop.args else signal.SIGINT)
         except serving.OutOfMemory as error:
             return self._fail("oom", str(error))
