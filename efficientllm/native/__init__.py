@@ -74,12 +74,13 @@ def _library():
         return None
     try:
         library = ctypes.CDLL(str(found[0]))
-    except OSError as error:
+        capsules = {target: jax.ffi.pycapsule(getattr(library, target)) for target in TARGETS}
+    except (OSError, AttributeError) as error:  # one that was built from older sources lacks a function
         log.warning("native products cannot be loaded (%s): compressed weights run through XLA, slower", error)
         return None
     library.efficientllm_instruction_sets.restype = ctypes.c_char_p
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    for target, capsule in capsules.items():
+        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
     return library
 
 

@@ -224,3 +224,11 @@ def test_threads_share_no_state():
 def test_bad_specs(spec, said):
     with pytest.raises(UserError, match=said):
         quantize({"kernel": jnp.ones((32, 4))}, spec)
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
+def test_a_library_of_older_sources_costs_speed_only(monkeypatch, caplog):
+    monkeypatch.setattr(native, "TARGETS", (*native.TARGETS, "efficientllm_of_next_year"))
+    with caplog.at_level("WARNING", "efficientllm"):
+        assert native._library.__wrapped__() is None
+    assert "undefined symbol: efficientllm_of_next_year" in caplog.text
