@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from efficientllm import kernels
-from efficientllm.quant.products import is_native
+from efficientllm.quant.products import is_native, is_tiled
 from efficientllm.registry import build, lookup, register
 from efficientllm.weights import Weight, dense
 
@@ -39,7 +39,7 @@ def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
         product = lambda x, w: grouped_matmul(x, w, sizes_E, precision, kernel)  # noqa: E731
         return w_EKN.apply(x_AK, product, lambda v_EN: _of_rows(v_EN, sizes_E, x_AK.shape[0]))
     product = build("precision", precision, where="config.model.precision").product
-    name = kernel if kernel != "auto" else choose()
+    name = kernel if kernel != "auto" else choose(w_EKN)
     kernel = lookup("grouped_kernel", name, where="kernel")
     if sizes_E is None:
         name, kernel = "batched", Kernel(_batched_rows, _batched_weights)
@@ -55,13 +55,14 @@ def _of_rows(v_EN, sizes_E, rows):
     return v_EN.at[group_A].get(indices_are_sorted=True, mode="promise_in_bounds")
 
 
-def choose():
+def choose(w_EKN):
     """The kernel for the platform being compiled for.
 
     XLA turns a ragged product into E dense ones over all rows where it has no kernel for it: on CPUs (measured in
-    experiments/moe_cost) and, as released, on GPUs (not measured). TPUs have one.
+    experiments/moe_cost) and, as released, on GPUs (not measured). TPUs have one; but it would decompress all matrices
+    that are rounded, where those with a product of their own (`quant.tiled`) are taken one by one.
     """
-    return "ragged_dot" if kernels.platform() == "tpu" else "blocked"
+    return "ragged_dot" if kernels.platform() == "tpu" and not is_tiled(w_EKN) else "blocked"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -146,10 +147,14 @@ def _blocked_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
         if isinstance(w, Weight) and not transposed and is_native(rows):
             mine = (jnp.arange(rows) >= start) & (jnp.arange(rows) < stop)
             return jnp.where(mine[:, None], w.matmul(x_AK, x_AK.dtype.name, out_dtype), y_AN)
-        w_KN = dense(w).astype(x_AK.dtype)
+        if is_tiled(w) and not transposed:
+            times = lambda x: w.matmul(x, x.dtype.name, out_dtype)  # noqa: E731
+        else:
+            w_KN = dense(w).astype(x_AK.dtype)
+            times = lambda x: _contract(x, w_KN, (1, 1 if transposed else 0)).astype(out_dtype)  # noqa: E731
 
         def block(at, mine, y_AN):
-            new = _contract(_take(x_AK, at, mine.size), w_KN, (1, 1 if transposed else 0)).astype(out_dtype)
+            new = times(_take(x_AK, at, mine.size))
             new = jnp.where(mine[:, None], new, _take(y_AN, at, mine.size))
             return lax.dynamic_update_slice_in_dim(y_AN, new, at, 0)
 

@@ -38,8 +38,8 @@ def is_native(rows):
 
 
 def is_tiled(leaf):
-    """Whether a product is one for `tiled`: of int4, on one NVIDIA or TPU device."""
-    return leaf.name == "int4" and sharding.is_alone() and kernels.platform() in ("gpu", "tpu")
+    """Whether a product with `leaf`, a Weight or an array, is one for `tiled`: of int4, on one NVIDIA or TPU device."""
+    return getattr(leaf, "name", None) == "int4" and sharding.is_alone() and kernels.platform() in ("gpu", "tpu")
 
 
 def _tiled(x_MK, leaf, operand):

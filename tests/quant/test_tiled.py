@@ -1,5 +1,6 @@
 """The kernels for NVIDIA and TPU, interpreted, against the decompressed product; and what compilers see of them."""
 
+import functools
 import math
 import re
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from efficientllm import kernels
-from efficientllm.quant import tiled
+from efficientllm.grouped_matmul import grouped_matmul
+from efficientllm.quant import products, tiled
 from efficientllm.quant.int4 import Int4, Int4Form
 from efficientllm.weights import matmul
 
@@ -54,6 +56,21 @@ def test_operands_are_rounded_to_bfloat16(platform):
     found = tiled.product(x, one, jnp.bfloat16, platform, interpret=True)
     rounded = [np.asarray(each.astype(jnp.bfloat16), np.float64) for each in (x, one.rows())]
     np.testing.assert_allclose(found, rounded[0] @ rounded[1].T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_experts_are_multiplied_one_by_one(platform, monkeypatch):
+    interpreted = functools.partial(tiled.product, platform=platform, interpret=True)
+    monkeypatch.setattr(products, "_tiled", interpreted)
+    experts = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(leaf("awq", 96, 128, 32) for _ in range(4)))
+    experts = experts.replace(values=jnp.arange(4, dtype=jnp.uint8)[:, None, None] * 17 ^ experts.values)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((40, 128)), jnp.float32)
+    sizes = jnp.array([7, 0, 30, 3])
+    with kernels.compiling_for(platform), kernels.recording() as used:
+        found = grouped_matmul(x, experts, sizes, "float32")
+    assert used == {"grouped_matmul": {"blocked"}, "matmul_int4": {"pallas"}}
+    of_rows = np.repeat(np.asarray(experts.dense(), np.float64), sizes, axis=0)
+    np.testing.assert_allclose(found, np.einsum("ak,akn->an", x, of_rows), rtol=1e-5, atol=2e-5)
 
 
 def test_it_is_chosen_on_one_device_of_its_platform():
