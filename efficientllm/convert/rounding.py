@@ -11,7 +11,7 @@ import numpy as np
 from efficientllm import model as models
 from efficientllm.convert import write
 from efficientllm.convert.rounded import LEAVES, METHOD
-from efficientllm.convert.safetensors_file import INDEX, SINGLE
+from efficientllm.convert.safetensors_file import INDEX
 from efficientllm.errors import UserError
 from efficientllm.quant import calibrate, tree
 
@@ -48,7 +48,7 @@ def _write(params, folder, config, spec, shard):
         tensors |= {f"{path}.{name}" if name else path: array for name, array in arrays.items()}
         if statics is not None:
             leaves[path] = {"leaf": type(leaf).__name__} | statics
-    files = _files({name: array.nbytes for name, array in tensors.items()}, shard)
+    files = write.files_of({name: array.nbytes for name, array in tensors.items()}, shard)
     for file, names in files.items():
         save_file({name: np.asarray(tensors[name]) for name in names}, folder / file)
     if len(files) > 1:
@@ -66,17 +66,3 @@ def _parts(leaf):
     fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
     arrays = {name: value for name, value in fields.items() if hasattr(value, "dtype")}
     return arrays, {name: value for name, value in fields.items() if name not in arrays and value is not None}
-
-
-def _files(sizes, shard):
-    """`{file: names of its tensors}`."""
-    groups, room = [[]], shard
-    for name, size in sizes.items():
-        if size > room and groups[-1]:
-            groups.append([])
-            room = shard
-        groups[-1].append(name)
-        room -= size
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}

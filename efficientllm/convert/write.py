@@ -85,7 +85,7 @@ def write_model(lm, folder, config, get, dtype_of, shard, change=lambda name, re
     tensors = binding.on_disk(binding.bind(lm, families.FAMILIES[config["model_type"]].table))
     dtypes = {name: dtype_of(tensor.parts[0][0]) for name, tensor in tensors.items()}
     sizes = {name: math.prod(tensor.shape) * dtypes[name].itemsize for name, tensor in tensors.items()}
-    files = _files(sizes, shard)
+    files = files_of(sizes, shard)
     for file, names in files.items():
         held = {name: _tensor(name, tensors[name], get, dtypes[name], change) for name in names}
         save_file(held, folder / file, metadata={"format": "pt"})
@@ -105,7 +105,7 @@ def _tensor(name, tensor, get, dtype, change):
     return np.ascontiguousarray(change(name, read).astype(dtype, copy=False))
 
 
-def _files(sizes, shard):
+def files_of(sizes, shard):
     """`{file: names of its tensors}`, of each one's bytes."""
     groups, room = [[]], shard
     for name, size in sizes.items():
