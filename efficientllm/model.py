@@ -154,12 +154,16 @@ class LM(nn.Module):
         """What the backward pass finds of the forward pass: `all`, or what a policy says.
 
         On CPUs a loop over layers stores, copies and fetches what is kept; the elementwise work of attention and dense
-        ffns (`remade`) takes less to do again: with it the kept bytes of a Llama fall to less than half.
+        ffns (`remade`) takes less to do again: with it the kept bytes of a Llama fall to less than half. Not on a mesh:
+        what devices send to one another for it would be sent again.
         """
         if self.remat != "none":
             return remat_policy(self.remat)
+        mesh = current_mesh()
+        if states is not None or kernels.platform() != "cpu" or (mesh is not None and mesh.size > 1):
+            return "all"
         remade = all(getattr(part, "remade", part is None) for block in parts(self) for part in block)
-        return _not_cheap if remade and states is None and kernels.platform() == "cpu" else "all"
+        return _not_cheap if remade else "all"
 
     def _init_memo(self, batch, length):
         memo = {}

@@ -122,12 +122,13 @@ def _first_input(lm, params, tokens_BT):
         seen = []
 
         def intercept(call, args, kwargs, context):
-            if isinstance(context.module, models.Group):
-                seen.append(args[0])
+            if context.method_name == "_groups":  # around the groups: inside one that is made again it could not leave
+                x_BTD = args[0]
+                seen.append((x_BTD, context.module._init_memo(*x_BTD.shape[:2])))
             return call(*args, **kwargs)
 
         with nn.intercept_methods(intercept):
-            lm.clone(remat="none").apply({"params": params}, tokens_BT, ctx, readout=False)
+            lm.apply({"params": params}, tokens_BT, ctx, readout=False)
         return seen[0]
 
     return run(params), ctx

@@ -74,7 +74,7 @@ class Recording:
 
     def prefill(self, prompts):
         self.prefilled.append(prompts)
-        return Carry(np.full(len(prompts), len(prompts[0])))
+        return Carry(jax.numpy.full(len(prompts), len(prompts[0])))
 
     def decode(self, carry, prompts, steps):
         return carry, np.zeros((len(prompts), steps))

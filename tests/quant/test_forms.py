@@ -167,7 +167,7 @@ def test_the_kernel_is_chosen_and_noted(monkeypatch):
         assert used.pop("matmul_int4") == ({"ffi"} if native.instruction_sets() else {"xla"})
         with kernels.compiling_for("gpu"):
             jax.eval_shape(lambda: matmul(few, one, "float32"))
-        assert used.pop("matmul_int4") == {"xla"}
+        assert used.pop("matmul_int4") == {"pallas"}
         monkeypatch.setattr(native, "instruction_sets", tuple)
         jax.eval_shape(lambda: matmul(few, one, "float32"))
         assert used.pop("matmul_int4") == {"xla"}

@@ -233,8 +233,8 @@ def test_inference_costs_its_form_of_the_weights_and_the_states():
     factors = 4 * (6 * 128 + 384) * 2  # layers, a float16 for each input of a kernel
     assert found["awq"].memory_bytes == found["int4"].memory_bytes + factors
     assert found["int4"].tokens == 5 * 8
-    with pytest.raises(UserError, match="inference serves on one device"):
-        check.costs(sweep(variants=forms, baseline="float32", overrides={"mesh": "tensor=2"}))
+    with pytest.raises(UserError, match="config.mesh = 'sequence=2'.*take tensor or data"):
+        check.costs(sweep(variants=forms, baseline="float32", overrides={"mesh": "sequence=2"}))
 
 
 def test_real_runs_make_a_report(tmp_path):
