@@ -2,7 +2,7 @@
 
 import jax
 
-from efficientllm import matching, registry
+from efficientllm import matching, registry, remat
 from efficientllm import model as models
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.mixers import cache
@@ -62,7 +62,7 @@ def _describe(model, size, tokenizer_size=None):
     """The LM of `config.model` at a given size."""
     build("precision", model.precision, where="config.model.precision")
     if model.remat not in ("none", "full"):
-        models.remat_policy(model.remat)
+        remat.policy(model.remat)
     own = ("precision", "attention_kernel", "kv_cache")
     defaults = size.defaults() | {key: model[key] for key in own}
     for kind in ("norm", "position"):

@@ -1,14 +1,12 @@
 """The language model: embeddings, a scanned pattern of blocks, a norm, logits. Every architecture is a config of it."""
 
-import re
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm import kernels
+from efficientllm import kernels, remat
 from efficientllm.attention import Context
-from efficientllm.errors import UserError, did_you_mean
+from efficientllm.errors import UserError
 from efficientllm.layers import Linear
 from efficientllm.registry import build
 from efficientllm.sharding import constrain, current_mesh
@@ -80,7 +78,7 @@ class LM(nn.Module):
       tied: the output projection is the embedding, transposed.
       embed_norm: a norm follows the embedding (RWKV, BLOOM).
       remat: `none`, `full`, or the name of a policy of `jax.checkpoint_policies`: what the backward pass keeps.
-        `none` is everything, on CPUs less what is cheap (`_kept`); `everything_saveable` is everything there too.
+        `none` is everything, on CPUs less what is cheap (`remat.kept`); `everything_saveable` is everything there too.
       scan: compile one group and scan over the stacked rest; False unrolls (debugging, decoding).
     """
 
@@ -125,8 +123,8 @@ class LM(nn.Module):
         return constrain(logits_BTV, "batch", "length", "vocab"), states, aux
 
     def _groups(self, x_BTD, ctx, states):
-        policy = self._kept(states)
-        group = Group if policy == "all" else nn.remat(Group, policy=policy, prevent_cse=False)
+        kept = remat.kept(self.remat, [part for pair in parts(self) for part in pair], decoding=states is not None)
+        group = Group if kept == remat.EVERYTHING else nn.remat(Group, policy=kept, prevent_cse=False)
         fields = (self.blocks, self.norm, self.residual)
         carry = x_BTD, self._init_memo(*x_BTD.shape[:2])
         if self.scan:
@@ -150,38 +148,11 @@ class LM(nn.Module):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
         return carry[0], None if states is None else new_states, stacked
 
-    def _kept(self, states):
-        """What the backward pass finds of the forward pass: `all`, or what a policy says.
-
-        On CPUs a loop over layers stores, copies and fetches what is kept; the elementwise work of attention and dense
-        ffns (`remade`) takes less to do again: with it the kept bytes of a Llama fall to less than half. Not on a mesh:
-        what devices send to one another for it would be sent again.
-        """
-        if self.remat != "none":
-            return remat_policy(self.remat)
-        mesh = current_mesh()
-        if states is not None or kernels.platform() != "cpu" or (mesh is not None and mesh.size > 1):
-            return "all"
-        remade = all(getattr(part, "remade", part is None) for block in parts(self) for part in block)
-        return _not_cheap if remade else "all"
-
     def _init_memo(self, batch, length):
         memo = {}
         for mixer, _ in parts(self):
             memo |= mixer.init_memo(batch, length, self.dim) if hasattr(mixer, "init_memo") else {}
         return memo
-
-
-CHEAP = re.compile(
-    r"add|and|broadcast_in_dim|concatenate|convert_element_type|copy|cos|div|eq|erf|exp|ge|gt|integer_pow|iota|le|log|"
-    r"logistic|lt|max|min|mul|ne|neg|not|optimization_barrier|or|pad|pow|reshape|rsqrt|select_n|sharding_constraint|"
-    r"sign|sin|slice|sqrt|square|squeeze|stop_gradient|sub|tanh|transpose"
-)
-
-
-def _not_cheap(primitive, *_, **__):
-    """A policy of `jax.checkpoint` that keeps the results of all but elementwise operations and moves."""
-    return not CHEAP.fullmatch(primitive.name)
 
 
 UNROLLED = 12  # groups; on CPUs
@@ -209,18 +180,6 @@ def _look_up(embedding_VD, tokens_BT, dtype):
 def half_layers(blocks):
     """Half layers in a pattern: two a block, one where it has no ffn."""
     return sum(1 if build("ffn", ffn, parent=None) is None else 2 for _, ffn in blocks)
-
-
-def remat_policy(name):
-    if name == "full":
-        return None
-    known = [policy for policy in dir(jax.checkpoint_policies) if policy.endswith("saveable")]  # the rest take names
-    if name not in known:
-        raise UserError(
-            f"config.model.remat = {name!r}: no such policy; known: none, full, {', '.join(known)}"
-            f"{did_you_mean(name, ['none', 'full', *known])}"
-        )
-    return getattr(jax.checkpoint_policies, name)
 
 
 def parts(lm):

@@ -14,7 +14,7 @@ class SwiGLU(nn.Module):
     hidden: int
     precision: str
 
-    remade = True  # see `model.LM._kept`
+    remade = True  # see `remat.kept`
 
     @nn.compact
     def __call__(self, x_BTD):

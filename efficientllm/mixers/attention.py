@@ -32,7 +32,7 @@ class Attention(nn.Module, kw_only=True):
     kv_cache: str = "activation"
 
     admits = ("heads", "scores", "embedding")  # where a position may act; see positions/
-    remade = True  # see `model.LM._kept`
+    remade = True  # see `remat.kept`
     state_axes = dict.fromkeys("kv", (None, "kv_heads"))
     keys_read = None  # how many tokens back a query reads, itself included; None is all
 
