@@ -105,6 +105,16 @@ def gather(value):
     return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows.reshape(-1, width)]
 
 
+def on_host(tree):
+    """The arrays of `tree` as numpy's, whole in every process, all of which take part."""
+
+    def whole(array):
+        here = getattr(array, "is_fully_addressable", True)
+        return np.asarray(array if here else multihost_utils.process_allgather(array, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
 def together(function):
     """`function()` in every process; a UserError in one is a UserError in all, so that none waits for it forever."""
     result = error = None

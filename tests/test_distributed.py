@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 import pytest
+from convert import folders
+from safetensors.numpy import load_file
 
 import runs
 from efficientllm import distributed, main
@@ -75,6 +77,37 @@ def test_two_processes_give_the_losses_of_one(texts, one, tmp_path):
     assert statuses == [0, 0], outputs
     assert outputs[1] == []  # the first process speaks
     same(tmp_path / "two", one)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_lies_on_two_processes_is_written_whole(tmp_path):
+    folders.llama(tmp_path / "model", vocab_size=300)
+    text = "".join(json.dumps({"prompt": f"{i} + {i}?", "response": f"{2 * i}"}) + "\n" for i in range(40))
+    (tmp_path / "records.jsonl").write_text(text)
+    values = {
+        "model.pretrained": tmp_path / "model",
+        "adapter": "dora(rank=4, alpha=8)",
+        "data": f"pairs(path='{tmp_path}/records.jsonl', held_out=0.2)",
+        "tokenizer": "bytes",
+        "train.steps": 4,
+        "train.batch_size": 8,
+        "train.length": 32,
+        "eval.every": 0,
+        "eval.batches": 1,
+        "sample.tokens": 0,
+    }
+
+    def argv(name, mesh):
+        flags = [f"--config.{key}={value}" for key, value in (values | {"mesh": mesh}).items()]
+        return [f"--config={runs.ROOT}/configs/tune.py", f"--workdir={tmp_path / name}", *flags]
+
+    assert main.main(argv("one", "data=-1")) == 0
+    statuses, outputs = finish(start(*[argv("two", "fsdp=4")] * 2))
+    assert statuses == [0, 0], outputs
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow

@@ -155,15 +155,17 @@ class Training:
     def _write_adapter(self, state):
         """The adapter in peft's format, where peft has one and there is a checkpoint to put it around."""
         run = self.setup
-        if run.source is None or not self.main or not adapter_folder.is_writable(self.config.adapter):
+        if run.source is None or not adapter_folder.is_writable(self.config.adapter):
             return
         folder = self.workdir.path / "adapter"
         try:
             adapter_folder.write(run.lm, self.config.adapter, state.all_params, folder, run.source)
         except UserError as error:  # what was learnt is in the checkpoint
-            log.warning(f"no adapter in peft's format: {error}")
+            if self.main:
+                log.warning(f"no adapter in peft's format: {error}")
             return
-        log.info(f"adapter: {self.workdir.shown / 'adapter'}, in peft's format")
+        if self.main:
+            log.info(f"adapter: {self.workdir.shown / 'adapter'}, in peft's format")
 
     def _sample(self, params):
         prompt = self.setup.tokenizer.encode(self.config.sample.prompt)

@@ -16,6 +16,7 @@ import typing
 import flax.traverse_util
 import numpy as np
 
+from efficientllm import distributed
 from efficientllm.adapters.dora import DoRA
 from efficientllm.adapters.folder import limits
 from efficientllm.adapters.folder.config import CONFIG
@@ -35,7 +36,7 @@ class _Held(typing.NamedTuple):
 
 
 def write(lm, spec, params, folder, source):
-    """Writes the adapters among `params` to `folder`, whole or not at all.
+    """Writes the adapters among `params` to `folder`, whole or not at all; the first process does, all take part.
 
     `spec` is `config.adapter`, `source` the checkpoint around which they were tuned. Raises UserError for one that peft
     cannot hold.
@@ -51,10 +52,20 @@ def write(lm, spec, params, folder, source):
     }
     limits.check(tuned, found, source.config["model_type"])
     name = limits.written_as(tuned, found)
-    held = _Held(leaves, source.bind(lm), source, apart=tuned == "pissa" and name == "lora")
+    apart = tuned == "pissa" and name == "lora"
+    leaves = {path: _on_host(leaf, apart) for path, leaf in leaves.items()}
+    if not distributed.is_main():
+        return
+    held = _Held(leaves, source.bind(lm), source, apart)
     arrays = {module: _module(tensor, held) for module, tensor in found.items()}
     leaf = next(iter(leaves.values()))
     _save(pathlib.Path(folder), arrays, _config(name, leaf, arrays, source))
+
+
+def _on_host(leaf, with_base):
+    """The leaf with its factors, and on demand what they are around, in every process's memory."""
+    whole = {name: distributed.on_host(getattr(leaf, name)) for name in ("a", "b", "m") if hasattr(leaf, name)}
+    return leaf.replace(base=distributed.on_host(leaf.base) if with_base else None, **whole)
 
 
 def _module(tensor, held):
