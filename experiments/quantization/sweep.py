@@ -17,5 +17,6 @@ def get_config():
             "infer.max_new_tokens": 128,
             "infer.repeats": 5,
             "train.length": 512,
+            "eval.batches": 4,
         },
     )
