@@ -84,7 +84,7 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1) -> `[B, T, H, V]`.
 
     Softmax is float32. H is a multiple of G: query head h reads KV head h // (H // G). Keys and values may be those of
-    a state in int8 (`mixers.cache.Rounded`).
+    a state in int8 (`mixers.cache.Rounded`), and keys a pair of which each holds a part of every key.
 
     Args:
       kernel: `auto` or a registered `attention_kernel`, for passes whose queries are the keys' tokens; over a state
@@ -105,8 +105,18 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
     kernels.note("attention", kernel)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if kernel != "ffi":
-        k_BSGK, v_BSGV = (x.read(q_BTHK.dtype) if hasattr(x, "read") else x for x in (k_BSGK, v_BSGV))
+        parts = [_read(part, q_BTHK.dtype) for part in _parts(k_BSGK)]
+        k_BSGK = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
+        v_BSGV = _read(v_BSGV, q_BTHK.dtype)
     return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
+
+
+def _parts(keys):
+    return keys if isinstance(keys, tuple) else (keys,)
+
+
+def _read(kept, dtype):
+    return kept.read(dtype) if hasattr(kept, "read") else kept
 
 
 def choose(q_BTHK, mask, bias=None):
@@ -147,12 +157,13 @@ def _ffi(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
             "config.model.attention_kernel = 'ffi' decodes one token a row on one CPU device, with positions that are "
             "no bias; 'auto' takes it wherever it can"
         )
-    scales_BSG = None
-    if hasattr(k_BSGK, "read"):
-        scales_BSG = k_BSGK.scale[..., 0], v_BSGV.scale[..., 0]
-        k_BSGK, v_BSGV = k_BSGK.values, v_BSGV.values
-    mask_B1S = jnp.broadcast_to(mask.dense(1, k_BSGK.shape[1]), (q_BTHK.shape[0], 1, k_BSGK.shape[1]))
-    y_BHV = native.attention(q_BTHK[:, 0], k_BSGK, v_BSGV, mask_B1S[:, 0], scale, scales_BSG)
+    kept, scales = [*_parts(k_BSGK), v_BSGV], None
+    if hasattr(v_BSGV, "read"):
+        kept, scales = zip(*((each.values, each.scale[..., 0]) for each in kept), strict=True)
+    *keys, values = kept
+    B, S = values.shape[:2]
+    mask_B1S = jnp.broadcast_to(mask.dense(1, S), (B, 1, S))
+    y_BHV = native.attention(q_BTHK[:, 0], keys, values, mask_B1S[:, 0], scale, scales)
     return y_BHV[:, None].astype(q_BTHK.dtype)
 
 

@@ -4,6 +4,7 @@ Letters: R rank of the latent, N width of a head without positions, P width of t
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from efficientllm.attention import attend, causal_pairs, executed_pairs
@@ -64,8 +65,7 @@ class MLA(nn.Module, kw_only=True):
         latent_BTR = RMSNorm(1e-6, axis=None, name="kv_norm")(latent_BTE[..., :R])
         k_BTP = position.rotate(latent_BTE[:, :, None, R:], ctx.positions_BT)[:, :, 0]
         new = {"latent": latent_BTR, "rotated": k_BTP}
-        kept, mask, state = cache.extend(state, new, ctx.mask, ctx.positions_BT)
-        latent_BSR, k_BSP = (cache.read(leaf, latent_BTR.dtype) for leaf in kept)
+        (latent_BSR, k_BSP), mask, state = cache.extend(state, new, ctx.mask, ctx.positions_BT)
         up = Linear(self.num_heads * (N + V), ("embed", "heads"), self.precision, name="kv_b")
         options = {"bias": position.bias(self.num_heads), "scale": (N + P) ** -0.5 * position.score_scale()}
         form = self._absorbed if state is not None and T == 1 else self._expanded
@@ -84,6 +84,7 @@ class MLA(nn.Module, kw_only=True):
     def _expanded(self, q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options):
         """Keys and values of every head, made from the latents."""
         _, N, P, V = self.widths
+        latent_BSR, k_BSP = (cache.read(leaf, q_BTHN.dtype) for leaf in (latent_BSR, k_BSP))
         B, S, _ = latent_BSR.shape
         kv_BSHE = constrain(up(latent_BSR).reshape(B, S, self.num_heads, N + V), "batch", "length", "heads", None)
         shared_BSHP = jnp.broadcast_to(k_BSP[:, :, None], (B, S, self.num_heads, P))
@@ -98,8 +99,8 @@ class MLA(nn.Module, kw_only=True):
         kernel_RHE = kernel_RHE.reshape(R, self.num_heads, N + V)
         q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, kernel_RHE[..., :N])
         q_BTHK = jnp.concatenate([q_BTHR, q_BTHP], -1)
-        k_BS1K = jnp.concatenate([latent_BSR, k_BSP], -1)[:, :, None]
-        y_BTHR = attend(q_BTHK, k_BS1K, latent_BSR[:, :, None], mask, self.attention_kernel, **options)
+        latent_BS1R, k_BS1P = jax.tree.map(lambda leaf: leaf[:, :, None], (latent_BSR, k_BSP))  # of one KV head
+        y_BTHR = attend(q_BTHK, (latent_BS1R, k_BS1P), latent_BS1R, mask, self.attention_kernel, **options)
         return jnp.einsum("bthr,rhv->bthv", y_BTHR, kernel_RHE[..., N:])
 
     def init_state(self, batch, length):

@@ -52,17 +52,21 @@ def product(form, x_MK, weights, scale=None, minimum=None, zero=None, table=None
     return call(x_MK.astype(jnp.float32), *arrays, table, **attributes)
 
 
-def attention(q_BHK, k_BSGK, v_BSGV, mask_BS, scale, scales_BSG=None, instructions="best"):
+def attention(q_BHK, keys, v_BSGV, mask_BS, scale, scales=None, instructions="best"):
     """Softmax attention of one query a row over the slots that `mask_BS` allows -> float32 `[B, H, V]`.
 
-    Keys and values are float32, bfloat16, float16, or int8 with float32 `scales_BSG` of both. Query head h reads KV
-    head h // (H // G). A row that is allowed nothing gets zeros. Needs `is_usable()`.
+    `keys` are one or two arrays `[B, S, G, ...]` that lie side by side along the last axis of the queries. They and the
+    values are float32, bfloat16, float16, or int8 with float32 `scales` `[B, S, G]`, of each array of keys and of the
+    values. Query head h reads KV head h // (H // G). A row that is allowed nothing gets zeros. Needs `is_usable()`.
     """
     _library()
     shape = jax.ShapeDtypeStruct((*q_BHK.shape[:2], v_BSGV.shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(TARGETS[1], shape, vmap_method="sequential")
-    scales = (jnp.zeros((0, 0, 0)),) * 2 if scales_BSG is None else scales_BSG
-    operands = (q_BHK.astype(jnp.float32), k_BSGK, v_BSGV, *scales, mask_BS)
+    if len(keys) == 1:
+        keys = (*keys, jnp.zeros((*keys[0].shape[:3], 0), keys[0].dtype))
+        scales = scales and (scales[0], jnp.zeros_like(scales[0]), scales[1])
+    scales = scales or (jnp.zeros((0, 0, 0)),) * 3
+    operands = (q_BHK.astype(jnp.float32), *keys, v_BSGV, *scales, mask_BS)
     return call(*operands, scale=np.float32(scale), instructions=instructions)
 
 

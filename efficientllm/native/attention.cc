@@ -39,16 +39,16 @@ namespace ffi = xla::ffi;
 static void merge(Attention& a, int64_t b, int64_t h) {
   float largest = a.part(b, h, 0)[0], total = 0;
   for (int64_t unit = 1; unit < a.units_of_row(); unit++) largest = std::max(largest, a.part(b, h, unit)[0]);
-  float* y = a.y + (b * a.heads + h) * a.value_width;
-  std::fill_n(y, a.value_width, 0.0f);
+  float* y = a.y + (b * a.heads + h) * a.v.width;
+  std::fill_n(y, a.v.width, 0.0f);
   for (int64_t unit = 0; unit < a.units_of_row(); unit++) {
     const float* part = a.part(b, h, unit);
     if (part[1] == 0) continue;
     const float factor = std::exp(part[0] - largest);
     total += factor * part[1];
-    for (int64_t i = 0; i < a.value_width; i++) y[i] += factor * part[2 + i];
+    for (int64_t i = 0; i < a.v.width; i++) y[i] += factor * part[2 + i];
   }
-  for (int64_t i = 0; i < a.value_width && total > 0; i++) y[i] /= total;
+  for (int64_t i = 0; i < a.v.width && total > 0; i++) y[i] /= total;
 }
 
 static ffi::ErrorOr<Element> element(ffi::DataType type) {
@@ -61,24 +61,32 @@ static ffi::ErrorOr<Element> element(ffi::DataType type) {
   }
 }
 
-// q[B, H, K], k[B, S, G, K], v[B, S, G, V], k_scale and v_scale [B, S, G] (or empty), mask[B, S] -> y[B, H, V]
-static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                            ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::PRED> mask,
-                            ffi::ResultBuffer<ffi::F32> y, float scale, std::string_view instructions) {
+// `scale` [.., kv_heads] of int8, or empty.
+static Kept kept(const ffi::AnyBuffer& values, const ffi::Buffer<ffi::F32>& scale) {
+  return {values.dimensions()[3], (const uint8_t*)values.untyped_data(), scale.typed_data()};
+}
+
+// q[B, H, K + L], k[B, S, G, K], more[B, S, G, L], v[B, S, G, V], their scales [B, S, G] (or empty), mask[B, S]
+// -> y[B, H, V]
+static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer more,
+                            ffi::AnyBuffer v, ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> more_scale,
+                            ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::PRED> mask, ffi::ResultBuffer<ffi::F32> y,
+                            float scale, std::string_view instructions) {
   static constexpr decltype(&baseline::attend) attends[] = PER_INSTRUCTION_SET(attend);
   const int set = instruction_set(instructions);
   if (set < 0) return ffi::Error::InvalidArgument("no such instruction set on this machine");
   const auto type = element(k.element_type());
   if (!type.has_value()) return type.error();
+  if (more.element_type() != k.element_type() || v.element_type() != k.element_type())
+    return ffi::Error::InvalidArgument("keys and values of several types");
   Attention a{};
   a.element = *type, a.scale = scale;
-  a.batch = q.dimensions()[0], a.heads = q.dimensions()[1], a.width = q.dimensions()[2];
-  a.slots = k.dimensions()[1], a.kv_heads = k.dimensions()[2], a.value_width = v.dimensions()[3];
+  a.batch = q.dimensions()[0], a.heads = q.dimensions()[1];
+  a.slots = k.dimensions()[1], a.kv_heads = k.dimensions()[2];
+  a.k[0] = kept(k, k_scale), a.k[1] = kept(more, more_scale), a.v = kept(v, v_scale);
   a.q = q.typed_data(), a.y = y->typed_data(), a.mask = (const uint8_t*)mask.untyped_data();
-  a.k = (const uint8_t*)k.untyped_data(), a.v = (const uint8_t*)v.untyped_data();
-  a.k_scale = k_scale.typed_data(), a.v_scale = v_scale.typed_data();
   a.prepare();
-  share(pool, a.units(), (int64_t)(k.size_bytes() + v.size_bytes()),
+  share(pool, a.units(), (int64_t)(k.size_bytes() + more.size_bytes() + v.size_bytes()),
         [&](int64_t from, int64_t to) { attends[set](a, from, to); });
   for (int64_t b = 0; b < a.batch; b++)
     for (int64_t h = 0; h < a.heads; h++) merge(a, b, h);
@@ -91,6 +99,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(efficientllm_attention, attention,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::PRED>>()

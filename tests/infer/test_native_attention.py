@@ -44,7 +44,9 @@ SHAPES = [(1, 641, 9, 3, 64, 64), (3, 130, 4, 4, 7, 5), (2, 128, 20, 1, 96, 33),
 def test_the_sum_is_that_of_the_formula(instructions, shape, dtype):
     q, k, v, mask = a_state(*shape, dtype)
     scale = shape[4] ** -0.5
-    found = jax.jit(lambda *a: native.attention(*a, scale, instructions=instructions))(q, k, v, mask)
+    found = jax.jit(lambda *a: native.attention(a[0], a[1:-2], *a[-2:], scale, instructions=instructions))(
+        q, k, v, mask
+    )
     np.testing.assert_allclose(found, exact(q, k, v, mask, scale), atol=5e-6)
 
 
@@ -53,14 +55,28 @@ def test_a_state_in_int8_is_read_as_it_lies(instructions):
     q, k, v, mask = a_state(2, 300, 6, 2, 40, 24, "float32")
     k, v = Rounded.of(k), Rounded.of(v)
     scales = k.scale[..., 0], v.scale[..., 0]
-    found = native.attention(q, k.values, v.values, mask, 0.2, scales, instructions)
+    found = native.attention(q, [k.values], v.values, mask, 0.2, scales, instructions)
     read = k.read(jnp.float32), v.read(jnp.float32)
     np.testing.assert_allclose(found, exact(q, *read, mask, 0.2), atol=5e-6)
 
 
+@pytest.mark.parametrize("instructions", native.instruction_sets())
+def test_keys_may_lie_in_two_parts(instructions):
+    """As MLA's latent and the key that all heads share, whose value is the latent."""
+    q, k, _, mask = a_state(2, 150, 6, 1, 48 + 10, 1, "float32")
+    latent, rotated = k[..., :48], k[..., 48:]
+    found = native.attention(q, [latent, rotated], latent, mask, 0.2, instructions=instructions)
+    np.testing.assert_allclose(found, exact(q, k, latent, mask, 0.2), atol=5e-6)
+    latent, rotated = Rounded.of(latent), Rounded.of(rotated)
+    scales = [each.scale[..., 0] for each in (latent, rotated, latent)]
+    found = native.attention(q, [latent.values, rotated.values], latent.values, mask, 0.2, scales, instructions)
+    read = [each.read(jnp.float32) for each in (latent, rotated)]
+    np.testing.assert_allclose(found, exact(q, jnp.concatenate(read, -1), read[0], mask, 0.2), atol=5e-6)
+
+
 def test_large_scores_and_rows_that_may_read_nothing():
     q, k, v, mask = a_state(2, 200, 2, 1, 16, 16, "float32")
-    found = native.attention(q * 40, k, v, mask.at[1].set(False), 1.0)
+    found = native.attention(q * 40, [k], v, mask.at[1].set(False), 1.0)
     np.testing.assert_allclose(found[0], exact(q * 40, k, v, mask, 1.0)[0], atol=5e-5)
     np.testing.assert_array_equal(found[1], 0)
 
