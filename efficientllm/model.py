@@ -203,18 +203,24 @@ def init_states(lm, batch, length):
 
 
 def pin_states(lm, states):
-    """States laid out over the mesh in scope: rows as those of a batch, the rest as each part's `state_axes` says,
-    `{name of a leaf: logical axes behind the rows}`; what it does not name is whole on each device."""
+    """States laid out over the mesh in scope, as `state_axes` says."""
     if current_mesh() is None:
         return states
+    return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), states, state_axes(lm, states))
+
+
+def state_axes(lm, states):
+    """The logical axes of every leaf of states, as tuples: rows as those of a batch, the rest as each part's
+    `state_axes` says, `{name of a leaf: logical axes behind the rows}`; what it does not name is whole on each device.
+    """
 
     def of(part, state):
         known = getattr(part, "state_axes", {})
 
         def one(keys, leaf):
             name = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
-            axes = ("batch", *known.get(name, ()))
-            return constrain(leaf, *(None,) * lm.scan, *axes, *(None,) * (leaf.ndim - len(axes) - lm.scan))
+            axes = (*(None,) * lm.scan, "batch", *known.get(name, ()))
+            return *axes, *(None,) * (leaf.ndim - len(axes))
 
         return jax.tree_util.tree_map_with_path(one, state)
 

@@ -110,6 +110,29 @@ def constrain(x, *axes):
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def shapes(tree, axes):
+    """Abstract arrays as those of `tree`, laid out over the mesh in scope by their logical `axes`, tuples."""
+    if current_mesh() is None:
+        return tree
+    mesh = jax.sharding.get_mesh()
+
+    def one(leaf, axes):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec(axes, leaf.shape, mesh)))
+
+    return jax.tree.map(one, tree, axes)
+
+
+def local_bytes(tree):
+    """Bytes of arrays, abstract or not, on the device of them that holds most; whole ones where nothing is said."""
+
+    def one(leaf):
+        where = getattr(leaf, "sharding", None)
+        shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
 def shardings(boxed, mesh):
     """The NamedSharding of every leaf of a tree whose parameters are boxed with their logical axes."""
 

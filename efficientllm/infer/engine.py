@@ -14,7 +14,7 @@ import numpy as np
 from efficientllm import model as models
 from efficientllm.attention import Context
 from efficientllm.errors import UserError
-from efficientllm.sharding import constrain, current_mesh
+from efficientllm.sharding import constrain, current_mesh, shapes
 from efficientllm.weights import activation_dtype
 
 PIECES = (256, 64, 16)  # tokens of prompts of several lengths that are prefilled together; each compiles a program
@@ -104,19 +104,25 @@ class Engine:
 
     def trace_decode(self, rows):
         """The loop for `rows` rows, traced. The parameters may be abstract, here and in `trace_prefill`."""
-        carry = jax.eval_shape(lambda: _empty_carry(self.lm, self.sampler, rows, self.length))
+        carry = self._abstract_carry(rows)
         table_BT = jax.ShapeDtypeStruct((rows, self.length), jnp.int32)
         lengths_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
         return self._decode.trace(self.params, carry, table_BT, lengths_B, jax.ShapeDtypeStruct((), jnp.int32))
 
     def trace_prefill(self, rows, tokens):
         """`(the pass over so many tokens of each of `rows` prompts, what makes the first carry of it)`, traced."""
-        carry = jax.eval_shape(lambda: _empty_carry(self.lm, self.sampler, rows, self.length))
-        states, hidden_BD = jax.eval_shape(functools.partial(_empty, self.lm, self.length, rows))
+        carry = self._abstract_carry(rows)
+        _, hidden_BD = jax.eval_shape(functools.partial(_empty, self.lm, self.length, rows))
+        states, hidden_BD = carry.states, shapes(hidden_BD, ("batch", None))
         ids_BT, numbers_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
         passed = self._prefill.trace(self.params, states, hidden_BD, ids_BT, None, numbers_B)
         seed = jax.ShapeDtypeStruct((), jnp.int32)
         return passed, self._begin.trace(self.params, states, hidden_BD, numbers_B, carry.seen_BV, seed, numbers_B)
+
+    def _abstract_carry(self, rows):
+        carry = jax.eval_shape(lambda: _empty_carry(self.lm, self.sampler, rows, self.length))
+        axes = jax.tree.map(lambda leaf: ("batch", *(None,) * (leaf.ndim - 1)), carry.replace(states=None))
+        return shapes(carry, axes.replace(states=models.state_axes(self.lm, carry.states)))
 
     def generate(self, prompts, new_tokens, seed=0, chunk=None, stop=None, first=0):
         """Yields, for each run of `chunk` steps, the new ids of each row so far (lists; eos ends one and is in it).

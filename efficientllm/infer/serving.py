@@ -136,6 +136,12 @@ class Serving:
 
 
 def check(config):
+    """Raises UserError for values that no model could be measured with on the devices that are here."""
+    check_request(config)
+    make_mesh(config)
+
+
+def check_request(config):
     """Raises UserError for values that no model could be measured with."""
     for key in ("max_new_tokens", "batch_size", "prompt_length", "repeats"):
         if config.infer[key] < 1:
@@ -143,7 +149,6 @@ def check(config):
     if config.quant == "stored" and config.infer.rules:
         raise UserError("config.infer.rules: config.quant = 'stored' takes all weights as the files hold them; take ()")
     quant.chooser(config.quant, config.infer.rules, "config.infer.rules")
-    make_mesh(config)
 
 
 def prepare(config):
@@ -197,23 +202,27 @@ def check_rules(boxed, rules):
 
 def make_mesh(config):
     """The mesh of as many devices as `config.mesh` names; -1 names one. Raises UserError for what cannot serve."""
-    where = f"config.mesh = {config.mesh!r}"
     _, given = parse(f"mesh({config.mesh})", "config.mesh")
-    if given.get("sequence", 1) not in (1, -1):
-        raise UserError(
-            f"{where}: a step of decoding has one token, which 'sequence' cannot divide; take tensor or data"
-        )
     if jax.process_count() > 1:
         raise UserError("inference runs in one process, on as many of its devices as config.mesh names")
     named = [size for size in given.values() if isinstance(size, int) and size > 0]
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: math.prod(named)])
-    ways = sharding.row_ways(mesh)
+    check_mesh(config, mesh)
+    return mesh
+
+
+def check_mesh(config, mesh):
+    """Raises UserError for a mesh that cannot serve the config's batches."""
+    where, ways = f"config.mesh = {config.mesh!r}", sharding.row_ways(mesh)
+    if mesh.shape["sequence"] > 1:
+        raise UserError(
+            f"{where}: a step of decoding has one token, which 'sequence' cannot divide; take tensor or data"
+        )
     for key, rows in (("infer", config.infer.batch_size), ("train", config.train.batch_size)):
         if rows % ways:
             raise UserError(
                 f"config.{key}.batch_size = {rows}: {where} divides rows over {ways} devices; take a multiple of {ways}"
             )
-    return mesh
 
 
 def _check_length(lm, ours, length, most):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 
 from efficientllm import accounting, kernels, model, sharding
+from efficientllm.adapters import base as adapters
 from efficientllm.errors import UserError
 from efficientllm.infer import serving as infer
 from efficientllm.infer.engine import Engine
@@ -16,6 +17,7 @@ from efficientllm.plan import changes, steps
 from efficientllm.quant import tree as quant
 from efficientllm.quant.rows import resident_bytes
 from efficientllm.registry import build, register
+from efficientllm.train import setup
 
 FIRST = ("prefill", "first logits")  # the programs before the first token
 FORMS = ("bfloat16", "int8()", "int4()")  # tried, from the largest to the smallest, where weights do not fit
@@ -77,10 +79,9 @@ class Request:
         passed = self.samples * accounting.forward_flops(self.lm, self.boxed, ours.prompt_length)
         passed -= ours.prompt_length * head  # logits of the last token alone, and those by `read_out`
         stepped = self.samples * accounting.decode_flops(self.lm, self.boxed, middle)
-        moved = accounting.decode_bytes(self.lm, self.boxed, self.shaped, self.samples, middle)
         used = {name: sorted(kinds) for name, kinds in of_prefill.items()}
         return [
-            steps.Part(FIRST[0], 1, prefill, used, passed, self.weights + self.states),
+            steps.Part(FIRST[0], 1, prefill, used, passed, self.held),
             steps.Part(FIRST[1], 1, read_out, {}, head, 0),
             steps.Part(
                 "decode",
@@ -88,7 +89,7 @@ class Request:
                 decode,
                 {name: sorted(kinds) for name, kinds in of_decode.items()},
                 stepped,
-                moved,
+                self.moved(middle),
                 turns=1,
             ),
         ]
@@ -100,21 +101,31 @@ class Request:
 
     @functools.cached_property
     def weights(self):
-        """Bytes of the parameters."""
+        """Bytes of the parameters, over all devices once."""
         return resident_bytes(self.shaped)
 
-    @property
-    def states(self):
-        """Bytes of all rows' states at their longest."""
-        return self.samples * accounting.state_bytes(self.lm, self.length)
+    @functools.cached_property
+    def held(self):
+        """Bytes of the weights and of all rows' states at their longest, of the device that holds most."""
+        with self.scope():
+            states = jax.eval_shape(lambda: model.init_states(self.lm, self.samples, self.length))
+            states = sharding.shapes(states, model.state_axes(self.lm, states))
+        return sharding.local_bytes(self.shaped) + sharding.local_bytes(states)
+
+    def moved(self, length):
+        """Bytes that a device reads in a step over states of `length` tokens: of what the devices that have the same
+        rows read together, the part that it holds."""
+        rows = self.samples // sharding.row_ways(self.mesh)
+        together = accounting.decode_bytes(self.lm, self.boxed, self.shaped, rows, length)
+        return together * self.held / (self.weights + rows * accounting.state_bytes(self.lm, self.length))
 
     def by_shapes(self):
-        """Bytes of the weights and of the states."""
-        return self.weights + self.states
+        """Bytes of a device's weights and states."""
+        return self.held
 
     def sent_by_formula(self):
-        """Its Collectives: one device sends nothing."""
-        return ()
+        """Its Collectives: one device sends nothing, and for several there is no formula."""
+        return () if self.mesh.size == 1 else None
 
     def candidates(self):
         """The single changes that could make it fit (`plan.changes`)."""
@@ -152,24 +163,23 @@ class Request:
 
 
 def whole(config, mesh):
-    """The config, checked as a run's: there is no batch to divide."""
-    infer.check(config)
+    """The config, checked as a run's: its batch is taken as it is."""
+    infer.check_request(config)
     return config
 
 
 def describe(config, devices, platform, capability=(0, 0)):
-    """The Request of a config on the first of `devices`, for the `platform` that it is compiled for."""
-    if len(devices) > 1:
-        raise UserError(f"config.plan.devices = {len(devices)}: inference serves on one device; take 1")
+    """The Request of a config on `devices`, for the `platform` that it is compiled for."""
     mesh = sharding.make_mesh(config.mesh, devices)
+    infer.check_mesh(config, mesh)
     with steps.target(platform, capability):
         lm, most = _model_of(config)
         boxed = model.abstract_params(lm)
     _check_length(config.infer, lm, most)
     infer.check_rules(boxed, config.infer.rules)
-    whole = sharding.replicated(mesh)
-    held = quant.abstract(nn.unbox(boxed), config.quant, config.infer.rules)
-    shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), held)
+    rounded = quant.abstract(nn.unbox(boxed), config.quant, config.infer.rules)
+    held = jax.tree.map(setup.boxed_like, boxed, rounded, is_leaf=adapters.is_box)
+    shaped = jax.tree.map(setup.on_shards, nn.unbox(held), sharding.shardings(held, mesh))
     return Request(config, lm, mesh, boxed, shaped, platform, capability)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.adapters.base import join
+from efficientllm.sharding import local_bytes
 from efficientllm.train import step
 
 FIELDS = {
@@ -31,11 +32,9 @@ def predicted_bytes(lm, state, rows, length, ways=1):
     """Bytes of one device at the height of a step of `rows` rows (a micro-batch's) of `length` tokens.
 
     `state` is the abstract TrainState (with shardings, of one device's shards), unboxed; the rows are dealt out to
-    `ways` devices, and what tensor parallelism splits further is not taken off.
+    `ways` devices, and what tensor parallelism splits further is not taken off. Gradients are as the parameters.
     """
-    held = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(state))
-    gradients = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(state.params))
-    return held + gradients + math.ceil(activation_bytes(lm, state, rows, length) / ways)
+    return local_bytes((state, state.params)) + math.ceil(activation_bytes(lm, state, rows, length) / ways)
 
 
 def moved_bytes(lm, state, rows, length, accumulate=1):
@@ -69,9 +68,3 @@ def _kept_bytes(lm, state, rows, length):
 
     kept = jax.eval_shape(closure, state.params, state.frozen, batch_shapes(rows, length))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
-
-
-def _shard_bytes(leaf):
-    where = getattr(leaf, "sharding", None)
-    shape = where.shard_shape(leaf.shape) if where is not None else leaf.shape
-    return math.prod(shape) * leaf.dtype.itemsize

@@ -1,6 +1,8 @@
 """Plans of inference beside the engine and the runs they are of."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ import pytest
 
 import runs
 from configs import infer
-from efficientllm import main, registry
+from efficientllm import main, registry, sharding
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy
 from efficientllm.metrics import flops, memory
@@ -25,11 +27,11 @@ SIZE = (
 OPTIONS = {"model.pretrained": "", "model.size": SIZE, "infer.prompt_length": 24, "infer.max_new_tokens": 4}
 
 
-def described(form="bfloat16", **changes):
+def described(form="bfloat16", devices=1, **changes):
     config = infer.get_config(form)
     config.update_from_flattened_dict(OPTIONS | changes)
     planned, cpu = registry.lookup("planned", config.plan.of), hardware.find("cpu", 1)
-    return planned.describe(planned.whole(config, None), jax.devices()[:1], cpu.platform, cpu.capability)
+    return planned.describe(planned.whole(config, None), jax.devices()[:devices], cpu.platform, cpu.capability)
 
 
 def weights(one):
@@ -41,20 +43,23 @@ def size(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def test_the_program_is_the_engine_s():
-    one = described(**{"infer.batch_size": 2})
+@pytest.mark.parametrize("form, mesh", [("bfloat16", "data=1"), ("bfloat16", "data=2, tensor=2"), ("int8", "tensor=2")])
+def test_the_program_is_the_engine_s(form, mesh):
+    devices = math.prod(int(size) for size in re.findall(r"\d", mesh))
+    one = described(form, devices, mesh=mesh, **{"infer.batch_size": 2})
+    placed = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), weights(one), one.shaped)
     with jax.set_mesh(one.mesh):
-        engine = Engine(one.lm, weights(one), Greedy(), 0, one.length)
+        engine = Engine(one.lm, placed, Greedy(), 0, one.length)
         prompts = [[1] * 24] * 2
         carry = engine.prefill(prompts)
         tables = np.zeros((2, one.length), np.int32), np.array([24, 24], np.int32), np.int32(4)
         real = engine._decode.trace(engine.params, carry, *tables)
-        held = size((engine.params, carry, tables))
+        held = sharding.local_bytes((engine.params, carry)) + size(tables)
         theirs = memory.compiled_memory(real.lower().compile())
     prefill, first, decode = one.programs()
     ours = steps.compile_step(one, decode.trace).memory
     assert ours == theirs and ours["argument_bytes"] == pytest.approx(held, abs=64)
-    assert one.by_shapes() == size(engine.params) + size(carry.states)
+    assert one.by_shapes() == sharding.local_bytes((engine.params, carry.states))
     assert [part.times for part in (prefill, first, decode)] == [1, 1, 4]
 
 
@@ -118,7 +123,7 @@ def test_what_does_not_fit_may_in_another_form(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "overrides, said",
     [
-        ({"plan__devices": 2}, "inference serves on one device; take 1"),
+        ({"plan__devices": 2}, "config.infer.batch_size = 1: config.mesh = 'data=-1' divides rows over 2 devices"),
         ({"quant": "stored"}, "config.quant = 'stored' takes what a checkpoint's files hold"),
         ({"infer__max_new_tokens": 0}, "must be at least 1"),
         ({"plan__of": "serve"}, "no planned of that name; known: infer, pretrain, tune"),
