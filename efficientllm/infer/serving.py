@@ -211,15 +211,15 @@ def make_mesh(config):
     return mesh
 
 
-def check_mesh(config, mesh):
-    """Raises UserError for a mesh that cannot serve the config's batches."""
+def check_mesh(config, mesh, batches=("infer", "train")):
+    """Raises UserError for a mesh that cannot serve the config's `batches`, requests and held-out text."""
     where, ways = f"config.mesh = {config.mesh!r}", sharding.row_ways(mesh)
     if mesh.shape["sequence"] > 1:
         raise UserError(
             f"{where}: a step of decoding has one token, which 'sequence' cannot divide; take tensor or data"
         )
-    for key, rows in (("infer", config.infer.batch_size), ("train", config.train.batch_size)):
-        if rows % ways:
+    for key in batches:
+        if (rows := config[key].batch_size) % ways:
             raise UserError(
                 f"config.{key}.batch_size = {rows}: {where} divides rows over {ways} devices; take a multiple of {ways}"
             )

@@ -171,7 +171,7 @@ def whole(config, mesh):
 def describe(config, devices, platform, capability=(0, 0)):
     """The Request of a config on `devices`, for the `platform` that it is compiled for."""
     mesh = sharding.make_mesh(config.mesh, devices)
-    infer.check_mesh(config, mesh)
+    infer.check_mesh(config, mesh, ("infer",))
     with steps.target(platform, capability):
         lm, most = _model_of(config)
         boxed = model.abstract_params(lm)
