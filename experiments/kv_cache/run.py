@@ -92,7 +92,7 @@ class Contestant:
         self.params = jax.jit(lambda: nn.unbox(step.init_params(self.lm, 0, 8)))()
         self._engine = engines.Engine(self.lm, self.params, Greedy(), -1, length)
         self._length, self._steps = length, options.steps
-        states = models.init_states(self._engine.lm, 1, length)
+        states = jax.jit(lambda: models.init_states(self._engine.lm, 1, length))()  # no leaf twice: all are donated
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(states))
         keys_B = jax.random.split(jax.random.key(0), 1)
         at_B, done_B, seen_BV = jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), jnp.zeros((1, 1), bool)
