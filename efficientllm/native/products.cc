@@ -4,31 +4,8 @@
 #include "product.h"
 #include "threads.h"
 
-namespace baseline {  // SSE2 or NEON
-#define LANES 4
-#include "vectors.inc"
-#include "rows.inc"
-#undef LANES
-}  // namespace baseline
-
-#if defined(__x86_64__)
-BEGIN("avx2,fma,f16c")
-namespace avx2 {
-#define LANES 8
-#include "vectors.inc"
-#include "rows.inc"
-#undef LANES
-}  // namespace avx2
-END
-BEGIN("avx512f,avx512bw,avx2,fma,f16c")
-namespace avx512 {
-#define LANES 16
-#include "vectors.inc"
-#include "rows.inc"
-#undef LANES
-}  // namespace avx512
-END
-#endif
+#define KERNELS "rows.inc"
+#include "each_set.inc"
 
 namespace ffi = xla::ffi;
 
