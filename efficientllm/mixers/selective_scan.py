@@ -22,7 +22,8 @@ def selective_scan(x_BTC, step_BTC, A_CN, b_BTN, c_BTN, keep_BT, h_BCN, kernel="
         kernel = "sequential" if kernels.platform() == "cpu" else "associative"
     within = lookup("scan_kernel", kernel, where="scan_kernel")
     kernels.note("scan", kernel)
-    T, size = x_BTC.shape[1], CHUNK[kernel]
+    T = x_BTC.shape[1]
+    size = min(T, CHUNK[kernel])  # one token, in decoding, is one step
     chunks = -(-T // size)
     by_time = (step_BTC * x_BTC, step_BTC, b_BTN, c_BTN, keep_BT)
     # Tokens that fill the last chunk have a step of 0: they leave the state as it is.
