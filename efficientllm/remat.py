@@ -8,6 +8,7 @@ from efficientllm import kernels, sharding
 from efficientllm.errors import UserError, did_you_mean
 
 EVERYTHING = "everything"
+SAVEABLE = "everything_saveable"
 
 
 def kept(name, parts, decoding):
@@ -17,6 +18,8 @@ def kept(name, parts, decoding):
     ffns (`parts` whose class is `remade`) takes less to do again: with it the kept bytes of a Llama fall to less than
     half. Not on a mesh: what devices send to one another for it would be sent again.
     """
+    if name == SAVEABLE:
+        return EVERYTHING
     if name != "none":
         return policy(name)
     if decoding or kernels.platform() != "cpu" or not sharding.is_alone():

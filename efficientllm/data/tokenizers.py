@@ -104,7 +104,7 @@ class HuggingFace:
         try:
             with warnings.catch_warnings():  # torch, where it is installed, imports pynvml by its package's old name
                 warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
-                loaded = transformers.AutoTokenizer.from_pretrained(**self._place())
+                loaded = transformers.AutoTokenizer.from_pretrained(self._folder())
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
@@ -115,12 +115,20 @@ class HuggingFace:
             raise UserError(f"config.tokenizer: hf(path={self.path!r}) has no {missing}")
         return from_transformers(loaded)
 
-    def _place(self):
-        """What `from_pretrained` takes."""
+    def _folder(self):
+        """What `from_pretrained` takes. A GGUF file's vocabulary is converted once: it takes seconds."""
         if not self.path.endswith(".gguf"):
-            return {"pretrained_model_name_or_path": self.path}
-        folder, name = os.path.split(self.path)
-        return {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
+            return self.path
+        import transformers
+
+        key = cache.digest(cache.stat_key([os.path.realpath(self.path)]), transformers.__version__)
+        return cache.entry(cache.root(), f"gguf-tokenizer-{key}", self._convert)
+
+    def _convert(self, folder):
+        import transformers
+
+        where, name = os.path.split(self.path)
+        transformers.AutoTokenizer.from_pretrained(where or ".", gguf_file=name).save_pretrained(folder)
 
 
 def from_transformers(loaded):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from efficientllm import accounting, architecture, data, sharding
+from efficientllm import accounting, architecture, data, remat, sharding
 from efficientllm import model as models
 from efficientllm.adapters import base as adapters
 from efficientllm.errors import UserError
@@ -164,7 +164,7 @@ def prepare(config):
     described = setup.described(config.model, source)
     architecture.check(described)
     tokenizer = setup.tokenizer_of(config, source)
-    lm = architecture.from_config(described, tokenizer.vocab_size).clone(scan=False)
+    lm = architecture.from_config(described, tokenizer.vocab_size).clone(scan=False, remat=remat.SAVEABLE)
     ids = prompts.encode(texts, tokenizer, ours.chat)
     check_prompts(ids)
     most = source.max_positions if source else None

@@ -195,3 +195,37 @@ def test_blocks_are_kept_as_they_are(kind, tmp_path):
     held = jax.tree.leaves(stored, is_leaf=lambda leaf: isinstance(leaf, Rows))
     assert sum(isinstance(leaf, Rows) for leaf in held) == 1 + 2 * 7  # the embedding, and a layer's matrices
     jax.tree.map(np.testing.assert_array_equal, merge(stored), dense)
+
+
+def test_its_tokenizer_is_converted_once(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+
+    def vocabulary(writer):
+        tokens = ["<|end|>", *"abc", "ab"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3, 1, 1, 1, 1])
+        writer.add_token_merges(["a b"])
+        writer.add_eos_token_id(0)
+        writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    write(file, further=vocabulary)
+    direct = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    converted = []
+    whole = transformers.AutoTokenizer.from_pretrained
+
+    def counted(*place, **how):
+        converted.append("gguf_file" in how)
+        return whole(*place, **how)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", counted)
+    for _ in range(2):
+        found = build("tokenizer", f"hf(path={str(file)!r})").fit(None)
+        assert list(found.encode("abcab")) == direct.encode("abcab") == [4, 3, 4]
+        assert found.eos_id == 0 and found.chat([{"role": "user", "content": "abc"}]) == "abc"
+    assert converted == [True, False, False]  # and read from the cache each time
+    write(file, further=lambda writer: vocabulary(writer) or writer.add_string("changed", "by this"))
+    build("tokenizer", f"hf(path={str(file)!r})").fit(None)
+    assert converted[3:] == [True, False]
