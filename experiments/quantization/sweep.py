@@ -15,7 +15,7 @@ def get_config():
         overrides={
             "infer.prompt_length": 512,
             "infer.max_new_tokens": 128,
-            "infer.repeats": 5,
+            "infer.repeats": 3,
             "train.length": 512,
             "eval.batches": 4,
         },
