@@ -6,6 +6,7 @@ Each contestant is a process that holds one model in one form; only one works at
 A block is a prefill of fresh tokens and a greedy decoding of `--new` tokens after a short prompt, timed apart: decoding
 from its first token to its last, by the times at which each contestant hands them out. Ratios are of medians over
 blocks, with a 95 % bootstrap interval. Where two contestants hold the same weights in float32 their tokens must agree.
+What each of ours must read for a token is set against a copy and a read in memory, timed between the blocks.
 """
 
 import argparse
@@ -38,10 +39,10 @@ TORCH = {"transformers float32": "float32", "transformers bfloat16": "bfloat16"}
 def main(argv=None):
     options = _options(argv)
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(options, _folder(options.model, pathlib.Path(folder) / "model"))
-    print(table(found, options))
+        found, rates = compare(options, _folder(options.model, pathlib.Path(folder) / "model"))
+    print(table(found, rates, options))
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        pathlib.Path(options.json).write_text(json.dumps(found | {"memory": rates}, indent=1) + "\n")
 
 
 def _options(argv):
@@ -78,17 +79,19 @@ def contestants(options):
 
 
 def compare(options, folder):
-    """`{contestant: {"prefill_s": [...], "token_s": [...], "tokens": [...]}}`."""
-    context, sides = multiprocessing.get_context("spawn"), {}
+    """`{contestant: {"prefill_s": [...], "token_s": [...], "tokens": [...], "bytes": what a step of decoding reads}}`,
+    and of memory `{"copy": [...], "read": [...]}` in byte/s."""
+    context, sides, found = multiprocessing.get_context("spawn"), {}, {}
     names = contestants(options)
     for name in names:
         pipe, far_end = context.Pipe()
         process = context.Process(target=_serve, args=(name, folder, options, far_end), daemon=True)
         process.start()
         far_end.close()
-        pipe.recv()  # it has read its model: the next one may start
+        size = pipe.recv()  # it has read its model: the next one may start
         sides[name] = (pipe, process)
-    found = {name: {"prefill_s": [], "token_s": [], "tokens": None} for name in names}
+        found[name] = {"prefill_s": [], "token_s": [], "tokens": None, "bytes": size}
+    memory, rates = Memory(), {"copy": [], "read": []}
     order = random.Random(0)
     for block in range(DISCARDED + options.blocks):
         for name in order.sample(names, len(names)):
@@ -99,6 +102,8 @@ def compare(options, folder):
                 found[name]["prefill_s"].append(prefill_s)
                 found[name]["token_s"].append(token_s)
                 found[name]["tokens"] = tokens
+        for kind, measured in rates.items():
+            measured.append(memory.rate(kind))
         print(f"block {block + 1}/{DISCARDED + options.blocks}", flush=True)
     for pipe, process in sides.values():
         pipe.close()
@@ -106,12 +111,38 @@ def compare(options, folder):
     exact = [found[name]["tokens"] for name in ("transformers float32", "ours float32") if name in found]
     if len(exact) == 2 and exact[0] != exact[1]:
         raise SystemExit(f"the greedy tokens differ: {exact}")
-    return found
+    return found, rates
+
+
+class Memory:
+    """Rates in byte/s at which arrays far beyond the caches are copied (read and written) and read."""
+
+    def __init__(self, size=2**26):
+        import jax
+        import jax.numpy as jnp
+
+        self._source, self._target = jnp.ones(size, jnp.float32), jnp.zeros(size, jnp.float32)
+        self._copy = jax.jit(lambda target, source: target.at[:].set(source * 1.0001), donate_argnums=0)
+        self._read = jax.jit(lambda source: jnp.max(source.reshape(-1, 1024), 0))
+
+    def rate(self, kind):
+        """The best of three."""
+        return max(self._once(kind) for _ in range(3))
+
+    def _once(self, kind):
+        begin = time.perf_counter()
+        if kind == "copy":
+            self._target = self._copy(self._target, self._source).block_until_ready()
+        else:
+            self._read(self._source).block_until_ready()
+        return (2 if kind == "copy" else 1) * self._source.nbytes / (time.perf_counter() - begin)
 
 
 def _serve(name, folder, options, pipe):
-    run = _transformers(TORCH[name], folder, options) if name in TORCH else _ours(OURS[name], folder, options)
-    pipe.send("ready")
+    run, size = (
+        (_transformers(TORCH[name], folder, options), None) if name in TORCH else _ours(OURS[name], folder, options)
+    )
+    pipe.send(size)
     while True:
         try:
             block = pipe.recv()
@@ -168,6 +199,7 @@ def _ours(form, folder, options):
     import jax
 
     from configs import base
+    from efficientllm import accounting
     from efficientllm.infer import samplers, serving
     from efficientllm.infer.engine import Engine
 
@@ -179,7 +211,9 @@ def _ours(form, folder, options):
     config.infer.max_new_tokens = options.new + 1
     made = serving.prepare(config)
     jax.set_mesh(made.mesh)
-    engine = Engine(made.lm, made.load(form), samplers.Greedy(), -1, options.prefill + options.new + 1)
+    params = made.load(form)
+    engine = Engine(made.lm, params, samplers.Greedy(), -1, options.prefill + options.new + 1)
+    middle = PROMPT + options.new // 2  # the state grows by a token a step
 
     def run(long, short):
         begin = time.perf_counter()
@@ -194,7 +228,7 @@ def _ours(form, folder, options):
         token_s = (time.perf_counter() - begin) / (options.new - (options.batch == 1))
         return prefill_s, token_s, [int(first[0, 0]), *rest[0].tolist()]
 
-    return run
+    return run, accounting.decode_bytes(made.lm, made.boxed, params, options.batch, middle)
 
 
 def _ratio(theirs, ours):
@@ -209,21 +243,28 @@ def _ratio(theirs, ours):
     return of(blocks), drawn[25], drawn[974]
 
 
-def table(found, options):
+def table(found, rates, options):
     """Tokens a second of all, and how many times the bfloat16 of transformers (or the first contestant) that is."""
     against = "transformers bfloat16" if "transformers bfloat16" in found else next(iter(found))
     lines = [
         f"| {options.batch} x {options.prefill} prefilled, {options.new} decoded | prefill tokens/s | x {against} "
-        f"| decode tokens/s | x {against} |",
-        "|---" * 5 + "|",
+        f"| decode tokens/s | x {against} | GB/s read | of a copy | of a read |",
+        "|---" * 8 + "|",
     ]
+    memory = {kind: statistics.median(each) for kind, each in rates.items()}
     for name, each in found.items():
         cells = [name]
         for key, count in (("prefill_s", options.batch * options.prefill), ("token_s", options.batch)):
             ratio, low, high = _ratio(found[against][key], each[key])
             cells += [f"{count / statistics.median(each[key]):.1f}", f"{ratio:.2f} ({low:.2f}-{high:.2f})"]
+        if each["bytes"] is None:
+            cells += [""] * 3
+        else:
+            rate = each["bytes"] / statistics.median(each["token_s"])
+            cells += [f"{rate / 1e9:.1f}", *(f"{rate / memory[kind]:.0%}" for kind in ("copy", "read"))]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    said = f"copied at {memory['copy'] / 1e9:.1f} GB/s, read and written; read at {memory['read'] / 1e9:.1f} GB/s"
+    return "\n".join([*lines, "", f"Memory, medians of {len(rates['copy'])}: {said}"])
 
 
 if __name__ == "__main__":
