@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -193,6 +194,23 @@ def test_selective_scans_are_the_recurrence(length):
 
     kernels = [functools.partial(selective_scan, kernel=kernel) for kernel in ("sequential", "associative")]
     _same_function(recurrence, kernels, operands, keep, memory)
+
+
+@pytest.mark.parametrize("kernel", ["sequential", "associative"])
+def test_one_token_is_one_step(kernel):
+    """A token that is decoded is no chunk: nothing is larger than the state."""
+    C, N = 6, 4
+    shapes = (B, 1, C), (B, 1, C), (C, N), (B, 1, N), (B, 1, N), (B, 1), (B, C, N)
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    program = jax.make_jaxpr(functools.partial(selective_scan, kernel=kernel))(*operands).jaxpr
+    assert max(_sizes(program)) == B * C * N
+
+
+def _sizes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size for variable in equation.outvars)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _sizes(inner)
 
 
 @pytest.mark.parametrize("length", [1, 16, pytest.param(43, marks=pytest.mark.slow)])
