@@ -5,6 +5,7 @@ import functools
 import typing
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 
 from efficientllm import kernels, native
@@ -26,6 +27,11 @@ class Half(Rows):
 
     def rows(self):
         return self.values.astype(jnp.float32)
+
+    def take(self, index):
+        # XLA's CPU compiler looks bfloat16 up in a float32 copy of the table, and would make it whole ahead of a loop.
+        index, values = jax.lax.optimization_barrier((index, self.values))
+        return jnp.take(values, index, axis=0).astype(jnp.float32)
 
     def after(self, x):
         """Itself where products read it as it lies: tied to `x`, a GPU's program would copy every kernel first."""
