@@ -46,9 +46,8 @@ def rtn(w, symmetric):
 
 
 def gptq_by_loop(w, hessian, symmetric):
-    """Algorithm 1 of arXiv:2210.17323 without blocks, with scales fixed beforehand, as llmcompressor runs it."""
+    """Algorithm 1 of arXiv:2210.17323 without blocks; a group's scales are those of its weights at its turn."""
     w, hessian = w.copy(), hessian.copy()
-    scale, zero = group_scales(w, symmetric)
     dead = np.diag(hessian) == 0
     hessian[dead, dead] = 1
     w[:, dead] = 0
@@ -56,6 +55,8 @@ def gptq_by_loop(w, hessian, symmetric):
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
     q = np.zeros_like(w)
     for i in range(w.shape[1]):
+        if i % GROUP == 0:
+            scale, zero = group_scales(w, symmetric)
         q[:, i] = (np.clip(np.round(w[:, i] / scale[:, i]) + zero[:, i], 0, 15) - zero[:, i]) * scale[:, i]
         error = (w[:, i] - q[:, i]) / upper[i, i]
         w[:, i:] -= np.outer(error, upper[i, i:])
