@@ -1,6 +1,8 @@
-"""The text of a compiled program as tests look at it: which arrays it makes, and whether in a loop."""
+"""Programs as tests look at them: which arrays they make, and whether in a loop."""
 
 from typing import NamedTuple
+
+import jax.extend.core
 
 from efficientllm.plan import hlo
 
@@ -26,3 +28,11 @@ def instructions(text):
 
 def _shapes(instruction):
     return tuple(array.shape for array in instruction.arrays if array.shape and array.dtype != "pred")
+
+
+def made(jaxpr):
+    """The shape of every array that a program makes, in whatever it calls."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from made(inner)

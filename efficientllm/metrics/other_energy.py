@@ -58,7 +58,8 @@ def zeus_reader(platform, clock=time.monotonic):
         counters = {f"CPU package {i}": lambda i=i: _package_joules(found, i) for i in range(len(found))}
         return ZeusReader(counters, "cpu-package and dram", "zeus (RAPL)", clock=clock)
     except Exception as error:  # zeus raises an exception type of its own for each device and each trouble
-        return Reader(f"zeus finds no counter: {str(error).strip().splitlines()[0]}", clock)
+        said = str(error).strip() or type(error).__name__
+        return Reader(f"zeus finds no counter: {said.splitlines()[0]}", clock)
 
 
 def _package_joules(cpus, index):

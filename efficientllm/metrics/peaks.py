@@ -126,7 +126,7 @@ def measure_copy_bandwidth():
 
     Kept as `measure_gemm_peak`'s is, in `copy_bandwidths.json`.
     """
-    best = _once("copy_bandwidths.json", "copy", _best_copy)
+    best = _once("copy_bandwidths.json", "copy", best_copy)
     return Reading(best, "byte/s", "best copy of a large array measured on this host, read and written")
 
 
@@ -197,7 +197,7 @@ def _best_gemm(dtype, sizes=None, repeats=8):
     return best
 
 
-def _best_copy(size=None, repeats=8):
+def best_copy(size=None, repeats=8):
     """Best byte/s of `x + 1` over an array of `size` floats: far beyond the caches, each element read and written."""
     size = size or (2**26 if jax.default_backend() == "cpu" else 2**28)
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -207,4 +207,17 @@ def _best_copy(size=None, repeats=8):
         begin = time.perf_counter()
         x = jax.block_until_ready(add(x))
         best = max(best, 2 * 4 * size / (time.perf_counter() - begin))
+    return best
+
+
+def best_read(size=2**26, repeats=8):
+    """Best byte/s at which an array of `size` floats, far beyond the caches, is read and nothing like it written."""
+    largest = jax.jit(lambda x: jnp.max(x.reshape(-1, 1024), 0))
+    x = jnp.ones(size, jnp.float32)
+    jax.block_until_ready(largest(x))
+    best = 0.0
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(largest(x))
+        best = max(best, x.nbytes / (time.perf_counter() - begin))
     return best

@@ -4,10 +4,10 @@ import functools
 
 import flax.linen as nn
 import jax
-import jax.extend.core
 import numpy as np
 import pytest
 
+import hlo
 from efficientllm import model
 from efficientllm.attention import Context
 
@@ -109,14 +109,6 @@ def test_absorbed_decode(family, seed):
         peer.close(logits[:, 0], expected[:, t], 1e-5)
 
 
-def _arrays(jaxpr):
-    """The shape of every array that a program makes, in whatever it calls."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from _arrays(inner)
-
-
 @pytest.mark.parametrize("new_tokens", [1, 2])
 def test_decode_expands_no_latent(new_tokens):
     """With one new token no array has a key or value a slot and head; with two, the expanded form, one has."""
@@ -132,7 +124,7 @@ def test_decode_expands_no_latent(new_tokens):
     def step(variables, states):
         return ours.apply(variables, positions, Context.decoding(positions), states)[:2]
 
-    made = list(_arrays(jax.make_jaxpr(step)(variables, states).jaxpr))
+    made = list(hlo.made(jax.make_jaxpr(step)(variables, states).jaxpr))
     assert any(S in shape and R in shape for shape in made)
     expanded = [shape for shape in made if S in shape and np.prod(shape) >= wide]
     assert bool(expanded) == (new_tokens > 1), expanded

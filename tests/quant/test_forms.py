@@ -197,6 +197,18 @@ def test_a_loop_keeps_the_weights_compressed(spec, has_native, monkeypatch):
     assert relative(compiled(layers, jnp.ones((1, 128))), np.asarray(exact)) < 1e-3  # int4: 32 times rounded to 16 bits
 
 
+@pytest.mark.parametrize("spec", ["bfloat16", "float16", "int8"])
+def test_a_loop_looks_rows_up_in_a_table_as_it_lies(spec):
+    """Decoding looks a token up in every step: no copy of the table is made for it."""
+    table = quantize({"embedding": jnp.asarray(normal(512, 64))}, spec)["embedding"]
+
+    def decode(table, x):
+        return jax.lax.fori_loop(0, 4, lambda i, x: x + take(table, jnp.array([i]) + x[0, :1].astype(int) % 2), x)
+
+    compiled = jax.jit(decode, donate_argnums=1).lower(table, jnp.ones((1, 64))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 512 * 64
+
+
 def test_threads_share_no_state():
     """Products that XLA runs at the same time, from several threads, are what they are alone."""
     import concurrent.futures

@@ -6,7 +6,8 @@ Each contestant is a process that holds one model in one form; only one works at
 A block is a prefill of fresh tokens and a greedy decoding of `--new` tokens after a short prompt, timed apart: decoding
 from its first token to its last, by the times at which each contestant hands them out. Ratios are of medians over
 blocks, with a 95 % bootstrap interval. Where two contestants hold the same weights in float32 their tokens must agree.
-What each of ours must read for a token is set against a copy and a read in memory, timed between the blocks.
+What each of ours must read for a token is set against a copy, as a row's `mbu_copy` has it, and a read of memory, both
+timed between the blocks.
 """
 
 import argparse
@@ -91,7 +92,9 @@ def compare(options, folder):
         size = pipe.recv()  # it has read its model: the next one may start
         sides[name] = (pipe, process)
         found[name] = {"prefill_s": [], "token_s": [], "tokens": None, "bytes": size}
-    memory, rates = Memory(), {"copy": [], "read": []}
+    from efficientllm.metrics import peaks
+
+    measure, rates = {"copy": peaks.best_copy, "read": peaks.best_read}, {"copy": [], "read": []}
     order = random.Random(0)
     for block in range(DISCARDED + options.blocks):
         for name in order.sample(names, len(names)):
@@ -103,7 +106,7 @@ def compare(options, folder):
                 found[name]["token_s"].append(token_s)
                 found[name]["tokens"] = tokens
         for kind, measured in rates.items():
-            measured.append(memory.rate(kind))
+            measured.append(measure[kind](repeats=3))
         print(f"block {block + 1}/{DISCARDED + options.blocks}", flush=True)
     for pipe, process in sides.values():
         pipe.close()
@@ -112,30 +115,6 @@ def compare(options, folder):
     if len(exact) == 2 and exact[0] != exact[1]:
         raise SystemExit(f"the greedy tokens differ: {exact}")
     return found, rates
-
-
-class Memory:
-    """Rates in byte/s at which arrays far beyond the caches are copied (read and written) and read."""
-
-    def __init__(self, size=2**26):
-        import jax
-        import jax.numpy as jnp
-
-        self._source, self._target = jnp.ones(size, jnp.float32), jnp.zeros(size, jnp.float32)
-        self._copy = jax.jit(lambda target, source: target.at[:].set(source * 1.0001), donate_argnums=0)
-        self._read = jax.jit(lambda source: jnp.max(source.reshape(-1, 1024), 0))
-
-    def rate(self, kind):
-        """The best of three."""
-        return max(self._once(kind) for _ in range(3))
-
-    def _once(self, kind):
-        begin = time.perf_counter()
-        if kind == "copy":
-            self._target = self._copy(self._target, self._source).block_until_ready()
-        else:
-            self._read(self._source).block_until_ready()
-        return (2 if kind == "copy" else 1) * self._source.nbytes / (time.perf_counter() - begin)
 
 
 def _serve(name, folder, options, pipe):
