@@ -43,7 +43,8 @@ def main(argv=None):
         found, rates = compare(options, _folder(options.model, pathlib.Path(folder) / "model"))
     print(table(found, rates, options))
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(found | {"memory": rates}, indent=1) + "\n")
+        numbers = {name: each | {"memory": rates} for name, each in found.items()}
+        pathlib.Path(options.json).write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 def _options(argv):
