@@ -16,7 +16,7 @@ constexpr int kMostLanes = 16;
 // A byte of a group of 4-bit weights holds one of its first half (low bits) and one of its second half (high bits).
 struct Product {
   Format format;
-  int x_bits;  // int4: to how many bits x is rounded, 16 or 8
+  int x_bits;  // int4: to how many bits x is rounded, 16 or 8; int8: 16
   int64_t m, k, rows, row_bytes, groups, group_bytes;  // groups: of a row
   const float* x;
   const uint8_t* weights;
@@ -28,10 +28,10 @@ struct Product {
   float* y;
 };
 
-// Rows of x as the kernels read them, [chunk][plane][lane]: floats, or for int4 integers with a scale a group and the
-// sums of the groups.
+// Rows of x as the kernels read them, [chunk][plane][lane]: floats, or for int4 and int8 integers with a scale a group and
+// the sums of the groups; those of int8 are chunks.
 struct Prepared {
-  int64_t stride, padded_groups;
+  int64_t stride, groups;  // of a row
   std::vector<float> planes, sums, scale;
   std::vector<int16_t> codes;  // or of int8_t, two in each
 };
