@@ -197,15 +197,17 @@ def _best_gemm(dtype, sizes=None, repeats=8):
     return best
 
 
-def best_copy(size=None, repeats=8):
-    """Best byte/s of `x + 1` over an array of `size` floats: far beyond the caches, each element read and written."""
+def best_copy(size=None, repeats=8, apart=False):
+    """Best byte/s of a copy of `size` floats, far beyond the caches, each element read and written: `x + 1` where x
+    lies; or `apart`, from one array into another, whose lines a CPU reads too before it writes them, uncounted."""
     size = size or (2**26 if jax.default_backend() == "cpu" else 2**28)
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = jax.block_until_ready(add(jnp.zeros(size, jnp.float32)))
+    copy = jax.jit(lambda x, source: x.at[:].set(source) if apart else x + 1, donate_argnums=0)
+    x, source = jnp.zeros(size, jnp.float32), jnp.ones(size if apart else 1, jnp.float32)
+    x = jax.block_until_ready(copy(x, source))
     best = 0.0
     for _ in range(repeats):
         begin = time.perf_counter()
-        x = jax.block_until_ready(add(x))
+        x = jax.block_until_ready(copy(x, source))
         best = max(best, 2 * 4 * size / (time.perf_counter() - begin))
     return best
 

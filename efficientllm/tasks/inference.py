@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from efficientllm import kernels
+from efficientllm import allocator, kernels
 from efficientllm.infer import measure, row, serving
 from efficientllm.infer.answers import Answers
 from efficientllm.infer.engine import Engine
@@ -72,6 +72,7 @@ class Inference:
         peaks.measure_gemm_peak(activation_dtype(run.lm.precision).name)  # at most once a host, and not between steps
         peaks.measure_copy_bandwidth()
         self.params = run.load(self.config.quant, ours.rules)
+        allocator.give_back()  # what rounding, and calibrating more so, has freed is no memory of serving
         log.info(
             f"{self.config.name}: weights of {row.resident_bytes(self.params) / 1e6:,.1f} MB as {self.config.quant}"
         )

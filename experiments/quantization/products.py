@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficientllm.metrics import peaks
 from efficientllm.quant import products
 from efficientllm.quant.rows import resident_bytes
 from efficientllm.quant.tree import quantize
@@ -47,19 +48,6 @@ def medians(contestants):
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def copy_bandwidth():
-    """Bytes read and written a second by a copy in memory that is already there, on all cores."""
-    source = jnp.ones((BYTES // 4,), jnp.float32)
-    target = jnp.zeros_like(source)
-    write = jax.jit(lambda target, source: target.at[:].set(source * 1.0001), donate_argnums=0)
-    times = []
-    for _ in range(TURNS):
-        start = time.perf_counter()
-        target = jax.block_until_ready(write(target, source))
-        times.append(time.perf_counter() - start)
-    return 2 * BYTES / statistics.median(times)
-
-
 def ours(spec, kernels, x):
     """A run of `x` times each kernel in the form `spec`, and the bytes of one kernel."""
     leaves = [quantize({"kernel": kernel}, spec)["kernel"] for kernel in kernels]
@@ -87,7 +75,8 @@ def torchs(K, N, rows, copies):
 
 def main(rows):
     products.FEW = 10**9 if "--native" in sys.argv else products.FEW
-    print(f"copy: {copy_bandwidth() / 1e9:.1f} GB/s read and written\n")
+    copy, read = peaks.best_copy(apart=True), peaks.best_read()
+    print(f"from one array into another {copy / 1e9:.1f} GB/s, read and written; read {read / 1e9:.1f} GB/s\n")
     names = [*FORMS, "torch int4"]
     print("| shape | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2))
     rng = np.random.default_rng(0)
