@@ -24,7 +24,7 @@ class Linear(nn.Module):
     def __call__(self, x):
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
-        y = matmul(x, kernel, self.precision, self.out_dtype)
+        y = matmul(x, kernel, self.precision, self.out_dtype, self.axes)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
             y = y + self.param("bias", zeros, (self.features,)).astype(y.dtype)

@@ -12,6 +12,8 @@ from efficientllm.registry import build
 from efficientllm.sharding import constrain, current_mesh
 from efficientllm.weights import activation_dtype, matmul, parameter, take, turned
 
+HEAD = ("embed", "vocab")
+
 
 class Block(nn.Module):
     """A mixer and an ffn, each behind a norm and added to the residual stream; or a mixer alone.
@@ -116,9 +118,9 @@ class LM(nn.Module):
         if not readout:
             return x_BTD, states, aux
         if self.tied:
-            logits_BTV = matmul(x_BTD, turned(embedding_VD), self.precision, out_dtype=jnp.float32)
+            logits_BTV = matmul(x_BTD, turned(embedding_VD), self.precision, jnp.float32, HEAD)
         else:
-            head = Linear(self.vocab_size, ("embed", "vocab"), self.precision, out_dtype=jnp.float32, name="head")
+            head = Linear(self.vocab_size, HEAD, self.precision, out_dtype=jnp.float32, name="head")
             logits_BTV = head(x_BTD)
         return constrain(logits_BTV, "batch", "length", "vocab"), states, aux
 
@@ -243,7 +245,7 @@ def head_kernel(lm, params):
 
 def read_out(lm, params, x_BTD):
     """Float32 logits `[B, T, V]` of what the model gives without `readout`."""
-    return matmul(x_BTD, head_kernel(lm, params), lm.precision, out_dtype=jnp.float32)
+    return matmul(x_BTD, head_kernel(lm, params), lm.precision, jnp.float32, HEAD)
 
 
 def check_length(lm, length, where="a state"):

@@ -100,8 +100,12 @@ def _product(mesh, axes):
 def ways(axis, size):
     """Over how many devices the mesh in scope divides a dimension of `size` with this logical axis; 1 without one."""
     mesh = current_mesh()
-    found = None if mesh is None else spec((axis,), (size,), mesh)[0]
-    return 1 if found is None else _product(mesh, (found,) if isinstance(found, str) else found)
+    return 1 if mesh is None else count(mesh, spec((axis,), (size,), mesh)[0])
+
+
+def count(mesh, part):
+    """Over how many devices of the mesh a part of a PartitionSpec divides a dimension."""
+    return 1 if part is None else _product(mesh, (part,) if isinstance(part, str) else part)
 
 
 def constrain(x, *axes):

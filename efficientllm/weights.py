@@ -57,9 +57,9 @@ class Weight:
         """
         return product(x, self.dense())
 
-    def matmul(self, x, precision, out_dtype):
-        """`x[..., in] @ self[in, out]`; overridden where the form has a product of its own."""
-        return self.apply(x, lambda x, w: matmul(x, w, precision, out_dtype), lambda v: v)
+    def matmul(self, x, precision, out_dtype, axes=None):
+        """`x[..., in] @ self[in, out]`; overridden where the form has a product of its own. `axes` as in `matmul`."""
+        return self.apply(x, lambda x, w: matmul(x, w, precision, out_dtype, axes), lambda v: v)
 
     def dense(self):
         """The kernel as one float32 array."""
@@ -100,7 +100,7 @@ class Turned(Weight):
     def shape(self):
         return self.table.shape[::-1]
 
-    def matmul(self, x, precision, out_dtype):
+    def matmul(self, x, precision, out_dtype, axes=None):
         product = jnp.dtype(build("precision", precision, where="config.model.precision").product)
         if kernels.platform() == "cpu" and x.dtype == product == jnp.float32:
             return _product(x, self.table, product, jnp.dtype(out_dtype or x.dtype), True)
@@ -150,10 +150,13 @@ def parameter(module, name, init, shape):
     return value if isinstance(value, Weight) else module.param(name, init, shape)
 
 
-def matmul(x, w, precision, out_dtype=None):
-    """`x[..., in] @ w[in, out]` -> `[..., out]` in `x.dtype` (or `out_dtype`)."""
+def matmul(x, w, precision, out_dtype=None, axes=None):
+    """`x[..., in] @ w[in, out]` -> `[..., out]` in `x.dtype` (or `out_dtype`).
+
+    `axes` are the logical names of (in, out), by which kernels that XLA did not write are divided over a mesh.
+    """
     if isinstance(w, Weight):
-        return w.matmul(x, precision, out_dtype)
+        return w.matmul(x, precision, out_dtype, axes)
     product = jnp.dtype(build("precision", precision, where="config.model.precision").product)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if product != x.dtype:

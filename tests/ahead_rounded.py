@@ -1,6 +1,7 @@
-"""Compiles prefill and decoding with rounded weights for a device that is not here: `ahead_rounded.py tpu|gpu FORM`.
+"""Compiles prefill and decoding with rounded weights for hardware that is not here: `ahead_rounded.py tpu FORM MESH`.
 
-Prints what products run on, and each program's arrays of floats with as many elements as some rounded kernel has.
+Prints what products run on, and each program's arrays of floats with as many elements as some rounded kernel has, or
+the part of it that a device holds.
 """
 
 import json
@@ -10,22 +11,23 @@ import sys
 import ahead  # ahead of JAX: it names the platform
 import flax.linen as nn
 import jax
-from jax.sharding import SingleDeviceSharding
 
 from configs import base
-from efficientllm import architecture, kernels, model
+from efficientllm import architecture, kernels, model, sharding
+from efficientllm.adapters.base import is_box
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy
 from efficientllm.plan import hlo
 from efficientllm.quant import tree
+from efficientllm.train import setup
 
 LENGTH, PROMPT, VOCABULARY = 128, 64, 640  # no table has the size of a kernel
 
 
-def programs(lm, params):
+def programs(lm, params, rows):
     engine = Engine(lm, params, Greedy(), -1, LENGTH)
-    prefill, _ = engine.trace_prefill(1, PROMPT)
-    return {"prefill": prefill.lower().compile(), "decode": engine.trace_decode(1).lower().compile()}
+    prefill, _ = engine.trace_prefill(rows, PROMPT)
+    return {"prefill": prefill.lower().compile(), "decode": engine.trace_decode(rows).lower().compile()}
 
 
 def floats(program, sizes):
@@ -37,16 +39,21 @@ def floats(program, sizes):
 
 def main():
     config = base.get_config()
-    config.model.size = "tiny(num_layers=2, dim=1024, hidden=2816, num_heads=8, num_kv_heads=4, head_dim=128)"
+    config.model.size = "tiny(num_layers=2, dim=1024, hidden=2816, num_heads=8, num_kv_heads=8, head_dim=128)"
     config.model.precision = "bfloat16"
-    where = SingleDeviceSharding(next(iter(ahead.devices())))
+    alone = sys.argv[3] == "data=1"
+    mesh = sharding.make_mesh(sys.argv[3], list(ahead.devices())[: 1 if alone else None])
     with kernels.compiling_for(ahead.TARGET), kernels.recording() as used:
         lm = architecture.from_config(config.model, VOCABULARY).clone(scan=False)
-        shapes = nn.unbox(model.abstract_params(lm))
-        params = jax.eval_shape(lambda params: tree.quantize(params, sys.argv[2]), shapes)
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params)
-        found = programs(lm, params)
-    sizes = {math.prod(kernel.shape) for kernel in jax.tree.leaves(shapes["group_0"]) if kernel.ndim > 1}
+        boxed = model.abstract_params(lm)
+        shapes = nn.unbox(boxed)
+        rounded = jax.eval_shape(lambda params: tree.quantize(params, sys.argv[2]), shapes)
+        held = jax.tree.map(setup.boxed_like, boxed, rounded, is_leaf=is_box)
+        params = jax.tree.map(setup.on_shards, nn.unbox(held), sharding.shardings(held, mesh))
+        with jax.set_mesh(mesh):
+            found = programs(lm, params, mesh.shape["data"])
+    whole = {math.prod(kernel.shape) for kernel in jax.tree.leaves(shapes["group_0"]) if kernel.ndim > 1}
+    sizes = whole | {size // mesh.shape["tensor"] for size in whole}
     print(
         json.dumps(
             {

@@ -13,12 +13,12 @@ import runs
 PLUGINS = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
 
 
-def compiled(target, what, script="ahead.py"):
+def compiled(target, *what, script="ahead.py"):
     """What the script prints, from a process of its own: a plugin must be found before JAX starts."""
     plugin = PLUGINS[target]
     if importlib.util.find_spec(plugin) is None:
         pytest.skip(f"{plugin} is not installed: pip install 'efficientllm[{target}]'")
-    argv = [sys.executable, str(runs.ROOT / "tests" / script), target, what]
+    argv = [sys.executable, str(runs.ROOT / "tests" / script), target, *what]
     environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
     done = subprocess.run(argv, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -37,11 +37,19 @@ def test_gpus_run_attention_in_cudnn(mixer):
     assert found["used"]["attention"] == ["cudnn"] and found["calls"] == ["__cudnn$fmha"]
 
 
+@pytest.mark.parametrize("mesh", ["data=1", "data=2, tensor=4"])
 @pytest.mark.parametrize("target", PLUGINS)
-def test_int4_is_never_decompressed_in_memory(target):
+def test_int4_is_never_decompressed_in_memory(target, mesh):
     """No array of floats as large as some kernel, neither in prefill nor in decoding; nf4, which XLA multiplies, has
     one."""
-    found = compiled(target, "int4(group=64)", "ahead_rounded.py")
+    found = compiled(target, "int4(group=64)", mesh, script="ahead_rounded.py")
     assert found["used"]["matmul_int4"] == ["pallas"] and found["floats"] == {"prefill": [], "decode": []}
-    by_xla = compiled(target, "nf4", "ahead_rounded.py")
+    by_xla = compiled(target, "nf4", mesh, script="ahead_rounded.py")
     assert by_xla["used"]["matmul_nf4"] == ["xla"] and by_xla["floats"]["prefill"] and by_xla["floats"]["decode"]
+
+
+def test_gpus_convert_int8_where_they_multiply_it():
+    """No kernel is scaled and written to memory first: what it then takes is what bfloat16 takes."""
+    int8, bfloat16 = (compiled("gpu", form, "data=1", script="ahead_rounded.py") for form in ("int8", "bfloat16"))
+    assert int8["used"]["matmul_int8"] == ["xla"]
+    assert int8["temporaries"]["prefill"] < 1.2 * bfloat16["temporaries"]["prefill"]

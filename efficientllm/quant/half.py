@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from efficientllm import kernels, native
 from efficientllm.errors import UserError
+from efficientllm.quant import products
 from efficientllm.quant.rows import STATIC, Rows
 from efficientllm.registry import register
 
@@ -36,9 +37,15 @@ class Half(Rows):
         return jnp.take(values, index, axis=0).astype(jnp.float32)
 
     def after(self, x):
-        """Itself where products read it as it lies: tied to `x`, a GPU's program would copy every kernel first."""
-        same = kernels.platform() != "cpu" and self.values.dtype == x.dtype
-        return self if same else super().after(x)
+        """On accelerators products read it as it lies; tied to `x`, a program would copy every kernel first."""
+        if kernels.platform() == "cpu":
+            return super().after(x)
+        return self if self.values.dtype == x.dtype else self.behind(x)
+
+    def product(self, x_MK, operand):
+        if kernels.platform() == "cpu":
+            return super().product(x_MK, operand)
+        return products.contract(x_MK.astype(operand), self.after(x_MK).values.astype(operand))
 
     def native(self, x_MK):
         return native.product(self.name, x_MK, self.values) if self.width % 2 == 0 else None

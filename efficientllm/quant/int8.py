@@ -6,8 +6,9 @@ import typing
 import flax.struct
 import jax.numpy as jnp
 
-from efficientllm import native
+from efficientllm import kernels, native
 from efficientllm.errors import UserError
+from efficientllm.quant import products
 from efficientllm.quant.rows import STATIC, Rows, grouped
 from efficientllm.registry import register
 
@@ -36,6 +37,14 @@ class Int8(Rows):
         if width % 4 or not native.fits(width // groups, groups):
             return None
         return native.product("int8", x_MK, self.values, self.scale)
+
+    def product(self, x_MK, operand):
+        if self.scale.shape[-1] > 1:
+            return super().product(x_MK, operand)
+        # Floats of 16 bits hold the codes, which compilers for accelerators convert where they multiply them; tied to
+        # x, or scaled, they would be written to memory first.
+        leaf = self.after(x_MK) if kernels.platform() == "cpu" else self.behind(x_MK)
+        return products.contract(x_MK.astype(operand), leaf.values.astype(operand)) * leaf.scale[:, 0]
 
 
 @register("quant", "int8")

@@ -1,35 +1,65 @@
 """The product of activations with compressed rows, and which kernel it runs on."""
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from efficientllm import kernels, native, sharding
 from efficientllm.registry import build
+from efficientllm.weights import Axes
 
 # Rows of x up to which the native product is taken: above, decompressing once and multiplying is faster. Measured by
 # experiments/quantization/products.py.
 FEW = 16
 
 
-def product(x, leaf, precision, out_dtype):
-    """`x[..., K] @ rows[R, K].T` -> `[..., R]`; the gradient of the leaf is zero."""
+class Layout(typing.NamedTuple):
+    """The mesh axes that divide a product: the rows of x, its width, and the outputs; each as in a PartitionSpec."""
+
+    rows: typing.Any
+    along: typing.Any
+    across: typing.Any
+
+
+def product(x, leaf, precision, out_dtype, axes=None):
+    """`x[..., K] @ rows[R, K].T` -> `[..., R]`; the gradient of the leaf is zero.
+
+    `axes` are the logical names of (K, R). With them, on a mesh, a kernel of ours multiplies each device's own part.
+    """
     operand = jnp.dtype(build("precision", precision, where="config.model.precision").product)
-    y_MR = _product(x.reshape(-1, x.shape[-1]), leaf, operand)
+    y_MR = _product(x.reshape(-1, x.shape[-1]), leaf, operand, _layout(x, leaf, axes))
     return y_MR.reshape(*x.shape[:-1], -1).astype(out_dtype or x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x_MK, leaf, operand):
+def _layout(x, leaf, axes):
+    """The Layout of a product on the mesh in scope; None on one device, and where a part has no kernel of ours.
+
+    Rows are divided first: weights that lie over the same devices are gathered, compressed, for them. The width is
+    divided where each part holds whole groups.
+    """
+    mesh = sharding.current_mesh()
+    if axes is None or sharding.is_alone() or mesh.shape["sequence"] > 1 or not has_tiles(leaf):
+        return None
+    (R, W), G = leaf.values.shape, leaf.scale.shape[-1]
+    groups = G if leaf.width == 2 * W else 1
+    layout = Layout(*sharding.spec(("batch", *axes), (x.shape[0], groups, R), mesh))
+    return layout if _tiles().takes(R // sharding.count(mesh, layout.across), W // G, kernels.platform()) else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x_MK, leaf, operand, layout):
     if is_native(x_MK.shape[0]) and (y_MR := leaf.native(x_MK)) is not None:
         kernels.note(f"matmul_{leaf.name}", "ffi")
         return y_MR
-    if is_tiled(leaf) and (y_MR := _tiled(x_MK, leaf, operand)) is not None:
+    multiply = functools.partial(_divided, layout=layout) if layout else _tiled
+    if (layout or is_tiled(leaf)) and (y_MR := multiply(x_MK, leaf, operand)) is not None:
         kernels.note(f"matmul_{leaf.name}", "pallas")
         return y_MR
     kernels.note(f"matmul_{leaf.name}", "xla")
-    return _contract(x_MK.astype(operand), leaf.after(x_MK).rows().astype(operand), 1)
+    return leaf.product(x_MK, operand)
 
 
 def is_native(rows):
@@ -37,29 +67,52 @@ def is_native(rows):
     return rows <= FEW and native.is_usable()
 
 
+def has_tiles(leaf):
+    """Whether `tiled` multiplies with `leaf`, a Weight or an array: int4 on NVIDIA and TPU."""
+    return getattr(leaf, "name", None) == "int4" and kernels.platform() in ("gpu", "tpu")
+
+
 def is_tiled(leaf):
-    """Whether a product with `leaf`, a Weight or an array, is one for `tiled`: of int4, on one NVIDIA or TPU device."""
-    return getattr(leaf, "name", None) == "int4" and sharding.is_alone() and kernels.platform() in ("gpu", "tpu")
+    """Whether a product with `leaf` is one for `tiled` whatever its axes are: it has tiles, and one device."""
+    return has_tiles(leaf) and sharding.is_alone()
+
+
+def _tiles():
+    from efficientllm.quant import tiled  # Pallas takes a second to import
+
+    return tiled
 
 
 def _tiled(x_MK, leaf, operand):
-    from efficientllm.quant import tiled  # Pallas takes a second to import
-
-    return tiled.product(x_MK, leaf, operand, kernels.platform())
+    return _tiles().product(x_MK, leaf, operand, kernels.platform())
 
 
-def _contract(x, rows, axis):
+def _divided(x_MK, leaf, operand, layout):
+    """`_tiled` on each device, over its part; parts of the width are summed."""
+
+    def part(x_MK, leaf):
+        y_MR = _tiled(x_MK, leaf.replace(columns=x_MK.shape[-1]), operand)
+        return y_MR if layout.along is None else jax.lax.psum(y_MR, layout.along)
+
+    axes = leaf.axes((layout.along, layout.across))
+    of_leaf = jax.tree.map(lambda names: P(*names), axes, is_leaf=lambda names: isinstance(names, Axes))
+    specs = (P(layout.rows, layout.along), of_leaf)
+    return jax.shard_map(part, in_specs=specs, out_specs=P(layout.rows, layout.across), check_vma=False)(x_MK, leaf)
+
+
+def contract(x, rows, axis=1):
+    """float32 product of `x` with `rows`, along their `axis`."""
     return jax.lax.dot_general(x, rows, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _forward(x_MK, leaf, operand):
-    return _product(x_MK, leaf, operand), (leaf, jnp.zeros(0, x_MK.dtype))
+def _forward(x_MK, leaf, operand, layout):
+    return _product(x_MK, leaf, operand, layout), (leaf, jnp.zeros(0, x_MK.dtype))
 
 
-def _backward(operand, residuals, dy_MR):
+def _backward(operand, layout, residuals, dy_MR):
     # Decompressed again: kept, all layers' rows would lie in memory at once.
     leaf, like_x = residuals
-    return _contract(dy_MR.astype(operand), leaf.after(dy_MR).rows().astype(operand), 0).astype(like_x.dtype), None
+    return contract(dy_MR.astype(operand), leaf.after(dy_MR).rows().astype(operand), 0).astype(like_x.dtype), None
 
 
 _product.defvjp(_forward, _backward)

@@ -32,6 +32,10 @@ class Rows(Weight):
         """float32 `x @ rows.T` through `efficientllm.native`; None where that has no such product."""
         return None
 
+    def product(self, x_MK, operand):
+        """float32 `x @ rows.T` through XLA, of operands rounded to `operand`."""
+        return products.contract(x_MK.astype(operand), self.after(x_MK).rows().astype(operand))
+
     @property
     def shape(self):
         *stack, R, _ = self.values.shape
@@ -51,6 +55,10 @@ class Rows(Weight):
     @property
     def T(self):
         return self.replace(is_table=not self.is_table)
+
+    def behind(self, x):
+        """The same leaf, not to be converted ahead of a loop in which `x` is made."""
+        return jax.lax.optimization_barrier((x, self))[1]
 
     def after(self, x):
         """The same leaf, to be decompressed once `x` is known and not before; NaN if its first number is.
@@ -74,10 +82,10 @@ class Rows(Weight):
     def apply(self, x, product, of_rows):
         return product(x, self.after(x).dense())
 
-    def matmul(self, x, precision, out_dtype):
+    def matmul(self, x, precision, out_dtype, axes=None):
         if self.is_table or self.ndim > 2:
-            return super().matmul(x, precision, out_dtype)
-        return products.product(x, self, precision, out_dtype)
+            return super().matmul(x, precision, out_dtype, axes)
+        return products.product(x, self, precision, out_dtype, axes)
 
     def axes(self, names):
         *stack, first, second = names

@@ -18,7 +18,7 @@ def product(x_MK, leaf, operand, platform, interpret=False):
     if leaf.x_scale is not None:
         x_MK = x_MK.astype(jnp.float32) * leaf.x_scale
     (M, K), (R, W), G = x_MK.shape, leaf.values.shape, leaf.scale.shape[-1]
-    if platform == "gpu" and min(R, W // G) < LEAST:
+    if not takes(R, W // G, platform):
         return None
     tokens = min(TOKENS, pl.next_power_of_2(max(M, LEAST)))
     x_MK = jnp.pad(x_MK.astype(operand), ((0, -M % tokens), (0, 2 * W - K)))
@@ -26,6 +26,11 @@ def product(x_MK, leaf, operand, platform, interpret=False):
     halves = [x_MG2H[:, :, half].reshape(-1, W) for half in (0, 1)]  # of what is in lower, and in upper, bits
     call = {"gpu": _gpu, "tpu": _tpu}[platform]
     return call(halves, leaf, tokens, interpret)[:M]
+
+
+def takes(rows, group_bytes, platform):
+    """Whether there is a kernel for so many rows of weights, and bytes of a group."""
+    return platform != "gpu" or min(rows, group_bytes) >= LEAST
 
 
 def _weights(codes, scale, zero, minimum):

@@ -102,11 +102,15 @@ def tuning():
 
 
 def inference():
-    return {
-        f"infer/{model}/{form}": (f"infer.py:{form}", SERVE | {"model.pretrained": folder(model)}, (table, form))
-        for model, table in SERVED.items()
-        for form in FORMS
-    }
+    """A request on one device, four of which serve four; and on four that hold a quarter of each kernel."""
+    plans = {}
+    for kind, mesh in (("infer", {}), ("infer_by_four", {"plan.devices": 4, "mesh": "tensor=4"})):
+        for model, table in SERVED.items():
+            own = SERVE | mesh | {"model.pretrained": folder(model)}
+            for form in FORMS:
+                where = (None, None) if mesh else (table, form)
+                plans[f"{kind}/{model}/{form}"] = (f"infer.py:{form}", own, where)
+    return plans
 
 
 def folder(model):

@@ -33,8 +33,8 @@ def tuned(rows):
     return by_model(rows, "tune", METHODS, cell)
 
 
-def served(rows):
-    """A line for each model: of each form the weights, the peak (the study's AMU), and the least time of a token."""
+def served(rows, kind):
+    """A line for each model: a device's weights in each form, its peak (the study's AMU), the least time of a token."""
 
     def cell(row):
         if not row:
@@ -42,7 +42,7 @@ def served(rows):
         known = f" ({row['study_amu_gb']})" if row["study_amu_gb"] else ""
         return f"{row['arguments_gb']}, {row['peak_gb']}{known}, {row['tpot_ms']} ms"
 
-    return by_model(rows, "infer", FORMS, cell)
+    return by_model(rows, kind, FORMS, cell)
 
 
 def by_model(rows, kind, columns, cell):
@@ -54,8 +54,8 @@ def by_model(rows, kind, columns, cell):
 def run():
     with open(HERE / "rows.csv", newline="", encoding="utf-8") as file:
         rows = {row["plan"]: row for row in csv.DictReader(file)}
-    training = {name: row for name, row in rows.items() if not name.startswith("infer/")}
-    print("\n\n".join((trained(training), tuned(rows), served(rows))))
+    training = {name: row for name, row in rows.items() if not name.startswith("infer")}
+    print("\n\n".join((trained(training), tuned(rows), served(rows, "infer"), served(rows, "infer_by_four"))))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from efficientllm import kernels
+from efficientllm import kernels, sharding
 from efficientllm.grouped_matmul import grouped_matmul
 from efficientllm.quant import products, tiled
 from efficientllm.quant.int4 import Int4, Int4Form
@@ -79,6 +80,33 @@ def test_it_is_chosen_on_one_device_of_its_platform():
         with kernels.compiling_for(target), kernels.recording() as used:
             jax.eval_shape(lambda one, x: matmul(x, one, "bfloat16"), one, jnp.ones((20, 128)))
         assert used["matmul_int4"] == {kind}
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed"), ("embed", "vocab")])
+@pytest.mark.parametrize(
+    "mesh_spec, form, rows, width",
+    [
+        ("data=2, fsdp=2, tensor=2", "zero", 4, 128),
+        ("fsdp=4, tensor=2", "awq", 3, 128),  # three rows, which stay whole
+        ("tensor=8", "minimum", 1, 96),  # three groups, which stay together
+        ("data=4, tensor=2", "symmetric", 8, 99),  # the last group is not full
+    ],
+)
+def test_each_device_multiplies_its_part(mesh_spec, form, rows, width, axes, platform, monkeypatch):
+    monkeypatch.setattr(products, "_tiled", functools.partial(tiled.product, platform=platform, interpret=True))
+    one = leaf(form, 256, width, 32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 5, width)), jnp.float32)
+    mesh = sharding.make_mesh(mesh_spec)
+    with jax.set_mesh(mesh), kernels.compiling_for(platform), kernels.recording() as used:
+        placed = jax.tree.map(
+            lambda array, names: jax.device_put(array, NamedSharding(mesh, sharding.spec(names, array.shape, mesh))),
+            *(one, one.axes(axes)),
+        )
+        multiply = jax.jit(lambda x, w: matmul(x, w, "float32", axes=axes))
+        found = multiply(x, placed)
+    assert used["matmul_int4"] == {"pallas"}
+    np.testing.assert_allclose(found, np.asarray(x) @ np.asarray(one.dense(), np.float64), rtol=1e-5, atol=5e-5)
 
 
 def test_nvidia_s_is_lowered_to_triton_and_no_weight_to_floats():
