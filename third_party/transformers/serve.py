@@ -4,7 +4,8 @@
 
 Each contestant is a process that holds one model in one form; only one works at a time, in random order within a block.
 A block is a prefill of fresh tokens and a greedy decoding of `--new` tokens after a short prompt, timed apart: decoding
-from its first token to its last, by the times at which each contestant hands them out. Ratios are of medians over
+from its first token to its last, by the times at which each contestant hands them out; of a batch, which transformers
+hands out at its end, the pass over its short prompts too. Ratios are of medians over
 blocks, with a 95 % bootstrap interval. Where two contestants hold the same weights in float32 their tokens must agree.
 What each of ours must read for a token is set against memory, timed between the blocks: a copy in place, as a row's
 `mbu_copy` has it, a copy from one array into another, and a read.
@@ -240,7 +241,7 @@ def table(found, rates, options):
         for key, count in (("prefill_s", options.batch * options.prefill), ("token_s", options.batch)):
             ratio, low, high = _ratio(found[against][key], each[key])
             cells += [f"{count / statistics.median(each[key]):.1f}", f"{ratio:.2f} ({low:.2f}-{high:.2f})"]
-        if each["bytes"] is None:
+        if each["bytes"] is None or options.batch > 1:  # whose time is not of its steps alone
             cells += [""] * 4
         else:
             rate = each["bytes"] / statistics.median(each["token_s"])
