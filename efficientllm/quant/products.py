@@ -11,7 +11,7 @@ from efficientllm import kernels, native, sharding
 from efficientllm.registry import build
 from efficientllm.weights import Axes
 
-# Rows of x up to which the native product is taken: far above, decompressing once and multiplying is faster. Measured by
+# Rows of x up to which the native product is taken; far above, decompressing once and multiplying is faster. By
 # experiments/quantization/products.py.
 FEW = 64
 
