@@ -10,6 +10,9 @@ enum Format { kInt4, kInt8, kNf4, kBfloat16, kFloat16 };
 constexpr int kPlanes[] = {8, 4, 8, 2, 2};  // weights in a 32-bit word
 constexpr int kMostLanes = 16;
 
+// A row's groups and what fills their last vector.
+constexpr int64_t padded(int64_t groups) { return (groups + kMostLanes) / kMostLanes * kMostLanes; }
+
 // y[m, row] = sum over k of x[m, k] * weight[row, k].
 //   int4: q * scale + minimum; or (q - zero) * scale; or, where both are null, (q - 8) * scale
 //   int8: q * scale; nf4: table[q] * scale; bfloat16, float16: themselves

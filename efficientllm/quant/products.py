@@ -11,8 +11,8 @@ from efficientllm import kernels, native, sharding
 from efficientllm.registry import build
 from efficientllm.weights import Axes
 
-# Rows of x up to which the native product is taken; far above, decompressing once and multiplying is faster. By
-# experiments/quantization/products.py.
+# Rows of x up to which the native product is taken; far above, decompressing once and multiplying is faster
+# (experiments/quantization/products.py).
 FEW = 64
 
 
@@ -54,8 +54,8 @@ def _product(x_MK, leaf, operand, layout):
     if is_native(x_MK.shape[0]) and (y_MR := leaf.native(x_MK)) is not None:
         kernels.note(f"matmul_{leaf.name}", "ffi")
         return y_MR
-    multiply = functools.partial(_divided, layout=layout) if layout else _tiled
-    if (layout or is_tiled(leaf)) and (y_MR := multiply(x_MK, leaf, operand)) is not None:
+    y_MR = _divided(x_MK, leaf, operand, layout) if layout else _tiled(x_MK, leaf, operand) if is_tiled(leaf) else None
+    if y_MR is not None:
         kernels.note(f"matmul_{leaf.name}", "pallas")
         return y_MR
     kernels.note(f"matmul_{leaf.name}", "xla")
