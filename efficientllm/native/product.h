@@ -23,7 +23,7 @@ struct Product {
   int64_t m, k, rows, row_bytes, groups, group_bytes;  // groups: of a row
   const float* x;
   const uint8_t* weights;
-  const void* scale;  // [rows, groups]
+  const void* scale;  // [rows, groups]; of int4 halves
   bool scale_is_half;
   const uint16_t* minimum;
   const uint8_t* zero;

@@ -37,6 +37,7 @@ static ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::An
   p.group_bytes = p.row_bytes / p.groups;
   p.x = x.typed_data(), p.y = y->typed_data(), p.weights = (const uint8_t*)weights.untyped_data();
   p.scale = scale.untyped_data(), p.scale_is_half = scale.element_type() == ffi::F16;
+  if (p.format == kInt4 && !p.scale_is_half) return ffi::Error::InvalidArgument("int4 has scales of float16");
   p.minimum = minimum.element_count() ? (const uint16_t*)minimum.untyped_data() : nullptr;
   p.zero = zero.element_count() ? zero.typed_data() : nullptr;
   static const float none[16] = {};
