@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.registry import register
-from efficientllm.weights import matmul, parameter
+from efficientllm.weights import matmul, matmul_together, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -21,14 +21,26 @@ class Linear(nn.Module):
     kernel_init: nn.initializers.Initializer = fan_in_normal
 
     @nn.compact
-    def __call__(self, x):
-        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
-        y = matmul(x, kernel, self.precision, self.out_dtype, self.axes)
+    def __call__(self, x, y=None):
+        """`y` is the product with the kernel, where another has made it."""
+        if y is None:
+            init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+            kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
+            y = matmul(x, kernel, self.precision, self.out_dtype, self.axes)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
             y = y + self.param("bias", zeros, (self.features,)).astype(y.dtype)
         return y
+
+
+def linears(x, *layers):
+    """What each of `layers`, Linear and of one precision, makes of x: in one call where their kernels have one.
+
+    To be called where a module creates its own.
+    """
+    kernels = [layer.get_variable("params", "kernel") for layer in layers]
+    products = matmul_together(x, kernels, layers[0].precision) or [None] * len(layers)
+    return [layer(x, y) for layer, y in zip(layers, products, strict=True)]
 
 
 @register("norm", "rmsnorm")

@@ -61,6 +61,10 @@ class Weight:
         """`x[..., in] @ self[in, out]`; overridden where the form has a product of its own. `axes` as in `matmul`."""
         return self.apply(x, lambda x, w: matmul(x, w, precision, out_dtype, axes), lambda v: v)
 
+    def together(self, x, others, precision):
+        """`x` times this kernel and those of `others`, leaves of this type, in one call; None where there is none."""
+        return None
+
     def dense(self):
         """The kernel as one float32 array."""
         raise NotImplementedError(type(self).__name__)
@@ -164,6 +168,13 @@ def matmul(x, w, precision, out_dtype=None, axes=None):
     if kernels.platform() == "cpu" and product == jnp.float32:
         return _product(x, w, product, out_dtype)
     return jnp.matmul(x, w.astype(product), preferred_element_type=out_dtype)
+
+
+def matmul_together(x, ws, precision):
+    """`matmul` of x with each of `ws` in one call; None where they have none."""
+    first, *others = ws
+    alike = isinstance(first, Weight) and all(type(w) is type(first) for w in others)
+    return first.together(x, others, precision) if alike else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -1,9 +1,11 @@
 """Dense feed-forward networks. An ffn maps `x_BTD -> (y_BTD, aux)`; a dense one has no aux."""
 
+import functools
+
 import flax.linen as nn
 import jax
 
-from efficientllm.layers import Linear
+from efficientllm.layers import Linear, linears
 from efficientllm.registry import register
 
 
@@ -18,8 +20,8 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        gate = Linear(self.hidden, ("embed", "mlp"), self.precision, name="gate")(x_BTD)
-        up = Linear(self.hidden, ("embed", "mlp"), self.precision, name="up")(x_BTD)
+        into = functools.partial(Linear, self.hidden, ("embed", "mlp"), self.precision)
+        gate, up = linears(x_BTD, into(name="gate"), into(name="up"))
         y_BTD = Linear(x_BTD.shape[-1], ("mlp", "embed"), self.precision, name="down")(jax.nn.silu(gate) * up)
         return y_BTD, {}
 

@@ -44,9 +44,9 @@ class Attention(nn.Module, kw_only=True):
     def __call__(self, x_BTD, ctx, state=None):
         H, G = self.num_heads, self.kv_heads
         position = build("position", self.position, name="position")
-        q_BTHK = self._project(x_BTD, "q", H, "heads")
-        k_BTGK = self._project(x_BTD, "k", G, "kv_heads")
-        v_BTGK = self._project(x_BTD, "v", G, "kv_heads")
+        parts = {"q": (H, "heads"), "k": (G, "kv_heads"), "v": (G, "kv_heads")}
+        projected = heads.projections(x_BTD, parts, self.head_dim, self.precision, self.qkv_bias, "length")
+        q_BTHK, k_BTGK, v_BTGK = projected
         if self.qk_norm:
             q_BTHK = build("norm", self.norm, name="q_norm", axis=None)(q_BTHK)
             k_BTGK = build("norm", self.norm, name="k_norm", axis=None)(k_BTGK)
@@ -60,9 +60,6 @@ class Attention(nn.Module, kw_only=True):
         """The mixer's output from that of its heads; `x_BTD` is the mixer's input."""
         y_BTE = y_BTHK.reshape(*x_BTD.shape[:2], self.num_heads * self.head_dim)
         return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, self.o_bias, name="o")(y_BTE)
-
-    def _project(self, x_BTD, name, count, axis):
-        return heads.project(x_BTD, count, self.head_dim, axis, self.precision, name, self.qkv_bias, "length")
 
     def init_state(self, batch, length):
         """An empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the activation dtype, or in int8."""

@@ -1,7 +1,7 @@
 """What attentions of query and KV heads have in common."""
 
 from efficientllm.errors import UserError
-from efficientllm.layers import Linear
+from efficientllm.layers import Linear, linears
 from efficientllm.sharding import constrain
 
 
@@ -11,8 +11,17 @@ def project(x_BTD, heads, width, axis, precision, name, use_bias=False, length=N
     `length` is the logical axis of the tokens: None where what follows needs a whole row.
     Heads that do not divide over `tensor` stay whole: split ones would be put together for every rotation.
     """
-    y_BTE = Linear(heads * width, ("embed", axis), precision, use_bias, name=name)(x_BTD)
-    return constrain(y_BTE.reshape(*x_BTD.shape[:2], heads, width), "batch", length, axis, None)
+    return projections(x_BTD, {name: (heads, axis)}, width, precision, use_bias, length)[0]
+
+
+def projections(x_BTD, parts, width, precision, use_bias=False, length=None):
+    """`project` for each `name: (heads, axis)` of `parts`; in one call where their kernels have one."""
+    axes = [axis for _, axis in parts.values()]
+    layers = (
+        Linear(heads * width, ("embed", axis), precision, use_bias, name=name) for name, (heads, axis) in parts.items()
+    )
+    ys_BTHK = [y_BTE.reshape(*x_BTD.shape[:2], -1, width) for y_BTE in linears(x_BTD, *layers)]
+    return [constrain(y_BTHK, "batch", length, axis, None) for y_BTHK, axis in zip(ys_BTHK, axes, strict=True)]
 
 
 def check_groups(mixer):

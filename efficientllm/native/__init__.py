@@ -8,6 +8,7 @@ import ctypes
 import functools
 import logging
 import pathlib
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 from efficientllm import kernels, sharding
 
 log = logging.getLogger("efficientllm")
-TARGETS = ("efficientllm_product", "efficientllm_attention")
+TARGETS = ("efficientllm_products", "efficientllm_attention")
 FORMATS = ("int4", "int8", "nf4", "bfloat16", "float16")  # the order of product.h
 
 
@@ -32,24 +33,41 @@ def is_usable():
     return sharding.is_alone() and kernels.platform() == "cpu" and bool(instruction_sets())
 
 
-def product(form, x_MK, weights, scale=None, minimum=None, zero=None, table=None, x_bits=16, instructions="best"):
-    """`x[m, k]` times rows of `weights`, stored as `product.h` says for `form` -> float32 `[m, rows]`.
+class Rows(typing.NamedTuple):
+    """Compressed rows, `weights[R, bytes]`, stored as `product.h` says for `form`; some round x to `x_bits`."""
+
+    form: str
+    weights: jax.Array
+    scale: jax.Array | None = None
+    minimum: jax.Array | None = None
+    zero: jax.Array | None = None
+    table: jax.Array | None = None
+    x_bits: int = 16
+
+    @property
+    def layout(self):
+        """What rows that multiply in one call have in common."""
+        return self.form, self.x_bits, self.weights.shape[1:], self.scale is not None and self.scale.shape[1:]
+
+
+def products(x_MK, rows, instructions="best"):
+    """`x[m, k]` times each of `rows`, Rows of one layout -> float32 `[m, R]` of each.
 
     Needs `instruction_sets()`. On one CPU device, in jitted code or out of it.
     """
-
     _library()
 
     def given(array, dtype):
         return jnp.zeros((0, 0), dtype) if array is None else array
 
-    call = jax.ffi.ffi_call(
-        TARGETS[0], jax.ShapeDtypeStruct((x_MK.shape[0], weights.shape[0]), jnp.float32), vmap_method="sequential"
-    )
-    arrays = (weights, given(scale, jnp.float32), given(minimum, jnp.float16), given(zero, jnp.uint8))
-    table = jnp.zeros(0, jnp.float32) if table is None else table
-    attributes = {"format": np.int32(FORMATS.index(form)), "x_bits": np.int32(x_bits), "instructions": instructions}
-    return call(x_MK.astype(jnp.float32), *arrays, table, **attributes)
+    shapes = [jax.ShapeDtypeStruct((x_MK.shape[0], each.weights.shape[0]), jnp.float32) for each in rows]
+    call = jax.ffi.ffi_call(TARGETS[0], shapes, vmap_method="sequential")
+    arrays = []
+    for _, weights, scale, minimum, zero, *_ in rows:
+        arrays += weights, given(scale, jnp.float32), given(minimum, jnp.float16), given(zero, jnp.uint8)
+    table = jnp.zeros(0, jnp.float32) if rows[0].table is None else rows[0].table
+    attributes = {"format": np.int32(FORMATS.index(rows[0].form)), "x_bits": np.int32(rows[0].x_bits)}
+    return call(x_MK.astype(jnp.float32), table, *arrays, **attributes, instructions=instructions)
 
 
 def attention(q_BHK, keys, v_BSGV, mask_BS, scale, scales=None, instructions="best"):

@@ -45,13 +45,11 @@ class Int4(Rows):
         rows = weights.reshape(*weights.shape[:-2], -1)[..., : self.width]
         return rows if self.x_scale is None else rows * self.x_scale
 
-    def native(self, x_MK):
+    def native(self):
         groups = self.scale.shape[-1]
         if not native.fits(self.values.shape[-1] // groups, groups):
             return None
-        if self.x_scale is not None:
-            x_MK = x_MK.astype(jnp.float32) * self.x_scale
-        return native.product("int4", x_MK, self.values, self.scale, self.minimum, self.zero, x_bits=self.x_bits)
+        return native.Rows("int4", self.values, self.scale, self.minimum, self.zero, x_bits=self.x_bits)
 
     def take(self, index):
         if self.x_scale is None:

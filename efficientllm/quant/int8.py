@@ -32,11 +32,11 @@ class Int8(Rows):
         codes = self.values.reshape(*self.scale.shape, -1).astype(jnp.float32)
         return (codes * self.scale[..., None]).reshape(self.values.shape)[..., : self.width]
 
-    def native(self, x_MK):
+    def native(self):
         width, groups = self.values.shape[-1], self.scale.shape[-1]
         if width % 4 or not native.fits(width // groups, groups):
             return None
-        return native.product("int8", x_MK, self.values, self.scale)
+        return native.Rows("int8", self.values, self.scale)
 
     def product(self, x_MK, operand):
         if self.scale.shape[-1] > 1:

@@ -43,11 +43,11 @@ class NF4(Rows):
         weights = jnp.asarray(TABLE)[unpack(self.values, self.scale.shape[-1])] * self.scale[..., None]
         return weights.reshape(*weights.shape[:-2], -1)[..., : self.width]
 
-    def native(self, x_MK):
+    def native(self):
         groups = self.scale.shape[-1]
         if not native.fits(self.values.shape[-1] // groups, groups):
             return None
-        return native.product("nf4", x_MK, self.values, self.scale, table=jnp.asarray(TABLE))
+        return native.Rows("nf4", self.values, self.scale, table=jnp.asarray(TABLE))
 
 
 @register("quant", "nf4")

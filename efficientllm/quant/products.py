@@ -29,9 +29,18 @@ def product(x, leaf, precision, out_dtype, axes=None):
 
     `axes` are the logical names of (K, R). With them, on a mesh, a kernel of ours multiplies each device's own part.
     """
+    return _each(x, (leaf,), precision, out_dtype, _layout(x.reshape(-1, x.shape[-1]), leaf, axes))[0]
+
+
+def together(x, leaves, precision):
+    """`product` of x with each of `leaves`, in one native call; None where they have none."""
+    return None if _native(x.size // x.shape[-1], leaves) is None else _each(x, leaves, precision, None, None)
+
+
+def _each(x, leaves, precision, out_dtype, layout):
     operand = jnp.dtype(build("precision", precision, where="config.model.precision").product)
-    y_MR = _product(x.reshape(-1, x.shape[-1]), leaf, operand, _layout(x, leaf, axes))
-    return y_MR.reshape(*x.shape[:-1], -1).astype(out_dtype or x.dtype)
+    ys = _products(x.reshape(-1, x.shape[-1]), leaves, operand, layout)
+    return [y_MR.reshape(*x.shape[:-1], -1).astype(out_dtype or x.dtype) for y_MR in ys]
 
 
 def _layout(x, leaf, axes):
@@ -50,10 +59,24 @@ def _layout(x, leaf, axes):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x_MK, leaf, operand, layout):
-    if is_native(x_MK.shape[0]) and (y_MR := leaf.native(x_MK)) is not None:
+def _products(x_MK, leaves, operand, layout):
+    if (rows := _native(x_MK.shape[0], leaves)) is None:
+        return [_product(x_MK, leaf, operand, layout) for leaf in leaves]
+    for leaf in leaves:
         kernels.note(f"matmul_{leaf.name}", "ffi")
-        return y_MR
+    x_scale = leaves[0].x_scale
+    return native.products(x_MK if x_scale is None else x_MK.astype(jnp.float32) * x_scale, rows)
+
+
+def _native(vectors, leaves):
+    """The leaves as `native.products` takes them with so many vectors; None where it does not, not all of them."""
+    if not is_native(vectors) or (len(leaves) > 1 and any(leaf.x_scale is not None for leaf in leaves)):
+        return None
+    rows = [leaf.native() for leaf in leaves]
+    return None if any(each is None for each in rows) or len({each.layout for each in rows}) > 1 else rows
+
+
+def _product(x_MK, leaf, operand, layout):
     y_MR = _divided(x_MK, leaf, operand, layout) if layout else _tiled(x_MK, leaf, operand) if is_tiled(leaf) else None
     if y_MR is not None:
         kernels.note(f"matmul_{leaf.name}", "pallas")
@@ -105,14 +128,18 @@ def contract(x, rows, axis=1):
     return jax.lax.dot_general(x, rows, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _forward(x_MK, leaf, operand, layout):
-    return _product(x_MK, leaf, operand, layout), (leaf, jnp.zeros(0, x_MK.dtype))
+def _forward(x_MK, leaves, operand, layout):
+    return _products(x_MK, leaves, operand, layout), (leaves, jnp.zeros(0, x_MK.dtype))
 
 
-def _backward(operand, layout, residuals, dy_MR):
+def _backward(operand, layout, residuals, dys):
     # Decompressed again: kept, all layers' rows would lie in memory at once.
-    leaf, like_x = residuals
-    return contract(dy_MR.astype(operand), leaf.after(dy_MR).rows().astype(operand), 0).astype(like_x.dtype), None
+    leaves, like_x = residuals
+    dx_MK = sum(
+        contract(dy_MR.astype(operand), leaf.after(dy_MR).rows().astype(operand), 0)
+        for leaf, dy_MR in zip(leaves, dys, strict=True)
+    )
+    return dx_MK.astype(like_x.dtype), None
 
 
-_product.defvjp(_forward, _backward)
+_products.defvjp(_forward, _backward)

@@ -18,6 +18,7 @@ class Rows(Weight):
 
     name = None
     by_group = True
+    x_scale = None  # `[1, K]`: what the activations are multiplied by
 
     def rows(self):
         """float32 `[..., R, K]`."""
@@ -28,8 +29,8 @@ class Rows(Weight):
         """K."""
         return self.values.shape[-1]
 
-    def native(self, x_MK):
-        """float32 `x @ rows.T` through `efficientllm.native`; None where that has no such product."""
+    def native(self):
+        """The rows as `efficientllm.native` multiplies them; None where it has no such product."""
         return None
 
     def product(self, x_MK, operand):
@@ -86,6 +87,12 @@ class Rows(Weight):
         if self.is_table or self.ndim > 2:
             return super().matmul(x, precision, out_dtype, axes)
         return products.product(x, self, precision, out_dtype, axes)
+
+    def together(self, x, others, precision):
+        leaves = (self, *others)
+        return (
+            None if any(leaf.is_table or leaf.ndim > 2 for leaf in leaves) else products.together(x, leaves, precision)
+        )
 
     def axes(self, names):
         *stack, first, second = names

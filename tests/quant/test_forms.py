@@ -12,7 +12,7 @@ from efficientllm.quant.int4 import Int4
 from efficientllm.quant.nf4 import TABLE
 from efficientllm.quant.rows import grouped, resident_bytes
 from efficientllm.quant.tree import form_of, quantize
-from efficientllm.weights import matmul, take
+from efficientllm.weights import matmul, matmul_together, take
 
 SPECS = ["bfloat16", "float16", "int8", "int8(group=32)", "int4", "int4(group=64, symmetric=False)", "nf4"]
 BITS = {"bfloat16": 16, "float16": 16, "int8(group=32)": 9, "int4": 4.5, "int4(group=64, symmetric=False)": 4.375}
@@ -129,17 +129,15 @@ def native_leaf(form, rng, width, group):
 @pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
 @pytest.mark.parametrize("instructions", native.instruction_sets())
 @pytest.mark.parametrize("form, rows, width, group", list(native_cases()))
-def test_native_products(instructions, form, rows, width, group, monkeypatch):
+def test_native_products(instructions, form, rows, width, group):
     """Every instruction set this machine has, on odd sizes; int4 and int8 round x to 16 bits of its group."""
     rng = np.random.default_rng(width)
     one = native_leaf(form, rng, width, group)
     x = jnp.asarray(rng.standard_normal((rows, width)) * np.exp(3 * rng.standard_normal(width)), jnp.float32)
-    call = native.product
-    monkeypatch.setattr(native, "product", lambda *args, **kw: call(*args, **kw, instructions=instructions))
-    found = one.native(x)
-    if found is None:
+    if one.native() is None:
         assert width % 2 or width % 4  # left to XLA
         return
+    (found,) = native.products(x, [one.native()], instructions)
     exact = np.asarray(x, np.float64) @ np.asarray(one.rows(), np.float64).T
     bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(one.rows(), axis=-1)
     if one.name in ("int4", "int8"):  # half a step of a group's activations, times its weights
@@ -155,7 +153,38 @@ def test_native_products(instructions, form, rows, width, group, monkeypatch):
 def test_eight_bit_activations():
     one = leaf("int4(activations='int8')", normal(576, 64))
     x = jnp.asarray(normal(4, 576, seed=1))
-    assert one.x_bits == 8 and 1e-4 < relative(one.native(x), x @ one.dense()) < 1e-2
+    (found,) = native.products(x, [one.native()])
+    assert one.x_bits == 8 and 1e-4 < relative(found, x @ one.dense()) < 1e-2
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
+@pytest.mark.parametrize("form", ["int4", "zero", "minimum", "int8", "nf4", "bfloat16", "float16"])
+def test_products_together_are_those_alone(form, width=320):
+    """Of several kernels of other heights, with one call and the gradient of one input; shared out between threads."""
+    rng = np.random.default_rng(0)
+    leaves = [native_leaf(form, rng, width, 32) for _ in range(3)]
+    leaves[1] = jax.tree.map(lambda array: jnp.concatenate([array] * 40), leaves[1])
+    x = jnp.asarray(rng.standard_normal((2, 1, width)), jnp.float32)
+    alone = lambda x: [matmul(x, leaf, "float32") for leaf in leaves]  # noqa: E731
+    ys, pull = jax.vjp(lambda x: matmul_together(x, leaves, "float32"), x)
+    expected, pull_alone = jax.vjp(alone, x)
+    for y, one in zip(ys, expected, strict=True):
+        np.testing.assert_array_equal(y, one)
+    assert relative(pull(ys)[0], np.asarray(pull_alone(expected)[0])) < 1e-6
+    assert str(jax.make_jaxpr(lambda x: matmul_together(x, leaves, "float32"))(x)).count("ffi_call[") == 1
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
+def test_what_does_not_multiply_together(monkeypatch):
+    x, one, other = jnp.ones((1, 64)), leaf("int4", normal(64, 6)), leaf("int4(group=64)", normal(64, 6))
+    together = lambda *leaves: matmul_together(x, leaves, "float32")  # noqa: E731
+    assert together(one, one) is not None
+    assert together(one, other) is None  # groups of another size
+    assert together(one, leaf("int8", normal(64, 6))) is None
+    assert together(one, one.replace(x_scale=jnp.ones((1, 64)))) is None
+    assert together(one, one.dense()) is None
+    monkeypatch.setattr(native, "instruction_sets", tuple)
+    assert together(one, one) is None
 
 
 def test_the_kernel_is_chosen_and_noted(monkeypatch):
