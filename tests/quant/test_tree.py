@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import contract
-from efficientllm import kernels, model, sharding
+from efficientllm import kernels, model, native, sharding
 from efficientllm.adapters import base
 from efficientllm.errors import UserError
 from efficientllm.optim.rules import path_of
@@ -138,3 +138,17 @@ def test_state_is_donated_beside_native_products():
     given, _ = jax.jit(step, donate_argnums=2)(packed, ids, states)
     assert used["matmul_int4"] in ({"ffi"}, {"xla"})
     np.testing.assert_array_equal(kept, given)
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
+@pytest.mark.parametrize("form", ["int4", "bfloat16"])
+def test_kernels_of_one_input_are_one_call(form):
+    """q, k and v, o, gate and up, and down of each layer, and the head."""
+    scanned = contract.build("mixer", "gqa")
+    lm, params = model.unroll(scanned, contract.parameters(scanned))
+    packed, states = quantize(params, form), model.init_states(lm, contract.B, 4)
+    ctx = contract.Context.decoding(contract.positions(1))
+    step = lambda params: lm.apply({"params": params}, contract.tokens()[:, :1], ctx, states)[0]  # noqa: E731
+    jaxpr = jax.make_jaxpr(step)(packed)
+    assert str(jaxpr).count("target_name=efficientllm_products") == 4 * lm.num_layers + 1
+    np.testing.assert_allclose(step(packed), step(base.merge(packed)), atol=2e-4)

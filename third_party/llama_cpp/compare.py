@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 
@@ -56,10 +57,13 @@ class Contestant:
     """A process that holds one model; `ask` waits for its `(prefill s, decode s)` of a prompt."""
 
     def __init__(self, name, options):
+        from efficientllm import allocator
+
         context = multiprocessing.get_context("spawn")
         self.pipe, far_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(name, options, far_end), daemon=True)
-        self.process.start()
+        with mock.patch.dict(os.environ, allocator.huge_pages() if name == "ours" else {}):  # as efficientllm.main
+            self.process.start()
         far_end.close()  # so that a process that dies ends our wait
 
     def ask(self, seed):

@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # configs/ is beside the package, not in it
 
@@ -85,18 +86,20 @@ def contestants(options):
 def compare(options, folder):
     """`{contestant: {"prefill_s": [...], "token_s": [...], "tokens": [...], "bytes": what a step of decoding reads}}`,
     and of memory `{"copy in place": [...], "copy": [...], "read": [...]}` in byte/s."""
+    from efficientllm import allocator
+    from efficientllm.metrics import peaks
+
     context, sides, found = multiprocessing.get_context("spawn"), {}, {}
     names = contestants(options)
     for name in names:
         pipe, far_end = context.Pipe()
         process = context.Process(target=_serve, args=(name, folder, options, far_end), daemon=True)
-        process.start()
+        with mock.patch.dict(os.environ, allocator.huge_pages() if name in OURS else {}):  # as efficientllm.main
+            process.start()
         far_end.close()
         size = pipe.recv()  # it has read its model: the next one may start
         sides[name] = (pipe, process)
         found[name] = {"prefill_s": [], "token_s": [], "tokens": None, "bytes": size}
-    from efficientllm.metrics import peaks
-
     apart = functools.partial(peaks.best_copy, apart=True)
     measure = {"copy in place": peaks.best_copy, "copy": apart, "read": peaks.best_read}
     rates = {kind: [] for kind in measure}
