@@ -1,7 +1,7 @@
 """Compiles prefill and decoding with rounded weights for hardware that is not here: `ahead_rounded.py tpu FORM MESH`.
 
-Prints what products run on, and each program's arrays of floats with as many elements as some rounded kernel has, or
-the part of it that a device holds.
+Prints what products run on, each program's arrays of floats with as many elements as some rounded kernel has, or the
+part of it that a device holds, and the elements of the largest array that it gathers.
 """
 
 import json
@@ -37,6 +37,12 @@ def floats(program, sizes):
     return sorted(f"{dtype}{list(shape)}" for dtype, shape in large)
 
 
+def gathered(program):
+    """Elements of the largest array that an all-gather makes."""
+    made = (each for each in hlo.Program(program.as_text()).instructions() if each.op.startswith("all-gather"))
+    return max((math.prod(array.shape) for each in made for array in each.arrays), default=0)
+
+
 def main():
     config = base.get_config()
     config.model.size = "tiny(num_layers=2, dim=1024, hidden=2816, num_heads=8, num_kv_heads=8, head_dim=128)"
@@ -59,6 +65,7 @@ def main():
             {
                 "used": {operation: sorted(kinds) for operation, kinds in used.items()},
                 "floats": {name: floats(program, sizes) for name, program in found.items()},
+                "gathered": {name: gathered(program) for name, program in found.items()},
                 "temporaries": {name: program.memory_analysis().temp_size_in_bytes for name, program in found.items()},
             }
         )

@@ -48,6 +48,14 @@ def test_int4_is_never_decompressed_in_memory(target, mesh):
     assert by_xla["used"]["matmul_nf4"] == ["xla"] and by_xla["floats"]["prefill"] and by_xla["floats"]["decode"]
 
 
+@pytest.mark.parametrize("target", PLUGINS)
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+def test_a_token_is_looked_up_where_its_row_lies(target, form):
+    """No table is gathered for the token of one prompt, as the partitioner does by itself on GPUs; vectors are."""
+    found = compiled(target, form, "tensor=8", script="ahead_rounded.py")
+    assert found["gathered"]["decode"] < 8 * 1024
+
+
 def test_gpus_convert_int8_where_they_multiply_it():
     """No kernel is scaled and written to memory first: what it then takes is what bfloat16 takes."""
     int8, bfloat16 = (compiled("gpu", form, "data=1", script="ahead_rounded.py") for form in ("int8", "bfloat16"))
