@@ -34,9 +34,9 @@ class Linear(nn.Module):
 
 
 def linears(x, *layers):
-    """What each of `layers`, Linear and of one precision, makes of x: in one call where their kernels have one.
+    """What each of `layers` makes of x: in one call where their kernels have one.
 
-    To be called where a module creates its own.
+    They are Linear, of one precision and without an `out_dtype`. To be called where a module creates its own.
     """
     kernels = [layer.get_variable("params", "kernel") for layer in layers]
     products = matmul_together(x, kernels, layers[0].precision) or [None] * len(layers)

@@ -3,15 +3,15 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from efficientllm import kernels, remat, sharding
+from efficientllm import kernels, remat
 from efficientllm.attention import Context
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
+from efficientllm.lookup import look_up
 from efficientllm.registry import build
 from efficientllm.sharding import constrain, current_mesh
-from efficientllm.weights import activation_dtype, matmul, parameter, take, turned
+from efficientllm.weights import activation_dtype, matmul, parameter, turned
 
 HEAD = ("embed", "vocab")
 
@@ -110,7 +110,7 @@ class LM(nn.Module):
         """
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         embedding_VD = parameter(self, "embedding", init, (self.vocab_size, self.dim))
-        x_BTD = _look_up(embedding_VD, tokens_BT, activation_dtype(self.precision))
+        x_BTD = look_up(embedding_VD, tokens_BT, activation_dtype(self.precision))
         x_BTD = build("position", self.position, name="position").embed(x_BTD, ctx.positions_BT)
         if self.embed_norm:
             x_BTD = build("norm", self.norm, name="embed_norm")(x_BTD)
@@ -168,35 +168,6 @@ def _unroll(length):
     8 layers apart takes no longer.
     """
     return length if kernels.platform() == "cpu" and length <= UNROLLED else 1
-
-
-def _look_up(embedding_VD, tokens_BT, dtype):
-    """The tokens' rows of the table, which stays where it is.
-
-    Each device looks up its own columns for all rows of its fsdp group; an all-to-all then trades columns for rows.
-    Left to itself the partitioner gathers the whole table on some meshes, and on all of them for one token of one row.
-    """
-    vocab, width = sharding.ways("vocab", embedding_VD.shape[0]), sharding.ways("embed", embedding_VD.shape[1])
-    if tokens_BT.shape[1] == 1 and vocab > 1 and width == 1:
-        return constrain(_look_up_divided(embedding_VD, tokens_BT, dtype), "batch", "length", None)
-    x_BTD = take(embedding_VD, constrain(tokens_BT, "group_batch", "length")).astype(dtype)
-    return constrain(constrain(x_BTD, "group_batch", "length", "embed"), "batch", "length", None)
-
-
-def _look_up_divided(embedding_VD, tokens_BT, dtype):
-    """Each device of `tensor` looks up the tokens whose rows it has; the others' are zeros to it."""
-
-    def part(table_VD, tokens_BT):
-        local_BT = tokens_BT - jax.lax.axis_index("tensor") * table_VD.shape[0]
-        is_mine_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
-        x_BTD = take(table_VD, jnp.where(is_mine_BT, local_BT, 0)).astype(dtype)
-        return jax.lax.psum(jnp.where(is_mine_BT[..., None], x_BTD, 0), "tensor")
-
-    mesh = current_mesh()
-    rows = sharding.spec(("batch",), tokens_BT.shape[:1], mesh)[0]
-    of_table = jax.tree.map(lambda array: sharding.spec(("vocab", None), array.shape, mesh), embedding_VD)
-    divided = jax.shard_map(part, in_specs=(of_table, P(rows)), out_specs=P(rows), check_vma=False)
-    return divided(embedding_VD, tokens_BT)
 
 
 def half_layers(blocks):

@@ -15,13 +15,14 @@ def project(x_BTD, heads, width, axis, precision, name, use_bias=False, length=N
 
 
 def projections(x_BTD, parts, width, precision, use_bias=False, length=None):
-    """`project` for each `name: (heads, axis)` of `parts`; in one call where their kernels have one."""
-    axes = [axis for _, axis in parts.values()]
-    layers = (
-        Linear(heads * width, ("embed", axis), precision, use_bias, name=name) for name, (heads, axis) in parts.items()
-    )
-    ys_BTHK = [y_BTE.reshape(*x_BTD.shape[:2], -1, width) for y_BTE in linears(x_BTD, *layers)]
-    return [constrain(y_BTHK, "batch", length, axis, None) for y_BTHK, axis in zip(ys_BTHK, axes, strict=True)]
+    """`project` for each `name: (count of heads, axis)` of `parts`; in one call where their kernels have one."""
+    layers = [
+        Linear(count * width, ("embed", axis), precision, use_bias, name=name) for name, (count, axis) in parts.items()
+    ]
+    return [
+        constrain(y_BTE.reshape(*x_BTD.shape[:2], -1, width), "batch", length, layer.axes[-1], None)
+        for layer, y_BTE in zip(layers, linears(x_BTD, *layers), strict=True)
+    ]
 
 
 def check_groups(mixer):

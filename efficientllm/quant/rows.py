@@ -90,9 +90,9 @@ class Rows(Weight):
 
     def together(self, x, others, precision):
         leaves = (self, *others)
-        return (
-            None if any(leaf.is_table or leaf.ndim > 2 for leaf in leaves) else products.together(x, leaves, precision)
-        )
+        if any(leaf.is_table or leaf.ndim > 2 for leaf in leaves):
+            return None
+        return products.together(x, leaves, precision)
 
     def axes(self, names):
         *stack, first, second = names

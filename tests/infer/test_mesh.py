@@ -9,7 +9,6 @@ from efficientllm import model, sharding
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy, Sample
 from efficientllm.quant import tree
-from hlo import instructions
 
 NEW = 6
 FORMS = ("float32", "int8", "int4")
@@ -63,16 +62,3 @@ def test_states_lie_in_parts():
         carry, _ = engine.decode(carry, prompts, 2)
     for leaf in jax.tree.leaves(carry.states):
         assert leaf.addressable_shards[0].data.size * 8 == leaf.size  # rows over four, heads over two
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("form", ["float32", "int8"])
-def test_a_token_is_looked_up_where_its_row_lies(form, rows):
-    """A step gathers no table over `tensor`: by itself the partitioner does, for one token of one prompt."""
-    mesh = sharding.make_mesh("tensor=2, data=4")
-    lm, params = model.unroll(contract.build("mixer", "gqa"), contract.parameters(contract.build("mixer", "gqa")))
-    with jax.set_mesh(mesh):
-        engine = Engine(lm, placed(lm, tree.quantize(params, form), mesh), Greedy(), -1, 24)
-        text = engine.lower_decode(rows).compile().as_text()
-    gathers = [each for each in instructions(text) if each.op.startswith("all-gather")]
-    assert all((lm.vocab_size, lm.dim) not in each.shapes for each in gathers)
