@@ -29,7 +29,7 @@ def product(x, leaf, precision, out_dtype, axes=None):
 
     `axes` are the logical names of (K, R). With them, on a mesh, a kernel of ours multiplies each device's own part.
     """
-    return _each(x, (leaf,), precision, out_dtype, _layout(x.reshape(-1, x.shape[-1]), leaf, axes))[0]
+    return _each(x, (leaf,), precision, out_dtype, _layout(x, leaf, axes))[0]
 
 
 def together(x, leaves, precision):
