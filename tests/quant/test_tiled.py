@@ -116,3 +116,13 @@ def test_nvidia_s_is_lowered_to_triton_and_no_weight_to_floats():
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     shapes = re.findall(r"tensor<([\dx]+)x(?:bf16|f16|f32)>", text)
     assert "triton" in text and max(math.prod(map(int, shape.split("x"))) for shape in shapes) == one.scale.size
+
+
+@pytest.mark.parametrize("batch, rows", [(1, None), (2, "data")])
+def test_rows_are_divided_as_the_batch_and_not_by_tokens(batch, rows, monkeypatch):
+    """One prompt of many tokens lies whole on each device of `data`, as its activations do."""
+    found = []
+    monkeypatch.setattr(products, "_products", lambda x, leaves, operand, layout: found.append(layout) or [x])
+    with jax.set_mesh(sharding.make_mesh("data=2, tensor=4")), kernels.compiling_for("gpu"):
+        matmul(jnp.ones((batch, 64, 1024)), leaf("", 1024, 1024, 64), "bfloat16", axes=("embed", "mlp"))
+    assert found[0].rows == rows and found[0].across == "tensor"
