@@ -1,4 +1,7 @@
-"""Eight fake devices for every test, and no progress of other people's libraries."""
+"""Eight fake devices for every test, and no progress of other people's libraries.
+
+On a machine with a GPU, tests whose subject is one device run there too: JAX_PLATFORMS=cuda pytest tests/quant.
+"""
 
 import os
 import pathlib
@@ -7,13 +10,15 @@ import tempfile
 
 import pytest
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    # Programs of tests run once: compiling them takes longer than running them.
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=8"
+        # Programs of tests run once: compiling them takes longer than running them.
+        + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
+else:  # a share of the GPU for each worker, and float32 products as tests bound them
+    os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Nothing of the user's is read, nothing is kept; workers and the processes that tests start share it.
