@@ -13,7 +13,7 @@ from efficientllm import accounting, architecture, data, remat, sharding
 from efficientllm import model as models
 from efficientllm.adapters import base as adapters
 from efficientllm.errors import UserError
-from efficientllm.infer import prompts
+from efficientllm.infer import drawn, prompts
 from efficientllm.infer.engine import check_prompts
 from efficientllm.infer.row import baseline_of
 from efficientllm.metrics import host, memory
@@ -23,7 +23,7 @@ from efficientllm.quant import calibrate
 from efficientllm.quant import tree as quant
 from efficientllm.quant.rows import resident_bytes
 from efficientllm.registry import build, parse
-from efficientllm.train import setup, step
+from efficientllm.train import setup
 
 
 class OutOfMemory(RuntimeError):
@@ -59,15 +59,14 @@ class Serving:
             return jax.block_until_ready(self._placed(self._stored()))
         forms = [quant.form_of(each) for each in (spec, *(form for _, form in rules))]
         calibrated = any(getattr(form, "calibrated", False) for form in forms)
-        by_one = self.source is not None and not calibrated
+        by_one = not calibrated
         weights = self._rounded_bytes(spec, rules) if by_one else resident_bytes(self.boxed)
         self._check_memory(weights, spec if by_one else "")
         if by_one:
-            found = self.source.load(self._shaped, lm=self.lm, each=self._rounder(spec, rules))
-        elif calibrated:
-            found = calibrate.quantize(self.lm, self._dense(), spec, self._calibration(), rules)
+            found = self._each(self._rounder(spec, rules))
         else:
-            found = quant.quantize(self._dense(), spec, rules)
+            dense = self._each(lambda path, array: array)
+            found = calibrate.quantize(self.lm, dense, spec, self._calibration(), rules)
         return jax.block_until_ready(found if by_one else self._placed(found))
 
     @functools.cached_property
@@ -91,15 +90,17 @@ class Serving:
         return jax.device_put(nn.unbox(held), sharding.shardings(held, self.mesh))
 
     def _rounded_bytes(self, spec, rules):
-        """Bytes of weights that are rounded one by one as they are read: all so, and the largest as it was."""
+        """Bytes of weights that are rounded one by one as they are read: all so, and the largest as it was; of drawn
+        ones, which come by groups of layers, the largest group."""
         plain = nn.unbox(self.boxed)
-        largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plain))
+        largest = max(map(resident_bytes, jax.tree.leaves(plain) if self.source else plain.values()))
         return resident_bytes(jax.eval_shape(lambda params: quant.quantize(params, spec, rules), plain)) + largest
 
-    def _dense(self):
+    def _each(self, each):
+        """The parameters, read or drawn, of each of which `each(path, array)` is kept before there are more."""
         if self.source is None:
-            return jax.jit(lambda: nn.unbox(step.init_params(self.lm, self.config.seed, 8)))()
-        return self.source.load(self._shaped, lm=self.lm)
+            return drawn.draw(self.lm, self.config.seed, each)
+        return self.source.load(self._shaped, lm=self.lm, each=each)
 
     def _stored(self):
         if self.source is None:

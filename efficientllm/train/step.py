@@ -42,10 +42,10 @@ class TrainState:
         return join(self.params, self.frozen)
 
 
-def init_params(lm, seed, length):
+def init_params(lm, key, length):
     """The model's own initial parameters, boxed with their logical axes."""
     tokens_BT = jnp.zeros((1, length), jnp.int32)
-    return lm.init(jax.random.key(seed), tokens_BT, Context.packed(tokens_BT))["params"]
+    return lm.init(key, tokens_BT, Context.packed(tokens_BT))["params"]
 
 
 def create(lm, train, method, seed, boxed, held, form="float32"):
@@ -64,7 +64,7 @@ def init_state(lm, train, seed, length, method=FULL, form="float32"):
     """A function of no arguments that makes a new model's TrainState, boxed."""
 
     def init():
-        boxed = init_params(lm, seed, length)
+        boxed = init_params(lm, jax.random.key(seed), length)
         return create(lm, train, method, seed, boxed, boxed, form)
 
     return init

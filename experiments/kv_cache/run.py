@@ -89,7 +89,7 @@ class Contestant:
     def __init__(self, name, length, options):
         self.lm = described(name, options.size, options.precision)
         self.boxed = models.abstract_params(self.lm)
-        self.params = jax.jit(lambda: nn.unbox(step.init_params(self.lm, 0, 8)))()
+        self.params = jax.jit(lambda: nn.unbox(step.init_params(self.lm, jax.random.key(0), 8)))()
         self._engine = engines.Engine(self.lm, self.params, Greedy(), -1, length)
         self._length, self._steps = length, options.steps
         states = jax.jit(lambda: models.init_states(self._engine.lm, 1, length))()  # no leaf twice: all are donated

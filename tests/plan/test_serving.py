@@ -36,7 +36,7 @@ def described(form="bfloat16", devices=1, **changes):
 
 def weights(one):
     """Random ones in the form of the plan."""
-    return quant.quantize(nn.unbox(step.init_params(one.lm, 0, 8)), one.config.quant)
+    return quant.quantize(nn.unbox(step.init_params(one.lm, jax.random.key(0), 8)), one.config.quant)
 
 
 def size(tree):

@@ -1,0 +1,60 @@
+"""Random weights, drawn by groups of layers."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import traverse_util
+
+from configs import base, mixers
+from efficientllm import architecture, model
+from efficientllm.infer import drawn
+from efficientllm.quant import tree as quant
+from efficientllm.train import step
+
+
+def described(**changes):
+    config = base.get_config()
+    config.model.update(changes)
+    return architecture.from_config(config.model, 320).clone(scan=False)
+
+
+CASES = {"dense": {}, "half layers": mixers.VARIANTS["mamba"], "pairs": {"pattern": ("gqa", "mqa"), "tied": False}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_as_the_model_initialises(case):
+    lm = described(**CASES[case])
+    found = traverse_util.flatten_dict(drawn.draw(lm, 0, lambda path, array: array), sep="/")
+    exact = nn.unbox(step.init_params(lm, jax.random.key(1), 8))
+    exact = traverse_util.flatten_dict(exact, sep="/")
+    assert {path: leaf.shape for path, leaf in found.items()} == {path: leaf.shape for path, leaf in exact.items()}
+    for path, leaf in found.items():  # of the same distribution
+        np.testing.assert_allclose(leaf.std(), exact[path].std(), rtol=0.3, atol=1e-6, err_msg=path)
+
+
+def test_no_two_layers_are_the_same_and_a_seed_repeats_them():
+    lm = described()
+    one, again, other = (drawn.draw(lm, seed, lambda path, array: np.asarray(array)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, one, again)
+    kernels = [
+        np.asarray(leaf).tobytes()
+        for params in (one, other)
+        for path, leaf in traverse_util.flatten_dict(params, sep="/").items()
+        if re.search("kernel|embedding", path)
+    ]
+    assert len(set(kernels)) == len(kernels)
+
+
+def test_layers_are_compiled_once_and_rounded_as_they_come(monkeypatch):
+    lm, traced, held = described(), [], []
+    once = drawn.step.init_params
+    monkeypatch.setattr(drawn.step, "init_params", lambda lm, *rest: traced.append(lm.num_layers) or once(lm, *rest))
+    rounded = quant.rounder("int4()")
+    params = drawn.draw(lm, 0, lambda path, array: held.append(array.size) or rounded(path, array))
+    assert set(traced) == {1} and len(traced) <= 4  # the shapes, the embedding, the norm, a layer
+    assert len(held) == len(jax.tree.leaves(model.abstract_params(lm), is_leaf=lambda x: hasattr(x, "names")))
+    plain = drawn.draw(lm, 0, lambda path, array: array)
+    jax.tree.map(np.testing.assert_array_equal, params, quant.quantize(plain, "int4()"))
