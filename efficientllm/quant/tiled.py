@@ -4,6 +4,8 @@ XLA would write all rows decompressed to memory for every product. Letters: W by
 of a group (half of its weights).
 """
 
+import typing
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -11,6 +13,7 @@ from jax.experimental.pallas import triton
 
 ROWS, TOKENS, WIDTH = 128, 128, 1024  # of a tile, at most
 LEAST = 16  # rows and columns of what tensor cores multiply
+VECTORS = 4  # rows of x that are multiplied without them on a GPU, at most
 
 
 def product(x_MK, leaf, operand, platform, interpret=False):
@@ -21,7 +24,8 @@ def product(x_MK, leaf, operand, platform, interpret=False):
     if not takes(R, W // G, platform):
         return None
     tokens = min(TOKENS, pl.next_power_of_2(max(M, LEAST)))
-    x_MK = jnp.pad(x_MK.astype(operand), ((0, -M % tokens), (0, 2 * W - K)))
+    rest = 0 if platform == "gpu" and M <= VECTORS else -M % tokens
+    x_MK = jnp.pad(x_MK.astype(operand), ((0, rest), (0, 2 * W - K)))
     x_MG2H = x_MK.reshape(-1, G, 2, W // G)
     halves = [x_MG2H[:, :, half].reshape(-1, W) for half in (0, 1)]  # of what is in lower, and in upper, bits
     call = {"gpu": _gpu, "tpu": _tpu}[platform]
@@ -53,42 +57,110 @@ def _named(leaf):
     return {name: x for name in ("scale", "zero", "minimum") if (x := getattr(leaf, name)) is not None}
 
 
+class Tile(typing.NamedTuple):
+    """What a program multiplies on a GPU: rows of weights, so many bytes of them at a time, in so many parts of their
+    width, whose sums are added after."""
+
+    rows: int
+    width: int
+    warps: int
+    stages: int | None = None
+    parts: int = 1
+
+
+def tile(M, R, W, H):
+    """The Tile for M rows of x and weights of R rows of W bytes, H a group."""
+    most = 1 << (R.bit_length() - 1)
+    if M <= VECTORS:
+        return Tile(min(4, most), max(H, min(512, pl.next_power_of_2(W))), 2)
+    return Tile(min(ROWS, most), max(H, min(64, pl.next_power_of_2(W))), 4)
+
+
 def _gpu(halves, leaf, tokens, interpret):
-    """A program a tile of the output, through Triton, which masks nothing: the last tile overlaps the one before."""
-    M, (R, G), H = len(halves[0]), leaf.scale.shape, leaf.values.shape[-1] // leaf.scale.shape[-1]
-    rows, groups = min(ROWS, 1 << (R.bit_length() - 1)), 1
-    while G % (2 * groups) == 0 and 2 * groups * H <= 64:
-        groups *= 2
+    """A program a tile of the output, through Triton, whose tiles are powers of two: the last rows overlap those before
+    them, and what is right of the last byte is masked. Few rows of x are vectors, more are tensor cores' matrices."""
+    (M, W), (R, G) = halves[0].shape, leaf.scale.shape
+    H = W // G
+    rows, width, warps, stages, parts = tile(M, R, W, H)
+    groups, turns = width // H, pl.cdiv(pl.cdiv(W, width), parts)
+    masked = turns * parts * width > W
+    start, multiply, finish = _vectors(M, rows, groups) if M <= VECTORS else _matrices(tokens, rows)
+    tokens = M if M <= VECTORS else tokens
     beside = _named(leaf)
 
     def kernel(low_ref, high_ref, values_ref, *refs):
         *beside_refs, y_ref = refs
-        first = jnp.minimum(pl.program_id(1) * rows, R - rows)
-        of_rows, of_tokens = pl.ds(first, rows), pl.ds(pl.program_id(0) * tokens, tokens)
+        of_rows = pl.ds(jnp.minimum(pl.program_id(1) * rows, R - rows), rows)
+        of_tokens, part = pl.program_id(0) * tokens, pl.program_id(2)
 
-        def step(i, y):
-            at, of_groups = pl.ds(i * groups * H, groups * H), pl.ds(i * groups, groups)
-            parts = {
-                name: ref[of_rows, of_groups].astype(jnp.float32)[:, :, None]
+        def read(ref, index, first, size, end):
+            at = ref.at[index, pl.ds(first, size)]
+            mask = (first + jnp.arange(size) < end)[None] if masked else None
+            return triton.load(at, mask=mask, other=0 if masked else None)
+
+        def step(turn, y):
+            byte, group = (part * turns + turn) * width, (part * turns + turn) * groups
+            codes = read(values_ref, of_rows, byte, width, W).astype(jnp.int32).reshape(rows, groups, H)
+            named = {
+                name: read(ref, of_rows, group, groups, G).astype(jnp.float32)
                 for name, ref in zip(beside, beside_refs, strict=True)
             }
-            bytes_ = values_ref[of_rows, at].astype(jnp.int32).reshape(rows, groups, H)
-            for x_ref, codes in ((low_ref, bytes_ & 15), (high_ref, bytes_ >> 4)):
-                w = _weights(codes.astype(jnp.float32), parts["scale"], parts.get("zero"), parts.get("minimum"))
-                y += _dot(x_ref[of_tokens, at], w.reshape(rows, groups * H), 1)
-            return y
 
-        zeros = jnp.zeros((tokens, rows), jnp.float32)
-        y_ref[of_tokens, of_rows] = jax.lax.fori_loop(0, G // groups, step, zeros)
+            def x(token, count):
+                index = pl.ds(of_tokens + token, count)
+                return [read(ref, index, byte, width, W) for ref in (low_ref, high_ref)]
 
-    return pl.pallas_call(
+            return multiply(y, x, codes, named)
+
+        for token, y in finish(jax.lax.fori_loop(0, turns, step, start())):
+            y_ref[pl.ds(part, 1), pl.ds(of_tokens + token, len(y)), of_rows] = y[None]
+
+    y_PMR = pl.pallas_call(
         kernel,
-        jax.ShapeDtypeStruct((M, R), jnp.float32),
-        grid=(M // tokens, pl.cdiv(R, rows)),
-        compiler_params=triton.CompilerParams(),  # without them, it would be Mosaic GPU's
+        jax.ShapeDtypeStruct((parts, M, R), jnp.float32),
+        grid=(M // tokens, pl.cdiv(R, rows), parts),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),  # else it would be Mosaic GPU's
         interpret=interpret,
         name="int4_product",
     )(*halves, leaf.values, *beside.values())
+    return y_PMR[0] if parts == 1 else y_PMR.sum(0)
+
+
+def _vectors(M, rows, groups):
+    """Sums of groups, scaled, of each of M tokens: a group's codes are multiplied as they are, and the zero point by
+    the sum of x."""
+
+    def multiply(sums, x, codes, named):
+        low, high = (codes & 15).astype(jnp.float32), (codes >> 4).astype(jnp.float32)
+        scale, zero, minimum = (named.get(name) for name in ("scale", "zero", "minimum"))
+        out = []
+        for token, before in enumerate(sums):
+            x_low, x_high = (half.astype(jnp.float32).reshape(1, *codes.shape[1:]) for half in x(token, 1))
+            products = (low * x_low + high * x_high).sum(-1)
+            total = (x_low + x_high).sum(-1)
+            if minimum is None:
+                out.append(before + scale * (products - total * (8.0 if zero is None else zero)))
+            else:
+                out.append(before + scale * products + minimum * total)
+        return tuple(out)
+
+    def start():
+        return tuple(jnp.zeros((rows, groups), jnp.float32) for _ in range(M))
+
+    return start, multiply, lambda sums: [(token, y.sum(-1)[None]) for token, y in enumerate(sums)]
+
+
+def _matrices(tokens, rows):
+    """Products of `tokens` with decompressed weights."""
+
+    def multiply(y, x, codes, named):
+        named = {name: array[..., None] for name, array in named.items()}
+        for half, part in zip(x(0, tokens), (codes & 15, codes >> 4), strict=True):
+            w = _weights(part.astype(jnp.float32), named["scale"], named.get("zero"), named.get("minimum"))
+            y += _dot(half, w.reshape(rows, -1), 1)
+        return y
+
+    return lambda: jnp.zeros((tokens, rows), jnp.float32), multiply, lambda y: [(0, y)]
 
 
 def _width(W, H):

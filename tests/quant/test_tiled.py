@@ -55,13 +55,15 @@ def test_it_is_the_decompressed_product(platform, form, rows, outputs, width, gr
     assert found.dtype == jnp.float32 and (np.abs(found - exact) <= bound).all()
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_operands_are_rounded_to_bfloat16(platform):
+@pytest.mark.parametrize("platform, rows, both", [("gpu", 16, True), ("gpu", 3, False), ("tpu", 3, True)])
+def test_operands_are_rounded_to_bfloat16(platform, rows, both):
+    """Of vectors only x is: no tensor core multiplies the weights."""
     one = leaf("symmetric", 64, 256, 32)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 256)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 256)), jnp.float32)
     found = tiled.product(x, one, jnp.bfloat16, platform, interpret=interpreted(platform))
-    rounded = [np.asarray(each.astype(jnp.bfloat16), np.float64) for each in (x, one.rows())]
-    np.testing.assert_allclose(found, rounded[0] @ rounded[1].T, rtol=1e-5, atol=1e-4)
+    weights = one.rows().astype(jnp.bfloat16) if both else one.rows()
+    x, weights = (np.asarray(each, np.float64) for each in (x.astype(jnp.bfloat16), weights))
+    np.testing.assert_allclose(found, x @ weights.T, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
