@@ -33,8 +33,9 @@ def product(x, leaf, precision, out_dtype, axes=None):
 
 
 def together(x, leaves, precision):
-    """`product` of x with each of `leaves`, in one native call; None where they have none."""
-    return None if _native(x.size // x.shape[-1], leaves) is None else _each(x, leaves, precision, None, None)
+    """`product` of x with each of `leaves`, in one call of a kernel of ours; None where they have none."""
+    rows = x.size // x.shape[-1]
+    return _each(x, leaves, precision, None, None) if _native(rows, leaves) or _joins(rows, leaves) else None
 
 
 def _each(x, leaves, precision, out_dtype, layout):
@@ -60,8 +61,12 @@ def _layout(x, leaf, axes):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _products(x_MK, leaves, operand, layout):
-    if (rows := _native(x_MK.shape[0], leaves)) is None:
-        return [_product(x_MK, leaf, operand, layout) for leaf in leaves]
+    rows = _native(x_MK.shape[0], leaves)
+    if rows is None and len(leaves) == 1:
+        return [_product(x_MK, leaves[0], operand, layout)]
+    if rows is None:
+        kernels.note(f"matmul_{leaves[0].name}", "pallas")
+        return _tiles().products(x_MK, leaves, operand, kernels.platform())
     for leaf in leaves:
         kernels.note(f"matmul_{leaf.name}", "ffi")
     x_scale = leaves[0].x_scale
@@ -74,6 +79,11 @@ def _native(vectors, leaves):
         return None
     rows = [leaf.native() for leaf in leaves]
     return None if any(each is None for each in rows) or len({each.layout for each in rows}) > 1 else rows
+
+
+def _joins(vectors, leaves):
+    """Whether one call of `tiled` multiplies so many vectors with all of `leaves`."""
+    return all(map(is_tiled, leaves)) and _tiles().joins(vectors, leaves, kernels.platform())
 
 
 def _product(x_MK, leaf, operand, layout):

@@ -4,6 +4,8 @@ XLA would write all rows decompressed to memory for every product. Letters: W by
 of a group (half of its weights).
 """
 
+import functools
+import itertools
 import typing
 
 import jax
@@ -20,16 +22,37 @@ def product(x_MK, leaf, operand, platform, interpret=False):
     """float32 `x @ rows.T` for an `int4.Int4`, operands rounded to `operand`; None where no kernel has its shape."""
     if leaf.x_scale is not None:
         x_MK = x_MK.astype(jnp.float32) * leaf.x_scale
-    (M, K), (R, W), G = x_MK.shape, leaf.values.shape, leaf.scale.shape[-1]
-    if not takes(R, W // G, platform):
+    if not takes(*leaf.values.shape[:1], leaf.values.shape[-1] // leaf.scale.shape[-1], platform):
         return None
+    return products(x_MK, (leaf,), operand, platform, interpret)[0]
+
+
+def products(x_MK, leaves, operand, platform, interpret=False):
+    """`product` with each of `leaves`, none of which has an input factor; several are those that `joins` takes."""
+    (M, K), W, G = x_MK.shape, leaves[0].values.shape[-1], leaves[0].scale.shape[-1]
     tokens = min(TOKENS, pl.next_power_of_2(max(M, LEAST)))
     rest = 0 if platform == "gpu" and M <= VECTORS else -M % tokens
     x_MK = jnp.pad(x_MK.astype(operand), ((0, rest), (0, 2 * W - K)))
-    x_MG2H = x_MK.reshape(-1, G, 2, W // G)
-    halves = [x_MG2H[:, :, half].reshape(-1, W) for half in (0, 1)]  # of what is in lower, and in upper, bits
-    call = {"gpu": _gpu, "tpu": _tpu}[platform]
-    return call(halves, leaf, tokens, interpret)[:M]
+    x_MG2H = x_MK.reshape(-1, G, 2, W // G)  # what is in lower, and in upper, bits of a group
+    if platform == "tpu":
+        return [_tpu(x_MG2H, leaf, tokens, interpret)[:M] for leaf in leaves]
+    y_MR = _gpu(x_MG2H, leaves, tokens, interpret)[:M]
+    return jnp.split(y_MR, list(itertools.accumulate(len(leaf.values) for leaf in leaves))[:-1], -1)
+
+
+def joins(rows, leaves, platform):
+    """Whether one call multiplies so many rows of x with all of `leaves`: vectors on a GPU, in groups of one size."""
+    first = leaves[0]
+    alike = all(
+        leaf.x_scale is None
+        and leaf.scale.shape[-1] == first.scale.shape[-1]
+        and _named(leaf).keys() == _named(first).keys()
+        for leaf in leaves
+    )
+    H = first.values.shape[-1] // first.scale.shape[-1]
+    return (
+        platform == "gpu" and rows <= VECTORS and alike and all(takes(len(leaf.values), H, platform) for leaf in leaves)
+    )
 
 
 def takes(rows, group_bytes, platform):
@@ -76,53 +99,74 @@ def tile(M, R, W, H):
     return Tile(min(ROWS, most), max(H, min(64, pl.next_power_of_2(W))), 4)
 
 
-def _gpu(halves, leaf, tokens, interpret):
+def _gpu(x_MG2H, leaves, tokens, interpret):
     """A program a tile of the output, through Triton, whose tiles are powers of two: the last rows overlap those before
     them, and what is right of the last byte is masked. Few rows of x are vectors, more are tensor cores' matrices."""
-    (M, W), (R, G) = halves[0].shape, leaf.scale.shape
-    H = W // G
-    rows, width, warps, stages, parts = tile(M, R, W, H)
+    (M, G, _, H), sizes = x_MG2H.shape, [len(leaf.values) for leaf in leaves]
+    W = G * H
+    rows, width, warps, stages, parts = tile(M, sum(sizes), W, H)
+    rows = min(rows, *(1 << (R.bit_length() - 1) for R in sizes))
     groups, turns = width // H, pl.cdiv(pl.cdiv(W, width), parts)
     masked = turns * parts * width > W
     start, multiply, finish = _vectors(M, rows, groups) if M <= VECTORS else _matrices(tokens, rows)
     tokens = M if M <= VECTORS else tokens
-    beside = _named(leaf)
+    tiles = [pl.cdiv(R, rows) for R in sizes]
+    operands = [(leaf.values, _named(leaf)) for leaf in leaves]
 
-    def kernel(low_ref, high_ref, values_ref, *refs):
-        *beside_refs, y_ref = refs
-        of_rows = pl.ds(jnp.minimum(pl.program_id(1) * rows, R - rows), rows)
-        of_tokens, part = pl.program_id(0) * tokens, pl.program_id(2)
+    def kernel(x_ref, *refs):
+        *refs, y_ref = refs
+        of_tokens, row_tile, part = (pl.program_id(axis) for axis in range(3))
 
-        def read(ref, index, first, size, end):
-            at = ref.at[index, pl.ds(first, size)]
-            mask = (first + jnp.arange(size) < end)[None] if masked else None
-            return triton.load(at, mask=mask, other=0 if masked else None)
+        def read(at, first, end):
+            """What `at` names, `[_, size, ...]`, zero from `end` on of what begins at `first`."""
+            if not masked:
+                return triton.load(at)
+            live = (first + jnp.arange(at.shape[1]) < end).reshape(1, -1, *(1,) * (len(at.shape) - 2))
+            return triton.load(at, mask=jnp.broadcast_to(live, at.shape), other=0)
 
-        def step(turn, y):
-            byte, group = (part * turns + turn) * width, (part * turns + turn) * groups
-            codes = read(values_ref, of_rows, byte, width, W).astype(jnp.int32).reshape(rows, groups, H)
-            named = {
-                name: read(ref, of_rows, group, groups, G).astype(jnp.float32)
-                for name, ref in zip(beside, beside_refs, strict=True)
-            }
+        def multiply_tile(first, R, above, values_ref, named_refs):
+            """Rows from `first` of a leaf's R, which are `above` that many in the output."""
+            of_rows = pl.ds(jnp.minimum(first, R - rows), rows)
 
-            def x(token, count):
-                index = pl.ds(of_tokens + token, count)
-                return [read(ref, index, byte, width, W) for ref in (low_ref, high_ref)]
+            def step(turn, y):
+                byte, group = (part * turns + turn) * width, (part * turns + turn) * groups
+                of_bytes, of_groups = pl.ds(byte, width), pl.ds(group, groups)
+                codes = read(values_ref.at[of_rows, of_bytes], byte, W).astype(jnp.int32).reshape(rows, groups, H)
+                named = {
+                    name: read(ref.at[of_rows, of_groups], group, G).astype(jnp.float32)
+                    for name, ref in named_refs.items()
+                }
 
-            return multiply(y, x, codes, named)
+                def x(token, count):
+                    index = pl.ds(of_tokens * tokens + token, count)
+                    halves = [read(x_ref.at[index, of_groups, pl.ds(half, 1)], group, G) for half in (0, 1)]
+                    return [half.reshape(count, groups, H) for half in halves]
 
-        for token, y in finish(jax.lax.fori_loop(0, turns, step, start())):
-            y_ref[pl.ds(part, 1), pl.ds(of_tokens + token, len(y)), of_rows] = y[None]
+                return multiply(y, x, codes, named)
+
+            for token, y in finish(jax.lax.fori_loop(0, turns, step, start())):
+                index = pl.ds(of_tokens * tokens + token, len(y))
+                y_ref[pl.ds(part, 1), index, pl.ds(above + of_rows.start, rows)] = y[None]
+
+        before, above = 0, 0
+        for R, count, (_, named) in zip(sizes, tiles, operands, strict=True):
+            values_ref, named_refs = refs[0], dict(zip(named, refs[1:], strict=False))
+            refs = refs[1 + len(named) :]
+            here = functools.partial(multiply_tile, (row_tile - before) * rows, R, above, values_ref, named_refs)
+            if len(sizes) == 1:
+                here()
+            else:
+                pl.when((row_tile >= before) & (row_tile < before + count))(here)
+            before, above = before + count, above + R
 
     y_PMR = pl.pallas_call(
         kernel,
-        jax.ShapeDtypeStruct((parts, M, R), jnp.float32),
-        grid=(M // tokens, pl.cdiv(R, rows), parts),
+        jax.ShapeDtypeStruct((parts, M, sum(sizes)), jnp.float32),
+        grid=(M // tokens, sum(tiles), parts),
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),  # else it would be Mosaic GPU's
         interpret=interpret,
         name="int4_product",
-    )(*halves, leaf.values, *beside.values())
+    )(x_MG2H, *jax.tree.leaves([(values, list(named.values())) for values, named in operands]))
     return y_PMR[0] if parts == 1 else y_PMR.sum(0)
 
 
@@ -135,7 +179,7 @@ def _vectors(M, rows, groups):
         scale, zero, minimum = (named.get(name) for name in ("scale", "zero", "minimum"))
         out = []
         for token, before in enumerate(sums):
-            x_low, x_high = (half.astype(jnp.float32).reshape(1, *codes.shape[1:]) for half in x(token, 1))
+            x_low, x_high = (half.astype(jnp.float32) for half in x(token, 1))
             products = (low * x_low + high * x_high).sum(-1)
             total = (x_low + x_high).sum(-1)
             if minimum is None:
@@ -157,7 +201,7 @@ def _matrices(tokens, rows):
         named = {name: array[..., None] for name, array in named.items()}
         for half, part in zip(x(0, tokens), (codes & 15, codes >> 4), strict=True):
             w = _weights(part.astype(jnp.float32), named["scale"], named.get("zero"), named.get("minimum"))
-            y += _dot(half, w.reshape(rows, -1), 1)
+            y += _dot(half.reshape(tokens, -1), w.reshape(rows, -1), 1)
         return y
 
     return lambda: jnp.zeros((tokens, rows), jnp.float32), multiply, lambda y: [(0, y)]
@@ -171,16 +215,17 @@ def _width(W, H):
     return min(widths, key=lambda C: -W % C)
 
 
-def _tpu(halves, leaf, tokens, interpret):
+def _tpu(x_MG2H, leaf, tokens, interpret):
     """A grid of tiles, along rows innermost. A tile is turned first: scales then broadcast over sublanes.
 
     Scales come turned, and in float32, which TPUs have no float16 for: a thirty-second of the weights, of four bytes.
     """
-    (M, W), R, H = halves[0].shape, len(leaf.scale), leaf.values.shape[-1] // leaf.scale.shape[-1]
+    (M, G, _, H), R = x_MG2H.shape, len(leaf.scale)
+    W = G * H
     rows, width = min(ROWS, R), _width(W, H)
     # Where the last tile is wider than what is left, its codes are whatever lies there: times a scale of zero.
     rest = -W % width
-    halves = [jnp.pad(half, ((0, 0), (0, rest))) for half in halves]
+    halves = [jnp.pad(x_MG2H[:, :, half].reshape(M, W), ((0, 0), (0, rest))) for half in (0, 1)]
     beside = {name: jnp.pad(x.T.astype(jnp.float32), ((0, rest // H), (0, 0))) for name, x in _named(leaf).items()}
 
     def kernel(low_ref, high_ref, values_ref, *refs):

@@ -14,7 +14,7 @@ from efficientllm import kernels, sharding
 from efficientllm.grouped_matmul import grouped_matmul
 from efficientllm.quant import products, tiled
 from efficientllm.quant.int4 import Int4, Int4Form
-from efficientllm.weights import matmul
+from efficientllm.weights import matmul, matmul_together
 
 # rows of x, rows of the weights, their width, group: tiles that divide them and that do not
 SIZES = [
@@ -64,6 +64,46 @@ def test_operands_are_rounded_to_bfloat16(platform, rows, both):
     weights = one.rows().astype(jnp.bfloat16) if both else one.rows()
     x, weights = (np.asarray(each, np.float64) for each in (x.astype(jnp.bfloat16), weights))
     np.testing.assert_allclose(found, x @ weights.T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["symmetric", "zero", "minimum"])
+@pytest.mark.parametrize("rows, width, parts", [(1, 576, 1), (3, 99, 1), (2, 2336, 2)])
+def test_kernels_of_one_input_are_multiplied_together(form, rows, width, parts, monkeypatch):
+    rule = tiled.tile
+    monkeypatch.setattr(tiled, "tile", lambda *sizes: rule(*sizes)._replace(parts=parts))
+    leaves = [leaf(form, outputs, width, 32) for outputs in (200, 40, 37)]
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, width)), jnp.float32)
+    assert tiled.joins(rows, leaves, "gpu") and not tiled.joins(tiled.VECTORS + 1, leaves, "gpu")
+    found = tiled.products(x, leaves, jnp.float32, "gpu", interpret=interpreted("gpu"))
+    for one, y in zip(leaves, found, strict=True):
+        exact = np.asarray(x, np.float64) @ np.asarray(one.rows(), np.float64).T
+        bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(one.rows(), axis=-1)
+        assert y.shape == exact.shape and (np.abs(y - exact) <= bound).all()
+
+
+def test_what_one_kernel_cannot_multiply_together():
+    symmetric, zero = (leaf(form, 64, 128, 32) for form in ("symmetric", "zero"))
+    for others in (
+        (zero,),
+        (leaf("awq", 64, 128, 32),),
+        (leaf("symmetric", 64, 128, 64),),
+        (leaf("symmetric", 8, 128, 32),),
+    ):
+        assert not tiled.joins(1, (symmetric, *others), "gpu")
+    assert not tiled.joins(1, (symmetric, symmetric), "tpu")
+    assert tiled.joins(1, (zero, zero), "gpu")
+
+
+@pytest.mark.parametrize("tokens, calls", [(1, 1), (tiled.VECTORS + 1, 3)])
+def test_a_block_calls_it_once_for_kernels_of_one_input(tokens, calls):
+    leaves = [jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((64, 128)), False)) for _ in range(3)]
+
+    def each(x, leaves):
+        return matmul_together(x, leaves, "bfloat16") or [matmul(x, one, "bfloat16") for one in leaves]
+
+    with kernels.compiling_for("gpu"):
+        text = str(jax.make_jaxpr(each)(jax.ShapeDtypeStruct((1, tokens, 128), jnp.bfloat16), leaves))
+    assert text.count("name=int4_product") == calls
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
