@@ -1,7 +1,8 @@
 """Compiles prefill and decoding with rounded weights for hardware that is not here: `ahead_rounded.py tpu FORM MESH`.
 
 Prints what products run on, each program's arrays of floats with as many elements as some rounded kernel has, or the
-part of it that a device holds, and the elements of the largest array that it gathers.
+part of it that a device holds, those of prefill with as many as two of the largest have, and the elements of the
+largest array that a program gathers.
 """
 
 import json
@@ -65,6 +66,7 @@ def main():
             {
                 "used": {operation: sorted(kinds) for operation, kinds in used.items()},
                 "floats": {name: floats(program, sizes) for name, program in found.items()},
+                "side_by_side": floats(found["prefill"], {2 * max(whole)}),
                 "gathered": {name: gathered(program) for name, program in found.items()},
                 "temporaries": {name: program.memory_analysis().temp_size_in_bytes for name, program in found.items()},
             }

@@ -61,3 +61,8 @@ def test_gpus_convert_int8_where_they_multiply_it():
     int8, bfloat16 = (compiled("gpu", form, "data=1", script="ahead_rounded.py") for form in ("int8", "bfloat16"))
     assert int8["used"]["matmul_int8"] == ["xla"]
     assert int8["temporaries"]["prefill"] < 1.2 * bfloat16["temporaries"]["prefill"]
+
+
+def test_gpus_do_not_put_kernels_side_by_side_for_every_prompt():
+    """XLA multiplies gate and up as one, which would copy both first."""
+    assert compiled("gpu", "bfloat16", "data=1", script="ahead_rounded.py")["side_by_side"] == []

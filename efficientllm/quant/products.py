@@ -35,7 +35,7 @@ def product(x, leaf, precision, out_dtype, axes=None):
 def together(x, leaves, precision):
     """`product` of x with each of `leaves`, in one call of a kernel of ours; None where they have none."""
     rows = x.size // x.shape[-1]
-    return _each(x, leaves, precision, None, None) if _native(rows, leaves) or _joins(rows, leaves) else None
+    return _each(x, leaves, precision, None, None) if _native(rows, leaves) or _joins(leaves) else None
 
 
 def _each(x, leaves, precision, out_dtype, layout):
@@ -81,9 +81,9 @@ def _native(vectors, leaves):
     return None if any(each is None for each in rows) or len({each.layout for each in rows}) > 1 else rows
 
 
-def _joins(vectors, leaves):
-    """Whether one call of `tiled` multiplies so many vectors with all of `leaves`."""
-    return all(map(is_tiled, leaves)) and _tiles().joins(vectors, leaves, kernels.platform())
+def _joins(leaves):
+    """Whether one call of `tiled` multiplies with all of `leaves`."""
+    return all(map(is_tiled, leaves)) and _tiles().joins(leaves, kernels.platform())
 
 
 def _product(x_MK, leaf, operand, layout):

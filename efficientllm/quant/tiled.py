@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 ROWS, TOKENS, WIDTH = 128, 128, 1024  # of a tile, at most
+PROCESSORS = 132  # of an H100; a product with fewer programs leaves some without work
 LEAST = 16  # rows and columns of what tensor cores multiply
 VECTORS = 4  # rows of x that are multiplied without them on a GPU, at most
 
@@ -40,8 +41,8 @@ def products(x_MK, leaves, operand, platform, interpret=False):
     return jnp.split(y_MR, list(itertools.accumulate(len(leaf.values) for leaf in leaves))[:-1], -1)
 
 
-def joins(rows, leaves, platform):
-    """Whether one call multiplies so many rows of x with all of `leaves`: vectors on a GPU, in groups of one size."""
+def joins(leaves, platform):
+    """Whether one call multiplies x with all of `leaves`: on a GPU, where their groups are of one size and kind."""
     first = leaves[0]
     alike = all(
         leaf.x_scale is None
@@ -50,9 +51,7 @@ def joins(rows, leaves, platform):
         for leaf in leaves
     )
     H = first.values.shape[-1] // first.scale.shape[-1]
-    return (
-        platform == "gpu" and rows <= VECTORS and alike and all(takes(len(leaf.values), H, platform) for leaf in leaves)
-    )
+    return platform == "gpu" and alike and all(takes(len(leaf.values), H, platform) for leaf in leaves)
 
 
 def takes(rows, group_bytes, platform):
@@ -92,11 +91,15 @@ class Tile(typing.NamedTuple):
 
 
 def tile(M, R, W, H):
-    """The Tile for M rows of x and weights of R rows of W bytes, H a group."""
+    """The Tile for M rows of x and weights of R rows of W bytes, H a group: what was fastest on an H100 of those that
+    experiments/inference/tiles.py tries."""
     most = 1 << (R.bit_length() - 1)
     if M <= VECTORS:
-        return Tile(min(4, most), max(H, min(512, pl.next_power_of_2(W))), 2)
-    return Tile(min(ROWS, most), max(H, min(64, pl.next_power_of_2(W))), 4)
+        return Tile(min(2 if R < 2048 else 4, most), max(H, min(1024, pl.next_power_of_2(W))), 2)
+    few = M <= TOKENS // 2
+    rows, width = min(64 if few else ROWS, most), max(H, min(128 if few else 32, pl.next_power_of_2(W)))
+    programs = pl.cdiv(M, min(TOKENS, pl.next_power_of_2(max(M, LEAST)))) * pl.cdiv(R, rows)
+    return Tile(rows, width, 4, 3, max(1, min(4, 2 * PROCESSORS // programs, W // width)))
 
 
 def _gpu(x_MG2H, leaves, tokens, interpret):
@@ -171,16 +174,16 @@ def _gpu(x_MG2H, leaves, tokens, interpret):
 
 
 def _vectors(M, rows, groups):
-    """Sums of groups, scaled, of each of M tokens: a group's codes are multiplied as they are, and the zero point by
-    the sum of x."""
+    """Sums of groups, scaled, of each of M tokens: codes are multiplied as they are, those in upper bits, which are
+    sixteen times too large there, by a sixteenth of x, and the zero point by the sum of x."""
 
     def multiply(sums, x, codes, named):
-        low, high = (codes & 15).astype(jnp.float32), (codes >> 4).astype(jnp.float32)
+        low, high = ((codes & bits).astype(jnp.float32) for bits in (15, 240))
         scale, zero, minimum = (named.get(name) for name in ("scale", "zero", "minimum"))
         out = []
         for token, before in enumerate(sums):
             x_low, x_high = (half.astype(jnp.float32) for half in x(token, 1))
-            products = (low * x_low + high * x_high).sum(-1)
+            products = (low * x_low + high * (x_high * 0.0625)).sum(-1)
             total = (x_low + x_high).sum(-1)
             if minimum is None:
                 out.append(before + scale * (products - total * (8.0 if zero is None else zero)))
