@@ -25,6 +25,7 @@ class Estimate:
     model_flops: float
     program_flops: float | None
     moved_bytes: float | None
+    launches: int | None
     collectives: tuple | None
     custom_calls: dict
     kernels: dict
@@ -48,11 +49,11 @@ def _part(one, part, hardware, count):
     by_shapes, executed = one.by_shapes(), steps.program_flops(one, part)
     if not hardware.has_compiler:
         memory, seconds, refused, calls = {"total_bytes": by_shapes}, None, None, {}
-        sent, moved = one.sent_by_formula(), part.moved_bytes
+        sent, moved, launched = one.sent_by_formula(), part.moved_bytes, None
     else:
         done = steps.compile_step(one, part.trace)
         memory, seconds, refused = done.memory, done.seconds, done.refused
-        sent, moved, calls = steps.read(done, count) if done.text else (None, None, {})
+        sent, moved, calls, launched = steps.read(done, count) if done.text else (None, None, {}, None)
     dtype = str(build("precision", one.lm.precision).product)
     work = part.model_flops if executed is None else executed
     return Estimate(
@@ -62,12 +63,13 @@ def _part(one, part, hardware, count):
         model_flops=part.model_flops,
         program_flops=executed,
         moved_bytes=moved,
+        launches=launched if hardware.platform == "gpu" else None,  # elsewhere instructions start no kernels
         collectives=sent,
         custom_calls=calls,
         kernels=part.kernels,
         compile_s=seconds,
         refused=refused,
-        roofline=rooflines.roofline(hardware, count, dtype, work, moved, sent),
+        roofline=rooflines.roofline(hardware, count, dtype, work, moved, sent, launched),
     )
 
 
@@ -89,6 +91,7 @@ def _together(parts):
         model_flops=_sum(parts, "model_flops"),
         program_flops=_sum(parts, "program_flops"),
         moved_bytes=_sum(parts, "moved_bytes"),
+        launches=_sum(parts, "launches"),
         collectives=sent,
         custom_calls=_sum_calls(parts),
         kernels={key: sorted({k for each in found for k in each.kernels.get(key, ())}) for key in _keys(found)},

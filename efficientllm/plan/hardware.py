@@ -56,6 +56,11 @@ class Hardware:
         return peaks.measure_copy_bandwidth() if self.platform == "cpu" else peaks.peak_bandwidth(self.device_kind)
 
     @property
+    def kernel_s(self):
+        """Seconds that a kernel takes at least, one after another; None where it has not been measured."""
+        return self.facts.get("kernel_s")
+
+    @property
     def capability(self):
         """The compute capability `(major, minor)` of a GPU; (0, 0) of what is none."""
         return tuple(self.facts.get("compute_capability", (0, 0)))

@@ -96,6 +96,16 @@ def custom_calls(program):
     return dict(sorted(found.items()))
 
 
+def launches(program):
+    """How many kernels a run starts: instructions outside of fusions that are more than names."""
+    return sum(
+        times
+        * sum(each.op not in _FREE and not each.op.endswith("-done") for each in program.computations[name].values())
+        for name, (times, fused) in program.runs.items()
+        if not fused
+    )
+
+
 def moved_bytes(program):
     """Bytes that a run reads from and writes to a device's memory.
 

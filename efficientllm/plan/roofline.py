@@ -1,7 +1,8 @@
 """The least time a step can take: what it computes, moves and sends over what the hardware does at best.
 
-A roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) with a third side, the network. Each side alone is a
-lower bound of a step; the greatest is the time of one that overlaps them wholly, their sum of one that does not at all.
+A roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) with two sides more: the network, and on GPUs the least
+time of as many kernels, one after another. Each side alone is a lower bound of a step; the greatest is the time of one
+that overlaps them wholly, their sum of one that does not at all.
 """
 
 import dataclasses
@@ -16,12 +17,13 @@ class Roofline:
     compute: float | None
     memory: float | None
     network: float | None
+    launches: float | None
     sources: dict
 
     @property
     def sides(self):
         """The known sides, `{name: seconds}`."""
-        found = {"compute": self.compute, "memory": self.memory, "network": self.network}
+        found = {side: getattr(self, side) for side in ("compute", "memory", "network", "launches")}
         return {name: seconds for name, seconds in found.items() if seconds is not None}
 
     @property
@@ -64,10 +66,11 @@ class Chain:
         return self.links[0][1].sources
 
 
-def roofline(hardware, count, dtype, flops, moved, collectives):
+def roofline(hardware, count, dtype, flops, moved, collectives, launches=None):
     """The Roofline of a step.
 
-    `flops` are of all devices, `moved` bytes and the `collectives` of one; None for what is not known.
+    `flops` are of all devices, `moved` bytes, the `collectives` and the kernels that are launched of one; None for
+    what is not known.
     """
     peak, bandwidth = hardware.peak_flops(dtype), hardware.bandwidth()
     known = peak.value is not None and flops is not None
@@ -77,10 +80,11 @@ def roofline(hardware, count, dtype, flops, moved, collectives):
         compute=flops / (shared * peak.value) if known else None,
         memory=None if moved is None or bandwidth.value is None else moved * at_once / bandwidth.value,
         network=None if collectives is None else network_seconds(hardware, collectives),
+        launches=None if launches is None or hardware.kernel_s is None else launches * hardware.kernel_s,
         sources={
             "peak_flops": f"{dtype}: {peak.source if peak.value is not None else peak.reason}",
             "bandwidth": bandwidth.source if bandwidth.value is not None else bandwidth.reason,
-            **{key: hardware.sources[key] for key in ("link", "network") if key in hardware.sources},
+            **{key: hardware.sources[key] for key in ("link", "network", "kernel") if key in hardware.sources},
         },
     )
 

@@ -52,6 +52,7 @@ def _cost(found):
         "model_flops": found.model_flops,
         "program_flops": found.program_flops,
         "moved_bytes": found.moved_bytes,
+        "launches": found.launches,
         "collectives": None if found.collectives is None else program.by_kind(found.collectives),
         "roofline_s": found.roofline.sides,
         "step_s": found.roofline.seconds,
@@ -178,7 +179,8 @@ def _lines_of(label, source, made):
         f", {executed / 1e12:,.4g} of the program" if executed else ""
     )
     moved = "" if made["moved_bytes"] is None else f"; {made['moved_bytes'] / 1e9:,.4g} GB moved on a device"
-    lines = [f"  {label:<20} {flops}{moved}"]
+    launched = "" if made["launches"] is None else f", {made['launches']:,} kernels"
+    lines = [f"  {label:<20} {flops}{moved}{launched}"]
     for kind, each in (made["collectives"] or {}).items():
         size, sent = each["bytes"] / 1e9, each["wire_bytes"] / 1e9
         how = f"{each['count']:>6} x" if source == "compiler" else "by formula"

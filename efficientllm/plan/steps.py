@@ -277,9 +277,10 @@ def program_flops(one, part):
 
 
 def read(compiled, count):
-    """`(Collectives, moved bytes, custom calls)` of a compiled step's text."""
+    """`(Collectives, moved bytes, custom calls, launches)` of a compiled step's text."""
     found = hlo.Program(compiled.text)
-    return program.collectives(found, count), program.moved_bytes(found), program.custom_calls(found)
+    counted = program.moved_bytes(found), program.custom_calls(found), program.launches(found)
+    return program.collectives(found, count), *counted
 
 
 TRAINING = Planned(whole_rows, describe, ("pretrain", "tune"))

@@ -51,7 +51,7 @@ def test_a_group_over_hosts_is_held_up_by_the_network():
     assert hardware.link_bandwidth(hardware.find("v5e", 1), range(256)).value == 200e9
 
 
-def test_the_three_sides_of_a_roofline():
+def test_the_sides_of_a_roofline():
     h200 = hardware.find("h200", 8)
     sum_of_gradients = Collective("all-reduce", 2, 8e9, (tuple(range(8)),))
     found = roofline.roofline(h200, 8, "bfloat16", 8 * 989e12, 9.6e9, [sum_of_gradients])
@@ -59,7 +59,9 @@ def test_the_three_sides_of_a_roofline():
     assert found.memory == pytest.approx(0.002)
     assert found.network == pytest.approx(2 * 8e9 * 2 * 7 / 8 / 450e9)
     assert (found.bound, found.seconds) == ("compute", found.compute)
-    unknown = roofline.roofline(hardware.find("b200", 1), 1, "float32", 1e12, None, None)
+    many = roofline.roofline(h200, 8, "bfloat16", 8 * 989e9, 9.6e9, [], launches=5000)
+    assert many.launches == pytest.approx(0.005) and many.bound == "launches" and "H100" in many.sources["kernel"]
+    unknown = roofline.roofline(hardware.find("b200", 1), 1, "float32", 1e12, None, None, launches=5000)
     assert unknown.sides == {} and unknown.seconds is None and unknown.bound is None
 
 

@@ -55,6 +55,37 @@ def test_the_body_of_a_loop_counts_its_turns_and_its_slices():
     assert least <= program.moved_bytes(found) <= 2 * least  # and not the whole of xs each turn, 13 times more
 
 
+def test_what_starts_a_kernel_counts_each_turn():
+    text = """HloModule m
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = f32[8]{0} add(%p, %p)
+  ROOT %b = f32[8]{0} multiply(%a, %a)
+}
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %s = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[8]{0} get-tuple-element(%s), index=1
+  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+  %c = f32[8]{0} custom-call(%f), custom_call_target="ours"
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %c)
+}
+%condition (s.1: (s32[], f32[8])) -> pred[] {
+  %s.1 = (s32[], f32[8]{0}) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+ENTRY %main (x.1: f32[8]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %first = f32[8]{0} copy(%x.1)
+  %begin = (s32[], f32[8]{0}) tuple(%zero, %first)
+  %loop = (s32[], f32[8]) while(%begin), condition=%condition, body=%body, backend={"known_trip_count":{"n":"5"}}
+  ROOT %y = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+    assert program.launches(hlo.Program(text)) == 1 + 5 * 2
+
+
 def test_the_collectives_of_a_product_over_devices():
     mesh = sharding.make_mesh("fsdp=4", jax.devices()[:4])
     split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
