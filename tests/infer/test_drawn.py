@@ -17,22 +17,26 @@ from efficientllm.train import step
 
 def described(**changes):
     config = base.get_config()
-    config.model.update(changes)
+    config.model.update({"size": "tiny(num_layers=2, dim=64, hidden=96)"} | changes)
     return architecture.from_config(config.model, 320).clone(scan=False)
 
 
-CASES = {"dense": {}, "half layers": mixers.VARIANTS["mamba"], "pairs": {"pattern": ("gqa", "mqa"), "tied": False}}
+CASES = {
+    "dense": {},
+    "half layers": mixers.VARIANTS["mamba"],
+    "pairs": {"pattern": ("gqa", "mqa"), "tied": False, "size": "tiny"},
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_as_the_model_initialises(case):
     lm = described(**CASES[case])
     found = traverse_util.flatten_dict(drawn.draw(lm, 0, lambda path, array: array), sep="/")
-    exact = nn.unbox(step.init_params(lm, jax.random.key(1), 8))
+    exact = jax.jit(lambda key: nn.unbox(step.init_params(lm, key, 8)))(jax.random.key(1))
     exact = traverse_util.flatten_dict(exact, sep="/")
     assert {path: leaf.shape for path, leaf in found.items()} == {path: leaf.shape for path, leaf in exact.items()}
     for path, leaf in found.items():  # of the same distribution
-        np.testing.assert_allclose(leaf.std(), exact[path].std(), rtol=0.3, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(leaf.std(), exact[path].std(), rtol=0.4, atol=1e-6, err_msg=path)
 
 
 def test_no_two_layers_are_the_same_and_a_seed_repeats_them():
