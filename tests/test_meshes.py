@@ -49,6 +49,7 @@ def trained(family):
     config.model.size = SIZE
     config.model.update(FAMILIES[family])
     config.train.steps, config.train.schedule = STEPS, "constant(peak=0.01)"
+    config.train.optimizer = "adamw(b1=0.9, b2=0.95, eps=1e-5)"  # as in test_sharding.py: none of rounding is a step
     return architecture.from_config(config.model, contract.VOCAB), config.train
 
 
