@@ -59,15 +59,13 @@ class Serving:
             return jax.block_until_ready(self._placed(self._stored()))
         forms = [quant.form_of(each) for each in (spec, *(form for _, form in rules))]
         calibrated = any(getattr(form, "calibrated", False) for form in forms)
-        by_one = not calibrated
-        weights = self._rounded_bytes(spec, rules) if by_one else resident_bytes(self.boxed)
-        self._check_memory(weights, spec if by_one else "")
-        if by_one:
-            found = self._each(self._rounder(spec, rules))
-        else:
-            dense = self._each(lambda path, array: array)
-            found = calibrate.quantize(self.lm, dense, spec, self._calibration(), rules)
-        return jax.block_until_ready(found if by_one else self._placed(found))
+        if not calibrated:
+            self._check_memory(self._rounded_bytes(spec, rules), spec)
+            return jax.block_until_ready(self._each(self._rounder(spec, rules)))
+        self._check_memory(resident_bytes(self.boxed), "")
+        dense = self._each(lambda path, array: array)
+        found = calibrate.quantize(self.lm, dense, spec, self._calibration(), rules)
+        return jax.block_until_ready(self._placed(found))
 
     @functools.cached_property
     def _shaped(self):

@@ -20,10 +20,7 @@ CHUNK = {"sequential": 64, "associative": 32}
 def selective_scan(x_BTC, step_BTC, A_CN, b_BTN, c_BTN, keep_BT, h_BCN, kernel="auto"):
     """`(y_BTC, the state after the last token)`, float32. `kernel` is `auto` or a registered `scan_kernel`."""
     if kernel == "auto":
-        # XLA for CPUs (0.10.2) compiles the gradient of the sequential form wrongly where a mesh of tensor alone
-        # divides the channels by four or eight: values differ in the third digit (tests/test_meshes.py).
-        alone = kernels.platform() == "cpu" and ways("channels", x_BTC.shape[-1]) == 1
-        kernel = "sequential" if alone else "associative"
+        kernel = "sequential" if kernels.platform() == "cpu" else "associative"
     within = lookup("scan_kernel", kernel, where="scan_kernel")
     kernels.note("scan", kernel)
     T = x_BTC.shape[1]
@@ -50,7 +47,9 @@ def _sequential(A_CN, h_BCN, chunk):
         h_BCN = decay_BCN * h_BCN + input_BC[..., None] * b_BN[:, None]
         return h_BCN, jnp.sum(h_BCN * c_BN[:, None], -1)
 
-    return jax.lax.scan(one, h_BCN, chunk, unroll=8)
+    # XLA for CPUs (0.10.2) compiles the gradient of eight tokens in a row wrongly where a mesh of tensor alone divides
+    # the channels by four or more: the loss differs in the third digit (tests/test_meshes.py).
+    return jax.lax.scan(one, h_BCN, chunk, unroll=8 if ways("channels", h_BCN.shape[1]) == 1 else 1)
 
 
 @register("scan_kernel", "associative")

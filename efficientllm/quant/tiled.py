@@ -23,7 +23,7 @@ def product(x_MK, leaf, operand, platform, interpret=False):
     """float32 `x @ rows.T` for an `int4.Int4`, operands rounded to `operand`; None where no kernel has its shape."""
     if leaf.x_scale is not None:
         x_MK = x_MK.astype(jnp.float32) * leaf.x_scale
-    if not takes(*leaf.values.shape[:1], leaf.values.shape[-1] // leaf.scale.shape[-1], platform):
+    if not takes(len(leaf.values), leaf.values.shape[-1] // leaf.scale.shape[-1], platform):
         return None
     return products(x_MK, (leaf,), operand, platform, interpret)[0]
 

@@ -155,17 +155,8 @@ def studied(where):
 COLUMNS = (
     *("plan", "devices", "mesh", "parameters", "tokens", "arguments_gb", "temporaries_gb", "peak_gb", "fits"),
     *("fits_with", "by_shapes_gb", "model_tflop", "program_tflop", "moved_gb", "sent_gb", "compute_ms", "memory_ms"),
-    *(
-        "network_ms",
-        "launches_ms",
-        "bound",
-        "ttft_ms",
-        "tpot_ms",
-        "study_amu_gb",
-        "study_al_ms",
-        "compile_s",
-        "kernels",
-    ),
+    *("network_ms", "launches_ms", "bound", "ttft_ms", "tpot_ms", "study_amu_gb", "study_al_ms", "compile_s"),
+    "kernels",
 )
 
 
