@@ -27,7 +27,7 @@ def get_config():
     config.model.embed_norm = False  # a norm after the embedding
     config.model.precision = "float32"  # float32, bfloat16, mixed
     config.model.attention_kernel = "auto"
-    config.model.kv_cache = "activation"  # the state of attention: activation (its own type), or int8
+    config.model.kv_cache = "activation"  # the state of attention: activation (its own type), bfloat16, float16, int8
     config.model.remat = "none"  # none, full, or a policy of jax.checkpoint_policies
     config.model.scan = True
 

@@ -84,7 +84,7 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1) -> `[B, T, H, V]`.
 
     Softmax is float32. H is a multiple of G: query head h reads KV head h // (H // G). Keys and values may be those of
-    a state in int8 (`mixers.cache.Rounded`), and keys a pair of which each holds a part of every key.
+    a state of another type, or in int8 (`mixers.cache.Rounded`), and keys a pair that each hold a part of every key.
 
     Args:
       kernel: `auto` or a registered `attention_kernel`, for passes whose queries are the keys' tokens; over a state
@@ -116,7 +116,7 @@ def _parts(keys):
 
 
 def _read(kept, dtype):
-    return kept.read(dtype) if hasattr(kept, "read") else kept
+    return kept.read(dtype) if hasattr(kept, "read") else kept.astype(dtype)
 
 
 def choose(q_BTHK, mask, bias=None):

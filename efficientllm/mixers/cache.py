@@ -1,4 +1,4 @@
-"""Decode state that grows with the tokens: a slot a token, or a ring of the last ones; as it comes, or in int8."""
+"""Decode state that grows with the tokens: a slot a token, or a ring of the last ones; as it comes, or rounded."""
 
 import math
 import typing
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.weights import activation_dtype
 
-KINDS = ("activation", "int8")
+KINDS = ("activation", "bfloat16", "float16", "int8")
 
 
 @flax.struct.dataclass
@@ -42,7 +42,7 @@ def dtype(kind, precision):
     """The dtype of slots of `config.model.kv_cache`. Raises UserError for a kind that is none."""
     if kind not in KINDS:
         raise UserError(f"config.model.kv_cache = {kind!r} is none of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
-    return jnp.dtype(jnp.int8) if kind == "int8" else activation_dtype(precision)
+    return activation_dtype(precision) if kind == "activation" else jnp.dtype(kind)
 
 
 def empty(shapes, batch, slots, dtype):
@@ -83,8 +83,8 @@ def _as(cache, new):
 
 
 def read(kept, dtype):
-    """What `extend` returned, as an array."""
-    return kept.read(dtype) if isinstance(kept, Rounded) else kept
+    """What `extend` returned, as an array of `dtype`."""
+    return kept.read(dtype) if isinstance(kept, Rounded) else kept.astype(dtype)
 
 
 def write(cache_BS, new_BT, start_B):

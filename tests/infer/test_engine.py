@@ -64,7 +64,7 @@ def test_smollm2_writes_as_transformers_does():
 
 
 MIXERS = [registry.example("mixer", name) for name in registry.names("mixer")]
-MIXERS += ["gqa(kv_cache='int8')", "window(window=5, kv_cache='int8')"]
+MIXERS += ["gqa(kv_cache='int8')", "mla(kv_cache='float16')", "window(window=5, kv_cache='int8')"]
 FAST = ("gqa", "mamba", "gqa(kv_cache='int8')")
 
 

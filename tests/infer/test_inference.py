@@ -69,7 +69,7 @@ def test_uncompressed_has_a_rate_of_one(base, tmp_path):
         ({"infer__rules": "(('mixer/', 'int5'),)"}, "no quant of that name"),
         ({"infer__rules": "(('norm', 'int8'),)"}, "matches no kernel or table"),
         ({"infer__rules": "('mixer/',)"}, "must be pairs of (regex, spec)"),
-        ({"model__kv_cache": "int7"}, "none of activation, int8"),
+        ({"model__kv_cache": "int7"}, "none of activation, bfloat16, float16, int8"),
         ({"infer__chat": True}, "the tokenizer has no chat template"),
         ({"mesh": "sequence=2"}, "'sequence' cannot divide"),
         ({"mesh": "data=2"}, "take a multiple of 2"),

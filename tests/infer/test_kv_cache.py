@@ -1,4 +1,4 @@
-"""Attention's state in int8: its arithmetic and bytes, logits near those of the plain state, and what is refused."""
+"""Attention's state in fewer bits: arithmetic and bytes, logits near those of the plain state, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,14 @@ from efficientllm import model
 from efficientllm.errors import UserError
 from efficientllm.mixers import cache
 
-SPECS = ["gqa(kv_cache='int8')", "window(window=5, kv_cache='int8')", "mla(kv_cache='int8')"]
+BYTES = {  # a token: of 2 KV heads of 8, keys and values; of latents of 32 and keys of 4
+    "gqa(kv_cache='int8')": 2 * 2 * (8 + 4),
+    "gqa(kv_cache='float16')": 2 * 2 * 8 * 2,
+    "window(window=5, kv_cache='int8')": 2 * 2 * (8 + 4),
+    "window(window=5, kv_cache='bfloat16')": 2 * 2 * 8 * 2,
+    "mla(kv_cache='int8')": (32 + 4) + (4 + 4),
+    "mla(kv_cache='float16')": (32 + 4) * 2,
+}
 
 
 def test_each_vector_is_rounded_by_itself():
@@ -22,13 +29,12 @@ def test_each_vector_is_rounded_by_itself():
     np.testing.assert_allclose(found.read(jnp.float32), exact, rtol=1e-6)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", BYTES)
 def test_bytes_are_those_of_the_formula(spec):
     contract.check_state_bytes("mixer", spec)
     lm = contract.build("mixer", spec)
     mixer, _ = model.parts(lm)[0]
-    bytes_ = {"gqa": 2 * 2 * (8 + 4), "window": 2 * 2 * (8 + 4), "mla": (32 + 4) + (4 + 4)}[spec.partition("(")[0]]
-    assert mixer.state_bytes(1) == bytes_
+    assert mixer.state_bytes(1) == BYTES[spec]
 
 
 def states_after(lm, pieces):
@@ -44,7 +50,7 @@ def states_after(lm, pieces):
     return jnp.concatenate(found, 1), states
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", BYTES)
 def test_logits_are_near_and_do_not_depend_on_the_pieces(spec):
     lm = contract.build("mixer", spec)
     whole, _ = states_after(lm, [contract.T])
@@ -54,7 +60,7 @@ def test_logits_are_near_and_do_not_depend_on_the_pieces(spec):
     for found in (whole, pieces):
         assert 0 < jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact) < 0.02
     assert jnp.linalg.norm(whole - pieces) / jnp.linalg.norm(exact) < 0.0025
-    assert any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(states))
+    assert any(leaf.dtype == spec.split("'")[1] for leaf in jax.tree.leaves(states))
 
 
 def test_what_has_no_such_state_is_refused():

@@ -48,7 +48,8 @@ def _options(argv):
     parser.add_argument("--new", type=int, default=128, help="tokens after them (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores and threads of each")
-    parser.add_argument("--quant", default="int4(symmetric=False)", help="our form of the weights (%(default)s)")
+    parser.add_argument("--quant", default="int4(symmetric=False)", help="ours; stored: the file's codes (%(default)s)")
+    parser.add_argument("--kv_cache", default="float16", help="ours; llama.cpp keeps float16 (default: %(default)s)")
     parser.add_argument("--json", help="file for every number")
     return parser.parse_args(argv)
 
@@ -117,8 +118,10 @@ def _ours(options):
     from efficientllm.quant.tree import quantize
 
     source = convert.open_source(options.gguf)
-    lm = source.lm(precision="float32", scan=False)
-    params = quantize(source.load(nn.unbox(model.abstract_params(lm)), lm=lm), options.quant)
+    lm = source.lm(precision="float32", scan=False, kv_cache=options.kv_cache)
+    like = nn.unbox(model.abstract_params(lm))
+    stored = options.quant == "stored"
+    params = source.load_stored(like, lm) if stored else quantize(source.load(like, lm=lm), options.quant)
     engine = Engine(lm, params, Greedy(), -1, options.prompt + options.new)
 
     def measured(prompt):
