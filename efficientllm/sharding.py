@@ -69,9 +69,10 @@ def current_mesh():
 
 
 def is_alone():
-    """Whether the program is for one device: what XLA did not write it cannot divide over a mesh."""
+    """Whether what is traced here is for one device, or for each by itself (in a `shard_map` over all mesh axes): what
+    XLA did not write it cannot divide over a mesh."""
     mesh = current_mesh()
-    return mesh is None or mesh.size == 1
+    return mesh is None or mesh.size == 1 or mesh.are_all_axes_manual
 
 
 def spec(axes, shape, mesh):

@@ -77,8 +77,8 @@ class Weight:
         """This leaf with the logical axes of each array in its place, for a kernel with the axes `names`."""
         raise NotImplementedError(type(self).__name__)
 
-    def divisible(self):
-        """A form whose arrays may be cut along any axis of the kernel, each part then multiplying alone."""
+    def divisible(self, ways):
+        """A form whose arrays may be cut, the kernel's inputs into `ways` parts, each then multiplying alone."""
         return self.dense()
 
     def take(self, index):
@@ -138,9 +138,9 @@ class Axes(tuple):
     """Logical axis names of one array: a leaf of trees, unlike other tuples."""
 
 
-def divisible(w):
-    """The kernel, or the form of it that may be cut along any axis."""
-    return w.divisible() if isinstance(w, Weight) else w
+def divisible(w, ways):
+    """The kernel, or the form of it that may be cut, the inputs into `ways` parts."""
+    return w.divisible(ways) if isinstance(w, Weight) else w
 
 
 def take(table, index):

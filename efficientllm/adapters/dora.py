@@ -42,10 +42,10 @@ class DoRA(Weight):
     def apply(self, x, product, of_rows):
         return self._scaled().apply(x, product, of_rows)
 
-    def divisible(self):
+    def divisible(self, ways):
         """With each output's factor known: the norm of a part of a column is not that of the column."""
         scaled = self._scaled()
-        return scaled.replace(direction=scaled.direction.divisible())
+        return scaled.replace(direction=scaled.direction.divisible(ways))
 
     def dense(self):
         return self._scaled().dense()

@@ -52,8 +52,8 @@ class LoRA(Weight):
             key=None if self.key is None else Axes((*names[:-2], None)),
         )
 
-    def divisible(self):
-        return self.replace(base=divisible(self.base))
+    def divisible(self, ways):
+        return self.replace(base=divisible(self.base, ways))
 
     def dense(self):
         return dense(self.base) + self.delta()

@@ -50,8 +50,10 @@ class Experts(nn.Module):
         mesh = sharding.current_mesh()
         if mesh is not None and mesh.size > 1:
             _check(mesh, E, self.plan)
-            kernels = {name: divisible(kernel) for name, kernel in kernels.items()}
-            compute = _per_device(compute, kernels, x_BTD.shape, mesh, self.plan is dispatch.dropless)
+            split = sharding.spec(AXES["down"], shapes["down"], mesh)[AXES["down"].index("mlp")]
+            ways = {name: sharding.count(mesh, split) if name == "down" else 1 for name in kernels}
+            kernels = {name: divisible(kernel, ways[name]) for name, kernel in kernels.items()}
+            compute = _per_device(compute, kernels, x_BTD.shape, mesh, split, self.plan is dispatch.dropless)
         return compute(x_BTD, experts_BTk, weights_BTk, kernels)
 
 
@@ -111,17 +113,16 @@ def _return(y_RD, num_experts, ways):
     return jax.lax.all_to_all(y_ERD, "expert", 1, 0, tiled=True).reshape(y_RD.shape)
 
 
-def _per_device(compute, kernels, x_shape, mesh, divided):
+def _per_device(compute, kernels, x_shape, mesh, split, divided):
     """`compute` on each device's own tokens; of whole rows, unless they may be `divided`.
 
-    This layer's kernels are gathered over the axes they are stored on, but for the hidden width, which stays split over
-    `tensor`: each device computes its share of every expert, and the shares are summed. Nor are experts gathered over
-    the axis `expert`, to whose devices the tokens go.
+    This layer's kernels, compressed if they are, are gathered over the axes they lie on, but for the hidden width,
+    which stays divided over the mesh axes `split`: each device computes its share of every expert, and the shares are
+    summed. Nor are experts gathered over the axis `expert`, to whose devices the tokens go.
     """
     kernels_axes = {name: axes(kernel, AXES[name]) for name, kernel in kernels.items()}
     layouts = jax.tree.map(lambda kernel, names: sharding.spec(names, kernel.shape, mesh), kernels, kernels_axes)
     tokens = sharding.spec(("batch", "length" if divided else None, None), x_shape, mesh)
-    split = sharding.spec(AXES["down"], kernels["down"].shape, mesh)[AXES["down"].index("mlp")]
 
     def on_device(x_BTD, experts_BTk, weights_BTk, kernels):
         whole = jax.tree.map(_gather, kernels, kernels_axes, layouts)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from efficientllm import native
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.quant.rows import STATIC, Rows, grouped, pack, unpack
+from efficientllm.quant.rows import STATIC, Grouped, grouped, pack, unpack
 from efficientllm.registry import register
 from efficientllm.weights import Axes
 
@@ -16,7 +16,7 @@ METHODS = ("rtn", "awq", "gptq")
 
 
 @flax.struct.dataclass
-class Int4(Rows):
+class Int4(Grouped):
     """`code * scale + minimum`, or `(code - zero) * scale`, or where both are None `(code - 8) * scale`.
 
     Codes 0..15 are packed as `rows.pack` does, uint8 `[..., R, K / 2]`; scale is float16 `[..., R, G]`, as is minimum;
@@ -34,10 +34,6 @@ class Int4(Rows):
     is_table: bool = flax.struct.field(default=False, **STATIC)
 
     name = "int4"
-
-    @property
-    def width(self):
-        return self.columns
 
     def rows(self):
         codes, scale = unpack(self.values, self.scale.shape[-1]), self.scale[..., None].astype(jnp.float32)

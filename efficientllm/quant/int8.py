@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from efficientllm import kernels, native
 from efficientllm.errors import UserError
 from efficientllm.quant import products
-from efficientllm.quant.rows import STATIC, Rows, grouped
+from efficientllm.quant.rows import STATIC, Grouped, grouped
 from efficientllm.registry import register
 
 
 @flax.struct.dataclass
-class Int8(Rows):
+class Int8(Grouped):
     """`values * scale`: int8 `[..., R, K]`, padded to whole groups, and float32 `[..., R, G]`."""
 
     values: typing.Any
@@ -23,10 +23,6 @@ class Int8(Rows):
     is_table: bool = flax.struct.field(default=False, **STATIC)
 
     name = "int8"
-
-    @property
-    def width(self):
-        return self.columns
 
     def rows(self):
         codes = self.values.reshape(*self.scale.shape, -1).astype(jnp.float32)

@@ -9,7 +9,7 @@ import numpy as np
 
 from efficientllm import native
 from efficientllm.errors import UserError
-from efficientllm.quant.rows import STATIC, Rows, grouped, pack, unpack
+from efficientllm.quant.rows import STATIC, Grouped, grouped, pack, unpack
 from efficientllm.registry import register
 
 # Quantiles of a normal distribution, scaled to -1..1, zero among them: the table that QLoRA and bitsandbytes print.
@@ -25,7 +25,7 @@ TABLE = np.array(
 
 
 @flax.struct.dataclass
-class NF4(Rows):
+class NF4(Grouped):
     """`TABLE[code] * scale`: codes packed as `rows.pack` does, `[..., R, K / 2]`, and float32 `[..., R, G]`."""
 
     values: typing.Any
@@ -34,10 +34,6 @@ class NF4(Rows):
     is_table: bool = flax.struct.field(default=False, **STATIC)
 
     name = "nf4"
-
-    @property
-    def width(self):
-        return self.columns
 
     def rows(self):
         weights = jnp.asarray(TABLE)[unpack(self.values, self.scale.shape[-1])] * self.scale[..., None]

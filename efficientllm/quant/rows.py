@@ -100,6 +100,24 @@ class Rows(Weight):
         return jax.tree.map(lambda array: Axes((*stack, row, along)), self)
 
 
+class Grouped(Rows):
+    """Rows in groups that share a scale: subclasses have `scale` `[..., R, G]`, and `columns`, which is K.
+
+    The last group may be filled up, and a value may be two codes (`pack`).
+    """
+
+    @property
+    def width(self):
+        return self.columns
+
+    def divisible(self, ways):
+        """Compressed where the inputs are cut between groups; it is then as wide as a part of them."""
+        size, groups = self.values.shape[-1], self.scale.shape[-1]
+        full = self.columns in (size, 2 * size)
+        between = groups % ways == 0 or (groups == 1 and size == self.columns and size % ways == 0)
+        return self.replace(columns=self.columns // ways) if full and between else self.dense()
+
+
 def resident_bytes(params):
     """Bytes of a tree's arrays: on the device, and in a checkpoint of them."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

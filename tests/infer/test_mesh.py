@@ -14,7 +14,7 @@ NEW = 6
 FORMS = ("float32", "int8", "int4")
 CASES = [("mixer", "gqa", form) for form in FORMS] + [("mixer", "gqa(kv_cache='int8')", "float32")]
 CASES += [("mixer", spec, "float32") for spec in ("mla", "window(window=5)", "mamba", "mamba2", "rwkv")]
-CASES += [("ffn", "moe(num_experts=4, top_k=2, hidden=32)", form) for form in FORMS]
+CASES += [("ffn", "moe(num_experts=4, top_k=2, hidden=64)", form) for form in (*FORMS, "nf4", "bfloat16")]
 FAST = {("gqa", "int4")}
 
 

@@ -1,0 +1,91 @@
+"""Rounded experts on a mesh: they lie, travel and are multiplied compressed, each device with its part of them."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficientllm import kernels, native, sharding
+from efficientllm.adapters.base import is_box
+from efficientllm.plan import hlo
+from efficientllm.quant import tree
+from efficientllm.registry import build
+from efficientllm.train.setup import boxed_like
+
+E, T, D, F = 16, 6, 64, 128
+LAYERS = {"dropless": "", "capacity": ", dispatch='capacity', capacity_factor=2.0"}
+
+
+@functools.cache
+def layer(kind):
+    """The layer, its parameters (boxed) and an input of 48 tokens."""
+    moe = build("ffn", f"moe(num_experts={E}, top_k=2, hidden={F}{LAYERS[kind]})", {"precision": "float32"})
+    x = np.random.default_rng(0).standard_normal((8, T, D), np.float32)
+    return moe, jax.jit(moe.init)(jax.random.key(0), x)["params"], x
+
+
+def step(moe, params, x):
+    """The layer's output and the gradient of its input."""
+    y, pull = jax.vjp(lambda x: moe.apply({"params": params}, x)[0], x)
+    return y, pull(jnp.cos(y))[0]
+
+
+def on_mesh(kind, form, mesh):
+    """`(what one device finds, what the mesh does, its program)`."""
+    moe, boxed, x = layer(kind)
+    rounded = tree.quantize(nn.unbox(boxed), form)
+    run = jax.jit(functools.partial(step, moe))
+    alone = run(rounded, x)
+    held = jax.tree.map(boxed_like, boxed, rounded, is_leaf=is_box)
+    params = jax.device_put(nn.unbox(held), sharding.shardings(held, mesh))
+    with jax.set_mesh(mesh):
+        program = run.lower(params, jax.device_put(x, sharding.batch_sharding(mesh))).compile()
+        return alone, program(params, jax.device_put(x, sharding.batch_sharding(mesh))), program
+
+
+def floats(program):
+    """The elements of the largest float32 array in the program, and of the largest that is gathered."""
+    large, gathered = 0, 0
+    for each in hlo.Program(program.as_text()).instructions():
+        found = max((math.prod(array.shape) for array in each.arrays if array.dtype == "f32"), default=0)
+        large = max(large, found)
+        gathered = max(gathered, found if each.op.startswith("all-gather") else 0)
+    return large, gathered
+
+
+CASES = [
+    ("dropless", "fsdp=8", "int4", True),
+    ("dropless", "data=2, fsdp=2, tensor=2", "int4(symmetric=False)", True),
+    ("dropless", "data=2, tensor=4", "nf4(block=32)", True),
+    ("dropless", "data=2, tensor=4", "int8", True),
+    ("dropless", "fsdp=4, tensor=2", "bfloat16", None),  # which XLA gathers as float32 on CPUs
+    ("capacity", "expert=4, tensor=2", "int4", None),  # one product of all of a device's experts
+    ("dropless", "tensor=8", "int4", False),  # four groups, which eight devices cannot divide
+    ("dropless", "data=2, tensor=4", "nf4", False),  # two groups
+]
+
+
+@pytest.mark.parametrize("kind, mesh_spec, form, compressed", CASES)
+def test_each_device_multiplies_its_part(kind, mesh_spec, form, compressed, monkeypatch):
+    monkeypatch.setattr(native, "is_usable", lambda: False)
+    alone, found, program = on_mesh(kind, form, sharding.make_mesh(mesh_spec))
+    for a, b in zip(alone, found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    large, gathered = floats(program)
+    if compressed is not None:  # never more floats than one expert's kernel has; tokens have fewer
+        assert (large <= D * F) == compressed
+    assert gathered < D * F or not compressed
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="no native products were built")
+@pytest.mark.parametrize("mesh_spec", ["fsdp=4, tensor=2", "data=2, tensor=4"])
+def test_native_products_are_each_devices_own(mesh_spec):
+    with kernels.recording() as used:
+        alone, found, _ = on_mesh("dropless", "int4", sharding.make_mesh(mesh_spec))
+    assert used["matmul_int4"] == {"ffi"}
+    for a, b in zip(alone, found, strict=True):
+        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(a)  # activations of 16 bits of a group's largest
