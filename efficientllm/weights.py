@@ -77,6 +77,10 @@ class Weight:
         """This leaf with the logical axes of each array in its place, for a kernel with the axes `names`."""
         raise NotImplementedError(type(self).__name__)
 
+    def cuts(self, ways):
+        """Whether it is divisible without being made dense."""
+        return True
+
     def divisible(self, ways):
         """A form whose arrays may be cut, the kernel's inputs into `ways` parts, each then multiplying alone."""
         return self.dense()

@@ -1,4 +1,6 @@
-"""Compiles prefill and decoding with rounded weights for hardware that is not here: `ahead_rounded.py tpu FORM MESH`.
+"""Compiles prefill and decoding with rounded weights for hardware that is not here.
+
+`ahead_rounded.py tpu|gpu FORM MESH [FFN]`
 
 Prints what products run on, each program's arrays of floats with as many elements as some rounded kernel has, or the
 part of it that a device holds, those of prefill with as many as two of the largest have, and the elements of the
@@ -21,6 +23,7 @@ from efficientllm.infer.samplers import Greedy
 from efficientllm.plan import hlo
 from efficientllm.quant import tree
 from efficientllm.train import setup
+from efficientllm.weights import Weight
 
 LENGTH, PROMPT, VOCABULARY = 128, 64, 640  # no table has the size of a kernel
 
@@ -47,7 +50,7 @@ def gathered(program):
 def main():
     config = base.get_config()
     config.model.size = "tiny(num_layers=2, dim=1024, hidden=2816, num_heads=8, num_kv_heads=8, head_dim=128)"
-    config.model.precision = "bfloat16"
+    config.model.precision, config.model.ffn = "bfloat16", (sys.argv[4:] or ["swiglu"])[0]
     alone = sys.argv[3] == "data=1"
     mesh = sharding.make_mesh(sys.argv[3], list(ahead.devices())[: 1 if alone else None])
     with kernels.compiling_for(ahead.TARGET), kernels.recording() as used:
@@ -59,7 +62,9 @@ def main():
         params = jax.tree.map(setup.on_shards, nn.unbox(held), sharding.shardings(held, mesh))
         with jax.set_mesh(mesh):
             found = programs(lm, params, mesh.shape["data"])
-    whole = {math.prod(kernel.shape) for kernel in jax.tree.leaves(shapes["group_0"]) if kernel.ndim > 1}
+    leaves = jax.tree.leaves(rounded["group_0"], is_leaf=lambda leaf: isinstance(leaf, Weight))
+    shapes = [kernel.shape for kernel in leaves if isinstance(kernel, Weight)]
+    whole = {math.prod(shape) for shape in shapes} | {math.prod(shape[-2:]) for shape in shapes}  # an expert's, too
     sizes = whole | {size // mesh.shape["tensor"] for size in whole}
     print(
         json.dumps(

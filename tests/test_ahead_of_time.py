@@ -48,6 +48,23 @@ def test_int4_is_never_decompressed_in_memory(target, mesh):
     assert by_xla["used"]["matmul_nf4"] == ["xla"] and by_xla["floats"]["prefill"] and by_xla["floats"]["decode"]
 
 
+EXPERTS = {  # elements of the largest array that a token gathers: vectors, or the bytes of a kernel of all experts
+    ("data=1", 704): 0,
+    ("data=2, tensor=4", 768): 8 * 1024,
+    ("data=2, tensor=4", 704): 6 * 704 * 1024 // 2,  # 22 groups, which four devices cannot divide
+    ("fsdp=8", 704): 6 * 704 * 1024 // 2,
+}
+
+
+@pytest.mark.parametrize("mesh, hidden", EXPERTS)
+@pytest.mark.parametrize("target", PLUGINS)
+def test_int4_experts_are_multiplied_compressed_on_every_mesh(target, mesh, hidden):
+    ffn = f"moe(num_experts=6, top_k=2, hidden={hidden})"
+    found = compiled(target, "int4(group=32)", mesh, ffn, script="ahead_rounded.py")
+    assert found["used"]["matmul_int4"] == ["pallas"] and found["floats"]["decode"] == []
+    assert found["gathered"]["decode"] <= EXPERTS[mesh, hidden]
+
+
 @pytest.mark.parametrize("target", PLUGINS)
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])
 def test_a_token_is_looked_up_where_its_row_lies(target, form):

@@ -15,7 +15,7 @@ from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.ffns import dispatch
 from efficientllm.grouped_matmul import grouped_matmul
-from efficientllm.weights import axes, divisible, parameter
+from efficientllm.weights import Weight, axes, divisible, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
 AXES = {
@@ -51,8 +51,10 @@ class Experts(nn.Module):
         if mesh is not None and mesh.size > 1:
             _check(mesh, E, self.plan)
             split = sharding.spec(AXES["down"], shapes["down"], mesh)[AXES["down"].index("mlp")]
-            ways = {name: sharding.count(mesh, split) if name == "down" else 1 for name in kernels}
-            kernels = {name: divisible(kernel, ways[name]) for name, kernel in kernels.items()}
+            ways = sharding.count(mesh, split)
+            if isinstance(kernels["down"], Weight) and not kernels["down"].cuts(ways):  # it stays whole
+                compute, split, ways = functools.partial(compute, hidden=split), None, 1
+            kernels = {name: divisible(kernel, ways if name == "down" else 1) for name, kernel in kernels.items()}
             compute = _per_device(compute, kernels, x_BTD.shape, mesh, split, self.plan is dispatch.dropless)
         return compute(x_BTD, experts_BTk, weights_BTk, kernels)
 
@@ -80,8 +82,11 @@ def _check(mesh, num_experts, plan):
         )
 
 
-def _compute(x_BTD, experts_BTk, weights_BTk, kernels, *, plan, precision, kernel, ways=1):
-    """`ways`: the devices of the mesh axis `expert`, each of which has `kernels` of its own experts alone."""
+def _compute(x_BTD, experts_BTk, weights_BTk, kernels, *, plan, precision, kernel, ways=1, hidden=None):
+    """`ways`: the devices of the mesh axis `expert`, each of which has `kernels` of its own experts alone.
+
+    `hidden`: the mesh axes over which the hidden width is divided where `down` is whole.
+    """
     k, D, E = experts_BTk.shape[-1], x_BTD.shape[-1], ways * kernels["gate"].shape[0]
     plan = plan(experts_BTk, E)
 
@@ -92,7 +97,10 @@ def _compute(x_BTD, experts_BTk, weights_BTk, kernels, *, plan, precision, kerne
     hidden_RF = jax.nn.silu(product(x_RD, "gate")) * product(x_RD, "up")
     # The weights multiply ahead of the last product: its outputs need not be kept for the backward pass.
     weights_R1 = _send(dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(hidden_RF.dtype), E, ways)
-    y_ND = dispatch.from_experts(_return(product(hidden_RF * weights_R1, "down"), E, ways), plan)
+    hidden_RF = hidden_RF * weights_R1
+    if hidden:
+        hidden_RF = jax.lax.all_gather(hidden_RF, hidden, axis=1, tiled=True)
+    y_ND = dispatch.from_experts(_return(product(hidden_RF, "down"), E, ways), plan)
     kept = None if plan.kept_Nk is None else plan.kept_Nk.reshape(experts_BTk.shape)
     return y_ND.reshape(x_BTD.shape), kept
 
@@ -118,14 +126,19 @@ def _per_device(compute, kernels, x_shape, mesh, split, divided):
 
     This layer's kernels, compressed if they are, are gathered over the axes they lie on, but for the hidden width,
     which stays divided over the mesh axes `split`: each device computes its share of every expert, and the shares are
-    summed. Nor are experts gathered over the axis `expert`, to whose devices the tokens go.
+    summed; where a compressed `down` cannot be cut so, `split` is None and the hidden vectors are gathered instead. Nor are experts gathered over the axis `expert`, to whose devices the tokens go.
     """
     kernels_axes = {name: axes(kernel, AXES[name]) for name, kernel in kernels.items()}
     layouts = jax.tree.map(lambda kernel, names: sharding.spec(names, kernel.shape, mesh), kernels, kernels_axes)
     tokens = sharding.spec(("batch", "length" if divided else None, None), x_shape, mesh)
 
     def on_device(x_BTD, experts_BTk, weights_BTk, kernels):
-        whole = jax.tree.map(_gather, kernels, kernels_axes, layouts)
+        whole = {
+            name: jax.tree.map(
+                functools.partial(_gather, divided=split or name != "down"), kernel, kernels_axes[name], layouts[name]
+            )
+            for name, kernel in kernels.items()
+        }
         y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole, ways=mesh.shape["expert"])
         return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
 
@@ -140,8 +153,9 @@ def _not_gathered(primitive, *_, **__):
     return primitive.name != "all_gather"
 
 
-def _gather(kernel, axes, layout):
+def _gather(kernel, axes, layout, divided):
+    """`divided`: whether the hidden width is."""
     for dimension, (axis, stored) in enumerate(zip(axes, layout, strict=True)):
-        if stored and stored != "expert" and axis != "mlp":
+        if stored and stored != "expert" and not (divided and axis == "mlp"):
             kernel = jax.lax.all_gather(kernel, stored, axis=dimension, tiled=True)
     return kernel

@@ -110,12 +110,16 @@ class Grouped(Rows):
     def width(self):
         return self.columns
 
-    def divisible(self, ways):
-        """Compressed where the inputs are cut between groups; it is then as wide as a part of them."""
+    def cuts(self, ways):
+        """Whether so many parts of the inputs are of whole groups, or of the one group that an output has."""
         size, groups = self.values.shape[-1], self.scale.shape[-1]
         full = self.columns in (size, 2 * size)
         between = groups % ways == 0 or (groups == 1 and size == self.columns and size % ways == 0)
-        return self.replace(columns=self.columns // ways) if full and between else self.dense()
+        return ways == 1 or (full and between)
+
+    def divisible(self, ways):
+        """As wide as a part of the inputs."""
+        return self.replace(columns=self.columns // ways) if self.cuts(ways) else self.dense()
 
 
 def resident_bytes(params):
