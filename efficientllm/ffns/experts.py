@@ -126,7 +126,8 @@ def _per_device(compute, kernels, x_shape, mesh, split, divided):
 
     This layer's kernels, compressed if they are, are gathered over the axes they lie on, but for the hidden width,
     which stays divided over the mesh axes `split`: each device computes its share of every expert, and the shares are
-    summed; where a compressed `down` cannot be cut so, `split` is None and the hidden vectors are gathered instead. Nor are experts gathered over the axis `expert`, to whose devices the tokens go.
+    summed; where a compressed `down` cannot be cut so, `split` is None and the hidden vectors are gathered instead. Nor
+    are experts gathered over the axis `expert`, to whose devices the tokens go.
     """
     kernels_axes = {name: axes(kernel, AXES[name]) for name, kernel in kernels.items()}
     layouts = jax.tree.map(lambda kernel, names: sharding.spec(names, kernel.shape, mesh), kernels, kernels_axes)
