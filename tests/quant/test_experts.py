@@ -57,20 +57,22 @@ def floats(program):
     return large, gathered
 
 
+FAST = [
+    ("dropless", "data=2, fsdp=2, tensor=2", "int4(symmetric=False)"),
+    ("dropless", "tensor=8", "int4"),  # four groups, which eight devices cannot divide
+]
 CASES = [
     ("dropless", "fsdp=8", "int4"),
-    ("dropless", "data=2, fsdp=2, tensor=2", "int4(symmetric=False)"),
     ("dropless", "data=2, tensor=4", "nf4(block=32)"),
+    ("dropless", "data=2, tensor=4", "nf4"),  # two groups
     ("dropless", "data=2, tensor=4", "int8"),
     ("dropless", "fsdp=4, tensor=2", "bfloat16"),  # which XLA gathers as float32 on CPUs
     ("capacity", "expert=4, tensor=2", "int4"),  # one product of all of a device's experts
-    ("dropless", "tensor=8", "int4"),  # four groups, which eight devices cannot divide
-    ("dropless", "data=2, tensor=4", "nf4"),  # two groups
     ("capacity", "expert=2, tensor=4", "nf4"),
 ]
 
 
-@pytest.mark.parametrize("kind, mesh_spec, form", CASES)
+@pytest.mark.parametrize("kind, mesh_spec, form", FAST + [pytest.param(*c, marks=pytest.mark.slow) for c in CASES])
 def test_each_device_multiplies_its_part(kind, mesh_spec, form, monkeypatch):
     monkeypatch.setattr(native, "is_usable", lambda: False)
     alone, found, program = on_mesh(kind, form, sharding.make_mesh(mesh_spec))
@@ -82,7 +84,7 @@ def test_each_device_multiplies_its_part(kind, mesh_spec, form, monkeypatch):
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="no native products were built")
-@pytest.mark.parametrize("mesh_spec", ["fsdp=4, tensor=2", "data=2, tensor=4"])
+@pytest.mark.parametrize("mesh_spec", ["data=2, tensor=4", pytest.param("fsdp=4, tensor=2", marks=pytest.mark.slow)])
 def test_native_products_are_each_devices_own(mesh_spec):
     with kernels.recording() as used:
         alone, found, _ = on_mesh("dropless", "int4", sharding.make_mesh(mesh_spec))
