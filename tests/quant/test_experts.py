@@ -11,6 +11,7 @@ import pytest
 
 from efficientllm import kernels, native, sharding
 from efficientllm.adapters.base import is_box
+from efficientllm.adapters.lora import LoRA
 from efficientllm.plan import hlo
 from efficientllm.quant import tree
 from efficientllm.registry import build
@@ -34,17 +35,21 @@ def step(moe, params, x):
     return y, pull(jnp.cos(y))[0]
 
 
+def placed(boxed, params, x, mesh):
+    """Parameters in the place of those of `boxed`, and the input, on the shards that their axes name."""
+    held = jax.tree.map(boxed_like, boxed, params, is_leaf=is_box)
+    return jax.device_put((nn.unbox(held), x), (sharding.shardings(held, mesh), sharding.batch_sharding(mesh)))
+
+
 def on_mesh(kind, form, mesh):
     """`(what one device finds, what the mesh does, its program)`."""
     moe, boxed, x = layer(kind)
     rounded = tree.quantize(nn.unbox(boxed), form)
     run = jax.jit(functools.partial(step, moe))
-    alone = run(rounded, x)
-    held = jax.tree.map(boxed_like, boxed, rounded, is_leaf=is_box)
-    params = jax.device_put(nn.unbox(held), sharding.shardings(held, mesh))
+    alone, there = run(rounded, x), placed(boxed, rounded, x, mesh)
     with jax.set_mesh(mesh):
-        program = run.lower(params, jax.device_put(x, sharding.batch_sharding(mesh))).compile()
-        return alone, program(params, jax.device_put(x, sharding.batch_sharding(mesh))), program
+        program = run.lower(*there).compile()
+        return alone, program(*there), program
 
 
 def floats(program):
@@ -91,3 +96,35 @@ def test_native_products_are_each_devices_own(mesh_spec):
     assert used["matmul_int4"] == {"ffi"}
     for a, b in zip(alone, found, strict=True):
         assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(a)  # activations of 16 bits of a group's largest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh_spec, form", [("data=2, fsdp=2, tensor=2", "int4"), ("tensor=8", "int4"), ("fsdp=8", "nf4")]
+)
+def test_adapters_around_them_learn_what_they_learn_on_one_device(mesh_spec, form):
+    moe, boxed, x = layer("dropless")
+    params = tree.quantize(nn.unbox(boxed), form)
+    draw = np.random.default_rng(1)
+    weights = draw.standard_normal(x.shape, np.float32)
+    for held in params["experts"].values():
+        E, K, N = held["kernel"].shape
+        a, b = draw.standard_normal((E, K, 4), np.float32), draw.standard_normal((E, 4, N), np.float32)
+        held["kernel"] = LoRA(held["kernel"], 0.1 * a, 0.1 * b)
+
+    def gradients(params, x):
+        """Of `a` and `b` of each kernel."""
+
+        def loss(factors):
+            experts = {name: {"kernel": around[name].replace(**both)} for name, both in factors.items()}
+            return jnp.vdot(moe.apply({"params": params | {"experts": experts}}, x)[0], weights)
+
+        around = {name: held["kernel"] for name, held in params["experts"].items()}
+        return jax.grad(loss)({name: {"a": leaf.a, "b": leaf.b} for name, leaf in around.items()})
+
+    alone = jax.jit(gradients)(params, x)
+    mesh = sharding.make_mesh(mesh_spec)
+    with jax.set_mesh(mesh):
+        found = jax.jit(gradients)(*placed(boxed, params, x, mesh))
+    for a, b in zip(*map(jax.tree.leaves, jax.device_get((alone, found))), strict=True):
+        assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(a)
