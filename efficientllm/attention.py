@@ -105,9 +105,9 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
     kernels.note("attention", kernel)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if kernel != "ffi":
-        parts = [_read(part, q_BTHK.dtype) for part in _parts(k_BSGK)]
+        parts = [read(part, q_BTHK.dtype) for part in _parts(k_BSGK)]
         k_BSGK = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
-        v_BSGV = _read(v_BSGV, q_BTHK.dtype)
+        v_BSGV = read(v_BSGV, q_BTHK.dtype)
     return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
 
 
@@ -115,7 +115,8 @@ def _parts(keys):
     return keys if isinstance(keys, tuple) else (keys,)
 
 
-def _read(kept, dtype):
+def read(kept, dtype):
+    """Keys or values of a state, rounded or not, as an array of `dtype`."""
     return kept.read(dtype) if hasattr(kept, "read") else kept.astype(dtype)
 
 

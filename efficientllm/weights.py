@@ -78,7 +78,7 @@ class Weight:
         raise NotImplementedError(type(self).__name__)
 
     def cuts(self, ways):
-        """Whether it is divisible without being made dense."""
+        """False for a form that is divisible so only when made dense, and better left whole."""
         return True
 
     def divisible(self, ways):
@@ -140,6 +140,11 @@ def axes(w, names):
 
 class Axes(tuple):
     """Logical axis names of one array: a leaf of trees, unlike other tuples."""
+
+
+def cuts(w, ways):
+    """Whether the inputs of a kernel are better cut into `ways` parts than left whole."""
+    return not isinstance(w, Weight) or w.cuts(ways)
 
 
 def divisible(w, ways):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from efficientllm.adapters.base import box
 from efficientllm.adapters.lora import STATIC, LoRA, LoRAMethod, dropped
 from efficientllm.registry import register
-from efficientllm.weights import Axes, Weight, dense
+from efficientllm.weights import Axes, Weight, cuts, dense
 
 
 @flax.struct.dataclass
@@ -41,6 +41,9 @@ class DoRA(Weight):
 
     def apply(self, x, product, of_rows):
         return self._scaled().apply(x, product, of_rows)
+
+    def cuts(self, ways):
+        return cuts(self.base, ways)
 
     def divisible(self, ways):
         """With each output's factor known: the norm of a part of a column is not that of the column."""

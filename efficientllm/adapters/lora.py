@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from efficientllm.adapters.base import Method, box
 from efficientllm.errors import UserError
 from efficientllm.registry import register
-from efficientllm.weights import Axes, Weight, axes, dense, divisible
+from efficientllm.weights import Axes, Weight, axes, cuts, dense, divisible
 
 STATIC = {"pytree_node": False}
 
@@ -51,6 +51,9 @@ class LoRA(Weight):
             **low_rank_axes(names),
             key=None if self.key is None else Axes((*names[:-2], None)),
         )
+
+    def cuts(self, ways):
+        return cuts(self.base, ways)
 
     def divisible(self, ways):
         return self.replace(base=divisible(self.base, ways))

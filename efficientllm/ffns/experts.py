@@ -15,7 +15,7 @@ from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.ffns import dispatch
 from efficientllm.grouped_matmul import grouped_matmul
-from efficientllm.weights import Weight, axes, divisible, parameter
+from efficientllm.weights import axes, cuts, divisible, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
 AXES = {
@@ -52,7 +52,7 @@ class Experts(nn.Module):
             _check(mesh, E, self.plan)
             split = sharding.spec(AXES["down"], shapes["down"], mesh)[AXES["down"].index("mlp")]
             ways = sharding.count(mesh, split)
-            if isinstance(kernels["down"], Weight) and not kernels["down"].cuts(ways):  # it stays whole
+            if not cuts(kernels["down"], ways):  # it stays whole
                 compute, split, ways = functools.partial(compute, hidden=split), None, 1
             kernels = {name: divisible(kernel, ways if name == "down" else 1) for name, kernel in kernels.items()}
             compute = _per_device(compute, kernels, x_BTD.shape, mesh, split, self.plan is dispatch.dropless)
@@ -133,13 +133,12 @@ def _per_device(compute, kernels, x_shape, mesh, split, divided):
     layouts = jax.tree.map(lambda kernel, names: sharding.spec(names, kernel.shape, mesh), kernels, kernels_axes)
     tokens = sharding.spec(("batch", "length" if divided else None, None), x_shape, mesh)
 
+    def near(kernels, name):
+        gather = functools.partial(_gather, divided=name != "down" or split is not None)
+        return jax.tree.map(gather, kernels[name], kernels_axes[name], layouts[name])
+
     def on_device(x_BTD, experts_BTk, weights_BTk, kernels):
-        whole = {
-            name: jax.tree.map(
-                functools.partial(_gather, divided=split or name != "down"), kernel, kernels_axes[name], layouts[name]
-            )
-            for name, kernel in kernels.items()
-        }
+        whole = {name: near(kernels, name) for name in kernels}
         y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole, ways=mesh.shape["expert"])
         return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
 

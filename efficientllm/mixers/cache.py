@@ -82,11 +82,6 @@ def _as(cache, new):
     return Rounded.of(new) if isinstance(cache, Rounded) else new.astype(cache.dtype)
 
 
-def read(kept, dtype):
-    """What `extend` returned, as an array of `dtype`."""
-    return kept.read(dtype) if isinstance(kept, Rounded) else kept.astype(dtype)
-
-
 def write(cache_BS, new_BT, start_B):
     """Writes each row's tokens into the slots from `start` on."""
     one = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice_in_dim(cache, new, start, 0))

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm.attention import attend, causal_pairs, executed_pairs
+from efficientllm.attention import attend, causal_pairs, executed_pairs, read
 from efficientllm.layers import Linear, RMSNorm
 from efficientllm.mixers import cache
 from efficientllm.registry import build, register
@@ -84,7 +84,7 @@ class MLA(nn.Module, kw_only=True):
     def _expanded(self, q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options):
         """Keys and values of every head, made from the latents."""
         _, N, P, V = self.widths
-        latent_BSR, k_BSP = (cache.read(leaf, q_BTHN.dtype) for leaf in (latent_BSR, k_BSP))
+        latent_BSR, k_BSP = (read(leaf, q_BTHN.dtype) for leaf in (latent_BSR, k_BSP))
         B, S, _ = latent_BSR.shape
         kv_BSHE = constrain(up(latent_BSR).reshape(B, S, self.num_heads, N + V), "batch", "length", "heads", None)
         shared_BSHP = jnp.broadcast_to(k_BSP[:, :, None], (B, S, self.num_heads, P))
