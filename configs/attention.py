@@ -1,6 +1,6 @@
 """One decoder, seven kinds of attention: --config=configs/attention.py:mla. All have gqa's number of parameters."""
 
-from configs import base
+from efficientllm import base_config as base
 
 # Blocks and windows that fit rows of 128 tokens. At a model's lengths the defaults are the papers':
 # --config.model.mixer=nsa --config.train.length=8192

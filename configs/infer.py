@@ -1,6 +1,6 @@
 """Generation from a pretrained model, its weights in one form: configs/infer.py:int4."""
 
-from configs import base
+from efficientllm import base_config as base
 
 FORMS = {
     "float32": "float32",

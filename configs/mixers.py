@@ -1,6 +1,6 @@
 """Architectures beside the Llama-like one: --config=configs/mixers.py:mamba. All have gqa's number of parameters."""
 
-from configs import base
+from efficientllm import base_config as base
 
 VARIANTS = {
     # Blocks without an ffn are half a layer: twice as many stand in a model of one size.

@@ -1,6 +1,6 @@
 """A sparse mixture of experts, 8 experts and 2 a token, on the Python documentation: the main job."""
 
-from configs import base
+from efficientllm import base_config as base
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """One decoder, seven kinds of position: --config=configs/position.py:alibi. All have the same number of parameters."""
 
-from configs import base
+from efficientllm import base_config as base
 
 VARIANTS = {
     "rope": "rope",

@@ -3,7 +3,7 @@
 Batch, tokens and evaluation are the same for every method.
 """
 
-from configs import base
+from efficientllm import base_config as base
 
 ADAPTERS = {
     "lora": "lora(rank=64, alpha=128)",

@@ -4,7 +4,7 @@ Rank, alpha, dropout and LoRA+'s ratio are those of its released code. Its effec
 and 64); here every method has the same.
 """
 
-from configs import tune
+from efficientllm.presets import tune
 
 DATA = {
     "o1": "pairs(path='O1-OPEN/OpenO1-SFT', hub=True, prompt='instruction', response='output', held_out=0.02)",

@@ -2,7 +2,7 @@
 
 import os
 
-from configs import base
+from efficientllm import base_config as base
 
 
 def get_config():
