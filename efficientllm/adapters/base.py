@@ -8,6 +8,7 @@ import jax
 
 from efficientllm.errors import UserError
 from efficientllm.optim.rules import path_of
+from efficientllm.untrusted import patterns
 from efficientllm.weights import Weight
 
 KERNEL = re.compile(r"block_\d+/(?!.*\brouter/).*\bkernel$")  # of mixers and ffns; never routers, never the head
@@ -104,7 +105,4 @@ def merge(params):
 
 
 def _pattern(target):
-    try:
-        return re.compile(target)
-    except re.error as error:
-        raise UserError(f"config.adapter: target = {target!r} is no regex: {error}") from None
+    return patterns.compile(target, "config.adapter: target")

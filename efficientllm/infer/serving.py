@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 
 import flax.linen as nn
 import jax
@@ -24,6 +23,7 @@ from efficientllm.quant import tree as quant
 from efficientllm.quant.rows import resident_bytes
 from efficientllm.registry import build, parse
 from efficientllm.train import setup
+from efficientllm.untrusted import patterns
 
 
 class OutOfMemory(RuntimeError):
@@ -192,7 +192,7 @@ def check_rules(boxed, rules):
     """Raises UserError for a rule that names no weight, which would change nothing."""
     paths = [path for path, _, _ in accounting.leaves(boxed) if quant.is_weight(path)]
     for pattern, form in rules:
-        if not any(re.search(pattern, path) for path in paths):
+        if not any(map(patterns.compile(pattern, "config.infer.rules").search, paths)):
             raise UserError(
                 f"config.infer.rules: {pattern!r} ({form}) matches no kernel or table; there are {paths[0]}, "
                 f"{paths[1]}...; norms, biases and routers keep their own type"

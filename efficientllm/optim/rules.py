@@ -1,7 +1,6 @@
 """From `config.train` to one optax transformation: clipping, direction, decay and rates by parameter name."""
 
 import operator
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import optax
 
 from efficientllm.errors import UserError
 from efficientllm.registry import build
+from efficientllm.untrusted import patterns
 
 
 def path_of(keys):
@@ -22,8 +22,8 @@ def match(rules, params, where):
     Raises UserError for a rule that is no regex and for a parameter no rule covers.
     """
     try:
-        compiled = [(re.compile(pattern), float(value)) for pattern, value in rules]
-    except (re.error, TypeError, ValueError) as error:
+        compiled = [(patterns.compile(pattern, where), float(value)) for pattern, value in rules]
+    except (TypeError, ValueError) as error:
         raise UserError(f"{where} = {rules!r} must be pairs of (regex, number): {error}") from None
 
     def first(keys, _):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from efficientllm.errors import UserError
 from efficientllm.optim.rules import path_of
 from efficientllm.registry import build
+from efficientllm.untrusted import patterns
 from efficientllm.weights import Axes, Weight
 
 TABLE = re.compile(r"(^|/)(embedding|head/kernel)$")
@@ -91,8 +92,8 @@ def chooser(spec, rules, where="quantisation rules"):
     """A function of a path that gives its form, None for what has none. Raises UserError as `quantize` does."""
     form = form_of(spec)
     try:
-        compiled = [(re.compile(pattern), form_of(value)) for pattern, value in rules]
-    except (re.error, TypeError, ValueError) as error:
+        compiled = [(patterns.compile(pattern, where), form_of(value)) for pattern, value in rules]
+    except (TypeError, ValueError) as error:
         raise UserError(f"{where} = {rules!r} must be pairs of (regex, spec): {error}") from None
     compiled += [(TABLE, form_of(form.embedding)), (KERNEL, form)]
 

@@ -11,8 +11,10 @@ from safetensors.numpy import save_file
 from adapters.test_peft import SOME, kernels, ours, theirs
 from efficientllm import convert
 from efficientllm.adapters import folder
+from efficientllm.adapters.folder.config import read_config
 from efficientllm.errors import UserError
 from efficientllm.registry import build
+from efficientllm.untrusted import patterns
 
 
 @pytest.mark.parametrize("name", SOME[1:])
@@ -67,7 +69,13 @@ def test_a_folder_may_have_several_ranks(source, tmp_path):
         ({"alpha_pattern": {"(": 8}}, "alpha_pattern: '(' is no regex"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
-        (None, "holds no object"),
+        (None, "holds [], where an object is needed"),
+        ({"lora_alpha": float("inf")}, "lora_alpha = inf is too large"),
+        ({"lora_alpha": float("nan")}, "NaN is no number"),
+        ({"r": 10**9}, "r = 1000000000 is too large"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern: q_proj = inf is too large"),
+        ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern: q_proj = -1 must be more than 0"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: q_proj = 0 must be more than 0"),
     ],
 )
 def test_a_config_that_we_do_not_compute_is_refused(change, message, tmp_path):
@@ -76,6 +84,14 @@ def test_a_config_that_we_do_not_compute_is_refused(change, message, tmp_path):
     with pytest.raises(UserError) as error:
         build("adapter", folder.read_spec(tmp_path))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pattern_that_backtracks_is_refused_in_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "rank_pattern": {"(a|aa)+!": 2}}
+    (tmp_path / folder.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match="takes more than 0.2 s to match"):
+        read_config(tmp_path).rank_of("a" * 60)
 
 
 def test_an_adapter_of_another_family_is_refused(source, tmp_path):

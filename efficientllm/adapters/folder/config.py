@@ -1,15 +1,15 @@
 """What an adapter_config.json says, in the words of our methods."""
 
 import dataclasses
-import json
 import math
 import pathlib
-import re
 
 from efficientllm.errors import UserError
 from efficientllm.registry import build, parse
+from efficientllm.untrusted import json_text, patterns
 
 CONFIG = "adapter_config.json"
+MOST = 1e6  # of a rank, an alpha or a factor
 # Keys that change what is computed, and the only value of each that we compute.
 NEUTRAL = {
     "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "modules_to_save": None, "layer_replication": None,
@@ -50,9 +50,13 @@ class Config:
         return _of(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.name == "rslora" else rank)
 
 
-def _of(patterns, module, default):
+def _of(found, module, default):
     """The value of the first pattern that is a module's name or the end of it, as peft looks it up."""
-    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)
+    return next((value for key, value in found.items() if _ending(key).fullmatch(module)), default)
+
+
+def _ending(key):
+    return patterns.compile(rf"(.*\.)?({key})", f"{CONFIG}: rank_pattern or alpha_pattern")
 
 
 def is_writable(spec):
@@ -68,7 +72,7 @@ def read_spec(folder):
 def read_config(folder):
     """The Config of a folder of peft's. Raises UserError for what we do not compute."""
     file = pathlib.Path(folder) / CONFIG
-    config = _json(file)
+    config = json_text.read(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type = {config.get('peft_type')!r}; only LORA can be read")
     for key, neutral in NEUTRAL.items():
@@ -80,16 +84,6 @@ def read_config(folder):
     found = Config(name, rank, alpha, _number(config, "lora_dropout", file, default=0.0), ranks, alphas)
     build("adapter", found.spec, where=f"{file}: the adapter")  # its own check of the numbers
     return found
-
-
-def _json(file):
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds no object")
-    return config
 
 
 def _name(config, file):
@@ -112,7 +106,9 @@ def _name(config, file):
 def _number(config, key, file, kind=float, default=None):
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        raise UserError(f"{file}: {key} = {value!r} must be a number ({kind.__name__})")
+        raise UserError(f"{file}: {key} = {json_text.shown(value)} must be a number ({kind.__name__})")
+    if not abs(value) <= MOST:
+        raise UserError(f"{file}: {key} = {value!r} is too large: at most {MOST:g}")
     return value
 
 
@@ -124,8 +120,5 @@ def _numbers(config, key, file, kind=float):
     for pattern in found:
         if _number(found, pattern, f"{file}: {key}", kind) <= 0:
             raise UserError(f"{file}: {key}: {pattern} = {found[pattern]} must be more than 0")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{file}: {key}: {pattern!r} is no regex: {error}") from None
+        patterns.compile(pattern, f"{file}: {key}")
     return found
