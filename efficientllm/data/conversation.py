@@ -16,7 +16,8 @@ def encode(tokenizer, text):
     With a chat template, a turn of the assistant is what the template adds to the conversation before it and its
     opening of the turn. Without one, turns are set apart by a blank line and the assistant's end with eos.
     """
-    ids, learnt = [], []
+    ids = [] if tokenizer.chat else list(tokenizer.lead_ids)
+    learnt = [False] * len(ids)
     for part, is_answer in _parts(tokenizer, json.loads(text)):
         new = part if isinstance(part, list) else tokenizer.encode(part)
         ids += new

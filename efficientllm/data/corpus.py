@@ -19,7 +19,8 @@ LEARNT = np.uint32(1 << 31)
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Tokens of one side, memory-mapped: document i is `ids[ends[i - 1]:ends[i]]` and closes with eos.
+    """Tokens of one side, memory-mapped: document i is `ids[ends[i - 1]:ends[i]]`, which opens with BOS where the
+    tokenizer adds it, and closes with eos.
 
     Of records (`records`), the highest bit of an id says that it is to be learnt.
     """
@@ -148,7 +149,8 @@ class _Writer:
     """Appends documents to an .npy file, whose header numpy leaves room to grow in."""
 
     def __init__(self, folder, side, tokenizer, records=False):
-        self.folder, self.side, self.eos = folder, side, tokenizer.eos_id
+        self.folder, self.side = folder, side
+        self.lead, self.eos = np.array(tokenizer.lead_ids, np.uint32), tokenizer.eos_id
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 and not records else np.uint32)
         self.file, self.ends = open(folder / f"{side}.npy", "wb"), array.array("q")  # noqa: SIM115
         self.total = 0
@@ -157,7 +159,7 @@ class _Writer:
     def append(self, ids):
         if len(ids) == 0:
             return
-        self._write(np.append(ids, self.eos))
+        self._write(np.concatenate([self.lead, ids, [self.eos]]))
 
     def append_record(self, ids, learnt):
         """A document that closes with eos itself."""

@@ -1,16 +1,14 @@
-"""Tokenizers: bytes, a byte-level BPE trained on the corpus, and those of the Hugging Face hub.
+"""Tokenizers: bytes, a byte-level BPE trained on the corpus, and what those of transformers become.
 
 What `tokenizer` names in the registry is a recipe; `recipe.fit(corpus)` gives the tokenizer:
-`vocab_size` (every id is below it), `eos_id`, `encode(text)`, `encode_batch(texts)`, `decode(ids)`, `fingerprint`, and
-`token_bytes`, int32 [V]: the UTF-8 bytes of text that each id stands for, 0 for special ones, which turns a loss per
-token into bits per byte.
+`vocab_size` (every id is below it), `eos_id`, which closes a document, `end_ids`, at any of which generation stops,
+`lead_ids`, which open a document (BOS, where the tokenizer adds it), `encode(text)`, `encode_prompt(text)`,
+`encode_batch(texts)`, `decode(ids)`, `fingerprint`, and `token_bytes`, int32 [V]: the UTF-8 bytes of text that each id
+stands for, 0 for special ones, which turns a loss per token into bits per byte.
 """
 
 import dataclasses
-import functools
 import hashlib
-import os
-import warnings
 
 import numpy as np
 
@@ -26,6 +24,7 @@ class Bytes:
     """The 256 bytes of UTF-8, and eos."""
 
     vocab_size, eos_id, fingerprint, chat = 257, 256, "bytes", None
+    end_ids, lead_ids = (256,), ()
 
     def __init__(self):
         self.token_bytes = np.array([1] * 256 + [0], np.int32)
@@ -37,8 +36,19 @@ class Bytes:
     def encode(self, text):
         return list(text.encode())
 
+    def encode_prompt(self, text):
+        return self.encode(text)
+
     def encode_context(self, text, special=True):
         return self.encode(text)
+
+    def within(self, vocab_size):
+        """Itself: of a model's vocabulary that holds it."""
+        return self
+
+    def text_of(self, id):
+        """What the token `id` is called."""
+        return "<eos>" if id == self.eos_id else repr(bytes([id]))
 
     def encode_batch(self, texts):
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
@@ -89,118 +99,109 @@ class BPE:
         tokenizer.save(str(folder / "tokenizer.json"))
 
 
-@register("tokenizer", "hf")
-@dataclasses.dataclass(frozen=True)
-class HuggingFace:
-    """The tokenizer that `transformers` loads from `path`: a folder, the name of a repository on the hub, or a GGUF
-    file."""
-
-    path: str
-
-    def fit(self, corpus):
-        """Raises UserError if there is no such tokenizer, or if it lacks eos or a fast implementation."""
-        import transformers
-
-        try:
-            with warnings.catch_warnings():  # torch, where it is installed, imports pynvml by its package's old name
-                warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
-                loaded = transformers.AutoTokenizer.from_pretrained(self._folder())
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"config.tokenizer: hf(path={self.path!r}) cannot be loaded ({reason}); name a folder or a repository"
-            ) from error
-        if not loaded.is_fast or loaded.eos_token_id is None:
-            missing = "eos token" if loaded.is_fast else "fast implementation"
-            raise UserError(f"config.tokenizer: hf(path={self.path!r}) has no {missing}")
-        return from_transformers(loaded)
-
-    def _folder(self):
-        """What `from_pretrained` takes. A GGUF file's vocabulary is converted once: it takes seconds."""
-        if not self.path.endswith(".gguf"):
-            return self.path
-        import transformers
-
-        key = cache.digest(cache.stat_key([os.path.realpath(self.path)]), transformers.__version__)
-        return cache.entry(cache.root(), f"gguf-tokenizer-{key}", self._convert)
-
-    def _convert(self, folder):
-        import transformers
-
-        where, name = os.path.split(self.path)
-        transformers.AutoTokenizer.from_pretrained(where or ".", gguf_file=name).save_pretrained(folder)
-
-
-def from_transformers(loaded):
-    """The tokenizer that `transformers` has loaded, with its chat template if it has one."""
-    chat = functools.partial(_chat, loaded) if loaded.chat_template else None
-    template = loaded.chat_template or ""
-    return Backed(
-        loaded.backend_tokenizer, loaded.eos_token_id, len(loaded), chat, template, bos_id=loaded.bos_token_id
-    )
-
-
-def _chat(loaded, messages, **how):
-    """The text of a conversation. Raises UserError where the template takes no such one: it may refuse roles."""
-    import jinja2
-
-    try:
-        return loaded.apply_chat_template(messages, tokenize=False, **how)
-    except jinja2.TemplateError as error:
-        roles, said = ", ".join(message["role"] for message in messages), " ".join(str(error).split())
-        begin = messages[0]["content"] if messages else ""
-        raise UserError(
-            f"the tokenizer's chat template refuses a conversation of {roles} that begins {begin!r:.60} ({said})"
-        ) from None
-
-
 class Backed:
     """A tokenizer of the `tokenizers` library with an eos of its own or of ours.
 
-    Special tokens that a text spells out are read as text: a document cannot end itself. Only `encode_template` reads
-    them as what they are. `chat(messages, add_generation_prompt=False)` is the text of a conversation, or None.
+    Special tokens that a text spells out are read as text: a document cannot end itself. `encode_template`,
+    `encode_prompt` and `encode_context` read them as what they are, as transformers does.
+    `chat(messages, add_generation_prompt=False)` is the text of a conversation, or None.
+
+    Args:
+      backend: the `tokenizers.Tokenizer`.
+      eos_id: what closes a document.
+      vocab_size: every id is below it; more than the tokenizer's where eos is ours.
+      chat: as above.
+      template: the text of the chat template, for the fingerprint.
+      bos_id: the id of BOS, whether or not the tokenizer adds it.
+      end_ids: at which generation stops; eos alone by default.
     """
 
-    def __init__(self, backend, eos_id, vocab_size, chat=None, template="", bos_id=None):
+    def __init__(self, backend, eos_id, vocab_size=0, chat=None, template="", bos_id=None, end_ids=()):
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
-        self.backend, self.eos_id, self.vocab_size = backend, eos_id, vocab_size
+        # Ids may have holes: the number of tokens is no bound of them.
+        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.backend, self.eos_id, self.vocab_size = backend, eos_id, max(vocab_size, largest + 1, eos_id + 1)
         self.chat, self.template, self.bos_id = chat, template, bos_id
-        self.fingerprint = hashlib.sha256(f"{eos_id} {template} {backend.to_str()}".encode()).hexdigest()
-        self.token_bytes = _token_bytes(backend, vocab_size)
+        self.end_ids, self.lead_ids = tuple(end_ids) or (eos_id,), _lead(backend)
+        told = f"{eos_id} {self.end_ids} {template} {backend.to_str()}"
+        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+        self.token_bytes = _token_bytes(backend, self.vocab_size)
+        self._limit = None
+
+    def within(self, vocab_size):
+        """The tokenizer for a model with an embedding of `vocab_size` ids, which added tokens may lie beyond: a text
+        that asks for one of them is refused then. Itself where more than those do."""
+        added = self.backend.get_added_tokens_decoder()
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        needed = [self.eos_id, *self.lead_ids, *(id for id in vocabulary.values() if id not in added)]
+        if self.vocab_size <= vocab_size or max(needed) >= vocab_size:
+            return self
+        self.vocab_size = self._limit = vocab_size
+        self.token_bytes = self.token_bytes[:vocab_size]
+        self.end_ids = tuple(id for id in self.end_ids if id < vocab_size) or (self.eos_id,)
+        return self
+
+    def text_of(self, id):
+        """What the token `id` is called."""
+        return self.backend.id_to_token(int(id)) or ("<eos>" if id == self.eos_id else f"<id {id}>")
 
     def encode(self, text):
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._inside(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode_template(self, text):
         """Ids of a text that a chat template made: special tokens are special."""
-        self.backend.encode_special_tokens = False
-        try:
-            return self.encode(text)
-        finally:
-            self.backend.encode_special_tokens = True
+        return self._inside(self._special(text, False).ids)
+
+    def encode_spans(self, text):
+        """`encode_template`'s ids, and for each the `(start, end)` of the characters that it stands for."""
+        encoding = self._special(text, False)
+        return self._inside(encoding.ids), encoding.offsets
+
+    def encode_prompt(self, text):
+        """Ids as transformers gives them: what the text spells out is special, and the tokens that the tokenizer puts
+        around a text are there."""
+        return self._inside(self._special(text, True).ids)
 
     def encode_context(self, text, special=True):
-        """Ids as transformers gives them: what the text spells out is special, and with `special` the tokens that the
-        tokenizer puts around a text are there, unless it begins with them."""
+        """As `encode_prompt` with `special`, unless the text begins with BOS itself: as the harness does."""
         plain = self.encode_template(text)
         if not special:
             return plain
+        whole = self.encode_prompt(text)
+        return plain if plain[:1] == whole[:1] == [self.bos_id] else whole
+
+    def _special(self, text, add):
         self.backend.encode_special_tokens = False
         try:
-            whole = self.backend.encode(text, add_special_tokens=True).ids
+            return self.backend.encode(text, add_special_tokens=add)
         finally:
             self.backend.encode_special_tokens = True
-        return plain if plain[:1] == whole[:1] == [self.bos_id] else whole
 
     def encode_batch(self, texts):
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        return [np.array(self._inside(encoding.ids), np.uint32) for encoding in encodings]
+
+    def _inside(self, ids):
+        """The ids. Raises UserError for one that the model has no embedding of."""
+        if self._limit is not None and ids and max(ids) >= self._limit:
+            raise UserError(
+                f"a text spells the token {self.text_of(max(ids))!r}, whose id {max(ids)} lies beyond the model's "
+                f"embedding of {self._limit} tokens; leave it out"
+            )
+        return ids
 
     def decode(self, ids):
         known = [int(id) for id in ids if id != self.eos_id]
         return self.backend.decode(known, skip_special_tokens=True)
+
+
+def _lead(backend):
+    """Ids that the tokenizer puts before a text."""
+    encoding = backend.encode("a", add_special_tokens=True)
+    marks = encoding.special_tokens_mask
+    return tuple(encoding.ids[: marks.index(0) if 0 in marks else 0])
 
 
 def _token_bytes(backend, vocab_size):

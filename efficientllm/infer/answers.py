@@ -47,10 +47,10 @@ class Answers:
             for found in engine.generate(prompts, new_tokens, seed, chunk, self._stopped, first):
                 self.ids[rows.start : rows.stop] = found
                 for stream in streams:
-                    stream.show(self._tokenizer.decode(found[0]))
+                    stream.show(self._decode(rows.start))
             for row, stream in zip(rows, streams or [Stream(write, self._stops) for _ in rows], strict=True):
                 self.complete[row] = True
-                stream.show(self._tokenizer.decode(self.ids[row]), finished=True)
+                stream.show(self._decode(row), finished=True)
                 write("\n")
 
     def _stopped(self, ids):
@@ -58,12 +58,25 @@ class Answers:
 
     def text(self, row):
         """The answer to prompt `row`, without its stop string."""
-        return cut(self._tokenizer.decode(self.ids[row]), self._stops)
+        return cut(self._decode(row), self._stops)
+
+    def end(self, row):
+        """What ended answer `row`: the end token's or the stop string's text, or None for the limit of tokens."""
+        if (ids := self.ids[row]) and ids[-1] in self._tokenizer.end_ids:
+            return self._tokenizer.text_of(ids[-1])
+        whole = self._decode(row)
+        return min((stop for stop in self._stops if stop in whole), key=whole.find, default=None)
+
+    def _decode(self, row):
+        """The answer's text; the token that ended it may be no special one."""
+        ids = self.ids[row]
+        return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._tokenizer.end_ids else ids)
 
     def write(self, file):
-        """Writes what there is as JSON lines: prompt, answer, tokens, and whether it is complete."""
+        """Writes what there is as JSON lines: prompt, answer, tokens, what ended it, and whether it is complete."""
         lines = [
-            {"prompt": text, "answer": self.text(row), "tokens": len(self.ids[row]), "complete": self.complete[row]}
+            {"prompt": text, "answer": self.text(row), "tokens": len(self.ids[row]), "end": self.end(row)}
+            | {"complete": self.complete[row]}
             for row, text in enumerate(self.texts)
         ]
         file.parent.mkdir(exist_ok=True)

@@ -45,18 +45,20 @@ class Engine:
     ended chooses its own. With `pieces` it is so for prompts of one length too: few programs for many lengths.
 
     On the mesh in scope rows, heads and channels of states are divided as those of activations are. `sampler` is a
-    registered `sampler`. Raises UserError for more tokens than the model has positions.
+    registered `sampler`. `end_ids` is the token at which a row ends, or several; -1 is none. Raises UserError for more
+    tokens than the model has positions.
     """
 
-    def __init__(self, lm, params, sampler, eos_id, length, pieces=False):
+    def __init__(self, lm, params, sampler, end_ids, length, pieces=False):
         models.check_length(lm, length, f"prompts and answers of {length} tokens")
         self.lm, self.params = models.unroll(lm, params) if lm.scan else (lm, params)
-        self.sampler, self.eos_id, self.length, self.pieces = sampler, eos_id, length, pieces
+        self.end_ids = tuple(np.atleast_1d(end_ids).tolist())
+        self.sampler, self.length, self.pieces = sampler, length, pieces
         self._empty = jax.jit(functools.partial(_empty, self.lm, length), static_argnums=0)
         options = APART if kernels.platform() == "gpu" else None
         self._prefill = jax.jit(functools.partial(_prefill, self.lm), donate_argnums=(1, 2), compiler_options=options)
         self._begin = jax.jit(functools.partial(_begin, self.lm), donate_argnums=1)
-        self._decode = jax.jit(functools.partial(_decode, self.lm, sampler, eos_id, length), donate_argnums=1)
+        self._decode = jax.jit(functools.partial(_decode, self.lm, sampler, self.end_ids, length), donate_argnums=1)
 
     def prefill(self, prompts, seed=0, first=0):
         """A Carry after the prompts, lists of ids, or as far as they are in whole pieces.
@@ -94,7 +96,7 @@ class Engine:
     def decode(self, carry, prompts, steps):
         """`steps` further tokens of each row, those of its prompt included -> `(Carry, int32 [B, steps])`.
 
-        The carry is donated. Steps end early where all rows have; what follows an eos is eos.
+        The carry is donated. Steps end early where all rows have; what follows an end is the first of `end_ids`.
         """
         table_BT = np.zeros((len(prompts), self.length), np.int32)
         for row, prompt in enumerate(prompts):
@@ -130,7 +132,7 @@ class Engine:
         return shapes(carry, axes.replace(states=models.state_axes(self.lm, carry.states)))
 
     def generate(self, prompts, new_tokens, seed=0, chunk=None, stop=None, first=0):
-        """Yields, for each run of `chunk` steps, the new ids of each row so far (lists; eos ends one and is in it).
+        """Yields, for each run of `chunk` steps, the new ids of each row so far (lists; what ends one is in it).
 
         `stop(ids) -> bool` ends a row early. The last value holds at most `new_tokens` ids a row.
         """
@@ -145,7 +147,7 @@ class Engine:
                 for id in ids[max(0, len(prompts[row]) - at_B[row]) :]:
                     if not ended[row]:
                         found[row].append(id)
-                        ended[row] = id == self.eos_id or len(found[row]) == new_tokens
+                        ended[row] = id in self.end_ids or len(found[row]) == new_tokens
                         ended[row] = ended[row] or bool(stop and stop(found[row]))
             at_B += steps
             yield [list(ids) for ids in found]
@@ -205,7 +207,7 @@ def _pinned(lm, carry):
     return jax.tree.map(rows, carry.replace(states=None)).replace(states=states)
 
 
-def _decode(lm, sampler, eos_id, most, params, carry, table_BT, lengths_B, steps):
+def _decode(lm, sampler, end_ids, most, params, carry, table_BT, lengths_B, steps):
     """At most `steps` steps, no more than `most`, which is a constant of the program."""
     rows_B = jnp.arange(table_BT.shape[0])
 
@@ -219,14 +221,14 @@ def _decode(lm, sampler, eos_id, most, params, carry, table_BT, lengths_B, steps
         chosen_B = sampler(carry.logits_BV, carry.seen_BV, jax.vmap(jax.random.fold_in)(carry.keys_B, at_B))
         in_prompt_B = at_B < lengths_B
         given_B = table_BT[rows_B, jnp.minimum(at_B, most - 1)]
-        token_B = jnp.where(in_prompt_B, given_B, jnp.where(carry.done_B, eos_id, chosen_B))
+        token_B = jnp.where(in_prompt_B, given_B, jnp.where(carry.done_B, end_ids[0], chosen_B))
         ctx = Context.decoding(at_B[:, None])
         logits_B1V, states, _ = lm.apply({"params": params}, token_B[:, None], ctx, carry.states)
         seen_BV = carry.seen_BV.at[rows_B, token_B].set(True) if sampler.remembers else carry.seen_BV
-        done_B = carry.done_B | (~in_prompt_B & (token_B == eos_id))
+        done_B = carry.done_B | (~in_prompt_B & jnp.isin(token_B, jnp.array(end_ids)))
         carry = _pinned(lm, Carry(logits_B1V[:, 0], states, at_B + 1, done_B, seen_BV, carry.keys_B))
         return index + 1, carry, found_BT.at[:, index].set(token_B)
 
-    found_BT = jnp.full((table_BT.shape[0], most), eos_id, jnp.int32)
+    found_BT = jnp.full((table_BT.shape[0], most), end_ids[0], jnp.int32)
     _, carry, found_BT = jax.lax.while_loop(going, step, (jnp.int32(0), carry, found_BT))
     return carry, found_BT

@@ -9,26 +9,49 @@ from efficientllm.errors import UserError
 def read(prompts):
     """The texts that `config.infer.prompts` names: a tuple of texts, or of one file: each line of a .txt, `prompt` of
     each record of a .jsonl. Raises UserError."""
+    prompts = (prompts,) if isinstance(prompts, str) else prompts
+    for index, prompt in enumerate(prompts):
+        _check_text(prompt, f"config.infer.prompts: prompt {index} = {prompt!r:.40}")
     if len(prompts) != 1 or not prompts[0].endswith((".txt", ".jsonl")):
         return list(prompts)
-    file = pathlib.Path(prompts[0])
+    file = pathlib.Path(prompts[0]).expanduser()
     where = f"config.infer.prompts = {prompts[0]!r}"
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read: {error}") from None
+    # Not splitlines: U+2028, U+0085 and their like are characters of a line.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if file.suffix != ".jsonl":
-        return lines
+        return [line for _, line in lines]
+    return [_prompt(line, f"{where}, line {number}") for number, line in lines]
+
+
+def _prompt(line, where):
     try:
-        return [json.loads(line)["prompt"] for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: every line must be a JSON object with 'prompt' ({error!r})") from None
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: every line must be a JSON object with 'prompt' ({error})") from None
+    if not isinstance(record, dict) or "prompt" not in record:
+        raise UserError(f"{where}: every line must be a JSON object with 'prompt', not {line!r:.40}")
+    _check_text(record["prompt"], f"{where}: 'prompt' = {record['prompt']!r:.40}")
+    return record["prompt"]
+
+
+def _check_text(prompt, where):
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: must be a text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds a lone surrogate, half a character; take it out") from None
 
 
 def encode(texts, tokenizer, chat):
-    """Lists of ids; with `chat`, of the conversation's template up to the assistant's turn."""
+    """Lists of ids: as transformers gives them, of special tokens that a text spells too; with `chat`, of the
+    conversation's template up to the assistant's turn."""
     if not chat:
-        return [list(map(int, tokenizer.encode(text))) for text in texts]
+        return [list(map(int, tokenizer.encode_prompt(text))) for text in texts]
     if tokenizer.chat is None:
         raise UserError("config.infer.chat = True: the tokenizer has no chat template")
     return [

@@ -132,7 +132,7 @@ class Harness(TemplateLM):
         prompts = {index: self.tok_encode(requests[index].args[0])[-(self.max_length - new) :] for index in group}
         group = sorted(group, key=lambda index: -len(prompts[index]))
         length = min(self.max_length, _bucket(len(prompts[group[0]]) + new))
-        engine = Engine(self.lm, self.params, _sampler(settings), self.ours.eos_id, length, pieces=True)
+        engine = Engine(self.lm, self.params, _sampler(settings), self.ours.end_ids, length, pieces=True)
         reach = 4 * max(map(len, stops), default=0) + 4  # tokens that can hold a stop
 
         def stopped(ids):

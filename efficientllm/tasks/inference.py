@@ -76,7 +76,7 @@ class Inference:
         log.info(
             f"{self.config.name}: weights of {row.resident_bytes(self.params) / 1e6:,.1f} MB as {self.config.quant}"
         )
-        engine = Engine(run.lm, self.params, run.sampler, run.tokenizer.eos_id, run.length)
+        engine = Engine(run.lm, self.params, run.sampler, run.tokenizer.end_ids, run.length)
         with kernels.recording() as used:
             self._generate(engine)
             self.measured = measure.measure(
@@ -177,6 +177,9 @@ class Inference:
             physical=physical,
             quality=quality,
         )
+        found["provenance"]["end_tokens"] = [
+            self.serving.tokenizer.text_of(id) for id in self.serving.tokenizer.end_ids
+        ]
         if not self.config.model.pretrained:
             found["provenance"]["weights"] = f"random, of size {self.config.model.size}: quality means nothing"
         record.write_record(found, self.workdir.path / "record.json")

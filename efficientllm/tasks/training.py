@@ -168,7 +168,7 @@ class Training:
             log.info(f"adapter: {self.workdir.shown / 'adapter'}, in peft's format")
 
     def _sample(self, params):
-        prompt = self.setup.tokenizer.encode(self.config.sample.prompt)
+        prompt = self.setup.tokenizer.encode_prompt(self.config.sample.prompt)
         key = jax.random.key(self.config.seed)
         new = generate(
             self.setup.lm,
@@ -177,7 +177,7 @@ class Training:
             self.config.sample.tokens,
             self.config.sample.temperature,
             key,
-            self.setup.tokenizer.eos_id,
+            self.setup.tokenizer.end_ids,
         )
         return self.config.sample.prompt + self.setup.tokenizer.decode(jax.device_get(new)[0].tolist())
 

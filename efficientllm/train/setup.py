@@ -171,11 +171,14 @@ def described(model, source):
 
 
 def tokenizer_of(config, source):
+    """The tokenizer of `config.tokenizer`, within the checkpoint's vocabulary. Raises UserError."""
     if config.tokenizer != "pretrained":
-        return data.build_tokenizer(config.tokenizer, config.data)
-    if source is None:
+        found = data.build_tokenizer(config.tokenizer, config.data)
+    elif source is None:
         raise UserError("config.tokenizer = 'pretrained' needs config.model.pretrained, the checkpoint it belongs to")
-    return data.build_tokenizer(source.tokenizer(), config.data)
+    else:
+        found = data.build_tokenizer(source.tokenizer(), config.data)
+    return found if source is None else found.within(source.lm().vocab_size)
 
 
 def _for_method(lm, method):
@@ -185,7 +188,7 @@ def _for_method(lm, method):
 
 def _check_sample(lm, sample, tokenizer):
     """Refuses a sample that the model could not write at the end of the run."""
-    prompt = len(tokenizer.encode(sample.prompt))
+    prompt = len(tokenizer.encode_prompt(sample.prompt))
     where = f"config.sample.tokens = {sample.tokens} after a prompt of {prompt}"
     model.check_length(lm, prompt + sample.tokens, where)
 

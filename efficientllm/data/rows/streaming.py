@@ -41,7 +41,7 @@ class _StreamIterator(grain.DatasetIterator):
                 ids = self._tokenizer.encode(text)
                 if ids:
                     self._found = True
-                    return shifted([*ids, self._tokenizer.eos_id])
+                    return shifted([*self._tokenizer.lead_ids, *ids, self._tokenizer.eos_id])
             self._next_epoch()
 
     def get_state(self):

@@ -1,0 +1,134 @@
+"""The tokenizers that transformers loads, with their chat templates and the tokens at which generation stops."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import warnings
+
+from efficientllm.data import cache
+from efficientllm.data.tokenizers import Backed
+from efficientllm.errors import UserError
+from efficientllm.registry import register
+
+GENERATION, CONFIG = "generation_config.json", "config.json"
+_GGUF_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+@register("tokenizer", "hf")
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+    """The tokenizer that `transformers` loads from `path`: a folder, the name of a repository on the hub, or a GGUF
+    file."""
+
+    path: str
+
+    def fit(self, corpus):
+        """Raises UserError if there is no such tokenizer, or if it lacks eos or a fast implementation."""
+        where, folder = f"config.tokenizer: hf(path={self.path!r})", self._folder()
+        loaded = _load(folder, where)
+        if not loaded.is_fast or loaded.eos_token_id is None:
+            missing = "eos token" if loaded.is_fast else "fast implementation"
+            raise UserError(f"{where} has no {missing}")
+        return from_transformers(loaded, end_ids(folder))
+
+    def _folder(self):
+        """What `from_pretrained` takes. A GGUF file's vocabulary is converted once: it takes seconds."""
+        if not self.path.endswith(".gguf"):
+            return os.path.expanduser(self.path)
+        import transformers
+
+        key = cache.digest(cache.stat_key([os.path.realpath(self.path)]), transformers.__version__, _GGUF_ENDS)
+        return cache.entry(cache.root(), f"gguf-tokenizer-{key}", self._convert)
+
+    def _convert(self, folder):
+        import transformers
+
+        where, name = os.path.split(self.path)
+        loaded = transformers.AutoTokenizer.from_pretrained(where or ".", gguf_file=name, trust_remote_code=False)
+        loaded.save_pretrained(folder)
+        (folder / GENERATION).write_text(json.dumps({"eos_token_id": _gguf_ends(self.path)}))
+
+
+def _load(folder, where):
+    import transformers
+
+    try:
+        with warnings.catch_warnings():  # torch, where it is installed, imports pynvml by its package's old name
+            warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
+            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever its readers of ten formats, in two languages, raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{where} cannot be loaded ({reason}); name a folder or a repository") from error
+
+
+def end_ids(folder):
+    """The ids at which transformers ends generation: those of generation_config.json, else those of config.json; none
+    where neither names any. Raises UserError for what are no ids."""
+    for name in (GENERATION, CONFIG):
+        if found := _ids(_json(folder, name).get("eos_token_id"), f"{folder}/{name}"):
+            return found
+    return ()
+
+
+def _ids(value, where):
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(id, int) and not isinstance(id, bool) for id in values):
+        raise UserError(f"{where}: eos_token_id = {value!r:.80}: must be a token's id or a list of them")
+    return tuple(dict.fromkeys(id for id in values if id >= 0))
+
+
+def _json(folder, name):
+    """The object of a file of `folder`, a folder or the name of a repository that has been loaded; {} for none."""
+    import transformers
+
+    try:
+        file = transformers.utils.cached_file(
+            folder, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
+        )
+        found = json.loads(pathlib.Path(file).read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder}/{name} cannot be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{folder}/{name} holds no object")
+    return found
+
+
+def _gguf_ends(file):
+    """The ids that end a text, a turn and a message by a GGUF file's own words."""
+    from efficientllm.convert.gguf_file import package
+
+    fields = package(file).GGUFReader(file).fields
+    found = (fields.get(f"tokenizer.ggml.{name}") for name in _GGUF_ENDS)
+    return list(dict.fromkeys(int(field.contents()) for field in found if field is not None))
+
+
+def from_transformers(loaded, end_ids=()):
+    """The tokenizer that `transformers` has loaded, with its chat template if it has one; `end_ids` as in `Backed`."""
+    template = loaded.chat_template or ""
+    if not isinstance(template, str):  # several by name
+        template = json.dumps(template)
+    chat = functools.partial(_chat, loaded) if template else None
+    return Backed(
+        loaded.backend_tokenizer,
+        loaded.eos_token_id,
+        chat=chat,
+        template=template,
+        bos_id=loaded.bos_token_id,
+        end_ids=end_ids,
+    )
+
+
+def _chat(loaded, messages, **how):
+    """The text of a conversation. Raises UserError where the template takes no such one: it may refuse roles."""
+    import jinja2
+
+    try:
+        return loaded.apply_chat_template(messages, tokenize=False, **how)
+    except (jinja2.TemplateError, ValueError) as error:
+        roles, said = ", ".join(message["role"] for message in messages), " ".join(str(error).split())
+        begin = messages[0].get("content") if messages else ""
+        raise UserError(
+            f"the tokenizer's chat template refuses a conversation of {roles} that begins {begin!r:.60} ({said})"
+        ) from None

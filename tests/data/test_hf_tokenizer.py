@@ -1,0 +1,168 @@
+"""Texts of transformers' tokenizers are the ids that transformers gives them, and end where its `generate` ends."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken
+
+from data import kinds
+from data.test_tokenizers import ODD
+from efficientllm import data
+from efficientllm.data.corpus import Corpus
+from efficientllm.errors import UserError
+
+# What is published: how a family's tokenizer opens a text, and what it adds to a vocabulary.
+KINDS = {
+    "llama3": {"bos": "<|begin_of_text|>", "adds_bos": True, "eos_token": "<|eot_id|>"},
+    "llama2": {"kind": "sentencepiece", "bos": "<s>", "adds_bos": True, "eos_token": "</s>", "unk_token": "<unk>"},
+    "qwen2": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "neox": {"bos": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    "phi3": {
+        "kind": "sentencepiece",
+        "bos": "<s>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<unk>",
+        "add": [AddedToken("<|end|>", rstrip=True, special=True), AddedToken("<|user|>", rstrip=True, special=True)],
+    },
+    "words": {
+        "eos_token": "<eos>",
+        "add": [
+            AddedToken("<think>", special=False),
+            AddedToken("cat", single_word=True),
+            AddedToken("[x]", lstrip=True, rstrip=True),
+        ],
+    },
+}
+SPELT = [
+    "<|eot_id|> a <|im_end|>\n b",
+    "<s>the cat</s>",
+    "a <think> b </think>",
+    "cats cat  [x]  cat",
+    "<|end|>\n<|user|> x",
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def both(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = kinds.save(folder, **KINDS[request.param])
+    return kinds.ours(folder), theirs
+
+
+@pytest.mark.parametrize("text", [*ODD, *SPELT])
+def test_a_prompt_has_the_ids_and_an_answer_the_text_of_transformers(both, text):
+    ours, theirs = both
+    ids = theirs(text)["input_ids"]
+    assert ours.encode_prompt(text) == ids
+    assert ours.encode_template(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_a_document_opens_with_what_transformers_puts_before_a_text(both, tmp_path, cache_dir):
+    ours, theirs = both
+    texts = ["the cat", "a dog", "the mat is on the cat"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = Corpus(f"jsonl(path='{tmp_path}/texts.jsonl', held_out=0.4)", cache_dir)
+    sides = corpus.documents(ours)
+    found = [side[index] for side in sides.values() for index in range(len(side))]
+    whole = sorted([*document["tokens"], document["targets"][-1]] for document in found)
+    assert whole == sorted([*theirs(text)["input_ids"], theirs.eos_token_id] for text in texts)
+
+
+def test_a_record_without_a_template_opens_likewise(both):
+    from efficientllm.data import conversation
+
+    ours, theirs = both
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    ids, learnt = conversation.encode(ours, conversation.dump(turns))
+    assert ids == [*theirs("the cat\n\n")["input_ids"], *ours.encode("sat"), theirs.eos_token_id]
+    assert not any(learnt[: len(theirs("the cat\n\n")["input_ids"])])
+
+
+@pytest.mark.parametrize(
+    "generation, config, ends",
+    [
+        ({"eos_token_id": [256, 258]}, {"eos_token_id": 256}, (256, 258)),
+        ({"eos_token_id": 257}, {"eos_token_id": [256, 258]}, (257,)),
+        (None, {"eos_token_id": [256, 258]}, (256, 258)),
+        ({"temperature": 1.0}, {"eos_token_id": [258]}, (258,)),
+        (None, {"eos_token_id": None}, None),
+        (None, None, None),
+    ],
+)
+def test_generation_stops_at_any_of_the_tokens_that_the_files_name(generation, config, ends, tmp_path):
+    theirs = kinds.save(tmp_path, eos_token="<eos>")
+    for name, found in (("generation_config.json", generation), ("config.json", config)):
+        if found is not None:
+            (tmp_path / name).write_text(json.dumps({"model_type": "llama"} | found))
+    assert kinds.ours(tmp_path).end_ids == (ends or (theirs.eos_token_id,))
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], 1.5, True, {"a": 1}])
+def test_ends_that_are_no_ids_are_refused_by_name(value, tmp_path):
+    kinds.save(tmp_path, eos_token="<eos>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id = .* must be a token's id"):
+        kinds.ours(tmp_path)
+
+
+def holes(folder):
+    """A tokenizer whose <eos> has an id far behind its other tokens."""
+    kinds.save(folder, eos_token="<eos>")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    assert [token["content"] for token in state["added_tokens"]] == ["<eos>"]
+    state["added_tokens"][0]["id"] = state["model"]["vocab"]["<eos>"] = 1000
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+
+
+def test_ids_may_have_holes(tmp_path):
+    holes(tmp_path)
+    ours = kinds.ours(tmp_path)
+    assert (ours.eos_id, ours.vocab_size, len(ours.token_bytes)) == (1000, 1001, 1001)
+    ids = ours.encode_prompt("the cat<eos>")
+    assert ids[-1] == 1000 and ours.token_bytes[ids].sum() == len("the cat") and ours.decode(ids) == "the cat"
+
+
+def test_an_added_token_beyond_the_embedding_is_refused_where_a_text_asks_for_it(tmp_path):
+    theirs = kinds.save(tmp_path, eos_token="<eos>", pad_token="[PAD]")
+    ours = kinds.ours(tmp_path)
+    size = theirs.pad_token_id
+    assert ours.vocab_size == size + 1
+    ours = ours.within(size)
+    assert ours.vocab_size == len(ours.token_bytes) == size
+    assert ours.encode_prompt("the cat") == theirs("the cat")["input_ids"]
+    assert ours.encode("[PAD]") and max(ours.encode("[PAD]")) < size  # a document's is text
+    with pytest.raises(UserError, match=rf"'\[PAD\]', whose id {size} lies beyond the model's embedding of {size}"):
+        ours.encode_prompt("the [PAD]")
+
+
+def test_a_vocabulary_that_is_too_large_stays_so(tmp_path):
+    kinds.save(tmp_path, eos_token="<eos>")
+    ours = kinds.ours(tmp_path)
+    assert ours.within(100).vocab_size == ours.vocab_size > 100
+
+
+def test_held_out_bytes_are_counted_with_bos_of_none(both):
+    ours, _ = both
+    assert np.all(ours.token_bytes[list(ours.lead_ids)] == 0)
+
+
+def test_several_templates_by_name_without_a_default_are_named(tmp_path):
+    kinds.save(tmp_path, eos_token="<eos>")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "rag", "template": "r"}, {"name": "tool_use", "template": "t"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = kinds.ours(tmp_path)
+    with pytest.raises(UserError, match="no default.*rag.*tool_use"):
+        ours.chat([{"role": "user", "content": "a"}])
+    config["chat_template"].append({"name": "default", "template": "d{{ messages[0].content }}"})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert kinds.ours(tmp_path).chat([{"role": "user", "content": "a"}]) == "da"
+
+
+def test_what_a_folder_lacks_is_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        data.build_tokenizer(f"hf(path={str(tmp_path)!r})", "python_docs()")
+    assert "\n" not in str(error.value)
