@@ -7,10 +7,11 @@ import time
 import jax
 import numpy as np
 
-from efficientllm.metrics import energy, sampler, timer
+from efficientllm.metrics import conditions, energy, sampler, timer
 
 WARM_UPS = 2  # repeats that are set aside: the first compiles
 WINDOW_S = 2.0  # what an energy window should last at least, where energy can be read
+AGAIN = 5  # repeats at most that are made again because the process was stopped within them
 
 
 @dataclasses.dataclass
@@ -20,6 +21,8 @@ class Measured:
     prefill_s, decode_s: of each repeat, of a whole batch; `discarded_s` those of the warm-up, both together.
     steps: single steps of decoding, each waited for.
     prefills, decodes: how many batches lie in the energy windows.
+    span: what the machine's counters say of the repeats; `interrupted` of them, within which the process was stopped,
+    were made again and count for nothing.
     """
 
     rows: int
@@ -34,6 +37,8 @@ class Measured:
     prefill_energy: energy.EnergyWindow
     decode_energy: energy.EnergyWindow
     averages: sampler.Averages
+    span: conditions.Span | None = None
+    interrupted: int = 0
 
     @property
     def requests_s(self):
@@ -71,9 +76,11 @@ class _Measurement:
         self._ids, self._random = np.asarray(ids), np.random.default_rng(seed)
         self._parts, self._windows = [], {"prefill": [], "decode": []}
         self._times, self._counts = {"prefill": [], "decode": []}, {"prefill": 0, "decode": 0}
+        self._interrupted, self._faults = 0, []
 
     def run(self, repeats):
         warm = [(self._seconds(self._prefill), self._seconds(self._decode)) for _ in range(WARM_UPS)]
+        begin, stopped = conditions.read(), self._sampler.stopped_s()
         for _ in range(repeats):
             self._window("prefill", self._prefill, warm[-1][0])
             self._window("decode", self._decode, warm[-1][1])
@@ -81,8 +88,9 @@ class _Measurement:
         for _ in range(repeats):
             self._prefill()
             for _ in range(self._new_tokens):
-                with steps.step():
-                    self._decode(1, rewind=False)
+                self._step(steps)
+        stopped = self._sampler.stopped_s() - stopped
+        span = conditions.between(begin, conditions.read(), stopped, self._faults)
         return Measured(
             *self._shape,
             self._new_tokens,
@@ -95,17 +103,35 @@ class _Measurement:
             energy.combine(self._windows["prefill"]),
             energy.combine(self._windows["decode"]),
             sampler.combine(self._parts),
+            span,
+            self._interrupted,
         )
+
+    def _step(self, steps):
+        """Times a step of decoding; one within which the process was stopped is left out."""
+        stopped = self._sampler.stopped_s()
+        seconds = self._seconds(lambda: self._decode(1, rewind=False))
+        if self._sampler.stopped_s() > stopped:
+            self._interrupted += 1
+        else:
+            steps.add(seconds)
 
     def _window(self, name, call, expected_s):
         times = 1 if self._reader.reason else max(1, math.ceil(WINDOW_S / expected_s))
-        with self._reader.window() as window:
-            mark = self._sampler.mark()
-            seconds = self._seconds(lambda: [call() for _ in range(times)])
-            self._parts.append(self._sampler.since(mark))
-        self._times[name].append(seconds / times)
+        for last in [False] * AGAIN + [True]:
+            with self._reader.window() as window:
+                mark = self._sampler.mark()
+                seconds = self._seconds(lambda: [call() for _ in range(times)])
+                averages = self._sampler.since(mark)
+            self._faults.extend(self._reader.faults())
+            if not averages.stopped_s:
+                break
+            self._interrupted += not last
+        self._parts.append(averages)
+        self._times[name].append((seconds - averages.stopped_s) / times)
         self._counts[name] += times
-        self._windows[name].append(window.result)
+        result, stopped = window.result, averages.stopped_s
+        self._windows[name].append(energy.void(result, energy.STOPPED.format(stopped)) if stopped else result)
 
     def _seconds(self, call):
         begin = time.perf_counter()

@@ -9,7 +9,7 @@ import jax
 
 from efficientllm import accounting, sharding
 from efficientllm.errors import UserError
-from efficientllm.metrics import energy, paper, peaks
+from efficientllm.metrics import conditions, energy, paper, peaks
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.weights import activation_dtype
 
@@ -61,6 +61,16 @@ def study(lm, boxed, found, compared):
         generated=found.rows * found.new_tokens * len(found.requests_s),
     )
     return paper.paper_metrics(work, found.averages, _window(found), compared)
+
+
+def warm_up_and_conditions(found):
+    """`{"warm_up": ..., "conditions": ...}` of the row of a `measure.Measured`."""
+    steps = found.steps.statistics()
+    aside = {"discarded_s": steps["discarded_s"], "settled": steps["settled"], "interrupted_steps": found.interrupted}
+    return {
+        "warm_up": aside | {"first_batches_s": found.discarded_s},
+        "conditions": conditions.row(found.span, found.averages),
+    }
 
 
 def _window(found):

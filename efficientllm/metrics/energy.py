@@ -18,11 +18,19 @@ import os
 import time
 
 from efficientllm.metrics import nvml as nvml_module
-from efficientllm.metrics.energy_window import EnergyWindow, Reader, combine, over_processes, unavailable
+from efficientllm.metrics.energy_window import (
+    STOPPED,
+    EnergyWindow,
+    Reader,
+    combine,
+    over_processes,
+    unavailable,
+    void,
+)
 from efficientllm.metrics.nvml_energy import CounterReader, PowerReader
 from efficientllm.metrics.other_energy import MeterReader, zeus_reader
 
-__all__ = ["EnergyWindow", "Reader", "combine", "open_reader", "over_processes", "unavailable"]
+__all__ = ["STOPPED", "EnergyWindow", "Reader", "combine", "open_reader", "over_processes", "unavailable", "void"]
 
 
 def open_reader(devices, nvml=None, identify=nvml_module.pci_bus_ids, clock=time.monotonic, sleep=time.sleep, meter=""):

@@ -34,6 +34,16 @@ def unavailable(reason, duration_s=0.0):
     return EnergyWindow(None, None, duration_s, "unavailable", None, "unavailable", None, reason)
 
 
+STOPPED = "the process was stopped for {:.1f} s inside the window"
+
+
+def void(window, reason):
+    """The window without its energy, if it had any, and why."""
+    if window.energy_j is None:
+        return window
+    return dataclasses.replace(window, energy_j=None, mean_power_w=None, error_bound=None, reason=reason)
+
+
 def combine(windows):
     """Several windows of one reader as one, their durations and energies summed; void if any of them is.
 
@@ -86,7 +96,11 @@ class Reader:
         self._started = None
 
     def sample(self):
-        """Readings of this moment: `power_w` and `memory_bytes` summed over devices, mean `utilisation` 0..1."""
+        """Readings of this moment: `power_w` and `memory_bytes` summed over devices, mean `utilisation` 0..1.
+
+        Where they can be read also the mean `clock_mhz` and the share of devices that a limit holds down,
+        `power_capped`.
+        """
         return {"power_w": None, "memory_bytes": None, "utilisation": None}
 
     def memory_total_bytes(self):
@@ -96,6 +110,10 @@ class Reader:
     def describe(self):
         """What provenance records of the devices: UUIDs, driver, power limits, clocks."""
         return {}
+
+    def faults(self):
+        """What disturbed the devices since the last window was opened, in words."""
+        return ()
 
     def start(self):
         """Opens a window. The work before it must be finished. Raises RuntimeError if one is open."""

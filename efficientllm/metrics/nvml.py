@@ -170,6 +170,6 @@ class Gpu:
         return [text for constant, text in SLOWDOWNS.items() if reasons & getattr(self._nvml, constant)]
 
     def power_capped(self):
-        """True if the power limit holds the clocks down now."""
-        reasons = self._read("throttle reasons", self._nvml.nvmlDeviceGetCurrentClocksEventReasons) or 0
-        return bool(reasons & self._nvml.nvmlClocksEventReasonSwPowerCap)
+        """True if the power limit holds the clocks down now; None if unreadable."""
+        reasons = self._read("throttle reasons", self._nvml.nvmlDeviceGetCurrentClocksEventReasons)
+        return None if reasons is None else bool(reasons & self._nvml.nvmlClocksEventReasonSwPowerCap)

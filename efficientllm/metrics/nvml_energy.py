@@ -31,10 +31,14 @@ class NvmlReader(Reader):
             power = [gpu.power_average_w() for gpu in self.gpus]
         used = [gpu.memory_bytes()[0] for gpu in self.gpus]
         shares = [gpu.utilisation() for gpu in self.gpus]
+        clocks = [gpu.clocks_mhz()["sm"] for gpu in self.gpus]
+        capped = [gpu.power_capped() for gpu in self.gpus]
         return {
             "power_w": None if None in power else sum(power),
             "memory_bytes": None if None in used else sum(used),
             "utilisation": None if None in shares else statistics.fmean(shares),
+            "clock_mhz": None if None in clocks else statistics.fmean(clocks),
+            "power_capped": None if None in capped else statistics.fmean(capped),
         }
 
     def memory_total_bytes(self):
@@ -52,6 +56,10 @@ class NvmlReader(Reader):
             "clocks_mhz": [gpu.clocks_mhz() for gpu in self.gpus],
             **self.gpus[0].driver(),
         }
+
+    def faults(self):
+        """See Reader."""
+        return tuple(sorted(self._faults))
 
     def start(self):
         """See Reader."""

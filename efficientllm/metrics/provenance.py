@@ -5,11 +5,12 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import uuid
 from pathlib import Path
 
 import jax
 
-from efficientllm.metrics import host, memory
+from efficientllm.metrics import counters, host, memory
 
 PACKAGES = (
     "efficientllm",
@@ -33,6 +34,7 @@ def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None
     """
     devices = jax.devices()
     return {
+        "run": uuid.uuid4().hex,  # a copy of the row is known by it
         "config_hash": config_hash,
         "seed": seed,
         "git": git_state(),
@@ -42,6 +44,7 @@ def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None
             "name_hash": host.name_hash(),
             "os": platform.platform(),
             "processor": processor(),
+            "power_source": counters.power_source(),
         },
         "devices": {
             "platform": devices[0].platform,

@@ -6,7 +6,8 @@ import textwrap
 from pathlib import Path
 
 from efficientllm.errors import UserError
-from efficientllm.metrics import paper
+from efficientllm.metrics import conditions as machine
+from efficientllm.metrics import notes, paper
 from efficientllm.metrics.reading import missing
 
 SCHEMA_VERSION = 1
@@ -69,11 +70,13 @@ def build_record(
     quality=None,
     predicted=None,
     warm_up=None,
+    conditions=None,
 ):
     """The row as plain data, ready for JSON.
 
     `paper_readings`, `physical` and `quality` are `{key: Reading}`; known keys that are absent become null, so that
-    every row has the same columns. `predicted` holds plain numbers of a plan, `warm_up` the times that were set aside.
+    every row has the same columns. `predicted` holds plain numbers of a plan, `warm_up` the times that were set aside,
+    `conditions` what `conditions.row` says of the measured windows.
     Raises ValueError for an unknown
     outcome or a key given in two groups.
     """
@@ -85,15 +88,20 @@ def build_record(
         "physical": _complete(physical, PHYSICAL_UNITS, absent),
         "quality": _complete(quality, QUALITY_UNITS, absent),
     }
+    met = dict(conditions or machine.unmeasured(absent))
+    starved = {key: met.pop(key) for key in ("starved", "reasons")}
+    groups["conditions"] = met
     keys = [key for group in groups.values() for key in group]
     if len(set(keys)) < len(keys):
         raise ValueError(f"given in two groups: {sorted({key for key in keys if keys.count(key) > 1})}")
+    values = {group: {key: each.value for key, each in readings.items()} for group, readings in groups.items()}
     return {
         "schema_version": SCHEMA_VERSION,
         "outcome": outcome,
         "name": name,
         "task": task,
-        **{group: {key: each.value for key, each in readings.items()} for group, readings in groups.items()},
+        **values,
+        "conditions": starved | values["conditions"],
         "predicted": predicted or {},
         "warm_up": warm_up or {},
         "sources": {key: _source(each) for readings in groups.values() for key, each in readings.items()},
@@ -144,6 +152,8 @@ def format_table(record, width=100):
     for label, key, better in _TABLE:
         if key not in hidden:
             lines += _table_row(label, record["paper"][key], record["sources"][key], better, width)
+    for note in notes.notes(record):
+        lines += textwrap.wrap(f"note: {note}", width, subsequent_indent="      ")
     return "\n".join(lines)
 
 

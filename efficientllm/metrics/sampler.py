@@ -5,6 +5,7 @@ import threading
 import time
 
 from efficientllm.metrics import host, memory
+from efficientllm.metrics.pulse import BEAT_S, Pulse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,8 @@ class Averages:
     memory_fraction: of the device's memory (on a CPU: the machine's), 0..1.
     utilisation:     mean over devices, 0..1; `utilisation_source` says what counted.
     power_w:         all devices together.
+    device_clock_mhz, power_capped: mean over devices; the share of the samples at which a power limit held them down.
+    stopped_s:       how long the process did not run at all; no part of `duration_s` or of any mean.
     """
 
     duration_s: float
@@ -25,6 +28,20 @@ class Averages:
     utilisation_source: str
     host_memory_bytes: float | None
     power_w: float | None
+    device_clock_mhz: float | None = None
+    power_capped: float | None = None
+    stopped_s: float = 0.0
+
+
+MEANS = (
+    "memory_bytes",
+    "memory_fraction",
+    "utilisation",
+    "host_memory_bytes",
+    "power_w",
+    "device_clock_mhz",
+    "power_capped",
+)
 
 
 def combine(parts):
@@ -32,10 +49,11 @@ def combine(parts):
     if not parts:
         return Averages(0.0, None, None, "nothing was sampled", None, "nothing was sampled", None, None)
     means = {}
-    for key in ("memory_bytes", "memory_fraction", "utilisation", "host_memory_bytes", "power_w"):
+    for key in MEANS:
         known = [(getattr(part, key), part.duration_s) for part in parts if getattr(part, key) is not None]
         means[key] = _ratio(sum(value * seconds for value, seconds in known), sum(seconds for _, seconds in known))
-    return dataclasses.replace(parts[0], duration_s=sum(part.duration_s for part in parts), **means)
+    sums = {key: sum(getattr(part, key) for part in parts) for key in ("duration_s", "stopped_s")}
+    return dataclasses.replace(parts[0], **sums, **means)
 
 
 @dataclasses.dataclass
@@ -68,15 +86,17 @@ class Sampler:
         self._devices, self._reader, self._interval_s, self._clock = devices, reader, interval_s, clock
         self._on_host = devices[0].platform == "cpu"
         self._use_pool = not self._on_host and (memory.preallocates(devices) or reader.memory_total_bytes() is None)
-        self._integrals = {key: _Integral() for key in ("memory", "host_memory", "utilisation", "power")}
+        names = ("memory", "host_memory", "utilisation", "power", "clock", "capped")
+        self._integrals = {name: _Integral() for name in names}
         self._latest = {}
         self._lock, self._stopping = threading.Lock(), threading.Event()
-        self._thread, self._error = None, None
+        self._thread, self._error, self._pulse, self._stopped_s = None, None, None, 0.0
         self.cost_fraction = 0.0
         self._cpu_at = (self._clock(), host.cpu_seconds())
 
     def start(self):
         """Starts the thread."""
+        self._pulse = Pulse()
         self._thread = threading.Thread(target=self._run, name="metrics-sampler", daemon=True)
         self._thread.start()
         return self
@@ -94,6 +114,10 @@ class Sampler:
     def __exit__(self, *_):
         self.stop()
 
+    def stopped_s(self):
+        """How long the process has not run at all since `start()`, in s; see `pulse`."""
+        return self._pulse.beat() if self._pulse else 0.0
+
     def latest(self):
         """The last sample as scalars for a chart, `{"power_w": ..., "memory_gb": ...}`, without the unreadable."""
         return {key: value for key, value in self._latest.items() if value is not None}
@@ -104,14 +128,15 @@ class Sampler:
         with self._lock:
             now = self._sample()
             sums = {key: (each.area, each.seconds) for key, each in self._integrals.items()}
-        return now, host.cpu_seconds(), sums
+        return now, host.cpu_seconds(), sums, self._stopped_s
 
     def since(self, mark):
         """Averages from `mark` until now."""
-        begin, cpu_begin, before = mark
-        end, cpu_end, after = self.mark()
+        begin, cpu_begin, before, stopped_before = mark
+        end, cpu_end, after, stopped = self.mark()
         mean = {key: _mean(before[key], after[key]) for key in after}
-        seconds = end - begin
+        stopped -= stopped_before
+        seconds = max(0.0, end - begin - stopped)
         if self._on_host:  # counters at both edges: exact, where samples would only come close
             mean["utilisation"] = _ratio(cpu_end - cpu_begin, seconds * host.usable_cores())
         return Averages(
@@ -123,12 +148,19 @@ class Sampler:
             utilisation_source=self._utilisation_source(),
             host_memory_bytes=mean["host_memory"],
             power_w=mean["power"],
+            device_clock_mhz=mean["clock"],
+            power_capped=mean["capped"],
+            stopped_s=stopped,
         )
 
     def _run(self):
-        begun = time.monotonic()
+        begun = due = time.monotonic()
         try:
-            while not self._stopping.wait(self._interval_s):
+            while not self._stopping.wait(min(self._interval_s, BEAT_S)):
+                self._pulse.beat()
+                if time.monotonic() < due:
+                    continue
+                due = time.monotonic() + self._interval_s
                 with self._lock:
                     self._sample()
                 self.cost_fraction = time.thread_time() / (time.monotonic() - begun)
@@ -141,9 +173,14 @@ class Sampler:
 
     def _sample(self):
         reading, rss, now = self._reader.sample(), host.rss_bytes(), self._clock()
+        if self._stopped_s != (stopped := self.stopped_s()):
+            self._stopped_s = stopped
+            for integral in self._integrals.values():
+                integral.last = None  # nothing is known of the time between
         used = self._memory_used(reading, rss)
         share = self._host_share(now) if self._on_host else reading["utilisation"]
         values = {"memory": used, "host_memory": rss, "utilisation": share, "power": reading["power_w"]}
+        values |= {"clock": reading.get("clock_mhz"), "capped": reading.get("power_capped")}
         for key, value in values.items():
             self._integrals[key].add(now, value)
         self._latest = {

@@ -176,6 +176,7 @@ class Inference:
             paper_readings=study,
             physical=physical,
             quality=quality,
+            **(row.warm_up_and_conditions(self.measured) if outcome == "ok" else {}),
         )
         found["provenance"]["end_tokens"] = [
             self.serving.tokenizer.text_of(id) for id in self.serving.tokenizer.end_ids

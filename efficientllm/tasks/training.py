@@ -197,6 +197,7 @@ class Training:
             physical=physical,
             quality=row.quality(self.evaluation, self.loss),
             warm_up=row.warm_up(self.measurement),
+            conditions=row.conditions_of(self.measurement, everywhere=outcome == "ok"),
         )
         if self.main:
             record.write_record(found, self.workdir.path / "record.json")

@@ -88,8 +88,7 @@ def train(config, state, compiled, batches, mesh, measurement, progress, hooks):
             loop.pending = (step, metrics)
             stop = _agreed(caught, step)
             if stop or loop.is_due(step):
-                loop.collect()
-                measurement.stop()
+                loop.collect(last=True)
                 loop.between_steps(step, state, stop)
                 measurement.restart_clock()
             if stop:
@@ -108,8 +107,8 @@ class _Loop:
             self.collect()
             self._measurement.start()
 
-    def collect(self):
-        """Waits for the step in flight and takes note of it. Raises Diverged."""
+    def collect(self, last=False):
+        """Waits for the step in flight and takes note of it, as the segment's `last` where it is. Raises Diverged."""
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
@@ -118,6 +117,8 @@ class _Loop:
         self._progress.add(tokens)
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
             raise Diverged(step, loss)
+        if last:  # what is logged now has no next step to run beside
+            self._measurement.stop()
         if step % self._config.train.log_every == 0 or step == self._config.train.steps:
             self._hooks.log(step, jax.device_get(metrics), seconds)
 

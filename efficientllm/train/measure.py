@@ -1,9 +1,8 @@
 """What the steady part of training takes: step times, energy, memory, utilisation; nothing but training inside."""
 
-import dataclasses
 import time
 
-from efficientllm.metrics import compiles
+from efficientllm.metrics import compiles, conditions, energy
 from efficientllm.metrics.timer import CAP, StepTimer
 
 COMPILED = "a program was compiled inside the window"
@@ -14,14 +13,16 @@ class Measurement:
 
     At most `warm_up` steps are set aside first. `start` and `stop` are called with no work in flight; `step_done` when
     a step's outputs have arrived. `compiled` counts programs that were compiled inside segments, whose times and energy
-    then mean nothing.
+    then mean nothing. Steps within which the process was stopped (by a signal, with its container or its machine) are
+    `interrupted` and count for nothing, and their segment has no energy. `seconds` is the time of the `steps`, from the
+    first step's begin to the last one's end: the same that the mean of the timer's samples speaks of.
     """
 
     def __init__(self, reader, sampler, clock=time.perf_counter, warm_up=CAP):
         self._reader, self._sampler, self._clock = reader, sampler, clock
         self.timer = StepTimer(cap=warm_up)
-        self.windows, self.averages = [], []
-        self.tokens = self.samples = self.steps = self.compiled = 0
+        self.windows, self.averages, self.spans = [], [], []
+        self.tokens = self.samples = self.steps = self.compiled = self.interrupted = 0
         self.seconds = 0.0
         self._mark = None
 
@@ -38,22 +39,27 @@ class Measurement:
     def start(self):
         """Opens a segment."""
         self._compiled = compiles.count()
-        self._before = self.tokens, self.samples, self.steps
+        self._before = self.tokens, self.samples, self.steps, self.seconds, len(self.timer.samples)
         self._reader.start()
         self._mark = self._sampler.mark()
-        self._begin = self.restart_clock()
+        self._edge, self._stopped_at_edge = conditions.read(), self._sampler.stopped_s()
+        self.restart_clock()
 
     def restart_clock(self):
-        """The next step's time counts from now; returns now."""
+        """The next step's time counts from now."""
+        self._stopped = self._sampler.stopped_s()
         self._last = self._clock()
-        return self._last
 
     def step_done(self, tokens, samples=0):
         """Adds a step of `tokens` tokens in `samples` samples -> its seconds."""
         now = self._clock()
         seconds, self._last = now - self._last, now
-        if self.running:
+        before, self._stopped = self._stopped, self._sampler.stopped_s()
+        if self._stopped > before:
+            self.interrupted += 1
+        elif self.running:
             self.timer.add(seconds)
+            self.seconds += seconds
             self.tokens += tokens
             self.samples += samples
             self.steps += 1
@@ -64,13 +70,12 @@ class Measurement:
     def stop(self):
         """Closes the segment, if one is open."""
         if self.running:
-            self.seconds += self._clock() - self._begin
             self.averages.append(self._sampler.since(self._mark))
+            stopped, edge = self._sampler.stopped_s() - self._stopped_at_edge, conditions.read()
             window, compiled = self._reader.stop(), compiles.count() - self._compiled
-            if compiled and window.energy_j is not None:
-                window = dataclasses.replace(
-                    window, energy_j=None, mean_power_w=None, error_bound=None, reason=COMPILED
-                )
+            self.spans.append(conditions.between(self._edge, edge, stopped, self._reader.faults()))
+            if compiled or stopped:
+                window = energy.void(window, COMPILED if compiled else energy.STOPPED.format(stopped))
             self.compiled += compiled
             self.windows.append(window)
             self._mark = None
@@ -81,4 +86,5 @@ class Measurement:
             self._sampler.since(self._mark)
             self._reader.stop()
             self._mark = None
-            self.tokens, self.samples, self.steps = self._before
+            self.tokens, self.samples, self.steps, self.seconds, count = self._before
+            del self.timer.samples[count:]

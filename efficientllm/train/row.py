@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from efficientllm import accounting, distributed
-from efficientllm.metrics import energy, memory, paper, peaks, record, sampler
+from efficientllm.metrics import conditions, energy, memory, paper, peaks, record, sampler
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.train import footprint, setup
 from efficientllm.weights import activation_dtype
@@ -40,6 +40,15 @@ def all_idle(idle):
     return energy.Idle(sum(each.power_w for each in found), None, max(drifts, key=abs, default=None))
 
 
+def conditions_of(measurement, everywhere):
+    """The row's group of conditions: of all processes where every one of them calls it (`everywhere`), else of this."""
+    span = conditions.combine(measurement.spans)
+    if everywhere:
+        found = distributed.gather(None if span is None else dataclasses.asdict(span))
+        span = conditions.over_processes([None if each is None else conditions.Span(**each) for each in found])
+    return conditions.row(span, sampler.combine(measurement.averages))
+
+
 def readings(run, measurement, window, idle):
     """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`); `window` is its energy, `idle`
     the power at rest."""
@@ -72,13 +81,16 @@ def readings(run, measurement, window, idle):
 
 
 def warm_up(measurement):
-    """The times of the steps that were set aside, in s, and whether they had settled by the last of them."""
+    """The times of the steps that were set aside, in s, and whether they had settled by the last of them; how many
+    steps count for nothing, as the process was stopped within them."""
     found = measurement.timer.statistics()
-    return {key: found[key] for key in ("discarded_s", "settled")}
+    return {key: found[key] for key in ("discarded_s", "settled")} | {"interrupted_steps": measurement.interrupted}
 
 
 def _spoilt(measurement):
     """Why nothing that has to do with time can be said of the run; None if all is well."""
+    if not measurement.steps and measurement.interrupted:
+        return f"the process was stopped within all {measurement.interrupted} of the steps that were to be measured"
     if not measurement.steps:
         return f"too short to measure: all of its {len(measurement.timer.discarded)} steps went into warming up"
     if measurement.compiled:

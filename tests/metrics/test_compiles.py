@@ -30,6 +30,9 @@ class NoSampler:
     def since(self, mark):
         return mark
 
+    def stopped_s(self):
+        return 0.0
+
 
 def measured(work):
     measurement = Measurement(Metered(None), NoSampler())

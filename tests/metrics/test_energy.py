@@ -229,9 +229,10 @@ def test_superchip_counters_cover_the_module(clock):
 def test_sample_sums_over_devices_and_leaves_out_what_is_refused(clock):
     gpus = [FakeGpu(clock, f"00000000:0{i}:00.0", watts=100.0 * i) for i in (1, 2)]
     reader = open_fake(clock, *gpus)
-    assert reader.sample() == {"power_w": 300.0, "memory_bytes": 40 * 10**9, "utilisation": 0.9}
+    clocks = {"clock_mhz": 1980.0, "power_capped": 0.0}
+    assert reader.sample() == {"power_w": 300.0, "memory_bytes": 40 * 10**9, "utilisation": 0.9} | clocks
     gpus[1].lacks.update(memory="Not Supported", utilisation="Not Supported")
-    assert reader.sample() == {"power_w": 300.0, "memory_bytes": None, "utilisation": None}
+    assert reader.sample() == {"power_w": 300.0, "memory_bytes": None, "utilisation": None} | clocks
 
 
 def test_windows_do_not_nest(clock):

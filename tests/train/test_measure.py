@@ -1,0 +1,99 @@
+"""Measured segments: what stops, logs and pauses have to do with times, on a clock that tests set."""
+
+import types
+
+import pytest
+
+from efficientllm.metrics.energy_window import EnergyWindow, Reader
+from efficientllm.train import loop
+from efficientllm.train.measure import Measurement
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Metered(Reader):
+    source, scope, kind = "test", "gpu", "measured"
+
+    def stop(self):
+        self._close(0)
+        return EnergyWindow(100.0, 10.0, 1.0, self.source, self.scope, self.kind, 0.0, None)
+
+
+class StoppedSampler:
+    """A sampler that says what a test says."""
+
+    stopped = 0.0
+
+    def mark(self):
+        return 0
+
+    def since(self, mark):
+        return mark
+
+    def stopped_s(self):
+        return self.stopped
+
+
+def measurement(warm_up=0):
+    clock = Clock()
+    return Measurement(Metered(None), StoppedSampler(), clock, warm_up), clock
+
+
+def test_time_of_steps_is_time_of_the_throughput():
+    """What happens between the last step and the end of the segment is in neither."""
+    measured, clock = measurement()
+    measured.start()
+    for seconds in (0.5, 0.25, 0.75):
+        clock.now += seconds
+        measured.step_done(128)
+    clock.now += 30.0  # a log, a first chart, a look at the disk
+    measured.stop()
+    assert measured.seconds == sum(measured.timer.samples) == 1.5
+    assert measured.tokens / measured.seconds == pytest.approx(128 / (measured.seconds / measured.steps))
+
+
+def test_a_step_within_which_the_process_was_stopped_is_left_out_and_its_segment_has_no_energy():
+    measured, clock = measurement()
+    measured.start()
+    for stopped in (0.0, 20.0, 20.0):
+        clock.now += 20.0 if stopped > measured._sampler.stopped else 0.5
+        measured._sampler.stopped = stopped
+        measured.step_done(128)
+    measured.stop()
+    assert measured.timer.samples == [0.5, 0.5] and (measured.steps, measured.tokens, measured.seconds) == (2, 256, 1.0)
+    assert measured.interrupted == 1 and measured.spans[0].stopped_s == 20.0
+    assert measured.windows[0].energy_j is None and "stopped for 20.0 s" in measured.windows[0].reason
+    measured.start()
+    clock.now += 0.5
+    measured.step_done(128)
+    measured.stop()
+    assert measured.windows[1].energy_j == 100.0
+
+
+def test_an_abandoned_segment_leaves_nothing_behind():
+    measured, clock = measurement()
+    for end in (measured.stop, measured.abandon):
+        measured.start()
+        clock.now += 0.5
+        measured.step_done(128)
+        end()
+    assert (measured.steps, measured.tokens, measured.seconds, measured.timer.samples) == (1, 128, 0.5, [0.5])
+
+
+def test_the_segment_ends_before_its_last_step_is_logged():
+    measured, clock = measurement()
+    config = types.SimpleNamespace(train=types.SimpleNamespace(log_every=1, steps=9))
+    seen = []
+    hooks = loop.Hooks(lambda *_: seen.append(measured.running), None, None, None)
+    running = loop._Loop(config, measured, types.SimpleNamespace(add=lambda tokens: None), hooks)
+    measured.start()
+    for last in (False, True):
+        running.pending = (1, {"loss": 1.0, "grad_norm": 1.0, "tokens": 8, "samples": 1})
+        running.collect(last)
+    assert seen == [True, False]
