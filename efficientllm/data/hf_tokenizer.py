@@ -11,6 +11,7 @@ from efficientllm.data import cache
 from efficientllm.data.tokenizers import Backed
 from efficientllm.errors import UserError
 from efficientllm.registry import register
+from efficientllm.untrusted import template
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
 _GGUF_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -106,15 +107,15 @@ def _gguf_ends(file):
 
 def from_transformers(loaded, end_ids=()):
     """The tokenizer that `transformers` has loaded, with its chat template if it has one; `end_ids` as in `Backed`."""
-    template = loaded.chat_template or ""
-    if not isinstance(template, str):  # several by name
-        template = json.dumps(template)
-    chat = functools.partial(_chat, loaded) if template else None
+    text = loaded.chat_template or ""
+    if not isinstance(text, str):  # several by name
+        text = json.dumps(text)
+    chat = functools.partial(_chat, loaded) if text else None
     return Backed(
         loaded.backend_tokenizer,
         loaded.eos_token_id,
         chat=chat,
-        template=template,
+        template=text,
         bos_id=loaded.bos_token_id,
         end_ids=end_ids,
     )
@@ -122,13 +123,8 @@ def from_transformers(loaded, end_ids=()):
 
 def _chat(loaded, messages, **how):
     """The text of a conversation. Raises UserError where the template takes no such one: it may refuse roles."""
-    import jinja2
-
     try:
-        return loaded.apply_chat_template(messages, tokenize=False, **how)
-    except (jinja2.TemplateError, ValueError) as error:
-        roles, said = ", ".join(message["role"] for message in messages), " ".join(str(error).split())
-        begin = messages[0].get("content") if messages else ""
-        raise UserError(
-            f"the tokenizer's chat template refuses a conversation of {roles} that begins {begin!r:.60} ({said})"
-        ) from None
+        chosen = loaded.get_chat_template(tools=how.get("tools"))  # of several
+    except ValueError as error:
+        raise UserError(f"the tokenizer's chat template: {error}") from None
+    return template.render(chosen, messages, "the tokenizer's chat template", **loaded.special_tokens_map | how)

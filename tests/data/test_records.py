@@ -150,7 +150,7 @@ def test_a_template_of_a_checkpoint_cannot_reach_python(templated):
     (templated / "chat_template.jinja").write_text("{{ messages.__class__.__base__.__subclasses__() }}")
     ours = data.build_tokenizer(f"hf(path={str(templated)!r})", "doc_pairs()")
     messages = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
-    with pytest.raises(UserError, match="chat template refuses .*unsafe"):
+    with pytest.raises(UserError, match="chat template fails: SecurityError: .*unsafe"):
         conversation.encode(ours, conversation.dump(messages))
 
 

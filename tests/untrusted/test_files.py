@@ -108,5 +108,5 @@ def test_depth(kind):
 
 
 def test_an_error_is_one_line_that_a_terminal_shows_as_it_is():
-    assert str(UserError("a\nb\r\x1b[31m \ud800\u00e9\u2028x")) == "a b  \\x1b[31m \\ud800\u00e9 x"
+    assert str(UserError("a\nb\r\x1b[31m \ud800\u00e9\u2028x")) == "a b \\x1b[31m \\ud800\u00e9 x"
     assert len(str(UserError("x" * 10**6))) < 4100

@@ -1,0 +1,143 @@
+"""A process that renders Jinja templates of others, with limits of time and memory: run by `template`.
+
+The environment is transformers' (its `chat_template_utils`): immutable sandbox, loop controls, `generation` blocks,
+`tojson`, `raise_exception`, `strftime_now`. It must be a process: one instruction makes a string of 10^10 characters or
+a power of 10^8 digits, and nothing inside Python interrupts that.
+
+A message is eight bytes of length and JSON: `{"template", "values"}`, answered by `{"text"}` or `{"error", "refused"}`.
+"""
+
+import datetime
+import functools
+import json
+import os
+import resource
+import signal
+import sys
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import jinja2.utils
+
+SECONDS = 3.0  # of the CPU, for one text
+MEMORY = 2**29  # bytes of addresses
+LONGEST = 2**25  # characters of a text
+_NAME = "<template>"  # as Jinja calls what it compiles from a string
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %}`: what transformers counts as the assistant's, and renders as it is."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller):
+        return caller()
+
+
+class Namespace(jinja2.utils.Namespace):
+    """`namespace()`, without names that begin with an underscore."""
+
+    def __init__(*args, **kwargs):
+        self, args = args[0], args[1:]
+        values = dict(*args, **kwargs)
+        for name in values:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name, value):
+        _check_name(name)
+        jinja2.utils.Namespace.__setitem__(self, name, value)
+
+
+def _check_name(name):
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace has no name {name!r}")
+
+
+class Dict:
+    """`dict()`, of which nothing can be reached."""
+
+    def __call__(self, *args, **kwargs):
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args, **kwargs):
+        return dict.fromkeys(*args, **kwargs)
+
+
+def _raise_exception(message):
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template):
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        "dict": Dict(),
+        "namespace": Namespace,
+    }
+    return environment.from_string(template)
+
+
+def answer(template, values):
+    """`{"text"}` of a template, or `{"error", "refused"}`: refused is True where the template itself said no."""
+    try:
+        text = _compiled(template).render(values)
+    except BaseException as error:  # whatever the template's code raises is an error of the template
+        said = " ".join(str(error).split())[:300]
+        refused = type(error) is jinja2.exceptions.TemplateError
+        kind = "" if refused else f"{type(error).__name__}: "
+        where = "" if refused else _line(error)
+        return {"error": f"{kind}{said}{where}", "refused": refused}
+    if len(text) > LONGEST:
+        return {"error": f"a text of {len(text):,} characters; at most {LONGEST:,} are taken", "refused": False}
+    return {"text": text}
+
+
+def _line(error):
+    line, trace = getattr(error, "lineno", None), error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == _NAME:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return "" if line is None else f", line {line}"
+
+
+def _limit():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's, which closes the pipe
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
+    for name, most in (("RLIMIT_AS", MEMORY), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
+        resource.setrlimit(getattr(resource, name), (most, most))
+
+
+def main():
+    """Answers until the other end of the pipe is closed."""
+    # What a template might print must not come between the answers.
+    source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _limit()
+    while len(head := source.read(8)) == 8:
+        request = json.loads(source.read(int.from_bytes(head, "little")))
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        data = json.dumps(answer(request["template"], request["values"])).encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        target.write(len(data).to_bytes(8, "little") + data)
+        target.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
