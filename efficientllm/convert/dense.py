@@ -5,17 +5,17 @@ from efficientllm.convert.rope import spec
 from efficientllm.registry import parse
 
 
-def shape_of(keys, *, kv_default=True, eps="rms_norm_eps", eps_default=1e-6):
+def shape_of(keys, *, grouped=True, eps="rms_norm_eps"):
     """The fields of a size that all decoders of attention share."""
     dim, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
     return {
         "num_layers": keys.number("num_hidden_layers"),
         "dim": dim,
         "num_heads": heads,
-        "num_kv_heads": keys.number("num_key_value_heads", default=heads) if kv_default else heads,
+        "num_kv_heads": keys.number("num_key_value_heads", default=heads) if grouped else heads,
         "head_dim": keys.number("head_dim", default=dim // heads),
         "hidden": keys.number("intermediate_size"),
-        "norm_eps": keys.number(eps, kind=float, default=eps_default),
+        "norm_eps": keys.number(eps, kind=float),
         "vocab_size": keys.number("vocab_size"),
     }
 
@@ -43,7 +43,6 @@ def decoder(keys, max_positions, *, bias=None, qk_norm=False, window="sliding_wi
         "size": spec("custom", shape | {"rope_base": base}),
         "mixer": _attention(fields, reach),
         "position": position_spec,
-        "tied": False,
     }
 
 
@@ -57,12 +56,17 @@ def llama(keys, max_positions):
 
 
 def mistral(keys, max_positions):
-    return decoder(keys, max_positions, bias=(False, False))
+    model = decoder(keys, max_positions, bias=(False, False))
+    kind = "sliding_attention" if parse(model["mixer"])[0] == "window" else "full_attention"
+    types = keys.take("layer_types", default=[kind])  # which the class does not read
+    if set(types) != {kind}:
+        raise keys.refusal("layer_types", types, "all layers of this family have the one sliding_window, or none")
+    return model
 
 
 def phi3(keys, max_positions):
     aliases = (("su", "longrope"), ("yarn", "longrope"))
-    return decoder(keys, max_positions, bias=(False, False), fraction=1.0, original=4096, aliases=aliases)
+    return decoder(keys, max_positions, bias=(False, False), fraction=1.0, aliases=aliases)
 
 
 def qwen2(keys, max_positions):
@@ -77,7 +81,7 @@ def _some_windows(keys, model):
     """Layers from max_window_layers on have a window, or those that layer_types names; without use_sliding_window,
     none."""
     window, on = keys.take("sliding_window", default=None), keys.take("use_sliding_window", default=False)
-    first, types = keys.take("max_window_layers", default=28), keys.take("layer_types", default=None)
+    first, types = keys.take("max_window_layers"), keys.take("layer_types", default=None)
     depth = fields_of(model["size"])["num_layers"]
     default = ["sliding_attention" if i >= first else "full_attention" for i in range(depth)]
     types = types or (default if on and window else ["full_attention"] * depth)
@@ -98,16 +102,15 @@ def fields_of(text):
 
 
 def gpt_neox(keys, max_positions):
-    shape = shape_of(keys, kv_default=False, eps="layer_norm_eps", eps_default=1e-5)
+    shape = shape_of(keys, grouped=False, eps="layer_norm_eps")
     keys.expect("hidden_act", "gelu", because="gelu of ours is exact (erf)")
-    bias = keys.take("attention_bias", default=True)
-    base, position_spec = rope.position(keys, max_positions, fraction=0.25)
+    bias = keys.take("attention_bias")
+    base, position_spec = rope.position(keys, max_positions, fraction=0.25, names=("rotary_emb_base", "rotary_pct"))
     return {
         "size": spec("custom", shape | {"rope_base": base}),
         "mixer": _attention({"qkv_bias": bias, "o_bias": bias}),
         "ffn": "gelu",
         "position": position_spec,
         "norm": "layernorm",
-        "residual": "parallel" if keys.take("use_parallel_residual", default=True) else "sequential",
-        "tied": False,
+        "residual": "parallel" if keys.take("use_parallel_residual") else "sequential",
     }

@@ -7,7 +7,7 @@ is honoured or refused by name (`keys.Keys`).
 import dataclasses
 import typing
 
-from efficientllm.convert import dense, sparse, state_space, tables
+from efficientllm.convert import dense, rope, sparse, state_space, tables
 from efficientllm.convert.keys import Keys
 from efficientllm.errors import UserError, did_you_mean
 
@@ -30,10 +30,15 @@ class Family:
     table: dict
     ignored: tuple = _BUFFERS
 
+    @property
+    def backbone(self):
+        """The class without a head, whose files have the same tensors behind no prefix."""
+        return self.architecture.replace("ForCausalLM", "Model")
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a config.json says: `model`, overrides of `config.model`; the most positions that it names."""
+    """What a config.json says: `model`, overrides of `config.model`; the most positions, scaled where they are."""
 
     model: dict
     max_positions: int
@@ -53,12 +58,12 @@ def describe(config, where):
     max_positions = keys.number("max_position_embeddings", default=None)
     family = FAMILIES[model_type]
     for name in config.get("architectures") or ():
-        if name != family.architecture:
+        if name not in (family.architecture, family.backbone):
             raise keys.refusal("architectures", [name], f"only {family.architecture} of this family is")
     model = family.describe(keys, max_positions)
-    model["tied"] = keys.take("tie_word_embeddings", default=model["tied"])
+    model["tied"] = keys.take("tie_word_embeddings", default=False)
     keys.finish()
-    return Description(_complete(model), max_positions, model_type)
+    return Description(_complete(model), rope.usable(model["position"], max_positions), model_type)
 
 
 def _complete(model):

@@ -24,10 +24,11 @@ def config_of(model_type, lm, facts, max_positions):
     }
     if mixer["mixer"] in ("mamba", "mamba2"):
         return config | _state_space(mixer, facts)
-    config |= {"max_position_embeddings": max_positions, "num_attention_heads": mixer.get("num_heads")}
+    most = rope.named(lm.position, max_positions)
+    config |= {"max_position_embeddings": most, "num_attention_heads": mixer.get("num_heads")}
     config |= {"rope_parameters": rope.parameters(lm.position) if lm.position.startswith("rope(") else {}}
     if model_type == "phi3":  # which has it beside, and its class's own otherwise
-        original = config["rope_parameters"].get("original_max_position_embeddings", max_positions)
+        original = config["rope_parameters"].get("original_max_position_embeddings", most)
         config["original_max_position_embeddings"] = original
     config["hidden_act"] = "gelu" if model_type == "gpt_neox" else "silu"
     config["layer_norm_eps" if model_type == "gpt_neox" else "rms_norm_eps"] = facts["norm"][1]["eps"]

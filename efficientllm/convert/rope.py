@@ -4,6 +4,7 @@ import json
 import math
 
 from efficientllm import registry
+from efficientllm.errors import UserError
 
 # transformers' rope_type -> our rope_scaling, and our field -> their key.
 SCALINGS = {
@@ -41,22 +42,27 @@ SCALINGS = {
 }
 
 
-def position(keys, max_positions, *, base=10_000.0, fraction=None, interleaved=False, original=None, aliases=()):
+# Keys of a scaling that say how a model was trained, and nothing of what it computes.
+_UNREAD = frozenset({"finetuned"})
+
+
+def position(
+    keys, max_positions, *, fraction=None, interleaved=False, aliases=(), names=("rope_theta", "partial_rotary_factor")
+):
     """`(base, our position spec)` of a config.json, whatever generation of keys it has.
 
     Args:
-      base: where no key says it.
       fraction: the share of a head that is turned where no key says it; None: the family turns whole heads.
-      original: the original length of families that have it beside the scaling's keys, where it is missing there.
       aliases: pairs of a scaling's name in this family and the one that it means.
+      names: the keys beside the scaling that say the base and the share.
 
-    Raises UserError for a kind of scaling, or a key of one, that ours does not have.
+    Raises UserError for a kind of scaling, or a key of one, that ours does not have, and for two places of a value that
+    differ.
     """
     given = _parameters(keys)
-    original = keys.take("original_max_position_embeddings", default=original)
-    base = given.pop("rope_theta", None) or keys.number("rope_theta", "rotary_emb_base", kind=float, default=base)
-    share = given.pop("partial_rotary_factor", None)
-    share = share or keys.take("partial_rotary_factor", "rotary_pct", default=fraction or 1.0)
+    original = _original(keys, given)
+    base = _once(keys, given, "rope_theta", names[0], keys.base)
+    share = _once(keys, given, "partial_rotary_factor", names[1], fraction or 1.0)
     if fraction is None and share != 1.0:
         raise keys.refusal("partial_rotary_factor", share, "this family turns whole heads")
     old, new = given.pop("type", None), given.pop("rope_type", None)
@@ -65,21 +71,58 @@ def position(keys, max_positions, *, base=10_000.0, fraction=None, interleaved=F
     if interleaved:
         fields["interleaved"] = True
     if kind != "default":
-        original = original or given.pop("original_max_position_embeddings", None)
         fields["scaling"] = _scaling(keys, kind, given, original, max_positions)
-    given.pop("original_max_position_embeddings", None)
     for key, value in given.items():
-        if value is not None:
+        if value is not None and key not in _UNREAD:
             raise keys.refusal(f"rope_parameters.{key}", value, f"rope scaling {kind!r} of ours has no such key")
     return float(base), spec("rope", fields)
 
 
+def _once(keys, given, inner, outer, default):
+    """A value that stands in the rotation's dict, beside it, or in both. Raises UserError where they differ.
+
+    Beside it the class reads `outer` alone; `inner`, of other families and generations, must then say the same.
+    """
+    found = {f"rope_parameters.{inner}": given.pop(inner, None), outer: keys.take(outer, default=None)}
+    value = next((value for value in found.values() if value is not None), default)
+    if outer != inner:
+        found[inner] = keys.take(inner, default=None)
+    for name, other in found.items():
+        if other is not None and other != value:
+            raise UserError(
+                f"{keys.where}: {name} = {json.dumps(other)}, but the class of this family takes {json.dumps(value)}, "
+                f"of rope_parameters.{inner} or {outer}; make them equal"
+            )
+    return value
+
+
+def _original(keys, given):
+    """The original length, beside the rotation's dict or in it; a family that has it beside has it there alone."""
+    said = keys.has("original_max_position_embeddings")
+    outer = keys.take("original_max_position_embeddings", default=None)
+    inner = given.pop("original_max_position_embeddings", None)
+    if said and None not in (inner, outer) and inner != outer:
+        raise UserError(
+            f"{keys.where}: original_max_position_embeddings = {outer} differs from {inner} in rope_parameters; keep "
+            "one of them"
+        )
+    return outer or inner
+
+
 def _parameters(keys):
-    scaling, parameters = keys.take("rope_scaling", default={}), keys.take("rope_parameters", default={})
-    for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+    """What `rope_scaling` and `rope_parameters` say together. Raises UserError where they differ."""
+    given = {name: keys.take(name, default={}) for name in ("rope_scaling", "rope_parameters")}
+    for name, value in given.items():
         if not isinstance(value, dict) or any(isinstance(inner, dict) for inner in value.values()):
             raise keys.refusal(name, value, "layers of ours share one rotation, given by one dict of values")
-    return parameters | scaling
+    scaling, parameters = given["rope_scaling"], given["rope_parameters"]
+    for key in scaling.keys() & parameters.keys():
+        if scaling[key] != parameters[key] and None not in (scaling[key], parameters[key]):
+            raise UserError(
+                f"{keys.where}: {key} = {json.dumps(scaling[key])} in rope_scaling and {json.dumps(parameters[key])} "
+                "in rope_parameters; keep one of them"
+            )
+    return parameters | {key: value for key, value in scaling.items() if value is not None}
 
 
 def _scaling(keys, kind, given, original, max_positions):
@@ -88,12 +131,15 @@ def _scaling(keys, kind, given, original, max_positions):
         raise keys.refusal("rope_type", kind, f"known: default, {', '.join(SCALINGS)}")
     name, names = SCALINGS[kind]
     given["original_max_position_embeddings"] = max_positions if kind == "dynamic" else (original or max_positions)
+    if given.get("factor") is None and kind in ("linear", "dynamic", "llama3"):
+        raise UserError(f"{keys.where}: rope scaling {kind!r} has no factor; give rope_parameters.factor")
     if kind == "longrope":
         _complete_longrope(given, max_positions)
     if kind == "yarn":
         _check_yarn(keys, given, max_positions)
     fields = {ours: given.pop(theirs, None) for ours, theirs in names.items()}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    given.pop("original_max_position_embeddings", None)
     return spec(name, {key: value for key, value in values.items() if value is not None})
 
 
@@ -116,6 +162,23 @@ def _check_yarn(keys, given, max_positions):
         raise keys.refusal("rope_parameters.attention_factor", factor, f"yarn of ours has {default:.6f} here")
 
 
+def usable(position_spec, max_positions):
+    """The most positions of a model whose config.json names `max_positions`: what its scaling is for is in reach."""
+    name, values = registry.parse(registry.parse(position_spec)[1].get("scaling", "none"))
+    if max_positions is None or name not in ("linear", "dynamic", "yarn"):
+        return max_positions
+    unscaled = values["original_length"] if name == "yarn" else max_positions
+    return max(max_positions, int(unscaled * values["factor"]))
+
+
+def named(position_spec, max_positions):
+    """What config.json names for so many `usable` positions."""
+    name, values = registry.parse(registry.parse(position_spec)[1].get("scaling", "none"))
+    if name == "dynamic":  # transformers takes it for the original length
+        return values["original_length"]
+    return math.ceil(max_positions / values["factor"]) if name == "linear" else max_positions
+
+
 def parameters(position_spec):
     """`rope_parameters` of a position spec of ours: the inverse of `position`."""
     _, fields = registry.parse(position_spec)
@@ -126,7 +189,7 @@ def parameters(position_spec):
     if name != "none":
         _, names = SCALINGS[name]
         found |= {names[key]: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    if name == "dynamic":  # transformers takes max_position_embeddings
+    if name == "dynamic":
         del found["original_max_position_embeddings"]
     return json.loads(json.dumps(found))
 

@@ -30,7 +30,7 @@ class Source:
       path: its folder or file.
       config: its config.json (of a GGUF file: what that would be).
       model: the overrides of `config.model` that describe it: size, specs, flags.
-      max_positions: the most positions it names, or None.
+      max_positions: the most positions it has, with what its scaling adds, or None.
       tensors: what reads them.
       table: the name table of its files.
     """

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from efficientllm import architecture
-from efficientllm.convert import binding, families, inverse
+from efficientllm.convert import binding, families, inverse, rope
 from efficientllm.convert.facts import differences, facts
 from efficientllm.convert.safetensors_file import INDEX, SINGLE
 from efficientllm.convert.source import Source
@@ -124,7 +124,7 @@ def _config(lm, like, max_positions):
     ours = facts(lm)
     if isinstance(like, Source):
         config = {key: value for key, value in like.config.items() if key not in ("torch_dtype", "quantization_config")}
-        config |= {"max_position_embeddings": max_positions} if max_positions else {}
+        config |= {"max_position_embeddings": rope.named(lm.position, max_positions)} if max_positions else {}
     else:
         config = _of_family(lm, ours, like, max_positions)
     config["architectures"] = [families.FAMILIES[config["model_type"]].architecture]
