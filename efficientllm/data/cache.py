@@ -1,15 +1,24 @@
 """Folders that are made once and read by every later run: the trained BPE, the tokenised corpus."""
 
+import contextlib
 import errno
+import fcntl
 import hashlib
+import json
+import logging
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 
 from efficientllm.errors import UserError
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+CHECKSUMS = "checksums.json"
+ABANDONED_S = 86_400  # how long an unfinished folder may lie untouched
+log = logging.getLogger("efficientllm")
+_checked = {}  # folder: what its files were like when their checksums were right
 
 
 def root(cache_dir=None):
@@ -18,20 +27,25 @@ def root(cache_dir=None):
 
 
 def entry(cache_root, name, fill):
-    """Path of the folder `name`; if absent, `fill(folder)` writes it first.
+    """Path of the folder `name`; if absent or damaged, `fill(folder)` writes it first.
 
     The folder appears whole or not at all: it is filled under another name and renamed, and of several processes that
-    fill it at once the first to finish wins. Raises UserError where the cache cannot be written.
+    fill it at once the first to finish wins. Checksums of its files are written with it and checked when it is opened.
+    Raises UserError where the cache cannot be written.
     """
     final = cache_root / name
-    if final.is_dir():
+    if final.is_dir() and _damage(final) is None:
         return final
     try:
         cache_root.mkdir(parents=True, exist_ok=True)
+        if final.is_dir():
+            _set_aside(final)
+        _remove_abandoned(cache_root, name)
         draft = cache_root / f".{name}-{uuid.uuid4().hex}"  # tempfile's folders are closed to those who share a cache
         draft.mkdir()
         try:
             fill(draft)
+            (draft / CHECKSUMS).write_text(json.dumps(_checksums(draft)))
             _publish(draft, final)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -45,15 +59,69 @@ def entry(cache_root, name, fill):
     return final
 
 
+def _checksums(folder):
+    """`{name: sha256}` of a folder's files."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != CHECKSUMS:
+            with open(path, "rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _damage(folder):
+    """What is wrong with an entry, or None. One that this process has checked is read again only if it was touched."""
+    try:
+        stats = stat_key(sorted(folder.iterdir()))
+        if _checked.get(folder) == stats:
+            return None
+        stored, found = json.loads((folder / CHECKSUMS).read_text()), _checksums(folder)
+    except FileNotFoundError:
+        return "it has no checksums"
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split())
+    if stored != found:
+        names = sorted(set(found) ^ set(stored)) or [name for name in found if found[name] != stored[name]]
+        return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not what was written"
+    _checked[folder] = stats
+    return None
+
+
+def _set_aside(final):
+    """Removes a damaged entry, unless another process has replaced it meanwhile: one at a time looks."""
+    with open(final.with_name(".lock"), "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not final.is_dir() or (damage := _damage(final)) is None:
+            return
+        log.warning(f"the cached {final} is damaged ({damage}); it is made again")
+        aside = final.with_name(f".{final.name}-{uuid.uuid4().hex}")
+        final.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_abandoned(cache_root, name):
+    """Removes what processes that were killed had begun of this entry."""
+    for path in cache_root.glob(f".{name}-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+
 def digest(*parts):
     """Sixteen hexadecimal digits that name an entry by everything its content depends on."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def stat_key(paths):
-    """One string that changes when a file of `paths` is added, removed or written to, without reading any."""
+    """One string that changes when a file of `paths` is added, removed, replaced or written to, without reading any.
+
+    A time of modification can be set back, as `cp -p` and archives do; the time of the last change cannot.
+    """
     stats = [(str(path), os.stat(path)) for path in paths]
-    return ";".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)
+    return ";".join(
+        f"{path}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}" for path, stat in stats
+    )
 
 
 def _publish(draft, final):

@@ -9,12 +9,17 @@ import json
 import numpy as np
 
 from efficientllm.data import cache, conversation
+from efficientllm.data.source import Source
+from efficientllm.data.streams import pieces
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 
 SIDES = ("train", "held_out")
 _ALL = 1 << 64
 LEARNT = np.uint32(1 << 31)
+CUT = 20  # pieces of a corpus that is one document, so that one can be held out
+FORMAT = 2  # of a summary
+LEAST_CUT = 64  # characters of such a piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +69,21 @@ class Corpus:
         self.spec = spec
         self.source = build("data", spec, where="config.data")
         self.cache = cache.root(cache_dir)
-        if not 0 <= self.source.held_out < 1:
+        if not hasattr(self.source, "documents"):
+            raise UserError(f"config.data = {spec!r}: has no documents(); derive it from efficientllm.data.Source")
+        if self.is_stream and not hasattr(self.source, "rows"):
+            raise UserError(f"config.data = {spec!r}: only hf(...) can be streamed; leave out streaming")
+        if not 0 <= self._attribute("held_out") < 1:
             raise UserError(f"config.data = {spec!r}: held_out must be at least 0 and below 1")
 
     @functools.cached_property
     def summary(self):
-        """Counts of both sides, the sha256 of all documents, and the hash below which one is held out."""
-        key = self.source.key()
+        """Counts of both sides, the sha256 of all documents and of what divides them, the hash below which one is held
+        out, into how many pieces a corpus of one document is cut (else 1), and notes for the log."""
+        key = self._attribute("key")()
         if key is None:
             return self._summarise()
-        name = f"corpus-{cache.digest(key)}"
+        name = f"corpus-{cache.digest(FORMAT, key)}"
         folder = cache.entry(
             self.cache, name, lambda new: (new / "summary.json").write_text(json.dumps(self._summarise()))
         )
@@ -81,7 +91,7 @@ class Corpus:
 
     def texts(self, side):
         """Yields the documents of one side in their fixed order."""
-        for text, group in self.source.documents():
+        for text, group in self._documents(self.summary["cut"]):
             if self.side(group) == side:
                 yield text
 
@@ -99,25 +109,72 @@ class Corpus:
     @property
     def has_records(self):
         """Whether a document is a conversation (`data.conversation`), of which the answers are learnt."""
-        return getattr(self.source, "records", False)
+        return self._attribute("records")
+
+    @property
+    def is_stream(self):
+        """Whether training reads on without end (`data.rows.streaming`)."""
+        return self._attribute("streaming")
+
+    def _attribute(self, name):
+        """What the source says of itself, else the default: a source need not be derived from Source."""
+        own = getattr(self.source, name, None)
+        return getattr(Source(), name) if own is None else own
+
+    def _documents(self, cut):
+        """Yields (text, group) of every document, or of the `cut` pieces of the only one. Raises UserError."""
+        for index, document in enumerate(self.source.documents()):
+            text, group = document if isinstance(document, tuple) and len(document) == 2 else (document, document)
+            if not isinstance(text, str) or not isinstance(group, str):
+                raise UserError(
+                    f"config.data = {self.spec!r}: document {index} is {document!r:.60}; documents() yields texts, or "
+                    "pairs of a text and its group"
+                )
+            if cut == 1:
+                yield text, group
+            else:
+                size = -(-len(text) // cut)
+                yield from ((piece, piece) for piece in pieces(text, size) if not piece.isspace())
 
     def _summarise(self):
+        """The summary of the documents as they are; of a corpus of one long text, cut."""
+        first = self._summary_of(1)
+        cut = min(CUT, first["train_bytes"] // LEAST_CUT) if first["train_documents"] == 1 else 1
+        if first["distinct"] < 2 and cut > 1 and not self.has_records:
+            found = self._summary_of(cut)
+            if found["distinct"] > 1:
+                what = f"one document of {first['train_bytes']:,} bytes, cut into {found['distinct']} pieces so that"
+                found["notes"].append(f"{what} {found['held_out_documents']} can be held out")
+                return found
+        if first["distinct"] < 2:
+            documents = first["train_documents"]
+            there = "none" if documents == 0 else "one" if documents == 1 else f"one, {documents} times"
+            raise UserError(
+                f"config.data = {self.spec!r}: training and held-out text need two different documents, there is "
+                f"{there}{'' if self.has_records else ', of too little text to be cut into two' * (documents == 1)}"
+            )
+        return first
+
+    def _summary_of(self, cut):
         hashes, sizes, content = array.array("Q"), array.array("q"), hashlib.sha256()
-        for text, group in self.source.documents():
-            data = text.encode()
-            hashes.append(_hash(group))
+        for text, group in self._documents(cut):
+            try:
+                data, hashed = text.encode(), _hash(group)
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"config.data = {self.spec!r}: document {len(sizes)} holds half of a surrogate pair, which is no "
+                    "character"
+                ) from None
+            hashes.append(hashed)
             sizes.append(len(data))
-            content.update(len(data).to_bytes(8, "little") + data)
-        return self._divide(np.array(hashes, np.uint64), np.array(sizes), content)
+            content.update(len(data).to_bytes(8, "little") + hashed.to_bytes(8, "little") + data)
+        divided = self._divide(np.array(hashes, np.uint64), np.array(sizes, np.int64), content)
+        return {**divided, "cut": cut, "notes": list(self._attribute("notes")())}
 
     def _divide(self, hashes, sizes, content):
-        if len(set(hashes.tolist())) < 2:
-            raise UserError(
-                f"config.data = {self.spec!r}: training and held-out text need two different documents, "
-                f"there is {'one' if len(hashes) else 'none'}"
-            )
+        distinct = len(set(hashes.tolist()))
         # Of few documents chance might hold out none: then the one that came closest is.
-        threshold = int(self.source.held_out * _ALL)
+        threshold = int(self._attribute("held_out") * _ALL) if distinct > 1 else 0
         threshold = max(threshold, int(hashes.min()) + 1) if threshold else 0
         held = hashes < threshold
         content.update(threshold.to_bytes(9, "little"))
@@ -125,6 +182,7 @@ class Corpus:
         return {
             "fingerprint": content.hexdigest(),
             "threshold": threshold,
+            "distinct": distinct,
             **{f"{side}_documents": int(chosen.sum()) for side, chosen in counts.items()},
             **{f"{side}_bytes": int(sizes[chosen].sum()) for side, chosen in counts.items()},
         }
@@ -132,12 +190,12 @@ class Corpus:
     def _tokenise(self, tokenizer, folder):
         writers = {side: _Writer(folder, side, tokenizer, self.has_records) for side in SIDES}
         if self.has_records:
-            for text, group in self.source.documents():
+            for text, group in self._documents(1):
                 writers[self.side(group)].append_record(*conversation.encode(tokenizer, text))
             for writer in writers.values():
                 writer.close()
             return
-        for texts in _chunks(self.source.documents()):
+        for texts in _chunks(self._documents(self.summary["cut"])):
             encoded = tokenizer.encode_batch([text for text, _ in texts])
             for ids, (_, group) in zip(encoded, texts, strict=True):
                 writers[self.side(group)].append(ids)

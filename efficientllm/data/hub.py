@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 import itertools
+import os
 
-from efficientllm.data import cache
-from efficientllm.data.files import column, library
+from efficientllm.data import cache, paths, tables
+from efficientllm.data.source import Source
 from efficientllm.errors import UserError
 from efficientllm.registry import register
 
 
 @register("data", "hf")
 @dataclasses.dataclass(frozen=True)
-class Hub:
+class Hub(Source):
     """`datasets.load_dataset(path, name, split=split)`, of which `field` holds the text.
 
     Streamed, nothing is stored and training reads on without end; what must be known beforehand (the trained
@@ -34,30 +35,80 @@ class Hub:
         return f"{self} {cache.stat_key(file['filename'] for file in self.rows().cache_files)}"
 
     def documents(self):
-        """Yields (text, what decides its side of the split): all documents, or the first `sample` of a stream.
+        """Yields all documents, or the first `sample` of a stream.
 
         Raises UserError if the data set cannot be reached or has no such field.
         """
-        yield from ((text, text) for text in (_sample(self) if self.streaming else self.texts(self.rows())))
+        yield from _sample(self) if self.streaming else self.texts(self.rows())
 
     def rows(self):
         """The `datasets` data set. Raises UserError with the reason if there is none."""
         datasets = library()
+        if os.path.isdir(self.path):
+            _check_json(self.path, cache.stat_key(_json_files(self.path)))
         try:
             return datasets.load_dataset(self.path, self.name or None, split=self.split, streaming=self.streaming)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"{self._where()} cannot be loaded ({reason}); check path, name and split, or, without a network, use "
-                "python_docs() or files of your own through text(), jsonl() or parquet()"
+                f"{self._where()} cannot be loaded ({_reason(error)}); check path, name and split, or, without a "
+                "network, use python_docs() or files of your own through text(), jsonl(), csv() or parquet()"
             ) from error
 
+    def iterate(self, rows=None, batch_size=None):
+        """Yields the rows, or with `batch_size` batches of them as dicts of columns. Raises UserError for data that
+        `datasets` cannot read."""
+        rows = self.rows() if rows is None else rows
+        iterator = iter(rows if batch_size is None else rows.iter(batch_size))
+        while True:
+            try:
+                found = next(iterator, None)
+            except (OSError, ValueError, TypeError, library().exceptions.DatasetsError) as error:
+                raise UserError(f"{self._where()}: `datasets` cannot read it ({_reason(error)})") from error
+            if found is None:
+                return
+            yield found
+
     def texts(self, rows, batch_size=64):
-        """Yields the documents among `rows`, read `batch_size` at a time."""
-        yield from column(rows, self.field, self._where(), batch_size)
+        """Yields the documents among `rows`, read `batch_size` at a time; null and blank ones are none."""
+        for batch in self.iterate(rows, batch_size):
+            if self.field not in batch:
+                raise UserError(tables.missing(self.field, batch, self._where()))
+            for value in batch[self.field]:
+                text = tables.text(value, self.field, self._where())
+                if text and not text.isspace():
+                    yield text
 
     def _where(self):
         return f"data hf(path={self.path!r}, name={self.name!r}, split={self.split!r})"
+
+
+def library():
+    """`datasets`, which is not to look for torch: a stream would import it, a second and 200 MB that a run would be
+    measured with, to share its epoch number with workers that there are none of."""
+    import datasets
+
+    datasets.config.TORCH_AVAILABLE = False
+    return datasets
+
+
+def _reason(error):
+    """The first line of what went wrong, where `datasets` names a cause of the cause's."""
+    return str(error.__cause__ or error).strip().splitlines()[0]
+
+
+def _json_files(folder):
+    try:
+        return paths.find(folder, (".json", ".jsonl"))
+    except UserError:  # a data set of other files
+        return []
+
+
+@functools.lru_cache(maxsize=8)
+def _check_json(folder, stats):
+    """Refuses JSON that is no rows before `datasets` reads it, whose parser dies of deep nesting with the process."""
+    for path in _json_files(folder):
+        for _ in tables.rows(path, "json", None):
+            pass
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,6 +16,12 @@ def build_tokenizer(tokenizer_spec, data_spec, cache_dir=None):
     return build("tokenizer", tokenizer_spec, where="config.tokenizer").fit(Corpus(data_spec, cache_dir))
 
 
+def check(data_spec, cache_dir=None):
+    """Reads the data, or what is cached of it, and returns lines about what was read. Raises UserError for what is
+    wrong with it, before anything that takes longer."""
+    return Corpus(data_spec, cache_dir).summary["notes"]
+
+
 def train_iterator(data_spec, tokenizer, batch_size, length, seed, process_index=0, process_count=1, cache_dir=None):
     """Endless grain iterator over this process's rows of batches of `batch_size` (global) rows of `length` tokens.
 
@@ -29,7 +35,7 @@ def train_iterator(data_spec, tokenizer, batch_size, length, seed, process_index
     share = _share(batch_size, process_count)
     corpus = Corpus(data_spec, cache_dir)
     documents_seed, rows_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
-    if corpus.source.streaming:
+    if corpus.is_stream:
         from efficientllm.data.rows.streaming import Stream
 
         documents = Stream(corpus, tokenizer, process_index, process_count)
@@ -60,12 +66,12 @@ def describe(data_spec, tokenizer, length=None, cache_dir=None):
     """
     corpus = Corpus(data_spec, cache_dir)
     sides = corpus.documents(tokenizer)
-    counts = {key: value for key, value in corpus.summary.items() if key != "threshold"}
+    counts = {key: value for key, value in corpus.summary.items() if key not in ("threshold", "cut", "distinct")}
     tokens = {f"{side}_tokens": documents.size for side, documents in sides.items()}
     cut = {}
     if length and any(documents.records for documents in sides.values()):
         cut = {f"{side}_cut": documents.longer_than(length) for side, documents in sides.items()}
-    return {"source": data_spec, "sampled": corpus.source.streaming, **counts, **tokens, **cut}
+    return {"source": data_spec, "sampled": corpus.is_stream, **counts, **tokens, **cut}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 from efficientllm.data import cache
+from efficientllm.data.source import Source
 from efficientllm.errors import UserError
 from efficientllm.registry import register
 
@@ -24,7 +25,7 @@ _SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
 
 @register("data", "python_docs")
 @dataclasses.dataclass(frozen=True)
-class PythonDocs:
+class PythonDocs(Source):
     """Language topics (pydoc_data), standard-library sources, and the docstrings of each module as one document.
 
     No module is imported: sources are read and parsed. A module's docstrings stand in its source too, so both go to
@@ -33,8 +34,6 @@ class PythonDocs:
 
     held_out: float = 0.05
     max_bytes: int = 16_000_000
-
-    streaming = False
 
     def key(self):
         """Changes with the Python version, a file of its library, or a field."""

@@ -2,91 +2,97 @@
 
 import dataclasses
 
-from efficientllm.data import conversation
-from efficientllm.data.files import _Files, check_json_lines, check_parquet, library
+from efficientllm.data import conversation, layouts, tables
+from efficientllm.data.files import Files
 from efficientllm.data.hub import Hub
-from efficientllm.errors import UserError, did_you_mean
+from efficientllm.data.source import Tally
+from efficientllm.errors import UserError
 from efficientllm.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
-class _Records(_Files):
-    """`path` is a glob of .jsonl or .parquet files, or with `hub` a data set of the hub (`name` its configuration), of
-    which `split` is read."""
+class Records(Files):
+    """`path` names files of JSON, CSV or Parquet rows, or with `hub` a data set of the hub (`name` its configuration),
+    of which `split` is read. The layout is recognised by the fields (`data.layouts`), unless they are named."""
 
+    tally: Tally = dataclasses.field(default_factory=lambda: Tally("records"), init=False, repr=False, compare=False)
     hub: bool = False
     name: str = ""
     split: str = "train"
     held_out: float = 0.05
 
     records = True
+    endings = tables.ENDINGS
 
     def key(self):
         """Changes when a file or a field does."""
         return f"{self} {self._hub().key()}" if self.hub else super().key()
 
     def documents(self):
-        """Yields (conversation as JSON text, what decides its side of the split).
+        """Yields conversations as JSON text. Records without an answer are passed over, and counted.
 
-        Raises UserError naming the file and record for a missing field or one of another type.
+        Raises UserError naming the file and line for a missing field or one of another type, and where no record is
+        left.
         """
-        for index, row in enumerate(self._rows()):
-            text = conversation.dump(self._messages(row, f"data path={self.path!r}, record {index}"))
-            yield text, text
+        known = {}
+        for where, row in self._rows():
+            row = {"messages": row} if isinstance(row, list) else row
+            names = tuple(row)
+            try:
+                layout = known.get(names) or known.setdefault(names, self._layout(names, where))
+                text = conversation.dump(layout.messages(row, where))
+            except layouts.Skipped as reason:
+                self.tally.skip(f"records {reason}", where)
+                continue
+            self.tally.read += 1
+            self.tally.layouts[layout.name] += 1
+            yield text
+        if not self.tally.read:
+            raise UserError(
+                f"data path={self.path!r}: no record to learn from: {'; '.join(list(self.tally.lines())[1:])}"
+            )
+
+    def _layout(self, names, where):
+        return layouts.recognise(names, where, self._wanted(), getattr(self, "system", ""))
 
     def _hub(self):
         return Hub(self.path, name=self.name, split=self.split, held_out=self.held_out)
 
     def _rows(self):
         if self.hub:
-            yield from self._hub().rows()
+            self.tally.reset()
+            self.tally.files = 1
+            for index, row in enumerate(self._hub().iterate(), 1):
+                yield f"data path={self.path!r}, record {index}", row
             return
-        datasets, paths = library(), self._paths()
-        kinds = {path.rpartition(".")[2] for path in paths}
-        builder, check = {"parquet": ("parquet", check_parquet)}.get("".join(kinds), ("json", check_json_lines))
-        for path in paths:
-            check(path)
-        try:
-            yield from datasets.load_dataset(builder, data_files=paths, split="train", streaming=True)
-        except (ValueError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"data path={self.path!r}: `datasets` cannot read it ({_line(error)})") from error
+        for path in self._files():
+            yield from tables.rows(path, "json", self._columns)
 
-    def _field(self, row, field, where):
-        if field not in row:
-            raise UserError(f"{where}: no field {field!r}; there are: {', '.join(row)}{did_you_mean(field, row)}")
-        return row[field]
+    def _columns(self, names, where):
+        return list(self._layout(names, where).fields)
 
 
 @register("data", "pairs")
 @dataclasses.dataclass(frozen=True)
-class Pairs(_Records):
-    """A prompt and a response a record; with `system`, a system message ahead of each."""
+class Pairs(Records):
+    """A prompt and a response a record, of the layouts that are known, or in the fields `prompt` and `response`; with
+    `system`, a system message ahead of each that has none."""
 
-    prompt: str = "prompt"
-    response: str = "response"
+    prompt: str = ""
+    response: str = ""
     system: str = ""
 
-    def _messages(self, row, where):
-        texts = {}
-        for field in (self.prompt, self.response):
-            texts[field] = self._field(row, field, where)
-            if not isinstance(texts[field], str) or not texts[field].strip():
-                raise UserError(f"{where}: field {field!r} holds {texts[field]!r:.40}, no text")
-        turns = [("system", self.system)] if self.system else []
-        turns += [("user", texts[self.prompt]), ("assistant", texts[self.response])]
-        return [{"role": role, "content": content} for role, content in turns]
+    def _wanted(self):
+        return (self.prompt, self.response)
 
 
 @register("data", "chat")
 @dataclasses.dataclass(frozen=True)
-class Chat(_Records):
-    """A list of messages with `role` and `content` a record, in the field `messages`."""
+class Chat(Records):
+    """A conversation a record, of the layouts that are known, or in the field `messages`: turns with `role` and
+    `content`, or `from` and `value`."""
 
-    messages: str = "messages"
+    messages: str = ""
 
-    def _messages(self, row, where):
-        return conversation.check(self._field(row, self.messages, where), where)
-
-
-def _line(error):
-    return " ".join(str(error).split())
+    def _wanted(self):
+        return (self.messages,)

@@ -30,7 +30,7 @@ def test_two_at_once_leave_one_whole_entry(tmp_path):
         thread.join()
     assert found == [tmp_path / "thing"] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
-    assert sorted(path.name for path in found[0].iterdir()) == ["first", "second"]
+    assert sorted(path.name for path in found[0].iterdir()) == ["checksums.json", "first", "second"]
 
 
 def test_a_broken_fill_leaves_nothing(tmp_path):

@@ -180,10 +180,19 @@ def test_questions_from_the_documentation_stay_with_their_module(tokenizer):
 @pytest.mark.parametrize(
     "line, spec, message",
     [
-        ({"prompt": "a"}, "pairs", "record 1: field 'response' holds None, no text"),
-        ({"prompt": "a", "response": " "}, "pairs", "record 1: field 'response' holds ' ', no text"),
-        ({"messages": "hello"}, "chat", "record 1: a conversation is a list"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "chat", "nothing to learn"),
+        (
+            {"prompt": "a"},
+            "pairs",
+            "line 2: no layout of a conversation is known with the fields prompt; with 'answer'",
+        ),
+        ({"prompt": "a", "response": 4}, "pairs", "line 2: field 'response' holds int, not text"),
+        ({"prompt": ["a"], "response": "b"}, "pairs", "line 2: field 'prompt', turn 1 is 'a'; a turn is {'role': ...,"),
+        ({"messages": "hello"}, "chat", "line 2: field 'messages' holds 'hello'; a conversation is a list"),
+        ({"messages": [{"role": "user"}, 3]}, "chat", "line 2: field 'messages', turn 2 is 3; a turn is {'role'"),
+        ({"messages": [{"from": "wizard", "value": "a"}]}, "chat", "turn 1 is from 'wizard'; known: human"),
+        ({"chosen": "a", "rejected": "b"}, "pairs", "write pairs(path=..., response='chosen')"),
+        ([3], "pairs", "line 2: field 'messages', turn 1 is 3"),
+        (3, "pairs", "line 2: a JSON object is needed, not int"),
     ],
 )
 def test_a_bad_record_is_named(line, spec, message, tmp_path, tokenizer):
@@ -195,8 +204,9 @@ def test_a_bad_record_is_named(line, spec, message, tmp_path, tokenizer):
     with pytest.raises(UserError) as error:
         next(iter(data.eval_batches(f"{spec}(path='{tmp_path}/*.jsonl')", tokenizer, 1, 1)))
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert str(tmp_path / "rows.jsonl") in str(error.value)
 
 
 def test_a_field_that_no_record_has_is_named(records, tokenizer):
-    with pytest.raises(UserError, match="record 0: no field 'answer'; there are: prompt, response"):
+    with pytest.raises(UserError, match="rows.jsonl, line 1: no field 'answer'; there are: prompt, response"):
         Corpus(records.replace("held_out", "response='answer', held_out")).documents(tokenizer)

@@ -1,0 +1,117 @@
+"""The files that a path names: a file, a folder, or a glob. Each file counts once, by identity rather than by name."""
+
+import errno
+import fnmatch
+import glob
+import os
+import stat
+
+from efficientllm.errors import UserError
+
+
+def find(path, endings=()):
+    """Sorted paths of the regular files that `path` names.
+
+    `**` crosses folders; names that begin with a dot have to be named; of links to the same file or folder the first by
+    name counts. A folder stands for all files below it, if `endings` are given for those of such names. Raises
+    UserError if there is no file.
+    """
+    where = f"data path={path!r}"
+    if not path.strip() or "\0" in path:
+        raise UserError(f"{where}: name a file, a folder or a glob such as 'texts/**/*.txt'")
+    pattern = os.path.abspath(os.path.expanduser(path))
+    is_folder = os.path.isdir(pattern)
+    found = sorted(set(_match(os.sep, [*pattern.split(os.sep)[1:], *(["**"] if is_folder else [])])))
+    if is_folder and endings:
+        found = [name for name in found if name.lower().endswith(endings)]
+    files = _distinct(found)
+    if not files:
+        raise UserError(f"{where}: {_reason(path, pattern, found, endings if is_folder else ())}")
+    return files
+
+
+def _match(folder, parts):
+    """Paths below `folder` whose components match `parts`; what exists by that very name is no pattern."""
+    if not parts:
+        yield folder
+        return
+    head, *rest = parts
+    if head == "**":
+        for below in _folders(folder):
+            yield from _match(below, rest or ["*"])
+    elif glob.has_magic(head) and not os.path.lexists(os.path.join(folder, head)):
+        for entry in _entries(folder):
+            if fnmatch.fnmatchcase(entry.name, head) and (head.startswith(".") or not entry.name.startswith(".")):
+                yield from _match(entry.path, rest)
+    else:
+        yield from _match(os.path.join(folder, head), rest)
+
+
+def _folders(folder):
+    """`folder` and those below it that are not hidden; links are followed, and none is visited twice."""
+    seen, waiting = set(), [folder]
+    while waiting:
+        here = waiting.pop()
+        identity = _identity(here)
+        if identity is None or identity in seen:
+            continue
+        seen.add(identity)
+        yield here
+        waiting += [entry.path for entry in _entries(here) if not entry.name.startswith(".") and _is_folder(entry)]
+
+
+def _entries(folder):
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name, reverse=True)
+    except OSError:  # no folder, or one that is closed to us
+        return []
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(path):
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _distinct(paths):
+    """The regular files of `paths`, one for each that several names stand for."""
+    files = {}
+    for path in paths:
+        if os.path.isfile(path):
+            files.setdefault(_identity(path), path)
+    return sorted(files.values())
+
+
+def _reason(path, pattern, found, endings):
+    """Why there is no file."""
+    if len(found) == 1 and found[0] == pattern and os.path.lexists(pattern):
+        return _kind(pattern)
+    if endings:
+        return f"the folder has no file of the names *{', *'.join(endings)}"
+    if any(map(os.path.isdir, found)):
+        return f"only folders match; write {os.path.join(path, '**')!r} for what is in them"
+    return "the folder has no file" if os.path.isdir(pattern) else "no file matches"
+
+
+def _kind(path):
+    """What a path is that is no regular file."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        looped = error.errno == errno.ELOOP
+        return (
+            "a symbolic link to itself" if looped else f"a symbolic link to {os.readlink(path)!r}, which is not there"
+        )
+    kinds = {stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a disk"}
+    kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "no file")
+    return f"{kind}; a regular file is needed, since data is read more than once"

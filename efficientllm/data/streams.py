@@ -1,0 +1,130 @@
+"""Files as text: decompressed by what they hold rather than by their names, UTF-8, in lines or in pieces."""
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import io
+import lzma
+import zlib
+
+from efficientllm.errors import UserError
+
+LINE_BYTES = 1 << 28  # of a record; a longer line is no record
+CHUNK = 1 << 20
+BOM = "\ufeff"
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_ARCHIVES = {b"PK\x03\x04": "a zip archive or a spreadsheet", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # as names end; what counts is a file's first bytes
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The file, decompressed if it is gzip, bzip2, xz, zstd or lz4, for reading bytes.
+
+    Raises UserError that names the file for one that cannot be read, is damaged, or is an archive of several.
+    """
+    with reading(path), open(path, "rb", buffering=0) as file:
+        head = file.read(16)
+        file.seek(0)
+        if kind := next((name for magic, name in _ARCHIVES.items() if head.startswith(magic)), None):
+            raise UserError(f"{path} is {kind}; unpack it, or export it as CSV or JSON lines")
+        with io.BufferedReader(_decompressed(file, head), CHUNK) as stream:
+            if stream.peek(512)[257:262] == b"ustar":
+                raise UserError(f"{path} is a tar archive; unpack it and name the files in it")
+            yield stream
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Makes one line of what goes wrong while reading the file."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason})") from None
+
+
+def _decompressed(file, head):
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=file)
+    if head.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMAFile(file)
+    if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):
+        return bz2.BZ2File(file)
+    for magic, codec in ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x04\x22\x4d\x18", "lz4")):
+        if head.startswith(magic):
+            import pyarrow
+
+            return pyarrow.CompressedInputStream(file, codec)
+    return file
+
+
+def lines(path):
+    """Yields (number from 1, text with its line end) of every line. Only a line feed ends one: U+2028 and the like are
+    characters of a text. Raises UserError for what is not UTF-8, or too long to be a record."""
+    with opened(path) as stream:
+        offset = number = 0
+        while line := stream.readline(LINE_BYTES + 1):
+            number += 1
+            if len(line) > LINE_BYTES:
+                raise UserError(f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB; one record a line is read")
+            yield number, _decode(line, path, offset)
+            offset += len(line)
+
+
+def whole(path):
+    """The file's text. Raises UserError for what is not UTF-8."""
+    with opened(path) as stream:
+        return _decode(stream.read(), path, 0)
+
+
+def documents(path, size):
+    """Yields the file's text in `pieces`. Every line end is a line feed, however the file writes it. Raises UserError
+    for what is not UTF-8."""
+    newlines, rest = io.IncrementalNewlineDecoder(None, translate=True), ""
+    for chunk, final in _decoded(path):
+        *ready, rest = pieces(rest + newlines.decode(chunk, final), size) or [""]
+        yield from ready
+    if rest:
+        yield rest
+
+
+def pieces(text, size):
+    """A list of the text in pieces of at most `size` characters, which end at line ends where they can."""
+    found, start = [], 0
+    while len(text) - start > size:
+        stop = text.rfind("\n", start, start + size) + 1 or start + size
+        found.append(text[start:stop])
+        start = stop
+    return [*found, text[start:]] if start < len(text) else found
+
+
+def _decoded(path):
+    """Yields (text, whether it is the last) of chunks of the file."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    with opened(path) as stream:
+        while True:
+            chunk = stream.read(CHUNK)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, offset - pending + error.start, chunk if offset == 0 else b"") from None
+            yield text if offset else text.removeprefix(BOM), not chunk
+            if not chunk:
+                return
+            offset += len(chunk)
+
+
+def _decode(data, path, offset):
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, offset + error.start, data if offset == 0 else b"") from None
+    return text if offset else text.removeprefix(BOM)
+
+
+def _not_utf8(path, byte, begin):
+    hint = "; it is UTF-16, which `iconv -f utf-16 -t utf-8` converts" if begin.startswith(_UTF16) else ""
+    return UserError(f"{path} is not UTF-8: byte {byte}{hint}")
