@@ -51,8 +51,10 @@ ALIKE = ("model.mixer=mqa", "num_experts=16", "attention.py:mla", "mixers.py:rwk
 )
 def test_command(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(runs.ROOT))
+    (tmp_path / "README.md").write_text(README)  # all that lies beside it in a clone and ends in .md
+    (tmp_path / "texts").mkdir()
     for i, section in enumerate(README.split("\n## ")):
-        (tmp_path / f"{i}.md").write_text(section * 5)
+        (tmp_path / "texts" / f"{i}.md").write_text(section * 5)
     monkeypatch.chdir(tmp_path)
     argv = shlex.split(command.replace("--config=", f"--config={runs.ROOT}/"))
     config, _, _ = main.parse(argv)
@@ -66,7 +68,7 @@ def test_command(command, tmp_path, monkeypatch):
         lm = architecture.from_config(config.model, 4096)
         jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
         return
-    text = [f"--config.data=text(path='{tmp_path}/*.md')", "--config.tokenizer=bytes"]
+    text = [f"--config.data=text(path='{tmp_path}/texts')", "--config.tokenizer=bytes"]
     data = [] if "config.data" in command else text
     short = ["train.steps=2", "train.length=32", "eval.batches=1", "sample.tokens=2", f"model.size={SMALLEST}"]
     assert main.main([*argv, *data, *[f"--config.{each}" for each in short]]) == 0

@@ -55,6 +55,13 @@ def eval_batches(
     of them. A re-iterable with a length, the same for every process. Raises UserError as `train_iterator` does."""
     _share(batch_size, process_count)
     documents = _long_enough(Corpus(data_spec, cache_dir), tokenizer, "held_out", length)
+    if documents.records and limit:
+        first = EvalBatches(documents, batch_size, length, 0, 1, limit)
+        if not any(batch["weights"].any() for batch in first):
+            raise UserError(
+                f"config.eval.batches = {limit}: their held-out rows of {length} tokens have none to learn; raise it, "
+                "or config.train.length"
+            )
     return EvalBatches(documents, batch_size, length, process_index, process_count, limit)
 
 

@@ -159,6 +159,7 @@ def prepare(config):
     mesh = make_mesh(config)
     sampler = build("sampler", ours.sampler, where="config.infer.sampler")
     texts = prompts.read(ours.prompts)
+    data.check(config.data)  # before a checkpoint is read, which can take a minute
     source = setup.open_pretrained(config.model.pretrained)
     described = setup.described(config.model, source)
     architecture.check(described)

@@ -132,6 +132,8 @@ class Inference:
     def _compression(self):
         """What MCR compares; the baseline is scored last, in the place of what was measured."""
         name = self.config.infer.baseline
+        if "bits_per_byte" not in self.quality:  # no held-out token stands for text
+            return None
         ours = row.Scored(self.config.quant, row.resident_bytes(self.params), self.quality["bits_per_byte"])
         if name.endswith(".json"):
             return row.compression(row.baseline_of(name), ours)

@@ -7,7 +7,7 @@ from efficientllm.train.loop import to_device
 
 
 def evaluate(compiled, params, batches, token_bytes_V, mesh):
-    """Loss over held-out batches -> `{"eval_loss", "perplexity", "bits_per_byte"}`.
+    """Loss over held-out batches -> `{"eval_loss", "perplexity", "bits_per_byte"}`, the last only of tokens of text.
 
     `eval_loss` is nats a token, `bits_per_byte` the same nats over the UTF-8 bytes of the text. A document's end is
     predicted, and counts as a token of no bytes. Sums are taken in double precision on the host. Raises UserError where
@@ -18,8 +18,6 @@ def evaluate(compiled, params, batches, token_bytes_V, mesh):
     if not targets:
         raise UserError("none of the held-out rows has a token to predict; raise config.eval.batches or train.length")
     loss = nats / targets
-    return {
-        "eval_loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),  # beyond is infinite in double precision
-        "bits_per_byte": nats / math.log(2) / text_bytes,
-    }
+    of_bytes = {"bits_per_byte": nats / math.log(2) / text_bytes} if text_bytes else {}
+    perplexity = math.exp(min(loss, 700.0))  # beyond is infinite in double precision
+    return {"eval_loss": loss, "perplexity": perplexity, **of_bytes}

@@ -171,4 +171,6 @@ def quality(evaluation, loss):
     """Readings of the last evaluation and the last training loss."""
     units = {"eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
     found = {key: Reading(value, units[key], "held-out text") for key, value in (evaluation or {}).items()}
+    if evaluation and "bits_per_byte" not in evaluation:
+        found["bits_per_byte"] = missing("bit", "no held-out target stands for text: they are ends of documents")
     return found if loss is None else {"loss": Reading(loss, "nat", "last logged training step"), **found}

@@ -60,6 +60,8 @@ def prepare(config, log):
     """Reads the data and describes the model; makes no array of it. Raises UserError."""
     method = build("adapter", config.adapter, where="config.adapter")
     check_form(config.quant, config.adapter, method)
+    if config.model.pretrained:  # reading it can take a minute
+        _check_data(config, log)
     source = open_pretrained(config.model.pretrained)
     model_config = described(config.model, source)
     lm = architecture.check(model_config)  # a bad model is refused before any data is read
@@ -67,7 +69,8 @@ def prepare(config, log):
     check_positions(config, source)
     mesh = sharding.make_mesh(config.mesh)
     check_train(config.train, mesh)
-    log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
+    if source is None:
+        _check_data(config, log)
     tokenizer = tokenizer_of(config, source)
     lm = _for_method(architecture.from_config(model_config, tokenizer.vocab_size), method)
     _check_sample(lm, config.sample, tokenizer)
@@ -93,6 +96,13 @@ def prepare(config, log):
         data=_described_data(config, tokenizer, log),
         rss_before=host.rss_bytes(),
     )
+
+
+def _check_data(config, log):
+    """Reads the data, and says what was read. Raises UserError for what is wrong with it."""
+    log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
+    for note in data.check(config.data):
+        log.info(f"data: {note}")
 
 
 def _described_data(config, tokenizer, log):
