@@ -2,60 +2,98 @@
 
 import json
 
+from efficientllm.data import turns
 from efficientllm.errors import UserError
 
 
-def dump(messages):
-    """A conversation as the text of a document: `[{"role": ..., "content": ...}, ...]` in JSON."""
-    return json.dumps(messages, ensure_ascii=False)
+def dump(messages, tools=None):
+    """A conversation as the text of a document, in JSON: `[{"role": ..., "content": ...}, ...]`, or with `tools`, as
+    transformers takes them, `{"messages": ..., "tools": ...}`."""
+    return json.dumps({"messages": messages, "tools": tools} if tools else messages, ensure_ascii=False)
 
 
 def encode(tokenizer, text):
-    """`(ids, learnt)` of a document that `dump` made, eos included; `learnt` has a bool a token.
+    """`(ids, learnt)` of a document that `dump` made, its end included; `learnt` has a bool a token.
 
-    With a chat template, a turn of the assistant is what the template adds to the conversation before it and its
-    opening of the turn. Without one, turns are set apart by a blank line and the assistant's end with eos.
+    With a chat template, the ids are those of the whole conversation in transformers, and what is learnt are the turns
+    of the assistant (`data.turns`); eos follows where the template ends without an end token. Without one, turns are
+    set apart by a blank line and the assistant's end with eos.
     """
-    ids = [] if tokenizer.chat else list(tokenizer.lead_ids)
-    learnt = [False] * len(ids)
-    for part, is_answer in _parts(tokenizer, json.loads(text)):
-        new = part if isinstance(part, list) else tokenizer.encode(part)
+    found = json.loads(text)
+    messages, tools = (found["messages"], found["tools"]) if isinstance(found, dict) else (found, None)
+    return _plain(tokenizer, messages) if tokenizer.chat is None else _templated(tokenizer, messages, tools)
+
+
+def _plain(tokenizer, messages):
+    ids, learnt = list(tokenizer.lead_ids), [False] * len(tokenizer.lead_ids)
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        new = list(tokenizer.encode(message["content"] if is_answer else message["content"] + "\n\n"))
+        new += [tokenizer.eos_id] if is_answer else []
         ids += new
         learnt += [is_answer] * len(new)
     return ids, learnt
 
 
-def _parts(tokenizer, messages):
-    """Texts, or lists of ids, in turn with whether they are to be learnt."""
-    if tokenizer.chat is None:
-        for message in messages:
-            if message["role"] == "assistant":
-                yield message["content"], True
-                yield [tokenizer.eos_id], True
-            else:
-                yield message["content"] + "\n\n", False
-        return
-    before = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        opened = tokenizer.chat(messages[:index], add_generation_prompt=True)
-        closed = tokenizer.chat(messages[: index + 1])
-        if not (opened.startswith(before) and closed.startswith(opened)):
-            raise UserError("the tokenizer's chat template rewrites earlier turns: what it adds cannot be told apart")
-        yield tokenizer.encode_template(opened[len(before) :]), False
-        answer = tokenizer.encode_template(closed[len(opened) :].rstrip())
-        yield answer if answer[-1:] == [tokenizer.eos_id] else [*answer, tokenizer.eos_id], True
-        before = closed.rstrip()
+def _templated(tokenizer, messages, tools):
+    text, spans = turns.find(tokenizer, messages, tools)
+    ids, offsets = tokenizer.encode_spans(text)
+    learnt = _overlapping(offsets, spans)
+    if messages[-1]["role"] != "assistant":  # nothing is learnt of what follows the last answer
+        count = max((index + 1 for index, said in enumerate(learnt) if said), default=0)
+        return ids[:count], learnt[:count]
+    if ids[-1] not in (tokenizer.eos_id, *tokenizer.end_ids):
+        ids, learnt = [*ids, tokenizer.eos_id], [*learnt, True]
+    return ids, learnt
+
+
+def _overlapping(offsets, spans):
+    """For each token, whether a span of characters, of which there are several in order, has one of its own."""
+    learnt, left = [], list(spans)
+    for start, end in offsets:
+        while left and start >= left[0][1]:
+            left.pop(0)
+        learnt.append(bool(left) and end > left[0][0])
+    return learnt
 
 
 def check(messages, where):
-    """The messages, if they are a conversation with an answer. Raises UserError that says what is wrong."""
+    """The messages, if they are a conversation with an answer, in transformers' form: parts of text joined, and no key
+    without a value. Raises UserError that says what is wrong."""
     if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
         raise UserError(f"{where}: a conversation is a list of {{'role': ..., 'content': ...}}, not {messages!r:.80}")
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+    messages = [_message(message, f"{where}, message {index}") for index, message in enumerate(messages)]
+    if not any(message["role"] == "assistant" and _says(message) for message in messages):
         raise UserError(f"{where}: no message of the role 'assistant': there is nothing to learn")
     return messages
+
+
+def _message(message, where):
+    message = _without_none(message)
+    content = message.get("content", "" if message.get("tool_calls") else None)
+    if isinstance(content, list) and all(_is_text(part) for part in content):
+        content = "".join(part if isinstance(part, str) else part["text"] for part in content)
+    if not isinstance(content, str):
+        raise UserError(f"{where}: 'content' must be a text or a list of parts of type 'text', not {content!r:.80}")
+    try:
+        json.dumps(message, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds a lone surrogate, half a character; take it out") from None
+    return message | {"content": content}
+
+
+def _is_text(part):
+    return isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def _says(message):
+    return bool(message["content"].strip() or message.get("tool_calls"))
+
+
+def _without_none(value):
+    """As readers of tables fill what a record does not have with None, which templates take for a value."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import warnings
 
 from efficientllm.data import cache
@@ -14,6 +15,8 @@ from efficientllm.registry import register
 from efficientllm.untrusted import template
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_WHERE = "the tokenizer's chat template"
 _GGUF_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -118,13 +121,36 @@ def from_transformers(loaded, end_ids=()):
         template=text,
         bos_id=loaded.bos_token_id,
         end_ids=end_ids,
+        marked=functools.partial(_marked, loaded) if _GENERATION.search(text) else None,
     )
 
 
 def _chat(loaded, messages, **how):
     """The text of a conversation. Raises UserError where the template takes no such one: it may refuse roles."""
+    chosen = _template(loaded, how.get("tools"))
+    if not how.pop("continue_final_message", False):
+        return template.render(chosen, messages, _WHERE, **loaded.special_tokens_map | how)
+    final, mark = messages[-1]["content"], "CONTINUED "
+    messages = [*messages[:-1], messages[-1] | {"content": final + mark}]
+    text = template.render(chosen, messages, _WHERE, **loaded.special_tokens_map | how)
+    before, found, after = text.rpartition(mark.strip())
+    if not found:
+        raise UserError(f"{_WHERE} leaves out the last message, which is to be continued")
+    return before if after.startswith(" ") else before.rstrip()  # as transformers: a template may trim
+
+
+def _marked(loaded, messages, tools=None):
+    """The text of a conversation and the `(start, end)` of what its template marks by `{% generation %}`; None where
+    the template that is chosen for `tools` has no such mark."""
+    chosen = _template(loaded, tools)
+    if not _GENERATION.search(chosen):
+        return None
+    return template.render_marked(chosen, messages, _WHERE, tools=tools, **loaded.special_tokens_map)
+
+
+def _template(loaded, tools):
+    """The template's text, of several the one that transformers takes. Raises UserError."""
     try:
-        chosen = loaded.get_chat_template(tools=how.get("tools"))  # of several
+        return loaded.get_chat_template(tools=tools)
     except ValueError as error:
-        raise UserError(f"the tokenizer's chat template: {error}") from None
-    return template.render(chosen, messages, "the tokenizer's chat template", **loaded.special_tokens_map | how)
+        raise UserError(f"{_WHERE}: {error}") from None

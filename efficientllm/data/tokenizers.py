@@ -104,7 +104,8 @@ class Backed:
 
     Special tokens that a text spells out are read as text: a document cannot end itself. `encode_template`,
     `encode_prompt` and `encode_context` read them as what they are, as transformers does.
-    `chat(messages, add_generation_prompt=False)` is the text of a conversation, or None.
+    `chat(messages, add_generation_prompt=False)` is the text of a conversation, or None;
+    `marked(messages)` is that text and the characters that its template marks as the assistant's, or None.
 
     Args:
       backend: the `tokenizers.Tokenizer`.
@@ -114,9 +115,10 @@ class Backed:
       template: the text of the chat template, for the fingerprint.
       bos_id: the id of BOS, whether or not the tokenizer adds it.
       end_ids: at which generation stops; eos alone by default.
+      marked: as above.
     """
 
-    def __init__(self, backend, eos_id, vocab_size=0, chat=None, template="", bos_id=None, end_ids=()):
+    def __init__(self, backend, eos_id, vocab_size=0, chat=None, template="", bos_id=None, end_ids=(), marked=None):
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -128,6 +130,7 @@ class Backed:
         told = f"{eos_id} {self.end_ids} {template} {backend.to_str()}"
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
         self.token_bytes = _token_bytes(backend, self.vocab_size)
+        self.marked = marked or (lambda messages, **how: None)
         self._limit = None
 
     def within(self, vocab_size):

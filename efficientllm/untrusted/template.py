@@ -25,10 +25,16 @@ class Refusal(UserError):
     """The template itself refuses the conversation: its roles, or their order."""
 
 
-def render(
+def render(template, messages, where="the chat template", **values):
+    """The text of a conversation, as `render_marked`, whose arguments and errors it has."""
+    return render_marked(template, messages, where, **values)[0]
+
+
+def render_marked(
     template, messages, where="the chat template", tools=None, documents=None, add_generation_prompt=False, **values
 ):
-    """The text that a template makes of a conversation, a list of dicts, as `apply_chat_template` gives it.
+    """The text that a template makes of a conversation, a list of dicts, as `apply_chat_template` gives it, and the
+    `(start, end)` of what it marks by `{% generation %}` as the assistant's.
 
     `values` are what else the template sees: the special tokens by name, `enable_thinking`. Raises Refusal, or
     UserError for a template that fails, or takes more than its time or memory; both begin with `where`.
@@ -43,7 +49,7 @@ def render(
     if answer is None:
         raise UserError(f"{where} takes more than {SECONDS:g} s, or its memory, for a text")
     if "text" in answer:
-        return answer["text"]
+        return answer["text"], [tuple(span) for span in answer["marked"]]
     if answer["refused"]:
         roles = ", ".join(str(message.get("role")) for message in messages)
         begin = repr(messages[0].get("content"))[:60] if messages else "with nothing"

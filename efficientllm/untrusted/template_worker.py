@@ -4,7 +4,7 @@ The environment is transformers' (its `chat_template_utils`): immutable sandbox,
 `tojson`, `raise_exception`, `strftime_now`. It must be a process: one instruction makes a string of 10^10 characters or
 a power of 10^8 digits, and nothing inside Python interrupts that.
 
-A message is eight bytes of length and JSON: `{"template", "values"}`, answered by `{"text"}` or `{"error", "refused"}`.
+A message is eight bytes of length and JSON: `{"template", "values"}`, answered by `{"text", "marked"}` or `{"error", "refused"}`.
 """
 
 import datetime
@@ -27,9 +27,13 @@ _NAME = "<template>"  # as Jinja calls what it compiles from a string
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}`: what transformers counts as the assistant's, and renders as it is."""
+    """`{% generation %}`: what transformers counts as the assistant's, and renders as it is.
+
+    `blocks` are the pieces of the text so far, `marked` the `(start, end)` of the assistant's.
+    """
 
     tags = frozenset({"generation"})
+    blocks, marked = (), ()
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -37,7 +41,9 @@ class Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
     def _body(self, caller):
-        return caller()
+        text, start = caller(), sum(map(len, self.blocks))
+        self.marked.append((start, start + len(text)))
+        return text
 
 
 class Namespace(jinja2.utils.Namespace):
@@ -94,9 +100,13 @@ def _compiled(template):
 
 
 def answer(template, values):
-    """`{"text"}` of a template, or `{"error", "refused"}`: refused is True where the template itself said no."""
+    """`{"text", "marked"}` of a template, or `{"error", "refused"}`: refused is True where the template itself said
+    no."""
+    Generation.blocks, Generation.marked = [], []
     try:
-        text = _compiled(template).render(values)
+        for block in _compiled(template).generate(values):
+            Generation.blocks.append(block)
+        text = "".join(Generation.blocks)
     except BaseException as error:  # whatever the template's code raises is an error of the template
         said = " ".join(str(error).split())[:300]
         refused = type(error) is jinja2.exceptions.TemplateError
@@ -105,7 +115,7 @@ def answer(template, values):
         return {"error": f"{kind}{said}{where}", "refused": refused}
     if len(text) > LONGEST:
         return {"error": f"a text of {len(text):,} characters; at most {LONGEST:,} are taken", "refused": False}
-    return {"text": text}
+    return {"text": text, "marked": Generation.marked}
 
 
 def _line(error):

@@ -1,0 +1,147 @@
+"""Where the assistant's turns stand in the text that a chat template makes of a conversation.
+
+A template may mark them itself, by `{% generation %}`, as TRL's assistant_only_loss reads. Otherwise a turn is what the
+template adds to the conversation before it and its opening of the turn (the generation prompt). Where that is no prefix
+of the whole, because earlier turns lose their thinking, or the opening ends in `<think>`, or eos closes the last turn
+alone, the text is made once more with a word of ours in the place of a message: what surrounds it shows where turns
+open and close. Each place is checked against the whole; what cannot be told apart is refused.
+"""
+
+import itertools
+
+from efficientllm.errors import UserError
+
+_WORD = "zqx{}xqz"
+
+
+def find(tokenizer, messages, tools=None):
+    """`(text, [(start, end)])`: the conversation as the template makes it, without white space behind its end, and the
+    characters of each of the assistant's turns. Raises UserError where those cannot be told."""
+    how = {"tools": tools} if tools else {}
+    marked = tokenizer.marked(messages, **how)
+    if marked is not None:
+        text, spans = marked
+        if not spans:
+            raise UserError(f"{_named(messages)}: the chat template's {{% generation %}} marks no turn of it")
+    else:
+        found = _Turns(tokenizer, messages, how)
+        text, spans = found.whole, found.all()
+    end = len(text.rstrip())
+    return text[:end], [(first, min(last, end)) for first, last in spans]
+
+
+class _Turns:
+    """The turns of the conversation `messages`, of which the template makes `whole`."""
+
+    def __init__(self, tokenizer, messages, how):
+        self._tokenizer, self._messages, self._how = tokenizer, messages, how
+        self._answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        self._opened = {index: self._opening(index) for index in self._answers}
+        self.whole = self._chat(messages)
+        number = 0
+        while _WORD.format(number) in self.whole:
+            number += 1
+        self._word, self._other = _WORD.format(number), _WORD.format(f"{number}a")
+
+    def _opening(self, index):
+        """The conversation before an answer with the template's opening of it; None where there is none before."""
+        return self._chat(self._messages[:index], add_generation_prompt=True) if index else None
+
+    def all(self):
+        """`[(start, end)]` of the turns, in order."""
+        found, before = [], 0
+        for index in self._answers:
+            start, end = self._turn(index)
+            if not before <= start < end:
+                raise self._lost(index)
+            found.append((start, end))
+            before = end
+        return found
+
+    def _turn(self, index):
+        opened, closed = self._opened[index], self._chat(self._messages[: index + 1])
+        is_prefix = opened is not None and closed.startswith(opened) and self.whole.startswith(closed.rstrip())
+        if is_prefix and len(closed.rstrip()) > len(opened):
+            return len(opened), len(closed.rstrip())
+        return self._start(index, opened), self._end(index)
+
+    def _start(self, index, opened):
+        """Behind what the template opens the turn with: its opening, as far as the whole has it there."""
+        if index and (place := self._behind_opening(index)) is not None:
+            return place
+        if opened is not None and self.whole.startswith(opened):
+            return len(opened)
+        changed = self._with_word(index)  # a turn that nothing opens begins with its content
+        if changed is None or not self.whole.startswith(changed[0][: changed[1] - len(self._word)]):
+            raise self._lost(index)
+        return changed[1] - len(self._word)
+
+    def _behind_opening(self, index):
+        """As above where the message before stands in both; the answer's own text shall not count as its opening."""
+        changed = self._with_word(index - 1)
+        tail = self._after_word(self._replaced(index - 1)[:index], add_generation_prompt=True)
+        if changed is None or tail is None or not self.whole.startswith(changed[0][: changed[1] - len(self._word)]):
+            return None
+        rest = changed[0][changed[1] :]
+        both = self._replaced(index - 1)
+        both[index] = both[index] | {"content": self._other}
+        without = self._after_word(both)
+        shown = without is not None and self._other in without
+        return self._from_end(rest, self._common(tail, without[: without.index(self._other)] if shown else rest))
+
+    def _end(self, index):
+        """Behind what the template closes the turn with, white space aside."""
+        if index == len(self._messages) - 1:
+            return len(self.whole.rstrip())
+        changed = self._with_word(index)
+        tail = self._after_word(self._replaced(index)[: index + 1])
+        if changed is None or tail is None:
+            raise self._lost(index)
+        rest = changed[0][changed[1] :]
+        count = self._common(tail, rest)
+        place = self._from_end(rest, len(rest[:count].rstrip()))
+        if place is None:
+            raise self._lost(index)
+        return place
+
+    def _from_end(self, rest, count):
+        """The place in the whole behind the first `count` characters of `rest`, with which it ends; else None."""
+        return len(self.whole) - len(rest) + count if self.whole.endswith(rest[count:]) else None
+
+    def _common(self, tail, rest):
+        """How many characters of `rest` are those of `tail`: in whole tokens, as `<|` of two others is no part."""
+        if rest.startswith(tail):
+            return len(tail)
+        (ids, _), (others, offsets) = self._tokenizer.encode_spans(tail), self._tokenizer.encode_spans(rest)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False))
+        count = len(list(same))
+        return offsets[count - 1][1] if count else 0
+
+    def _replaced(self, index):
+        """The messages with our word as the content of one."""
+        messages = list(self._messages)
+        messages[index] = messages[index] | {"content": self._word}
+        return messages
+
+    def _with_word(self, index):
+        """`(text, where our word ends)` with the word in the place of a message; None where it is not there once."""
+        text = self._chat(self._replaced(index))
+        return (text, text.index(self._word) + len(self._word)) if text.count(self._word) == 1 else None
+
+    def _after_word(self, messages, **how):
+        _, word, tail = self._chat(messages, **how).rpartition(self._word)
+        return tail if word else None
+
+    def _chat(self, messages, **how):
+        return self._tokenizer.chat(messages, **self._how, **how)
+
+    def _lost(self, index):
+        return UserError(
+            f"{_named(self._messages)}: the chat template renders the answer of message {index} so that it cannot be "
+            "told apart from the rest; take a template with {% generation %} around answers"
+        )
+
+
+def _named(messages):
+    content = messages[0].get("content") if messages else ""
+    return f"a conversation of {len(messages)} messages that begins {content!r:.60}"
