@@ -4,7 +4,8 @@ The environment is transformers' (its `chat_template_utils`): immutable sandbox,
 `tojson`, `raise_exception`, `strftime_now`. It must be a process: one instruction makes a string of 10^10 characters or
 a power of 10^8 digits, and nothing inside Python interrupts that.
 
-A message is eight bytes of length and JSON: `{"template", "values"}`, answered by `{"text", "marked"}` or `{"error", "refused"}`.
+A message is eight bytes of length and JSON: `{"template", "values"}`, answered by `{"text", "marked"}` or
+`{"error", "refused"}`.
 """
 
 import datetime
