@@ -5,7 +5,6 @@ outputs.
 """
 
 import json
-import math
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +16,9 @@ from efficientllm.quant import checkpoints
 
 KEY = "quantization_config"
 WEIGHT = ".weight"
+FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+_LARGEST_BLOCK = 1 << 16
+SCALES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 
 
 def folder(path, config):
@@ -47,15 +49,18 @@ class BlockFloat8:
     def __init__(self, path, said):
         self._files = SafetensorsFolder(path)
         self._block = said.get("weight_block_size")
-        if not (isinstance(self._block, list) and len(self._block) == 2 and all(b > 0 for b in self._block)):
+        sizes = self._block if isinstance(self._block, list) else []
+        if len(sizes) != 2 or not all(type(size) is int and 0 < size <= _LARGEST_BLOCK for size in sizes):
             raise _refusal(path, said, "weight_block_size must be two numbers")
         held = self._files.shapes
         self.shapes = {name: shape for name, shape in held.items() if not name.endswith(self.suffix)}
         for name, shape in self.shapes.items():
-            if self._files.dtype(name).itemsize == 1:
+            if self._files.dtype(name) in FLOAT8:
                 self._check(path, name, shape, held.get(name + self.suffix))
 
     def _check(self, path, name, shape, found):
+        if len(shape) != 2:
+            raise UserError(f"{path}: tensor {name!r} has shape {list(shape)}; blocks of float8 are of two axes")
         wanted = tuple(-(-size // block) for size, block in zip(shape, self._block, strict=True))
         if found != wanted:
             shown = "missing" if found is None else f"of shape {list(found)}"
@@ -64,16 +69,16 @@ class BlockFloat8:
     def dtype(self, name):
         """What the weights were before: bfloat16."""
         found = self._files.dtype(name)
-        return np.dtype(ml_dtypes.bfloat16) if found.itemsize == 1 else found
+        return np.dtype(ml_dtypes.bfloat16) if found in FLOAT8 else found
 
     def read(self, name):
         """The tensor, float32 where it was rounded."""
         found = self._files.read(name)
-        if found.dtype.itemsize > 1:
+        if found.dtype not in FLOAT8:
             return found
         factors = self._files.read(name + self.suffix).astype(np.float32)
         for axis, block in enumerate(self._block):
-            factors = factors.repeat(block, axis)
+            factors = factors.repeat(min(block, found.shape[axis]), axis)
         return found.astype(np.float32) * factors[: found.shape[0], : found.shape[1]]
 
     def stored(self, name):
@@ -108,7 +113,13 @@ class Packed:
         return None
 
     def _shape(self, name):
-        rows, columns = self._files.shapes[f"{name.removesuffix(WEIGHT)}.qweight"]
+        full = f"{name.removesuffix(WEIGHT)}.qweight"
+        shape = self._files.shapes[full]
+        if len(shape) != 2 or 0 in shape or self._files.dtype(full) != np.int32:
+            raise UserError(
+                f"{self._where}: tensor {full!r} of {self._files.dtype(full)} {list(shape)} is no I32 table"
+            )
+        rows, columns = shape
         return (columns, rows * 8) if self._kind == "gptq" else (columns * 8, rows)
 
     def dtype(self, name):
@@ -125,7 +136,7 @@ class Packed:
         if name not in self._packed:
             return None
         words = [self._part(name, part) for part in ("qweight", "qzeros", "scales")]
-        self._check_parts(name, *(each.shape for each in words))
+        self._check_parts(name, *words)
         if self._kind == "awq":
             return checkpoints.from_awq(*words)
         try:
@@ -135,9 +146,16 @@ class Packed:
 
     def _check_parts(self, name, codes, zeros, scales):
         N, K = self._shape(name)
-        groups = scales[0] if len(scales) == 2 else 0
-        if not groups or K % groups or scales[1] != N or math.prod(zeros) * 8 != groups * N:
+        groups = scales.shape[0] if scales.ndim == 2 else 0
+        fits = groups and not K % groups and (K // groups) % 2 == 0 and scales.shape[1] == N
+        if not fits or N % 8 or zeros.shape != (groups, N // 8):
             raise UserError(
-                f"{self._where}: {name!r}: qweight {list(codes)}, qzeros {list(zeros)} and scales {list(scales)} do "
-                "not fit each other"
+                f"{self._where}: {name!r}: qweight {list(codes.shape)}, qzeros {list(zeros.shape)} and scales "
+                f"{list(scales.shape)} do not fit each other"
             )
+        if zeros.dtype != np.int32 or scales.dtype not in SCALES:
+            raise UserError(
+                f"{self._where}: {name!r}: qzeros are {zeros.dtype}, scales {scales.dtype}, not I32 and F16"
+            )
+        if not np.isfinite(scales.astype(np.float16)).all():
+            raise UserError(f"{self._where}: {name!r}: scales hold NaN or infinity, or more than float16 does")

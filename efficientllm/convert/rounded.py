@@ -13,10 +13,12 @@ import numpy as np
 from efficientllm import model as models
 from efficientllm.convert.safetensors_file import SafetensorsFolder
 from efficientllm.errors import UserError
+from efficientllm.quant import consistency
 from efficientllm.quant.half import Half
 from efficientllm.quant.int4 import Int4
 from efficientllm.quant.int8 import Int8
 from efficientllm.quant.nf4 import NF4
+from efficientllm.untrusted.json_text import shown
 
 METHOD = "efficientllm"
 LEAVES = {kind.__name__: kind for kind in (Int4, Int8, NF4, Half)}
@@ -29,8 +31,10 @@ class Folder:
         self.where, self._files, self._said = path, SafetensorsFolder(path), said.get("leaves")
         kinds = self._said.values() if isinstance(self._said, dict) else [None]
         for each in kinds:
-            if not isinstance(each, dict) or each.get("leaf") not in LEAVES:
-                raise UserError(f"{path / 'config.json'}: quantization_config.leaves holds {each!r}, no leaf of ours")
+            if not isinstance(each, dict) or str(each.get("leaf")) not in LEAVES:
+                raise UserError(
+                    f"{path / 'config.json'}: quantization_config.leaves holds {shown(each)}, no leaf of ours"
+                )
         self.shapes = {name: shape for name, shape in self._files.shapes.items() if name.rpartition(".")[0] == ""}
         self.shapes |= {path: self.leaf(path).shape for path in self._said}
 
@@ -46,14 +50,26 @@ class Folder:
         kind = LEAVES[said.pop("leaf")]
         held = {name.rpartition(".")[2] for name in self._files.shapes if name.rpartition(".")[0] == path}
         try:
-            return kind(**said, **{name: self._files.read(f"{path}.{name}") for name in held})
-        except TypeError as error:
+            leaf = kind(**said, **{name: self._files.read(f"{path}.{name}") for name in held})
+            consistency.check(leaf)
+        except (TypeError, UserError) as error:
             raise UserError(f"{self.where}: {path!r} is no {kind.__name__}: {error}") from None
+        return leaf
+
+    def finite_leaf(self, path):
+        """The leaf at a path, whose scales have been read. Raises UserError where one is not finite."""
+        leaf = self.leaf(path)
+        if path in self._said:
+            try:
+                consistency.check_finite(leaf)
+            except UserError as error:
+                raise UserError(f"{self.where}: {path!r}: {error}") from None
+        return leaf
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 a leaf's shards are read one after another
     def read(self, path):
         """The array that a path stands for, float32 where it is rounded."""
-        leaf = self.leaf(path)
+        leaf = self.finite_leaf(path)
         return np.asarray(leaf.dense()) if path in self._said else leaf
 
     def bind(self, lm):
@@ -69,6 +85,9 @@ class Folder:
                 raise UserError(f"{self.where}: {name!r} is {shown}, the config asks for {list(shape)}")
         if extra := sorted(self.shapes.keys() - wanted.keys()):
             raise UserError(f"{self.where}: {extra[0]!r} belongs to nothing in the model that the config describes")
+        for name in self._files.shapes:
+            if (of := name.rpartition(".")[0]) and of not in self._said:
+                raise UserError(f"{self.where}: {name!r} is of {of!r}, which is none of quantization_config.leaves")
         return leaves
 
 
@@ -95,5 +114,5 @@ class Leaf:
 
     def stored(self, tensors):
         """The rounded leaf, or None where it is none, or one of stacked layers."""
-        leaf = tensors.leaf(self.path) if self.names == [self.path] else None
+        leaf = tensors.finite_leaf(self.path) if self.names == [self.path] else None
         return leaf if type(leaf) in LEAVES.values() else None

@@ -2,7 +2,10 @@
 
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <string>
 
 #include "instructions.h"
 #include "threads.h"
@@ -43,6 +46,29 @@ static Kept kept(const ffi::AnyBuffer& values, const ffi::Buffer<ffi::F32>& scal
   return {values.dimensions()[3], (const uint8_t*)values.untyped_data(), scale.typed_data()};
 }
 
+using Sizes = ffi::Span<const int64_t>;
+
+static bool is(Sizes sizes, std::initializer_list<int64_t> wanted) {
+  return std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end());
+}
+
+// What does not fit in an attention; null where all fits. The kernels read as many elements as q, k and v say.
+static const char* misfit(Sizes q, Sizes k, Sizes more, Sizes v, Sizes mask, Sizes y,
+                          bool is_int8, const Sizes (&scales)[3]) {
+  for (const Sizes kept : {k, more, v})
+    if (kept.size() != 4) return "keys or values that are no [batch, slots, heads, width]";
+  const int64_t batch = k[0], slots = k[1], kv_heads = k[2];
+  if (!is(more, {batch, slots, kv_heads, more[3]}) || !is(v, {batch, slots, kv_heads, v[3]}))
+    return "keys and values of several sizes";
+  if (q.size() != 3 || !is(q, {batch, q[1], k[3] + more[3]})) return "queries that are not as wide as the keys";
+  if (kv_heads < 1 || q[1] % kv_heads) return "heads that are no multiple of those of the keys";
+  if (!is(mask, {batch, slots})) return "a mask that is not one a slot";
+  if (!is(y, {batch, q[1], v[3]})) return "a result that is not as large as the values";
+  for (const Sizes scale : scales)
+    if (is_int8 && !is(scale, {batch, slots, kv_heads})) return "scales that are not one a slot and head";
+  return nullptr;
+}
+
 // q[B, H, K + L], k[B, S, G, K], more[B, S, G, L], v[B, S, G, V], their scales [B, S, G] (or empty), mask[B, S]
 // -> y[B, H, V]
 static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer more,
@@ -56,6 +82,12 @@ static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::
   if (!type.has_value()) return type.error();
   if (more.element_type() != k.element_type() || v.element_type() != k.element_type())
     return ffi::Error::InvalidArgument("keys and values of several types");
+  const char* problem = misfit(q.dimensions(), k.dimensions(), more.dimensions(), v.dimensions(), mask.dimensions(),
+                               y->dimensions(), *type == kElementInt8,
+                               {k_scale.dimensions(), more_scale.dimensions(), v_scale.dimensions()});
+  if (problem) return ffi::Error::InvalidArgument(std::string("efficientllm attention: ") + problem);
+  std::fill_n(y->typed_data(), y->element_count(), 0.0f);
+  if (q.dimensions()[0] == 0 || q.dimensions()[1] == 0 || k.dimensions()[1] == 0) return ffi::Error::Success();
   Attention a{};
   a.element = *type, a.scale = scale;
   a.batch = q.dimensions()[0], a.heads = q.dimensions()[1];

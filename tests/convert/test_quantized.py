@@ -8,7 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from efficientllm import convert, model
 from efficientllm.attention import Context
@@ -149,6 +149,73 @@ def test_other_roundings_are_refused_by_name(kind, change, said, tmp_path):
     with pytest.raises(UserError, match=said) as error:
         convert.open_source(tmp_path)
     assert "quantization_config" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind, part, value",
+    [
+        *[
+            (kind, "scales", np.ones(shape, np.float16))
+            for kind in ("gptq", "awq")
+            for shape in [(1, 1), (2, 0), (64,)]
+        ],
+        *[
+            (kind, "qzeros", np.ones(shape, np.int32))
+            for kind in ("gptq", "awq")
+            for shape in [(1, 8), (8, 2), (16,), (0,)]
+        ],
+        *[
+            (kind, "qweight", np.ones(shape, np.int32))
+            for kind in ("gptq", "awq")
+            for shape in [(8,), (0, 64), (8, 8, 8)]
+        ],
+        *[(kind, "qweight", np.ones((8, 64), np.float32)) for kind in ("gptq", "awq")],
+        *[(kind, "qzeros", np.ones((2, 8), np.int64)) for kind in ("gptq", "awq")],
+        *[
+            (kind, "scales", np.full((2, 64), value, np.float16))
+            for kind in ("gptq", "awq")
+            for value in (np.inf, np.nan)
+        ],
+        *[("gptq", "g_idx", np.full(64, value, np.int32)) for value in (-1, 2, 10**9)],
+        *[("gptq", "g_idx", np.zeros(shape, np.int32)) for shape in [(3,), (64, 2), (0,)]],
+    ],
+    ids=lambda value: (
+        f"{value.dtype}{list(value.shape)}{value.flat[0] if value.size else ''}" if hasattr(value, "dtype") else value
+    ),
+)
+def test_parts_that_do_not_fit_are_refused(kind, part, value, tmp_path):
+    _, config = WRITERS[kind](tmp_path, folders.llama(tmp_path, **SHAPE))
+    (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": config}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {f"model.layers.0.self_attn.q_proj.{part}": value}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="q_proj") as error:
+        source, lm, abstract = loaded(tmp_path)
+        source.load(abstract)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("block", [[0, 4], [4], [4, -4], [1.5, 4], ["4", 4], [True, 4], [10**18, 4], 4, {"a": 1}])
+def test_blocks_that_are_none_are_refused(block, tmp_path):
+    _, config = WRITERS["fp8"](tmp_path, folders.llama(tmp_path, **SHAPE))
+    folder = folders.LLAMA | SHAPE | {"quantization_config": config | {"weight_block_size": block}}
+    (tmp_path / "config.json").write_text(json.dumps(folder))
+    with pytest.raises(UserError, match="weight_block_size must be two numbers"):
+        convert.open_source(tmp_path)
+
+
+def test_blocks_larger_than_a_weight_take_no_memory_of_their_size(tmp_path):
+    tensors = folders.llama(tmp_path, **SHAPE)
+    stored = {}
+    for name, value in tensors.items():
+        stored[name] = value.astype(ml_dtypes.float8_e4m3fn) if is_linear(name) else value
+        if is_linear(name):
+            stored[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
+    write_raw(tmp_path / "model.safetensors", stored)
+    said = {"quant_method": "fp8", "weight_block_size": [60_000, 60_000]}
+    (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": said}))
+    source, _, _ = loaded(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    np.testing.assert_array_equal(source.tensors.read(name), stored[name].astype(np.float32))
 
 
 @pytest.mark.parametrize(

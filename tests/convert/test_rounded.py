@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from efficientllm import convert, model
 from efficientllm.convert import rounding
@@ -92,6 +93,79 @@ def test_what_does_not_fit_is_named(change, said, tmp_path):
     with pytest.raises(UserError, match=said):
         source = convert.open_source(tmp_path / "rounded")
         source.bind(source.lm(scan=False))
+
+
+Q = "group_0/block_0/mixer/q/kernel"  # [64, 64]: int4 and nf4 have 32 bytes a row
+UNFIT = [
+    *[
+        ("int4", {"scale": np.ones(shape, np.float16)})
+        for shape in [(1, 2), (64, 0), (64, 3), (64, 64), (128,), (2, 64, 2)]
+    ],
+    ("int4", {"scale": np.ones((64, 2), np.float32)}),
+    ("int4", {"values": np.ones((64, 16), np.uint8)}),
+    ("int4", {"values": np.ones((64, 32), np.int8)}),
+    ("int4", {"values": np.ones((0, 32), np.uint8)}),
+    ("int4", {"minimum": np.ones((1, 1), np.float16)}),
+    ("int4", {"zero": np.ones((1, 1), np.uint8)}),
+    ("int4", {"zero": np.ones((64, 2), np.float16)}),
+    ("int4", {"zero": np.ones((64, 2), np.uint8), "minimum": np.ones((64, 2), np.float16)}),
+    ("int4", {"x_scale": np.ones((1, 63), np.float16)}),
+    ("int4", {"further": np.ones((64, 2), np.float16)}),
+    ("int8", {"scale": np.ones((1, 1), np.float32)}),
+    ("int8", {"scale": np.ones((64, 0), np.float32)}),
+    ("int8", {"values": np.ones((48, 8), np.int8)}),
+    ("nf4", {"scale": np.ones((1, 1), np.float32)}),
+    ("nf4", {"scale": np.ones((64, 1), np.int32)}),
+    ("bfloat16", {"values": np.ones((64, 64), np.float32)}),
+    ("bfloat16", {"values": np.ones(64 * 64, np.float16)}),
+    *[
+        (form, {"columns": value})
+        for form in ("int8", "int4", "nf4")
+        for value in (0, -1, 63.0, 65, 10**12, True, "64")
+    ],
+    ("int4", {"x_bits": 3}),
+    ("int4", {"is_table": "yes"}),
+    ("int8", {"values": 3}),
+]
+
+
+def rounded(tmp_path, form, **arrays):
+    """A checkpoint in a form, of whose kernel Q arrays and fields are replaced."""
+    folders.llama(tmp_path / "plain", **SHAPE)
+    rounding.convert(convert.open_source(tmp_path / "plain"), form, tmp_path / "rounded")
+    tensors = load_file(tmp_path / "rounded" / "model.safetensors")
+    tensors |= {f"{Q}.{name}": value for name, value in arrays.items() if isinstance(value, np.ndarray)}
+    save_file(tensors, tmp_path / "rounded" / "model.safetensors")
+    fields = {name: value for name, value in arrays.items() if not isinstance(value, np.ndarray)}
+    spoil(tmp_path / "rounded", lambda c: c["quantization_config"]["leaves"][Q].update(fields))
+    return tmp_path / "rounded"
+
+
+@pytest.mark.parametrize("form, arrays", UNFIT, ids=str)
+def test_arrays_that_do_not_fit_each_other_are_refused_when_they_are_opened(form, arrays, tmp_path):
+    """The native products read as many bytes as the shapes say."""
+    with pytest.raises(UserError, match=f"'{Q}' is no ") as error:
+        convert.open_source(rounded(tmp_path, form, **arrays))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("form, name, dtype", [("int4", "scale", np.float16), ("int8", "scale", np.float32)])
+def test_scales_that_are_no_numbers_are_refused(form, name, dtype, value, tmp_path):
+    shape = (64, 2) if form == "int4" else (64, 1)
+    source, lm, abstract = loaded(rounded(tmp_path, form, **{name: np.full(shape, value, dtype)}))
+    for load in (lambda: source.load_stored(abstract, lm), lambda: source.load(abstract)):
+        with pytest.raises(UserError, match=f"'{Q}': scale holds NaN or infinity"):
+            load()
+
+
+def test_a_tensor_of_no_leaf_is_refused(tmp_path):
+    folder = rounded(tmp_path, "int4")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"os.path": np.zeros((2, 2), np.float32)}, folder / "model.safetensors")
+    source, lm, _ = loaded(folder)
+    with pytest.raises(UserError, match="'os.path' is of 'os', which is none of"):
+        source.bind(lm)
 
 
 @pytest.mark.parametrize("flags", [["--quant=float32"], ["--quant=int4", "--dtype=float32"], ["--data=bytes"]])
