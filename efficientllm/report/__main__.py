@@ -5,7 +5,8 @@
 
   RUNS, A, B            a record.json, a run's folder, or a folder of runs (such as a sweep's)
   --out=DIR             where index.html, report.md, rows.csv, leaderboard.json and figures/ are written
-  --baseline=VARIANT    what the others are compared with (default: the sweep's, else the run that started first)
+  --baseline=VARIANT    what the others are compared with: a variant, a config's name, or a value such as
+                        model.mixer=gqa (default: the sweep's, else the run that started first)
   --compare             tells whether B is worse than A: the 95 % interval of B/A lies on the worse side of equal
   --metric=NAME,...     the metrics that --compare looks at (default: time, energy, memory and held-out loss)
   --margin=SHARE        how far an interval may reach on either side and still be equal
@@ -89,19 +90,30 @@ def report(options):
 
     files, orphans = rows.find(options.runs)
     found = rows.read(files)
-    variants = sorted({row.variant for row in found})
-    if options.baseline and options.baseline not in variants:
-        near = did_you_mean(options.baseline, variants)
-        raise UserError(f"--baseline={options.baseline}: no such variant{near}; variants: {', '.join(variants)}")
+    baseline = options.baseline and _baseline(options.baseline, found)
     from efficientllm.report import board, write
 
-    made = board.build(found, orphans, options.baseline) | {"grids": rows.grids(options.runs)}
+    made = board.build(found, orphans, baseline) | {"grids": rows.grids(options.runs)}
     write.write(made, found, _folder(options.out))
     groups = made["groups"]
     count = sum(len(group["variants"]) for group in groups)
     print(f"rows {len(found)}, variants {count}, rankings {len(groups)}, failed {len(made['failures'])}")
     print(f"report: {pathlib.Path(options.out) / 'index.html'}")
     return 0
+
+
+def _baseline(asked, found):
+    """The variant that `--baseline` names: by its name, its config's, or a value of its config (`model.mixer=gqa`)."""
+    variants = sorted({row.variant for row in found})
+    if asked in variants:
+        return asked
+    key, _, value = asked.partition("=")
+    named = {row.variant for row in found if asked == row.record.get("name")}
+    matching = sorted(named or {row.variant for row in found if value and str(row.config.get(key)) == value})
+    if len(matching) == 1:
+        return matching[0]
+    said = f"it means {len(matching)} of them" if matching else f"no such variant{did_you_mean(asked, variants)}"
+    raise UserError(f"--baseline={asked}: {said}; variants: {', '.join(matching or variants)}")
 
 
 def _folder(path):

@@ -4,7 +4,17 @@ import itertools
 
 import numpy as np
 
-from efficientllm.report import claims, columns, comparison, forecasts, ranking, statistics, study, techniques
+from efficientllm.report import (
+    claims,
+    columns,
+    comparison,
+    forecasts,
+    ranking,
+    statistics,
+    study,
+    techniques,
+    unfinished,
+)
 
 SCHEMA_VERSION = 1
 NOISE = ("al_s", "tokens_per_s", "it_tokens_per_s", "j_per_token", "aec_w", "amu_gb", "peak_memory_bytes", "eval_loss")
@@ -24,7 +34,7 @@ def build(rows, orphans=(), baseline=None):
         "claims": claims.evaluate(found),
         "forecasts": forecasts.evaluate(found),
         "failures": [_failure(row) for row in rows if not row.ok],
-        "without_row": [str(path) for path in orphans],
+        "without_row": unfinished.unfinished(orphans),
         "rows": len(rows),
     }
 

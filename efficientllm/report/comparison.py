@@ -8,6 +8,7 @@ there is shown with the reason, and without ratio or rank.
 import collections
 import math
 import re
+import zlib
 
 import numpy as np
 
@@ -187,9 +188,15 @@ def batch(row):
     """The effective batch: sequences and tokens a step (requests and prompts where the task is infer)."""
     config = row.config
     if row.kind == "infer":
-        keys = ("infer.batch_size", "infer.prompts", "infer.prompt_length", "infer.max_new_tokens")
-        return ", ".join(f"{key.partition('.')[2]} {config[key]}" for key in keys if key in config)[:80]
+        keys = ("infer.batch_size", "infer.prompt_length", "infer.max_new_tokens", "infer.prompts")
+        return ", ".join(f"{key.partition('.')[2]} {_brief(config[key])}" for key in keys if key in config)
     return f"{config.get('train.batch_size')} x {config.get('train.length')} tokens a step"
+
+
+def _brief(value):
+    """A value that stays another where it is cut short."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:32]}... #{zlib.crc32(text.encode()):08x}"
 
 
 def differences(rows, reference, key):

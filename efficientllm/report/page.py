@@ -7,12 +7,12 @@ import json
 
 from efficientllm.report import study, techniques
 
-SCRIPTS = ("format.js", "query.js", "table.js", "charts.js", "sections.js", "main.js")
+SCRIPTS = ("format.js", "query.js", "table.js", "details.js", "charts.js", "sections.js", "address.js", "main.js")
 
 
-def html(board, curves):
-    """The page of a leaderboard and of `{path: curves}`."""
-    data = {"board": board, "curves": curves, "study": _study()}
+def html(board, curves, details=None):
+    """The page of a leaderboard, of `{path: curves}` and of `details.details`."""
+    data = {"board": board, "curves": curves, "details": details or {"runs": {}, "texts": []}, "study": _study()}
     # A "<" inside a string could end the script element.
     embedded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = {

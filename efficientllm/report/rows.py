@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import re
+import textwrap
 
 from efficientllm.errors import UserError
 from efficientllm.metrics.record import read_record
@@ -15,7 +16,8 @@ from efficientllm.workdir import flatten
 # Keys that say how a run is watched, saved or called, not what is compared.
 IGNORED = ("name", "seed", "sweep", "imports", "checkpoint", "sample", "metrics", "train.log_every")
 GROUPS = ("paper", "physical", "quality")
-_LONGEST_LABEL = 60
+_LONGEST_LABEL, _LONGEST_VALUE = 60, 40  # characters
+_TELLING = ("model.", "adapter", "quant", "infer.", "train.", "data", "tokenizer")
 _TAIL = 12
 
 
@@ -184,19 +186,56 @@ def _tell_apart(rows):
 
 
 def _labels(rows):
-    """`{identity: label}`: the keys in which the configs differ, or the configs' names where that is too long."""
+    """`{identity: label}`, told apart among the rows of a task, which share a table."""
+    kinds = collections.defaultdict(list)
+    for row in rows:
+        kinds[row.kind].append(row)
+    return {identity: label for own in kinds.values() for identity, label in _labels_of(own).items()}
+
+
+def _labels_of(rows):
+    """The keys in which the configs differ; where that is too long the configs' names, and of configs under one name
+    the few keys that tell them apart."""
     configs = {row.identity: _compared(row.config) for row in rows}
     names = {row.identity: row.record.get("name") or row.identity for row in rows}
-    keys = sorted({key for config in configs.values() for key in config})
-    differ = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+    differ = _different(configs.values())
     if not differ:
         return names
-    full = {
-        identity: ", ".join(f"{key}={config[key]}" for key in differ if key in config)
-        for identity, config in configs.items()
-    }
-    too_long = max(map(len, full.values())) > _LONGEST_LABEL
-    return names if too_long and len(set(names.values())) == len(names) else full
+    full = {identity: _listed(config, differ) for identity, config in configs.items()}
+    if max(map(len, full.values())) <= _LONGEST_LABEL:
+        return full
+    labels = {}
+    for name in dict.fromkeys(names.values()):
+        own = {identity: config for identity, config in configs.items() if names[identity] == name}
+        keys = _telling(own)
+        labels |= {
+            each: f"{name} ({_listed(config, keys, _LONGEST_VALUE)})" if keys else name for each, config in own.items()
+        }
+    return labels
+
+
+def _different(configs):
+    configs = list(configs)
+    keys = sorted({key for config in configs for key in config})
+    return [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
+
+
+def _telling(configs):
+    """Few keys whose values are another in each of the configs: those of the model before those of training."""
+    order = lambda key: next((i for i, part in enumerate(_TELLING) if key.startswith(part)), len(_TELLING))  # noqa: E731
+    chosen, seen = [], 1
+    for key in sorted(_different(configs.values()), key=order):
+        values = {json.dumps([config.get(each) for each in (*chosen, key)]) for config in configs.values()}
+        if len(values) > seen:
+            chosen, seen = [*chosen, key], len(values)
+    return chosen
+
+
+def _listed(config, keys, longest=None):
+    shown = {key: str(config[key]) for key in keys if key in config}
+    return ", ".join(
+        f"{key}={textwrap.shorten(v, longest, placeholder='...') if longest else v}" for key, v in shown.items()
+    )
 
 
 def _number_blocks(rows):

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 
-from efficientllm.report import comparison, curves, figures, markdown, page, techniques
+from efficientllm.report import comparison, curves, details, figures, markdown, page, techniques
 from efficientllm.workdir import write_atomically
 
 
@@ -15,7 +15,7 @@ def write(board, rows, folder):
     write_atomically(folder / "rows.csv", rows_csv(rows, board["columns"]))
     names = figures.draw(board, found, folder / "figures")
     write_atomically(folder / "report.md", markdown.text(board, names))
-    write_atomically(folder / "index.html", page.html(board, found))
+    write_atomically(folder / "index.html", page.html(board, found, details.details(rows, folder)))
 
 
 def rows_csv(rows, columns):

@@ -4,6 +4,8 @@ const PALETTES = {
   dark: ["#8ab4ff", "#f5a952", "#4cc38a", "#ff8b7e", "#b79bff", "#5fd0e6", "#f08bbd", "#a9d05e", "#9aa5b1", "#d8a373"],
 };
 const DASHES = ["solid", "dash", "dot", "dashdot"];
+const PRINTED = { width: 640, height: 380, autosize: false }; // fits A4 and letter upright
+let printing = false;
 
 async function loadPlotly() {
   const packed = atob(byId("plotly").textContent.trim());
@@ -23,7 +25,7 @@ function layout(extra) {
   const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 }, hovermode: "closest",
-    margin: { l: 60, r: 20, t: 16, b: 50 }, legend: { orientation: "h", y: -0.2 }, ...extra,
+    margin: { l: 60, r: 20, t: 16, b: 56 }, showlegend: false, ...(printing ? PRINTED : {}), ...extra,
     xaxis: { ...axis, ...extra.xaxis }, yaxis: { ...axis, ...extra.yaxis },
   };
 }
@@ -31,6 +33,7 @@ function layout(extra) {
 function plot(id, traces, extra, label) {
   const box = byId(id);
   box.setAttribute("aria-label", label);
+  if (box.nextElementSibling?.matches(".legend")) box.nextElementSibling.remove();
   if (!traces.length || !window.Plotly) {
     window.Plotly?.purge(box);
     box.className = "chart empty";
@@ -39,10 +42,30 @@ function plot(id, traces, extra, label) {
   }
   if (box.className !== "chart") box.replaceChildren();
   box.className = "chart";
-  Plotly.react(box, traces, layout(extra), { displayModeBar: false, responsive: true });
+  Plotly.react(box, traces, layout(extra), { displayModeBar: false, responsive: !printing });
+  const named = traces.filter((trace) => trace.line).map((trace) => [trace.name, trace.line.color, trace.line.dash]);
+  if (named.length) box.after(legendNode(named, box));
 }
 
-const chosenGroup = (id) => BOARD.groups[Number(byId(id).value)];
+/* Names and colours of lines as buttons below their chart, which hide and show them: plotly.js's own legend covers axes. */
+function legendNode(entries, box = null) {
+  const first = new Map(entries.map(([name, ...look]) => [name, look]).reverse());
+  return make("div", { class: "legend" }, ...[...first].reverse().map(([name, [color, dash]]) => {
+    const line = make("i", { "data-dash": dash });
+    line.style.borderTopColor = color;
+    const button = make(box ? "button" : "span", box ? { type: "button", "aria-pressed": "true", title: name } : { title: name }, line, short(name, 40));
+    if (box) {
+      button.addEventListener("click", () => {
+        const shown = button.getAttribute("aria-pressed") !== "true";
+        button.setAttribute("aria-pressed", String(shown));
+        Plotly.restyle(box, { visible: shown }, box.data.flatMap((trace, i) => (trace.name === name ? [i] : [])));
+      });
+    }
+    return button;
+  }));
+}
+
+const chosenGroup = (id) => BOARD.groups.find((group) => group.name === byId(id).value);
 
 function axisTitle(key) {
   const { label, unit, better } = COLUMNS[key];
@@ -53,18 +76,47 @@ function paretoShares(group, x, y) {
   return group.pareto[`${x}|${y}`] ?? group.pareto[`${y}|${x}`] ?? {};
 }
 
+/* A range with room around the values for points and their names. */
+function around(values) {
+  const low = Math.min(...values), high = Math.max(...values), room = (high - low) * 0.12 || Math.abs(high) * 0.1 || 1;
+  return [low - room, high + room];
+}
+
+/* Where each point's name goes, so that names neither meet nor leave the chart; "" where there is no room for one. */
+function labelPlaces(box, xs, ys, names, [xRange, yRange]) {
+  const width = (printing ? PRINTED.width : box.clientWidth) - 80, height = (printing ? PRINTED.height : box.clientHeight) - 72;
+  const at = xs.map((x, i) => [((x - xRange[0]) / (xRange[1] - xRange[0])) * width, (1 - (ys[i] - yRange[0]) / (yRange[1] - yRange[0])) * height]);
+  const taken = at.map(([px, py]) => [px - 7, py - 7, px + 7, py + 7]);
+  const meets = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+  return names.map((name, i) => {
+    const [px, py] = at[i], wide = name.length * 7 + 4;
+    const boxes = {
+      "top center": [px - wide / 2, py - 24, px + wide / 2, py - 7], "bottom center": [px - wide / 2, py + 7, px + wide / 2, py + 24],
+      "middle right": [px + 7, py - 9, px + 7 + wide, py + 9], "middle left": [px - 7 - wide, py - 9, px - 7, py + 9],
+    };
+    const free = Object.entries(boxes).find(([, rect]) => rect[0] >= 0 && rect[2] <= width && rect[1] >= 0 && rect[3] <= height &&
+      !taken.some((other) => meets(rect, other)));
+    if (free) taken.push(free[1]);
+    return free ? free[0] : "";
+  });
+}
+
 function renderPareto() {
   const group = chosenGroup("pareto-group"), x = byId("pareto-x").value, y = byId("pareto-y").value;
   const shares = paretoShares(group, x, y);
   const held = group.variants.filter((variant) => x && y && variant.cells[x].mean !== null && variant.cells[y].mean !== null);
-  const text = (variant) => shares[variant.variant] == null ? variant.variant : `${variant.variant} ${percent(shares[variant.variant])}`;
+  const text = (variant) => (shares[variant.variant] == null ? "" : ` ${percent(shares[variant.variant])}`);
+  const [xs, ys] = [x, y].map((key) => held.map((variant) => variant.cells[key].mean));
+  const names = held.map((variant) => `${short(variant.variant)}${text(variant)}`);
+  const ranges = [around(xs), around(ys)], places = labelPlaces(byId("pareto"), xs, ys, names, ranges);
   const traces = held.map((variant, i) => ({
-    x: [variant.cells[x].mean], y: [variant.cells[y].mean], mode: "markers+text", text: [text(variant)], textposition: "top center",
-    name: variant.variant, showlegend: false, cliponaxis: false,
+    x: [xs[i]], y: [ys[i]], mode: "markers+text", text: [places[i] ? plotText(names[i]) : ""], textposition: places[i] || "top center",
+    name: variant.variant, meta: plotText(variant.variant + text(variant)),
     marker: { color: colour(i), size: 12, opacity: 0.25 + 0.75 * (shares[variant.variant] ?? 1) },
-    hovertemplate: `${variant.variant}<br>${x}: ${show(variant.cells[x].mean, COLUMNS[x].unit)}<br>${y}: ${show(variant.cells[y].mean, COLUMNS[y].unit)}<extra></extra>`,
+    hovertemplate: `%{meta}<br>${x}: ${show(xs[i], COLUMNS[x].unit)}<br>${y}: ${show(ys[i], COLUMNS[y].unit)}<extra></extra>`,
   }));
-  plot("pareto", traces, { xaxis: { title: axisTitle(x) }, yaxis: { title: axisTitle(y) } },
+  const axis = (key, range) => ({ title: { ...axisTitle(key), standoff: 10 }, range });
+  plot("pareto", traces, { xaxis: axis(x, ranges[0]), yaxis: axis(y, ranges[1]) },
     traces.length ? `Scatter of ${x} and ${y}` : "No variant has both metrics.");
   const rows = held.map((variant) => [variant.variant, show(variant.cells[x].mean, COLUMNS[x].unit),
     show(variant.cells[y].mean, COLUMNS[y].unit), percent(shares[variant.variant])]);
@@ -77,10 +129,11 @@ function renderRadar() {
   const group = chosenGroup("six-group");
   const known = group.six.filter((key) => group.variants.some((variant) => variant.normalised[key] !== null));
   const whole = group.variants.filter((variant) => known.every((key) => variant.normalised[key] !== null));
-  const around = [...known, known[0]];
+  const closed = [...known, known[0]];
   const traces = known.length < 3 ? [] : whole.map((variant, i) => ({
-    type: "scatterpolar", name: variant.variant, mode: "lines+markers", marker: { size: 5 },
-    r: around.map((key) => variant.normalised[key]), theta: around.map((key) => COLUMNS[key].label),
+    type: "scatterpolar", name: variant.variant, mode: "lines+markers", marker: { size: 5 }, meta: plotText(variant.variant),
+    r: closed.map((key) => variant.normalised[key]), theta: closed.map((key) => COLUMNS[key].label),
+    hovertemplate: "%{meta}<br>%{theta}: %{r:.2f}<extra></extra>",
     line: { color: colour(i), width: 2, dash: DASHES[i % DASHES.length] },
   }));
   const line = getComputedStyle(document.documentElement).getPropertyValue("--line").trim();
@@ -97,12 +150,12 @@ function renderRadar() {
 
 function renderCurves() {
   const group = chosenGroup("curves-group"), tag = byId("curves-tag").value;
-  const traces = group.variants.flatMap((variant, i) => variant.paths.filter((path) => DATA.curves[path]?.[tag]).map((path, run) => ({
+  const traces = group.variants.flatMap((variant, i) => variant.paths.filter((path) => DATA.curves[path]?.[tag]).map((path) => ({
     x: DATA.curves[path][tag].steps, y: DATA.curves[path][tag].values, mode: "lines", name: variant.variant,
-    legendgroup: variant.variant, showlegend: run === 0, line: { color: colour(i), width: 1.5, dash: DASHES[i % DASHES.length] },
-    hovertemplate: `%{y:.5g} at step %{x}<extra>${path}</extra>`,
+    line: { color: colour(i), width: 1.5, dash: DASHES[i % DASHES.length] }, meta: plotText(`${variant.variant}, ${RUNS.get(path).block}`),
+    hovertemplate: "%{meta}<br>%{y:.5g} at step %{x}<extra></extra>",
   })));
-  plot("curves-chart", traces, { xaxis: { title: { text: "step" } }, yaxis: { title: { text: tag } } },
+  plot("curves-chart", traces, { xaxis: { title: { text: "step", standoff: 10 } }, yaxis: { title: { text: tag } } },
     traces.length ? `${tag} over steps` : "No TensorBoard event files lie beside these rows.");
 }
 
@@ -115,9 +168,9 @@ function setUpPareto() {
 }
 
 function setUpCharts() {
-  for (const id of ["pareto-group", "six-group", "curves-group"]) fillSelect(byId(id), groupOptions(), "0");
-  const drawn = BOARD.groups.findIndex((group) => group.variants.some((variant) => variant.paths.some((path) => DATA.curves[path]?.loss)));
-  byId("curves-group").value = String(Math.max(0, drawn));
+  for (const id of ["pareto-group", "six-group", "curves-group"]) fillSelect(byId(id), groupOptions(), BOARD.groups[0]?.name);
+  const drawn = BOARD.groups.find((group) => group.variants.some((variant) => variant.paths.some((path) => DATA.curves[path]?.loss)));
+  if (drawn) byId("curves-group").value = drawn.name;
   const tags = [...new Set(Object.values(DATA.curves).flatMap((run) => Object.keys(run)))];
   fillSelect(byId("curves-tag"), tags.map((tag) => [tag, tag]), tags[0]);
   byId("pareto-group").addEventListener("change", setUpPareto);
@@ -133,4 +186,24 @@ function renderCharts() {
   renderPareto();
   renderRadar();
   renderCurves();
+}
+
+/* On paper: light, charts of a width that every page has, and back. */
+function setUpPrint() {
+  let before = null;
+  const opened = () => document.querySelectorAll(".opened .chart");
+  addEventListener("beforeprint", () => {
+    if (printing) return;
+    printing = true;
+    before = theme();
+    setTheme("light");
+    renderCharts();
+    for (const box of opened()) if (box.data) Plotly.relayout(box, { ...PRINTED, height: 240 });
+  });
+  addEventListener("afterprint", () => {
+    printing = false;
+    setTheme(before);
+    renderCharts();
+    for (const box of opened()) if (box.data) Plotly.relayout(box, { width: null, height: null, autosize: true });
+  });
 }

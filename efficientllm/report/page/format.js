@@ -1,7 +1,7 @@
 /* The page's data, and how its parts are made and printed. */
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const BOARD = DATA.board;
-const COLUMNS = Object.fromEntries(BOARD.columns.map((column) => [column.key, column]));
+const COLUMNS = Object.assign(Object.create(null), Object.fromEntries(BOARD.columns.map((column) => [column.key, column])));
 const PREFIXES = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""], [1e-3, "m"], [1e-6, "µ"], [1e-9, "n"]];
 
 const byId = (id) => document.getElementById(id);
@@ -47,6 +47,21 @@ function valueNode(cell, unit) {
   return make("span", { class: "null", title: cell.reason, tabindex: "0", "aria-label": `null: ${cell.reason}` }, "–");
 }
 
+/* A box for what may be wide: it scrolls sideways, and its edges show that there is more. */
+function scrollBox(content, label) {
+  const box = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, content);
+  const frame = make("div", { class: "frame" }, box);
+  const look = () => {
+    frame.classList.toggle("more-left", box.scrollLeft > 1);
+    frame.classList.toggle("more-right", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  };
+  box.addEventListener("scroll", look, { passive: true });
+  const sizes = new ResizeObserver(look);
+  sizes.observe(box);
+  sizes.observe(content);
+  return frame;
+}
+
 /* A table in a box that scrolls sideways: heads are strings, rows are lists of strings or nodes. */
 function plainTable(caption, heads, rows, classes = []) {
   const head = make("tr", {}, ...heads.map((text, i) => make("th", { scope: "col", class: classes[i] }, text)));
@@ -55,7 +70,7 @@ function plainTable(caption, heads, rows, classes = []) {
       i === 0 ? make("th", { scope: "row" }, cell) : make("td", { class: classes[i] }, cell))));
   const table = make("table", {}, caption ? make("caption", {}, caption) : null,
     make("thead", {}, head), make("tbody", {}, ...body));
-  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption || heads[0] }, table);
+  return scrollBox(table, caption || heads[0]);
 }
 
 function fillSelect(select, pairs, chosen) {
@@ -63,8 +78,13 @@ function fillSelect(select, pairs, chosen) {
 }
 
 function groupOptions() {
-  return BOARD.groups.map((group, i) => [String(i), group.name]);
+  return BOARD.groups.map((group) => [group.name, group.name]);
 }
+
+/* Text as plotly.js takes it, which reads tags and entities of HTML. */
+const plotText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+
+const short = (text, most = 28) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
 
 /* Metrics of a group that hold a value, optionally only those that have a better way. */
 function heldMetrics(group, judged = true) {

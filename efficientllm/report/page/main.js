@@ -3,26 +3,33 @@ function setTheme(name) {
   document.documentElement.dataset.theme = name;
 }
 
+/* Draws again what has colours of the theme in it. */
+function repaint() {
+  renderCharts();
+  if (tableState.opened.size) renderTable();
+}
+
 function setUpTheme() {
   const system = matchMedia("(prefers-color-scheme: dark)");
   let own = null;
   try { own = localStorage.getItem("efficientllm-theme"); } catch { own = null; } // a browser may keep no storage for files
   setTheme(own ?? (system.matches ? "dark" : "light"));
   system.addEventListener("change", () => {
-    if (own === null) { setTheme(system.matches ? "dark" : "light"); renderCharts(); }
+    if (own === null) { setTheme(system.matches ? "dark" : "light"); repaint(); }
   });
   byId("theme").addEventListener("click", () => {
     own = theme() === "dark" ? "light" : "dark";
     setTheme(own);
     try { localStorage.setItem("efficientllm-theme", own); } catch { /* the switch still works for this visit */ }
-    renderCharts();
+    repaint();
   });
 }
 
 function renderSummary() {
   const devices = [...new Set(BOARD.groups.map((group) => group.device))].join("; ");
   const count = BOARD.groups.reduce((sum, group) => sum + group.variants.length, 0);
-  const failed = BOARD.failures.length ? `, ${BOARD.failures.length} failed` : "";
+  const running = BOARD.without_row.filter((run) => run.state === "running").length;
+  const failed = (BOARD.failures.length ? `, ${BOARD.failures.length} failed` : "") + (running ? `, ${running} running` : "");
   const groups = BOARD.groups.length === 1 ? "one ranking" : `${BOARD.groups.length} rankings that are never mixed`;
   byId("summary").textContent = `${BOARD.rows} rows${failed}, ${count} variants in ${groups}. ${devices}`;
 }
@@ -80,6 +87,7 @@ function setUpQuery() {
 
 async function start() {
   setUpTheme();
+  setUpRuns();
   renderSummary();
   setUpQuery();
   setUpTable();
@@ -87,12 +95,14 @@ async function start() {
   renderClaims();
   renderNoise();
   renderFailures();
-  fillSelect(byId("ranks-group"), groupOptions(), "0");
+  fillSelect(byId("ranks-group"), groupOptions(), BOARD.groups[0]?.name);
   byId("ranks-group").addEventListener("change", setUpRanks);
   byId("ranks-metric").addEventListener("change", renderRanks);
   setUpRanks();
   try { await loadPlotly(); } catch (problem) { console.warn(`charts need a browser with DecompressionStream: ${problem}`); }
   setUpCharts();
+  setUpAddress();
+  setUpPrint();
   document.documentElement.dataset.ready = "yes";
 }
 

@@ -45,20 +45,31 @@ function renderStudy() {
   byId("study-text").replaceChildren(...(tables.length ? tables : [none]));
 }
 
-function renderClaims() {
+function claimRow(claim) {
   const kinds = { holds: "better", "does not hold": "worse" };
-  const rows = (claims) => claims.map((claim) => {
-    const pairs = claim.pairs.filter((pair) => pair.ratio !== undefined)
-      .map((pair) => make("small", {}, `${pair.variant} / ${pair.against} ${showRatio(pair)}`));
-    const says = make("span", {}, claim.says, make("small", {}, `${claim.where}${claim.note ? `. ${claim.note}` : ""}`));
-    const found = make("span", {}, ...pairs, claim.reason ? make("small", {}, claim.reason) : null);
-    return [claim.name, says, `${claim.metric} ratio ${claim.ratio}`, make("span", { class: kinds[claim.status.replace(", predicted", "")] ?? "open" }, claim.status), found];
-  });
-  const table = (caption, claims) => plainTable(caption,
-    ["claim", "it says", "checked as", "here", "ratios, or why not"], rows(claims), ["", "wrap", "text", "text", "wrap"]);
-  const tables = [table("EfficientLLM, arXiv:2505.13840, replayed on these rows", BOARD.claims)];
-  if (BOARD.forecasts.length) tables.push(table("Predicted, not measured: what plans say of the claims", BOARD.forecasts));
-  byId("claims-text").replaceChildren(...tables);
+  const pairs = claim.pairs.filter((pair) => pair.ratio !== undefined)
+    .map((pair) => make("small", {}, `${pair.variant} / ${pair.against} ${showRatio(pair)}`));
+  const says = make("span", {}, claim.says, make("small", {}, `${claim.where}${claim.note ? `. ${claim.note}` : ""}`));
+  const found = make("span", {}, ...pairs, claim.reason ? make("small", {}, claim.reason) : null);
+  const status = make("span", { class: kinds[claim.status.replace(", predicted", "")] ?? "open" }, claim.status);
+  return [claim.name, says, `${claim.metric} ratio ${claim.ratio}`, status, found];
+}
+
+const claimTable = (caption, claims) => plainTable(caption, ["claim", "it says", "checked as", "here", "ratios, or why not"],
+  claims.map(claimRow), ["", "wrap", "text", "text", "wrap"]);
+
+/* Those that these rows say something of; the others below, folded. */
+function renderClaims() {
+  const tested = BOARD.claims.filter((claim) => claim.pairs.some((pair) => pair.ratio !== undefined));
+  const others = BOARD.claims.filter((claim) => !tested.includes(claim));
+  const parts = [tested.length ? claimTable("EfficientLLM, arXiv:2505.13840, replayed on these rows", tested)
+    : make("p", { class: "hint" }, "These rows hold no pair of variants that a claim compares.")];
+  if (BOARD.forecasts.length) parts.push(claimTable("Predicted, not measured: what plans say of the claims", BOARD.forecasts));
+  if (others.length) {
+    parts.push(make("details", {}, make("summary", {}, `${others.length} that cannot be tested here, and what they would need`),
+      claimTable("", others)));
+  }
+  byId("claims-text").replaceChildren(...parts);
 }
 
 function renderNoise() {
@@ -72,11 +83,33 @@ function renderNoise() {
     make("p", { class: "hint" }, "Seen: a 95 % interval that excludes 1, in four sweeps of five."));
 }
 
+/* Made when it is opened: a report may hold hundreds. */
+function folded(summary, content) {
+  const details = make("details", {}, make("summary", {}, ...summary));
+  details.addEventListener("toggle", () => { if (details.open && details.children.length < 2) details.append(content()); });
+  return details;
+}
+
+function failureNode(row) {
+  const lines = row.tail.split("\n").filter((line) => line.trim());
+  const said = lines.length ? lines[lines.length - 1].trim() : "no log is kept beside this row";
+  return folded([make("b", { class: "worse" }, row.outcome), ` ${row.variant} · ${row.block} `, make("small", { class: "error" }, said)],
+    () => runNode(row.path));
+}
+
+function unfinishedNode(run) {
+  return folded([make("b", { class: "open" }, run.state), ` ${run.path} `, make("small", {}, run.said)],
+    () => make("pre", { tabindex: "0" }, run.tail || "nothing is logged yet"));
+}
+
 function renderFailures() {
-  const failed = BOARD.failures.map((row) => make("details", {},
-    make("summary", {}, make("b", { class: "worse" }, row.outcome), ` ${row.variant} · ${row.block} · ${row.path}`),
-    make("pre", {}, row.tail || "no log is kept beside this row")));
-  const lost = BOARD.without_row.map((path) => make("p", {}, make("b", { class: "open" }, "no row"), ` ${path}: killed, or still running`));
-  const none = make("p", { class: "hint" }, "None.");
-  byId("failures-text").replaceChildren(...(failed.length + lost.length ? [...failed, ...lost] : [none]));
+  const running = BOARD.without_row.filter((run) => run.state === "running");
+  const stopped = BOARD.without_row.filter((run) => run.state !== "running");
+  const groups = [
+    ["Failed", BOARD.failures.filter((row) => row.outcome !== "interrupted").map(failureNode)],
+    ["Running", running.map(unfinishedNode)],
+    ["Stopped: the same command resumes", [...BOARD.failures.filter((row) => row.outcome === "interrupted").map(failureNode), ...stopped.map(unfinishedNode)]],
+  ];
+  const parts = groups.filter(([, nodes]) => nodes.length).flatMap(([title, nodes]) => [make("h3", {}, `${title} (${nodes.length})`), ...nodes]);
+  byId("failures-text").replaceChildren(...(parts.length ? parts : [make("p", { class: "hint" }, "None.")]));
 }

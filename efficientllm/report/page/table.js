@@ -7,7 +7,7 @@ const GROUPINGS = {
   axis: ["study axis", (entry) => entry.variant.axis],
   task: ["task", (entry) => entry.group.task],
 };
-const tableState = { sort: null, descending: false, columns: [] };
+const tableState = { sort: null, descending: false, columns: [], opened: new Map() }; // opened: entry's key -> path of the run
 
 function allEntries() {
   return BOARD.groups.flatMap((group) => group.variants.map((variant) => ({ group, variant })));
@@ -35,6 +35,8 @@ function sortValue(entry, key) {
   return entry.variant.cells[key].mean;
 }
 
+const isSortable = (key) => ["variant", "rows", "score"].includes(key) || Boolean(COLUMNS[key]);
+
 /* Nulls stay at the end, whichever way. */
 function sorted(entries) {
   const { sort, descending } = tableState;
@@ -54,7 +56,8 @@ function headCell(key, label, hint) {
     tableState.descending = tableState.sort === key && !tableState.descending;
     tableState.sort = key;
     renderTable();
-    document.querySelector(`[data-sort="${key}"]`)?.focus();
+    writeAddress();
+    document.querySelector(`[data-sort="${CSS.escape(key)}"]`)?.focus();
   });
   return make("th", { scope: "col", "aria-sort": direction }, button, make("small", {}, hint));
 }
@@ -78,15 +81,46 @@ function outcomesText(variant) {
 }
 
 function entryRow({ group, variant }) {
-  const score = variant.efficiency_score;
+  const score = variant.efficiency_score, key = entryKey(group, variant);
   const whole = group.score.of.length === 5;
   const failed = Object.keys(variant.outcomes).some((outcome) => outcome !== "ok");
-  return make("tr", { class: variant.variant === group.baseline ? "baseline" : null, "data-variant": variant.variant },
-    make("th", { scope: "row" }, variant.variant),
-    make("td", { class: failed ? "worse" : "" }, outcomesText(variant)),
+  const row = make("tr", { class: variant.variant === group.baseline ? "baseline" : null, "data-variant": variant.variant },
+    make("th", { scope: "row" }, openButton(variant, key)),
+    make("td", { class: failed ? "outcomes worse" : "outcomes" }, outcomesText(variant)),
     ...tableState.columns.map((key) => metricCell(variant.cells[key], key)),
     make("td", { title: score === null ? "no metric of Eq. 12 is known" : `Eq. 12 over ${group.score.over.join(", ")}: ${group.score.of.join(", ")}` },
       score === null ? "–" : score.toFixed(3), !whole && score !== null ? make("small", {}, `${group.score.of.length} of 5`) : null));
+  return tableState.opened.has(key) ? [row, panelRow(variant, key)] : [row];
+}
+
+/* The variant's name, which opens and closes what is known of its runs. */
+function openButton(variant, key) {
+  const button = make("button", { type: "button", class: "open-row", "aria-expanded": String(tableState.opened.has(key)) }, variant.variant);
+  button.addEventListener("click", () => {
+    const row = button.closest("tr"), opened = tableState.opened.has(key);
+    if (opened) {
+      tableState.opened.delete(key);
+      row.nextElementSibling.remove();
+    } else {
+      tableState.opened.set(key, variant.paths[0]);
+      row.after(panelRow(variant, key));
+    }
+    button.setAttribute("aria-expanded", String(!opened));
+    writeAddress();
+  });
+  return button;
+}
+
+function panelRow(variant, key) {
+  const show = () => panel(variant, tableState.opened.get(key), (path) => {
+    tableState.opened.set(key, path);
+    cell.replaceChildren(show());
+    cell.querySelector("select").focus();
+    writeAddress();
+  });
+  const cell = make("td", { colspan: String(tableState.columns.length + 3) });
+  cell.append(show());
+  return make("tr", { class: "opened" }, cell);
 }
 
 /* The study's rows of an axis, in our columns where they have a figure. */
@@ -113,8 +147,8 @@ function renderTable() {
   byId("table-tables").replaceChildren(...[...parts].map(([name, own]) => {
     const study = byId("show-study").checked ? studyRows(new Set(own.map((entry) => entry.variant.axis))) : [];
     const table = make("table", {}, make("caption", {}, name), make("thead", {}, make("tr", {}, ...heads())),
-      make("tbody", {}, ...sorted(own).map(entryRow), ...study));
-    return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name }, table);
+      make("tbody", {}, ...sorted(own).flatMap(entryRow), ...study));
+    return scrollBox(table, name);
   }));
   byId("table-count").textContent = `${kept.length} of ${entries.length} variants`;
 }
@@ -124,16 +158,24 @@ function setUpTable() {
   fillSelect(byId("group-by"), Object.entries(GROUPINGS).map(([key, [label]]) => [key, label]), "ranking");
   const fieldset = byId("columns").querySelector("fieldset");
   for (const { key, label } of BOARD.columns) {
-    const box = make("input", { type: "checkbox", value: key, checked: tableState.columns.includes(key) });
+    const box = make("input", { type: "checkbox", value: key });
     box.addEventListener("change", () => {
-      const chosen = new Set([...fieldset.querySelectorAll("input:checked")].map((input) => input.value));
-      tableState.columns = BOARD.columns.map((column) => column.key).filter((name) => chosen.has(name));
+      chooseColumns([...fieldset.querySelectorAll("input:checked")].map((input) => input.value));
       renderTable();
+      writeAddress();
     });
     fieldset.append(make("label", { class: "check", title: key }, box, label));
   }
+  chooseColumns(tableState.columns);
   byId("filter").addEventListener("input", renderTable);
   byId("group-by").addEventListener("change", renderTable);
   byId("show-study").addEventListener("change", renderTable);
   renderTable();
+}
+
+/* Shows these metrics, as many of them as there are, in the order of the board. */
+function chooseColumns(keys) {
+  const wanted = new Set(keys);
+  tableState.columns = BOARD.columns.map((column) => column.key).filter((key) => wanted.has(key));
+  for (const box of byId("columns").querySelectorAll("input")) box.checked = wanted.has(box.value);
 }

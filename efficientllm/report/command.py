@@ -1,0 +1,50 @@
+"""The command line that runs a row's config again: the base config, and a flag for every value that differs from it."""
+
+import functools
+import importlib.util
+import pathlib
+import shlex
+
+from efficientllm.workdir import flatten, plain
+
+FILE = "configs/base.py"
+
+
+def command(row):
+    """The command, quoted for a POSIX shell; of a sweep's run that left no config, the arguments that it was given."""
+    arguments = row.config.get("command") or [f"--config={FILE}", *flags(row.config)]
+    return shlex.join(["python", "-m", "efficientllm.main", *map(str, arguments)])
+
+
+def flags(config):
+    """`--config.key=value` for each value of a flat config that the base config has otherwise."""
+    return [f"--config.{key}={literal(config[key])}" for key in differences(config)]
+
+
+def differences(config):
+    """`{key: the base config's value}` of the keys of a flat config whose values differ; None for a key it lacks."""
+    known = base()
+    return {key: known.get(key) for key, value in config.items() if key not in known or known[key] != value}
+
+
+def literal(value):
+    """A value of a config as its flag takes it: JSON's lists are tuples."""
+    return value if isinstance(value, str) else repr(_tuples(value))
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+@functools.cache
+def base():
+    """The base config, flat, as `config.json` would hold it."""
+    return flatten(plain(_module().get_config()))
+
+
+def _module():
+    file = pathlib.Path(__file__).parents[2] / FILE
+    spec = importlib.util.spec_from_file_location("efficientllm_base_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

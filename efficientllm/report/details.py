@@ -1,0 +1,78 @@
+"""What the page shows of a run when its row is opened: command, config, numbers with sources, log, sample, files."""
+
+import json
+import os
+import urllib.parse
+
+from efficientllm.report import command, comparison
+
+_FILES = ("record.json", "config.json", "log.txt", "output.txt", "samples/generated.jsonl")
+_SAMPLE = "sample: "  # the log's line of a training run
+_LONGEST = 2000  # characters of a sample or of one value of a config
+
+
+def details(rows, folder):
+    """`{path: details}` of rows, with links relative to the report's `folder`, and the texts that they share once."""
+    texts = {}
+    return {"runs": {str(row.path): _details(row, folder, texts) for row in rows}, "texts": list(texts)}
+
+
+def _details(row, folder, texts):
+    seen = row.record["provenance"]
+    return {
+        "variant": row.variant,
+        "outcome": row.outcome,
+        "block": row.block,
+        "facts": _facts(row, seen),
+        "command": command.command(row),
+        "config": [
+            [key, _shown(row.config[key]), None if known is None else _shown(known)]
+            for key, known in command.differences(row.config).items()
+        ],
+        "keys": len(row.config),
+        "numbers": {key: [value, texts.setdefault(_source(row, key), len(texts))] for key, value in row.values.items()},
+        "log": "" if row.ok else row.tail(),
+        "sample": _sample(row),
+        "files": {name: _link(row.path.parent / name, folder) for name in _FILES if (row.path.parent / name).exists()},
+    }
+
+
+def _facts(row, seen):
+    git, versions = seen.get("git") or {}, seen.get("versions") or {}
+    commit = git.get("commit")
+    facts = {
+        "task": row.task,
+        "device": comparison.device(row),
+        "started": seen.get("started"),
+        "ended": seen.get("ended"),
+        "commit": commit and f"{commit[:12]}{', with changes that are not committed' if git.get('dirty') else ''}",
+        "versions": ", ".join(f"{name} {versions[name]}" for name in ("python", "jax", "flax") if versions.get(name)),
+    }
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def _source(row, key):
+    """Where a number comes from, or why there is none."""
+    return (row.reasons.get(key) if row.values[key] is None else row.source(key)) or ""
+
+
+def _shown(value):
+    text = command.literal(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _sample(row):
+    """What a run generated: the first answers of inference, the sample in the log of training, or nothing."""
+    answers, log = row.path.parent / "samples" / "generated.jsonl", row.path.parent / "log.txt"
+    try:
+        if answers.exists():
+            found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()[:3]]
+            return "\n\n".join(f"{each['prompt']}\n→ {each['answer']}" for each in found)[:_LONGEST]
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # a sample is no part of a row; a damaged one takes nothing away
+    return next((line[len(_SAMPLE) :][:_LONGEST] for line in reversed(lines) if line.startswith(_SAMPLE)), "")
+
+
+def _link(file, folder):
+    return urllib.parse.quote(os.path.relpath(file, folder).replace(os.sep, "/"))
