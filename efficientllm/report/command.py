@@ -1,10 +1,9 @@
 """The command line that runs a row's config again: the base config, and a flag for every value that differs from it."""
 
 import functools
-import importlib.util
-import pathlib
 import shlex
 
+from efficientllm import base_config
 from efficientllm.workdir import flatten, plain
 
 FILE = "configs/base.py"
@@ -39,12 +38,4 @@ def _tuples(value):
 @functools.cache
 def base():
     """The base config, flat, as `config.json` would hold it."""
-    return flatten(plain(_module().get_config()))
-
-
-def _module():
-    file = pathlib.Path(__file__).parents[2] / FILE
-    spec = importlib.util.spec_from_file_location("efficientllm_base_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return flatten(plain(base_config.get_config()))

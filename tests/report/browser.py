@@ -18,6 +18,10 @@ _FLAGS = (
     "--disable-dev-shm-usage",
     "--hide-scrollbars",
     "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-quic",
+    "--disable-sync",
 )
 
 
@@ -63,9 +67,10 @@ class Browser:
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
-    def open(self, file):
-        """Opens a report from disk, and waits until its charts are drawn."""
-        self.call("Page.navigate", url=file.resolve().as_uri())
+    def open(self, file, hash=""):
+        """Opens a report from disk, at an address behind `#`, and waits until its charts are drawn."""
+        self.call("Page.navigate", url="about:blank")  # an address that differs behind the # alone loads nothing
+        self.call("Page.navigate", url=file.resolve().as_uri() + hash)
         _wait(lambda: self.run("document.documentElement?.dataset.ready") == "yes")
 
     def look(self, width=1280, height=900, dark=False):
@@ -85,6 +90,11 @@ class Browser:
         """A PNG of the window, or of the whole page."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         pathlib.Path(file).write_bytes(base64.b64decode(shot["data"]))
+
+    def pdf(self, file, **options):
+        """The page as it is printed."""
+        printed = self.call("Page.printToPDF", printBackground=True, **options)
+        pathlib.Path(file).write_bytes(base64.b64decode(printed["data"]))
 
     def close(self):
         self._socket.close()

@@ -46,7 +46,8 @@ function errorNode(run) {
 }
 
 function commandNode(run) {
-  const text = make("pre", { class: "command", tabindex: "0" }, run.command);
+  const words = run.command.split(/ (?='?--)/); // a line breaks between flags, not behind their hyphens
+  const text = make("pre", { class: "command", tabindex: "0" }, ...words.flatMap((word, i) => [i ? " " : "", make("span", {}, word)]));
   const button = make("button", { type: "button", class: "small" }, "Copy");
   button.addEventListener("click", async () => {
     try {

@@ -51,6 +51,7 @@ function valueNode(cell, unit) {
 function scrollBox(content, label) {
   const box = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, content);
   const frame = make("div", { class: "frame" }, box);
+  frame.style.setProperty("--columns", content.rows[0]?.cells.length ?? 1); // what print shares the page's width by
   const look = () => {
     frame.classList.toggle("more-left", box.scrollLeft > 1);
     frame.classList.toggle("more-right", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
