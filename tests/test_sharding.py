@@ -14,16 +14,18 @@ from jax.sharding import PartitionSpec as P
 import hlo
 from configs import base
 from efficientllm import architecture, sharding
-from efficientllm.attention import Mask, attend
+from efficientllm import model as models
+from efficientllm.attention import Context, Mask, attend
 from efficientllm.errors import UserError
 from efficientllm.ffns import dispatch
+from efficientllm.ffns.moe import Router
 from efficientllm.plan.hlo import Program as Text
 from efficientllm.plan.program import collectives
 from efficientllm.train import setup, step
 
 # Sizes that no two kinds of array share, so that a shape tells what an array is.
 N, B, T, D, V, STEPS = 6, 16, 26, 48, 88, 6
-SEED = 1  # a start from which no router's choice is so near a tie that a sum's order decides it, as it does from 0
+TIE = 2e-6  # scores nearer than this are ordered by rounding: a step from one state moves logits by up to 5e-7
 SIZE = f"tiny(num_layers={N}, dim={D}, num_heads=8, num_kv_heads=4, head_dim=8, hidden=72)"
 FFNS = {
     "dense": "swiglu",
@@ -40,6 +42,7 @@ pytestmark = pytest.mark.xdist_group("sharding")  # they share compiled programs
 class Program:
     """A compiled training step on a mesh and what it takes."""
 
+    lm: models.LM
     mesh: jax.sharding.Mesh
     create: callable
     shaped: step.TrainState
@@ -66,7 +69,7 @@ def program(ffn, mesh_spec, accumulate):
         )
         train_step = step.jit_train_step(lm, config.train, mesh, shardings)
         compiled = train_step.lower(shaped, batches(mesh)[0]).compile()
-    return Program(mesh, step.jit_create(lm, config.train, SEED, T, shardings), shaped, shardings, compiled)
+    return Program(lm, mesh, step.jit_create(lm, config.train, 1, T, shardings), shaped, shardings, compiled)
 
 
 def batches(mesh):
@@ -89,23 +92,56 @@ def batches(mesh):
 
 
 @functools.cache
-def start(ffn):
-    """The first state, on the host."""
+def states(ffn):
+    """The state before each step on one device, and after the last, on the host."""
     made = program(ffn, "data=1", 1)
     with jax.set_mesh(made.mesh):
-        return jax.device_get(made.create())
+        state = made.create()
+        collected = [jax.device_get(state)]
+        for batch in batches(made.mesh):
+            state, _ = made.compiled(state, batch)
+            collected.append(jax.device_get(state))
+    return collected
 
 
 @functools.cache
 def curve(ffn, mesh_spec, accumulate):
-    """Loss and gradient norm of each step."""
+    """Loss and gradient norm of each step, from the state that one device has before it.
+
+    Not from the mesh's own: a token whose experts' scores are nearer than rounding takes another expert there, and all
+    later steps are of another model.
+    """
     made = program(ffn, mesh_spec, accumulate)
+    metrics_of_steps = []
     with jax.set_mesh(made.mesh):
-        state, found = jax.device_put(start(ffn), made.shardings), []
-        for batch in batches(made.mesh):
-            state, metrics = made.compiled(state, batch)
-            found.append([float(metrics[key]) for key in ("loss", "total_loss", "grad_norm")])
-    return np.array(found)
+        for before, after, batch in zip(states(ffn), states(ffn)[1:], batches(made.mesh), strict=False):
+            state, metrics = made.compiled(jax.device_put(before, made.shardings), batch)
+            metrics_of_steps.append([float(metrics[key]) for key in ("loss", "total_loss", "grad_norm")])
+            if is_clear(ffn, int(before.step)):
+                # A hundredth of a learning rate: of a gradient of Adam's eps, 1e-5, rounding is some 1e-3.
+                jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), state, after)
+    return np.array(metrics_of_steps)
+
+
+@functools.cache
+def is_clear(ffn, step):
+    """True where no token's first, second or third expert (top_k + 1) are within TIE of one another before `step`."""
+    made = program(ffn, "data=1", 1)
+    lm, params = models.unroll(made.lm, states(ffn)[step].params)
+    batch = jax.device_get(batches(made.mesh)[step])
+    ctx = Context.packed(batch["positions"], batch["segments"])
+    _, captured = lm.apply(
+        {"params": params},
+        batch["tokens"],
+        ctx,
+        readout=False,
+        capture_intermediates=lambda module, _: isinstance(module, Router),
+        mutable=["intermediates"],
+    )
+    logits = [leaf for leaf in jax.tree.leaves(captured) if leaf.ndim == 3]
+    assert len(logits) == (0 if ffn == "dense" else N)
+    best = (jnp.sort(leaf, -1)[..., -3:] for leaf in logits)
+    return all(float(jnp.min(jnp.diff(scores))) > TIE for scores in best)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +167,9 @@ def curve(ffn, mesh_spec, accumulate):
 def test_every_mesh_gives_the_curve_of_one_device(ffn, mesh_spec, accumulate):
     one, many = curve(ffn, "data=1", 1), curve(ffn, mesh_spec, accumulate)
     assert abs(one[-1, 0] - one[0, 0]) > 0.05  # it trains
-    np.testing.assert_allclose(many, one, rtol=5e-6)
+    clear = [step for step in range(STEPS) if is_clear(ffn, step)]
+    assert len(clear) >= STEPS // 2
+    np.testing.assert_allclose(many[clear], one[clear], rtol=5e-6)
 
 
 def stacks(made):
