@@ -1,6 +1,7 @@
 """The product of activations with compressed rows, and which kernel it runs on."""
 
 import functools
+import importlib.util
 import typing
 
 import jax
@@ -102,7 +103,19 @@ def is_native(rows):
 
 def has_tiles(leaf):
     """Whether `tiled` multiplies with `leaf`, a Weight or an array: int4 on NVIDIA and TPU."""
-    return getattr(leaf, "name", None) == "int4" and kernels.platform() in ("gpu", "tpu")
+    if getattr(leaf, "name", None) != "int4":
+        return False
+    return kernels.platform() == "tpu" or (kernels.platform() == "gpu" and has_triton())
+
+
+@functools.cache
+def has_triton():
+    """Whether this JAX lowers Pallas kernels through Triton, which 0.11 deprecated and a later one will not have.
+
+    Without it int4 goes through XLA on GPUs, and a row's kernels say so. The successors, Mosaic GPU and the bindings
+    of jax_triton, are to be taken up where a GPU shows that they are as fast.
+    """
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def is_tiled(leaf):

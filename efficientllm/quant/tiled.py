@@ -11,7 +11,6 @@ import typing
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 ROWS, TOKENS, WIDTH = 128, 128, 1024  # of a tile, at most
 PROCESSORS = 132  # of an H100; a product with fewer programs leaves some without work
@@ -105,6 +104,8 @@ def tile(M, R, W, H):
 def _gpu(x_MG2H, leaves, tokens, interpret):
     """A program a tile of the output, through Triton, whose tiles are powers of two: the last rows overlap those before
     them, and what is right of the last byte is masked. Few rows of x are vectors, more are tensor cores' matrices."""
+    from jax.experimental.pallas import triton  # deprecated since jax 0.11: see `products.has_triton`
+
     (M, G, _, H), sizes = x_MG2H.shape, [len(leaf.values) for leaf in leaves]
     W = G * H
     rows, width, warps, stages, parts = tile(M, sum(sizes), W, H)

@@ -3,12 +3,13 @@
 import functools
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 
 from efficientllm import kernels, sharding
 from efficientllm.grouped_matmul import grouped_matmul
@@ -131,6 +132,17 @@ def test_it_is_chosen_on_one_device_of_its_platform():
         assert used["matmul_int4"] == {kind}
 
 
+def test_without_triton_a_gpu_multiplies_through_xla(monkeypatch):
+    """As with a JAX that has removed it; TPU kernels stay."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.setattr(products, "has_triton", lambda: False)
+    one, x = Int4Form().leaf(jnp.ones((64, 128)), False), jnp.ones((products.FEW + 1, 128))
+    for target, kind in (("gpu", "xla"), ("tpu", "pallas")):
+        with kernels.compiling_for(target), kernels.recording() as used:
+            jax.eval_shape(lambda one, x: matmul(x, one, "bfloat16"), one, x)
+        assert used["matmul_int4"] == {kind}
+
+
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed"), ("embed", "vocab")])
 @pytest.mark.parametrize(
@@ -158,11 +170,15 @@ def test_each_device_multiplies_its_part(mesh_spec, form, rows, width, axes, pla
     np.testing.assert_allclose(found, np.asarray(x) @ np.asarray(one.dense(), np.float64), rtol=1e-5, atol=5e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # has_triton says more
 def test_nvidia_s_is_lowered_to_triton_and_no_weight_to_floats():
     """Lowered without the platform: what XLA is given to compile."""
     one = jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((1536, 576)), False))
-    traced = jax.jit(lambda x, one: tiled.product(x, one, jnp.bfloat16, "gpu")).trace(jnp.ones((1, 576)), one)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    x = jax.ShapeDtypeStruct((1, 576), jnp.float32)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        traced = jax.jit(lambda x, one: tiled.product(x, one, jnp.bfloat16, "gpu")).trace(x, one)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     shapes = re.findall(r"tensor<([\dx]+)x(?:bf16|f16|f32)>", text)
     assert "triton" in text and max(math.prod(map(int, shape.split("x"))) for shape in shapes) == one.scale.size
 
