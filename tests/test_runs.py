@@ -11,6 +11,7 @@ from metrics.test_tensorboard import hparams_table
 
 import runs
 from efficientllm import main
+from efficientllm.metrics import trial
 from efficientllm.workdir import flatten
 
 pytestmark = pytest.mark.xdist_group("runs")  # they share one whole run
@@ -43,15 +44,16 @@ def test_row_and_charts_of_a_whole_run(whole):
     assert found["config"] == json.loads((whole / "config.json").read_text())
 
 
-def test_the_hparams_table_holds_every_key_and_every_metric_of_the_row(whole):
+def test_the_hparams_table_holds_what_is_compared_and_every_metric_of_the_row(whole):
     columns, sessions, metrics = hparams_table(whole.parent)
     found = row(whole)
     config = flatten(found["config"])
-    assert {info.name for info in columns} == set(config)
+    assert {info.name for info in columns} == set(trial.told(config)) < set(config)
+    assert "model.mixer" in trial.told(config) and "checkpoint.every" not in trial.told(config)
     values = sessions["run"]
     assert values["model.mixer"].string_value == "gqa" and values["train.steps"].number_value == runs.STEPS
-    held = {f"row/{key}" for group in ("paper", "quality") for key, value in found[group].items() if value is not None}
-    assert {tag for tag in metrics if tag.startswith("row/")} == held and "row/eval_loss" in held
+    held = {f"_row/{key}" for group in ("paper", "quality") for key, value in found[group].items() if value is not None}
+    assert {tag for tag in metrics if tag.startswith("_row/")} == held and "_row/eval_loss" in held
 
 
 def test_a_finished_run_is_left_alone_unless_overwritten(whole, texts, capsys):

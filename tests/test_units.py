@@ -153,8 +153,8 @@ def test_charts_name_layers_across_groups():
     stats = {"load": np.array([[0.25, 0.75], [0.5, 0.5]]), "entropy": np.array([0.1, 0.2])}
     metrics = dict.fromkeys(("loss", "total_loss", "learning_rate", "grad_norm"), 1.0)
     shown = charts.scalars(metrics | {"aux": ({}, {"stats": stats, "losses": {"z_loss": np.array([1.0, 3.0])}})}, 2)
-    assert shown["router/load/layer_01/expert_1"] == 0.75 and shown["router/entropy/layer_03"] == 0.2
-    assert shown["router/z_loss/block_1"] == 2.0 and "router/load/layer_00/expert_0" not in shown
+    assert shown["z_router/load/layer_01/expert_1"] == 0.75 and shown["z_router/entropy/layer_03"] == 0.2
+    assert shown["z_router/z_loss/block_1"] == 2.0 and "z_router/load/layer_00/expert_0" not in shown
 
 
 def test_progress_line_has_step_loss_rate_and_time_left():

@@ -4,6 +4,8 @@ import time
 
 import numpy as np
 
+from efficientllm.metrics import trial
+
 
 class SummaryWriter:
     """Writes one event file into `folder`.
@@ -42,16 +44,19 @@ class SummaryWriter:
         text.data_class = summary_pb2.DATA_CLASS_TENSOR
         self._add(step, [(tag, np.array(markdown.encode(), dtype=object), text)])
 
-    def hparams(self, config, metrics):
-        """One line of TensorBoard's HParams table: `config` flat, `{dotted key: number, string, bool or None}`.
+    def hparams(self, config, row):
+        """One line of TensorBoard's HParams table: what a run compares and its row's numbers; see `trial`.
 
-        `metrics` (`{tag: number or None}`) become scalars at step 0; a null is left out, as the table knows none.
+        `config` is flat, `{dotted key: number, string, bool or None}`, `row` `{key: number or None}`. The numbers
+        become scalars at step 0 under `_row/`, which sorts before all other tags; a null is left out, as the table
+        knows none.
         """
         from tensorboard.plugins.hparams import summary_v2
 
-        plain = {key: _plain(value) for key, value in config.items()}
-        self._file.add_event(self._event(wall_time=time.time(), step=0, summary=summary_v2.hparams_pb(plain)))
-        self.scalars(0, {tag: value for tag, value in metrics.items() if value is not None})
+        told = {key: _plain(value) for key, value in trial.told(config).items()}
+        summary = summary_v2.hparams_pb(told, trial_id=trial.name(config))
+        self._file.add_event(self._event(wall_time=time.time(), step=0, summary=summary))
+        self.scalars(0, {f"_row/{key}": value for key, value in row.items() if value is not None})
 
     def _add(self, step, rows):
         from tensorboard.util.tensor_util import make_tensor_proto

@@ -1,10 +1,8 @@
 """The command line that runs a row's config again: the base config, and a flag for every value that differs from it."""
 
-import functools
 import shlex
 
-from efficientllm import base_config
-from efficientllm.workdir import flatten, plain
+from efficientllm.differences import differences
 
 FILE = "configs/base.py"
 
@@ -20,12 +18,6 @@ def flags(config):
     return [f"--config.{key}={literal(config[key])}" for key in differences(config)]
 
 
-def differences(config):
-    """`{key: the base config's value}` of the keys of a flat config whose values differ; None for a key it lacks."""
-    known = base()
-    return {key: known.get(key) for key, value in config.items() if key not in known or known[key] != value}
-
-
 def literal(value):
     """A value of a config as its flag takes it: JSON's lists are tuples."""
     return value if isinstance(value, str) else repr(_tuples(value))
@@ -33,9 +25,3 @@ def literal(value):
 
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-@functools.cache
-def base():
-    """The base config, flat, as `config.json` would hold it."""
-    return flatten(plain(base_config.get_config()))

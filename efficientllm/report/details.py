@@ -4,6 +4,7 @@ import json
 import os
 import urllib.parse
 
+from efficientllm.differences import differences
 from efficientllm.report import command, comparison
 
 _FILES = ("record.json", "config.json", "log.txt", "output.txt", "samples/generated.jsonl")
@@ -27,7 +28,7 @@ def _details(row, folder, texts):
         "command": command.command(row),
         "config": [
             [key, _shown(row.config[key]), None if known is None else _shown(known)]
-            for key, known in command.differences(row.config).items()
+            for key, known in differences(row.config).items()
         ],
         "keys": len(row.config),
         "numbers": {key: [value, texts.setdefault(_source(row, key), len(texts))] for key, value in row.values.items()},

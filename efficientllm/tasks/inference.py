@@ -150,12 +150,9 @@ class Inference:
         physical["peak_memory_bytes"] = self.peak
         study = row.study(run.lm, run.boxed, self.measured, self._compression())
         found = self._write_row("ok", study, physical, row.quality(self.quality) | self.tasks)
-        metrics = {
-            f"row/{key}": value for group in ("paper", "physical", "quality") for key, value in found[group].items()
-        }
         writer = SummaryWriter(self.workdir.path)
         writer.text("config", "\n".join(f"    {key} = {value!r}" for key, value in flatten(plain(self.config)).items()))
-        writer.hparams(flatten(plain(self.config)), metrics)
+        writer.hparams(flatten(plain(self.config)), found["paper"] | found["physical"] | found["quality"])
         writer.close()
         log.info(f"\n{record.format_table(found)}\n\nrow: {self.workdir.shown / 'record.json'}")
         log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")

@@ -202,8 +202,7 @@ class Training:
         if self.main:
             record.write_record(found, self.workdir.path / "record.json")
             if self.writer:
-                metrics = {f"row/{key}": value for group in ("paper", "quality") for key, value in found[group].items()}
-                self.writer.hparams(flatten(plain(self.config)), metrics)
+                self.writer.hparams(flatten(plain(self.config)), found["paper"] | found["quality"])
         return found
 
     def _provenance(self):

@@ -2,6 +2,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,7 +13,9 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.util.tensor_util import make_ndarray
 
+from efficientllm import differences
 from efficientllm.metrics.tensorboard import SummaryWriter
+from efficientllm.train import charts
 
 IMPORTS = """
 import sys
@@ -105,15 +108,60 @@ def test_two_runs_are_compared_in_the_hparams_table(tmp_path):
     for run, mixer in (("a", "mha"), ("b", "gqa")):
         writer = SummaryWriter(tmp_path / run)
         config = {"model.mixer": mixer, "train.steps": 300, "tied": True, "data": None, "sizes": (1, 2)}
-        writer.hparams(config, {"paper/al_s": 0.5, "paper/aec_w": None})
+        writer.hparams(config, {"al_s": 0.5, "aec_w": None})
         writer.close()
     columns, runs, metrics = hparams_table(tmp_path)
     assert [info.name for info in columns if info.differs] == ["model.mixer"]
     assert {info.name for info in columns} == {"model.mixer", "train.steps", "tied", "data", "sizes"}
     assert runs["b"]["model.mixer"].string_value == "gqa" and runs["b"]["train.steps"].number_value == 300
     assert runs["a"]["tied"].bool_value is True and runs["a"]["data"].string_value == "None"
-    assert metrics == {"paper/al_s"}
-    assert curve(tmp_path / "a", "paper/al_s") == [(0, 0.5)]
+    assert metrics == {"_row/al_s"}
+    assert curve(tmp_path / "a", "_row/al_s") == [(0, 0.5)]
+
+
+def groups(folder):
+    """`{run: the name of its trial in the HParams table}`."""
+    provider = data_provider.MultiplexerDataProvider(multiplexer(folder), str(folder))
+    context = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    return {
+        run: hparams_metadata.parse_session_start_info_plugin_data(tags["_hparams_/session_start_info"]).group_name
+        for run, tags in context.hparams_metadata(RequestContext(), "").items()
+    }
+
+
+def test_trials_have_readable_names_and_seeds_are_told_apart(tmp_path):
+    base = differences.base()
+    changes = {
+        "a": {"name": "attention-mla", "model.mixer": "mla"},
+        "b": {"name": "attention-mla", "model.mixer": "mla", "seed": 1},
+        "c": {"name": "attention-mla", "model.mixer": "mla", "seed": 1, "checkpoint.every": 7},
+    }
+    for run, own in changes.items():
+        writer = SummaryWriter(tmp_path / run)
+        writer.hparams(base | own, {"al_s": 0.5})
+        writer.close()
+    names = groups(tmp_path)
+    assert [names[run].partition(" #")[0] for run in "abc"] == [
+        "seed 0, attention-mla, mixer=mla",
+        "seed 1, attention-mla, mixer=mla",
+        "seed 1, attention-mla, mixer=mla",
+    ]
+    assert len(set(names.values())) == 3, "another config is another trial"
+    columns, _, _ = hparams_table(tmp_path)
+    assert [info.name for info in columns if info.differs] == ["seed"], "how a run is saved is no column"
+
+
+def test_what_a_row_says_comes_first_and_routers_come_last(tmp_path):
+    aux = [{"stats": {"load": np.ones((2, 4)), "entropy": np.ones(2)}, "losses": {"z_loss": np.ones(2)}}]
+    metrics = {"loss": 1.0, "total_loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0, "aux": aux}
+    writer = SummaryWriter(tmp_path)
+    writer.scalars(1, charts.scalars(metrics, 1) | {"bits_per_byte": 1.0, "utilisation": 1.0, "tokens_per_s": 1.0})
+    writer.hparams({"seed": 0}, {"al_s": 0.5, "eval_loss": 3.0})
+    writer.close()
+    tags = sorted(read(tmp_path).Tags()["tensors"])
+    shown = [tag for tag in tags if not tag.startswith("_hparams_")]
+    assert shown[:3] == ["_row/al_s", "_row/eval_loss", "bits_per_byte"] and "loss" in shown
+    assert [tag for tag in shown if "router" in tag] == shown[-11:]
 
 
 def test_neither_tensorflow_nor_torch_is_imported(tmp_path):
