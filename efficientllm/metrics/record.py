@@ -9,6 +9,7 @@ from efficientllm.errors import UserError
 from efficientllm.metrics import conditions as machine
 from efficientllm.metrics import notes, paper
 from efficientllm.metrics.reading import missing
+from efficientllm.untrusted import json_text
 
 SCHEMA_VERSION = 1
 OUTCOMES = ("ok", "nan", "oom", "timeout", "crash", "invalid", "interrupted")
@@ -132,11 +133,12 @@ def write_record(record, path):
 
 
 def read_record(path):
-    """The row at `path`. Raises UserError if it is no row of this schema."""
+    """The row at `path`. Raises UserError if it is no row of this schema. A NaN is taken: readers make it null."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable row: {error}") from None
+        record = json_text.read(path, kind=None, nan=True)
+    except UserError as error:
+        said = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: no readable row: {said}") from None
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version is {version!r}; this program reads {SCHEMA_VERSION}")

@@ -19,8 +19,9 @@ def runs(sweep, extra=()):
     key, values = sweep.grid
     for order, value in enumerate(values):
         for variant in sweep.variants:
-            argv = (*spec.argv_of(sweep, variant, extra), _flag(key, value), f"--config.seed={sweep.seeds[0]}")
-            yield spec.Run(sweep.name, variant, sweep.baseline, 0, order, sweep.seeds[0], argv)
+            flag, seed = _flag(key, value), sweep.seeds[0]
+            argv = (*spec.argv_of(sweep, variant, extra), flag, f"--config.seed={seed}")
+            yield spec.Run(sweep.name, variant, sweep.baseline, 0, order, seed, argv, grid=flag)
 
 
 def choose(sweep, out, extra=()):

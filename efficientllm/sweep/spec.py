@@ -89,6 +89,7 @@ class Run:
     order: int
     seed: int
     argv: tuple
+    grid: str = ""  # the flag that a try of the sweep's grid tries
 
     @property
     def folder(self):
@@ -106,7 +107,7 @@ class Run:
             "block": self.block,
             "order": self.order,
             "seed": self.seed,
-        }
+        } | ({"grid": self.grid} if self.grid else {})
 
 
 def argv_of(sweep, variant, extra=()):
