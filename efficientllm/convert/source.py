@@ -85,8 +85,13 @@ class Source:
         if lm.tied and (twin := next((name for name in _HEADS if name in self.tensors.shapes), None)):
             self._check_twin(twin, leaves["embedding"].template)
             ignored = (*ignored, f"^{twin}$")
-        binding.check(leaves, self.tensors.shapes, ignored, self.path)
+        binding.check(leaves, self.tensors.shapes, ignored, self.path, self._adds_nothing)
         return leaves
+
+    def _adds_nothing(self, name):
+        """Whether a tensor that the model has no place for is a bias of zeros, as AutoGPTQ wrote them in 2023."""
+        weight = name.removesuffix("bias") + "weight"
+        return name.endswith(".bias") and weight in self.tensors.shapes and not np.any(self.tensors.read(name))
 
     def _check_twin(self, twin, embedding):
         """Some files of tied models hold the embedding twice; another tensor under that name would be lost."""
