@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import re
 import textwrap
@@ -13,9 +12,8 @@ import textwrap
 from efficientllm.errors import UserError
 from efficientllm.metrics import notes
 from efficientllm.metrics.record import read_record
-from efficientllm.report import valid
+from efficientllm.report import texts, valid
 from efficientllm.report.find import find, grids
-from efficientllm.untrusted import files
 from efficientllm.workdir import flatten
 
 __all__ = ["Row", "find", "grids", "read", "read_row"]
@@ -26,7 +24,6 @@ GROUPS = ("paper", "physical", "quality", "conditions")
 _LONGEST_LABEL, _LONGEST_VALUE = 60, 40  # characters
 _TELLING = ("model.", "adapter", "quant", "infer.", "train.", "data", "tokenizer")
 _TAIL = 12
-_TAIL_BYTES = 16_384
 
 
 @dataclasses.dataclass
@@ -116,13 +113,7 @@ class Row:
         kept = self.record.get("log_tail") or self.record.get("error")
         if kept:
             return kept if isinstance(kept, str) else "\n".join(map(str, kept if isinstance(kept, list) else [kept]))
-        log = self.path.with_name("log.txt")
-        if not files.is_file(log):
-            return ""
-        with files.open_file(log) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            text = file.read(_TAIL_BYTES).decode(errors="replace")
-        return "\n".join(text.splitlines()[-_TAIL:])
+        return "\n".join(texts.end(self.path.with_name("log.txt")).splitlines()[-_TAIL:])
 
 
 def read(paths):

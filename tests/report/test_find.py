@@ -10,7 +10,7 @@ import pytest
 
 from efficientllm.errors import UserError
 from efficientllm.report import __main__ as command
-from efficientllm.report import board, find, markdown, statistics, write
+from efficientllm.report import board, details, find, markdown, statistics, write
 from report import made
 
 HUGE = "9" * 400
@@ -187,5 +187,25 @@ def test_a_row_with_anything_in_it_is_reported_or_left_out(count, tmp_path, monk
             json.dumps(shown, allow_nan=False)
             write.rows_csv(found.rows, shown["columns"])
             markdown.text(shown, {})
+            json.dumps(details.details(found.rows, tmp_path), allow_nan=False)
         except Exception as error:
             raise AssertionError(f"trial {trial}: {error!r}") from error
+
+
+def test_what_lies_beside_a_row_cannot_stop_a_report(tmp_path):
+    """FIFOs, devices and loops in the place of logs, answers and event files, and event files that are none."""
+    for i, name in enumerate(("log.txt", "output.txt", "samples", "events.out.tfevents.1", "config.json")):
+        folder = tmp_path / "runs" / str(i)
+        made.row(folder, seed=i, outcome="ok" if i % 2 else "crash", al_s=0.5 + i)
+        os.mkfifo(folder / name)
+        made.curves(tmp_path / "runs" / f"cut{i}", steps=20)
+        (event,) = (tmp_path / "runs" / f"cut{i}").glob("events*")
+        content = bytearray(event.read_bytes())
+        content[i * 100] ^= 0xFF
+        event.write_bytes(content[: len(content) - 17 * i])
+        made.row(event.parent, seed=10 + i, al_s=0.5 + i)
+    (tmp_path / "runs" / "endless").mkdir()
+    (tmp_path / "runs" / "endless" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "endless" / "log.txt").symlink_to("/dev/zero")
+    assert command.main([str(tmp_path / "runs"), f"--out={tmp_path / 'report'}"]) == 0
+    assert (tmp_path / "report" / "index.html").exists()
