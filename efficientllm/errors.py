@@ -1,6 +1,8 @@
 """The one error a user is meant to read: one line that names the key, the value and what would be right."""
 
 import difflib
+import pathlib
+import sys
 
 
 class UserError(ValueError):
@@ -21,6 +23,15 @@ def _printable(text):
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     return "".join(char if char.isprintable() or char == " " else ascii(char)[1:-1] for char in text)
+
+
+def exit_with(command):
+    """Ends the process with the status that `command()` returns; a UserError is one line and status 2."""
+    try:
+        sys.exit(command())
+    except UserError as error:
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def did_you_mean(word, known):
