@@ -4,6 +4,8 @@ import difflib
 import pathlib
 import sys
 
+WIDEST = 120  # characters of a value in a message
+
 
 class UserError(ValueError):
     """Bad config or input. `main` prints the message and exits with status 2.
@@ -36,5 +38,22 @@ def exit_with(command):
 
 def did_you_mean(word, known):
     """Returns `"; did you mean 'x'?"` for the closest of `known`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(str(word)[:WIDEST], list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value):
+    """`repr(value)` on one line, cut where it is longer than a message should be."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of more digits than Python prints
+        text = f"a {type(value).__name__} too large to print"
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 20]}... ({len(text):,} characters)"
+
+
+def one_line(error):
+    """The type and the message of an exception on one line."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 2 * WIDEST else f"{text[: 2 * WIDEST]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
