@@ -125,15 +125,18 @@ def class_fields(module, name):
 def _imported_module(tree, name):
     """The module of the package that `name` is, by `from package import name`, or None."""
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("efficientllm"):
-            if any(name == (alias.asname or alias.name) for alias in node.names):
-                return f"{node.module}.{name}"
+        if _is_ours(node) and any(name == (alias.asname or alias.name) for alias in node.names):
+            return f"{node.module}.{name}"
     return None
+
+
+def _is_ours(node):
+    return isinstance(node, ast.ImportFrom) and (node.module or "").startswith("efficientllm")
 
 
 def _imported_fields(tree, name):
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("efficientllm"):
+        if _is_ours(node):
             for alias in node.names:
                 if name == (alias.asname or alias.name):
                     return class_fields(node.module, alias.name)

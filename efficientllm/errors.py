@@ -4,7 +4,7 @@ import difflib
 import pathlib
 import sys
 
-WIDEST = 120  # characters of a value in a message
+WIDEST = 240  # characters of a value in a message
 
 
 class UserError(ValueError):

@@ -6,13 +6,14 @@ import pathlib
 import sys
 import zlib
 
-from efficientllm import distributed, registry
+from efficientllm import distributed, registry, schema
 from efficientllm.errors import UserError
 from efficientllm.workdir import Workdir
 
 
 def run(config, path=None, overwrite=False):
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
+    config = schema.checked(config)
     distributed.initialise()
     with distributed.leaving():
         return _run(config, path, overwrite)

@@ -78,7 +78,7 @@ def _fill(complete, tree, path, where):
 def unknown(path):
     """What to say of a key that the config has not: `config.train.stps`."""
     *parents, key = str(path).split(".")[1:]
-    group, known = base_config.get_config(), ranges.KEYS
+    group = base_config.get_config()
     for parent in parents:
         if parent not in group or not isinstance(group[parent], ConfigDict):
             key = parent
@@ -89,8 +89,9 @@ def unknown(path):
         return f"{path}: {says}; {ELSEWHERE[key]}"
     if hint := did_you_mean(key, group):
         return f"{path}: {says}{hint}"
-    known = [known for known in keys() if known.rpartition(".")[2] == key]
-    return f"{path}: {says}{f'; did you mean {known[0]!r}?' if known else f'; known: {", ".join(group)}'}"
+    elsewhere = [full for full in keys() if full.rpartition(".")[2] == key]
+    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known: {', '.join(group)}"
+    return f"{path}: {says}{hint}"
 
 
 def keys():

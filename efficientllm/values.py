@@ -1,14 +1,13 @@
 """What texts and tuples of the config may be: spec strings, names, regular expressions, paths, pairs of those."""
 
 import functools
-import re
 
 from efficientllm import catalogue, ranges, registry
 from efficientllm.errors import UserError, did_you_mean, shown
+from efficientllm.untrusted import patterns
 
 MODEL = ("norm", "position", "precision", "attention_kernel", "kv_cache", "base", "eps")  # that a model gives its parts
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, on Linux
-DEEPEST = 3  # spec strings within one another
 
 
 def check(key, value, where, own=False):
@@ -37,7 +36,7 @@ def spec(kind, *also):
     return lambda where, value, own: value in also or check_spec(kind, value, where, own)
 
 
-def check_spec(kind, text, where, own=False, depth=0):
+def check_spec(kind, text, where, own=False):
     """Raises UserError for a spec string that names no technique, or sets a field to what it may not be."""
     name, given = registry.parse(text, where)
     known = catalogue.entries(kind)
@@ -52,7 +51,7 @@ def check_spec(kind, text, where, own=False, depth=0):
     types = {key: field.type for key, field in fields.items()}
     registry.check_fields(kind, name, given, types, where, ranges.FIELDS.get(kind, {}))
     for key, value in given.items():
-        if (kind, key) in FIELDS and depth < DEEPEST:
+        if (kind, key) in FIELDS:
             FIELDS[kind, key](f"{where}: {key}", value, own)
     _check_missing(kind, name, fields, given, where)
 
@@ -94,10 +93,7 @@ def constant(module, name):
 
 def regex(where, value, own=False):
     """A regular expression."""
-    try:
-        re.compile(value)
-    except (re.error, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{where} = {shown(value)}: is no regular expression ({error})") from None
+    patterns.compile(value, where)
 
 
 def path(where, value, own=False):

@@ -2,17 +2,15 @@
 
 import contextlib
 import dataclasses
-import functools
-import importlib.resources
 import importlib.util
-import json
 import os
 
 import jax
 
-from efficientllm.errors import UserError, did_you_mean
+from efficientllm.errors import UserError
 from efficientllm.metrics import host, peaks
 from efficientllm.metrics.reading import Reading
+from efficientllm.plan.table import entry, table
 
 # By platform: the module that shows its compiler is there, and the extra of setup.py that brings it.
 PLUGINS = {"gpu": ("jax_cuda13_plugin", "gpu"), "tpu": ("libtpu", "tpu")}
@@ -75,31 +73,17 @@ class Hardware:
         return self.plugin is None or importlib.util.find_spec(self.plugin[0]) is not None
 
 
-@functools.cache
-def table():
-    """The package's table: `{"gpu": facts common to GPUs, "hardware": {name: facts}}`."""
-    return json.loads(importlib.resources.files("efficientllm.plan").joinpath("data/hardware.json").read_text("utf-8"))
-
-
 def find(name, count):
     """The Hardware of `config.plan.hardware`; a beginning that only one name has will do, as `h100`.
 
     `count` devices share the memory of a CPU's host. Raises UserError listing the known names.
     """
-    known = table()["hardware"]
-    near = [full for full in known if full == name] or [
-        full for full in known if full.removeprefix("tpu_").startswith(name) and name
-    ]
-    if len(near) != 1:
-        raise UserError(
-            f"config.plan.hardware = {name!r}: no such hardware; known: {', '.join(known)}{did_you_mean(name, known)}"
-        )
-    facts = dict(known[near[0]])
+    name, facts = entry(name)
     if facts["platform"] == "cpu":
         facts |= {"memory_bytes": host.memory_total_bytes() // count}
     fields = [field.name for field in dataclasses.fields(Hardware) if field.name not in ("name", "facts", "link")]
     own = {key: facts.pop(key, None) for key in fields}
-    return Hardware(name=near[0], link=facts.pop("link", 0), facts=facts, **own)
+    return Hardware(name=name, link=facts.pop("link", 0), facts=facts, **own)
 
 
 def check_count(hardware, count):
