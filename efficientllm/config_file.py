@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import re
 import sys
 import traceback
 
@@ -12,6 +13,12 @@ from efficientllm import presets
 from efficientllm.errors import UserError, did_you_mean, one_line
 from efficientllm.untrusted.files import is_file
 
+# What ml_collections says of a value of another type.
+_OTHER_TYPE = re.compile(
+    r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*)'> and cannot be casted to "
+    r"type <class '(.*)'>",
+    re.DOTALL,
+)
 START = '''"""My config: its differences from the base config. Every key is in efficientllm/base_config.py."""
 
 from efficientllm import base_config
@@ -116,6 +123,9 @@ def _place(error, file):
 def _described(error):
     if isinstance(error, SystemExit):
         return f"it ends the program (SystemExit: {error.code})"
+    if match := _OTHER_TYPE.match(str(error)):
+        key, value, given, wanted = match.groups()
+        return f"{key} = {value}: must be {wanted}, not {given}"
     return one_line(error)
 
 

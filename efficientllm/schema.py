@@ -121,8 +121,9 @@ def typed(where, value, default):
 def _described(value):
     if value is None or isinstance(value, bool):
         return str(value)
-    article = {"int": "an int"}.get(type(value).__name__, f"a {type(value).__name__}")
-    return f"{article} of {type(value).__module__}" if type(value).__module__ != "builtins" else article
+    name, module = type(value).__name__, type(value).__module__
+    name = f"an {name}" if name[0] in "aeiou" else f"a {name}"
+    return name if module == "builtins" else f"{name} of {module}"
 
 
 def check(config):
