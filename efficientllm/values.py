@@ -239,7 +239,7 @@ KEYS = {
     "infer.prompts": each(text),
     "infer.sampler": spec("sampler"),
     "infer.stop": each(something),
-    "infer.rules": pairs("form", spec("quant")),
+    "infer.rules": pairs("spec", spec("quant")),
     "infer.baseline": baseline,
     "plan.hardware": hardware,
     "plan.of": name_of("planned"),

@@ -9,7 +9,7 @@ import jax
 
 from efficientllm.errors import UserError
 from efficientllm.metrics import host, peaks
-from efficientllm.metrics.reading import Reading
+from efficientllm.metrics.reading import Reading, missing
 from efficientllm.plan.table import entry, table
 
 # By platform: the module that shows its compiler is there, and the extra of setup.py that brings it.
@@ -47,11 +47,19 @@ class Hardware:
         """Dense peak of a device at a compute dtype in FLOP/s, as a Reading; the host's share on a CPU."""
         if self.platform == "cpu":
             return peaks.measure_gemm_peak(dtype)
-        return peaks.peak_flops(self.device_kind, "tf32" if (dtype, self.platform) == ("float32", "gpu") else dtype)
+        dtype = "tf32" if (dtype, self.platform) == ("float32", "gpu") else dtype
+        if flops := self.facts.get("flops"):  # of a file of the user's
+            known = flops.get(dtype)
+            return Reading(known, "FLOP/s", self.name) if known else missing("FLOP/s", f"{self.name}: no {dtype} peak")
+        return peaks.peak_flops(self.device_kind, dtype)
 
     def bandwidth(self):
         """Peak memory bandwidth of a device in byte/s, as a Reading."""
-        return peaks.measure_copy_bandwidth() if self.platform == "cpu" else peaks.peak_bandwidth(self.device_kind)
+        if self.platform == "cpu":
+            return peaks.measure_copy_bandwidth()
+        if "flops" in self.facts:
+            return Reading(self.facts["bandwidth"], "byte/s", self.name)
+        return peaks.peak_bandwidth(self.device_kind)
 
     @property
     def kernel_s(self):
@@ -70,7 +78,9 @@ class Hardware:
 
     @property
     def has_compiler(self):
-        return self.plugin is None or importlib.util.find_spec(self.plugin[0]) is not None
+        """Whether its compiler is installed, and the table tells what that wants to know of it."""
+        told = self.platform != "gpu" or "cores" in self.facts
+        return self.plugin is None or (told and importlib.util.find_spec(self.plugin[0]) is not None)
 
 
 def find(name, count):
@@ -99,6 +109,8 @@ def check_count(hardware, count):
             f"{where}: hosts of {hardware.name} have {hardware.per_host} devices; "
             f"{count + -count % hardware.per_host} would do"
         )
+    if not hardware.network and hardware.per_host and count > hardware.per_host:
+        raise UserError(f"{where}: no network of {hardware.name} is known; at most the {hardware.per_host} of a host")
 
 
 def hosts(hardware, count):
@@ -150,7 +162,7 @@ def target_config(hardware):
     counts += ("fpus_per_core", "registers_per_core_limit", "registers_per_block_limit")
     cudnn = " ".join(f"{key}: {value}" for key, value in zip(("major", "minor", "patch"), common["cudnn"], strict=True))
     return (
-        f"gpu_device_info {{ {' '.join(f'{key}: {common[key]}' for key in counts)} "
+        f"gpu_device_info {{ {' '.join(f'{key}: {own.get(key, common[key])}' for key in counts)} "
         f"shared_memory_per_core: {own['shared_per_core']} core_count: {own['cores']} "
         f"block_dim_limit_x: {x} block_dim_limit_y: {y} block_dim_limit_z: {z} "
         f"memory_bandwidth: {own['bandwidth']} l2_cache_size: {own['l2_bytes']} clock_rate_ghz: {own['clock_ghz']} "
