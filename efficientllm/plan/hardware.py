@@ -7,6 +7,7 @@ import os
 
 import jax
 
+from efficientllm import extras
 from efficientllm.errors import UserError
 from efficientllm.metrics import host, peaks
 from efficientllm.metrics.reading import Reading, missing
@@ -78,9 +79,19 @@ class Hardware:
 
     @property
     def has_compiler(self):
-        """Whether its compiler is installed, and the table tells what that wants to know of it."""
-        told = self.platform != "gpu" or "cores" in self.facts
-        return self.plugin is None or (told and importlib.util.find_spec(self.plugin[0]) is not None)
+        return self.lacks is None
+
+    @property
+    def lacks(self):
+        """Why nothing can be compiled for it here and what to do, or None."""
+        if self.plugin is None:
+            return None
+        if self.platform == "gpu" and "cores" not in self.facts:
+            return f"a compiler would have to be told more of {self.name} than is known (cores, caches, clocks)"
+        module, extra = self.plugin
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed, the compiler for {self.name}: {extras.remedy(extra)}"
+        return None
 
 
 def find(name, count):

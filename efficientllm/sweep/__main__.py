@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 
+from efficientllm import extras
 from efficientllm.errors import UserError, did_you_mean
 
 STOPPED = 130
@@ -141,7 +142,7 @@ def _report(out):
     """The report, in a process of its own: it needs the extra `report`."""
     done = subprocess.run([sys.executable, "-m", "efficientllm.report", str(out), f"--out={out / 'report'}"])
     if done.returncode:
-        print(f"no report: pip install -e '.[report]', then python -m efficientllm.report {out} --out={out}/report")
+        print(f"no report: {extras.remedy('report')}, then python -m efficientllm.report {out} --out={out}/report")
 
 
 if __name__ == "__main__":
