@@ -115,13 +115,17 @@ class GGUFFile:
         """float32: what every tensor is dequantised to."""
         return np.dtype(np.float32)
 
+    def form(self, name):
+        """How the file holds a tensor: `Q4_1`, `F16`."""
+        return self._types[name].name
+
     def read(self, name):
         """The tensor in float32."""
         return self._dequantised(name)
 
     def stored(self, name):
         """The leaf of a tensor whose blocks ours can multiply as they are, in numpy, or None."""
-        kind = self._types[name].name
+        kind = self.form(name)
         if kind not in ("Q4_0", "Q4_1", "Q8_0"):
             return None
         offset, dtype, shape = self._places[name]

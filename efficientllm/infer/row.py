@@ -46,6 +46,13 @@ def compression(baseline, ours):
     return paper.Compression(baseline.bytes, ours.bytes, *qualities, name)
 
 
+def noted(reading, history):
+    """The Reading with `history` behind its source."""
+    return (
+        dataclasses.replace(reading, source=f"{reading.source}; {history}") if history and reading.source else reading
+    )
+
+
 def quality(evaluation):
     """Readings of the held-out text."""
     return {key: Reading(value, QUALITY[key], "held-out text") for key, value in evaluation.items()}
