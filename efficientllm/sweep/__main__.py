@@ -79,7 +79,7 @@ def _main(flags, extra):
     costs = check.costs(sweep, extra)
     runs = [] if sweep.search else list(spec.runs(sweep, extra))
     out = pathlib.Path(flags.get("out") or pathlib.Path("runs/sweeps") / sweep.name)
-    print(check.table(sweep, costs, runs))
+    print(check.table(sweep, costs, runs, out))
     if "dry_run" in flags:
         return 0
     retry = _retry(flags.get("retry"))
@@ -105,7 +105,7 @@ def _main(flags, extra):
     _report(out)
     failed = {run.folder: found for run, found in zip(runs, outcomes, strict=True) if found != "ok"}
     for folder, found in failed.items():
-        print(f"{found:10} {out / folder}")
+        print(f"{found:10} {out / folder}: {execute.why(out / folder)}")
     return 1 if failed else 0
 
 

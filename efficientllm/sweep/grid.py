@@ -4,7 +4,6 @@ Every try is a run of its own with a row of its own, in the folder `grid`, which
 what the tries cost stands in `grid.json` and in the report.
 """
 
-import datetime
 import json
 
 from efficientllm.metrics.record import read_record
@@ -70,18 +69,9 @@ def _found(folder):
     return {
         "outcome": row["outcome"],
         "eval_loss": loss,
-        "seconds": _seconds(row["provenance"]),
+        "seconds": execute.seconds(folder),
         "energy_j": row["physical"].get("energy_j"),
     }
-
-
-def _seconds(provenance):
-    """Wall time of a run that ended by itself, or None."""
-    try:
-        begin, end = (datetime.datetime.fromisoformat(provenance[key]) for key in ("started", "ended"))
-    except (KeyError, TypeError):
-        return None
-    return (end - begin).total_seconds()
 
 
 def _best(tries):
