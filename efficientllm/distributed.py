@@ -51,7 +51,15 @@ def _launcher():
 
 def _join(**named):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(heartbeat_timeout_seconds=SILENT_S, **named)
+    jax.distributed.initialize(heartbeat_timeout_seconds=SILENT_S, **_bind_address(), **named)
+
+
+def _bind_address():
+    """What the coordinator listens on: its own address where that is this machine's alone, else jax's choice, which is
+    all interfaces."""
+    host, _, port = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
+    local = host == "localhost" or host.startswith("127.") or host == "[::1]"
+    return {"coordinator_bind_address": f"{'127.0.0.1' if host == 'localhost' else host}:{port}"} if local else {}
 
 
 def _number(name):
@@ -61,14 +69,15 @@ def _number(name):
 def leave(status):
     """Ends this process at once if it is one of several: at exit jax waits for the others, and they wait for it in a
     collective. Returns `status` if it is alone."""
-    if _several():
+    if several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
 
 
-def _several():
+def several():
+    """True if this process is one of several of a run."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -78,12 +87,12 @@ def leaving():
     try:
         yield
     except UserError as error:
-        if not getattr(error, "shared", False) and _several():
+        if not getattr(error, "shared", False) and several():
             print(f"efficientllm: {error}", file=sys.stderr)
             leave(2)
         raise
     except Exception as error:
-        if _several():
+        if several():
             traceback.print_exc()
             leave(LOST if isinstance(error, jax.errors.JaxRuntimeError) else 1)
         raise

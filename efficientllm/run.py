@@ -1,19 +1,22 @@
 """From a config to a finished workdir: imports, task, exit status."""
 
+import hashlib
 import importlib
 import importlib.util
 import pathlib
 import sys
+import time
 import zlib
 
-from efficientllm import distributed, registry, schema
+import jax
+
+from efficientllm import distributed, failures, registry
 from efficientllm.errors import UserError
 from efficientllm.workdir import Workdir
 
 
 def run(config, path=None, overwrite=False):
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
-    config = schema.checked(config)
     distributed.initialise()
     with distributed.leaving():
         return _run(config, path, overwrite)
@@ -23,15 +26,38 @@ def _run(config, path, overwrite):
     task = distributed.together(lambda: _task(config))
     if hasattr(task, "before_devices"):
         task.before_devices(config)
-    # The main process makes the folder, or empties it, before another looks at it.
-    made = distributed.together(lambda: Workdir(config, path, overwrite) if distributed.is_main() else None)
-    workdir = distributed.together(lambda: made or Workdir(config, path))
-    finished, *_ = distributed.gather(workdir.finished() is not None)
-    if finished and not overwrite:
-        if distributed.is_main():
-            print(f"{workdir.shown} holds a finished run; its row stays. --overwrite starts anew.")
-        return 0
-    return task(config, workdir)
+    # The main process makes the folder, and owns it, before another looks at it.
+    made = distributed.together(lambda: Workdir(config, path, overwrite).acquire() if distributed.is_main() else None)
+    refused = True
+    try:
+        workdir = distributed.together(lambda: made or Workdir(config, path, overwrite))
+        workdir.code = code_of(config.imports)
+        answers = distributed.gather(distributed.together(lambda: workdir.answer(config) if made else None))
+        status = _say(answers[0]) if answers[0] else _guarded(task, config, workdir)
+        refused = False
+        return status
+    finally:
+        if made:
+            made.release(refused)
+
+
+def _say(answer):
+    if distributed.is_main():
+        print(answer)
+    return 0
+
+
+def _guarded(task, config, workdir):
+    """The task's exit status; an exception that it does not know is a row and one line, and its status 3."""
+    started = time.time()
+    try:
+        return task(config, workdir)
+    except UserError:
+        raise
+    except Exception as error:
+        if distributed.several() and isinstance(error, jax.errors.JaxRuntimeError):
+            raise  # as where another process has died
+        return distributed.leave(failures.end(error, config, workdir, started))
 
 
 def _task(config):
@@ -47,8 +73,22 @@ def import_plugins(imports):
                 import_file(pathlib.Path(name))
             else:
                 importlib.import_module(name)
+        except UserError:
+            raise
         except (ImportError, OSError, SyntaxError) as error:
-            raise UserError(f"config.imports = {name!r} cannot be imported: {error}") from None
+            raise UserError(f"config.imports = {name!r} cannot be imported: {' '.join(str(error).split())}") from None
+        except Exception as error:
+            raise UserError(f"config.imports = {name!r} cannot be imported: {failures.one_line(error)}") from None
+
+
+def code_of(imports):
+    """`{name: twelve hex digits}` of the content of each file of `config.imports`."""
+    files = {
+        name: name if name.endswith(".py") else getattr(sys.modules.get(name), "__file__", None) for name in imports
+    }
+    return {
+        name: hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()[:12] for name, file in files.items() if file
+    }
 
 
 def import_file(path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 
@@ -13,7 +14,6 @@ from efficientllm.metrics import conditions, energy, paper, peaks
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.weights import activation_dtype
 
-QUALITY = {"eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
 LIKELIHOOD = "likelihood a byte of held-out text"  # 2^-bits_per_byte: 1 is certainty, and more is better
 
 
@@ -40,22 +40,12 @@ def baseline_of(file):
 
 
 def compression(baseline, ours):
-    """What Eq. 9 compares, for two Scored."""
+    """What Eq. 9 compares, for two Scored; None where one of them has no finite score."""
+    if not all(math.isfinite(each.bits_per_byte) for each in (baseline, ours)):
+        return None
     qualities = (2**-baseline.bits_per_byte, 2**-ours.bits_per_byte)
     name = f"{LIKELIHOOD}, against {baseline.name}"
     return paper.Compression(baseline.bytes, ours.bytes, *qualities, name)
-
-
-def noted(reading, history):
-    """The Reading with `history` behind its source."""
-    return (
-        dataclasses.replace(reading, source=f"{reading.source}; {history}") if history and reading.source else reading
-    )
-
-
-def quality(evaluation):
-    """Readings of the held-out text."""
-    return {key: Reading(value, QUALITY[key], "held-out text") for key, value in evaluation.items()}
 
 
 def study(lm, boxed, found, compared):

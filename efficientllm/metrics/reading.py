@@ -33,6 +33,13 @@ def missing(unit, reason, source="unavailable"):
     return Reading(None, unit, source, reason)
 
 
+def finite_or_missing(value, unit, source):
+    """A reading of `value`; a null one with the reason where it is no finite number."""
+    return (
+        Reading(value, unit, source) if math.isfinite(value) else missing(unit, f"not finite: {float(value)}", source)
+    )
+
+
 def reading_or_missing(value, unit, source, reason):
     """A reading of `value`, or a null one with `reason` where `value` is None."""
     return missing(unit, reason) if value is None else Reading(value, unit, source)

@@ -1,8 +1,8 @@
 """The row of one run: `record.json`, and the table that is printed at its end."""
 
 import json
+import math
 import os
-import shutil
 import textwrap
 from pathlib import Path
 
@@ -10,10 +10,9 @@ from efficientllm.errors import UserError
 from efficientllm.metrics import conditions as machine
 from efficientllm.metrics import notes, paper
 from efficientllm.metrics.reading import missing
-from efficientllm.untrusted import json_text
 
 SCHEMA_VERSION = 1
-OUTCOMES = ("ok", "nan", "oom", "timeout", "crash", "invalid", "interrupted")
+OUTCOMES = ("ok", "nan", "oom", "timeout", "crash", "error", "invalid", "interrupted")
 PHYSICAL_UNITS = {
     "energy_j": "J",
     "j_per_token": "J",
@@ -57,13 +56,6 @@ _TABLE = (
     ("AEC  mean power", "aec_w", "lower"),
     ("MCR  compression rate", "mcr", "higher"),
 )
-# What serving is judged by besides: label, key, unit and how many of the row's units it is.
-_SERVING = (
-    ("TTFT first token", "ttft_s", "ms", 1e-3),
-    ("TPOT each token after it", "tpot_s", "ms", 1e-3),
-    ("     weights", "resident_weight_bytes", "MB", 1e6),
-    ("     state of a token", "kv_bytes_per_token", "kB", 1e3),
-)
 _SHOWN_BY_TASK = {"pretrain": "tt_tokens_per_param_s", "tune": "st_samples_per_param_s", "infer": "it_tokens_per_s"}
 
 
@@ -85,9 +77,8 @@ def build_record(
 
     `paper_readings`, `physical` and `quality` are `{key: Reading}`; known keys that are absent become null, so that
     every row has the same columns. `predicted` holds plain numbers of a plan, `warm_up` the times that were set aside,
-    `conditions` what `conditions.row` says of the measured windows.
-    Raises ValueError for an unknown
-    outcome or a key given in two groups.
+    `conditions` what `conditions.row` says of the measured windows. Raises ValueError for an unknown outcome or a key
+    given in two groups.
     """
     if outcome not in OUTCOMES:
         raise ValueError(f"outcome {outcome!r} is none of {', '.join(OUTCOMES)}")
@@ -128,10 +119,33 @@ def _source(reading):
     return {"source": reading.source, "reason": reading.reason, "unit": reading.unit}
 
 
+def finite(record):
+    """The row with null for each number that is not finite, and in `not_finite` what stood there, by place."""
+    lost = {}
+
+    def plain(value, place):
+        if isinstance(value, dict):
+            return {key: plain(item, f"{place}.{key}".lstrip(".")) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
+        if getattr(value, "shape", None) == ():  # of numpy or jax
+            value = value.item()
+        if isinstance(value, float) and not math.isfinite(value):
+            lost[place] = str(float(value))
+            return None
+        return value
+
+    cleared = plain(record, "")
+    return cleared | {"not_finite": lost | record.get("not_finite", {})} if lost else cleared
+
+
 def write_record(record, path):
-    """Writes the row so that a reader sees the old file or the new one, never a part of one."""
+    """Writes the row so that a reader sees the old file or the new one, never a part of one.
+
+    Numbers that are not finite are null in it (see `finite`).
+    """
     path = Path(path)
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(record), indent=2, allow_nan=False) + "\n"
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -141,22 +155,19 @@ def write_record(record, path):
 
 
 def read_record(path):
-    """The row at `path`. Raises UserError if it is no row of this schema. A NaN is taken: readers make it null."""
+    """The row at `path`. Raises UserError if it is no row of this schema."""
     try:
-        record = json_text.read(path, kind=None, nan=True)
-    except UserError as error:
-        said = str(error).removeprefix(f"{path}: ")
-        raise UserError(f"{path}: no readable row: {said}") from None
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable row: {error}") from None
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version is {version!r}; this program reads {SCHEMA_VERSION}")
     return record
 
 
-def format_table(record, width=None):
-    """The study's metrics of a row as text: value, unit, and the source or why there is no value; of serving also
-    latencies and bytes. As wide as the terminal, from 80 to 100 columns."""
-    width = width or min(100, max(80, shutil.get_terminal_size((100, 24)).columns))
+def format_table(record, width=100):
+    """The study's metrics of a row as text: value, unit, and the source or why there is no value."""
     shown = _SHOWN_BY_TASK.get(record["task"])
     hidden = set(_SHOWN_BY_TASK.values()) - {shown} if shown else set()
     lines = [f"{'metric':<26}{'value':>11}  {'unit':<5}{'better':<8}source, or why there is none"]
@@ -164,9 +175,6 @@ def format_table(record, width=None):
     for label, key, better in _TABLE:
         if key not in hidden:
             lines += _table_row(label, record["paper"][key], record["sources"][key], better, width)
-    for label, key, unit, size in _SERVING if record["task"] == "infer" else ():
-        value, source = record["physical"][key], record["sources"][key] | {"unit": unit}
-        lines += _table_row(label, None if value is None else value / size, source, "lower", width)
     for note in notes.notes(record):
         lines += textwrap.wrap(f"note: {note}", width, subsequent_indent="      ")
     return "\n".join(lines)

@@ -284,5 +284,5 @@ def read(compiled, count):
 
 
 TRAINING = Planned(whole_rows, describe, ("pretrain", "tune"))
-for task in ("pretrain", "tune"):
+for task in TRAINING.tasks:
     register("planned", task)(TRAINING)

@@ -2,8 +2,6 @@
 
 import time
 
-from efficientllm.report import texts
-
 RECENT_S = 600.0  # a run that wrote within these seconds may still go on
 _LINES = 12
 _LOGS = ("log.txt", "output.txt")
@@ -32,8 +30,8 @@ def _last(lines):
 
 def _log(folder):
     for name in _LOGS:
-        if lines := texts.end(folder / name).splitlines():
-            return lines
+        if (folder / name).exists():
+            return (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()
     return []
 
 

@@ -3,7 +3,6 @@
 import subprocess
 import time
 
-from efficientllm import extras
 from efficientllm.errors import UserError
 from efficientllm.sweep import execute
 
@@ -18,7 +17,7 @@ def open_executor(out, partition=None):
     try:
         import submitit
     except ImportError:
-        raise UserError(f"--launcher=slurm needs submitit: {extras.remedy('sweep')}") from None
+        raise UserError("--launcher=slurm needs submitit: pip install -e '.[sweep]'") from None
     try:
         executor = submitit.AutoExecutor(folder=(out / "slurm").absolute(), cluster="slurm")
     except RuntimeError as error:

@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
+import math
 import signal
 import sys
 import time
 
 import jax
 
-from efficientllm import allocator, kernels
+from efficientllm import allocator, failures, kernels
 from efficientllm.infer import measure, row, serving
 from efficientllm.infer.answers import Answers
 from efficientllm.infer.engine import Engine
@@ -18,12 +19,12 @@ from efficientllm.metrics.tensorboard import SummaryWriter
 from efficientllm.quality import harness
 from efficientllm.registry import register
 from efficientllm.train import evaluate, setup, step
-from efficientllm.train.progress import Countdown, close_log, open_log
+from efficientllm.train.progress import close_log, open_log
 from efficientllm.weights import activation_dtype
 from efficientllm.workdir import config_hash, flatten, plain
 
 log = logging.getLogger("efficientllm")
-FAILED = 3
+FAILED = failures.FAILED
 
 
 @register("task", "infer")
@@ -41,7 +42,7 @@ class Inference:
 
     def __init__(self, config, workdir):
         self.config, self.workdir, self.started = config, workdir, time.time()
-        self.kernels = {}
+        self.kernels, self.notes, self.measured = {}, [], None
 
     def run(self):
         """Returns the exit status."""
@@ -69,16 +70,13 @@ class Inference:
 
     def _serve(self):
         run, ours = self.serving, self.config.infer
-        parts = len(run.devices)
-        log.info(
-            f"{self.config.name}: {self.config.model.pretrained or f'random weights of size {self.config.model.size}'} "
-            f"as {self.config.quant} on {parts} x {run.devices[0].device_kind}"
-        )
         peaks.measure_gemm_peak(activation_dtype(run.lm.precision).name)  # at most once a host, and not between steps
         peaks.measure_copy_bandwidth()
         self.params = run.load(self.config.quant, ours.rules)
         allocator.give_back()  # what rounding, and calibrating more so, has freed is no memory of serving
-        self._say_weights(self.config.quant, self.params)
+        log.info(
+            f"{self.config.name}: weights of {row.resident_bytes(self.params) / 1e6:,.1f} MB as {self.config.quant}"
+        )
         engine = Engine(run.lm, self.params, run.sampler, run.tokenizer.end_ids, run.length)
         with kernels.recording() as used:
             self._generate(engine)
@@ -97,16 +95,7 @@ class Inference:
         self.peak = memory.peak_bytes(run.devices, run.rss_before)  # before another form of the weights is loaded
         self.idle = self.idle.compared(energy.idle_power(self.reader))
         self.quality = self._score(self.params)
-        self.tasks = self._tasks()
-        self._finish()
-        return 0
-
-    def _say_weights(self, spec, params):
-        """Bytes of weights, and what they went through."""
-        history = self.serving.history(spec)
-        said = f"weights of {row.resident_bytes(params) / 1e6:,.1f} MB as {spec}" + (f", {history}" if history else "")
-        twice = "; config.quant='stored' keeps the file's" if history.startswith("rounded twice") else ""
-        log.info(f"{self.config.name}: {said}{twice}")
+        return self._finish()
 
     def _generate(self, engine):
         """Shows the answers as they come, and writes as many as there are, whatever happens."""
@@ -122,9 +111,8 @@ class Inference:
         run = self.serving
         score = jax.jit(lambda params, batch, token_bytes: step.eval_step(run.lm, params, batch, token_bytes))
         token_bytes = setup.bytes_of(run.tokenizer, run.lm)
-        each = Countdown("held-out text", len(run.held_out)).add
-        found = evaluate.evaluate(score, params, run.held_out, token_bytes, run.mesh, each)
-        log.info("held out  " + "  ".join(f"{key} {value:.4f}" for key, value in found.items()))
+        found = evaluate.evaluate(score, params, run.held_out, token_bytes, run.mesh)
+        log.info(evaluate.line(found))
         return found
 
     def _tasks(self):
@@ -141,7 +129,7 @@ class Inference:
         return found
 
     def _compression(self):
-        """What MCR compares; the baseline is scored last, in the place of what was measured."""
+        """What MCR compares, or None; the baseline is scored last, in the place of what was measured."""
         name = self.config.infer.baseline
         if "bits_per_byte" not in self.quality:  # no held-out token stands for text
             return None
@@ -153,28 +141,34 @@ class Inference:
         self.params = None
         params = self.serving.load(name)
         log.info(f"baseline {name}: weights of {row.resident_bytes(params) / 1e6:,.1f} MB")
-        history = self.serving.history(name)
-        baseline = f"{name} ({history})" if history else name
-        return row.compression(
-            row.Scored(baseline, row.resident_bytes(params), self._score(params)["bits_per_byte"]), ours
-        )
+        return row.compression(row.Scored(name, row.resident_bytes(params), self._score(params)["bits_per_byte"]), ours)
 
     def _finish(self):
-        run = self.serving
+        """Writes the row, without what failed of tasks and baseline -> exit status."""
+        run, quality, compared = self.serving, evaluate.readings(self.quality), None
+        outcome = "ok" if math.isfinite(self.quality["eval_loss"]) else "nan"
         physical = row.physical(run.lm, run.boxed, self.params, self.measured, self.idle, run.mesh)
         physical["peak_memory_bytes"] = self.peak
-        history = run.history(self.config.quant)
-        for key in ("resident_weight_bytes", "predicted_memory_bytes"):
-            physical[key] = row.noted(physical[key], history)
-        quality = {key: row.noted(reading, history) for key, reading in row.quality(self.quality).items()}
-        study = row.study(run.lm, run.boxed, self.measured, self._compression())
-        found = self._write_row("ok", study, physical, quality | self.tasks)
-        writer = SummaryWriter(self.workdir.path)
-        writer.text("config", "\n".join(f"    {key} = {value!r}" for key, value in flatten(plain(self.config)).items()))
-        writer.hparams(flatten(plain(self.config)), found["paper"] | found["physical"] | found["quality"])
-        writer.close()
+        if outcome == "ok":
+            with failures.optional("no quality tasks", self.notes):
+                quality |= self._tasks()
+            with failures.optional("no compression rate", self.notes):
+                compared = self._compression()
+        found = self._write_row(outcome, row.study(run.lm, run.boxed, self.measured, compared), physical, quality)
+        if outcome == "nan":
+            log.error(f"held-out loss {self.quality['eval_loss']}: not a number, of {self.config.quant} weights")
+            return FAILED
         log.info(f"\n{record.format_table(found)}\n\nrow: {self.workdir.shown / 'record.json'}")
+        with failures.optional("TensorBoard has no table of the row"):
+            self._write_charts(found)
         log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
+        return 0
+
+    def _write_charts(self, found):
+        config = flatten(plain(self.config))
+        with contextlib.closing(SummaryWriter(self.workdir.path)) as writer:
+            writer.text("config", "\n".join(f"    {key} = {value!r}" for key, value in config.items()))
+            writer.hparams(config, found["paper"] | found["physical"] | found["quality"])
 
     def _write_row(self, outcome, study=None, physical=None, quality=None):
         found = record.build_record(
@@ -194,14 +188,17 @@ class Inference:
             paper_readings=study,
             physical=physical,
             quality=quality,
-            **(row.warm_up_and_conditions(self.measured) if outcome == "ok" else {}),
+            **(row.warm_up_and_conditions(self.measured) if self.measured else {}),
         )
         found["provenance"]["end_tokens"] = [
             self.serving.tokenizer.text_of(id) for id in self.serving.tokenizer.end_ids
         ]
         if not self.config.model.pretrained:
             found["provenance"]["weights"] = f"random, of size {self.config.model.size}: quality means nothing"
-        record.write_record(found, self.workdir.path / "record.json")
+        found["provenance"] |= self.workdir.code_provenance()
+        if self.notes:
+            found["notes"] = self.notes
+        self.workdir.write_row(found)
         return found
 
     def _fail(self, outcome, message):
@@ -211,8 +208,7 @@ class Inference:
 
 
 def _show(text):
-    """Writes what a model says; a terminal is not to take it for commands."""
-    sys.stdout.write("".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text))
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

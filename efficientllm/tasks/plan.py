@@ -1,6 +1,5 @@
 """Planning: a config's step of training or request, compiled for hardware that is not here, and a row of its cost."""
 
-import json
 import logging
 import time
 
@@ -23,7 +22,6 @@ def plan(config, workdir):
     """Plans what `config.plan.of` names -> exit status, 0 whether it fits or not. Raises UserError."""
     if jax.distributed.is_initialized():
         raise UserError("config.task = 'plan': one process plans for any number of devices; start it alone")
-    _refuse_runs(workdir)
     open_log(workdir.path / "log.txt")
     try:
         return Planning(config, workdir).run()
@@ -46,13 +44,6 @@ def _asked(asked):
     return found, asked.devices
 
 
-def _refuse_runs(workdir):
-    """A plan does not go where a run is, whose row it would replace."""
-    file = workdir.path / "config.json"
-    if file.exists() and json.loads(file.read_text()).get("task") != "plan":
-        raise UserError(f"--workdir={workdir.path} holds a run; a plan needs a folder of its own")
-
-
 class Planning:
     """One plan from config to row."""
 
@@ -68,7 +59,7 @@ class Planning:
         """Returns the exit status."""
         self._say_what_is_different()
         one = self._described({})
-        self.workdir.claim(self.config)
+        self.workdir.claim(self.config, self.asked)
         found = estimate.estimate(one, self.hardware, self.count)
         known = None
         if self.calibration_of:
@@ -86,7 +77,11 @@ class Planning:
                 f"config.train.batch_size = {asked} does not divide over {self.count} devices: planned with {size}"
             )
         if not self.hardware.has_compiler:
-            log.info(f"{self.hardware.lacks}. What follows is from shapes alone")
+            module, extra = self.hardware.plugin
+            log.info(
+                f"{module} is not installed, the compiler for {self.hardware.name}: pip install "
+                f"'efficientllm[{extra}]'. What follows is from shapes alone"
+            )
 
     def _described(self, change):
         config = steps.changed(self.config, change)
@@ -114,7 +109,8 @@ class Planning:
             physical=row.physical(one, found),
             predicted=made,
         )
-        record.write_record(written, self.workdir.path / "record.json")
+        written["provenance"] |= self.workdir.code_provenance()
+        self.workdir.write_row(written)
         log.info(f"row: {self.workdir.shown / 'record.json'}")
 
     def _provenance(self, one, found):

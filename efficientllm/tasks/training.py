@@ -1,28 +1,28 @@
 """Pre-training and tuning: from a config to a trained model, its charts, its checkpoints and its row."""
 
 import contextlib
+import errno
 import logging
+import math
 import time
 
 import jax
 
-from efficientllm import distributed
-from efficientllm.adapters import folder as adapter_folder
-from efficientllm.errors import UserError
-from efficientllm.infer.generate import generate
+from efficientllm import distributed, failures
 from efficientllm.metrics import energy, memory, provenance, record, timer
 from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
 from efficientllm.registry import register
-from efficientllm.train import charts, evaluate, loop, row, setup
+from efficientllm.train import charts, evaluate, extras, facts, loop, row, setup
 from efficientllm.train.checkpoint import CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
 from efficientllm.train.progress import Progress, close_log, open_log
 from efficientllm.workdir import config_hash, flatten, plain
 
 log = logging.getLogger("efficientllm")
-FAILED = 3
+FAILED = failures.FAILED
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # of a write that failed
 
 
 @register("task", "pretrain")
@@ -49,6 +49,7 @@ class Training:
         open_log(workdir.path / "log.txt" if self.main else None)
         self.loss, self.evaluation, self.first_step = None, None, 0
         self.checkpoints = self.writer = self.sampler = None
+        self.counts_flops = True
 
     def run(self):
         """Returns the exit status."""
@@ -62,12 +63,9 @@ class Training:
         self.measurement = Measurement(self.reader, self.sampler, warm_up=aside)
         try:
             with jax.set_mesh(self.setup.mesh):
-                return self._train()
-        except loop.Interrupted as stop:
-            self.checkpoints.wait()
-            log.info(f"{stop}: saved in {self.workdir.shown}; the same command resumes")
-            return 128 + stop.signum
+                return self._train_or_stop()
         except loop.Diverged as error:
+            self._distrust(error.state_step)
             return self._fail("nan", f"{error}: not a number; {self._last_good()}")
         except jax.errors.JaxRuntimeError as error:
             first = str(error).splitlines()[0]
@@ -78,8 +76,18 @@ class Training:
             message = f"a step failed, as it does where another process has died: {first}; {self._last_good()}"
             return self._fail("crash", message, distributed.LOST)
         except (CheckpointError, OSError) as error:  # a full disk stops checkpoints, charts or the row
+            if isinstance(error, OSError) and error.errno not in DISK:
+                raise
             lost = jax.process_count() > 1 and isinstance(error.__cause__, jax.errors.JaxRuntimeError)
             return self._fail("crash", f"{error}; {self._last_good()}", distributed.LOST if lost else FAILED)
+
+    def _train_or_stop(self):
+        try:
+            return self._train()
+        except loop.Interrupted as stop:
+            self.checkpoints.wait()
+            log.info(f"{stop}: saved in {self.workdir.shown}; the same command resumes")
+            return 128 + stop.signum
 
     def _prepare(self):
         self.setup = setup.prepare(self.config, log)
@@ -109,13 +117,19 @@ class Training:
     def _restore_or_create(self):
         """The newest checkpoint's state, or a new one. What is frozen is in no checkpoint: it is made as it was."""
         run, shaped = self.setup, self.setup.shaped
+        now = self.checkpoints.facts = facts.of(run)
         restored = self.checkpoints.restore_newest(shaped.replace(frozen=None))
         if restored is None:
             return setup.create_state(run)
         state, data_state = restored
+        before = self.checkpoints.restored_facts
+        facts.check(before, now, self.config)
         run.batches.set_state(data_state)
         self.first_step = int(state.step)
+        self.checkpoints.facts = facts.joined(before, now, self.first_step, self.config)
         log.info(f"resuming from step {self.first_step}")
+        if said := facts.line(self.checkpoints.facts["schedules"]):
+            log.warning(said)
         frozen = setup.create_state(run).frozen if jax.tree.leaves(shaped.frozen) else shaped.frozen
         return state.replace(frozen=frozen)
 
@@ -125,64 +139,62 @@ class Training:
         if self.writer:
             shown = charts.scalars(metrics, len(self.setup.lm.blocks))
             shown |= {"tokens_per_s": float(metrics["tokens"]) / seconds, **self.sampler.latest()}
-            shown |= row.utilisation(self.setup, seconds)
+            shown |= self._utilisation(seconds)
             self.writer.scalars(at, shown)
+
+    def _utilisation(self, seconds):
+        """What the charts say of MFU; nothing, and one warning, of a technique whose FLOPs cannot be counted."""
+        if not self.counts_flops:
+            return {}
+        try:
+            return row.utilisation(self.setup, seconds)
+        except Exception as error:
+            self.counts_flops = False
+            failures.warn("no FLOPs are counted", error)
+            return {}
 
     def _evaluate(self, at, state):
         self.evaluation = evaluate.evaluate(
             self.compiled_eval, state.all_params, self.setup.eval_batches, self.token_bytes, self.setup.mesh
         )
-        log.info("held out  " + "  ".join(f"{key} {value:.4f}" for key, value in self.evaluation.items()))
+        log.info(evaluate.line(self.evaluation))
         if self.writer:
             self.writer.scalars(at, self.evaluation)
-        return self.evaluation["eval_loss"]
+        loss = self.evaluation["eval_loss"]
+        if not math.isfinite(loss):
+            raise loop.Diverged(at, loss, "held-out loss", state_step=at)
+        return loss
 
     def _save(self, at, state, loss):
         self.checkpoints.save(at, state.replace(frozen=None), self.setup.batches.get_state(), loss)
 
     def _finish(self, state):
-        self._write_adapter(state)
-        sample = self._sample(state.all_params) if self.config.sample.tokens else None
+        """The row, and then what may fail without taking it away."""
         self.idle = row.all_idle(self.idle.compared(energy.idle_power(self.reader)))
         found = self._write_row("ok", row.all_energy(self.measurement))
         if self.main:
-            log.info(f"\n{record.format_table(found)}\n" + (f"\nsample: {sample!r}\n" if sample else ""))
+            log.info(f"\n{record.format_table(found)}")
+        with failures.optional("no adapter was written"):
+            extras.write_adapter(self.setup, self.workdir, state)
+        with failures.optional("no sample was drawn"):
+            if sample := extras.sample(self.setup, state.all_params):
+                log.info(f"\nsample: {sample!r}\n")
+        with failures.optional("TensorBoard has no table of the row"):
+            self._write_hparams(found)
+        with failures.optional("checkpoints stay as they are"):
+            extras.keep_checkpoints(self.checkpoints, self.config.checkpoint.keep)
+        if self.main:
             if note := memory.disagreement(found["physical"]):
                 log.warning(note)
             log.info(f"row: {self.workdir.shown / 'record.json'}")
             log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
 
-    def _write_adapter(self, state):
-        """The adapter in peft's format, where peft has one and there is a checkpoint to put it around."""
-        run = self.setup
-        if run.source is None or not adapter_folder.is_writable(self.config.adapter):
-            return
-        folder = self.workdir.path / "adapter"
-        try:
-            adapter_folder.write(run.lm, self.config.adapter, state.all_params, folder, run.source)
-        except UserError as error:  # what was learnt is in the checkpoint
-            if self.main:
-                log.warning(f"no adapter in peft's format: {error}")
-            return
-        if self.main:
-            log.info(f"adapter: {self.workdir.shown / 'adapter'}, in peft's format")
+    def _write_hparams(self, found):
+        if self.writer:
+            self.writer.hparams(flatten(plain(self.config)), found["paper"] | found["quality"])
 
-    def _sample(self, params):
-        prompt = self.setup.tokenizer.encode_prompt(self.config.sample.prompt)
-        key = jax.random.key(self.config.seed)
-        new = generate(
-            self.setup.lm,
-            params,
-            [prompt],
-            self.config.sample.tokens,
-            self.config.sample.temperature,
-            key,
-            self.setup.tokenizer.end_ids,
-        )
-        return self.config.sample.prompt + self.setup.tokenizer.decode(jax.device_get(new)[0].tolist())
-
-    def _write_row(self, outcome, energy_window):
-        study, physical = row.readings(self.setup, self.measurement, energy_window, self.idle)
+    def _write_row(self, outcome, energy_window, message=None):
+        study, physical = self._readings(energy_window)
         if (stored := self.checkpoints.newest_bytes()) is not None:
             physical["checkpoint_bytes"] = Reading(
                 stored, "bytes", "files of the newest checkpoint: what learns, moments"
@@ -199,11 +211,19 @@ class Training:
             warm_up=row.warm_up(self.measurement),
             conditions=row.conditions_of(self.measurement, everywhere=outcome == "ok"),
         )
+        if message:
+            found["error"] = message
         if self.main:
-            record.write_record(found, self.workdir.path / "record.json")
-            if self.writer:
-                self.writer.hparams(flatten(plain(self.config)), found["paper"] | found["quality"])
+            self.workdir.write_row(found)
         return found
+
+    def _readings(self, energy_window):
+        """The row's `(paper, physical)`; null, with the reason, where costs cannot be computed."""
+        try:
+            return row.readings(self.setup, self.measurement, energy_window, self.idle)
+        except Exception as error:
+            failures.warn("the row has no costs", error)
+            return row.unknown(f"could not be computed: {failures.one_line(error)}")
 
     def _provenance(self):
         return provenance.provenance(
@@ -218,13 +238,16 @@ class Training:
             "resumed_from_step": self.first_step,
             "sampler_cost_fraction": self.sampler.cost_fraction,
             "data": self.setup.data,
+            "fingerprints": self.checkpoints.facts.get("fingerprints"),
+            "schedules": self.checkpoints.facts.get("schedules"),
+            **self.workdir.code_provenance(),
         }
 
     def _fail(self, outcome, message, status=FAILED):
         self.measurement.abandon()
         log.error(message)
         try:  # alone: other processes may not have failed, so their energy is not waited for
-            self._write_row(outcome, energy.unavailable(f"the run ended as {outcome}"))
+            self._write_row(outcome, energy.unavailable(f"the run ended as {outcome}"), message)
         except OSError as error:
             log.error(f"no row could be written: {error}")
         if outcome == "nan":  # as all processes see
@@ -234,7 +257,18 @@ class Training:
 
     def _last_good(self):
         step_saved = self.checkpoints.latest_step()
-        return "no checkpoint was saved" if step_saved is None else f"the last good checkpoint is step {step_saved}"
+        return (
+            "no good checkpoint was saved" if step_saved is None else f"the last good checkpoint is step {step_saved}"
+        )
+
+    def _distrust(self, step):
+        """Sets aside the checkpoint whose loss is no number: it is not the last good one, nor to be resumed from."""
+        try:
+            self.checkpoints.wait()
+            if step is not None:
+                self.checkpoints.distrust(step)
+        except CheckpointError as error:
+            log.error(str(error))
 
     def close(self):
         """Stops threads and closes files."""

@@ -1,13 +1,15 @@
-"""Checkpoints through orbax: asynchronous, the last n and the best, and never half of one."""
+"""Checkpoints through orbax: asynchronous, the last n and the best, with checksums, and never half of one."""
 
 import contextlib
 import logging
+import math
 
 import jax
 from jax.experimental import multihost_utils
 
 from efficientllm import distributed
 from efficientllm.errors import UserError
+from efficientllm.train import checksums, quiet
 
 log = logging.getLogger("efficientllm")
 
@@ -21,7 +23,9 @@ class Checkpoints:
 
     Args:
       folder: an absolute folder, made if it is not there.
-      keep: how many of the newest stay; the best by `loss` stays besides.
+      keep: how many of the newest stay, 1 at least; the best by `loss` stays besides.
+
+    `facts` is plain data that each checkpoint holds besides, `restored_facts` what the one restored holds.
     """
 
     def __init__(self, folder, keep):
@@ -29,19 +33,41 @@ class Checkpoints:
         from orbax.checkpoint import checkpoint_managers
 
         best = checkpoint_managers.BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(n=keep), best])
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        newest = checkpoint_managers.LatestN(n=max(1, keep))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
+        )
         self._args = ocp.args
         self._folder = folder
+        self._saved_step = None
+        self.facts, self.restored_facts = {}, {}
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(quiet.tracebacks_of_orbax())
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
 
     def save(self, step, state, data_state, loss=None):
-        """Starts writing; returns as soon as the arrays are copied off the device. Raises CheckpointError."""
-        states = {"processes": distributed.gather(data_state)}
+        """Starts writing; returns as soon as the arrays are copied off the device. Raises CheckpointError.
+
+        A state whose held-out `loss` is no number is not saved: nothing good could be resumed from it.
+        """
+        if loss is not None and not math.isfinite(loss):
+            log.warning(f"no checkpoint at step {step}: its held-out loss is {loss}")
+            return
+        states = {"processes": distributed.gather(data_state), "facts": self.facts}
         args = self._args.Composite(state=self._args.StandardSave(state), data=self._args.JsonSave(states))
         metrics = None if loss is None else {"loss": float(loss)}
         with self._writing():
+            self._manager.wait_until_finished()
+            self._saved_step = int(step)
             self._manager.save(int(step), args=args, metrics=metrics, force=True)
+
+    def _sum_up(self):
+        """Called by orbax when all files of a checkpoint are written, before it gets its name."""
+        if jax.process_index() == 0:
+            drafts = list(self._folder.glob(f"{self._saved_step}.orbax-checkpoint-tmp*"))
+            checksums.write(drafts[0] if drafts else self._folder / str(self._saved_step))
 
     def saving(self):
         """True until what was saved last is on disk."""
@@ -54,15 +80,18 @@ class Checkpoints:
     def newest_bytes(self):
         """Bytes on disk of the newest checkpoint, or None if there is none; `wait` first."""
         step = self.latest_step()
-        if step is None:
-            return None
-        return sum(file.stat().st_size for file in (self._folder / str(step)).rglob("*") if file.is_file())
+        return None if step is None else _bytes(self._folder / str(step))
+
+    def stored(self):
+        """`(steps, bytes on disk of all of them)`; `wait` first."""
+        steps = sorted(self._manager.all_steps())
+        return steps, sum(_bytes(self._folder / str(step)) for step in steps)
 
     def restore_newest(self, shaped_like):
-        """`(state, data_state)` of the newest checkpoint that can be read, or None if there is none at all.
+        """`(state, data_state)` of the newest checkpoint that is whole, or None if there is none at all.
 
-        Newer ones that cannot be read are set aside as `unreadable-STEP` with a warning, once an older one is loaded.
-        Raises UserError if none can be read.
+        Newer ones that are damaged or cannot be read are set aside as `unreadable-STEP` with a warning, once an older
+        one is loaded. Raises UserError if none can be read.
         """
         unreadable = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -70,15 +99,22 @@ class Checkpoints:
             if not all(distributed.gather(restored is not None)):
                 unreadable.append(step)
                 continue
-            self._set_aside(unreadable)
+            self._set_aside(unreadable, "unreadable")
             state, data = restored
+            self.restored_facts = data.get("facts") or {}
             return state, _own(data["processes"])
         if unreadable:
             raise UserError(f"none of the checkpoints in {self._folder} can be read; move that folder to start anew")
         return None
 
     def _try(self, step, shaped_like):
-        """What the checkpoint holds, or None with a warning if it cannot be read."""
+        """What the checkpoint holds, or None with a warning if it is damaged or cannot be read."""
+        damage, *_ = distributed.gather(
+            checksums.damage(self._folder / str(step)) if distributed.is_main() else None  # one reads all files
+        )
+        if damage:
+            log.warning("checkpoint %d cannot be read (damaged: %s); trying the one before", step, damage)
+            return None
         args = self._args.Composite(state=self._args.StandardRestore(shaped_like), data=self._args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=args)
@@ -87,13 +123,23 @@ class Checkpoints:
             return None
         return restored["state"], restored["data"]
 
-    def _set_aside(self, steps):
+    def _set_aside(self, steps, why):
         for step in steps:
             if jax.process_index() == 0:
-                (self._folder / str(step)).rename(self._folder / f"unreadable-{step}")
+                (self._folder / str(step)).rename(_free(self._folder / f"{why}-{step}"))
         if steps:
             multihost_utils.sync_global_devices("set aside")
             self._manager.reload()
+
+    def distrust(self, step):
+        """Sets the checkpoint of `step` aside, if there is one: the loss of its parameters is no number."""
+        if step in self._manager.all_steps():
+            self._set_aside([step], "diverged")
+
+    def discard(self):
+        """Removes all checkpoints; `wait` first."""
+        for step in self._manager.all_steps():
+            self._manager.delete(step)
 
     def wait(self):
         """Blocks until what was saved is on disk. Raises CheckpointError."""
@@ -110,8 +156,20 @@ class Checkpoints:
 
     def close(self):
         """Waits and releases orbax's threads."""
-        with contextlib.suppress(CheckpointError), self._writing():  # said once already, by save or wait
+        with self._quiet, contextlib.suppress(CheckpointError), self._writing():  # said once already, by save or wait
             self._manager.close()
+
+
+def _bytes(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _free(path):
+    """The path, or one with a number after it where something stands already."""
+    number, free = 2, path
+    while free.exists():
+        number, free = number + 1, path.with_name(f"{path.name}.{number}")
+    return free
 
 
 def _own(states):

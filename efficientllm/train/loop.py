@@ -18,11 +18,14 @@ ASK_EVERY = 10  # steps between two questions to the other processes whether one
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient is no number any more; `step` is the first such step."""
+    """A loss or the gradient is no number any more; `step` is the first such step.
 
-    def __init__(self, step, loss):
-        super().__init__(f"loss {loss} at step {step}")
-        self.step = step
+    `state_step` is the step of the state whose loss it was, which no run should go on from; None if the loss is finite.
+    """
+
+    def __init__(self, step, value, what="loss", state_step=None):
+        super().__init__(f"{what} {value} at step {step}")
+        self.step, self.state_step = step, state_step
 
 
 class Interrupted(RuntimeError):
@@ -38,7 +41,7 @@ class Hooks:
     """What the loop calls between steps; `state` is the finished TrainState.
 
     log(step, metrics, seconds):    after a step that is due for `log_every`, metrics on the host.
-    evaluate(step, state) -> loss:  held-out loss.
+    evaluate(step, state) -> loss:  held-out loss; raises Diverged if it is no number.
     save(step, state, loss):        starts a checkpoint; `saving()` is True until it is on disk.
     """
 
@@ -115,8 +118,10 @@ class _Loop:
         loss, grad_norm, tokens, samples = (float(metrics[key]) for key in ("loss", "grad_norm", "tokens", "samples"))
         seconds = self._measurement.step_done(tokens, samples)
         self._progress.add(tokens)
-        if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-            raise Diverged(step, loss)
+        if not np.isfinite(loss):
+            raise Diverged(step, loss, state_step=step - 1)
+        if not np.isfinite(grad_norm):
+            raise Diverged(step, grad_norm, "gradient norm")
         if last:  # what is logged now has no next step to run beside
             self._measurement.stop()
         if step % self._config.train.log_every == 0 or step == self._config.train.steps:
@@ -128,7 +133,16 @@ class _Loop:
 
     def between_steps(self, step, state, stop):
         """Evaluates and saves what is due after `step`; a stop saves and does not evaluate."""
-        loss = self._hooks.evaluate(step, state) if self._eval_due(step) and not stop else None
+        loss = None
+        try:
+            if self._eval_due(step) and not stop:
+                loss = self._hooks.evaluate(step, state)
+        except Diverged:
+            raise
+        except Exception:  # what was trained is not lost with what could not be evaluated
+            if self._save_due(step):
+                self._hooks.save(step, state, None)
+            raise
         if self._save_due(step) or stop:
             self._hooks.save(step, state, loss)
 

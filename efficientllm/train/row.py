@@ -7,7 +7,7 @@ import jax
 from efficientllm import accounting, distributed
 from efficientllm.metrics import conditions, energy, memory, paper, peaks, record, sampler
 from efficientllm.metrics.reading import Reading, missing
-from efficientllm.train import footprint, setup
+from efficientllm.train import evaluate, footprint, setup
 from efficientllm.weights import activation_dtype
 
 TIMED = (
@@ -78,6 +78,12 @@ def readings(run, measurement, window, idle):
         ),
     }
     return study, physical
+
+
+def unknown(reason):
+    """`(paper, physical)` readings that are all null for one reason."""
+    study = {key: missing(unit, reason) for key, unit in paper.UNITS.items()}
+    return study, {key: missing(unit, reason) for key, unit in record.PHYSICAL_UNITS.items()}
 
 
 def warm_up(measurement):
@@ -168,9 +174,6 @@ def _per_token(run, counted):
 
 
 def quality(evaluation, loss):
-    """Readings of the last evaluation and the last training loss."""
-    units = {"eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
-    found = {key: Reading(value, units[key], "held-out text") for key, value in (evaluation or {}).items()}
-    if evaluation and "bits_per_byte" not in evaluation:
-        found["bits_per_byte"] = missing("bit", "no held-out target stands for text: they are ends of documents")
+    """Readings of the last evaluation and the last training loss; null with the reason where a value is not finite."""
+    found = evaluate.readings(evaluation or {})
     return found if loss is None else {"loss": Reading(loss, "nat", "last logged training step"), **found}

@@ -12,7 +12,6 @@ import re
 import traceback
 
 from efficientllm import main
-from efficientllm.errors import exit_with
 from efficientllm.report import study
 
 HERE = pathlib.Path(__file__).parent
@@ -237,4 +236,4 @@ def run():
 
 
 if __name__ == "__main__":
-    exit_with(run)
+    run()

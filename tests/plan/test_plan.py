@@ -10,7 +10,9 @@ import pytest
 import runs
 from efficientllm import main
 from efficientllm.metrics import host
+from efficientllm.presets import base
 from efficientllm.report import rows
+from efficientllm.workdir import Workdir
 
 SIZE = (
     "custom(num_layers=2, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hidden=48, rope_base=1e4, vocab_size=264)"
@@ -53,7 +55,8 @@ def test_a_plan_says_beforehand_what_the_run_s_program_needs(measured, tmp_path,
 
 
 def test_a_run_s_folder_is_not_a_plan_s(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"task": "pretrain"}')
+    config = base.get_config()
+    Workdir(config, tmp_path).claim(config)
     assert plan(tmp_path) == (2, None)
     assert "holds a run; a plan needs a folder of its own" in capsys.readouterr().err
 
@@ -116,7 +119,7 @@ def test_a_tuning_plan_needs_no_weights(tmp_path):
 def test_without_its_compiler_the_plan_is_of_shapes_and_says_so(tmp_path, capsys):
     status, row = plan(tmp_path / "plan", plan__hardware="h100", plan__devices=8)
     said = capsys.readouterr().out
-    assert status == 0 and "[gpu]'" in said and "from shapes alone" in said
+    assert status == 0 and "pip install 'efficientllm[gpu]'" in said and "from shapes alone" in said
     found = row["predicted"]
     assert found["source"] == "shapes" and found["peak_bytes"] == found["by_shapes_bytes"]
     assert found["moved_bytes"] is None and found["roofline_s"].keys() == {"compute", "network"}

@@ -20,8 +20,6 @@ from unittest import mock
 
 import numpy as np
 
-from efficientllm.errors import UserError, exit_with
-
 DISCARDED = 2  # blocks: compilation, and pages of the file
 NAMES = ("llama.cpp", "ours")
 
@@ -29,11 +27,9 @@ NAMES = ("llama.cpp", "ours")
 def main(argv=None):
     options = _options(argv)
     if importlib.util.find_spec("llama_cpp") is None:
-        raise UserError(
-            "llama_cpp is missing: pip install -r third_party/llama_cpp/requirements.txt (needs a C++ compiler)"
-        )
+        sys.exit("llama_cpp is missing: pip install -r third_party/llama_cpp/requirements.txt (needs a C++ compiler)")
     if not pathlib.Path(options.gguf).is_file():
-        raise UserError(f"--gguf={options.gguf}: no such file")
+        sys.exit(f"--gguf={options.gguf}: no such file")
     contestants = {name: Contestant(name, options) for name in NAMES}
     try:
         times = race(contestants, options)
@@ -174,4 +170,4 @@ def table(times, options):
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    main()
