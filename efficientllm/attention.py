@@ -62,12 +62,20 @@ class Context:
     """What every mixer of a forward pass shares.
 
     `positions_BT` restart at each segment. `mask` covers the row, or the state's slots when decoding. `memo` holds
-    what mixers of earlier layers hand to later ones (`model.LM`).
+    what mixers of earlier layers hand to later ones (`model.LM`). `reach_B` says how many tokens each row will have
+    when its prompt is read, for positions that ask (`Position.by_length`); None: as many as the positions say.
     """
 
     positions_BT: jax.Array
     mask: Mask
     memo: dict = flax.struct.field(default_factory=dict)
+    reach_B: jax.Array = None
+
+    def rotate(self, position, x_BTHK):
+        """Queries or keys of this pass with their positions."""
+        if self.reach_B is None or not position.by_length:
+            return position.rotate(x_BTHK, self.positions_BT)
+        return position.rotate(x_BTHK, self.positions_BT, self.reach_B)
 
     @classmethod
     def packed(cls, positions_BT, segments_BT=None):
@@ -75,9 +83,9 @@ class Context:
         return cls(positions_BT, Mask(segments_BT=segments_BT))
 
     @classmethod
-    def decoding(cls, positions_BT):
+    def decoding(cls, positions_BT, reach_B=None):
         """Prefill and decode: one document a row, token t of it in slot t of the state."""
-        return cls(positions_BT, Mask(query_index_BT=positions_BT))
+        return cls(positions_BT, Mask(query_index_BT=positions_BT), reach_B=reach_B)
 
 
 def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):

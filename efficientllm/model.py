@@ -249,6 +249,17 @@ def check_length(lm, length, where="a state"):
         )
 
 
+def depends_on_length(lm):
+    """`(whether rotations depend on how many tokens a row has, the length beyond which keys are rotated anew or None)`.
+
+    They are those of the first position that says so, of the mixers' own.
+    """
+    specs = [getattr(mixer, "position", None) for mixer, _ in parts(lm)]
+    positions = [build("position", spec, parent=None) for spec in dict.fromkeys(specs) if spec]
+    by_length = [position for position in positions if position.by_length]
+    return bool(by_length), next((position.switches_at for position in by_length), None)
+
+
 def unroll(lm, params):
     """The same model with its layers apart, and its parameters: a scan would copy every layer's weights each token."""
     groups = params["groups"]

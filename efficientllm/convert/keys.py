@@ -55,6 +55,11 @@ class Keys:
         """The base of rotary positions that the class takes where no key says it."""
         return BASES.get(self._type, 10_000.0)
 
+    @property
+    def keeps_keys(self):
+        """Whether the class leaves cached keys as they are where longrope changes its factors: all but Phi-3's."""
+        return self._type != "phi3"
+
     def has(self, name):
         """Whether the file says a key that is not taken yet."""
         return self._left.get(name) is not None

@@ -140,6 +140,8 @@ def _scaling(keys, kind, given, original, max_positions):
     fields = {ours: given.pop(theirs, None) for ours, theirs in names.items()}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     given.pop("original_max_position_embeddings", None)
+    if kind == "longrope" and keys.keeps_keys and values["short_factor"] != values["long_factor"]:
+        values["keeps_keys"] = True
     return spec(name, {key: value for key, value in values.items() if value is not None})
 
 
@@ -188,7 +190,8 @@ def parameters(position_spec):
         found["partial_rotary_factor"] = fields["fraction"]
     if name != "none":
         _, names = SCALINGS[name]
-        found |= {names[key]: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        named = {names[key]: value for key, value in values.items() if key in names}
+        found |= {key: list(value) if isinstance(value, tuple) else value for key, value in named.items()}
     if name == "dynamic":
         del found["original_max_position_embeddings"]
     return json.loads(json.dumps(found))

@@ -54,11 +54,13 @@ class Engine:
         self.lm, self.params = models.unroll(lm, params) if lm.scan else (lm, params)
         self.end_ids = tuple(np.atleast_1d(end_ids).tolist())
         self.sampler, self.length, self.pieces = sampler, length, pieces
+        self._by_length, self._switch = models.depends_on_length(lm)
         self._empty = jax.jit(functools.partial(_empty, self.lm, length), static_argnums=0)
         options = APART if kernels.platform() == "gpu" else None
         self._prefill = jax.jit(functools.partial(_prefill, self.lm), donate_argnums=(1, 2), compiler_options=options)
         self._begin = jax.jit(functools.partial(_begin, self.lm), donate_argnums=1)
         self._decode = jax.jit(functools.partial(_decode, self.lm, sampler, self.end_ids, length), donate_argnums=1)
+        self._replace = jax.jit(functools.partial(_replace, self.lm), donate_argnums=0)
 
     def prefill(self, prompts, seed=0, first=0):
         """A Carry after the prompts, lists of ids, or as far as they are in whole pieces.
@@ -73,7 +75,8 @@ class Engine:
         for who, size in self._passes([len(prompt) for prompt in prompts]):
             ids_BT = np.array([prompts[row][at_B[row] : at_B[row] + size] for row in who], np.int32)
             some = None if len(who) == rows else np.array(who)
-            states, hidden_BD = self._prefill(self.params, states, hidden_BD, ids_BT, some, at_B[who])
+            reach_B = np.array([len(prompts[row]) for row in who], np.int32) if self._by_length else None
+            states, hidden_BD = self._prefill(self.params, states, hidden_BD, ids_BT, some, at_B[who], reach_B)
             at_B[who] += size
         seen_BV = np.zeros((rows, self.lm.vocab_size if self.sampler.remembers else 1), bool)
         if self.sampler.remembers:
@@ -122,7 +125,8 @@ class Engine:
         _, hidden_BD = jax.eval_shape(functools.partial(_empty, self.lm, self.length, rows))
         states, hidden_BD = carry.states, shapes(hidden_BD, ("batch", None))
         ids_BT, numbers_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
-        passed = self._prefill.trace(self.params, states, hidden_BD, ids_BT, None, numbers_B)
+        reach_B = numbers_B if self._by_length else None
+        passed = self._prefill.trace(self.params, states, hidden_BD, ids_BT, None, numbers_B, reach_B)
         seed = jax.ShapeDtypeStruct((), jnp.int32)
         return passed, self._begin.trace(self.params, states, hidden_BD, numbers_B, carry.seen_BV, seed, numbers_B)
 
@@ -141,7 +145,10 @@ class Engine:
         found, ended = [[] for _ in prompts], [new_tokens < 1] * len(prompts)
         while not all(ended):
             needed = max(len(prompt) + new_tokens - at for prompt, at in zip(prompts, at_B, strict=True))
-            steps = min(chunk or needed, needed)
+            carry, most = self._cross(
+                carry, at_B, [[*prompt, *new] for prompt, new in zip(prompts, found, strict=True)]
+            )
+            steps = min(chunk or needed, needed, most)
             carry, new_BS = self.decode(carry, prompts, steps)
             for row, ids in enumerate(np.asarray(new_BS).tolist()):
                 for id in ids[max(0, len(prompts[row]) - at_B[row]) :]:
@@ -151,6 +158,24 @@ class Engine:
                         ended[row] = ended[row] or bool(stop and stop(found[row]))
             at_B += steps
             yield [list(ids) for ids in found]
+
+    def _cross(self, carry, at_B, rows):
+        """The carry after rows that leave the length at which their keys are rotated anew, and the most steps in which
+        no further one does. `rows` are the ids so far."""
+        if self._switch is None:
+            return carry, self.length
+        leaving = [row for row, ids in enumerate(rows) if at_B[row] == self._switch == len(ids)]
+        if leaving:
+            carry = self._read_again(carry, leaving, [rows[row] for row in leaving])
+        short = [int(at) for at, ids in zip(at_B, rows, strict=True) if at < self._switch and len(ids) <= self._switch]
+        return carry, min((self._switch - at for at in short), default=self.length)
+
+    def _read_again(self, carry, who, ids):
+        """The carry with the states of rows as those of longer ones."""
+        states, hidden_BD = self._empty(len(who))
+        begin_B, reach_B = np.zeros(len(who), np.int32), np.full(len(who), self._switch + 1, np.int32)
+        states, _ = self._prefill(self.params, states, hidden_BD, np.array(ids, np.int32), None, begin_B, reach_B)
+        return self._replace(carry, states, np.array(who))
 
 
 def check_prompts(prompts):
@@ -179,12 +204,18 @@ def _empty(lm, length, rows):
     return models.pin_states(lm, models.init_states(lm, rows, length)), constrain(hidden_BD, "batch", None)
 
 
-def _prefill(lm, params, states, hidden_BD, ids_BT, rows_B, at_B):
+def _replace(lm, carry, states, rows_B):
+    """The carry with other states of some rows."""
+    put = jax.tree.map(lambda leaf, new: leaf.at[rows_B].set(new), carry.states, states)
+    return carry.replace(states=models.pin_states(lm, put))
+
+
+def _prefill(lm, params, states, hidden_BD, ids_BT, rows_B, at_B, reach_B):
     """The states and last hidden vectors of a batch after further tokens of some of its rows (None: all), which stand
-    at `at`."""
+    at `at` and will have `reach` tokens (None: nothing asks)."""
     positions_BT = at_B[:, None] + jnp.arange(ids_BT.shape[1])
     own = states if rows_B is None else jax.tree.map(lambda leaf: leaf[rows_B], states)
-    ctx = Context.decoding(positions_BT)
+    ctx = Context.decoding(positions_BT, reach_B)
     x_BTD, own, _ = lm.apply({"params": params}, ids_BT, ctx, own, readout=False)
     put = (lambda leaf, new: new) if rows_B is None else (lambda leaf, new: leaf.at[rows_B].set(new))
     hidden_BD = put(hidden_BD, x_BTD[:, -1])
@@ -210,6 +241,7 @@ def _pinned(lm, carry):
 def _decode(lm, sampler, end_ids, most, params, carry, table_BT, lengths_B, steps):
     """At most `steps` steps, no more than `most`, which is a constant of the program."""
     rows_B = jnp.arange(table_BT.shape[0])
+    by_length, _ = models.depends_on_length(lm)
 
     def going(loop):
         index, carry, _ = loop
@@ -222,7 +254,7 @@ def _decode(lm, sampler, end_ids, most, params, carry, table_BT, lengths_B, step
         in_prompt_B = at_B < lengths_B
         given_B = table_BT[rows_B, jnp.minimum(at_B, most - 1)]
         token_B = jnp.where(in_prompt_B, given_B, jnp.where(carry.done_B, end_ids[0], chosen_B))
-        ctx = Context.decoding(at_B[:, None])
+        ctx = Context.decoding(at_B[:, None], jnp.maximum(lengths_B, at_B + 1) if by_length else None)
         logits_B1V, states, _ = lm.apply({"params": params}, token_B[:, None], ctx, carry.states)
         seen_BV = carry.seen_BV.at[rows_B, token_B].set(True) if sampler.remembers else carry.seen_BV
         done_B = carry.done_B | (~in_prompt_B & jnp.isin(token_B, jnp.array(end_ids)))

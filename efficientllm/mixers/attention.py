@@ -50,7 +50,7 @@ class Attention(nn.Module, kw_only=True):
         if self.qk_norm:
             q_BTHK = build("norm", self.norm, name="q_norm", axis=None)(q_BTHK)
             k_BTGK = build("norm", self.norm, name="k_norm", axis=None)(k_BTGK)
-        q_BTHK, k_BTGK = position.rotate(q_BTHK, ctx.positions_BT), position.rotate(k_BTGK, ctx.positions_BT)
+        q_BTHK, k_BTGK = ctx.rotate(position, q_BTHK), ctx.rotate(position, k_BTGK)
         mask = ctx.mask.replace(window=self.keys_read)
         (k_BSGK, v_BSGK), mask, state = cache.extend(state, {"k": k_BTGK, "v": v_BTGK}, mask, ctx.positions_BT)
         y_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, self.attention_kernel, position.bias(H))

@@ -60,10 +60,10 @@ class MLA(nn.Module, kw_only=True):
         position = build("position", self.position, name="position")
         q_BTHE = self._queries(x_BTD).reshape(B, T, self.num_heads, N + P)
         q_BTHE = constrain(q_BTHE, "batch", "length", "heads", None)
-        q_BTHN, q_BTHP = q_BTHE[..., :N], position.rotate(q_BTHE[..., N:], ctx.positions_BT)
+        q_BTHN, q_BTHP = q_BTHE[..., :N], ctx.rotate(position, q_BTHE[..., N:])
         latent_BTE = Linear(R + P, ("embed", None), self.precision, name="kv_a")(x_BTD)
         latent_BTR = RMSNorm(1e-6, axis=None, name="kv_norm")(latent_BTE[..., :R])
-        k_BTP = position.rotate(latent_BTE[:, :, None, R:], ctx.positions_BT)[:, :, 0]
+        k_BTP = ctx.rotate(position, latent_BTE[:, :, None, R:])[:, :, 0]
         new = {"latent": latent_BTR, "rotated": k_BTP}
         (latent_BSR, k_BSP), mask, state = cache.extend(state, new, ctx.mask, ctx.positions_BT)
         up = Linear(self.num_heads * (N + V), ("embed", "heads"), self.precision, name="kv_b")

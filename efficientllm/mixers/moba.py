@@ -52,8 +52,8 @@ class MoBA(nn.Module, kw_only=True):
     def __call__(self, x_BTD, ctx, state=None):
         (B, T, D), H, G, K = x_BTD.shape, self.num_heads, self.num_kv_heads, self.head_dim
         position = build("position", self.position, name="position")
-        q_BTHK = position.rotate(heads.project(x_BTD, H, K, "heads", self.precision, "q"), ctx.positions_BT)
-        k_BTGK = position.rotate(heads.project(x_BTD, G, K, "kv_heads", self.precision, "k"), ctx.positions_BT)
+        q_BTHK = ctx.rotate(position, heads.project(x_BTD, H, K, "heads", self.precision, "q"))
+        k_BTGK = ctx.rotate(position, heads.project(x_BTD, G, K, "kv_heads", self.precision, "k"))
         v_BTGK = heads.project(x_BTD, G, K, "kv_heads", self.precision, "v")
         if state is None:
             start_BT, index_BT = blocks.document_starts(ctx.mask, T), jnp.arange(T)[None]

@@ -77,13 +77,13 @@ class NSA(nn.Module, kw_only=True):
     def __call__(self, x_BTD, ctx, state=None):
         (B, T, D), H, G, K = x_BTD.shape, self.num_heads, self.num_kv_heads, self.head_dim
         position = build("position", self.position, name="position")
-        q_BTHK = position.rotate(heads.project(x_BTD, H, K, "heads", self.precision, "q"), ctx.positions_BT)
+        q_BTHK = ctx.rotate(position, heads.project(x_BTD, H, K, "heads", self.precision, "q"))
         keys, values = (
             {name: heads.project(x_BTD, G, K, "kv_heads", self.precision, f"{name}_{kind}") for name in BRANCHES}
             for kind in "kv"
         )
         for name in ("chosen", "recent"):
-            keys[name] = position.rotate(keys[name], ctx.positions_BT)
+            keys[name] = ctx.rotate(position, keys[name])
         new = {name: {"k": keys[name], "v": values[name]} for name in BRANCHES}
         old = dict.fromkeys(BRANCHES) if state is None else state
         states = {}
@@ -113,7 +113,8 @@ class NSA(nn.Module, kw_only=True):
         networks = [compression.Compressor(block, self.precision, name=f"compress_{name}") for name in "kv"]
 
         def finish(k_BPdGK, v_BPdGK, begin_BM):
-            return position.rotate(networks[0](k_BPdGK), begin_BM), networks[1](v_BPdGK)
+            at_block = ctx.replace(positions_BT=begin_BM)
+            return at_block.rotate(position, networks[0](k_BPdGK)), networks[1](v_BPdGK)
 
         if old["compressed"] is None:
             T = num_keys

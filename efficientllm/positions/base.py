@@ -11,6 +11,8 @@ class Position(nn.Module):
     """
 
     acts_on = None
+    by_length = False  # whether a row's rotation depends on how many tokens it has; `rotate` then takes them too
+    switches_at = None  # a length beyond which keys are rotated anew, those of a state too
 
     def embed(self, x_BTD, positions_BT):
         """The embeddings with their positions."""

@@ -1,5 +1,6 @@
 """Rotary positions (Su et al. 2021, arXiv:2104.09864, Eq. 34)."""
 
+import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError
@@ -25,12 +26,24 @@ class RoPE(Position):
 
     acts_on = "heads"
 
-    def rotate(self, x_BTHK, positions_BT):
-        """`[B, T, H, K]` -> the same, turned. Angles are float32: bfloat16 rounds position 257 to 256."""
+    @property
+    def by_length(self):
+        return self._scaling().by_length
+
+    @property
+    def switches_at(self):
+        return self._scaling().switches_at
+
+    def rotate(self, x_BTHK, positions_BT, reach_B=None):
+        """`[B, T, H, K]` -> the same, turned. Angles are float32: bfloat16 rounds position 257 to 256.
+
+        `reach_B` is how many tokens each row has, those of its prompt that are still to come included; None: as many as
+        its positions say. No row's rotation depends on another's length.
+        """
         K = int(x_BTHK.shape[-1] * self.fraction)
         if K % 2:
             raise UserError(f"rope turns pairs: {K} of a head's {x_BTHK.shape[-1]} features are not even")
-        frequency, amplitude = self._scaling().frequencies(self.base, K, positions_BT)
+        frequency, amplitude = self._frequencies(K, positions_BT, reach_B)
         angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
         cos, sin = jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
         head = x_BTHK[..., :K].astype(jnp.float32)
@@ -38,6 +51,16 @@ class RoPE(Position):
         turned = (first * cos - second * sin, second * cos + first * sin)
         turned = jnp.stack(turned, -1).reshape(head.shape) if self.interleaved else jnp.concatenate(turned, -1)
         return jnp.concatenate([turned.astype(x_BTHK.dtype), x_BTHK[..., K:]], -1)
+
+    def _frequencies(self, K, positions_BT, reach_B):
+        """`[K / 2]`, or where a row's length says them `[B, 1, 1, K / 2]`, and the factor on both waves."""
+        scaling = self._scaling()
+        if not scaling.by_length:
+            return scaling.frequencies(self.base, K, positions_BT)
+        reach_B = jnp.max(positions_BT, 1) + 1 if reach_B is None else reach_B
+        _, amplitude = scaling.frequencies(self.base, K, positions_BT)
+        frequency_BK = jax.vmap(lambda reach: scaling.frequencies(self.base, K, reach - 1)[0])(reach_B)
+        return frequency_BK[:, None, None], amplitude
 
     def score_scale(self):
         return self._scaling().score_scale()

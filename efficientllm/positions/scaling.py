@@ -6,6 +6,7 @@ The formulas, and the names of the fields but `original_length`, are those of tr
 
 import dataclasses
 import math
+import typing
 
 import jax.numpy as jnp
 
@@ -21,10 +22,17 @@ def plain(base, K):
 @register("rope_scaling", "none")
 @dataclasses.dataclass(frozen=True)
 class Unscaled:
-    """Frequencies as the base gives them."""
+    """Frequencies as the base gives them.
+
+    `by_length` is true where they depend on how many tokens a row has; `switches_at` is a length beyond which keys of a
+    state too are to be rotated as longer rows are.
+    """
+
+    by_length: typing.ClassVar[bool] = False
+    switches_at: typing.ClassVar[int] = None
 
     def frequencies(self, base, K, positions_BT):
-        """`(radians a position of each of the K/2 pairs, the factor on both waves)`."""
+        """`(radians a position of each of the K/2 pairs, the factor on both waves)` of one row of positions."""
         return plain(base, K), 1.0
 
     def score_scale(self):
@@ -46,14 +54,16 @@ class Linear(Unscaled):
 @register("rope_scaling", "dynamic", example="dynamic(factor=4.0, original_length=16)")
 @dataclasses.dataclass(frozen=True)
 class Dynamic(Unscaled):
-    """A base that grows with the longest position of the batch, past the original length (dynamic NTK).
+    """A base that grows with a row's longest position, past the original length (dynamic NTK).
 
-    So a batch's longest row changes the rotation of its others, and keys of a cache keep the rotation that they were
-    stored with: it is transformers' behaviour, and not causal beyond the original length.
+    Keys of a cache keep the rotation that they were stored with: it is transformers' behaviour, and not causal beyond
+    the original length.
     """
 
     factor: float
     original_length: int
+
+    by_length = True
 
     def frequencies(self, base, K, positions_BT):
         length = jnp.maximum(jnp.max(positions_BT) + 1, self.original_length).astype(jnp.float32)
@@ -86,16 +96,26 @@ class Llama3(Unscaled):
 )
 @dataclasses.dataclass(frozen=True)
 class LongRope(Unscaled):
-    """A divisor for each pair's frequency, one set up to the original length and one for batches that go beyond
+    """A divisor for each pair's frequency, one set up to the original length and one for rows that go beyond
     (Ding et al. 2024, arXiv:2402.13753; Phi-3). `amplitude` is the factor on both waves.
 
-    As with `dynamic`, a batch's longest row decides for its others.
+    A text that grows beyond is read again with the second set, as transformers' Phi-3 reads it; with `keeps_keys` the
+    keys of a cache stay as they are, as in its other classes.
     """
 
     short_factor: tuple
     long_factor: tuple
     original_length: int
     amplitude: float
+    keeps_keys: bool = False
+
+    @property
+    def by_length(self):
+        return tuple(self.short_factor) != tuple(self.long_factor)
+
+    @property
+    def switches_at(self):
+        return self.original_length if self.by_length and not self.keeps_keys else None
 
     def frequencies(self, base, K, positions_BT):
         for name in ("short_factor", "long_factor"):

@@ -163,7 +163,8 @@ def _score(lm, params, tokens_BT, where_BC, targets_BC):
     150,000 takes 1.2 GB a row of 2,048.
     """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    x_BTD, _, _ = lm.apply({"params": params}, tokens_BT, Context.packed(positions_BT), readout=False)
+    ctx = Context.packed(positions_BT).replace(reach_B=jnp.max(where_BC, 1) + 1)
+    x_BTD, _, _ = lm.apply({"params": params}, tokens_BT, ctx, readout=False)
     x_BCD = jnp.take_along_axis(x_BTD, where_BC[..., None], 1)
     size = min(READ_OUT, where_BC.shape[1])
 
