@@ -3,9 +3,11 @@
 On a machine with a GPU, tests whose subject is one device run there too: JAX_PLATFORMS=cuda pytest tests/quant.
 """
 
+import contextlib
 import os
 import pathlib
 import re
+import stat
 import tempfile
 
 import pytest
@@ -23,8 +25,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Nothing of the user's is read, nothing is kept; workers and the processes that tests start share it.
 os.environ.setdefault("EFFICIENTLLM_CACHE", tempfile.mkdtemp(prefix="efficientllm-cache-"))
+
+
+def _programs():
+    """A folder that outlives the tests, in which only the user can have put anything: what is in it is run."""
+    folder = pathlib.Path(tempfile.gettempdir()) / f"efficientllm-tests-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            folder.chmod(0o700)
+            return folder
+    return pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+
+
 # A program that one test has compiled is not compiled again by the next, nor by the processes that tests start.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(tempfile.gettempdir()) / f"efficientllm-tests-{os.getuid()}")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_programs())
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 

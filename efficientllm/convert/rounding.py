@@ -10,6 +10,7 @@ import numpy as np
 
 from efficientllm import model as models
 from efficientllm.convert import write
+from efficientllm.convert.new_folder import new_folder
 from efficientllm.convert.rounded import LEAVES, METHOD
 from efficientllm.convert.safetensors_file import INDEX
 from efficientllm.errors import UserError
@@ -33,7 +34,7 @@ def convert(source, spec, folder, data="python_docs()", length=256, shard=write.
         params = calibrate.quantize(lm, source.load(abstract, lm=lm), spec, tokens_BT)
     else:
         params = source.load(abstract, lm=lm, each=tree.rounder(spec))
-    with write.new_folder(folder) as new:
+    with new_folder(folder) as new:
         _write(params, new, source.config, spec, shard)
         write.write_tokenizer(new, source, None)
     return sum(array.nbytes for array in jax.tree.leaves(params))

@@ -1,12 +1,9 @@
 """Our parameters as a folder that transformers loads: config.json, safetensors, and the tokenizer's files."""
 
 import collections
-import contextlib
 import functools
 import json
 import math
-import os
-import pathlib
 import shutil
 
 import flax.traverse_util
@@ -16,6 +13,7 @@ import numpy as np
 from efficientllm import architecture
 from efficientllm.convert import binding, families, inverse, rope
 from efficientllm.convert.facts import differences, facts
+from efficientllm.convert.new_folder import new_folder
 from efficientllm.convert.safetensors_file import INDEX, SINGLE
 from efficientllm.convert.source import Source
 from efficientllm.errors import UserError, did_you_mean
@@ -154,25 +152,6 @@ def _model_config(model, lm):
 
     plain = {"attention_kernel": "auto", "kv_cache": "activation", "remat": "none", "scan": True}
     return ConfigDict(model | plain | {"precision": lm.precision})
-
-
-@contextlib.contextmanager
-def new_folder(folder):
-    """A folder that stands under its name once it is whole. Raises UserError for one that holds something."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} holds something already; name a new folder")
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_tokenizer(folder, like, tokenizer):

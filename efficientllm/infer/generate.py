@@ -21,10 +21,10 @@ def generate(lm, params, prompt_BT, new_tokens, temperature, key, eos_id):
     models.check_length(lm, prompt + new_tokens, f"new_tokens = {new_tokens} after a prompt of {prompt}")
     lm, params = models.unroll(lm, params) if lm.scan else (lm, params)
     end_ids = tuple(np.atleast_1d(eos_id).tolist())
-    sample = functools.partial(_generate, lm, new_tokens, temperature, end_ids)
-    return jax.jit(sample)(params, jnp.asarray(prompt_BT), key)
+    return _generate(lm, new_tokens, temperature, end_ids, params, jnp.asarray(prompt_BT), key)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))  # of the module, so that a second call compiles nothing
 def _generate(lm, new_tokens, temperature, end_ids, params, prompt_BT, key):
     B, T = prompt_BT.shape
     states = models.init_states(lm, B, T + new_tokens)

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from convert import peers
+from convert import folders, peers
 from safetensors.numpy import save_file
 
 from adapters.test_peft import SOME, kernels, ours, theirs
@@ -84,6 +84,21 @@ def test_a_config_that_we_do_not_compute_is_refused(change, message, tmp_path):
     with pytest.raises(UserError) as error:
         build("adapter", folder.read_spec(tmp_path))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_numbers_that_are_none_are_not_merged(part, value, tmp_path):
+    """3e38 is a number; its product with others is none."""
+    base = folders.llama(tmp_path / "base")
+    shapes = {name: w.shape for name, w in base.items() if "q_proj" in name}
+    tensors = folders.adapter(tmp_path / "adapter", shapes, 2)
+    name = next(name for name in tensors if part in name)
+    save_file(tensors | {name: np.full_like(tensors[name], value)}, tmp_path / "adapter" / folder.TENSORS)
+    said = "makes NaN or infinity of its weight" if value == 3e38 else f"tensor '{name}' holds NaN or infinity"
+    with pytest.raises(UserError, match=said):
+        folder.merge_into(convert.open_source(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pattern_that_backtracks_is_refused_in_seconds(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import numpy as np
 from efficientllm.adapters.folder.opened import WEIGHT, Adapter
 from efficientllm.convert import binding, families
 from efficientllm.convert.write import SHARD, convert
+from efficientllm.errors import UserError
 
 
 def merge_into(source, folder, out, dtype=None, shard=SHARD):
@@ -30,5 +31,9 @@ def merge_into(source, folder, out, dtype=None, shard=SHARD):
 def merged(adapter, module, weight):
     """The module's weight `[out, in]` with its adapter, float32."""
     a, b, m, scale = adapter.factors(module)
-    new = adapter.base(module, weight) + scale * (b @ a)
-    return new if m is None else new * (m / np.linalg.norm(new, axis=1))[:, None]
+    with np.errstate(all="ignore"):  # what comes of it is looked at as a whole
+        new = adapter.base(module, weight) + scale * (b @ a)
+        new = new if m is None else new * (m / np.linalg.norm(new, axis=1))[:, None]
+    if not np.isfinite(new).all() and np.isfinite(weight).all():
+        raise UserError(f"{adapter.file}: the adapter of {module} makes NaN or infinity of its weight")
+    return new

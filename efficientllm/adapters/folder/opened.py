@@ -83,6 +83,8 @@ class Adapter:
         for part, name in self._names(module).items():
             dtype, shape, offset = self._entries[name]
             found[part] = np.asarray(mapped.array(self.file, offset, dtype, shape), np.float32)
+            if not np.isfinite(found[part]).all():
+                raise UserError(f"{self.file}: tensor {name!r} holds NaN or infinity")
         return Factors(found["a"], found["b"], found.get("m"), self.config.scale_of(module))
 
     def base(self, module, weight):
