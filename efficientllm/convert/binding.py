@@ -128,12 +128,13 @@ def bind(lm, table):
     return leaves
 
 
-def check(leaves, found, ignored, where):
+def check(leaves, found, ignored, where, passed=lambda name: False):
     """Raises UserError naming the first tensor that is missing, has another shape, or belongs to nothing.
 
     Args:
       found: `{name: shape}` of the file.
       ignored: regular expressions of tensors that the model does not need.
+      passed: whether a tensor of another name changes nothing.
     """
     wanted = {name: leaf.disk_shape for leaf in leaves.values() for _, name in leaf.tensors()}
     for name, shape in wanted.items():
@@ -144,7 +145,7 @@ def check(leaves, found, ignored, where):
                 f"{where}: tensor {name!r} has shape {list(found[name])}, the config asks for {list(shape)}"
             )
     for name in found:
-        if name not in wanted and not any(re.search(pattern, name) for pattern in ignored):
+        if name not in wanted and not any(re.search(pattern, name) for pattern in ignored) and not passed(name):
             raise UserError(f"{where}: tensor {name!r} belongs to nothing in the model that the config describes")
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm import model
+from efficientllm import extras, model
 from efficientllm.attention import Context
 from efficientllm.errors import UserError
 
@@ -20,7 +20,7 @@ def compare(source, length=64):
     KL is theirs from ours, KL(theirs || ours), in nats a token. Raises UserError where torch is not installed.
     """
     if importlib.util.find_spec("torch") is None:
-        raise UserError("check compares with transformers on torch; pip install 'efficientllm[peers]'")
+        raise UserError(f"check compares with transformers on torch: {extras.remedy('peers')}")
     ids = _ids(source, min(length, source.max_positions or length))
     theirs, ours = _theirs(source, ids), _ours(source, ids)
     p, q = jax.nn.log_softmax(theirs), jax.nn.log_softmax(ours)

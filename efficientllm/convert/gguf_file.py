@@ -2,13 +2,15 @@
 
 import functools
 import importlib.util
+import math
 import pathlib
 
 import numpy as np
 
-from efficientllm.convert import mapped, tables
+from efficientllm.convert import gguf_header, limits, mapped, tables
 from efficientllm.errors import UserError
-from efficientllm.quant import checkpoints
+from efficientllm.quant import checkpoints, consistency
+from efficientllm.untrusted.json_text import shown
 
 # general.architecture -> (model_type, name table).
 ARCHITECTURES = {
@@ -31,6 +33,7 @@ KEYS = {
     "vocab_size": "vocab_size",
 }
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+NUMBERS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 ROPE_FACTORS = "rope_freqs.weight"  # what each pair's frequency is divided by (llama3 scaling, worked out)
 
 
@@ -43,35 +46,20 @@ class GGUFFile:
 
     def __init__(self, file):
         self.where = pathlib.Path(file)
-        gguf = package(self.where)
-        try:
-            reader = gguf.GGUFReader(self.where)
-            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-            # numpy's order: GGUF counts the fastest axis first
-            self.shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in self._tensors.items()}
-            self._places = {name: (int(t.data_offset), t.data.dtype, t.data.shape) for name, t in self._tensors.items()}
-            values = {
-                key: _value(field) for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.tok")
-            }
-        except Exception as error:  # the package raises whatever its parsing stumbles over
-            raise UserError(f"{self.where}: no GGUF file that can be read ({type(error).__name__}: {error})") from None
-        self._check_size()
-        self._types = {name: tensor.tensor_type for name, tensor in self._tensors.items()}
-        del self._tensors, reader
-        self.chat_template = values.get("tokenizer.chat_template")
-        self.config, self.table = self._describe(values)
-
-    def _check_size(self):
-        size = self.where.stat().st_size
-        for name, tensor in self._tensors.items():
-            if tensor.data_offset + tensor.n_bytes > size:
-                raise UserError(f"{self.where}: tensor {name!r} ends behind the end of the file: it is cut short")
+        header = read_header(self.where)
+        kinds = package(self.where).GGMLQuantizationType
+        self.shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+        self._types = {name: kinds(tensor.kind) for name, tensor in header.tensors.items()}
+        self._places = {name: _place(tensor, self._types[name].name) for name, tensor in header.tensors.items()}
+        said = header.values.get("tokenizer.chat_template")
+        self.chat_template = said if isinstance(said, str) else None
+        self.config, self.table = self._describe(header.values)
 
     def _describe(self, values):
         architecture = values.get("general.architecture")
-        if architecture not in ARCHITECTURES:
+        if str(architecture) not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise UserError(f"{self.where}: general.architecture = {architecture!r} is none of {known}")
+            raise UserError(f"{self.where}: general.architecture = {shown(architecture)} is none of {known}")
         model_type, table = ARCHITECTURES[architecture]
         prefix = f"{architecture}."
         config = {"model_type": model_type, "tie_word_embeddings": "output.weight" not in self.shapes}
@@ -82,6 +70,7 @@ class GGUFFile:
             if key == "attention.value_length" and value == given.get("attention.key_length"):
                 continue
             config[KEYS.get(key, f"{prefix}{key}")] = value  # an unknown one is refused as unknown keys are
+        limits.check(config, self.where)
         config.setdefault("vocab_size", self.shapes.get("token_embd.weight", (None,))[0])
         head_dim = config.get("head_dim") or config.get("hidden_size", 0) // max(
             config.get("num_attention_heads", 1), 1
@@ -100,6 +89,7 @@ class GGUFFile:
     def _rope(self, given):
         """`rope_scaling` of a config.json; takes its keys out of `given`."""
         factor = given.pop("rope.scaling.factor", None)
+        limits.check({"factor": factor}, f"{self.where}: rope.scaling")
         kind = given.pop("rope.scaling.type", "linear" if factor else "none")  # as llama.cpp takes a factor alone
         original = given.pop("rope.scaling.original_context_length", None)
         if ROPE_FACTORS in self.shapes:
@@ -107,6 +97,8 @@ class GGUFFile:
                 raise UserError(
                     f"{self.where}: rope.scaling.factor = {factor:g} is not supported together with {ROPE_FACTORS!r}"
                 )
+            if len(self.shapes[ROPE_FACTORS]) != 1 or self.shapes[ROPE_FACTORS][0] > limits.LONGEST:
+                raise UserError(f"{self.where}: {ROPE_FACTORS!r} has shape {list(self.shapes[ROPE_FACTORS])}")
             factors = [float(value) for value in self.read(ROPE_FACTORS)]
             scaling = {
                 "rope_type": "longrope",
@@ -123,18 +115,27 @@ class GGUFFile:
         """float32: what every tensor is dequantised to."""
         return np.dtype(np.float32)
 
+    def form(self, name):
+        """How the file holds a tensor: `Q4_1`, `F16`."""
+        return self._types[name].name
+
     def read(self, name):
         """The tensor in float32."""
         return self._dequantised(name)
 
     def stored(self, name):
         """The leaf of a tensor whose blocks ours can multiply as they are, in numpy, or None."""
-        kind = self._types[name].name
+        kind = self.form(name)
         if kind not in ("Q4_0", "Q4_1", "Q8_0"):
             return None
         offset, dtype, shape = self._places[name]
         blocks = mapped.array(self.where, offset, dtype, shape)
-        return checkpoints.from_gguf(kind, blocks.reshape(shape[0], self.shapes[name][1] // 32, -1))
+        leaf = checkpoints.from_gguf(kind, blocks.reshape(shape[0], self.shapes[name][1] // 32, -1))
+        try:
+            consistency.check_finite(leaf)
+        except UserError as error:
+            raise UserError(f"{self.where}: tensor {name!r}: {error}") from None
+        return leaf
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 a leaf's shards are read one after another
     def _dequantised(self, name):
@@ -148,6 +149,12 @@ class GGUFFile:
             raise UserError(f"{self.where}: tensor {name!r} cannot be read: {error}") from None
 
 
+def read_header(path):
+    """The `gguf_header.Header` of a file. Raises UserError for one that is none."""
+    sizes = package(path).GGML_QUANT_SIZES
+    return gguf_header.read(path, {int(kind): size for kind, size in sizes.items()})
+
+
 def package(where):
     """The `gguf` package. Raises UserError saying how to get it."""
     if importlib.util.find_spec("gguf") is None:
@@ -157,5 +164,9 @@ def package(where):
     return gguf
 
 
-def _value(field):
-    return field.contents() if len(field.data) < 2**10 else None
+def _place(tensor, kind):
+    """`(offset, dtype, shape)` of what a tensor is stored in: numbers, or the bytes of blocks."""
+    if kind in NUMBERS:
+        return tensor.offset, NUMBERS[kind], tensor.shape
+    *rows, _ = tensor.shape
+    return tensor.offset, np.dtype(np.uint8), (*rows, tensor.size // math.prod(rows))

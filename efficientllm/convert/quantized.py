@@ -4,6 +4,7 @@ A tensor is decoded when it is read, one at a time; `stored` gives the codes the
 outputs.
 """
 
+import contextlib
 import json
 
 import ml_dtypes
@@ -95,14 +96,24 @@ class Packed:
             raise _refusal(path, said, "bits must be 4")
         if self._kind == "awq" and (version := str(said.get("version", "gemm")).lower()) != "gemm":
             raise _refusal(path, said, f"version {version!r}; only gemm's layout is known")
-        # AutoGPTQ's first format stores zero - 1; gptqmodel's second one does not.
-        self._version = 2 if said.get("checkpoint_format") == "gptq_v2" else 1
+        self._version = self._version_of(path, said)
+        self._symmetric, group = said.get("sym"), said.get("group_size")
+        if group is not None and not (type(group) is int and (group == -1 or group > 0)):
+            raise _refusal(path, said, "group_size must be a positive number, or -1 for one group")
+        self._group, self._ordered = group, self._kind == "gptq" and bool(said.get("desc_act"))
         held = self._files.shapes
         self._packed = {name.removesuffix(".qweight") + WEIGHT for name in held if name.endswith(".qweight")}
         parts = ("qweight", "qzeros", "scales", "g_idx")
         own = {f"{name.removesuffix(WEIGHT)}.{part}" for name in self._packed for part in parts}
         self.shapes = {name: shape for name, shape in held.items() if name not in own}
         self.shapes |= {name: self._shape(name) for name in self._packed}
+
+    def _version_of(self, path, said):
+        """AutoGPTQ's first format stores zero - 1; gptqmodel's second one does not."""
+        found = said.get("checkpoint_format") or said.get("format") or "gptq"
+        if self._kind == "gptq" and (found not in ("gptq", "gptq_v2") or said.get("is_marlin_format")):
+            raise _refusal(path, said, f"checkpoint_format {found!r}; only those of gptq and gptq_v2 are known")
+        return 2 if found == "gptq_v2" else 1
 
     def _part(self, name, part, needed=True):
         full = f"{name.removesuffix(WEIGHT)}.{part}"
@@ -128,26 +139,56 @@ class Packed:
 
     def read(self, name):
         """The tensor; `[N, K]` float32 where it was packed."""
-        leaf = self.stored(name)
-        return self._files.read(name) if leaf is None else np.asarray(leaf.rows())
+        if name not in self._packed:
+            return self._files.read(name)
+        words, g_idx = self._words(name)
+        if g_idx is None or self._kind == "awq":
+            return np.asarray(self.stored(name).rows())
+        with self._named(name):
+            return checkpoints.gptq_rows(*words, g_idx, self._version, self._symmetric)
 
     def stored(self, name):
         """The `Int4` of a packed kernel `[N, K]` in numpy, or None."""
         if name not in self._packed:
             return None
+        words, g_idx = self._words(name)
+        with self._named(name):
+            if self._kind == "awq":
+                return checkpoints.from_awq(*words)
+            group = self._inputs(name, len(words[2]))
+            return checkpoints.from_gptq(*words, g_idx, self._version, group, self._symmetric)
+
+    def _words(self, name):
+        """`((qweight, qzeros, scales), g_idx or None)`, whose shapes fit each other."""
         words = [self._part(name, part) for part in ("qweight", "qzeros", "scales")]
         self._check_parts(name, *words)
-        if self._kind == "awq":
-            return checkpoints.from_awq(*words)
+        g_idx = self._part(name, "g_idx", needed=False) if self._kind == "gptq" else None
+        if g_idx is None and self._ordered:
+            raise UserError(
+                f"{self._where}: {name!r}: desc_act is true, but g_idx, the group of each input, is missing"
+            )
+        if g_idx is not None and (g_idx.shape != (self._shape(name)[1],) or g_idx.dtype.kind != "i"):
+            raise UserError(f"{self._where}: {name!r}: g_idx {list(g_idx.shape)} does not name a group of each input")
+        return words, g_idx
+
+    def _inputs(self, name, groups):
+        """Inputs of a group."""
+        K = self._shape(name)[1]
+        return K if groups == 1 or self._group == -1 else self._group or K // groups
+
+    @contextlib.contextmanager
+    def _named(self, name):
         try:
-            return checkpoints.from_gptq(*words, self._part(name, "g_idx", needed=False), self._version)
+            yield
         except UserError as error:
             raise UserError(f"{self._where}: {name!r}: {error}") from None
 
     def _check_parts(self, name, codes, zeros, scales):
         N, K = self._shape(name)
         groups = scales.shape[0] if scales.ndim == 2 else 0
-        fits = groups and not K % groups and (K // groups) % 2 == 0 and scales.shape[1] == N
+        size = self._inputs(name, groups) if groups else 0
+        whole = K % groups == 0 if groups and (self._kind == "awq" or self._group is None) else True
+        fits = groups and whole and -(-K // size) == groups and size % 2 == 0 and scales.shape[1] == N
         if not fits or N % 8 or zeros.shape != (groups, N // 8):
             raise UserError(
                 f"{self._where}: {name!r}: qweight {list(codes.shape)}, qzeros {list(zeros.shape)} and scales "

@@ -3,7 +3,7 @@
 The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, data_offsets), the tensors.
 """
 
-import json
+import os
 import pathlib
 import struct
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from efficientllm.convert import mapped
 from efficientllm.errors import UserError
+from efficientllm.untrusted import files, json_text
 
 DTYPES = {
     "F64": np.float64,
@@ -27,6 +28,8 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+MOST_AXES = 8
+_LARGEST = 1 << 48  # of an axis or an offset, also beside an axis of none
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -68,9 +71,9 @@ class SafetensorsFolder:
 def _files(folder):
     """`{file: the tensors it must hold, or None}`."""
     index = folder / INDEX
-    if index.is_file():
+    if files.is_there(index):
         return _indexed(folder, index)
-    if (folder / SINGLE).is_file():
+    if files.is_there(folder / SINGLE):
         return {folder / SINGLE: None}
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
@@ -87,63 +90,53 @@ def _files(folder):
 
 
 def _indexed(folder, index):
-    try:
-        names = json.loads(index.read_text())["weight_map"]
-        files = {}
-        for tensor, name in names.items():
-            files.setdefault(_inside(folder, name, index), set()).add(tensor)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: no index of tensors ({type(error).__name__}: {error})") from None
-    return files
+    names = json_text.read(index, most=LONGEST_HEADER).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{index}: no index of tensors: weight_map = {json_text.shown(names)}")
+    found = {}
+    for tensor, name in names.items():
+        found.setdefault(_inside(folder, name, index), set()).add(tensor)
+    return found
 
 
 def _inside(folder, name, index):
     """A file of the folder itself. Raises UserError for a name that leads elsewhere, be it over a link in the name."""
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\\" in name or name in ("", ".", ".."):
-        raise UserError(f"{index}: {name!r} leads out of the folder; an index names files beside itself")
-    if not (folder / name).is_file():
+        raise UserError(f"{index}: {json_text.shown(name)} leads out of the folder; an index names files beside itself")
+    if not files.is_there(folder / name):
         raise UserError(f"{folder}: {name} is missing, though {index.name} lists it")
     return folder / name
 
 
 def read_header(file):
     """`{tensor: (dtype, shape, offset in the file)}`. Raises UserError for a header that its file does not bear out."""
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
+    with files.open_file(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
         first = opened.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
         if not 2 <= length <= min(LONGEST_HEADER, size - 8):
             raise UserError(f"{file}: no safetensors file, or one cut short ({size} bytes, a header of {length})")
         text = opened.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_unique)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError, ValueError) as error:
-        raise UserError(f"{file}: its header cannot be read ({error})") from None
+    header = json_text.parse(text, f"{file}: its header cannot be read", unique=True)
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     start = 8 + length
     entries = {name: _entry(file, name, entry, size - start) for name, entry in tensors.items()}
     _check_apart(file, entries)
     return {name: (dtype, shape, start + begin) for name, (dtype, shape, begin, _) in entries.items()}
 
 
-def _unique(pairs):
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError("a name stands in it twice")
-    return dict(pairs)
-
-
 def _entry(file, name, entry, room):
     """`(dtype, shape, begin, end)`, checked against each other and the bytes there are."""
-    where = f"{file}: tensor {name!r}"
-    try:
-        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{where} has no dtype, shape and data_offsets") from None
-    if kind not in DTYPES:
-        raise UserError(f"{where} is of dtype {kind!r}; known: {', '.join(DTYPES)}")
-    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in (*shape, begin, end)):
-        raise UserError(f"{where}: shape and data_offsets must be whole numbers, not {list(shape)}, {[begin, end]}")
+    where = f"{file}: tensor {json_text.shown(name)}"
+    entry = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2 or len(shape) > MOST_AXES:
+        raise UserError(f"{where} has no dtype, shape and data_offsets")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise UserError(f"{where} is of dtype {json_text.shown(kind)}; known: {', '.join(DTYPES)}")
+    if not all(type(value) is int and 0 <= value < _LARGEST for value in (*shape, *offsets)):
+        raise UserError(f"{where}: shape and data_offsets must be whole numbers, not {shape}, {offsets}")
+    shape, (begin, end) = tuple(shape), offsets
     needed = np.dtype(DTYPES[kind]).itemsize
     for value in shape:
         needed *= value

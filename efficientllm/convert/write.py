@@ -100,7 +100,22 @@ def _tensor(name, tensor, get, dtype, change):
     def read(kind=dtype):
         return tensor.join([get(path, position, kind) for path, _, position in tensor.parts])
 
-    return np.ascontiguousarray(change(name, read).astype(dtype, copy=False))
+    with np.errstate(over="ignore"):
+        whole = change(name, read)
+        cast = np.ascontiguousarray(whole.astype(dtype, copy=False))
+    if not np.isfinite(cast).all():
+        _check_range(name, whole if whole.dtype != dtype else read(np.float64), cast)
+    return cast
+
+
+def _check_range(name, whole, cast):
+    """Raises UserError for a number of the tensor that the dtype which is written cannot hold."""
+    lost = np.isfinite(whole) & ~np.isfinite(cast)
+    if lost.any():
+        largest = np.abs(np.where(lost, whole, 0)).max()
+        raise UserError(
+            f"tensor {name!r} holds {largest:g}, which {cast.dtype.name} cannot hold; write bfloat16 or float32"
+        )
 
 
 def files_of(sizes, shard):

@@ -101,11 +101,11 @@ def _json(folder, name):
 
 def _gguf_ends(file):
     """The ids that end a text, a turn and a message by a GGUF file's own words."""
-    from efficientllm.convert.gguf_file import package
+    from efficientllm.convert.gguf_file import read_header
 
-    fields = package(file).GGUFReader(file).fields
-    found = (fields.get(f"tokenizer.ggml.{name}") for name in _GGUF_ENDS)
-    return list(dict.fromkeys(int(field.contents()) for field in found if field is not None))
+    values = read_header(file).values
+    found = (values.get(f"tokenizer.ggml.{name}") for name in _GGUF_ENDS)
+    return list(dict.fromkeys(value for value in found if isinstance(value, int)))
 
 
 def from_transformers(loaded, end_ids=()):

@@ -1,6 +1,7 @@
 """Prefill and decoding measured apart, each in windows of its own, on prompts that are fresh each time."""
 
 import dataclasses
+import logging
 import math
 import time
 
@@ -8,7 +9,9 @@ import jax
 import numpy as np
 
 from efficientllm.metrics import conditions, energy, sampler, timer
+from efficientllm.train.progress import Countdown
 
+log = logging.getLogger("efficientllm")
 WARM_UPS = 2  # repeats that are set aside: the first compiles
 WINDOW_S = 2.0  # what an energy window should last at least, where energy can be read
 AGAIN = 5  # repeats at most that are made again because the process was stopped within them
@@ -79,16 +82,21 @@ class _Measurement:
         self._interrupted, self._faults = 0, []
 
     def run(self, repeats):
+        rows, prompt = self._shape
+        log.info(f"compiling and measuring {rows} x {prompt} + {self._new_tokens} tokens, {repeats} times")
         warm = [(self._seconds(self._prefill), self._seconds(self._decode)) for _ in range(WARM_UPS)]
+        countdown = Countdown("measuring", 2 * repeats)
         begin, stopped = conditions.read(), self._sampler.stopped_s()
         for _ in range(repeats):
             self._window("prefill", self._prefill, warm[-1][0])
             self._window("decode", self._decode, warm[-1][1])
+            countdown.add()
         steps = timer.StepTimer(cap=5)
         for _ in range(repeats):
             self._prefill()
             for _ in range(self._new_tokens):
                 self._step(steps)
+            countdown.add()
         stopped = self._sampler.stopped_s() - stopped
         span = conditions.between(begin, conditions.read(), stopped, self._faults)
         return Measured(

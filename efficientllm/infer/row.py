@@ -48,6 +48,13 @@ def compression(baseline, ours):
     return paper.Compression(baseline.bytes, ours.bytes, *qualities, name)
 
 
+def noted(reading, history):
+    """The Reading with `history` behind its source."""
+    return (
+        dataclasses.replace(reading, source=f"{reading.source}; {history}") if history and reading.source else reading
+    )
+
+
 def study(lm, boxed, found, compared):
     """The study's metrics of `found` (a `measure.Measured`); `compared` is a Compression or None."""
     work = paper.Work(

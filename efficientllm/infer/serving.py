@@ -11,6 +11,7 @@ import numpy as np
 from efficientllm import accounting, architecture, data, remat, sharding
 from efficientllm import model as models
 from efficientllm.adapters import base as adapters
+from efficientllm.convert import stored_form
 from efficientllm.errors import UserError
 from efficientllm.infer import drawn, prompts
 from efficientllm.infer.engine import check_prompts
@@ -23,6 +24,7 @@ from efficientllm.quant import tree as quant
 from efficientllm.quant.rows import resident_bytes
 from efficientllm.registry import build, parse
 from efficientllm.train import setup
+from efficientllm.train.progress import Countdown
 from efficientllm.untrusted import patterns
 
 
@@ -67,6 +69,10 @@ class Serving:
         found = calibrate.quantize(self.lm, dense, spec, self._calibration(), rules)
         return jax.block_until_ready(self._placed(found))
 
+    def history(self, spec):
+        """What weights in the form `spec` went through where the files hold rounded ones, or ""."""
+        return stored_form.history(self.source, spec)
+
     @functools.cached_property
     def _shaped(self):
         """The plain parameters' shapes, on their shards."""
@@ -96,9 +102,16 @@ class Serving:
 
     def _each(self, each):
         """The parameters, read or drawn, of each of which `each(path, array)` is kept before there are more."""
+        countdown = Countdown("weights", sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nn.unbox(self.boxed))))
+
+        def counted(path, array):
+            kept = each(path, array)
+            countdown.add(math.prod(array.shape))
+            return kept
+
         if self.source is None:
-            return drawn.draw(self.lm, self.config.seed, each)
-        return self.source.load(self._shaped, lm=self.lm, each=each)
+            return drawn.draw(self.lm, self.config.seed, counted)
+        return self.source.load(self._shaped, lm=self.lm, each=counted)
 
     def _stored(self):
         if self.source is None:

@@ -6,6 +6,7 @@ import math
 import pathlib
 import time
 
+from efficientllm import extras
 from efficientllm.errors import UserError
 from efficientllm.metrics.energy_window import Reader
 
@@ -44,7 +45,7 @@ def zeus_reader(platform, clock=time.monotonic):
     try:
         from zeus.device import cpu, gpu, soc
     except ImportError:
-        return Reader("zeus, which would look for other counters, is not installed: pip install -e '.[energy]'", clock)
+        return Reader(f"zeus, which would look for other counters, is not installed: {extras.remedy('energy')}", clock)
     try:
         if platform == "gpu":
             found = gpu.get_gpus()

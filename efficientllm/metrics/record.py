@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from efficientllm.errors import UserError
 from efficientllm.metrics import conditions as machine
 from efficientllm.metrics import notes, paper
 from efficientllm.metrics.reading import missing
+from efficientllm.untrusted import json_text
 
 SCHEMA_VERSION = 1
 OUTCOMES = ("ok", "nan", "oom", "timeout", "crash", "error", "invalid", "interrupted")
@@ -55,6 +57,13 @@ _TABLE = (
     ("IT   inference throughput", "it_tokens_per_s", "higher"),
     ("AEC  mean power", "aec_w", "lower"),
     ("MCR  compression rate", "mcr", "higher"),
+)
+# What serving is judged by besides: label, key, unit and how many of the row's units it is.
+_SERVING = (
+    ("TTFT first token", "ttft_s", "ms", 1e-3),
+    ("TPOT each token after it", "tpot_s", "ms", 1e-3),
+    ("     weights", "resident_weight_bytes", "MB", 1e6),
+    ("     state of a token", "kv_bytes_per_token", "kB", 1e3),
 )
 _SHOWN_BY_TASK = {"pretrain": "tt_tokens_per_param_s", "tune": "st_samples_per_param_s", "infer": "it_tokens_per_s"}
 
@@ -155,19 +164,22 @@ def write_record(record, path):
 
 
 def read_record(path):
-    """The row at `path`. Raises UserError if it is no row of this schema."""
+    """The row at `path`. Raises UserError if it is no row of this schema. A NaN is taken: readers make it null."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable row: {error}") from None
+        record = json_text.read(path, kind=None, nan=True)
+    except UserError as error:
+        said = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: no readable row: {said}") from None
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version is {version!r}; this program reads {SCHEMA_VERSION}")
     return record
 
 
-def format_table(record, width=100):
-    """The study's metrics of a row as text: value, unit, and the source or why there is no value."""
+def format_table(record, width=None):
+    """The study's metrics of a row as text: value, unit, and the source or why there is no value; of serving also
+    latencies and bytes. As wide as the terminal, from 80 to 100 columns."""
+    width = width or min(100, max(80, shutil.get_terminal_size((100, 24)).columns))
     shown = _SHOWN_BY_TASK.get(record["task"])
     hidden = set(_SHOWN_BY_TASK.values()) - {shown} if shown else set()
     lines = [f"{'metric':<26}{'value':>11}  {'unit':<5}{'better':<8}source, or why there is none"]
@@ -175,6 +187,9 @@ def format_table(record, width=100):
     for label, key, better in _TABLE:
         if key not in hidden:
             lines += _table_row(label, record["paper"][key], record["sources"][key], better, width)
+    for label, key, unit, size in _SERVING if record["task"] == "infer" else ():
+        value, source = record["physical"][key], record["sources"][key] | {"unit": unit}
+        lines += _table_row(label, None if value is None else value / size, source, "lower", width)
     for note in notes.notes(record):
         lines += textwrap.wrap(f"note: {note}", width, subsequent_indent="      ")
     return "\n".join(lines)

@@ -2,17 +2,16 @@
 
 import contextlib
 import dataclasses
-import functools
-import importlib.resources
 import importlib.util
-import json
 import os
 
 import jax
 
-from efficientllm.errors import UserError, did_you_mean
+from efficientllm import extras
+from efficientllm.errors import UserError
 from efficientllm.metrics import host, peaks
-from efficientllm.metrics.reading import Reading
+from efficientllm.metrics.reading import Reading, missing
+from efficientllm.plan.table import entry, table
 
 # By platform: the module that shows its compiler is there, and the extra of setup.py that brings it.
 PLUGINS = {"gpu": ("jax_cuda13_plugin", "gpu"), "tpu": ("libtpu", "tpu")}
@@ -49,11 +48,19 @@ class Hardware:
         """Dense peak of a device at a compute dtype in FLOP/s, as a Reading; the host's share on a CPU."""
         if self.platform == "cpu":
             return peaks.measure_gemm_peak(dtype)
-        return peaks.peak_flops(self.device_kind, "tf32" if (dtype, self.platform) == ("float32", "gpu") else dtype)
+        dtype = "tf32" if (dtype, self.platform) == ("float32", "gpu") else dtype
+        if flops := self.facts.get("flops"):  # of a file of the user's
+            known = flops.get(dtype)
+            return Reading(known, "FLOP/s", self.name) if known else missing("FLOP/s", f"{self.name}: no {dtype} peak")
+        return peaks.peak_flops(self.device_kind, dtype)
 
     def bandwidth(self):
         """Peak memory bandwidth of a device in byte/s, as a Reading."""
-        return peaks.measure_copy_bandwidth() if self.platform == "cpu" else peaks.peak_bandwidth(self.device_kind)
+        if self.platform == "cpu":
+            return peaks.measure_copy_bandwidth()
+        if "flops" in self.facts:
+            return Reading(self.facts["bandwidth"], "byte/s", self.name)
+        return peaks.peak_bandwidth(self.device_kind)
 
     @property
     def kernel_s(self):
@@ -72,13 +79,19 @@ class Hardware:
 
     @property
     def has_compiler(self):
-        return self.plugin is None or importlib.util.find_spec(self.plugin[0]) is not None
+        return self.lacks is None
 
-
-@functools.cache
-def table():
-    """The package's table: `{"gpu": facts common to GPUs, "hardware": {name: facts}}`."""
-    return json.loads(importlib.resources.files("efficientllm.plan").joinpath("data/hardware.json").read_text("utf-8"))
+    @property
+    def lacks(self):
+        """Why nothing can be compiled for it here and what to do, or None."""
+        if self.plugin is None:
+            return None
+        if self.platform == "gpu" and "cores" not in self.facts:
+            return f"a compiler would have to be told more of {self.name} than is known (cores, caches, clocks)"
+        module, extra = self.plugin
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed, the compiler for {self.name}: {extras.remedy(extra)}"
+        return None
 
 
 def find(name, count):
@@ -86,20 +99,12 @@ def find(name, count):
 
     `count` devices share the memory of a CPU's host. Raises UserError listing the known names.
     """
-    known = table()["hardware"]
-    near = [full for full in known if full == name] or [
-        full for full in known if full.removeprefix("tpu_").startswith(name) and name
-    ]
-    if len(near) != 1:
-        raise UserError(
-            f"config.plan.hardware = {name!r}: no such hardware; known: {', '.join(known)}{did_you_mean(name, known)}"
-        )
-    facts = dict(known[near[0]])
+    name, facts = entry(name)
     if facts["platform"] == "cpu":
         facts |= {"memory_bytes": host.memory_total_bytes() // count}
     fields = [field.name for field in dataclasses.fields(Hardware) if field.name not in ("name", "facts", "link")]
     own = {key: facts.pop(key, None) for key in fields}
-    return Hardware(name=near[0], link=facts.pop("link", 0), facts=facts, **own)
+    return Hardware(name=name, link=facts.pop("link", 0), facts=facts, **own)
 
 
 def check_count(hardware, count):
@@ -115,6 +120,8 @@ def check_count(hardware, count):
             f"{where}: hosts of {hardware.name} have {hardware.per_host} devices; "
             f"{count + -count % hardware.per_host} would do"
         )
+    if not hardware.network and hardware.per_host and count > hardware.per_host:
+        raise UserError(f"{where}: no network of {hardware.name} is known; at most the {hardware.per_host} of a host")
 
 
 def hosts(hardware, count):
@@ -166,7 +173,7 @@ def target_config(hardware):
     counts += ("fpus_per_core", "registers_per_core_limit", "registers_per_block_limit")
     cudnn = " ".join(f"{key}: {value}" for key, value in zip(("major", "minor", "patch"), common["cudnn"], strict=True))
     return (
-        f"gpu_device_info {{ {' '.join(f'{key}: {common[key]}' for key in counts)} "
+        f"gpu_device_info {{ {' '.join(f'{key}: {own.get(key, common[key])}' for key in counts)} "
         f"shared_memory_per_core: {own['shared_per_core']} core_count: {own['cores']} "
         f"block_dim_limit_x: {x} block_dim_limit_y: {y} block_dim_limit_z: {z} "
         f"memory_bandwidth: {own['bandwidth']} l2_cache_size: {own['l2_bytes']} clock_rate_ghz: {own['clock_ghz']} "

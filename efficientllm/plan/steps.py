@@ -284,5 +284,5 @@ def read(compiled, count):
 
 
 TRAINING = Planned(whole_rows, describe, ("pretrain", "tune"))
-for task in TRAINING.tasks:
+for task in ("pretrain", "tune"):
     register("planned", task)(TRAINING)

@@ -5,6 +5,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
+from efficientllm.errors import UserError
 from efficientllm.positions.base import Position
 from efficientllm.registry import register
 
@@ -87,6 +88,14 @@ class T5(Table):
 
     num_buckets: int = 32
     max_distance: int = 128
+
+    def __post_init__(self):
+        if self.max_distance <= self.num_buckets // 2:
+            raise UserError(
+                f"t5: max_distance = {self.max_distance} must be above num_buckets / 2 = {self.num_buckets // 2}: that "
+                "many distances have a bucket each"
+            )
+        super().__post_init__()
 
     @property
     def classes(self):

@@ -81,6 +81,13 @@ class Llama3(Unscaled):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
+    def __post_init__(self):
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"rope scaling llama3: high_freq_factor = {self.high_freq_factor} must be above low_freq_factor = "
+                f"{self.low_freq_factor}"
+            )
+
     def frequencies(self, base, K, positions_BT):
         frequency = plain(base, K)
         turns = self.original_length * frequency / (2 * math.pi)

@@ -5,7 +5,7 @@ A wheel holds copies of them in this folder (`setup.py`); in a checkout they are
 
 import pathlib
 
-_CHECKOUT = pathlib.Path(__file__).parents[2] / "configs"
+_CHECKOUT = pathlib.Path(__file__).resolve().parents[2] / "configs"
 if (_CHECKOUT / "base.py").is_file():
     __path__.append(str(_CHECKOUT))
 

@@ -9,6 +9,7 @@ import json
 import logging
 import pathlib
 
+from efficientllm import extras
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.metrics.reading import Reading
 
@@ -41,7 +42,7 @@ def check(ours):
 
 def _check_tasks(ours):
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("config.quality.tasks needs lm-eval: pip install 'efficientllm[quality]'")
+        raise UserError(f"config.quality.tasks needs lm-eval: {extras.remedy('quality')}")
     known = set(_manager(ours.include).all_tasks)
     for task in names(ours.tasks):
         if task not in known:

@@ -15,6 +15,7 @@ from efficientllm.optim.rules import path_of
 from efficientllm.quant import tree
 from efficientllm.quant.awq import awq
 from efficientllm.quant.gptq import gptq
+from efficientllm.train.progress import Countdown
 from efficientllm.weights import Weight
 
 TEXT_ROWS = 16
@@ -37,7 +38,7 @@ def quantize(lm, params, spec, tokens_BT, rules=()):
     choose = tree.chooser(spec, rules)
     lm_apart, apart = models.unroll(lm, params) if lm.scan else (lm, params)
     inputs = [_first_input(lm_apart, apart, tokens_BT[i : i + ROWS]) for i in range(0, len(tokens_BT), ROWS)]
-    found = {}
+    found, countdown = {}, Countdown(f"calibrating {spec}", lm_apart.num_groups)
     for i in range(lm_apart.num_groups):
         name = f"group_{i}"
         moments = None
@@ -47,6 +48,7 @@ def quantize(lm, params, spec, tokens_BT, rules=()):
         compressed = _compress(apart[name], moments, lambda path, name=name: choose(f"{name}/{path}"))
         inputs = [_forward(lm_apart, compressed, each) for each in inputs]
         found |= {f"{name}/{path}": leaf for path, leaf in _kernels(compressed)}
+        countdown.add()
     return tree.quantize(params, spec, rules, functools.partial(_pick, found, lm.num_groups))
 
 

@@ -41,6 +41,7 @@ def quantize(params, spec, rules=(), learn=None):
             found = learn(path, form)
         else:
             found = leaf(form, path == "embedding", held.unbox() if isinstance(held, BOX) else held)
+        check_finite(found, path, spec)
         return box(found, held.names) if isinstance(held, BOX) else found
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, BOX | Weight))
@@ -53,9 +54,30 @@ def rounder(spec, rules=()):
 
     def one(path, array):
         form = choose(path)
-        return leaf(form, path == "embedding", array) if hasattr(form, "leaf") else array
+        if not hasattr(form, "leaf"):
+            return array
+        found = leaf(form, path == "embedding", array)
+        check_finite(found, path, spec)
+        return found
 
     return one
+
+
+def check_finite(found, path, spec):
+    """Raises UserError for a leaf of numbers that are not finite: of weights that were not, or are too large for it."""
+    arrays = [array for array in jax.tree.leaves(found) if jnp.issubdtype(array.dtype, jnp.floating)]
+    if any(isinstance(array, jax.core.Tracer) or not hasattr(array, "addressable_shards") for array in arrays):
+        return  # abstract
+    if not all(bool(_all_finite(array)) for array in arrays):
+        raise UserError(
+            f"quant = {spec!r}: {path} has weights that are inf or NaN, or larger than this form can hold; take "
+            "'float32', or 'bfloat16' for what is only large"
+        )
+
+
+@jax.jit
+def _all_finite(array):
+    return jnp.all(jnp.isfinite(array))
 
 
 def abstract(params, spec, rules=()):

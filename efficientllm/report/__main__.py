@@ -5,13 +5,14 @@
 
   RUNS, A, B            a record.json, a run's folder, or a folder of runs (such as a sweep's)
   --out=DIR             where index.html, report.md, rows.csv, leaderboard.json and figures/ are written
-  --baseline=VARIANT    what the others are compared with: a variant, a config's name, or a value such as
-                        model.mixer=gqa (default: the sweep's, else the run that started first)
-  --compare             tells whether B is worse than A: the 95 % interval of B/A lies on the worse side of equal
+  --baseline=VARIANT    what the others are compared with: a variant, its config's name, or values of its config
+                        such as model.mixer=gqa (default: the sweep's, else the run that started first)
+  --compare             tells whether B is worse than A: the 95 % interval of B/A lies on the worse side of equal.
+                        Of one run a side the values are shown, and what is exact is judged: an interval needs two
   --metric=NAME,...     the metrics that --compare looks at (default: time, energy, memory and held-out loss)
   --margin=SHARE        how far an interval may reach on either side and still be equal
 
-Exit status: 0 ok or no regression, 1 B regressed, 2 bad input or rows that may not be compared.
+Exit status: 0 ok or no regression, 1 B regressed, 2 bad input or rows that may not be compared, 3 undecided.
 """
 
 import argparse
@@ -73,47 +74,47 @@ def _check(options):
 
 
 def compare(options):
-    """Prints B against A and returns 1 if it regressed, else 0."""
-    from efficientllm.report import rows
+    """Prints B against A; returns 0 for no regression, 1 for one, 3 where there is no verdict."""
+    from efficientllm.report import find
     from efficientllm.report.compare import compare
 
-    a, b = (rows.read(rows.find([path])[0]) for path in options.runs)
-    lines, regressed = compare(a, b, options.metrics, options.margin)
+    sides = [find.collect([path]) for path in options.runs]
+    lines, status = compare(*(side.rows for side in sides), options.metrics, options.margin)
+    for side in sides:
+        _print_left_out(side)
     print("\n".join(lines))
-    print("\nB regressed against A" if regressed else "\nno regression seen")
-    return int(regressed)
+    return status
 
 
 def report(options):
     """Writes the report's files and says where."""
-    from efficientllm.report import rows
+    from efficientllm.report import find
 
-    files, orphans = rows.find(options.runs)
-    found = rows.read(files)
-    baseline = options.baseline and _baseline(options.baseline, found)
+    found = find.collect(options.runs)
+    _check_baseline(options.baseline, found.rows)
     from efficientllm.report import board, write
 
-    made = board.build(found, orphans, baseline) | {"grids": rows.grids(options.runs)}
-    write.write(made, found, _folder(options.out))
+    made = board.build(found.rows, found.orphans, options.baseline)
+    made |= {"grids": find.grids(options.runs), "left_out": found.left_out}
+    write.write(made, found.rows, _folder(options.out))
+    _print_left_out(found)
     groups = made["groups"]
     count = sum(len(group["variants"]) for group in groups)
-    print(f"rows {len(found)}, variants {count}, rankings {len(groups)}, failed {len(made['failures'])}")
+    print(f"rows {len(found.rows)}, variants {count}, rankings {len(groups)}, failed {len(made['failures'])}")
     print(f"report: {pathlib.Path(options.out) / 'index.html'}")
     return 0
 
 
-def _baseline(asked, found):
-    """The variant that `--baseline` names: by its name, its config's, or a value of its config (`model.mixer=gqa`)."""
-    variants = sorted({row.variant for row in found})
-    if asked in variants:
-        return asked
-    key, _, value = asked.partition("=")
-    named = {row.variant for row in found if asked == row.record.get("name")}
-    matching = sorted(named or {row.variant for row in found if value and str(row.config.get(key)) == value})
-    if len(matching) == 1:
-        return matching[0]
-    said = f"it means {len(matching)} of them" if matching else f"no such variant{did_you_mean(asked, variants)}"
-    raise UserError(f"--baseline={asked}: {said}; variants: {', '.join(matching or variants)}")
+def _check_baseline(baseline, rows):
+    variants = sorted({row.variant for row in rows})
+    if baseline and baseline not in variants and not any(row.fits(baseline) for row in rows):
+        near = did_you_mean(baseline, variants)
+        raise UserError(f"--baseline={baseline}: no such variant{near}; variants: {', '.join(variants)}")
+
+
+def _print_left_out(found):
+    for line in found.left_out:
+        print(line, file=sys.stderr)
 
 
 def _folder(path):

@@ -90,22 +90,42 @@ def _variant(group, variant):
         "techniques": techniques.techniques(rows[0]),
         "outcomes": {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))},
         "paths": [str(row.path) for row in rows],
+        "notes": _notes(rows),
     }
+
+
+def _notes(rows):
+    """What a reader of these rows' times must know, each once with the rows it holds for, if not for all."""
+    said = {}
+    for row in (row for row in rows if row.ok):
+        for note in row.notes():
+            said.setdefault(note, []).append(row.block)
+    notes = [f"{', '.join(dict.fromkeys(blocks))}: {note}" for note, blocks in said.items()]
+    commits = {(row.record["provenance"].get("git") or {}).get("commit") for row in rows if row.ok} - {None}
+    return notes + ([f"rows of {len(commits)} commits of the program"] if len(commits) > 1 else [])
 
 
 def _scores(group, cells, six, better):
     """`({variant: score}, parts)`: Eq. 12 over the variants that have AMU, AL and throughput."""
     names = {key: "throughput" if key == six[3] else key for key in six[:5]}
-    able = [v for v in group.variants if all(cells[key][v]["mean"] is not None for key in (six[0], six[2], six[3]))]
-    table = {name: [cells[key][v]["mean"] for v in able] for key, name in names.items()}
+    needed = [cells[key] for key in (six[0], six[2], six[3])]
+    able = [v for v in group.variants if all(_value(group, cell[v], v) is not None for cell in needed)]
+    table = {name: [_value(group, cells[key][v], v) for v in able] for key, name in names.items()}
     scores, parts = ranking.efficiency_scores(table, {name: better[key] for key, name in names.items()})
     keys = {name: key for key, name in names.items()}
     return dict(zip(able, scores, strict=False)), [keys[part] for part in parts]
 
 
 def _normalised(group, cells, six, better):
-    table = {key: ranking.normalised([cells[key][v]["mean"] for v in group.variants], better[key]) for key in six}
+    values = {key: [_value(group, cells[key][v], v) for v in group.variants] for key in six}
+    table = {key: ranking.normalised(values[key], better[key]) for key in six}
     return {variant: {key: table[key][i] for key in six} for i, variant in enumerate(group.variants)}
+
+
+def _value(group, cell, variant):
+    """A variant's mean, or None where it may not stand beside the baseline's."""
+    refused = cell["reason"] and group.baseline is not None and variant != group.baseline
+    return None if refused else cell["mean"]
 
 
 def _pareto(group, shown):

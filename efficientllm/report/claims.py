@@ -95,6 +95,8 @@ def _pair(claim, group, variant, other):
         return pair | {"status": OPEN, "reason": reason}
     ratio = {"ratio": interval.ratio, "low": interval.low, "high": interval.high, "blocks": interval.blocks}
     status, reason = judge(interval, claim["ratio"])
+    if status != OPEN and (withheld := group.withheld(claim["metric"], interval, float(claim["ratio"].split()[1]))):
+        status, reason = OPEN, withheld
     return pair | ratio | {"status": status, "reason": reason}
 
 

@@ -48,6 +48,20 @@ EXACT = (
     "compiled_memory",
     "predicted_memory",
 )
+# What another program on the machine changes: times, what is divided by them, and power.
+TIMED = (
+    "al_s",
+    "tt_",
+    "st_",
+    "it_",
+    "tokens_per_s",
+    "prefill_tokens_per_s",
+    "requests_per_s",
+    "step_s",
+    "ttft",
+    "tpot",
+)
+TIMED += ("compile_s", "mfu", "hfu", "mbu", "pcu", *ENERGY, "prefill_energy", "prefill_j")
 _SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 
 
@@ -92,6 +106,10 @@ def is_energy(key):
 
 def is_exact(key):
     return key.startswith(EXACT)
+
+
+def is_timed(key):
+    return key.startswith(TIMED) and not key.endswith("_roofline")
 
 
 def show(value, unit):

@@ -9,7 +9,8 @@ FILE = "configs/base.py"
 
 def command(row):
     """The command, quoted for a POSIX shell; of a sweep's run that left no config, the arguments that it was given."""
-    arguments = row.config.get("command") or [f"--config={FILE}", *flags(row.config)]
+    given = row.config.get("command")
+    arguments = given if isinstance(given, list) and given else [f"--config={FILE}", *flags(row.config)]
     return shlex.join(["python", "-m", "efficientllm.main", *map(str, arguments)])
 
 

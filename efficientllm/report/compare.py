@@ -1,9 +1,14 @@
-"""Whether B regressed against A: the same metric of both, paired where they share blocks, with its interval."""
+"""Whether B regressed against A: the same metric of both, paired where they share blocks, with its interval.
 
+Every row of both sides is looked at: what differs in setting is refused by name, what is null is said and left out,
+copies of a run count once. A technique (mixer, ffn, adapter, quant, ...) may differ: it is what is compared.
+"""
+
+import dataclasses
 import math
 
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.report import columns, comparison, statistics
+from efficientllm.report import columns, comparable, find, statistics
 
 DEFAULT = (
     "al_s",
@@ -15,42 +20,73 @@ DEFAULT = (
     "flops_per_token",
     "eval_loss",
 )
+STARVED = "not compared: starved"
+OK, REGRESSED, UNDECIDED = 0, 1, 3  # exit statuses; 2 is a UserError's
+# Precision is the technique where nothing else differs, and else something else that differs.
+_PRECISION = ("model.precision", "infer.precision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One metric of one variant; `decided` is False where no verdict could be had."""
+
+    variant: str
+    column: columns.Column
+    a: float
+    b: float
+    interval: statistics.Interval | None
+    said: str
+
+    @property
+    def decided(self):
+        return self.interval is not None and self.interval.low is not None and self.said != statistics.WIDE
 
 
 def compare(rows_a, rows_b, metrics=(), margin=statistics.MARGIN):
-    """`(lines, regressed)`: a table, and whether a 95 % interval of any metric lies on the worse side of equal.
+    """`(lines, status)`: a table with what is to be said of it, and OK, REGRESSED or UNDECIDED.
 
-    A difference within `margin` on both ends of its interval is none. Raises UserError for rows that may not be
-    compared: another task, device or effective batch, metrics that are null, one row a side.
+    REGRESSED: a 95 % interval of any metric lies on the worse side of equal; a difference within `margin` on both ends
+    of it is none. UNDECIDED: none does, and of some metric there is no verdict (one run a side, a starved machine, an
+    interval that says nothing). Raises UserError for rows that may not be compared.
     """
-    table, regressed, untested = [], False, []
-    for name, a, b in _matched(rows_a, rows_b):
-        _same_group(name, a[0], b[0])
-        for key in _metrics(a, b, metrics):
-            column = columns.column(key, a[0].unit(key), None)
-            interval, how = _interval(key, a, b, asked=bool(metrics))
-            if how:
-                untested.append(f"{key} of {name}: {how}")
-                if interval is None:
-                    continue
-            said = "not tested: one pair" if how else statistics.verdict(interval, column.better, margin)
-            table.append((name, column, _mean(a, key), _mean(b, key), interval, said))
-            regressed |= said == "worse"
-    if untested and not regressed and (metrics or all(row[-1].startswith("not tested") for row in table)):
-        raise UserError(f"not comparable: {untested[0]}")
+    table, notes = [], []
+    matched = _matched(rows_a, rows_b, notes)
+    for name, a, b in matched:
+        keys = _metrics(a, b, metrics, name, notes)
+        _check_setting(name, a, b, keys)
+        table += [_line(name, key, a, b, margin, asked=bool(metrics), notes=notes) for key in keys]
     if not table:
         raise UserError("not comparable: A and B have no metric in common that could regress; name one with --metric=")
-    return _lines(table), regressed
+    for name, a, b in matched:
+        _check_runs(name, a, b)
+    regressed = any(line.said == "worse" for line in table)
+    open_ = [line for line in table if not line.decided]
+    status = REGRESSED if regressed else UNDECIDED if open_ else OK
+    return [*_lines(table), *dict.fromkeys(notes), "", _conclusion(status, open_)], status
 
 
-def _matched(rows_a, rows_b):
+def _conclusion(status, undecided):
+    if status == REGRESSED:
+        return "B regressed against A"
+    if status == OK:
+        return "no regression seen"
+    keys = ", ".join(dict.fromkeys(line.column.key for line in undecided))
+    remedy = "more runs of each (another config.seed) would give one"
+    if any(line.said == STARVED for line in undecided):
+        remedy = "run both again on a machine of their own, or as variants of one sweep"
+    return f"undecided: no verdict on {keys}; {remedy}"
+
+
+def _matched(rows_a, rows_b, notes):
     """`(name, rows of A, rows of B)` by variant; one variant a side is compared whatever its name."""
     sides = [{}, {}]
-    for side, rows in zip(sides, (rows_a, rows_b), strict=True):
+    for name, side, rows in zip("AB", sides, (rows_a, rows_b), strict=True):
         for row in rows:
             if row.ok and not row.predicted:
                 side.setdefault(row.sweep.get("variant") or row.identity, []).append(row)
-    for name, side in zip("AB", sides, strict=True):
+            else:
+                outcome = "a plan" if row.predicted else f"outcome {row.outcome}"
+                notes.append(f"{name}: {row.path} is left out: {outcome}")
         if not side:
             raise UserError(f"not comparable: {name} holds no measured run that ended well")
     a, b = sides
@@ -59,6 +95,10 @@ def _matched(rows_a, rows_b):
     shared = [variant for variant in a if variant in b]
     if not shared:
         raise UserError("not comparable: A and B share no variant, and hold more than one each")
+    for name, side in zip("AB", sides, strict=True):
+        alone = [_name(rows) for variant, rows in side.items() if variant not in shared]
+        if alone:
+            notes.append(f"{name} alone has {', '.join(sorted(set(alone)))}: not compared")
     return [(_name(a[variant]), a[variant], b[variant]) for variant in shared]
 
 
@@ -68,19 +108,46 @@ def _name(a, b=()):
     return " -> ".join(dict.fromkeys(names))
 
 
-def _same_group(name, a, b):
-    pairs = {
-        "task": (a.task, b.task),
-        "device": (comparison.device(a), comparison.device(b)),
-        "effective batch": (comparison.batch(a), comparison.batch(b)),
-    }
-    for what, (of_a, of_b) in pairs.items():
-        if of_a != of_b:
-            raise UserError(f"not comparable: the {what} of {name} is {of_a} in A and {of_b} in B")
+def _check_setting(name, a, b, keys):
+    """Raises UserError for any row of either side that ran in another setting than the first of A."""
+    first, timed = a[0], any(not columns.is_exact(key) for key in keys)
+    for side, rows in (("A", a), ("B", b)):
+        for row in rows:
+            pairs = {
+                "task": (first.task, row.task),
+                "device": (comparable.device(first), comparable.device(row)),
+                "effective batch": (comparable.batch(first), comparable.batch(row)),
+                **_precision(first, row),
+            }
+            if timed:
+                found = comparable.training(row, first, "" if "bits_per_byte" not in keys else "bits_per_byte")
+                pairs |= {what: (expected, value) for what, (value, expected) in found.items()}
+            for what, (expected, value) in pairs.items():
+                if value != expected and None not in (value, expected):
+                    raise UserError(
+                        f"not comparable: the {what} of {name} is {expected} in A ({first.path.parent}) and {value} "
+                        f"in {side} ({row.path.parent})"
+                    )
 
 
-def _metrics(a, b, asked):
-    known = a[0].values.keys() | b[0].values.keys()
+def _precision(a, b):
+    if a.kind == "infer":
+        return {}
+    differ = [key for key in a.config.keys() | b.config.keys() if a.config.get(key) != b.config.get(key)]
+    others = [key for key in differ if key.startswith(("model.", "adapter", "quant")) and key not in _PRECISION]
+    return {key.replace("model.", ""): (a.config.get(key), b.config.get(key)) for key in _PRECISION} if others else {}
+
+
+def _check_runs(name, a, b):
+    """Raises UserError where both sides hold one run, which would be compared with itself."""
+    runs = {find.run_of(row): row for row in a}
+    for row in b:
+        if same := runs.get(find.run_of(row)):
+            raise UserError(f"not comparable: {row.path} of B is the run {same.path} of A ({name}), not another one")
+
+
+def _metrics(a, b, asked, name, notes):
+    known = {key for row in (*a, *b) for key in row.values}
     for key in asked:
         if key not in known:
             raise UserError(
@@ -88,49 +155,89 @@ def _metrics(a, b, asked):
             )
         if columns.column(key, "", None).better is None:
             raise UserError(f"--metric={key}: neither more nor less of it is better, so that nothing can regress")
-    return asked or [key for key in DEFAULT if all(_known(side, key) for side in (a, b))]
+        for side, rows in (("A", a), ("B", b)):
+            if not _known(rows, key):
+                raise UserError(f"not comparable: {key} of {name}: {side}'s is null: {_why_null(rows, key)}")
+    if asked:
+        return asked
+    for side, rows, other in (("A", a, b), ("B", b, a)):
+        for key in DEFAULT:
+            if _known(other, key) and not _known(rows, key):
+                notes.append(f"{key} of {name}: {side}'s is null, not compared: {_why_null(rows, key)}")
+    return [key for key in DEFAULT if all(_known(side, key) for side in (a, b))]
 
 
 def _known(rows, key):
     return [row for row in rows if row.values.get(key) is not None and row.values[key] > 0]
 
 
-def _interval(key, a, b, asked):
-    """`(Interval or None, why it decides nothing or None)`."""
-    for name, side in (("A", a), ("B", b)):
-        if not _known(side, key):
-            return None, f"{name}'s is null: {side[0].reasons.get(key, 'not positive')}"
-    a, b = _known(a, key), _known(b, key)
-    if differs := comparison.differences(b, a[0], key):
-        if asked:
-            raise UserError(f"not comparable: {key}: {differs.replace('the baseline', 'A')}")
-        return None, differs.replace("the baseline", "A")
-    blocks = {row.block: row for row in a}
-    logs_B = [math.log(row.values[key] / blocks[row.block].values[key]) for row in b if row.block in blocks]
-    exact = columns.is_exact(key)
-    if len(logs_B) > 1 or (exact and logs_B):
-        return statistics.ratio_interval(logs_B, exact), None
-    interval = statistics.unpaired_interval(*([math.log(row.values[key]) for row in side] for side in (a, b)))
-    if interval:
-        return interval, None
-    single = math.log(_mean(b, key) / _mean(a, key))
-    if exact:
-        return statistics.ratio_interval([single], exact=True), None
-    return statistics.ratio_interval(
-        [single]
-    ), f"{len(a)} and {len(b)} rows: an interval needs two pairs; run more seeds"
+def _why_null(rows, key):
+    return next((row.reasons[key] for row in rows if key in row.reasons), "not positive")
 
 
-def _mean(rows, key):
-    return statistics.centre([row.values[key] for row in rows if row.values.get(key) is not None])
+def _line(name, key, a, b, margin, asked, notes):
+    column = columns.column(key, a[0].unit(key), None)
+    for side, rows in (("A", a), ("B", b)):
+        if missing := len(rows) - len(_known(rows, key)):
+            notes.append(f"{key} of {name}: {missing} of {len(rows)} rows of {side} are null or 0 and left out")
+    why, a, b = _unquiet(a, b), _known(a, key), _known(b, key)
+    if differs := comparable.differences((*a, *b), a[0], key, "A's first"):
+        raise UserError(f"not comparable: {key} of {name}: {differs}")
+    means = [statistics.centre([row.values[key] for row in side]) for side in (a, b)]
+    if columns.is_timed(key) and why:
+        notes.append(f"times of {name}: {why}")
+        return Line(name, column, *means, None, STARVED)
+    interval = _interval(key, a, b)
+    if interval.low is None:
+        return Line(name, column, *means, None, "no verdict: " + _too_few(a, b))
+    return Line(name, column, *means, interval, statistics.verdict(interval, column.better, margin))
+
+
+def _unquiet(a, b):
+    """Why times of these rows are not compared, or None; in the same blocks of one sweep what disturbs one disturbs
+    all."""
+    sweeps = {(row.sweep.get("name"), row.path.parent.parent) for row in (*a, *b)}
+    blocks = [{row.sweep.get("block") for row in side} for side in (a, b)]
+    if len(sweeps) == 1 and blocks[0] == blocks[1] and None not in blocks[0]:
+        return None
+    return comparable.starved([*a, *b])
+
+
+def _too_few(a, b):
+    if len(a) == len(b) == 1:
+        return "one run a side: no interval"
+    return f"{len(a)} and {len(b)} rows: an interval needs two a side"
+
+
+def _interval(key, a, b):
+    """The Interval of B over A: paired where every row has its partner in a block, else of two samples."""
+    exact, (blocks_a, blocks_b) = columns.is_exact(key), (_logs(side, key) for side in (a, b))
+    if blocks_a.keys() == blocks_b.keys() and (len(blocks_a) > 1 or exact):
+        return statistics.ratio_interval([blocks_b[block] - blocks_a[block] for block in blocks_a], exact)
+    logs = [[math.log(row.values[key]) for row in side] for side in (a, b)]
+    alike = exact and all(len(set(side)) == 1 for side in logs)
+    if not alike and (found := statistics.unpaired_interval(*logs)):
+        return found
+    return statistics.ratio_interval([sum(logs[1]) / len(b) - sum(logs[0]) / len(a)], exact=alike)
+
+
+def _logs(rows, key):
+    """`{block: mean logarithm}`."""
+    found = {}
+    for row in rows:
+        found.setdefault(row.block, []).append(math.log(row.values[key]))
+    return {block: sum(logs) / len(logs) for block, logs in found.items()}
 
 
 def _lines(table):
     lines = [f"{'metric':<20}{'A':>12}{'B':>12}{'B/A':>9}  {'95 % interval':<17}B is"]
-    for name in dict.fromkeys(row[0] for row in table):
+    for name in dict.fromkeys(line.variant for line in table):
         lines += ["-" * 92, name]
-        for _, column, a, b, interval, said in (row for row in table if row[0] == name):
-            range_ = "–" if interval.low is None else f"{interval.low:.3f} to {interval.high:.3f}"
-            shown = f"{columns.show(a, column.unit):>12}{columns.show(b, column.unit):>12}"
-            lines.append(f"{column.key:<20}{shown}{interval.ratio:>9.3f}  {range_:<17}{said}")
+        for line in (line for line in table if line.variant == name):
+            shown = "".join(f"{columns.show(value, line.column.unit):>12}" for value in (line.a, line.b))
+            ratio = range_ = "–"
+            if line.decided:
+                ratio = f"{line.interval.ratio:.3f}"
+                range_ = f"{line.interval.low:.3f} to {line.interval.high:.3f}"
+            lines.append(f"{line.column.key:<20}{shown}{ratio:>9}  {range_:<17}{line.said}")
     return lines

@@ -1,20 +1,20 @@
 """Which rows may stand in one ranking, and what the ranking says.
 
-Rows of one sweep, task, device and effective batch form a Group. Inside it a metric may ask for more: energy the same
-scope, quality the same tokens, data and tokenizer, memory the same allocator. A variant that differs from the baseline
-there is shown with the reason, and without ratio or rank.
+Rows of one sweep, task, device and effective batch form a Group. Inside it a measured metric asks for more (see
+`comparable`): equal training, for energy the same scope, for memory the same allocator, for times a machine that was
+the run's own, or the same randomised block. A variant that differs from the baseline there is shown with the reason,
+and without ratio or rank. A verdict that is no larger than what the baseline shows against itself is withheld.
 """
 
 import collections
 import math
-import re
-import zlib
 
 import numpy as np
 
-from efficientllm.report import columns, ranking, statistics
+from efficientllm.report import columns, comparable, ranking, statistics
+from efficientllm.report.comparable import batch, device
 
-_ENERGY = re.compile(r"\((\w+), ([\w+-]+)")  # "nvml counter (measured, gpu, edges +-0.8 %)"
+__all__ = ["Group", "batch", "device", "groups"]
 
 
 class Group:
@@ -25,7 +25,8 @@ class Group:
         self.rows = sorted(rows, key=lambda row: (row.block, row.order, row.started, str(row.path)))
         self.variants = list(dict.fromkeys(row.variant for row in sorted(rows, key=lambda row: row.started)))
         named = baseline or next((row.baseline for row in self.rows if row.baseline), None)
-        self.baseline = named if named in self.variants else (None if named else self.variants[0])
+        ended_well = [v for v in self.variants if any(row.ok for row in rows if row.variant == v)]
+        self.baseline = named if named in self.variants else (None if named else (ended_well or self.variants)[0])
         self.variants.sort(key=lambda variant: variant != self.baseline)
         self.blocks = list(dict.fromkeys(row.block for row in self.rows if row.ok))
         self.measured = [row for row in self.rows if row.ok and not row.predicted]
@@ -55,7 +56,15 @@ class Group:
             return f"the baseline's is null: {self._why_null(key)}"
         if any(row.values[key] <= 0 for row in known + reference):
             return "not positive in every row: no ratio"
-        return differences(known, reference[0], key)
+        if among := comparable.differences(reference, reference[0], key, "another row's of it"):
+            return f"the baseline's rows are not alike: {among}"
+        return comparable.differences(known, reference[0], key) or self._unquiet(known + reference, key)
+
+    def _unquiet(self, rows, key):
+        """Why times of starved rows say nothing here, or None: in a sweep's blocks, what disturbs one disturbs all."""
+        if not columns.is_timed(key) or all("block" in row.sweep for row in rows):
+            return None
+        return comparable.starved(rows)
 
     def _why_null(self, key):
         rows = self.of(self.baseline)
@@ -97,16 +106,16 @@ class Group:
         ranked = self.ranked(key)
         if better is None or len(ranked) < 2:
             return cells, {}
-        logs_VB = self.logs(key, ranked)
+        logs_VB, floor = self.logs(key, ranked), self.floor(key)
         draws_RV = statistics.draws(logs_VB)
         sure = self.is_sure(key, ranked)
         for variant, (rank, low, high) in zip(
-            ranked, ranking.ranks(np.nanmean(logs_VB, 1), draws_RV, better), strict=True
+            ranked, ranking.ranks(np.nanmean(logs_VB, 1), draws_RV, better, floor), strict=True
         ):
             cells[variant] |= {"rank": rank, "rank_low": low if sure else None, "rank_high": high if sure else None}
         if not sure:
             return cells, {}
-        wins_VV = ranking.wins(draws_RV, better)
+        wins_VV = ranking.wins(draws_RV, better, floor)
         return cells, {a: dict(zip(ranked, row, strict=True)) for a, row in zip(ranked, wins_VV.tolist(), strict=True)}
 
     def ranked(self, key):
@@ -123,6 +132,8 @@ class Group:
     def _cell(self, variant, key, reason, better):
         values = [row.values[key] for row in self.of(variant) if row.ok and row.values.get(key) is not None]
         cell = {"mean": statistics.centre(values), "n": len(values), "reason": reason}
+        if columns.is_timed(key) and (count := sum(bool(row.starved) for row in self.of(variant) if row.ok)):
+            cell["starved"] = count
         if reason or variant == self.baseline:
             return cell
         logs_B = self.logs(key, [variant])[0]
@@ -135,8 +146,25 @@ class Group:
             "high": interval.high,
             "blocks": interval.blocks,
             "method": interval.method,
-            "verdict": statistics.verdict(interval, better),
+            "verdict": self.withheld(key, interval) or statistics.verdict(interval, better),
         }
+
+    def floor(self, key):
+        """How far, in logs, the baseline may be from itself by its 95 % interval; 0 where that is not known."""
+        found = None if columns.is_exact(key) else self.noise(key)
+        return 0.0 if found is None else max(abs(math.log(found.interval.low)), abs(math.log(found.interval.high)))
+
+    def withheld(self, key, interval, limit=1.0):
+        """Why nothing is said of an interval against `limit`, or None: it is no further from it than noise takes it."""
+        floor = self.floor(key)
+        if interval is None or interval.low is None or floor == 0:
+            return None
+        said = statistics.verdict(interval, None)
+        if said in ("no difference seen", statistics.WIDE) or abs(math.log(interval.ratio / limit)) > floor:
+            return None
+        if said.startswith("equal") and floor <= math.log(1 + statistics.MARGIN):
+            return None
+        return f"withheld: within the noise floor, the baseline is as far as ×{math.exp(floor):.3g} from itself"
 
     def noise(self, key):
         """The statistics.Noise of the baseline against itself, or None where no block holds it twice.
@@ -163,62 +191,35 @@ class Group:
 
 
 def groups(rows, baseline=None):
-    """The Groups of these rows, rows of a sweep first."""
+    """The Groups of these rows, rows of a sweep first.
+
+    `baseline` is a variant, or keys and values of its config (`model.mixer=gqa`). A run that failed before it knew its
+    device belongs to the groups of its sweep; without one it ranks nowhere.
+    """
     found = collections.defaultdict(list)
     for row in rows:
-        found[_key(row)].append(row)
-    return [Group(key, found[key], baseline) for key in sorted(found, key=lambda key: (not key[0], key))]
+        if not _is_lost(row):
+            found[_key(row)].append(row)
+    for row in filter(_is_lost, rows):
+        for key in [key for key in found if row.sweep and key[0] == row.sweep.get("name")]:
+            found[key].append(row)
+    ordered = sorted(found, key=lambda key: (not key[0], key))
+    return [Group(key, found[key], baseline and fitting(found[key], baseline)) for key in ordered]
+
+
+def _is_lost(row):
+    """Whether a run failed before its row could say what it ran on."""
+    return not row.ok and not (row.record["provenance"].get("devices") or {}).get("kind")
+
+
+def fitting(rows, baseline):
+    """The variant among these rows that `baseline` names; of several that fit its keys the one of most rows."""
+    variants = collections.Counter(row.variant for row in rows)
+    if baseline in variants:
+        return baseline
+    able = {row.variant for row in rows if row.fits(baseline)}
+    return max((v for v in variants if v in able), key=lambda v: variants[v], default=baseline)
 
 
 def _key(row):
     return row.sweep.get("name") or "", row.kind + (" (predicted)" if row.predicted else ""), device(row), batch(row)
-
-
-def device(row):
-    """What the run ran on: `2 x NVIDIA H100`; of a CPU also the processor, as XLA calls every CPU `cpu`."""
-    devices = row.record["provenance"].get("devices") or {}
-    kind = devices.get("kind") or "unknown device"
-    if devices.get("platform") == "cpu":
-        processor = (row.record["provenance"].get("host") or {}).get("processor") or {}
-        kind = f"{processor.get('name') or kind}, {processor.get('cores')} cores"
-    return f"{devices.get('count') or 1} x {kind}"
-
-
-def batch(row):
-    """The effective batch: sequences and tokens a step (requests and prompts where the task is infer)."""
-    config = row.config
-    if row.kind == "infer":
-        keys = ("infer.batch_size", "infer.prompt_length", "infer.max_new_tokens", "infer.prompts")
-        return ", ".join(f"{key.partition('.')[2]} {_brief(config[key])}" for key in keys if key in config)
-    return f"{config.get('train.batch_size')} x {config.get('train.length')} tokens a step"
-
-
-def _brief(value):
-    """A value that stays another where it is cut short."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:32]}... #{zlib.crc32(text.encode()):08x}"
-
-
-def differences(rows, reference, key):
-    """How the first row that may not be compared differs from the baseline's, in words; None where all may."""
-    expected = _conditions(reference, key)
-    for row in rows:
-        for what, value in _conditions(row, key).items():
-            if value != expected[what]:
-                return f"another {what} than the baseline's: {value}, not {expected[what]}"
-    return None
-
-
-def _conditions(row, key):
-    """What must be equal for two rows' metric to be compared, beyond their group."""
-    if columns.is_energy(key):
-        found = _ENERGY.search(row.source(key))
-        return {"kind of energy figure": found and found[1], "energy scope": found and found[2]}
-    if key in columns.QUALITY:
-        shape = [row.config.get(f"train.{part}") for part in ("steps", "batch_size", "length")]
-        tokens = math.prod(shape) if all(isinstance(part, int) for part in shape) else None
-        asked = {"number of tokens": tokens, "data": row.config.get("data")}
-        return asked if key == "bits_per_byte" else asked | {"tokenizer": row.config.get("tokenizer")}
-    if key.startswith(("amu", "peak_memory")):
-        return {"allocator": (row.record["provenance"].get("allocator") or {}).get("preallocates")}
-    return {}

@@ -1,6 +1,9 @@
 """Training curves of runs, from their TensorBoard event files."""
 
 import logging
+import math
+
+from efficientllm.untrusted import files
 
 TAGS = ("loss", "eval_loss", "tokens_per_s", "learning_rate", "grad_norm")
 MOST_POINTS = 200
@@ -9,7 +12,8 @@ MOST_POINTS = 200
 def read(row):
     """`{tag: {"steps": [...], "values": [...]}}` of a run's folder, at most MOST_POINTS evenly taken points each."""
     folder = row.path.parent
-    if not any(folder.glob("events.out.tfevents.*")):
+    written = list(folder.glob("events.out.tfevents.*"))
+    if not written or not all(map(files.is_file, written)):
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
@@ -23,7 +27,7 @@ def read(row):
             # A resumed run repeats steps: the last value written for a step stands.
             written = sorted(events.Tensors(tag), key=lambda event: event.wall_time)
             points = {event.step: float(make_ndarray(event.tensor_proto)) for event in written}
-            steps = thin(sorted(points))
+            steps = thin(sorted(step for step, value in points.items() if math.isfinite(value)))
             found[tag] = {"steps": steps, "values": [float(f"{points[step]:.6g}") for step in steps]}
     return found
 

@@ -1,11 +1,12 @@
 """What the page shows of a run when its row is opened: command, config, numbers with sources, log, sample, files."""
 
-import json
 import os
 import urllib.parse
 
 from efficientllm.differences import differences
-from efficientllm.report import command, comparison
+from efficientllm.errors import UserError
+from efficientllm.report import command, comparison, texts
+from efficientllm.untrusted import files, json_text
 
 _FILES = ("record.json", "config.json", "log.txt", "output.txt", "samples/generated.jsonl")
 _SAMPLE = "sample: "  # the log's line of a training run
@@ -14,12 +15,12 @@ _LONGEST = 2000  # characters of a sample or of one value of a config
 
 def details(rows, folder):
     """`{path: details}` of rows, with links relative to the report's `folder`, and the texts that they share once."""
-    texts = {}
-    return {"runs": {str(row.path): _details(row, folder, texts) for row in rows}, "texts": list(texts)}
+    shared = {}
+    return {"runs": {str(row.path): _details(row, folder, shared) for row in rows}, "texts": list(shared)}
 
 
-def _details(row, folder, texts):
-    seen = row.record["provenance"]
+def _details(row, folder, shared):
+    seen, beside = row.record["provenance"], row.path.parent
     return {
         "variant": row.variant,
         "outcome": row.outcome,
@@ -31,10 +32,12 @@ def _details(row, folder, texts):
             for key, known in differences(row.config).items()
         ],
         "keys": len(row.config),
-        "numbers": {key: [value, texts.setdefault(_source(row, key), len(texts))] for key, value in row.values.items()},
+        "numbers": {
+            key: [value, shared.setdefault(_source(row, key), len(shared))] for key, value in row.values.items()
+        },
         "log": "" if row.ok else row.tail(),
         "sample": _sample(row),
-        "files": {name: _link(row.path.parent / name, folder) for name in _FILES if (row.path.parent / name).exists()},
+        "files": {name: _link(beside / name, folder) for name in _FILES if files.is_file(beside / name)},
     }
 
 
@@ -65,13 +68,13 @@ def _shown(value):
 def _sample(row):
     """What a run generated: the first answers of inference, the sample in the log of training, or nothing."""
     answers, log = row.path.parent / "samples" / "generated.jsonl", row.path.parent / "log.txt"
-    try:
-        if answers.exists():
-            found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()[:3]]
+    if files.is_file(answers):
+        try:
+            found = [json_text.parse(line, answers) for line in texts.beginning(answers).splitlines()[:3]]
             return "\n\n".join(f"{each['prompt']}\n→ {each['answer']}" for each in found)[:_LONGEST]
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""  # a sample is no part of a row; a damaged one takes nothing away
+        except (UserError, KeyError):
+            return ""  # a sample is no part of a row; a damaged one takes nothing away
+    lines = texts.end(log).splitlines()
     return next((line[len(_SAMPLE) :][:_LONGEST] for line in reversed(lines) if line.startswith(_SAMPLE)), "")
 
 

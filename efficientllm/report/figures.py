@@ -1,6 +1,8 @@
 """The report's figures as PNG and SVG: ratios with intervals, a Pareto set, the six metrics, curves of the loss."""
 
+import contextlib
 import math
+import os
 
 _COLOURS = (
     "#2563eb",
@@ -40,10 +42,23 @@ def draw(board, curves, folder):
 def _save(figure, folder, name):
     import matplotlib.pyplot as plt
 
-    figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
-    figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+    with replacing(folder / f"{name}.png") as file:
+        figure.savefig(file, dpi=120, bbox_inches="tight", format="png")
+    with replacing(folder / f"{name}.svg") as file:
+        figure.savefig(file, bbox_inches="tight", metadata={"Date": None}, format="svg")
     plt.close(figure)
     return name.partition("_")[2], f"figures/{name}.png"
+
+
+@contextlib.contextmanager
+def replacing(file):
+    """A temporary path that takes the place of `file` once it is whole."""
+    temporary = file.with_name(f".{file.name}-{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _figure(width, height, **axes):
@@ -88,6 +103,13 @@ def pareto_pair(group, columns):
     return None
 
 
+def _refused(group, variant, keys):
+    """Why a variant stands in this plot without being compared, or None."""
+    if variant["variant"] == group["baseline"]:
+        return None
+    return next((variant["cells"][key]["reason"] for key in keys if variant["cells"][key]["reason"]), None)
+
+
 def _pareto(group, columns):
     found = pareto_pair(group, columns)
     if not found:
@@ -98,9 +120,15 @@ def _pareto(group, columns):
     figure, axes = _figure(5, 3.5)
     for variant, colour in zip(held, _repeat(len(held)), strict=True):
         at = [variant["cells"][key]["mean"] for key in (x, y)]
-        share = shares.get(variant["variant"])
-        axes.plot(*at, "o", color=colour, alpha=1 if share is None else 0.25 + 0.75 * share)
+        share, refused = shares.get(variant["variant"]), _refused(group, variant, (x, y))
+        mark = (
+            {"marker": "x", "alpha": 0.5}
+            if refused
+            else {"marker": "o", "alpha": 1 if share is None else 0.25 + 0.75 * share}
+        )
+        axes.plot(*at, color=colour, **mark)
         label = variant["variant"] if share is None else f"{variant['variant']} {share:.0%}"
+        label += " (not compared)" if refused else ""
         axes.annotate(label, at, xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel(f"{x} ({units[x]})")
     axes.set_ylabel(f"{y} ({units[y]})")

@@ -1,5 +1,6 @@
 """The report as Markdown."""
 
+from efficientllm.report import statistics
 from efficientllm.report.columns import show
 
 _ALWAYS = ("eval_loss", "j_per_token", "tokens_per_s", "peak_memory_bytes")
@@ -10,13 +11,13 @@ def text(board, figures):
     parts = ["# Report", _counts(board)]
     for group in board["groups"]:
         parts += [f"## {group['name']}", _setting(group), _table(group, board["columns"]), _score(group)]
-        parts += [_noise(group), _ranks(group, board["columns"])]
+        parts += [_notes(group), _noise(group), _ranks(group, board["columns"])]
         parts += [f"![{title}]({file})" for title, file in figures.get(group["name"], ())]
         parts += [_study(entry) for entry in group["study"]]
     parts += [_grid(found) for found in board.get("grids", ())]
     parts += ["## The study's claims\n\n" + _claims(board["claims"])]
     parts += [board["forecasts"] and FORECASTS + _claims(board["forecasts"])]
-    parts += [_failures(board), METHOD]
+    parts += [_failures(board), _left_out(board), METHOD]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -24,7 +25,9 @@ METHOD = """## How to read it
 
 A row is one process. A ratio is to the baseline of the same block, paired in logs; its 95 % interval is a bootstrap
 over blocks (Student's t below six). "No difference seen" is not "equal": equal is an interval within ±2 %. Rows of
-another device, energy scope or effective batch share no ranking. "–" is a null: the reason stands in
+another device or effective batch share no ranking; in one, measured metrics are compared at equal training, energy
+scope and versions, and times of starved rows (the machine was not theirs alone) in randomised blocks only. A verdict
+that is no larger than the noise floor is withheld. "–" is a null: the reason stands in
 `leaderboard.json` and in the page's titles."""
 
 
@@ -71,15 +74,33 @@ def _table(group, columns):
 
 
 def _cell(cell, unit):
-    value = show(cell["mean"], unit)
-    return value if "ratio" not in cell else f"{value} (×{ratio(cell)})"
+    value = show(cell["mean"], unit) + (" (starved)" if cell.get("starved") else "")
+    if "ratio" not in cell:
+        return f"{value} (not compared)" if cell["mean"] is not None and cell["reason"] else value
+    said = ratio(cell)
+    said = said if said == statistics.WIDE else f"×{said}"
+    return f"{value} ({said}, within noise)" if cell["verdict"].startswith("withheld") else f"{value} ({said})"
 
 
 def ratio(entry):
     """`1.24, 1.20–1.28`: a ratio and its interval."""
     if entry["low"] is None:
         return f"{entry['ratio']:.3f}, no interval"
+    if statistics.is_wide(entry["low"], entry["high"]):
+        return statistics.WIDE
     return f"{entry['ratio']:.3f}, {entry['low']:.3f}–{entry['high']:.3f}"
+
+
+def _notes(group):
+    """What must be known of the rows, and why values are not compared; each once."""
+    lines = [f"- {variant['variant']}: {note}" for variant in group["variants"] for note in variant["notes"]]
+    for variant in group["variants"]:
+        cells = {key: cell for key, cell in variant["cells"].items() if cell["mean"] is not None and cell["reason"]}
+        for reason in dict.fromkeys(cell["reason"] for cell in cells.values()):
+            keys = [key for key, cell in cells.items() if cell["reason"] == reason]
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            lines.append(f"- {variant['variant']}: not compared in {', '.join(keys[:4])}{more}: {reason}")
+    return "\n".join(lines)
 
 
 def _score(group):
@@ -155,6 +176,11 @@ def _claims(claims):
             [claim["name"], f"{claim['says']} ({claim['where']})", said, claim["status"], found or claim["reason"]]
         )
     return table(["claim", "says", "checked as", "here", "ratios, or why not"], rows)
+
+
+def _left_out(board):
+    lines = board.get("left_out") or []
+    return lines and "## Left out\n\n" + "\n".join(f"- {line.removeprefix('left out: ')}" for line in lines)
 
 
 def _failures(board):

@@ -3,26 +3,27 @@
 import numpy as np
 
 
-def wins(draws_RV, better):
-    """`wins_VV[i, j]`: the share of draws in which variant i beats j; a tie counts half."""
+def wins(draws_RV, better, floor=0.0):
+    """`wins_VV[i, j]`: the share of draws in which variant i beats j by more than `floor`; a tie counts half."""
     x_RV = draws_RV if better == "higher" else -draws_RV
-    ahead = (x_RV[:, :, None] > x_RV[:, None, :]).mean(0)
-    level = (x_RV[:, :, None] == x_RV[:, None, :]).mean(0)
-    return ahead + level / 2
+    apart_RVV = x_RV[:, :, None] - x_RV[:, None, :]
+    return (apart_RVV > floor).mean(0) + (abs(apart_RVV) <= floor).mean(0) / 2
 
 
-def ranks(means_V, draws_RV, better):
-    """`(rank, low, high)` a variant: of its mean, and the 95 % range of the draws. 1 is best, ties share the middle."""
-    of_means = _ranks(np.asarray(means_V)[None], better)[0]
-    low, high = np.quantile(_ranks(draws_RV, better), [0.025, 0.975], axis=0, method="nearest")
+def ranks(means_V, draws_RV, better, floor=0.0):
+    """`(rank, low, high)` a variant: of its mean, and the 95 % range of the draws. 1 is best, ties share the middle.
+
+    A tie is a difference of at most `floor`, what the baseline shows against itself.
+    """
+    of_means = _ranks(np.asarray(means_V)[None], better, floor)[0]
+    low, high = np.quantile(_ranks(draws_RV, better, floor), [0.025, 0.975], axis=0, method="nearest")
     return list(zip(of_means.tolist(), low.tolist(), high.tolist(), strict=True))
 
 
-def _ranks(x_RV, better):
+def _ranks(x_RV, better, floor):
     x_RV = -x_RV if better == "higher" else x_RV
-    before = (x_RV[:, None, :] < x_RV[:, :, None]).sum(-1)
-    level = (x_RV[:, None, :] == x_RV[:, :, None]).sum(-1) - 1
-    return 1 + before + level / 2
+    apart_RVV = x_RV[:, :, None] - x_RV[:, None, :]
+    return 1 + (apart_RVV > floor).sum(-1) + ((abs(apart_RVV) <= floor).sum(-1) - 1) / 2
 
 
 def non_dominated(x_RV, y_RV, x_better, y_better):

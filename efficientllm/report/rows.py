@@ -1,4 +1,4 @@
-"""Rows from files: found in folders, checked, and told apart as replicates of variants."""
+"""Rows from files: checked, and told apart as replicates of variants."""
 
 import collections
 import dataclasses
@@ -10,12 +10,17 @@ import re
 import textwrap
 
 from efficientllm.errors import UserError
+from efficientllm.metrics import notes
 from efficientllm.metrics.record import read_record
+from efficientllm.report import texts, valid
+from efficientllm.report.find import find, grids
 from efficientllm.workdir import flatten
+
+__all__ = ["Row", "find", "grids", "read", "read_row"]
 
 # Keys that say how a run is watched, saved or called, not what is compared.
 IGNORED = ("name", "seed", "sweep", "imports", "checkpoint", "sample", "metrics", "train.log_every")
-GROUPS = ("paper", "physical", "quality")
+GROUPS = ("paper", "physical", "quality", "conditions")
 _LONGEST_LABEL, _LONGEST_VALUE = 60, 40  # characters
 _TELLING = ("model.", "adapter", "quant", "infer.", "train.", "data", "tokenizer")
 _TAIL = 12
@@ -69,13 +74,34 @@ class Row:
         return self.record["provenance"].get("started") or ""
 
     def unit(self, key):
-        return self.record["sources"].get(key, {}).get("unit", "1")
+        return self.record["sources"].get(key, {}).get("unit") or "1"
 
     def source(self, key):
         return self.record["sources"].get(key, {}).get("source") or ""
 
     def group(self, key):
-        return next(group for group in GROUPS if key in self.record[group])
+        return next(group for group in GROUPS if key in (self.record.get(group) or {}))
+
+    @property
+    def starved(self):
+        """True, False, or None where the row does not say."""
+        return (self.record.get("conditions") or {}).get("starved")
+
+    @property
+    def starved_by(self):
+        """Why it is, in words."""
+        return "; ".join((self.record.get("conditions") or {}).get("reasons") or ())
+
+    def notes(self):
+        """What a reader of its times must know."""
+        return notes.notes(self.record)
+
+    def fits(self, text):
+        """Whether the config has these values, `model.mixer=gqa` or several with commas between them, or this name."""
+        if text == self.record.get("name"):
+            return True
+        pairs = [part.strip().partition("=") for part in re.findall(r"(?:[^,(]|\([^)]*\)?)+", text)]
+        return all(sign and str(self.config.get(key)) == value for key, sign, value in pairs)
 
     def spec(self, key):
         """The name of a spec string of the config, without its fields: `moe` of `moe(num_experts=8)`."""
@@ -85,47 +111,18 @@ class Row:
     def tail(self):
         """The last lines of a failed run's log, or an empty string."""
         kept = self.record.get("log_tail") or self.record.get("error")
-        log = self.path.with_name("log.txt")
-        if kept or not log.exists():
-            return kept if isinstance(kept, str) else "\n".join(kept or [])
-        return "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
+        if kept:
+            return kept if isinstance(kept, str) else "\n".join(map(str, kept if isinstance(kept, list) else [kept]))
+        return "\n".join(texts.end(self.path.with_name("log.txt")).splitlines()[-_TAIL:])
 
 
-def find(paths):
-    """`(files, orphans)`: every `record.json` under the paths, and run folders that hold none (killed, or running).
-
-    Raises UserError for a path that is not there or holds no row.
-    """
-    files, orphans = [], []
-    for path in map(pathlib.Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder; give a record.json, a run's folder or a folder of runs")
-        found = (
-            [path] if path.is_file() else [file for file in sorted(path.rglob("record.json")) if _ranked(file, path)]
-        )
-        if not found:
-            raise UserError(f"{path}: no record.json in it; give a record.json, a run's folder or a folder of runs")
-        files += found
-        if path.is_dir():
-            runs = (file.parent for file in sorted(path.rglob("config.json")) if _ranked(file, path))
-            orphans += [run for run in runs if not (run / "record.json").exists()]
-    return list({file.resolve(): file for file in files}.values()), orphans
-
-
-def _ranked(file, path):
-    """Whether a file below `path` is of a run that is compared, and not of one that only chose a value for others."""
-    return "grid" not in file.relative_to(path).parts
-
-
-def grids(paths):
-    """What sweeps below the paths chose before they compared, as `sweep.grid` writes it."""
-    folders = [path for path in map(pathlib.Path, paths) if path.is_dir()]
-    return [json.loads(file.read_text()) for folder in folders for file in sorted(folder.rglob("grid.json"))]
-
-
-def read(files):
+def read(paths):
     """The rows of these files, with variants and blocks. Raises UserError for a file that is no row."""
-    rows = [read_row(file) for file in files]
+    return told_apart([read_row(path) for path in paths])
+
+
+def told_apart(rows):
+    """The same rows, with variants and blocks: of this set, as names are what rows differ in."""
     _name_variants(rows)
     _number_blocks(rows)
     return rows
@@ -134,12 +131,9 @@ def read(files):
 def read_row(file):
     """One row, not yet told apart from others. Raises UserError for a file that is no row."""
     record = read_record(file)
-    needed = {**dict.fromkeys((*GROUPS, "sources", "provenance", "config"), dict), "outcome": str, "task": str}
-    for key, kind in needed.items():
-        if not isinstance(record.get(key), kind):
-            raise UserError(f"{file}: no row: its {key!r} is {record.get(key)!r:.40}, not a {kind.__name__}")
+    valid.check(record, file)
     values, reasons = {}, {}
-    for key, value in ((key, value) for group in GROUPS for key, value in record[group].items()):
+    for key, value in ((key, value) for group in GROUPS for key, value in _numbers(record, group)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise UserError(f"{file}: no row: {key} is {value!r:.40}, not a number or null")
         finite = value is not None and math.isfinite(value)
@@ -149,6 +143,12 @@ def read_row(file):
             reasons[key] = said or ("not recorded" if value is None else f"recorded as {value}")
     config = flatten(record["config"])
     return Row(pathlib.Path(file), record, values, reasons, config, _identity(config))
+
+
+def _numbers(record, group):
+    """The metrics of a group; rows of older versions have no conditions."""
+    found = record.get(group) or {}
+    return [(key, value) for key, value in found.items() if group != "conditions" or key not in ("starved", "reasons")]
 
 
 def _compared(config):
@@ -173,7 +173,7 @@ def _tell_apart(rows):
     """Two configs under one name, as a sweep run at two sizes leaves them, get the size, or the config's hash."""
     configs = collections.defaultdict(dict)
     for row in rows:
-        configs[row.sweep.get("name"), row.variant].setdefault(row.identity, row.config.get("model.size"))
+        configs[row.sweep.get("name"), row.variant].setdefault(row.identity, str(row.config.get("model.size")))
     clashes = {name for (name, _), found in configs.items() if len(found) > 1}
     for row in rows:
         name, found = row.sweep.get("name"), configs[row.sweep.get("name"), row.variant]

@@ -10,6 +10,8 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 MARGIN = 0.02  # ratios from 1/1.02 to 1.02 count as equal
+WIDE = "cannot be told apart"
+_SAYS_NOTHING = 2.0  # an interval that holds equal, half and twice as much
 FEWEST_FOR_BOOTSTRAP = 6
 DRAWS = 10_000
 _SEED = 2505_13840
@@ -52,9 +54,9 @@ def ratio_interval(logs_B, exact=False):
         return None
     mean = logs_B.mean()
     if exact and np.ptp(logs_B) == 0:
-        return Interval(math.exp(mean), math.exp(mean), math.exp(mean), n, "exact")
+        return Interval(_exp(mean), _exp(mean), _exp(mean), n, "exact")
     if n == 1:
-        return Interval(math.exp(mean), None, None, 1, "one block: no interval")
+        return Interval(_exp(mean), None, None, 1, "one block: no interval")
     if n < FEWEST_FOR_BOOTSTRAP:
         half = stdtrit(n - 1, 0.975) * logs_B.std(ddof=1) / math.sqrt(n)
         low, high, method = mean - half, mean + half, f"t over {n} blocks"
@@ -62,7 +64,7 @@ def ratio_interval(logs_B, exact=False):
         tail = ndtr(-math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975))
         low, high = np.quantile(draws(logs_B[None])[:, 0], [tail, 1 - tail])
         method = f"bootstrap over {n} blocks"
-    return Interval(math.exp(mean), math.exp(low), math.exp(high), n, method)
+    return Interval(_exp(mean), _exp(low), _exp(high), n, method)
 
 
 def unpaired_interval(logs_a, logs_b):
@@ -74,7 +76,7 @@ def unpaired_interval(logs_a, logs_b):
     mean, error = b.mean() - a.mean(), math.sqrt(sum(parts))
     weights = sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
     half = stdtrit(error**4 / weights, 0.975) * error if error else 0.0
-    ends = (math.exp(mean + sign * half) for sign in (0, -1, 1))
+    ends = (_exp(mean + sign * half) for sign in (0, -1, 1))
     return Interval(*ends, min(len(a), len(b)), f"Welch t over {len(a)} and {len(b)} rows")
 
 
@@ -111,7 +113,19 @@ def verdict(interval, better, margin=MARGIN):
     word = ways[0] if interval.ratio > 1 else ways[1]
     if 1 / (1 + margin) <= interval.low and interval.high <= 1 + margin:
         return f"{word}, within ±{margin:.0%}" if sure else f"equal within ±{margin:.0%}"
+    if is_wide(interval.low, interval.high):
+        return WIDE
     return word if sure else "no difference seen"
+
+
+def is_wide(low, high):
+    """Whether an interval says nothing: it holds 1, and on one side of it a factor of _SAYS_NOTHING."""
+    return low is not None and low <= 1 <= high and (low < 1 / _SAYS_NOTHING or high > _SAYS_NOTHING)
+
+
+def _exp(log):
+    """exp, within what a float holds."""
+    return math.exp(max(-700.0, min(700.0, log)))
 
 
 @dataclasses.dataclass(frozen=True)

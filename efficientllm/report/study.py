@@ -66,6 +66,8 @@ def _pair(group, variant, study, reference, key):
     if interval is None:
         return entry | {"reason": reason, "agrees": "not measured here"}
     ratio = {"ratio": interval.ratio, "low": interval.low, "high": interval.high}
+    if group.withheld(ours, interval):
+        return entry | ratio | {"agrees": "not decided here"}
     return entry | ratio | {"agrees": _agrees(entry["study_ratio"], interval)}
 
 

@@ -2,6 +2,8 @@
 
 import time
 
+from efficientllm.report import texts
+
 RECENT_S = 600.0  # a run that wrote within these seconds may still go on
 _LINES = 12
 _LOGS = ("log.txt", "output.txt")
@@ -30,8 +32,8 @@ def _last(lines):
 
 def _log(folder):
     for name in _LOGS:
-        if (folder / name).exists():
-            return (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()
+        if lines := texts.end(folder / name).splitlines():
+            return lines
     return []
 
 

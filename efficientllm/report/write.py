@@ -24,10 +24,20 @@ def rows_csv(rows, columns):
     writer = csv.writer(text, lineterminator="\n")
     facts = ("path", "sweep", "variant", "baseline", "block", "order", "seed", "outcome", "task", "axis", "scale")
     metrics = [column["key"] for column in columns]
-    writer.writerow((*facts, "device", "batch", *(f"{c['key']} [{c['unit']}]" for c in columns)))
+    heads = (_text(f"{c['key']} [{c['unit']}]") for c in columns)
+    writer.writerow((*facts, "device", "batch", "starved", *heads))
     for row in rows:
         own = (row.path, row.sweep.get("name", ""), row.variant, row.baseline or "", row.block, row.order)
         own += (row.config.get("seed"), row.outcome, row.task, techniques.axis(row), row.config.get("model.size"))
+        own += (comparison.device(row), comparison.batch(row), "" if row.starved is None else str(row.starved).lower())
         values = ("" if row.values.get(key) is None else repr(row.values[key]) for key in metrics)
-        writer.writerow((*own, comparison.device(row), comparison.batch(row), *values))
+        writer.writerow((*map(_text, own), *values))
     return text.getvalue()
+
+
+def _text(value):
+    """A cell that no spreadsheet takes for a formula; numbers stay numbers."""
+    if value is None or isinstance(value, int | float):
+        return value
+    text = str(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text

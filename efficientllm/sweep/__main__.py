@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 
+from efficientllm import extras
 from efficientllm.errors import UserError, did_you_mean
 
 STOPPED = 130
@@ -78,7 +79,7 @@ def _main(flags, extra):
     costs = check.costs(sweep, extra)
     runs = [] if sweep.search else list(spec.runs(sweep, extra))
     out = pathlib.Path(flags.get("out") or pathlib.Path("runs/sweeps") / sweep.name)
-    print(check.table(sweep, costs, runs))
+    print(check.table(sweep, costs, runs, out))
     if "dry_run" in flags:
         return 0
     retry = _retry(flags.get("retry"))
@@ -104,7 +105,7 @@ def _main(flags, extra):
     _report(out)
     failed = {run.folder: found for run, found in zip(runs, outcomes, strict=True) if found != "ok"}
     for folder, found in failed.items():
-        print(f"{found:10} {out / folder}")
+        print(f"{found:10} {out / folder}: {execute.why(out / folder)}")
     return 1 if failed else 0
 
 
@@ -141,7 +142,7 @@ def _report(out):
     """The report, in a process of its own: it needs the extra `report`."""
     done = subprocess.run([sys.executable, "-m", "efficientllm.report", str(out), f"--out={out / 'report'}"])
     if done.returncode:
-        print(f"no report: pip install -e '.[report]', then python -m efficientllm.report {out} --out={out}/report")
+        print(f"no report: {extras.remedy('report')}, then python -m efficientllm.report {out} --out={out}/report")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,18 @@
 """What is known of a sweep before anything runs: what each variant costs, whether it fits, whether it is fair."""
 
+import collections
 import dataclasses
+import statistics
+import subprocess
+import sys
+import time
 
 from efficientllm.errors import UserError
-from efficientllm.sweep import spec
+from efficientllm.sweep import execute, spec
 
 MFU = 0.3  # of the host's best matrix product: what a training step of a small model reaches at the least
+IMPORTS = "import jax, flax, optax, orbax.checkpoint, tensorboard.summary, efficientllm.registry; jax.devices()"
+COMPILE_S = 20.0  # of a step and of an evaluation, on two cores: 4 to 23 s in the rows of experiments/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +126,36 @@ def _described(config):
     return architecture.from_config(described, size)
 
 
-def table(sweep, costs, runs):
-    """Every variant's cost, and every run, as text."""
+def start_seconds():
+    """What a run takes beside its steps: a process that imports what a run does, timed here, and compilation."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", IMPORTS], check=False, capture_output=True)
+    return time.perf_counter() - begin + COMPILE_S
+
+
+def _minutes(runs, costs, peak, start, out):
+    """`about 19 minutes`, of what: steps by FLOPs, start and compilation by run; runs that have rows take none, and
+    tell how long the others of their variant take."""
+    known = {run: execute.seconds(out / run.folder) for run in runs if out and execute.outcome(out / run.folder)}
+    took = collections.defaultdict(list)
+    for run, seconds in known.items():
+        if seconds is not None:
+            took[run.variant].append(seconds)
+    open_ = [run for run in runs if run not in known]
+    steps = sum(costs[run.variant].seconds(peak) for run in open_ if run.variant not in took)
+    before = sum(statistics.fmean(took[run.variant]) for run in open_ if run.variant in took)
+    starts = start * sum(run.variant not in took for run in open_)
+    parts = [f"about {(steps + before + starts) / 60:.0f} minutes"]
+    if starts:
+        parts.append(f"{steps / 60:.0f} of steps at {MFU:.0%} of {peak / 1e9:.0f} GFLOP/s")
+        parts.append(f"{starts / 60:.0f} of starting and compiling at {start:.0f} s a run")
+    if before:
+        parts.append(f"{before / 60:.0f} as runs of the same variants took")
+    return ", ".join(parts) + (f" ({len(known)} have rows)" if known else "")
+
+
+def table(sweep, costs, runs, out=None):
+    """Every variant's cost, and every run, as text; `out` holds the rows of those that have run before."""
     from efficientllm.metrics import host, peaks
 
     peak = peaks.measure_gemm_peak("float32").value
@@ -136,14 +171,14 @@ def table(sweep, costs, runs):
         key, least, most = sweep.search
         lines.append(f"the largest {key} from {least:,} to {most:,} that runs, of each; the costs are without it")
         return "\n".join(lines)
-    seconds = sum(costs[run.variant].seconds(peak) for run in runs)
+    start = start_seconds()
     lines.append(
-        f"{len(runs)} runs in {runs[-1].block + 1} blocks, about {seconds / 60:.0f} minutes at {MFU:.0%} of "
-        f"{peak / 1e9:.0f} GFLOP/s; memory from shapes: weights, gradients, optimiser, activations"
+        f"{len(runs)} runs in {runs[-1].block + 1} blocks, {_minutes(runs, costs, peak, start, out)}; memory from "
+        "shapes: weights, gradients, optimiser, activations"
     )
     if sweep.grid:
         key, values = sweep.grid
-        tried = len(values) * sum(cost.seconds(peak) for cost in costs.values())
+        tried = len(values) * sum(start + cost.seconds(peak) for cost in costs.values())
         lines.append(f"before them {len(values)} values of {key}, each variant: about {tried / 60:.0f} minutes more")
     lines += [f"  {run.folder}  {' '.join(run.argv)}" for run in runs]
     return "\n".join(lines)

@@ -1,15 +1,19 @@
 """One run as a process of its own, and its outcome as a row, whatever becomes of it."""
 
-import json
+import datetime
 import pathlib
 import signal
 import subprocess
 import sys
 import time
 
+from efficientllm import workdir
 from efficientllm.errors import UserError
 from efficientllm.metrics import host, record
+from efficientllm.report import texts
+from efficientllm.untrusted import json_text
 
+LONGEST = 300  # characters of what is said of a failed run
 TAIL = 20  # lines of the log in the row of a run that failed
 GRACE_S = 60  # for a run that is told to stop: it saves
 LOOK_S = 0.2  # between two looks at a run's memory
@@ -43,6 +47,35 @@ def outcome(folder):
     except UserError:
         return None
     return found["outcome"] if "sweep" in found else None
+
+
+def seconds(folder):
+    """Wall time of the run whose row is in a folder, if it ended by itself, or None."""
+    try:
+        told = record.read_record(pathlib.Path(folder) / "record.json")["provenance"]
+        begin, end = (datetime.datetime.fromisoformat(told[key]) for key in ("started", "ended"))
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+    return (end - begin).total_seconds()
+
+
+def why(folder):
+    """The last thing that a failed run said: its row's error, or the last line of its log or output."""
+    folder = pathlib.Path(folder)
+    try:
+        row = record.read_record(folder / "record.json")
+    except UserError:
+        row = {}
+    for said in (row.get("error"), row.get("log_tail"), _lines(folder / "log.txt"), _lines(folder / "output.txt")):
+        lines = said.splitlines() if isinstance(said, str) else said or []
+        if found := next((str(line).strip() for line in reversed(lines) if str(line).strip()), None):
+            return found if len(found) <= LONGEST else f"{found[: LONGEST - 3]}..."
+    return "it said nothing"
+
+
+def _lines(file):
+    """The last lines of a text that may be long."""
+    return texts.end(file).splitlines()[-TAIL:]
 
 
 def forget(folder):
@@ -105,13 +138,22 @@ def write_row(run, folder, ended):
     record.write_record(found | {"sweep": run.place}, file)
 
 
-def _failed(run, folder, ended):
+def _config(run, folder):
+    """The config that the run wrote, or that its command line means, or its command line."""
+    from efficientllm import main
+
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        config = {"seed": run.seed, "command": list(run.argv)}
-    log = folder / "output.txt"
-    lines = log.read_text(errors="replace").splitlines()[-TAIL:] if log.exists() else []
+        return json_text.read(folder / "config.json")
+    except UserError:
+        pass
+    try:
+        return workdir.plain(main.parse(list(run.argv))[0])
+    except UserError:
+        return {"seed": run.seed, "command": list(run.argv)}
+
+
+def _failed(run, folder, ended):
+    config = _config(run, folder)
     found = record.build_record(
         outcome=typed(ended),
         name=run.variant,
@@ -119,4 +161,4 @@ def _failed(run, folder, ended):
         config=config,
         provenance={"exit_status": ended, "host": {"name_hash": host.name_hash()}, "ended": time.time()},
     )
-    return found | {"log_tail": lines}
+    return found | {"log_tail": _lines(folder / "output.txt")}

@@ -4,7 +4,6 @@ Every try is a run of its own with a row of its own, in the folder `grid`, which
 what the tries cost stands in `grid.json` and in the report.
 """
 
-import datetime
 import json
 
 from efficientllm.metrics.record import read_record
@@ -19,8 +18,9 @@ def runs(sweep, extra=()):
     key, values = sweep.grid
     for order, value in enumerate(values):
         for variant in sweep.variants:
-            argv = (*spec.argv_of(sweep, variant, extra), _flag(key, value), f"--config.seed={sweep.seeds[0]}")
-            yield spec.Run(sweep.name, variant, sweep.baseline, 0, order, sweep.seeds[0], argv)
+            flag, seed = _flag(key, value), sweep.seeds[0]
+            argv = (*spec.argv_of(sweep, variant, extra), flag, f"--config.seed={seed}")
+            yield spec.Run(sweep.name, variant, sweep.baseline, 0, order, seed, argv, grid=flag)
 
 
 def choose(sweep, out, extra=()):
@@ -69,18 +69,9 @@ def _found(folder):
     return {
         "outcome": row["outcome"],
         "eval_loss": loss,
-        "seconds": _seconds(row["provenance"]),
+        "seconds": execute.seconds(folder),
         "energy_j": row["physical"].get("energy_j"),
     }
-
-
-def _seconds(provenance):
-    """Wall time of a run that ended by itself, or None."""
-    try:
-        begin, end = (datetime.datetime.fromisoformat(provenance[key]) for key in ("started", "ended"))
-    except (KeyError, TypeError):
-        return None
-    return (end - begin).total_seconds()
 
 
 def _best(tries):

@@ -3,7 +3,7 @@
 import time
 
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.sweep.execute import execute, outcome
+from efficientllm.sweep.execute import execute, outcome, why
 from efficientllm.train.progress import clock_time
 
 LAUNCHERS = ("local", "slurm")
@@ -33,6 +33,8 @@ def local(runs, out, sweep, costs):
         found.append(known or execute(run, out / run.folder, sweep.timeout_s, sweep.memory_gb * 1e9))
         if known is None:
             print(f"  {found[-1]} in {time.monotonic() - begin:.0f} s", flush=True)
+            if found[-1] not in ("ok", "interrupted"):
+                print(f"  {why(out / run.folder)}\n  {out / run.folder}", flush=True)
             spent += time.monotonic() - begin
             done += costs[run.variant].flops
         else:

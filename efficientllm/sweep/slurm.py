@@ -3,6 +3,7 @@
 import subprocess
 import time
 
+from efficientllm import extras
 from efficientllm.errors import UserError
 from efficientllm.sweep import execute
 
@@ -17,7 +18,7 @@ def open_executor(out, partition=None):
     try:
         import submitit
     except ImportError:
-        raise UserError("--launcher=slurm needs submitit: pip install -e '.[sweep]'") from None
+        raise UserError(f"--launcher=slurm needs submitit: {extras.remedy('sweep')}") from None
     try:
         executor = submitit.AutoExecutor(folder=(out / "slurm").absolute(), cluster="slurm")
     except RuntimeError as error:

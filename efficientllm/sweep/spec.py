@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import random
+import traceback
 
 from efficientllm.errors import UserError, did_you_mean
 
@@ -46,6 +48,7 @@ class Sweep:
     grid: tuple = ()
 
     def __post_init__(self):
+        self._check_types()
         if self.baseline not in self.variants:
             hint = did_you_mean(self.baseline, self.variants)
             raise UserError(f"sweep {self.name}: baseline = {self.baseline!r} is none of its variants{hint}")
@@ -58,9 +61,16 @@ class Sweep:
         if self.grid:
             self._check_grid()
 
+    def _check_types(self):
+        """Raises UserError for a field that is of another kind than its comment says."""
+        for key, (is_right, wanted) in FIELDS.items():
+            if not is_right(getattr(self, key)):
+                raise UserError(f"sweep {self.name}: {key} = {getattr(self, key)!r}: needed is {wanted}")
+
     def _check_search(self):
         key, least, most = self.search if len(self.search) == 3 else ("", 0, 0)
-        if key not in SEARCHED or not 1 <= least <= most:
+        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (least, most))
+        if key not in SEARCHED or not whole or not 1 <= least <= most:
             raise UserError(
                 f"sweep {self.name}: search = {self.search!r}: needed are a key ({', '.join(SEARCHED)}), the least "
                 "value and the largest one"
@@ -68,12 +78,54 @@ class Sweep:
 
     def _check_grid(self):
         key, values = self.grid if len(self.grid) == 2 else ("", ())
-        if self.search or not key or isinstance(values, str) or len(values) < 2:
+        if self.search or not key or not isinstance(values, tuple | list) or len(values) < 2:
             raise UserError(
                 f"sweep {self.name}: grid = {self.grid!r}: needed are a key and two values or more, without a search"
             )
 
 
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_name(value):
+    """Whether runs and reports can have it as a folder: no path, no separator."""
+    return isinstance(value, str) and value.strip() not in ("", ".", "..") and not set(value) & set("/\\\0\n")
+
+
+def _are_seeds(seeds):
+    whole = isinstance(seeds, tuple | list) and all(isinstance(s, int) and not isinstance(s, bool) for s in seeds)
+    return whole and len(set(seeds)) == len(seeds)
+
+
+def _are_variants(variants):
+    def is_entry(entry):
+        if isinstance(entry, tuple | list):
+            return len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], dict)
+        return isinstance(entry, str)
+
+    return isinstance(variants, dict) and all(_is_name(k) and is_entry(v) for k, v in variants.items()) and variants
+
+
+_DICT = (lambda value: isinstance(value, dict), "a dict")
+_TUPLE = (lambda value: isinstance(value, tuple | list), "a tuple")
+# What each field of a Sweep must be, and how to say so; what holds between fields is checked after.
+FIELDS = {
+    "name": (_is_name, "a name that can be a folder's, without a slash"),
+    "variants": (_are_variants, "a dict of names (no slash in them) to 'configs/FILE.py:ARG' or (that, {key: value})"),
+    "seeds": (_are_seeds, "a tuple of whole numbers, each once, such as (0, 1, 2)"),
+    "repeats": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    "overrides": _DICT,
+    "equal": (
+        lambda value: isinstance(value, dict) and all(_is_number(share) and share >= 0 for share in value.values()),
+        "a dict of a number to the share that it may differ by, such as {'tokens': 0.0}",
+    ),
+    "twice": (lambda value: isinstance(value, bool), "True or False"),
+    "timeout_s": (_is_number, "a number of seconds"),
+    "memory_gb": (lambda value: _is_number(value) and value >= 0, "a number of GB, 0 for nine tenths of the machine's"),
+    "search": _TUPLE,
+    "grid": _TUPLE,
+}
 SEARCHED = ("train.batch_size", "train.length")
 EQUAL = ("tokens", "parameters", "active", "flops")
 
@@ -89,6 +141,7 @@ class Run:
     order: int
     seed: int
     argv: tuple
+    grid: str = ""  # the flag that a try of the sweep's grid tries
 
     @property
     def folder(self):
@@ -106,7 +159,7 @@ class Run:
             "block": self.block,
             "order": self.order,
             "seed": self.seed,
-        }
+        } | ({"grid": self.grid} if self.grid else {})
 
 
 def argv_of(sweep, variant, extra=()):
@@ -130,6 +183,12 @@ def runs(sweep, extra=(), chosen=None):
             yield Run(sweep.name, variant, sweep.baseline, block, place, seed, argv)
 
 
+def _said(error, path):
+    """An error's own words on one line, and where in the user's file it arose."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return " ".join(str(error).split()) + (f" (line {lines[-1]})" if lines else "")
+
+
 def load(file):
     """The Sweep that the Python file `file` describes. Raises UserError."""
     from efficientllm.run import import_file
@@ -139,8 +198,10 @@ def load(file):
         raise UserError(f"--config={file}: no such file")
     try:
         found = import_file(path).get_config()
-    except (ImportError, SyntaxError, AttributeError, TypeError) as error:
-        raise UserError(f"--config={file}: {type(error).__name__}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # of the user's own code
+        raise UserError(f"--config={file}: {type(error).__name__}: {_said(error, path)}") from None
     if not isinstance(found, Sweep):
         raise UserError(
             f"--config={file}: get_config() must return an efficientllm.sweep.Sweep, not a {type(found).__name__}"

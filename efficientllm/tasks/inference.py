@@ -19,7 +19,7 @@ from efficientllm.metrics.tensorboard import SummaryWriter
 from efficientllm.quality import harness
 from efficientllm.registry import register
 from efficientllm.train import evaluate, setup, step
-from efficientllm.train.progress import close_log, open_log
+from efficientllm.train.progress import Countdown, close_log, open_log
 from efficientllm.weights import activation_dtype
 from efficientllm.workdir import config_hash, flatten, plain
 
@@ -70,13 +70,16 @@ class Inference:
 
     def _serve(self):
         run, ours = self.serving, self.config.infer
+        parts = len(run.devices)
+        log.info(
+            f"{self.config.name}: {self.config.model.pretrained or f'random weights of size {self.config.model.size}'} "
+            f"as {self.config.quant} on {parts} x {run.devices[0].device_kind}"
+        )
         peaks.measure_gemm_peak(activation_dtype(run.lm.precision).name)  # at most once a host, and not between steps
         peaks.measure_copy_bandwidth()
         self.params = run.load(self.config.quant, ours.rules)
         allocator.give_back()  # what rounding, and calibrating more so, has freed is no memory of serving
-        log.info(
-            f"{self.config.name}: weights of {row.resident_bytes(self.params) / 1e6:,.1f} MB as {self.config.quant}"
-        )
+        self._say_weights(self.config.quant, self.params)
         engine = Engine(run.lm, self.params, run.sampler, run.tokenizer.end_ids, run.length)
         with kernels.recording() as used:
             self._generate(engine)
@@ -97,6 +100,13 @@ class Inference:
         self.quality = self._score(self.params)
         return self._finish()
 
+    def _say_weights(self, spec, params):
+        """Bytes of weights, and what they went through."""
+        history = self.serving.history(spec)
+        said = f"weights of {row.resident_bytes(params) / 1e6:,.1f} MB as {spec}" + (f", {history}" if history else "")
+        twice = "; config.quant='stored' keeps the file's" if history.startswith("rounded twice") else ""
+        log.info(f"{self.config.name}: {said}{twice}")
+
     def _generate(self, engine):
         """Shows the answers as they come, and writes as many as there are, whatever happens."""
         run, ours = self.serving, self.config.infer
@@ -111,7 +121,8 @@ class Inference:
         run = self.serving
         score = jax.jit(lambda params, batch, token_bytes: step.eval_step(run.lm, params, batch, token_bytes))
         token_bytes = setup.bytes_of(run.tokenizer, run.lm)
-        found = evaluate.evaluate(score, params, run.held_out, token_bytes, run.mesh)
+        each = Countdown("held-out text", len(run.held_out)).add
+        found = evaluate.evaluate(score, params, run.held_out, token_bytes, run.mesh, each)
         log.info(evaluate.line(found))
         return found
 
@@ -141,7 +152,11 @@ class Inference:
         self.params = None
         params = self.serving.load(name)
         log.info(f"baseline {name}: weights of {row.resident_bytes(params) / 1e6:,.1f} MB")
-        return row.compression(row.Scored(name, row.resident_bytes(params), self._score(params)["bits_per_byte"]), ours)
+        history = self.serving.history(name)
+        baseline = f"{name} ({history})" if history else name
+        return row.compression(
+            row.Scored(baseline, row.resident_bytes(params), self._score(params)["bits_per_byte"]), ours
+        )
 
     def _finish(self):
         """Writes the row, without what failed of tasks and baseline -> exit status."""
@@ -149,6 +164,10 @@ class Inference:
         outcome = "ok" if math.isfinite(self.quality["eval_loss"]) else "nan"
         physical = row.physical(run.lm, run.boxed, self.params, self.measured, self.idle, run.mesh)
         physical["peak_memory_bytes"] = self.peak
+        history = run.history(self.config.quant)
+        for key in ("resident_weight_bytes", "predicted_memory_bytes"):
+            physical[key] = row.noted(physical[key], history)
+        quality = {key: row.noted(reading, history) for key, reading in quality.items()}
         if outcome == "ok":
             with failures.optional("no quality tasks", self.notes):
                 quality |= self._tasks()
@@ -208,7 +227,8 @@ class Inference:
 
 
 def _show(text):
-    sys.stdout.write(text)
+    """Writes what a model says; a terminal is not to take it for commands."""
+    sys.stdout.write("".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text))
     sys.stdout.flush()
 
 

@@ -77,11 +77,7 @@ class Planning:
                 f"config.train.batch_size = {asked} does not divide over {self.count} devices: planned with {size}"
             )
         if not self.hardware.has_compiler:
-            module, extra = self.hardware.plugin
-            log.info(
-                f"{module} is not installed, the compiler for {self.hardware.name}: pip install "
-                f"'efficientllm[{extra}]'. What follows is from shapes alone"
-            )
+            log.info(f"{self.hardware.lacks}. What follows is from shapes alone")
 
     def _described(self, change):
         config = steps.changed(self.config, change)

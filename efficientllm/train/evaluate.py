@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+
 from efficientllm.errors import UserError
 from efficientllm.metrics.reading import finite_or_missing, missing
 from efficientllm.train.loop import to_device
@@ -10,14 +12,19 @@ UNITS = {"eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
 NO_BYTES = "no held-out target stands for text: they are ends of documents"
 
 
-def evaluate(compiled, params, batches, token_bytes_V, mesh):
+def evaluate(compiled, params, batches, token_bytes_V, mesh, each=None):
     """Loss over held-out batches -> `{"eval_loss", "perplexity", "bits_per_byte"}`, the last only of tokens of text.
 
     `eval_loss` is nats a token, `bits_per_byte` the same nats over the UTF-8 bytes of the text. A document's end is
     predicted, and counts as a token of no bytes. Values are not finite where the model's are not. Sums are taken in
-    double precision on the host. Raises UserError where no token has a loss.
+    double precision on the host. `each()` is called after every batch. Raises UserError where no token has a loss.
     """
-    parts = [compiled(params, to_device(batch, mesh), token_bytes_V) for batch in batches]
+    parts = []
+    for batch in batches:
+        parts.append(compiled(params, to_device(batch, mesh), token_bytes_V))
+        if each:
+            jax.block_until_ready(parts[-1])
+            each()
     columns = zip(*parts, strict=True) if parts else ((), (), ())
     nats, targets, text_bytes = (_sum(map(float, column)) for column in columns)
     if not targets:

@@ -20,7 +20,11 @@ def open_log(file):
     log.setLevel(logging.INFO)
     log.propagate = False
     close_log()
-    handlers = (logging.StreamHandler(sys.stdout), _LogFile(file)) if file else (logging.StreamHandler(),)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a letter shows another one
+        sys.stdout.reconfigure(errors="replace")
+    handlers = (
+        (logging.StreamHandler(sys.stdout), _LogFile(file, encoding="utf-8")) if file else (logging.StreamHandler(),)
+    )
     for handler in handlers:
         handler.setLevel(logging.INFO if file else logging.ERROR)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -64,6 +68,26 @@ class Progress:
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  "
             f"{clock_time((self._steps - step) * mean)} left"
         )
+
+
+class Countdown:
+    """Says how far a long piece of work is, and how long the rest takes, at most every `every_s` seconds."""
+
+    def __init__(self, what, total, every_s=10.0, clock=time.monotonic):
+        self._what, self._total, self._every_s, self._clock = what, total, every_s, clock
+        self._begun = self._said = clock()
+        self._done = 0
+
+    def add(self, amount=1):
+        """`amount` more of the total is done."""
+        self._done += amount
+        now = self._clock()
+        if now - self._said >= self._every_s and 0 < self._done < self._total:
+            left = (now - self._begun) / self._done * (self._total - self._done)
+            logging.getLogger("efficientllm").info(
+                f"{self._what}: {self._done / self._total:.0%}, {clock_time(left)} left"
+            )
+            self._said = now
 
 
 def clock_time(seconds):

@@ -21,20 +21,23 @@ _BRACKETS, _CLOSING = {str: ("[", "{"), bytes: (b"[", b"{")}, {str: ("]", "}"), 
 _NAMES = {dict: "an object", list: "a list", str: "a text"}
 
 
-def read(path, kind=dict, where=None, most=files.MOST, unique=False):
+def read(path, kind=dict, where=None, most=files.MOST, unique=False, nan=False):
     """What a JSON file holds, of type `kind` (None: any). Raises UserError beginning with `where`, or the path."""
-    return parse(files.read_text(path, most, where), where or str(path), kind, unique)
+    return parse(files.read_text(path, most, where), where or str(path), kind, unique, nan)
 
 
-def parse(text, where, kind=dict, unique=False):
+def parse(text, where, kind=dict, unique=False, nan=False):
     """What a JSON text, str or bytes, holds: of type `kind` (None: any).
 
-    Infinity is taken, which config.json files of Mamba hold; NaN is not. With `unique`, an object that names a key
-    twice is refused. Raises UserError beginning with `where`.
+    Infinity is taken, which config.json files of Mamba hold; NaN is not, but for `nan`. With `unique`, an object that
+    names a key twice is refused. Raises UserError beginning with `where`.
     """
     try:
         value = json.loads(
-            text, parse_int=_whole, parse_constant=_constant, object_pairs_hook=_unique if unique else None
+            text,
+            parse_int=_whole,
+            parse_constant=float if nan else _constant,
+            object_pairs_hook=_unique if unique else None,
         )
         _check(value)
     except json.JSONDecodeError as error:

@@ -14,16 +14,21 @@ import time
 import jax
 import jax.numpy as jnp
 
+from efficientllm.errors import exit_with
+
 WINDOWS = (1, 5, 20)  # of rounds: the lengths whose means are compared
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=180.0)
+    options = parser.parse_args()
+    if not options.seconds > 0:
+        parser.error(f"--seconds={options.seconds}: must be more than 0")
     works = {"loop": loop, "product": product(), "copy": copy()}
     rates = {name: [] for name in works}
     begin = time.perf_counter()
-    end = begin + parser.parse_args().seconds
+    end = begin + options.seconds
     while time.perf_counter() < end:
         for name, work in works.items():
             start = time.perf_counter()
@@ -61,7 +66,8 @@ def table(rates, seconds):
     head = "".join(f"{f'over {count * seconds:.1f} s':>14}" for count in WINDOWS)
     lines = [f"{'work':10}{head}{'5 % to 95 % of the median':>30}"]
     for name, found in rates.items():
-        cells = "".join(f"{spread(found, count):14.1%}" for count in WINDOWS)
+        spreads = (spread(found, count) for count in WINDOWS)
+        cells = "".join(f"{'too short':>14}" if value is None else f"{value:14.1%}" for value in spreads)
         ordered, middle = sorted(found), statistics.median(found)
         low, high = (ordered[int(share * (len(ordered) - 1))] / middle for share in (0.05, 0.95))
         lines.append(f"{name:10}{cells}{f'{low:.2f} to {high:.2f}':>30}")
@@ -69,10 +75,10 @@ def table(rates, seconds):
 
 
 def spread(values, count):
-    """Standard deviation over mean of the means of `count` values that follow each other."""
+    """Standard deviation over mean of the means of `count` values that follow each other; None of fewer than two."""
     means = [statistics.mean(values[i : i + count]) for i in range(0, len(values) - count + 1, count)]
-    return statistics.stdev(means) / statistics.mean(means) if len(means) > 1 else float("nan")
+    return statistics.stdev(means) / statistics.mean(means) if len(means) > 1 else None
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

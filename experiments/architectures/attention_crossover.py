@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.attention import Context
+from efficientllm.errors import exit_with
 from efficientllm.metrics.provenance import git_state, versions
 from efficientllm.registry import build
 
@@ -139,4 +140,4 @@ def provenance():
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

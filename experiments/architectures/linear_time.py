@@ -13,6 +13,8 @@ import math
 import attention_crossover
 import numpy as np
 
+from efficientllm.errors import exit_with
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,4 +46,4 @@ def power(lengths, seconds):
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -8,8 +8,10 @@ import math
 
 import jax
 
-from configs import attention, base, mixers
 from efficientllm import accounting, architecture, model
+from efficientllm import base_config as base
+from efficientllm.errors import exit_with
+from efficientllm.presets import attention, mixers
 
 LENGTHS = (512, 4096, 16384)
 
@@ -58,4 +60,4 @@ def state_bytes(lm, length):
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+from efficientllm.errors import exit_with
 from efficientllm.quant import tiled
 from efficientllm.quant.int4 import Int4
 
@@ -140,4 +141,4 @@ def table(name, found):
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import attention, mixers
 from efficientllm import accounting, architecture
 from efficientllm import model as models
+from efficientllm.errors import UserError, exit_with
 from efficientllm.infer import engine as engines
 from efficientllm.infer.samplers import Greedy
 from efficientllm.metrics import peaks
 from efficientllm.metrics.provenance import git_state, versions
+from efficientllm.presets import attention, mixers
 from efficientllm.train import step
 
 MIXERS = ("mha", "gqa", "mqa", "mla", "nsa", "mamba", "rwkv")
@@ -70,14 +71,14 @@ def _read(file, settings):
     """The rows of `file`. Exits with one line where they are of other settings."""
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     if any(row[key] != value for row in rows for key, value in settings.items()):
-        sys.exit(f"{file} holds rows of other settings than {settings}: give another --out")
+        raise UserError(f"{file} holds rows of other settings than {settings}: give another --out")
     return rows
 
 
 def described(name, size, precision):
     """The model of one mixer, all with as many parameters as gqa."""
     config = (mixers if name in mixers.VARIANTS else attention).get_config(name)
-    if name == "nsa":
+    if name == "nsa" and size != "tiny":  # whose parameters the paper's blocks would exceed
         config.model.mixer = "nsa"  # the paper's blocks
     config.model.size, config.model.precision = size, precision
     return architecture.from_config(config.model, VOCABULARY)
@@ -113,7 +114,7 @@ class Contestant:
 def measure(length, options, bandwidth):
     """A row for each mixer at one context."""
     if options.steps >= length:
-        sys.exit(f"--steps={options.steps} must be below the {length} tokens of context")
+        raise UserError(f"--steps={options.steps} must be below the {length} tokens of context")
     contestants = {}
     for name in MIXERS:
         print(f"{length} tokens: {name}", file=sys.stderr, flush=True)
@@ -175,4 +176,4 @@ def provenance():
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

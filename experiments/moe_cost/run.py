@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficientllm.errors import exit_with
 from efficientllm.ffns import routing
 from efficientllm.metrics.provenance import git_state, versions
 from efficientllm.registry import build
@@ -213,4 +214,4 @@ def provenance():
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from efficientllm.errors import exit_with
 from efficientllm.report import comparison, forecasts, rows
 
 
@@ -30,10 +31,13 @@ def line(claim):
 
 def run():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/plan"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/plan"), help="what plan/run.py wrote")
+    options = parser.parse_args()
+    if not next(options.out.glob("**/record.json"), None):
+        parser.error(f"--out={options.out} holds no plans; python experiments/plan/run.py makes them")
     print("| claim | says | checked as | here | ratios |\n|---|---|---|---|---|")
-    print("\n".join(line(claim) for claim in judged(parser.parse_args().out)))
+    print("\n".join(line(claim) for claim in judged(options.out)))
 
 
 if __name__ == "__main__":
-    run()
+    exit_with(run)

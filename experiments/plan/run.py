@@ -12,6 +12,7 @@ import re
 import traceback
 
 from efficientllm import main
+from efficientllm.errors import exit_with
 from efficientllm.report import study
 
 HERE = pathlib.Path(__file__).parent
@@ -236,4 +237,4 @@ def run():
 
 
 if __name__ == "__main__":
-    run()
+    exit_with(run)

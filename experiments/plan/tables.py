@@ -1,7 +1,10 @@
 """The README's tables, from rows.csv: `python experiments/plan/tables.py`."""
 
+import argparse
 import csv
 import pathlib
+
+from efficientllm.errors import exit_with
 
 HERE = pathlib.Path(__file__).parent
 TRAINED = ("peak_gb", "fits", "fits_with", "by_shapes_gb", "compute_ms", "memory_ms", "network_ms", "study_amu_gb")
@@ -52,6 +55,7 @@ def by_model(rows, kind, columns, cell):
 
 
 def run():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with open(HERE / "rows.csv", newline="", encoding="utf-8") as file:
         rows = {row["plan"]: row for row in csv.DictReader(file)}
     training = {name: row for name, row in rows.items() if not name.startswith("infer")}
@@ -59,4 +63,4 @@ def run():
 
 
 if __name__ == "__main__":
-    run()
+    exit_with(run)

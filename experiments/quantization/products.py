@@ -1,18 +1,21 @@
 """Times of products of M rows with a matrix in every form, against float32 in XLA, torch's int4 and the copy bandwidth.
 
-`python experiments/quantization/products.py [M ...]` prints a Markdown table: microseconds a product, median of turns
-in which all run one after the other, each over enough copies of the matrix that no cache holds them; in brackets GB/s
-of weights read. Shapes are SmolLM2-135M's, inputs x outputs.
+  python experiments/quantization/products.py 1 8
+
+Prints a Markdown table: microseconds a product, median of turns in which all run one after the other, each over enough
+copies of the matrix that no cache holds them; in brackets GB/s of weights read. Shapes are SmolLM2-135M's, inputs x
+outputs.
 """
 
+import argparse
 import statistics
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficientllm.errors import exit_with
 from efficientllm.metrics import peaks
 from efficientllm.quant import products
 from efficientllm.quant.rows import resident_bytes
@@ -73,17 +76,24 @@ def torchs(K, N, rows, copies):
     return run, N * K * 5 / 8
 
 
-def main(rows):
-    products.FEW = 10**9 if "--native" in sys.argv else products.FEW
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=int, nargs="*", default=[1], metavar="M", help="rows of x (default: 1)")
+    parser.add_argument("--native", action="store_true", help="C++ products however many rows there are")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes (default: all)")
+    options = parser.parse_args(argv)
+    if min(options.rows) < 1 or not 1 <= options.shapes <= len(SHAPES):
+        parser.error(f"M must be at least 1, and --shapes between 1 and {len(SHAPES)}")
+    products.FEW = 10**9 if options.native else products.FEW
     copy, read = peaks.best_copy(apart=True), peaks.best_read()
     print(f"from one array into another {copy / 1e9:.1f} GB/s, read and written; read {read / 1e9:.1f} GB/s\n")
     names = [*FORMS, "torch int4"]
     print("| shape | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2))
     rng = np.random.default_rng(0)
-    for K, N in SHAPES:
+    for K, N in SHAPES[: options.shapes]:
         copies = max(1, BYTES // (4 * K * N))
         kernels = [jnp.asarray(rng.standard_normal((K, N), np.float32)) for _ in range(copies)]
-        for M in rows:
+        for M in options.rows:
             x = jnp.asarray(rng.standard_normal((M, K), np.float32))
             made = {name: ours(spec, kernels, x) for name, spec in FORMS.items()}
             made |= {"torch int4": torchs(K, N, M, copies)}
@@ -98,4 +108,4 @@ def main(rows):
 
 
 if __name__ == "__main__":
-    main([int(each) for each in sys.argv[1:] if each != "--native"] or [1])
+    exit_with(main)

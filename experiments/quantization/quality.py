@@ -1,11 +1,13 @@
 """Bytes and perplexity of SmolLM2-135M in every form, on 8 x 512 tokens of Python's own documentation.
 
-`python experiments/quantization/quality.py [SPEC ...]` prints a Markdown table. Calibrated forms see 16 x 512 tokens of
-the sources of Python's standard library, none of which is scored.
+  python experiments/quantization/quality.py float32 "int4(method='gptq')"
+
+Prints a Markdown table. Calibrated forms see 16 x 512 tokens of the sources of Python's standard library, none of which
+is scored.
 """
 
+import argparse
 import pathlib
-import sys
 import sysconfig
 import time
 from pydoc_data.topics import topics
@@ -17,6 +19,7 @@ import numpy as np
 
 from efficientllm import convert, model
 from efficientllm.attention import Context
+from efficientllm.errors import exit_with
 from efficientllm.quant import calibrate
 from efficientllm.quant.rows import resident_bytes
 from efficientllm.quant.tree import form_of, quantize
@@ -31,10 +34,10 @@ SPECS = (
 TOKENS = 512
 
 
-def scored(tokenizer):
-    """The first 8 x 512 tokens of the sorted, joined topics."""
+def scored(tokenizer, rows):
+    """The first `rows` x 512 tokens of the sorted, joined topics."""
     text = "\n\n".join(topics[key] for key in sorted(topics))
-    return np.asarray(tokenizer.encode(text)[: 8 * TOKENS], np.int32).reshape(8, TOKENS)
+    return np.asarray(tokenizer.encode(text)[: rows * TOKENS], np.int32).reshape(rows, TOKENS)
 
 
 def calibration(tokenizer):
@@ -54,15 +57,22 @@ def perplexity(lm, params, ids):
     return float(np.exp(np.mean([losses(params, row) for row in ids])))
 
 
-def main(specs):
-    source = convert.open_source("smollm2-135m")
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("specs", nargs="*", default=SPECS, metavar="SPEC", help="forms (default: all of the README)")
+    parser.add_argument("--model", default="smollm2-135m", help="as config.model.pretrained (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="rows of 512 tokens that are scored (default: %(default)s)")
+    options = parser.parse_args(argv)
+    for spec in options.specs:
+        form_of(spec)  # a misspelt one is said before the model is read
+    source = convert.open_source(options.model)
     tokenizer = build("tokenizer", source.tokenizer()).fit(None)
     lm = source.lm(precision="float32", scan=False)
     params = source.load(nn.unbox(model.abstract_params(lm)))
-    ids, text = scored(tokenizer), calibration(tokenizer)
+    ids, text = scored(tokenizer, options.rows), calibration(tokenizer)
     print("| form | MB | bits a parameter | perplexity | seconds to make |\n|---|---|---|---|---|")
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    for spec in specs:
+    for spec in options.specs:
         start = time.perf_counter()
         if getattr(form_of(spec), "calibrated", False):
             packed = calibrate.quantize(lm, params, spec, text)
@@ -75,4 +85,4 @@ def main(specs):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or SPECS)
+    exit_with(main)

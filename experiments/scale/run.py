@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 
+from efficientllm.errors import exit_with
+
 SIZE = {"num_layers": 4, "dim": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "hidden": 384}
 BASE = {"layers": 4, "unrolled": 0, "devices": 1, "experts": 0, "length": 128}
 # `unrolled` are layers too, compiled one after another in place of a loop.
@@ -98,8 +100,8 @@ def measure(point):
     import jax
     import numpy as np
 
-    from configs import base
     from efficientllm import architecture, model, sharding
+    from efficientllm import base_config as base
     from efficientllm.adapters.selected import Full
     from efficientllm.metrics import host
     from efficientllm.train import footprint, step
@@ -201,4 +203,4 @@ def growth(rows):
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

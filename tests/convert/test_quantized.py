@@ -91,6 +91,100 @@ def packed(kind):
     return write
 
 
+def gptq(folder, plain, zero=None, stored_as=-1, order=None, group=GROUP, bias=None):
+    """AutoGPTQ's files of one zero, of groups that need not divide the inputs, in an order, with biases."""
+    rng, words = np.random.default_rng(1), packed_words
+    stored, exact = {}, {}
+    for name, value in plain.items():
+        if not is_linear(name):
+            stored[name] = exact[name] = value
+            continue
+        (N, K), G = value.shape, -(-value.shape[1] // group)
+        codes = rng.integers(0, 16, (K, N))
+        zeros = rng.integers(1, 16, (G, N)) if zero is None else np.full((G, N), zero)
+        scales = (rng.random((G, N)) / 40).astype(np.float16)
+        groups = (order or np.arange)(K) // group
+        inner = name.removesuffix("weight")
+        stored[f"{inner}qweight"] = words(codes, False)
+        stored[f"{inner}qzeros"] = words(zeros + stored_as, True)
+        stored[f"{inner}scales"] = scales
+        stored |= {f"{inner}g_idx": groups.astype(np.int32)} if order else {}
+        stored |= {f"{inner}bias": np.full(N, bias, np.float16)} if bias is not None else {}
+        exact[name] = ((codes - zeros[groups]) * scales.astype(np.float32)[groups]).T.astype(np.float32).copy()
+    save_file(stored, folder / "model.safetensors")
+    return exact
+
+
+def packed_words(x_KN, along):
+    """Eight codes a word, of neighbours along the outputs or the inputs."""
+    x = x_KN if along else x_KN.T
+    out = sum(x[:, i::8].astype(np.uint32) << np.uint32(4 * i) for i in range(8))
+    return (out if along else out.T).copy().view(np.int32)
+
+
+def shuffled(K):
+    return np.random.default_rng(2).permutation(K)
+
+
+GPTQ = {
+    "symmetric": ({"zero": 8}, {"sym": True}),
+    "zeros as they are": ({"zero": 8, "stored_as": 0}, {"sym": True}),
+    "zeros as they are, in no words": ({"zero": 8, "stored_as": 0}, {}),
+    "version 2": ({"stored_as": 0}, {"checkpoint_format": "gptq_v2", "sym": False}),
+    "version 2 named 1": ({"zero": 8, "stored_as": 0}, {"checkpoint_format": "gptq", "sym": True}),
+    "asymmetric nines": ({"zero": 9}, {"sym": False}),
+    "groups that do not divide": ({"group": 40, "zero": 8}, {"sym": True, "group_size": 40}),
+    "one group": ({"group": 96, "zero": 8}, {"sym": True, "group_size": -1}),
+    "ordered by activation": ({"order": shuffled}, {"desc_act": True}),
+    "an order that is none": ({"order": np.arange, "group": 40}, {"desc_act": False, "group_size": 40}),
+    "zero biases": ({"bias": 0.0}, {}),
+}
+
+
+@pytest.mark.parametrize("case", GPTQ)
+def test_gptq_of_every_kind(case, tmp_path):
+    """Read as float32, and where groups are runs of inputs, kept as they are."""
+    said, keys = GPTQ[case]
+    exact = gptq(tmp_path, folders.llama(tmp_path, **SHAPE), **said)
+    keys = {"quant_method": "gptq", "bits": 4, "group_size": GROUP} | keys
+    (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": keys}))
+    source, lm, abstract = loaded(tmp_path, scan=False)
+    params = source.load(abstract, lm=lm)
+    kernels = [("mlp.up_proj", "ffn", "up"), ("mlp.down_proj", "ffn", "down"), ("self_attn.q_proj", "mixer", "q")]
+    for disk, part, ours in kernels:
+        expected = exact[f"model.layers.1.{disk}.weight"].T
+        np.testing.assert_array_equal(params["group_1"]["block_0"][part][ours]["kernel"], expected)
+    if case == "ordered by activation":
+        with pytest.raises(UserError, match="desc_act"):
+            source.load_stored(abstract, lm)
+        return
+    stored = source.load_stored(abstract, lm)
+    for disk, part, ours in kernels:
+        expected = exact[f"model.layers.1.{disk}.weight"].T
+        np.testing.assert_array_equal(stored["group_1"]["block_0"][part][ours]["kernel"].dense(), expected)
+
+
+@pytest.mark.parametrize(
+    "said, keys, message",
+    [
+        ({"bias": 1.0}, {}, "proj.bias' belongs to nothing"),
+        ({}, {"sym": True}, "sym is true, but its zeros are not all 8"),
+        ({}, {"group_size": 24}, "do not fit each other"),
+        ({}, {"group_size": "32"}, "group_size must be"),
+        ({}, {"desc_act": True}, "g_idx, the group of each input, is missing"),
+        ({"zero": 8}, {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+    ],
+)
+def test_gptq_that_says_two_things_is_refused(said, keys, message, tmp_path):
+    gptq(tmp_path, folders.llama(tmp_path, **SHAPE), **said)
+    keys = {"quant_method": "gptq", "bits": 4, "group_size": GROUP} | keys
+    (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": keys}))
+    with pytest.raises(UserError, match=message) as error:
+        source, lm, abstract = loaded(tmp_path)
+        source.load(abstract, lm=lm)
+    assert "\n" not in str(error.value)
+
+
 WRITERS = {"fp8": float8, "gptq": packed("gptq"), "awq": packed("awq")}
 
 

@@ -7,6 +7,7 @@ from convert import folders
 
 import runs
 from efficientllm import main
+from efficientllm.convert import stored_form
 
 pytestmark = pytest.mark.xdist_group("inference")
 
@@ -50,6 +51,26 @@ def test_a_row_holds_time_bytes_and_quality(base, tmp_path):
     assert row["quality"]["perplexity"] > 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples" / "generated.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["Hello, world", "Hi"]
+
+
+def test_weights_that_a_file_holds_rounded_are_said_to_be_so(monkeypatch, base, tmp_path, capsys):
+    """Of a GGUF's Q4_1: dequantised for float32, rounded twice for int8; in the log and in the row's sources."""
+    monkeypatch.setattr(stored_form, "stored_form", lambda source: "Q4_1")
+    assert main.main(arguments(base, tmp_path / "run")) == 0
+    row, said = json.loads((tmp_path / "run" / "record.json").read_text()), capsys.readouterr().out
+    twice = "rounded twice: Q4_1 in the file, then int8()"
+    for key in ("resident_weight_bytes", "eval_loss", "bits_per_byte"):
+        assert row["sources"][key]["source"].endswith(twice)
+    assert "against float32 (dequantised from Q4_1)" in row["sources"]["mcr"]["source"]
+    assert f"{twice}; config.quant='stored' keeps the file's" in said
+    assert "TTFT" in said and "TPOT" in said and "state of a token" in said
+
+
+def test_what_is_done_is_said_before_it_is_done(base, tmp_path, capsys):
+    assert main.main(arguments(base, tmp_path / "run")) == 0
+    said = capsys.readouterr().out
+    order = [said.index(text) for text in ("as int8() on 1 x cpu", "weights of", "compiling and measuring", "held out")]
+    assert order == sorted(order) and "\x1b" not in said and "\r" not in said
 
 
 @pytest.mark.slow

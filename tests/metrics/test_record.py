@@ -99,3 +99,17 @@ def test_long_reasons_wrap_under_their_column():
     record["sources"]["mcr"]["reason"] = "a reason " * 20
     lines = rows.format_table(record).splitlines()
     assert max(map(len, lines)) <= 100 and len(lines) > 10
+
+
+def test_the_table_fits_the_terminal_and_of_serving_holds_latencies_and_bytes(monkeypatch):
+    record = build() | {"task": "infer"}
+    record["physical"] |= {"ttft_s": 0.25, "tpot_s": 0.0123, "resident_weight_bytes": 88_400_000}
+    for key in ("ttft_s", "tpot_s", "resident_weight_bytes"):
+        record["sources"][key] = {"source": "a long story of where it comes from", "reason": None, "unit": "s"}
+    for columns, widest in ((90, 90), (20, 80), (300, 100)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = rows.format_table(record).splitlines()
+        assert max(map(len, lines)) == widest
+    told = {line.split()[0]: line.split() for line in lines if line}
+    assert "250" in told["TTFT"] and "ms" in told["TTFT"] and "12.3" in told["TPOT"]
+    assert told["weights"][1:3] == ["88.4", "MB"] and told["state"][3] == "null"

@@ -1,5 +1,7 @@
 """The table of hardware, and what is refused of it."""
 
+import json
+
 import pytest
 
 from efficientllm.errors import UserError
@@ -17,24 +19,64 @@ def test_every_figure_has_a_source(name):
     assert found.network is None or "network" in found.sources
     if found.plugin:
         assert found.device_kind in peaks.PEAKS and found.memory_bytes > 1e10
-        assert found.peak_flops("bfloat16").value and found.bandwidth().value
+        half = "float16" if found.capability == (7, 5) else "bfloat16"  # Turing has none of the latter
+        assert found.peak_flops(half).value and found.bandwidth().value
 
 
-def test_names_may_be_short_where_one_begins_so():
-    assert [hardware.find(name, 1).name for name in ("h100", "v5e", "gh200", "a100", "tpu_v6e")] == [
-        "h100_sxm",
-        "tpu_v5e",
-        "gh200_96",
-        "a100_sxm_80",
-        "tpu_v6e",
-    ]
-    for name in ("h", "v5", "h300", ""):
+@pytest.mark.parametrize(
+    "spelling, name",
+    [
+        *(("gh200", "gh200_96"), ("h100_sxm", "h100"), ("tpu_v5e", "v5e"), ("a100_sxm_80", "a100"), ("b2", "b200")),
+        *(
+            ("H100", "h100"),
+            ("RTX 4090", "rtx4090"),
+            ("4090", "rtx4090"),
+            ("rtx-3090", "rtx3090"),
+            ("A6000", "rtx_a6000"),
+        ),
+        *(("NVIDIA GeForce RTX 5090", "rtx5090"), ("L40S", "l40s"), ("l4", "l4"), ("nvidia a10", "a10")),
+    ],
+)
+def test_a_name_has_one_spelling_and_takes_others(spelling, name):
+    assert hardware.find(spelling, 1).name == name
+
+
+def test_names_that_are_none_or_many():
+    for name in ("h", "v5", "h300", "", "rtx", "nvidia"):
         with pytest.raises(UserError, match="no such hardware; known: .*gh200_96"):
             hardware.find(name, 1)
 
 
+OWN = {"device_kind": "My Card", "memory_bytes": 2e10, "bandwidth": 1e12, "flops": {"bfloat16": 1e14}}
+
+
+def test_hardware_of_one_s_own_is_a_file(tmp_path):
+    file = tmp_path / "card.json"
+    file.write_text(json.dumps(OWN))
+    found = hardware.find(str(file), 1)
+    assert (found.peak_flops("bfloat16").value, found.bandwidth().value, found.memory_bytes) == (1e14, 1e12, 2e10)
+    assert found.peak_flops("float16").value is None and not found.has_compiler and found.capability == (0, 0)
+    assert roofline.roofline(found, 1, "bfloat16", 1e14, 1e12, []).seconds == pytest.approx(1.0)
+    for change, said in (
+        ({"bandwidth": -1}, "bandwidth = -1: must be a finite number above 0"),
+        ({"flops": {"bfloat16": "fast"}}, "flops of bfloat16 = 'fast'"),
+        ({"flops": 3}, "flops = 3: must be a dict"),
+        ({"tdp": 3}, "no fact 'tdp'"),
+        ({"platform": "npu"}, "none of gpu, tpu"),
+        ({"per_host": 0}, "per_host = 0"),
+    ):
+        file.write_text(json.dumps(OWN | change))
+        with pytest.raises(UserError) as error:
+            hardware.find(str(file), 1)
+        assert said in str(error.value) and "config.plan.hardware = " in str(error.value)
+    file.write_text("[]")
+    with pytest.raises(UserError):
+        hardware.find(str(file), 1)
+
+
 @pytest.mark.parametrize(
-    "name, count, said", [("v5e", 6, "4, 8, 16"), ("h200", 12, "16 would do"), ("h200", 0, "least 1")]
+    "name, count, said",
+    [("v5e", 6, "4, 8, 16"), ("h200", 12, "16 would do"), ("h200", 0, "least 1"), ("rtx4090", 9, "no network")],
 )
 def test_numbers_that_hardware_does_not_come_in(name, count, said):
     with pytest.raises(UserError, match=said):

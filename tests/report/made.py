@@ -44,9 +44,14 @@ def row(
     energy="nvml energy counter (measured, gpu, edges +-0.8%)",
     changes=None,
     task="pretrain",
+    conditions=None,
+    told=None,
     **values,
 ):
-    """Writes `folder/record.json` with these values (`al_s=0.5`, `eval_loss=None`, ...) and returns its path."""
+    """Writes `folder/record.json` with these values (`al_s=0.5`, `eval_loss=None`, ...) and returns its path.
+
+    `conditions` are `conditions.row`'s, `told` is joined to the provenance.
+    """
     readings = {"paper": {}, "physical": {}, "quality": {}}
     for key, value in values.items():
         group = "paper" if key in UNITS else "physical" if key in PHYSICAL_UNITS else "quality"
@@ -62,10 +67,12 @@ def row(
             "devices": devices,
             "host": {"processor": {"name": "Test", "cores": 2}},
             "started": f"2026-01-01T00:00:{seed:02}",
+            **(told or {}),
         },
         paper_readings=readings["paper"],
         physical=readings["physical"],
         quality=readings["quality"],
+        conditions=conditions,
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_record(record | ({"sweep": sweep} if sweep else {}), folder / "record.json")

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from efficientllm.report import board, comparison, rows
+from efficientllm.metrics import conditions
+from efficientllm.report import board, comparison, markdown, rows
 from report import made
 
 
@@ -61,10 +62,13 @@ def test_energy_of_another_scope_is_shown_and_not_ranked(tmp_path):
         ({"data": "text(path='x')"}, "bits_per_byte", "data"),
         ({"tokenizer": "bpe(vocab_size=9)"}, "eval_loss", "tokenizer"),
         ({"tokenizer": "bpe(vocab_size=9)"}, "bits_per_byte", None),
-        ({"train.steps": 200}, "al_s", None),
+        ({"train.steps": 200}, "al_s", "number of tokens"),
+        ({"train.steps": 200}, "amu_gb", "number of tokens"),
+        ({"train.steps": 200}, "flops_per_token", None),
+        ({"eval.batches": 3}, "al_s", None),
     ],
 )
-def test_quality_is_compared_at_equal_tokens_data_and_tokenizer(tmp_path, changes, metric, said):
+def test_what_is_measured_is_compared_at_equal_tokens_data_and_tokenizer(tmp_path, changes, metric, said):
     made.row(tmp_path / "a", "gqa", seed=0, **{metric: 2.0})
     made.row(tmp_path / "b", "mla", seed=0, changes=changes, **{metric: 3.0})
     (group,) = groups(tmp_path)
@@ -131,3 +135,134 @@ def test_the_studys_rows_stand_beside_ours(tmp_path):
     assert of["mla", "amu_gb"]["study_ratio"] == pytest.approx(52.93 / 44.87)
     assert of["mla", "al_s"]["agrees"] == "same side" and of["mqa", "al_s"]["agrees"] == "other side"
     assert of["mla", "aec_w"]["agrees"] == "not measured here" and "digest" in entry["trust"]
+
+
+DATA = {"source": "text(path='x')", "fingerprint": "a" * 64, "train_tokens": 1000}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "metric", "said"),
+    [
+        ({"data": DATA}, {"data": {**DATA, "fingerprint": "b" * 64}}, "al_s", "another data"),
+        ({"data": DATA}, {"data": {**DATA, "fingerprint": "b" * 64}}, "bits_per_byte", "another data"),
+        ({"data": DATA}, {"data": {**DATA, "train_tokens": 900}}, "eval_loss", "another tokenizer"),
+        ({"data": DATA}, {}, "eval_loss", None),
+        ({"versions": {"jax": "0.10.2"}}, {"versions": {"jax": "0.12.0"}}, "al_s", "version of jax"),
+        ({"versions": {"jax": "0.10.2"}}, {"versions": {"jax": "0.12.0"}}, "eval_loss", None),
+        ({"xla_flags": None}, {"xla_flags": "--xla_x"}, "tokens_per_s", "XLA_FLAGS"),
+        ({"allocator": {"preallocates": True}}, {"allocator": {"preallocates": False}}, "amu_gb", "allocator"),
+        (
+            {"devices": {**made.H100, "power_limit_w": [700]}},
+            {"devices": {**made.H100, "power_limit_w": [300]}},
+            "al_s",
+            "power limit",
+        ),
+        ({"host": {"power_source": "mains"}}, {"host": {"power_source": "battery"}}, "al_s", "source of power"),
+    ],
+)
+def test_content_and_conditions_decide_and_not_names(tmp_path, a, b, metric, said):
+    for name, mixer, told in (("a", "gqa", a), ("b", "mla", b)):
+        made.row(tmp_path / name, mixer, told=told, **{metric: 2.0})
+    (group,) = groups(tmp_path)
+    reason = group.refusal(group.variants[1], metric)
+    assert reason is None if said is None else said in reason
+
+
+def test_a_path_whose_files_have_changed_is_no_replicate(tmp_path):
+    for seed, print_ in ((0, "a"), (1, "b")):
+        for mixer in ("gqa", "mla"):
+            told = {"data": {**DATA, "fingerprint": print_ * 64}}
+            made.row(tmp_path / f"{mixer}{seed}", mixer, seed=seed, told=told, al_s=0.5)
+    (group,) = groups(tmp_path)
+    assert "the baseline's rows are not alike: another data" in group.refusal(group.variants[1], "al_s")
+
+
+def test_a_row_of_longer_training_is_marked_and_neither_scored_nor_non_dominated(tmp_path):
+    for seed in range(2):
+        made.row(tmp_path / f"a{seed}", "gqa", seed=seed, al_s=0.5, eval_loss=6.5 + seed / 100)
+        made.row(tmp_path / f"m{seed}", "mla", seed=seed, al_s=0.6, eval_loss=6.4 + seed / 100)
+        longer = {"train.steps": 200}
+        made.row(tmp_path / f"b{seed}", "mqa", seed=seed, changes=longer, al_s=0.1, eval_loss=2.0 + seed / 100)
+    found = board.build(rows.read(rows.find([tmp_path])[0]), baseline="model.mixer=gqa")
+    (group,) = found["groups"]
+    assert group["baseline"].startswith("model.mixer=gqa")
+    (longer,) = [v for v in group["variants"] if "mqa" in v["variant"]]
+    for key in ("al_s", "eval_loss"):
+        cell = longer["cells"][key]
+        assert "rank" not in cell and "ratio" not in cell and "number of tokens" in cell["reason"]
+        assert longer["variant"] not in group["pareto"]["al_s|eval_loss"]
+    assert longer["efficiency_score"] is None and longer["normalised"]["al_s"] is None
+    text = markdown.text(found, {})
+    assert "(not compared)" in text and "another number of tokens than the baseline's: 204800, not 102400" in text
+
+
+def conditions_of(starved):
+    said = conditions.row(None)
+    return said | {"starved": starved, "reasons": ["84% of the CPU time went to others"] if starved else []}
+
+
+def test_starved_rows_are_compared_in_time_within_blocks_only_and_marked(tmp_path):
+    for seed in range(2):
+        for mixer in ("gqa", "mla"):
+            values = {"al_s": 0.5 + seed / 100, "tokens_per_s": 100.0, "amu_gb": 1.0}
+            met = conditions_of(starved=mixer == "mla" and seed == 1)
+            made.row(tmp_path / "runs" / f"{mixer}{seed}", mixer, seed=seed, conditions=met, **values)
+            told = {"name": "x", "variant": mixer, "baseline": "gqa", "block": seed, "order": 0, "seed": seed}
+            made.row(tmp_path / "sweep" / f"{mixer}{seed}", mixer, seed=seed, sweep=told, conditions=met, **values)
+    (group,) = groups(tmp_path / "runs")
+    for key in ("al_s", "tokens_per_s"):
+        assert "seed 1 alone: 84%" in group.refusal(group.variants[1], key)
+    assert group.refusal(group.variants[1], "amu_gb") is None
+    (group,) = groups(tmp_path / "sweep")
+    cells, _ = group.compare("al_s", "lower")
+    assert "ratio" in cells["mla"] and cells["mla"]["starved"] == 1 and "starved" not in cells["gqa"]
+    made_board = board.build(rows.read(rows.find([tmp_path / "sweep"])[0]))
+    (mla,) = [v for v in made_board["groups"][0]["variants"] if v["variant"] == "mla"]
+    assert any("x 1: starved" in note for note in mla["notes"])
+    assert "(starved)" in markdown.text(made_board, {})
+
+
+def test_a_verdict_within_the_noise_floor_is_withheld_and_ties_in_rank(tmp_path):
+    """A technique 20 % faster in every block, where the baseline differs from itself by a half."""
+    for block, second in enumerate((0.5, 1.6, 0.7, 1.3)):
+        for order, (mixer, al_s) in enumerate((("gqa", 1.0), ("mqa", 0.8 * second**0.5), ("gqa", second))):
+            told = {"name": "x", "variant": mixer, "baseline": "gqa", "block": block, "order": order, "seed": block}
+            jitter = 1 + block / 1000
+            made.row(tmp_path / f"{block}{order}", mixer, seed=block, sweep=told, al_s=al_s * jitter, amu_gb=jitter)
+    (group,) = groups(tmp_path)
+    cells, wins = group.compare("al_s", "lower")
+    assert cells["mqa"]["high"] < 1, "by its own interval it would be better"
+    assert cells["mqa"]["verdict"].startswith("withheld") and cells["mqa"]["rank"] == cells["gqa"]["rank"] == 1.5
+    assert wins["mqa"]["gqa"] == pytest.approx(0.5, abs=0.01)
+    assert group.withheld("al_s", group.between("al_s", "mqa", "gqa")[0])
+    assert group.compare("amu_gb", "lower")[0]["mqa"]["verdict"].startswith("equal"), "of memory there is no noise"
+
+
+def test_a_run_that_crashed_before_it_knew_its_device_stays_with_its_sweep(tmp_path):
+    made.sweep(tmp_path / "sweep", blocks=2)
+    told = {"name": "attention", "variant": "nsa", "baseline": "gqa", "block": 0, "order": 9, "seed": 0}
+    made.row(tmp_path / "sweep" / "crash", "nsa", outcome="crash", sweep=told, devices={})
+    made.row(tmp_path / "alone", "nsa", outcome="crash", devices={})
+    found = board.build(rows.read(rows.find([tmp_path])[0]))
+    (group,) = found["groups"]
+    assert "unknown" not in group["name"] and len(found["failures"]) == 2
+    (nsa,) = [v for v in group["variants"] if v["variant"] == "nsa"]
+    assert nsa["outcomes"] == {"crash": 1}
+
+
+def test_a_failed_run_that_started_first_is_no_baseline(tmp_path):
+    made.row(tmp_path / "a", "mla", seed=0, outcome="oom")
+    made.row(tmp_path / "b", "gqa", seed=1, al_s=0.5)
+    (group,) = groups(tmp_path)
+    assert group.baseline == "model.mixer=gqa"
+
+
+def test_a_baseline_by_keys_is_found_where_other_configs_lie_in_the_folder(tmp_path):
+    for seed in range(2):
+        for mixer in ("gqa", "mla"):
+            made.row(tmp_path / f"{mixer}{seed}", mixer, seed=seed, al_s=0.5)
+    made.row(tmp_path / "other", "gqa", changes={"model.size": "small", "train.steps": 7}, al_s=0.5)
+    (group,) = groups(tmp_path, baseline="model.mixer=gqa")
+    assert len(group.of(group.baseline)) == 2 and group.of(group.baseline)[0].config["model.size"] == "tiny"
+    (group,) = groups(tmp_path, baseline="model.mixer=gqa, model.size=small")
+    assert group.of(group.baseline)[0].config["model.size"] == "small"

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from efficientllm.metrics import conditions
 from efficientllm.report import __main__ as command
 from report import browser, made
 
@@ -343,4 +344,31 @@ def test_failures_say_why_and_running_runs_are_none(chromium, tmp_path):
     assert "The command that runs it again" in chromium.run(
         "document.querySelector('#failures-text details').innerText"
     )
+    assert chromium.problems == []
+
+
+def test_a_longer_training_answers_nothing_and_is_marked(chromium, tmp_path):
+    """Best on both axes, as it was trained five times as long: out of answers, and a cross in the plot."""
+    chromium.problems.clear()
+    starved = conditions.row(None) | {"starved": True, "reasons": ["84% of the CPU time went to others"]}
+    for seed in range(2):
+        for mixer, al_s, loss, steps in (("gqa", 0.5, 6.5, 40), ("mla", 0.6, 6.4, 40), ("mqa", 0.1, 2.0, 200)):
+            told = {"name": "x", "variant": mixer, "baseline": "gqa", "block": seed, "order": 0, "seed": seed}
+            values = {"al_s": al_s + seed / 100, "eval_loss": loss + seed / 100}
+            met = starved if mixer == "mla" and seed else None
+            changes = {"train.steps": steps}
+            folder = tmp_path / f"{mixer}{seed}"
+            made.row(folder, mixer, seed=seed, sweep=told, changes=changes, conditions=met, **values)
+    assert command.main([str(tmp_path), f"--out={tmp_path / 'report'}"]) == 0
+    chromium.open(tmp_path / "report" / "index.html")
+    for query in ("least al_s with eval_loss <= 6.5", "least eval_loss", "least al_s with eval_loss <= +1 %"):
+        fit = ask(chromium, query)
+        out = chromium.run("byId('query-result').querySelector('details').textContent")
+        assert "mqa" not in fit and "number of tokens" in out, query
+    names = chromium.run("byId('pareto').data.map((trace) => trace.meta)")
+    assert [name for name in names if "not compared" in name] == ["mqa (not compared)"]
+    assert "not compared: another number of tokens" in chromium.run("byId('pareto-text').innerText")
+    mla = "document.querySelector('tr[data-variant=mla]')"
+    assert "1 of 2 starved" in chromium.run(f"{mla}.querySelector('td[data-key=al_s]').innerText")
+    assert "84%" in chromium.run(f"{mla}.querySelector('.outcomes small').title")
     assert chromium.problems == []

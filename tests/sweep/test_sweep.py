@@ -115,13 +115,16 @@ def test_a_run_that_somebody_stopped_has_no_row_and_is_resumed(tmp_path):
     assert execute.outcome(tmp_path / run.folder) is None
 
 
-def test_failures_stop_nothing_and_the_command_goes_on(tmp_path, monkeypatch):
+def test_failures_stop_nothing_and_the_command_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "execute", execute_program)
     runs = list(spec.runs(sweep(seeds=(0,))))
     costs = {name: check.Cost(1, 1, 1, 1.0, 1.0) for name in "abc"}
     execute_program(runs[0], tmp_path / runs[0].folder)
     outcomes = launch.local(runs, tmp_path, sweep(), costs)
     assert {run.variant: found for run, found in zip(runs, outcomes, strict=True)} == {"a": "ok", "b": "ok", "c": "nan"}
+    shown = capsys.readouterr().out
+    (failed,) = [run for run in runs if run.variant == "c"]
+    assert f"this is nan\n  {tmp_path / failed.folder}" in shown, "the reason, and where its row is"
     assert len((tmp_path / "ran.txt").read_text().split()) == len(runs)
 
 
@@ -170,6 +173,26 @@ def test_equality_is_checked_before_anything_runs():
         ({"search": ("train.steps", 1, 8)}, "needed are a key"),
         ({"search": ("train.length", 64, 8)}, "needed are a key"),
         ({"grid": ("train.schedule", "constant(peak=1)")}, "two values or more"),
+        ({"grid": ("train.schedule", 3)}, "two values or more"),
+        ({"grid": "train"}, "needed is a tuple"),
+        ({"seeds": 2}, "seeds = 2: needed is a tuple of whole numbers, each once, such as"),
+        ({"seeds": "01"}, "seeds = '01'"),
+        ({"seeds": (0, 0)}, "each once"),
+        ({"seeds": (True,)}, "each once"),
+        ({"repeats": "3"}, "repeats = '3': needed is a whole number"),
+        ({"repeats": 1.5}, "repeats = 1.5"),
+        ({"timeout_s": "60"}, "a number of seconds"),
+        ({"timeout_s": float("nan")}, "a number of seconds"),
+        ({"memory_gb": -1}, "a number of GB"),
+        ({"overrides": ("train.steps", 3)}, "needed is a dict"),
+        ({"equal": {"tokens": "all"}}, "a share|the share"),
+        ({"twice": 1}, "True or False"),
+        ({"variants": {}}, "a dict of names"),
+        ({"variants": ["configs/base.py"]}, "a dict of names"),
+        ({"variants": {"a": ("configs/base.py",)}}, "a dict of names"),
+        ({"variants": {"../a": "configs/base.py"}, "baseline": "../a"}, "no slash"),
+        ({"name": "../elsewhere"}, "without a slash"),
+        ({"search": ("train.length", 64.0, 128)}, "needed are a key"),
     ],
 )
 def test_a_bad_sweep_is_refused(changes, message):
@@ -268,3 +291,47 @@ def test_a_signal_stops_the_run_and_the_sweep(signum, tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.glob("*/record.json"))
+
+
+def test_a_crash_has_a_reason_a_path_and_a_place_in_its_ranking(tmp_path):
+    (run, *_) = spec.runs(sweep(variants={"a": ("configs/base.py", {"what": "crash"})}))
+    assert execute_program(run, tmp_path / run.folder) == "crash"
+    assert execute.why(tmp_path / run.folder) == "this is crash"
+    (tmp_path / run.folder / "record.json").unlink()
+    (tmp_path / run.folder / "output.txt").write_text("x" * 10**6)
+    assert len(execute.why(tmp_path / run.folder)) == execute.LONGEST
+    (real, *_) = spec.runs(sweep(variants={"a": f"{small.ROOT}/configs/base.py"}))
+    execute.write_row(real, tmp_path / real.folder, 1)
+    row = json.loads((tmp_path / real.folder / "record.json").read_text())
+    assert row["task"] == "pretrain" and row["config"]["seed"] == 0 and row["config"]["model"]["mixer"]
+
+
+def test_minutes_count_starting_and_what_runs_took_before(tmp_path):
+    runs = list(spec.runs(sweep(seeds=(0, 1))))
+    costs = {name: check.Cost(1, 1, 1, 0.0, 1.0) for name in "abc"}
+    said = check._minutes(runs, costs, 1e9, 60.0, tmp_path)
+    assert said.startswith(f"about {len(runs)} minutes, 0 of steps") and "60 s a run" in said
+    (first, *_) = [run for run in runs if run.variant == "a"]
+    execute_program(first, tmp_path / first.folder)
+    said = check._minutes(runs, costs, 1e9, 60.0, tmp_path)
+    others = sum(run.variant != "a" for run in runs)
+    assert f"{others} of starting" in said and "as runs of the same variants took (1 have rows)" in said
+    assert check.start_seconds() > check.COMPILE_S + 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return Sweep(name='x', baseline='a', variants={'a': 'configs/base.py'}, seeds=2)", "seeds = 2"),
+        ("return Sweep(nam='x')", "unexpected keyword argument 'nam'"),
+        ("return {}['x']", "KeyError: 'x' (line 3)"),
+        ("return 1 / 0", "ZeroDivisionError: division by zero (line 3)"),
+        ("return None", "must return an efficientllm.sweep.Sweep, not a NoneType"),
+    ],
+)
+def test_a_sweeps_file_with_an_error_is_one_line(body, said, tmp_path, capsys):
+    file = tmp_path / "sweep.py"
+    file.write_text(f"from efficientllm.sweep import Sweep\ndef get_config():\n    {body}\n")
+    assert main([f"--config={file}", "--dry_run"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

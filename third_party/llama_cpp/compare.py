@@ -20,6 +20,8 @@ from unittest import mock
 
 import numpy as np
 
+from efficientllm.errors import UserError, exit_with
+
 DISCARDED = 2  # blocks: compilation, and pages of the file
 NAMES = ("llama.cpp", "ours")
 
@@ -27,9 +29,11 @@ NAMES = ("llama.cpp", "ours")
 def main(argv=None):
     options = _options(argv)
     if importlib.util.find_spec("llama_cpp") is None:
-        sys.exit("llama_cpp is missing: pip install -r third_party/llama_cpp/requirements.txt (needs a C++ compiler)")
+        raise UserError(
+            "llama_cpp is missing: pip install -r third_party/llama_cpp/requirements.txt (needs a C++ compiler)"
+        )
     if not pathlib.Path(options.gguf).is_file():
-        sys.exit(f"--gguf={options.gguf}: no such file")
+        raise UserError(f"--gguf={options.gguf}: no such file")
     contestants = {name: Contestant(name, options) for name in NAMES}
     try:
         times = race(contestants, options)
@@ -170,4 +174,4 @@ def table(times, options):
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

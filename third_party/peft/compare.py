@@ -16,12 +16,11 @@ import pathlib
 import pydoc_data.topics
 import random
 import statistics
-import sys
 import tempfile
 import time
 from unittest import mock
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # configs/ is beside the package, not in it
+from efficientllm.errors import exit_with
 
 DISCARDED = 2
 TOLERANCE = 2e-3  # nats, of the first loss
@@ -177,8 +176,8 @@ def _ours(method, model, options, host):
     import jax.numpy as jnp
     import numpy as np
 
-    from configs import base
     from efficientllm import allocator, architecture, sharding
+    from efficientllm import base_config as base
     from efficientllm import model as models
     from efficientllm.registry import build
     from efficientllm.train import footprint, setup, step
@@ -243,4 +242,4 @@ def table(found):
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

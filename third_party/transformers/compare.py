@@ -21,6 +21,8 @@ import time
 
 import work
 
+from efficientllm.errors import exit_with
+
 DISCARDED = 2  # compilation, and the allocators' first steps
 TOLERANCE = 1e-4  # nats, of the first loss between float32 contestants
 BASELINE = "torch-float32"
@@ -204,4 +206,4 @@ def table(report):
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -14,6 +14,8 @@ import numpy as np
 import ours
 import work
 
+from efficientllm.errors import exit_with
+
 SHAPE = work.Shape(layers=4, dim=128, heads=4, kv_heads=2, hidden=384, vocab=512)
 BATCH, LENGTH, SUCCESSORS = 4, 64, 4
 
@@ -60,4 +62,4 @@ def tail(losses, count):
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

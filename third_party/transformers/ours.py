@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import work
 
-from configs import base
 from efficientllm import architecture, model, sharding
+from efficientllm import base_config as base
 from efficientllm.train import step
 
 

@@ -20,12 +20,11 @@ import pathlib
 import pydoc_data.topics
 import random
 import statistics
-import sys
 import tempfile
 import time
 from unittest import mock
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # configs/ is beside the package, not in it
+from efficientllm.errors import exit_with
 
 DISCARDED = 1
 PROMPT = 32  # tokens before what is decoded
@@ -185,8 +184,8 @@ def _transformers(dtype, folder, options):
 def _ours(form, folder, options):
     import jax
 
-    from configs import base
     from efficientllm import accounting
+    from efficientllm import base_config as base
     from efficientllm.infer import samplers, serving
     from efficientllm.infer.engine import Engine
 
@@ -255,4 +254,4 @@ def table(found, rates, options):
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

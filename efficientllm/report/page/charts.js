@@ -105,21 +105,22 @@ function renderPareto() {
   const group = chosenGroup("pareto-group"), x = byId("pareto-x").value, y = byId("pareto-y").value;
   const shares = paretoShares(group, x, y);
   const held = group.variants.filter((variant) => x && y && variant.cells[x].mean !== null && variant.cells[y].mean !== null);
-  const text = (variant) => (shares[variant.variant] == null ? "" : ` ${percent(shares[variant.variant])}`);
+  const refused = (variant) => refusal(variant, group, x) ?? refusal(variant, group, y);
+  const text = (variant) => (refused(variant) ? " (not compared)" : shares[variant.variant] == null ? "" : ` ${percent(shares[variant.variant])}`);
   const [xs, ys] = [x, y].map((key) => held.map((variant) => variant.cells[key].mean));
   const names = held.map((variant) => `${short(variant.variant)}${text(variant)}`);
   const ranges = [around(xs), around(ys)], places = labelPlaces(byId("pareto"), xs, ys, names, ranges);
   const traces = held.map((variant, i) => ({
     x: [xs[i]], y: [ys[i]], mode: "markers+text", text: [places[i] ? plotText(names[i]) : ""], textposition: places[i] || "top center",
     name: variant.variant, meta: plotText(variant.variant + text(variant)),
-    marker: { color: colour(i), size: 12, opacity: 0.25 + 0.75 * (shares[variant.variant] ?? 1) },
+    marker: { color: colour(i), size: 12, opacity: 0.25 + 0.75 * (shares[variant.variant] ?? 1), symbol: refused(variant) ? "x-thin-open" : "circle" },
     hovertemplate: `%{meta}<br>${x}: ${show(xs[i], COLUMNS[x].unit)}<br>${y}: ${show(ys[i], COLUMNS[y].unit)}<extra></extra>`,
   }));
   const axis = (key, range) => ({ title: { ...axisTitle(key), standoff: 10 }, range });
   plot("pareto", traces, { xaxis: axis(x, ranges[0]), yaxis: axis(y, ranges[1]) },
     traces.length ? `Scatter of ${x} and ${y}` : "No variant has both metrics.");
   const rows = held.map((variant) => [variant.variant, show(variant.cells[x].mean, COLUMNS[x].unit),
-    show(variant.cells[y].mean, COLUMNS[y].unit), percent(shares[variant.variant])]);
+    show(variant.cells[y].mean, COLUMNS[y].unit), refused(variant) ? `not compared: ${refused(variant)}` : percent(shares[variant.variant])]);
   const unsure = held.length && held.every((variant) => shares[variant.variant] == null);
   byId("pareto-text").replaceChildren(...(rows.length ? [plainTable("", ["variant", x, y, "probability of being non-dominated"], rows)] : []),
     make("p", { class: "hint" }, unsure ? "No probability: it takes two blocks, and rows that may be ranked together." : ""));

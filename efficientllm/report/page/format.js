@@ -34,6 +34,7 @@ function show(value, unit) {
 
 function showRatio(entry) {
   if (entry.low === null || entry.low === undefined) return `×${entry.ratio.toFixed(3)}, no interval`;
+  if (entry.low <= 1 && entry.high >= 1 && (entry.low < 0.5 || entry.high > 2)) return "cannot be told apart";
   return `×${entry.ratio.toFixed(3)} (${entry.low.toFixed(3)}–${entry.high.toFixed(3)})`;
 }
 

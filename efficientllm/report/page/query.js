@@ -80,10 +80,14 @@ const HOLDS = {
   "=": (a, b) => Math.abs(a - b) <= 1e-9 * Math.abs(b),
 };
 
+/* Why a value may not stand beside the baseline's (other training, data, device limits, a starved machine), or null. */
+const refusal = (variant, group, key) => (variant.variant === group.baseline ? null : variant.cells[key].reason);
+
 /* {ok, why, sure}: `sure` is false where the ratio's interval holds the bound. */
 function check(condition, variant, group) {
   const cell = variant.cells[condition.key];
   if (cell.mean === null) return { ok: false, why: `${condition.key} is null: ${cell.reason}` };
+  if (refusal(variant, group, condition.key)) return { ok: false, why: `${condition.key} is not compared: ${cell.reason}` };
   if (condition.absolute !== undefined) {
     const ok = HOLDS[condition.sign](cell.mean, condition.absolute);
     return { ok, sure: true, why: ok ? "" : `${condition.key} is ${show(cell.mean, COLUMNS[condition.key].unit)}` };
@@ -103,7 +107,7 @@ function answer(query, group) {
     const cell = variant.cells[query.key];
     const failed = checks.filter((one) => !one.ok).map((one) => one.why);
     if (cell.mean === null) failed.unshift(`${query.key} is null: ${cell.reason}`);
-    else if (cell.reason && variant.variant !== group.baseline) failed.unshift(`${query.key} is not ranked: ${cell.reason}`);
+    else if (refusal(variant, group, query.key)) failed.unshift(`${query.key} is not ranked: ${cell.reason}`);
     if (failed.length) out.push({ variant, why: [...new Set(failed)].join("; ") });
     else fit.push({ variant, cell, sure: checks.every((one) => one.sure) });
   }

@@ -67,13 +67,21 @@ function ratioNode(cell) {
   const verdict = cell.verdict;
   const mark = verdict.startsWith("better") ? "▲ " : verdict.startsWith("worse") ? "▼ " : verdict.startsWith("equal") ? "≈ " : "";
   const kind = mark === "▲ " ? "better" : mark === "▼ " ? "worse" : "";
-  return make("small", { class: kind, title: `${verdict}; ${cell.method}` }, `${mark}${showRatio(cell)}`);
+  const within = verdict.startsWith("withheld") ? ", within noise" : "";
+  return make("small", { class: kind, title: `${verdict}; ${cell.method}` }, `${mark}${showRatio(cell)}${within}`);
 }
 
 function metricCell(cell, key) {
   const td = make("td", { "data-key": key }, valueNode(cell, COLUMNS[key].unit), ratioNode(cell));
   if (cell.mean !== null && cell.reason) td.append(make("small", { class: "open", title: cell.reason }, "not compared"));
+  if (cell.starved) td.append(make("small", { class: "open", title: "the machine was not this run's alone" }, `${cell.starved} of ${cell.n} starved`));
   return td;
+}
+
+/* What must be known of a variant's times, as a mark with all of it as its title. */
+function notesNode(variant) {
+  if (!variant.notes.length) return null;
+  return make("small", { class: "open", title: variant.notes.join("\n"), tabindex: "0" }, variant.notes.length === 1 ? "1 note" : `${variant.notes.length} notes`);
 }
 
 function outcomesText(variant) {
@@ -86,7 +94,7 @@ function entryRow({ group, variant }) {
   const failed = Object.keys(variant.outcomes).some((outcome) => outcome !== "ok");
   const row = make("tr", { class: variant.variant === group.baseline ? "baseline" : null, "data-variant": variant.variant },
     make("th", { scope: "row" }, openButton(variant, key)),
-    make("td", { class: failed ? "outcomes worse" : "outcomes" }, outcomesText(variant)),
+    make("td", { class: failed ? "outcomes worse" : "outcomes" }, outcomesText(variant), notesNode(variant)),
     ...tableState.columns.map((key) => metricCell(variant.cells[key], key)),
     make("td", { title: score === null ? "no metric of Eq. 12 is known" : `Eq. 12 over ${group.score.over.join(", ")}: ${group.score.of.join(", ")}` },
       score === null ? "–" : score.toFixed(3), !whole && score !== null ? make("small", {}, `${group.score.of.length} of 5`) : null));

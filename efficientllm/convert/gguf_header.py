@@ -1,0 +1,171 @@
+"""The header of a GGUF file, read by ourselves: every count, length and offset against the bytes that there are.
+
+The package `gguf` reads past the end in silence: a claimed count of 2^60 is a loop and a list that long.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import dataclasses
+import math
+import mmap
+import struct
+
+from efficientllm.errors import UserError
+from efficientllm.untrusted import files
+from efficientllm.untrusted.json_text import shown
+
+VERSIONS = (2, 3)
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
+_LONGEST_NAME, _LONGEST_TEXT, _MOST_ENTRIES, _LARGEST_ALIGNMENT = 1 << 12, 1 << 24, 1 << 23, 1 << 16
+_KEPT = 1 << 10  # entries of an array whose values are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """`shape` in numpy's order, of a `kind` of ggml's by number, `size` bytes from `offset` of the file on."""
+
+    kind: int
+    shape: tuple
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """`values` are the metadata by key, None for arrays of 2^10 entries and more; `tensors` by name."""
+
+    values: dict
+    tensors: dict
+
+
+def read(path, block_sizes):
+    """The Header of a file; `block_sizes` are `{kind: (weights of a block, its bytes)}`.
+
+    Raises UserError for a file that is no GGUF, and for one that its own bytes do not bear out.
+    """
+    with files.open_file(path) as opened:
+        if files.size_of(path) < 24:
+            raise UserError(f"{path}: no GGUF file: it has {files.size_of(path)} bytes")
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _Reader(data, block_sizes).header()
+            except _Bad as problem:
+                raise UserError(f"{path}: no GGUF file that can be read: {problem}") from None
+
+
+class _Bad(Exception):
+    """What is wrong with a header."""
+
+
+class _Reader:
+    """Reads from the beginning of `data` on, never past its end."""
+
+    def __init__(self, data, block_sizes):
+        self._data, self._at, self._left, self._blocks = data, 0, _MOST_ENTRIES, block_sizes
+
+    def header(self):
+        """The whole header, checked."""
+        if self._bytes(4) != b"GGUF":
+            raise _Bad("it does not begin with GGUF")
+        version, tensors, keys = self._scalar("I"), self._scalar("Q"), self._scalar("Q")
+        if version not in VERSIONS:
+            raise _Bad(f"version {version}; known are 2 and 3, of little-endian machines")
+        self._require_room(keys, 13, "keys")
+        values = dict(self._distinct(keys, self._key, "key"))
+        self._require_room(tensors, 24, "tensors")
+        described = dict(self._distinct(tensors, self._tensor, "tensor"))
+        start = self._start(values.get("general.alignment", 32))
+        return Header(values, self._placed(described, *start))
+
+    def _require_room(self, count, size, what):
+        if count * size > len(self._data) - self._at:
+            raise _Bad(f"{count:,} {what} in a file of {len(self._data):,} bytes: it is cut short")
+
+    def _bytes(self, count):
+        found = self._data[self._at : self._at + count]
+        if len(found) < count:
+            raise _Bad(f"{count:,} bytes at byte {self._at:,} are not there: it is cut short")
+        self._at += count
+        return found
+
+    def _scalar(self, form):
+        return struct.unpack(f"<{form}", self._bytes(struct.calcsize(f"<{form}")))[0]
+
+    def _text(self, most=_LONGEST_TEXT):
+        length = self._scalar("Q")
+        if length > most:
+            raise _Bad(f"a text of {length:,} bytes, where at most {most:,} are read")
+        try:
+            return self._bytes(length).decode()
+        except UnicodeDecodeError:
+            raise _Bad(f"a text that is not UTF-8, at byte {self._at - length:,}") from None
+
+    def _distinct(self, count, read, what):
+        names = set()
+        for _ in range(count):
+            name, value = read()
+            if name in names:
+                raise _Bad(f"{what} {shown(name)} stands in it twice")
+            names.add(name)
+            yield name, value
+
+    def _key(self):
+        return self._text(_LONGEST_NAME), self._value(self._scalar("I"))
+
+    def _value(self, kind):
+        if kind == _TEXT:
+            return self._text()
+        if kind == _ARRAY:
+            return self._array()
+        if kind not in _SCALARS:
+            raise _Bad(f"a value of type {kind}, which is not known")
+        return self._scalar(_SCALARS[kind])
+
+    def _array(self):
+        kind, count = self._scalar("I"), self._scalar("Q")
+        if kind != _TEXT and kind not in _SCALARS:
+            raise _Bad(f"an array of type {kind}, which is not known")
+        form = _SCALARS.get(kind)
+        self._require_room(count, struct.calcsize(form) if form else 8, "entries of an array")
+        self._left -= count
+        if self._left < 0:
+            raise _Bad(f"arrays of more than {_MOST_ENTRIES:,} entries")
+        if form is None:
+            found = [self._text() for _ in range(count)]
+        else:
+            found = list(struct.unpack(f"<{count}{form}", self._bytes(count * struct.calcsize(f"<{form}"))))
+        return found if count < _KEPT else None
+
+    def _tensor(self):
+        name, axes = self._text(_LONGEST_NAME), self._scalar("I")
+        if not 1 <= axes <= 4:
+            raise _Bad(f"tensor {shown(name)} of {axes} axes")
+        sizes = [self._scalar("Q") for _ in range(axes)]
+        kind, offset = self._scalar("I"), self._scalar("Q")
+        if kind not in self._blocks:
+            raise _Bad(f"tensor {shown(name)} of type {kind}, which is not known")
+        weights, size = self._blocks[kind]
+        count = math.prod(sizes)
+        if count == 0 or sizes[0] % weights:
+            raise _Bad(f"tensor {shown(name)} of shape {sizes[::-1]}, which blocks of {weights} do not make")
+        return name, Tensor(kind, tuple(sizes[::-1]), offset, count // weights * size)
+
+    def _start(self, alignment):
+        """Where the tensors begin, and the alignment."""
+        is_power = type(alignment) is int and 0 < alignment <= _LARGEST_ALIGNMENT and not alignment & (alignment - 1)
+        if not is_power:
+            raise _Bad(f"general.alignment = {shown(alignment)}, no power of two up to {_LARGEST_ALIGNMENT}")
+        return -(-self._at // alignment) * alignment, alignment
+
+    def _placed(self, tensors, start, alignment):
+        """The tensors with their offsets in the file, none outside it or over another."""
+        end, before = 0, None
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
+            if tensor.offset % alignment:
+                raise _Bad(f"tensor {shown(name)} begins at {tensor.offset}, no multiple of {alignment}")
+            if tensor.offset < end:
+                raise _Bad(f"tensors {shown(before)} and {shown(name)} overlap")
+            end, before = tensor.offset + tensor.size, name
+            if start + end > len(self._data):
+                raise _Bad(f"tensor {shown(name)} ends behind the end of the file: it is cut short")
+        return {name: dataclasses.replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}

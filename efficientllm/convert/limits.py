@@ -1,0 +1,114 @@
+"""Types and ranges of a config.json's values, checked before anything is computed from them.
+
+A million layers, a width of 10^30 or a list where a number belongs is a line at once, in whatever family it stands.
+What the keys mean, and which of them a family has, is `families`'.
+"""
+
+import math
+
+from efficientllm.errors import UserError
+from efficientllm.untrusted.json_text import shown
+
+LAYERS, WIDTH, VOCABULARY, POSITIONS, EXPERTS = 2048, 1 << 20, 1 << 25, 1 << 31, 1 << 14
+EXPERTS_IN_ALL = 1 << 18  # of all layers: each has tensors of its own
+LONGEST = 1 << 16  # entries of a list
+_ANY = 1e18  # of a number that no range is known of
+
+# Whole numbers: key -> the largest. What may be 0 says so itself.
+# fmt: off
+_WHOLE = {
+    "num_hidden_layers": LAYERS, "max_window_layers": LAYERS, "first_k_dense_replace": LAYERS,
+    "decoder_sparse_step": LAYERS, "moe_layer_freq": LAYERS,
+    "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "original_max_position_embeddings": POSITIONS,
+    "sliding_window": POSITIONS, "chunk_size": POSITIONS,
+    **dict.fromkeys((
+        "num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group",
+        "topk_group",
+    ), EXPERTS),
+    **dict.fromkeys((
+        "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "head_dim",
+        "num_attention_heads", "num_key_value_heads", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim",
+        "qk_rope_head_dim", "qk_head_dim", "v_head_dim", "state_size", "conv_kernel", "num_heads", "n_groups",
+    ), WIDTH),
+}
+# Numbers: key -> (least, largest).
+_NUMBERS = {
+    "rope_theta": (1e-3, 1e15), "rotary_emb_base": (1e-3, 1e15), "factor": (1e-3, 1e6),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), (0, 1)),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), (0, 1)),
+    **dict.fromkeys((
+        "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "attention_factor", "expand", "routed_scaling_factor",
+    ), (0, 1e6)),
+}
+_TEXTS = frozenset({"model_type", "hidden_act", "rope_type", "type", "topk_method", "scoring_func"})
+_FLAGS = frozenset({
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_conv_bias", "norm_topk_prob",
+    "use_sliding_window", "use_parallel_residual", "rope_interleave", "is_encoder_decoder", "norm_before_gate",
+})
+_LISTS = {
+    "architectures": str, "layer_types": str, "mlp_only_layers": int, "short_factor": float, "long_factor": float,
+    "time_step_limit": None,
+}
+# fmt: on
+
+
+def check(config, where):
+    """Raises UserError, beginning with `where`, naming the first key whose value is of no type or range that it has."""
+    for key, value in config.items():
+        _check(where, key, value)
+    for key in ("rope_scaling", "rope_parameters"):
+        inner = config.get(key)
+        if isinstance(inner, dict):
+            for name, value in inner.items():
+                _check(where, name, value, f"{key}.")
+    experts = max((config.get(key) or 0 for key in _WHOLE if _WHOLE[key] == EXPERTS), default=0)
+    layers = config.get("num_hidden_layers") or 0
+    if layers * experts > EXPERTS_IN_ALL:
+        raise UserError(f"{where}: {layers} layers of {experts} experts; at most {EXPERTS_IN_ALL} in all are read")
+
+
+def _check(where, key, value, prefix=""):
+    problem = None if value is None else _problem(key, value)
+    if problem:
+        raise UserError(f"{where}: {prefix}{key} = {shown(value)}: must be {problem}")
+
+
+def _problem(key, value):
+    """What a value that is not null should be, where it is something else."""
+    if key in _WHOLE:
+        right = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _WHOLE[key]
+        return None if right else f"a whole number of at most {_WHOLE[key]:,}"
+    if key in _NUMBERS:
+        least, most = _NUMBERS[key]
+        return None if _is_number(value) and least <= value <= most else f"a number from {least:g} to {most:g}"
+    if key in _TEXTS:
+        return None if isinstance(value, str) and len(value) < LONGEST else "a text"
+    if key in _FLAGS:
+        return None if isinstance(value, bool) else "true or false"
+    if key in _LISTS:
+        return _list_problem(value, _LISTS[key])
+    return _plain_problem(value)
+
+
+def _list_problem(value, kind):
+    if not isinstance(value, list) or len(value) > LONGEST:
+        return f"a list of at most {LONGEST:,}"
+    if kind is float and not all(_is_number(one) and 1e-6 < one < 1e6 for one in value):
+        return "a list of numbers from 1e-6 to 1e6"
+    if kind in (int, str) and not all(isinstance(one, kind) and not isinstance(one, bool) for one in value):
+        return f"a list of {'whole numbers' if kind is int else 'texts'}"
+    return None
+
+
+def _plain_problem(value):
+    """Of keys that nothing is known of: numbers that can be computed with."""
+    if isinstance(value, int | float) and not abs(value) <= _ANY and not math.isinf(value):
+        return f"a number of at most {_ANY:g}"
+    if isinstance(value, list | dict | str) and len(value) > VOCABULARY:
+        return f"of at most {VOCABULARY:,} entries"
+    return None
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,206 @@
+"""The range of every number that a user may set, in keys of the config and in fields of spec strings.
+
+Fractions are judged as the float32 that a run makes of them: 0.99999999 is 1, 1e39 is infinite, 1e-50 is 0.
+"""
+
+import math
+import struct
+import typing
+
+from efficientllm.errors import UserError, shown
+
+LONGEST = 2**31 - 1  # what an int32 counts
+WIDEST = 2**24  # of lengths and widths: arrays beyond it fit no device
+
+
+class Range(typing.NamedTuple):
+    """Numbers from `least` to `most`, both included, or strictly `above` and `below`; `note` says what they mean."""
+
+    whole: bool
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    note: str = ""
+
+    def __contains__(self, value):
+        if not self.whole:
+            value = as_float32(value)
+            if not math.isfinite(value):
+                return False
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self):
+        low = f"at least {self.least:,}" if self.least is not None else ""
+        low = f"above {self.above:,}" if self.above is not None else low
+        high = f"at most {self.most:,}" if self.most is not None else ""
+        high = f"below {self.below:,}" if self.below is not None else high
+        bounds = " and ".join(filter(None, (low, high)))
+        kind = "a whole number" if self.whole else "a finite number"
+        return " ".join(filter(None, (kind, bounds))) + (f" ({self.note})" if self.note else "")
+
+
+class Each(typing.NamedTuple):
+    """A tuple of numbers of one range."""
+
+    element: Range
+
+    def __contains__(self, values):
+        return all(type(value) in (int, float) and value in self.element for value in values)
+
+    def __str__(self):
+        return f"a tuple, each of it {self.element}"
+
+
+def whole(least=0, most=LONGEST, note=""):
+    """Whole numbers from `least` to `most`."""
+    return Range(True, least, most, note=note)
+
+
+def real(least=None, most=None, above=None, below=None, note=""):
+    """Finite numbers within the bounds."""
+    return Range(False, least, most, above, below, note)
+
+
+FINITE = real()
+POSITIVE = real(above=0)
+SHARE = real(0, 1)
+MOMENTUM = real(0, below=1)
+WIDTH = whole(1, WIDEST)
+HEADS = whole(1, 2**16)
+TURNS = real(above=1, note="the base of rotary frequencies")
+
+KEYS = {
+    "seed": whole(0, 2**32 - 1, "seeds that JAX tells apart"),
+    "train.steps": whole(1),
+    "train.batch_size": whole(1, 2**20),
+    "train.length": WIDTH,
+    "train.accumulate": whole(1, 2**20),
+    "train.log_every": whole(1),
+    "train.clip": real(0, note="0 does not clip"),
+    "eval.every": whole(0, note="0 evaluates at the end alone"),
+    "eval.batches": whole(0, note="0 is the whole of the held-out text"),
+    "checkpoint.every": whole(0, note="0 saves at the end alone"),
+    "checkpoint.keep": whole(1, 10_000),
+    "sample.tokens": whole(0, WIDEST, "0 for no sample"),
+    "sample.temperature": real(0, note="0 takes the likeliest token"),
+    "infer.max_new_tokens": WIDTH,
+    "infer.batch_size": whole(1, 2**20),
+    "infer.prompt_length": WIDTH,
+    "infer.repeats": whole(1, 10**6),
+    "plan.devices": whole(1, 2**17),
+    "quality.limit": whole(0, note="0 is all examples"),
+    "quality.batch_size": whole(1, 2**20),
+    "metrics.interval_s": real(0.001, 3600, note="seconds"),
+}
+
+# Of the package's own techniques, by kind and field; techniques from elsewhere bring theirs (`registry.register`).
+FIELDS = {
+    "size": {
+        "num_layers": whole(1, 10_000),
+        "dim": whole(1, 2**20),
+        "num_heads": HEADS,
+        "num_kv_heads": HEADS,
+        "head_dim": HEADS,
+        "hidden": WIDTH,
+        "rope_base": TURNS,
+        "norm_eps": POSITIVE,
+        "vocab_size": WIDTH,
+        "inner": WIDTH,
+    },
+    "mixer": {
+        **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "ssm_head_dim", "num_groups", "rope_dim"), HEADS),
+        **dict.fromkeys(("dim", "inner", "state_dim", "step_rank", "kv_rank", "q_rank", "v_dim"), whole(1, 2**20)),
+        **dict.fromkeys(("decay_rank", "a_rank", "v_rank", "gate_rank"), whole(1, 2**20)),
+        **dict.fromkeys(("chunk", "block", "block_count", "compress_block", "compress_stride", "select_block"), WIDTH),
+        "select_count": whole(3, WIDEST, "the first block, the query's own and the one before it"),
+        "window": whole(1, note="the query's own token is one"),
+        "conv": whole(1, 1024, "taps"),
+        "eps": POSITIVE,
+    },
+    "ffn": {
+        "dim": whole(1, 2**20),
+        "hidden": WIDTH,
+        "num_experts": whole(1, 2**16),
+        "top_k": whole(1, 2**16),
+        "scale": POSITIVE,
+        "groups": whole(1, 2**16),
+        "top_groups": whole(1, 2**16),
+        "shared_hidden": whole(0, WIDEST, "0 for no shared expert"),
+        "load_balance": real(0),
+        "z_loss": real(0),
+        "bias_rate": real(0),
+        "capacity_factor": real(above=0, most=2**16),
+    },
+    "position": {
+        "max_length": WIDTH,
+        "base": TURNS,
+        "fraction": real(above=0, most=1, note="the share of a head that is turned"),
+        "wave_base": TURNS,
+        "max_distance": WIDTH,
+        "num_buckets": whole(2, 2**16),
+    },
+    "rope_scaling": {
+        **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "amplitude"), POSITIVE),
+        **dict.fromkeys(("beta_fast", "beta_slow"), POSITIVE),
+        **dict.fromkeys(("short_factor", "long_factor"), Each(POSITIVE)),
+        **dict.fromkeys(("mscale", "mscale_all_dim"), real(0, note="0 is not given")),
+        "original_length": whole(1),
+    },
+    "norm": {"eps": POSITIVE},
+    "quant": {
+        "group": whole(0, 2**20, "0 is a whole column"),
+        "block": whole(32, 2**20),
+    },
+    "optimizer": {"b1": MOMENTUM, "b2": MOMENTUM, "momentum": MOMENTUM, "eps": POSITIVE},
+    "schedule": {
+        "peak": real(0, note="the learning rate at its highest"),
+        "steps": whole(1),
+        "warmup": real(0, below=1, note="a share of the steps"),
+        "final": real(0, 1, note="a share of the peak"),
+    },
+    "data": {
+        "held_out": real(0, below=1, note="a share of the documents"),
+        "document_size": whole(16, 2**40, "characters of a document"),
+        "max_bytes": whole(1, 2**53),
+        "sample": whole(1),
+    },
+    "tokenizer": {
+        "vocab_size": whole(257, WIDEST, "the bytes and the end of text"),
+        "sample_bytes": whole(1, 2**53),
+    },
+    "sampler": {
+        "temperature": real(0, note="0 takes the likeliest token"),
+        "top_k": whole(0, note="0 keeps all"),
+        "top_p": real(above=0, most=1),
+        "min_p": SHARE,
+        "repetition_penalty": POSITIVE,
+    },
+    "adapter": {
+        "rank": whole(1, 2**16),
+        "alpha": POSITIVE,
+        "dropout": real(0, below=1),
+        "ratio": POSITIVE,
+        "last": whole(0, 10_000),
+        "first": whole(0, 10_000),
+    },
+}
+
+
+def check(where, value, allowed):
+    """Raises UserError unless `value`, an int, a float or a tuple, lies in `allowed`."""
+    if value not in allowed:
+        raise UserError(f"{where} = {shown(value)}: must be {allowed}")
+
+
+def as_float32(value):
+    """The nearest float32, infinite where the value is beyond all of them."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
