@@ -127,10 +127,11 @@ def _tied_head_flops(lm, length):
 
 
 def leaves(boxed):
-    """Yields `(path, shape, logical axes)` of each parameter."""
+    """Yields `(path, shape, logical axes)` of each parameter; one that is in no box has none."""
     flat = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     for keys, leaf in flat[0]:
-        yield path_of(keys), leaf.value.shape, leaf.names
+        in_box = isinstance(leaf, nn.LogicallyPartitioned)
+        yield path_of(keys), leaf.value.shape if in_box else leaf.shape, leaf.names if in_box else ()
 
 
 def part_of(lm, path):

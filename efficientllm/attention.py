@@ -14,7 +14,7 @@ class Mask:
     """Which keys a query may read: none after itself, none of another segment, none older than the window.
 
     Args:
-      segments_BT: the document of each token of a packed row; None when a row is one document.
+      segments_BT: the document of each token of a packed row, 0 for padding; None when a row is one document.
       query_index_BT: the key index each query stands at; None when query t stands at key t (training, and prefill
         into an empty state).
       key_index_BS: the index each key stands at, negative where a slot is empty; None when key s stands at s.
@@ -76,6 +76,11 @@ class Context:
         if self.reach_B is None or not position.by_length:
             return position.rotate(x_BTHK, self.positions_BT)
         return position.rotate(x_BTHK, self.positions_BT, self.reach_B)
+
+    @property
+    def real_BT(self):
+        """Which tokens are no padding; None where all are. What counts tokens, or lets them compete, asks this."""
+        return None if self.mask.segments_BT is None else self.mask.segments_BT > 0
 
     @classmethod
     def packed(cls, positions_BT, segments_BT=None):

@@ -1,5 +1,8 @@
 """The language model: embeddings, a scanned pattern of blocks, a norm, logits. Every architecture is a config of it."""
 
+import functools
+import inspect
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -43,8 +46,13 @@ class Block(nn.Module):
         if hasattr(ffn, "init_state"):
             y_BTD, ffn_state, aux = ffn(normed_BTD, ctx, ffn_state)
         else:
-            y_BTD, aux = ffn(normed_BTD)
+            y_BTD, aux = ffn(normed_BTD, ctx) if _takes_context(type(ffn)) else ffn(normed_BTD)
         return x_BTD + y_BTD, memo, (mixer_state, ffn_state), aux
+
+
+@functools.cache
+def _takes_context(ffn):
+    return "ctx" in inspect.signature(ffn.__call__).parameters
 
 
 class Group(nn.Module):
@@ -71,8 +79,10 @@ class LM(nn.Module):
 
     A mixer maps `(x_BTD, ctx, state) -> (y_BTD, state)`. One that hands something to later layers returns it as a third
     value, a dict, finds what earlier layers handed on in `ctx.memo`, and says by `init_memo(batch, length, dim)` what
-    the first layer finds. An ffn maps `x_BTD -> (y_BTD, aux)`; one with `init_state` has a state and is called
-    `(x_BTD, ctx, state) -> (y_BTD, state, aux)`.
+    the first layer finds. An ffn maps `x_BTD -> (y_BTD, aux)`; one whose call has a parameter `ctx` is given it too, as
+    what counts tokens has to be, since `ctx.real_BT` says which are no padding; one with `init_state` has a state and
+    is called `(x_BTD, ctx, state) -> (y_BTD, state, aux)`. `aux` may hold `losses`, which are added to the loss, and
+    `stats`, which are charted: means over real tokens.
 
     Args:
       blocks: the repeating pattern, pairs of complete (mixer, ffn) specs.
@@ -176,7 +186,7 @@ def half_layers(blocks):
 
 
 def parts(lm):
-    """The unbound (mixer, ffn) of each block of the pattern; a block without an ffn has None."""
+    """The unbound (mixer, ffn) of each block of the pattern; None where it has no ffn."""
     return [(build("mixer", mixer, parent=None), build("ffn", ffn, parent=None)) for mixer, ffn in lm.blocks]
 
 
@@ -226,7 +236,25 @@ def state_axes(lm, states):
 def abstract_params(lm):
     """The parameters' shapes, boxed with their logical axes; no array is made."""
     tokens_BT = jnp.zeros((1, 8), jnp.int32)
-    return jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens_BT, Context.packed(tokens_BT)))["params"]
+    return jax.eval_shape(lambda: initial_params(lm, jax.random.key(0), tokens_BT))
+
+
+def initial_params(lm, key, tokens_BT):
+    """The initial parameters, boxed with their logical axes.
+
+    One that its module made without them, by a plain `self.param`, is whole on every device. Raises UserError where
+    there are more or fewer axes than dimensions.
+    """
+    params = lm.init(key, tokens_BT, Context.packed(tokens_BT))["params"]
+    return jax.tree_util.tree_map_with_path(_boxed, params, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def _boxed(keys, leaf):
+    value, names = (leaf.value, tuple(leaf.names)) if isinstance(leaf, nn.Partitioned) else (leaf, (None,) * leaf.ndim)
+    if len(names) != value.ndim:
+        path = "/".join(key.key for key in keys)
+        raise UserError(f"parameter {path} of shape {value.shape}: {len(names)} logical axes are named, {names}")
+    return nn.LogicallyPartitioned(value, names)
 
 
 def head_kernel(lm, params):

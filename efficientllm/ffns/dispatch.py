@@ -8,6 +8,7 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficientllm.errors import UserError
 
@@ -30,15 +31,23 @@ class Plan:
     sizes_E: jax.Array
 
 
-def dropless(experts_BTk, num_experts):
-    """Every assignment has a row: what a token gets depends on no other token."""
+def dropless(experts_BTk, num_experts, real_BT=None):
+    """Every assignment has a row: what a token gets depends on no other token.
+
+    Padding (where `real_BT` is false) is dealt out in turn: what stands in it moves no row of another token.
+    """
     B, T, k = experts_BTk.shape
+    if real_BT is not None:
+        in_turn_BTk = jnp.arange(B * T * k, dtype=jnp.int32).reshape(B, T, k) % num_experts
+        experts_BTk = jnp.where(real_BT[..., None], experts_BTk, in_turn_BTk)
     order_A, rank_A, sizes_E = _sort(experts_BTk.reshape(-1), num_experts)
     return Plan(order_A, None, rank_A.reshape(B * T, k), None, sizes_E)
 
 
-def capacity(experts_BTk, num_experts, factor):
+def capacity(experts_BTk, num_experts, factor, real_BT=None):
     """Each expert takes `rows_per_expert` assignments of each row of the batch; the rest are dropped.
+
+    A row is as long as it has tokens that are no padding (`real_BT`, None: all are): padding takes no place.
 
     First choices come before second ones, and earlier tokens before later ones (GShard: Lepikhin et al. 2020,
     arXiv:2006.16668, Algorithm 1). So a later token's first choice can drop an earlier token's second one: where rows
@@ -48,16 +57,21 @@ def capacity(experts_BTk, num_experts, factor):
     B, T, k = experts_BTk.shape
     C = rows_per_expert(T, num_experts, k, factor)
     choice_first_BA = jnp.swapaxes(experts_BTk, 1, 2).reshape(B, k * T)
-    order_BA, rank_BA, sizes_BE = jax.vmap(_sort, (0, None))(choice_first_BA, num_experts)
+    groups, most_B1 = num_experts, jnp.full((B, 1), C)
+    if real_BT is not None:  # padding goes behind the last expert
+        groups, choice_first_BA = groups + 1, jnp.where(jnp.tile(real_BT, (1, k)), choice_first_BA, num_experts)
+        most_B1 = jnp.array(_rows_by_length(T, num_experts, k, factor))[jnp.sum(real_BT, 1, keepdims=True)]
+    order_BA, rank_BA, sizes_BE = jax.vmap(_sort, (0, None))(choice_first_BA, groups)
     starts_BE = jnp.cumsum(sizes_BE, 1) - sizes_BE
     place_BA = rank_BA - jnp.take_along_axis(starts_BE, choice_first_BA, 1)
     row_BA = (choice_first_BA * B + jnp.arange(B)[:, None]) * C + place_BA
+    kept_BA = (place_BA < most_B1) & (choice_first_BA < num_experts)
     kept_Nk, row_Nk = (
-        jnp.swapaxes(array_BA.reshape(B, k, T), 1, 2).reshape(B * T, k) for array_BA in (place_BA < C, row_BA)
+        jnp.swapaxes(array_BA.reshape(B, k, T), 1, 2).reshape(B * T, k) for array_BA in (kept_BA, row_BA)
     )
     # What row r = (e * B + b) * C + place holds, if it is filled.
     e, b, place = jnp.unravel_index(jnp.arange(num_experts * B * C), (num_experts, B, C))
-    filled_R = place < sizes_BE[b, e]
+    filled_R = place < jnp.minimum(sizes_BE[b, e], most_B1[b, 0])
     choice, t = jnp.divmod(order_BA[b, jnp.where(filled_R, starts_BE[b, e] + place, 0)], T)
     return Plan((b * T + t) * k + choice, filled_R, jnp.where(kept_Nk, row_Nk, 0), kept_Nk, None)
 
@@ -65,6 +79,13 @@ def capacity(experts_BTk, num_experts, factor):
 def rows_per_expert(length, num_experts, top_k, factor):
     """C = ceil(T k / E * factor) for a row of T tokens; more than T is never filled."""
     return min(length, math.ceil(round(length * top_k / num_experts * factor, 6)))
+
+
+def _rows_by_length(length, num_experts, top_k, factor):
+    """`rows_per_expert` of rows of 0 to `length` tokens."""
+    lengths = np.arange(length + 1)
+    rows = np.ceil(np.round(lengths * top_k / num_experts * factor, 6))
+    return np.minimum(np.minimum(lengths, rows), rows_per_expert(length, num_experts, top_k, factor)).astype(np.int32)
 
 
 def _sort(expert_A, num_experts):

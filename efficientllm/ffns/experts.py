@@ -28,7 +28,7 @@ AXES = {
 class Experts(nn.Module):
     """`num_experts` swiglu networks (Shazeer 2020, arXiv:2002.05202, Eq. 6) behind a plan of who computes what.
 
-    `plan` makes a `dispatch.Plan` of `(experts_BTk, num_experts)`; `kernel` is the grouped product's.
+    `plan` makes a `dispatch.Plan` of `(experts_BTk, num_experts, real_BT=...)`; `kernel` is the grouped product's.
     """
 
     num_experts: int
@@ -38,9 +38,10 @@ class Experts(nn.Module):
     kernel: str
 
     @nn.compact
-    def __call__(self, x_BTD, experts_BTk, weights_BTk):
+    def __call__(self, x_BTD, experts_BTk, weights_BTk, real_BT=None):
         """Returns the weighted sum of each token's experts, and which assignments were kept (None: all).
 
+        `real_BT` says which tokens are no padding; None: all are.
         Raises UserError for a mesh whose axis `expert` does not divide the experts, or a plan that it does not take.
         """
         E, D, F = self.num_experts, x_BTD.shape[-1], self.hidden
@@ -56,7 +57,7 @@ class Experts(nn.Module):
                 compute, split, ways = functools.partial(compute, hidden=split), None, 1
             kernels = {name: divisible(kernel, ways if name == "down" else 1) for name, kernel in kernels.items()}
             compute = _per_device(compute, kernels, x_BTD.shape, mesh, split, self.plan is dispatch.dropless)
-        return compute(x_BTD, experts_BTk, weights_BTk, kernels)
+        return compute(x_BTD, experts_BTk, weights_BTk, kernels, real_BT)
 
 
 class _Kernel(nn.Module):
@@ -82,13 +83,13 @@ def _check(mesh, num_experts, plan):
         )
 
 
-def _compute(x_BTD, experts_BTk, weights_BTk, kernels, *, plan, precision, kernel, ways=1, hidden=None):
+def _compute(x_BTD, experts_BTk, weights_BTk, kernels, real_BT, *, plan, precision, kernel, ways=1, hidden=None):
     """`ways`: the devices of the mesh axis `expert`, each of which has `kernels` of its own experts alone.
 
     `hidden`: the mesh axes over which the hidden width is divided where `down` is whole.
     """
     k, D, E = experts_BTk.shape[-1], x_BTD.shape[-1], ways * kernels["gate"].shape[0]
-    plan = plan(experts_BTk, E)
+    plan = plan(experts_BTk, E, real_BT=real_BT)
 
     def product(x, name):
         return grouped_matmul(x, kernels[name], plan.sizes_E, precision, kernel)
@@ -137,12 +138,12 @@ def _per_device(compute, kernels, x_shape, mesh, split, divided):
         gather = functools.partial(_gather, divided=name != "down" or split is not None)
         return jax.tree.map(gather, kernels[name], kernels_axes[name], layouts[name])
 
-    def on_device(x_BTD, experts_BTk, weights_BTk, kernels):
+    def on_device(x_BTD, experts_BTk, weights_BTk, kernels, real_BT):
         whole = {name: near(kernels, name) for name in kernels}
-        y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole, ways=mesh.shape["expert"])
+        y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole, real_BT, ways=mesh.shape["expert"])
         return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
 
-    specs = (tokens, tokens, tokens, layouts)
+    specs = (tokens, tokens, tokens, layouts, jax.sharding.PartitionSpec(*tokens[:2]))
     # The backward pass gathers again: kept, the kernels of all layers would lie whole on every device.
     on_device = jax.checkpoint(on_device, policy=_not_gathered)
     # Loops whose carries start as constants do not type-check per mesh axis, hence check_vma.

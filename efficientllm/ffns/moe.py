@@ -31,6 +31,7 @@ class MoE(nn.Module, kw_only=True):
       shared_hidden: width of the shared expert; 0 has none.
       shared_gate: a learned sigmoid multiplies the shared expert's output (Qwen2-MoE).
       load_balance, z_loss: coefficients of the router's two losses (`routing.load_balance_loss`, `routing.z_loss`).
+        With `config.train.accumulate` the first is the mean of the micro-batches', which is not the whole batch's.
       bias_rate: step of the balancing bias that needs no loss (`after_step`); 0 has no bias.
       dispatch: `dropless` computes every assignment; `capacity` gives each expert `capacity_factor` times its fair
         share of each row of the batch and drops the rest (`dispatch.capacity` says in which order, and why that is
@@ -63,28 +64,32 @@ class MoE(nn.Module, kw_only=True):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x_BTD):
-        """Returns y_BTD and aux.
+    def __call__(self, x_BTD, ctx=None):
+        """Returns y_BTD and aux, of the tokens that are no padding.
 
         aux["losses"]: `load_balance` and `z_loss`, times their coefficients. aux["stats"]: `load` `[E]`, each expert's
         share of the assignments (sums to one, 1/E where balanced); `entropy` of the router in nats; `drop_rate`, the
         share of the assignments that were dropped.
         """
+        real_BT = None if ctx is None else ctx.real_BT
         logits_BTE, bias_E = Router(self.num_experts, self.bias_rate > 0, name="router")(x_BTD)
         routed = routing.route(
             logits_BTE, self.top_k, self.scores, self.normalise, self.scale, bias_E, self.groups, self.top_groups
         )
-        load_E = routing.load(routed.experts_BTk, self.num_experts)
+        load_E = routing.load(routed.experts_BTk, self.num_experts, real_BT)
         experts = Experts(self.num_experts, self.hidden, self.precision, self._plan(), self.kernel, name="experts")
-        y_BTD, kept_BTk = experts(x_BTD, routed.experts_BTk, routed.weights_BTk)
+        y_BTD, kept_BTk = experts(x_BTD, routed.experts_BTk, routed.weights_BTk, real_BT)
         if self.shared_hidden:
             y_BTD = y_BTD + self._shared(x_BTD)
         losses = {
-            "load_balance": self.load_balance * routing.load_balance_loss(routed, load_E),
-            "z_loss": self.z_loss * routing.z_loss(logits_BTE),
+            "load_balance": self.load_balance * routing.load_balance_loss(routed, load_E, real_BT),
+            "z_loss": self.z_loss * routing.z_loss(logits_BTE, real_BT),
         }
-        dropped = jnp.zeros(()) if kept_BTk is None else 1.0 - jnp.mean(kept_BTk.astype(jnp.float32))
-        stats = {"load": load_E, "entropy": routing.entropy(routed.probabilities_BTE), "drop_rate": dropped}
+        dropped = jnp.zeros(())
+        if kept_BTk is not None:
+            dropped = routing.mean(1.0 - jnp.mean(kept_BTk.astype(jnp.float32), -1), real_BT)
+        entropy = routing.entropy(routed.probabilities_BTE, real_BT)
+        stats = {"load": load_E, "entropy": entropy, "drop_rate": dropped}
         return y_BTD, {"losses": losses, "stats": jax.lax.stop_gradient(stats)}
 
     def _plan(self):

@@ -83,29 +83,41 @@ def _best(choice_BTE, top_k):
     return best(choice_BTE)
 
 
-def load(experts_BTk, num_experts):
-    """Each expert's share of the assignments, `[E]`: sums to one, 1/E where balanced."""
-    return jnp.mean(_is_chosen(experts_BTk, num_experts).astype(jnp.float32), (0, 1, 2))
+def load(experts_BTk, num_experts, real_BT=None):
+    """Each expert's share of the assignments, `[E]`: sums to one, 1/E where balanced.
+
+    Here and below, `real_BT` says which tokens are no padding, and only they count; None: all are.
+    """
+    return mean(jnp.mean(_is_chosen(experts_BTk, num_experts).astype(jnp.float32), 2), real_BT)
 
 
-def load_balance_loss(routing, load_E):
+def load_balance_loss(routing, load_E, real_BT=None):
     """E sum_e f_e P_e (Switch: Fedus et al. 2021, arXiv:2101.03961, Eq. 4-6), over the whole batch.
 
     f_e is expert e's assignments per token and P_e its mean probability: f sums to k, as in transformers, so a balanced
-    router has the value k. DeepSeek-V3's balance loss is this divided by k.
+    router has the value k. DeepSeek-V3's balance loss is this divided by k. Of accumulated micro-batches each has a
+    product of its own, as everywhere: f of the whole batch is not known before the last of them.
     """
     num_experts, top_k = load_E.shape[0], routing.experts_BTk.shape[-1]
-    return num_experts * top_k * jnp.sum(load_E * jnp.mean(routing.probabilities_BTE, (0, 1)))
+    return num_experts * top_k * jnp.sum(load_E * mean(routing.probabilities_BTE, real_BT))
 
 
-def z_loss(logits_BTE):
+def z_loss(logits_BTE, real_BT=None):
     """Mean squared log of the softmax's denominator (ST-MoE: Zoph et al. 2022, arXiv:2202.08906, Eq. 5)."""
-    return jnp.mean(jax.nn.logsumexp(logits_BTE, -1) ** 2)
+    return mean(jax.nn.logsumexp(logits_BTE, -1) ** 2, real_BT)
 
 
-def entropy(probabilities_BTE):
+def entropy(probabilities_BTE, real_BT=None):
     """Mean entropy of a token's distribution over experts, in nats: 0 for a sure router, log E for a blind one."""
-    return -jnp.mean(jnp.sum(jax.scipy.special.xlogy(probabilities_BTE, probabilities_BTE), -1))
+    return -mean(jnp.sum(jax.scipy.special.xlogy(probabilities_BTE, probabilities_BTE), -1), real_BT)
+
+
+def mean(values_BT, real_BT):
+    """The mean of `[B, T, ...]` over the real tokens; zero if there are none."""
+    if real_BT is None:
+        return jnp.mean(values_BT, (0, 1))
+    real = real_BT.reshape(*real_BT.shape, *(1,) * (values_BT.ndim - 2))
+    return jnp.sum(jnp.where(real, values_BT, 0.0), (0, 1)) / jnp.maximum(jnp.sum(real_BT), 1)
 
 
 def _is_chosen(experts_BTk, num_experts):

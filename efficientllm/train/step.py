@@ -45,7 +45,7 @@ class TrainState:
 def init_params(lm, key, length):
     """The model's own initial parameters, boxed with their logical axes."""
     tokens_BT = jnp.zeros((1, length), jnp.int32)
-    return lm.init(key, tokens_BT, Context.packed(tokens_BT))["params"]
+    return models.initial_params(lm, key, tokens_BT)
 
 
 def create(lm, train, method, seed, boxed, held, form="float32"):
@@ -76,16 +76,20 @@ def jit_create(lm, train, seed, length, shardings, method=FULL, form="float32"):
     return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)
 
 
-def loss_fn(lm, params, batch, targets):
+def loss_fn(lm, params, batch, targets, tokens=None):
     """Next-token cross-entropy in nats a target plus the routers' losses -> `(loss, metrics)`.
 
     `targets` is the number to divide by: a micro-batch divides by the mean of its step, so that every target of the
-    step counts alike. `metrics["aux"]` holds each block's statistics, stacked over groups.
+    step counts alike; so do its `tokens` that are no padding, in what its ffns hand on (None: the batch is a step).
+    `metrics["aux"]` holds each block's statistics, stacked over groups.
     """
     ctx = Context.packed(batch["positions"], batch["segments"])
     x_BTD, _, aux = lm.apply({"params": params}, batch["tokens"], ctx, readout=False)
     nats = nll_sum(x_BTD, models.head_kernel(lm, params), batch, lm.precision)
     cross_entropy = nats / jnp.maximum(targets, 1.0)
+    if tokens is not None:
+        share = jnp.sum(batch["segments"] > 0) / jnp.maximum(tokens, 1.0)
+        aux = jax.tree.map(lambda leaf: leaf * share, aux)
     router = sum(jnp.mean(leaf) for block in aux for leaf in block.get("losses", {}).values())
     total = cross_entropy + router
     return total, {"loss": cross_entropy, "total_loss": total, "aux": aux}
@@ -97,11 +101,12 @@ def gradients(lm, learnt, batch, accumulate, frozen=None, key=None):
     With a `key`, leaves that drop do so.
     """
     targets = jnp.sum(batch["weights"]) / accumulate
+    tokens = None if accumulate == 1 else jnp.sum(batch["segments"] > 0) / accumulate
 
     def loss(learnt, micro, index):
         params = learnt if frozen is None else join(learnt, frozen)
         params = params if key is None else seeded(params, jax.random.fold_in(key, index))
-        return loss_fn(lm, params, micro, targets)
+        return loss_fn(lm, params, micro, targets, tokens)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
