@@ -47,7 +47,7 @@ def get_config():
     config.train.steps = 200
     config.train.batch_size = 8  # sequences a step, over all devices and accumulated micro-batches
     config.train.length = 128  # tokens a sequence
-    config.train.accumulate = 1
+    config.train.accumulate = 1  # micro-batches; each has a load-balance loss of its own, of fewer tokens
     config.train.log_every = 10
     config.train.optimizer = "adamw(b1=0.9, b2=0.95)"
     config.train.schedule = "cosine(peak=0.003, warmup=0.1, final=0.1)"  # warm-up and final as shares of steps and peak

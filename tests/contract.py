@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import reasons
 from configs import base
-from efficientllm import accounting, architecture, kernels, model, registry, sharding
+from efficientllm import accounting, architecture, model, registry, sharding
 from efficientllm.adapters import base as adapters
 from efficientllm.adapters.lora import LoRA
 from efficientllm.attention import Context
@@ -88,9 +89,10 @@ def check_dtypes(kind, spec):
     for precision, tolerance in (("float32", 0), ("mixed", 0.05), ("bfloat16", 0.1)):
         lm = build(kind, spec, precision=precision)
         found = logits(lm, tokens(), parameters(build(kind, spec)))
-        assert found.dtype == jnp.float32 and found.shape == (B, T, VOCAB)
+        of_type = found.dtype == jnp.float32 and found.shape == (B, T, VOCAB)
+        assert of_type, reasons.of("dtype", kind, spec, f"{precision}: {found.dtype} {found.shape}")
         error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
-        assert error <= tolerance, f"{precision}: relative error {error}"
+        assert error <= tolerance, reasons.of("precision", kind, spec, f"{precision}: {error:.3g} from float32's")
 
 
 def check_causality(kind, spec):
@@ -99,8 +101,8 @@ def check_causality(kind, spec):
     after = before.copy()
     after[:, 15] = (before[:, 15] + 1) % VOCAB
     a, b = logits(lm, before), logits(lm, after)
-    np.testing.assert_array_equal(a[:, :15], b[:, :15])
-    assert jnp.abs(a[:, 15] - b[:, 15]).max() > 1e-3
+    np.testing.assert_array_equal(a[:, :15], b[:, :15], reasons.of("causality", kind, spec))
+    assert jnp.abs(a[:, 15] - b[:, 15]).max() > 1e-3, reasons.of("input", kind, spec)
 
 
 def check_segments(kind, spec):
@@ -109,7 +111,7 @@ def check_segments(kind, spec):
     packed = batch()
     together = logits(lm, packed["tokens"], ctx=Context.packed(packed["positions"], packed["segments"]))
     alone = logits(lm, packed["tokens"][:, 10:])
-    np.testing.assert_allclose(together[:, 10:], alone, atol=1e-5)
+    np.testing.assert_allclose(together[:, 10:], alone, atol=1e-5, err_msg=reasons.of("segments", kind, spec))
 
 
 def check_decode(kind, spec):
@@ -123,7 +125,8 @@ def check_decode(kind, spec):
             ctx = Context.decoding(positions()[:, start:stop])
             part, states = run(params, tokens()[:, start:stop], ctx, states)
             found.append(part)
-        np.testing.assert_allclose(jnp.concatenate(found, 1), full, atol=2e-5)
+        why = reasons.of("decode", kind, spec, f"after {prefill} at once, {'stacked' if decoder.scan else 'unrolled'}")
+        np.testing.assert_allclose(jnp.concatenate(found, 1), full, atol=2e-5, err_msg=why)
 
 
 def loss_and_gradients(lm, params):
@@ -146,8 +149,8 @@ def check_gradients(kind, spec):
     _, grads = unsharded(lm)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
-        assert jnp.isfinite(grad).all(), name
-        assert jnp.abs(grad).max() > 0, name
+        assert jnp.isfinite(grad).all(), reasons.of("finite", kind, spec, name)
+        assert jnp.abs(grad).max() > 0, reasons.of("gradient", kind, spec, name)
 
 
 def check_scan(kind, spec):
@@ -156,11 +159,13 @@ def check_scan(kind, spec):
     loop, loop_params = model.unroll(lm, parameters(lm))
     loss, grads = unsharded(lm)
     loop_loss, loop_grads = jax.jit(functools.partial(loss_and_gradients, loop))(loop_params)
-    np.testing.assert_allclose(loss, loop_loss, rtol=1e-6)
-    _close(model.unroll(lm, grads)[1], loop_grads, 1e-5)
+    why = reasons.of("scan", kind, spec)
+    np.testing.assert_allclose(loss, loop_loss, rtol=1e-6, err_msg=why)
+    _close(model.unroll(lm, grads)[1], loop_grads, 1e-5, why)
     again, remat_grads = jax.jit(functools.partial(loss_and_gradients, lm.clone(remat="full")))(parameters(lm))
-    np.testing.assert_allclose(loss, again, rtol=1e-6)
-    _close(grads, remat_grads, 1e-5)
+    why = reasons.of("remat", kind, spec)
+    np.testing.assert_allclose(loss, again, rtol=1e-6, err_msg=why)
+    _close(grads, remat_grads, 1e-5, why)
 
 
 def check_sharded(kind, spec, mesh_spec):
@@ -170,13 +175,13 @@ def check_sharded(kind, spec, mesh_spec):
     loss, grads = unsharded(lm)
     mesh = sharding.make_mesh(mesh_spec)
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens(), Context.packed(positions())))["params"]
-        where = sharding.shardings(boxed, mesh)
+        where = sharding.shardings(model.abstract_params(lm), mesh)
         run = jax.jit(functools.partial(loss_and_gradients, lm), in_shardings=(where,), out_shardings=(None, where))
         sharded_loss, sharded_grads = run(jax.device_put(params, where))
-    assert any(leaf != NamedSharding(mesh, P()) for leaf in jax.tree.leaves(where)) or "data" in mesh_spec
-    np.testing.assert_allclose(loss, sharded_loss, rtol=1e-5)
-    _close(grads, jax.device_get(sharded_grads), 2e-5)
+    why = reasons.of("sharding", kind, spec, mesh_spec)
+    assert any(leaf != NamedSharding(mesh, P()) for leaf in jax.tree.leaves(where)) or "data" in mesh_spec, why
+    np.testing.assert_allclose(loss, sharded_loss, rtol=1e-5, err_msg=why)
+    _close(grads, jax.device_get(sharded_grads), 2e-5, why)
 
 
 def check_compressed(kind, spec):
@@ -185,81 +190,14 @@ def check_compressed(kind, spec):
     lm = build(kind, spec)
     packed = quantize(parameters(lm), "int8", [("(mixer|experts)/", "int4")])
     plain = adapters.merge(packed)
-    assert any(isinstance(leaf, Rows) for leaf in jax.tree.leaves(packed, is_leaf=lambda leaf: isinstance(leaf, Rows)))
-    exact = logits(lm, tokens(), plain)
-    np.testing.assert_allclose(logits(lm, tokens(), packed), exact, atol=2e-5)
+    leaves = jax.tree.leaves(packed, is_leaf=lambda leaf: isinstance(leaf, Rows))
+    assert any(isinstance(leaf, Rows) for leaf in leaves), reasons.of("kernels", kind, spec)
+    exact, why = logits(lm, tokens(), plain), reasons.of("compressed", kind, spec)
+    np.testing.assert_allclose(logits(lm, tokens(), packed), exact, atol=2e-5, err_msg=why)
     with unittest.mock.patch.object(products, "FEW", B * T * 8):
         loop, packed = model.unroll(lm, packed)
         error = jnp.linalg.norm(logits(loop, tokens(), packed) - exact) / jnp.linalg.norm(exact)
-    assert error < 1e-3
-
-
-def check_fields(kind, spec):
-    """Every field of the technique changes the program: one that nobody reads is a bug."""
-    name, given = registry.parse(spec)
-    fields = {key: field.annotation for key, field in registry.settable(registry.lookup(kind, name)).items()}
-    for field, annotation in fields.items():
-        changes = (
-            _program(kind, _spec(name, {**given, **context}))
-            != _program(kind, _spec(name, {**given, **context, field: value}))
-            for context in _contexts(fields, field)
-            for value in _alternatives(field, annotation)
-        )
-        assert any(changes), f"{kind} {name}: no value of {field!r} changes anything"
-
-
-# Another value for fields whose type does not tell one; "auto" is "xla" at this length.
-OTHER_STRINGS = {
-    "position": "rope(base=7.0)",
-    "norm": "rmsnorm(eps=0.1)",
-    "precision": "bfloat16",
-    "attention_kernel": "chunked",
-    "scores": "sigmoid",
-    "dispatch": "capacity",
-    "kernel": "ragged_dot",
-    "block_kernel": "grouped",
-    "scaling": "linear(factor=3.0)",
-    "scan_kernel": "associative",
-    "rwkv_kernel": "chunked",
-    "kv_cache": "int8",
-}
-
-
-def _contexts(fields, name):
-    """Settings under which a field may matter: none, then every other switch switched."""
-    yield {}
-    for other, annotation in fields.items():
-        if other != name and annotation in (bool, str):
-            yield {other: True if annotation is bool else OTHER_STRINGS[other]}
-
-
-def _alternatives(name, annotation):
-    if name in OTHER_STRINGS:
-        return [OTHER_STRINGS[name]]
-    others = {bool: [True, False], float: [0.37], int: [4, 8]}
-    assert annotation in others, f"the contract suite knows no other value for {name!r}: add one"
-    return others[annotation]
-
-
-def _spec(name, values):
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in values.items())})"
-
-
-@functools.cache
-def _program(kind, spec):
-    """The traced model, its kernels, its parameters and its state, as text: what differs differs in what is computed.
-
-    Initialised and run in one trace of one layer: every other way traces a block several times.
-    """
-    lm = build(kind, spec, size=SIZE.replace("num_layers=2", "num_layers=1"), scan=False)
-    packed = batch()
-    ctx = Context.packed(packed["positions"], packed["segments"])
-    with kernels.recording() as used:
-        traced = jax.make_jaxpr(lambda key: nn.unbox(lm.init_with_output(key, packed["tokens"], ctx)))(
-            jax.random.key(0)
-        )
-    states = jax.eval_shape(lambda: model.init_states(lm, B, 1))
-    return str(traced) + str(used) + str(jax.tree.map(lambda leaf: leaf.shape, states))
+    assert error < 1e-3, why
 
 
 def check_flops(kind, spec):
@@ -272,11 +210,12 @@ def check_flops(kind, spec):
     for kernel in ("xla", "chunked"):
         lm = build(kind, spec, attention_kernel=kernel)
         length = 160
-        boxed = jax.eval_shape(lambda m=lm: m.init(jax.random.key(0), tokens(), Context.packed(positions())))["params"]
+        boxed = model.abstract_params(lm)
         ctx = Context.packed(positions(length))
         forward = functools.partial(lm.apply, tokens_BT=tokens(length=length), ctx=ctx)
         counted = count_matmul_flops(forward, {"params": nn.unbox(boxed)})
-        assert counted == B * accounting.forward_flops(lm, boxed, length, executed=True)
+        claimed = B * accounting.forward_flops(lm, boxed, length, executed=True)
+        assert counted == claimed, reasons.flops(kind, spec, lm, boxed, length, counted / B)
 
 
 def check_leaves(kind, spec):
@@ -295,8 +234,9 @@ def check_leaves(kind, spec):
     moved = lambda leaf: leaf.replace(b=leaf.b + 0.1 * noise.standard_normal(leaf.b.shape, np.float32))  # noqa: E731
     is_lora = lambda leaf: isinstance(leaf, LoRA)  # noqa: E731
     params = jax.tree.map(lambda leaf: moved(leaf) if is_lora(leaf) else leaf, params, is_leaf=is_lora)
-    assert any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora)))
-    np.testing.assert_allclose(logits(lm, tokens(), params), logits(lm, tokens(), adapters.merge(params)), atol=1e-4)
+    assert any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora))), reasons.of("kernels", kind, spec)
+    merged, why = logits(lm, tokens(), adapters.merge(params)), reasons.of("adapters", kind, spec)
+    np.testing.assert_allclose(logits(lm, tokens(), params), merged, atol=1e-4, err_msg=why)
 
 
 def check_state_bytes(kind, spec):
@@ -305,8 +245,10 @@ def check_state_bytes(kind, spec):
         lm = build(kind, spec, precision=precision)
         states = jax.eval_shape(lambda m=lm: model.init_states(m, 3, 40))
         real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
-        assert real == 3 * accounting.state_bytes(lm, 40)
+        claimed = accounting.state_bytes(lm, 40)
+        detail = f"{precision}, all layers, 40 tokens: {claimed:,.0f} bytes by formula, {real / 3:,.0f} there are"
+        assert real == 3 * claimed, reasons.of("state", kind, spec, detail)
 
 
-def _close(a, b, atol):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), a, b)
+def _close(a, b, atol, why):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4, err_msg=why), a, b)

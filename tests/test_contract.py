@@ -3,6 +3,8 @@
 import pytest
 
 import contract
+import contract_fields
+import contract_parts
 from efficientllm import registry
 
 KINDS = ("mixer", "ffn", "position")
@@ -15,13 +17,18 @@ CHECKS = [
     contract.check_gradients,
     contract.check_scan,
     contract.check_compressed,
-    contract.check_fields,
+    contract_fields.check_fields,
     contract.check_flops,
     contract.check_state_bytes,
     contract.check_leaves,
 ]
 # Positions have no products and no state of their own.
-POSITION_CHECKS = [contract.check_segments, contract.check_decode, contract.check_gradients, contract.check_fields]
+POSITION_CHECKS = [
+    contract.check_segments,
+    contract.check_decode,
+    contract.check_gradients,
+    contract_fields.check_fields,
+]
 
 
 # Techniques that share their code with another (mha, mqa and window are gqa's module, ...), or that parity tests cover,
@@ -33,7 +40,7 @@ MACHINERY = (
     contract.check_dtypes,
     contract.check_scan,
     contract.check_compressed,
-    contract.check_fields,
+    contract_fields.check_fields,
     contract.check_leaves,
 )
 WHOLE = ("gqa", "mla", "moe", "swiglu", "relative", "gated")
@@ -85,3 +92,21 @@ def test_one_device_equals_eight_of_long_rows(kind, spec, mesh):
 @pytest.mark.parametrize("kind, spec, mesh", list(cases(KINDS, ["data=1, fsdp=4, tensor=2"])))
 def test_one_device_equals_eight_on_another_mesh(kind, spec, mesh):
     contract.check_sharded(kind, spec, mesh)
+
+
+def part_cases():
+    """Of the package's own the quickest, the others with the slow tests; all of one's own."""
+    for kind, checks in contract_parts.CHECKS.items():
+        for name in registry.names(kind):
+            if name in contract_parts.NOT:
+                continue
+            own = not registry.lookup(kind, name).__module__.startswith(("efficientllm.", "functools"))
+            marks = [] if own or name in contract_parts.QUICK else [pytest.mark.slow]
+            for check in checks:
+                spec = registry.example(kind, name)
+                yield pytest.param(kind, spec, check, marks=marks, id=f"{kind} {spec}-{check.__name__}")
+
+
+@pytest.mark.parametrize("kind, spec, check", list(part_cases()))
+def test_parts(kind, spec, check):
+    check(kind, spec)

@@ -21,7 +21,7 @@ import flax.linen as nn
 from efficientllm.ffns.dense import SwiGLU
 from efficientllm.registry import register
 
-@register("ffn", "shifted_in_a_file")
+@register("ffn", "NAME")
 class Shifted(SwiGLU):
     @nn.compact
     def __call__(self, x_BTD):
@@ -69,10 +69,10 @@ def test_axes_that_are_not_the_dimensions_are_named():
         model.abstract_params(lm)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"adapter": "lora(rank=2)", "quant": "int4()"}])
-def test_a_run_ends_with_its_row(tmp_path, overrides):
-    (tmp_path / "own.py").write_text(PLUGIN)
-    values = {"imports": f"('{tmp_path}/own.py',)", "model.ffn": "shifted_in_a_file", "train.steps": 2}
+@pytest.mark.parametrize("name, overrides", [("one", {}), ("two", {"adapter": "lora(rank=2)", "quant": "int4()"})])
+def test_a_run_ends_with_its_row(tmp_path, name, overrides):
+    (tmp_path / "own.py").write_text(PLUGIN.replace("NAME", name))
+    values = {"imports": f"('{tmp_path}/own.py',)", "model.ffn": name, "train.steps": 2}
     argv = runs.arguments(runs.corpus(tmp_path / "corpus"), tmp_path / "run", **values, **overrides)
     assert main.main(argv) == 0 and (tmp_path / "run" / "record.json").exists()
     assert np.isfinite(list(map(len, runs.losses(tmp_path / "run").values()))).all()

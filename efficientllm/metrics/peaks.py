@@ -6,6 +6,8 @@ Figures are dense (without structured sparsity), per device as JAX counts device
 import dataclasses
 import functools
 import json
+import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
 
+log = logging.getLogger("efficientllm")
 CONVENTION = "matmul FLOPs of the model (causal half, lookup 0, router counted, optimiser not)"
 EXECUTED = "matmul FLOPs of the program, with all that it masks, drops and computes twice"
 
@@ -196,17 +199,34 @@ def roofline(flops, bytes_, devices, dtype):
 
 
 def _once(file, what, measure):
-    """`measure()`, kept in a file of the cache."""
-    path = cache_folder() / file
-    known = json.loads(path.read_text()) if path.exists() else {}
-    key = _host_key(what)
+    """`measure()`, kept in a file of the cache. A damaged file is measured again; one that cannot be written is not
+    kept, since a rate is not worth a run."""
+    path, key = cache_folder() / file, _host_key(what)
+    known = _rates(path)
     if key not in known:
         known[key] = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(known, indent=2))
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(known, indent=2))
+            temporary.replace(path)
+        except OSError as error:
+            log.warning(f"{path} cannot be written ({error.strerror}): the next run measures this machine again")
     return known[key]
+
+
+def _rates(path):
+    """The rates that a file holds: positive numbers by host and what was measured."""
+    try:
+        known = json.loads(path.read_text())
+        if not all(isinstance(rate, float) and 0 < rate < math.inf for rate in known.values()):
+            raise ValueError("not a rate")
+        return known
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        log.warning(f"{path} is damaged ({error}): this machine is measured again")
+        return {}
 
 
 def cache_folder():

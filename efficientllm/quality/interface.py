@@ -159,11 +159,13 @@ def _bucket(count, least=32):
 def _score(lm, params, tokens_BT, where_BC, targets_BC):
     """`(sum of log-likelihoods [B], whether all are the likeliest [B])` of `targets`, read out at `where`; -1 is none.
 
-    What is padded stands behind and is seen by nothing. Logits of all positions at once would not fit: a vocabulary of
-    150,000 takes 1.2 GB a row of 2,048.
+    What is padded stands behind, is seen by nothing and takes no expert's place. Logits of all positions at once would
+    not fit: a vocabulary of 150,000 takes 1.2 GB a row of 2,048.
     """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    ctx = Context.packed(positions_BT).replace(reach_B=jnp.max(where_BC, 1) + 1)
+last_B1 = jnp.max(jnp.where(targets_BC >= 0, where_BC, -1), 1, keepdims=True)
+    segments_BT = (positions_BT <= last_B1).astype(jnp.int32)
+    ctx = Context.packed(positions_BT, segments_BT).replace(reach_B=jnp.max(where_BC, 1) + 1)
     x_BTD, _, _ = lm.apply({"params": params}, tokens_BT, ctx, readout=False)
     x_BCD = jnp.take_along_axis(x_BTD, where_BC[..., None], 1)
     size = min(READ_OUT, where_BC.shape[1])

@@ -7,6 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficientllm import model as models
 from efficientllm.attention import Context
@@ -23,10 +24,19 @@ ROWS = 4  # rows of tokens that go through a layer at once
 
 
 def text(data_spec, tokenizer, length, seed=0):
-    """Rows of tokens `[B, length]` to calibrate on, of the text that is not held out."""
+    """Rows of tokens `[B, length]` to calibrate on, of the text that is not held out, without padding."""
     from efficientllm import data
 
-    return next(iter(data.train_iterator(data_spec, tokenizer, TEXT_ROWS, length, seed=seed)))["tokens"]
+    batches, found, wanted = (
+        data.train_iterator(data_spec, tokenizer, TEXT_ROWS, length, seed=seed),
+        [],
+        TEXT_ROWS * length,
+    )
+    while sum(map(len, found)) < wanted:
+        batch = next(batches)
+        found.append(batch["tokens"][batch["segments"] > 0])
+    batches.close()
+    return np.concatenate(found)[:wanted].reshape(TEXT_ROWS, length)
 
 
 def quantize(lm, params, spec, tokens_BT, rules=()):

@@ -71,3 +71,18 @@ def test_the_gemm_peak_is_measured_once_a_host(monkeypatch, cache):
 def test_a_matrix_product_is_really_timed():
     rate = peaks._best_gemm("float32", sizes=(256,), repeats=3)
     assert 1e8 < rate < 1e14
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": NaN}', '{"key": "fast"}', '{"key": -1.0}', "[" * 100_000])
+def test_a_damaged_file_of_rates_is_measured_again(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(peaks, "_host_key", lambda what: "key")
+    (tmp_path / "rates.json").write_text(content)
+    assert peaks._once("rates.json", "x", lambda: 2.0) == 2.0
+    assert peaks._once("rates.json", "x", lambda: pytest.fail("measured twice")) == 2.0
+
+
+def test_rates_that_cannot_be_kept_are_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "file"))
+    assert peaks._once("rates.json", "x", lambda: 2.0) == 2.0

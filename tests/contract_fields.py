@@ -1,0 +1,78 @@
+"""What the contract suite asks of the fields of a technique: each is read."""
+
+import functools
+
+import flax.linen as nn
+import jax
+
+from contract import SIZE, B, batch, build
+from efficientllm import kernels, model, registry
+from efficientllm.attention import Context
+
+
+def check_fields(kind, spec):
+    """Every field of the technique changes the program: one that nobody reads is a bug."""
+    name, given = registry.parse(spec)
+    fields = {key: field.annotation for key, field in registry.settable(registry.lookup(kind, name)).items()}
+    for field, annotation in fields.items():
+        changes = (
+            _program(kind, _spec(name, {**given, **context}))
+            != _program(kind, _spec(name, {**given, **context, field: value}))
+            for context in _contexts(fields, field)
+            for value in _alternatives(field, annotation)
+        )
+        assert any(changes), f"{kind} {name}: no value of {field!r} changes anything"
+
+
+# Another value for fields whose type does not tell one; "auto" is "xla" at this length.
+OTHER_STRINGS = {
+    "position": "rope(base=7.0)",
+    "norm": "rmsnorm(eps=0.1)",
+    "precision": "bfloat16",
+    "attention_kernel": "chunked",
+    "scores": "sigmoid",
+    "dispatch": "capacity",
+    "kernel": "ragged_dot",
+    "block_kernel": "grouped",
+    "scaling": "linear(factor=3.0)",
+    "scan_kernel": "associative",
+    "rwkv_kernel": "chunked",
+    "kv_cache": "int8",
+}
+
+
+def _contexts(fields, name):
+    """Settings under which a field may matter: none, then every other switch switched."""
+    yield {}
+    for other, annotation in fields.items():
+        if other != name and annotation in (bool, str):
+            yield {other: True if annotation is bool else OTHER_STRINGS[other]}
+
+
+def _alternatives(name, annotation):
+    if name in OTHER_STRINGS:
+        return [OTHER_STRINGS[name]]
+    others = {bool: [True, False], float: [0.37], int: [4, 8]}
+    assert annotation in others, f"the contract suite knows no other value for {name!r}: add one"
+    return others[annotation]
+
+
+def _spec(name, values):
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in values.items())})"
+
+
+@functools.cache
+def _program(kind, spec):
+    """The traced model, its kernels, its parameters and its state, as text: what differs differs in what is computed.
+
+    Initialised and run in one trace of one layer: every other way traces a block several times.
+    """
+    lm = build(kind, spec, size=SIZE.replace("num_layers=2", "num_layers=1"), scan=False)
+    packed = batch()
+    ctx = Context.packed(packed["positions"], packed["segments"])
+    with kernels.recording() as used:
+        traced = jax.make_jaxpr(lambda key: nn.unbox(lm.init_with_output(key, packed["tokens"], ctx)))(
+            jax.random.key(0)
+        )
+    states = jax.eval_shape(lambda: model.init_states(lm, B, 1))
+    return str(traced) + str(used) + str(jax.tree.map(lambda leaf: leaf.shape, states))

@@ -1,0 +1,163 @@
+"""What quantised forms, optimisers, schedules, data sources, tokenizers and samplers must do, whoever wrote them."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import contract
+from efficientllm import model, sharding
+from efficientllm.adapters import base as adapters
+from efficientllm.data.corpus import Corpus
+from efficientllm.quant import tree
+from efficientllm.quant.rows import resident_bytes
+from efficientllm.registry import build, settable
+from efficientllm.weights import Weight, axes, matmul, take
+
+ROWS, K, N = 5, 96, 40  # of an input, and the width of a kernel and of what it gives
+
+
+def check_form(kind, spec):
+    """A kernel in the form multiplies, stacks, shards and looks up as the array that it stands for; it takes less."""
+    say = lambda what: f"{kind} {spec}: {what}"  # noqa: E731
+    noise = np.random.default_rng(0)
+    stack = noise.standard_normal((3, K, N)).astype(np.float32)
+    packed = tree.quantize({"kernel": jnp.asarray(stack)}, spec)["kernel"]
+    assert isinstance(packed, Weight), say("leaf(rows, is_table) gives a weights.Weight, such as a quant.rows.Rows")
+    dense = packed.dense()
+    assert packed.shape == dense.shape == stack.shape, say(f"its shape is {packed.shape}, dense() {dense.shape}")
+    assert dense.dtype == jnp.float32, say(f"dense() is float32, not {dense.dtype}")
+    error = np.linalg.norm(dense - stack) / np.linalg.norm(stack)
+    assert error < 0.3, say(f"of normal numbers it keeps too little: {error:.3g} of their norm is lost")
+    assert resident_bytes(packed) < stack.nbytes, say("it takes no less memory than float32")
+    one = jax.tree.map(lambda leaf: leaf[1], packed)
+    np.testing.assert_array_equal(
+        one.dense(), dense[1], say("its arrays have the stack's leading axes, as the kernel has")
+    )
+    x = noise.standard_normal((ROWS, K)).astype(np.float32)
+    found, exact = matmul(x, one, "float32"), x @ dense[1]
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert error < 5e-3, say(f"matmul is not the product with dense(): {error:.3g} off")
+    names = axes(one, ("embed", "mlp"))
+    jax.tree.map(lambda leaf, of: sharding.spec(of, leaf.shape, sharding.make_mesh("fsdp=4, tensor=2")), one, names)
+    table = tree.leaf(tree.form_of(spec), True, jnp.asarray(stack[0]))
+    np.testing.assert_array_equal(take(table, jnp.array([3, 0])), table.dense()[jnp.array([3, 0])], say("take()"))
+
+
+def check_model(kind, spec):
+    """A model whose kernels are in the form is the model of the numbers that they stand for."""
+    lm = contract.build("ffn", "swiglu")
+    packed = tree.quantize(contract.parameters(lm), spec)
+    exact = contract.logits(lm, contract.tokens(), adapters.merge(packed))
+    for each, params in ((lm, packed), model.unroll(lm, packed)):
+        found = contract.logits(each, contract.tokens(), params)
+        error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+        assert error < 5e-3, f"{kind} {spec}: logits are {error:.3g} from those of the same numbers as arrays"
+
+
+def check_optimizer(kind, spec):
+    """What it gives is a direction to be subtracted, of every parameter's shape, and leads down."""
+    optimizer, goal = build(kind, spec), {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(4)}
+    loss = lambda params: sum(jnp.sum((params[name] - goal[name]) ** 2) for name in goal)  # noqa: E731
+    params = jax.tree.map(jnp.zeros_like, goal)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state):
+        direction, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, jax.tree.map(lambda leaf: -0.02 * leaf, direction)), state
+
+    first = loss(params)
+    for _ in range(300):
+        params, state = step(params, state)
+    why = (
+        f"{kind} {spec}: 300 steps of 0.02 against its direction take the loss from {first:.3g} to {loss(params):.3g}: "
+    )
+    assert loss(params) < 0.3 * first, why + "the learning rate and its sign come after it (optim.rules)"
+
+
+def check_schedule(kind, spec):
+    """A rate for every step, traced or not; it may rise from zero, and is no more than its peak."""
+    given = {"peak": 0.25} if "peak" in settable(_target(kind, spec)) else {}
+    rate = build(kind, spec, given, steps=40)
+    rates = jnp.array([rate(step) for step in range(40)])
+    np.testing.assert_allclose(rates, jax.jit(jax.vmap(rate))(jnp.arange(40)), rtol=1e-6)
+    assert jnp.isfinite(rates).all() and (rates >= 0).all() and rates.max() > 0, f"{kind} {spec}: rates are {rates}"
+    assert not given or rates.max() <= 0.25 * (1 + 1e-6), f"{kind} {spec}: above its peak: {rates.max()}"
+
+
+def _target(kind, spec):
+    from efficientllm import registry
+
+    return registry.lookup(kind, registry.parse(spec)[0])
+
+
+def check_data(kind, spec):
+    """The same documents each time, which can be divided; conversations if they are records."""
+    corpus = Corpus(spec)
+    sides = [[list(Corpus(spec).texts(side)) for side in ("train", "held_out")] for _ in range(2)]
+    assert sides[0] == sides[1], f"{kind} {spec}: documents() gives other documents, or another order, the second time"
+    assert all(sides[0]), f"{kind} {spec}: nothing is held out, or nothing is left to train on"
+    if corpus.has_records:
+        messages = json.loads(sides[0][0][0])
+        assert all({"role", "content"} <= set(message) for message in messages), (
+            f"{kind} {spec}: data.conversation.dump"
+        )
+
+
+def check_tokenizer(kind, spec):
+    """Ids below vocab_size that spell the text again, alone and in a batch; eos is spelt by none."""
+    corpus = Corpus("python_docs(max_bytes=50000)")
+    tokenizer = build(kind, spec).fit(corpus)
+    texts = ["def f(x):\n    return x", "a b", *list(corpus.texts("train"))[:3]]
+    for text, batched in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        ids = list(tokenizer.encode(text))
+        why = f"{kind} {spec}: of {text[:40]!r} "
+        assert ids == list(batched), why + "encode and encode_batch give different ids"
+        assert ids and min(ids) >= 0 and max(ids) < tokenizer.vocab_size, why + "ids lie outside the vocabulary"
+        assert tokenizer.eos_id not in ids, why + "the ids hold eos, which closes a document"
+        assert tokenizer.decode(ids) == text, why + f"decode(encode(text)) is {tokenizer.decode(ids)[:40]!r}"
+        spelt = int(np.sum(np.asarray(tokenizer.token_bytes)[ids]))
+        assert spelt == len(text.encode()), why + f"token_bytes are {spelt} of {len(text.encode())} bytes"
+    assert len(tokenizer.token_bytes) == tokenizer.vocab_size, f"{kind} {spec}: token_bytes has a number for each id"
+    again = build(kind, spec).fit(corpus)
+    assert again.fingerprint == tokenizer.fingerprint, f"{kind} {spec}: fingerprint is another the second time"
+    for name in ("end_ids", "lead_ids", "chat", "encode_prompt"):
+        assert hasattr(tokenizer, name), f"{kind} {spec} lacks {name} (data/tokenizers.py)"
+
+
+def check_sampler(kind, spec):
+    """An id a row, int32; the only one that can be; the same of the same key, and of the rows beside it none of all."""
+    sampler = build(kind, spec)
+    noise = np.random.default_rng(0)
+    logits_BV = jnp.asarray(noise.standard_normal((4, 16)), jnp.float32)
+    seen_BV, keys_B = jnp.zeros((4, 16 if sampler.remembers else 1), bool), jax.random.split(jax.random.key(0), 4)
+    run = jax.jit(functools.partial(sampler))
+    found = run(logits_BV, seen_BV, keys_B)
+    assert found.shape == (4,) and found.dtype == jnp.int32, (
+        f"{kind} {spec}: gives {found.dtype} {found.shape}, not int32 (4,)"
+    )
+    assert found.min() >= 0 and found.max() < 16, f"{kind} {spec}: ids lie outside the vocabulary"
+    np.testing.assert_array_equal(
+        found, run(logits_BV, seen_BV, keys_B), f"{kind} {spec}: what is drawn is in the key alone"
+    )
+    only = jnp.where(jnp.arange(16) == 7, 1.0, -jnp.inf) * jnp.ones((4, 1))
+    np.testing.assert_array_equal(run(only, seen_BV, keys_B), 7, f"{kind} {spec}: an id of logit -inf is drawn")
+    alone = [run(logits_BV[i : i + 1], seen_BV[i : i + 1], keys_B[i : i + 1])[0] for i in range(4)]
+    np.testing.assert_array_equal(found, alone, f"{kind} {spec}: a row's id depends on the rows beside it")
+
+
+CHECKS = {
+    "quant": (check_form, check_model),
+    "optimizer": (check_optimizer,),
+    "schedule": (check_schedule,),
+    "data": (check_data,),
+    "tokenizer": (check_tokenizer,),
+    "sampler": (check_sampler,),
+}
+# What tests of its own or of transformers' cover, what is no form of its own, and what needs a file.
+NOT = ("float32", "stored", "hf", "text", "jsonl", "csv", "parquet", "pairs", "chat")
+QUICK = ("int8", "adamw", "linear", "bytes", "greedy")
