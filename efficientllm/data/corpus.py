@@ -16,6 +16,7 @@ from efficientllm.registry import build
 
 SIDES = ("train", "held_out")
 _ALL = 1 << 64
+_unkeyed = {}  # summaries, for the length of a process, of sources without a key
 LEARNT = np.uint32(1 << 31)
 CUT = 20  # pieces of a corpus that is one document, so that one can be held out
 FORMAT = 2  # of a summary
@@ -82,7 +83,8 @@ class Corpus:
         out, into how many pieces a corpus of one document is cut (else 1), and notes for the log."""
         key = self._attribute("key")()
         if key is None:
-            return self._summarise()
+            place = (self.spec, str(self.cache))
+            return _unkeyed.get(place) or _unkeyed.setdefault(place, self._summarise())
         name = f"corpus-{cache.digest(FORMAT, key)}"
         folder = cache.entry(
             self.cache, name, lambda new: (new / "summary.json").write_text(json.dumps(self._summarise()))

@@ -2,7 +2,7 @@
 
 | layout | fields |
 |---|---|
-| messages (OpenAI) | `messages`: `[{"role", "content"}]`; content may be a list of parts of type text |
+| messages (OpenAI) | `messages`: `[{"role", "content"}]`; content may be a list of parts of type text; `tools` |
 | ShareGPT | `conversations`: `[{"from", "value"}]`, with `system` |
 | Alpaca | `instruction`, `input`, `output`, with `system` and `history` (pairs of earlier turns) |
 | pairs | one of `PAIRS`, each side a text or a list of messages, with `system` and `context` |
@@ -33,6 +33,7 @@ PAIRS = (
 )
 SYSTEM = ("system", "system_prompt")
 BESIDE = ("input", "context")  # what an instruction or a question is about
+TOOLS = "tools"
 PREFERENCE = ("chosen", "rejected")
 ROLES = {
     "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
@@ -53,6 +54,21 @@ class Layout:
     name: str
     fields: tuple
     messages: typing.Callable  # (row, where) -> messages
+
+    @property
+    def columns(self):
+        """The fields, and that of the tools that a conversation may call, which need not be there."""
+        return (*self.fields, TOOLS)
+
+    def document(self, row, where):
+        """The text of the conversation that a row is. Raises Skipped, UserError."""
+        messages = self.messages(row, where)
+        tools = row.get(TOOLS)
+        if isinstance(tools, str):
+            tools = _spelt(tools, TOOLS, where) if tools.strip() else None
+        if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise UserError(f"{where}: field {TOOLS!r} holds {tools!r:.60}; it is a list of functions as JSON Schema")
+        return conversation.dump(messages, tools)
 
 
 def recognise(names, where, wanted=(), system=""):
@@ -116,9 +132,8 @@ def _spelt(turns, key, where):
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: field {key!r} is not JSON ({str(error).partition(':')[0]})") from None
     if not isinstance(turns, list | tuple):
-        raise UserError(
-            f"{where}: field {key!r} holds {turns!r:.60}; a conversation is a list of {{'role': ..., 'content': ...}}"
-        )
+        wanted = "a conversation is a list of {'role': ..., 'content': ...}" if key != TOOLS else "it is a list"
+        raise UserError(f"{where}: field {key!r} holds {turns!r:.60}; {wanted}")
     return turns
 
 
@@ -171,11 +186,13 @@ def _with_system(messages, row, beside, system, where):
 def _answered(messages, where):
     if not any(message["role"] == "assistant" and _says(message) for message in messages):
         raise Skipped("without an answer")
+    if any(message["content"] is None and not message.get("tool_calls") for message in messages):
+        raise Skipped("with a turn of no text")
     return conversation.check(messages, where)
 
 
 def _says(message):
-    return bool(message["content"].strip() if isinstance(message["content"], str) else message.get("tool_calls"))
+    return bool((message["content"] or "").strip() or message.get("tool_calls"))
 
 
 def _turns(value, role, name, where):

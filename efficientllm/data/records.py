@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from efficientllm.data import conversation, layouts, tables
+from efficientllm.data import layouts, tables
 from efficientllm.data.files import Files
 from efficientllm.data.hub import Hub
 from efficientllm.data.source import Tally
@@ -40,7 +40,7 @@ class Records(Files):
             names = tuple(row)
             try:
                 layout = known.get(names) or known.setdefault(names, self._layout(names, where))
-                text = conversation.dump(layout.messages(row, where))
+                text = layout.document(row, where)
             except layouts.Skipped as reason:
                 self.tally.skip(f"records {reason}", where)
                 continue
@@ -69,7 +69,7 @@ class Records(Files):
             yield from tables.rows(path, "json", self._columns)
 
     def _columns(self, names, where):
-        return list(self._layout(names, where).fields)
+        return [name for name in self._layout(names, where).columns if name in names]
 
 
 @register("data", "pairs")

@@ -82,6 +82,9 @@ def whole(path):
 def documents(path, size):
     """Yields the file's text in `pieces`. Every line end is a line feed, however the file writes it. Raises UserError
     for what is not UTF-8."""
+    with opened(path) as stream:
+        if stream.peek(4)[:4] == b"PAR1":
+            raise UserError(f"{path} is a Parquet file; write parquet(path=...) to read the text in one of its columns")
     newlines, rest = io.IncrementalNewlineDecoder(None, translate=True), ""
     for chunk, final in _decoded(path):
         *ready, rest = pieces(rest + newlines.decode(chunk, final), size) or [""]

@@ -22,8 +22,8 @@ _HUGE = 1 << 30
 def rows(path, fallback, choose):
     """Yields `(where, row)` of a file of the format that its name ends in, else of `fallback`.
 
-    `choose(names, where)` gives the columns of a Parquet file to read. Rows are dicts; in JSON they are what the file
-    holds. Raises UserError that names the file and the line.
+    `choose(names, where)` gives the columns of a CSV or Parquet file to read. Rows are dicts; in JSON they are what the
+    file holds. Raises UserError that names the file and the line.
     """
     name = path.lower()
     for packed in streams.COMPRESSED:
@@ -34,7 +34,7 @@ def rows(path, fallback, choose):
             kind = "parquet"
     if kind == "parquet":
         return _parquet(path, choose)
-    return _json(path) if kind == "json" else _csv(path, kind)
+    return _json(path) if kind == "json" else _csv(path, kind, choose)
 
 
 def field(row, name, where):
@@ -169,8 +169,8 @@ def _parsed(parse, path, line=None):
         ) from None
 
 
-def _csv(path, kind):
-    """Rows under the names of the first; a file's delimiter is the one its header has most of."""
+def _csv(path, kind, choose):
+    """Rows of the chosen columns, by the names of the first; a file's delimiter is the one its header has most of."""
     csv.field_size_limit(_HUGE)
     source = streams.lines(path)
     above, header = next(((number, line) for number, line in source if line.strip()), (1, ""))
@@ -188,9 +188,9 @@ def _csv(path, kind):
         if values is None:
             return
         if names is None:
-            names = _header(values, path)
+            names, chosen = _header(values, f"{path}, line {begin}", choose)
         elif len(values) == len(names):
-            yield f"{path}, line {begin}", dict(zip(names, values, strict=True))
+            yield f"{path}, line {begin}", {name: values[column] for name, column in chosen.items()}
         elif values:
             raise UserError(
                 f"{path}, line {begin}: {len(values)} fields under a header of {len(names)}; a field that holds "
@@ -198,11 +198,13 @@ def _csv(path, kind):
             )
 
 
-def _header(values, path):
+def _header(values, where, choose):
+    """`(names, {name of a chosen column: its place})`."""
     names = [name.strip() for name in values]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{path}, line 1: the header has the field {twice!r} twice")
-    return names
+    chosen = choose(names, where)
+    if twice := next((name for name in chosen if names.count(name) > 1), None):
+        raise UserError(f"{where}: the header has the field {twice!r} twice")
+    return names, {name: names.index(name) for name in chosen}
 
 
 def _parquet(path, choose):

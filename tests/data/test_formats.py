@@ -80,6 +80,8 @@ def test_only_the_fields_that_are_named_are_read(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["b"], "more": [1]}), tmp_path / "b.parquet")
     assert documents(f"parquet(path='{tmp_path}/*.parquet')") == ["a", "b"]
+    write(tmp_path / "a.csv", ",,text,n,n\n0,1,a,2,3\n")
+    assert documents(f"csv(path='{tmp_path}/a.csv')") == ["a"]
 
 
 CONVERSATION = [
@@ -170,6 +172,36 @@ def test_records_without_an_answer_are_counted_and_passed_over(tmp_path):
         documents(f"pairs(path={path!r})")
 
 
+def test_a_turn_that_calls_a_tool_says_nothing_else(tmp_path):
+    call = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    rows = [
+        {"messages": [{"role": "user", "content": "U"}, {"role": "assistant", "content": None, "tool_calls": call}]},
+        {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "A"}]},
+    ]
+    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    (found,), notes = read(f"chat(path={path!r})")
+    assert json.loads(found)[1] == {"role": "assistant", "content": "", "tool_calls": call}
+    assert "skipped 1 records with a turn of no text" in notes[1]
+
+
+@pytest.mark.parametrize("spell", [list, json.dumps])
+def test_tools_go_with_their_conversation(tmp_path, spell):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    rows = [{"messages": CONVERSATION, "tools": spell(tools)}, {"messages": CONVERSATION, "tools": None}]
+    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    found = documents(f"chat(path={path!r})")
+    assert found == [conversation.dump(CONVERSATION, tools), conversation.dump(CONVERSATION)]
+    write(tmp_path / "rows.jsonl", json.dumps({"messages": CONVERSATION, "tools": 3}))
+    with pytest.raises(UserError, match="line 1: field 'tools' holds 3; it is a list of functions"):
+        documents(f"chat(path={path!r})")
+
+
+def test_a_table_is_not_read_as_text(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet is a Parquet file; write parquet\(path=...\)"):
+        documents(f"text(path='{tmp_path}/a.parquet')")
+
+
 def test_an_empty_file_is_no_reason_to_refuse_a_folder(tmp_path):
     for name, content in (("__init__.py", ""), ("blank.py", " \n"), ("a.py", "a = 1\n")):
         write(tmp_path / "package" / name, content)
@@ -250,7 +282,7 @@ WRONG = [
     ("a.csv", b'text,n\na,1\n"b\nb",2,3\n', "line 3: 3 fields under a header of 2"),
     ("a.csv", b'text,n\n"a,1\n', "line 2: not CSV"),
     ("a.csv", b"text,n,text\na,1,b\n", "the header has the field 'text' twice"),
-    ("a.csv", b"n,m\na,1\n", "line 2: no field 'text'; there are: n, m"),
+    ("a.csv", b"n,m\na,1\n", "line 1: no field 'text'; there are: n, m"),
     ("a.parquet", b"PAR1 and no more", "is no Parquet file"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text')[:-9], "cannot be read"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text"'), "line 2: not JSON"),
