@@ -9,6 +9,7 @@ import pytest
 from convert import folders
 
 import runs
+from efficientllm import base_config as base
 from efficientllm import main
 
 README = (runs.ROOT / "experiments/my_techniques/README.md").read_text()
@@ -38,7 +39,7 @@ def test_a_part_runs(command, tmp_path, monkeypatch):
         short += [f"model.size={SIZE}"]
     if config.data == "python_docs()":
         short += ["data=text(path='README.md')"]
-    if config.tokenizer.startswith("bpe"):
+    if config.tokenizer in (base.get_config().tokenizer, "pretrained"):
         short += ["tokenizer=bytes"]
     assert main.main([*argv, *[f"--config.{each}" for each in short]]) == 0
     assert list((tmp_path / "runs").glob("my_*/*/record.json"))
