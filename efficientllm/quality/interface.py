@@ -163,7 +163,7 @@ def _score(lm, params, tokens_BT, where_BC, targets_BC):
     not fit: a vocabulary of 150,000 takes 1.2 GB a row of 2,048.
     """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-last_B1 = jnp.max(jnp.where(targets_BC >= 0, where_BC, -1), 1, keepdims=True)
+    last_B1 = jnp.max(jnp.where(targets_BC >= 0, where_BC, -1), 1, keepdims=True)
     segments_BT = (positions_BT <= last_B1).astype(jnp.int32)
     ctx = Context.packed(positions_BT, segments_BT).replace(reach_B=jnp.max(where_BC, 1) + 1)
     x_BTD, _, _ = lm.apply({"params": params}, tokens_BT, ctx, readout=False)
