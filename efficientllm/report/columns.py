@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from efficientllm.metrics.conditions import UNITS as CONDITIONS
 from efficientllm.metrics.paper import UNITS
 from efficientllm.metrics.record import PHYSICAL_UNITS, QUALITY_UNITS
 
@@ -106,6 +107,10 @@ def is_energy(key):
 
 def is_exact(key):
     return key.startswith(EXACT)
+
+
+def is_condition(key):
+    return key in CONDITIONS
 
 
 def is_timed(key):

@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.report import columns, comparable, find, statistics
+from efficientllm.report import columns, comparable, find, rows, statistics
 
 DEFAULT = (
     "al_s",
@@ -80,8 +80,8 @@ def _conclusion(status, undecided):
 def _matched(rows_a, rows_b, notes):
     """`(name, rows of A, rows of B)` by variant; one variant a side is compared whatever its name."""
     sides = [{}, {}]
-    for name, side, rows in zip("AB", sides, (rows_a, rows_b), strict=True):
-        for row in rows:
+    for name, side, own in zip("AB", sides, (rows_a, rows_b), strict=True):
+        for row in own:
             if row.ok and not row.predicted:
                 side.setdefault(row.sweep.get("variant") or row.identity, []).append(row)
             else:
@@ -96,7 +96,7 @@ def _matched(rows_a, rows_b, notes):
     if not shared:
         raise UserError("not comparable: A and B share no variant, and hold more than one each")
     for name, side in zip("AB", sides, strict=True):
-        alone = [_name(rows) for variant, rows in side.items() if variant not in shared]
+        alone = [_name(own) for variant, own in side.items() if variant not in shared]
         if alone:
             notes.append(f"{name} alone has {', '.join(sorted(set(alone)))}: not compared")
     return [(_name(a[variant]), a[variant], b[variant]) for variant in shared]
@@ -105,14 +105,17 @@ def _matched(rows_a, rows_b, notes):
 def _name(a, b=()):
     """The variant's name; of two that differ, `A's -> B's`."""
     names = [side[0].sweep.get("variant") or side[0].record.get("name") or side[0].identity for side in (a, b) if side]
-    return " -> ".join(dict.fromkeys(names))
+    name = " -> ".join(dict.fromkeys(names))
+    if b and names[0] == names[1] and (changes := rows.changes(a[0], b[0])):
+        name += f" ({', '.join(changes[:3])}{', ...' if len(changes) > 3 else ''})"
+    return name
 
 
 def _check_setting(name, a, b, keys):
     """Raises UserError for any row of either side that ran in another setting than the first of A."""
     first, timed = a[0], any(not columns.is_exact(key) for key in keys)
-    for side, rows in (("A", a), ("B", b)):
-        for row in rows:
+    for side, own in (("A", a), ("B", b)):
+        for row in own:
             pairs = {
                 "task": (first.task, row.task),
                 "device": (comparable.device(first), comparable.device(row)),
@@ -133,8 +136,8 @@ def _check_setting(name, a, b, keys):
 def _precision(a, b):
     if a.kind == "infer":
         return {}
-    differ = [key for key in a.config.keys() | b.config.keys() if a.config.get(key) != b.config.get(key)]
-    others = [key for key in differ if key.startswith(("model.", "adapter", "quant")) and key not in _PRECISION]
+    others = [key for key in rows.differing(a, b) if key.startswith(("model.", "adapter", "quant", "train."))]
+    others = [key for key in others if key not in _PRECISION]
     return {key.replace("model.", ""): (a.config.get(key), b.config.get(key)) for key in _PRECISION} if others else {}
 
 
@@ -155,31 +158,31 @@ def _metrics(a, b, asked, name, notes):
             )
         if columns.column(key, "", None).better is None:
             raise UserError(f"--metric={key}: neither more nor less of it is better, so that nothing can regress")
-        for side, rows in (("A", a), ("B", b)):
-            if not _known(rows, key):
-                raise UserError(f"not comparable: {key} of {name}: {side}'s is null: {_why_null(rows, key)}")
+        for side, own in (("A", a), ("B", b)):
+            if not _known(own, key):
+                raise UserError(f"not comparable: {key} of {name}: {side}'s is null: {_why_null(own, key)}")
     if asked:
         return asked
-    for side, rows, other in (("A", a, b), ("B", b, a)):
+    for side, own, other in (("A", a, b), ("B", b, a)):
         for key in DEFAULT:
-            if _known(other, key) and not _known(rows, key):
-                notes.append(f"{key} of {name}: {side}'s is null, not compared: {_why_null(rows, key)}")
+            if _known(other, key) and not _known(own, key):
+                notes.append(f"{key} of {name}: {side}'s is null, not compared: {_why_null(own, key)}")
     return [key for key in DEFAULT if all(_known(side, key) for side in (a, b))]
 
 
-def _known(rows, key):
-    return [row for row in rows if row.values.get(key) is not None and row.values[key] > 0]
+def _known(side, key):
+    return [row for row in side if row.values.get(key) is not None and row.values[key] > 0]
 
 
-def _why_null(rows, key):
-    return next((row.reasons[key] for row in rows if key in row.reasons), "not positive")
+def _why_null(side, key):
+    return next((row.reasons[key] for row in side if key in row.reasons), "not positive")
 
 
 def _line(name, key, a, b, margin, asked, notes):
     column = columns.column(key, a[0].unit(key), None)
-    for side, rows in (("A", a), ("B", b)):
-        if missing := len(rows) - len(_known(rows, key)):
-            notes.append(f"{key} of {name}: {missing} of {len(rows)} rows of {side} are null or 0 and left out")
+    for side, own in (("A", a), ("B", b)):
+        if missing := len(own) - len(_known(own, key)):
+            notes.append(f"{key} of {name}: {missing} of {len(own)} rows of {side} are null or 0 and left out")
     why, a, b = _unquiet(a, b), _known(a, key), _known(b, key)
     if differs := comparable.differences((*a, *b), a[0], key, "A's first"):
         raise UserError(f"not comparable: {key} of {name}: {differs}")
@@ -221,10 +224,10 @@ def _interval(key, a, b):
     return statistics.ratio_interval([sum(logs[1]) / len(b) - sum(logs[0]) / len(a)], exact=alike)
 
 
-def _logs(rows, key):
+def _logs(side, key):
     """`{block: mean logarithm}`."""
     found = {}
-    for row in rows:
+    for row in side:
         found.setdefault(row.block, []).append(math.log(row.values[key]))
     return {block: sum(logs) / len(logs) for block, logs in found.items()}
 

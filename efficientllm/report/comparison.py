@@ -100,7 +100,12 @@ class Group:
         return statistics.ratio_interval(logs_B, columns.is_exact(key)), None
 
     def compare(self, key, better):
-        """`{variant: cell}` and `wins` (`{variant: {variant: share}}`) of a metric; every number a plain one."""
+        """`{variant: cell}` and `wins` (`{variant: {variant: share}}`) of a metric; every number a plain one.
+
+        What says how a run was measured (its conditions) is shown and compared with nothing.
+        """
+        if columns.is_condition(key):
+            return {variant: self._shown(variant, key) for variant in self.variants}, {}
         reasons = {variant: self.refusal(variant, key) for variant in self.variants}
         cells = {variant: self._cell(variant, key, reasons[variant], better) for variant in self.variants}
         ranked = self.ranked(key)
@@ -129,10 +134,19 @@ class Group:
         """Whether draws of these variants say anything: two blocks each, or values that need only one."""
         return columns.is_exact(key) or bool((np.isfinite(self.logs(key, variants)).sum(1) > 1).all())
 
-    def _cell(self, variant, key, reason, better):
+    def _shown(self, variant, key, reason=None):
         values = [row.values[key] for row in self.of(variant) if row.ok and row.values.get(key) is not None]
-        cell = {"mean": statistics.centre(values), "n": len(values), "reason": reason}
-        if columns.is_timed(key) and (count := sum(bool(row.starved) for row in self.of(variant) if row.ok)):
+        if not values and reason is None:
+            reason = next((row.reasons[key] for row in self.of(variant) if key in row.reasons), "not recorded")
+        return {"mean": statistics.centre(values), "n": len(values), "reason": reason}
+
+    def _cell(self, variant, key, reason, better):
+        cell = self._shown(variant, key, reason)
+        if (
+            cell["n"]
+            and columns.is_timed(key)
+            and (count := sum(bool(row.starved) for row in self.of(variant) if row.ok))
+        ):
             cell["starved"] = count
         if reason or variant == self.baseline:
             return cell

@@ -156,6 +156,17 @@ def _compared(config):
     return {k: v for k, v in config.items() if not any(k == i or k.startswith(f"{i}.") for i in ignored)}
 
 
+def differing(a, b):
+    """The keys, of those that are compared, whose values differ between the configs of two rows."""
+    ours, theirs = _compared(a.config), _compared(b.config)
+    return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+
+
+def changes(a, b):
+    """`model.mixer gqa -> mla` for each of them."""
+    return [f"{key} {a.config.get(key)} -> {b.config.get(key)}" for key in differing(a, b)]
+
+
 def _identity(config):
     text = json.dumps(_compared(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
