@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from efficientllm import allocator, failures, kernels
+from efficientllm import allocator, data, failures, kernels
 from efficientllm.infer import measure, row, serving
 from efficientllm.infer.answers import Answers
 from efficientllm.infer.engine import Engine
@@ -212,6 +212,8 @@ class Inference:
         found["provenance"]["end_tokens"] = [
             self.serving.tokenizer.text_of(id) for id in self.serving.tokenizer.end_ids
         ]
+        if outcome == "ok":
+            found["provenance"]["data"] = data.describe(self.config.data, self.serving.tokenizer)
         if not self.config.model.pretrained:
             found["provenance"]["weights"] = f"random, of size {self.config.model.size}: quality means nothing"
         found["provenance"] |= self.workdir.code_provenance()
