@@ -14,10 +14,13 @@ def from_config(model, tokenizer_size=None):
 
     Raises UserError naming the key that does not fit.
     """
+    return _describe(model, sized(model, tokenizer_size), tokenizer_size)
+
+
+def sized(model, tokenizer_size=None):
+    """The size of `config.model`, with the widths that its `parameters_of` gives it. Raises UserError."""
     size = build("size", model.size, where="config.model.size")
-    if model.parameters_of:
-        size = _equal_parameters(model, size, tokenizer_size)
-    return _describe(model, size, tokenizer_size)
+    return _equal_parameters(model, size, tokenizer_size) if model.parameters_of else size
 
 
 def check(model):

@@ -73,22 +73,28 @@ class Folder:
         return np.asarray(leaf.dense()) if path in self._said else leaf
 
     def bind(self, lm):
-        """`{path: Leaf}` of all parameters of `lm`. Raises UserError for one that is missing, of another shape, or of
-        nothing in the model."""
-        shapes = flax.traverse_util.flatten_dict(nn.unbox(models.abstract_params(lm)), sep="/")
-        leaves = {path: Leaf(path, leaf.shape, _names(path, lm.num_groups)) for path, leaf in shapes.items()}
-        wanted = {name: leaf.shape[name != leaf.path :] for leaf in leaves.values() for name in leaf.names}
-        for name, shape in wanted.items():
-            found = self.shapes.get(name)
-            if found is None or tuple(found) != tuple(shape):
-                shown = "missing" if found is None else f"of shape {list(found)}"
-                raise UserError(f"{self.where}: {name!r} is {shown}, the config asks for {list(shape)}")
-        if extra := sorted(self.shapes.keys() - wanted.keys()):
-            raise UserError(f"{self.where}: {extra[0]!r} belongs to nothing in the model that the config describes")
+        """`bind` below, of these files."""
+        leaves = bind(self, lm)
         for name in self._files.shapes:
             if (of := name.rpartition(".")[0]) and of not in self._said:
                 raise UserError(f"{self.where}: {name!r} is of {of!r}, which is none of quantization_config.leaves")
         return leaves
+
+
+def bind(tensors, lm):
+    """`{path: Leaf}` of all parameters of `lm`, read from `tensors` under our own paths. Raises UserError for one that
+    is missing, of another shape, or of nothing in the model."""
+    shapes = flax.traverse_util.flatten_dict(nn.unbox(models.abstract_params(lm)), sep="/")
+    leaves = {path: Leaf(path, leaf.shape, _names(path, lm.num_groups)) for path, leaf in shapes.items()}
+    wanted = {name: leaf.shape[name != leaf.path :] for leaf in leaves.values() for name in leaf.names}
+    for name, shape in wanted.items():
+        found = tensors.shapes.get(name)
+        if found is None or tuple(found) != tuple(shape):
+            shown = "missing" if found is None else f"of shape {list(found)}"
+            raise UserError(f"{tensors.where}: {name!r} is {shown}, the config asks for {list(shape)}")
+    if extra := sorted(tensors.shapes.keys() - wanted.keys()):
+        raise UserError(f"{tensors.where}: {extra[0]!r} belongs to nothing in the model that the config describes")
+    return leaves
 
 
 def _names(path, groups):

@@ -144,7 +144,8 @@ _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 def open_source(pretrained, weights=True):
-    """The Source of `config.model.pretrained`: a folder, a GGUF file, a repository of the hub, or `smollm2-135m`.
+    """The Source of `config.model.pretrained`: a folder, a GGUF file, a repository of the hub, or `smollm2-135m`; the
+    folder of a run of ours, or of an adapter of peft's, which is merged as it is read.
 
     Reads descriptions and headers, no tensor; without `weights` a config.json is enough, and nothing can be loaded.
     Raises UserError.
@@ -156,8 +157,16 @@ def open_source(pretrained, weights=True):
             raise UserError(f"{where} is a file, but no *.gguf; name the folder of its config.json")
         tensors = GGUFFile(path)
         config, table = tensors.config, tensors.table
+    elif (path / "adapter_config.json").is_file():
+        from efficientllm.convert import adapted  # around what this function opens
+
+        return adapted.open_adapter(path, where, weights, open_source)
     else:
         config, table, tensors = _json(path / "config.json"), None, None
+        if is_run(config):
+            from efficientllm.convert import run_folder
+
+            return run_folder.open_run(path, config, weights, open_source)
     limits.check(config, path if tensors else path / "config.json")
     plain = {key: value for key, value in config.items() if key != quantized.KEY}
     described = families.describe(plain, path if tensors else path / "config.json")
@@ -165,6 +174,11 @@ def open_source(pretrained, weights=True):
     tensors = tensors or (quantized.folder(path, config) if weights else None)
     table = table or families.FAMILIES[described.model_type].table
     return Source(path, config, described.model, described.max_positions, tensors, table)
+
+
+def is_run(config):
+    """Whether a config.json is that of a run of ours."""
+    return isinstance(config.get("train"), dict) and isinstance(config.get("model"), dict) and "task" in config
 
 
 def _json(file, default=None):

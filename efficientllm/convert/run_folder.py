@@ -1,0 +1,216 @@
+"""The folder of a run of ours as a checkpoint: its newest parameters, merged with what they were tuned around."""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+import zlib
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficientllm import architecture, base_config
+from efficientllm import model as models
+from efficientllm.adapters.base import box
+from efficientllm.convert import rounded
+from efficientllm.convert.source import Source
+from efficientllm.errors import UserError
+from efficientllm.registry import build
+from efficientllm.weights import Weight
+
+TASKS = ("pretrain", "tune")
+TOKENIZER = "tokenizer"  # a folder of the run's, written when it starts
+_DESCRIBES = ("size", "mixer", "ffn", "pattern", "residual", "position", "norm", "tied", "embed_norm")
+log = logging.getLogger("efficientllm")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSource(Source):
+    """A run's parameters under our own paths. `run` is its config, `base` the Source that it began from, or None."""
+
+    run: object = None
+    base: object = None
+
+    def tokenizer(self):
+        """A spec for `config.tokenizer`: of the tokenizer that the run keeps; of one without, the one it names."""
+        if (self.path / TOKENIZER).is_dir():
+            return f"hf(path={str(self.path / TOKENIZER)!r})"
+        if self.run.tokenizer == "pretrained":
+            return self.base.tokenizer()
+        return self.run.tokenizer
+
+    def chat_template(self):
+        """The template of the checkpoint that the run began from, or None."""
+        return self.base.chat_template() if self.base else None
+
+
+def open_run(path, config, weights, open_source):
+    """The RunSource of the folder `path` with the config.json `config`. Raises UserError."""
+    where = f"config.model.pretrained = {str(path)!r}"
+    run = _config(config, where)
+    if run.task not in TASKS:
+        raise UserError(f"{where}: a run of {run.task!r} holds no model; name one of pretrain or tune")
+    from efficientllm.run import import_plugins  # techniques of one's own, as the run had them
+
+    import_plugins(run.imports)
+    base = open_source(run.model.pretrained, weights) if run.model.pretrained else None
+    model = dict(base.model) if base else {key: run.model[key] for key in _DESCRIBES}
+    source = RunSource(path, dict(base.config) if base else {}, model, base and base.max_positions, None, {}, run, base)
+    if base is None:  # its widths are in the size
+        model["parameters_of"] = ""
+        model["size"] = _with_vocabulary(run, source)
+    tensors = Parameters(source) if weights else None
+    return dataclasses.replace(source, tensors=tensors)
+
+
+def _config(found, where):
+    """The run's config over the defaults of today; keys that are no longer there have no meaning."""
+    config = base_config.get_config()
+
+    def update(into, values):
+        for key, value in values.items():
+            if key not in into:
+                continue
+            if isinstance(value, dict):
+                update(into[key], value)
+            else:
+                into[key] = _tuples(value)
+
+    try:
+        update(config, found)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: its config.json is none of a run ({error})") from None
+    return config
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _with_vocabulary(run, source):
+    """The spec of the run's size with all that a tokenizer and `parameters_of` have decided."""
+    size = build("size", run.model.size, where="config.model.size")
+    count = size.vocab_size
+    if count is None:
+        from efficientllm import data
+
+        count = data.build_tokenizer(source.tokenizer(), run.data).vocab_size
+    size = architecture.sized(run.model, count)
+    fields = dataclasses.asdict(size) | {"vocab_size": count}
+    return f"custom({', '.join(f'{key}={value!r}' for key, value in fields.items() if value is not None)})"
+
+
+class Parameters:
+    """What reads a run's parameters, one at a time, as float32 arrays of layers apart (`rounded.Folder` likewise)."""
+
+    def __init__(self, source):
+        self.where, self._run, self._base = source.path, source.run, source.base
+        self._learnt = newest(source.path / "checkpoints")
+        self._method = build("adapter", self._run.adapter, where="config.adapter")
+        is_stacked = any(path.startswith("groups/") for path in self._names)
+        self._lm = source.lm(scan=is_stacked, precision=self._run.model.precision)
+        self._boxes = flax.traverse_util.flatten_dict(models.abstract_params(self._lm), sep="/")
+        self.shapes = {}
+        for path, boxed in self._boxes.items():
+            shape, rest = boxed.unbox().shape, path.removeprefix("groups/")
+            names = [path] if rest == path else [f"group_{i}/{rest}" for i in range(self._lm.num_groups)]
+            self.shapes |= dict.fromkeys(names, tuple(shape[len(names) > 1 or rest != path :]))
+
+    @property
+    def _names(self):
+        return self._learnt.keys()
+
+    def dtype(self, name):
+        """float32: what is trained."""
+        return np.dtype(np.float32)
+
+    def leaf(self, name):
+        """The array of a parameter; nothing is rounded."""
+        return self.read(name)
+
+    def read(self, name):
+        """The array of a parameter of layers apart."""
+        if name in self._boxes:
+            return self._value(name)
+        group, _, rest = name.partition("/")
+        return self._value(f"groups/{rest}")[int(group.removeprefix("group_"))]
+
+    def bind(self, lm):
+        """`{path: Leaf}` of all parameters of `lm`. Raises UserError as `rounded.Folder` does."""
+        return rounded.bind(self, lm)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 layers of a stack are read one after another
+    def _value(self, path):
+        """What the run has at `path` of its own layout, with its adapter added."""
+        if path in self._learnt:
+            return self._learnt[path]
+        from efficientllm.quant import tree as quant
+        from efficientllm.train.step import AS_THEY_ARE
+
+        held = quant.rounder(self._run.quant, AS_THEY_ARE)(path, jnp.asarray(self._before(path)))
+        arrays = {name[len(path) + 1 :]: array for name, array in self._learnt.items() if name.startswith(f"{path}/")}
+        if arrays:
+            held = self._wrapped(path, held, arrays)
+        return np.asarray(held.dense() if isinstance(held, Weight) else held, np.float32)
+
+    def _wrapped(self, path, held, arrays):
+        """The method's leaf around what it was put around, with the arrays that have been learnt."""
+        names = self._boxes[path].names
+        boxed = box(held, names) if not isinstance(held, Weight) else _boxed(held, names)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._run.seed), 1), zlib.crc32(path.encode()))
+        leaf = nn.unbox(self._method.wrap(boxed, names, key))
+        return leaf.replace(**{name: jnp.asarray(array) for name, array in arrays.items()})
+
+    def _before(self, path):
+        """The parameter that the run began with: the checkpoint's, or the one it drew."""
+        if self._base is None:
+            return self._drawn[path]
+        leaf = self._bound[path]
+        return leaf.read(self._base.tensors, (slice(None),) * len(leaf.shape), np.float32)
+
+    @functools.cached_property
+    def _bound(self):
+        return self._base.bind(self._lm)
+
+    @functools.cached_property
+    def _drawn(self):
+        from efficientllm.train.step import init_params
+
+        init = jax.jit(lambda key: nn.unbox(init_params(self._lm, key, self._run.train.length)))
+        return flax.traverse_util.flatten_dict(init(jax.random.key(self._run.seed)), sep="/")
+
+
+def _boxed(leaf, names):
+    from efficientllm.quant import tree as quant
+
+    return quant.box(leaf, names)
+
+
+def newest(folder):
+    """`{path: array}` of what learns, of the newest checkpoint in a run's folder that can be read; nothing is changed
+    there, where a run may be under way. Raises UserError where there is none."""
+    steps = sorted((int(each.name) for each in pathlib.Path(folder).glob("*") if each.name.isdecimal()), reverse=True)
+    for step in steps:
+        try:
+            return _restored(pathlib.Path(folder) / str(step) / "state")
+        except Exception as error:  # orbax raises whatever its storage backends raise
+            said = str(error).strip().splitlines()
+            log.warning("checkpoint %d cannot be read (%s); trying the one before", step, said[0] if said else error)
+    count = f"none of the {len(steps)} checkpoints can be read" if steps else "no checkpoint yet"
+    raise UserError(f"{folder}: {count}; a run has one after config.checkpoint.every steps")
+
+
+def _restored(folder):
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(folder).tree["params"]
+    known = {path: each for path, each in flax.traverse_util.flatten_dict(tree, sep="/").items() if each is not None}
+    item = {path: jax.ShapeDtypeStruct(each.shape, each.dtype) for path, each in known.items()}
+    item = {"params": flax.traverse_util.unflatten_dict(item, sep="/")}
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    found = handler.restore(folder, args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True))
+    return flax.traverse_util.flatten_dict(found["params"], sep="/")
