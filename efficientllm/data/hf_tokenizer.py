@@ -122,6 +122,7 @@ def from_transformers(loaded, end_ids=()):
         bos_id=loaded.bos_token_id,
         end_ids=end_ids,
         marked=functools.partial(_marked, loaded) if _GENERATION.search(text) else None,
+        save=loaded.save_pretrained,
     )
 
 

@@ -9,6 +9,9 @@ stands for, 0 for special ones, which turns a loss per token into bits per byte.
 
 import dataclasses
 import hashlib
+import json
+import os
+import shutil
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from efficientllm.data import cache
 from efficientllm.errors import UserError
 from efficientllm.registry import register
 
+_EOS = ("<|endoftext|>", "<|eos|>", "<|end|>")  # names of an eos of ours, of which a text has hardly spelt all
 _WORDPIECE, _SENTENCEPIECE = "##", "\u2581"
 
 
@@ -45,6 +49,9 @@ class Bytes:
     def within(self, vocab_size):
         """Itself: of a model's vocabulary that holds it."""
         return self
+
+    def save(self, folder):
+        """Nothing: bytes need no file."""
 
     def text_of(self, id):
         """What the token `id` is called."""
@@ -116,9 +123,12 @@ class Backed:
       bos_id: the id of BOS, whether or not the tokenizer adds it.
       end_ids: at which generation stops; eos alone by default.
       marked: as above.
+      save: what writes it to a folder as transformers does; None for one of ours.
     """
 
-    def __init__(self, backend, eos_id, vocab_size=0, chat=None, template="", bos_id=None, end_ids=(), marked=None):
+    def __init__(
+        self, backend, eos_id, vocab_size=0, chat=None, template="", bos_id=None, end_ids=(), marked=None, save=None
+    ):
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -131,7 +141,7 @@ class Backed:
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
         self.token_bytes = _token_bytes(backend, self.vocab_size)
         self.marked = marked or (lambda messages, **how: None)
-        self._limit = None
+        self._limit, self._save = None, save or self._save_own
 
     def within(self, vocab_size):
         """The tokenizer for a model with an embedding of `vocab_size` ids, which added tokens may lie beyond: a text
@@ -145,6 +155,23 @@ class Backed:
         self.token_bytes = self.token_bytes[:vocab_size]
         self.end_ids = tuple(id for id in self.end_ids if id < vocab_size) or (self.eos_id,)
         return self
+
+    def save(self, folder):
+        """Writes it to a new folder, which `hf(path=...)` and transformers load, with eos among the end tokens."""
+        folder.mkdir(parents=True)
+        self._save(folder)
+        ends = list(dict.fromkeys([self.eos_id, *self.end_ids]))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+
+    def _save_own(self, folder):
+        """As transformers would; an eos that is no token here becomes one there."""
+        copy, eos = type(self.backend).from_str(self.backend.to_str()), self.backend.id_to_token(self.eos_id)
+        if eos is None:
+            eos = next(name for name in _EOS if self.backend.token_to_id(name) is None)
+            copy.add_special_tokens([eos])
+        copy.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
     def text_of(self, id):
         """What the token `id` is called."""
@@ -198,6 +225,18 @@ class Backed:
     def decode(self, ids):
         known = [int(id) for id in ids if id != self.eos_id]
         return self.backend.decode(known, skip_special_tokens=True)
+
+
+def keep(tokenizer, folder):
+    """Writes a run's tokenizer to `folder`, whole or not at all, for those who take the run as a checkpoint; what is
+    there stays. One without `save` is named by the run's config alone."""
+    if folder.exists() or not hasattr(tokenizer, "save"):
+        return
+    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    tokenizer.save(draft)
+    if draft.exists():
+        draft.rename(folder)
 
 
 def _lead(backend):

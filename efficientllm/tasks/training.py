@@ -9,6 +9,7 @@ import time
 import jax
 
 from efficientllm import distributed, failures
+from efficientllm.data.tokenizers import keep
 from efficientllm.metrics import energy, memory, provenance, record, timer
 from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Sampler
@@ -99,6 +100,7 @@ class Training:
         self.token_bytes = setup.token_bytes(self.setup)
         state = self._restore_or_create()
         if self.main:
+            keep(self.setup.tokenizer, self.workdir.path / "tokenizer")
             self.writer = SummaryWriter(self.workdir.path, first_step=self.first_step + 1)
             self.writer.text("config", _markdown(self.config))
         log.info(self._headline())
