@@ -1,0 +1,198 @@
+"""A run's folder and an adapter's folder as `config.model.pretrained`: the parameters are those the run ended with."""
+
+import json
+import shutil
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+
+import runs
+from convert import folders
+from efficientllm import convert, main, model
+from efficientllm.adapters.base import merge
+from efficientllm.errors import UserError
+
+pytestmark = pytest.mark.xdist_group("run_folders")
+
+SIZE = "tiny(num_layers=2, dim=16, num_heads=2, num_kv_heads=1, head_dim=8, hidden=24)"
+SHORT = {"train.steps": 2, "checkpoint.every": 2, "eval.batches": 1, "sample.tokens": 0, "train.batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory):
+    where = tmp_path_factory.mktemp("runs")
+    runs.corpus(where / "texts")
+    folders.llama(where / "model", vocab_size=300)
+    return where
+
+
+@pytest.fixture(scope="module")
+def trained(where):
+    """`trained(name, **overrides)` -> (its folder, the parameters it ended with, plain, by path)."""
+    from efficientllm.tasks.training import Training
+
+    ended = {}
+
+    def run(name, **overrides):
+        workdir = where / name
+        if name not in ended:
+            with pytest.MonkeyPatch.context() as patch:
+                finish = Training._finish
+                patch.setattr(
+                    Training,
+                    "_finish",
+                    lambda self, state: (ended.update({name: merge(state.all_params)}), finish(self, state))[1],
+                )
+                argv = runs.arguments(where / "texts", workdir, **{"model.size": SIZE} | SHORT | overrides)
+                assert main.main(argv) == 0
+        return workdir, flat(ended[name])
+
+    return run
+
+
+def flat(params):
+    return {path: np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
+
+
+def loaded(folder, **changes):
+    source = convert.open_source(folder)
+    lm = source.lm(**changes)
+    return flat(source.load(nn.unbox(model.abstract_params(lm)), lm=lm))
+
+
+def assert_equal(found, expected, tolerance=1e-6):
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_allclose(found[path], array, atol=tolerance, rtol=tolerance, err_msg=path)
+
+
+def tuned(where, **overrides):
+    return {"task": "tune", "model.pretrained": where / "model"} | overrides
+
+
+SCRATCH = {
+    "plain": {},
+    "words": {"tokenizer": "bpe(vocab_size=300)"},
+    "hybrid": {"model.pattern": "('mamba | none', 'gqa | moe(num_experts=4, top_k=2, hidden=8)')", "model.tied": False},
+    "widths": {"model.mixer": "mqa", "model.parameters_of": "mha | swiglu"},
+    "drawn": {"adapter": "lora(rank=2)"},
+}
+TUNED = {
+    "full": {"adapter": "full()"},
+    "freeze": {"adapter": "freeze(last=1)"},
+    "lora": {"adapter": "lora(rank=2, alpha=4)"},
+    "pissa": {"adapter": "pissa(rank=2)"},
+    "dora": {"adapter": "dora(rank=2)"},
+    "glora": {"adapter": "glora(rank=2)"},
+    "lokr": {"adapter": "lokr(rank=2)"},
+    "qlora": {"adapter": "lora(rank=2)", "quant": "nf4(block=8)"},
+}
+FAST = ("plain", "lora")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in SCRATCH])
+def test_a_run_from_scratch_is_what_it_ended_with(name, trained):
+    folder, expected = trained(name, **SCRATCH[name])
+    assert_equal(loaded(folder), expected)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in TUNED])
+def test_a_tuned_run_is_what_it_ended_with(name, trained, where):
+    folder, expected = trained(name, **tuned(where, **TUNED[name]))
+    found = loaded(folder, scan=any(path.startswith("groups/") for path in expected))
+    assert_equal(found, expected, 1e-5)
+    assert not name.startswith("lora") or any(
+        not np.allclose(found[path], array) for path, array in loaded(where / "model").items()
+    )
+
+
+def test_an_adapter_s_folder_is_its_base_with_the_adapter(trained, where, tmp_path):
+    folder, expected = trained("lora", **tuned(where, **TUNED["lora"]))
+    assert_equal(loaded(folder / "adapter"), expected, 1e-5)
+    assert convert.open_source(folder / "adapter").config["model_type"] == "llama"
+    moved = tmp_path / "moved"  # where the base was is written in it; where the run lies says so too
+    shutil.copytree(folder, moved)
+    config = json.loads((moved / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/nowhere/at/all"
+    (moved / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert_equal(loaded(moved / "adapter"), expected, 1e-5)
+    (moved / "config.json").unlink()
+    with pytest.raises(UserError, match="its base model cannot be opened: .*/nowhere/at/all.*--merge="):
+        convert.open_source(moved / "adapter")
+
+
+def test_runs_go_on_from_runs_and_are_converted(trained, where, tmp_path):
+    """Tuning from a run that was trained from scratch, then from that; a run as a folder of transformers."""
+    first, _ = trained("plain")
+    second, after = trained("second", **tuned(where, adapter="lora(rank=2)") | {"model.pretrained": first})
+    assert_equal(loaded(second), after, 1e-5)
+    folder, expected = trained("lora", **tuned(where, **TUNED["lora"]))
+    convert.convert(convert.open_source(folder), tmp_path / "out")
+    assert_equal(loaded(tmp_path / "out"), expected, 1e-5)
+
+
+def test_a_run_has_its_tokenizer_with_it(trained, where):
+    from efficientllm import data
+
+    folder, _ = trained("plain")
+    assert convert.open_source(folder).tokenizer() == "bytes"
+    tokenizer = data.build_tokenizer("bpe(vocab_size=300)", f"text(path='{where}/texts/*.txt')")
+    tokenizer.save(where / "kept")
+    again = data.build_tokenizer(f"hf(path='{where}/kept')", "python_docs()")
+    assert (again.vocab_size, again.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
+    assert again.encode("the fox <|endoftext|>") == tokenizer.encode("the fox <|endoftext|>")
+    assert np.array_equal(again.token_bytes, tokenizer.token_bytes)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda folder: shutil.rmtree(folder / "checkpoints"), "checkpoints: no checkpoint yet"),
+        (lambda folder: edit(folder, task="infer"), "a run of 'infer' holds no model"),
+        (lambda folder: edit(folder, adapter="lora(rank=x)"), "is not a spec"),
+        (lambda folder: edit(folder, model={"size": 3}), "config.json is none of a run"),
+        (lambda folder: edit(folder, imports=["/nowhere.py"]), "cannot be imported"),
+    ],
+)
+def test_what_is_no_run_is_one_line(change, message, trained, tmp_path):
+    folder, _ = trained("plain")
+    shutil.copytree(folder, tmp_path / "run")
+    change(tmp_path / "run")
+    with pytest.raises(UserError, match=message) as error:
+        convert.open_source(tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_changed(trained, tmp_path, caplog):
+    folder, _ = trained("longer", **{"train.steps": 4, "checkpoint.every": 2})
+    shutil.copytree(folder, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "4"
+    for file in sorted(newest.rglob("*")):
+        if file.is_file() and file.stat().st_size > 50 and "state" in file.parts:
+            file.write_bytes(b"\0" * 8)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert loaded(tmp_path / "run").keys() == loaded(folder).keys()
+    assert "checkpoint 4 cannot be read" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == names
+
+
+def test_infer_takes_both(trained, where, tmp_path, capsys):
+    folder, _ = trained("lora", **tuned(where, **TUNED["lora"]))
+    said = {}
+    for name, source in (("run", folder), ("adapter", folder / "adapter")):
+        flags = {"model.pretrained": source, "data": f"text(path='{where}/texts/*.txt')", "infer.chat": False}
+        flags |= {"infer.max_new_tokens": 4, "infer.prompt_length": 4, "infer.repeats": 1, "train.length": 16}
+        flags |= {"eval.batches": 1, "infer.prompts": "('Hi',)", "tokenizer": "bytes"}
+        argv = [f"--config={runs.ROOT}/configs/infer.py:float32", f"--workdir={tmp_path / name}"]
+        assert main.main([*argv, *(f"--config.{key}={value}" for key, value in flags.items())]) == 0
+        said[name] = (tmp_path / name / "samples" / "generated.jsonl").read_text()
+    assert said["run"] == said["adapter"]
+    jax.clear_caches()
