@@ -19,6 +19,15 @@ _QWEN = (("gate_proj", "up_proj"), r"\.(gate|up|down)_proj$")
 _EXPERTS = {"mixtral": _MIXTRAL} | dict.fromkeys(("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"), _QWEN)
 
 
+def table_of(source):
+    """The name table of a Source's tensors in transformers. Raises UserError for a run from scratch, which has none."""
+    from efficientllm.convert import families
+
+    if source.config.get("model_type") not in families.FAMILIES:
+        raise UserError(f"{source.path} is no model of transformers, whose modules alone peft adapts")
+    return families.FAMILIES[source.config["model_type"]].table
+
+
 def has_experts(modules):
     """Whether experts are among the modules."""
     return any(map(_EXPERT.search, modules))

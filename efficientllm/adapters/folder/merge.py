@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from efficientllm.adapters.folder import limits
 from efficientllm.adapters.folder.opened import WEIGHT, Adapter
-from efficientllm.convert import binding, families
+from efficientllm.convert import binding
 from efficientllm.convert.write import SHARD, convert
 from efficientllm.errors import UserError
 
@@ -13,7 +14,7 @@ def merge_into(source, folder, out, dtype=None, shard=SHARD):
 
     `dtype` is None for that of the source; sums are float32. Raises UserError before anything is written.
     """
-    bound = binding.bind(source.lm(), families.FAMILIES[source.config["model_type"]].table)
+    bound = binding.bind(source.lm(), limits.table_of(source))
     tensors = {
         name: tensor
         for name, tensor in binding.on_disk(bound).items()

@@ -10,9 +10,10 @@ import numpy as np
 
 from efficientllm.adapters.base import KERNEL
 from efficientllm.adapters.dora import DoRA
+from efficientllm.adapters.folder import limits
 from efficientllm.adapters.folder.config import read_config
 from efficientllm.adapters.lora import LoRA
-from efficientllm.convert import binding, families, mapped
+from efficientllm.convert import binding, mapped
 from efficientllm.convert.safetensors_file import read_header
 from efficientllm.errors import UserError, did_you_mean
 
@@ -103,7 +104,7 @@ def around(source, lm, params, folder):
 
     A layer that the folder does not adapt, of a stack that it does, gets an adapter that changes nothing.
     """
-    leaves = binding.bind(lm, families.FAMILIES[source.config["model_type"]].table)
+    leaves = binding.bind(lm, limits.table_of(source))
     tensors = {
         name: tensor
         for name, tensor in binding.on_disk(leaves).items()

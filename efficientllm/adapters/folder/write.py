@@ -22,7 +22,7 @@ from efficientllm.adapters.folder import limits
 from efficientllm.adapters.folder.config import CONFIG
 from efficientllm.adapters.folder.opened import NAMES, PREFIX, TENSORS, WEIGHT
 from efficientllm.adapters.lora import LoRA
-from efficientllm.convert import binding, families
+from efficientllm.convert import binding
 from efficientllm.registry import parse
 
 
@@ -44,7 +44,7 @@ def write(lm, spec, params, folder, source):
     tuned, _ = parse(spec)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     leaves = {path: leaf for path, leaf in flat.items() if isinstance(leaf, LoRA | DoRA)}
-    bound = binding.bind(lm, families.FAMILIES[source.config["model_type"]].table)
+    bound = binding.bind(lm, limits.table_of(source))
     found = {
         tensor_name.removesuffix(WEIGHT): tensor
         for tensor_name, tensor in binding.on_disk(bound).items()
