@@ -19,7 +19,8 @@ _CONFIG_KEYS = {
     "checkpoint",
 }  # other programs' config.json has not all
 # What a run must not find in a folder that is none: it would read or replace them.
-_CLAIMED = ("config.json", ROW, FAILED_ROW, "checkpoints", "samples", "adapter", "results.json", "calibration.json")
+_CLAIMED = ("config.json", ROW, FAILED_ROW, "checkpoints", "samples", "adapter", "tokenizer", "results.json")
+_CLAIMED += ("calibration.json",)
 _FILES = (
     r"config\.json",
     r"record(\.failed)?\.json",
@@ -32,6 +33,9 @@ _FILES = (
     r"checkpoints/\d+\.orbax-checkpoint-tmp.*",
     r"samples/generated\.jsonl",
     r"adapter/adapter_(config\.json|model\.safetensors)",
+    r"tokenizer/((tokenizer|tokenizer_config|generation_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt)",
+    r"tokenizer/(tokenizer\.model|chat_template\.jinja|additional_chat_templates)",
+    r"\.tokenizer-\d+",
     r"plugins/profile",
 )
 _PARTIAL = (  # of writes that were cut off
@@ -41,7 +45,7 @@ _PARTIAL = (  # of writes that were cut off
     r"adapter/\.adapter_model\.safetensors-\d+",
 )
 _KEPT = (MARKER, "owner.json", "log.txt", "output.txt")  # the first three are the running process's, the last a sweep's
-_FOLDERS = ("checkpoints", "samples", "adapter", "plugins")
+_FOLDERS = ("checkpoints", "samples", "adapter", "tokenizer", "plugins")
 
 
 def read_object(file, where=None):

@@ -19,6 +19,7 @@ from efficientllm.convert import rounded
 from efficientllm.convert.source import Source
 from efficientllm.errors import UserError
 from efficientllm.registry import build
+from efficientllm.train import checksums
 from efficientllm.weights import Weight
 
 TASKS = ("pretrain", "tune")
@@ -194,13 +195,20 @@ def newest(folder):
     there, where a run may be under way. Raises UserError where there is none."""
     steps = sorted((int(each.name) for each in pathlib.Path(folder).glob("*") if each.name.isdecimal()), reverse=True)
     for step in steps:
+        if damage := checksums.damage(pathlib.Path(folder) / str(step)):
+            log.warning("checkpoint %d cannot be read (damaged: %s); trying the one before", step, damage)
+            continue
         try:
             return _restored(pathlib.Path(folder) / str(step) / "state")
         except Exception as error:  # orbax raises whatever its storage backends raise
             said = str(error).strip().splitlines()
             log.warning("checkpoint %d cannot be read (%s); trying the one before", step, said[0] if said else error)
-    count = f"none of the {len(steps)} checkpoints can be read" if steps else "no checkpoint yet"
-    raise UserError(f"{folder}: {count}; a run has one after config.checkpoint.every steps")
+    if steps:
+        raise UserError(f"{folder}: none of the {len(steps)} checkpoints can be read")
+    raise UserError(
+        f"{folder}: no checkpoint; a run has one after config.checkpoint.every steps, and keeps none with "
+        "config.checkpoint.keep = 0: the folder adapter/ in it, if there is one, can be named itself"
+    )
 
 
 def _restored(folder):

@@ -232,8 +232,9 @@ def keep(tokenizer, folder):
     there stays. One without `save` is named by the run's config alone."""
     if folder.exists() or not hasattr(tokenizer, "save"):
         return
+    for left in folder.parent.glob(f".{folder.name}-*"):  # of a run that was killed just then
+        shutil.rmtree(left)
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
     tokenizer.save(draft)
     if draft.exists():
         draft.rename(folder)

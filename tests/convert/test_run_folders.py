@@ -153,7 +153,7 @@ def test_a_run_has_its_tokenizer_with_it(trained, where):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda folder: shutil.rmtree(folder / "checkpoints"), "checkpoints: no checkpoint yet"),
+        (lambda folder: shutil.rmtree(folder / "checkpoints"), "checkpoints: no checkpoint; a run has one"),
         (lambda folder: edit(folder, task="infer"), "a run of 'infer' holds no model"),
         (lambda folder: edit(folder, adapter="lora(rank=x)"), "is not a spec"),
         (lambda folder: edit(folder, model={"size": 3}), "config.json is none of a run"),
