@@ -117,9 +117,15 @@ def class_fields(module, name):
         elif isinstance(base, ast.Attribute) and (home := _imported_module(tree, base.value.id)):
             fields |= class_fields(home, base.attr)
     for line in node.body:
-        if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation):
+        if isinstance(line, ast.AnnAssign) and not _is_fixed(line):
             fields[line.target.id] = Field(ast.unparse(line.annotation), line.value is None)
     return fields
+
+
+def _is_fixed(line):
+    """Whether a line declares what no spec may set: a ClassVar, or a field that is not initialised."""
+    is_fixed = line.value is not None and "init=False" in ast.unparse(line.value)
+    return is_fixed or "ClassVar" in ast.unparse(line.annotation)
 
 
 def _imported_module(tree, name):

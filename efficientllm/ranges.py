@@ -36,13 +36,14 @@ class Range(typing.NamedTuple):
         )
 
     def __str__(self):
-        low = f"at least {self.least:,}" if self.least is not None else ""
+        low = f"at least {self.least:,}" if self.least is not None else None
         low = f"above {self.above:,}" if self.above is not None else low
-        high = f"at most {self.most:,}" if self.most is not None else ""
+        high = f"at most {self.most:,}" if self.most is not None else None
         high = f"below {self.below:,}" if self.below is not None else high
-        bounds = " and ".join(filter(None, (low, high)))
-        kind = "a whole number" if self.whole else "a finite number"
-        return " ".join(filter(None, (kind, bounds))) + (f" ({self.note})" if self.note else "")
+        kind = "whole" if self.whole else None if low and high else "finite"
+        *parts, last = filter(None, (low, high, kind))
+        bounds = f"{', '.join(parts)} and {last}" if parts else last
+        return bounds + (f" ({self.note})" if self.note else "")
 
 
 class Each(typing.NamedTuple):
@@ -54,7 +55,7 @@ class Each(typing.NamedTuple):
         return all(type(value) in (int, float) and value in self.element for value in values)
 
     def __str__(self):
-        return f"a tuple, each of it {self.element}"
+        return f"a tuple of numbers, each {self.element}"
 
 
 def whole(least=0, most=LONGEST, note=""):

@@ -155,12 +155,6 @@ class MoE(nn.Module, kw_only=True):
             )
         if self.groups > 1 and self.scores == "sigmoid" and self.num_experts < 2 * self.groups:
             raise UserError(f"moe: groups = {self.groups} are compared by their two best experts; they hold one")
-        for field in ("hidden", "scale", "capacity_factor"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"moe: {field} = {getattr(self, field)} must be more than 0")
-        for field in ("shared_hidden", "load_balance", "z_loss", "bias_rate"):
-            if getattr(self, field) < 0:
-                raise UserError(f"moe: {field} = {getattr(self, field)} must not be negative")
         if self.shared_gate and not self.shared_hidden:
             raise UserError("moe: shared_gate = True needs a shared expert; set shared_hidden, its width")
 

@@ -62,7 +62,7 @@ def test_a_folder_may_have_several_ranks(source, tmp_path):
         ({"r": "4"}, "r = '4' must be a number"),
         ({"r": None}, "r = None must be a number"),
         ({"lora_alpha": None}, "lora_alpha = None must be a number"),
-        ({"r": 0}, "rank must be at least 1"),
+        ({"r": 0}, "rank = 0: must be at least 1"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' together with dora"),
         ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
         ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern: q_proj = '8' must be a number"),

@@ -236,7 +236,7 @@ def test_a_rule_on_b_is_all_that_lora_plus_is():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("lora(rank=0)", "rank must be at least 1"),
+        ("lora(rank=0)", "rank = 0: must be at least 1"),
         ("lora(target='nothing')", "finds none of the kernels"),
         ("lora(target='(')", "is no regex"),
         ("pissa(rank=64)", "too large"),

@@ -141,5 +141,5 @@ def test_one_document_cannot_be_divided(tmp_path):
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_that_is_none(share):
-    with pytest.raises(UserError, match="held_out must be at least 0 and below 1"):
+    with pytest.raises(UserError, match="held_out = .*: must be at least 0 and below 1"):
         Corpus(f"python_docs(held_out={share})")

@@ -58,7 +58,7 @@ def test_hardware_of_one_s_own_is_a_file(tmp_path):
     assert found.peak_flops("float16").value is None and not found.has_compiler and found.capability == (0, 0)
     assert roofline.roofline(found, 1, "bfloat16", 1e14, 1e12, []).seconds == pytest.approx(1.0)
     for change, said in (
-        ({"bandwidth": -1}, "bandwidth = -1: must be a finite number above 0"),
+        ({"bandwidth": -1}, "bandwidth = -1: must be above 0 and finite"),
         ({"flops": {"bfloat16": "fast"}}, "flops of bfloat16 = 'fast'"),
         ({"flops": 3}, "flops = 3: must be a dict"),
         ({"tdp": 3}, "no fact 'tdp'"),
