@@ -61,7 +61,7 @@ def get_config():
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100
-    config.checkpoint.keep = 2  # the last n, and the best by held-out loss
+    config.checkpoint.keep = 2  # the last n, and the best by held-out loss; 0 removes them at the end
 
     config.sample = ConfigDict()
     config.sample.prompt = "The function returns"

@@ -87,7 +87,7 @@ KEYS = {
     "eval.every": whole(0, note="0 evaluates at the end alone"),
     "eval.batches": whole(0, note="0 is the whole of the held-out text"),
     "checkpoint.every": whole(0, note="0 saves at the end alone"),
-    "checkpoint.keep": whole(1, 10_000),
+    "checkpoint.keep": whole(0, 10_000, "0 removes them once the run has ended well"),
     "sample.tokens": whole(0, WIDEST, "0 for no sample"),
     "sample.temperature": real(0, note="0 takes the likeliest token"),
     "infer.max_new_tokens": WIDTH,

@@ -25,7 +25,7 @@ BAD_VALUES = [
     ("eval.every", -1, "at least 0"),
     ("eval.batches", -1, "at least 0"),
     ("checkpoint.every", -1, "at least 0"),
-    ("checkpoint.keep", 0, "at least 1"),
+    ("checkpoint.keep", -1, "at least 0"),
     ("sample.tokens", -1, "at least 0"),
     ("metrics.interval_s", 0.0, "at least 0.001"),
     ("metrics.interval_s", 1e10, "at most 3,600"),
