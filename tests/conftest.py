@@ -46,6 +46,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 def pytest_addoption(parser):
     parser.addoption("--imports", default="", help="files of your own techniques, for the contract suite: a.py,b.py")
+    parser.addoption("--fuzz-seconds", type=float, default=0.0, help="time of each fuzz test of the slow tier")
+
+
+@pytest.fixture
+def fuzz_seconds(request):
+    """What `--fuzz-seconds` gives each fuzzer of the slow tier, 0 without it."""
+    return request.config.getoption("--fuzz-seconds")
 
 
 def pytest_configure(config):

@@ -54,6 +54,7 @@ TEXTS = [
     ")",
 ]
 TEXTS += ["None", "3", "-" * 3000, "(" * 3000, "[" * 3000, "\udc80", "\x1b[31m", "a\nb", "/dev/zero", "/dev/stdin", "~"]
+READ = ["-1", "0", "1", "3", "-2147483649", "4294967296", "9" * 30, "1e39", "inf", "nan", "-0.5", "1e-50"]  # as numbers
 TUPLES = ["()", "[]", "(1,)", "((),)", "(('x',),)", "(('x', 1), 2)", "(('(', 1),)", "(('.*', -1),)", "(('.*', 1e400),)"]
 TUPLES += ["((((1,),),),)", "('', None)", "[['.*', 1]]", "x", "{'a': 1}", "(" * 200 + ")" * 200, "(('.*', 'int5'),)"]
 ARGUMENTS = ["", "()", "(", "(1)", "(*[])", "(**{})", "(x=x)", "(x=1)", "(x=1, x=2)", "(x=lambda: 0)", "(x=__import__)"]
@@ -134,7 +135,7 @@ def _override(draw, key, techniques, keys):
     elif isinstance(default, str):
         value = draw.choice([default, default[:-1], default + "x", *TEXTS])
     else:
-        value = draw.choice(NUMBERS + TEXTS[:6])
+        value = draw.choice(READ if draw.random() < 0.7 else NUMBERS + TEXTS[:6])
     return f"--config.{key}={value}"
 
 
@@ -143,7 +144,14 @@ def _spec(draw, known):
     if draw.random() < 0.2:
         return draw.choice([name[:-1], name + "x", name.upper(), name]) + draw.choice(ARGUMENTS)
     fields = draw.sample(sorted(known[name]), min(len(known[name]), draw.choice((0, 1, 1, 2))))
-    return f"{name}({', '.join(f'{field}={draw.choice(VALUES)}' for field in fields)})"
+    return f"{name}({', '.join(f'{field}={_value(draw)}' for field in fields)})"
+
+
+WALL = 8  # times the processors' time that a line may take
+
+
+def _value(draw):
+    return draw.choice(VALUES[:10] if draw.random() < 0.7 else VALUES)
 
 
 class Hang(BaseException):
@@ -156,8 +164,9 @@ def outcome(function, argv, seconds):
     def stop(signum, frame):
         raise Hang
 
-    said, before = io.StringIO(), signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    said, before = io.StringIO(), {kind: signal.signal(kind, stop) for kind in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # of the processors: other work is no hang
+    signal.setitimer(signal.ITIMER_REAL, WALL * seconds)  # and something that waits is one
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             status = function(argv)
@@ -166,8 +175,10 @@ def outcome(function, argv, seconds):
     except BaseException:
         return "traceback", traceback.format_exc()
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
     if status != 2:
         return ("ok" if status == 0 else "status"), f"{status} {said.getvalue()}"
     last = said.getvalue().strip().splitlines()
@@ -252,7 +263,7 @@ def survey(count, seed, mode, seconds):
             process = subprocess.Popen(
                 argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
             )
-            start, ended = _follow(process, found, start, 3 * seconds + 60)
+            start, ended = _follow(process, found, start, (WALL + 2) * seconds + 60)
             if ended:
                 break
     return found
@@ -294,7 +305,8 @@ def main():
         folder, start, count, seed, mode, seconds = sys.argv[2:]
         work(pathlib.Path(folder), int(start), int(count), int(seed), mode, float(seconds))
         return
-    count, seed, mode = [*sys.argv[1:], "200", "0", "parse"][:3] if len(sys.argv) == 1 else (*sys.argv[1:4],)
+    given = sys.argv[1:]
+    count, seed, mode = (*given, *("200", "0", "parse")[len(given) :])
     os.environ["JAX_PLATFORMS"] = "cpu"
     found = survey(int(count), int(seed), mode, 5.0 if mode == "parse" else 60.0)
     for entry in found:

@@ -1,0 +1,55 @@
+"""Random command lines end in a run or in one line: never in a traceback, never without an end."""
+
+import itertools
+import time
+
+import pytest
+
+from fuzz import command_lines
+
+BASE = ["--config=base"]
+SEED = 20250
+
+
+def _failures(lines, seconds):
+    found = ((line, *command_lines.outcome(command_lines.parsed, [*BASE, *line], seconds)) for line in lines)
+    return [(line, kind, said[-500:]) for line, kind, said in found if kind not in ("ok", "line")]
+
+
+def test_a_command_line_is_read_or_refused_in_one_line():
+    lines = command_lines.lines(SEED, *command_lines.known())
+    assert _failures(itertools.islice(lines, 300), 5.0) == []
+
+
+@pytest.mark.slow  # half of --fuzz-seconds, or a minute
+def test_many_command_lines_are_read_or_refused_in_one_line(fuzz_seconds):
+    end = time.monotonic() + (fuzz_seconds or 60) / 2
+    lines = command_lines.lines(time.time_ns(), *command_lines.known())
+    while time.monotonic() < end:
+        assert _failures(itertools.islice(lines, 100), 5.0) == []
+
+
+@pytest.mark.slow  # tiny runs of what is read, in processes of their own
+def test_what_is_read_runs_or_ends_in_one_line(fuzz_seconds):
+    found = command_lines.survey(int(max(20, fuzz_seconds / 20)), SEED, "run", 60.0)
+    assert [entry for entry in found if entry["outcome"] in ("traceback", "hang", "died")] == []
+
+
+def test_each_outcome_is_told_apart():
+    def raises(argv):
+        raise ValueError("x")
+
+    def wait(argv):
+        time.sleep(60)
+
+    def print_and_return(argv):
+        import sys
+
+        print(argv[0], file=sys.stderr)
+        return 2
+
+    outcome = command_lines.outcome
+    assert outcome(raises, [], 5.0)[0] == "traceback" and outcome(wait, [], 0.05)[0] == "hang"
+    assert outcome(print_and_return, ["efficientllm: no"], 5.0)[0] == "line"
+    assert outcome(print_and_return, ["Traceback"], 5.0)[0] == "traceback"
+    assert outcome(lambda argv: 0, [], 5.0)[0] == "ok" and outcome(lambda argv: 3, [], 5.0)[0] == "status"
