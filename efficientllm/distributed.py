@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from efficientllm.errors import UserError
+from efficientllm import ranges
+from efficientllm.errors import UserError, shown
 
 # Set by the launchers whose environment jax.distributed reads by itself.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
@@ -30,7 +31,7 @@ def initialise():
     # It would swallow a SIGTERM that comes before the loop listens; the loop has its own way of stopping all.
     jax.config.update("jax_enable_preemption_service", False)
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        _join(num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
+        _join(**_named())
     elif launcher := _launcher():
         try:
             _join()
@@ -43,7 +44,7 @@ def initialise():
 
 def _launcher():
     """The variable that tells of several processes which jax.distributed can find by itself, or None."""
-    found = next((name for name in LAUNCHERS if int(os.environ.get(name, "1")) > 1), None)
+    found = next((name for name in LAUNCHERS if _number(name, 1) > 1), None)
     # Kubernetes tells jax of the others through a package that not every image has.
     asked = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
     return found or ("JOB_COMPLETION_INDEX" if asked and importlib.util.find_spec("kubernetes") else None)
@@ -62,8 +63,29 @@ def _bind_address():
     return {"coordinator_bind_address": f"{'127.0.0.1' if host == 'localhost' else host}:{port}"} if local else {}
 
 
-def _number(name):
-    return int(os.environ[name]) if name in os.environ else None
+def _named():
+    """The processes that the environment names by hand. Raises UserError for what cannot be."""
+    address = os.environ["JAX_COORDINATOR_ADDRESS"]
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"JAX_COORDINATOR_ADDRESS = {shown(address)}: must be HOST:PORT, such as 10.0.0.1:1234")
+    count, index = _number("JAX_NUM_PROCESSES", least=1), _number("JAX_PROCESS_ID")
+    if None in (count, index):
+        missing = "JAX_NUM_PROCESSES" if count is None else "JAX_PROCESS_ID"
+        raise UserError(f"JAX_COORDINATOR_ADDRESS = {shown(address)}: needs {missing} too")
+    if index >= count:
+        raise UserError(f"JAX_PROCESS_ID = {index}: must be below JAX_NUM_PROCESSES = {count}; the first is 0")
+    return {"num_processes": count, "process_id": index}
+
+
+def _number(name, default=None, least=0):
+    """The whole number in an environment variable. Raises UserError for what is none."""
+    if name not in os.environ:
+        return default
+    text, allowed = os.environ[name].strip(), ranges.whole(least, 2**20)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) in allowed):
+        raise UserError(f"{name} = {shown(os.environ[name])}: must be {allowed}")
+    return int(text)
 
 
 def leave(status):

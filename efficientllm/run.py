@@ -78,7 +78,7 @@ def import_plugins(imports):
             raise
         except (ImportError, OSError, SyntaxError) as error:
             raise UserError(f"config.imports = {name!r} cannot be imported: {' '.join(str(error).split())}") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"config.imports = {name!r} cannot be imported: {failures.one_line(error)}") from None
 
 

@@ -63,13 +63,12 @@ def _convert(argv):
     parser.add_argument("--quant")
     parser.add_argument("--data")
     given = parser.parse_args(argv)
+    _check_flags(given)
     from efficientllm.convert import convert, open_source
 
     source = open_source(given.source)
     if given.quant:
         return _round(source, given)
-    if given.data:
-        raise UserError("--data is the text that --quant is calibrated on; give --quant, or leave it")
     if given.merge:
         from efficientllm.adapters.folder import merge_into
 
@@ -80,9 +79,26 @@ def _convert(argv):
     return 0
 
 
-def _round(source, given):
-    if given.merge or given.dtype:
+def _check_flags(given):
+    """Refuses what no source could be converted with, before anything is opened."""
+    from efficientllm import values
+
+    for flag in ("source", "out", "merge"):
+        if (path := getattr(given, flag)) is not None:
+            values.path("SOURCE" if flag == "source" else f"--{flag}", path)
+        if path == "":
+            raise UserError(f"{'SOURCE' if flag == 'source' else f'--{flag}'} is empty")
+    if given.quant is not None:
+        values.check_spec("quant", given.quant, "--quant")
+    if given.data is not None:
+        values.check_spec("data", given.data, "--data")
+    if given.data and not given.quant:
+        raise UserError("--data is the text that --quant is calibrated on; give --quant, or leave it")
+    if given.quant and (given.merge or given.dtype):
         raise UserError("--quant goes with neither --merge nor --dtype: write the merged folder first, then round that")
+
+
+def _round(source, given):
     from efficientllm.convert import rounding
 
     size = rounding.convert(source, given.quant, given.out, given.data or "python_docs()")

@@ -75,6 +75,8 @@ def _parse(argv):
 def _main(flags, extra):
     from efficientllm.sweep import check, execute, grid, launch, spec
 
+    retry = _retry(flags.get("retry"))
+    launch.check(flags.get("launcher", "local"))
     sweep = spec.load(flags["config"])
     costs = check.costs(sweep, extra)
     runs = [] if sweep.search else list(spec.runs(sweep, extra))
@@ -82,7 +84,6 @@ def _main(flags, extra):
     print(check.table(sweep, costs, runs, out))
     if "dry_run" in flags:
         return 0
-    retry = _retry(flags.get("retry"))
     if sweep.search:
         return _search(sweep, flags, extra, out, retry)
     launcher = launch.launcher(flags.get("launcher", "local"), out, flags.get("partition"))

@@ -11,14 +11,19 @@ LAUNCHERS = ("local", "slurm")
 
 def launcher(name, out, partition=None):
     """A function `(runs, out, sweep, costs)` to their outcomes, or None if it was stopped. Raises UserError."""
-    if name not in LAUNCHERS:
-        raise UserError(f"--launcher={name}: known are {', '.join(LAUNCHERS)}{did_you_mean(name, LAUNCHERS)}")
+    check(name)
     if name == "local":
         return local
     from efficientllm.sweep import slurm
 
     executor = slurm.open_executor(out, partition)
     return lambda runs, out, sweep, costs: slurm.submit(executor, runs, out, sweep)
+
+
+def check(name):
+    """Raises UserError unless `name` is a launcher's."""
+    if name not in LAUNCHERS:
+        raise UserError(f"--launcher={name}: known are {', '.join(LAUNCHERS)}{did_you_mean(name, LAUNCHERS)}")
 
 
 def local(runs, out, sweep, costs):

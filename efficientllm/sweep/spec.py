@@ -192,15 +192,16 @@ def _said(error, path):
 def load(file):
     """The Sweep that the Python file `file` describes. Raises UserError."""
     from efficientllm.run import import_file
+    from efficientllm.untrusted.files import is_file
 
     path = pathlib.Path(file)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"--config={file}: no such file")
     try:
         found = import_file(path).get_config()
     except UserError:
         raise
-    except Exception as error:  # of the user's own code
+    except (Exception, SystemExit) as error:  # of the user's own code
         raise UserError(f"--config={file}: {type(error).__name__}: {_said(error, path)}") from None
     if not isinstance(found, Sweep):
         raise UserError(

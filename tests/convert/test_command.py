@@ -60,7 +60,18 @@ def test_check_without_torch(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "argv, said", [(["gone/x/y", "--out=z"], "no such file"), (["x"], "--out"), (["x", "--ouy=1", "--out=z"], "--ouy")]
+    "argv, said",
+    [
+        (["gone/x/y", "--out=z"], "no such file"),
+        (["x"], "--out"),
+        (["x", "--ouy=1", "--out=z"], "--ouy"),
+        (["gone", "--out=z", "--quant=int5"], "--quant = 'int5': no quant of that name"),
+        (["gone", "--out=z", "--quant=int8(group=-1)"], "group = -1: must be at least 0"),
+        (["gone", "--out=z", "--quant=int8", "--data=txt(path='x')"], "did you mean 'text'?"),
+        (["gone", "--out=z", "--quant=int8", "--dtype=float16"], "--quant goes with neither"),
+        (["gone", f"--out={'z' * 300}"], "--out = "),
+        (["gone", "--out="], "--out is empty"),
+    ],
 )
 def test_bad_input(argv, said, capsys):
     assert command.main(argv) == 2
