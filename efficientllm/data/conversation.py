@@ -15,6 +15,8 @@ def dump(messages, tools=None):
 def encode(tokenizer, text):
     """`(ids, learnt)` of a document that `dump` made, its end included; `learnt` has a bool a token.
 
+    An answer with `"weight": 0` is read and not learnt, as OpenAI's files have it.
+
     With a chat template, the ids are those of the whole conversation in transformers, and what is learnt are the turns
     of the assistant (`data.turns`); eos follows where the template ends without an end token. Without one, turns are
     set apart by a blank line and the assistant's end with eos.
@@ -28,22 +30,30 @@ def _plain(tokenizer, messages):
     ids, learnt = list(tokenizer.lead_ids), [False] * len(tokenizer.lead_ids)
     for message in messages:
         is_answer = message["role"] == "assistant"
+        is_learnt = is_answer and message.get("weight", 1) != 0
         new = list(tokenizer.encode(message["content"] if is_answer else message["content"] + "\n\n"))
         new += [tokenizer.eos_id] if is_answer else []
         ids += new
-        learnt += [is_answer] * len(new)
+        learnt += [is_learnt] * len(new)
     return ids, learnt
 
 
 def _templated(tokenizer, messages, tools):
     text, spans = turns.find(tokenizer, messages, tools)
+    weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+    if 0 in weights:
+        if len(weights) != len(spans):
+            raise UserError(
+                "the chat template marks other turns than the answers, of which one has weight = 0; drop it"
+            )
+        spans = [span for span, weight in zip(spans, weights, strict=True) if weight != 0]
     ids, offsets = tokenizer.encode_spans(text)
     learnt = _overlapping(offsets, spans)
     if messages[-1]["role"] != "assistant":  # nothing is learnt of what follows the last answer
         count = max((index + 1 for index, said in enumerate(learnt) if said), default=0)
         return ids[:count], learnt[:count]
     if ids[-1] not in (tokenizer.eos_id, *tokenizer.end_ids):
-        ids, learnt = [*ids, tokenizer.eos_id], [*learnt, True]
+        ids, learnt = [*ids, tokenizer.eos_id], [*learnt, weights[-1] != 0]
     return ids, learnt
 
 
@@ -89,7 +99,7 @@ def _is_text(part):
 
 
 def _says(message):
-    return bool(message["content"].strip() or message.get("tool_calls"))
+    return message.get("weight", 1) != 0 and bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _without_none(value):

@@ -150,7 +150,8 @@ class Corpus:
                 return found
         if first["distinct"] < 2:
             documents = first["train_documents"]
-            there = "none" if documents == 0 else "one" if documents == 1 else f"one, {documents} times"
+            notes = f" ({'; '.join(first['notes'])})" if first["notes"] else ""
+            there = f"none{notes}" if documents == 0 else "one" if documents == 1 else f"one, {documents} times"
             raise UserError(
                 f"config.data = {self.spec!r}: training and held-out text need two different documents, there is "
                 f"{there}{'' if self.has_records else ', of too little text to be cut into two' * (documents == 1)}"

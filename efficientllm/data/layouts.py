@@ -10,10 +10,10 @@
 
 import dataclasses
 import functools
-import json
 import typing
 
 from efficientllm.data import conversation, tables
+from efficientllm.data.messages import Skipped, as_list, messages_of
 from efficientllm.errors import UserError
 
 MESSAGES = ("messages", "conversations", "conversation")
@@ -33,18 +33,9 @@ PAIRS = (
 )
 SYSTEM = ("system", "system_prompt")
 BESIDE = ("input", "context")  # what an instruction or a question is about
+LABEL = "label"  # of a completion: whether it is one to learn (KTO: arXiv:2402.01306)
 TOOLS = "tools"
 PREFERENCE = ("chosen", "rejected")
-ROLES = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
-    "bing": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool", "function_call": "assistant",
-    "function_response": "tool",
-}  # fmt: skip
-KNOWN = (*ROLES, "user", "assistant", "system", "developer", "tool", "function")
-
-
-class Skipped(Exception):
-    """A record that teaches nothing; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Layout:
         messages = self.messages(row, where)
         tools = row.get(TOOLS)
         if isinstance(tools, str):
-            tools = _spelt(tools, TOOLS, where) if tools.strip() else None
+            tools = as_list(tools, TOOLS, where, "it is a list") if tools.strip() else None
         if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
             raise UserError(f"{where}: field {TOOLS!r} holds {tools!r:.60}; it is a list of functions as JSON Schema")
         return conversation.dump(messages, tools)
@@ -74,24 +65,38 @@ class Layout:
 def recognise(names, where, wanted=(), system=""):
     """The layout of rows with the fields `names`; `wanted` are those that the user names: (messages,) or (prompt,
     response), an empty string where the default is meant. Raises UserError that says what is missing."""
-    names = list(names)
+    names = Names(names)
     if any(wanted):
         return _named(names, where, wanted, system)
-    if key := next((key for key in MESSAGES if key in names), None):
+    if key := names.first(MESSAGES):
         return _conversation(names, key, system)
-    if pair := next((pair for pair in PAIRS if set(pair) <= set(names)), None):
-        return _pair(names, *pair, system)
-    if set(PREFERENCE) <= set(names):
+    if pair := next((pair for pair in PAIRS if all(map(names.first, pair))), None):
+        return _pair(names, *map(names.first, pair), system)
+    if all(map(names.first, PREFERENCE)):
         raise UserError(
             f"{where}: records of a chosen and a rejected answer; a run learns one answer a prompt: "
             "write pairs(path=..., response='chosen') to learn the chosen one (there is no preference tuning)"
         )
-    common = [pair for pair in PAIRS if set(pair) & set(names)]
-    close = f"; with {' or '.join(map(repr, sorted(set(sum(common, ())) - set(names))))} it would be" if common else ""
+    common = [pair for pair in PAIRS if any(map(names.first, pair))]
+    others = sorted(name for name in set(sum(common, ())) if not names.first(name))
+    close = f"; with {' or '.join(map(repr, others))} it would be" if common else ""
     raise UserError(
         f"{where}: no layout of a conversation is known with the fields {', '.join(names) or 'none'}{close}; "
         "name them: pairs(path=..., prompt='...', response='...') or chat(path=..., messages='...')"
     )
+
+
+class Names(tuple):
+    """Names of fields, of which those that are known are found whatever the case of their letters."""
+
+    def first(self, wanted):
+        """The name that the first of `wanted`, a name or several, has here; None if there is none of them."""
+        known = {name.lower().strip(): name for name in reversed(self)}
+        return next((known[name] for name in ((wanted,) if isinstance(wanted, str) else wanted) if name in known), None)
+
+    def beside(self, wanted, *taken):
+        """As above, of the names that are not taken."""
+        return Names(name for name in self if name not in taken).first(wanted)
 
 
 def _named(names, where, wanted, system):
@@ -101,16 +106,14 @@ def _named(names, where, wanted, system):
     if len(wanted) == 1:
         return _conversation(names, wanted[0], system)
     prompt, response = wanted
-    if not response:
-        response = next((b for a, b in PAIRS if b in names and a in (prompt, "prompt") and b != prompt), None)
+    response = response or names.beside([b for a, b in PAIRS if a in (prompt.lower(), "prompt")], prompt)
     if not response:
         raise UserError(f"{where}: no field of a response beside {prompt!r}; there are: {', '.join(names)}; name it")
-    others = [a for a, b in PAIRS if a in names and a != response]
-    return _pair(names, prompt or next(iter(others), ""), response, system)
+    return _pair(names, prompt or names.beside([a for a, _ in PAIRS], response) or "", response, system)
 
 
 def _conversation(names, key, system):
-    beside = next((name for name in SYSTEM if name in names), None)
+    beside = names.beside(SYSTEM, key)
     fields = (key, beside) if beside else (key,)
     read = functools.partial(_read_conversation, key=key, beside=beside, system=system)
     return Layout(f"conversations in {key!r}" + (f" with {beside!r}" if beside else ""), fields, read)
@@ -120,42 +123,31 @@ def _read_conversation(row, where, key, beside, system):
     turns = row.get(key)
     if turns is None:
         raise Skipped("without a conversation")
-    messages = _turns(_spelt(turns, key, where), "user", key, where)
+    messages = messages_of(as_list(turns, key, where), "user", key, where)
     return _answered(_with_system(messages, row, beside, system, where), where)
 
 
-def _spelt(turns, key, where):
-    """The list of turns, which a table may hold as JSON."""
-    if isinstance(turns, str) and turns.lstrip().startswith("["):
-        try:
-            turns = json.loads(turns)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: field {key!r} is not JSON ({str(error).partition(':')[0]})") from None
-    if not isinstance(turns, list | tuple):
-        wanted = "a conversation is a list of {'role': ..., 'content': ...}" if key != TOOLS else "it is a list"
-        raise UserError(f"{where}: field {key!r} holds {turns!r:.60}; {wanted}")
-    return turns
-
-
 def _pair(names, prompt, response, system):
-    alpaca = prompt in ("instruction", "question", "query")
-    about = next((name for name in BESIDE if alpaca and name in names and name != response), None)
-    beside = next((name for name in SYSTEM if name in names and name not in (prompt, response)), None)
-    history = "history" if prompt == "instruction" and "history" in names else None
-    fields = tuple(filter(None, (prompt, about, response, beside, history)))
-    kind = "Alpaca's " if (prompt, response) == ("instruction", "output") else ""
-    read = functools.partial(
-        _read_pair, prompt=prompt, response=response, about=about, beside=beside, history=history, system=system
-    )
+    instructs = prompt.lower() in ("instruction", "question", "query")
+    about = names.beside(BESIDE, prompt, response) if instructs else None
+    beside = names.beside(SYSTEM, prompt, response)
+    history = names.beside("history", prompt, response) if instructs else None
+    label = names.beside(LABEL, prompt, response) if response.lower() == "completion" else None
+    fields = tuple(filter(None, (prompt, about, response, beside, history, label)))
+    kind = "Alpaca's " if (prompt.lower(), response.lower()) == ("instruction", "output") else ""
+    read = functools.partial(_read_pair, fields=(prompt, response, about, beside, history, label), system=system)
     return Layout(f"{kind}{', '.join(map(repr, fields))}", fields, read)
 
 
-def _read_pair(row, where, prompt, response, about, beside, history, system):
-    answer = _turns(row.get(response), "assistant", response, where)
+def _read_pair(row, where, fields, system):
+    prompt, response, about, beside, history, label = fields
+    if label and row.get(label) in (False, "False", "false"):
+        raise Skipped("labelled as answers that are not wanted")
+    answer = messages_of(row.get(response), "assistant", response, where)
     if answer and next((turn["role"] for turn in answer if turn["role"] != "system"), "") == "user":
         messages = answer  # the whole conversation, as preference data often have it
     else:
-        question = _turns(row.get(prompt), "user", prompt, where) if prompt else []
+        question = messages_of(row.get(prompt), "user", prompt, where) if prompt else []
         context = tables.text(row.get(about), about, where) if about else None
         if context and context.strip() and question:
             question[-1] = {**question[-1], "content": f"{question[-1]['content']}\n{context}".strip()}
@@ -192,41 +184,4 @@ def _answered(messages, where):
 
 
 def _says(message):
-    return bool((message["content"] or "").strip() or message.get("tool_calls"))
-
-
-def _turns(value, role, name, where):
-    """The messages that a field holds: a text is one of `role`, null is none."""
-    if not isinstance(value, list | tuple):
-        said = tables.text(value, name, where)
-        return [] if said is None else [{"role": role, "content": said}]
-    return [_turn(turn, f"{where}: field {name!r}, turn {index}") for index, turn in enumerate(value, 1)]
-
-
-def _turn(turn, where):
-    speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-    if not isinstance(speaker, str):
-        raise UserError(
-            f"{where} is {turn!r:.80}; a turn is {{'role': ..., 'content': ...}} or {{'from': ..., 'value': ...}}"
-        )
-    content = turn["content"] if "content" in turn else turn.get("value")
-    role = ROLES.get(speaker.lower(), speaker)
-    if "role" not in turn and role not in KNOWN:
-        raise UserError(f"{where} is from {speaker!r}; known: {', '.join(KNOWN)}")
-    others = {key: item for key, item in turn.items() if key not in ("role", "content", "from", "value")}
-    return {"role": role, "content": _content(content, where), **_filled(others)}
-
-
-def _content(content, where):
-    if isinstance(content, list | tuple):
-        for part in content:
-            if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise UserError(f"{where} has content of type {kind!r}; only text can be learnt")
-        content = "".join(part if isinstance(part, str) else part["text"] for part in content)
-    return tables.text(content, "content", where)
-
-
-def _filled(others):
-    """Without what is null: columns of a table give every turn every key."""
-    return {key: item for key, item in others.items() if item is not None}
+    return message.get("weight", 1) != 0 and bool((message["content"] or "").strip() or message.get("tool_calls"))

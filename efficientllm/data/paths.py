@@ -97,7 +97,8 @@ def _reason(path, pattern, found, endings):
     if len(found) == 1 and found[0] == pattern and os.path.lexists(pattern):
         return _kind(pattern)
     if endings:
-        return f"the folder has no file of the names *{', *'.join(endings)}"
+        plain = [ending for ending in endings if ending.count(".") == 1]
+        return f"the folder has no file of the names *{', *'.join(plain)}"
     if any(map(os.path.isdir, found)):
         return f"only folders match; write {os.path.join(path, '**')!r} for what is in them"
     return "the folder has no file" if os.path.isdir(pattern) else "no file matches"

@@ -5,6 +5,7 @@ import dataclasses
 from efficientllm.data import layouts, tables
 from efficientllm.data.files import Files
 from efficientllm.data.hub import Hub
+from efficientllm.data.messages import Skipped
 from efficientllm.data.source import Tally
 from efficientllm.errors import UserError
 from efficientllm.registry import register
@@ -41,16 +42,15 @@ class Records(Files):
             try:
                 layout = known.get(names) or known.setdefault(names, self._layout(names, where))
                 text = layout.document(row, where)
-            except layouts.Skipped as reason:
+            except Skipped as reason:
                 self.tally.skip(f"records {reason}", where)
                 continue
             self.tally.read += 1
             self.tally.layouts[layout.name] += 1
             yield text
         if not self.tally.read:
-            raise UserError(
-                f"data path={self.path!r}: no record to learn from: {'; '.join(list(self.tally.lines())[1:])}"
-            )
+            reasons = "; ".join(list(self.tally.lines())[1:]) or "there is none"
+            raise UserError(f"data path={self.path!r}: no record to learn from: {reasons}")
 
     def _layout(self, names, where):
         return layouts.recognise(names, where, self._wanted(), getattr(self, "system", ""))

@@ -70,4 +70,4 @@ class Tally:
         layouts = "; ".join(name if count == self.read else f"{count} {name}" for name, count in self.layouts.items())
         yield f"read {self.read:,} {unit} of {files}" + (f": {layouts}" if layouts else "")
         for reason, count in self.skipped.items():
-            yield f"skipped {count:,} {reason} (the first: {self.first[reason]})"
+            yield f"skipped {count:,}: {reason} (the first: {self.first[reason]})"

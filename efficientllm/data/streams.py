@@ -13,7 +13,10 @@ from efficientllm.errors import UserError
 LINE_BYTES = 1 << 28  # of a record; a longer line is no record
 CHUNK = 1 << 20
 BOM = "\ufeff"
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_OTHERS = {  # how files of other encodings begin; the first that fits
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 _ARCHIVES = {b"PK\x03\x04": "a zip archive or a spreadsheet", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # as names end; what counts is a file's first bytes
 
@@ -129,5 +132,6 @@ def _decode(data, path, offset):
 
 
 def _not_utf8(path, byte, begin):
-    hint = "; it is UTF-16, which `iconv -f utf-16 -t utf-8` converts" if begin.startswith(_UTF16) else ""
+    other = next((name for mark, name in _OTHERS.items() if begin.startswith(mark)), None)
+    hint = f"; it is {other.upper()}, which `iconv -f {other} -t utf-8` converts" if other else ""
     return UserError(f"{path} is not UTF-8: byte {byte}{hint}")

@@ -16,6 +16,7 @@ FORMATS = {
 DELIMITERS = {"csv": ",;\t|", "tsv": "\t"}
 ENDINGS = tuple(FORMATS) + tuple(ending + packed for ending in FORMATS for packed in streams.COMPRESSED)
 _SPACE = re.compile(r"[ \t\r\n]*")
+_RETURN = re.compile(r"(?<=\r)(?!\n)(?=.)", re.DOTALL)
 _HUGE = 1 << 30
 
 
@@ -172,11 +173,14 @@ def _parsed(parse, path, line=None):
 def _csv(path, kind, choose):
     """Rows of the chosen columns, by the names of the first; a file's delimiter is the one its header has most of."""
     csv.field_size_limit(_HUGE)
-    source = streams.lines(path)
+    source = _csv_lines(path)
     above, header = next(((number, line) for number, line in source if line.strip()), (1, ""))
     outside = "".join(header.split('"')[::2])
     delimiter = max(DELIMITERS[kind], key=outside.count)
-    reader = csv.reader(itertools.chain([header], (line for _, line in source)), delimiter=delimiter, strict=True)
+    if delimiter not in outside:  # of one column every line is a field
+        delimiter = "\x1f"
+    lines = itertools.chain([header], (line for _, line in source))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=_quoting(path, kind))
     names, line = None, above
     while True:
         begin = line
@@ -196,6 +200,24 @@ def _csv(path, kind, choose):
                 f"{path}, line {begin}: {len(values)} fields under a header of {len(names)}; a field that holds "
                 f"{delimiter!r} or a line end is put into double quotes"
             )
+
+
+def _csv_lines(path):
+    """The lines of a file whose lines may end in a carriage return alone, as spreadsheets on a Macintosh write them."""
+    for number, line in streams.lines(path):
+        yield from ((number, part) for part in (_RETURN.split(line) if "\r" in line[:-2] else [line]))
+
+
+def _quoting(path, kind):
+    """Whether quotes are those of CSV, or characters, as in many TSV files: what makes no sense as the first is the
+    second."""
+    if kind == "tsv":
+        try:
+            for _ in csv.reader((line for _, line in _csv_lines(path)), delimiter="\t", strict=True):
+                pass
+        except csv.Error:
+            return csv.QUOTE_NONE
+    return csv.QUOTE_MINIMAL
 
 
 def _header(values, where, choose):

@@ -105,6 +105,9 @@ LAYOUTS = {
     "completion": {"system": "S", "prompt": "U", "completion": "A"},
     "conversational": {"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:]},
     "question": {"system": "S", "question": "U", "answer": "A"},
+    "capitals": {"System": "S", "Question": "U", "Answer": "A"},
+    "roles in capitals": {"messages": [{**turn, "role": turn["role"].upper()} for turn in CONVERSATION]},
+    "labelled": {"system": "S", "prompt": "U", "completion": "A", "label": True},
 }
 
 
@@ -164,11 +167,11 @@ def test_records_without_an_answer_are_counted_and_passed_over(tmp_path):
     found, notes = read(f"pairs(path={path!r})")
     assert len(found) == 2 and notes[0] == "read 2 records of 1 file: 'prompt', 'response'"
     assert notes[1:] == [
-        f"skipped 2 records without an answer (the first: {path}, line 2)",
-        f"skipped 1 records without a prompt (the first: {path}, line 3)",
+        f"skipped 2: records without an answer (the first: {path}, line 2)",
+        f"skipped 1: records without a prompt (the first: {path}, line 3)",
     ]
     path = write(tmp_path / "none.jsonl", lines[1])
-    with pytest.raises(UserError, match="no record to learn from: skipped 1 records without an answer"):
+    with pytest.raises(UserError, match="no record to learn from: skipped 1: records without an answer"):
         documents(f"pairs(path={path!r})")
 
 
@@ -181,7 +184,7 @@ def test_a_turn_that_calls_a_tool_says_nothing_else(tmp_path):
     path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
     (found,), notes = read(f"chat(path={path!r})")
     assert json.loads(found)[1] == {"role": "assistant", "content": "", "tool_calls": call}
-    assert "skipped 1 records with a turn of no text" in notes[1]
+    assert "skipped 1: records with a turn of no text" in notes[1]
 
 
 @pytest.mark.parametrize("spell", [list, json.dumps])
@@ -202,14 +205,44 @@ def test_a_table_is_not_read_as_text(tmp_path):
         documents(f"text(path='{tmp_path}/a.parquet')")
 
 
+def test_answers_that_are_labelled_as_bad_are_not_learnt(tmp_path):
+    rows = [{"prompt": "U", "completion": text, "label": text == "good"} for text in ("good", "bad")]
+    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    (found,), notes = read(f"pairs(path={path!r})")
+    assert turns(found)[1] == ("assistant", "good")
+    assert "skipped 1: records labelled as answers that are not wanted" in notes[1]
+
+
+def test_a_dialogue_in_a_text_is_its_turns(tmp_path):
+    text = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: More\n\nAssistant: No"
+    path = write(tmp_path / "rows.jsonl", json.dumps({"chosen": text, "rejected": "x"}))
+    (found,) = documents(f"pairs(path={path!r}, response='chosen')")
+    assert turns(found) == [("user", "Hi"), ("assistant", "Hello"), ("user", "More"), ("assistant", "No")]
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("a.tsv", 'id\ttext\n1\t"hi" he said\n2\t"open\n', ['"hi" he said', '"open']),
+        ("a.tsv", 'id\ttext\n1\t"a\tb"\n2\t"say ""x"""\n', ["a\tb", 'say "x"']),
+        ("a.csv", "text\nhello, world; yes\nbye\n", ["hello, world; yes", "bye"]),
+        ("a.csv", "id,text\r1,a\r2,b\r", ["a", "b"]),
+        ("a.csv", 'id,text\r\n1,"a\r\nb"\r\n2,"c\rd"\r\n', ["a\r\nb", "c\rd"]),
+    ],
+)
+def test_tables_as_spreadsheets_and_others_write_them(tmp_path, name, content, expected):
+    path = write(tmp_path / name, content)
+    assert documents(f"csv(path={path!r})") == expected
+
+
 def test_an_empty_file_is_no_reason_to_refuse_a_folder(tmp_path):
     for name, content in (("__init__.py", ""), ("blank.py", " \n"), ("a.py", "a = 1\n")):
         write(tmp_path / "package" / name, content)
     found, notes = read(f"text(path='{tmp_path}/**/*.py')")
     assert found == ["a = 1\n"] and notes[0] == "read 1 document of 2 files"
     assert [note.partition(" (")[0] for note in notes[1:]] == [
-        "skipped 1 empty files",
-        "skipped 1 files of white space alone",
+        "skipped 1: empty files",
+        "skipped 1: files of white space alone",
     ]
     write(tmp_path / "none" / "a", ""), write(tmp_path / "none" / "b", "")
     with pytest.raises(UserError, match="all 2 files are empty"):

@@ -188,7 +188,8 @@ def test_questions_from_the_documentation_stay_with_their_module(tokenizer):
         ({"prompt": "a", "response": 4}, "pairs", "line 2: field 'response' holds int, not text"),
         ({"prompt": ["a"], "response": "b"}, "pairs", "line 2: field 'prompt', turn 1 is 'a'; a turn is {'role': ...,"),
         ({"messages": "hello"}, "chat", "line 2: field 'messages' holds 'hello'; a conversation is a list"),
-        ({"messages": [{"role": "user"}, 3]}, "chat", "line 2: field 'messages', turn 2 is 3; a turn is {'role'"),
+        ({"messages": [{"role": "user", "content": "a"}, 3]}, "chat", "line 2: field 'messages', turn 2 is 3; a turn"),
+        ({"messages": [{"role": "user"}]}, "chat", "line 2: field 'messages', turn 1 is {'role': 'user'}; a turn"),
         ({"messages": [{"from": "wizard", "value": "a"}]}, "chat", "turn 1 is from 'wizard'; known: human"),
         ({"chosen": "a", "rejected": "b"}, "pairs", "write pairs(path=..., response='chosen')"),
         ([3], "pairs", "line 2: field 'messages', turn 1 is 3"),
@@ -210,3 +211,16 @@ def test_a_bad_record_is_named(line, spec, message, tmp_path, tokenizer):
 def test_a_field_that_no_record_has_is_named(records, tokenizer):
     with pytest.raises(UserError, match="rows.jsonl, line 1: no field 'answer'; there are: prompt, response"):
         Corpus(records.replace("held_out", "response='answer', held_out")).documents(tokenizer)
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learnt(tmp_path, templated, tokenizer):
+    messages = [("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2")]
+    messages = [{"role": role, "content": content} for role, content in messages]
+    messages[1]["weight"], messages[3]["weight"] = 0, 1
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}))
+    (text,) = Corpus(f"chat(path='{tmp_path}/rows.jsonl')").source.documents()
+    with_template = data.build_tokenizer(f"hf(path={str(templated)!r})", "doc_pairs()")
+    for each in (tokenizer, with_template):
+        ids, learnt = conversation.encode(each, text)
+        assert each.decode([id for id, said in zip(ids, learnt, strict=True) if said]) == "A2"
+        assert "A1" in each.decode(ids)

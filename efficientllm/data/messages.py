@@ -1,0 +1,80 @@
+"""The messages that a field of a record holds, however it spells them."""
+
+import json
+import re
+
+from efficientllm.data import tables
+from efficientllm.errors import UserError
+
+ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
+    "bing": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool", "function_call": "assistant",
+    "function_response": "tool",
+}  # fmt: skip
+ROLES |= {role: role for role in ("user", "assistant", "system", "developer", "tool", "function")}
+_DIALOGUE = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+class Skipped(Exception):
+    """A record that teaches nothing; the message says why."""
+
+
+def messages_of(value, role, name, where):
+    """The messages that a field holds: a text is one of `role`, null is none. Raises UserError."""
+    if not isinstance(value, list | tuple):
+        said = tables.text(value, name, where)
+        return [] if said is None else _dialogue(said) or [{"role": role, "content": said}]
+    return [_turn(turn, f"{where}: field {name!r}, turn {index}") for index, turn in enumerate(value, 1)]
+
+
+def _dialogue(text):
+    """The turns of a text that is a whole dialogue (Bai et al. 2022, arXiv:2204.05862); none of any other."""
+    if not text.startswith("\n\nHuman:") or "\n\nAssistant:" not in text:
+        return []
+    _, *parts = _DIALOGUE.split(text)
+    return [
+        {"role": ROLES[who.lower()], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def as_list(value, key, where, wanted="a conversation is a list of {'role': ..., 'content': ...}"):
+    """The list that a field holds, which a table may spell as JSON. Raises UserError."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: field {key!r} is not JSON ({str(error).partition(':')[0]})") from None
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where}: field {key!r} holds {value!r:.60}; {wanted}")
+    return value
+
+
+def _turn(turn, where):
+    speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    if not isinstance(speaker, str) or not {"content", "value", "tool_calls"} & set(turn):
+        raise UserError(
+            f"{where} is {turn!r:.80}; a turn is {{'role': ..., 'content': ...}} or {{'from': ..., 'value': ...}}"
+        )
+    if turn.get("weight") not in (None, 0, 1):
+        raise UserError(f"{where} has weight = {turn['weight']!r}: 1 is learnt, 0 is not")
+    content = turn["content"] if "content" in turn else turn.get("value")
+    role = ROLES.get(speaker.lower())
+    if role is None and "role" not in turn:
+        raise UserError(f"{where} is from {speaker!r}; known: {', '.join(ROLES)}")
+    others = {key: item for key, item in turn.items() if key not in ("role", "content", "from", "value")}
+    return {"role": role or speaker, "content": _content(content, where), **_filled(others)}
+
+
+def _content(content, where):
+    if isinstance(content, list | tuple):
+        for part in content:
+            if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise UserError(f"{where} has content of type {kind!r}; only text can be learnt")
+        content = "".join(part if isinstance(part, str) else part["text"] for part in content)
+    return tables.text(content, "content", where)
+
+
+def _filled(others):
+    """Without what is null: columns of a table give every turn every key."""
+    return {key: item for key, item in others.items() if item is not None}
