@@ -2,7 +2,7 @@
 
 import pytest
 
-from efficientllm import registry
+from efficientllm import ranges, registry
 from efficientllm.errors import UserError
 from efficientllm.sizes import Size
 
@@ -32,6 +32,10 @@ def test_spec_then_fixed_then_defaults(monkeypatch):
         ("make(a=1, a=2)", "is not a spec"),
         ("make(a=__import__('os'))", "is not a spec"),
         ("make(a=1", "is not a spec"),
+        ("make(**{'a': 1})", "is not a spec"),
+        (f"make(a={'-' * 3000}1)", "is not a spec"),
+        (f"make(a={'(' * 3000})", "is not a spec"),
+        (f"make(a={'9' * 5000})", "is not a spec"),
         (3, "is not a spec"),
     ],
 )
@@ -40,6 +44,33 @@ def test_what_is_refused(spec, message, monkeypatch):
     with pytest.raises(UserError, match="config.toy = ") as error:
         registry.build("toy", spec, where="config.toy")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_technique_of_one_s_own_brings_its_ranges():
+    registry.register("toy", "ranged", ranges={"a": ranges.whole(1, 9), "b": ranges.POSITIVE})(make)
+    try:
+        assert registry.build("toy", "ranged(a=9)") == (9, 0.5, "n")
+        for spec, message in (
+            ("ranged(a=0)", "a = 0: must be at least 1, at most 9 and whole"),
+            ("ranged(a=1, b=0.0)", "b = 0.0: must be above 0 and finite"),
+        ):
+            with pytest.raises(UserError, match="config.toy = ") as error:
+                registry.build("toy", spec, where="config.toy")
+            assert message in str(error.value)
+    finally:
+        del registry._REGISTRY["toy", "ranged"]
+
+
+def test_numbers_of_any_technique_are_finite_and_inherited_ones_in_range(monkeypatch):
+    class Mine(Size):
+        pass
+
+    monkeypatch.setattr(registry, "_REGISTRY", {("toy", "make"): make, ("size", "mine"): Mine})
+    monkeypatch.setattr(registry, "_discover", lambda kind: None)
+    with pytest.raises(UserError, match="b = inf: must be finite"):
+        registry.build("toy", "make(a=1, b=1e999)")
+    with pytest.raises(UserError, match="dim = 0: must be at least 1"):
+        registry.complete("size", "mine(dim=0)", {})
 
 
 def test_a_name_is_registered_once(monkeypatch):
