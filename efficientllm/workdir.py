@@ -207,5 +207,5 @@ def _default(config):
 def write_atomically(file, text):
     """Replaces `file` by `text`, whole or not at all."""
     temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)

@@ -8,13 +8,13 @@ import time
 import jax
 import numpy as np
 
-from efficientllm.metrics import conditions, energy, sampler, timer
+from efficientllm.metrics import compiles, conditions, energy, sampler, timer
 from efficientllm.train.progress import Countdown
 
 log = logging.getLogger("efficientllm")
 WARM_UPS = 2  # repeats that are set aside: the first compiles
 WINDOW_S = 2.0  # what an energy window should last at least, where energy can be read
-AGAIN = 5  # repeats at most that are made again because the process was stopped within them
+AGAIN = 5  # repeats at most that are made again because the process was stopped, or compiled, within them
 
 
 @dataclasses.dataclass
@@ -117,29 +117,31 @@ class _Measurement:
 
     def _step(self, steps):
         """Times a step of decoding; one within which the process was stopped is left out."""
-        stopped = self._sampler.stopped_s()
+        stopped, compiled = self._sampler.stopped_s(), compiles.count()
         seconds = self._seconds(lambda: self._decode(1, rewind=False))
         if self._sampler.stopped_s() > stopped:
             self._interrupted += 1
-        else:
+        elif steps.warming or compiles.count() == compiled:
             steps.add(seconds)
 
     def _window(self, name, call, expected_s):
         times = 1 if self._reader.reason else max(1, math.ceil(WINDOW_S / expected_s))
         for last in [False] * AGAIN + [True]:
+            compiled = compiles.count()
             with self._reader.window() as window:
                 mark = self._sampler.mark()
                 seconds = self._seconds(lambda: [call() for _ in range(times)])
                 averages = self._sampler.since(mark)
             self._faults.extend(self._reader.faults())
-            if not averages.stopped_s:
+            compiled = compiles.count() - compiled
+            if not averages.stopped_s and not compiled:
                 break
             self._interrupted += not last
         self._parts.append(averages)
         self._times[name].append((seconds - averages.stopped_s) / times)
         self._counts[name] += times
-        result, stopped = window.result, averages.stopped_s
-        self._windows[name].append(energy.void(result, energy.STOPPED.format(stopped)) if stopped else result)
+        why = compiled and energy.COMPILED or averages.stopped_s and energy.STOPPED.format(averages.stopped_s)
+        self._windows[name].append(energy.void(window.result, why) if why else window.result)
 
     def _seconds(self, call):
         begin = time.perf_counter()

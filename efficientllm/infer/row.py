@@ -1,18 +1,17 @@
 """From what an inference run measured to its row."""
 
 import dataclasses
-import json
 import math
-import pathlib
 import statistics
 
 import jax
 
 from efficientllm import accounting, sharding
 from efficientllm.errors import UserError
-from efficientllm.metrics import conditions, energy, paper, peaks
+from efficientllm.metrics import conditions, energy, paper, peaks, record
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.weights import activation_dtype
+from efficientllm.workdir import flatten
 
 LIKELIHOOD = "likelihood a byte of held-out text"  # 2^-bits_per_byte: 1 is certainty, and more is better
 
@@ -28,15 +27,44 @@ class Scored:
 
 def baseline_of(file):
     """The Scored of another run's row. Raises UserError for what holds no such numbers."""
-    where = f"config.infer.baseline = {file!r}"
+    where, row = f"config.infer.baseline = {file!r}", _row_of(file)
     try:
-        row = json.loads(pathlib.Path(file).read_text())
         size, bits = row["physical"]["resident_weight_bytes"], row["quality"]["bits_per_byte"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{where}: no row with resident_weight_bytes and bits_per_byte ({error!r})") from None
-    if size is None or bits is None:
-        raise UserError(f"{where}: its resident_weight_bytes or bits_per_byte is null")
+    if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in (size, bits)):
+        raise UserError(f"{where}: its resident_weight_bytes or bits_per_byte is no number")
+    if size is None or bits is None or size <= 0:
+        raise UserError(f"{where}: its resident_weight_bytes or bits_per_byte is null or 0")
     return Scored(f"the row {row.get('name')}", size, bits)
+
+
+def check_baseline(config, described):
+    """Raises UserError for a baseline that is the row of a run which was scored on other text than this one, whose data
+    `described` (`data.describe`) tells."""
+    file = config.infer.baseline
+    if not file.endswith(".json"):
+        return
+    row = _row_of(file)
+    before = flatten(row.get("config") or {})
+    then = (row.get("provenance") or {}).get("data") or {}
+    pairs = {"data": (then.get("fingerprint"), described["fingerprint"])}
+    if pairs["data"][0] is None:
+        pairs["data"] = (before.get("data"), config.data)
+    pairs["eval.batches"] = (before.get("eval.batches"), config.eval.batches)
+    for what, (old, new) in pairs.items():
+        if old is not None and old != new:
+            raise UserError(
+                f"config.infer.baseline = {file!r}: its {what} is {old}, and here it is {new}: its quality is that of "
+                "other text; score the baseline on the same"
+            )
+
+
+def _row_of(file):
+    try:
+        return record.read_record(file)
+    except UserError as error:
+        raise UserError(f"config.infer.baseline = {error}") from None
 
 
 def compression(baseline, ours):

@@ -19,6 +19,7 @@ import time
 
 from efficientllm.metrics import nvml as nvml_module
 from efficientllm.metrics.energy_window import (
+    COMPILED,
     STOPPED,
     EnergyWindow,
     Reader,
@@ -30,7 +31,17 @@ from efficientllm.metrics.energy_window import (
 from efficientllm.metrics.nvml_energy import CounterReader, PowerReader
 from efficientllm.metrics.other_energy import MeterReader, zeus_reader
 
-__all__ = ["STOPPED", "EnergyWindow", "Reader", "combine", "open_reader", "over_processes", "unavailable", "void"]
+__all__ = [
+    "COMPILED",
+    "STOPPED",
+    "EnergyWindow",
+    "Reader",
+    "combine",
+    "open_reader",
+    "over_processes",
+    "unavailable",
+    "void",
+]
 
 
 def open_reader(devices, nvml=None, identify=nvml_module.pci_bus_ids, clock=time.monotonic, sleep=time.sleep, meter=""):

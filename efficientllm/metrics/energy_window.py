@@ -34,6 +34,7 @@ def unavailable(reason, duration_s=0.0):
     return EnergyWindow(None, None, duration_s, "unavailable", None, "unavailable", None, reason)
 
 
+COMPILED = "a program was compiled inside the window"
 STOPPED = "the process was stopped for {:.1f} s inside the window"
 
 

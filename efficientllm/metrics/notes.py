@@ -12,6 +12,8 @@ def notes(record):
     if warm_up.get("settled") is False:
         aside = len(warm_up.get("discarded_s") or ())
         said.append(f"not settled: times still varied by more than 2 % when {aside} were set aside as warm-up")
+    if step := (record.get("provenance") or {}).get("resumed_from_step"):
+        said.append(f"resumed from step {step}: times, energy and wall clock are those of its last part")
     if interrupted := warm_up.get("interrupted_steps"):
         said.append(f"{interrupted} step(s) or repeat(s) within which it was stopped are left out")
     return said

@@ -96,11 +96,14 @@ def _version(package):
 
 
 def processor():
-    """The CPU's name as the system gives it, and the cores of it that this process may use."""
+    """The CPU's name as the system gives it, the cores of it that this process may use, and its `model`: virtual
+    machines call every one of a maker's by one name, and tell vendor, family, model and stepping all the same."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"name": name or None, "cores": host.usable_cores()}
+    lines = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    parts = [facts[key] for key in ("vendor_id", "cpu family", "model", "stepping") if key in facts]
+    name = facts.get("model name") or platform.processor()
+    return {"name": name or None, "model": "/".join(parts) or None, "cores": host.usable_cores()}
 
 
 def _iso(unix_s):

@@ -21,6 +21,7 @@ import sys
 
 from efficientllm.errors import UserError, did_you_mean
 
+EXTRA = ("scipy", "matplotlib", "plotly", "tensorboard")
 FLAGS = ("--out", "--baseline", "--compare", "--metric", "--margin", "--help")
 
 
@@ -40,7 +41,11 @@ def main(argv=None):
         return compare(options) if options.compare else report(options)
     except UserError as error:
         print(f"efficientllm: {error}", file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] not in EXTRA:
+            raise
+        print(f"efficientllm: {error.name} is not installed: pip install -e '.[report]'", file=sys.stderr)
+    return 2
 
 
 def parse(argv):
@@ -96,7 +101,10 @@ def report(options):
 
     made = board.build(found.rows, found.orphans, options.baseline)
     made |= {"grids": find.grids(options.runs), "left_out": found.left_out}
-    write.write(made, found.rows, _folder(options.out))
+    try:
+        write.write(made, found.rows, _folder(options.out))
+    except OSError as error:
+        raise UserError(f"--out={options.out} cannot be written: {error.strerror}: {error.filename}") from None
     _print_left_out(found)
     groups = made["groups"]
     count = sum(len(group["variants"]) for group in groups)

@@ -85,10 +85,17 @@ def machine(row, reference):
     versions = [found.get("versions") or {} for found in both]
     found = {f"version of {name}": tuple(each.get(name) for each in versions) for name in ("jax", "jaxlib")}
     found["power limit"] = tuple(_limits(each) for each in both)
+    found["model of the processor"] = tuple(_processor(each).get("model") for each in both)
     found["source of power"] = tuple((each.get("host") or {}).get("power_source") for each in both)
     if all("xla_flags" in each for each in both):
         found["XLA_FLAGS"] = tuple(each["xla_flags"] or "none" for each in both)
     return found
+
+
+def in_blocks(rows):
+    """Whether these rows are of randomised blocks on one machine, in which what disturbs one disturbs all."""
+    hosts = {(row.record["provenance"].get("host") or {}).get("name_hash") for row in rows}
+    return len(hosts) == 1 and all("block" in row.sweep and "search" not in row.sweep for row in rows)
 
 
 def starved(rows):
@@ -134,6 +141,10 @@ def _described(row):
 def _limits(provenance):
     limits = (provenance.get("devices") or {}).get("power_limit_w")
     return limits if isinstance(limits, list) and limits and None not in limits else None
+
+
+def _processor(provenance):
+    return (provenance.get("host") or {}).get("processor") or {}
 
 
 def _allocator(row):

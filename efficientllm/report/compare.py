@@ -201,7 +201,7 @@ def _unquiet(a, b):
     all."""
     sweeps = {(row.sweep.get("name"), row.path.parent.parent) for row in (*a, *b)}
     blocks = [{row.sweep.get("block") for row in side} for side in (a, b)]
-    if len(sweeps) == 1 and blocks[0] == blocks[1] and None not in blocks[0]:
+    if len(sweeps) == 1 and blocks[0] == blocks[1] and comparable.in_blocks([*a, *b]):
         return None
     return comparable.starved([*a, *b])
 

@@ -62,7 +62,7 @@ class Group:
 
     def _unquiet(self, rows, key):
         """Why times of starved rows say nothing here, or None: in a sweep's blocks, what disturbs one disturbs all."""
-        if not columns.is_timed(key) or all("block" in row.sweep for row in rows):
+        if not columns.is_timed(key) or comparable.in_blocks(self.measured):
             return None
         return comparable.starved(rows)
 

@@ -53,6 +53,9 @@ def collect(paths):
     files, orphans = find(paths)
     named, good, left_out = {os.path.realpath(path) for path in paths}, [], _tries(paths)
     for file in files:
+        if not _is_text(file):
+            left_out.append(f"left out: {file}: a path that is not UTF-8 or has control characters: rename it")
+            continue
         try:
             good.append(rows.read_row(file))
         except UserError as error:
@@ -67,7 +70,23 @@ def collect(paths):
     left_out += copies
     if not good:
         raise UserError(f"{', '.join(map(str, paths))}: no row is left; {'; '.join(left_out[:3]) or _HINT}")
-    return Found(rows.told_apart(good), orphans, left_out)
+    orphans = [run for run in orphans if _is_text(run)]
+    return Found(rows.told_apart(good), orphans, [_line(said) for said in left_out])
+
+
+def _is_text(path):
+    """Whether a path can stand in a report."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return str(path).isprintable()
+
+
+def _line(text):
+    """A text as one line that any terminal and file can hold."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def run_of(row):

@@ -251,7 +251,7 @@ def _listed(config, keys, longest=None):
 
 def _number_blocks(rows):
     """The sweep's block, else the seed; a second row of a variant with the same seed is a block of its own."""
-    seen = collections.Counter()
+    seen, again = collections.Counter(), _repeated(rows)
     for row in sorted(rows, key=lambda row: (row.started, str(row.path))):
         name = row.sweep.get("name")
         if "block" in row.sweep:
@@ -262,4 +262,24 @@ def _number_blocks(rows):
             seen[row.identity, seed] += 1
             row.block, row.order = f"seed {seed}" + (f", repeat {repeat + 1}" if repeat else ""), repeat
         if name:
-            row.block = f"{name} {row.block}"
+            place = again.get(row.path)
+            row.block = f"{name} {row.block}" + (f", sweep {place}" if place else "")
+
+
+def _repeated(rows):
+    """`{path: number}` of rows of sweeps that ran more than once under one name: their folders, in order of start.
+
+    A sweep holds a place of a block once; where two rows claim it, folders tell which of them ran together.
+    """
+    places = collections.defaultdict(list)
+    for row in rows:
+        if "block" in row.sweep:
+            key = (row.sweep.get("name"), row.sweep["block"], row.sweep.get("order"), row.sweep.get("variant"))
+            places[key].append(row)
+    names = {key[0] for key, found in places.items() if len({row.path.parent.parent for row in found}) > 1}
+    folders = collections.defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row.started, str(row.path))):
+        if row.sweep.get("name") in names and row.path.parent.parent not in folders[row.sweep["name"]]:
+            folders[row.sweep["name"]].append(row.path.parent.parent)
+    ours = [row for row in rows if row.sweep.get("name") in names]
+    return {row.path: 1 + folders[row.sweep["name"]].index(row.path.parent.parent) for row in ours}

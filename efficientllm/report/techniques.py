@@ -34,9 +34,8 @@ _KEYS = {
 def techniques(row):
     """`{"attention": "mla", "position": "rope", "ffn": "dense", ...}` of a row's config."""
     text = f"{row.config.get('model.ffn')} {row.config.get('model.pattern')}"
-    named = str(row.record.get("name") or "")
     return {
-        "attention": "pythia" if named.endswith("pythia") else row.spec("model.mixer"),
+        "attention": "pythia" if _is_pythia(row) else row.spec("model.mixer"),
         "position": row.spec("model.position"),
         "ffn": "moe" if "moe" in text else "dense",
         "tuning": _tuning(row),
@@ -49,9 +48,13 @@ def techniques(row):
 def _tuning(row):
     if row.kind != "tune":
         return None
-    name = row.sweep.get("variant") or str(row.record.get("name") or "").removeprefix("tune-")
-    known = ("lora_plus", "lora-plus", "freeze", "full")
-    return (name if name in known else row.spec("adapter") or "full").replace("_", "-")
+    return (row.spec("adapter") or "full").replace("_", "-")
+
+
+def _is_pythia(row):
+    """GPT-NeoX's block, by what it is made of and not by what it is called."""
+    parts = {"mixer": "mha", "ffn": "gelu", "norm": "layernorm", "residual": "parallel"}
+    return all(row.spec(f"model.{key}") == name for key, name in parts.items())
 
 
 def axis(row):

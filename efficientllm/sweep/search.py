@@ -56,9 +56,9 @@ def search(sweep, out, extra=(), retry=(), run=execute.execute):
 
 
 def _probe(sweep, variant, value, order, extra):
-    seed = sweep.seeds[0]
-    argv = (*spec.argv_of(sweep, variant, extra), f"--config.{sweep.search[0]}={value}", f"--config.seed={seed}")
-    return spec.Run(sweep.name, variant, sweep.baseline, 0, order, seed, argv)
+    seed, flag = sweep.seeds[0], f"--config.{sweep.search[0]}={value}"
+    argv = (*spec.argv_of(sweep, variant, extra), flag, f"--config.seed={seed}")
+    return spec.Run(sweep.name, variant, sweep.baseline, 0, order, seed, argv, search=flag)
 
 
 def find(outcome, least, most):

@@ -142,6 +142,7 @@ class Run:
     seed: int
     argv: tuple
     grid: str = ""  # the flag that a try of the sweep's grid tries
+    search: str = ""  # and that of a search: what is tried is no block either
 
     @property
     def folder(self):
@@ -159,7 +160,8 @@ class Run:
             "block": self.block,
             "order": self.order,
             "seed": self.seed,
-        } | ({"grid": self.grid} if self.grid else {})
+            **{key: flag for key, flag in (("grid", self.grid), ("search", self.search)) if flag},
+        }
 
 
 def argv_of(sweep, variant, extra=()):

@@ -47,6 +47,8 @@ class Inference:
     def run(self):
         """Returns the exit status."""
         self.serving = serving.prepare(self.config)
+        if self.config.infer.baseline.endswith(".json"):
+            row.check_baseline(self.config, data.describe(self.config.data, self.serving.tokenizer))
         self.workdir.claim(self.config)
         self.reader = energy.open_reader(self.serving.devices, meter=self.config.metrics.meter)
         self.idle = energy.idle_power(self.reader)

@@ -5,8 +5,6 @@ import time
 from efficientllm.metrics import compiles, conditions, energy
 from efficientllm.metrics.timer import CAP, StepTimer
 
-COMPILED = "a program was compiled inside the window"
-
 
 class Measurement:
     """Segments of finished, steady steps. Evaluation, checkpoints and compilation lie between segments.
@@ -75,7 +73,7 @@ class Measurement:
             window, compiled = self._reader.stop(), compiles.count() - self._compiled
             self.spans.append(conditions.between(self._edge, edge, stopped, self._reader.faults()))
             if compiled or stopped:
-                window = energy.void(window, COMPILED if compiled else energy.STOPPED.format(stopped))
+                window = energy.void(window, energy.COMPILED if compiled else energy.STOPPED.format(stopped))
             self.compiled += compiled
             self.windows.append(window)
             self._mark = None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efficientllm.metrics import conditions
-from efficientllm.report import board, comparison, markdown, rows
+from efficientllm.report import board, comparison, markdown, rows, techniques
 from report import made
 
 
@@ -266,3 +266,52 @@ def test_a_baseline_by_keys_is_found_where_other_configs_lie_in_the_folder(tmp_p
     assert len(group.of(group.baseline)) == 2 and group.of(group.baseline)[0].config["model.size"] == "tiny"
     (group,) = groups(tmp_path, baseline="model.mixer=gqa, model.size=small")
     assert group.of(group.baseline)[0].config["model.size"] == "small"
+
+
+def in_sweep(folder, block, mixer, al_s, order=0, starved=False, host="h", **told):
+    place = {"name": "x", "variant": mixer, "baseline": "gqa", "block": block, "order": order, "seed": block, **told}
+    provenance = {"host": {"name_hash": host, "processor": {"name": "Test", "cores": 2}}, "run": str(folder)}
+    met = conditions_of(starved)
+    return made.row(folder, mixer, seed=block, sweep=place, told=provenance, conditions=met, al_s=al_s)
+
+
+@pytest.mark.parametrize(
+    ("second", "told", "compared"), [("h", {}, True), ("other", {}, False), ("h", {"search": "--config.x=1"}, False)]
+)
+def test_blocks_excuse_starving_on_one_machine_and_where_they_are_random(tmp_path, second, told, compared):
+    for block in range(2):
+        in_sweep(tmp_path / f"a{block}", block, "gqa", 0.5, **told)
+        in_sweep(tmp_path / f"b{block}", block, "mla", 0.6, 1, starved=True, host=second, **told)
+    (group,) = groups(tmp_path)
+    assert (group.refusal("mla", "al_s") is None) is compared
+
+
+def test_two_sweeps_of_one_name_do_not_share_blocks(tmp_path):
+    """Run again after a week, with all twice as slow: pairs are of one sweep, not of its mean with the other."""
+    for week, slow in ((0, 1.0), (1, 2.0)):
+        for block in range(2):
+            for order, (mixer, al_s) in enumerate((("gqa", 0.5), ("mla", 0.6))):
+                in_sweep(tmp_path / f"week{week}" / f"{block}{order}", block, mixer, al_s * slow, order)
+    (group,) = groups(tmp_path)
+    assert len(group.blocks) == 4 and group.between("al_s", "mla", "gqa")[0].high == pytest.approx(1.2)
+    (alone,) = groups(tmp_path / "week0")
+    assert alone.blocks == ["x 0", "x 1"]
+
+
+def test_a_technique_is_what_a_config_holds_and_not_its_name(tmp_path):
+    made.row(tmp_path / "a", "mla", told={"run": "a"})
+    file = made.row(tmp_path / "b", "mha(qkv_bias=True)", changes={"model.ffn": "gelu", "model.residual": "parallel"})
+    record = json.loads(file.read_text())
+    record["config"]["model"]["norm"] = "layernorm(eps=1e-5)"
+    file.write_text(json.dumps(record))
+    named = made.row(tmp_path / "c", "mla", seed=3, task="tune", changes={"adapter": "rslora(rank=8)"})
+    for path, name in ((tmp_path / "a" / "record.json", "pythia"), (named, "tune-full")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"name": name}))
+    found = [techniques.techniques(row) for row in rows.read(rows.find([tmp_path])[0])]
+    assert [used["attention"] for used in found] == ["mla", "pythia", "mla"] and found[2]["tuning"] == "rslora"
+
+
+def test_a_resumed_run_says_whose_times_it_has(tmp_path):
+    made.row(tmp_path, told={"resumed_from_step": 50}, al_s=0.5)
+    (row,) = rows.read(rows.find([tmp_path])[0])
+    assert "resumed from step 50" in row.notes()[0]

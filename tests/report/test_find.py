@@ -209,3 +209,33 @@ def test_what_lies_beside_a_row_cannot_stop_a_report(tmp_path):
     (tmp_path / "runs" / "endless" / "log.txt").symlink_to("/dev/zero")
     assert command.main([str(tmp_path / "runs"), f"--out={tmp_path / 'report'}"]) == 0
     assert (tmp_path / "report" / "index.html").exists()
+
+
+def test_a_path_that_no_report_can_hold_is_left_out(tmp_path, capsys):
+    made.row(tmp_path / "runs" / "good", al_s=0.5)
+    made.row(tmp_path / "runs" / "two\nlines", al_s=0.6)
+    bad = os.fsencode(tmp_path / "runs") + b"/\xff"
+    shutil.copytree(tmp_path / "runs" / "good", os.fsdecode(bad))
+    os.makedirs(os.fsdecode(bad + b"2"))
+    with open(bad + b"2/config.json", "w") as file:
+        file.write("{}")
+    assert command.main([str(tmp_path / "runs"), f"--out={tmp_path / 'report'}"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("rename it" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "x.json"), "cannot be written: No space left on device: x.json"),
+        (ModuleNotFoundError("no", name="scipy.special"), "pip install -e '.[report]'"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(tmp_path, error, said, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(write, "write", fail)
+    made.row(tmp_path / "runs", al_s=0.5)
+    assert command.main([str(tmp_path / "runs"), f"--out={tmp_path / 'report'}"]) == 2
+    assert said in capsys.readouterr().err

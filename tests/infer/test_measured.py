@@ -1,0 +1,107 @@
+"""Repeats within which the process was stopped or compiled count for nothing, and a baseline is scored on one text."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from report import made
+
+from efficientllm.errors import UserError
+from efficientllm.infer import measure, row
+from efficientllm.metrics import compiles, energy
+from efficientllm.presets import infer as preset
+
+
+@dataclasses.dataclass
+class Carry:
+    positions_B: object
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+class Engine:
+    """Does nothing, and calls `event` at the call of that number."""
+
+    def __init__(self, number, event):
+        self.calls, self._number, self._event = 0, number, event
+
+    def _call(self):
+        self.calls += 1
+        if self.calls == self._number:
+            self._event()
+
+    def prefill(self, prompts):
+        self._call()
+        return Carry(jax.numpy.full(len(prompts), len(prompts[0])))
+
+    def decode(self, carry, prompts, steps):
+        self._call()
+        return carry, np.zeros((len(prompts), steps))
+
+
+class Sampler:
+    """Stopped for as long as a test says."""
+
+    stopped = 0.0
+
+    def mark(self):
+        return self.stopped
+
+    def since(self, mark):
+        from efficientllm.metrics.sampler import Averages
+
+        return Averages(1.0, 1.0, 0.1, "x", 0.5, "x", 1.0, None, stopped_s=self.stopped - mark)
+
+    def stopped_s(self):
+        return self.stopped
+
+
+def measured(number, event, sampler):
+    reader = energy.open_reader(jax.local_devices())
+    return measure.measure(Engine(number, event), np.arange(1000), 1, 8, 2, 3, reader, sampler)
+
+
+@pytest.mark.parametrize("number", [5, 6, 12, 15])
+def test_a_repeat_that_was_stopped_is_made_again(number):
+    """Calls 5 and 6 are the first measured prefill and decoding; 12 and 15 lie among single steps."""
+    sampler = Sampler()
+
+    def stop():
+        sampler.stopped += 20.0
+
+    found = measured(number, stop, sampler)
+    assert found.interrupted == 1 and found.span.stopped_s == 20.0
+    assert len(found.prefill_s) == len(found.decode_s) == 3 and max(found.requests_s) < 10
+    again = row.warm_up_and_conditions(found)
+    assert again["warm_up"]["interrupted_steps"] == 1 and again["conditions"]["stopped_s"].value == 20.0
+
+
+def test_a_repeat_that_compiled_is_made_again():
+    compiles.count()
+    found = measured(5, lambda: jax.jit(lambda x: x * 3.25 + 1.5)(np.ones(3)), Sampler())
+    assert found.interrupted == 1 and len(found.prefill_s) == 3
+
+
+@pytest.mark.parametrize(
+    ("told", "changes", "said"),
+    [
+        ({"data": {"fingerprint": "a"}}, {}, None),
+        ({"data": {"fingerprint": "b"}}, {}, "its data is b, and here it is a"),
+        ({}, {"data": "text(path='x')"}, "its data is text"),
+        ({"data": {"fingerprint": "a"}}, {"eval.batches": 3}, "its eval.batches is 3"),
+    ],
+)
+def test_a_baseline_that_was_scored_on_other_text_is_refused(tmp_path, told, changes, said):
+    config = preset.get_config("int4")
+    same = {"data": config.data, "eval.batches": config.eval.batches}
+    values = {"resident_weight_bytes": 10.0, "bits_per_byte": 1.5}
+    file = made.row(tmp_path, told=told, changes=same | changes, **values)
+    config.infer.baseline = str(file)
+    assert row.baseline_of(str(file)).bytes == 10
+    if said is None:
+        row.check_baseline(config, {"fingerprint": "a"})
+    else:
+        with pytest.raises(UserError, match=said):
+            row.check_baseline(config, {"fingerprint": "a"})
