@@ -1,7 +1,9 @@
 """A cached folder is whole or absent, however many processes make it."""
 
 import errno
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -90,3 +92,91 @@ def test_tokens_are_memory_mapped_and_small(spec):
     documents = Corpus(spec).documents(data.build_tokenizer("bytes", spec))["train"]
     assert isinstance(documents.ids, np.memmap) and documents.ids.dtype == np.uint16
     assert documents.ids[-1] == 256 and len(documents.ids) == documents.ends[-1]
+
+
+def entries(folder, kind):
+    (found,) = folder.glob(f"{kind}-*")
+    return found
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "a flipped bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "nulls": lambda content: bytes(len(content)),
+    "absent": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("corpus", "summary.json"),
+        ("corpus", "checksums.json"),
+        ("tokens", "train.npy"),
+        ("tokens", "held_out_ends.npy"),
+    ],
+)
+def test_a_damaged_entry_is_made_again_with_a_line(spec, cache_dir, caplog, kind, name, damage):
+    tokenizer = data.build_tokenizer("bytes", spec)
+    first = data.describe(spec, tokenizer)
+    path = entries(cache_dir, kind) / name
+    content = path.read_bytes()
+    path.unlink() if damage == "absent" else path.write_bytes(DAMAGE[damage](content))
+    assert data.describe(spec, tokenizer) == first and path.read_bytes() == content
+    (line,) = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
+    assert str(entries(cache_dir, kind)) in line and "it is made again" in line
+    assert data.describe(spec, tokenizer) == first and len(caplog.records) == 1
+    assert not list(cache_dir.glob(f".{kind}-*"))
+
+
+def test_what_lies_beside_the_files_of_an_entry_is_damage_too(tmp_path):
+    calls = []
+    fill = lambda folder: calls.append(1) or (folder / "a").write_text("a")  # noqa: E731
+    (cache.entry(tmp_path, "thing", fill) / "b").write_text("b")
+    assert sorted(path.name for path in cache.entry(tmp_path, "thing", fill).iterdir()) == ["a", "checksums.json"]
+    assert len(calls) == 2
+
+
+def test_an_entry_is_read_once_until_it_is_touched(tmp_path, monkeypatch):
+    reads, real = [], cache._checksums
+    monkeypatch.setattr(cache, "_checksums", lambda folder: reads.append(1) or real(folder))
+    fill = lambda folder: (folder / "a").write_text("a")  # noqa: E731
+    for _ in range(3):
+        cache.entry(tmp_path, "thing", fill)
+    assert len(reads) == 2  # when it was written, and when it was first opened
+
+
+def test_a_damaged_entry_that_cannot_be_replaced_says_what_to_set(tmp_path, monkeypatch):
+    fill = lambda folder: (folder / "a").write_text("a")  # noqa: E731
+    (cache.entry(tmp_path, "thing", fill) / "a").write_text("")
+
+    def closed(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(cache.Path, "rename", closed)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\); set EFFICIENTLLM_CACHE"):
+        cache.entry(tmp_path, "thing", fill)
+
+
+def test_several_that_find_it_damaged_end_with_one_whole_entry(tmp_path):
+    fill = lambda folder: (folder / "a").write_text("a")  # noqa: E731
+    (cache.entry(tmp_path, "thing", fill) / "a").write_text("")
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(cache.entry(tmp_path, "thing", fill))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8 and (tmp_path / "thing" / "a").read_text() == "a"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "thing"]
+
+
+def test_what_a_killed_process_had_begun_is_removed_later(tmp_path):
+    for name, age in ((f".thing-{'0' * 32}", 2 * cache.ABANDONED_S), (f".thing-{'1' * 32}", 0), (".other-0", 1e6)):
+        (tmp_path / name).mkdir()
+        now = time.time()
+        os.utime(tmp_path / name, (now - age, now - age))
+    cache.entry(tmp_path, "thing", lambda folder: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other-0", f".thing-{'1' * 32}", "thing"]

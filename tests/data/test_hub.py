@@ -123,3 +123,19 @@ def test_an_unknown_split_and_field_name_what_there_is(folder, tokenizer):
         data.describe(f"hf(path={folder!r}, split='tset')", tokenizer)
     with pytest.raises(UserError, match=r"no field 'txt'; there are: text, id; did you mean 'text'\?"):
         data.describe(f"hf(path={folder!r}, field='txt')", tokenizer)
+
+
+def test_json_nested_too_deep_does_not_reach_the_parser_that_dies_of_it(tmp_path, tokenizer):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "part.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    for streaming in (False, True):
+        with pytest.raises(UserError, match="part.jsonl, line 2: JSON that is nested too deep"):
+            data.describe(f"hf(path='{tmp_path}/set', streaming={streaming})", tokenizer)
+
+
+def test_rows_that_datasets_cannot_read_are_one_line(tmp_path, tokenizer):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "part.parquet").write_text("no parquet at all, just words that go on for a while")
+    with pytest.raises(UserError) as error:
+        data.describe(f"hf(path='{tmp_path}/set', streaming=True)", tokenizer)
+    assert "\n" not in str(error.value)
