@@ -66,6 +66,19 @@ def describe(config, where):
     return Description(_complete(model), rope.usable(model["position"], max_positions), model_type)
 
 
+def ignored(config):
+    """Patterns of tensors that the model of a config.json does not need.
+
+    Layers behind the last are DeepSeek-V3's prediction of further tokens, which transformers does not load.
+    """
+    found = FAMILIES[config["model_type"]].ignored
+    if config["model_type"] != "deepseek_v3":
+        return found
+    depth, further = config.get("num_hidden_layers", 61), config.get("num_nextn_predict_layers") or 1
+    numbers = "|".join(str(depth + i) for i in range(min(further, 16)))
+    return (*found, rf"^model\.layers\.({numbers})\.")
+
+
 def _complete(model):
     """Every key of `config.model` that says what the model is, so that none keeps another config's value."""
     plain = {"ffn": "swiglu", "residual": "sequential", "norm": "rmsnorm", "embed_norm": False, "pattern": ()}
@@ -86,8 +99,6 @@ def _period(layers):
 
 
 _NEOX_BUFFERS = (*_BUFFERS, r"attention\.bias$", r"attention\.masked_bias$")
-# Layers behind the last are DeepSeek-V3's prediction of further tokens, which no class of transformers loads.
-_FURTHER_TOKENS = (*_BUFFERS, r"^model\.layers\.61\.")
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", dense.llama, tables.LLAMA),
     "mistral": Family("MistralForCausalLM", dense.mistral, tables.LLAMA),
@@ -98,7 +109,7 @@ FAMILIES = {
     "qwen2_moe": Family("Qwen2MoeForCausalLM", sparse.qwen2_moe, tables.QWEN_MOE),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", sparse.qwen3_moe, tables.QWEN_MOE),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", sparse.deepseek_v2, tables.DEEPSEEK),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", sparse.deepseek_v3, tables.DEEPSEEK, _FURTHER_TOKENS),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", sparse.deepseek_v3, tables.DEEPSEEK),
     "gpt_neox": Family("GPTNeoXForCausalLM", dense.gpt_neox, tables.GPT_NEOX, _NEOX_BUFFERS),
     "mamba": Family("MambaForCausalLM", state_space.mamba, tables.MAMBA),
     "mamba2": Family("Mamba2ForCausalLM", state_space.mamba2, tables.MAMBA2),

@@ -4,12 +4,14 @@ import functools
 import importlib.util
 import math
 import pathlib
+import re
 
 import numpy as np
 
 from efficientllm.convert import gguf_header, limits, mapped, tables
 from efficientllm.errors import UserError
 from efficientllm.quant import checkpoints, consistency
+from efficientllm.untrusted import files
 from efficientllm.untrusted.json_text import shown
 
 # general.architecture -> (model_type, name table).
@@ -34,26 +36,35 @@ KEYS = {
 }
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 NUMBERS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+FORMS = ("Q4_0", "Q4_1", "Q8_0")  # that products here multiply as they are
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_MOST_PARTS = 10_000
+_NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 ROPE_FACTORS = "rope_freqs.weight"  # what each pair's frequency is divided by (llama3 scaling, worked out)
 
 
 class GGUFFile:
-    """The tensors and the metadata of one file.
+    """The tensors and the metadata of one file, or of all parts of one (`NAME-00001-of-00003.gguf`), whichever is
+    named; `where` is then the first, which has the metadata.
 
     `config` is what its config.json would be, `table` the name table. Raises UserError for a file that is no GGUF, or
     of an architecture that is not known.
     """
 
     def __init__(self, file):
-        self.where = pathlib.Path(file)
-        header = read_header(self.where)
+        headers = _headers(pathlib.Path(file))
+        self.where, values = next((file, header.values) for file, header in headers.items())
         kinds = package(self.where).GGMLQuantizationType
-        self.shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-        self._types = {name: kinds(tensor.kind) for name, tensor in header.tensors.items()}
-        self._places = {name: _place(tensor, self._types[name].name) for name, tensor in header.tensors.items()}
-        said = header.values.get("tokenizer.chat_template")
+        self.shapes, self._types, self._places, self._files = {}, {}, {}, {}
+        for part, header in headers.items():
+            for name, tensor in header.tensors.items():
+                if name in self.shapes:
+                    raise UserError(f"{part}: tensor {shown(name)} is in {self._files[name].name} too")
+                self.shapes[name], self._types[name], self._files[name] = tensor.shape, kinds(tensor.kind), part
+                self._places[name] = _place(tensor, self._types[name].name)
+        said = values.get("tokenizer.chat_template")
         self.chat_template = said if isinstance(said, str) else None
-        self.config, self.table = self._describe(header.values)
+        self.config, self.table = self._describe(values)
 
     def _describe(self, values):
         architecture = values.get("general.architecture")
@@ -64,6 +75,8 @@ class GGUFFile:
         prefix = f"{architecture}."
         config = {"model_type": model_type, "tie_word_embeddings": "output.weight" not in self.shapes}
         given = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+        if missing := [key for key in _NEEDED if key not in given]:
+            raise UserError(f"{self.where}: key {prefix}{missing[0]} is missing")
         rotated = given.pop("rope.dimension_count", None)
         config |= self._rope(given)
         for key, value in given.items():
@@ -71,6 +84,8 @@ class GGUFFile:
                 continue
             config[KEYS.get(key, f"{prefix}{key}")] = value  # an unknown one is refused as unknown keys are
         limits.check(config, self.where)
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])  # where llama.cpp has other defaults
+        config.setdefault("head_dim", config["hidden_size"] // max(config["num_attention_heads"], 1))
         config.setdefault("vocab_size", self.shapes.get("token_embd.weight", (None,))[0])
         head_dim = config.get("head_dim") or config.get("hidden_size", 0) // max(
             config.get("num_attention_heads", 1), 1
@@ -126,10 +141,10 @@ class GGUFFile:
     def stored(self, name):
         """The leaf of a tensor whose blocks ours can multiply as they are, in numpy, or None."""
         kind = self.form(name)
-        if kind not in ("Q4_0", "Q4_1", "Q8_0"):
+        if kind not in FORMS:
             return None
         offset, dtype, shape = self._places[name]
-        blocks = mapped.array(self.where, offset, dtype, shape)
+        blocks = mapped.array(self._files[name], offset, dtype, shape)
         leaf = checkpoints.from_gguf(kind, blocks.reshape(shape[0], self.shapes[name][1] // 32, -1))
         try:
             consistency.check_finite(leaf)
@@ -142,11 +157,27 @@ class GGUFFile:
         import gguf
 
         offset, dtype, shape = self._places[name]
-        stored = mapped.array(self.where, offset, dtype, shape)
+        stored = mapped.array(self._files[name], offset, dtype, shape)
         try:
             return gguf.dequantize(stored, self._types[name]).reshape(self.shapes[name])
         except NotImplementedError as error:
             raise UserError(f"{self.where}: tensor {name!r} cannot be read: {error}") from None
+
+
+def _headers(file):
+    """`{file: Header}` of a file, or of all parts of one in their order. Raises UserError for a missing part."""
+    found = _PART.fullmatch(file.name)
+    header = read_header(file)
+    if found is None or header.values.get("split.count", 1) in (0, 1):
+        return {file: header}
+    name, count = found[1], int(found[3])
+    if header.values["split.count"] != count or count > _MOST_PARTS:
+        raise UserError(f"{file}: it says that it is one of {shown(header.values['split.count'])} parts, not {count}")
+    parts = [file.with_name(f"{name}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    for part in parts:
+        if not files.is_there(part):
+            raise UserError(f"{part} is missing: {file.name} is one of {count} parts, which lie beside each other")
+    return {part: header if part == file else read_header(part) for part in parts}
 
 
 def read_header(path):

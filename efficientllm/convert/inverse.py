@@ -27,6 +27,8 @@ def config_of(model_type, lm, facts, max_positions):
     most = rope.named(lm.position, max_positions)
     config |= {"max_position_embeddings": most, "num_attention_heads": mixer.get("num_heads")}
     config |= {"rope_parameters": rope.parameters(lm.position) if lm.position.startswith("rope(") else {}}
+    if model_type == "gpt_neox" and config["rope_parameters"]:  # whose class turns a quarter where none is said
+        config["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
     if model_type == "phi3":  # which has it beside, and its class's own otherwise
         original = config["rope_parameters"].get("original_max_position_embeddings", most)
         config["original_max_position_embeddings"] = original

@@ -197,6 +197,36 @@ def parameters(position_spec):
     return json.loads(json.dumps(found))
 
 
+def older_keys(config):
+    """What transformers 4 reads of `rope_parameters`, to stand beside it: `rope_theta`, `rope_scaling` and the share.
+
+    transformers 5 takes `rope_scaling`, where it is there, for all of `rope_parameters`: it says the same.
+    """
+    given = dict(config.get("rope_parameters") or {})
+    if not given:
+        return {}
+    neox = config["model_type"] == "gpt_neox"
+    found = {"rotary_emb_base" if neox else "rope_theta": given.pop("rope_theta")}
+    if (share := given.pop("partial_rotary_factor", None)) is not None:
+        found["rotary_pct" if neox else "partial_rotary_factor"] = share
+    kind = given.pop("rope_type", "default")
+    if kind == "longrope" and config["model_type"] == "phi3":
+        return found | _phi3_scaling(config, given)
+    if kind == "longrope":
+        found["original_max_position_embeddings"] = given["original_max_position_embeddings"]
+    return found | {"rope_scaling": None if kind == "default" else {"rope_type": kind} | given}
+
+
+def _phi3_scaling(config, given):
+    """Phi-3 of transformers 4 admits three keys and derives the amplitude; nothing where it is another one."""
+    original, most = config.get("original_max_position_embeddings", 4096), config.get("max_position_embeddings", 4096)
+    derived = {"original_max_position_embeddings": original}
+    _complete_longrope(derived, most)
+    if not math.isclose(derived["attention_factor"], given.get("attention_factor", derived["attention_factor"])):
+        return {}
+    return {"rope_scaling": {"type": "longrope"} | {key: given[key] for key in ("short_factor", "long_factor")}}
+
+
 def spec(name, fields):
     """`name(key=value, ...)`."""
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in fields.items())})" if fields else name

@@ -56,7 +56,7 @@ def _write(params, folder, config, spec, shard):
         index = {"weight_map": {name: file for file, names in files.items() for name in names}}
         (folder / INDEX).write_text(json.dumps(index))
     said = {"quant_method": METHOD, "form": spec, "leaves": leaves}
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     (folder / "config.json").write_text(json.dumps(plain | {"quantization_config": said}, indent=1))
 
 

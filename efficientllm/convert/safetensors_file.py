@@ -33,6 +33,8 @@ _LARGEST = 1 << 48  # of an axis or an offset, also beside an axis of none
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Files that stand beside a model's: of Mistral's own program, under its own names, and an adapter's.
+OTHERS = ("consolidated", "adapter_model")
 
 
 class SafetensorsFolder:
@@ -69,13 +71,13 @@ class SafetensorsFolder:
 
 
 def _files(folder):
-    """`{file: the tensors it must hold, or None}`."""
+    """`{file: the tensors it must hold, or None}`; of several, those that transformers takes."""
     index = folder / INDEX
-    if files.is_there(index):
-        return _indexed(folder, index)
     if files.is_there(folder / SINGLE):
         return {folder / SINGLE: None}
-    found = sorted(folder.glob("*.safetensors"))
+    if files.is_there(index):
+        return _indexed(folder, index)
+    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(OTHERS))
     if len(found) == 1:
         return {found[0]: None}
     if found:
@@ -86,7 +88,9 @@ def _files(folder):
             f"{folder}: {pickled[0]} is a pickle, which can run code and is never loaded; where you trust it: "
             "transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
-    raise UserError(f"{folder}: no *.safetensors in it")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    beside = f" but {others[0]}, which is none of a model's files in transformers' form" if others else ""
+    raise UserError(f"{folder}: no *.safetensors in it{beside}")
 
 
 def _indexed(folder, index):

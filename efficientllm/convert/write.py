@@ -27,6 +27,10 @@ _TOKENIZER_FILES = (
 # fmt: on
 
 
+# Of a source's config.json: what is said anew, and code that is not copied.
+_LEFT = ("torch_dtype", "quantization_config", "auto_map")
+
+
 def export(lm, params, folder, like, tokenizer=None, dtype=None, max_positions=None, shard=SHARD):
     """Writes `params` of `lm` to a new folder.
 
@@ -136,11 +140,12 @@ def _config(lm, like, max_positions):
     """The config.json to write, read back and compared with the model."""
     ours = facts(lm)
     if isinstance(like, Source):
-        config = {key: value for key, value in like.config.items() if key not in ("torch_dtype", "quantization_config")}
+        config = {key: value for key, value in like.config.items() if key not in _LEFT}
         config |= {"max_position_embeddings": rope.named(lm.position, max_positions)} if max_positions else {}
     else:
         config = _of_family(lm, ours, like, max_positions)
     config["architectures"] = [families.FAMILIES[config["model_type"]].architecture]
+    config |= rope.older_keys(config)
     try:
         described = families.describe(config, "config.json")
         theirs = facts(architecture.from_config(_model_config(described.model, lm)))

@@ -229,3 +229,51 @@ def test_its_tokenizer_is_converted_once(tmp_path, monkeypatch):
     write(file, further=lambda writer: vocabulary(writer) or writer.add_string("changed", "by this"))
     build("tokenizer", f"hf(path={str(file)!r})").fit(None)
     assert converted[3:] == [True, False]
+
+
+def split(folder, parts):
+    """A model of one file in parts, as llama.cpp's gguf-split makes them: the first has the metadata."""
+    write(folder / "whole.gguf")
+    reader, names = gguf.GGUFReader(folder / "whole.gguf"), []
+    for part in range(parts):
+        file = folder / f"m-{part + 1:05}-of-{parts:05}.gguf"
+        writer = gguf.GGUFWriter(file, "llama")
+        if part == 0:
+            for field in ("block_count", "context_length", "embedding_length", "feed_forward_length"):
+                writer.add_uint32(f"llama.{field}", int(reader.fields[f"llama.{field}"].contents()))
+            writer.add_head_count(4)
+            writer.add_head_count_kv(2)
+            writer.add_rope_freq_base(500.0)
+            writer.add_layer_norm_rms_eps(1e-5)
+            writer.add_vocab_size(40)
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", parts)
+        for tensor in reader.tensors[part::parts]:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            step()
+        writer.close()
+        names.append(file)
+    return names
+
+
+def test_a_file_in_parts(tmp_path):
+    """Any of them names all."""
+    files = split(tmp_path, 3)
+    ids = np.random.default_rng(1).integers(0, 40, (1, 8), np.int32)
+    _, _, expected = ours(convert.open_source(tmp_path / "whole.gguf"), ids)
+    for file in files[:2]:
+        source = convert.open_source(file)
+        assert source.path == files[0]
+        np.testing.assert_array_equal(ours(source, ids)[2], expected)
+    files[1].unlink()
+    with pytest.raises(UserError, match="m-00002-of-00003.gguf is missing: .* is one of 3 parts"):
+        convert.open_source(files[0])
+
+
+def test_blocks_that_no_product_here_reads_are_named(tmp_path):
+    write(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType.Q5_0)
+    source = convert.open_source(tmp_path / "m.gguf")
+    lm = source.lm(scan=False)
+    with pytest.raises(UserError, match=r"'stored': .*m.gguf holds its weights as Q5_0, which no product here"):
+        source.load_stored(nn.unbox(model.abstract_params(lm)), lm)
