@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from efficientllm import ranges
+from efficientllm import ranges, stopping
 from efficientllm.errors import UserError, shown
 
 # Set by the launchers whose environment jax.distributed reads by itself.
@@ -108,6 +108,10 @@ def leaving():
     """An exception that the other processes may not share ends this one at once, and with it the job."""
     try:
         yield
+    except KeyboardInterrupt as stop:
+        if several():  # at exit jax would wait for the others
+            leave(stopping.said(stop))
+        raise
     except UserError as error:
         if not getattr(error, "shared", False) and several():
             print(f"efficientllm: {error}", file=sys.stderr)

@@ -19,10 +19,12 @@ import sys
 
 from efficientllm import allocator
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.stopping import stoppable
 
 FLAGS = ("config", "workdir", "overwrite", "init", "help")
 
 
+@stoppable
 def main(argv=None):
     """Runs the command line `argv` and returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv

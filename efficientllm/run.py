@@ -10,7 +10,7 @@ import zlib
 
 import jax
 
-from efficientllm import distributed, failures, registry, schema
+from efficientllm import distributed, failures, registry, schema, stopping
 from efficientllm.errors import UserError
 from efficientllm.workdir import Workdir
 
@@ -51,11 +51,13 @@ def _say(answer):
 def _guarded(task, config, workdir):
     """The task's exit status; an exception that it does not know is a row and one line, and its status 3."""
     started = time.time()
+    stopping.check()
     try:
         return task(config, workdir)
     except UserError:
         raise
     except Exception as error:
+        stopping.check()  # of which it may have been made
         if distributed.several() and isinstance(error, jax.errors.JaxRuntimeError):
             raise  # as where another process has died
         return distributed.leave(failures.end(error, config, workdir, started))

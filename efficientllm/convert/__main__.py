@@ -20,10 +20,12 @@ import argparse
 import sys
 
 from efficientllm.errors import UserError
+from efficientllm.stopping import stoppable
 
 TOLERANCE = 1e-3  # of the greatest logit: float32 rounding over some dozens of layers
 
 
+@stoppable
 def main(argv=None):
     """Runs the command line `argv` and returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv

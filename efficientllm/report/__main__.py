@@ -20,6 +20,7 @@ import pathlib
 import sys
 
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.stopping import stoppable
 
 EXTRA = ("scipy", "matplotlib", "plotly", "tensorboard")
 FLAGS = ("--out", "--baseline", "--compare", "--metric", "--margin", "--help")
@@ -30,6 +31,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+@stoppable
 def main(argv=None):
     """Runs the command line `argv` and returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv

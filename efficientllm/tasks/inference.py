@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from efficientllm import allocator, data, failures, kernels
+from efficientllm import allocator, data, failures, kernels, stopping
 from efficientllm.infer import measure, row, serving
 from efficientllm.infer.answers import Answers
 from efficientllm.infer.engine import Engine
@@ -71,6 +71,7 @@ class Inference:
             return self._fail("oom", f"out of device memory: {str(error).splitlines()[0]}")
 
     def _serve(self):
+        stopping.check()
         run, ours = self.serving, self.config.infer
         parts = len(run.devices)
         log.info(

@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from efficientllm import distributed, failures
+from efficientllm import distributed, failures, stopping
 from efficientllm.data.tokenizers import keep
 from efficientllm.metrics import energy, memory, provenance, record, timer
 from efficientllm.metrics.reading import Reading
@@ -96,6 +96,7 @@ class Training:
             self.workdir.claim(self.config)
 
     def _train(self):
+        stopping.check()
         self.compiled, self.compiled_eval = setup.compile_steps(self.setup)
         self.token_bytes = setup.token_bytes(self.setup)
         state = self._restore_or_create()
@@ -105,6 +106,7 @@ class Training:
             self.writer.text("config", _markdown(self.config))
         log.info(self._headline())
         self.progress = Progress(self.config.train.steps)
+        stopping.check()
         hooks = loop.Hooks(self._log, self._evaluate, self._save, self.checkpoints.saving)
         batches = self.setup.batches
         state = loop.train(
