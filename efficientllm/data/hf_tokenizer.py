@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import re
 import warnings
 
@@ -12,7 +11,7 @@ from efficientllm.data import cache
 from efficientllm.data.tokenizers import Backed
 from efficientllm.errors import UserError
 from efficientllm.registry import register
-from efficientllm.untrusted import template
+from efficientllm.untrusted import files, json_text, template
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -55,9 +54,18 @@ class HuggingFace:
         (folder / GENERATION).write_text(json.dumps({"eos_token_id": _gguf_ends(self.path)}))
 
 
+def _check_files(folder, where):
+    """Raises UserError for what a reader would wait for: a FIFO or a device where a file of a tokenizer is expected."""
+    if os.path.isdir(folder):
+        for name in sorted(os.listdir(folder)):
+            if name.endswith((".json", ".txt", ".model", ".jinja")):
+                files.open_file(os.path.join(folder, name), where).close()
+
+
 def _load(folder, where):
     import transformers
 
+    _check_files(folder, where)
     try:
         with warnings.catch_warnings():  # torch, where it is installed, imports pynvml by its package's old name
             warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
@@ -91,12 +99,9 @@ def _json(folder, name):
         file = transformers.utils.cached_file(
             folder, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
         )
-        found = json.loads(pathlib.Path(file).read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder}/{name} cannot be read ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{folder}/{name} holds no object")
-    return found
+    return json_text.read(file, where=f"{folder}/{name}") if file else {}
 
 
 def _gguf_ends(file):

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 from efficientllm.errors import UserError
+from efficientllm.untrusted import files
 
 
 def read(prompts):
@@ -16,10 +17,7 @@ def read(prompts):
         return list(prompts)
     file = pathlib.Path(prompts[0]).expanduser()
     where = f"config.infer.prompts = {prompts[0]!r}"
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} cannot be read: {error}") from None
+    text = files.read_text(file, where=where)
     # Not splitlines: U+2028, U+0085 and their like are characters of a line.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if file.suffix != ".jsonl":

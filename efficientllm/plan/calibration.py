@@ -13,6 +13,7 @@ from efficientllm.metrics import provenance
 from efficientllm.metrics.record import read_record
 from efficientllm.plan import estimate
 from efficientllm.plan import hardware as hardwares
+from efficientllm.untrusted import files, json_text
 from efficientllm.workdir import write_atomically
 
 
@@ -66,18 +67,14 @@ def load(path, hardware, planned, log, keep):
     `planned` is a `steps.Planned`. From a folder each row's own step is compiled, and the result is kept as
     the file `keep`. Raises UserError where there is nothing to calibrate with.
     """
-    file = pathlib.Path(path)
-    if not file.exists():
-        raise UserError(f"config.plan.calibration = {path!r}: no such file or folder")
+    file, where = pathlib.Path(path).expanduser(), f"config.plan.calibration = {path!r}"
+    if not files.is_there(file):
+        raise UserError(f"{where}: no such file or folder")
     if file.is_dir() or file.name == "record.json":
         found = measure(file, hardware, planned, log)
         write_atomically(keep, json.dumps(dataclasses.asdict(found), indent=2))
         return found
-    try:
-        held = json.loads(file.read_text())
-        found = Calibration(held["hardware"], tuple(held["tasks"]), tuple(held["rows"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"config.plan.calibration = {path!r}: no calibration: {error!r}") from None
+    found = _read(file, f"{where}: no calibration")
     if (found.hardware, found.tasks) != (hardware.name, planned.tasks) or not found.rows:
         own, asked = (
             (name, " or ".join(tasks))
@@ -89,11 +86,28 @@ def load(path, hardware, planned, log, keep):
     return found
 
 
+def _read(file, where):
+    """The Calibration in a file, of times that can be divided and of watts that are numbers or null."""
+    held = json_text.read(file, where=where)
+    rows = json_text.field(held, "rows", list, where)
+    for index, row in enumerate(rows):
+        place = f"{where}: row {index}"
+        if not isinstance(row, dict):
+            raise UserError(f"{place} is {json_text.shown(row)}, no object")
+        for key in ("measured_s", "roofline_s"):
+            if json_text.field(row, key, "number", place) <= 0:
+                raise UserError(f"{place}: {key} = {row[key]} must be more than 0")
+        for key in ("watts", "pcu"):
+            if row.get(key) is not None:
+                json_text.field(row, key, "number", place)
+    tasks = json_text.field(held, "tasks", list, where)
+    return Calibration(json_text.field(held, "hardware", str, where), tuple(map(str, tasks)), tuple(rows))
+
+
 def measure(folder, hardware, planned, log):
     """The Calibration of the measured rows below a folder."""
-    files = [folder] if folder.is_file() else sorted(folder.rglob("record.json"))
     rows = []
-    for file in files:
+    for file in [folder] if folder.is_file() else sorted(folder.rglob("record.json")):
         record = read_record(file)
         if _usable(record, hardware, planned):
             rows.append(_row(file, record, hardware, planned))

@@ -12,6 +12,7 @@ import pathlib
 from efficientllm import extras
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.metrics.reading import Reading
+from efficientllm.untrusted import json_text
 
 # The study's six tasks (arXiv:2505.13840, Section 4) and the metric of each, as the Open LLM Leaderboard scores them.
 STUDY = {
@@ -91,12 +92,11 @@ def score(model, ours, chat, seed, file):
 def readings_of_file(file):
     """Readings of a results.json that the harness has written. Raises UserError for what is none."""
     where = f"config.quality.results = {file!r}"
-    try:
-        found = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where} cannot be read: {error}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("results"), dict):
-        raise UserError(f"{where}: no 'results' in it; needed is a results.json of the lm-evaluation-harness")
+    found = json_text.read(pathlib.Path(file).expanduser(), where=where, nan=True)
+    for name in ("results", "groups", "n-samples"):
+        held = found.get(name, None if name == "results" else {})
+        if not isinstance(held, dict) or not all(isinstance(value, dict) for value in held.values()):
+            raise UserError(f"{where}: no {name!r} in it; needed is a results.json of the lm-evaluation-harness")
     return readings(found, pathlib.Path(file).name)
 
 
@@ -109,7 +109,7 @@ def readings(found, file):
         about = f"{file}: lm-eval {version}" + (f", {counts} examples" if counts else "")
         for key, value in metrics.items():
             metric, _, chosen = key.partition(",")
-            if chosen and not metric.endswith("_stderr") and isinstance(value, int | float):
+            if chosen and not metric.endswith("_stderr") and json_text.is_number(value):
                 name = f"{task}_{metric}" + ("" if chosen == "none" else f"_{chosen}")
                 read[name] = Reading(value, "1", about)
     parts = [read.get(f"{task}_{metric}") for task, metric in STUDY.items()]

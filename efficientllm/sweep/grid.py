@@ -8,6 +8,7 @@ import json
 
 from efficientllm.metrics.record import read_record
 from efficientllm.sweep import execute, spec
+from efficientllm.untrusted import json_text
 from efficientllm.workdir import write_atomically
 
 FOLDER = "grid"
@@ -40,7 +41,7 @@ def choose(sweep, out, extra=()):
 
 def table(sweep, out):
     """What was chosen and what the tries cost, as text."""
-    found = json.loads((out / "grid.json").read_text())
+    found = json_text.read(out / "grid.json")
     lines = [f"{'variant':24}{'held-out loss':>14}{'tries':>7}{'cost':>9}{'J':>11}  chosen {found['key']}"]
     for variant, each in found["variants"].items():
         tries = each["tries"]

@@ -5,6 +5,7 @@ makes strings of half a surrogate pair, which no file can hold; others' readers 
 """
 
 import json
+import math
 import re
 
 from efficientllm.errors import UserError
@@ -49,6 +50,29 @@ def parse(text, where, kind=dict, unique=False, nan=False):
     if kind is not None and not isinstance(value, kind):
         raise UserError(f"{where}: holds {shown(value)}, where {_NAMES.get(kind, kind)} is needed")
     return value
+
+
+def field(value, path, kind, where):
+    """What `path`, "a.b", names in an object of objects. `kind` is a type, or "number": finite, and no bool.
+
+    Raises UserError beginning with `where` for what is not there or of another type.
+    """
+    found = value
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    right = is_number(found) if kind == "number" else isinstance(found, kind)
+    if not right:
+        wanted = "a finite number" if kind == "number" else _NAMES.get(kind, kind.__name__)
+        raise UserError(f"{where}: {path} = {shown(found)}, where {wanted} is needed")
+    return found
+
+
+def is_number(value):
+    """Whether a value is a finite number that a float holds, and no bool."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def shown(value, most=60):

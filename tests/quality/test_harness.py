@@ -155,7 +155,7 @@ def test_what_is_no_results_file_is_refused(tmp_path):
     (tmp_path / "broken.json").write_text('{"results": {')
     for file, message in (
         ("/nowhere.json", "cannot be read"),
-        (tmp_path / "broken.json", "cannot be read"),
+        (tmp_path / "broken.json", "not JSON"),
         (results(tmp_path / "list.json", results=[]), "no 'results' in it"),
     ):
         with pytest.raises(UserError, match=message):
