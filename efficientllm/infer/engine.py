@@ -62,17 +62,26 @@ class Engine:
         self._decode = jax.jit(functools.partial(_decode, self.lm, sampler, self.end_ids, length), donate_argnums=1)
         self._replace = jax.jit(functools.partial(_replace, self.lm), donate_argnums=0)
 
-    def prefill(self, prompts, seed=0, first=0):
+    @property
+    def extends(self):
+        """Whether a carry can go on with a longer prompt: not where keys are rotated by a prompt's length."""
+        return not self._by_length
+
+    def prefill(self, prompts, seed=0, first=0, carry=None):
         """A Carry after the prompts, lists of ids, or as far as they are in whole pieces.
 
         `first` is the number of the first prompt: what is drawn depends on the seed and a prompt's number, not on the
-        rows beside it. Raises UserError for an empty prompt.
+        rows beside it. `carry`, which is donated, is one after the beginnings of the prompts, where the engine
+        `extends`. Raises UserError for an empty prompt.
         """
         check_prompts(prompts)
         rows = len(prompts)
-        states, hidden_BD = self._empty(rows)
-        at_B = np.zeros(rows, np.int32)
-        for who, size in self._passes([len(prompt) for prompt in prompts]):
+        at_B = np.zeros(rows, np.int32) if carry is None else np.array(carry.positions_B)
+        if carry is None:
+            states, hidden_BD = self._empty(rows)
+        else:
+            states, hidden_BD = carry.states, jnp.zeros((rows, self.lm.dim), activation_dtype(self.lm.precision))
+        for who, size in self._passes([len(prompt) - at for prompt, at in zip(prompts, at_B, strict=True)]):
             ids_BT = np.array([prompts[row][at_B[row] : at_B[row] + size] for row in who], np.int32)
             some = None if len(who) == rows else np.array(who)
             reach_B = np.array([len(prompts[row]) for row in who], np.int32) if self._by_length else None

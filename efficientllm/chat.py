@@ -1,0 +1,233 @@
+"""Talks with a model in the terminal.
+
+  python -m efficientllm.chat MODEL [--system=TEXT] [--config=infer:FORM] [--config.key=value ...]
+
+  MODEL            what config.model.pretrained takes: a folder, a GGUF file, owner/name of the hub, smollm2-135m, the
+                   folder of a run that trained or tuned (runs/NAME/HASH), or one of an adapter (.../adapter)
+  --system=TEXT    what the model is told before you speak
+  --config=infer:FORM   the form of its weights: bfloat16 (default), float32, float16, int8, int4, nf4, stored
+  --config.key=value    as for infer: --config.infer.sampler='sample(temperature=0.7)' --config.infer.max_new_tokens=256
+
+/reset forgets what was said, /exit or the end of input leaves; Ctrl-C stops an answer, and twice leaves. Lines of a
+pipe are answered one after the other. Answers go to standard output, all else to standard error. Nothing is written.
+"""
+
+import contextlib
+import signal
+import sys
+
+from efficientllm import allocator
+from efficientllm.errors import UserError
+
+NEW = 512  # tokens of an answer at most, unless config.infer.max_new_tokens is given
+
+
+def main(argv=None):
+    """Runs the command line `argv` and returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or any(argument in ("-h", "--help") for argument in argv):
+        print(__doc__.strip())
+        return 0 if argv else 2
+    try:
+        config, system, new_tokens = parse(argv)
+        from efficientllm.run import import_plugins  # the first import of jax
+
+        import_plugins(config.imports)
+        return Chat(config, system, new_tokens).run()
+    except UserError as error:
+        print(f"efficientllm: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv):
+    """`(config, system message, tokens of an answer or None)` of a command line. Raises UserError."""
+    from efficientllm import main as command
+
+    models = [argument for argument in argv if not argument.startswith("-")]
+    system = [argument.partition("=")[2] for argument in argv if argument.startswith("--system=")]
+    rest = [argument for argument in argv if argument.startswith("-") and not argument.startswith("--system=")]
+    if len(models) != 1:
+        raise UserError(f"one MODEL is needed, there are {len(models)}: python -m efficientllm.chat smollm2-135m")
+    for argument in rest:
+        if argument.lstrip("-").split("=")[0] in ("workdir", "overwrite", "init", "system"):
+            raise UserError(f"{argument}: a chat takes --system=TEXT, --config=infer:FORM and --config.key=value")
+    preset = [] if any(argument.startswith("--config=") for argument in rest) else ["--config=infer:bfloat16"]
+    config, _, _ = command.parse([*preset, *rest, f"--config.model.pretrained={models[0]}"])
+    given = any(argument.startswith("--config.infer.max_new_tokens") for argument in rest)
+    new_tokens = config.infer.max_new_tokens if given else None
+    if config.task != "infer":
+        raise UserError(f"--config: a config of task {config.task!r}; a chat takes one of infer, such as infer:int4")
+    return config, "".join(system[-1:]), new_tokens
+
+
+class Chat:
+    """One conversation, from loading the model to the numbers at its end."""
+
+    def __init__(self, config, system, new_tokens):
+        self.config, self.system, self._given = config, system, new_tokens
+        self._interrupts = 0
+
+    def run(self):
+        """Returns the exit status."""
+        import jax
+
+        from efficientllm.infer import serving
+
+        try:
+            self.serving = serving.prepare(self._least())
+            with jax.set_mesh(self.serving.mesh):
+                self._load()
+                return self._talk()
+        except serving.OutOfMemory as error:
+            raise UserError(str(error)) from None
+        except BrokenPipeError:  # whoever read the answers has gone
+            sys.stdout = None
+            return 0
+
+    def _least(self):
+        """The config of the smallest request, which is what can be checked before anything is asked."""
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.infer.update({"prompts": ("a",), "chat": False, "max_new_tokens": 1, "prompt_length": 1})
+            config.infer.update({"batch_size": 1, "baseline": ""})
+            config.quality.tasks = ()
+        return config.lock()
+
+    def _load(self):
+        from efficientllm.infer.session import LONGEST, Dialogue, Session, Times
+        from efficientllm.quant.rows import resident_bytes
+
+        run = self.serving
+        self.dialogue = Dialogue(run.tokenizer, self.system, getattr(run.source, "learnt_records", False))
+        self.dialogue.ask("a")  # a template that refuses the system message does so now
+        self.dialogue.reset()
+        params = run.load(self.config.quant, self.config.infer.rules)
+        self.weights = f"weights {resident_bytes(params) / 1e6:,.1f} MB as {self.config.quant}"
+        most = min(run.max_positions or LONGEST, LONGEST * 16)
+        self.session = Session(run.lm, params, run.sampler, self.dialogue.end_ids, most)
+        self.new_tokens = self._given or min(NEW, most // 2)
+        _say(f"{self.config.model.pretrained}: {self.weights}, {most:,} tokens of conversation; compiling")
+        self.session.warm_up()
+        self.times = Times()
+        if self.dialogue.form == "text":
+            _say("no chat template: the model goes on with the text, what you write is put behind it")
+
+    def _talk(self):
+        is_terminal = sys.stdin.isatty()
+        if is_terminal:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  what edits a line
+            _say("/reset forgets, /exit leaves, Ctrl-C stops an answer")
+        status = 0
+        for line in _lines(is_terminal):
+            if line is None:
+                status = 130
+                break
+            if line.strip() == "/exit":
+                break
+            if line.strip() == "/reset":
+                self.dialogue.reset()
+                _say("what was said is forgotten")
+            elif line.strip() and self._answer(line):
+                status = 130
+                break
+        state = self._state_bytes() / 1e6
+        _say(f"{self.times}; {self.weights}, state {state:,.1f} MB for {self.session.length:,} tokens")
+        return status
+
+    def _state_bytes(self):
+        from efficientllm import accounting
+
+        return accounting.state_bytes(self.serving.lm, self.session.length)
+
+    def _answer(self, text):
+        """Answers on standard output -> whether to leave."""
+        from efficientllm.infer.answers import Stream, cut
+
+        try:
+            ids = self._fitting(self.dialogue.ask(text))
+        except UserError as error:
+            _say(f"efficientllm: {error}")
+            return False
+        tokenizer, stops = self.serving.tokenizer, self.config.infer.stop
+        stream, found, shown = Stream(_write, stops), [], ""
+        with self._interruptible():
+            for found in self.times.watched(self.session.answer(ids, self.new_tokens, self._stopped)):
+                ended = found[-1] in self.dialogue.end_ids
+                shown = tokenizer.decode(found[:-1] if ended else found)
+                stream.show(shown)
+        stream.show(shown, finished=True)
+        _write("\n")
+        self.dialogue.answered(found, cut(shown, stops))
+        return self._interrupts > 1
+
+    def _fitting(self, ids):
+        """The ids, without the oldest turns if there is no room for all. Raises UserError where there is none."""
+        room = self.session.most - self.new_tokens
+        ids, dropped = self.dialogue.within(ids, room)
+        if ids is None:
+            raise UserError(
+                f"{dropped} tokens and config.infer.max_new_tokens = {self.new_tokens}: the model has "
+                f"{self.session.most} positions; say less, or take fewer"
+            )
+        if dropped:
+            _say(f"the context is full: the oldest {dropped} question(s) and answer(s) are forgotten")
+        return ids
+
+    def _stopped(self, ids):
+        stops = self.config.infer.stop
+        return self._interrupts > 0 or any(stop in self.serving.tokenizer.decode(ids) for stop in stops)
+
+    @contextlib.contextmanager
+    def _interruptible(self):
+        """Ctrl-C ends the answer after the tokens that are under way; a second one leaves."""
+
+        def count(signum, frame):
+            self._interrupts += 1
+            if self._interrupts > 2:
+                raise KeyboardInterrupt
+
+        self._interrupts = 0
+        try:
+            before = signal.signal(signal.SIGINT, count)
+        except ValueError:  # not the main thread, which alone may listen
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _lines(is_terminal):
+    """Lines of standard input; None where Ctrl-C was pressed twice."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    interrupted = False
+    while True:
+        try:
+            line = input("> " if is_terminal else "")
+            interrupted = False
+            yield line
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if interrupted or not is_terminal:
+                yield None
+                return
+            interrupted = True
+            _say("\nCtrl-C once more, or /exit, leaves")
+
+
+def _write(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    allocator.restart_with_huge_pages()
+    sys.exit(main())
