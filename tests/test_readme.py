@@ -1,5 +1,7 @@
 """Every command and every file of the README, as written."""
 
+import io
+import json
 import re
 import shlex
 import subprocess
@@ -9,11 +11,12 @@ import flax.linen as nn
 import jax
 import pytest
 from convert import folders
+from data import kinds
 from report import made
 
 import runs
 from configs import base
-from efficientllm import architecture, convert, main
+from efficientllm import architecture, chat, convert, main
 from efficientllm.adapters import folder as adapters
 from efficientllm.convert import __main__ as convert_command
 from efficientllm.registry import build
@@ -21,6 +24,7 @@ from efficientllm.report import __main__ as report
 from efficientllm.run import import_plugins
 from efficientllm.sweep import __main__ as sweep
 from efficientllm.train import step
+from efficientllm.workdir import plain
 
 README = (runs.ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -29,6 +33,7 @@ REPORTS = [command for command in COMMANDS if "efficientllm.report" in command]
 SWEEPS = [command for command in COMMANDS if "efficientllm.sweep" in command]
 INSTALL = "pip install -e . && python -m efficientllm.main --config=configs/moe.py"
 TEST = "pip install -e '.[test]' && pytest"
+CHAT = "python -m efficientllm.chat runs/tune_rslora"
 MERGE = "python -m efficientllm.convert smollm2-135m --merge=runs/tune_rslora/adapter --out=merged"
 SMALLEST = "tiny(num_layers=1, dim=64, num_heads=2, num_kv_heads=1, head_dim=32, hidden=128)"
 CONTRACT = "pytest tests/test_contract.py --imports=experiments/my_attention/gated.py -k gated"
@@ -39,7 +44,7 @@ def test_there_is_no_command_that_nothing_runs():
     others = [command for command in COMMANDS if "efficientllm.main" not in command and command not in tested]
     assert INSTALL in COMMANDS
     # CI runs the first, test_tensorboard asks the second's server; the doctor and merging have tests of their own.
-    assert others == [TEST, "tensorboard --logdir=runs", "python -m efficientllm.doctor", MERGE, CONTRACT]
+    assert others == [TEST, "tensorboard --logdir=runs", "python -m efficientllm.doctor", CHAT, MERGE, CONTRACT]
     assert README.count("python -m efficientllm.main") == len(RUNS)
 
 
@@ -78,14 +83,35 @@ def test_command(command, tmp_path, monkeypatch):
 def test_merging(tmp_path, monkeypatch):
     """MERGE, with a model and an adapter made here."""
     monkeypatch.chdir(tmp_path)
-    folders.llama(tmp_path / "model", vocab_size=300)
-    source = convert.open_source(tmp_path / "model")
-    lm, method = source.lm(), build("adapter", "rslora(rank=2)")
-    state = step.init_state(lm, base.get_config().train, 0, 8, method)
-    adapters.write(lm, "rslora(rank=2)", nn.unbox(state()).params, tmp_path / "runs/tune_rslora/adapter", source)
+    source = _write_adapter(tmp_path / "model", tmp_path / "runs/tune_rslora/adapter")
     argv = shlex.split(MERGE.replace("smollm2-135m", "model").partition("efficientllm.convert ")[2])
     assert convert_command.main(argv) == 0
     assert convert.open_source(tmp_path / "merged").model == source.model
+
+
+def test_talking(tmp_path, monkeypatch, capsys):
+    """CHAT, with the model and what is left of a run made here."""
+    monkeypatch.chdir(tmp_path)
+    tuned = tmp_path / "runs" / "tune_rslora" / "0123456789ab"
+    _write_adapter(tmp_path / "model", tuned / "adapter")
+    argv = shlex.split(next(command for command in RUNS if "rslora" in command).replace("smollm2-135m", "model"))
+    monkeypatch.syspath_prepend(str(runs.ROOT))
+    config, _, _ = main.parse([argv[0].replace("--config=", f"--config={runs.ROOT}/"), *argv[1:]])
+    (tuned / "config.json").write_text(json.dumps(plain(config)))
+    kinds.save(tmp_path / "model", eos_token="<eos>")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+    assert chat.main([*shlex.split(CHAT.partition("efficientllm.chat ")[2]), "--config.infer.max_new_tokens=4"]) == 0
+    assert "1 answer: TTFT" in capsys.readouterr().err
+
+
+def _write_adapter(model, folder):
+    """A model of 300 tokens and an adapter around it, which has learnt nothing."""
+    folders.llama(model, vocab_size=300)
+    source = convert.open_source(model)
+    lm, method = source.lm(), build("adapter", "rslora(rank=2)")
+    state = step.init_state(lm, base.get_config().train, 0, 8, method)
+    adapters.write(lm, "rslora(rank=2)", nn.unbox(state()).params, folder, source)
+    return source
 
 
 @pytest.mark.slow  # describes all attentions at the size of the experiment, twice

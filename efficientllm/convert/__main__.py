@@ -4,7 +4,8 @@
   python -m efficientllm.convert SOURCE --out=FOLDER --quant=FORM [--data=TEXT]
   python -m efficientllm.convert check SOURCE
 
-  SOURCE    a folder of safetensors, a GGUF file, 'owner/name' of the Hugging Face hub, or smollm2-135m
+  SOURCE    a folder of safetensors, a GGUF file, 'owner/name' of the Hugging Face hub, smollm2-135m, the folder of a
+            run that trained or tuned, or of an adapter
   --out     a new folder that transformers loads: config.json, safetensors, the tokenizer's files
   --merge   a folder of an adapter that peft or a tuning run wrote: what it adds is added to the kernels
   --dtype   float32, float16 or bfloat16 (default: what SOURCE holds; float32 for a GGUF file)
@@ -17,6 +18,8 @@ Exit status: 0 ok, 1 check found more than rounding, 2 bad input.
 """
 
 import argparse
+import json
+import pathlib
 import sys
 
 from efficientllm.errors import UserError
@@ -73,11 +76,13 @@ def _convert(argv):
         return _round(source, given)
     if given.merge:
         from efficientllm.adapters.folder import merge_into
+        from efficientllm.convert import run_folder
 
-        merge_into(source, given.merge, given.out, given.dtype)
+        merge_into(source, run_folder.latest(pathlib.Path(given.merge)), given.out, given.dtype)
     else:
         convert(source, given.out, given.dtype)
-    print(f"{given.source} -> {given.out}: {source.config['model_type']}, {given.dtype or source.stored_dtype}")
+    family = json.loads((pathlib.Path(given.out) / "config.json").read_text())["model_type"]
+    print(f"{given.source} -> {given.out}: {family}, {given.dtype or source.stored_dtype}")
     return 0
 
 

@@ -19,6 +19,11 @@ class AdaptedSource(Source):
 
     base: Source = None
 
+    @property
+    def tokenizer_path(self):
+        """Where its tokenizer's files are."""
+        return self.path if (self.path / "tokenizer_config.json").is_file() else self.base.tokenizer_path
+
     def tokenizer(self):
         """A spec for `config.tokenizer`."""
         return super().tokenizer() if (self.path / "tokenizer_config.json").is_file() else self.base.tokenizer()

@@ -16,10 +16,11 @@ from efficientllm import architecture, base_config
 from efficientllm import model as models
 from efficientllm.adapters.base import box
 from efficientllm.convert import rounded
-from efficientllm.convert.source import Source
+from efficientllm.convert.source import Source, is_run
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.train import checksums
+from efficientllm.untrusted import json_text
 from efficientllm.weights import Weight
 
 TASKS = ("pretrain", "tune")
@@ -35,6 +36,12 @@ class RunSource(Source):
     run: object = None
     base: object = None
 
+    @property
+    def tokenizer_path(self):
+        """The run's own folder of one, else where the checkpoint that it began from has its."""
+        own = self.path / TOKENIZER
+        return own if own.is_dir() or self.base is None else self.base.tokenizer_path
+
     def tokenizer(self):
         """A spec for `config.tokenizer`: of the tokenizer that the run keeps; of one without, the one it names."""
         if (self.path / TOKENIZER).is_dir():
@@ -43,9 +50,33 @@ class RunSource(Source):
             return self.base.tokenizer()
         return self.run.tokenizer
 
+    @property
+    def learnt_records(self):
+        """Whether the run was trained on conversations."""
+        return getattr(build("data", self.run.data, where="config.data"), "records", False)
+
     def chat_template(self):
         """The template of the checkpoint that the run began from, or None."""
         return self.base.chat_template() if self.base else None
+
+
+def latest(path):
+    """The newest run in a folder of runs, such as `runs/NAME`, and of `runs/NAME/adapter` that run's; else the path."""
+    folder = path.parent if path.name == "adapter" and not path.exists() else path
+    if not folder.is_dir() or any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        return path
+    found = [file for file in folder.glob("*/config.json") if _is_run_file(file)]
+    if not found:
+        return path
+    run = max(found, key=lambda file: file.stat().st_mtime).parent
+    return run / "adapter" if folder is not path else run
+
+
+def _is_run_file(file):
+    try:
+        return is_run(json_text.read(file))
+    except UserError:
+        return False
 
 
 def open_run(path, config, weights, open_source):
@@ -54,6 +85,10 @@ def open_run(path, config, weights, open_source):
     run = _config(config, where)
     if run.task not in TASKS:
         raise UserError(f"{where}: a run of {run.task!r} holds no model; name one of pretrain or tune")
+    if weights and not _steps(path / "checkpoints") and (path / "adapter" / "adapter_config.json").is_file():
+        from efficientllm.convert import adapted  # all that is left of what was tuned
+
+        return adapted.open_adapter(path / "adapter", where, weights, open_source)
     from efficientllm.run import import_plugins  # techniques of one's own, as the run had them
 
     import_plugins(run.imports)
@@ -190,10 +225,15 @@ def _boxed(leaf, names):
     return quant.box(leaf, names)
 
 
+def _steps(folder):
+    """The steps of the checkpoints in a run's folder of them, the newest first."""
+    return sorted((int(each.name) for each in pathlib.Path(folder).glob("*") if each.name.isdecimal()), reverse=True)
+
+
 def newest(folder):
     """`{path: array}` of what learns, of the newest checkpoint in a run's folder that can be read; nothing is changed
     there, where a run may be under way. Raises UserError where there is none."""
-    steps = sorted((int(each.name) for each in pathlib.Path(folder).glob("*") if each.name.isdecimal()), reverse=True)
+    steps = _steps(folder)
     for step in steps:
         if damage := checksums.damage(pathlib.Path(folder) / str(step)):
             log.warning("checkpoint %d cannot be read (damaged: %s); trying the one before", step, damage)
@@ -207,7 +247,7 @@ def newest(folder):
         raise UserError(f"{folder}: none of the {len(steps)} checkpoints can be read")
     raise UserError(
         f"{folder}: no checkpoint; a run has one after config.checkpoint.every steps, and keeps none with "
-        "config.checkpoint.keep = 0: the folder adapter/ in it, if there is one, can be named itself"
+        "config.checkpoint.keep = 0"
     )
 
 

@@ -52,6 +52,11 @@ class Source:
         """The LM that it is; `changes` are of `config.model`: precision, scan, remat, attention_kernel, kv_cache."""
         return architecture.from_config(_complete(self.model | changes))
 
+    @property
+    def tokenizer_path(self):
+        """Where its tokenizer's files are: a folder, or the GGUF file."""
+        return self.path
+
     def tokenizer(self):
         """A spec for `config.tokenizer`. Raises UserError if no tokenizer is there."""
         names = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -156,7 +161,8 @@ _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 def open_source(pretrained, weights=True):
     """The Source of `config.model.pretrained`: a folder, a GGUF file, a repository of the hub, or `smollm2-135m`; the
-    folder of a run of ours, or of an adapter of peft's, which is merged as it is read.
+    folder of a run of ours (or of several, of which the newest is taken), or of an adapter of peft's, which is merged
+    as it is read.
 
     Reads descriptions and headers, no tensor; without `weights` a config.json is enough, and nothing can be loaded.
     Raises UserError.
@@ -210,6 +216,9 @@ def _locate(pretrained, where, wanted):
         path = pathlib.Path(pretrained).expanduser()
     except RuntimeError:  # of a user that there is none of
         path = pathlib.Path(pretrained)
+    from efficientllm.convert import run_folder
+
+    path = run_folder.latest(path)
     if files.is_there(path):
         if not path.is_dir():
             files.open_file(path, where).close()

@@ -139,6 +139,8 @@ def files_of(sizes, shard):
 def _config(lm, like, max_positions):
     """The config.json to write, read back and compared with the model."""
     ours = facts(lm)
+    if isinstance(like, Source) and not like.config:  # a run from scratch, of no family but perhaps what one can say
+        return _of_any_family(lm, like)
     if isinstance(like, Source):
         config = {key: value for key, value in like.config.items() if key not in _LEFT}
         config |= {"max_position_embeddings": rope.named(lm.position, max_positions)} if max_positions else {}
@@ -154,6 +156,16 @@ def _config(lm, like, max_positions):
     if different := differences(ours, theirs):
         raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {different[0]}")
     return config
+
+
+def _of_any_family(lm, source):
+    """The config.json of the first family that can hold a run's model; it has the positions it was trained on."""
+    for name in families.FAMILIES:
+        try:
+            return _config(lm, name, source.run.train.length)
+        except (UserError, KeyError):  # a family has no words for some of it
+            continue
+    raise UserError(f"{source.path}: no family of transformers can hold this model; infer and chat take it as it is")
 
 
 def _of_family(lm, ours, name, max_positions):
@@ -177,14 +189,14 @@ def _model_config(model, lm):
 def write_tokenizer(folder, like, tokenizer):
     if tokenizer is not None:
         _save_fast(tokenizer, folder)
-    elif isinstance(like, Source) and like.path.is_dir():
+    elif isinstance(like, Source) and (where := like.tokenizer_path).is_dir():
         for name in _TOKENIZER_FILES:
-            if (like.path / name).is_file():
-                shutil.copyfile(like.path / name, folder / name)
-    elif isinstance(like, Source):
+            if (where / name).is_file():
+                shutil.copyfile(where / name, folder / name)
+    elif isinstance(like, Source) and where.is_file():
         import transformers
 
-        loaded = transformers.AutoTokenizer.from_pretrained(like.path.parent, gguf_file=like.path.name)
+        loaded = transformers.AutoTokenizer.from_pretrained(where.parent, gguf_file=where.name)
         loaded.save_pretrained(folder)
 
 

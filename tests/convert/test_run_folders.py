@@ -13,6 +13,7 @@ import runs
 from convert import folders
 from efficientllm import convert, main, model, sharding
 from efficientllm.adapters.base import merge
+from efficientllm.convert import run_folder
 from efficientllm.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("run_folders")
@@ -199,3 +200,26 @@ def test_infer_takes_both(trained, where, tmp_path, capsys):
         said[name] = (tmp_path / name / "samples" / "generated.jsonl").read_text()
     assert said["run"] == said["adapter"]
     jax.clear_caches()
+
+
+def test_of_several_runs_the_newest_is_taken(trained, tmp_path):
+    import os
+
+    folder, _ = trained("plain")
+    for name, age in (("old", 100), ("new", 0), ("older", 200)):
+        shutil.copytree(folder, tmp_path / "runs" / name)
+        stamp = (folder / "config.json").stat().st_mtime - age
+        os.utime(tmp_path / "runs" / name / "config.json", (stamp, stamp))
+    assert convert.open_source(tmp_path / "runs").path == tmp_path / "runs" / "new"
+    assert run_folder.latest(tmp_path / "runs" / "adapter") == tmp_path / "runs" / "new" / "adapter"
+    assert run_folder.latest(folder) == folder and run_folder.latest(tmp_path / "none") == tmp_path / "none"
+
+
+def test_a_run_from_scratch_becomes_a_folder_of_transformers(trained, tmp_path, capsys):
+    from efficientllm.convert import __main__ as command
+
+    folder, expected = trained("plain")
+    assert command.main([str(folder), f"--out={tmp_path / 'out'}"]) == 0
+    assert "-> " in capsys.readouterr().out
+    assert_equal(loaded(tmp_path / "out"), expected, 1e-6)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 16
