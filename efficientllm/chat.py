@@ -74,7 +74,7 @@ class Chat:
         from efficientllm.infer import serving
 
         try:
-            self.serving = serving.prepare(self._least())
+            self.serving = serving.prepare(self._least(), with_text=False)
             with jax.set_mesh(self.serving.mesh):
                 self._load()
                 return self._talk()

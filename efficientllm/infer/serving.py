@@ -163,8 +163,9 @@ def check_request(config):
     quant.chooser(config.quant, config.infer.rules, "config.infer.rules")
 
 
-def prepare(config):
-    """Reads the prompts and describes the model; makes no array of it. Raises UserError."""
+def prepare(config, with_text=True):
+    """Reads the prompts and describes the model; makes no array of it. Without `with_text` the held-out text is not
+    looked at. Raises UserError."""
     check(config)
     ours = config.infer
     _check_baseline(ours.baseline)
@@ -172,7 +173,8 @@ def prepare(config):
     mesh = make_mesh(config)
     sampler = build("sampler", ours.sampler, where="config.infer.sampler")
     texts = prompts.read(ours.prompts)
-    data.check(config.data)  # before a checkpoint is read, which can take a minute
+    if with_text:
+        data.check(config.data)  # before a checkpoint is read, which can take a minute
     source = setup.open_pretrained(config.model.pretrained)
     described = setup.described(config.model, source)
     architecture.check(described)
