@@ -3,7 +3,7 @@
 Rows of one sweep, task, device and effective batch form a Group. Inside it a measured metric asks for more (see
 `comparable`): equal training, for energy the same scope, for memory the same allocator, for times a machine that was
 the run's own, or the same randomised block. A variant that differs from the baseline there is shown with the reason,
-and without ratio or rank. A verdict that is no larger than what the baseline shows against itself is withheld.
+and without ratio or rank. A verdict whose interval lies within what the baseline shows against itself is withheld.
 """
 
 import collections
@@ -111,7 +111,7 @@ class Group:
         ranked = self.ranked(key)
         if better is None or len(ranked) < 2:
             return cells, {}
-        logs_VB, floor = self.logs(key, ranked), self.floor(key)
+        logs_VB, floor = self.logs(key, ranked), self._floor(key, cells)
         draws_RV = statistics.draws(logs_VB)
         sure = self.is_sure(key, ranked)
         for variant, (rank, low, high) in zip(
@@ -122,6 +122,11 @@ class Group:
             return cells, {}
         wins_VV = ranking.wins(draws_RV, better, floor)
         return cells, {a: dict(zip(ranked, row, strict=True)) for a, row in zip(ranked, wins_VV.tolist(), strict=True)}
+
+    def _floor(self, key, cells):
+        """The difference in logs that ranks take for a tie: none, or the noise where it has withheld a verdict."""
+        noisy = any(cell.get("verdict", "").startswith("withheld") for cell in cells.values())
+        return statistics.reach(self.noise(key)) if noisy else 0.0
 
     def ranked(self, key):
         """The variants that this metric ranks: compared with the baseline in at least one block."""
@@ -163,22 +168,14 @@ class Group:
             "verdict": self.withheld(key, interval) or statistics.verdict(interval, better),
         }
 
-    def floor(self, key):
-        """How far, in logs, the baseline may be from itself by its 95 % interval; 0 where that is not known."""
-        found = None if columns.is_exact(key) else self.noise(key)
-        return 0.0 if found is None else max(abs(math.log(found.interval.low)), abs(math.log(found.interval.high)))
-
     def withheld(self, key, interval, limit=1.0):
-        """Why nothing is said of an interval against `limit`, or None: it is no further from it than noise takes it."""
-        floor = self.floor(key)
-        if interval is None or interval.low is None or floor == 0:
+        """Why nothing is said of an interval against `limit`, or None; see `statistics.within_noise`."""
+        found = None if columns.is_exact(key) or interval is None else self.noise(key)
+        if found is None or not statistics.within_noise(interval, found, limit):
             return None
-        said = statistics.verdict(interval, None)
-        if said in ("no difference seen", statistics.WIDE) or abs(math.log(interval.ratio / limit)) > floor:
-            return None
-        if said.startswith("equal") and floor <= math.log(1 + statistics.MARGIN):
-            return None
-        return f"withheld: within the noise floor, the baseline is as far as ×{math.exp(floor):.3g} from itself"
+        low, high = found.interval.low, found.interval.high
+        floor = statistics.WIDE if statistics.is_wide(low, high) else f"{low:.3f} to {high:.3f} of itself"
+        return f"withheld: within the noise floor, which is the baseline at {floor}"
 
     def noise(self, key):
         """The statistics.Noise of the baseline against itself, or None where no block holds it twice.

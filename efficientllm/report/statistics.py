@@ -141,6 +141,7 @@ class Noise:
     spread: float
     smallest: float | None
     blocks_for_3: int
+    share: float = 1.0  # of a pair's spread, that of a comparison with the mean of a block's baselines
 
 
 def noise(pairs_B, baselines=1, blocks=None):
@@ -152,9 +153,29 @@ def noise(pairs_B, baselines=1, blocks=None):
     if len(pairs_B) < 2:
         return None
     spread = pairs_B.std(ddof=1)
-    compared = spread * math.sqrt((1 + 1 / baselines) / 2)
-    n = blocks or len(pairs_B)
-    return Noise(ratio_interval(pairs_B), spread, smallest_effect(compared, n), blocks_needed(compared, 0.03))
+    share = math.sqrt((1 + 1 / baselines) / 2)
+    effects = smallest_effect(share * spread, blocks or len(pairs_B)), blocks_needed(share * spread, 0.03)
+    return Noise(ratio_interval(pairs_B), spread, *effects, share)
+
+
+def reach(noise):
+    """How far from 1, in logs, noise takes a comparison: as far as the baseline may be from itself (95 % interval),
+    less what a comparison gains by dividing by the mean of a block's baselines."""
+    return noise.share * max(-math.log(noise.interval.low), math.log(noise.interval.high))
+
+
+def within_noise(interval, noise, limit=1.0):
+    """Whether a verdict on an interval against `limit` says no more than the baseline does against itself: it is on one
+    side of it, and no end of it is further away than the ends of that Noise's interval. An effect that a sweep can see
+    (`Noise.smallest`) reaches further. "Equal" is within noise only where the noise itself says nothing.
+    """
+    if interval.low is None or interval.low <= limit <= interval.high:
+        return (
+            limit == 1
+            and verdict(interval, None).startswith("equal")
+            and is_wide(noise.interval.low, noise.interval.high)
+        )
+    return max(abs(math.log(end / limit)) for end in (interval.low, interval.high)) <= reach(noise)
 
 
 def smallest_effect(spread, blocks):

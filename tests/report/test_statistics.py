@@ -157,3 +157,40 @@ def test_a_score_says_which_metrics_it_lacks():
     scores, parts = ranking.efficiency_scores(table, BETTER)
     assert "aec_w" not in parts and len(parts) == 4 and scores[0] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
     assert ranking.efficiency_scores({}, BETTER) == ([], [])
+
+
+@pytest.mark.parametrize("blocks", [3, 6])
+def test_withholding_what_is_within_noise_takes_little_power(blocks):
+    """An effect of the promised size is still seen in about four sweeps of five, and noise is no difference."""
+    rng, spread, trials = np.random.default_rng(blocks), 0.02, 300
+    seen = {}
+    for effect in (0.0, 1.0):
+        seen[effect] = withheld = 0
+        for _ in range(trials):
+            first, last, other = rng.normal(0, spread, (3, blocks))
+            size = effect * np.log1p(statistics.smallest_effect(spread * np.sqrt(1.5), blocks))
+            found = statistics.ratio_interval(other + size - (first + last) / 2)
+            noise = statistics.noise(last - first, 2, blocks)
+            hidden = statistics.within_noise(found, noise)
+            differs = not found.low <= 1 <= found.high
+            seen[effect] += differs and not hidden
+            withheld += differs and hidden
+    assert 0.7 < seen[1.0] / trials < 0.88 and seen[0.0] / trials < 0.07
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "noise", "limit", "within"),
+    [
+        (0.755, 0.864, (0.003, 105.0), 1.0, True),
+        (0.755, 0.864, (0.9, 1.1), 1.0, False),
+        (0.755, 0.864, (0.7, 1.4), 1.0, True),
+        (0.9, 1.1, (0.7, 1.4), 1.0, False),  # no verdict to withhold
+        (0.99, 1.01, (0.98, 1.03), 1.0, False),
+        (0.99, 1.01, (0.1, 10.0), 1.0, True),
+        (1.5, 1.7, (0.7, 1.4), 1.4, True),
+        (3.9, 4.2, (0.9, 1.1), 3.7, False),
+    ],
+)
+def test_what_is_within_noise(low, high, noise, limit, within):
+    interval, around = (Interval((a * b) ** 0.5, a, b, 3, "") for a, b in ((low, high), noise))
+    assert statistics.within_noise(interval, statistics.Noise(around, 0.1, None, 2), limit) is within
