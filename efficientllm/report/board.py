@@ -46,6 +46,7 @@ def _failure(row):
         "block": row.block,
         "path": str(row.path),
         "tail": row.tail(),
+        "said": next((line.strip() for line in reversed(row.tail().splitlines()) if line.strip()), ""),
     }
 
 
@@ -141,7 +142,7 @@ def _pareto(group, shown):
 
     for x, y in itertools.combinations(shown, 2):
         both = tuple(variant for variant in ranked[x.key] if variant in ranked[y.key])
-        if len(both) < 2:
+        if len(both) < 2 or len(both) > ranking.MANY:
             continue
         if group.is_sure(x.key, both) and group.is_sure(y.key, both):
             shares = ranking.non_dominated(draws(x.key, both), draws(y.key, both), x.better, y.better)

@@ -59,10 +59,11 @@ def pairs(claim, groups, judged):
 
 def _pairs(claim, group):
     leaders = {variant: (group.of(variant)[0], techniques(group.of(variant)[0])) for variant in group.variants}
+    others = {other: against for other, (_, against) in leaders.items() if _is(against, claim["against"])}
     for variant, (row, used) in leaders.items():
         if _is(used, claim["of"]) and not _outside(claim, row):
-            for other, (_, against) in leaders.items():
-                if _is(against, claim["against"]) and _only_differ_in(used, against, claim["of"]):
+            for other, against in others.items():
+                if _only_differ_in(used, against, claim["of"]):
                     yield variant, other
 
 

@@ -17,6 +17,9 @@ from efficientllm.report.comparable import batch, device
 __all__ = ["Group", "batch", "device", "groups"]
 
 
+_DRAWS_OF_MANY = 2000
+
+
 class Group:
     """Rows that share a ranking. `baseline` is a variant's name, or None where no row of it is here."""
 
@@ -30,6 +33,10 @@ class Group:
         self.variants.sort(key=lambda variant: variant != self.baseline)
         self.blocks = list(dict.fromkeys(row.block for row in self.rows if row.ok))
         self.measured = [row for row in self.rows if row.ok and not row.predicted]
+        self._of = collections.defaultdict(list)
+        for row in self.rows:
+            self._of[row.variant].append(row)
+        self._noise = {}
 
     @property
     def name(self):
@@ -37,11 +44,14 @@ class Group:
         return " · ".join(part for part in parts if part)
 
     def of(self, variant):
-        return [row for row in self.rows if row.variant == variant]
+        return self._of.get(variant, [])
+
+    def _measured(self, variant):
+        return [row for row in self.of(variant) if row.ok and not row.predicted]
 
     def refusal(self, variant, key):
         """Why this variant's metric is neither compared nor ranked, or None."""
-        rows = [row for row in self.measured if row.variant == variant]
+        rows = self._measured(variant)
         if any(row.predicted for row in self.of(variant)):
             return "predicted, not measured"
         if not rows:
@@ -51,7 +61,7 @@ class Group:
             return rows[0].reasons.get(key, "not recorded")
         if self.baseline is None:
             return "the baseline has no row here"
-        reference = [row for row in self.measured if row.variant == self.baseline and row.values.get(key) is not None]
+        reference = [row for row in self._measured(self.baseline) if row.values.get(key) is not None]
         if not reference:
             return f"the baseline's is null: {self._why_null(key)}"
         if any(row.values[key] <= 0 for row in known + reference):
@@ -82,8 +92,8 @@ class Group:
 
     def _means(self, variant, key):
         found = collections.defaultdict(list)
-        for row in self.measured:
-            if row.variant == variant and (row.values.get(key) or 0) > 0:
+        for row in self._measured(variant):
+            if (row.values.get(key) or 0) > 0:
                 found[row.block].append(math.log(row.values[key]))
         return {block: sum(logs) / len(logs) for block, logs in found.items()}
 
@@ -112,13 +122,13 @@ class Group:
         if better is None or len(ranked) < 2:
             return cells, {}
         logs_VB, floor = self.logs(key, ranked), self._floor(key, cells)
-        draws_RV = statistics.draws(logs_VB)
-        sure = self.is_sure(key, ranked)
+        sure, many = self.is_sure(key, ranked), len(ranked) > ranking.MANY
+        draws_RV = statistics.draws(logs_VB, 1 if not sure else _DRAWS_OF_MANY if many else statistics.DRAWS)
         for variant, (rank, low, high) in zip(
             ranked, ranking.ranks(np.nanmean(logs_VB, 1), draws_RV, better, floor), strict=True
         ):
             cells[variant] |= {"rank": rank, "rank_low": low if sure else None, "rank_high": high if sure else None}
-        if not sure:
+        if not sure or many:
             return cells, {}
         wins_VV = ranking.wins(draws_RV, better, floor)
         return cells, {a: dict(zip(ranked, row, strict=True)) for a, row in zip(ranked, wins_VV.tolist(), strict=True)}
@@ -182,8 +192,13 @@ class Group:
 
         Pairs are the first and the last baseline of a block, or a variant of the very same config.
         """
+        if key not in self._noise:
+            self._noise[key] = self._find_noise(key)
+        return self._noise[key]
+
+    def _find_noise(self, key):
         pairs, baselines = [], 1
-        rows = [row for row in self.measured if row.variant == self.baseline and (row.values.get(key) or 0) > 0]
+        rows = [row for row in self._measured(self.baseline) if (row.values.get(key) or 0) > 0]
         for block in self.blocks:
             own = [row.values[key] for row in rows if row.block == block]
             if len(own) > 1:

@@ -5,6 +5,7 @@ import urllib.parse
 
 from efficientllm.differences import differences
 from efficientllm.errors import UserError
+from efficientllm.metrics import notes
 from efficientllm.report import command, comparison, texts
 from efficientllm.untrusted import files, json_text
 
@@ -35,6 +36,7 @@ def _details(row, folder, shared):
         "numbers": {
             key: [value, shared.setdefault(_source(row, key), len(shared))] for key, value in row.values.items()
         },
+        "notes": notes.notes(row.record),
         "log": "" if row.ok else row.tail(),
         "sample": _sample(row),
         "files": {name: _link(beside / name, folder) for name in _FILES if files.is_file(beside / name)},

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import warnings
 
 _COLOURS = (
     "#2563eb",
@@ -16,6 +17,7 @@ _COLOURS = (
     "#64748b",
     "#92400e",
 )
+_MOST, _LONGEST = 40, 40  # variants of a figure, letters of a name
 
 
 def draw(board, curves, folder):
@@ -24,9 +26,12 @@ def draw(board, curves, folder):
 
     matplotlib.use("Agg")
     style = {"svg.hashsalt": "efficientllm", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style |= {"text.parse_math": False}  # a name may hold dollars
     drawn = {}
-    with matplotlib.rc_context(style):
-        for number, group in enumerate(board["groups"], 1):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for a letter that no font has
+        for number, whole in enumerate(board["groups"], 1):
+            group = _legible(whole)
             paths = {path: variant["variant"] for variant in group["variants"] for path in variant["paths"]}
             made = {
                 "ratios": _ratios(group, board["columns"]),
@@ -35,8 +40,27 @@ def draw(board, curves, folder):
                 "loss": _loss({path: curves[path] for path in paths}, paths),
             }
             kept = [(kind, figure) for kind, figure in made.items() if figure]
+            if len(group["variants"]) < len(whole["variants"]):
+                for _, figure in kept:
+                    figure.suptitle(f"the first {_MOST} of {len(whole['variants'])} variants", fontsize=8, y=1.02)
             drawn[group["name"]] = [_save(figure, folder, f"{number}_{kind}") for kind, figure in kept]
     return drawn
+
+
+def _legible(group):
+    """The group as figures show it: no more variants than can be told apart, and names that have room."""
+    shown, labels = group["variants"][:_MOST], {}
+    for variant in shown:
+        text = " ".join(variant["variant"].split()) or "?"
+        text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+        text = f" {text}" if text.startswith("_") else text  # matplotlib leaves such names out of legends
+        labels[variant["variant"]] = text if text not in labels.values() else f"{text} {len(labels) + 1}"
+    pareto = {
+        pair: {labels[variant]: share for variant, share in shares.items() if variant in labels}
+        for pair, shares in group["pareto"].items()
+    }
+    variants = [variant | {"variant": labels[variant["variant"]]} for variant in shown]
+    return group | {"variants": variants, "baseline": labels.get(group["baseline"]), "pareto": pareto}
 
 
 def _save(figure, folder, name):

@@ -1,5 +1,7 @@
 """The report as Markdown."""
 
+import re
+
 from efficientllm.report import statistics
 from efficientllm.report.columns import show
 
@@ -8,6 +10,7 @@ _ALWAYS = ("eval_loss", "j_per_token", "tokens_per_s", "peak_memory_bytes")
 
 def text(board, figures):
     """`report.md` of a leaderboard; `figures` are `{group name: [(title, file), ...]}` relative to it."""
+    board, figures = literal(board), {literal(name): shown for name, shown in figures.items()}
     parts = ["# Report", _counts(board)]
     for group in board["groups"]:
         parts += [f"## {group['name']}", _setting(group), _table(group, board["columns"]), _score(group)]
@@ -15,10 +18,26 @@ def text(board, figures):
         parts += [f"![{title}]({file})" for title, file in figures.get(group["name"], ())]
         parts += [_study(entry) for entry in group["study"]]
     parts += [_grid(found) for found in board.get("grids", ())]
-    parts += ["## The study's claims\n\n" + _claims(board["claims"])]
+    parts += ["## The study's claims\n\n" + _tested_first(board["claims"])]
     parts += [board["forecasts"] and FORECASTS + _claims(board["forecasts"])]
     parts += [_failures(board), _left_out(board), METHOD]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# What Markdown would read as more than letters: marks of its own, tags, entities, links, emphasis at a word's edge.
+_MARKS = re.compile(r"[\\`*]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=\()|(?<!\w)_|_(?!\w)")
+_ENTITIES = {"<": "&lt;", "&": "&amp;"}
+
+
+def literal(value):
+    """The texts in nested lists and dicts as Markdown that shows their letters; keys stay."""
+    if isinstance(value, dict):
+        return {key: literal(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [literal(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return " ".join(_MARKS.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), value).splitlines())
 
 
 METHOD = """## How to read it
@@ -159,12 +178,20 @@ def _grid(grid):
         for each in found["tries"]:
             loss = "–" if each["eval_loss"] is None else f"{each['eval_loss']:.4f}"
             mark = "chosen" if each["value"] == found["chosen"] else each["outcome"]
-            rows.append([variant, each["value"], loss, mark, f"{len(found['tries'])}, {seconds:.0f} s"])
+            rows.append([literal(variant), each["value"], loss, mark, f"{len(found['tries'])}, {seconds:.0f} s"])
     return (
         f"## What sweep {grid['sweep']} chose before it compared\n\nThe value of the least held-out loss at the first "
         "seed, on the text that the rankings are scored on: losses are that much flattered, of every variant alike.\n\n"
         f"{table(head, rows)}"
     )
+
+
+def _tested_first(claims):
+    """The claims that these rows say something of, and the others folded."""
+    tested = [claim for claim in claims if any("ratio" in pair for pair in claim["pairs"])]
+    others = [claim for claim in claims if claim not in tested]
+    folded = f"<details><summary>{len(others)} that cannot be tested here</summary>\n\n{_claims(others)}\n\n</details>"
+    return "\n\n".join([*([_claims(tested)] if tested else []), *([folded] if others else [])])
 
 
 def _claims(claims):
@@ -184,6 +211,7 @@ def _left_out(board):
 
 
 def _failures(board):
-    lines = [[f["variant"], f["block"], f["outcome"], f["path"]] for f in board["failures"]]
-    lines += [["?", "", "no row", path] for path in board["without_row"]]
-    return lines and "## Failed rows\n\n" + table(["variant", "block", "outcome", "row"], lines)
+    """Failed, running and stopped runs, each with the last that it said."""
+    lines = [[f["variant"], f["block"], f["outcome"], f["path"], f["said"]] for f in board["failures"]]
+    lines += [["?", "", run["state"], run["path"], run["said"]] for run in board["without_row"]]
+    return lines and "## Failed and unfinished runs\n\n" + table(["variant", "block", "outcome", "row", "said"], lines)

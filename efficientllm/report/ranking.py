@@ -2,6 +2,8 @@
 
 import numpy as np
 
+MANY = 64  # variants beyond which no two of them are set beside each other: no wins, no probabilities of Pareto sets
+
 
 def wins(draws_RV, better, floor=0.0):
     """`wins_VV[i, j]`: the share of draws in which variant i beats j by more than `floor`; a tie counts half."""
@@ -22,8 +24,17 @@ def ranks(means_V, draws_RV, better, floor=0.0):
 
 def _ranks(x_RV, better, floor):
     x_RV = -x_RV if better == "higher" else x_RV
+    if x_RV.shape[1] > MANY:
+        return np.stack([_ranks_of(x_V, floor) for x_V in x_RV])
     apart_RVV = x_RV[:, :, None] - x_RV[:, None, :]
     return 1 + (apart_RVV > floor).sum(-1) + ((abs(apart_RVV) <= floor).sum(-1) - 1) / 2
+
+
+def _ranks_of(x_V, floor):
+    """The ranks of one draw by sorting: every pair of many variants would fill the memory."""
+    sorted_V = np.sort(x_V)
+    before_V = np.searchsorted(sorted_V, x_V - floor, "left")
+    return 1 + before_V + (np.searchsorted(sorted_V, x_V + floor, "right") - before_V - 1) / 2
 
 
 def non_dominated(x_RV, y_RV, x_better, y_better):

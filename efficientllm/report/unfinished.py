@@ -1,8 +1,12 @@
 """Runs without a row: which of them go on, and which were stopped or killed."""
 
+import contextlib
 import time
 
+from efficientllm import owner
+from efficientllm.errors import UserError
 from efficientllm.report import texts
+from efficientllm.untrusted import json_text
 
 RECENT_S = 600.0  # a run that wrote within these seconds may still go on
 _LINES = 12
@@ -16,14 +20,33 @@ def unfinished(folders, now=None):
 
 def _entry(folder, now):
     lines = _log(folder)
-    written = max((file.stat().st_mtime for file in folder.iterdir() if file.is_file()), default=0.0)
-    running = now - written < RECENT_S and not (lines and "the same command resumes" in lines[-1])
+    written = max(_times(folder), default=0.0)
+    alive = _alive(folder)
+    recent = now - written < RECENT_S and not (lines and "the same command resumes" in lines[-1])
+    running = recent if alive is None else alive
     return {
         "path": str(folder),
         "state": "running" if running else "stopped",
         "said": f"{_last(lines)} ({_age(now - written)} ago)",
         "tail": "\n".join(lines[-_LINES:]),
     }
+
+
+def _alive(folder):
+    """Whether the process that owns the folder lives; None where nobody owns it or the owner is on another machine."""
+    try:
+        found = json_text.parse(texts.beginning(folder / owner.FILE), folder / owner.FILE)
+    except UserError:
+        return None
+    return owner.is_alive(found) if isinstance(found, dict) and found else None
+
+
+def _times(folder):
+    """When each of the folder's files was written; a run that goes on may remove one meanwhile."""
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if file.is_file():
+                yield file.stat().st_mtime
 
 
 def _last(lines):

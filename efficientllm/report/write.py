@@ -10,7 +10,7 @@ from efficientllm.workdir import write_atomically
 
 def write(board, rows, folder):
     """Writes `leaderboard.json`, `rows.csv`, `figures/`, `report.md` and `index.html` into `folder`."""
-    found = {str(row.path): curves.read(row) for row in rows}
+    found = curves.read_all(rows)
     write_atomically(folder / "leaderboard.json", json.dumps(board, indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / "rows.csv", rows_csv(rows, board["columns"]))
     names = figures.draw(board, found, folder / "figures")

@@ -112,4 +112,4 @@ def test_the_table_fits_the_terminal_and_of_serving_holds_latencies_and_bytes(mo
         assert max(map(len, lines)) == widest
     told = {line.split()[0]: line.split() for line in lines if line}
     assert "250" in told["TTFT"] and "ms" in told["TTFT"] and "12.3" in told["TPOT"]
-    assert told["weights"][1:3] == ["88.4", "MB"] and told["state"][3] == "null"
+    assert told["weights"][1:3] == ["88.4", "MB"] and told["state"][4] == "null"

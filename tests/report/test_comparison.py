@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efficientllm.metrics import conditions
-from efficientllm.report import board, comparison, markdown, rows, techniques
+from efficientllm.report import board, comparison, markdown, ranking, rows, techniques
 from report import made
 
 
@@ -315,3 +315,25 @@ def test_a_resumed_run_says_whose_times_it_has(tmp_path):
     made.row(tmp_path, told={"resumed_from_step": 50}, al_s=0.5)
     (row,) = rows.read(rows.find([tmp_path])[0])
     assert "resumed from step 50" in row.notes()[0]
+
+
+def test_many_variants_are_ranked_without_setting_every_two_beside_each_other(tmp_path):
+    for i in range(ranking.MANY + 1):
+        for seed in (0, 1):
+            changes = {"model.ffn": f"swiglu(hidden={i + 1})"}
+            made.row(tmp_path / f"{i}-{seed}", seed=seed, changes=changes, al_s=1.0 + i / 9 + seed / 99, eval_loss=3.0)
+    (group,) = board.build(rows.read(rows.find([tmp_path])[0]))["groups"]
+    ranks = [variant["cells"]["al_s"]["rank"] for variant in group["variants"]]
+    assert sorted(ranks) == list(range(1, ranking.MANY + 2))
+    assert group["wins"] == {} and group["pareto"] == {}
+
+
+def test_ranks_by_sorting_are_ranks_by_pairs():
+    x_RV = np.random.default_rng(0).normal(size=(20, ranking.MANY + 9)).round(1)
+    for better in ("higher", "lower"):
+        for floor in (0.0, 0.25):
+            many = ranking._ranks(x_RV, better, floor)
+            signed_RV = -x_RV if better == "higher" else x_RV
+            apart_RVV = signed_RV[:, :, None] - signed_RV[:, None, :]
+            pairs = 1 + (apart_RVV > floor).sum(-1) + ((abs(apart_RVV) <= floor).sum(-1) - 1) / 2
+            np.testing.assert_array_equal(many, pairs)

@@ -16,7 +16,7 @@ COMMANDS = [
     ["--config=configs/attention.py:nsa", "--config.train.clip=0", "--config.model.scan=False"],
     ["--config=configs/mixers.py:rwkv", "--config.model.pattern=('gqa', 'mqa | moe(num_experts=4, top_k=1)')"],
     ["--config=configs/position.py:alibi", "--config.train.rates=(('lora_b$', 16.0), ('.*', 1.0))"],
-    ["--config=configs/tune.py:qlora", "--config.data=pairs(path='my data/it's.jsonl')"],
+    ["--config=configs/tune.py:qlora", "--config.data=pairs(path='my data/it\\'s.jsonl')"],
     ["--config=configs/tune.py:lora_plus"],
     ["--config=configs/infer.py:int4", "--config.infer.prompts=('What?\\nWhy?', '$HOME `ls` \\'x\\' \"y\"')"],
     [

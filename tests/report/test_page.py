@@ -267,14 +267,15 @@ def test_on_paper_nothing_is_cut(page):
     page.look(703, 1000, dark=True)
     page.run("document.querySelector('tr[data-variant=mla] .open-row').click()")
     page.run("dispatchEvent(new Event('beforeprint'))")
-    page.call("Emulation.setEmulatedMedia", media="print")
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    page.call("Emulation.setEmulatedMedia", media="print", features=dark)
     beyond = """[...document.querySelectorAll('main *')].filter((each) => each.checkVisibility() &&
         each.getBoundingClientRect().right > 704).map((each) => each.outerHTML.slice(0, 80))"""
     assert page.run(beyond) == [] and page.run("document.documentElement.scrollWidth") <= 703
     assert page.run("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
     assert page.run("theme()") == "light"
     page.run("dispatchEvent(new Event('afterprint'))")
-    page.call("Emulation.setEmulatedMedia", media="")
+    page.call("Emulation.setEmulatedMedia", media="", features=dark)
     assert page.run("theme()") == "dark" and page.run("document.querySelector('#pareto').layout.width ?? null") is None
 
 

@@ -101,16 +101,20 @@ function labelPlaces(box, xs, ys, names, [xRange, yRange]) {
   });
 }
 
+/* As many of the variants as a chart shows apart, and a word on the rest. */
+const MOST = 60;
+const tooMany = (variants) => (variants.length > MOST ? ` The first ${MOST} of ${variants.length} variants are drawn.` : "");
+
 function renderPareto() {
   const group = chosenGroup("pareto-group"), x = byId("pareto-x").value, y = byId("pareto-y").value;
   const shares = paretoShares(group, x, y);
   const held = group.variants.filter((variant) => x && y && variant.cells[x].mean !== null && variant.cells[y].mean !== null);
   const refused = (variant) => refusal(variant, group, x) ?? refusal(variant, group, y);
   const text = (variant) => (refused(variant) ? " (not compared)" : shares[variant.variant] == null ? "" : ` ${percent(shares[variant.variant])}`);
-  const [xs, ys] = [x, y].map((key) => held.map((variant) => variant.cells[key].mean));
-  const names = held.map((variant) => `${short(variant.variant)}${text(variant)}`);
+  const drawn = held.slice(0, MOST), [xs, ys] = [x, y].map((key) => drawn.map((variant) => variant.cells[key].mean));
+  const names = drawn.map((variant) => `${short(variant.variant)}${text(variant)}`);
   const ranges = [around(xs), around(ys)], places = labelPlaces(byId("pareto"), xs, ys, names, ranges);
-  const traces = held.map((variant, i) => ({
+  const traces = drawn.map((variant, i) => ({
     x: [xs[i]], y: [ys[i]], mode: "markers+text", text: [places[i] ? plotText(names[i]) : ""], textposition: places[i] || "top center",
     name: variant.variant, meta: plotText(variant.variant + text(variant)),
     marker: { color: colour(i), size: 12, opacity: 0.25 + 0.75 * (shares[variant.variant] ?? 1), symbol: refused(variant) ? "x-thin-open" : "circle" },
@@ -123,7 +127,7 @@ function renderPareto() {
     show(variant.cells[y].mean, COLUMNS[y].unit), refused(variant) ? `not compared: ${refused(variant)}` : percent(shares[variant.variant])]);
   const unsure = held.length && held.every((variant) => shares[variant.variant] == null);
   byId("pareto-text").replaceChildren(...(rows.length ? [plainTable("", ["variant", x, y, "probability of being non-dominated"], rows)] : []),
-    make("p", { class: "hint" }, unsure ? "No probability: it takes two blocks, and rows that may be ranked together." : ""));
+    make("p", { class: "hint" }, (unsure ? "No probability: it takes two blocks, and rows that may be ranked together." : "") + tooMany(held)));
 }
 
 function renderRadar() {
@@ -131,7 +135,7 @@ function renderRadar() {
   const known = group.six.filter((key) => group.variants.some((variant) => variant.normalised[key] !== null));
   const whole = group.variants.filter((variant) => known.every((key) => variant.normalised[key] !== null));
   const closed = [...known, known[0]];
-  const traces = known.length < 3 ? [] : whole.map((variant, i) => ({
+  const traces = known.length < 3 ? [] : whole.slice(0, MOST).map((variant, i) => ({
     type: "scatterpolar", name: variant.variant, mode: "lines+markers", marker: { size: 5 }, meta: plotText(variant.variant),
     r: closed.map((key) => variant.normalised[key]), theta: closed.map((key) => COLUMNS[key].label),
     hovertemplate: "%{meta}<br>%{theta}: %{r:.2f}<extra></extra>",
@@ -146,12 +150,12 @@ function renderRadar() {
   byId("six-text").replaceChildren(
     plainTable("", ["variant", ...group.six.map((key) => COLUMNS[key].label)], group.variants.map((variant) => [variant.variant,
       ...group.six.map((key) => variant.normalised[key]?.toFixed(2) ?? valueNode({ mean: null, reason: variant.cells[key].reason }))])),
-    make("p", { class: "hint" }, "Min-max over this group to 0.1..1 with 1 best (Eq. 10–11). " + (why.length ? `Not measured – ${why.join("; ")}.` : "")));
+    make("p", { class: "hint" }, "Min-max over this group to 0.1..1 with 1 best (Eq. 10–11). " + (why.length ? `Not measured – ${why.join("; ")}.` : "") + tooMany(whole)));
 }
 
 function renderCurves() {
   const group = chosenGroup("curves-group"), tag = byId("curves-tag").value;
-  const traces = group.variants.flatMap((variant, i) => variant.paths.filter((path) => DATA.curves[path]?.[tag]).map((path) => ({
+  const traces = group.variants.slice(0, MOST).flatMap((variant, i) => variant.paths.filter((path) => DATA.curves[path]?.[tag]).map((path) => ({
     x: DATA.curves[path][tag].steps, y: DATA.curves[path][tag].values, mode: "lines", name: variant.variant,
     line: { color: colour(i), width: 1.5, dash: DASHES[i % DASHES.length] }, meta: plotText(`${variant.variant}, ${RUNS.get(path).block}`),
     hovertemplate: "%{meta}<br>%{y:.5g} at step %{x}<extra></extra>",

@@ -30,7 +30,7 @@ function runNode(path) {
   const run = RUNS.get(path);
   if (!run?.command) return make("p", { class: "hint" }, "Nothing more is known of this run.");
   const parts = [
-    errorNode(run), commandNode(run), configNode(run), curveNode(path), numbersNode(run), textNode("Sample", run.sample),
+    errorNode(run), ...run.notes.map((note) => make("p", { class: "open whole" }, `Note: ${note}`)), commandNode(run), configNode(run), curveNode(path), numbersNode(run), textNode("Sample", run.sample),
     textNode("End of the log", run.log), factsNode(run),
   ];
   return make("div", { class: "run" }, ...parts.filter(Boolean));

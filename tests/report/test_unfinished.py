@@ -1,0 +1,52 @@
+"""Which runs without a row go on."""
+
+import json
+import os
+import time
+
+import pytest
+
+from efficientllm import owner
+from efficientllm.report.unfinished import unfinished
+
+
+def state(folder, age=0.0, log="step 3/9\n", owned_by=None):
+    (folder / "log.txt").write_text(log)
+    if owned_by is not None:
+        (folder / owner.FILE).write_text(owned_by)
+    for file in folder.iterdir():
+        os.utime(file, (time.time() - age,) * 2)
+    (found,) = unfinished([folder])
+    return found
+
+
+LIVING = json.dumps(owner.identity())
+DEAD = json.dumps(owner.identity() | {"pid": 2**22 + 1})
+ELSEWHERE = json.dumps({"pid": 1, "host": "another", "boot": "another", "started": 1})
+
+
+@pytest.mark.parametrize(
+    ("age", "owned_by", "expected"),
+    [
+        (0, None, "running"),
+        (86400, None, "stopped"),
+        (86400, LIVING, "running"),
+        (0, DEAD, "stopped"),
+        (0, ELSEWHERE, "running"),
+        (86400, ELSEWHERE, "stopped"),
+        (0, "", "running"),
+        (86400, "[]", "stopped"),
+    ],
+)
+def test_a_run_goes_on_while_its_owner_lives_or_else_while_it_writes(tmp_path, age, owned_by, expected):
+    assert state(tmp_path, age, owned_by=owned_by)["state"] == expected
+
+
+def test_a_run_that_was_interrupted_says_so_itself(tmp_path):
+    found = state(tmp_path, log="step 3/9\nSIGINT at step 3: saved in x; the same command resumes\n")
+    assert found["state"] == "stopped" and found["said"].startswith("SIGINT at step 3")
+
+
+def test_an_empty_folder_is_stopped(tmp_path):
+    (found,) = unfinished([tmp_path])
+    assert found["state"] == "stopped" and found["said"].startswith("nothing is logged yet")
