@@ -131,7 +131,7 @@ def _share(batch_size, process_count):
 
 def _long_enough(corpus, tokenizer, side, length):
     documents = corpus.documents(tokenizer)[side]
-    if documents.size < length:
+    if documents.size < (1 if documents.records else length):  # records are not cut to fill rows
         raise UserError(
             f"config.train.length = {length}: the {side.replace('_', '-')} text of config.data = {corpus.spec!r} "
             f"has only {documents.size} tokens; shorten the length or add text"

@@ -68,6 +68,17 @@ def test_training_rows_hold_every_record_and_resume(records, tokenizer):
         opened.close()
 
 
+def test_few_short_records_are_enough_for_long_rows(tmp_path, tokenizer):
+    lines = [json.dumps({"prompt": f"Q{i}", "response": f"A{i}"}) for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    spec = f"pairs(path='{tmp_path}/rows.jsonl')"
+    (held_out,) = data.eval_batches(spec, tokenizer, 2, 256)
+    assert held_out["weights"].sum() == 3 * len(list(Corpus(spec).texts("held_out")))
+    iterator = data.train_iterator(spec, tokenizer, 2, 256, seed=0)
+    assert next(iterator)["weights"].sum() > 0
+    iterator.close()
+
+
 def test_records_longer_than_a_row_are_counted(records, tokenizer):
     documents = Corpus(records).documents(tokenizer)["train"]
     lengths = [len(documents[i]["tokens"]) for i in range(len(documents))]
