@@ -43,7 +43,8 @@ def train_iterator(data_spec, tokenizer, batch_size, length, seed, process_index
         batches = packing.batch(rows, share)
     else:
         documents = _long_enough(corpus, tokenizer, "train", length)
-        rows = packing.mix(_rows(documents, packing.endless(documents, documents_seed), length), length, rows_seed)
+        rows = _rows(documents, packing.endless(documents, documents_seed), length)
+        rows = packing.mix(rows, length, rows_seed, -(-documents.size // length))
         batches = packing.batch(rows, batch_size, process_index, process_count)
     return packing.prefetch(batches, _PREFETCHED)
 
@@ -117,7 +118,9 @@ def _rows(documents, dataset, length):
     """Rows of the dataset of `documents`: of records whole ones, of text a stream of tokens cut at the row's end."""
     from efficientllm.data.rows import packing
 
-    return packing.fit(dataset, length) if documents.records else packing.pack(dataset, length)
+    if not documents.records:
+        return packing.pack(dataset, length)
+    return packing.fit(dataset, length, bins=min(packing.BINS, -(-documents.size // length)))
 
 
 def _share(batch_size, process_count):

@@ -6,6 +6,7 @@ import weakref
 import grain
 import numpy as np
 
+BINS = 64  # rows that are filled at a time with whole documents
 SHUFFLED_ROWS, SHUFFLED_TOKENS = 512, 1 << 22  # whichever is less: the window is held in memory
 _IN_THIS_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # memory maps gain nothing from threads
 
@@ -33,7 +34,7 @@ def pack(documents, length):
     return _Restorable(rows)
 
 
-def fit(documents, length, bins=64):
+def fit(documents, length, bins=BINS):
     """Rows of `length` tokens from an IterDataset of {"tokens", "targets", "weights"}: whole documents side by side.
 
     Each goes into the first row with room for it, of `bins` that are filled at a time; what is longer than a row is cut
@@ -46,10 +47,11 @@ def fit(documents, length, bins=64):
     )
 
 
-def mix(rows, length, seed):
+def mix(rows, length, seed, epoch=SHUFFLED_ROWS):
     """Rows in random order within windows of 512 (of 4M tokens, if rows are long), so that the rows of a long document
-    do not share a batch."""
-    window = max(1, min(SHUFFLED_ROWS, SHUFFLED_TOKENS // length))
+    do not share a batch. A window is filled before the first step: it holds no more than the rows of an `epoch`.
+    """
+    window = max(1, min(SHUFFLED_ROWS, SHUFFLED_TOKENS // length, epoch))
     return grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=seed)
 
 
