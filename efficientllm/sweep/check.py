@@ -1,12 +1,14 @@
 """What is known of a sweep before anything runs: what each variant costs, whether it fits, whether it is fair."""
 
 import collections
+import contextlib
 import dataclasses
 import statistics
 import subprocess
 import sys
 import time
 
+from efficientllm import main
 from efficientllm.errors import UserError
 from efficientllm.sweep import execute, spec
 
@@ -33,14 +35,33 @@ class Cost:
 def costs(sweep, extra=()):
     """`{variant: Cost}`. Raises UserError naming the variant whose config is wrong, or that is not equal to the
     baseline in what the sweep says must be."""
-    found = {}
+    found, argv = {}, {variant: spec.argv_of(sweep, variant, extra) for variant in sweep.variants}
+    for variant in sweep.variants:  # all command lines first: that takes no time
+        with _named(sweep, variant):
+            for more in _asked(sweep):
+                main.parse([*argv[variant], *more])
     for variant in sweep.variants:
-        try:
-            found[variant] = _cost(spec.argv_of(sweep, variant, extra))
-        except UserError as error:
-            raise UserError(f"sweep {sweep.name}, variant {variant}: {error}") from None
+        with _named(sweep, variant):
+            found[variant] = _cost(argv[variant])
     _check_equal(sweep, found)
     return found
+
+
+@contextlib.contextmanager
+def _named(sweep, variant):
+    """A UserError within says of which variant it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"sweep {sweep.name}, variant {variant}: {error}") from None
+
+
+def _asked(sweep):
+    """The flags that the runs of a variant get besides its own: none, the values of a grid, the ends of a search."""
+    key, values = sweep.grid or ("", ())
+    if sweep.search:
+        key, *values = sweep.search
+    return [[], *([f"--config.{key}={value}"] for value in values)]
 
 
 def _check_equal(sweep, found):
@@ -59,7 +80,7 @@ def _cost(argv):
     import flax.linen as nn
     import jax
 
-    from efficientllm import accounting, main, model
+    from efficientllm import accounting, model
     from efficientllm.registry import build
     from efficientllm.run import import_plugins
     from efficientllm.train import footprint, setup, step

@@ -1,12 +1,14 @@
 """Searches for what still fits: how they walk, what they keep, and that they go on."""
 
+import dataclasses
 import json
 
 import pytest
 
+import runs
 from efficientllm.errors import UserError
 from efficientllm.metrics import record
-from efficientllm.sweep import Sweep, execute, search
+from efficientllm.sweep import Sweep, check, execute, search
 from efficientllm.sweep import __main__ as command
 
 
@@ -98,3 +100,17 @@ def test_the_command_searches_here_only(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="one run after another"):
         command._search(SWEEP, {"launcher": "slurm"}, (), tmp_path, ())
     assert execute.outcome(tmp_path) is None
+
+
+def test_a_value_that_no_run_could_have_is_refused_before_any(monkeypatch):
+    monkeypatch.setattr(check, "_cost", lambda argv: pytest.fail("a model is described"))
+    monkeypatch.chdir(runs.ROOT)
+    for changes, message in (
+        ({"search": ("train.batch_size", 1, 2**40)}, "config.train.batch_size = 1099511627776: must be"),
+        ({"search": (), "grid": ("train.lr", (1e-3, 1e-4))}, "the peak of config.train.schedule"),
+        ({"search": (), "grid": ("train.schedule", ("cosin(peak=1)", "constant(peak=1.0)"))}, "did you mean 'cosine'?"),
+        ({"search": (), "overrides": {"seed": -1}}, "config.seed = -1"),
+    ):
+        with pytest.raises(UserError) as error:
+            check.costs(dataclasses.replace(SWEEP, **changes))
+        assert message in str(error.value) and "variant a: " in str(error.value)
