@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
 import contract
@@ -9,6 +10,7 @@ import runs
 from efficientllm import main, model, registry
 from efficientllm.errors import UserError
 from efficientllm.infer.generate import generate
+from efficientllm.registry import build
 
 LEARNED = "learned(max_length=16)"
 
@@ -83,3 +85,21 @@ def test_generating_beyond_the_learned_table():
     model.init_states(lm, 1, 16)
     with pytest.raises(UserError, match="a state: 17 tokens, but config.model.position"):
         model.init_states(lm, 1, 17)
+
+
+@pytest.mark.parametrize(
+    "position, message",
+    [
+        ("t5(num_buckets=8, max_distance=4)", "t5: max_distance = 4 must be above num_buckets / 2 = 4"),
+        ("rope(scaling='dynamic(factor=2.0, original_length=8)', base=1e4, fraction=0.5)", "it needs 4 or more"),
+        (
+            "rope(base=1e4, scaling='llama3(factor=2.0, original_length=8, low_freq_factor=4.0)')",
+            "high_freq_factor = 4.0 must be above low_freq_factor = 4.0",
+        ),
+    ],
+)
+def test_numbers_that_do_not_go_together(position, message):
+    x_BTHK = jnp.ones((1, 3, 2, 4))
+    with pytest.raises(UserError) as error:
+        build("position", position).rotate(x_BTHK, jnp.arange(3)[None])
+    assert message in str(error.value)

@@ -214,3 +214,12 @@ def test_a_countdown_speaks_at_most_every_few_seconds(caplog, monkeypatch):
         countdown.add(2)
     countdown.add(2)
     assert caplog.messages == ["measuring: 40%, 0:12 left", "measuring: 60%, 0:11 left"]
+
+
+@pytest.mark.parametrize(
+    "spec", ["cosine(peak=1.0, warmup={})", "linear(peak=1.0, warmup={})", "constant(peak=1.0, warmup={})"]
+)
+@pytest.mark.parametrize("warmup, steps", [(0.99, 10), (0.6, 1), (0.01, 3), (0.0, 1)])
+def test_a_schedule_reaches_its_peak_within_its_steps(spec, warmup, steps):
+    rates = [float(build("schedule", spec.format(warmup), steps=steps)(step)) for step in range(steps)]
+    assert max(rates) == pytest.approx(1.0) and min(rates) >= 0

@@ -77,14 +77,14 @@ def capacity(experts_BTk, num_experts, factor, real_BT=None):
 
 
 def rows_per_expert(length, num_experts, top_k, factor):
-    """C = ceil(T k / E * factor) for a row of T tokens; more than T is never filled."""
-    return min(length, math.ceil(round(length * top_k / num_experts * factor, 6)))
+    """C = ceil(T k / E * factor) for a row of T tokens, 1 at least; more than T is never filled."""
+    return min(length, max(1, math.ceil(round(length * top_k / num_experts * factor, 6))))
 
 
 def _rows_by_length(length, num_experts, top_k, factor):
     """`rows_per_expert` of rows of 0 to `length` tokens."""
     lengths = np.arange(length + 1)
-    rows = np.ceil(np.round(lengths * top_k / num_experts * factor, 6))
+    rows = np.maximum(1, np.ceil(np.round(lengths * top_k / num_experts * factor, 6)))
     return np.minimum(np.minimum(lengths, rows), rows_per_expert(length, num_experts, top_k, factor)).astype(np.int32)
 
 

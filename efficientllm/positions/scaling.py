@@ -66,6 +66,8 @@ class Dynamic(Unscaled):
     by_length = True
 
     def frequencies(self, base, K, positions_BT):
+        if K < 4:
+            raise UserError(f"rope scaling dynamic: {K} features of a head turn; it needs 4 or more")
         length = jnp.maximum(jnp.max(positions_BT) + 1, self.original_length).astype(jnp.float32)
         stretch = self.factor * length / self.original_length - (self.factor - 1)
         return plain(base * stretch ** (K / (K - 2)), K), 1.0

@@ -69,6 +69,8 @@ def test_capacity_rounds_up_and_never_exceeds_the_row():
     assert dispatch.rows_per_expert(10, 4, 2, 1.1) == 6
     assert dispatch.rows_per_expert(100, 10, 1, 1.1) == 11  # 11.000000000000002 in floating point
     assert dispatch.rows_per_expert(1, 64, 1, 1.0) == 1
+    assert dispatch.rows_per_expert(100, 10, 1, 1e-9) == 1
+    assert dispatch.rows_per_expert(0, 10, 1, 1e-9) == 0
     assert dispatch.rows_per_expert(10, 4, 2, 50.0) == 10
 
 
