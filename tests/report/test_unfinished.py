@@ -37,6 +37,7 @@ ELSEWHERE = json.dumps({"pid": 1, "host": "another", "boot": "another", "started
         (0, "", "running"),
         (86400, "[]", "stopped"),
     ],
+    ids=["new", "old", "living", "dead", "elsewhere, new", "elsewhere, old", "empty owner", "no owner"],
 )
 def test_a_run_goes_on_while_its_owner_lives_or_else_while_it_writes(tmp_path, age, owned_by, expected):
     assert state(tmp_path, age, owned_by=owned_by)["state"] == expected
