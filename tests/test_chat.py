@@ -228,3 +228,43 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
 def test_help_and_nothing(capsys):
     assert (chat.main(["--help"]), chat.main([])) == (0, 2)
     assert "efficientllm.chat MODEL" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # a process of its own, in a terminal
+def test_ctrl_c_stops_an_answer_and_twice_leaves(model):
+    import os
+    import pty
+    import select
+    import subprocess
+    import sys
+    import time
+
+    parent, child = pty.openpty()
+    argv = [sys.executable, "-m", "efficientllm.chat", str(model[0]), "--config=infer:float32"]
+    argv += ["--config.infer.max_new_tokens=200", "--config.infer.sampler=sample(temperature=1.0)"]
+    done = subprocess.Popen(argv, stdin=child, stdout=child, stderr=child, start_new_session=True)
+    os.close(child)
+    seen = ""
+
+    def until(text, seconds=240):
+        nonlocal seen
+        end = time.monotonic() + seconds
+        while text not in seen:
+            assert time.monotonic() < end and select.select([parent], [], [], 5) is not None, seen
+            if select.select([parent], [], [], 1)[0]:
+                seen += os.read(parent, 4096).decode(errors="replace")
+        seen = seen.partition(text)[2]
+
+    until("leaves, Ctrl-C stops an answer")
+    until("> ")
+    os.write(parent, b"the cat\n")
+    until("\n")  # the echo
+    time.sleep(1)
+    done.send_signal(2)
+    until("> ")
+    done.send_signal(2)
+    until("Ctrl-C once more")
+    done.send_signal(2)
+    until("1 answer: TTFT")
+    assert done.wait(60) == 130
+    os.close(parent)

@@ -1,6 +1,7 @@
 """Prompts from the config: texts, or a file of them; through the chat template of a model that has one."""
 
 import json
+import os
 import pathlib
 
 from efficientllm.errors import UserError
@@ -15,11 +16,11 @@ def read(prompts):
         _check_text(prompt, f"config.infer.prompts: prompt {index} = {prompt!r:.40}")
     if len(prompts) != 1 or not prompts[0].endswith((".txt", ".jsonl")):
         return list(prompts)
-    file = pathlib.Path(prompts[0]).expanduser()
+    file = pathlib.Path(os.path.expanduser(prompts[0]))
     where = f"config.infer.prompts = {prompts[0]!r}"
     text = files.read_text(file, where=where)
     # Not splitlines: U+2028, U+0085 and their like are characters of a line.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()]
     if file.suffix != ".jsonl":
         return [line for _, line in lines]
     return [_prompt(line, f"{where}, line {number}") for number, line in lines]
