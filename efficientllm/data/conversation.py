@@ -1,9 +1,13 @@
 """A conversation as tokens, and which of them are to be learnt: what the assistant says, and where it ends."""
 
+import functools
 import json
+import logging
 
 from efficientllm.data import turns
 from efficientllm.errors import UserError
+
+log = logging.getLogger("efficientllm")
 
 
 def dump(messages, tools=None):
@@ -47,6 +51,8 @@ def _templated(tokenizer, messages, tools):
                 "the chat template marks other turns than the answers, of which one has weight = 0; drop it"
             )
         spans = [span for span, weight in zip(spans, weights, strict=True) if weight != 0]
+    if _drops_thinking(messages, text):
+        _say_dropped(tokenizer.fingerprint)
     ids, offsets = tokenizer.encode_spans(text)
     learnt = _overlapping(offsets, spans)
     if messages[-1]["role"] != "assistant":  # nothing is learnt of what follows the last answer
@@ -55,6 +61,22 @@ def _templated(tokenizer, messages, tools):
     if ids[-1] not in (tokenizer.eos_id, *tokenizer.end_ids):
         ids, learnt = [*ids, tokenizer.eos_id], [*learnt, weights[-1] != 0]
     return ids, learnt
+
+
+def _drops_thinking(messages, text):
+    """Whether the template leaves out what the last answer was thinking."""
+    last = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
+    thought, closed, _ = last.get("content", "").rpartition("</think>")
+    thought = (
+        last.get("reasoning_content") or last.get("thinking") or (thought.partition("<think>")[2] if closed else "")
+    )
+    return bool(thought.strip()) and thought.strip() not in text
+
+
+@functools.cache
+def _say_dropped(fingerprint):
+    """Once for each tokenizer."""
+    log.warning("the chat template leaves out the thinking of answers, as in transformers: it is not learnt")
 
 
 def _overlapping(offsets, spans):

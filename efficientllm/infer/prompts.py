@@ -1,11 +1,14 @@
 """Prompts from the config: texts, or a file of them; through the chat template of a model that has one."""
 
 import json
+import logging
 import os
 import pathlib
 
 from efficientllm.errors import UserError
 from efficientllm.untrusted import files
+
+log = logging.getLogger("efficientllm")
 
 
 def read(prompts):
@@ -50,7 +53,13 @@ def encode(texts, tokenizer, chat):
     """Lists of ids: as transformers gives them, of special tokens that a text spells too; with `chat`, of the
     conversation's template up to the assistant's turn."""
     if not chat:
-        return [list(map(int, tokenizer.encode_prompt(text))) for text in texts]
+        found = [list(map(int, tokenizer.encode_prompt(text))) for text in texts]
+        for index, ids in enumerate(found):
+            if len(ids) > 1 and ids[:1] == list(tokenizer.lead_ids[:1]) == ids[1:2]:
+                log.warning(
+                    f"prompt {index} spells {tokenizer.text_of(ids[0])}, which the tokenizer puts before it: twice"
+                )
+        return found
     if tokenizer.chat is None:
         raise UserError("config.infer.chat = True: the tokenizer has no chat template")
     return [
