@@ -59,6 +59,17 @@ setup(
     name="efficientllm",
     version="0.1.0",
     description="One config, one command, one honest row of numbers for each efficiency technique, in JAX",
+    license="Apache-2.0",
+    author="The efficientllm authors",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["efficientllm", "efficientllm.*"]),
     package_data={
         "efficientllm.report": ["data/*.json", "page/*"],
