@@ -26,7 +26,7 @@ def read():
         "busy_s": busy,
         "idle_s": idle,
         "steal_s": steal,
-        "waited_s": _run_delays(),
+        "waited_s": run_delays(),
         "throttled_s": _throttled(),
         "pressure_s": _pressure(),
         "overheated": _overheated(),
@@ -47,7 +47,7 @@ def _cores():
     return user + nice + system + irq + softirq, idle + iowait, steal
 
 
-def _run_delays():
+def run_delays():
     """Time that each thread of this process was ready to run and did not: `{thread: s}`."""
     delays = {}
     for file in glob.glob("/proc/self/task/*/schedstat"):

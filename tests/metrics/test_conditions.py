@@ -104,10 +104,12 @@ class Times:
 
     def __init__(self):
         self.now = self.cpu = self.away = 0.0
-        self.pulse = Pulse(lambda: self.now, lambda: self.cpu, lambda: self.away)
+        self.waited = 0.0
+        self.pulse = Pulse(lambda: self.now, lambda: self.cpu, lambda: self.away, lambda: {"thread": self.waited})
 
-    def beat(self, now=0.0, cpu=0.0, away=0.0):
+    def beat(self, now=0.0, cpu=0.0, away=0.0, waited=0.0):
         self.now, self.cpu, self.away = self.now + now, self.cpu + cpu, self.away + away
+        self.waited += waited
         return self.pulse.beat()
 
 
@@ -117,6 +119,7 @@ def test_stopped_time_is_a_late_beat_without_cpu_time():
     assert times.beat(5.0, 4.9) == 0, "busy, and its threads came late"
     assert times.beat(20.1, 0.05) == pytest.approx(20.0)
     assert times.beat(0.1, 0.1) == pytest.approx(20.0)
+    assert times.beat(3.0, 0.1, waited=2.8) == pytest.approx(20.0), "others had the cores"
     assert times.beat(0.1, 0.1, away=3600.0) == pytest.approx(3620.0), "the machine slept"
 
 
