@@ -66,10 +66,8 @@ def _templated(tokenizer, messages, tools):
 def _drops_thinking(messages, text):
     """Whether the template leaves out what the last answer was thinking."""
     last = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
-    thought, closed, _ = last.get("content", "").rpartition("</think>")
-    thought = (
-        last.get("reasoning_content") or last.get("thinking") or (thought.partition("<think>")[2] if closed else "")
-    )
+    before, _, _ = last.get("content", "").rpartition("</think>")
+    thought = last.get("reasoning_content") or last.get("thinking") or before.partition("<think>")[2]
     return bool(thought.strip()) and thought.strip() not in text
 
 

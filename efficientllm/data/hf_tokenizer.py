@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
+import pathlib
 import re
 import warnings
 
@@ -66,6 +68,8 @@ def _load(folder, where):
     import transformers
 
     _check_files(folder, where)
+    if _needs_sentencepiece(pathlib.Path(folder)):
+        raise UserError(f"{where} holds a tokenizer.model, which is read with: pip install sentencepiece")
     try:
         with warnings.catch_warnings():  # torch, where it is installed, imports pynvml by its package's old name
             warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
@@ -73,6 +77,11 @@ def _load(folder, where):
     except Exception as error:  # whatever its readers of ten formats, in two languages, raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{where} cannot be loaded ({reason}); name a folder or a repository") from error
+
+
+def _needs_sentencepiece(folder):
+    alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    return alone and importlib.util.find_spec("sentencepiece") is None
 
 
 def end_ids(folder):

@@ -56,9 +56,8 @@ def encode(texts, tokenizer, chat):
         found = [list(map(int, tokenizer.encode_prompt(text))) for text in texts]
         for index, ids in enumerate(found):
             if len(ids) > 1 and ids[:1] == list(tokenizer.lead_ids[:1]) == ids[1:2]:
-                log.warning(
-                    f"prompt {index} spells {tokenizer.text_of(ids[0])}, which the tokenizer puts before it: twice"
-                )
+                name = tokenizer.text_of(ids[0])
+                log.warning(f"prompt {index} spells {name}, which the tokenizer puts before it: it is there twice")
         return found
     if tokenizer.chat is None:
         raise UserError("config.infer.chat = True: the tokenizer has no chat template")

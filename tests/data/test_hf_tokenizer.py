@@ -161,6 +161,13 @@ def test_several_templates_by_name_without_a_default_are_named(tmp_path):
     assert kinds.ours(tmp_path).chat([{"role": "user", "content": "a"}]) == "da"
 
 
+def test_a_sentencepiece_model_alone_says_what_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    with pytest.raises(UserError, match="tokenizer.model, which is read with: pip install sentencepiece"):
+        kinds.ours(tmp_path)
+
+
 def test_what_a_folder_lacks_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("[1, 2]")
     with pytest.raises(UserError, match="cannot be loaded") as error:

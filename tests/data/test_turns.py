@@ -156,6 +156,16 @@ def test_a_last_message_is_continued_as_in_transformers(template, final, load):
     assert ours.chat(messages, add_generation_prompt=False, continue_final_message=True) == expected
 
 
+def test_thinking_that_a_template_leaves_out_is_said_once(load, monkeypatch):
+    said, (ours, _) = [], load(OPENED)
+    conversation._say_dropped.cache_clear()
+    monkeypatch.setattr(conversation.log, "warning", said.append)
+    for messages in (turns("Q", "A"), THOUGHT, THOUGHT):
+        conversation.encode(ours, conversation.dump(messages))
+    conversation.encode(load(LATER)[0], conversation.dump(THOUGHT))
+    assert said == ["the chat template leaves out the thinking of answers, as in transformers: it is not learnt"]
+
+
 def test_tools_reach_the_template(load):
     template = "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}" + CHATML
     ours, theirs = load(template)

@@ -69,6 +69,13 @@ def test_raw_prompts_are_read_as_transformers_reads_them(tokenizers):
     assert prompts.encode(texts, ours, False) == [theirs(text)["input_ids"] for text in texts]
 
 
+def test_a_beginning_that_is_spelt_besides_is_said(tokenizers, monkeypatch):
+    (ours, theirs), said = tokenizers, []
+    monkeypatch.setattr(prompts.log, "warning", said.append)
+    assert prompts.encode(["a", "<s>a"], ours, False)[1] == theirs("<s>a")["input_ids"]
+    assert said == ["prompt 1 spells <s>, which the tokenizer puts before it: it is there twice"]
+
+
 def test_an_answer_says_what_ended_it(tokenizers, tmp_path):
     ours, theirs = tokenizers
     answers = Answers(["a"] * 4, [[1]] * 4, ours, ["!"])
