@@ -89,3 +89,25 @@ def test_stopped_while_python_has_no_turn(work, signum):
         _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert error == f"efficientllm: stopped by {signum.name}; the same command goes on\n"
+
+
+SAVES = """
+import os, signal, time
+from efficientllm import stopping
+from efficientllm.train import loop
+stopping.PATIENCE_S = 0.3
+@stopping.stoppable
+def main(argv):
+    with loop.catch_signals() as caught:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(1.5)  # saves
+        print("saved", caught[0] == signal.{name}, flush=True)
+main()
+"""
+
+
+@SIGNALS
+def test_a_run_that_saves_is_given_its_time(signum):
+    """The training loop takes the signal and hands the next one back: it is not to be ended over the first."""
+    done = subprocess.run([sys.executable, "-c", SAVES.format(name=signum.name)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "saved True\n"), done.stderr

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from efficientllm import sharding
+from efficientllm import sharding, stopping
 
 log = logging.getLogger("efficientllm")
 ASK_EVERY = 10  # steps between two questions to the other processes whether one of them was told to stop
@@ -57,6 +57,7 @@ def catch_signals(names=("SIGINT", "SIGTERM")):
     caught = collections.deque()
 
     def handler(signum, _):
+        stopping.heard()
         caught.append(signum)
         signal.signal(signum, before[signum])
 
