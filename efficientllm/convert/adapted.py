@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from efficientllm.convert import binding, families
+from efficientllm.convert import binding, families, quantized
 from efficientllm.convert.source import Source, is_run
 from efficientllm.errors import UserError
 from efficientllm.untrusted import json_text
@@ -37,23 +37,34 @@ def open_adapter(path, where, weights, open_source):
     """The AdaptedSource of the folder `path`. Raises UserError for an adapter that cannot be read, or without its base
     model."""
     base = _base(path, where, weights, open_source)
-    table, tensors = None, None
     if base.config.get("model_type") not in families.FAMILIES:
         raise UserError(f"{where}: an adapter of peft's is around a model of transformers; {base.path} is none")
     if weights:
-        table = families.FAMILIES[base.config["model_type"]].table
-        tensors = Merged(base, path, table)
-    return AdaptedSource(path, base.config, base.model, base.max_positions, tensors, table, base)
+        return put_around(base, path)
+    return AdaptedSource(path, base.config, base.model, base.max_positions, None, None, base=base)
+
+
+def put_around(base, path):
+    """The AdaptedSource of the folder `path` around the Source `base`. Raises UserError for an adapter of another."""
+    table = families.FAMILIES[base.config["model_type"]].table
+    tensors = Merged(base, path, table)
+    config, model = base.config, base.model
+    if tensors.vocab_size is not None:
+        config = config | {"vocab_size": tensors.vocab_size}
+        plain = {key: value for key, value in config.items() if key != quantized.KEY}
+        model = families.describe(plain, path).model
+    return AdaptedSource(path, config, model, base.max_positions, tensors, table, base=base)
 
 
 def _base(path, where, weights, open_source):
-    """What `base_model_name_or_path` names; where that is not here, what the run above the folder began from."""
+    """What the run above the folder began from; where there is none, or it is gone, what `base_model_name_or_path`
+    names."""
     named = json_text.read(path / CONFIG).get("base_model_name_or_path")
     above = path.parent / "config.json"
     config = json_text.read(above) if above.is_file() else {}
     begun = config["model"].get("pretrained") if isinstance(config, dict) and is_run(config) else None
     failed = None
-    for name in dict.fromkeys(name for name in (named, begun) if isinstance(name, str) and name):
+    for name in dict.fromkeys(name for name in (begun, named) if isinstance(name, str) and name):
         try:
             return open_source(name, weights)
         except UserError as error:
@@ -79,32 +90,51 @@ class Merged:
         self._source, self._plain = base, base.table is table and not hasattr(base.tensors, "bind")
         self._bound = base.bind(lm)
         self._tensors = binding.on_disk(binding.bind(lm, table))
-        adaptable = {
-            name: tensor
-            for name, tensor in self._tensors.items()
-            if all(path.endswith("kernel") for path, _, _ in tensor.parts)
-        }
-        self._adapter = Adapter(folder, adaptable)
+        self._adapter = Adapter(folder, self._tensors)
+        self._check(lm)
         self.shapes = base.tensors.shapes if self._plain else {name: t.shape for name, t in self._tensors.items()}
+        saved = {
+            name: self._adapter.shape(name, self._tensors) for name in self._adapter.saved if name in self._tensors
+        }
+        self.shapes = self.shapes | saved
+        table = next(name for name, tensor in self._tensors.items() if tensor.parts[0][0] == "embedding")
+        rows = self.shapes[table][0] if table in saved else lm.vocab_size
+        self.vocab_size = rows if rows != lm.vocab_size else None
+
+    def _check(self, lm):
+        """Refuses what would part an embedding from the head that is tied to it."""
+        adapter = self._adapter
+        if not lm.tied:
+            return
+        table = next(name for name, tensor in self._tensors.items() if tensor.parts[0][0] == "embedding")
+        head = next((name for name in adapter.saved if name not in self._tensors), None)
+        same = head and table in adapter.saved and np.array_equal(adapter.whole(head), adapter.whole(table))
+        trained = any(table.removesuffix(WEIGHT).endswith(name) for name in adapter.config.saved)
+        if table.removesuffix(WEIGHT) in adapter.modules or (head and not same) or (trained and not same):
+            raise UserError(
+                f"{adapter.file}: it changes {'the head' if head else table} alone, which this model ties to "
+                f"{table if head else 'its head'}: two tables where it has one"
+            )
 
     def dtype(self, name):
         """The base's; float32 of what is adapted or read through our own layout."""
-        adapted = name.removesuffix(WEIGHT) in self._adapter.modules
+        adapted = name.removesuffix(WEIGHT) in self._adapter.modules or name in self._adapter.saved
         return self._source.tensors.dtype(name) if self._plain and not adapted else np.dtype(np.float32)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 a leaf's shards are read one after another
     def read(self, name):
         """The tensor, with what the adapter adds."""
         module = name.removesuffix(WEIGHT)
+        whole = self._adapter.whole(name) if name in self._adapter.saved else self._base(name)
         if module not in self._adapter.modules:
-            return self._base(name)
+            return whole
         from efficientllm.adapters.folder.merge import merged
 
-        return merged(self._adapter, module, np.asarray(self._base(name), np.float32))
+        return merged(self._adapter, module, np.asarray(whole, np.float32))
 
     def stored(self, name):
         """The rounded leaf of a tensor that is not adapted, or None."""
-        adapted = name.removesuffix(WEIGHT) in self._adapter.modules
+        adapted = name.removesuffix(WEIGHT) in self._adapter.modules or name in self._adapter.saved
         return self._source.tensors.stored(name) if self._plain and not adapted else None
 
     def _base(self, name):

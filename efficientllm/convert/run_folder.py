@@ -94,7 +94,9 @@ def open_run(path, config, weights, open_source):
     import_plugins(run.imports)
     base = open_source(run.model.pretrained, weights) if run.model.pretrained else None
     model = dict(base.model) if base else {key: run.model[key] for key in _DESCRIBES}
-    source = RunSource(path, dict(base.config) if base else {}, model, base and base.max_positions, None, {}, run, base)
+    source = RunSource(
+        path, dict(base.config) if base else {}, model, base and base.max_positions, None, {}, run=run, base=base
+    )
     if base is None:  # its widths are in the size
         model["parameters_of"] = ""
         model["size"] = _with_vocabulary(run, source)

@@ -35,6 +35,7 @@ class Source:
       max_positions: the most positions it has, with what its scaling adds, or None.
       tensors: what reads them.
       table: the name table of its files.
+      name: what others know it by: a hub id, or the path as it was given.
     """
 
     path: pathlib.Path
@@ -43,6 +44,7 @@ class Source:
     max_positions: int
     tensors: object
     table: dict
+    name: str = None
 
     @property
     def family(self):
@@ -193,7 +195,8 @@ def open_source(pretrained, weights=True):
     if tensors is None and weights:
         tensors = quantized.folder(path, config)
         tensors = tensors if hasattr(tensors, "bind") else renamed.with_prefix(tensors, table, _HEADS)
-    return Source(path, config, described.model, described.max_positions, tensors, table)
+    name = _SMOLLM2_HUB if pretrained == SMOLLM2 else str(pretrained)
+    return Source(path, config, described.model, described.max_positions, tensors, table, name)
 
 
 def is_run(config):

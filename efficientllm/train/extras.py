@@ -16,7 +16,11 @@ def write_adapter(run, workdir, state):
 
     What was learnt is in the checkpoint, whatever fails here. Raises UserError for what the format cannot hold.
     """
-    if run.source is None or not adapter_folder.is_writable(run.config.adapter):
+    if run.source is None:
+        return
+    if not adapter_folder.is_writable(run.config.adapter):
+        if run.method.learnt and distributed.is_main():
+            log.info(f"adapter: peft has no format for {run.config.adapter!r}; what was learnt is in the checkpoint")
         return
     adapter_folder.write(run.lm, run.config.adapter, state.all_params, workdir.path / "adapter", run.source)
     if distributed.is_main():

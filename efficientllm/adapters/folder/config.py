@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 
+from efficientllm.adapters.folder.kinds import PARTS
 from efficientllm.errors import UserError
 from efficientllm.registry import build, parse
 from efficientllm.untrusted import json_text, patterns
@@ -12,9 +13,10 @@ CONFIG = "adapter_config.json"
 MOST = 1e6  # of a rank, an alpha or a factor
 # Keys that change what is computed, and the only value of each that we compute.
 NEUTRAL = {
-    "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "modules_to_save": None, "layer_replication": None,
+    "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "layer_replication": None,
     "trainable_token_indices": None, "target_parameters": None, "use_qalora": False, "use_bdlora": None,
     "arrow_config": None, "alora_invocation_tokens": None, "kasa_config": None,
+    "monteclora_config": None, "ensure_weight_tying": False,
 }  # fmt: skip
 
 
@@ -23,9 +25,11 @@ class Config:
     """A folder's adapters.
 
     Args:
-      name: of our method: lora, rslora, dora or pissa.
+      name: of our method: lora, rslora, dora, pissa, loha, lokr or glora.
       rank, alpha, dropout: the method's.
       ranks, alphas: those of modules that differ, by a regex of the end of their names.
+      kind: peft's name of them (`kinds.PARTS`).
+      saved: ends of the names of modules that are trained and saved whole.
     """
 
     name: str
@@ -34,11 +38,15 @@ class Config:
     dropout: float
     ranks: dict
     alphas: dict
+    kind: str = "LORA"
+    saved: tuple = ()
 
     @property
     def spec(self):
         """The `config.adapter` of modules that are as most."""
-        return f"{self.name}(rank={self.rank}, alpha={self.alpha}, dropout={self.dropout})"
+        alpha = "" if self.kind == "GLORA" else f", alpha={self.alpha}"
+        dropout = f", dropout={self.dropout}" if self.kind == "LORA" else ""
+        return f"{self.name}(rank={self.rank}{alpha}{dropout})"
 
     def rank_of(self, module):
         """The rank of a module's adapter."""
@@ -46,6 +54,8 @@ class Config:
 
     def scale_of(self, module):
         """What A B is multiplied with."""
+        if self.kind == "GLORA":
+            return 1.0
         rank = self.rank_of(module)
         return _of(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.name == "rslora" else rank)
 
@@ -61,7 +71,7 @@ def _ending(key):
 
 def is_writable(spec):
     """Whether peft has a folder for the adapter `spec`."""
-    return parse(spec)[0] in ("lora", "rslora", "dora", "pissa", "lora_plus")
+    return parse(spec)[0] in ("lora", "rslora", "dora", "pissa", "lora_plus", "loha", "lokr", "glora")
 
 
 def read_spec(folder):
@@ -73,17 +83,29 @@ def read_config(folder):
     """The Config of a folder of peft's. Raises UserError for what we do not compute."""
     file = pathlib.Path(folder) / CONFIG
     config = json_text.read(file)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type = {config.get('peft_type')!r}; only LORA can be read")
+    kind = config.get("peft_type")
+    if kind not in PARTS:
+        known = ", ".join(PARTS)
+        raise UserError(f"{file}: peft_type = {json_text.shown(kind)}; only {known} can be read")
     for key, neutral in NEUTRAL.items():
-        if config.get(key) not in (neutral, None, False) and config.get(key) != neutral:
-            raise UserError(f"{file}: {key} = {config[key]!r} is not supported; only {neutral!r} is")
-    name = _name(config, file)
-    rank, alpha = _number(config, "r", file, int), _number(config, "lora_alpha", file)
+        if config.get(key) and config[key] != neutral:  # what is empty says nothing
+            raise UserError(f"{file}: {key} = {json_text.shown(config[key])} is not supported; only {neutral!r} is")
+    name = _name(config, file) if kind == "LORA" else kind.lower()
+    alpha = {"LORA": "lora_alpha", "GLORA": None}.get(kind, "alpha")
+    where = file if kind == "LORA" else f"{file}: peft_type = {kind!r}"
+    rank, alpha = _number(config, "r", where, int), _number(config, alpha, where) if alpha else 1.0
     ranks, alphas = _numbers(config, "rank_pattern", file, int), _numbers(config, "alpha_pattern", file)
-    found = Config(name, rank, alpha, _number(config, "lora_dropout", file, default=0.0), ranks, alphas)
+    dropout = _number(config, "lora_dropout", file, default=0.0)
+    found = Config(name, rank, alpha, dropout, ranks, alphas, kind, _saved(config, file))
     build("adapter", found.spec, where=f"{file}: the adapter")  # its own check of the numbers
     return found
+
+
+def _saved(config, file):
+    found = config.get("modules_to_save") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise UserError(f"{file}: modules_to_save = {json_text.shown(found)} must be a list of names")
+    return tuple(found)
 
 
 def _name(config, file):
@@ -98,7 +120,7 @@ def _name(config, file):
         raise UserError(f"{file}: use_rslora together with {name} is not supported")
     if initial == "pissa" and name != "pissa":
         raise UserError(f"{file}: init_lora_weights = 'pissa' together with {name} is not supported")
-    if initial not in (True, False, "gaussian", "pissa"):
+    if initial not in (True, False, None, "gaussian", "pissa", "eva", "orthogonal"):
         raise UserError(f"{file}: init_lora_weights = {initial!r} changes the base model in a way that is not known")
     return name
 

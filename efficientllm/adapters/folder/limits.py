@@ -12,6 +12,7 @@ _STATE_SPACE = {
     "mixer.out_proj": "peft has no adapter of it",
     "mixer.dt_proj": "transformers takes its weight past peft's adapter",
 }
+WHOLE = ("loha", "lokr", "glora")  # whose change is made whole
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # Of experts, (gate, up) and names that peft takes for theirs wherever they stand.
 _MIXTRAL = (("w1", "w3"), r"\.w[123]$")
@@ -46,7 +47,15 @@ def written_as(method, tensors):
 
 
 def check(method, modules, model_type):
-    """Raises UserError naming a module whose adapter peft refuses or would take for another's."""
+    """Raises UserError naming a module whose adapter peft refuses or would take for another's.
+
+    `modules` are `{module: OnDisk}`.
+    """
+    for module, tensor in modules.items() if method in WHOLE else ():
+        if _EXPERT.search(module):
+            raise UserError(f"{module}: peft has no {method} of experts")
+        if method == "lokr" and len(tensor.parts) > 1:
+            raise UserError(f"{module}: a Kronecker product of a part of a tensor is none of the tensor")
     if model_type in ("mamba", "mamba2"):
         for module in modules:
             for name, why in _STATE_SPACE.items():

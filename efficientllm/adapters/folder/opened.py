@@ -10,7 +10,7 @@ import numpy as np
 
 from efficientllm.adapters.base import KERNEL
 from efficientllm.adapters.dora import DoRA
-from efficientllm.adapters.folder import limits
+from efficientllm.adapters.folder import kinds, limits
 from efficientllm.adapters.folder.config import read_config
 from efficientllm.adapters.lora import LoRA
 from efficientllm.convert import binding, mapped
@@ -20,6 +20,7 @@ from efficientllm.errors import UserError, did_you_mean
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 WEIGHT = ".weight"
+HEADS = ("lm_head.weight", "embed_out.weight")
 # What peft calls each of our arrays; A and B lie as [out, in].
 NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
@@ -49,26 +50,59 @@ class Adapter:
             raise UserError(f"{self.file} is missing: {why}")
         self._entries = read_header(self.file)
         self._parts = [part for part in NAMES if part != "m" or self.config.name == "dora"]
-        self.modules = set()
+        self._tables = {name for name, tensor in tensors.items() if _is_table(tensor)}
+        self._held, self.saved = {}, {}
         for name in sorted(self._entries):
-            self._require_known(name, tensors)
+            self._place(name, tensors)
+        self.modules = set(self._held)
         for module in sorted(self.modules):
-            self._check(module, tensors[module + WEIGHT].shape)
+            self._check(module, self.shape(module + WEIGHT, tensors))
 
-    def _require_known(self, name, tensors):
-        module, _, _ = name.removeprefix(PREFIX).rpartition(".lora_")
-        if module + WEIGHT not in tensors or name not in self._names(module).values():
+    def _place(self, name, tensors):
+        """Finds the module that a tensor is of, or the tensor of the model in whose place it is saved."""
+        inner = name.removeprefix(PREFIX)
+        part = next((part for part in kinds.PARTS[self.config.kind] if inner.endswith(f".{part}")), None)
+        whole = inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        if part and _adaptable(tensors.get((module := inner.removesuffix(f".{part}")) + WEIGHT)):
+            self._held.setdefault(module, {})[part] = name
+        elif part is None and (whole in tensors or whole in HEADS):
+            self.saved[whole] = name
+        elif part and f"{inner.removesuffix(f'.{part}')}{WEIGHT}" in HEADS:
+            raise UserError(f"{self.file}: tensor {name!r} adapts the head, which is tied to the embedding here")
+        else:
             raise UserError(
                 f"{self.file}: tensor {name!r} belongs to nothing in the model: an adapter of another model"
             )
-        self.modules.add(module)
+
+    def shape(self, name, tensors):
+        """The shape of the model's tensor under a name: that of the one saved in its place, if any."""
+        return self._entries[self.saved[name]][1] if name in self.saved else tensors[name].shape
+
+    def whole(self, name):
+        """The tensor that is saved in the place of the model's, float32."""
+        return self._array(self.saved[name])
+
+    def _array(self, name):
+        dtype, shape, offset = self._entries[name]
+        found = np.asarray(mapped.array(self.file, offset, dtype, shape), np.float32)
+        if not np.isfinite(found).all():
+            raise UserError(f"{self.file}: tensor {name!r} holds NaN or infinity")
+        return found
 
     def _names(self, module):
+        if module + WEIGHT in self._tables:
+            return {"a": f"{PREFIX}{module}.lora_embedding_B", "b": f"{PREFIX}{module}.lora_embedding_A"}
         return {part: f"{PREFIX}{module}.{NAMES[part]}" for part in self._parts}
 
     def _check(self, module, shape):
+        if self.config.kind != "LORA":
+            return  # its parts are looked at together
         rank = self.config.rank_of(module)
         wanted = {"a": (rank, shape[1]), "b": (shape[0], rank), "m": (shape[0],)}
+        if module + WEIGHT in self._tables:
+            wanted = {"a": (shape[1], rank), "b": (rank, shape[0])}
+        if extra := set(self._held[module].values()) - set(self._names(module).values()):
+            raise UserError(f"{self.file}: tensor {min(extra)!r} is none of a {self.config.name} around {module}")
         for part, name in self._names(module).items():
             if name not in self._entries:
                 raise UserError(f"{self.file}: tensor {name!r} is missing{did_you_mean(name, self._entries)}")
@@ -80,13 +114,18 @@ class Adapter:
 
     def factors(self, module):
         """The module's adapter, float32."""
-        found = {}
-        for part, name in self._names(module).items():
-            dtype, shape, offset = self._entries[name]
-            found[part] = np.asarray(mapped.array(self.file, offset, dtype, shape), np.float32)
-            if not np.isfinite(found[part]).all():
-                raise UserError(f"{self.file}: tensor {name!r} holds NaN or infinity")
+        found = {part: self._array(name) for part, name in self._names(module).items()}
+        if module + WEIGHT in self._tables:
+            found = {"a": found["a"].T, "b": found["b"].T}
         return Factors(found["a"], found["b"], found.get("m"), self.config.scale_of(module))
+
+    def changed(self, module, weight):
+        """The weight `[out, in]` with a LoHa, LoKr or GLoRA of the module, float32."""
+        parts = {part: self._array(name) for part, name in self._held[module].items()}
+        try:
+            return kinds.change(self.config.kind, weight, parts, self.config.scale_of(module))
+        except ValueError as error:
+            raise UserError(f"{self.file}: {module}: {error}") from None
 
     def base(self, module, weight):
         """What is frozen of a tensor `[out, in]`, float32: PiSSA's is what its first singular values leave."""
@@ -97,6 +136,14 @@ class Adapter:
             raise UserError(f"{self.file}: pissa of rank {rank} around {module} of {list(weight.shape)}: too large")
         u, s, vt = np.linalg.svd(weight, full_matrices=False)
         return weight - (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def _is_table(tensor):
+    return [path for path, _, _ in tensor.parts] == ["embedding"]
+
+
+def _adaptable(tensor):
+    return tensor is not None and (_is_table(tensor) or all(path.endswith("kernel") for path, _, _ in tensor.parts))
 
 
 def around(source, lm, params, folder):
@@ -110,7 +157,10 @@ def around(source, lm, params, folder):
         for name, tensor in binding.on_disk(leaves).items()
         if all(KERNEL.search(path) for path, _, _ in tensor.parts)
     }
-    adapter, flat = Adapter(folder, tensors), flax.traverse_util.flatten_dict(params, sep="/")
+    adapter = Adapter(folder, tensors)
+    if adapter.config.kind != "LORA" or adapter.saved:
+        raise UserError(f"{adapter.file}: {adapter.config.name} is merged into the model, not put around its kernels")
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
 
     def whole(name):
         parts = [np.asarray(flat[path][position], np.float32) for path, _, position in tensors[name].parts]

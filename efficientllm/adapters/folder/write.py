@@ -18,10 +18,11 @@ import numpy as np
 
 from efficientllm import distributed
 from efficientllm.adapters.dora import DoRA
-from efficientllm.adapters.folder import limits
+from efficientllm.adapters.folder import limits, whole
 from efficientllm.adapters.folder.config import CONFIG
 from efficientllm.adapters.folder.opened import NAMES, PREFIX, TENSORS, WEIGHT
 from efficientllm.adapters.lora import LoRA
+from efficientllm.adapters.products import GLoRA, LoHa, LoKr
 from efficientllm.convert import binding
 from efficientllm.registry import parse
 
@@ -43,7 +44,7 @@ def write(lm, spec, params, folder, source):
     """
     tuned, _ = parse(spec)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    leaves = {path: leaf for path, leaf in flat.items() if isinstance(leaf, LoRA | DoRA)}
+    leaves = {path: leaf for path, leaf in flat.items() if isinstance(leaf, LoRA | DoRA | LoHa | LoKr | GLoRA)}
     bound = binding.bind(lm, limits.table_of(source))
     found = {
         tensor_name.removesuffix(WEIGHT): tensor
@@ -51,6 +52,9 @@ def write(lm, spec, params, folder, source):
         if any(path in leaves for path, _, _ in tensor.parts)
     }
     limits.check(tuned, found, source.config["model_type"])
+    if tuned in limits.WHOLE:
+        whole.write(tuned, leaves, found, pathlib.Path(folder), source)
+        return
     name = limits.written_as(tuned, found)
     apart = tuned == "pissa" and name == "lora"
     leaves = {path: _on_host(leaf, apart) for path, leaf in leaves.items()}
@@ -59,7 +63,10 @@ def write(lm, spec, params, folder, source):
     held = _Held(leaves, source.bind(lm), source, apart)
     arrays = {module: _module(tensor, held) for module, tensor in found.items()}
     leaf = next(iter(leaves.values()))
-    _save(pathlib.Path(folder), arrays, _config(name, leaf, arrays, source))
+    tensors = {
+        f"{PREFIX}{module}.{NAMES[part]}": value for module, found in arrays.items() for part, value in found.items()
+    }
+    save(pathlib.Path(folder), tensors, _config(name, leaf, arrays, source))
 
 
 def _on_host(leaf, with_base):
@@ -118,10 +125,7 @@ def _config(name, leaf, arrays, source):
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
     alpha = lambda rank: round(leaf.scale * (math.sqrt(rank) if name == "rslora" else rank), 9)  # noqa: E731
     others = {module: own for module, own in ranks.items() if own != rank}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(source.path),
+    return common("LORA", ranks, source) | {
         "r": rank,
         "lora_alpha": alpha(rank),
         "rank_pattern": others,
@@ -130,18 +134,25 @@ def _config(name, leaf, arrays, source):
         "use_rslora": name == "rslora",
         "use_dora": name == "dora",
         "init_lora_weights": "pissa" if name == "pissa" else True,
-        "target_modules": sorted(ranks),
         "bias": "none",
+    }
+
+
+def common(kind, modules, source):
+    """What every adapter_config.json says."""
+    return {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source.name or str(source.path),
+        "target_modules": sorted(modules),
         "inference_mode": True,
     }
 
 
-def _save(folder, arrays, config):
+def save(folder, tensors, config):
+    """Writes an adapter's two files, whole or not at all."""
     from safetensors.numpy import save_file
 
-    tensors = {
-        f"{PREFIX}{module}.{NAMES[part]}": value for module, found in arrays.items() for part, value in found.items()
-    }
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{TENSORS}-{os.getpid()}"
     save_file(tensors, draft, metadata={"format": "pt"})
