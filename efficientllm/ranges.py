@@ -94,7 +94,7 @@ KEYS = {
     "infer.batch_size": whole(1, 2**20),
     "infer.prompt_length": WIDTH,
     "infer.repeats": whole(1, 10**6),
-    "plan.devices": whole(1, 2**17),
+    "plan.devices": whole(1, 2**14),
     "quality.limit": whole(0, note="0 is all examples"),
     "quality.batch_size": whole(1, 2**20),
     "metrics.interval_s": real(0.001, 3600, note="seconds"),

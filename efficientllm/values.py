@@ -4,7 +4,7 @@ import functools
 
 from efficientllm import catalogue, ranges, registry
 from efficientllm.errors import UserError, did_you_mean, shown
-from efficientllm.untrusted import patterns
+from efficientllm.untrusted import files, patterns
 
 MODEL = ("norm", "position", "precision", "attention_kernel", "kv_cache", "base", "eps")  # that a model gives its parts
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, on Linux
@@ -103,6 +103,20 @@ def path(where, value, own=False):
         raise UserError(
             f"{where} = {shown(value)}: is no path; a name in it has at most {LONGEST_NAME} bytes, and no byte 0"
         )
+
+
+def file(where, value, own=False):
+    """A path at which there is a regular file, or nothing yet: a device has no end, and a FIFO waits for a writer."""
+    path(where, value)
+    if value and files.is_there(value) and not files.is_file(value):
+        raise UserError(f"{where} = {shown(value)}: is a folder, a FIFO or a device, not a file")
+
+
+def source(where, value, own=False):
+    """A path that is not empty."""
+    if not value:
+        raise UserError(f"{where} is empty")
+    path(where, value)
 
 
 def folder_name(where, value, own=False):
@@ -246,8 +260,8 @@ KEYS = {
     "plan.calibration": path,
     "quality.tasks": each(something),
     "quality.include": path,
-    "quality.results": path,
-    "metrics.meter": path,
+    "quality.results": file,
+    "metrics.meter": file,
 }
 FIELDS = {
     **{("mixer", kind): spec(kind) for kind in ("position", "norm", "precision")},
@@ -262,6 +276,6 @@ FIELDS = {
     ("quant", "method"): constant("quant.int4", "METHODS"),
     ("quant", "embedding"): spec("quant"),
     ("adapter", "target"): regex,
-    ("data", "path"): path,
-    ("tokenizer", "path"): path,
+    ("data", "path"): source,
+    ("tokenizer", "path"): source,
 }

@@ -61,6 +61,10 @@ BAD_VALUES = [
     ("model.residual", "paralel", "did you mean 'parallel'?"),
     ("model.pretrained", "x" * 300, "is no path"),
     ("metrics.meter", "a\0b", "is no path"),
+    ("metrics.meter", "/dev/zero", "not a file"),
+    ("quality.results", "/", "not a file"),
+    ("data", "text(path='')", "path is empty"),
+    ("plan.devices", 10**6, "at most 16,384"),
     ("train.optimizer", f"adamw(b2={LONG})", "below 1"),
     ("train.optimizer", "adamw(b2=0.999999999)", "below 1"),  # 1 as a float32
     ("train.optimizer", "adam", "did you mean 'adamw'?"),

@@ -15,6 +15,7 @@ from efficientllm.plan.table import entry, table
 
 # By platform: the module that shows its compiler is there, and the extra of setup.py that brings it.
 PLUGINS = {"gpu": ("jax_cuda13_plugin", "gpu"), "tpu": ("libtpu", "tpu")}
+CPU_DEVICES = 1024  # XLA's client has numbers for 2,048 of a process
 # Without a device, the plugins would wait for one or refuse to load.
 ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -112,6 +113,8 @@ def check_count(hardware, count):
     where = f"config.plan.devices = {count}"
     if count < 1:
         raise UserError(f"{where}: must be at least 1")
+    if hardware.platform == "cpu" and count > CPU_DEVICES:
+        raise UserError(f"{where}: a process has at most {CPU_DEVICES:,} devices of a CPU")
     sizes = hardware.facts.get("topologies")
     if sizes and str(count) not in sizes:
         raise UserError(f"{where}: slices of {hardware.name} have {', '.join(sizes)} chips")

@@ -76,7 +76,13 @@ def test_hardware_of_one_s_own_is_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     "name, count, said",
-    [("v5e", 6, "4, 8, 16"), ("h200", 12, "16 would do"), ("h200", 0, "least 1"), ("rtx4090", 9, "no network")],
+    [
+        ("v5e", 6, "4, 8, 16"),
+        ("h200", 12, "16 would do"),
+        ("h200", 0, "least 1"),
+        ("rtx4090", 9, "no network"),
+        ("cpu", 2000, "at most 1,024"),
+    ],
 )
 def test_numbers_that_hardware_does_not_come_in(name, count, said):
     with pytest.raises(UserError, match=said):
