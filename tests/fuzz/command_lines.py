@@ -1,7 +1,8 @@
-"""Random command lines, and what becomes of them: `python tests/fuzz/command_lines.py [COUNT] [SEED] [run|parse]`.
+"""Random command lines, and what becomes of them: `python tests/fuzz/command_lines.py [COUNT] [SEED] [MODE]`.
 
-`parse` looks at each line alone. `run` starts what it names, a tiny model for two steps, in processes that are ended
-where they take too long. Prints one JSON object of counts, and the lines that ended in a traceback or not at all.
+MODE `parse` looks at each line alone. `describe` makes what it names of shapes, as a sweep does beforehand. `run`
+starts what it names, a tiny model for two steps. Processes that take too long are ended. Prints the lines that ended
+in a traceback or not at all, and one JSON object of counts.
 """
 
 import collections
@@ -198,6 +199,19 @@ def parsed(argv):
     return 0
 
 
+def described(argv):
+    """The exit status of a line whose model, method and optimiser are described without arrays."""
+    from efficientllm.errors import UserError
+    from efficientllm.sweep import check
+
+    try:
+        check._cost(argv)
+    except UserError as error:
+        print(f"efficientllm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def known():
     """`(fields by name by kind, keys with their defaults)` of the package, read from what is registered."""
     from efficientllm import registry
@@ -241,14 +255,14 @@ def is_long(line):
 def work(folder, start, count, seed, mode, seconds):
     """Prints a JSON line for each of the command lines from `start` on."""
     drawn = lines(seed, *known())
-    function = parsed
+    function = described if mode == "describe" else parsed
     if mode == "run":
         from efficientllm.main import main as function
     for index in range(count):
         line = next(drawn)
-        if index < start or (mode == "run" and is_long(line)):
+        if index < start or (mode != "parse" and is_long(line)):
             continue
-        argv = [*tiny(folder, index), *line] if mode == "run" else ["--config=configs/base.py", *line]
+        argv = [*tiny(folder, index), *line] if mode != "parse" else ["--config=configs/base.py", *line]
         print(json.dumps({"index": index, "begins": line}), flush=True)
         kind, said = outcome(function, argv, seconds)
         print(json.dumps({"index": index, "outcome": kind, "line": line, "said": said[-600:]}), flush=True)

@@ -29,9 +29,10 @@ def test_many_command_lines_are_read_or_refused_in_one_line(fuzz_seconds):
         assert _failures(itertools.islice(lines, 100), 5.0) == []
 
 
-@pytest.mark.slow  # tiny runs of what is read, in processes of their own
-def test_what_is_read_runs_or_ends_in_one_line(fuzz_seconds):
-    found = command_lines.survey(int(max(20, fuzz_seconds / 20)), SEED, "run", 60.0)
+@pytest.mark.slow  # what is read is described, or run for two steps, in processes of their own
+@pytest.mark.parametrize("mode, each_s", [("describe", 3), ("run", 20)])
+def test_what_is_read_ends_in_one_line_or_well(fuzz_seconds, mode, each_s):
+    found = command_lines.survey(int(max(60, fuzz_seconds / 2) / each_s), SEED, mode, 60.0)
     assert [entry for entry in found if entry["outcome"] in ("traceback", "hang", "died")] == []
 
 
