@@ -16,7 +16,7 @@ import contextlib
 import signal
 import sys
 
-from efficientllm import allocator
+from efficientllm import allocator, console
 from efficientllm.errors import UserError
 
 NEW = 512  # tokens of an answer at most, unless config.infer.max_new_tokens is given
@@ -24,6 +24,7 @@ NEW = 512  # tokens of an answer at most, unless config.infer.max_new_tokens is 
 
 def main(argv=None):
     """Runs the command line `argv` and returns the exit status."""
+    console.print_all_letters()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or any(argument in ("-h", "--help") for argument in argv):
         print(__doc__.strip())

@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import sys
 
-from efficientllm import extras
+from efficientllm import console, extras
 
 # What each extra of setup.py brings, by the module that shows it is there.
 EXTRAS = {
@@ -41,6 +41,7 @@ class Finding:
 
 def main(argv=None):
     """Prints the findings and returns the exit status."""
+    console.print_all_letters()
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(__doc__.strip())

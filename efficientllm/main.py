@@ -17,7 +17,7 @@ Exit status: 0 ok, 2 bad config or input, 3 the run failed and its row says how,
 
 import sys
 
-from efficientllm import allocator
+from efficientllm import allocator, console
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.stopping import stoppable
 
@@ -27,6 +27,7 @@ FLAGS = ("config", "workdir", "overwrite", "init", "help")
 @stoppable
 def main(argv=None):
     """Runs the command line `argv` and returns the exit status."""
+    console.print_all_letters()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or any(argument in ("-h", "-help", "--help", "--helpfull", "--helpshort") for argument in argv):
         print(__doc__.strip())

@@ -22,6 +22,7 @@ import json
 import pathlib
 import sys
 
+from efficientllm import console
 from efficientllm.errors import UserError
 from efficientllm.stopping import stoppable
 
@@ -31,6 +32,7 @@ TOLERANCE = 1e-3  # of the greatest logit: float32 rounding over some dozens of 
 @stoppable
 def main(argv=None):
     """Runs the command line `argv` and returns the exit status."""
+    console.print_all_letters()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & set(argv):
         print(__doc__.strip())

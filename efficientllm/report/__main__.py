@@ -19,6 +19,7 @@ import argparse
 import pathlib
 import sys
 
+from efficientllm import console
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.stopping import stoppable
 
@@ -34,6 +35,7 @@ class _Parser(argparse.ArgumentParser):
 @stoppable
 def main(argv=None):
     """Runs the command line `argv` and returns the exit status."""
+    console.print_all_letters()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or any(argument in ("-h", "--help") for argument in argv):
         print(__doc__.strip())

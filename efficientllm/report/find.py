@@ -35,7 +35,9 @@ def find(paths):
             raise UserError(f"{path}: no such file or folder; {_HINT}")
         found = _below(path, "record.json") if path.is_dir() else [path]
         if not found:
-            raise UserError(f"{path}: no record.json in it; {_HINT}")
+            going = len(_below(path, "config.json")) if path.is_dir() else 0
+            said = f"no record.json in it, {going} runs of which none has ended" if going else "no record.json in it"
+            raise UserError(f"{path}: {said}; {_HINT}")
         files += [file for file in found if not _is_try(file, path)]
         if path.is_dir():
             runs = (file.parent for file in _below(path, "config.json") if not _is_try(file, path))

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 
-from efficientllm import extras
+from efficientllm import console, extras
 from efficientllm.errors import UserError, did_you_mean
 
 STOPPED = 130
@@ -31,6 +31,7 @@ FLAGS = ("config", "out", "dry_run", "retry", "launcher", "partition")
 
 def main(argv=None):
     """Runs the command line `argv` and returns the exit status."""
+    console.print_all_letters()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & set(argv):
         print(__doc__.strip())

@@ -5,6 +5,8 @@ import logging
 import sys
 import time
 
+from efficientllm import console
+
 
 class _LogFile(logging.FileHandler):
     """A log that a full disk cuts short, where logging would print a traceback for each line."""
@@ -20,8 +22,7 @@ def open_log(file):
     log.setLevel(logging.INFO)
     log.propagate = False
     close_log()
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a letter shows another one
-        sys.stdout.reconfigure(errors="replace")
+    console.print_all_letters()
     handlers = (
         (logging.StreamHandler(sys.stdout), _LogFile(file, encoding="utf-8")) if file else (logging.StreamHandler(),)
     )

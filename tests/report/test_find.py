@@ -239,3 +239,10 @@ def test_what_the_machine_lacks_is_one_line(tmp_path, error, said, monkeypatch, 
     made.row(tmp_path / "runs", al_s=0.5)
     assert command.main([str(tmp_path / "runs"), f"--out={tmp_path / 'report'}"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_whose_runs_have_not_ended_says_so(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no record.json in it, 1 runs of which none has ended"):
+        find.find([tmp_path])
