@@ -61,7 +61,11 @@ def _theirs(source, ids):
     if source.path.is_file():
         place = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        **place, dtype=torch.float32, attn_implementation="eager"
+        **place,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=False,
+        **({} if source.path.is_file() else {"use_safetensors": True}),  # a pickle beside them is not read
     )
     with torch.no_grad():
         return jnp.asarray(loaded.eval()(torch.tensor(ids).long()).logits.numpy())

@@ -196,7 +196,7 @@ def write_tokenizer(folder, like, tokenizer):
     elif isinstance(like, Source) and where.is_file():
         import transformers
 
-        loaded = transformers.AutoTokenizer.from_pretrained(where.parent, gguf_file=where.name)
+        loaded = transformers.AutoTokenizer.from_pretrained(where.parent, gguf_file=where.name, trust_remote_code=False)
         loaded.save_pretrained(folder)
 
 

@@ -44,16 +44,16 @@ class HuggingFace:
             return os.path.expanduser(self.path)
         import transformers
 
+        files.open_file(self.path, f"config.tokenizer: hf(path={self.path!r})").close()
         key = cache.digest(cache.stat_key([os.path.realpath(self.path)]), transformers.__version__, _GGUF_ENDS)
         return cache.entry(cache.root(), f"gguf-tokenizer-{key}", self._convert)
 
     def _convert(self, folder):
-        import transformers
-
+        ends = _gguf_ends(self.path)  # reads the whole header first: the package that transformers takes checks nothing
         where, name = os.path.split(self.path)
-        loaded = transformers.AutoTokenizer.from_pretrained(where or ".", gguf_file=name, trust_remote_code=False)
+        loaded = _load(where or ".", f"config.tokenizer: hf(path={self.path!r})", gguf_file=name)
         loaded.save_pretrained(folder)
-        (folder / GENERATION).write_text(json.dumps({"eos_token_id": _gguf_ends(self.path)}))
+        (folder / GENERATION).write_text(json.dumps({"eos_token_id": ends}))
 
 
 def _check_files(folder, where):
@@ -64,17 +64,20 @@ def _check_files(folder, where):
                 files.open_file(os.path.join(folder, name), where).close()
 
 
-def _load(folder, where):
+def _load(folder, where, **how):
     import transformers
 
-    _check_files(folder, where)
-    if _needs_sentencepiece(pathlib.Path(folder)):
+    if not how:
+        _check_files(folder, where)
+    if not how and _needs_sentencepiece(pathlib.Path(folder)):
         raise UserError(f"{where} holds a tokenizer.model, which is read with: pip install sentencepiece")
     try:
         with warnings.catch_warnings():  # torch, where it is installed, imports pynvml by its package's old name
             warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever its readers of ten formats, in two languages, raise
+            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **how)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever its readers of ten formats, in two languages, raise; Rust's panics too
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{where} cannot be loaded ({reason}); name a folder or a repository") from error
 

@@ -48,7 +48,7 @@ class Hub(Source):
             _check_json(self.path, cache.stat_key(_json_files(self.path)))
         try:
             return datasets.load_dataset(self.path, self.name or None, split=self.split, streaming=self.streaming)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # a script is Runtime's
             raise UserError(
                 f"{self._where()} cannot be loaded ({_reason(error)}); check path, name and split, or, without a "
                 "network, use python_docs() or files of your own through text(), jsonl(), csv() or parquet()"
