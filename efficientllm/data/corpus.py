@@ -176,9 +176,9 @@ class Corpus:
 
     def _divide(self, hashes, sizes, content):
         distinct = len(set(hashes.tolist()))
-        # Of few documents chance might hold out none: then the one that came closest is.
+        # Of few documents chance might hold out none, or all: then the one that came closest changes its side.
         threshold = int(self._attribute("held_out") * _ALL) if distinct > 1 else 0
-        threshold = max(threshold, int(hashes.min()) + 1) if threshold else 0
+        threshold = min(max(threshold, int(hashes.min()) + 1), int(hashes.max())) if threshold else 0
         held = hashes < threshold
         content.update(threshold.to_bytes(9, "little"))
         counts = {"train": ~held, "held_out": held}

@@ -68,15 +68,23 @@ def text(value, name, where):
 
 def _json(path):
     """JSON lines; or one array, or one object, over the whole file."""
+    for where, value in _values(path):
+        if not isinstance(value, dict | list):
+            raise UserError(f"{where}: a JSON object is needed, not {type(value).__name__}")
+        yield where, value
+
+
+def _values(path):
+    """Yields `(where, value)` of what each line holds, or each element of the file's array or object."""
     blank = True
     for number, line in streams.lines(path):
         if not line.strip():
             continue
-        if blank and (rows := _whole(path, line)) is not None:
-            yield from rows
+        if blank and (found := _whole(path, line)) is not None:
+            yield from found
             return
         blank = False
-        yield f"{path}, line {number}", _loads(line, path, number)
+        yield f"{path}, line {number}", _parsed(lambda line=line: json.loads(line), path, number)
 
 
 def _whole(path, first):
@@ -147,13 +155,6 @@ def _object(path, content):
         yield from ((f"{path}, record {index}", record) for index, record in enumerate(lists[0], 1))
     else:
         yield f"{path}, line 1", value
-
-
-def _loads(line, path, number):
-    value = _parsed(lambda: json.loads(line), path, number)
-    if not isinstance(value, dict | list):
-        raise UserError(f"{path}, line {number}: a JSON object is needed, not {type(value).__name__}")
-    return value
 
 
 def _parsed(parse, path, line=None):

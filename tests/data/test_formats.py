@@ -311,6 +311,8 @@ WRONG = [
     ("a.json", b'[\n{"text": "a"}\n{"text": "b"}]', "line 3: not JSON (a comma or"),
     ("a.json", b'[{"text": "a"}]\n]', "line 1: field 'text'|line 2: not JSON|line 1: a JSON object"),
     ("a.jsonl", b'{"text": 5}', "line 1: field 'text' holds int, not text"),
+    ("a.json", b'[{"text": "a"},\n 3]', "line 2: a JSON object is needed, not int"),
+    ("a.json", b'{"v": 1,\n "data": [{"text": "a"}, null]}', "record 2: a JSON object is needed, not NoneType"),
     ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', "line 2: no field 'text'; there are: txt; did you mean 'txt'"),
     ("a.csv", b'text,n\na,1\n"b\nb",2,3\n', "line 3: 3 fields under a header of 2"),
     ("a.csv", b'text,n\n"a,1\n', "line 2: not CSV"),

@@ -49,6 +49,7 @@ def test_few_documents_still_hold_one_out(tmp_path):
     spec = f"jsonl(path={write(tmp_path / 'few.jsonl', chr(10).join(lines))!r}, held_out=0.001)"
     assert len(list(Corpus(spec).texts("held_out"))) == 1
     assert list(Corpus(spec.replace("0.001", "0.0")).texts("held_out")) == []
+    assert len(list(Corpus(spec.replace("0.001", "0.9999")).texts("train"))) == 1
 
 
 def test_rows_of_jsonl_and_parquet_are_documents(tmp_path):

@@ -45,7 +45,7 @@ def tree(rng, value):
     elif action == 4 and isinstance(holder[key], int | float):
         holder[key] = holder[key] * rng.choice([-1, 0, 2, 10**6, 0.5, 1 / 3]) + rng.choice([0, 1, -1])
     else:
-        holder[key] = rng.choice(EXTREMES)
+        holder[key] = copy.deepcopy(rng.choice(EXTREMES))  # which may be changed in its turn
     return value
 
 

@@ -4,10 +4,12 @@ A reader has `make(folder)`, which writes the sample and gives what `spoil` need
 writes a spoiled one; and `read(folder)`, which may raise UserError and nothing else.
 """
 
+import bz2
 import functools
 import gzip
 import importlib
 import json
+import lzma
 import pathlib
 import shutil
 import struct
@@ -476,6 +478,39 @@ def packed(folder):
     return bytes_of(folder)
 
 
+def array(folder):
+    """Alpaca's layout, as it is published."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"instruction": "add", "input": f"1 and {i}", "output": f"{i + 1}"} for i in range(4)]
+    (folder / "data.json").write_text(json.dumps(rows, indent=1))
+    return bytes_of(folder)
+
+
+def separated(ending, by):
+    def make(folder):
+        folder.mkdir(exist_ok=True)
+        rows = ["prompt,text,response".replace(",", by)] + [
+            f'{i}{by}"a ""word"", and\n{i}"{by}\u00e9' for i in range(9)
+        ]
+        (folder / f"data.{ending}").write_text("\n".join(rows))
+        return bytes_of(folder)
+
+    return make
+
+
+def compressed(ending):
+    def make(folder):
+        pyarrow = importlib.import_module("pyarrow")
+        folder.mkdir(exist_ok=True)
+        text = "\n".join(json.dumps({"text": f"a document {i}"}) for i in range(50)).encode()
+        pack = {"xz": lzma.compress, "bz2": bz2.compress}.get(ending)
+        packed = pack(text) if pack else pyarrow.Codec("zstd").compress(text).to_pybytes()
+        (folder / f"data.jsonl.{ending}").write_bytes(packed)
+        return bytes_of(folder)
+
+    return make
+
+
 def plain(folder):
     folder.mkdir(exist_ok=True)
     (folder / "data.txt").write_text("one line\nanother \u00e9\n" * 20)
@@ -523,6 +558,13 @@ READERS = {
     "jsonl": Reader(documents, spoil_files(["data.jsonl"]), read_data("jsonl(path='{}/*')")),
     "gzip": Reader(packed, spoil_files(["data.jsonl.gz"]), read_data("jsonl(path='{}/*')")),
     "parquet": Reader(table, spoil_files(["data.parquet"]), read_data("parquet(path='{}/*')")),
+    "array": Reader(array, spoil_files(["data.json"]), read_data("pairs(path='{}/*')")),
+    "csv": Reader(separated("csv", ","), spoil_files(["data.csv"]), read_data("csv(path='{}/*')")),
+    "tsv": Reader(separated("tsv", "\t"), spoil_files(["data.tsv"]), read_data("pairs(path='{}/*')")),
+    **{
+        ending: Reader(compressed(ending), spoil_files([f"data.jsonl.{ending}"]), read_data("jsonl(path='{}/*')"))
+        for ending in ("zst", "xz", "bz2")
+    },
     "text": Reader(plain, spoil_files(["data.txt"]), read_data("text(path='{}/*')")),
     "chat": Reader(conversations, spoil_files(["data.jsonl"]), read_data("chat(path='{}/*')")),
     "prompts": Reader(prompts, spoil_files(["prompts.jsonl"]), read_prompts),
