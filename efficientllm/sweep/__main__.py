@@ -7,7 +7,7 @@
   --config.key=value    replaces one value in every run: --config.model.size=1.5b
   --out=DIR             where runs and report go (default: runs/sweeps/<name>)
   --dry_run             prints every run with what it costs, and runs nothing
-  --retry=LIST          runs those again whose outcome is in the list: oom, crash, nan, timeout, invalid
+  --retry=LIST          runs those again whose outcome is in the list: oom, crash, error, nan, timeout, invalid
   --launcher            local: one after another; slurm: one job array, a run an allocation
   --partition           Slurm's
 

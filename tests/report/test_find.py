@@ -192,6 +192,27 @@ def test_a_row_with_anything_in_it_is_reported_or_left_out(count, tmp_path, monk
             raise AssertionError(f"trial {trial}: {error!r}") from error
 
 
+@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)], ids=["some", "many"])
+def test_a_row_with_anything_in_it_is_compared_or_refused(count, tmp_path, capsys):
+    rng = random.Random(count)
+    for name, mixer in (("a", "gqa"), ("b", "mqa")):
+        for seed in range(2):
+            values = {"al_s": 0.5 + seed / 100, "j_per_token": 3.0, "amu_gb": 1.0, "eval_loss": 3.0}
+            made.row(tmp_path / name / str(seed), mixer, seed=seed, conditions=None, **values)
+    file = tmp_path / "b" / "1" / "record.json"
+    text, statuses = file.read_text(), set()
+    for trial in range(count):
+        rng.seed(trial)
+        file.write_text(json.dumps(mutate(json.loads(text), rng)))
+        try:
+            statuses.add(command.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]))
+        except Exception as error:
+            raise AssertionError(f"trial {trial}: {error!r}") from error
+        said = capsys.readouterr()
+        assert said.out.strip() or len(said.err.strip().splitlines()) <= 2
+    assert statuses >= {0, 2}
+
+
 def test_what_lies_beside_a_row_cannot_stop_a_report(tmp_path):
     """FIFOs, devices and loops in the place of logs, answers and event files, and event files that are none."""
     for i, name in enumerate(("log.txt", "output.txt", "samples", "events.out.tfevents.1", "config.json")):
