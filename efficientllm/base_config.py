@@ -15,6 +15,9 @@ def get_config():
     config.seed = 0
     config.imports = ()  # files or modules that register techniques of your own
     config.mesh = "data=-1"  # sizes of the axes data, fsdp, expert, tensor, sequence; -1 is all devices that are left
+    config.memory_gb = (
+        0.0  # GB that a run may take, on accelerators of each; 0 is what is free. More goes on regardless
+    )
 
     config.model = ConfigDict()
     config.model.pretrained = ""  # a folder, a GGUF file, a hub id or smollm2-135m: where the model comes from

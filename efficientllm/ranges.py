@@ -78,6 +78,7 @@ TURNS = real(above=1, note="the base of rotary frequencies")
 
 KEYS = {
     "seed": whole(0, 2**32 - 1, "seeds that JAX tells apart"),
+    "memory_gb": real(0, 10**6, note="0 is what is free"),
     "train.steps": whole(1),
     "train.batch_size": whole(1, 2**20),
     "train.length": WIDTH,

@@ -36,12 +36,14 @@ _FILES = (
     r"tokenizer/((tokenizer|tokenizer_config|generation_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt)",
     r"tokenizer/(tokenizer\.model|chat_template\.jinja|additional_chat_templates)",
     r"\.tokenizer-\d+",
+    r"tokenizer/[\w-]+\.(json|txt|model|jinja)",
     r"plugins/profile",
 )
 _PARTIAL = (  # of writes that were cut off
     r"record(\.failed)?\.json\.\d+\.partial",
     r"\.(config|run)\.json-\d+",
     r"\.probe-\d+",
+    r"\.tokenizer-\d+",
     r"adapter/\.adapter_model\.safetensors-\d+",
 )
 _KEPT = (MARKER, "owner.json", "log.txt", "output.txt")  # the first three are the running process's, the last a sweep's
@@ -96,10 +98,7 @@ def remove(folder):
     Links are removed, never what they lead to. The marker stays, so that a removal that is cut off can be repeated.
     """
     for file in _matching(folder, (*_FILES, *_PARTIAL)):
-        if file.is_symlink() or not file.is_dir():
-            file.unlink()
-        else:
-            shutil.rmtree(file)
+        _remove(file)
     for name in _FOLDERS:
         inner = folder / name
         if inner.is_symlink():
@@ -112,7 +111,14 @@ def remove(folder):
 def remove_partial(folder):
     """Removes what writes left behind that were cut off, by a kill for example."""
     for file in _matching(folder, _PARTIAL):
-        file.unlink()
+        _remove(file)
+
+
+def _remove(path):
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _matching(folder, patterns):

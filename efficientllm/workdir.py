@@ -75,9 +75,11 @@ class Workdir:
         return self
 
     def release(self, refused=False):
-        """Lets others in. Of a run that was `refused` before it claimed a new folder, nothing stays."""
-        if refused and self._is_new and not (self.path / "config.json").exists():
-            (self.path / "log.txt").unlink(missing_ok=True)
+        """Lets others in. Of a run in a new folder that was `refused` before a checkpoint or a row, nothing stays."""
+        if refused and self._is_new and self.steps_saved() is None and not (self.path / run_files.ROW).exists():
+            run_files.remove(self.path)
+            for name in ("log.txt", run_files.MARKER):
+                (self.path / name).unlink(missing_ok=True)
         self._lock.release()
         if self._is_new:
             with contextlib.suppress(OSError):  # it holds something, as it should

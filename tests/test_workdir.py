@@ -92,6 +92,8 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path, capsys):
         "checkpoints/unreadable-4",
         "samples/generated.jsonl",
         "adapter/adapter_config.json",
+        "tokenizer/tokenizer.json",
+        ".tokenizer-77/tokenizer.json",
         "notes.txt",
         "adapter/README.md",
     ):

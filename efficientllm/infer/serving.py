@@ -59,12 +59,9 @@ class Serving:
         """The parameters in the form `spec`, and those that `rules` name in theirs. Raises OutOfMemory."""
         if spec == "stored":
             return jax.block_until_ready(self._placed(self._stored()))
-        forms = [quant.form_of(each) for each in (spec, *(form for _, form in rules))]
-        calibrated = any(getattr(form, "calibrated", False) for form in forms)
-        if not calibrated:
-            self._check_memory(self._rounded_bytes(spec, rules), spec)
+        self._check_memory(spec, rules)
+        if not _is_calibrated(spec, rules):
             return jax.block_until_ready(self._each(self._rounder(spec, rules)))
-        self._check_memory(resident_bytes(self.boxed), "")
         dense = self._each(lambda path, array: array)
         found = calibrate.quantize(self.lm, dense, spec, self._calibration(), rules)
         return jax.block_until_ready(self._placed(found))
@@ -93,12 +90,22 @@ class Serving:
         held = setup.boxed_like(box, leaf)
         return jax.device_put(nn.unbox(held), sharding.shardings(held, self.mesh))
 
-    def _rounded_bytes(self, spec, rules):
-        """Bytes of weights that are rounded one by one as they are read: all so, and the largest as it was; of drawn
-        ones, which come by groups of layers, the largest group."""
-        plain = nn.unbox(self.boxed)
+    def weights_bytes(self, spec, rules=()):
+        """`(kept, at most)` bytes of weights in the form `spec` over all devices, while they are loaded: those that are
+        rounded one by one as they are read, and the largest as it was; of drawn ones, which come by groups of layers,
+        the largest group; calibrated ones begin as float32. None for `stored`, whose files say."""
+        if spec == "stored":
+            return None
+        plain, copies = nn.unbox(self.boxed), self.mesh.shape["data"]  # each device of `data` has its own
+        kept = resident_bytes(jax.eval_shape(lambda params: quant.quantize(params, spec, rules), plain))
         largest = max(map(resident_bytes, jax.tree.leaves(plain) if self.source else plain.values()))
-        return resident_bytes(jax.eval_shape(lambda params: quant.quantize(params, spec, rules), plain)) + largest
+        most = resident_bytes(self.boxed) if _is_calibrated(spec, rules) else kept + largest
+        return kept * copies, most * copies
+
+    @property
+    def states_bytes(self):
+        """Bytes of the states of all rows."""
+        return self.config.infer.batch_size * accounting.state_bytes(self.lm, self.length)
 
     def _each(self, each):
         """The parameters, read or drawn, of each of which `each(path, array)` is kept before there are more."""
@@ -118,18 +125,22 @@ class Serving:
             raise UserError("config.quant = 'stored' needs config.model.pretrained, whose files hold rounded weights")
         return self.source.load_stored(nn.unbox(self.boxed), self.lm)
 
-    def _check_memory(self, weights, spec):
-        """States must fit beside the bytes of `weights`, as many as there ever are at a time."""
-        rows = self.config.infer.batch_size
-        states = rows * accounting.state_bytes(self.lm, self.length)
-        weights *= self.mesh.shape["data"]  # each of whose devices has its own
-        limit = host.memory_total_bytes() if self.devices[0].platform == "cpu" else memory.limit_bytes(self.devices)
+    def _check_memory(self, spec, rules):
+        """States must fit beside the weights, as many as there ever are at a time. Raises OutOfMemory."""
+        weights, states, shared = self.weights_bytes(spec, rules)[1], self.states_bytes, self._shares_memory
+        limit = host.memory_total_bytes() if shared else memory.limit_bytes(self.devices)
+        if self.config.memory_gb:
+            limit = self.config.memory_gb * 1e9 * (1 if shared else len(self.devices))
         if limit is not None and weights + states > limit:
             raise OutOfMemory(
                 f"out of memory: {spec or 'float32'} weights of {weights / 1e9:.1f} GB and states of "
-                f"{states / 1e9:.1f} GB for {rows} x {self.length} tokens, {len(self.devices)} x "
-                f"{self.devices[0].platform} has {limit / 1e9:.1f} GB"
+                f"{states / 1e9:.1f} GB for {self.config.infer.batch_size} x {self.length} tokens, "
+                f"{len(self.devices)} x {self.devices[0].platform} has {limit / 1e9:.1f} GB"
             )
+
+    @property
+    def _shares_memory(self):
+        return self.devices[0].platform == "cpu"
 
     @functools.cached_property
     def held_out(self):
@@ -145,6 +156,11 @@ class Serving:
     def _calibration(self):
         """Rows of the text that is not held out."""
         return calibrate.text(self.config.data, self.tokenizer, self.config.train.length, self.config.seed)
+
+
+def _is_calibrated(spec, rules):
+    forms = [quant.form_of(each) for each in (spec, *(form for _, form in rules))]
+    return any(getattr(form, "calibrated", False) for form in forms)
 
 
 def check(config):

@@ -3,6 +3,7 @@
 On a CPU the host is the device: its resident memory and CPU time are the study's AMU and PCU.
 """
 
+import functools
 import hashlib
 import os
 import platform
@@ -10,6 +11,8 @@ import resource
 import sys
 import time
 from pathlib import Path
+
+from efficientllm.metrics import containers
 
 
 def name_hash():
@@ -41,8 +44,31 @@ def peak_rss_bytes():
 
 
 def memory_total_bytes():
+    """Physical memory of the machine, or of the container that this process is in where that may take less."""
+    return min([physical_bytes(), *(limit for limit, _ in _limits())])
+
+
+def physical_bytes():
     """Physical memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@functools.cache
+def _limits():
+    return tuple(containers.limits())
+
+
+def memory_free_bytes(proc=Path("/proc"), cgroups=Path("/sys/fs/cgroup")):
+    """Memory that a process could still take, page cache counted as free: of the machine, and of each container."""
+    return min([_available(proc), *(free for _, free in containers.limits(proc, cgroups))])
+
+
+def _available(proc):
+    try:
+        fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return physical_bytes()
 
 
 def usable_cores():

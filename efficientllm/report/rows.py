@@ -19,7 +19,7 @@ from efficientllm.workdir import flatten
 __all__ = ["Row", "find", "grids", "read", "read_row"]
 
 # Keys that say how a run is watched, saved or called, not what is compared.
-IGNORED = ("name", "seed", "sweep", "imports", "checkpoint", "sample", "metrics", "train.log_every")
+IGNORED = ("name", "seed", "sweep", "imports", "memory_gb", "checkpoint", "sample", "metrics", "train.log_every")
 GROUPS = ("paper", "physical", "quality", "conditions")
 _LONGEST_LABEL, _LONGEST_VALUE = 60, 40  # characters
 _TELLING = ("model.", "adapter", "quant", "infer.", "train.", "data", "tokenizer")

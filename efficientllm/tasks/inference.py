@@ -16,6 +16,7 @@ from efficientllm.infer.engine import Engine
 from efficientllm.metrics import energy, memory, peaks, provenance, record
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
+from efficientllm.plan import room
 from efficientllm.quality import harness
 from efficientllm.registry import register
 from efficientllm.train import evaluate, setup, step
@@ -47,6 +48,7 @@ class Inference:
     def run(self):
         """Returns the exit status."""
         self.serving = serving.prepare(self.config)
+        room.check_serving(self.serving)
         if self.config.infer.baseline.endswith(".json"):
             row.check_baseline(self.config, data.describe(self.config.data, self.serving.tokenizer))
         self.workdir.claim(self.config)

@@ -1,7 +1,6 @@
 """Pre-training and tuning: from a config to a trained model, its charts, its checkpoints and its row."""
 
 import contextlib
-import errno
 import logging
 import math
 import time
@@ -14,16 +13,16 @@ from efficientllm.metrics import energy, memory, provenance, record, timer
 from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.metrics.tensorboard import SummaryWriter
+from efficientllm.plan import room
 from efficientllm.registry import register
 from efficientllm.train import charts, evaluate, extras, facts, loop, row, setup
-from efficientllm.train.checkpoint import CheckpointError, Checkpoints
+from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
 from efficientllm.train.progress import Progress, close_log, open_log
 from efficientllm.workdir import config_hash, flatten, plain
 
 log = logging.getLogger("efficientllm")
 FAILED = failures.FAILED
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # of a write that failed
 
 
 @register("task", "pretrain")
@@ -92,12 +91,14 @@ class Training:
 
     def _prepare(self):
         self.setup = setup.prepare(self.config, log)
+        room.check_shapes(self.setup)
         if self.main:
             self.workdir.claim(self.config)
 
     def _train(self):
         stopping.check()
         self.compiled, self.compiled_eval = setup.compile_steps(self.setup)
+        distributed.together(lambda: room.check_compiled(self.setup))
         self.token_bytes = setup.token_bytes(self.setup)
         state = self._restore_or_create()
         if self.main:
@@ -267,12 +268,9 @@ class Training:
 
     def _distrust(self, step):
         """Sets aside the checkpoint whose loss is no number: it is not the last good one, nor to be resumed from."""
-        try:
+        with failures.optional("no checkpoint was set aside"):
             self.checkpoints.wait()
-            if step is not None:
-                self.checkpoints.distrust(step)
-        except CheckpointError as error:
-            log.error(str(error))
+            self.checkpoints.distrust(step)
 
     def close(self):
         """Stops threads and closes files."""

@@ -1,6 +1,7 @@
 """Checkpoints through orbax: asynchronous, the last n and the best, with checksums, and never half of one."""
 
 import contextlib
+import errno
 import logging
 import math
 
@@ -12,6 +13,7 @@ from efficientllm.errors import UserError
 from efficientllm.train import checksums, quiet
 
 log = logging.getLogger("efficientllm")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # of a write that failed, here or elsewhere
 
 
 class CheckpointError(RuntimeError):
