@@ -125,6 +125,7 @@ def test_what_was_read_is_not_read_again(session, monkeypatch):
     assert read[3] == 6
 
 
+@pytest.mark.slow
 def test_the_state_grows_with_the_conversation(model, monkeypatch):
     monkeypatch.setattr("efficientllm.infer.session.SHORTEST", 16)
     source = convert.open_source(model[0])

@@ -74,7 +74,8 @@ def latest(path):
 
 def _is_run_file(file):
     try:
-        return is_run(json_text.read(file))
+        config = json_text.read(file)
+        return is_run(config) and config["task"] in TASKS
     except UserError:
         return False
 
@@ -92,7 +93,10 @@ def open_run(path, config, weights, open_source):
     from efficientllm.run import import_plugins  # techniques of one's own, as the run had them
 
     import_plugins(run.imports)
-    base = open_source(run.model.pretrained, weights) if run.model.pretrained else None
+    try:
+        base = open_source(run.model.pretrained, weights) if run.model.pretrained else None
+    except UserError as error:
+        raise UserError(f"{where}: what the run began from cannot be opened: {error}") from None
     model = dict(base.model) if base else {key: run.model[key] for key in _DESCRIBES}
     source = RunSource(
         path, dict(base.config) if base else {}, model, base and base.max_positions, None, {}, run=run, base=base

@@ -159,6 +159,10 @@ def test_a_run_has_its_tokenizer_with_it(trained, where):
         (lambda folder: edit(folder, adapter="lora(rank=x)"), "is not a spec"),
         (lambda folder: edit(folder, model={"size": 3}), "config.json is none of a run"),
         (lambda folder: edit(folder, imports=["/nowhere.py"]), "cannot be imported"),
+        (
+            lambda folder: edit(folder, model={"pretrained": "/gone"}),
+            "the run began from cannot be opened: .*/gone",
+        ),
     ],
 )
 def test_what_is_no_run_is_one_line(change, message, trained, tmp_path):
@@ -188,6 +192,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_changed(trained, tmp
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == names
 
 
+@pytest.mark.slow
 def test_infer_takes_both(trained, where, tmp_path, capsys):
     folder, _ = trained("lora", **tuned(where, **TUNED["lora"]))
     said = {}
@@ -206,9 +211,10 @@ def test_of_several_runs_the_newest_is_taken(trained, tmp_path):
     import os
 
     folder, _ = trained("plain")
-    for name, age in (("old", 100), ("new", 0), ("older", 200)):
+    for name, age in (("old", 100), ("new", 0), ("older", 200), ("planned", -100)):
         shutil.copytree(folder, tmp_path / "runs" / name)
         stamp = (folder / "config.json").stat().st_mtime - age
+        edit(tmp_path / "runs" / name, task="plan" if name == "planned" else "pretrain")
         os.utime(tmp_path / "runs" / name / "config.json", (stamp, stamp))
     assert convert.open_source(tmp_path / "runs").path == tmp_path / "runs" / "new"
     assert run_folder.latest(tmp_path / "runs" / "adapter") == tmp_path / "runs" / "new" / "adapter"

@@ -137,6 +137,23 @@ def test_an_added_token_beyond_the_embedding_is_refused_where_a_text_asks_for_it
         ours.encode_prompt("the [PAD]")
 
 
+def test_a_model_without_an_embedding_of_pad_is_served(tmp_path):
+    from convert import folders
+
+    from configs import base
+    from efficientllm import architecture, convert
+    from efficientllm.train import setup
+
+    theirs = kinds.save(tmp_path, eos_token="<eos>", pad_token="[PAD]")
+    folders.llama(tmp_path, vocab_size=theirs.pad_token_id)
+    config, source = base.get_config(), convert.open_source(tmp_path)
+    config.tokenizer = "pretrained"
+    tokenizer = setup.tokenizer_of(config, source)
+    lm = architecture.from_config(setup.described(config.model, source), tokenizer.vocab_size)
+    assert lm.vocab_size == tokenizer.vocab_size == theirs.pad_token_id
+    assert len(setup.bytes_of(tokenizer, lm)) == lm.vocab_size
+
+
 def test_a_vocabulary_that_is_too_large_stays_so(tmp_path):
     kinds.save(tmp_path, eos_token="<eos>")
     ours = kinds.ours(tmp_path)
