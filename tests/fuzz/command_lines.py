@@ -1,4 +1,4 @@
-"""Random command lines, and what becomes of them: `python tests/fuzz/command_lines.py [COUNT] [SEED] [MODE]`.
+"""What becomes of random command lines: `python -m fuzz.command_lines [COUNT] [SEED] [MODE]`, from tests/.
 
 MODE `parse` looks at each line alone. `describe` makes what it names of shapes, as a sweep does beforehand. `run`
 starts what it names, a tiny model for two steps. Processes that take too long are ended. Prints the lines that ended
@@ -11,148 +11,18 @@ import io
 import json
 import os
 import pathlib
-import random
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 
-NUMBERS = ["-1", "0", "1", "3", "2.5", "nan", "inf", "-inf", "1e400", "1e39", "1e-50", "-0.0", "1e3", "0x10", "1_0"]
-NUMBERS += [
-    "",
-    " ",
-    "None",
-    "True",
-    "[]",
-    "()",
-    "'3'",
-    "3,4",
-    "½",
-    "٣",
-    "--",
-    "1e",
-    "9" * 30,
-    "9" * 5000,
-    "-" * 3000 + "1",
-]
-TEXTS = [
-    "",
-    " ",
-    "x" * 300,
-    "x" * 5000,
-    "é" * 200,
-    "💥",
-    "\u202e",
-    "../x",
-    "/",
-    "a/b",
-    "{}",
-    "%s%n",
-    "'",
-    '"',
-    "(",
-    ")",
-]
-TEXTS += ["None", "3", "-" * 3000, "(" * 3000, "[" * 3000, "\udc80", "\x1b[31m", "a\nb", "/dev/zero", "/dev/stdin", "~"]
-READ = ["-1", "0", "1", "3", "-2147483649", "4294967296", "9" * 30, "1e39", "inf", "nan", "-0.5", "1e-50"]  # as numbers
-TUPLES = ["()", "[]", "(1,)", "((),)", "(('x',),)", "(('x', 1), 2)", "(('(', 1),)", "(('.*', -1),)", "(('.*', 1e400),)"]
-TUPLES += ["((((1,),),),)", "('', None)", "[['.*', 1]]", "x", "{'a': 1}", "(" * 200 + ")" * 200, "(('.*', 'int5'),)"]
-ARGUMENTS = ["", "()", "(", "(1)", "(*[])", "(**{})", "(x=x)", "(x=1)", "(x=1, x=2)", "(x=lambda: 0)", "(x=__import__)"]
-VALUES = [
-    "-1",
-    "0",
-    "1",
-    "2",
-    "3",
-    "0.5",
-    "1e400",
-    "-1e400",
-    "1e-50",
-    "9" * 30,
-    "9" * 5000,
-    "None",
-    "True",
-    "'x'",
-    "()",
-]
-VALUES += [
-    "(1, 'x')",
-    "{}",
-    "'('",
-    "'(a+)+$'",
-    "b'x'",
-    "'rope(base=-1)'",
-    "'int4(group=1)'",
-    "-" * 3000 + "1",
-    "'\\w'",
-    "...",
-]
-SLIPS = [
-    "--confg=x",
-    "-x",
-    "--",
-    "x",
-    "--config.",
-    "--config..x=1",
-    "--config.x=1",
-    "--config.train=1",
-    "--config.train.steps",
-]
-SLIPS += [
-    "--noconfig.seed",
-    "--config.model.mixer.x=1",
-    "--overwrite=x",
-    "--config.train={}",
-    "--workdir",
-    "--config=",
-    "-",
-]
-KINDS = {
-    **{f"model.{kind}": kind for kind in ("size", "mixer", "ffn", "position", "norm", "precision")},
-    **{kind: kind for kind in ("adapter", "quant", "data", "tokenizer")},
-    **{"train.optimizer": "optimizer", "train.schedule": "schedule", "infer.sampler": "sampler"},
-}
+from fuzz.drawn import KINDS, is_long, lines
 
-
-def lines(seed, techniques, keys):
-    """Endless lists of overrides: one to three keys each, of wrong type, extreme, empty, huge or mutated specs."""
-    draw = random.Random(seed)
-    while True:
-        line = [
-            _override(draw, draw.choice(sorted(keys)), techniques, keys) for _ in range(draw.choice((1, 1, 1, 2, 3)))
-        ]
-        if draw.random() < 0.05:
-            line.insert(draw.randrange(len(line) + 1), draw.choice(SLIPS))
-        yield line
-
-
-def _override(draw, key, techniques, keys):
-    default = keys[key]
-    if key in KINDS and draw.random() < 0.8:
-        value = _spec(draw, techniques[KINDS[key]])
-    elif isinstance(default, tuple):
-        value = draw.choice(TUPLES + TEXTS)
-    elif isinstance(default, str):
-        value = draw.choice([default, default[:-1], default + "x", *TEXTS])
-    else:
-        value = draw.choice(READ if draw.random() < 0.7 else NUMBERS + TEXTS[:6])
-    return f"--config.{key}={value}"
-
-
-def _spec(draw, known):
-    name = draw.choice(sorted(known))
-    if draw.random() < 0.2:
-        return draw.choice([name[:-1], name + "x", name.upper(), name]) + draw.choice(ARGUMENTS)
-    fields = draw.sample(sorted(known[name]), min(len(known[name]), draw.choice((0, 1, 1, 2))))
-    return f"{name}({', '.join(f'{field}={_value(draw)}' for field in fields)})"
-
-
+ROOT = pathlib.Path(__file__).parents[2]
+BASE = f"--config={ROOT}/configs/base.py"
 WALL = 8  # times the processors' time that a line may take
-
-
-def _value(draw):
-    return draw.choice(VALUES[:10] if draw.random() < 0.7 else VALUES)
 
 
 class Hang(BaseException):
@@ -239,17 +109,7 @@ def tiny(folder, index):
         "train.batch_size": 2, "eval.batches": 1, "sample.tokens": 2, "infer.repeats": 1, "infer.max_new_tokens": 2,
         "infer.prompt_length": 4, "task": ("pretrain", "pretrain", "infer")[index % 3],
     }  # fmt: skip
-    return ["--config=configs/base.py", f"--workdir={folder / str(index)}"] + [
-        f"--config.{k}={v}" for k, v in values.items()
-    ]
-
-
-LARGE = ("train.steps", "train.length", "train.batch_size", "infer.", "sample.tokens", "plan.", "quality.")
-
-
-def is_long(line):
-    """Whether the line asks for what a machine may well do, for hours."""
-    return any(f"config.{key}" in flag and ("9" * 30 in flag or "1e3" in flag) for flag in line for key in LARGE)
+    return [BASE, f"--workdir={folder / str(index)}"] + [f"--config.{k}={v}" for k, v in values.items()]
 
 
 def work(folder, start, count, seed, mode, seconds):
@@ -262,7 +122,7 @@ def work(folder, start, count, seed, mode, seconds):
         line = next(drawn)
         if index < start or (mode != "parse" and is_long(line)):
             continue
-        argv = [*tiny(folder, index), *line] if mode != "parse" else ["--config=configs/base.py", *line]
+        argv = [*tiny(folder, index), *line] if mode != "parse" else [BASE, *line]
         print(json.dumps({"index": index, "begins": line}), flush=True)
         kind, said = outcome(function, argv, seconds)
         print(json.dumps({"index": index, "outcome": kind, "line": line, "said": said[-600:]}), flush=True)
@@ -273,9 +133,13 @@ def survey(count, seed, mode, seconds):
     found, start = [], 0
     with tempfile.TemporaryDirectory() as folder:
         while start < count:
-            argv = [sys.executable, __file__, "work", folder, str(start), str(count), str(seed), mode, str(seconds)]
+            given = map(str, (folder, start, count, seed, mode, seconds))
             process = subprocess.Popen(
-                argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+                [sys.executable, "-m", "fuzz.command_lines", "work", *given],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([f"{ROOT}/tests", str(ROOT)])},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
             )
             start, ended = _follow(process, found, start, (WALL + 2) * seconds + 60)
             if ended:
@@ -298,6 +162,7 @@ def _follow(process, found, start, patience):
         else:
             found.append(entry)
             start, begun = entry["index"] + 1, None
+    process.stdout.close()
     process.wait()
     if begun is None:
         return start, True
@@ -307,8 +172,6 @@ def _follow(process, found, start, patience):
 
 
 def _killer(process, patience):
-    import threading
-
     timer = threading.Timer(patience, process.kill)
     timer.start()
     return timer

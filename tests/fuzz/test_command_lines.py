@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fuzz import command_lines
+from fuzz import command_lines, drawn
 
 BASE = ["--config=base"]
 SEED = 20250
@@ -17,14 +17,14 @@ def _failures(lines, seconds):
 
 
 def test_a_command_line_is_read_or_refused_in_one_line():
-    lines = command_lines.lines(SEED, *command_lines.known())
+    lines = drawn.lines(SEED, *command_lines.known())
     assert _failures(itertools.islice(lines, 300), 5.0) == []
 
 
 @pytest.mark.slow  # half of --fuzz-seconds, or a minute
 def test_many_command_lines_are_read_or_refused_in_one_line(fuzz_seconds):
     end = time.monotonic() + (fuzz_seconds or 60) / 2
-    lines = command_lines.lines(time.time_ns(), *command_lines.known())
+    lines = drawn.lines(time.time_ns(), *command_lines.known())
     while time.monotonic() < end:
         assert _failures(itertools.islice(lines, 100), 5.0) == []
 
