@@ -192,7 +192,9 @@ class Inference:
         config = flatten(plain(self.config))
         with contextlib.closing(SummaryWriter(self.workdir.path)) as writer:
             writer.text("config", "\n".join(f"    {key} = {value!r}" for key, value in config.items()))
-            writer.hparams(config, found["paper"] | found["physical"] | found["quality"])
+            writer.hparams(config, found["paper"] | found["quality"])
+            physical = {f"_row_physical/{key}": value for key, value in found["physical"].items() if value is not None}
+            writer.scalars(0, physical)
 
     def _write_row(self, outcome, study=None, physical=None, quality=None):
         found = record.build_record(
