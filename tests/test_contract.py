@@ -46,11 +46,18 @@ MACHINERY = (
 WHOLE = ("gqa", "mla", "moe", "swiglu", "relative", "gated")
 
 
+def names(kind):
+    """The package's own and those of --imports; other tests register some of theirs."""
+    for name in registry.names(kind):
+        if registry.lookup(kind, name).__module__.startswith(("efficientllm.", "efficientllm_plugin_", "functools")):
+            yield name
+
+
 def cases(kinds, others):
     """A case for each technique of the kinds and each of the others; a technique's all go to one worker, whose
     programs they share."""
     for kind in kinds:
-        for name in registry.names(kind):
+        for name in names(kind):
             spec = registry.example(kind, name)
             for other in others:
                 marks = [pytest.mark.xdist_group(f"{kind} {spec}")]
@@ -97,10 +104,10 @@ def test_one_device_equals_eight_on_another_mesh(kind, spec, mesh):
 def part_cases():
     """Of the package's own the quickest, the others with the slow tests; all of one's own."""
     for kind, checks in contract_parts.CHECKS.items():
-        for name in registry.names(kind):
+        for name in names(kind):
             if name in contract_parts.NOT:
                 continue
-            own = not registry.lookup(kind, name).__module__.startswith(("efficientllm.", "functools"))
+            own = registry.lookup(kind, name).__module__.startswith("efficientllm_plugin_")
             marks = [] if own or name in contract_parts.QUICK else [pytest.mark.slow]
             for check in checks:
                 spec = registry.example(kind, name)
