@@ -148,3 +148,50 @@ def test_an_export_says_the_rotation_for_transformers_4_too(name, tmp_path):
     found = {key: value for key, value in read.rope_parameters.items() if key in written["rope_parameters"]}
     expected = {key: value for key, value in written["rope_parameters"].items() if key in found}
     assert found == expected
+
+
+REPOSITORY = [
+    "config.json",
+    "generation_config.json",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "vocab.json",
+]
+BESIDE = [
+    "consolidated.safetensors",
+    "params.json",
+    "tekken.json",
+    "original/consolidated.00.pth",
+    "original/tokenizer.model",
+    "original/params.json",
+    "onnx/model.onnx",
+    "onnx/config.json",
+    "model.fp16.safetensors",
+    "pytorch_model-00001-of-00002.bin",
+    "checkpoint-100/model.safetensors",
+    "README.md",
+    ".gitattributes",
+    "runs/events.out",
+]
+
+
+def test_the_files_of_a_repository_that_are_needed(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+
+    def snapshot(name, **patterns):
+        asked["files"] = list(filter_repo_objects(REPOSITORY + BESIDE, **patterns))
+        raise OSError("no network here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(UserError, match="no network here"):
+        convert.open_source("owner/model")
+    assert sorted(asked["files"]) == sorted(REPOSITORY)
