@@ -38,7 +38,8 @@ def exit_with(command):
 
 def did_you_mean(word, known):
     """Returns `"; did you mean 'x'?"` for the closest of `known`, or an empty string."""
-    close = difflib.get_close_matches(str(word)[:WIDEST], list(known), n=1)
+    word, known = str(word)[:WIDEST], list(known)
+    close = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -73,7 +73,9 @@ def _hint(text):
 
 
 def _tuple(path, text):
-    """A tuple or list as Python writes it, or any other text as the one element."""
+    """A tuple or list as Python writes it, or any other text as the one element; no text is no element."""
+    if not text:
+        return ()
     try:
         with warnings.catch_warnings():  # a regex is no wrong escape
             warnings.simplefilter("ignore")

@@ -84,7 +84,8 @@ def parse(spec, where="spec"):
             warnings.simplefilter("ignore")
             call = ast.parse(f"_({arguments or ''})", mode="eval").body
         values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if not isinstance(call, ast.Call) or call.args or None in values or len(values) < len(call.keywords):
+        is_call = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)  # not of a call, as in a()(b=1)
+        if not is_call or call.args or None in values or len(values) < len(call.keywords):
             raise ValueError("positional or repeated")
         return name, values
     except (SyntaxError, ValueError, AttributeError, TypeError, RecursionError, MemoryError):

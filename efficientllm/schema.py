@@ -143,6 +143,8 @@ def _check_together(config):
         raise UserError(
             f"config.train.accumulate = {train.accumulate}: must divide config.train.batch_size = {train.batch_size}"
         )
+    if config.task == "infer" and not config.infer.prompts:
+        raise UserError("config.infer.prompts = (): give one text at least, or a file of them")
     if config.task in ("pretrain", "tune") and config.sample.tokens and not config.sample.prompt:
         raise UserError(
             "config.sample.prompt = '': a sample goes on from some text; give one, or set config.sample.tokens = 0"

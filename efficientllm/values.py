@@ -132,7 +132,10 @@ def folder_name(where, value, own=False):
 def mesh(where, value, own=False):
     """Sizes of mesh axes: whole numbers of devices, of which one may be -1."""
     axes = catalogue.constant("efficientllm.sharding", "AXES")
-    name, given = registry.parse(f"mesh({value})", where)
+    try:
+        _, given = registry.parse(f"mesh({value})")
+    except UserError:
+        raise UserError(f"{where} = {shown(value)}: is no mesh; write sizes of axes: 'data=2, fsdp=-1'") from None
     for axis, size in given.items():
         if axis not in axes:
             raise UserError(

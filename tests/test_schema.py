@@ -83,6 +83,10 @@ BAD_VALUES = [
     ("infer.sampler", "sample(top_p=0.0)", "above 0"),
     ("mesh", "data=0", "a whole number of devices"),
     ("mesh", "dat=1", "did you mean 'data'?"),
+    ("mesh", "data", "is no mesh; write sizes of axes"),
+    ("mesh", ")(", "is no mesh"),
+    ("adapter", "lora()(rank=8)", "is not a spec"),
+    ("model.mixer", "GQA", "did you mean 'gqa'?"),
     ("mesh", "data=-1, fsdp=-1", "only one axis may be -1"),
     ("plan.hardware", "h300", "no such hardware"),
     ("plan.of", "infr", "did you mean 'infer'?"),
@@ -243,6 +247,7 @@ def test_a_key_that_is_elsewhere_is_pointed_to(key, message):
         ("model.scan", "model.scan", True),
         ("infer.prompts=What, then?", "infer.prompts", ("What, then?",)),
         ("infer.prompts=3", "infer.prompts", ("3",)),
+        ("infer.stop=", "infer.stop", ()),
         ("infer.prompts=('a', 'b')", "infer.prompts", ("a", "b")),
         ("infer.prompts=['a']", "infer.prompts", ("a",)),
         ("infer.prompts='a'", "infer.prompts", ("a",)),
@@ -286,3 +291,8 @@ def test_names_are_answered_before_jax_is_imported():
     flags = ["model.mixer=gqaa", "train.optimizer=adam", "data=txt(path='x')", "adapter=lra", "quant=int5", "seed=-1"]
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=runs.ROOT, capture_output=True, text=True)
     assert done.stdout == "False False {2}\n" and done.stderr.count("\n") == len(flags), done.stderr
+
+
+def test_an_inference_needs_a_prompt():
+    with pytest.raises(UserError, match="config.infer.prompts = .*: give one text"):
+        main.parse([BASE, "--config.task=infer", "--config.infer.prompts="])
