@@ -54,7 +54,7 @@ def _templated(tokenizer, messages, tools):
     if _drops_thinking(messages, text):
         _say_dropped(tokenizer.fingerprint)
     ids, offsets = tokenizer.encode_spans(text)
-    learnt = _overlapping(offsets, spans)
+    learnt = _overlapping(offsets, [(start, end) for start, end in spans if start < end])
     if messages[-1]["role"] != "assistant":  # nothing is learnt of what follows the last answer
         count = max((index + 1 for index, said in enumerate(learnt) if said), default=0)
         return ids[:count], learnt[:count]

@@ -27,7 +27,7 @@ def find(tokenizer, messages, tools=None):
         found = _Turns(tokenizer, messages, how)
         text, spans = found.whole, found.all()
     end = len(text.rstrip())
-    return text[:end], [(first, min(last, end)) for first, last in spans]
+    return text[:end], [(min(first, end), min(last, end)) for first, last in spans]
 
 
 class _Turns:
@@ -52,7 +52,9 @@ class _Turns:
         found, before = [], 0
         for index in self._answers:
             start, end = self._turn(index)
-            if not before <= start < end:
+            if end < start and not self.whole[end:start].strip():  # white space alone, or nothing
+                end = start
+            if not before <= start <= end:
                 raise self._lost(index)
             found.append((start, end))
             before = end

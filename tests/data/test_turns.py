@@ -113,6 +113,7 @@ def load(tmp_path_factory):
         (BRACKETS, turns("Q", "A", "Q", "A"), [" A<eos>", " A<eos>"]),
         (TRIMMED, TOOL, [f"{CALLED}<|end|>", "It is sunny<|end|>", "Bye<|end|><eos>"]),
         (PLAIN, turns("Q", "A", "Q", "A"), ["A", "A<eos>"]),
+        (PLAIN, turns("Q", "A", "Q", " "), ["A", "<eos>"]),
         (CHATML, [*turns("Q", "A"), {"role": "user", "content": "trailing"}], ["A<|im_end|>"]),
         (CHATML, [HELLO, *turns("Q", "A")], ["Hello<|im_end|>", "A<|im_end|><eos>"]),
         (CHATML, [{"role": "system", "content": "S"}, *turns("Q", "A")], ["A<|im_end|><eos>"]),
