@@ -65,12 +65,27 @@ def _parse(argv):
         if argument.startswith("--config."):
             extra.append(argument)
         elif argument.startswith("--") and name in FLAGS:
-            flags[name] = value or "true"
+            flags[name] = _flag(argument, name, value)
         else:
             raise UserError(f"no flag {argument!r}; flags: --{', --'.join(FLAGS)}{did_you_mean(name, FLAGS)}")
     if "config" not in flags:
         raise UserError("--config=FILE is missing; for example --config=experiments/attention/sweep.py")
     return flags, tuple(extra)
+
+
+def _flag(argument, name, value):
+    """The value of a flag. Raises UserError for a switch with a value, or a flag without."""
+    from efficientllm import values
+
+    if name == "dry_run":
+        if "=" in argument:
+            raise UserError(f"{argument}: is a switch, without a value; leave it out to run")
+        return "true"
+    if not value:
+        raise UserError(f"--{name} needs a value: --{name}=...")
+    if name in ("config", "out"):
+        values.path(f"--{name}", value)
+    return value
 
 
 def _main(flags, extra):

@@ -114,3 +114,21 @@ def test_a_value_that_no_run_could_have_is_refused_before_any(monkeypatch):
         with pytest.raises(UserError) as error:
             check.costs(dataclasses.replace(SWEEP, **changes))
         assert message in str(error.value) and "variant a: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config"], "--config needs a value"),
+        (["--config=x", "--out"], "--out needs a value"),
+        (["--config=x", f"--out={'y' * 300}"], "--out = "),
+        (["--config=x", "--dry_run=false"], "--dry_run=false: is a switch"),
+        (["--config=x", "--launcher=loca"], "did you mean 'local'?"),
+        (["--config=x", "--retry=okk"], "--retry=okk"),
+        (["--config=/dev/zero"], "no such file"),
+    ],
+)
+def test_flags_are_read_before_anything_else(flags, message, capsys):
+    assert command.main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
