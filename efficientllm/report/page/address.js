@@ -49,7 +49,7 @@ function followAddress() {
   tableState.sort = isSortable(key) ? key : null;
   tableState.descending = tableState.sort !== null && sort.startsWith("-");
   chooseColumns((asked.get("columns") ?? address.defaults.columns).split(","));
-  tableState.opened = new Map(asked.getAll("open").filter((path) => RUNS.has(path)).map((path) => [RUNS.get(path).entry, path]));
+  tableState.opened = new Map(asked.getAll("open").filter((path) => RUNS.get(path)?.entry).map((path) => [RUNS.get(path).entry, path]));
   renderTable();
   ask();
   address.writing = true;

@@ -4,6 +4,7 @@ const RUNS = new Map(); // path -> {entry, ...what DATA.details holds of it}
 const entryKey = (group, variant) => `${BOARD.groups.indexOf(group)} ${variant.variant}`;
 
 function setUpRuns() {
+  for (const [path, run] of Object.entries(DATA.details.runs)) RUNS.set(path, run); // also of those that rank nowhere
   for (const group of BOARD.groups) {
     for (const variant of group.variants) {
       for (const path of variant.paths) {
