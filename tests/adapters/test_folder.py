@@ -68,6 +68,8 @@ def test_a_folder_may_have_several_ranks(source, tmp_path):
         ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern: q_proj = '8' must be a number"),
         ({"alpha_pattern": {"(": 8}}, "alpha_pattern: '(' is no regex"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+        ({"peft_type": []}, "peft_type = []; only"),
+        ({"peft_type": {"": 0}}, "only LORA"),
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
         (None, "holds [], where an object is needed"),
         ({"lora_alpha": float("inf")}, "lora_alpha = inf is too large"),

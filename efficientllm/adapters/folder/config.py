@@ -84,7 +84,7 @@ def read_config(folder):
     file = pathlib.Path(folder) / CONFIG
     config = json_text.read(file)
     kind = config.get("peft_type")
-    if kind not in PARTS:
+    if not isinstance(kind, str) or kind not in PARTS:
         known = ", ".join(PARTS)
         raise UserError(f"{file}: peft_type = {json_text.shown(kind)}; only {known} can be read")
     for key, neutral in NEUTRAL.items():
