@@ -20,6 +20,7 @@ from efficientllm.errors import UserError
 from efficientllm.registry import register
 
 _EOS = ("<|endoftext|>", "<|eos|>", "<|end|>")  # names of an eos of ours, of which a text has hardly spelt all
+MOST_IDS = 1 << 25  # arrays of as many numbers are made
 _WORDPIECE, _SENTENCEPIECE = "##", "\u2581"
 
 
@@ -134,6 +135,8 @@ class Backed:
         backend.no_padding()
         # Ids may have holes: the number of tokens is no bound of them.
         largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= MOST_IDS:
+            raise UserError(f"the tokenizer has a token of the id {largest}; ids below {MOST_IDS} are read")
         self.backend, self.eos_id, self.vocab_size = backend, eos_id, max(vocab_size, largest + 1, eos_id + 1)
         self.chat, self.template, self.bos_id = chat, template, bos_id
         self.end_ids, self.lead_ids = tuple(end_ids) or (eos_id,), _lead(backend)

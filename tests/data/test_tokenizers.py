@@ -113,3 +113,10 @@ def test_what_cannot_be_a_tokenizer_is_refused(tmp_path, spec, folder):
     config.write_text(config.read_text().replace('"eos_token": "<eos>"', '"eos_token": null'))
     with pytest.raises(UserError, match="has no eos token"):
         data.build_tokenizer(f"hf(path={str(folder)!r})", spec)
+
+
+def test_an_id_without_bound_makes_no_array_of_its_size():
+    from tokenizers import Tokenizer, models
+
+    with pytest.raises(UserError, match="a token of the id 4000000000; ids below 33554432"):
+        Backed(Tokenizer(models.WordLevel({"a": 4_000_000_000, "b": 0}, unk_token="b")), 0)

@@ -10,7 +10,11 @@ import jaxlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-TESTS = ["tests/native/test_shapes.py", "tests/infer/test_native_attention.py", "tests/quant/test_forms.py"]
+TESTS = [
+    "tests/native/test_shapes.py",
+    "tests/infer/test_native_attention.py",
+    "tests/quant/test_forms.py::test_native_products",
+]
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 OVERRUN = """
 import ctypes, sys
@@ -60,11 +64,6 @@ def test_native_code_is_clean_under_sanitizers(tmp_path):
     sources = [native / name for name in ("products.cc", "attention.cc")]
     build(sources, tmp_path / "_products_sanitized.so", f"-I{headers}", "-w")
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "native.sanitized", *TESTS]
-    command += [
-        "-k",
-        "native or fit or nothing or refused or bits or formula or int8 or parts or slots or read",
-        "--no-header",
-    ]
     environ = environment(SANITIZED_LIBRARY=str(tmp_path))
     environ["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'tests'}"
     # Minutes: compiling takes the most.
