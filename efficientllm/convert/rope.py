@@ -42,8 +42,8 @@ SCALINGS = {
 }
 
 
-# Keys of a scaling that say how a model was trained, and nothing of what it computes.
-_UNREAD = frozenset({"finetuned"})
+# Keys of published scalings that no class of transformers reads (Yarn-Llama-2, DeepSeek-R1-0528-Qwen3-8B).
+_UNREAD = frozenset({"finetuned", "attn_factor", "extrapolation_factor"})
 
 
 def position(
