@@ -240,6 +240,8 @@ def test_processes_that_mpirun_has_started_find_each_other(texts, one, tmp_path)
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, True),
     ],
 )
 def test_what_the_environment_tells_of(environment, joins, monkeypatch):
@@ -253,6 +255,10 @@ def test_what_the_environment_tells_of(environment, joins, monkeypatch):
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **named: calls.append(named))
     distributed.initialise()
     assert bool(calls) == joins
+    bound = calls[0].get("coordinator_bind_address") if joins else None
+    assert bound == {"127.0.0.1:1": "127.0.0.1:1", "localhost:1": "127.0.0.1:1"}.get(
+        environment.get("JAX_COORDINATOR_ADDRESS")
+    )
     if "JAX_PROCESS_ID" in environment:
         assert (calls[0]["num_processes"], calls[0]["process_id"]) == (2, 1)
 
@@ -289,7 +295,8 @@ loop.to_device = breaks
     begin = time.monotonic()
     statuses, outputs = finish(processes, timeout=400)
     assert time.monotonic() - begin < 20
-    assert statuses == [75, 1] and outputs[1][-1] == "ZeroDivisionError: a bug", outputs
+    assert statuses == [75, 3] and len(outputs[1]) == 1, outputs
+    assert f"ZeroDivisionError: a bug ({broken}:8, in breaks)" in outputs[1][0]
     assert "where another process has died" in outputs[0][-1]
 
 

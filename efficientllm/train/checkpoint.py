@@ -45,8 +45,7 @@ class Checkpoints:
         self._folder = folder
         self._saved_step = None
         self.facts, self.restored_facts = {}, {}
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(quiet.tracebacks_of_orbax())
+        quiet.silence_orbax()
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
 
     def save(self, step, state, data_state, loss=None):
@@ -158,7 +157,7 @@ class Checkpoints:
 
     def close(self):
         """Waits and releases orbax's threads."""
-        with self._quiet, contextlib.suppress(CheckpointError), self._writing():  # said once already, by save or wait
+        with contextlib.suppress(CheckpointError), self._writing():  # said once already, by save or wait
             self._manager.close()
 
 
