@@ -56,7 +56,8 @@ ALIKE = ("model.mixer=mqa", "num_experts=16", "attention.py:mla", "mixers.py:rwk
 )
 def test_command(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(runs.ROOT))
-    (tmp_path / "README.md").write_text(README)  # all that lies beside it in a clone and ends in .md
+    for path in runs.ROOT.glob("*.md"):  # as in a clone
+        (tmp_path / path.name).write_text(path.read_text())
     (tmp_path / "texts").mkdir()
     for i, section in enumerate(README.split("\n## ")):
         (tmp_path / "texts" / f"{i}.md").write_text(section * 5)
