@@ -180,10 +180,16 @@ class FakeReader:
         self.calls.append("stop")
         return "window"
 
+    def faults(self):
+        return []
+
 
 def test_measurement_counts_steady_steps_inside_segments_only():
     times = iter(range(1000))
-    reader, sampler = FakeReader(), types.SimpleNamespace(mark=lambda: "mark", since=lambda mark: "averages")
+    reader, sampler = (
+        FakeReader(),
+        types.SimpleNamespace(mark=lambda: "mark", since=lambda mark: "averages", stopped_s=float),
+    )
     measured = measure.Measurement(reader, sampler, clock=lambda: float(next(times)))
     measured.restart_clock()
     while not measured.steady:
@@ -196,7 +202,7 @@ def test_measurement_counts_steady_steps_inside_segments_only():
         measured.step_done(10)
     measured.stop()
     measured.stop()
-    assert (measured.tokens, measured.steps, measured.seconds) == (30, 3, 4.0)
+    assert (measured.tokens, measured.steps, measured.seconds) == (30, 3, 3.0)
     measured.start()
     measured.step_done(10)
     measured.abandon()

@@ -77,7 +77,8 @@ function setUpQuery() {
   const held = new Set(BOARD.groups.flatMap((group) => heldMetrics(group).map((column) => column.key)));
   const everywhere = (key) => BOARD.groups.every((group) => heldMetrics(group).some((column) => column.key === key));
   const costs = ["j_per_token", "tpot_s", "al_s", "amu_gb"].filter((key) => held.has(key));
-  const cost = costs.find(everywhere) ?? costs[0] ?? [...held][0] ?? "al_s";
+  const compared = (key) => BOARD.groups.some((group) => group.variants.some((variant) => variant.cells[key].ratio !== undefined));
+  const cost = costs.find((key) => everywhere(key) && compared(key)) ?? costs.find(compared) ?? costs.find(everywhere) ?? costs[0] ?? [...held][0] ?? "al_s";
   const quality = ["eval_loss", "loss", "mcr"].find((key) => held.has(key));
   byId("query").value = quality && quality !== "mcr" ? `least ${cost} with ${quality} <= +1 %` : `least ${cost}`;
   byId("query-help").textContent = "least|most METRIC with METRIC <= VALUE and … · values: 20 ms, 3.5 GB, 0.2, or +1 % of the baseline's";
