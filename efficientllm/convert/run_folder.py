@@ -20,7 +20,7 @@ from efficientllm.convert.source import Source, is_run
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.train import checksums
-from efficientllm.untrusted import json_text
+from efficientllm.untrusted import files, json_text
 from efficientllm.weights import Weight
 
 TASKS = ("pretrain", "tune")
@@ -62,8 +62,12 @@ class RunSource(Source):
 
 def latest(path):
     """The newest run in a folder of runs, such as `runs/NAME`, and of `runs/NAME/adapter` that run's; else the path."""
-    folder = path.parent if path.name == "adapter" and not path.exists() else path
-    if not folder.is_dir() or any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+    folder = path.parent if path.name == "adapter" and not files.is_there(path) else path
+    if (
+        not files.is_there(folder)
+        or not folder.is_dir()
+        or any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    ):
         return path
     found = [file for file in folder.glob("*/config.json") if _is_run_file(file)]
     if not found:

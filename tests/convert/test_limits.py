@@ -91,6 +91,8 @@ def test_json_that_cannot_be_read_is_one_line(text, tmp_path):
 def test_a_fifo_where_a_file_is_expected_is_one_line(name, tmp_path):
     folders.llama(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
+    if name.endswith(".index.json"):  # beside a whole file it is not read
+        (tmp_path / "model.safetensors").unlink()
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: is a FIFO, not a file|{name} is a FIFO"):
         convert.open_source(tmp_path).chat_template()
