@@ -14,6 +14,7 @@ from efficientllm.convert.new_folder import new_folder
 from efficientllm.convert.rounded import LEAVES, METHOD
 from efficientllm.convert.safetensors_file import INDEX
 from efficientllm.errors import UserError
+from efficientllm.plan import room
 from efficientllm.quant import calibrate, tree
 
 
@@ -27,6 +28,7 @@ def convert(source, spec, folder, data="python_docs()", length=256, shard=write.
         raise UserError(f"--quant={spec}: rounds nothing; take int4(...), int8(...), nf4(...), bfloat16 or float16")
     lm = source.lm(scan=False)
     abstract = nn.unbox(models.abstract_params(lm))
+    _check_memory(abstract, spec, getattr(form, "calibrated", False))
     if getattr(form, "calibrated", False):
         from efficientllm.data import build_tokenizer
 
@@ -38,6 +40,16 @@ def convert(source, spec, folder, data="python_docs()", length=256, shard=write.
         _write(params, new, source.config, spec, shard)
         write.write_tokenizer(new, source, None)
     return sum(array.nbytes for array in jax.tree.leaves(params))
+
+
+def _check_memory(abstract, spec, calibrated):
+    """Rounded weights are held whole, and of those before them the largest; calibrated forms begin with all."""
+    whole, rounded = (_sizes(params) for params in (abstract, tree.abstract(abstract, spec)))
+    room.check_conversion(sum(whole) if calibrated else sum(rounded) + max(whole), f"--quant={spec}")
+
+
+def _sizes(params):
+    return [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
 
 
 def _write(params, folder, config, spec, shard):

@@ -17,6 +17,7 @@ from efficientllm.convert.new_folder import new_folder
 from efficientllm.convert.safetensors_file import INDEX, SINGLE
 from efficientllm.convert.source import Source
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.plan import room
 
 SHARD = 2 * 2**30  # bytes of a file; one is held in memory while it is written
 # fmt: off
@@ -88,6 +89,9 @@ def write_model(lm, folder, config, get, dtype_of, shard, change=lambda name, re
     dtypes = {name: dtype_of(tensor.parts[0][0]) for name, tensor in tensors.items()}
     sizes = {name: math.prod(tensor.shape) * dtypes[name].itemsize for name, tensor in tensors.items()}
     files = files_of(sizes, shard)
+    largest = max(math.prod(tensor.shape) for tensor in tensors.values())
+    most = max(sum(sizes[name] for name in names) for names in files.values()) + 4 * largest  # one in float32 besides
+    room.check_conversion(most, "a file of tensors")
     for file, names in files.items():
         held = {name: _tensor(name, tensors[name], get, dtypes[name], change) for name in names}
         save_file(held, folder / file, metadata={"format": "pt"})

@@ -89,6 +89,13 @@ def check_serving(run):
     )
 
 
+def check_conversion(needed, what):
+    """Refuses to hold `needed` bytes where the machine, or its container, has not as many at all. Raises UserError."""
+    there = host.memory_total_bytes()
+    if needed > SLACK * there:
+        raise UserError(f"{what} holds {needed / 1e9:,.1f} GB at once; there is memory of {there / 1e9:,.1f} GB")
+
+
 def _refusal(run, room, needed, what, copies):
     gb = needed / 1e9
     return UserError(

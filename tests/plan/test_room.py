@@ -3,9 +3,11 @@
 import re
 
 import pytest
+from convert import folders
 
 import runs
 from efficientllm import main
+from efficientllm.convert import __main__ as convert
 from efficientllm.metrics import host
 from efficientllm.plan import room
 
@@ -68,3 +70,15 @@ def test_serving_is_refused_with_the_form_that_would_fit(texts, tmp_path, free, 
 def test_what_is_said_of_the_future_has_slack_and_what_is_certain_has_none():
     found = room.Room(100, True, "here")
     assert not found.refuses(100, 120) and found.refuses(101, 101) and found.refuses(0, 121)
+
+
+@pytest.mark.parametrize("flags", [[], ["--quant=int8()"]])
+def test_a_conversion_that_no_memory_here_can_hold_is_refused(flags, tmp_path, monkeypatch, capsys):
+    folders.llama(tmp_path / "model", vocab_size=300)
+    argv = [str(tmp_path / "model"), f"--out={tmp_path / 'out'}", *flags]
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "memory_total_bytes", lambda: 1000)
+        assert convert.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "GB at once; there is memory of 0.0 GB" in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
