@@ -78,7 +78,7 @@ def test_the_place_is_of_the_user_s_code_else_of_ours():
             return error
 
     assert "test_failures.py" in failures.place(raised(lambda: json.loads("{")))
-    assert "efficientllm/metrics/record.py" in failures.place(raised(lambda: record.read_record(3.5)))
+    assert "efficientllm/" in failures.place(raised(lambda: record.read_record(3.5)))
     assert failures.place(ValueError("never raised")) == "no traceback"
 
 
