@@ -180,42 +180,42 @@ class Parameters:
     def read(self, name):
         """The array of a parameter of layers apart."""
         if name in self._boxes:
-            return self._value(name)
+            return self._value(name, ())
         group, _, rest = name.partition("/")
-        return self._value(f"groups/{rest}")[int(group.removeprefix("group_"))]
+        return self._value(f"groups/{rest}", (int(group.removeprefix("group_")),))
 
     def bind(self, lm):
         """`{path: Leaf}` of all parameters of `lm`. Raises UserError as `rounded.Folder` does."""
         return rounded.bind(self, lm)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 layers of a stack are read one after another
-    def _value(self, path):
-        """What the run has at `path` of its own layout, with its adapter added."""
+    def _value(self, path, layer):
+        """What the run has at `path` of its own layout, of one `layer` of a stack, with its adapter added."""
         if path in self._learnt:
-            return self._learnt[path]
+            return self._learnt[path][layer]
         from efficientllm.quant import tree as quant
         from efficientllm.train.step import AS_THEY_ARE
 
-        held = quant.rounder(self._run.quant, AS_THEY_ARE)(path, jnp.asarray(self._before(path)))
-        arrays = {name[len(path) + 1 :]: array for name, array in self._learnt.items() if name.startswith(f"{path}/")}
+        held = quant.rounder(self._run.quant, AS_THEY_ARE)(path, jnp.asarray(self._before(path, layer)))
+        start = len(path) + 1
+        arrays = {name[start:]: array[layer] for name, array in self._learnt.items() if name.startswith(f"{path}/")}
         if arrays:
-            held = self._wrapped(path, held, arrays)
+            held = self._wrapped(path, self._boxes[path].names[len(layer) :], held, arrays)
         return np.asarray(held.dense() if isinstance(held, Weight) else held, np.float32)
 
-    def _wrapped(self, path, held, arrays):
+    def _wrapped(self, path, names, held, arrays):
         """The method's leaf around what it was put around, with the arrays that have been learnt."""
-        names = self._boxes[path].names
         boxed = box(held, names) if not isinstance(held, Weight) else _boxed(held, names)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._run.seed), 1), zlib.crc32(path.encode()))
         leaf = nn.unbox(self._method.wrap(boxed, names, key))
         return leaf.replace(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
-    def _before(self, path):
+    def _before(self, path, layer):
         """The parameter that the run began with: the checkpoint's, or the one it drew."""
         if self._base is None:
-            return self._drawn[path]
+            return self._drawn[path][layer]
         leaf = self._bound[path]
-        return leaf.read(self._base.tensors, (slice(None),) * len(leaf.shape), np.float32)
+        index = [slice(i, i + 1) for i in layer] + [slice(None)] * (len(leaf.shape) - len(layer))
+        return leaf.read(self._base.tensors, tuple(index), np.float32)[(0,) * len(layer)]
 
     @functools.cached_property
     def _bound(self):

@@ -79,8 +79,16 @@ def tuned(where, **overrides):
 SCRATCH = {
     "plain": {},
     "words": {"tokenizer": "bpe(vocab_size=300)"},
-    "hybrid": {"model.pattern": "('mamba | none', 'gqa | moe(num_experts=4, top_k=2, hidden=8)')", "model.tied": False},
-    "widths": {"model.mixer": "mqa", "model.parameters_of": "mha | swiglu"},
+    "hybrid": {
+        "model.pattern": "('mamba | none', 'gqa | moe(num_experts=4, top_k=2, hidden=8)')",
+        "model.tied": False,
+        "model.size": SIZE.replace("num_layers=2", "num_layers=3"),
+    },
+    "widths": {
+        "model.mixer": "mqa",
+        "model.parameters_of": "mha | swiglu",
+        "model.size": "tiny(num_layers=1, dim=64, num_heads=4, num_kv_heads=2, head_dim=16, hidden=192)",
+    },
     "drawn": {"adapter": "lora(rank=2)"},
 }
 TUNED = {
@@ -91,7 +99,7 @@ TUNED = {
     "dora": {"adapter": "dora(rank=2)"},
     "glora": {"adapter": "glora(rank=2)"},
     "lokr": {"adapter": "lokr(rank=2)"},
-    "qlora": {"adapter": "lora(rank=2)", "quant": "nf4(block=8)"},
+    "qlora": {"adapter": "lora(rank=2)", "quant": "int8()"},
 }
 FAST = ("plain", "lora")
 
