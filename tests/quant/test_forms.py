@@ -259,7 +259,7 @@ def test_threads_share_no_state():
         ("int4(method='gtpq')", "did you mean 'gptq'"),
         ("int4(activations='int4')", "none of float, int8"),
         ("int8(group=5)", "multiple of 32"),
-        ("nf4(block=8)", "power of two"),
+        ("nf4(block=48)", "power of two"),
         ("int4(method='awq')", "text to calibrate"),
     ],
 )
