@@ -140,7 +140,16 @@ def from_transformers(loaded, end_ids=()):
         end_ids=end_ids,
         marked=functools.partial(_marked, loaded) if _GENERATION.search(text) else None,
         save=loaded.save_pretrained,
+        splits=loaded.split_special_tokens,
+        clean=loaded.clean_up_tokenization if _cleans(loaded) else str,
     )
+
+
+def _cleans(loaded):
+    """Whether a decoded text loses its spaces before punctuation: as transformers, which spares BPE unless forced."""
+    forced = getattr(loaded, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    spared = type(loaded.backend_tokenizer.model).__name__ == "BPE" and not forced
+    return bool(loaded.clean_up_tokenization_spaces) and not spared
 
 
 def _chat(loaded, messages, **how):

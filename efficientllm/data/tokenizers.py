@@ -111,7 +111,7 @@ class Backed:
     """A tokenizer of the `tokenizers` library with an eos of its own or of ours.
 
     Special tokens that a text spells out are read as text: a document cannot end itself. `encode_template`,
-    `encode_prompt` and `encode_context` read them as what they are, as transformers does.
+    `encode_prompt` and `encode_context` read them as what they are, as transformers does, unless `splits`.
     `chat(messages, add_generation_prompt=False)` is the text of a conversation, or None;
     `marked(messages)` is that text and the characters that its template marks as the assistant's, or None.
 
@@ -125,10 +125,23 @@ class Backed:
       end_ids: at which generation stops; eos alone by default.
       marked: as above.
       save: what writes it to a folder as transformers does; None for one of ours.
+      splits: special tokens are text everywhere (`split_special_tokens` of tokenizer_config.json).
+      clean: what a decoded text goes through; nothing by default.
     """
 
     def __init__(
-        self, backend, eos_id, vocab_size=0, chat=None, template="", bos_id=None, end_ids=(), marked=None, save=None
+        self,
+        backend,
+        eos_id,
+        vocab_size=0,
+        chat=None,
+        template="",
+        bos_id=None,
+        end_ids=(),
+        marked=None,
+        save=None,
+        splits=False,
+        clean=str,
     ):
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -140,11 +153,12 @@ class Backed:
         self.backend, self.eos_id, self.vocab_size = backend, eos_id, max(vocab_size, largest + 1, eos_id + 1)
         self.chat, self.template, self.bos_id = chat, template, bos_id
         self.end_ids, self.lead_ids = tuple(end_ids) or (eos_id,), _lead(backend)
-        told = f"{eos_id} {self.end_ids} {template} {backend.to_str()}"
+        told = f"{eos_id} {self.end_ids} {template} {backend.to_str()}{' splits' if splits else ''}"
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
         self.token_bytes = _token_bytes(backend, self.vocab_size)
         self.marked = marked or (lambda messages, **how: None)
         self._limit, self._save = None, save or self._save_own
+        self._splits, self._clean = splits, clean
 
     def within(self, vocab_size):
         """The tokenizer for a model with an embedding of `vocab_size` ids, which added tokens may lie beyond: a text
@@ -206,7 +220,7 @@ class Backed:
         return plain if plain[:1] == whole[:1] == [self.bos_id] else whole
 
     def _special(self, text, add):
-        self.backend.encode_special_tokens = False
+        self.backend.encode_special_tokens = self._splits
         try:
             return self.backend.encode(text, add_special_tokens=add)
         finally:
@@ -227,7 +241,7 @@ class Backed:
 
     def decode(self, ids):
         known = [int(id) for id in ids if id != self.eos_id]
-        return self.backend.decode(known, skip_special_tokens=True)
+        return self._clean(self.backend.decode(known, skip_special_tokens=True))
 
 
 def keep(tokenizer, folder):

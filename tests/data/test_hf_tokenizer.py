@@ -165,6 +165,27 @@ def test_held_out_bytes_are_counted_with_bos_of_none(both):
     assert np.all(ours.token_bytes[list(ours.lead_ids)] == 0)
 
 
+@pytest.mark.parametrize("key", ["clean_up_tokenization_spaces", "split_special_tokens"])
+@pytest.mark.parametrize("value", [True, False])
+def test_a_word_piece_vocabulary_is_read_and_spelt_as_transformers_does(key, value, tmp_path):
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["[UNK]", "[SEP]", "the", "cat", "##s", ".", "!", "[", "]", "SE", "##P", "'", "s"]
+    made = Tokenizer(models.WordPiece({word: id for id, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+    made.add_special_tokens(["[SEP]"])
+    saved = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="[SEP]", unk_token="[UNK]")
+    saved.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {key: value}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = kinds.ours(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the cats . the cat !", "the [SEP] cat", "the cat ' s"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode_prompt(text) == ours.encode_template(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_several_templates_by_name_without_a_default_are_named(tmp_path):
     kinds.save(tmp_path, eos_token="<eos>")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
