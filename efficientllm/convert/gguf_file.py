@@ -39,6 +39,7 @@ NUMBERS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1", "I16": "<i2", "
 FORMS = ("Q4_0", "Q4_1", "Q8_0")  # that products here multiply as they are
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _MOST_PARTS = 10_000
+_PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")  # a number, or one per block
 _NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 ROPE_FACTORS = "rope_freqs.weight"  # what each pair's frequency is divided by (llama3 scaling, worked out)
 
@@ -77,6 +78,9 @@ class GGUFFile:
         given = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
         if missing := [key for key in _NEEDED if key not in given]:
             raise UserError(f"{self.where}: key {prefix}{missing[0]} is missing")
+        if longest := [key for key, value in given.items() if value is None]:
+            raise UserError(f"{self.where}: {prefix}{longest[0]} is an array of 1,024 entries or more; none is known")
+        given |= {key: self._of_all(given, key, prefix) for key in _PER_LAYER if key in given}
         rotated = given.pop("rope.dimension_count", None)
         config |= self._rope(given)
         for key, value in given.items():
@@ -100,6 +104,19 @@ class GGUFFile:
             key: values[f"tokenizer.ggml.{name}"] for name, key in SPECIAL.items() if f"tokenizer.ggml.{name}" in values
         }
         return config, table
+
+    def _of_all(self, given, key, prefix):
+        """The number of every block, where a key has one for each as llama.cpp takes it. Raises UserError."""
+        value, layers = given[key], given["block_count"]
+        if not isinstance(value, list):
+            return value
+        if len(value) != layers or not value:
+            raise UserError(f"{self.where}: {prefix}{key} has {len(value)} entries for {shown(layers)} blocks")
+        if any(number != value[0] for number in value):
+            raise UserError(
+                f"{self.where}: {prefix}{key} = {shown(value)} is not supported: every block of ours has the same"
+            )
+        return value[0]
 
     def _rope(self, given):
         """`rope_scaling` of a config.json; takes its keys out of `given`."""

@@ -25,15 +25,18 @@ NAMES |= {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_h
 CONFIG = folders.LLAMA | {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}
 
 
-def write(file, architecture="llama", kind=gguf.GGMLQuantizationType.F32, further=lambda writer: None):
-    """A random model whose matrices are of `kind`. Queries and keys are in their own order: any is a model."""
+NUMBERS = {"head_count": 4, "head_count_kv": 2, "feed_forward_length": 96}
+
+
+def write(file, architecture="llama", kind=gguf.GGMLQuantizationType.F32, further=lambda writer: None, **numbers):
+    """A random model whose matrices are of `kind`. Queries and keys are in their own order: any is a model. `numbers`
+    are said in place of those of NUMBERS."""
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    for name, value in (NUMBERS | numbers).items():
+        getattr(writer, f"add_{name}")(value)
     writer.add_rope_freq_base(500.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(40)
@@ -90,6 +93,10 @@ def test_against_transformers(tmp_path, architecture, kind):
         (lambda w: w.add_expert_count(8), "llama.expert_count = 8"),
         (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count = 8"),
         (lambda w: w.add_logit_scale(0.5), "llama.logit_scale = 0.5"),
+        (lambda w: w.add_array("llama.attention.sliding_window", [64, 0]), r"sliding_window = \[64, 0\]"),
+        (lambda w: w.add_array("llama.attention.other", [16] * 2000), "llama.attention.other is an array of 1,024"),
+        (lambda w: w.add_array("llama.block_count", [2] * 2000), "llama.block_count is an array of 1,024"),
+        (lambda w: w.add_array("llama.block_count", [2, 2]), r"num_hidden_layers = \[2, 2\]: must be a whole number"),
         (lambda w: scaled(w, gguf.RopeScalingType.YARN, 2.0, {"attn_factor": 0.5}), "rope.scaling.attn_factor = 0.5"),
         (lambda w: scaled(w, None, 2.0, {}, factors=True), "rope.scaling.factor = 2 is not supported together"),
         (lambda w: w.add_tensor("blk.0.attn_sinks.weight", np.ones(4, np.float32)), "attn_sinks"),
@@ -100,6 +107,32 @@ def test_what_ours_cannot_honour_is_refused_by_name(tmp_path, further, said):
     with pytest.raises(UserError, match=said):
         source = convert.open_source(tmp_path / "m.gguf")
         source.bind(source.lm())
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_for_each_block_is_the_number_where_all_are_the_same(name, tmp_path):
+    write(tmp_path / "plain.gguf")
+    write(tmp_path / "listed.gguf", **{name: [NUMBERS[name]] * 2})
+    plain, listed = (convert.open_source(tmp_path / f"{file}.gguf") for file in ("plain", "listed"))
+    assert listed.lm() == plain.lm()
+    listed.bind(listed.lm())
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ([4, 2], r" = \[4, 2\] is not supported: every block of ours has the same"),
+        ([4, 4, 4], " has 3 entries for 2 blocks"),
+        ([4], " has 1 entries for 2 blocks"),
+        ([4] * 2000, "head_count is an array of 1,024 entries or more"),
+        ([4.5, 4.5], "num_attention_heads = 4.5: must be a whole number"),
+    ],
+)
+def test_numbers_of_blocks_that_differ_are_refused_by_name(value, said, tmp_path):
+    write(tmp_path / "m.gguf", head_count=value)
+    with pytest.raises(UserError, match=said) as error:
+        convert.open_source(tmp_path / "m.gguf")
+    assert "\n" not in str(error.value)
 
 
 def scaled(writer, kind, factor, further, factors=False):
