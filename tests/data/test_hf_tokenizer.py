@@ -184,6 +184,10 @@ def test_a_word_piece_vocabulary_is_read_and_spelt_as_transformers_does(key, val
         ids = theirs(text)["input_ids"]
         assert ours.encode_prompt(text) == ours.encode_template(text) == ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    ours.save(tmp_path / "kept")
+    kept = kinds.ours(tmp_path / "kept")
+    assert kept.encode_prompt("a [SEP] .") == ours.encode_prompt("a [SEP] .")
+    assert kept.decode([2, 3, 5]) == ours.decode([2, 3, 5])
 
 
 def test_several_templates_by_name_without_a_default_are_named(tmp_path):

@@ -181,3 +181,45 @@ def test_an_omitted_key_and_the_other_of_a_truth_are_read_as_transformers_reads_
             compare(place, entry)
     (place / TOKENIZER).unlink()
     compare(place, entry)
+
+
+CHANGES = {
+    "class": {"tokenizer_class": "PreTrainedTokenizerFast"},
+    "another class": {"tokenizer_class": "Qwen2TokenizerFast"},
+    "unknown class": {"tokenizer_class": "OwnTokenizer"},
+    "no bos": {"bos_token": None, "add_bos_token": True},
+    "no eos": {"eos_token": None},
+    "new eos": {"eos_token": "<new>"},
+    "new pad": {"pad_token": "[PAD]"},
+    "new tokens": {"extra_special_tokens": ["<new>"], "additional_special_tokens": ["<newer>"]},
+    "named tokens": {"extra_special_tokens": {"image_token": "<image>"}},
+    "bos and eos": {"add_bos_token": True, "add_eos_token": True},
+    "short": {"model_max_length": 3, "truncation_side": "left", "padding_side": "left"},
+    "forced": {
+        "clean_up_tokenization_spaces": True,
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+    },
+    "spared": {"clean_up_tokenization_spaces": True},
+    "code": {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}},
+}
+CLASSES = {(entry["kind"], entry["tokenizer_config"]["tokenizer_class"]): entry for entry in PUBLISHED}.values()
+PADDED = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+CUT = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+
+
+@pytest.mark.parametrize("entry", CLASSES, ids=lambda entry: entry["names"][0])
+def test_what_others_change_in_a_published_folder_is_read_likewise(entry, folder):
+    place = folder(entry)
+    tokenizer, generation = settings(entry), entry["generation_config"]
+    for change in CHANGES.values():
+        write(place, entry, tokenizer | change, generation)
+        compare(place, entry)
+    write(place, entry, tokenizer, generation)
+    state = json.loads((place / "tokenizer.json").read_text())
+    (place / "tokenizer.json").write_text(
+        json.dumps(state | {"truncation": CUT, "padding": PADDED | {"pad_token": "x"}})
+    )
+    compare(place, entry)
+    (place / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<new>", "pad_token": "[PAD]"}))
+    (place / "added_tokens.json").write_text(json.dumps({"<newest>": 300_000}))
+    compare(place, entry)
