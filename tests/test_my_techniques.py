@@ -23,7 +23,14 @@ def test_there_is_no_command_that_nothing_runs():
     assert len(RUNS) + len(SUITES) == len(COMMANDS) == 12
 
 
-@pytest.mark.parametrize("command", RUNS, ids=lambda command: command.rpartition(":")[2])
+QUICK = ("source", "sampler")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, marks=[pytest.mark.slow] * (not command.endswith(QUICK))) for command in RUNS],
+    ids=lambda command: command.rpartition(":")[2],
+)
 def test_a_part_runs(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(runs.ROOT))
     monkeypatch.chdir(tmp_path)

@@ -69,7 +69,10 @@ def test_axes_that_are_not_the_dimensions_are_named():
         model.abstract_params(lm)
 
 
-@pytest.mark.parametrize("name, overrides", [("one", {}), ("two", {"adapter": "lora(rank=2)", "quant": "int4()"})])
+@pytest.mark.parametrize(
+    "name, overrides",
+    [("one", {}), pytest.param("two", {"adapter": "lora(rank=2)", "quant": "int4()"}, marks=pytest.mark.slow)],
+)
 def test_a_run_ends_with_its_row(tmp_path, name, overrides):
     (tmp_path / "own.py").write_text(PLUGIN.replace("NAME", name))
     values = {"imports": f"('{tmp_path}/own.py',)", "model.ffn": name, "train.steps": 2}

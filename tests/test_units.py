@@ -213,6 +213,7 @@ def test_measurement_counts_steady_steps_inside_segments_only():
 def test_a_countdown_speaks_at_most_every_few_seconds(caplog, monkeypatch):
     log = logging.getLogger("efficientllm")
     monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "handlers", [])  # those that earlier tests' runs opened
     log.setLevel(logging.INFO)
     now = iter((0, 4, 8, 16, 17, 40))
     countdown = Countdown("measuring", 10, every_s=5, clock=lambda: next(now))

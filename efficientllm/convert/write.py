@@ -95,6 +95,7 @@ def write_model(lm, folder, config, get, dtype_of, shard, change=lambda name, re
     for file, names in files.items():
         held = {name: _tensor(name, tensors[name], get, dtypes[name], change) for name in names}
         save_file(held, folder / file, metadata={"format": "pt"})
+        del held  # before the next file's tensors are made
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}}
         index["weight_map"] = {name: file for file, names in files.items() for name in names}

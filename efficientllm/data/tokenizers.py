@@ -195,7 +195,15 @@ class Backed:
         return self.backend.id_to_token(int(id)) or ("<eos>" if id == self.eos_id else f"<id {id}>")
 
     def encode(self, text):
-        return self._inside(self.backend.encode(text, add_special_tokens=False).ids)
+        return self._inside(self._encoded(self.backend.encode, text, False).ids)
+
+    def _encoded(self, encode, text, add):
+        """`encode` of the backend. Raises UserError for a tokenizer that cannot, such as one whose unknown token is no
+        token of it: the backend finds out with the first text that needs it."""
+        try:
+            return encode(text, add_special_tokens=add)
+        except Exception as error:  # the only class that it raises
+            raise UserError(f"the tokenizer cannot encode this text: {error}") from None
 
     def encode_template(self, text):
         """Ids of a text that a chat template made: special tokens are special."""
@@ -222,12 +230,12 @@ class Backed:
     def _special(self, text, add):
         self.backend.encode_special_tokens = self._splits
         try:
-            return self.backend.encode(text, add_special_tokens=add)
+            return self._encoded(self.backend.encode, text, add)
         finally:
             self.backend.encode_special_tokens = True
 
     def encode_batch(self, texts):
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._encoded(self.backend.encode_batch_fast, texts, False)
         return [np.array(self._inside(encoding.ids), np.uint32) for encoding in encodings]
 
     def _inside(self, ids):

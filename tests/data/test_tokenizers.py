@@ -21,6 +21,20 @@ ODD = [
 ]
 
 
+def test_an_unknown_token_that_is_none_is_one_line(tmp_path):
+    """The backend finds out with the first text that needs it."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}'
+    )
+    tokenizer = data.build_tokenizer(f"hf(path={str(tmp_path)!r})", None)
+    for encode in (tokenizer.encode, tokenizer.encode_prompt, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(UserError, match="cannot encode this text"):
+            encode("b")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A byte-level tokenizer with special tokens, as transformers saves one."""

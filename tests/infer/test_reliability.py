@@ -42,7 +42,10 @@ def test_stopped_in_mid_answer(name, status, base, tmp_path, monkeypatch, capsys
 
 
 def test_a_batch_beyond_memory_is_a_row_of_its_own_kind(base, tmp_path, capsys):  # noqa: F811
-    wide = {"model__pretrained": "", "model__size": "tiny(num_layers=1, num_heads=64, num_kv_heads=64, head_dim=512)"}
+    wide = {
+        "model__pretrained": "",
+        "model__size": "tiny(num_layers=1, dim=32, num_heads=64, num_kv_heads=64, head_dim=128)",
+    }
     beyond = wide | {"infer__batch_size": 2**20, "infer__prompt_length": 100, "memory_gb": 10**6}
     assert main.main(arguments(base, tmp_path / "run", **beyond)) == 3
     assert json.loads((tmp_path / "run" / "record.json").read_text())["outcome"] == "oom"
