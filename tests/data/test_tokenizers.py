@@ -6,6 +6,7 @@ import pytest
 from efficientllm import data
 from efficientllm.data.tokenizers import Backed
 from efficientllm.errors import UserError
+from efficientllm.registry import build
 
 ODD = [
     "",
@@ -29,7 +30,7 @@ def test_an_unknown_token_that_is_none_is_one_line(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}'
     )
-    tokenizer = data.build_tokenizer(f"hf(path={str(tmp_path)!r})", None)
+    tokenizer = build("tokenizer", f"hf(path={str(tmp_path)!r})").fit(None)
     for encode in (tokenizer.encode, tokenizer.encode_prompt, lambda text: tokenizer.encode_batch([text])):
         with pytest.raises(UserError, match="cannot encode this text"):
             encode("b")
