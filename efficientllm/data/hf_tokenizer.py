@@ -16,7 +16,9 @@ from efficientllm.registry import register
 from efficientllm.untrusted import files, json_text, template
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
+_ADDED = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MOST = 1 << 30  # bytes of a tokenizer.json, which has been loaded already
 _WHERE = "the tokenizer's chat template"
 _GGUF_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -36,6 +38,7 @@ class HuggingFace:
         if not loaded.is_fast or loaded.eos_token_id is None:
             missing = "eos token" if loaded.is_fast else "fast implementation"
             raise UserError(f"{where} has no {missing}")
+        _check_ids(loaded, folder, where)
         return from_transformers(loaded, end_ids(folder))
 
     def _folder(self):
@@ -87,6 +90,29 @@ def _needs_sentencepiece(folder):
     return alone and importlib.util.find_spec("sentencepiece") is None
 
 
+def _check_ids(loaded, folder, where):
+    """Raises UserError for an added token that has lost its id: where no vocabulary holds it, the library `tokenizers`
+    numbers it anew, without a hole, and the model would be given another token's embedding."""
+    vocabulary = loaded.get_vocab()
+    for id, token in _added(folder):
+        if vocabulary.get(token, id) != id:
+            raise UserError(
+                f"{where}: {token!r:.80} has the id {id} in its files and {vocabulary[token]} as transformers reads "
+                "them; list it in the vocabulary too"
+            )
+
+
+def _added(folder):
+    """`(id, token)` of added tokens by tokenizer.json, or without one by tokenizer_config.json: both were loaded."""
+    if file := _file(folder, "tokenizer.json"):
+        text = files.read_text(file, _MOST, where=f"{folder}/tokenizer.json")
+        place = _ADDED.search(text)
+        tokens = json.JSONDecoder().raw_decode(text, place.end())[0] if place else []
+        return [(token["id"], token["content"]) for token in tokens]
+    tokens = _json(folder, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    return [(int(id), token["content"] if isinstance(token, dict) else token) for id, token in tokens.items()]
+
+
 def end_ids(folder):
     """The ids at which transformers ends generation: those of generation_config.json, else those of config.json; none
     where neither names any. Raises UserError for what are no ids."""
@@ -103,16 +129,21 @@ def _ids(value, where):
     return tuple(dict.fromkeys(id for id in values if id >= 0))
 
 
-def _json(folder, name):
-    """The object of a file of `folder`, a folder or the name of a repository that has been loaded; {} for none."""
+def _file(folder, name):
+    """Where a file of `folder` is, a folder or the name of a repository that has been loaded; None for none."""
     import transformers
 
     try:
-        file = transformers.utils.cached_file(
+        return transformers.utils.cached_file(
             folder, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/{name} cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _json(folder, name):
+    """The object of a file, {} for none."""
+    file = _file(folder, name)
     return json_text.read(file, where=f"{folder}/{name}") if file else {}
 
 

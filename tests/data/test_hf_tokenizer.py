@@ -124,6 +124,29 @@ def test_ids_may_have_holes(tmp_path):
     assert ids[-1] == 1000 and ours.token_bytes[ids].sum() == len("the cat") and ours.decode(ids) == "the cat"
 
 
+@pytest.mark.parametrize("kept", ["tokenizer.json", "vocab.json"])
+def test_an_id_that_would_be_numbered_anew_is_refused_by_name(kept, tmp_path):
+    """Of a token behind a hole that no vocabulary holds."""
+    kinds.save(tmp_path, eos_token="<eos>")
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    token = state["added_tokens"][0]
+    size = token.pop("id")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(state["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("".join(f"{' '.join(pair)}\n" for pair in state["model"]["merges"]))
+    for id in (size, 1000):
+        added = state | {"added_tokens": [token | {"id": id}]}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(added, indent=2))
+        if kept == "vocab.json":
+            (tmp_path / "tokenizer.json").unlink()
+            changed = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": {str(id): token}}
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | changed))
+        if id == size:
+            assert kinds.ours(tmp_path).eos_id == size
+    with pytest.raises(UserError, match=rf"'<eos>' has the id 1000 in its files and {size} as transformers reads them"):
+        kinds.ours(tmp_path)
+
+
 def test_an_added_token_beyond_the_embedding_is_refused_where_a_text_asks_for_it(tmp_path):
     theirs = kinds.save(tmp_path, eos_token="<eos>", pad_token="[PAD]")
     ours = kinds.ours(tmp_path)
