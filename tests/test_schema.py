@@ -130,11 +130,18 @@ def test_every_number_of_the_config_has_a_range():
 KINDS = [kind for kind in registry.HOMES if not kind.endswith("_kernel") and kind not in ("task", "planned")]
 
 
+def _packaged(kind):
+    """The package's names of a kind, without classes and functions that other tests of this process have registered."""
+    targets = {name: registry.lookup(kind, name) for name in registry.names(kind)}
+    defined = {name for name, target in targets.items() if inspect.isclass(target) or inspect.isfunction(target)}
+    return [n for n, target in targets.items() if n not in defined or target.__module__.startswith("efficientllm.")]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_of_a_technique_has_a_range(kind):
     table = ranges.FIELDS.get(kind, {})
     fields = set()
-    for name in registry.names(kind):
+    for name in _packaged(kind):
         given = registry.settable(registry.lookup(kind, name))
         fields |= {key for key, field in given.items() if field.annotation in (int, float, tuple)}
         for key, field in given.items():
@@ -143,16 +150,10 @@ def test_every_number_of_a_technique_has_a_range(kind):
     assert fields == table.keys()
 
 
-def _is_of_a_test(target):
-    """Whether it is a class or function that another test of this process has registered."""
-    defined = inspect.isclass(target) or inspect.isfunction(target)
-    return defined and not target.__module__.startswith("efficientllm.")
-
-
 @pytest.mark.parametrize("kind", registry.HOMES)
 def test_the_catalogue_knows_what_the_registry_knows(kind):
     entries = catalogue.entries(kind)
-    assert list(entries) == [name for name in registry.names(kind) if not _is_of_a_test(registry.lookup(kind, name))]
+    assert list(entries) == _packaged(kind)
     for name, entry in entries.items():
         target = registry.lookup(kind, name)
         if entry.fields is not None and callable(target):
