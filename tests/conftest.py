@@ -3,10 +3,12 @@
 On a machine with a GPU, tests whose subject is one device run there too: JAX_PLATFORMS=cuda pytest tests/quant.
 """
 
+import atexit
 import contextlib
 import os
 import pathlib
 import re
+import shutil
 import stat
 import tempfile
 
@@ -24,7 +26,9 @@ else:  # a share of the GPU for each worker, and float32 products as tests bound
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Nothing of the user's is read, nothing is kept; workers and the processes that tests start share it.
-os.environ.setdefault("EFFICIENTLLM_CACHE", tempfile.mkdtemp(prefix="efficientllm-cache-"))
+if "EFFICIENTLLM_CACHE" not in os.environ:
+    os.environ["EFFICIENTLLM_CACHE"] = tempfile.mkdtemp(prefix="efficientllm-cache-")
+    atexit.register(shutil.rmtree, os.environ["EFFICIENTLLM_CACHE"], ignore_errors=True)
 
 
 def _programs():
@@ -64,7 +68,8 @@ def pytest_configure(config):
 
 # What the newest Python and JAX are tested with, in two minutes: files of rules, and a few of whole runs and kernels.
 QUICK = re.compile(
-    r"tests/((data|metrics|native|report|untrusted)/|convert/test_(limits|range|published|safetensors_file|gguf_header)"
+    r"tests/((data|metrics|native|untrusted)/|convert/test_(limits|range|published|safetensors_file|gguf_header)"
+    r"|report/test_(compare|comparison|find|rows|statistics)"
     r"|infer/test_(native_attention|engine|prompts|inference)|plan/test_(hardware|hlo|room)|quant/test_(forms|tiled)"
     r"|train/test_(checkpoint|evaluate|measure)"
     r"|test_(config_file|contract|environment|main|registry|runs|schema|scripts|stopping|weights|workdir)\.py)"
