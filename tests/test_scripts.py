@@ -31,11 +31,11 @@ SMALLEST = {
     "experiments/plan/tables.py": "",
     "experiments/quantization/products.py": "1 --shapes=1",
     "experiments/quantization/quality.py": "int8 --rows=1",
-    "experiments/scale/run.py": "--most=2 --longest=64 --out=scale",
+    "experiments/scale/run.py": "--most=2 --longest=128 --out=scale",
     "third_party/llama_cpp/compare.py": (2, "llama_cpp is missing"),
     "third_party/peft/compare.py": "--model=smollm2-135m --methods=lora --steps=2 --batch=2 --length=16",
     "third_party/transformers/compare.py": "--shape=tiny --steps=2 --batch=2 --length=32",
-    "third_party/transformers/curves.py": "--steps=2 --seeds=1",
+    "third_party/transformers/curves.py": "--steps=2 --seeds=2",
     "third_party/transformers/serve.py": [
         *("--model=smollm2-135m", "--contestants=transformers float32;ours float32;ours int4"),
         *("--prefill=8", "--new=4", "--blocks=2"),

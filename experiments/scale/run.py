@@ -44,6 +44,8 @@ def main():
     if ours.point:
         print(json.dumps(measure(json.loads(ours.point))))
         return
+    if ours.most < 2 or ours.longest < BASE["length"]:
+        parser.error(f"--most must be at least 2, and --longest at least {BASE['length']}, the other points' length")
     out = pathlib.Path(ours.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = collect(out / "points.csv", ours.most, ours.longest)

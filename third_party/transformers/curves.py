@@ -25,6 +25,8 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
+    if options.steps < 1 or options.seeds < 2:
+        parser.error("--steps must be at least 1, and --seeds at least 2: seeds are compared with one another")
     curves = {
         precision: [curve(precision, seed, options.steps) for seed in range(options.seeds)]
         for precision in ("float32", "mixed")
