@@ -198,7 +198,7 @@ def _ours(form, folder, options):
     made = serving.prepare(config)
     jax.set_mesh(made.mesh)
     params = made.load(form)
-    engine = Engine(made.lm, params, samplers.Greedy(), -1, options.prefill + options.new + 1)
+    engine = Engine(made.lm, params, samplers.Greedy(), -1, max(options.prefill, PROMPT) + options.new + 1)
     middle = PROMPT + options.new // 2  # the state grows by a token a step
 
     def run(long, short):
