@@ -64,6 +64,20 @@ def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None
     }
 
 
+def summary():
+    """When, with which code and on what a script measures that writes no row, and the machine's load by then."""
+    host_processor = processor()
+    return {
+        "date": datetime.date.today().isoformat(),
+        **git_state(),
+        "device": jax.devices()[0].device_kind,
+        "processor": host_processor["name"],
+        "cores": host_processor["cores"],
+        "load": os.getloadavg()[0],
+        "versions": versions(),
+    }
+
+
 def git_state(folder=None):
     """`{"commit": hash, "dirty": bool}` of the repository that holds `folder` (this package); nulls outside of one.
 

@@ -10,9 +10,7 @@ crossover is where the layers' FLOPs are equal, the measured one where their tim
 import argparse
 import json
 import math
-import random
 import statistics
-import time
 
 import flax.linen as nn
 import jax
@@ -20,10 +18,9 @@ import jax.numpy as jnp
 
 from efficientllm.attention import Context
 from efficientllm.errors import exit_with
-from efficientllm.metrics.provenance import git_state, versions
+from efficientllm.metrics import provenance, race
 from efficientllm.registry import build
 
-DISCARDED = 2  # blocks
 DENSE = "dense"
 
 
@@ -35,7 +32,7 @@ def main(argv=None):
         rows.append(measure(specs, length, options))
         print(json.dumps(rows[-1]), flush=True)
     print(table(rows, specs))
-    print(json.dumps(provenance() | vars(options)))
+    print(json.dumps(provenance.summary() | vars(options)))
 
 
 def parse_options(argv):
@@ -55,17 +52,10 @@ def parse_options(argv):
 def measure(specs, length, options):
     """`{"length", "seconds": {contestant: median}, "gflops", "temporary_mb"}` of a forward and backward pass."""
     steps = {name: Step(spec, length, options) for name, spec in specs.items()}
-    times = {name: [] for name in steps}
-    order = random.Random(length)
-    for block in range(DISCARDED + options.blocks):
-        for name in order.sample(list(steps), len(steps)):
-            begin = time.perf_counter()
-            steps[name]()
-            if block >= DISCARDED:
-                times[name].append(time.perf_counter() - begin)
+    wall, _ = race.race_calls(steps, options.blocks, seed=length)
     return {
         "length": length,
-        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
+        "seconds": {name: statistics.median(taken) for name, taken in wall.items()},
         "gflops": {name: step.flops / 1e9 for name, step in steps.items()},
         "temporary_mb": {name: step.temporary_bytes / 1e6 for name, step in steps.items()},
     }
@@ -131,12 +121,6 @@ def table(rows, specs):
             found, predicted = crossover(rows, name, "seconds"), crossover(rows, name, "gflops")
             lines.append(f"\n{name} is cheaper than dense from {found} tokens on; by FLOPs from {predicted}.")
     return "\n".join(lines)
-
-
-def provenance():
-    """When, of what and on what this was measured."""
-    device = jax.devices()[0].device_kind
-    return {"date": time.strftime("%Y-%m-%d"), **git_state(), "device": device, "versions": versions()}
 
 
 if __name__ == "__main__":

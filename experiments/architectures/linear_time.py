@@ -14,6 +14,7 @@ import attention_crossover
 import numpy as np
 
 from efficientllm.errors import exit_with
+from efficientllm.metrics import provenance
 
 
 def main(argv=None):
@@ -37,7 +38,7 @@ def main(argv=None):
             + " | ".join(f"{value:.3f}" for value in seconds)
             + f" | {power(lengths[-4:], seconds[-4:]):.2f} | {rows[-1]['temporary_mb'][name]:.0f} |"
         )
-    print(json.dumps(attention_crossover.provenance() | vars(ours)))
+    print(json.dumps(provenance.summary() | vars(ours)))
 
 
 def power(lengths, seconds):

@@ -10,9 +10,7 @@ numbers do. A context that the file has is not measured again, so that the same 
 
 import argparse
 import json
-import os
 import pathlib
-import random
 import statistics
 import sys
 import time
@@ -27,14 +25,12 @@ from efficientllm import model as models
 from efficientllm.errors import UserError, exit_with
 from efficientllm.infer import engine as engines
 from efficientllm.infer.samplers import Greedy
-from efficientllm.metrics import peaks
-from efficientllm.metrics.provenance import git_state, versions
+from efficientllm.metrics import peaks, provenance, race
 from efficientllm.presets import attention, mixers
 from efficientllm.train import step
 
 MIXERS = ("mha", "gqa", "mqa", "mla", "nsa", "mamba", "rwkv")
 VOCABULARY = 2048  # of sizes that name none
-DISCARDED = 2  # blocks
 
 
 def main(argv=None):
@@ -47,7 +43,7 @@ def main(argv=None):
         if {row["mixer"] for row in rows if row["length"] == length} >= set(MIXERS):
             print(f"{length} tokens: measured before", file=sys.stderr)
             continue
-        new = [settings | row | provenance() for row in measure(length, options, bandwidth)]
+        new = [settings | row | provenance.summary() for row in measure(length, options, bandwidth)]
         rows = [row for row in rows if row["length"] != length] + new
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.partial")
@@ -100,7 +96,7 @@ class Contestant:
         logits_BV = jnp.zeros((1, self.lm.vocab_size))
         self._carry = engines.Carry(logits_BV, states, at_B, done_B, seen_BV, keys_B)
 
-    def __call__(self):
+    def __call__(self, block):
         """Seconds of a step, of `steps` in one call."""
         # A new array: the one before was donated.
         carry = self._carry.replace(positions_B=jnp.array(np.array([self._length - self._steps], np.int32)))
@@ -119,13 +115,8 @@ def measure(length, options, bandwidth):
     for name in MIXERS:
         print(f"{length} tokens: {name}", file=sys.stderr, flush=True)
         contestants[name] = Contestant(name, length, options)
-    times, order = {name: [] for name in MIXERS}, random.Random(length)
-    for block in range(DISCARDED + options.blocks):
-        for name in order.sample(MIXERS, len(MIXERS)):
-            seconds = contestants[name]()
-            if block >= DISCARDED:
-                times[name].append(seconds)
-        print(f"{length} tokens: block {block + 1} of {DISCARDED + options.blocks}", file=sys.stderr, flush=True)
+    progress = race.print_progress(options.blocks, label=f"{length} tokens: ")
+    times = race.race(contestants, options.blocks, seed=length, after_block=progress)
     return [_row(name, length, contestants[name], times[name], bandwidth) for name in MIXERS]
 
 
@@ -142,7 +133,6 @@ def _row(name, length, contestant, seconds, bandwidth):
         "bytes_a_step_model": moved,
         "least_s": moved / bandwidth,
         "copy_bandwidth": bandwidth,
-        "load": os.getloadavg()[0],
     }
 
 
@@ -162,17 +152,6 @@ def table(rows):
             f"{row['least_s'] / taken:.0%} |"
         )
     return "\n".join(lines)
-
-
-def provenance():
-    """Where and when this was measured."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        **git_state(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "versions": versions(),
-    }
 
 
 if __name__ == "__main__":

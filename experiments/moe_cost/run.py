@@ -11,12 +11,8 @@ compute the same function must agree.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import platform
-import random
 import statistics
-import time
 
 import flax.linen as nn
 import jax
@@ -24,7 +20,7 @@ import jax.numpy as jnp
 
 from efficientllm.errors import exit_with
 from efficientllm.ffns import routing
-from efficientllm.metrics.provenance import git_state, versions
+from efficientllm.metrics import provenance, race
 from efficientllm.registry import build
 
 DISCARDED = 3  # blocks
@@ -59,7 +55,7 @@ def main(argv=None):
     for name in options.shapes.split(","):
         reports[name] = measure(SHAPES[name], options)
         print(table(name, SHAPES[name], reports[name]), flush=True)
-    print(json.dumps(provenance() | {"precision": options.precision, "blocks": options.blocks}))
+    print(json.dumps(provenance.summary() | {"precision": options.precision, "blocks": options.blocks}))
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(reports, indent=1) + "\n")
 
@@ -76,16 +72,16 @@ def _options(argv):
 
 def measure(shape, options):
     """`{contestant: {"wall_s", "cpu_s", "temporary_bytes", "model_bytes", ratios...}}`."""
-    steps, models = contestants(shape, options.precision, options.forward)
+    steps, models = layers(shape, options.precision, options.forward)
     check_agreement({name: steps[name] for name in ("dropless", "ragged_dot", "all experts")}, options.precision)
-    wall, cpu = race(steps, options.blocks)
+    wall, cpu = race.race_calls(steps, options.blocks, discarded=DISCARDED)
     report = {}
     for name, step in steps.items():
         report[name] = {
             "wall_s": wall[name],
             "cpu_s": cpu[name],
-            "wall_ratio": ratio(wall[name], wall["dense"]),
-            "cpu_ratio": ratio(cpu[name], cpu["dense"]),
+            "wall_ratio": race.ratio_of_medians(wall[name], wall["dense"]),
+            "cpu_ratio": race.ratio_of_medians(cpu[name], cpu["dense"]),
             "temporary_bytes": step.memory_bytes,
             "model_bytes": models.get(name),
         }
@@ -109,7 +105,7 @@ class Step:
         return jax.block_until_ready(self._run(*self._inputs))
 
 
-def contestants(shape, precision, forward):
+def layers(shape, precision, forward):
     """`({name: Step}, {name: bytes of temporaries by the analytic model})`."""
     key = jax.random.key(0)
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
@@ -153,32 +149,6 @@ def check_agreement(steps, precision):
                 raise RuntimeError(f"{name} differs from all experts by {error:.1e} in an array of {one.shape}")
 
 
-def race(steps, blocks):
-    """`({name: wall s of each timed step}, {name: CPU s of all threads likewise})`."""
-    wall, cpu = ({name: [] for name in steps} for _ in range(2))
-    order = random.Random(0)
-    for block in range(DISCARDED + blocks):
-        for name in order.sample(list(steps), len(steps)):
-            begin_wall, begin_cpu = time.perf_counter(), time.process_time()
-            steps[name]()
-            if block >= DISCARDED:
-                wall[name].append(time.perf_counter() - begin_wall)
-                cpu[name].append(time.process_time() - begin_cpu)
-    return wall, cpu
-
-
-def ratio(found, baseline, resamples=5_000):
-    """`[ratio of medians, low, high]`, the interval bootstrapped over (paired) blocks."""
-    draw = random.Random(0)
-    pairs = list(zip(found, baseline, strict=True))
-
-    def of(sample):
-        return statistics.median(a for a, _ in sample) / statistics.median(b for _, b in sample)
-
-    resampled = sorted(of(draw.choices(pairs, k=len(pairs))) for _ in range(resamples))
-    return [of(pairs), resampled[int(0.025 * resamples)], resampled[int(0.975 * resamples)]]
-
-
 def table(name, shape, report):
     """One shape's report as Markdown."""
     tokens = shape.rows * shape.length
@@ -188,29 +158,13 @@ def table(name, shape, report):
         "|---|---|---|---|---|---|",
     ]
     for contestant, row in report.items():
-        wall, cpu = ("{:.2f} ({:.2f}-{:.2f})".format(*row[key]) for key in ("wall_ratio", "cpu_ratio"))
         model = f"{row['temporary_bytes'] / row['model_bytes']:.2f}" if row["model_bytes"] else ""
         milliseconds = 1e3 * statistics.median(row["wall_s"])
         lines.append(
-            f"| {contestant} | {milliseconds:.1f} | {wall} | {cpu} | {row['temporary_bytes'] / 1e6:.1f} | {model} |"
+            f"| {contestant} | {milliseconds:.1f} | {row['wall_ratio']} | {row['cpu_ratio']} | "
+            f"{row['temporary_bytes'] / 1e6:.1f} | {model} |"
         )
     return "\n".join(lines)
-
-
-def provenance():
-    """Where and when this was measured."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        **git_state(),
-        "device": jax.devices()[0].device_kind,
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "versions": versions(),
-    }
 
 
 if __name__ == "__main__":

@@ -2,21 +2,20 @@
 
   python experiments/quantization/products.py 1 8
 
-Prints a Markdown table: microseconds a product, median of turns in which all run one after the other, each over enough
+Prints a Markdown table: microseconds a product, median of turns in which all run in random order, each over enough
 copies of the matrix that no cache holds them; in brackets GB/s of weights read. Shapes are SmolLM2-135M's, inputs x
 outputs.
 """
 
 import argparse
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from efficientllm.errors import exit_with
-from efficientllm.metrics import peaks
+from efficientllm.metrics import peaks, race
 from efficientllm.quant import products
 from efficientllm.quant.rows import resident_bytes
 from efficientllm.quant.tree import quantize
@@ -39,16 +38,8 @@ TURNS = 15
 
 def medians(contestants):
     """Seconds of each contestant, by name."""
-    times = {name: [] for name in contestants}
-    for run in contestants.values():
-        run()
-        run()
-    for _ in range(TURNS):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in times.items()}
+    wall, _ = race.race_calls(contestants, TURNS)
+    return {name: statistics.median(seconds) for name, seconds in wall.items()}
 
 
 def ours(spec, kernels, x):

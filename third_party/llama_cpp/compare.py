@@ -9,20 +9,17 @@ same random tokens, fresh in each block. Ratios are of medians over blocks, with
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import os
 import pathlib
-import random
 import statistics
-import sys
 import time
-from unittest import mock
 
 import numpy as np
 
+from efficientllm import allocator
 from efficientllm.errors import UserError, exit_with
+from efficientllm.metrics import race
 
-DISCARDED = 2  # blocks: compilation, and pages of the file
 NAMES = ("llama.cpp", "ours")
 
 
@@ -34,9 +31,12 @@ def main(argv=None):
         )
     if not pathlib.Path(options.gguf).is_file():
         raise UserError(f"--gguf={options.gguf}: no such file")
-    contestants = {name: Contestant(name, options) for name in NAMES}
+    pages = {"ours": allocator.huge_pages()}  # as efficientllm.main
+    contestants = {name: race.Process(_contestant, name, options, environment=pages.get(name)) for name in NAMES}
     try:
-        times = race(contestants, options)
+        asked = {name: process.ask for name, process in contestants.items()}
+        results = race.race(asked, options.blocks, after_block=race.print_progress(options.blocks))
+        times = dict(zip(("prefill", "decode"), race.columns(results), strict=True))
     finally:
         for contestant in contestants.values():
             contestant.close()
@@ -58,39 +58,12 @@ def _options(argv):
     return parser.parse_args(argv)
 
 
-class Contestant:
-    """A process that holds one model; `ask` waits for its `(prefill s, decode s)` of a prompt."""
-
-    def __init__(self, name, options):
-        from efficientllm import allocator
-
-        context = multiprocessing.get_context("spawn")
-        self.pipe, far_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(name, options, far_end), daemon=True)
-        with mock.patch.dict(os.environ, allocator.huge_pages() if name == "ours" else {}):  # as efficientllm.main
-            self.process.start()
-        far_end.close()  # so that a process that dies ends our wait
-
-    def ask(self, seed):
-        self.pipe.send(seed)
-        return self.pipe.recv()
-
-    def close(self):
-        self.pipe.close()
-        self.process.join()
-
-
-def _serve(name, options, pipe):
+def _contestant(name, options):
+    """A function from the seed of a prompt to `(prefill s, decode s)`, in a process of its own."""
     if hasattr(os, "sched_setaffinity"):  # both size their thread pools by the cores they may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
     measured = (_llama_cpp if name == "llama.cpp" else _ours)(options)
-    while True:
-        try:
-            seed = pipe.recv()
-        except EOFError:
-            return
-        prompt = np.random.default_rng(seed).integers(1000, 20_000, options.prompt).tolist()
-        pipe.send(measured(prompt))
+    return lambda seed: measured(np.random.default_rng(seed).integers(1000, 20_000, options.prompt).tolist())
 
 
 def _llama_cpp(options):
@@ -138,38 +111,14 @@ def _ours(options):
     return measured
 
 
-def race(contestants, options):
-    """`{"prefill" or "decode": {name: [s]}}`."""
-    times = {part: {name: [] for name in NAMES} for part in ("prefill", "decode")}
-    order = random.Random(0)
-    for block in range(DISCARDED + options.blocks):
-        for name in order.sample(NAMES, len(NAMES)):
-            for part, seconds in zip(times, contestants[name].ask(block), strict=True):
-                if block >= DISCARDED:
-                    times[part][name].append(seconds)
-        print(f"block {block + 1} of {DISCARDED + options.blocks}", file=sys.stderr, flush=True)
-    return times
-
-
-def ratio(baseline, ours, resamples=5_000):
-    """Our speed over the baseline's, `(ratio, low, high)`: medians, bootstrapped over paired blocks."""
-    draw, pairs = random.Random(0), list(zip(baseline, ours, strict=True))
-
-    def of(sample):
-        return statistics.median(b for b, _ in sample) / statistics.median(o for _, o in sample)
-
-    found = sorted(of(draw.choices(pairs, k=len(pairs))) for _ in range(resamples))
-    return of(pairs), found[int(0.025 * resamples)], found[int(0.975 * resamples)]
-
-
 def table(times, options):
     """The race as text."""
     lines = [f"{options.gguf}, {options.threads} threads, ours {options.quant}"]
     for part, tokens in (("prefill", options.prompt), ("decode", options.new)):
         for name in NAMES:
             lines.append(f"{part:8}{name:12}{tokens / statistics.median(times[part][name]):10.1f} tokens/s")
-        found, low, high = ratio(*(times[part][name] for name in NAMES))
-        lines.append(f"{part:8}ours over llama.cpp {found:.2f} ({low:.2f} .. {high:.2f})")
+        speed = race.ratio_of_medians(*(times[part][name] for name in NAMES))
+        lines.append(f"{part:8}ours over llama.cpp {speed}")
     return "\n".join(lines)
 
 

@@ -9,20 +9,19 @@ peak of a process's resident memory less what it held before the model was there
 """
 
 import argparse
+import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import pydoc_data.topics
-import random
 import statistics
 import tempfile
 import time
-from unittest import mock
 
+from efficientllm import allocator
 from efficientllm.errors import exit_with
+from efficientllm.metrics import race
 
-DISCARDED = 2
 TOLERANCE = 2e-3  # nats, of the first loss
 RANK, ALPHA, RATE = 16, 32, 1e-4
 
@@ -63,72 +62,47 @@ def _folder(model, folder):
 
 def compare(method, model, options):
     """`{contestant: {"step_s": [...], "peak_bytes", "first_loss"}}` and the ratios theirs / ours."""
-    from efficientllm import allocator
-
-    context, sides = multiprocessing.get_context("spawn"), {}
-    for name in ("peft", "ours"):
-        pipe, far_end = context.Pipe()
-        process = context.Process(target=_serve, args=(name, method, model, options, far_end), daemon=True)
-        with mock.patch.dict(os.environ, allocator.huge_pages() if name == "ours" else {}):  # as efficientllm.main
-            process.start()
-        far_end.close()
-        sides[name] = (pipe, process)
-
-    def ask(name, question):
-        sides[name][0].send(question)
-        return sides[name][0].recv()
-
-    first = {name: ask(name, 0)[1] for name in sides}
+    pages = {"ours": allocator.huge_pages()}  # as efficientllm.main
+    sides = {
+        name: race.Process(_trainer, name, method, model, options, environment=pages.get(name))
+        for name in ("peft", "ours")
+    }
+    first = {name: process.ask(0)[1] for name, process in sides.items()}
     if abs(first["peft"] - first["ours"]) > TOLERANCE:
         raise SystemExit(f"{method}: the first losses differ: {first}")
-    seconds = {name: [] for name in sides}
-    order = random.Random(0)
-    for step in range(1, 1 + DISCARDED + options.steps):
-        for name in order.sample(list(sides), 2):
-            taken, _ = ask(name, step)
-            if step > DISCARDED:
-                seconds[name].append(taken)
-    peaks = {name: ask(name, "peak") for name in sides}
-    for pipe, process in sides.values():
-        pipe.close()
-        process.join()
+    steppers = {name: functools.partial(_step, process) for name, process in sides.items()}
+    seconds, _ = race.columns(race.race(steppers, options.steps))
+    peaks = {name: process.ask("peak") for name, process in sides.items()}
+    for process in sides.values():
+        process.close()
     return {
         "first_loss": first,
         "step_s": seconds,
         "peak_bytes": peaks,
-        "time_ratio": _ratio(seconds["peft"], seconds["ours"]),
+        "time_ratio": race.ratio_of_medians(seconds["peft"], seconds["ours"]),
         "memory_ratio": peaks["peft"] / peaks["ours"],
     }
 
 
-def _ratio(theirs, ours):
-    """`(ratio of medians, low, high)`: above 1, ours is faster."""
-    draw, blocks = random.Random(0), list(zip(theirs, ours, strict=True))
-
-    def of(sample):
-        a, b = zip(*sample, strict=True)
-        return statistics.median(a) / statistics.median(b)
-
-    drawn = sorted(of(draw.choices(blocks, k=len(blocks))) for _ in range(1000))
-    return of(blocks), drawn[25], drawn[974]
+def _step(process, block):
+    return process.ask(block + 1)  # the first loss was step 0
 
 
-def _serve(name, method, model, options, pipe):
+def _trainer(name, method, model, options):
+    """A function of "peak" (bytes) or of the number of a step (its seconds and loss), in a process of its own."""
     from efficientllm.metrics import host
 
     trainer, before = (_peft if name == "peft" else _ours)(method, model, options, host)
-    while True:
-        try:
-            question = pipe.recv()
-        except EOFError:
-            return
+
+    def answer(question):
         if question == "peak":
-            pipe.send(host.peak_rss_bytes() - before)
-            continue
+            return host.peak_rss_bytes() - before
         batch = _batch(question, options)
         begin = time.perf_counter()
         loss = trainer(batch)
-        pipe.send((time.perf_counter() - begin, loss))
+        return time.perf_counter() - begin, loss
+
+    return answer
 
 
 def _batch(step, options):
@@ -231,11 +205,10 @@ def table(found):
         f"{'method':8}{'peft s':>9}{'ours s':>9}{'time ratio (95 %)':>24}{'peft GB':>10}{'ours GB':>10}{'ratio':>8}"
     ]
     for method, each in found.items():
-        ratio, low, high = each["time_ratio"]
         theirs, ours = (statistics.median(each["step_s"][name]) for name in ("peft", "ours"))
         sizes = [each["peak_bytes"][name] / 1e9 for name in ("peft", "ours")]
         lines.append(
-            f"{method:8}{theirs:9.2f}{ours:9.2f}{f'{ratio:.2f} ({low:.2f}..{high:.2f})':>24}{sizes[0]:10.2f}"
+            f"{method:8}{theirs:9.2f}{ours:9.2f}{str(each['time_ratio']):>24}{sizes[0]:10.2f}"
             f"{sizes[1]:10.2f}{each['memory_ratio']:8.2f}"
         )
     return "\n".join(lines)

@@ -8,22 +8,20 @@ blocks, with a 95 % bootstrap interval over blocks. The first losses must agree 
 """
 
 import argparse
+import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import platform
-import random
 import statistics
-import subprocess
 import sys
 import time
 
 import work
 
 from efficientllm.errors import exit_with
+from efficientllm.metrics import race
 
-DISCARDED = 2  # compilation, and the allocators' first steps
 TOLERANCE = 1e-4  # nats, of the first loss between float32 contestants
 BASELINE = "torch-float32"
 DEFAULT = "torch-float32,ours-float32,ours-float32-unrolled,ours-mixed"
@@ -34,11 +32,11 @@ def main(argv=None):
     shape = work.SHAPES[options.shape]
     names = options.contestants.split(",")
     load = os.getloadavg()[0]
-    contestants = {name: Contestant(name, options) for name in names}
+    contestants = {name: race.Process(_trainer, name, options) for name in names}
     try:
         losses = {name: contestant.ask("loss") for name, contestant in contestants.items()}
         difference = check_first_losses(losses)
-        wall, cpu, curves = race(contestants, options)
+        wall, cpu, curves = measure(contestants, options.steps)
         versions = {key: value for c in contestants.values() for key, value in c.ask("versions").items()}
     finally:
         for contestant in contestants.values():
@@ -76,26 +74,8 @@ def _options(argv):
     return parser.parse_args(argv)
 
 
-class Contestant:
-    """A process that holds one model and does what it is asked; `ask` waits for the answer."""
-
-    def __init__(self, name, options):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, far_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(name, options, far_end), daemon=True)
-        self.process.start()
-        far_end.close()  # so that a process that dies ends our wait
-
-    def ask(self, question, *details):
-        self.pipe.send((question, details))
-        return self.pipe.recv()
-
-    def close(self):
-        self.pipe.close()
-        self.process.join()
-
-
-def _serve(name, options, pipe):
+def _trainer(name, options):
+    """A function of a question and its details, in a process of its own."""
     if hasattr(os, "sched_setaffinity"):  # both size their thread pools by the cores they may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
     side, precision, *variant = name.split("-")
@@ -119,12 +99,7 @@ def _serve(name, options, pipe):
         return time.perf_counter() - wall, time.process_time() - cpu, loss
 
     answers = {"loss": lambda: trainer.step(tokens(0)), "step": timed, "versions": module.versions}
-    while True:
-        try:
-            question, details = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(answers[question](*details))
+    return lambda question, *details: answers[question](*details)
 
 
 def check_first_losses(losses):
@@ -136,52 +111,45 @@ def check_first_losses(losses):
     return difference
 
 
-def race(contestants, options):
+def measure(contestants, steps):
     """`({name: wall s of each timed step}, {name: CPU s likewise}, {name: loss of every step})`."""
-    wall, cpu, curves = ({name: [] for name in contestants} for _ in range(3))
-    order = random.Random(0)
-    for step in range(1, DISCARDED + options.steps):
-        for name in order.sample(list(contestants), len(contestants)):
-            wall_s, cpu_s, loss = contestants[name].ask("step", step)
+    curves = {name: [] for name in contestants}
+
+    def note(block, results):
+        for name, (_, _, loss) in results.items():
             curves[name].append(loss)
-            if step >= DISCARDED:
-                wall[name].append(wall_s)
-                cpu[name].append(cpu_s)
-        print(
-            f"step {step}: " + ", ".join(f"{name} {curve[-1]:.4f}" for name, curve in curves.items()), file=sys.stderr
-        )
+        said = ", ".join(f"{name} {curve[-1]:.4f}" for name, curve in curves.items())
+        print(f"step {block + 1}: {said}", file=sys.stderr)
+
+    # The first loss was a step too: compilation, and the allocators' first.
+    steppers = {name: functools.partial(_step, process) for name, process in contestants.items()}
+    wall, cpu, _ = race.columns(race.race(steppers, steps, discarded=1, after_block=note))
     return wall, cpu, curves
+
+
+def _step(process, block):
+    return process.ask("step", block + 1)
 
 
 def ratios(seconds):
     """`{name: ratio to the baseline}`, empty without a baseline."""
-    return {name: ratio(seconds[BASELINE], found) for name, found in seconds.items() if BASELINE in seconds}
-
-
-def ratio(baseline, contestant, resamples=10_000):
-    """Speed over the baseline's, `{"ratio", "low", "high"}`: medians, bootstrapped over blocks (paired)."""
-    draw = random.Random(0)
-    blocks = list(zip(baseline, contestant, strict=True))
-
-    def of(sample):
-        return statistics.median(b for b, _ in sample) / statistics.median(c for _, c in sample)
-
-    means = sorted(of(draw.choices(blocks, k=len(blocks))) for _ in range(resamples))
-    return {"ratio": of(blocks), "low": means[int(0.025 * resamples)], "high": means[int(0.975 * resamples)]}
+    return {
+        name: race.ratio_of_medians(seconds[BASELINE], found)._asdict()
+        for name, found in seconds.items()
+        if BASELINE in seconds
+    }
 
 
 def provenance():
     """Where and when this was measured."""
-    cpu = platform.processor() or platform.machine()
-    if (info := pathlib.Path("/proc/cpuinfo")).exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    here = pathlib.Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    from efficientllm.metrics.provenance import git_state, processor
+
+    host, commit = processor(), git_state(pathlib.Path(__file__).parent)["commit"]
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or None,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
+        "commit": commit and commit[:7],
+        "cpu": host["name"],
+        "cores": host["cores"],
         "python": platform.python_version(),
     }
 
@@ -200,7 +168,7 @@ def table(report):
         wall, cpu = statistics.median(seconds), statistics.median(report["step_cpu_s"][name])
         row = f"{name:24}{wall:12.3f}{report['batch'] * report['length'] / wall:10.0f}{cpu:12.3f}"
         kinds = [report[kind][name] for kind in ("speed_ratios", "cpu_time_ratios") if name in report[kind]]
-        row += ";".join(f"   {found['ratio']:.2f} ({found['low']:.2f} .. {found['high']:.2f})" for found in kinds)
+        row += ";".join(f"   {race.Ratio(**ratio)}" for ratio in kinds)
         lines.append(row)
     return "\n".join(lines)
 

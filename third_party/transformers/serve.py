@@ -14,19 +14,17 @@ What each of ours must read for a token is set against memory, timed between the
 import argparse
 import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import pydoc_data.topics
-import random
 import statistics
 import tempfile
 import time
-from unittest import mock
 
+from efficientllm import allocator
 from efficientllm.errors import exit_with
+from efficientllm.metrics import race
 
-DISCARDED = 1
 PROMPT = 32  # tokens before what is decoded
 OURS = {
     "ours float32": "float32",
@@ -85,56 +83,48 @@ def contestants(options):
 def compare(options, folder):
     """`{contestant: {"prefill_s": [...], "token_s": [...], "tokens": [...], "bytes": what a step of decoding reads}}`,
     and of memory `{"copy in place": [...], "copy": [...], "read": [...]}` in byte/s."""
-    from efficientllm import allocator
     from efficientllm.metrics import peaks
 
-    context, sides, found = multiprocessing.get_context("spawn"), {}, {}
-    names = contestants(options)
-    for name in names:
-        pipe, far_end = context.Pipe()
-        process = context.Process(target=_serve, args=(name, folder, options, far_end), daemon=True)
-        with mock.patch.dict(os.environ, allocator.huge_pages() if name in OURS else {}):  # as efficientllm.main
-            process.start()
-        far_end.close()
-        size = pipe.recv()  # it has read its model: the next one may start
-        sides[name] = (pipe, process)
-        found[name] = {"prefill_s": [], "token_s": [], "tokens": None, "bytes": size}
+    sides, sizes = {}, {}
+    for name in contestants(options):
+        pages = allocator.huge_pages() if name in OURS else {}  # as efficientllm.main
+        sides[name] = race.Process(_server, name, folder, options, environment=pages)
+        sizes[name] = sides[name].ask("bytes")  # answered once it has read its model: the next one may start
     apart = functools.partial(peaks.best_copy, apart=True)
     measure = {"copy in place": peaks.best_copy, "copy": apart, "read": peaks.best_read}
     rates = {kind: [] for kind in measure}
-    order = random.Random(0)
-    for block in range(DISCARDED + options.blocks):
-        for name in order.sample(names, len(names)):
-            pipe = sides[name][0]
-            pipe.send(block)
-            prefill_s, token_s, tokens = pipe.recv()
-            if block >= DISCARDED:
-                found[name]["prefill_s"].append(prefill_s)
-                found[name]["token_s"].append(token_s)
-                found[name]["tokens"] = tokens
+
+    def measure_memory(block, results):
         for kind, measured in rates.items():
             measured.append(measure[kind](repeats=3))
-        print(f"block {block + 1}/{DISCARDED + options.blocks}", flush=True)
-    for pipe, process in sides.values():
-        pipe.close()
-        process.join()
+        print(f"block {block + 1}/{1 + options.blocks}", flush=True)
+
+    asked = {name: process.ask for name, process in sides.items()}
+    prefill, token, tokens = race.columns(race.race(asked, options.blocks, discarded=1, after_block=measure_memory))
+    for process in sides.values():
+        process.close()
+    found = {
+        name: {"prefill_s": prefill[name], "token_s": token[name], "tokens": tokens[name][-1], "bytes": sizes[name]}
+        for name in sides
+    }
     exact = [found[name]["tokens"] for name in ("transformers float32", "ours float32") if name in found]
     if len(exact) == 2 and exact[0] != exact[1]:
         raise SystemExit(f"the greedy tokens differ: {exact}")
     return found, rates
 
 
-def _serve(name, folder, options, pipe):
+def _server(name, folder, options):
+    """A function of "bytes" (that a step of decoding reads) or of the number of a block, in a process of its own."""
     run, size = (
         (_transformers(TORCH[name], folder, options), None) if name in TORCH else _ours(OURS[name], folder, options)
     )
-    pipe.send(size)
-    while True:
-        try:
-            block = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(run(_prompts(block, options.prefill, options.batch), _prompts(block, PROMPT, options.batch)))
+
+    def answer(question):
+        if question == "bytes":
+            return size
+        return run(*(_prompts(question, length, options.batch) for length in (options.prefill, PROMPT)))
+
+    return answer
 
 
 def _prompts(block, length, batch):
@@ -217,18 +207,6 @@ def _ours(form, folder, options):
     return run, accounting.decode_bytes(made.lm, made.boxed, params, options.batch, middle)
 
 
-def _ratio(theirs, ours):
-    """`(ratio of medians, low, high)`: above 1, ours is faster."""
-    draw, blocks = random.Random(0), list(zip(theirs, ours, strict=True))
-
-    def of(sample):
-        a, b = zip(*sample, strict=True)
-        return statistics.median(a) / statistics.median(b)
-
-    drawn = sorted(of(draw.choices(blocks, k=len(blocks))) for _ in range(1000))
-    return of(blocks), drawn[25], drawn[974]
-
-
 def table(found, rates, options):
     """Tokens a second of all, and how many times the bfloat16 of transformers (or the first contestant) that is."""
     against = "transformers bfloat16" if "transformers bfloat16" in found else next(iter(found))
@@ -241,8 +219,8 @@ def table(found, rates, options):
     for name, each in found.items():
         cells = [name]
         for key, count in (("prefill_s", options.batch * options.prefill), ("token_s", options.batch)):
-            ratio, low, high = _ratio(found[against][key], each[key])
-            cells += [f"{count / statistics.median(each[key]):.1f}", f"{ratio:.2f} ({low:.2f}-{high:.2f})"]
+            speed = race.ratio_of_medians(found[against][key], each[key])
+            cells += [f"{count / statistics.median(each[key]):.1f}", str(speed)]
         if each["bytes"] is None or options.batch > 1:  # whose time is not of its steps alone
             cells += [""] * 4
         else:

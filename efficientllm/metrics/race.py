@@ -1,0 +1,136 @@
+"""Races: repeated timings of contestants in randomised blocks, and ratios of medians with bootstrap intervals.
+
+A block calls every contestant once, in random order, so that drift of the machine meets all of them alike. The first
+blocks are discarded: they compile, fill caches and grow allocators. A ratio pairs the two contestants block by block.
+"""
+
+import multiprocessing
+import os
+import random
+import sys
+import time
+import typing
+from unittest import mock
+
+import numpy as np
+
+from efficientllm.errors import UserError
+
+DISCARDED = 2  # blocks
+
+
+class Ratio(typing.NamedTuple):
+    """A ratio of medians with the ends of its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{self.ratio:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def race(contestants, blocks, discarded=DISCARDED, seed=0, after_block=None):
+    """`{name: results of the counted blocks}` of `contestants`, functions of the number of the block by name.
+
+    Runs `discarded` blocks whose results are dropped, then `blocks` that count; numbers go on through both. The order
+    within each is drawn from `seed`. `after_block(number, {name: result})` sees the discarded blocks too. An exception
+    of a contestant ends the race, with a note of its name and the block.
+    """
+    if blocks < 1:
+        raise UserError(f"blocks = {blocks}: a race needs at least one that counts")
+    results, order, names = {name: [] for name in contestants}, random.Random(seed), list(contestants)
+    for block in range(discarded + blocks):
+        latest = {name: _result(contestants[name], name, block) for name in order.sample(names, len(names))}
+        for name, result in latest.items() if block >= discarded else ():
+            results[name].append(result)
+        if after_block:
+            after_block(block, latest)
+    return results
+
+
+def _result(contestant, name, block):
+    try:
+        return contestant(block)
+    except Exception as error:
+        error.add_note(f"{name} in block {block} of the race")
+        raise
+
+
+def race_calls(calls, blocks, **options):
+    """`({name: wall seconds}, {name: CPU seconds of all threads})` of `calls`, functions of nothing by name."""
+    return columns(race({name: _timed(call) for name, call in calls.items()}, blocks, **options))
+
+
+def _timed(call):
+    def contestant(block):
+        wall, cpu = time.perf_counter(), time.process_time()
+        call()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    return contestant
+
+
+def columns(results):
+    """Results that are tuples as one `{name: values}` for each position: `wall, cpu = columns(race(...))`."""
+    width = len(next(iter(results.values()))[0])
+    return [{name: [row[i] for row in rows] for name, rows in results.items()} for i in range(width)]
+
+
+def print_progress(blocks, discarded=DISCARDED, label=""):
+    """An `after_block` that prints to stderr how many of all blocks are done."""
+    return lambda block, _: print(f"{label}block {block + 1} of {discarded + blocks}", file=sys.stderr, flush=True)
+
+
+def ratio_of_medians(numerators, denominators, draws=10_000, seed=0):
+    """The Ratio of the medians of two equally long lists, paired by block.
+
+    The interval is the percentile bootstrap over blocks, Efron & Tibshirani (1993), chapter 13: `draws` times as many
+    blocks as there are, drawn with replacement. It says nothing of what differs between one process and the next.
+    """
+    pairs_2B = np.array([numerators, denominators], float)
+    blocks = pairs_2B.shape[1]
+    drawn_RB = np.random.default_rng(seed).integers(0, blocks, (draws, blocks))
+    above_R, below_R = np.median(pairs_2B[:, drawn_RB], axis=-1)
+    above, below = np.median(pairs_2B, axis=-1)
+    return Ratio(float(above / below), *np.quantile(above_R / below_R, [0.025, 0.975]).tolist())
+
+
+class Process:
+    """A contestant in a process of its own, whose thread pools and allocator are inside no other.
+
+    `make(*arguments)` runs there, once, and returns the function that `ask` calls from here. `environment` is set
+    before the process starts. `close` ends it.
+    """
+
+    def __init__(self, make, *arguments, environment=None):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, far_end = context.Pipe()
+        self._process = context.Process(target=_answer, args=(make, arguments, far_end), daemon=True)
+        with mock.patch.dict(os.environ, environment or {}):
+            self._process.start()
+        far_end.close()  # so that a process that dies ends our wait
+
+    def ask(self, *question):
+        """The answer to `question`. RuntimeError where the process ended instead."""
+        try:
+            self._pipe.send(question)
+            return self._pipe.recv()
+        except (EOFError, BrokenPipeError):
+            self._process.join()
+            reason = f"its process ended with status {self._process.exitcode}; the error stands above"
+            raise RuntimeError(reason) from None
+
+    def close(self):
+        self._pipe.close()
+        self._process.join()
+
+
+def _answer(make, arguments, pipe):
+    answer = make(*arguments)
+    while True:
+        try:
+            question = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(answer(*question))
