@@ -66,27 +66,6 @@ def pytest_configure(config):
         import_plugins(names.split(","))
 
 
-# What the newest Python and JAX are tested with, in two minutes: files of rules, and a few of whole runs and kernels.
-QUICK = re.compile(
-    r"tests/((data|metrics|native|untrusted)/|convert/test_(limits|range|published|safetensors_file|gguf_header)"
-    r"|report/test_(compare|comparison|find|rows|statistics)"
-    r"|infer/test_(native_attention|engine|prompts|inference)|plan/test_(hardware|hlo|room)|quant/test_(forms|tiled)"
-    r"|train/test_(checkpoint|evaluate|measure)"
-    r"|test_(config_file|contract|environment|main|registry|runs|schema|scripts|stopping|weights|workdir)\.py)"
-)
-
-
-def pytest_collection_modifyitems(items):
-    """Marks the tests of slow.txt, and of the rest those of QUICK."""
-    lines = pathlib.Path(__file__).with_name("slow.txt").read_text().splitlines()
-    alike = re.compile("|".join(f"(?:{line})" for line in lines if line and not line.startswith("#")))
-    for item in items:
-        if alike.search(item.nodeid):
-            item.add_marker(pytest.mark.slow)
-        elif QUICK.search(item.nodeid) and not item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.quick)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """A test of more devices than a machine has is skipped on its GPU; the CPU's are fakes, and always enough."""

@@ -4,18 +4,17 @@ A technique is put into a two-layer model of a tiny shape, with nothing else cha
 """
 
 import functools
+import typing
 import unittest.mock
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import reasons
 from configs import base
-from efficientllm import accounting, architecture, model, registry, sharding
+from efficientllm import accounting, architecture, model, registry
 from efficientllm.adapters import base as adapters
 from efficientllm.adapters.lora import LoRA
 from efficientllm.attention import Context
@@ -28,6 +27,30 @@ from efficientllm.train import step
 
 SIZE = "tiny(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden=48)"
 VOCAB, B, T = 64, 8, 24
+LAYERS = ("mixer", "ffn")
+# Techniques for which a check that compiles something is in the quick tier: those with code of their own, for a forward
+# pass; one of each kind, for a step.
+DISTINCT = ("gqa", "mla", "mamba", "rwkv", "swiglu", "moe", "rope", "relative")
+TYPICAL = ("gqa", "swiglu", "rope", "relative")
+CHECKS = []
+
+
+class Check(typing.NamedTuple):
+    """A check of the techniques of `kinds`: quick for the names in `quick` (None: all), else of the full tier."""
+
+    run: typing.Callable[[str, str], None]
+    kinds: tuple[str, ...]
+    quick: tuple[str, ...] | None
+
+
+def check(*kinds, quick=None):
+    """Declares a function of `(kind, spec)` as a check of the contract suite."""
+
+    def declare(function):
+        CHECKS.append(Check(function, kinds, quick))
+        return function
+
+    return declare
 
 
 def build(kind, spec, **changes):
@@ -83,6 +106,7 @@ def batch():
     }
 
 
+@check(*LAYERS, quick=TYPICAL)
 def check_dtypes(kind, spec):
     """Logits are float32 and finite under every precision; bfloat16 stays near float32."""
     exact = logits(build(kind, spec), tokens())
@@ -95,6 +119,7 @@ def check_dtypes(kind, spec):
         assert error <= tolerance, reasons.of("precision", kind, spec, f"{precision}: {error:.3g} from float32's")
 
 
+@check(*LAYERS, quick=DISTINCT)
 def check_causality(kind, spec):
     """No output changes when a later token does, and the outputs from that token on do."""
     lm, before = build(kind, spec), tokens()
@@ -105,6 +130,7 @@ def check_causality(kind, spec):
     assert jnp.abs(a[:, 15] - b[:, 15]).max() > 1e-3, reasons.of("input", kind, spec)
 
 
+@check(*LAYERS, "position", quick=DISTINCT)
 def check_segments(kind, spec):
     """A document packed behind another gives what it gives alone."""
     lm = build(kind, spec)
@@ -114,6 +140,7 @@ def check_segments(kind, spec):
     np.testing.assert_allclose(together[:, 10:], alone, atol=1e-5, err_msg=reasons.of("segments", kind, spec))
 
 
+@check(*LAYERS, "position", quick=DISTINCT)
 def check_decode(kind, spec):
     """Prefill, then one token at a time, gives the logits of the full forward pass; stacked or unrolled."""
     lm = build(kind, spec)
@@ -143,6 +170,7 @@ def unsharded(lm):
     return jax.jit(functools.partial(loss_and_gradients, lm))(parameters(lm))
 
 
+@check(*LAYERS, "position", quick=TYPICAL)
 def check_gradients(kind, spec):
     """Every parameter's gradient is finite, and none is all zero."""
     lm = build(kind, spec)
@@ -153,6 +181,7 @@ def check_gradients(kind, spec):
         assert jnp.abs(grad).max() > 0, reasons.of("gradient", kind, spec, name)
 
 
+@check(*LAYERS, quick=TYPICAL)
 def check_scan(kind, spec):
     """Scanned layers, unrolled layers and rematerialised layers are one function, gradients included."""
     lm = build(kind, spec)
@@ -161,29 +190,14 @@ def check_scan(kind, spec):
     loop_loss, loop_grads = jax.jit(functools.partial(loss_and_gradients, loop))(loop_params)
     why = reasons.of("scan", kind, spec)
     np.testing.assert_allclose(loss, loop_loss, rtol=1e-6, err_msg=why)
-    _close(model.unroll(lm, grads)[1], loop_grads, 1e-5, why)
+    close(model.unroll(lm, grads)[1], loop_grads, 1e-5, why)
     again, remat_grads = jax.jit(functools.partial(loss_and_gradients, lm.clone(remat="full")))(parameters(lm))
     why = reasons.of("remat", kind, spec)
     np.testing.assert_allclose(loss, again, rtol=1e-6, err_msg=why)
-    _close(grads, remat_grads, 1e-5, why)
+    close(grads, remat_grads, 1e-5, why)
 
 
-def check_sharded(kind, spec, mesh_spec):
-    """One device and eight give the same loss and gradients."""
-    lm = build(kind, spec)
-    params = parameters(lm)
-    loss, grads = unsharded(lm)
-    mesh = sharding.make_mesh(mesh_spec)
-    with jax.set_mesh(mesh):
-        where = sharding.shardings(model.abstract_params(lm), mesh)
-        run = jax.jit(functools.partial(loss_and_gradients, lm), in_shardings=(where,), out_shardings=(None, where))
-        sharded_loss, sharded_grads = run(jax.device_put(params, where))
-    why = reasons.of("sharding", kind, spec, mesh_spec)
-    assert any(leaf != NamedSharding(mesh, P()) for leaf in jax.tree.leaves(where)) or "data" in mesh_spec, why
-    np.testing.assert_allclose(loss, sharded_loss, rtol=1e-5, err_msg=why)
-    _close(grads, jax.device_get(sharded_grads), 2e-5, why)
-
-
+@check(*LAYERS, quick=TYPICAL)
 def check_compressed(kind, spec):
     """With its kernels in int4 and int8 a model gives what it gives with the same weights as plain arrays: scanned, and
     unrolled through the products for few rows, where those of int4 round activations to 16 bits."""
@@ -200,6 +214,7 @@ def check_compressed(kind, spec):
     assert error < 1e-3, why
 
 
+@check(*LAYERS)
 def check_flops(kind, spec):
     """The closed formula gives the FLOPs of the program, with every pair that the kernel computes.
 
@@ -218,6 +233,7 @@ def check_flops(kind, spec):
         assert counted == claimed, reasons.flops(kind, spec, lm, boxed, length, counted / B)
 
 
+@check(*LAYERS, quick=TYPICAL)
 def check_leaves(kind, spec):
     """An adapter over four-bit kernels multiplies as the dense kernels that both stand for."""
     lm = build(kind, spec)
@@ -239,6 +255,7 @@ def check_leaves(kind, spec):
     np.testing.assert_allclose(logits(lm, tokens(), params), merged, atol=1e-4, err_msg=why)
 
 
+@check(*LAYERS)
 def check_state_bytes(kind, spec):
     """The closed formula gives the bytes of the state there is."""
     for precision in ("float32", "bfloat16"):
@@ -250,5 +267,5 @@ def check_state_bytes(kind, spec):
         assert real == 3 * claimed, reasons.of("state", kind, spec, detail)
 
 
-def _close(a, b, atol, why):
+def close(a, b, atol, why):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4, err_msg=why), a, b)

@@ -5,11 +5,12 @@ import functools
 import flax.linen as nn
 import jax
 
-from contract import SIZE, B, batch, build
+from contract import LAYERS, SIZE, TYPICAL, B, batch, build, check
 from efficientllm import kernels, model, registry
 from efficientllm.attention import Context
 
 
+@check(*LAYERS, "position", quick=TYPICAL)
 def check_fields(kind, spec):
     """Every field of the technique changes the program: one that nobody reads is a bug."""
     name, given = registry.parse(spec)

@@ -20,6 +20,7 @@ from efficientllm.weights import Weight, axes, matmul, take
 ROWS, K, N = 5, 96, 40  # of an input, and the width of a kernel and of what it gives
 
 
+@contract.check("quant", quick=("int8",))
 def check_form(kind, spec):
     """A kernel in the form multiplies, stacks, shards and looks up as the array that it stands for; it takes less."""
     say = lambda what: f"{kind} {spec}: {what}"  # noqa: E731
@@ -47,6 +48,7 @@ def check_form(kind, spec):
     np.testing.assert_array_equal(take(table, jnp.array([3, 0])), table.dense()[jnp.array([3, 0])], say("take()"))
 
 
+@contract.check("quant", quick=("int8",))
 def check_model(kind, spec):
     """A model whose kernels are in the form is the model of the numbers that they stand for."""
     lm = contract.build("ffn", "swiglu")
@@ -58,6 +60,7 @@ def check_model(kind, spec):
         assert error < 5e-3, f"{kind} {spec}: logits are {error:.3g} from those of the same numbers as arrays"
 
 
+@contract.check("optimizer")
 def check_optimizer(kind, spec):
     """What it gives is a direction to be subtracted, of every parameter's shape, and leads down."""
     optimizer, goal = build(kind, spec), {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(4)}
@@ -79,6 +82,7 @@ def check_optimizer(kind, spec):
     assert loss(params) < 0.3 * first, why + "the learning rate and its sign come after it (optim.rules)"
 
 
+@contract.check("schedule")
 def check_schedule(kind, spec):
     """A rate for every step, traced or not; it may rise from zero, and is no more than its peak."""
     given = {"peak": 0.25} if "peak" in settable(_target(kind, spec)) else {}
@@ -95,6 +99,7 @@ def _target(kind, spec):
     return registry.lookup(kind, registry.parse(spec)[0])
 
 
+@contract.check("data")
 def check_data(kind, spec):
     """The same documents each time, which can be divided; conversations if they are records."""
     corpus = Corpus(spec)
@@ -108,6 +113,7 @@ def check_data(kind, spec):
         )
 
 
+@contract.check("tokenizer")
 def check_tokenizer(kind, spec):
     """Ids below vocab_size that spell the text again, alone and in a batch; eos is spelt by none."""
     corpus = Corpus("python_docs(max_bytes=50000)")
@@ -129,6 +135,7 @@ def check_tokenizer(kind, spec):
         assert hasattr(tokenizer, name), f"{kind} {spec} lacks {name} (data/tokenizers.py)"
 
 
+@contract.check("sampler")
 def check_sampler(kind, spec):
     """An id a row, int32; the only one that can be; the same of the same key, and of the rows beside it none of all."""
     sampler = build(kind, spec)
@@ -150,14 +157,5 @@ def check_sampler(kind, spec):
     np.testing.assert_array_equal(found, alone, f"{kind} {spec}: a row's id depends on the rows beside it")
 
 
-CHECKS = {
-    "quant": (check_form, check_model),
-    "optimizer": (check_optimizer,),
-    "schedule": (check_schedule,),
-    "data": (check_data,),
-    "tokenizer": (check_tokenizer,),
-    "sampler": (check_sampler,),
-}
 # What tests of its own or of transformers' cover, what is no form of its own, and what needs a file.
 NOT = ("float32", "stored", "hf", "text", "jsonl", "csv", "parquet", "pairs", "chat")
-QUICK = ("int8", "adamw", "linear", "bytes", "greedy")

@@ -12,6 +12,8 @@ from efficientllm import main, presets
 from efficientllm.errors import UserError
 from efficientllm.workdir import plain
 
+pytestmark = pytest.mark.quick
+
 HEAD = "from efficientllm import base_config\ndef get_config():\n    config = base_config.get_config()\n"
 
 

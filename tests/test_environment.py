@@ -4,6 +4,8 @@ import pytest
 
 from efficientllm import distributed, main
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     "environment, message",

@@ -13,6 +13,7 @@ import runs
 from efficientllm import failures, main, owner
 from efficientllm.metrics import record
 from efficientllm.train import evaluate, extras, facts, loop
+from tiers import slow_case
 
 pytestmark = pytest.mark.xdist_group("runs")
 
@@ -109,7 +110,7 @@ def test_costs_that_cannot_be_computed_are_null_with_the_reason(texts, tmp_path,
     assert capsys.readouterr().out.count("no FLOPs are counted") == 1
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, slow_case(math.inf)])
 def test_a_held_out_loss_that_is_no_number_is_an_outcome(value, texts, tmp_path, monkeypatch, capsys):
     real, calls = evaluate.evaluate, []
 

@@ -103,6 +103,7 @@ def test_a_row_is_a_function_of_itself_and_its_matrix():
     assert np.isnan(changed[7]).all()
 
 
+@pytest.mark.slow
 def test_few_rows_touch_few_matrices():
     """A decoded token must not pay for all experts: neither converted copies of them, nor as many as fit a block."""
     E, wide = 64, 256

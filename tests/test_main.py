@@ -9,6 +9,8 @@ import pytest
 import runs
 from efficientllm import main
 
+pytestmark = pytest.mark.quick
+
 MOE = f"--config={runs.ROOT}/configs/moe.py"
 
 

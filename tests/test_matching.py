@@ -10,6 +10,7 @@ from configs import base
 from efficientllm import architecture, model
 from efficientllm.errors import UserError
 from efficientllm.registry import parse
+from tiers import slow_case
 
 REFERENCE = "gqa | swiglu"
 VOCAB = 2048
@@ -31,8 +32,8 @@ def hidden(lm):
     return parse(lm.blocks[0][1])[1]["hidden"]
 
 
-@pytest.mark.parametrize("size", ["tiny", "small"])
-@pytest.mark.parametrize("mixer", ["mha", "mqa", "mla", "window(window=32)"])
+@pytest.mark.parametrize("size", ["tiny", slow_case("small")])
+@pytest.mark.parametrize("mixer", [slow_case("mha"), slow_case("mqa"), "mla", "window(window=32)"])
 def test_as_many_parameters_as_the_reference(size, mixer):
     wanted = parameters(build(size, "gqa"))
     lm = build(size, mixer, REFERENCE)
@@ -47,6 +48,7 @@ def test_as_many_parameters_as_the_reference(size, mixer):
     assert lm.num_layers == own.num_layers and lm.dim == own.dim and lm.blocks[0][0] == own.blocks[0][0]
 
 
+@pytest.mark.slow
 def test_the_reference_takes_its_own_ffn_and_no_pattern():
     """Widths count for the whole pattern; the reference is one block of the named mixer, repeated."""
     wanted = parameters(build("tiny", "gqa", ffn="gelu"))

@@ -11,6 +11,7 @@ from convert import folders
 import runs
 from efficientllm import base_config as base
 from efficientllm import main
+from tiers import slow_except
 
 README = (runs.ROOT / "experiments/my_techniques/README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -23,12 +24,9 @@ def test_there_is_no_command_that_nothing_runs():
     assert len(RUNS) + len(SUITES) == len(COMMANDS) == 12
 
 
-QUICK = ("source", "sampler")
-
-
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(command, marks=[pytest.mark.slow] * (not command.endswith(QUICK))) for command in RUNS],
+    slow_except(RUNS, *(command for command in RUNS if command.endswith(("source", "sampler")))),
     ids=lambda command: command.rpartition(":")[2],
 )
 def test_a_part_runs(command, tmp_path, monkeypatch):

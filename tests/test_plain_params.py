@@ -15,6 +15,7 @@ from efficientllm.errors import UserError
 from efficientllm.ffns.dense import SwiGLU
 from efficientllm.registry import register
 from efficientllm.train import step
+from tiers import slow_case
 
 PLUGIN = """
 import flax.linen as nn
@@ -71,7 +72,7 @@ def test_axes_that_are_not_the_dimensions_are_named():
 
 @pytest.mark.parametrize(
     "name, overrides",
-    [("one", {}), pytest.param("two", {"adapter": "lora(rank=2)", "quant": "int4()"}, marks=pytest.mark.slow)],
+    [("one", {}), slow_case("two", {"adapter": "lora(rank=2)", "quant": "int4()"})],
 )
 def test_a_run_ends_with_its_row(tmp_path, name, overrides):
     (tmp_path / "own.py").write_text(PLUGIN.replace("NAME", name))

@@ -48,12 +48,7 @@ def test_there_is_no_command_that_nothing_runs():
     assert README.count("python -m efficientllm.main") == len(RUNS)
 
 
-ALIKE = ("model.mixer=mqa", "num_experts=16", "attention.py:mla", "mixers.py:rwkv")  # take the way of another command
-
-
-@pytest.mark.parametrize(
-    "command", [pytest.param(each, marks=[pytest.mark.slow] * any(part in each for part in ALIKE)) for each in RUNS]
-)
+@pytest.mark.parametrize("command", RUNS)
 def test_command(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(runs.ROOT))
     for path in runs.ROOT.glob("*.md"):  # as in a clone
@@ -115,7 +110,6 @@ def _write_adapter(model, folder):
     return source
 
 
-@pytest.mark.slow  # describes all attentions at the size of the experiment, twice
 def test_sweeps_are_described(monkeypatch, capsys):
     """The first as written; the second runs what it shows, and test_sweep.py runs such runs."""
     monkeypatch.chdir(runs.ROOT)

@@ -6,6 +6,8 @@ from efficientllm import ranges, registry
 from efficientllm.errors import UserError
 from efficientllm.sizes import Size
 
+pytestmark = pytest.mark.quick
+
 
 def make(a: int, b: float = 0.5, name: str = "n"):
     return a, b, name

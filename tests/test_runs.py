@@ -14,7 +14,7 @@ from efficientllm import main
 from efficientllm.metrics import trial
 from efficientllm.workdir import flatten
 
-pytestmark = pytest.mark.xdist_group("runs")  # they share one whole run
+pytestmark = [pytest.mark.quick, pytest.mark.xdist_group("runs")]  # they share one whole run
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_the_hparams_table_holds_what_is_compared_and_every_metric_of_the_row(wh
     assert {tag for tag in metrics if tag.startswith("_row/")} == held and "_row/eval_loss" in held
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone_unless_overwritten(whole, texts, capsys):
     before = (whole / "record.json").stat().st_mtime_ns
     assert main.main(runs.arguments(texts, whole)) == 0
@@ -134,6 +135,7 @@ def test_a_full_disk_is_one_clear_line_and_older_checkpoints_stay(texts, tmp_pat
     assert main.main(argv) == 0
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_the_run_as_nan(texts, tmp_path, capsys):
     workdir = tmp_path / "run"
     argv = runs.arguments(texts, workdir, train__schedule="constant(peak=1e20)", checkpoint__every=1)

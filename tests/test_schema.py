@@ -13,6 +13,8 @@ import runs
 from efficientllm import base_config, catalogue, main, ranges, registry, run, schema
 from efficientllm.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 BASE = f"--config={runs.ROOT}/configs/base.py"
 LONG = 99_999_999_999
 BAD_VALUES = [

@@ -11,6 +11,9 @@ import sys
 import pytest
 
 import runs
+from tiers import slow_except
+
+pytestmark = pytest.mark.quick
 
 SCRIPTS = [
     path.relative_to(runs.ROOT)
@@ -42,7 +45,6 @@ SMALLEST = {
         *("--prefill=8", "--new=4", "--blocks=2"),
     ],
 }
-DEFAULT = ("experiments/architectures/state.py", "experiments/plan/claims.py", "experiments/plan/tables.py")
 
 
 def test_every_script_is_here():
@@ -64,7 +66,12 @@ def test_help(script, monkeypatch):
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(str(script), marks=[pytest.mark.slow] * (str(script) not in DEFAULT)) for script in SCRIPTS],
+    slow_except(
+        [str(script) for script in SCRIPTS],
+        "experiments/architectures/state.py",
+        "experiments/plan/claims.py",
+        "experiments/plan/tables.py",
+    ),
 )
 def test_smallest_form(script, tmp_path):
     arguments, status, words = SMALLEST[script], 0, ""

@@ -22,6 +22,7 @@ from efficientllm.ffns.moe import Router
 from efficientllm.plan.hlo import Program as Text
 from efficientllm.plan.program import collectives
 from efficientllm.train import setup, step
+from tiers import slow_case
 
 # Sizes that no two kinds of array share, so that a shape tells what an array is.
 N, B, T, D, V, STEPS = 6, 16, 26, 48, 88, 6
@@ -147,21 +148,21 @@ def is_clear(ffn, step):
 @pytest.mark.parametrize(
     "ffn, mesh_spec, accumulate",
     [
-        pytest.param("dense", "data=8", 1, marks=pytest.mark.slow),
-        ("dense", "fsdp=8", 1),
-        pytest.param("dense", "tensor=8", 1, marks=pytest.mark.slow),
-        ("dense", CUBE, 1),
-        ("dense", "fsdp=4, tensor=2", 2),
-        ("dense", LONG, 2),
-        pytest.param("dense", "fsdp=2, tensor=2, sequence=2", 1, marks=pytest.mark.slow),
-        ("moe", "fsdp=8", 1),
-        pytest.param("moe", LONG, 1, marks=pytest.mark.slow),
-        pytest.param("moe", CUBE, 1, marks=pytest.mark.slow),
+        slow_case("dense", "data=8", 1),
+        slow_case("dense", "fsdp=8", 1),
+        slow_case("dense", "tensor=8", 1),
+        slow_case("dense", CUBE, 1),
+        slow_case("dense", "fsdp=4, tensor=2", 2),
+        slow_case("dense", LONG, 2),
+        slow_case("dense", "fsdp=2, tensor=2, sequence=2", 1),
+        slow_case("moe", "fsdp=8", 1),
+        slow_case("moe", LONG, 1),
+        slow_case("moe", CUBE, 1),
         ("capacity", EXPERTS, 1),
-        pytest.param("capacity", "expert=8", 1, marks=pytest.mark.slow),
-        pytest.param("capacity", "expert=4, tensor=2", 1, marks=pytest.mark.slow),
-        pytest.param("capacity", "expert=4, sequence=2", 1, marks=pytest.mark.slow),
-        pytest.param("dense", EXPERTS, 1, marks=pytest.mark.slow),
+        slow_case("capacity", "expert=8", 1),
+        slow_case("capacity", "expert=4, tensor=2", 1),
+        slow_case("capacity", "expert=4, sequence=2", 1),
+        slow_case("dense", EXPERTS, 1),
     ],
 )
 def test_every_mesh_gives_the_curve_of_one_device(ffn, mesh_spec, accumulate):
@@ -188,7 +189,7 @@ def makes(text, shapes):
     ]
 
 
-@pytest.mark.parametrize("ffn", ["dense", "moe"])
+@pytest.mark.parametrize("ffn", [slow_case("dense"), "moe"])
 def test_no_device_ever_holds_a_whole_stack_of_layers(ffn):
     """Neither of parameters nor of gradients nor of the optimizer's state: a layer is gathered, in the loop."""
     made = program(ffn, "fsdp=8", 1)
@@ -199,6 +200,7 @@ def test_no_device_ever_holds_a_whole_stack_of_layers(ffn):
     assert len(gathered) >= 2 * 5 and all(found.in_loop for found in gathered), gathered
 
 
+@pytest.mark.slow
 def test_a_gathered_stack_would_be_seen():
     made = program("dense", "fsdp=8", 1)
     whole = sharding.replicated(made.mesh)
@@ -209,7 +211,7 @@ def test_a_gathered_stack_would_be_seen():
     assert not any(instruction.in_loop for instruction in found)
 
 
-@pytest.mark.parametrize("mesh_spec, accumulate", [("fsdp=8", 1), (CUBE, 1), ("fsdp=4, tensor=2", 2)])
+@pytest.mark.parametrize("mesh_spec, accumulate", [slow_case("fsdp=8", 1), (CUBE, 1), slow_case("fsdp=4, tensor=2", 2)])
 def test_the_embedding_look_up_moves_tokens_and_not_the_table(mesh_spec, accumulate):
     look_ups = [
         instruction
@@ -299,6 +301,7 @@ def test_the_state_is_created_split_and_donated():
     assert init.memory_analysis().temp_size_in_bytes < whole / 4
 
 
+@pytest.mark.slow
 def test_moments_lie_where_their_parameters_lie():
     made = program("moe", CUBE, 1)
     params = jax.tree.leaves(made.shardings.params)

@@ -8,6 +8,7 @@ import pytest
 from efficientllm import kernels, sharding
 from efficientllm.attention import Mask, attend, choose
 from efficientllm.errors import UserError
+from tiers import slow_case
 
 B, T, H, G, K = 2, 256, 4, 2, 16
 
@@ -24,8 +25,8 @@ def _value_and_gradients(kernel, operands, mask):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*operands)
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2, fsdp=2, tensor=2", "data=2, tensor=4"])
-@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("mesh", [None, slow_case("data=2, fsdp=2, tensor=2"), slow_case("data=2, tensor=4")])
+@pytest.mark.parametrize("window", [None, slow_case(30)])
 def test_splash_is_the_plain_kernel(window, mesh):
     operands, segments = _operands()
     mask = Mask(segments_BT=segments, window=window)

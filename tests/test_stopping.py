@@ -12,6 +12,8 @@ import pytest
 
 from efficientllm import stopping
 
+pytestmark = pytest.mark.quick
+
 SIGNALS = pytest.mark.parametrize("signum", stopping.SIGNALS)
 
 

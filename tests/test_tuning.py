@@ -132,6 +132,7 @@ def test_killed_and_resumed_the_adapter_is_the_same_bit_for_bit(method, form, ba
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_rounded_as_it_is_read_it_is_as_rounded_whole(base):
     """QLoRA's kernels, one by one off the disk or all of a tree at once, over eight devices."""
     argv = [f"--config={runs.ROOT}/configs/tune.py", *arguments(base, "x")[2:], "--config.quant=nf4(block=32)"]
@@ -147,6 +148,7 @@ def test_rounded_as_it_is_read_it_is_as_rounded_whole(base):
     jax.tree.map(np.testing.assert_array_equal, kernel, whole)
 
 
+@pytest.mark.slow
 def test_the_adapter_is_a_folder_of_pefts(whole, base):
     assert adapters.read_spec(whole / "adapter").startswith("lora(rank=4, alpha=8.0, dropout=0.1")
     config = json.loads((whole / "adapter" / adapters.CONFIG).read_text())

@@ -21,6 +21,7 @@ from efficientllm.registry import build
 from efficientllm.train import charts, measure, step
 from efficientllm.train.progress import Countdown, Progress, clock_time
 from efficientllm.weights import matmul
+from tiers import slow_case
 
 
 def test_optimizer_is_adamw_with_decay_and_rates_by_name():
@@ -67,8 +68,8 @@ def test_accumulation_changes_nothing_even_where_targets_are_missing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, split_grads)
 
 
-@pytest.mark.parametrize("kernel", ["xla", "chunked", "gathered"])
-@pytest.mark.parametrize("length", [1, 63, 64, 130])
+@pytest.mark.parametrize("kernel", ["xla", slow_case("chunked"), "gathered"])
+@pytest.mark.parametrize("length", [slow_case(1), slow_case(63), slow_case(64), 130])
 def test_attention_kernels_against_plain_numpy(kernel, length, monkeypatch):
     monkeypatch.setattr(attention, "GATHERED_CHUNK", 8)
     rng = np.random.default_rng(length)
@@ -95,6 +96,7 @@ def test_mixed_products_round_their_operands_and_nothing_else():
     np.testing.assert_allclose(dw, np.einsum("btd,btf->df", low(x), low(dy)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_is_the_argmax_of_the_full_pass_and_stops_at_the_end_of_text():
     lm = contract.build("mixer", "gqa")
     params, prompt = contract.parameters(lm), contract.tokens()[:2, :5]
@@ -109,6 +111,7 @@ def test_generation_is_the_argmax_of_the_full_pass_and_stops_at_the_end_of_text(
     assert list(stopped[: first + 1]) == list(found[0, : first + 1]) and set(stopped[first:]) == {eos}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["gqa", "window(window=5)"])
 def test_a_kernel_for_training_does_not_change_what_is_generated(mixer):
     prompt = contract.tokens()[:2, :7]
@@ -121,6 +124,7 @@ def test_a_kernel_for_training_does_not_change_what_is_generated(mixer):
     np.testing.assert_array_equal(texts[0], texts[2])
 
 
+@pytest.mark.slow
 def test_layers_compiled_one_after_another_are_the_same_function(monkeypatch):
     lm = contract.build("mixer", "gqa")
     run = lambda: jax.jit(lambda p: contract.loss_and_gradients(lm, p))  # noqa: E731

@@ -7,6 +7,8 @@ import pytest
 
 from efficientllm.weights import matmul
 
+pytestmark = pytest.mark.quick
+
 TOLERANCE = {"float32": 1e-6, "mixed": 1e-2, "bfloat16": 2e-2}  # relative, in the Frobenius norm
 
 

@@ -13,6 +13,8 @@ from efficientllm.errors import UserError
 from efficientllm.presets.base import get_config
 from efficientllm.workdir import Workdir, plain
 
+pytestmark = pytest.mark.quick
+
 HUGGING_FACE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64}
 
 

@@ -8,16 +8,17 @@ import pytest
 from convert import folders, peers
 from safetensors.numpy import save_file
 
-from adapters.test_peft import SOME, kernels, ours, theirs
+from adapters.test_peft import kernels, ours, theirs
 from efficientllm import convert
 from efficientllm.adapters import folder
 from efficientllm.adapters.folder.config import read_config
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.untrusted import patterns
+from tiers import slow_case
 
 
-@pytest.mark.parametrize("name", SOME[1:])
+@pytest.mark.parametrize("name", ["dora", slow_case("rslora"), slow_case("pissa")])
 def test_a_folder_may_adapt_some_of_the_kernels(source, name, tmp_path):
     """peft's default for a Llama: queries and values."""
     tuned, ids = theirs(source, name, target_modules=["q_proj", "v_proj"]), peers.tokens()

@@ -14,6 +14,7 @@ from efficientllm.adapters.base import is_box
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.train import step
+from tiers import slow_case, slow_except
 
 peft = pytest.importorskip("peft")
 
@@ -24,12 +25,7 @@ FAMILIES = {
     "mamba": (r".*(in_proj|x_proj)", "mixer/(x|gate|select)/"),
     "mamba2": (r".*in_proj", "mixer/(gate|x|bc|step)/"),
 }
-FAST = {("phi3", "dora"), ("gpt-neox", "pissa")}
-CASES = [
-    pytest.param(family, name, marks=[] if (family, name) in FAST else [pytest.mark.slow])
-    for family in FAMILIES
-    for name in OPTIONS
-]
+CASES = [(family, name) for family in FAMILIES for name in OPTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +68,7 @@ def loaded_by_peft(source, where):
     return peft.PeftModel.from_pretrained(plain, where).eval()
 
 
-@pytest.mark.parametrize("family, name", CASES)
+@pytest.mark.parametrize("family, name", slow_except(CASES, ("phi3", "dora"), ("gpt-neox", "pissa")))
 def test_we_read_what_peft_writes(sources, family, name, tmp_path):
     source, ids = sources(family), peers.tokens()
     options = {"init_lora_weights": "gaussian", "target_modules": FAMILIES[family][0]} | OPTIONS[name]
@@ -88,6 +84,7 @@ def test_we_read_what_peft_writes(sources, family, name, tmp_path):
     peers.close(peers.their_logits(merged.eval(), ids), expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, name", CASES)
 def test_peft_reads_what_we_write(sources, family, name, tmp_path):
     check_written(sources(family), f"{name}(rank=4, alpha=6, target='{FAMILIES[family][1]}')", name, tmp_path)
@@ -103,7 +100,7 @@ def check_written(source, spec, name, where):
     peers.close(peers.our_logits(lm, back, ids), expected, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["dora", pytest.param("rslora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dora", slow_case("rslora")])
 def test_one_kernel_of_a_tensor_may_be_adapted(sources, name, tmp_path):
     check_written(sources("phi3"), f"{name}(rank=4, alpha=6, target='mixer/(q|v|o)/')", name, tmp_path)
 
@@ -127,7 +124,9 @@ def test_peft_reads_what_we_write_of_experts(sources, family, target, name, tmp_
         ("mamba", "lora(rank=4, target='mixer/step/')", "mixer.dt_proj: transformers takes its weight past"),
         ("mixtral", "dora(rank=4, target='experts')", "peft has no DoRA of experts"),
         ("mixtral", "lora(rank=4, target='experts/(gate|down)')", "peft adapts w1 and w3 of experts together"),
-        ("deepseek-v3", "lora(rank=4)", "mlp.down_proj: peft takes an adapter of that name for one of the experts'"),
+        slow_case(
+            "deepseek-v3", "lora(rank=4)", "mlp.down_proj: peft takes an adapter of that name for one of the experts'"
+        ),
     ],
 )
 def test_what_peft_refuses_is_not_written(sources, family, spec, said, tmp_path):

@@ -17,6 +17,7 @@ from efficientllm.metrics.flops import count_needed_flops
 from efficientllm.quant.rows import Rows
 from efficientllm.registry import build, names
 from efficientllm.train import step
+from tiers import slow_except
 
 pytestmark = pytest.mark.xdist_group("methods")  # they share models and compiled programs
 SPECS = {
@@ -32,18 +33,16 @@ SPECS = {
     "freeze": "freeze(last=1)",
 }
 DROPPING = ("lora(rank=4, alpha=6, dropout=0.5)", "dora(rank=4, alpha=6, dropout=0.5)")
-# What the default run has of every test; the rest of the methods and techniques is slow.
-FAST = {"lora-gqa", "dora-moe", "lokr-gqa", "freeze-gqa"}
 MOE = "moe(num_experts=8, top_k=2, hidden=32, bias_rate=0.01)"
 
 
-def cases(*techniques):
-    """Every method with every technique."""
+def cases(*techniques, default):
+    """Every method with every technique; those of the ids `default` run by default."""
     found = []
     for name in SPECS:
         for kind, technique in techniques:
             case = f"{name}-{technique.partition('(')[0]}"
-            marks = [] if case in FAST else [pytest.mark.slow]
+            marks = [] if case in default else [pytest.mark.slow]
             found.append(pytest.param(name, kind, technique, marks=marks, id=case))
     return found
 
@@ -83,14 +82,17 @@ def logits(lm, params):
     return forward(lm)(params)
 
 
-@pytest.mark.parametrize("spec", [pytest.param(n, marks=[pytest.mark.slow] * (n != "pissa")) for n in SPECS])
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", SPECS)
 def test_the_model_is_the_same_at_step_0(spec):
     method, lm, params, _ = tuned(spec)
     before = logits(lm, params)
     np.testing.assert_allclose(logits(lm, start(method, lm, params).all_params), before, atol=2e-5)
 
 
-@pytest.mark.parametrize("spec, kind, technique", cases(("mixer", "gqa"), ("mixer", "mla"), ("ffn", MOE)))
+@pytest.mark.parametrize(
+    "spec, kind, technique", cases(("mixer", "gqa"), ("mixer", "mla"), ("ffn", MOE), default=("lora-gqa", "freeze-gqa"))
+)
 def test_leaves_multiply_as_their_dense_kernels_do(spec, kind, technique):
     _, lm, params, state = tuned(spec, kind, technique)
     found = logits(lm, state.all_params)
@@ -101,7 +103,7 @@ def test_leaves_multiply_as_their_dense_kernels_do(spec, kind, technique):
 ADAPTERS = [name for name in SPECS if build("adapter", SPECS[name]).learnt and name != "pissa"]
 
 
-@pytest.mark.parametrize("spec", [pytest.param(n, marks=[pytest.mark.slow] * (n != "lora")) for n in ADAPTERS])
+@pytest.mark.parametrize("spec", slow_except(ADAPTERS, "lora"))
 def test_beside_rounded_kernels_it_learns_as_beside_what_they_stand_for(spec):
     """QLoRA: arXiv:2305.14314, Eq. 5, with every method that has leaves."""
     method, lm, params, _ = tuned(spec)
@@ -119,9 +121,7 @@ def test_beside_rounded_kernels_it_learns_as_beside_what_they_stand_for(spec):
     assert jnp.abs(logits(lm, state.all_params) - plain).max() > 1e-3  # it is rounded
 
 
-@pytest.mark.parametrize(
-    "spec", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("lora", "dora", "freeze"))) for n in SPECS]
-)
+@pytest.mark.parametrize("spec", slow_except(SPECS, "lora", "freeze"))
 def test_what_is_frozen_stays_and_what_learns_moves(spec):
     config = base.get_config()
     method, lm, _, state = tuned(spec, "mixer", "gqa")
@@ -151,7 +151,9 @@ def test_flops_beside_rounded_kernels_are_the_same(form):
     assert count(rounded) == count(state)
 
 
-@pytest.mark.parametrize("spec, kind, technique", cases(("mixer", "gqa"), ("mixer", "mla")))
+@pytest.mark.parametrize(
+    "spec, kind, technique", cases(("mixer", "gqa"), ("mixer", "mla"), default=("lora-gqa", "lokr-gqa", "freeze-gqa"))
+)
 def test_flops_are_the_programs(spec, kind, technique):
     check_flops(*tuned(spec, kind, technique))
 
@@ -163,7 +165,7 @@ def test_flops_around_experts_are_the_programs(spec, way):
     check_flops(*tuned(spec, "ffn", MOE.replace("bias_rate", f"{way}, bias_rate")))
 
 
-@pytest.mark.parametrize("spec", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("lora")) for n in DROPPING])
+@pytest.mark.parametrize("spec", slow_except(DROPPING, DROPPING[1]))
 def test_flops_of_dropping_are_the_programs(spec):
     check_flops(*tuned(spec))
 
@@ -182,6 +184,7 @@ CUBE = "data=2, fsdp=2, tensor=2"
 TRAVELLING = MOE.replace("bias_rate", "dispatch='capacity', capacity_factor=1.0, bias_rate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec, technique, mesh_spec, form",
     [
@@ -220,6 +223,7 @@ def test_layers_apart_are_the_layers_stacked():
     np.testing.assert_allclose(logits(lm, state.all_params), logits(loop, params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rule_on_b_is_all_that_lora_plus_is():
     train = base.get_config().train
     train.optimizer, train.clip, train.schedule = "sgd(momentum=0.0)", 0.0, "constant(peak=1.0)"

@@ -15,6 +15,7 @@ from efficientllm.adapters.base import KERNEL, attach, is_box, merge, split
 from efficientllm.optim import rules
 from efficientllm.registry import build
 from efficientllm.train import step
+from tiers import slow_except
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -50,10 +51,7 @@ def ours(source, name, where):
     return lm, folder.around(source, lm, source.load(peers.abstract(lm)), where)
 
 
-SOME = [pytest.param(name, marks=[pytest.mark.slow] * (name != "dora")) for name in OPTIONS]
-
-
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", slow_except(OPTIONS, "dora"))
 def test_logits_a_step_and_merged_weights_are_pefts(source, name, tmp_path):
     tuned, ids = theirs(source, name), peers.tokens()
     tuned.save_pretrained(tmp_path / "adapter")
@@ -103,7 +101,8 @@ def gradients(lm, learnt, frozen, ids):
     return jax.jit(lambda a: step.gradients(lm, a, batch, 1, frozen)[0])(learnt)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
 def test_peft_loads_what_we_write(source, name, tmp_path):
     spec, ids = f"{name}(rank=4, alpha=6)", peers.tokens(1)
     lm, method = source.lm(), build("adapter", f"{name}(rank=4, alpha=6)")
@@ -154,7 +153,8 @@ FURTHER = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "lokr")) for n in FURTHER])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FURTHER)
 def test_methods_without_a_lora_folder_are_pefts(source, name):
     make, spec, parts = FURTHER[name]
     if name == "glora" and not hasattr(peft, "GloraConfig"):

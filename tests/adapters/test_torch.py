@@ -16,6 +16,7 @@ from efficientllm.optim import rules
 from efficientllm.quant.rows import Rows
 from efficientllm.registry import build
 from efficientllm.train import step
+from tiers import slow_case
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -69,7 +70,7 @@ def load(source):
     return peers.transformers.AutoModelForCausalLM.from_pretrained(source.path, attn_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("spec", ["full()", "freeze(last=1)", pytest.param("freeze(first=1)", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spec", ["full()", slow_case("freeze(last=1)"), slow_case("freeze(first=1)")])
 def test_a_step_of_what_makes_no_leaf_is_torchs(source, spec):
     theirs, ids = load(source), peers.tokens()
     lm, state = start(source, spec)
@@ -93,9 +94,7 @@ def test_a_step_of_what_makes_no_leaf_is_torchs(source, spec):
                 np.testing.assert_array_equal(flat[path][position], was, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "spec", ["lora(rank=4, alpha=6)", pytest.param("dora(rank=4, alpha=6)", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("spec", ["lora(rank=4, alpha=6)", slow_case("dora(rank=4, alpha=6)")])
 def test_qlora_is_pefts_around_the_weights_that_are_rounded(source, spec, tmp_path):
     """The frozen kernels of peft's model hold what our four bits stand for."""
     ids = peers.tokens()

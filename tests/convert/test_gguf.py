@@ -218,6 +218,7 @@ def _perplexity(logits, ids):
     return float(jnp.exp(-jnp.mean(jnp.take_along_axis(logp, jnp.asarray(ids[:, 1:, None]), -1))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_blocks_are_kept_as_they_are(kind, tmp_path):
     write(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType[kind])

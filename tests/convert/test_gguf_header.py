@@ -8,6 +8,8 @@ import pytest
 from efficientllm.convert import gguf_header
 from efficientllm.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18)}
 
 

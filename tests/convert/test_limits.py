@@ -11,6 +11,8 @@ from efficientllm.errors import UserError
 
 from . import folders
 
+pytestmark = pytest.mark.quick
+
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0, 1.1]}
 WRONG = [
     *[

@@ -5,16 +5,13 @@ import numpy as np
 import pytest
 
 from efficientllm import convert
+from tiers import slow_except
 
 from . import peers
 from .peers import transformers
 
-SLOW = {"llama-linear", "llama-dynamic", "llama-tied-bias", "qwen2-windows", "phi3-plain", "gpt-neox-sequential"}
-SLOW |= {"qwen2-moe", "qwen3-moe", "deepseek-v2", "mamba2"}
-CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in peers.FAMILIES]
 
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except(peers.FAMILIES, "llama", "qwen2", "gpt-neox", "mamba"))
 def test_both_directions(name, tmp_path):
     theirs = peers.reference(name)
     theirs.save_pretrained(tmp_path / "theirs")

@@ -17,9 +17,12 @@ from efficientllm.convert.facts import differences, facts
 from efficientllm.convert.keys import HARMLESS
 from efficientllm.convert.source import _complete
 from efficientllm.errors import UserError
+from tiers import slow_except
 
 from . import peers
 from .peers import transformers
+
+pytestmark = pytest.mark.quick
 
 LINES = pathlib.Path(__file__).with_name("published.jsonl").read_text().splitlines()
 PUBLISHED = [json.loads(line) for line in LINES]
@@ -151,10 +154,10 @@ def test_no_key_of_a_class_is_read_over(model_type):
     assert silent == UNREAD.get(model_type, set())
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3-moe", "deepseek-v2", "mamba2", "gpt-neox")]
+FAMILIES = ("llama", "mixtral", "deepseek-v3", "mamba", "qwen3-moe", "deepseek-v2", "mamba2", "gpt-neox")
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek-v3", "mamba", *SLOW])
+@pytest.mark.parametrize("name", slow_except(FAMILIES, *FAMILIES[:4]))
 def test_harmless_keys_change_no_logit(name):
     """Of transformers' own model, in inference."""
     theirs = peers.reference(name)

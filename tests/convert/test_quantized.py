@@ -14,6 +14,7 @@ from efficientllm import convert, model
 from efficientllm.attention import Context
 from efficientllm.errors import UserError
 from efficientllm.quant.int4 import Int4
+from tiers import slow_case, slow_except
 
 from . import folders
 
@@ -188,7 +189,7 @@ def test_gptq_that_says_two_things_is_refused(said, keys, message, tmp_path):
 WRITERS = {"fp8": float8, "gptq": packed("gptq"), "awq": packed("awq")}
 
 
-@pytest.fixture(params=WRITERS)
+@pytest.fixture(params=slow_except(WRITERS, "gptq"))
 def both(request, tmp_path):
     """`(kind, folder that is rounded, folder of the exact weights)`."""
     rounded, plain = tmp_path / "rounded", tmp_path / "plain"
@@ -230,9 +231,9 @@ def test_stored_kernels_are_kept_and_multiply(both):
 @pytest.mark.parametrize(
     "kind, change, said",
     [
-        ("fp8", {"weight_block_size": None}, "weight_block_size must be two numbers"),
+        slow_case("fp8", {"weight_block_size": None}, "weight_block_size must be two numbers"),
         ("gptq", {"bits": 8}, "bits must be 4"),
-        ("awq", {"version": "gemv"}, "only gemm's layout"),
+        slow_case("awq", {"version": "gemv"}, "only gemm's layout"),
         ("gptq", {"quant_method": "aqlm"}, "known are quant_method fp8"),
     ],
 )
@@ -245,34 +246,23 @@ def test_other_roundings_are_refused_by_name(kind, change, said, tmp_path):
     assert "quantization_config" in str(error.value) and "\n" not in str(error.value)
 
 
+PARTS = [
+    *[("scales", np.ones(shape, np.float16)) for shape in [(1, 1), (2, 0), (64,)]],
+    *[("qzeros", np.ones(shape, np.int32)) for shape in [(1, 8), (8, 2), (16,), (0,)]],
+    *[("qweight", np.ones(shape, np.int32)) for shape in [(8,), (0, 64), (8, 8, 8)]],
+    ("qweight", np.ones((8, 64), np.float32)),
+    ("qzeros", np.ones((2, 8), np.int64)),
+    *[("scales", np.full((2, 64), value, np.float16)) for value in (np.inf, np.nan)],
+]
+INDICES = [
+    *[("g_idx", np.full(64, value, np.int32)) for value in (-1, 2, 10**9)],
+    *[("g_idx", np.zeros(shape, np.int32)) for shape in [(3,), (64, 2), (0,)]],
+]
+
+
 @pytest.mark.parametrize(
     "kind, part, value",
-    [
-        *[
-            (kind, "scales", np.ones(shape, np.float16))
-            for kind in ("gptq", "awq")
-            for shape in [(1, 1), (2, 0), (64,)]
-        ],
-        *[
-            (kind, "qzeros", np.ones(shape, np.int32))
-            for kind in ("gptq", "awq")
-            for shape in [(1, 8), (8, 2), (16,), (0,)]
-        ],
-        *[
-            (kind, "qweight", np.ones(shape, np.int32))
-            for kind in ("gptq", "awq")
-            for shape in [(8,), (0, 64), (8, 8, 8)]
-        ],
-        *[(kind, "qweight", np.ones((8, 64), np.float32)) for kind in ("gptq", "awq")],
-        *[(kind, "qzeros", np.ones((2, 8), np.int64)) for kind in ("gptq", "awq")],
-        *[
-            (kind, "scales", np.full((2, 64), value, np.float16))
-            for kind in ("gptq", "awq")
-            for value in (np.inf, np.nan)
-        ],
-        *[("gptq", "g_idx", np.full(64, value, np.int32)) for value in (-1, 2, 10**9)],
-        *[("gptq", "g_idx", np.zeros(shape, np.int32)) for shape in [(3,), (64, 2), (0,)]],
-    ],
+    [*(("gptq", *part) for part in PARTS + INDICES), *(slow_case("awq", *part) for part in PARTS)],
     ids=lambda value: (
         f"{value.dtype}{list(value.shape)}{value.flat[0] if value.size else ''}" if hasattr(value, "dtype") else value
     ),
@@ -315,7 +305,7 @@ def test_blocks_larger_than_a_weight_take_no_memory_of_their_size(tmp_path):
 @pytest.mark.parametrize(
     "kind, broken, said",
     [
-        ("fp8", "_scale_inv", "q_proj.weight_scale_inv' is missing"),
+        slow_case("fp8", "_scale_inv", "q_proj.weight_scale_inv' is missing"),
         ("gptq", "qzeros", "q_proj.qzeros' is missing"),
     ],
 )

@@ -9,6 +9,8 @@ from efficientllm.quant import tree
 
 from . import folders
 
+pytestmark = pytest.mark.quick
+
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 

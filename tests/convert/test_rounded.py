@@ -15,6 +15,7 @@ from efficientllm.convert.__main__ import main
 from efficientllm.errors import UserError
 from efficientllm.quant.rows import resident_bytes
 from efficientllm.quant.tree import quantize
+from tiers import slow_except
 
 from . import folders
 
@@ -28,7 +29,7 @@ def loaded(folder, scan=False):
     return source, lm, nn.unbox(model.abstract_params(lm))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_except(FORMS, *FORMS[:3]))
 def test_written_and_read(form, tmp_path):
     folders.llama(tmp_path / "plain", **SHAPE)
     source, lm, abstract = loaded(tmp_path / "plain")

@@ -15,6 +15,7 @@ from efficientllm import convert, main, model, sharding
 from efficientllm.adapters.base import merge
 from efficientllm.convert import run_folder
 from efficientllm.errors import UserError
+from tiers import slow_except
 
 pytestmark = pytest.mark.xdist_group("run_folders")
 
@@ -101,16 +102,15 @@ TUNED = {
     "lokr": {"adapter": "lokr(rank=2)"},
     "qlora": {"adapter": "lora(rank=2)", "quant": "int8()"},
 }
-FAST = ("plain", "lora")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in SCRATCH])
+@pytest.mark.parametrize("name", slow_except(SCRATCH, "plain"))
 def test_a_run_from_scratch_is_what_it_ended_with(name, trained):
     folder, expected = trained(name, **SCRATCH[name])
     assert_equal(loaded(folder), expected)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in TUNED])
+@pytest.mark.parametrize("name", slow_except(TUNED, "lora"))
 def test_a_tuned_run_is_what_it_ended_with(name, trained, where):
     folder, expected = trained(name, **tuned(where, **TUNED[name]))
     found = loaded(folder, scan=any(path.startswith("groups/") for path in expected))

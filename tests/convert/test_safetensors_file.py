@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 from efficientllm.convert.safetensors_file import INDEX, SafetensorsFolder
 from efficientllm.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 F4 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 
 

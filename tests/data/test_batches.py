@@ -16,6 +16,8 @@ from efficientllm.data.corpus import Corpus
 from efficientllm.data.rows import packing
 from efficientllm.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 KEYS = {"tokens": np.int32, "targets": np.int32, "segments": np.int32, "positions": np.int32, "weights": np.float32}
 
 

@@ -13,6 +13,8 @@ from efficientllm.data import cache
 from efficientllm.data.corpus import Corpus
 from efficientllm.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 
 def test_two_at_once_leave_one_whole_entry(tmp_path):
     barrier, found = threading.Barrier(2, timeout=20), []

@@ -12,6 +12,8 @@ from efficientllm import data
 from efficientllm.data.corpus import Corpus
 from efficientllm.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 # What is published: how a family's tokenizer opens a text, and what it adds to a vocabulary.
 KINDS = {
     "llama3": {"bos": "<|begin_of_text|>", "adds_bos": True, "eos_token": "<|eot_id|>"},

@@ -11,6 +11,8 @@ from efficientllm.data.hub import Hub
 from efficientllm.data.rows.streaming import Stream
 from efficientllm.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def arrow_cache(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from efficientllm.errors import UserError
 from efficientllm.registry import register
 from efficientllm.train import setup
 
+pytestmark = pytest.mark.quick
+
 TEXTS = [f"document {number} of a few words" for number in range(40)]
 
 

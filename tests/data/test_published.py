@@ -16,6 +16,8 @@ from data import kinds
 from efficientllm.data import hf_tokenizer
 from efficientllm.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 LINES = pathlib.Path(__file__).with_name("published.jsonl").read_text().splitlines()
 PUBLISHED = [json.loads(line) for line in LINES]
 NAMES = [entry["names"][0] for entry in PUBLISHED]

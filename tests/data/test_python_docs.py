@@ -9,6 +9,8 @@ from efficientllm.data import python_docs
 from efficientllm.data.corpus import Corpus
 from efficientllm.registry import build
 
+pytestmark = pytest.mark.quick
+
 SMALL = "python_docs(max_bytes=1500000, held_out=0.2)"
 
 

@@ -11,6 +11,8 @@ from efficientllm.data.corpus import Corpus
 from efficientllm.data.tokenizers import Backed
 from efficientllm.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 LENGTH = 64
 
 

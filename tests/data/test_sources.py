@@ -9,6 +9,8 @@ from efficientllm.data.corpus import Corpus
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 
+pytestmark = pytest.mark.quick
+
 
 def documents(spec):
     return list(build("data", spec).documents())

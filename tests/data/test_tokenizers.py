@@ -8,6 +8,8 @@ from efficientllm.data.tokenizers import Backed
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 
+pytestmark = pytest.mark.quick
+
 ODD = [
     "",
     " ",

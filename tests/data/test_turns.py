@@ -8,6 +8,8 @@ from data import kinds
 from efficientllm.data import conversation
 from efficientllm.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>", "[INST]", "[/INST]", "</s>")
 
 CHATML = (  # Qwen2.5, SmolLM2, Yi

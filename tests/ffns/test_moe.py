@@ -85,6 +85,7 @@ def loss_and_gradients(moe, params):
     return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, X)
 
 
+@pytest.mark.slow
 def test_capacity_for_all_is_dropless():
     dropless, roomy = layer(), layer(dispatch="capacity", capacity_factor=E / 2)
     params = parameters(dropless)
@@ -99,6 +100,7 @@ def test_kernels_agree():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *pair)
 
 
+@pytest.mark.slow
 def test_dropless_treats_each_token_alone():
     moe = layer()
     params = parameters(moe)

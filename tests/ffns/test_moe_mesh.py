@@ -15,6 +15,7 @@ from efficientllm.ffns.dispatch import rows_per_expert
 from efficientllm.plan import program
 from efficientllm.plan.hlo import Program
 from efficientllm.registry import build
+from tiers import slow_case
 
 T, D, F = 6, 20, 36
 CUBE = "data=2, fsdp=2, tensor=2"
@@ -55,6 +56,7 @@ def on_mesh(moe, boxed, x, mesh):
 CASES = [("dropless", "data=4, fsdp=2"), ("capacity", CUBE), ("odd experts", "data=1, fsdp=4, tensor=2")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, mesh_spec", CASES)
 def test_eight_devices_are_one(name, mesh_spec):
     moe, boxed, x, expected = one_device(name)
@@ -70,6 +72,7 @@ def test_eight_devices_are_one(name, mesh_spec):
     assert not tokens & set(gathered), "tokens or their logits are gathered over devices"
 
 
+@pytest.mark.slow
 def test_rows_that_no_mesh_divides():
     moe, boxed, x, expected = one_device("dropless", rows=3)
     mesh = sharding.make_mesh(CUBE)
@@ -79,12 +82,9 @@ def test_rows_that_no_mesh_divides():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(found))
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     "mesh_spec",
-    ["fsdp=2, expert=4", pytest.param("expert=8", marks=SLOW), pytest.param("expert=4, tensor=2", marks=SLOW)],
+    ["fsdp=2, expert=4", slow_case("expert=8"), slow_case("expert=4, tensor=2")],
 )
 def test_tokens_travel_to_their_experts(mesh_spec):
     """Same values and gradients; every row there and back, forward and backward, its weight there and its gradient

@@ -13,6 +13,7 @@ from efficientllm import architecture, model
 from efficientllm.infer import drawn
 from efficientllm.quant import tree as quant
 from efficientllm.train import step
+from tiers import slow_except
 
 
 def described(**changes):
@@ -28,7 +29,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_except(CASES, "dense", "half layers"))
 def test_it_is_as_the_model_initialises(case):
     lm = described(**CASES[case])
     found = traverse_util.flatten_dict(drawn.draw(lm, 0, lambda path, array: array), sep="/")

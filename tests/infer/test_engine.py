@@ -12,6 +12,9 @@ from efficientllm.convert import families
 from efficientllm.errors import UserError
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy, Sample
+from tiers import slow_except
+
+pytestmark = pytest.mark.quick
 
 NEW = 8
 
@@ -28,9 +31,8 @@ def transformers_tokens(theirs, prompt, new):
     return theirs.generate(peers.torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in peers.FAMILIES if n != "llama")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", peers.FAMILIES)
 def test_greedy_tokens_are_transformers(name, tmp_path):
     theirs = peers.reference(name)
     theirs.save_pretrained(tmp_path / "model")
@@ -65,10 +67,9 @@ def test_smollm2_writes_as_transformers_does():
 
 MIXERS = [registry.example("mixer", name) for name in registry.names("mixer")]
 MIXERS += ["gqa(kv_cache='int8')", "mla(kv_cache='float16')", "window(window=5, kv_cache='int8')"]
-FAST = ("gqa", "mamba", "gqa(kv_cache='int8')")
 
 
-@pytest.mark.parametrize("spec", [pytest.param(s, marks=[pytest.mark.slow] * (s not in FAST)) for s in MIXERS])
+@pytest.mark.parametrize("spec", slow_except(MIXERS, "gqa", "gqa(kv_cache='int8')"))
 def test_a_batch_of_prompts_of_any_length_is_each_alone(spec, monkeypatch):
     lm = contract.build("mixer", spec)
     engine = Engine(lm, contract.parameters(lm), Greedy(), -1, 40)
@@ -87,6 +88,7 @@ def small():
     return lm, contract.parameters(lm)
 
 
+@pytest.mark.slow
 def test_rows_end_at_the_end_of_text_or_where_they_are_told_to(small):
     prompts = [contract.tokens()[row, :6].tolist() for row in range(3)]
     free = answers(Engine(*small, Greedy(), -1, 40), prompts)
@@ -97,6 +99,7 @@ def test_rows_end_at_the_end_of_text_or_where_they_are_told_to(small):
     assert stopped == [ids[:2] for ids in free]
 
 
+@pytest.mark.slow
 def test_a_seed_is_a_text_and_another_another(small):
     engine = Engine(*small, Sample(temperature=2.0, repetition_penalty=1.2), -1, 40)
     prompts = [contract.tokens()[0, :6].tolist()] * 2

@@ -9,7 +9,7 @@ import runs
 from efficientllm import main
 from efficientllm.convert import stored_form
 
-pytestmark = pytest.mark.xdist_group("inference")
+pytestmark = [pytest.mark.quick, pytest.mark.xdist_group("inference")]
 
 
 @pytest.fixture(scope="module")

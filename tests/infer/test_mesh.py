@@ -9,13 +9,13 @@ from efficientllm import model, sharding
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy, Sample
 from efficientllm.quant import tree
+from tiers import slow_case, slow_except
 
 NEW = 6
 FORMS = ("float32", "int8", "int4")
 CASES = [("mixer", "gqa", form) for form in FORMS] + [("mixer", "gqa(kv_cache='int8')", "float32")]
 CASES += [("mixer", spec, "float32") for spec in ("mla", "window(window=5)", "mamba", "mamba2", "rwkv")]
 CASES += [("ffn", "moe(num_experts=4, top_k=2, hidden=64)", form) for form in (*FORMS, "nf4", "bfloat16")]
-FAST = {("gqa", "int4")}
 
 
 def placed(lm, params, mesh):
@@ -33,11 +33,8 @@ def answers(engine, prompts):
     return last
 
 
-@pytest.mark.parametrize("mesh", ["data=2, fsdp=2, tensor=2", "tensor=2, data=4"])
-@pytest.mark.parametrize(
-    "kind, spec, form",
-    [pytest.param(*case, marks=[pytest.mark.slow] * (case[1:] not in FAST)) for case in CASES],
-)
+@pytest.mark.parametrize("mesh", ["data=2, fsdp=2, tensor=2", slow_case("tensor=2, data=4")])
+@pytest.mark.parametrize("kind, spec, form", slow_except(CASES, ("mixer", "gqa", "int4")))
 def test_eight_devices_write_what_one_writes(kind, spec, form, mesh, monkeypatch):
     monkeypatch.setattr("efficientllm.infer.engine.PIECES", (8,))
     lm, params = model.unroll(contract.build(kind, spec), contract.parameters(contract.build(kind, spec)))

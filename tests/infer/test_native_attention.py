@@ -10,7 +10,10 @@ from efficientllm.attention import Mask, attend
 from efficientllm.errors import UserError
 from efficientllm.mixers.cache import Rounded
 
-pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="no compiler: no native library")
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.skipif(not native.instruction_sets(), reason="no compiler: no native library"),
+]
 
 
 def a_state(B, S, H, G, K, V, dtype, seed=0):

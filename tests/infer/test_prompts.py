@@ -9,6 +9,8 @@ from efficientllm.errors import UserError
 from efficientllm.infer import prompts
 from efficientllm.infer.answers import Answers
 
+pytestmark = pytest.mark.quick
+
 ODD = ["a\u2028b", "c\u0085d\u2029e", "f\x0bg\x0ch\x1ci", "\u00e9 \U0001f469", " spaces "]
 
 

@@ -41,6 +41,7 @@ def test_stopped_in_mid_answer(name, status, base, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "run" / "record.json").exists()  # the same command runs it
 
 
+@pytest.mark.slow
 def test_a_batch_beyond_memory_is_a_row_of_its_own_kind(base, tmp_path, capsys):  # noqa: F811
     wide = {
         "model__pretrained": "",

@@ -11,6 +11,7 @@ from efficientllm import convert
 from efficientllm.attention import Context
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy
+from tiers import slow_case, slow_except
 
 ORIGINAL = 32
 FACTORS = {"short_factor": [1.0, 1.1, 1.3, 1.5, 1.6, 1.8], "long_factor": [1.0, 2.0, 4.0, 6.0, 7.0, 9.0]}
@@ -26,11 +27,9 @@ KINDS = {
 }
 LENGTHS = (27, 32, 33, 41)
 NEW = 8
-SLOW = {"llama-longrope", "llama-yarn", "llama-linear"}
-CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in KINDS]
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=slow_except(KINDS, "phi3-longrope", "llama-dynamic"), scope="module")
 def both(request, tmp_path_factory):
     """`(theirs, our LM, its parameters)` of one model; what theirs remembers of lengths is in its copies alone."""
     kind, rope, changes = KINDS[request.param]
@@ -57,7 +56,7 @@ def prompts(lengths):
     return [random.integers(0, peers.VOCAB, length).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("pieces, chunk", [pytest.param(False, None, marks=pytest.mark.slow), (True, 5)])
+@pytest.mark.parametrize("pieces, chunk", [slow_case(False, None), (True, 5)])
 def test_prompts_of_several_lengths(both, pieces, chunk):
     """Each as it would be alone, short of the original length, across it and beyond."""
     theirs, lm, params = both

@@ -11,6 +11,8 @@ from efficientllm.metrics.energy_window import EnergyWindow, Reader
 from efficientllm.train import row
 from efficientllm.train.measure import Measurement
 
+pytestmark = pytest.mark.quick
+
 
 class Metered(Reader):
     """100 J in every window."""

@@ -12,6 +12,8 @@ from efficientllm.metrics import conditions, notes, record
 from efficientllm.metrics.conditions import Span
 from efficientllm.metrics.pulse import Pulse
 
+pytestmark = pytest.mark.quick
+
 QUIET = {
     "wall_s": 10.0,
     "stopped_s": 0.0,

@@ -4,6 +4,8 @@ import pytest
 
 from efficientllm.metrics import containers, host
 
+pytestmark = pytest.mark.quick
+
 GB = 10**9
 
 

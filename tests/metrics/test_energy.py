@@ -9,6 +9,8 @@ from efficientllm.metrics import energy, nvml
 
 from .fake_nvml import Clock, FakeGpu, FakeNvml, jax_devices, open_fake
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def clock():

@@ -17,6 +17,8 @@ from efficientllm.infer import measure
 from efficientllm.metrics import energy
 from efficientllm.metrics.sampler import Sampler
 
+pytestmark = pytest.mark.quick
+
 LAYERS, WIDTH = 2, 32  # of contract.SIZE: 4 heads of 8
 
 

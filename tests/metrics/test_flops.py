@@ -5,6 +5,8 @@ from jax.sharding import PartitionSpec
 
 from efficientllm.metrics.flops import count_matmul_flops
 
+pytestmark = pytest.mark.quick
+
 B, T, D, H, G, K = 2, 16, 32, 8, 2, 4
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from efficientllm.metrics import memory
 
+pytestmark = pytest.mark.quick
+
 PEAK = """
 import jax
 from efficientllm.metrics import host, memory

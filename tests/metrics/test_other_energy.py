@@ -9,6 +9,8 @@ from efficientllm.metrics import energy
 from efficientllm.metrics.energy_window import Reader
 from efficientllm.metrics.other_energy import MeterReader, ZeusReader
 
+pytestmark = pytest.mark.quick
+
 
 class Clock:
     def __init__(self, now=1000.0):

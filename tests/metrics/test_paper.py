@@ -5,6 +5,8 @@ from efficientllm.metrics.paper import UNITS, Compression, Work, energy_metrics,
 from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Averages
 
+pytestmark = pytest.mark.quick
+
 AVERAGES = Averages(10.0, 42.0e9, 0.4375, "nvml memory in use", 0.93, "nvml utilisation", 5e9, 640.0)
 ENERGY = EnergyWindow(6400.0, 640.0, 10.0, "nvml energy counter", "gpu", "measured", 0.004, None)
 VOID = EnergyWindow(None, None, 10.0, "nvml energy counter", "gpu", "measured", None, "the energy counter was reset")

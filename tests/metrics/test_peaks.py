@@ -6,6 +6,8 @@ import pytest
 
 from efficientllm.metrics import peaks
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):

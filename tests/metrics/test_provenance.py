@@ -9,6 +9,8 @@ from efficientllm.metrics import energy, provenance
 
 from .fake_nvml import Clock, FakeGpu, open_fake
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def repository(tmp_path):

@@ -10,6 +10,8 @@ from efficientllm.metrics.reading import Reading
 
 from .test_paper import AVERAGES, ENERGY, VOID, pretraining
 
+pytestmark = pytest.mark.quick
+
 
 def build(energy=ENERGY, **changes):
     fields = {

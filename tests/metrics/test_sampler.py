@@ -11,6 +11,8 @@ from efficientllm.metrics.sampler import Averages, Sampler
 
 from .fake_nvml import Clock, FakeGpu, jax_devices, open_fake
 
+pytestmark = pytest.mark.quick
+
 
 def cpu_sampler(**options):
     devices = jax.local_devices()

@@ -17,6 +17,8 @@ from efficientllm import differences
 from efficientllm.metrics.tensorboard import SummaryWriter
 from efficientllm.train import charts
 
+pytestmark = pytest.mark.quick
+
 IMPORTS = """
 import sys
 from efficientllm.metrics.tensorboard import SummaryWriter

@@ -2,6 +2,8 @@ import pytest
 
 from efficientllm.metrics.timer import StepTimer, summary, variation
 
+pytestmark = pytest.mark.quick
+
 
 class Script:
     """A clock by which the steps take the given times."""

@@ -7,7 +7,10 @@ import pytest
 
 from efficientllm import native
 
-pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="no compiler: no native library")
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.skipif(not native.instruction_sets(), reason="no compiler: no native library"),
+]
 
 R, K, G = 8, 64, 2
 

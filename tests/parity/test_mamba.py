@@ -15,6 +15,7 @@ from efficientllm.attention import Context
 from efficientllm.mixers import ssd
 from efficientllm.mixers.selective_scan import selective_scan
 from efficientllm.train.step import loss_fn
+from tiers import slow_case
 
 VOCAB, B, T = 96, 2, 75  # beyond one chunk, and no multiple of it
 
@@ -136,8 +137,8 @@ def _params(tensors, convert):
     }
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-@pytest.mark.parametrize("family", [_mamba, _mamba2], ids=["mamba", "mamba2"])
+@pytest.mark.parametrize("seed", [0, slow_case(1), slow_case(2)])
+@pytest.mark.parametrize("family", [_mamba, slow_case(_mamba2)], ids=["mamba", "mamba2"])
 def test_logits_loss_and_gradients(family, seed):
     torch = pytest.importorskip("torch")
     torch.manual_seed(seed)
@@ -176,7 +177,7 @@ def _documents(rng, length):
     return rng.random((B, length)) > 0.1
 
 
-@pytest.mark.parametrize("length", [1, 31, pytest.param(130, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [1, slow_case(31), slow_case(130)])
 def test_selective_scans_are_the_recurrence(length):
     rng = np.random.default_rng(length)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
@@ -207,7 +208,7 @@ def test_one_token_is_one_step(kernel):
     assert max(map(math.prod, hlo.made(program))) == B * C * N
 
 
-@pytest.mark.parametrize("length", [1, 16, pytest.param(43, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [1, slow_case(16), slow_case(43)])
 def test_chunks_of_ssd_are_its_steps(length):
     rng = np.random.default_rng(length)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731

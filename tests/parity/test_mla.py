@@ -10,6 +10,7 @@ import pytest
 import hlo
 from efficientllm import model
 from efficientllm.attention import Context
+from tiers import slow_case
 
 from . import peer
 
@@ -77,11 +78,11 @@ def _names(q_rank):
 @pytest.mark.parametrize(
     "family, scaled, queries_low, seed",
     [
-        ("V2", False, False, 0),
+        slow_case("V2", False, False, 0),
         ("V2", True, True, 1),
-        ("V3", False, True, 0),
-        ("V3", True, False, 2),
-        ("V3", True, True, 3),
+        slow_case("V3", False, True, 0),
+        slow_case("V3", True, False, 2),
+        slow_case("V3", True, True, 3),
     ],
 )
 def test_logits_loss_and_gradients(family, scaled, queries_low, seed):

@@ -12,6 +12,7 @@ from efficientllm import grouped_attention
 from efficientllm.attention import Context
 from efficientllm.block_attention import Chosen, attend_blocks
 from efficientllm.registry import build
+from tiers import slow_case, slow_except
 
 DIM, H, G, K, BASE = 12, 4, 2, 6, 50.0
 BRANCHES = ("compressed", "chosen", "recent")
@@ -127,9 +128,14 @@ def check_loops(mixer, params, x_BTD, lengths, by_loops):
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["masked", "grouped", "gathered"])
+@pytest.mark.parametrize("kernel", [slow_case("masked"), "grouped", "gathered"])
 @pytest.mark.parametrize(
-    "lengths, sizes", [([51], (8, 4, 8, 4, 7)), ([3, 38, 1, 17], (4, 2, 8, 3, 5)), ([30, 29], (8, 2, 4, 5, 64))]
+    "lengths, sizes",
+    [
+        ([51], (8, 4, 8, 4, 7)),
+        slow_case([3, 38, 1, 17], (4, 2, 8, 3, 5)),
+        slow_case([30, 29], (8, 2, 4, 5, 64)),
+    ],
 )
 def test_nsa_is_what_the_paper_writes(lengths, sizes, kernel):
     names = ("compress_block", "compress_stride", "select_block", "select_count", "window")
@@ -139,8 +145,8 @@ def test_nsa_is_what_the_paper_writes(lengths, sizes, kernel):
     check_loops(mixer, params, x_BTD, lengths, by_loops)
 
 
-@pytest.mark.parametrize("kernel", ["masked", "grouped", "gathered"])
-@pytest.mark.parametrize("lengths, sizes", [([41], (4, 3)), ([9, 1, 40], (7, 2)), ([20], (32, 3))])
+@pytest.mark.parametrize("kernel", [slow_case("masked"), "grouped", "gathered"])
+@pytest.mark.parametrize("lengths, sizes", [([41], (4, 3)), slow_case([9, 1, 40], (7, 2)), slow_case([20], (32, 3))])
 def test_moba_is_what_the_paper_writes(lengths, sizes, kernel):
     fields = {"block": sizes[0], "block_count": sizes[1], "block_kernel": kernel}
     mixer, params, x_BTD = random_mixer("moba", sum(sizes), sum(lengths), **fields)
@@ -167,8 +173,8 @@ CASES = {  # documents, choosers, query heads a chooser, KV heads, size, n
 }
 
 
-@pytest.mark.parametrize("chunk_bytes, tile_rows, tiles", [(1 << 25, 2048, 1), (1 << 14, 16, 3)])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunk_bytes, tile_rows, tiles", [slow_case(1 << 25, 2048, 1), (1 << 14, 16, 3)])
+@pytest.mark.parametrize("name", slow_except(CASES, "many, of one token too", "each head chooses"))
 def test_grouped_and_masked_are_one_function(name, chunk_bytes, tile_rows, tiles, monkeypatch):
     monkeypatch.setattr(grouped_attention, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(grouped_attention, "TILE_ROWS", tile_rows)

@@ -10,6 +10,7 @@ import pytest
 from efficientllm.attention import Mask
 from efficientllm.positions.bias import alibi_slopes
 from efficientllm.registry import build
+from tiers import slow_case, slow_except
 
 from . import peer
 
@@ -38,7 +39,7 @@ SCALINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("kind", slow_except(SCALINGS, "yarn", "llama3"))
 def test_rope_scaling(kind):
     """Logits of a Llama within and beyond the original length."""
     theirs, ours = SCALINGS[kind]
@@ -64,8 +65,8 @@ def test_rope_scaling(kind):
         peer.close(peer.logits(lm, params, ids[:, :length]), expected, 1e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SCALINGS if kind != "default"])
-@pytest.mark.parametrize("fraction, base", [(0.5, 100.0), (0.75, 1e4)])
+@pytest.mark.parametrize("kind", [slow_case("linear"), "dynamic", "yarn", "llama3"])
+@pytest.mark.parametrize("fraction, base", [(0.5, 100.0), slow_case(0.75, 1e4)])
 def test_partial_rotation_of_scaled_frequencies(kind, fraction, base):
     """Frequencies and amplitude of the turned part, within and beyond the original length."""
     theirs, ours = SCALINGS[kind]
@@ -162,6 +163,7 @@ def test_t5_buckets(num_buckets, max_distance):
     np.testing.assert_array_equal(jax.jit(t5.class_of)(distance), expected.numpy())
 
 
+@pytest.mark.slow
 def test_t5_bias():
     """The bias matrix of T5's decoder, as training makes it and as decoding looks it up."""
     H, T = 4, 40
@@ -220,6 +222,7 @@ _GPT2_MAPS = peer.named(
 GPT2_LAYER = _GPT2_NORMS | {path: f"{name}.T" if path.endswith("kernel") else name for path, name in _GPT2_MAPS.items()}
 
 
+@pytest.mark.slow
 def test_learned_in_gpt2():
     H, dim, most = 3, 24, 45
     config = transformers.GPT2Config(

@@ -7,6 +7,7 @@ import pytest
 
 from configs import base
 from efficientllm import architecture, model
+from tiers import slow_case
 
 from . import peer
 
@@ -65,7 +66,7 @@ def pair(seed, parallel, fraction, scaled):
 
 @pytest.mark.parametrize(
     "seed, parallel, fraction, scaled",
-    [(0, True, 0.25, False), (2, False, 0.25, False), (3, True, 0.5, True)],
+    [slow_case(0, True, 0.25, False), slow_case(2, False, 0.25, False), (3, True, 0.5, True)],
 )
 def test_logits_loss_and_gradients(seed, parallel, fraction, scaled):
     peer.check(*pair(seed, parallel, fraction, scaled), peer.tokens(seed, 41), 1e-5)

@@ -18,6 +18,7 @@ from efficientllm.errors import UserError
 from efficientllm.metrics.flops import count_matmul_flops
 from efficientllm.mixers import rwkv_kernels
 from efficientllm.train.step import loss_fn
+from tiers import slow_case, slow_except
 
 VOCAB, T = 40, 37  # no multiple of a chunk
 # (layers, width, width of a head, hidden)
@@ -129,7 +130,7 @@ def _spec(**fields):
 
 
 @pytest.mark.xdist_group("rwkv package")
-@pytest.mark.parametrize("case, kernel", [(0, "sequential"), (0, "chunked"), (1, "auto")])
+@pytest.mark.parametrize("case, kernel", [slow_case(0, "sequential"), (0, "chunked"), slow_case(1, "auto")])
 def test_logits_are_the_packages(reference, case, kernel):
     shape, weights, ids, theirs = reference[case]
     lm = _lm(*shape, mixer=_spec(**RANKS, rwkv_kernel=kernel))
@@ -138,6 +139,7 @@ def test_logits_are_the_packages(reference, case, kernel):
     np.testing.assert_allclose(ours[0], theirs["logits"], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("rwkv package")
 @pytest.mark.parametrize("case", range(len(SHAPES)))
 def test_gradients_are_the_packages(reference, case):
@@ -224,8 +226,14 @@ CASES = {
 KERNELS = ["sequential", "chunked", "split"]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kernel", KERNELS)
+# The one that uses both others with every case; of the chunked one what its chunks divide.
+DEFAULT = [("split", case) for case in CASES]
+DEFAULT += [("chunked", case) for case in ("chunks and a rest", "fastest decay", "no decay")]
+
+
+@pytest.mark.parametrize(
+    "kernel, case", slow_except([(kernel, case) for kernel in KERNELS for case in CASES], *DEFAULT)
+)
 def test_kernels_are_the_recurrence(kernel, case):
     length, starting, log_w = CASES[case]
     rng = np.random.default_rng(len(case))
@@ -254,7 +262,7 @@ def test_what_the_gradient_keeps_is_linear_in_the_tokens():
     assert kept(1024, "split") < kept(1024, "sequential") / 2
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", slow_except(KERNELS, "chunked"))
 def test_flops_of_every_kernel(kernel):
     lm = _lm(2, 32, 8, 48, mixer=_spec(**RANKS, rwkv_kernel=kernel))
     boxed, ids = model.abstract_params(lm), np.zeros((1, 45), np.int32)

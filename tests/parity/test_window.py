@@ -8,6 +8,7 @@ import pytest
 
 from efficientllm import model
 from efficientllm.attention import Context
+from tiers import slow_case
 
 from . import peer
 
@@ -40,7 +41,7 @@ def pair(seed, window):
     return reference, ours, to_tree
 
 
-@pytest.mark.parametrize("seed, window, length", [(0, WINDOW, 30), (1, 20, 100)])
+@pytest.mark.parametrize("seed, window, length", [(0, WINDOW, 30), slow_case(1, 20, 100)])
 def test_logits_loss_and_gradients(seed, window, length):
     """Of rows longer than the window; 100 tokens go through the chunked kernel."""
     peer.check(*pair(seed, window), peer.tokens(seed, length + 1), 1e-5)
@@ -64,8 +65,8 @@ def decoder():
 @pytest.mark.parametrize(
     "pieces",
     [
-        pytest.param((20, 1, 3, 12, 1, 3), id="prefill-longer"),
-        pytest.param((4, 3, 1, 12, 20), id="prefill-shorter"),
+        slow_case((20, 1, 3, 12, 1, 3), id="prefill-longer"),
+        slow_case((4, 3, 1, 12, 20), id="prefill-shorter"),
         pytest.param((9, 1, 9, 1, 20), id="prefill-as-long"),
     ],
 )
@@ -82,6 +83,7 @@ def test_ring_in_pieces(decoder, pieces):
     assert starts[-1] == 40
 
 
+@pytest.mark.slow
 def test_ring_of_rows_at_different_positions(decoder):
     """One row has read 4 tokens, the other 20, when both go on together."""
     ours, ids, expected, read = decoder

@@ -13,6 +13,7 @@ from configs import base
 from efficientllm import attention, model, sharding
 from efficientllm.ffns.moe import MoE
 from efficientllm.plan import collectives, hlo, program, steps
+from tiers import slow_case, slow_except
 
 # The vocabularies are named, so that there is no tokenizer to ask.
 SMALL = "custom(num_layers=3, dim=48, num_heads=8, num_kv_heads=4, head_dim=8, hidden=72, rope_base=1e4, vocab_size=88)"
@@ -77,13 +78,13 @@ def norms(one, width):
 
 @pytest.mark.parametrize(
     "mesh, changes",
-    [(mesh, {}) for mesh in MESHES]
+    [*slow_except([(mesh, {}) for mesh in MESHES], (MESHES[0], {}), (MESHES[-1], {}))]
     + [("data=2, fsdp=2, tensor=2", {"model.tied": False}), ("fsdp=4, tensor=2", {"train.accumulate": 2})]
     + [("fsdp=2, expert=2, tensor=2", {"model.ffn": SHARED})]
-    + [pytest.param("fsdp=2, expert=4", {}, marks=pytest.mark.slow)]
-    + [pytest.param(mesh, {"model.ffn": ffn}, marks=pytest.mark.slow) for mesh, ffn in MIXTURES]
+    + [slow_case("fsdp=2, expert=4", {})]
+    + [slow_case(mesh, {"model.ffn": ffn}) for mesh, ffn in MIXTURES]
     + [
-        pytest.param("fsdp=2, expert=4", {"model.ffn": CAPACITY} | changes, marks=pytest.mark.slow)
+        slow_case("fsdp=2, expert=4", {"model.ffn": CAPACITY} | changes)
         for changes in ({"train.accumulate": 2}, {"model.precision": "bfloat16"}, {"model.precision": "mixed"})
     ],
 )
@@ -168,13 +169,13 @@ WIDE_CAPACITY = CAPACITY.replace("40", "256")
     [
         ("h100", "fsdp=8", "swiglu"),
         ("v5e", "fsdp=8", "swiglu"),
-        pytest.param("h100", "fsdp=4, tensor=2", "swiglu", marks=pytest.mark.slow),
-        pytest.param("v5e", "fsdp=4, tensor=2", "swiglu", marks=pytest.mark.slow),
-        pytest.param("h100", "fsdp=4, sequence=2", "swiglu", marks=pytest.mark.slow),
-        pytest.param("h100", "fsdp=8", WIDE_DROPLESS, marks=pytest.mark.slow),
-        pytest.param("h100", "fsdp=8", WIDE_CAPACITY, marks=pytest.mark.slow),
-        pytest.param("h100", "fsdp=2, expert=4", WIDE_CAPACITY, marks=pytest.mark.slow),
-        pytest.param("h100", "fsdp=4, tensor=2", WIDE_CAPACITY, marks=pytest.mark.slow),
+        slow_case("h100", "fsdp=4, tensor=2", "swiglu"),
+        slow_case("v5e", "fsdp=4, tensor=2", "swiglu"),
+        slow_case("h100", "fsdp=4, sequence=2", "swiglu"),
+        slow_case("h100", "fsdp=8", WIDE_DROPLESS),
+        slow_case("h100", "fsdp=8", WIDE_CAPACITY),
+        slow_case("h100", "fsdp=2, expert=4", WIDE_CAPACITY),
+        slow_case("h100", "fsdp=4, tensor=2", WIDE_CAPACITY),
     ],
 )
 def test_gradients_are_reduce_scattered_where_the_platform_can(hardware, mesh, ffn, tmp_path):

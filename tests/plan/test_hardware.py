@@ -9,6 +9,8 @@ from efficientllm.metrics import peaks
 from efficientllm.plan import hardware, roofline
 from efficientllm.plan.program import Collective
 
+pytestmark = pytest.mark.quick
+
 NAMES = sorted(hardware.table()["hardware"])
 
 

@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 from efficientllm import sharding
 from efficientllm.plan import hlo, program
 
+pytestmark = pytest.mark.quick
+
 
 def read(fn, *shapes, **options):
     """The Program of `fn` for float32 arrays of these shapes."""

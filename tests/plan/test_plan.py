@@ -61,6 +61,7 @@ def test_a_run_s_folder_is_not_a_plan_s(tmp_path, capsys):
     assert "holds a run; a plan needs a folder of its own" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_measured_rows_scale_a_plan_and_say_how_well(measured, tmp_path, capsys):
     run, record = measured
     least = plan(tmp_path / "least", plan__devices=8, mesh="data=2, fsdp=4")[1]["predicted"]["step_s"]
@@ -84,6 +85,7 @@ def test_measured_rows_scale_a_plan_and_say_how_well(measured, tmp_path, capsys)
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_which_change_would_do(monkeypatch, tmp_path, capsys):
     options = {"plan__devices": 2, "train__batch_size": 4, "train__length": 128, "model__remat": "full"}
     fitting = plan(tmp_path / "a", **options)[1]["predicted"]
@@ -101,12 +103,14 @@ def test_what_does_not_fit_says_which_change_would_do(monkeypatch, tmp_path, cap
     assert again["fits"] and again["peak_bytes"] == tried["--config.train.accumulate=2"]["total_bytes"]
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_made_to_and_said(tmp_path, capsys):
     _, row = plan(tmp_path / "plan", plan__devices=3)
     assert row["config"]["train"]["batch_size"] == 9
     assert "config.train.batch_size = 8 does not divide over 3 devices: planned with 9" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_tuning_plan_needs_no_weights(tmp_path):
     overrides = {"plan__hardware": "cpu", "adapter": "lora(rank=2)"}
     status, row = plan(tmp_path / "plan", "configs/tune.py:lora", **overrides)

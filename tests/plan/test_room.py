@@ -11,6 +11,8 @@ from efficientllm.convert import __main__ as convert
 from efficientllm.metrics import host
 from efficientllm.plan import room
 
+pytestmark = pytest.mark.quick
+
 SMALL = {"train__steps": 2, "eval__every": 0, "sample__tokens": 0}
 
 

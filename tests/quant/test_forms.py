@@ -13,6 +13,9 @@ from efficientllm.quant.nf4 import TABLE
 from efficientllm.quant.rows import grouped, resident_bytes
 from efficientllm.quant.tree import form_of, quantize
 from efficientllm.weights import matmul, matmul_together, take
+from tiers import slow_case, slow_except
+
+pytestmark = pytest.mark.quick
 
 SPECS = ["bfloat16", "float16", "int8", "int8(group=32)", "int4", "int4(group=64, symmetric=False)", "nf4"]
 BITS = {"bfloat16": 16, "float16": 16, "int8(group=32)": 9, "int4": 4.5, "int4(group=64, symmetric=False)": 4.375}
@@ -79,7 +82,7 @@ def test_bytes_are_the_bits_claimed(spec):
     assert resident_bytes(leaf(spec, normal(256, 8))) == 256 * 8 * BITS[spec] / 8
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", slow_except(SPECS, "int4", "nf4"))
 def test_a_leaf_stands_for_its_kernel_and_its_table(spec, width=83):
     kernel, x = normal(2, width, 5), jnp.asarray(normal(3, width))
     stacked = leaf(spec, kernel)
@@ -94,7 +97,7 @@ def test_a_leaf_stands_for_its_kernel_and_its_table(spec, width=83):
     assert relative(matmul(x, table.T, "float32"), np.asarray(x) @ np.asarray(table.dense()).T) < 3e-5
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", slow_except(SPECS, *(spec for spec in SPECS if "symmetric" not in spec)))
 def test_gradient_of_the_input(spec):
     """Of one that no native product has, and of one that it has."""
     one, x, dy = leaf(spec, normal(64, 6)), jnp.asarray(normal(3, 64)), jnp.asarray(normal(3, 6))
@@ -104,8 +107,10 @@ def test_gradient_of_the_input(spec):
 
 def native_cases():
     for form in ("int4", "zero", "minimum", "int8", "int8 groups", "nf4", "bfloat16", "float16"):
-        for rows, width, group in ((1, 576, 32), (3, 320, 64), (7, 99, 128), (16, 65, 32)):
-            yield form, rows, width, group
+        yield form, 1, 576, 32
+        yield form, 16, 65, 32
+        yield slow_case(form, 3, 320, 64)
+        yield slow_case(form, 7, 99, 128)
 
 
 def native_leaf(form, rng, width, group):
@@ -127,7 +132,7 @@ def native_leaf(form, rng, width, group):
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
-@pytest.mark.parametrize("instructions", native.instruction_sets())
+@pytest.mark.parametrize("instructions", slow_except(native.instruction_sets(), *native.instruction_sets()[1:]))
 @pytest.mark.parametrize("form, rows, width, group", list(native_cases()))
 def test_native_products(instructions, form, rows, width, group):
     """Every instruction set this machine has, on odd sizes; int4 and int8 round x to 16 bits of its group."""

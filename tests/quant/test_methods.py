@@ -123,6 +123,7 @@ def small():
     return lm, params, ids, lambda changed: float(jnp.linalg.norm(run(changed) - exact) / jnp.linalg.norm(exact))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_calibration_of_a_model_beats_rounding(small, method):
     lm, params, ids, change = small
@@ -136,6 +137,7 @@ def test_calibration_of_a_model_beats_rounding(small, method):
     jax.tree.map(np.testing.assert_array_equal, models.unroll(lm, found)[1], apart)
 
 
+@pytest.mark.slow
 def test_experts_are_calibrated():
     one_layer = contract.SIZE.replace("num_layers=2", "num_layers=1")
     lm = contract.build("ffn", "moe(num_experts=4, top_k=2, hidden=32)", size=one_layer)
@@ -145,6 +147,7 @@ def test_experts_are_calibrated():
     assert jnp.isfinite(contract.logits(lm, contract.tokens(), found)).all()
 
 
+@pytest.mark.slow
 def test_only_layers_are_calibrated(small):
     lm, params, ids, _ = small
     with pytest.raises(UserError, match="embedding is not in a layer"):

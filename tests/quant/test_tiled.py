@@ -17,6 +17,8 @@ from efficientllm.quant import products, tiled
 from efficientllm.quant.int4 import Int4, Int4Form
 from efficientllm.weights import matmul, matmul_together
 
+pytestmark = pytest.mark.quick
+
 # rows of x, rows of the weights, their width, group: tiles that divide them and that do not
 SIZES = [
     (1, 64, 64, 32),

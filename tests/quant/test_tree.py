@@ -75,12 +75,13 @@ def test_bytes_of_a_model():
     assert resident_bytes(packed) == kernels_ * 4.5 / 8 + contract.VOCAB * (64 + 4) + 4 * scales
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh_spec, moe",
     [
         ("data=2, fsdp=2, tensor=2", MOE),
-        pytest.param("fsdp=2, expert=4", TRAVELLING, marks=pytest.mark.slow),
-        pytest.param("expert=4, tensor=2", TRAVELLING, marks=pytest.mark.slow),
+        ("fsdp=2, expert=4", TRAVELLING),
+        ("expert=4, tensor=2", TRAVELLING),
     ],
 )
 def test_one_device_equals_eight(mesh_spec, moe):
@@ -99,6 +100,7 @@ def test_one_device_equals_eight(mesh_spec, moe):
     np.testing.assert_allclose(found, exact, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_adapters_learn_around_compressed_kernels():
     """QLoRA (arXiv:2305.14314): the gradients are those of LoRA over the same weights as plain arrays."""
     lm = contract.build("mixer", "gqa", size=contract.SIZE.replace("num_layers=2", "num_layers=1"), scan=False)

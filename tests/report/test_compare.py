@@ -9,6 +9,8 @@ from efficientllm.metrics import conditions
 from efficientllm.report import __main__ as command
 from report import made
 
+pytestmark = pytest.mark.quick
+
 STARVED = conditions.row(None) | {"starved": True, "reasons": ["84% of the CPU time went to others"]}
 
 

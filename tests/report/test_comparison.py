@@ -10,6 +10,8 @@ from efficientllm.metrics import conditions
 from efficientllm.report import board, comparison, markdown, ranking, rows, techniques
 from report import made
 
+pytestmark = pytest.mark.quick
+
 
 def groups(*paths, baseline=None):
     return comparison.groups(rows.read(rows.find(paths)[0]), baseline)

@@ -13,6 +13,8 @@ from efficientllm.report import __main__ as command
 from efficientllm.report import board, details, find, markdown, statistics, write
 from report import made
 
+pytestmark = pytest.mark.quick
+
 HUGE = "9" * 400
 
 

@@ -146,6 +146,7 @@ def test_light_and_dark_follow_the_system_and_the_switch(page, report):
     page.run("byId('theme').click(); localStorage.clear()")
 
 
+@pytest.mark.slow
 def test_it_fits_a_phone(page, report):
     page.look(390, 844)
     page.open(report)

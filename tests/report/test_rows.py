@@ -8,6 +8,8 @@ from efficientllm.errors import UserError
 from efficientllm.report import rows
 from report import made
 
+pytestmark = pytest.mark.quick
+
 
 def read(*paths):
     return rows.read(rows.find(paths)[0])

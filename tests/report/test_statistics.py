@@ -7,6 +7,8 @@ from scipy import stats
 from efficientllm.report import ranking, statistics
 from efficientllm.report.statistics import Interval
 
+pytestmark = pytest.mark.quick
+
 LOGS = np.log([1.10, 1.14, 1.08, 1.16])
 
 

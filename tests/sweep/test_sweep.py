@@ -221,9 +221,8 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys, monkeypatch):
 EXPERIMENTS = sorted(path.parent.name for path in small.ROOT.glob("experiments/*/sweep.py"))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("aa", "moe"))) for name in EXPERIMENTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_are_fair_and_describe_every_run(name, capsys, monkeypatch):
     monkeypatch.chdir(small.ROOT)
     monkeypatch.syspath_prepend(str(small.ROOT))

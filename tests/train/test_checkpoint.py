@@ -12,6 +12,8 @@ from efficientllm.errors import UserError
 from efficientllm.train import checksums, facts
 from efficientllm.train.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.quick
+
 
 def state(value):
     return {"kernel": jnp.full((64, 64), float(value)), "step": jnp.int32(value)}

@@ -1,9 +1,12 @@
 """Held-out losses of text that is hardly any."""
 
 import numpy as np
+import pytest
 
 from efficientllm.metrics.reading import Reading
 from efficientllm.train import evaluate, row
+
+pytestmark = pytest.mark.quick
 
 
 def test_targets_of_no_text_have_a_loss_and_no_bits_per_byte(monkeypatch):

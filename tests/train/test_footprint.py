@@ -12,6 +12,7 @@ from efficientllm import accounting, model
 from efficientllm.metrics import flops, memory
 from efficientllm.registry import build
 from efficientllm.train import footprint, step
+from tiers import slow_case
 
 ROWS, LENGTH = 4, 128
 SIZE = "tiny(num_layers=4, dim=128, num_heads=4, num_kv_heads=2, head_dim=32, hidden=384)"
@@ -39,12 +40,9 @@ METHODS = [
     *("rslora(rank=4)", "lora_plus(rank=4)", "dora(rank=4)", "pissa(rank=4)", "loha(rank=4)", "lokr(rank=4)"),
     *("glora(rank=4)", "freeze(last=1)"),
 ]
-CASES = [{}, {"remat": "full"}, {"method": "lora(rank=4)"}, {"ffn": "gelu"}]
-CASES += [
-    pytest.param({"method": "lora(rank=4)", "form": form}, marks=pytest.mark.slow)
-    for form in ("nf4(block=32)", "int4(group=32)")
-]
-CASES += [pytest.param({"method": method}, marks=pytest.mark.slow) for method in METHODS]
+CASES = [{}, {"remat": "full"}, slow_case({"method": "lora(rank=4)"}), slow_case({"ffn": "gelu"})]
+CASES += [slow_case({"method": "lora(rank=4)", "form": form}) for form in ("nf4(block=32)", "int4(group=32)")]
+CASES += [slow_case({"method": method}) for method in METHODS]
 
 
 @pytest.mark.parametrize("changes", CASES, ids=str)

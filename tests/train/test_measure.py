@@ -8,6 +8,8 @@ from efficientllm.metrics.energy_window import EnergyWindow, Reader
 from efficientllm.train import loop
 from efficientllm.train.measure import Measurement
 
+pytestmark = pytest.mark.quick
+
 
 class Clock:
     def __init__(self):

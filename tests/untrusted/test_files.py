@@ -8,6 +8,8 @@ import pytest
 from efficientllm.errors import UserError
 from efficientllm.untrusted import files, json_text
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(params=["fifo", "socket", "device", "folder", "loop", "missing", "long", "null", "dangling", "denied"])
 def no_file(request, tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import pytest
 from efficientllm.errors import UserError
 from efficientllm.untrusted import patterns
 
+pytestmark = pytest.mark.quick
+
 PATH = "groups/block_0/mixer/q/kernel"
 ENDLESS = [("(a|aa)+$", "a" * 60 + "b"), ("(?:(?:a|b|ab)*)*c", "ab" * 40), (r"(\w+\s?)*\1!", "a b " * 30)]
 

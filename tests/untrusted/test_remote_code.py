@@ -13,6 +13,8 @@ from efficientllm import convert, data
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 
+pytestmark = pytest.mark.quick
+
 CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nraise SystemExit('ran')\n"
 
 

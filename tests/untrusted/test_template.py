@@ -8,6 +8,8 @@ import pytest
 from efficientllm.errors import UserError
 from efficientllm.untrusted import template
 
+pytestmark = pytest.mark.quick
+
 USER = {"role": "user", "content": "What is 2 < 3 & \u00e9?"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2.5, None, "x<y"]}}}
 MESSAGES = [
