@@ -40,11 +40,11 @@ _FILES = (
     r"plugins/profile",
 )
 _PARTIAL = (  # of writes that were cut off
-    r"record(\.failed)?\.json\.\d+\.partial",
-    r"\.(config|run)\.json-\d+",
+    r"\.(record|record\.failed|config|run)\.json-\d+",
+    r"record(\.failed)?\.json\.\d+\.partial",  # of rows, until 2026-11
     r"\.probe-\d+",
     r"\.tokenizer-\d+",
-    r"adapter/\.adapter_model\.safetensors-\d+",
+    r"adapter/\.adapter_(model\.safetensors|config\.json)-\d+",
 )
 _KEPT = (MARKER, "owner.json", "log.txt", "output.txt")  # the first three are the running process's, the last a sweep's
 _FOLDERS = ("checkpoints", "samples", "adapter", "tokenizer", "plugins")

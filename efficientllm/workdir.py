@@ -10,6 +10,7 @@ import os
 import pathlib
 
 from efficientllm import request, run_files
+from efficientllm.atomic import write_atomically
 from efficientllm.errors import UserError
 from efficientllm.metrics import record
 from efficientllm.owner import Lock
@@ -204,10 +205,3 @@ def _default(config):
             f"config.name = {config.name!r}: names a folder of runs/, and leads out of it; take a plain name"
         )
     return pathlib.Path(folder) / config_hash(config)
-
-
-def write_atomically(file, text):
-    """Replaces `file` by `text`, whole or not at all."""
-    temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)

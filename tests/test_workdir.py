@@ -311,7 +311,7 @@ def test_without_locks_of_the_file_system_the_file_decides(tmp_path, monkeypatch
 
 def test_partial_writes_of_a_killed_run_are_removed(tmp_path):
     run = claimed(tmp_path / "run")
-    for name in ("record.json.4711.partial", ".probe-4711", ".config.json-4711"):
+    for name in (".record.json-4711", "record.json.4711.partial", ".probe-4711", ".config.json-4711"):
         (run / name).touch()
     Workdir(config(), run).acquire().release()
     assert {path.name for path in run.iterdir()} == {"config.json", "run.json"}

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from efficientllm.atomic import write_atomically
 from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
 
@@ -205,11 +206,9 @@ def _once(file, what, measure):
     known = _rates(path)
     if key not in known:
         known[key] = measure()
-        temporary = path.with_suffix(f".{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(known, indent=2))
-            temporary.replace(path)
+            write_atomically(path, json.dumps(known, indent=2))
         except OSError as error:
             log.warning(f"{path} cannot be written ({error.strerror}): the next run measures this machine again")
     return known[key]

@@ -2,11 +2,10 @@
 
 import json
 import math
-import os
 import shutil
 import textwrap
-from pathlib import Path
 
+from efficientllm.atomic import write_atomically
 from efficientllm.errors import UserError
 from efficientllm.metrics import conditions as machine
 from efficientllm.metrics import notes, paper
@@ -153,14 +152,7 @@ def write_record(record, path):
 
     Numbers that are not finite are null in it (see `finite`).
     """
-    path = Path(path)
-    text = json.dumps(finite(record), indent=2, allow_nan=False) + "\n"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
 
 
 def read_record(path):

@@ -8,13 +8,13 @@ import statistics
 
 from ml_collections import ConfigDict
 
+from efficientllm.atomic import write_atomically
 from efficientllm.errors import UserError
 from efficientllm.metrics import provenance
 from efficientllm.metrics.record import read_record
 from efficientllm.plan import estimate
 from efficientllm.plan import hardware as hardwares
 from efficientllm.untrusted import files, json_text
-from efficientllm.workdir import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import logging
 import pathlib
 
 from efficientllm import extras
+from efficientllm.atomic import write_atomically
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.metrics.reading import Reading
 from efficientllm.untrusted import json_text
@@ -67,8 +68,6 @@ def score(model, ours, chat, seed, file):
     With `chat`, contexts go through the model's chat template.
     """
     from lm_eval import evaluator, utils
-
-    from efficientllm.workdir import write_atomically
 
     found = evaluator.simple_evaluate(
         model,

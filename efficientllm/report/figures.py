@@ -1,9 +1,9 @@
 """The report's figures as PNG and SVG: ratios with intervals, a Pareto set, the six metrics, curves of the loss."""
 
-import contextlib
 import math
-import os
 import warnings
+
+from efficientllm.atomic import replacing
 
 _COLOURS = (
     "#2563eb",
@@ -72,17 +72,6 @@ def _save(figure, folder, name):
         figure.savefig(file, bbox_inches="tight", metadata={"Date": None}, format="svg")
     plt.close(figure)
     return name.partition("_")[2], f"figures/{name}.png"
-
-
-@contextlib.contextmanager
-def replacing(file):
-    """A temporary path that takes the place of `file` once it is whole."""
-    temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _figure(width, height, **axes):

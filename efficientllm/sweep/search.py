@@ -7,8 +7,8 @@ memory, or refused, is data like what is not.
 import dataclasses
 import json
 
+from efficientllm.atomic import write_atomically
 from efficientllm.sweep import execute, spec
-from efficientllm.workdir import write_atomically
 
 RUNS = ("ok", "nan")  # a loss that is not a number has had its memory
 SHARPNESS = 16  # the search ends when what fails is within a sixteenth of what runs, or one least value above it

@@ -22,6 +22,7 @@ import numpy as np
 
 from efficientllm import accounting, architecture
 from efficientllm import model as models
+from efficientllm.atomic import write_atomically
 from efficientllm.errors import UserError, exit_with
 from efficientllm.infer import engine as engines
 from efficientllm.infer.samplers import Greedy
@@ -46,9 +47,7 @@ def main(argv=None):
         new = [settings | row | provenance.summary() for row in measure(length, options, bandwidth)]
         rows = [row for row in rows if row["length"] != length] + new
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.partial")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(file)
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
     print(table(rows))
 
 

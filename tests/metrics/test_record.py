@@ -1,4 +1,6 @@
 import json
+import os
+import pathlib
 
 import jax.numpy as jnp
 import pytest
@@ -67,10 +69,10 @@ def test_a_write_that_fails_leaves_the_old_row_whole(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         rows.write_record(build(config={"array": object()}), path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
-        patch.setattr(rows.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
+        patch.setattr(pathlib.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
         rows.write_record(build(name="new"), path)
     assert path.read_text() == before
-    monkeypatch.setattr(rows.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(OSError, match="No space"):
         rows.write_record(build(name="new"), path)
     assert path.read_text() == before

@@ -9,7 +9,6 @@ single outputs. The rank and alpha of such a tensor stand in rank_pattern and al
 import collections
 import json
 import math
-import os
 import pathlib
 import typing
 
@@ -23,6 +22,7 @@ from efficientllm.adapters.folder.config import CONFIG
 from efficientllm.adapters.folder.opened import NAMES, PREFIX, TENSORS, WEIGHT
 from efficientllm.adapters.lora import LoRA
 from efficientllm.adapters.products import GLoRA, LoHa, LoKr
+from efficientllm.atomic import replacing, write_atomically
 from efficientllm.convert import binding
 from efficientllm.registry import parse
 
@@ -154,7 +154,6 @@ def save(folder, tensors, config):
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{TENSORS}-{os.getpid()}"
-    save_file(tensors, draft, metadata={"format": "pt"})
-    draft.replace(folder / TENSORS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+    with replacing(folder / TENSORS) as draft:
+        save_file(tensors, draft, metadata={"format": "pt"})
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2))
