@@ -25,8 +25,9 @@ def check_fields(kind, spec):
         assert any(changes), f"{kind} {name}: no value of {field!r} changes anything"
 
 
-# Another value for fields whose type does not tell one; "auto" is "xla" at this length.
-OTHER_STRINGS = {
+# Another value for fields whose type does not tell one that may be; "auto" is "xla" at this length.
+OTHER_VALUES = {
+    "base": 7.0,
     "position": "rope(base=7.0)",
     "norm": "rmsnorm(eps=0.1)",
     "precision": "bfloat16",
@@ -47,12 +48,12 @@ def _contexts(fields, name):
     yield {}
     for other, annotation in fields.items():
         if other != name and annotation in (bool, str):
-            yield {other: True if annotation is bool else OTHER_STRINGS[other]}
+            yield {other: True if annotation is bool else OTHER_VALUES[other]}
 
 
 def _alternatives(name, annotation):
-    if name in OTHER_STRINGS:
-        return [OTHER_STRINGS[name]]
+    if name in OTHER_VALUES:
+        return [OTHER_VALUES[name]]
     others = {bool: [True, False], float: [0.37], int: [4, 8]}
     assert annotation in others, f"the contract suite knows no other value for {name!r}: add one"
     return others[annotation]

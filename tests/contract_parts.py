@@ -99,7 +99,7 @@ def _target(kind, spec):
     return registry.lookup(kind, registry.parse(spec)[0])
 
 
-@contract.check("data")
+@contract.check("data", quick=("python_docs",))
 def check_data(kind, spec):
     """The same documents each time, which can be divided; conversations if they are records."""
     corpus = Corpus(spec)

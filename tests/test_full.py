@@ -83,3 +83,7 @@ def test_a_part_writes_no_table_and_changes_must_be_committed(repository):
     (repository / "pyproject.toml").write_text("")
     refused = start(repository)
     assert "commit them" in refused.communicate(timeout=60)[0] and refused.returncode == 2
+
+
+def test_the_guide_has_the_table():
+    assert len(full.TABLE.findall(full.GUIDE.read_text())) == 1

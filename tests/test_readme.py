@@ -111,12 +111,12 @@ def _write_adapter(model, folder):
 
 
 def test_sweeps_are_described(monkeypatch, capsys):
-    """The first as written; the second runs what it shows, and test_sweep.py runs such runs."""
+    """The second runs what the first shows; test_sweep.py runs such runs."""
     monkeypatch.chdir(runs.ROOT)
     monkeypatch.syspath_prepend(str(runs.ROOT))
     dry, real = (shlex.split(command.partition("efficientllm.sweep ")[2]) for command in SWEEPS)
-    assert sweep.main(dry) == 0 and "21 runs in 3 blocks" in capsys.readouterr().out
-    assert sweep.main([*real, "--dry_run"]) == 0
+    assert dry == [real[0], "--dry_run"]
+    assert sweep.main([*real, "--dry_run"]) == 0 and "21 runs in 3 blocks" in capsys.readouterr().out
 
 
 def test_reports(tmp_path, monkeypatch):

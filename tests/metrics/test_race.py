@@ -11,6 +11,8 @@ import pytest
 from efficientllm.errors import UserError
 from efficientllm.metrics import race
 
+pytestmark = pytest.mark.quick
+
 
 def contestants(calls, names="abc"):
     """Contestants that note their calls, as (name, block), and return ten times the block."""
