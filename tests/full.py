@@ -49,7 +49,7 @@ def test_files(paths: list[str]) -> list[str]:
     return [file for file in git("ls-files", *paths).splitlines() if pathlib.Path(file).match("test_*.py")]
 
 
-def read_report(path: pathlib.Path, file: str, status: int) -> Result:
+def read_report(path: pathlib.Path, file: str, status: int, seconds: float) -> Result:
     """A JUnit report as a result; a file whose tests did not come to be counts as one failure."""
     (suite,) = xml.etree.ElementTree.parse(path).getroot().iter("testsuite")
     total, skipped = int(suite.get("tests")), int(suite.get("skipped"))
@@ -59,7 +59,7 @@ def read_report(path: pathlib.Path, file: str, status: int) -> Result:
     failures = [f"{file}: {case.get('name')}" for case in broken]
     if status not in (0, 1, 5):  # 5: no test in the file
         failures.append(f"{file}: pytest ended with {status}")
-    return Result(float(suite.get("time")), total - skipped - len(broken), len(failures), skipped, failures)
+    return Result(seconds, total - skipped - len(broken), len(failures), skipped, failures)
 
 
 def run_file(file: str, workers: str, report: pathlib.Path) -> Result:
@@ -77,9 +77,10 @@ def run_file(file: str, workers: str, report: pathlib.Path) -> Result:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         raise
+    seconds = time.monotonic() - began
     if not report.exists():
-        return Result(time.monotonic() - began, 0, 1, 0, [f"{file}: pytest ended with {status} and no report"])
-    return read_report(report, file, status)
+        return Result(seconds, 0, 1, 0, [f"{file}: pytest ended with {status} and no report"])
+    return read_report(report, file, status, seconds)
 
 
 class Progress:
