@@ -24,8 +24,14 @@ from golden import cases
 from golden.process import MARK
 
 # Readings that follow from shapes, without a clock, a compiler or a device.
-COUNTED = ("flops_per_token", "kv_bytes_per_token", "params_active", "params_total", "params_trainable")
-COUNTED += ("predicted_memory_bytes", "resident_weight_bytes")
+COUNTED = (
+    "flops_per_token",
+    "kv_bytes_per_token",
+    "params_active",
+    "params_total",
+    "params_trainable",
+    "resident_weight_bytes",
+)
 TIME_COLUMN = 10  # width of the last column of a sweep's table
 
 
@@ -132,8 +138,10 @@ def row_structure(row):
 
 
 def row_numbers(row):
-    """The held-out loss of a row, and the kernels that it was computed by."""
-    return {"eval_loss": row["quality"]["eval_loss"].hex(), "kernels": row["provenance"]["kernels"]}
+    """The held-out loss of a row, the kernels that it was computed by, and the memory that jax's trace asks for."""
+    predicted = row["physical"]["predicted_memory_bytes"]
+    kernels = row["provenance"]["kernels"]
+    return {"eval_loss": row["quality"]["eval_loss"].hex(), "kernels": kernels, "predicted_memory_bytes": predicted}
 
 
 def state_tree(checkpoint):
