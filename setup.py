@@ -24,13 +24,13 @@ PRESETS = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
 
 
 class BuildWithPresets(build_py):
-    """A wheel holds `configs/*.py` as `efficientllm.presets`; an editable installation reads them where they are."""
+    """A wheel holds `configs/*.py` as `efficientllm.config.presets`; an editable one reads them where they are."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
             for file in PRESETS:
-                self.copy_file(file, str(pathlib.Path(self.build_lib, "efficientllm", "presets")))
+                self.copy_file(file, str(pathlib.Path(self.build_lib, "efficientllm", "config", "presets")))
 
     def get_source_files(self):  # of an sdist
         return [*super().get_source_files(), *PRESETS]
@@ -41,10 +41,10 @@ def native():
     jaxlib = importlib.util.find_spec("jaxlib")
     if jaxlib is None:
         return []
-    sources = pathlib.Path("efficientllm/native")
+    sources = pathlib.Path("efficientllm/ops/native")
     return [
         Extension(
-            "efficientllm.native._products",
+            "efficientllm.ops.native._products",
             [str(sources / name) for name in ("products.cc", "attention.cc")],
             include_dirs=[str(pathlib.Path(jaxlib.origin).parent / "include")],
             depends=[str(path) for path in sources.glob("*") if path.suffix in (".h", ".inc")],
@@ -73,8 +73,8 @@ setup(
     packages=find_packages(include=["efficientllm", "efficientllm.*"]),
     package_data={
         "efficientllm.report": ["data/*.json", "page/*"],
-        "efficientllm.plan": ["data/*.json"],
-        "efficientllm.native": ["*.cc", "*.h", "*.inc"],
+        "efficientllm.cost": ["data/*.json"],
+        "efficientllm.ops.native": ["*.cc", "*.h", "*.inc"],
     },
     ext_modules=native(),
     cmdclass={"build_py": BuildWithPresets},

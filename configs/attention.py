@@ -1,6 +1,6 @@
 """One decoder, seven kinds of attention: --config=configs/attention.py:mla. All have gqa's number of parameters."""
 
-from efficientllm import base_config as base
+from efficientllm import base_config
 
 # Blocks and windows that fit rows of 128 tokens. At a model's lengths the defaults are the papers':
 # --config.model.mixer=nsa --config.train.length=8192
@@ -16,8 +16,8 @@ VARIANTS = {
 
 
 def get_config(variant="gqa"):
-    config = base.get_config()
+    config = base_config.get_config()
     config.name = f"attention-{variant}"
-    config.model.mixer = base.variant(VARIANTS, variant)
+    config.model.mixer = base_config.variant(VARIANTS, variant)
     config.model.parameters_of = "gqa | swiglu"
     return config

@@ -1,6 +1,6 @@
 """Generation from a pretrained model, its weights in one form: configs/infer.py:int4."""
 
-from efficientllm import base_config as base
+from efficientllm import base_config
 
 FORMS = {
     "float32": "float32",
@@ -14,12 +14,12 @@ FORMS = {
 
 
 def get_config(name="bfloat16"):
-    config = base.get_config()
+    config = base_config.get_config()
     config.name = f"infer_{name}"
     config.task = "infer"
     config.plan.of = "infer"
     config.model.pretrained = "smollm2-135m"
-    config.quant = base.variant(FORMS, name)
+    config.quant = base_config.variant(FORMS, name)
     config.tokenizer = "pretrained"
     config.infer.chat = True
     config.train.batch_size = 1  # of the held-out text, for quality

@@ -1,6 +1,6 @@
 """Architectures beside the Llama-like one: --config=configs/mixers.py:mamba. All have gqa's number of parameters."""
 
-from efficientllm import base_config as base
+from efficientllm import base_config
 
 VARIANTS = {
     # Blocks without an ffn are half a layer: twice as many stand in a model of one size.
@@ -26,8 +26,8 @@ VARIANTS = {
 
 
 def get_config(variant="mamba"):
-    config = base.get_config()
+    config = base_config.get_config()
     config.name = variant
-    config.model.update(base.variant(VARIANTS, variant))
+    config.model.update(base_config.variant(VARIANTS, variant))
     config.model.parameters_of = "gqa | swiglu"
     return config

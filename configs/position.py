@@ -1,6 +1,6 @@
 """One decoder, seven kinds of position: --config=configs/position.py:alibi. All have the same number of parameters."""
 
-from efficientllm import base_config as base
+from efficientllm import base_config
 
 VARIANTS = {
     "rope": "rope",
@@ -14,8 +14,8 @@ VARIANTS = {
 
 
 def get_config(variant="rope"):
-    config = base.get_config()
+    config = base_config.get_config()
     config.name = f"position-{variant}"
-    config.model.position = base.variant(VARIANTS, variant)
+    config.model.position = base_config.variant(VARIANTS, variant)
     config.model.parameters_of = "gqa | swiglu"
     return config

@@ -3,7 +3,7 @@
 Batch, tokens and evaluation are the same for every method.
 """
 
-from efficientllm import base_config as base
+from efficientllm import base_config
 
 ADAPTERS = {
     "lora": "lora(rank=64, alpha=128)",
@@ -24,12 +24,12 @@ RATES = {"full": 2e-5, "freeze": 5e-5}
 
 
 def get_config(name="lora"):
-    config = base.get_config()
+    config = base_config.get_config()
     config.name = f"tune_{name}"
     config.task = "tune"
     config.plan.of = "tune"
     config.model.pretrained = "smollm2-135m"
-    config.adapter = base.variant(ADAPTERS, name)
+    config.adapter = base_config.variant(ADAPTERS, name)
     config.quant = FORMS.get(name, "float32")
     config.data = "doc_pairs()"
     config.tokenizer = "pretrained"

@@ -4,7 +4,7 @@ Rank, alpha, dropout and LoRA+'s ratio are those of its released code. Its effec
 and 64); here every method has the same.
 """
 
-from efficientllm.presets import tune
+from efficientllm.config.presets import tune
 
 DATA = {
     "o1": "pairs(path='O1-OPEN/OpenO1-SFT', hub=True, prompt='instruction', response='output', held_out=0.02)",
@@ -22,7 +22,7 @@ def get_config(name="lora"):
     config.model.precision = "bfloat16"
     config.model.remat = "full"
     config.adapter = config.adapter.replace("alpha=128", "alpha=128, dropout=0.1")
-    config.data = tune.base.variant(DATA, data or "o1")
+    config.data = tune.base_config.variant(DATA, data or "o1")
     config.train.steps = 1000
     config.train.batch_size = 64
     config.train.length = 2048

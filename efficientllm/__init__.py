@@ -3,3 +3,5 @@
 Array names end in their shape, one letter a dimension: B batch, T query length, S key length, D model, H query heads,
 G KV heads, K head size, F ffn hidden, E experts, V vocabulary, N layers, R rank. `q_BTHK` is a query of every head.
 """
+
+KINDS = {"norm": "layers", "precision": "weights"}

@@ -16,8 +16,8 @@ import contextlib
 import signal
 import sys
 
-from efficientllm import allocator, console
 from efficientllm.errors import UserError
+from efficientllm.runtime import console, malloc
 
 NEW = 512  # tokens of an answer at most, unless config.infer.max_new_tokens is given
 
@@ -31,7 +31,7 @@ def main(argv=None):
         return 0 if argv else 2
     try:
         config, system, new_tokens = parse(argv)
-        from efficientllm.run import import_plugins  # the first import of jax
+        from efficientllm.tasks.run import import_plugins  # the first import of jax
 
         import_plugins(config.imports)
         return Chat(config, system, new_tokens).run()
@@ -72,14 +72,14 @@ class Chat:
         """Returns the exit status."""
         import jax
 
-        from efficientllm.infer import serving
+        from efficientllm.infer import setup
 
         try:
-            self.serving = serving.prepare(self._least(), with_text=False)
+            self.serving = setup.prepare(self._least(), with_text=False)
             with jax.set_mesh(self.serving.mesh):
                 self._load()
                 return self._talk()
-        except serving.OutOfMemory as error:
+        except setup.OutOfMemory as error:
             raise UserError(str(error)) from None
         except BrokenPipeError:  # whoever read the answers has gone
             sys.stdout = None
@@ -96,7 +96,7 @@ class Chat:
 
     def _load(self):
         from efficientllm.infer.session import LONGEST, Dialogue, Session, Times
-        from efficientllm.quant.rows import resident_bytes
+        from efficientllm.quant.base import resident_bytes
 
         run = self.serving
         self.dialogue = Dialogue(run.tokenizer, self.system, getattr(run.source, "learnt_records", False))
@@ -137,13 +137,13 @@ class Chat:
         return status
 
     def _state_bytes(self):
-        from efficientllm import accounting
+        from efficientllm.cost import formulas
 
-        return accounting.state_bytes(self.serving.lm, self.session.length)
+        return formulas.state_bytes(self.serving.lm, self.session.length)
 
     def _answer(self, text):
         """Answers on standard output -> whether to leave."""
-        from efficientllm.infer.answers import Stream, cut
+        from efficientllm.infer.streaming import Stream, cut
 
         try:
             ids = self._fitting(self.dialogue.ask(text))
@@ -230,5 +230,5 @@ def _say(text):
 
 
 if __name__ == "__main__":
-    allocator.restart_with_huge_pages()
+    malloc.restart_with_huge_pages()
     sys.exit(main())

@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import sys
 
-from efficientllm import console, extras
+from efficientllm.runtime import console, optional_packages
 
 # What each extra of setup.py brings, by the module that shows it is there.
 EXTRAS = {
@@ -91,13 +91,16 @@ def _accelerator(devices):
     """A GPU that the driver shows and JAX does not use is the commonest of mistakes."""
     driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
     if devices[0].platform == "cpu" and driver:
-        return Finding("accelerator", False, "an NVIDIA driver is here, and JAX runs on the CPU", extras.remedy("gpu"))
+        return Finding(
+            "accelerator", False, "an NVIDIA driver is here, and JAX runs on the CPU", optional_packages.remedy("gpu")
+        )
     return Finding("accelerator", devices[0].platform != "cpu", "used" if devices[0].platform != "cpu" else "none")
 
 
 def _energy(devices):
     """Every rung of the ladder, and which one a run would take."""
-    from efficientllm.metrics import energy, nvml
+    from efficientllm.metrics.energy import nvml
+    from efficientllm.metrics.energy import reader as energy
 
     reader = energy.open_reader(devices)
     yield Finding(
@@ -155,7 +158,7 @@ def _remedy(reader):
 
 
 def _rapl():
-    from efficientllm.metrics import energy
+    from efficientllm.metrics.energy import reader as energy
 
     zones = energy.rapl_zones()
     if not zones:
@@ -184,22 +187,25 @@ def _memory(devices):
 
 
 def _peaks(devices):
-    from efficientllm.metrics import peaks
+    from efficientllm.cost import device_peaks
 
     kind = devices[0].device_kind
-    known = peaks.PEAKS.get(kind)
+    known = device_peaks.PEAKS.get(kind)
     found = f"{kind}: {known.source}" if known else f"no datasheet figures for {kind!r}: mfu is null"
     yield Finding("peaks", known is not None, found)
-    gemm = peaks.measure_gemm_peak("float32")
-    yield Finding("  measured", True, f"{gemm.value / 1e9:,.0f} GFLOP/s: {gemm.source}, kept in {peaks.cache_folder()}")
-    copy = peaks.measure_copy_bandwidth()
+    gemm = device_peaks.measure_gemm_peak("float32")
+    yield Finding(
+        "  measured", True, f"{gemm.value / 1e9:,.0f} GFLOP/s: {gemm.source}, kept in {device_peaks.cache_folder()}"
+    )
+    copy = device_peaks.measure_copy_bandwidth()
     yield Finding("  measured copy", True, f"{copy.value / 1e9:,.1f} GB/s: {copy.source}")
 
 
 def _kernels():
     import jax.numpy as jnp
 
-    from efficientllm import attention, registry
+    from efficientllm import registry
+    from efficientllm.ops import attention
 
     names = ", ".join(registry.names("attention_kernel"))
     q_BTHK = jnp.zeros((1, 2048, 1, 64), jnp.bfloat16)
@@ -219,19 +225,21 @@ def _compiler():
 
 def _native():
     """The library of products in C++, which an installation without a compiler lacks."""
-    from efficientllm import native
+    from efficientllm.ops import native
 
     if sets := native.instruction_sets():
         return Finding("native products", True, f"built, for {', '.join(sets)}")
     built = any(pathlib.Path(native.__file__).parent.glob("_products*.so"))
     found = "built, but cannot be loaded here" if built else "not built: no compiler was found at installation"
-    return Finding("native products", False, found, f"{extras.reinstall()}: compressed weights are then fast on CPUs")
+    return Finding(
+        "native products", False, found, f"{optional_packages.reinstall()}: compressed weights are then fast on CPUs"
+    )
 
 
 def _extras():
     for extra, (module, what) in EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
-        yield Finding(f"extra {extra}", there, what, "" if there else extras.remedy(extra))
+        yield Finding(f"extra {extra}", there, what, "" if there else optional_packages.remedy(extra))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ Exit status: 0 ok, 2 bad config or input, 3 the run failed and its row says how,
 
 import sys
 
-from efficientllm import allocator, console
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.stopping import stoppable
+from efficientllm.runtime import console, malloc
+from efficientllm.runtime.stopping import stoppable
 
 FLAGS = ("config", "workdir", "overwrite", "init", "help")
 
@@ -36,7 +36,7 @@ def main(argv=None):
         if any(argument.lstrip("-").partition("=")[0] == "init" for argument in argv):
             return _init(argv)
         config, workdir, overwrite = parse(argv)
-        from efficientllm import run  # the first import of jax: after the command line is known to be good
+        from efficientllm.tasks import run  # the first import of jax: after the command line is known to be good
 
         return run.run(config, workdir, overwrite)
     except UserError as error:
@@ -45,12 +45,12 @@ def main(argv=None):
 
 
 def _init(argv):
-    from efficientllm import config_file
+    from efficientllm.config import files
 
     _, _, folder = argv[0].partition("=")
     if len(argv) > 1 or not folder:
         raise UserError("--init=FOLDER goes alone; for example --init=my_model")
-    file = config_file.write_start(folder)
+    file = files.write_start(folder)
     print(f"{file}: change it, then: python -m efficientllm.main --config={file}")
     return 0
 
@@ -60,9 +60,10 @@ def parse(argv):
     flags, overrides = split(argv)
     if not flags["config"]:
         raise UserError("--config=FILE is missing; for example --config=configs/moe.py")
-    from efficientllm import config_file, overriding, schema, values
+    from efficientllm.config import files, schema, values
+    from efficientllm.config import overrides as overriding
 
-    config = schema.closed(config_file.load(flags["config"]), f"--config={flags['config']}")
+    config = schema.closed(files.load(flags["config"]), f"--config={flags['config']}")
     overriding.apply(config, overrides)
     schema.check(config)
     if flags["workdir"] is not None:
@@ -113,5 +114,5 @@ def _value(name, text, rest):
 
 
 if __name__ == "__main__":
-    allocator.restart_with_huge_pages()
+    malloc.restart_with_huge_pages()
     sys.exit(main())

@@ -7,12 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm import kernels, remat
-from efficientllm.attention import Context
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.lookup import look_up
+from efficientllm.ops import rematerialization as remat
+from efficientllm.ops.attention import Context
+from efficientllm.ops.embedding_lookup import look_up
 from efficientllm.registry import build
+from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh
 from efficientllm.weights import activation_dtype, matmul, parameter, turned
 
@@ -177,7 +178,7 @@ def _unroll(length):
     Measured on CPUs: a loop costs 8 to 20 % of a step, for it copies all that its backward pass keeps, while compiling
     8 layers apart takes no longer.
     """
-    return length if kernels.platform() == "cpu" and length <= UNROLLED else 1
+    return length if kernel_choice.platform() == "cpu" and length <= UNROLLED else 1
 
 
 def half_layers(blocks):

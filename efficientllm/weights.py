@@ -11,8 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from efficientllm import kernels, sharding
+from efficientllm import sharding
 from efficientllm.registry import build, register
+from efficientllm.runtime import kernel_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Turned(Weight):
 
     def matmul(self, x, precision, out_dtype, axes=None):
         product = jnp.dtype(build("precision", precision, where="config.model.precision").product)
-        if kernels.platform() == "cpu" and x.dtype == product == jnp.float32:
+        if kernel_choice.platform() == "cpu" and x.dtype == product == jnp.float32:
             return _product(x, self.table, product, jnp.dtype(out_dtype or x.dtype), True)
         return matmul(x, self.table.T, precision, out_dtype)
 
@@ -174,7 +175,7 @@ def matmul(x, w, precision, out_dtype=None, axes=None):
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if product != x.dtype:
         return _product(x, w, product, jnp.dtype(jnp.float32)).astype(out_dtype)
-    if kernels.platform() == "cpu" and product == jnp.float32:
+    if kernel_choice.platform() == "cpu" and product == jnp.float32:
         return _product(x, w, product, out_dtype)
     return jnp.matmul(x, w.astype(product), preferred_element_type=out_dtype)
 
@@ -221,7 +222,7 @@ def _product_backward(operand, result, turned, residuals, dy):
 def _weight_gradient(x, dy, result):
     """`x.T @ dy`. On CPUs XLA multiplies a transposed operand at 0.6x to 0.9x of the speed, fuses slow strided
     copies with what makes it, and refuses bfloat16: there the transpose is made first, alone."""
-    if kernels.platform() != "cpu":
+    if kernel_choice.platform() != "cpu":
         return jnp.matmul(x.T, dy, preferred_element_type=result)
     if dy.shape[1] * sum(x.shape) < x.size:  # a few columns, an adapter's: they and the result are the smaller to turn
         return _weight_gradient(dy, x, result).T

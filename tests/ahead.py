@@ -15,7 +15,9 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from configs import base  # noqa: E402
-from efficientllm import architecture, kernels, sharding  # noqa: E402
+from efficientllm import sharding  # noqa: E402
+from efficientllm.architecture import from_config  # noqa: E402
+from efficientllm.runtime import kernel_choice  # noqa: E402
 from efficientllm.train import step  # noqa: E402
 
 # An H100, as the compiler wants it told (NVIDIA H100 datasheet and CUDA programming guide, compute capability 9.0).
@@ -40,9 +42,9 @@ def main():
     config = base.get_config()
     config.model.size = "tiny(num_layers=2, dim=256, num_heads=4, num_kv_heads=2, head_dim=64)"
     config.model.precision, config.model.mixer = "bfloat16", sys.argv[2]
-    lm = architecture.from_config(config.model, 1024)
+    lm = from_config.from_config(config.model, 1024)
     mesh = sharding.make_mesh("data=2, fsdp=2, tensor=2", list(devices()))
-    with jax.set_mesh(mesh), kernels.compiling_for(TARGET), kernels.recording() as used:
+    with jax.set_mesh(mesh), kernel_choice.compiling_for(TARGET), kernel_choice.recording() as used:
         abstract = jax.eval_shape(step.init_state(lm, config.train, 0, 256))
         where = sharding.shardings(abstract, mesh)
         train = step.jit_train_step(lm, config.train, mesh, where)

@@ -16,12 +16,14 @@ import flax.linen as nn
 import jax
 
 from configs import base
-from efficientllm import architecture, kernels, model, sharding
+from efficientllm import model, sharding
 from efficientllm.adapters.base import is_box
+from efficientllm.architecture import from_config
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy
-from efficientllm.plan import hlo
-from efficientllm.quant import tree
+from efficientllm.plan import hlo_text
+from efficientllm.quant import apply
+from efficientllm.runtime import kernel_choice
 from efficientllm.train import setup
 from efficientllm.weights import Weight
 
@@ -36,14 +38,14 @@ def programs(lm, params, rows):
 
 def floats(program, sizes):
     """Arrays of floats of one of `sizes`, within fusions too, as `dtype[shape]`."""
-    arrays = [array for each in hlo.Program(program.as_text()).instructions() for array in each.arrays]
+    arrays = [array for each in hlo_text.Program(program.as_text()).instructions() for array in each.arrays]
     large = {(x.dtype, x.shape) for x in arrays if "f" in x.dtype and math.prod(x.shape) in sizes}
     return sorted(f"{dtype}{list(shape)}" for dtype, shape in large)
 
 
 def gathered(program):
     """Elements of the largest array that an all-gather makes."""
-    made = (each for each in hlo.Program(program.as_text()).instructions() if each.op.startswith("all-gather"))
+    made = (each for each in hlo_text.Program(program.as_text()).instructions() if each.op.startswith("all-gather"))
     return max((math.prod(array.shape) for each in made for array in each.arrays), default=0)
 
 
@@ -53,11 +55,11 @@ def main():
     config.model.precision, config.model.ffn = "bfloat16", (sys.argv[4:] or ["swiglu"])[0]
     alone = sys.argv[3] == "data=1"
     mesh = sharding.make_mesh(sys.argv[3], list(ahead.devices())[: 1 if alone else None])
-    with kernels.compiling_for(ahead.TARGET), kernels.recording() as used:
-        lm = architecture.from_config(config.model, VOCABULARY).clone(scan=False)
+    with kernel_choice.compiling_for(ahead.TARGET), kernel_choice.recording() as used:
+        lm = from_config.from_config(config.model, VOCABULARY).clone(scan=False)
         boxed = model.abstract_params(lm)
         shapes = nn.unbox(boxed)
-        rounded = jax.eval_shape(lambda params: tree.quantize(params, sys.argv[2]), shapes)
+        rounded = jax.eval_shape(lambda params: apply.quantize(params, sys.argv[2]), shapes)
         held = jax.tree.map(setup.boxed_like, boxed, rounded, is_leaf=is_box)
         params = jax.tree.map(setup.on_shards, nn.unbox(held), sharding.shardings(held, mesh))
         with jax.set_mesh(mesh):

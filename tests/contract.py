@@ -14,15 +14,17 @@ import numpy as np
 
 import reasons
 from configs import base
-from efficientllm import accounting, architecture, model, registry
+from efficientllm import model, registry
 from efficientllm.adapters import base as adapters
 from efficientllm.adapters.lora import LoRA
-from efficientllm.attention import Context
-from efficientllm.metrics.flops import count_matmul_flops
-from efficientllm.quant import products
-from efficientllm.quant import tree as quant
-from efficientllm.quant.rows import Rows
-from efficientllm.quant.tree import quantize
+from efficientllm.architecture import from_config
+from efficientllm.cost import formulas
+from efficientllm.cost.jaxpr_flops import count_matmul_flops
+from efficientllm.ops.attention import Context
+from efficientllm.quant import apply as quant
+from efficientllm.quant import matmul
+from efficientllm.quant.apply import quantize
+from efficientllm.quant.base import Rows
 from efficientllm.train import step
 
 SIZE = "tiny(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden=48)"
@@ -60,7 +62,7 @@ def build(kind, spec, **changes):
     config[kind] = spec
     for key, value in changes.items():
         config[key] = value
-    return architecture.from_config(config, VOCAB)
+    return from_config.from_config(config, VOCAB)
 
 
 @functools.cache
@@ -208,7 +210,7 @@ def check_compressed(kind, spec):
     assert any(isinstance(leaf, Rows) for leaf in leaves), reasons.of("kernels", kind, spec)
     exact, why = logits(lm, tokens(), plain), reasons.of("compressed", kind, spec)
     np.testing.assert_allclose(logits(lm, tokens(), packed), exact, atol=2e-5, err_msg=why)
-    with unittest.mock.patch.object(products, "FEW", B * T * 8):
+    with unittest.mock.patch.object(matmul, "FEW", B * T * 8):
         loop, packed = model.unroll(lm, packed)
         error = jnp.linalg.norm(logits(loop, tokens(), packed) - exact) / jnp.linalg.norm(exact)
     assert error < 1e-3, why
@@ -229,7 +231,7 @@ def check_flops(kind, spec):
         ctx = Context.packed(positions(length))
         forward = functools.partial(lm.apply, tokens_BT=tokens(length=length), ctx=ctx)
         counted = count_matmul_flops(forward, {"params": nn.unbox(boxed)})
-        claimed = B * accounting.forward_flops(lm, boxed, length, executed=True)
+        claimed = B * formulas.forward_flops(lm, boxed, length, executed=True)
         assert counted == claimed, reasons.flops(kind, spec, lm, boxed, length, counted / B)
 
 
@@ -262,7 +264,7 @@ def check_state_bytes(kind, spec):
         lm = build(kind, spec, precision=precision)
         states = jax.eval_shape(lambda m=lm: model.init_states(m, 3, 40))
         real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
-        claimed = accounting.state_bytes(lm, 40)
+        claimed = formulas.state_bytes(lm, 40)
         detail = f"{precision}, all layers, 40 tokens: {claimed:,.0f} bytes by formula, {real / 3:,.0f} there are"
         assert real == 3 * claimed, reasons.of("state", kind, spec, detail)
 

@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax
 
 from contract import LAYERS, SIZE, TYPICAL, B, batch, build, check
-from efficientllm import kernels, model, registry
-from efficientllm.attention import Context
+from efficientllm import model, registry
 from efficientllm.errors import UserError
+from efficientllm.ops.attention import Context
+from efficientllm.runtime import kernel_choice
 
 
 @check(*LAYERS, "position", quick=TYPICAL)
@@ -79,7 +80,7 @@ def _program(kind, spec):
     lm = build(kind, spec, size=SIZE.replace("num_layers=2", "num_layers=1"), scan=False)
     packed = batch()
     ctx = Context.packed(packed["positions"], packed["segments"])
-    with kernels.recording() as used:
+    with kernel_choice.recording() as used:
         traced = jax.make_jaxpr(lambda key: nn.unbox(lm.init_with_output(key, packed["tokens"], ctx)))(
             jax.random.key(0)
         )

@@ -12,8 +12,8 @@ import contract
 from efficientllm import model, sharding
 from efficientllm.adapters import base as adapters
 from efficientllm.data.corpus import Corpus
-from efficientllm.quant import tree
-from efficientllm.quant.rows import resident_bytes
+from efficientllm.quant import apply
+from efficientllm.quant.base import resident_bytes
 from efficientllm.registry import build, settable
 from efficientllm.weights import Weight, axes, matmul, take
 
@@ -26,8 +26,8 @@ def check_form(kind, spec):
     say = lambda what: f"{kind} {spec}: {what}"  # noqa: E731
     noise = np.random.default_rng(0)
     stack = noise.standard_normal((3, K, N)).astype(np.float32)
-    packed = tree.quantize({"kernel": jnp.asarray(stack)}, spec)["kernel"]
-    assert isinstance(packed, Weight), say("leaf(rows, is_table) gives a weights.Weight, such as a quant.rows.Rows")
+    packed = apply.quantize({"kernel": jnp.asarray(stack)}, spec)["kernel"]
+    assert isinstance(packed, Weight), say("leaf(rows, is_table) gives a weights.Weight, such as a quant.base.Rows")
     dense = packed.dense()
     assert packed.shape == dense.shape == stack.shape, say(f"its shape is {packed.shape}, dense() {dense.shape}")
     assert dense.dtype == jnp.float32, say(f"dense() is float32, not {dense.dtype}")
@@ -44,7 +44,7 @@ def check_form(kind, spec):
     assert error < 5e-3, say(f"matmul is not the product with dense(): {error:.3g} off")
     names = axes(one, ("embed", "mlp"))
     jax.tree.map(lambda leaf, of: sharding.spec(of, leaf.shape, sharding.make_mesh("fsdp=4, tensor=2")), one, names)
-    table = tree.leaf(tree.form_of(spec), True, jnp.asarray(stack[0]))
+    table = apply.leaf(apply.form_of(spec), True, jnp.asarray(stack[0]))
     np.testing.assert_array_equal(take(table, jnp.array([3, 0])), table.dense()[jnp.array([3, 0])], say("take()"))
 
 
@@ -52,7 +52,7 @@ def check_form(kind, spec):
 def check_model(kind, spec):
     """A model whose kernels are in the form is the model of the numbers that they stand for."""
     lm = contract.build("ffn", "swiglu")
-    packed = tree.quantize(contract.parameters(lm), spec)
+    packed = apply.quantize(contract.parameters(lm), spec)
     exact = contract.logits(lm, contract.tokens(), adapters.merge(packed))
     for each, params in ((lm, packed), model.unroll(lm, packed)):
         found = contract.logits(each, contract.tokens(), params)

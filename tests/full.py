@@ -122,7 +122,7 @@ def clock_time(seconds: float | None) -> str:
 
 def table_row(commit: str, results: list[Result]) -> str:
     """The row of COLUMNS for the results of all files."""
-    from efficientllm.metrics import provenance
+    from efficientllm.record import provenance
 
     cpu = provenance.processor()
     counts = [sum(getattr(result, key) for result in results) for key in ("passed", "failed", "skipped")]

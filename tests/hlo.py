@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.extend.core
 
-from efficientllm.plan import hlo
+from efficientllm.plan import hlo_text
 
 
 class Instruction(NamedTuple):
@@ -18,7 +18,7 @@ class Instruction(NamedTuple):
 
 def instructions(text):
     """Every instruction of a module that makes an array."""
-    program = hlo.Program(text)
+    program = hlo_text.Program(text)
     return [
         Instruction(each.op, _shapes(each), name in program.in_loops, each.text)
         for name, computation in program.computations.items()

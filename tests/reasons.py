@@ -1,6 +1,7 @@
 """What the contract suite says where a technique fails: what was compared, and where to look."""
 
-from efficientllm import accounting, model
+from efficientllm import model
+from efficientllm.cost import formulas
 
 REASONS = {
     "dtype": "what it returns has the type and the shape of its input x_BTD",
@@ -11,7 +12,7 @@ REASONS = {
     "segments": "a document behind another in a row gives what it does not give alone. ctx.mask keeps them apart, and "
     "ctx.positions_BT are 0 where one begins: there states and convolutions begin too",
     "decode": "tokens that come one at a time do not give what all give at once: look at init_state and the state that "
-    "the call returns (mixers.cache.extend adds tokens to a KV cache and gives what queries read)",
+    "the call returns (mixers.kv_cache.extend adds tokens to a KV cache and gives what queries read)",
     "finite": "a gradient is not finite",
     "gradient": "a gradient is all zero: nothing that is learnt reads the parameter",
     "scan": "layers in a scan and layers one after the other are not the same function",
@@ -34,10 +35,10 @@ def of(name, kind, spec, detail=""):
 
 def flops(kind, spec, lm, boxed, length, counted):
     """Why the products of a program are not those of the formulas: all that the formulas have."""
-    claimed = accounting.forward_flops(lm, boxed, length, executed=True)
+    claimed = formulas.forward_flops(lm, boxed, length, executed=True)
     mixers = sum(mixer.mix_flops(length, True) for mixer, _ in model.parts(lm)) * lm.num_groups
-    kernels = dict(accounting._kernel_flops(lm, boxed, length))
-    others = sorted({path for path, *_ in accounting.leaves(boxed)} - set(kernels))
+    kernels = dict(formulas._kernel_flops(lm, boxed, length))
+    others = sorted({path for path, *_ in formulas.leaves(boxed)} - set(kernels))
     return (
         f"{kind} {spec}: the program of a row of {length} tokens multiplies {counted:,.0f} FLOPs, the formulas say "
         f"{claimed:,.0f}: {counted - claimed:+,.0f}. They count {mixers:,.0f} of mix_flops({length}, True), the "

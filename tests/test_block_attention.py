@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 import hlo
-from efficientllm import block_attention, sharding
+from efficientllm import sharding
+from efficientllm.ops import block_sparse_attention
 
 B, T, H, G, K, BLOCKS, SIZE = 8, 64, 4, 2, 8, 2, 8
 
@@ -26,8 +27,8 @@ def arrays():
 
 
 def loss(q, k, v, start, index, kernel):
-    chosen = block_attention.Chosen(start, index, SIZE)
-    return jnp.sum(jnp.sin(block_attention.attend_blocks(q, k, v, chosen, kernel)))
+    chosen = block_sparse_attention.Chosen(start, index, SIZE)
+    return jnp.sum(jnp.sin(block_sparse_attention.attend_blocks(q, k, v, chosen, kernel)))
 
 
 @pytest.mark.parametrize("mesh_spec", ["data=2, fsdp=4", "fsdp=4, tensor=2"])

@@ -13,7 +13,8 @@ import yaml
 from sweep import cluster
 
 import runs
-from efficientllm import distributed, main
+from efficientllm import main
+from efficientllm.runtime import distributed
 from efficientllm.tasks import training
 
 FOLDER = runs.ROOT / "experiments" / "cluster"

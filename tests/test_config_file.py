@@ -8,9 +8,10 @@ import sys
 import pytest
 
 import runs
-from efficientllm import main, presets
+from efficientllm import main
+from efficientllm.config import presets
 from efficientllm.errors import UserError
-from efficientllm.workdir import plain
+from efficientllm.record.workdir import plain
 
 pytestmark = pytest.mark.quick
 

@@ -10,10 +10,13 @@ import pytest
 
 import runs
 from configs import base, tune
-from efficientllm import accounting, architecture, main, model, registry, run, sharding
-from efficientllm.attention import Context
+from efficientllm import main, model, registry, sharding
+from efficientllm.architecture import from_config
+from efficientllm.cost import formulas
+from efficientllm.ops.attention import Context
+from efficientllm.record.workdir import Workdir, flatten
+from efficientllm.tasks import run
 from efficientllm.train import setup, step
-from efficientllm.workdir import Workdir, flatten
 from tiers import slow_except
 
 FILES = sorted(path for path in (runs.ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -45,12 +48,12 @@ BASE = {"tiny": 1_049_728, "small": 5_246_208}  # parameters of configs/base.py 
 def test_config_initialises_with_the_parameters_of_its_comparison(name):
     config = parse(name)
     assert flatten(config.to_dict()).keys() == flatten(base.get_config().to_dict()).keys()
-    lm = architecture.from_config(config.model, 2048)
+    lm = from_config.from_config(config.model, 2048)
     state = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
-    counts = {"tiny": accounting.parameters(lm, state.params)["total"]}
+    counts = {"tiny": formulas.parameters(lm, state.params)["total"]}
     config.model.size = "small"
-    lm = architecture.from_config(config.model, 2048)
-    counts["small"] = accounting.parameters(lm, model.abstract_params(lm))["total"]
+    lm = from_config.from_config(config.model, 2048)
+    counts["small"] = formulas.parameters(lm, model.abstract_params(lm))["total"]
     for size, count in counts.items():
         assert not config.model.parameters_of or abs(count / BASE[size] - 1) <= 0.02, f"{size}: {count:,}"
 
@@ -81,21 +84,21 @@ STUDY |= UNTIED
 def test_study_sizes_have_the_published_parameter_counts(size):
     config = base.get_config().model
     config.size, config.tied = size, size not in UNTIED
-    lm = architecture.from_config(config)
+    lm = from_config.from_config(config)
     tokens = jnp.zeros((1, 8), jnp.int32)
     boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens, Context.packed(tokens)))["params"]
-    assert accounting.parameters(lm, boxed)["total"] == STUDY[size]
+    assert formulas.parameters(lm, boxed)["total"] == STUDY[size]
 
 
 def test_moe_counts_active_parameters_by_closed_formula():
     config = base.get_config().model
     config.ffn = "moe(num_experts=8, top_k=2)"
-    lm = architecture.from_config(config, 512)
+    lm = from_config.from_config(config, 512)
     tokens = jnp.zeros((1, 8), jnp.int32)
     boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens, Context.packed(tokens)))["params"]
     D, N, expert = 128, 4, 3 * 128 * 384
     rest = 512 * D + N * (2 * D + D * (128 + 64 + 64 + 128) + D * 8) + D
-    assert accounting.parameters(lm, boxed) == {"total": rest + N * 8 * expert, "active": rest + N * 2 * expert}
+    assert formulas.parameters(lm, boxed) == {"total": rest + N * 8 * expert, "active": rest + N * 2 * expert}
 
 
 class Watched:

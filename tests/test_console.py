@@ -6,8 +6,8 @@ import sys
 import pytest
 from report import made
 
-from efficientllm import console
 from efficientllm.report import __main__ as report
+from efficientllm.runtime import console
 
 
 def ascii_console():

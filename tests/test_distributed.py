@@ -13,8 +13,9 @@ from convert import folders
 from safetensors.numpy import load_file
 
 import runs
-from efficientllm import distributed, main
+from efficientllm import main
 from efficientllm.errors import UserError
+from efficientllm.runtime import distributed
 
 pytestmark = pytest.mark.xdist_group("runs")  # with the other runs: they start processes of their own
 STEPS = 24

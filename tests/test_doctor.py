@@ -7,8 +7,9 @@ import json
 from metrics import fake_nvml
 
 import runs
-from efficientllm import doctor, extras
-from efficientllm.metrics import nvml
+from efficientllm import doctor
+from efficientllm.metrics.energy import nvml
+from efficientllm.runtime import optional_packages as extras
 
 
 def test_every_finding_that_is_wanting_says_why(capsys):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from efficientllm import distributed, main
+from efficientllm import main
+from efficientllm.runtime import distributed
 
 pytestmark = pytest.mark.quick
 

@@ -10,9 +10,12 @@ import sys
 import pytest
 
 import runs
-from efficientllm import failures, main, owner
-from efficientllm.metrics import record
-from efficientllm.train import evaluate, extras, facts, loop
+from efficientllm import main
+from efficientllm.evaluation import held_out
+from efficientllm.record import lock
+from efficientllm.record import row as record
+from efficientllm.tasks import failures
+from efficientllm.train import exports, fingerprints, loop
 from tiers import slow_case
 
 pytestmark = pytest.mark.xdist_group("runs")
@@ -89,7 +92,7 @@ def test_what_is_optional_fails_after_the_row_and_takes_nothing_away(what, texts
         assert row(tmp_path / "run")["outcome"] == "ok"
         raise ZeroDivisionError("optional")
 
-    monkeypatch.setattr(extras, what, fails)
+    monkeypatch.setattr(exports, what, fails)
     assert run(texts, tmp_path / "run") == 0
     assert "ZeroDivisionError: optional (" in capsys.readouterr().out
     assert row(tmp_path / "run")["outcome"] == "ok"
@@ -112,14 +115,14 @@ def test_costs_that_cannot_be_computed_are_null_with_the_reason(texts, tmp_path,
 
 @pytest.mark.parametrize("value", [math.nan, slow_case(math.inf)])
 def test_a_held_out_loss_that_is_no_number_is_an_outcome(value, texts, tmp_path, monkeypatch, capsys):
-    real, calls = evaluate.evaluate, []
+    real, calls = held_out.evaluate, []
 
     def broken(*arguments):
         calls.append(1)
         found = real(*arguments)
         return found | {"eval_loss": value, "perplexity": value, "bits_per_byte": value} if len(calls) == 2 else found
 
-    monkeypatch.setattr(evaluate, "evaluate", broken)
+    monkeypatch.setattr(held_out, "evaluate", broken)
     workdir = tmp_path / "run"
     assert run(texts, workdir, eval__every=2) == 3
     found = row(workdir)
@@ -153,7 +156,7 @@ def test_more_steps_go_on_and_the_old_row_stays_until_the_new_one(texts, tmp_pat
     workdir = tmp_path / "run"
     assert run(texts, workdir) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "evaluate", lambda *_: {"eval_loss": math.nan, "perplexity": math.nan})
+        patch.setattr(held_out, "evaluate", lambda *_: {"eval_loss": math.nan, "perplexity": math.nan})
         assert run(texts, workdir, train__steps=6) == 3
     assert row(workdir)["outcome"] == "ok" and row(workdir)["config"]["train"]["steps"] == 4
     assert row(workdir, "record.failed.json")["outcome"] == "nan"
@@ -177,7 +180,7 @@ def test_a_corpus_that_has_changed_is_refused(tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"config.data = \"text(path='{texts}/*.txt')\": its content is not what the run" in error
     assert row(workdir)["config"]["train"]["steps"] == 4
-    assert facts.of_weights(texts / "00.txt")
+    assert fingerprints.of_weights(texts / "00.txt")
 
 
 def test_a_finished_run_may_keep_no_checkpoint(texts, tmp_path, capsys):
@@ -194,9 +197,8 @@ def test_a_second_process_is_one_line_and_touches_nothing(texts, tmp_path, capsy
     assert run(texts, workdir) == 0
     (workdir / "record.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    code = (
-        "import sys; from efficientllm.owner import Lock; Lock(sys.argv[1]).acquire(); print('in', flush=True); input()"
-    )
+    code = "import sys; from efficientllm.record.lock import Lock; Lock(sys.argv[1]).acquire(); print('in'); "
+    code += "sys.stdout.flush(); input()"
     argv, pipe = [sys.executable, "-c", code, str(workdir)], subprocess.PIPE
     with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True) as first:
         assert first.stdout.readline() == "in\n"
@@ -207,7 +209,7 @@ def test_a_second_process_is_one_line_and_touches_nothing(texts, tmp_path, capsy
             output = capsys.readouterr()
             first.kill()
     assert output.err.count(f"process {first.pid} on ") == output.err.count("\n") == 2 and not output.out
-    after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != owner.FILE}
+    after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != lock.FILE}
     assert {path: at for path, at in before.items() if path.is_file()}.items() <= after.items()
     assert run(texts, workdir) == 0  # the killed one's lock is stale
 
@@ -221,15 +223,15 @@ def test_numbers_that_are_not_finite_are_null_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize("nats", [math.nan, math.inf, -math.inf])
 def test_sums_of_what_is_not_finite_do_not_raise(nats, monkeypatch):
-    monkeypatch.setattr(evaluate, "to_device", lambda batch, mesh: batch)
-    found = evaluate.evaluate(lambda params, batch, table: batch, None, [(nats, 2.0, 3.0), (1.0, 2.0, 3.0)], None, None)
+    monkeypatch.setattr(held_out, "to_device", lambda batch, mesh: batch)
+    found = held_out.evaluate(lambda params, batch, table: batch, None, [(nats, 2.0, 3.0), (1.0, 2.0, 3.0)], None, None)
     assert not math.isfinite(found["eval_loss"])
-    assert evaluate.readings(found)["eval_loss"].reason == f"not finite: {nats}"
-    assert "eval_loss" in evaluate.line(found)
+    assert held_out.readings(found)["eval_loss"].reason == f"not finite: {nats}"
+    assert "eval_loss" in held_out.line(found)
 
 
 def test_infinities_that_cancel_do_not_raise():
-    assert math.isnan(evaluate._sum([math.inf, -math.inf]))
+    assert math.isnan(held_out._sum([math.inf, -math.inf]))
 
 
 def test_a_full_disk_s_log_is_no_traceback(tmp_path, capfd):

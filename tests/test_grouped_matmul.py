@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientllm import kernels
 from efficientllm.errors import UserError
-from efficientllm.grouped_matmul import grouped_matmul
+from efficientllm.ops.grouped_matmul import grouped_matmul
 from efficientllm.registry import names
+from efficientllm.runtime import kernel_choice
 
 K, N = 24, 40
 # Rows of each group: uneven; empty ones, the last too; one row in all; one group; blocks that end beyond the last row;
@@ -64,7 +64,7 @@ def test_kernel_is_the_loop_over_groups(kernel, case):
 
 def test_equal_groups_need_no_sizes():
     x, w, dy = operands((8, 8, 8))
-    with kernels.recording() as used:
+    with kernel_choice.recording() as used:
         result = found(x, w, dy, None, "float32", "auto")
     close(result, expected(x, w, dy, (8, 8, 8)), 1e-6)
     assert used == {"grouped_matmul": {"batched"}}
@@ -117,9 +117,9 @@ def test_few_rows_touch_few_matrices():
 
 @pytest.mark.parametrize("platform, kernel", [("cpu", "blocked"), ("gpu", "blocked"), ("tpu", "ragged_dot")])
 def test_platform_chooses(platform, kernel, monkeypatch):
-    monkeypatch.setattr(kernels, "platform", lambda: platform)
+    monkeypatch.setattr(kernel_choice, "platform", lambda: platform)
     x, w, _ = operands((4, 4))
-    with kernels.recording() as used:
+    with kernel_choice.recording() as used:
         jax.eval_shape(lambda: grouped_matmul(x, w, jnp.array((4, 4)), "float32"))
     assert used == {"grouped_matmul": {kernel}}
 

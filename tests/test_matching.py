@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from configs import base
-from efficientllm import architecture, model
+from efficientllm import model
+from efficientllm.architecture import from_config
 from efficientllm.errors import UserError
 from efficientllm.registry import parse
 from tiers import slow_case
@@ -19,7 +20,7 @@ VOCAB = 2048
 def build(size, mixer, reference="", **changes):
     config = base.get_config().model
     config.update({"size": size, "mixer": mixer, "parameters_of": reference, **changes})
-    return architecture.from_config(config, VOCAB)
+    return from_config.from_config(config, VOCAB)
 
 
 @functools.cache

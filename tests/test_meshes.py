@@ -11,7 +11,8 @@ import pytest
 
 import contract
 from configs import base
-from efficientllm import architecture, sharding
+from efficientllm import sharding
+from efficientllm.architecture import from_config
 from efficientllm.train import step
 from efficientllm.train.checkpoint import Checkpoints
 
@@ -50,7 +51,7 @@ def trained(family):
     config.model.update(FAMILIES[family])
     config.train.steps, config.train.schedule = STEPS, "constant(peak=0.01)"
     config.train.optimizer = "adamw(b1=0.9, b2=0.95, eps=1e-5)"  # as in test_sharding.py: none of rounding is a step
-    return architecture.from_config(config.model, contract.VOCAB), config.train
+    return from_config.from_config(config.model, contract.VOCAB), config.train
 
 
 def compiled(family, mesh):

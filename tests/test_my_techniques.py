@@ -9,8 +9,7 @@ import pytest
 from convert import folders
 
 import runs
-from efficientllm import base_config as base
-from efficientllm import main
+from efficientllm import base_config, main
 from tiers import slow_except
 
 README = (runs.ROOT / "experiments/my_techniques/README.md").read_text()
@@ -44,7 +43,7 @@ def test_a_part_runs(command, tmp_path, monkeypatch):
         short += [f"model.size={SIZE}"]
     if config.data == "python_docs()":
         short += ["data=text(path='README.md')"]
-    if config.tokenizer in (base.get_config().tokenizer, "pretrained"):
+    if config.tokenizer in (base_config.get_config().tokenizer, "pretrained"):
         short += ["tokenizer=bytes"]
     assert main.main([*argv, *[f"--config.{each}" for each in short]]) == 0
     assert list((tmp_path / "runs").glob("my_*/*/record.json"))

@@ -10,7 +10,8 @@ import pytest
 
 import contract
 import runs
-from efficientllm import accounting, main, model, sharding
+from efficientllm import main, model, sharding
+from efficientllm.cost import formulas
 from efficientllm.errors import UserError
 from efficientllm.ffns.dense import SwiGLU
 from efficientllm.registry import register
@@ -53,7 +54,7 @@ def test_they_are_counted_sharded_and_learnt(axes):
     lm = contract.build("ffn", f"plainly_shifted(axes={axes!r})")
     plain = contract.build("ffn", "swiglu")
     boxed = model.abstract_params(lm)
-    counts = [accounting.parameters(each, model.abstract_params(each))["total"] for each in (lm, plain)]
+    counts = [formulas.parameters(each, model.abstract_params(each))["total"] for each in (lm, plain)]
     assert counts[0] == counts[1] + 2 * lm.dim
     mesh = sharding.make_mesh("fsdp=8")
     where = sharding.shardings(boxed, mesh)["groups"]["block_0"]["ffn"]["shift"]

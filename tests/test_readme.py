@@ -16,15 +16,16 @@ from report import made
 
 import runs
 from configs import base
-from efficientllm import architecture, chat, convert, main
-from efficientllm.adapters import folder as adapters
+from efficientllm import chat, convert, main
+from efficientllm.architecture import from_config
 from efficientllm.convert import __main__ as convert_command
+from efficientllm.convert import peft as adapters
+from efficientllm.record.workdir import plain
 from efficientllm.registry import build
 from efficientllm.report import __main__ as report
-from efficientllm.run import import_plugins
 from efficientllm.sweep import __main__ as sweep
+from efficientllm.tasks.run import import_plugins
 from efficientllm.train import step
-from efficientllm.workdir import plain
 
 README = (runs.ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -66,7 +67,7 @@ def test_command(command, tmp_path, monkeypatch):
         argv += [f"--config.infer.{each}" for each in few]
     if config.model.size != "tiny":  # a size for a cluster: all but its arrays
         import_plugins(config.imports)
-        lm = architecture.from_config(config.model, 4096)
+        lm = from_config.from_config(config.model, 4096)
         jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
         return
     text = [f"--config.data=text(path='{tmp_path}/texts')", "--config.tokenizer=bytes"]

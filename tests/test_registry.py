@@ -2,9 +2,10 @@
 
 import pytest
 
-from efficientllm import ranges, registry
+from efficientllm import registry
+from efficientllm.architecture.sizes import Size
 from efficientllm.errors import UserError
-from efficientllm.sizes import Size
+from efficientllm.registry import ranges
 
 pytestmark = pytest.mark.quick
 

@@ -11,8 +11,8 @@ from metrics.test_tensorboard import hparams_table
 
 import runs
 from efficientllm import main
-from efficientllm.metrics import trial
-from efficientllm.workdir import flatten
+from efficientllm.record import trial
+from efficientllm.record.workdir import flatten
 
 pytestmark = [pytest.mark.quick, pytest.mark.xdist_group("runs")]  # they share one whole run
 

@@ -10,8 +10,11 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 import runs
-from efficientllm import base_config, catalogue, main, ranges, registry, run, schema
+from efficientllm import base_config, main, registry
+from efficientllm.config import schema
 from efficientllm.errors import UserError
+from efficientllm.registry import catalogue, ranges
+from efficientllm.tasks import run
 
 pytestmark = pytest.mark.quick
 
@@ -129,7 +132,7 @@ def test_every_number_of_the_config_has_a_range():
     assert all(value in ranges.KEYS[key] for key, value in schema.keys().items() if key in numbers)
 
 
-KINDS = [kind for kind in registry.HOMES if not kind.endswith("_kernel") and kind not in ("task", "planned")]
+KINDS = [kind for kind in registry.kinds() if not kind.endswith("_kernel") and kind not in ("task", "planned")]
 
 
 def _packaged(kind):
@@ -152,7 +155,7 @@ def test_every_number_of_a_technique_has_a_range(kind):
     assert fields == table.keys()
 
 
-@pytest.mark.parametrize("kind", registry.HOMES)
+@pytest.mark.parametrize("kind", registry.kinds())
 def test_the_catalogue_knows_what_the_registry_knows(kind):
     entries = catalogue.entries(kind)
     assert list(entries) == _packaged(kind)
@@ -169,7 +172,7 @@ def test_the_catalogue_knows_what_the_registry_knows(kind):
 def test_every_text_that_names_something_is_checked():
     """The keys and fields that hold text of the user's, of which anything goes, are the exceptions."""
     texts = {key for key, value in schema.keys().items() if isinstance(value, str | tuple)}
-    from efficientllm import values
+    from efficientllm.config import values
 
     assert texts - values.KEYS.keys() == {"sample.prompt"}
     free = {"axis", "split", "name", "field", "messages", "prompt", "response", "system", "activations"}

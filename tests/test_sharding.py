@@ -13,14 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 import hlo
 from configs import base
-from efficientllm import architecture, sharding
 from efficientllm import model as models
-from efficientllm.attention import Context, Mask, attend
+from efficientllm import sharding
+from efficientllm.architecture import from_config
 from efficientllm.errors import UserError
 from efficientllm.ffns import dispatch
 from efficientllm.ffns.moe import Router
-from efficientllm.plan.hlo import Program as Text
-from efficientllm.plan.program import collectives
+from efficientllm.ops.attention import Context, Mask, attend
+from efficientllm.plan.hlo_cost import collectives
+from efficientllm.plan.hlo_text import Program as Text
 from efficientllm.train import setup, step
 from tiers import slow_case
 
@@ -58,7 +59,7 @@ def program(ffn, mesh_spec, accumulate):
     config.train.steps, config.train.accumulate, config.train.schedule = STEPS, accumulate, "constant(peak=0.01)"
     # Adam divides by the gradient's own size: where that is rounding alone, 1e-10, an eps of 1e-8 makes a step of it.
     config.train.optimizer = "adamw(b1=0.9, b2=0.95, eps=1e-5)"
-    lm = architecture.from_config(config.model, V)
+    lm = from_config.from_config(config.model, V)
     mesh = sharding.make_mesh(mesh_spec, jax.devices()[: 1 if mesh_spec == "data=1" else 8])
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(step.init_state(lm, config.train, 0, T))

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from configs import attention, mixers
-from efficientllm import architecture, model
+from efficientllm import model
+from efficientllm.architecture import from_config
 from efficientllm.registry import build
 
 SIZES = ("0.5b", "1.5b", "3b")
@@ -14,7 +15,7 @@ SIZES = ("0.5b", "1.5b", "3b")
 
 def total(config, size):
     config.model.size, config.model.parameters_of = size, ""
-    lm = architecture.from_config(config.model)
+    lm = from_config.from_config(config.model)
     return sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(lm)))
 
 

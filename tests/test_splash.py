@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientllm import kernels, sharding
-from efficientllm.attention import Mask, attend, choose
+from efficientllm import sharding
 from efficientllm.errors import UserError
+from efficientllm.ops.attention import Mask, attend, choose
+from efficientllm.runtime import kernel_choice
 from tiers import slow_case
 
 B, T, H, G, K = 2, 256, 4, 2, 16
@@ -48,7 +49,7 @@ def test_values_need_not_be_as_wide_as_keys():
 
 def test_who_takes_it():
     q = jnp.zeros((1, 256, 2, 64))
-    with kernels.compiling_for("tpu"):
+    with kernel_choice.compiling_for("tpu"):
         assert choose(q, Mask()) == "splash"
         assert choose(q[:, :200], Mask()) == choose(q, Mask(), bias=lambda *_: 0) == "xla"
     assert choose(q, Mask()) == "chunked"

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from efficientllm import stopping
+from efficientllm.runtime import stopping
 
 pytestmark = pytest.mark.quick
 

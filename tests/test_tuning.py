@@ -12,9 +12,9 @@ from convert import folders
 
 import runs
 from efficientllm import main
-from efficientllm.adapters import folder as adapters
+from efficientllm.convert import peft as adapters
+from efficientllm.quant.apply import quantize
 from efficientllm.quant.nf4 import NF4
-from efficientllm.quant.tree import quantize
 from efficientllm.sweep import __main__ as sweep
 from efficientllm.train import setup, step
 

@@ -12,10 +12,12 @@ import pytest
 
 import contract
 from configs import base
-from efficientllm import architecture, attention, model
-from efficientllm.attention import Context, Mask, attend
+from efficientllm import model
+from efficientllm.architecture import from_config
 from efficientllm.errors import UserError
 from efficientllm.infer.generate import generate
+from efficientllm.ops import attention
+from efficientllm.ops.attention import Context, Mask, attend
 from efficientllm.optim import rules
 from efficientllm.registry import build
 from efficientllm.train import charts, measure, step
@@ -149,9 +151,9 @@ def test_untied_embeddings_and_a_hybrid_pattern():
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused():
     config = base.get_config().model
     config.size = "tiny(vocab_size=100)"
-    assert architecture.from_config(config, 90).vocab_size == 100
+    assert from_config.from_config(config, 90).vocab_size == 100
     with pytest.raises(UserError, match="has 101 tokens"):
-        architecture.from_config(config, 101)
+        from_config.from_config(config, 101)
 
 
 def test_charts_name_layers_across_groups():

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from efficientllm import owner, request, run_files
+from efficientllm.config.presets.base import get_config
 from efficientllm.errors import UserError
-from efficientllm.presets.base import get_config
-from efficientllm.workdir import Workdir, plain
+from efficientllm.record import lock, resume_check, run_files
+from efficientllm.record.workdir import Workdir, plain
 
 pytestmark = pytest.mark.quick
 
@@ -216,7 +216,7 @@ def test_what_is_asked_of_an_unfinished_run(asked, message, tmp_path):
 
 
 def test_a_key_that_is_newer_than_the_run_compares_with_nothing():
-    assert request.changed({"seed": 0}, {"seed": 0, "new": 1}, ()) == []
+    assert resume_check.changed({"seed": 0}, {"seed": 0, "new": 1}, ()) == []
 
 
 def test_more_steps_than_a_run_without_checkpoints_can_have(tmp_path):
@@ -256,57 +256,56 @@ def test_code_of_plugins_is_part_of_what_a_row_is_of(tmp_path):
 
 
 def test_a_second_owner_is_refused_until_the_first_has_left(tmp_path):
-    first = owner.Lock(tmp_path).acquire()
+    first = lock.Lock(tmp_path).acquire()
     before = contents(tmp_path)
     with pytest.raises(UserError, match=f"process {os.getpid()} on .* is running in it"):
-        owner.Lock(tmp_path).acquire()
+        lock.Lock(tmp_path).acquire()
     assert contents(tmp_path) == before
     first.release()
-    assert not (tmp_path / owner.FILE).exists()
-    owner.Lock(tmp_path).acquire().release()
+    assert not (tmp_path / lock.FILE).exists()
+    lock.Lock(tmp_path).acquire().release()
 
 
 @pytest.mark.parametrize("how", ["killed", "other boot", "reused number", "empty file", "requeued"])
 def test_owners_that_have_died_are_recognised(how, tmp_path, monkeypatch):
-    mine = owner.identity()
+    mine = lock.identity()
     text = {
         "other boot": {**mine, "boot": "before"},
         "reused number": {**mine, "pid": os.getppid(), "started": 1},
         "requeued": {**mine, "host": "other", "boot": "other", "job": {"SLURM_JOB_ID": "7"}},
     }.get(how)
     if how == "killed":
-        code = (
-            "import os, sys; from efficientllm import owner; owner.Lock(sys.argv[1]).acquire(); os.kill(os.getpid(), 9)"
-        )
+        code = "import os, sys; from efficientllm.record.lock import Lock; Lock(sys.argv[1]).acquire(); "
+        code += "os.kill(os.getpid(), 9)"
         assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
-        assert json.loads((tmp_path / owner.FILE).read_text())["pid"] != os.getpid()
+        assert json.loads((tmp_path / lock.FILE).read_text())["pid"] != os.getpid()
     else:
-        (tmp_path / owner.FILE).write_text(json.dumps(text) if text else "")
+        (tmp_path / lock.FILE).write_text(json.dumps(text) if text else "")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    owner.Lock(tmp_path).acquire().release()
+    lock.Lock(tmp_path).acquire().release()
 
 
 def test_an_owner_on_another_machine_is_refused_with_the_way_out(tmp_path):
-    other = {**owner.identity(), "host": "node7", "boot": "other"}
-    (tmp_path / owner.FILE).write_text(json.dumps(other))
+    other = {**lock.identity(), "host": "node7", "boot": "other"}
+    (tmp_path / lock.FILE).write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"on node7 .*; if that process is gone, remove .*owner\.json"):
-        owner.Lock(tmp_path).acquire()
-    assert json.loads((tmp_path / owner.FILE).read_text()) == other
+        lock.Lock(tmp_path).acquire()
+    assert json.loads((tmp_path / lock.FILE).read_text()) == other
 
 
 def test_without_locks_of_the_file_system_the_file_decides(tmp_path, monkeypatch):
     def no_locks(*_):
-        raise OSError(owner.errno.ENOLCK, "No locks available")
+        raise OSError(lock.errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(owner.fcntl, "flock", no_locks)
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    living = {**owner.identity(), "pid": child.pid, "started": owner.start_time(child.pid)}
-    (tmp_path / owner.FILE).write_text(json.dumps(living))
+    living = {**lock.identity(), "pid": child.pid, "started": lock.start_time(child.pid)}
+    (tmp_path / lock.FILE).write_text(json.dumps(living))
     with pytest.raises(UserError, match=f"process {child.pid} "):
-        owner.Lock(tmp_path).acquire()
+        lock.Lock(tmp_path).acquire()
     child.communicate(b"\n")
-    owner.Lock(tmp_path).acquire().release()
+    lock.Lock(tmp_path).acquire().release()
 
 
 def test_partial_writes_of_a_killed_run_are_removed(tmp_path):

@@ -4,3 +4,5 @@ A method is a dataclass registered as ("adapter", name): `wrap` makes the leaf (
 kernel's place, `trains` says which parameters learn, `rates` what their learning rates are multiplied with. Models
 never hear of it.
 """
+
+KINDS = {"adapter": "*"}

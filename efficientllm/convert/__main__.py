@@ -22,9 +22,9 @@ import json
 import pathlib
 import sys
 
-from efficientllm import console
 from efficientllm.errors import UserError
-from efficientllm.stopping import stoppable
+from efficientllm.runtime import console
+from efficientllm.runtime.stopping import stoppable
 
 TOLERANCE = 1e-3  # of the greatest logit: float32 rounding over some dozens of layers
 
@@ -77,8 +77,8 @@ def _convert(argv):
     if given.quant:
         return _round(source, given)
     if given.merge:
-        from efficientllm.adapters.folder import merge_into
         from efficientllm.convert import run_folder
+        from efficientllm.convert.peft import merge_into
 
         merge_into(source, run_folder.latest(pathlib.Path(given.merge)), given.out, given.dtype)
     else:
@@ -90,7 +90,7 @@ def _convert(argv):
 
 def _check_flags(given):
     """Refuses what no source could be converted with, before anything is opened."""
-    from efficientllm import values
+    from efficientllm.config import values
 
     for flag in ("source", "out", "merge"):
         if (path := getattr(given, flag)) is not None:
@@ -108,9 +108,9 @@ def _check_flags(given):
 
 
 def _round(source, given):
-    from efficientllm.convert import rounding
+    from efficientllm.convert import write_quantized
 
-    size = rounding.convert(source, given.quant, given.out, given.data or "python_docs()")
+    size = write_quantized.convert(source, given.quant, given.out, given.data or "python_docs()")
     print(f"{given.source} -> {given.out}: {given.quant}, weights of {size / 1e6:,.1f} MB")
     return 0
 

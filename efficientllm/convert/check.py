@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm import extras, model
-from efficientllm.attention import Context
+from efficientllm import model
 from efficientllm.errors import UserError
+from efficientllm.ops.attention import Context
+from efficientllm.runtime import optional_packages
 
 TEXT = "The function returns a list of all the names in the module, sorted, or raises ValueError if there are none. "
 
@@ -20,7 +21,7 @@ def compare(source, length=64):
     KL is theirs from ours, KL(theirs || ours), in nats a token. Raises UserError where torch is not installed.
     """
     if importlib.util.find_spec("torch") is None:
-        raise UserError(f"check compares with transformers on torch: {extras.remedy('peers')}")
+        raise UserError(f"check compares with transformers on torch: {optional_packages.remedy('peers')}")
     ids = _ids(source, min(length, source.max_positions or length))
     theirs, ours = _theirs(source, ids), _ours(source, ids)
     p, q = jax.nn.log_softmax(theirs), jax.nn.log_softmax(ours)

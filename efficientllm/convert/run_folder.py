@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm import architecture, base_config
+from efficientllm import base_config
 from efficientllm import model as models
 from efficientllm.adapters.base import box
-from efficientllm.convert import rounded
+from efficientllm.architecture import from_config
+from efficientllm.convert.files import own_quantized
 from efficientllm.convert.source import Source, is_run
 from efficientllm.errors import UserError
 from efficientllm.registry import build
-from efficientllm.train import checksums
+from efficientllm.train import checkpoint_checksums
 from efficientllm.untrusted import files, json_text
 from efficientllm.weights import Weight
 
@@ -91,10 +92,10 @@ def open_run(path, config, weights, open_source):
     if run.task not in TASKS:
         raise UserError(f"{where}: a run of {run.task!r} holds no model; name one of pretrain or tune")
     if weights and not _steps(path / "checkpoints") and (path / "adapter" / "adapter_config.json").is_file():
-        from efficientllm.convert import adapted  # all that is left of what was tuned
+        from efficientllm.convert import adapter_folder  # all that is left of what was tuned
 
-        return adapted.open_adapter(path / "adapter", where, weights, open_source)
-    from efficientllm.run import import_plugins  # techniques of one's own, as the run had them
+        return adapter_folder.open_adapter(path / "adapter", where, weights, open_source)
+    from efficientllm.tasks.run import import_plugins  # techniques of one's own, as the run had them
 
     import_plugins(run.imports)
     try:
@@ -144,7 +145,7 @@ def _with_vocabulary(run, source):
         from efficientllm import data
 
         count = data.build_tokenizer(source.tokenizer(), run.data).vocab_size
-    size = architecture.sized(run.model, count)
+    size = from_config.sized(run.model, count)
     fields = dataclasses.asdict(size) | {"vocab_size": count}
     return f"custom({', '.join(f'{key}={value!r}' for key, value in fields.items() if value is not None)})"
 
@@ -186,13 +187,13 @@ class Parameters:
 
     def bind(self, lm):
         """`{path: Leaf}` of all parameters of `lm`. Raises UserError as `rounded.Folder` does."""
-        return rounded.bind(self, lm)
+        return own_quantized.bind(self, lm)
 
     def _value(self, path, layer):
         """What the run has at `path` of its own layout, of one `layer` of a stack, with its adapter added."""
         if path in self._learnt:
             return self._learnt[path][layer]
-        from efficientllm.quant import tree as quant
+        from efficientllm.quant import apply as quant
         from efficientllm.train.step import AS_THEY_ARE
 
         held = quant.rounder(self._run.quant, AS_THEY_ARE)(path, jnp.asarray(self._before(path, layer)))
@@ -230,7 +231,7 @@ class Parameters:
 
 
 def _boxed(leaf, names):
-    from efficientllm.quant import tree as quant
+    from efficientllm.quant import apply as quant
 
     return quant.box(leaf, names)
 
@@ -245,7 +246,7 @@ def newest(folder):
     there, where a run may be under way. Raises UserError where there is none."""
     steps = _steps(folder)
     for step in steps:
-        if damage := checksums.damage(pathlib.Path(folder) / str(step)):
+        if damage := checkpoint_checksums.damage(pathlib.Path(folder) / str(step)):
             log.warning("checkpoint %d cannot be read (damaged: %s); trying the one before", step, damage)
             continue
         try:

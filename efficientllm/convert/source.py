@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm import architecture
-from efficientllm.convert import binding, families, limits, load, quantized, renamed, stored_form
-from efficientllm.convert.gguf_file import FORMS, ROPE_FACTORS, GGUFFile
+from efficientllm.architecture import from_config
+from efficientllm.convert.files import quantized, stored_form
+from efficientllm.convert.files.gguf_file import FORMS, ROPE_FACTORS, GGUFFile
+from efficientllm.convert.hf_config import families, value_limits
+from efficientllm.convert.tensors import headless_names, parameter_map
+from efficientllm.convert.tensors import load_sharded as load
 from efficientllm.errors import UserError
 from efficientllm.untrusted import files, json_text
 
@@ -52,7 +55,7 @@ class Source:
 
     def lm(self, **changes):
         """The LM that it is; `changes` are of `config.model`: precision, scan, remat, attention_kernel, kv_cache."""
-        return architecture.from_config(_complete(self.model | changes))
+        return from_config.from_config(_complete(self.model | changes))
 
     @property
     def tokenizer_path(self):
@@ -90,12 +93,12 @@ class Source:
         """`{our path: binding.Leaf}`, checked against the files. Raises UserError naming the tensor that is wrong."""
         if hasattr(self.tensors, "bind"):  # under our own paths
             return self.tensors.bind(lm)
-        leaves = binding.bind(lm, self.table)
+        leaves = parameter_map.bind(lm, self.table)
         ignored = (*families.ignored(self.config), f"^{ROPE_FACTORS}$")
         if lm.tied and (twin := next((name for name in _HEADS if name in self.tensors.shapes), None)):
             self._check_twin(twin, leaves["embedding"].template)
             ignored = (*ignored, f"^{twin}$")
-        binding.check(leaves, self.tensors.shapes, ignored, self.path, self._adds_nothing)
+        parameter_map.check(leaves, self.tensors.shapes, ignored, self.path, self._adds_nothing)
         return leaves
 
     def _adds_nothing(self, name):
@@ -178,23 +181,23 @@ def open_source(pretrained, weights=True):
         path = tensors.where
         config, table = tensors.config, tensors.table
     elif (path / "adapter_config.json").is_file():
-        from efficientllm.convert import adapted  # around what this function opens
+        from efficientllm.convert import adapter_folder  # around what this function opens
 
-        return adapted.open_adapter(path, where, weights, open_source)
+        return adapter_folder.open_adapter(path, where, weights, open_source)
     else:
         config, table, tensors = _json(path / "config.json"), None, None
         if is_run(config):
             from efficientllm.convert import run_folder
 
             return run_folder.open_run(path, config, weights, open_source)
-    limits.check(config, path if tensors else path / "config.json")
+    value_limits.check(config, path if tensors else path / "config.json")
     plain = {key: value for key, value in config.items() if key != quantized.KEY}
     described = families.describe(plain, path if tensors else path / "config.json")
-    architecture.check(_complete(described.model))
+    from_config.check(_complete(described.model))
     table = table or families.FAMILIES[described.model_type].table
     if tensors is None and weights:
         tensors = quantized.folder(path, config)
-        tensors = tensors if hasattr(tensors, "bind") else renamed.with_prefix(tensors, table, _HEADS)
+        tensors = tensors if hasattr(tensors, "bind") else headless_names.with_prefix(tensors, table, _HEADS)
     name = _SMOLLM2_HUB if pretrained == SMOLLM2 else str(pretrained)
     return Source(path, config, described.model, described.max_positions, tensors, table, name)
 

@@ -10,14 +10,15 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from efficientllm import architecture
-from efficientllm.convert import binding, families, inverse, rope
-from efficientllm.convert.facts import differences, facts
-from efficientllm.convert.new_folder import new_folder
-from efficientllm.convert.safetensors_file import INDEX, SINGLE
+from efficientllm.architecture import from_config
+from efficientllm.convert.files.new_folder import new_folder
+from efficientllm.convert.files.safetensors_file import INDEX, SINGLE
+from efficientllm.convert.hf_config import families, rope_parameters, to_hf
+from efficientllm.convert.hf_config.canonical import differences, facts
 from efficientllm.convert.source import Source
+from efficientllm.convert.tensors import parameter_map
+from efficientllm.cost import available_memory as room
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.plan import room
 
 SHARD = 2 * 2**30  # bytes of a file; one is held in memory while it is written
 # fmt: off
@@ -85,7 +86,7 @@ def write_model(lm, folder, config, get, dtype_of, shard, change=lambda name, re
     """config.json and the tensors of `get(path, leading position)` in `dtype_of(path)`, each of them `change`d."""
     from safetensors.numpy import save_file
 
-    tensors = binding.on_disk(binding.bind(lm, families.FAMILIES[config["model_type"]].table))
+    tensors = parameter_map.on_disk(parameter_map.bind(lm, families.FAMILIES[config["model_type"]].table))
     dtypes = {name: dtype_of(tensor.parts[0][0]) for name, tensor in tensors.items()}
     sizes = {name: math.prod(tensor.shape) * dtypes[name].itemsize for name, tensor in tensors.items()}
     files = files_of(sizes, shard)
@@ -148,14 +149,16 @@ def _config(lm, like, max_positions):
         return _of_any_family(lm, like)
     if isinstance(like, Source):
         config = {key: value for key, value in like.config.items() if key not in _LEFT}
-        config |= {"max_position_embeddings": rope.named(lm.position, max_positions)} if max_positions else {}
+        config |= (
+            {"max_position_embeddings": rope_parameters.named(lm.position, max_positions)} if max_positions else {}
+        )
     else:
         config = _of_family(lm, ours, like, max_positions)
     config["architectures"] = [families.FAMILIES[config["model_type"]].architecture]
-    config |= rope.older_keys(config)
+    config |= rope_parameters.older_keys(config)
     try:
         described = families.describe(config, "config.json")
-        theirs = facts(architecture.from_config(_model_config(described.model, lm)))
+        theirs = facts(from_config.from_config(_model_config(described.model, lm)))
     except UserError as error:
         raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {error}") from None
     if different := differences(ours, theirs):
@@ -181,7 +184,7 @@ def _of_family(lm, ours, name, max_positions):
         )
     if max_positions is None and not lm.position.startswith("none"):
         raise UserError(f"a {name} checkpoint says how many positions it has: give max_positions")
-    return inverse.config_of(name, lm, ours, max_positions)
+    return to_hf.config_of(name, lm, ours, max_positions)
 
 
 def _model_config(model, lm):

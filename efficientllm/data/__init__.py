@@ -6,7 +6,9 @@ into the checkpoint, yields rows packed from them.
 A source of one's own is derived from `Source`, which says what it needs.
 """
 
+from efficientllm.data.base import Source
 from efficientllm.data.pipeline import build_tokenizer, check, describe, eval_batches, train_iterator
-from efficientllm.data.source import Source
+
+KINDS = {"data": "*", "tokenizer": "*"}
 
 __all__ = ["Source", "build_tokenizer", "check", "describe", "eval_batches", "train_iterator"]

@@ -4,7 +4,7 @@ import functools
 import json
 import logging
 
-from efficientllm.data import turns
+from efficientllm.data import assistant_spans
 from efficientllm.errors import UserError
 
 log = logging.getLogger("efficientllm")
@@ -22,8 +22,8 @@ def encode(tokenizer, text):
     An answer with `"weight": 0` is read and not learnt, as OpenAI's files have it.
 
     With a chat template, the ids are those of the whole conversation in transformers, and what is learnt are the turns
-    of the assistant (`data.turns`); eos follows where the template ends without an end token. Without one, turns are
-    set apart by a blank line and the assistant's end with eos.
+    of the assistant (`data.assistant_spans`); eos follows where the template ends without an end token. Without one,
+    turns are set apart by a blank line and the assistant's end with eos.
     """
     found = json.loads(text)
     messages, tools = (found["messages"], found["tools"]) if isinstance(found, dict) else (found, None)
@@ -43,7 +43,7 @@ def _plain(tokenizer, messages):
 
 
 def _templated(tokenizer, messages, tools):
-    text, spans = turns.find(tokenizer, messages, tools)
+    text, spans = assistant_spans.find(tokenizer, messages, tools)
     weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
     if 0 in weights:
         if len(weights) != len(spans):

@@ -9,7 +9,7 @@ import json
 import numpy as np
 
 from efficientllm.data import cache, conversation
-from efficientllm.data.source import Source
+from efficientllm.data.base import Source
 from efficientllm.data.streams import pieces
 from efficientllm.errors import UserError
 from efficientllm.registry import build

@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from efficientllm.data import cache, paths, streams, tables
-from efficientllm.data.source import Source, Tally
+from efficientllm.data.base import Source, Tally
 from efficientllm.errors import UserError
 from efficientllm.registry import register
 

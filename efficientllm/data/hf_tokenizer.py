@@ -149,7 +149,7 @@ def _json(folder, name):
 
 def _gguf_ends(file):
     """The ids that end a text, a turn and a message by a GGUF file's own words."""
-    from efficientllm.convert.gguf_file import read_header
+    from efficientllm.convert.files.gguf_file import read_header
 
     values = read_header(file).values
     found = (values.get(f"tokenizer.ggml.{name}") for name in _GGUF_ENDS)

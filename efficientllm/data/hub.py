@@ -6,7 +6,7 @@ import itertools
 import os
 
 from efficientllm.data import cache, paths, tables
-from efficientllm.data.source import Source
+from efficientllm.data.base import Source
 from efficientllm.errors import UserError
 from efficientllm.registry import register
 

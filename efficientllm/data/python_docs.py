@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 from efficientllm.data import cache
-from efficientllm.data.source import Source
+from efficientllm.data.base import Source
 from efficientllm.errors import UserError
 from efficientllm.registry import register
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from efficientllm.data import layouts, tables
+from efficientllm.data import record_layouts, tables
+from efficientllm.data.base import Tally
 from efficientllm.data.files import Files
 from efficientllm.data.hub import Hub
 from efficientllm.data.messages import Skipped
-from efficientllm.data.source import Tally
 from efficientllm.errors import UserError
 from efficientllm.registry import register
 
@@ -14,7 +14,7 @@ from efficientllm.registry import register
 @dataclasses.dataclass(frozen=True)
 class Records(Files):
     """`path` names files of JSON, CSV or Parquet rows, or with `hub` a data set of the hub (`name` its configuration),
-    of which `split` is read. The layout is recognised by the fields (`data.layouts`), unless they are named."""
+    of which `split` is read. The layout is recognised by the fields (`data.record_layouts`), unless they are named."""
 
     tally: Tally = dataclasses.field(default_factory=lambda: Tally("records"), init=False, repr=False, compare=False)
     hub: bool = False
@@ -53,7 +53,7 @@ class Records(Files):
             raise UserError(f"data path={self.path!r}: no record to learn from: {reasons}")
 
     def _layout(self, names, where):
-        return layouts.recognise(names, where, self._wanted(), getattr(self, "system", ""))
+        return record_layouts.recognise(names, where, self._wanted(), getattr(self, "system", ""))
 
     def _hub(self):
         return Hub(self.path, name=self.name, split=self.split, held_out=self.held_out)

@@ -1,0 +1,3 @@
+"""Feed-forward networks: dense ones and mixtures of experts."""
+
+KINDS = {"ffn": "*"}

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm import token_shift
 from efficientllm.layers import Linear
+from efficientllm.ops import token_shift
 from efficientllm.registry import register
 from efficientllm.weights import activation_dtype
 

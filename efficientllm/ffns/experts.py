@@ -14,7 +14,7 @@ import jax
 from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.ffns import dispatch
-from efficientllm.grouped_matmul import grouped_matmul
+from efficientllm.ops.grouped_matmul import grouped_matmul
 from efficientllm.weights import axes, cuts, divisible, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)

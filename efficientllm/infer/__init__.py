@@ -1,0 +1,3 @@
+"""Inference: a checkpoint served, its prefill and decode measured, its completions streamed."""
+
+KINDS = {"sampler": "samplers"}

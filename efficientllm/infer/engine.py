@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm import kernels
 from efficientllm import model as models
-from efficientllm.attention import Context
 from efficientllm.errors import UserError
+from efficientllm.ops.attention import Context
+from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh, shapes
 from efficientllm.weights import activation_dtype
 
@@ -56,7 +56,7 @@ class Engine:
         self.sampler, self.length, self.pieces = sampler, length, pieces
         self._by_length, self._switch = models.depends_on_length(lm)
         self._empty = jax.jit(functools.partial(_empty, self.lm, length), static_argnums=0)
-        options = APART if kernels.platform() == "gpu" else None
+        options = APART if kernel_choice.platform() == "gpu" else None
         self._prefill = jax.jit(functools.partial(_prefill, self.lm), donate_argnums=(1, 2), compiler_options=options)
         self._begin = jax.jit(functools.partial(_begin, self.lm), donate_argnums=1)
         self._decode = jax.jit(functools.partial(_decode, self.lm, sampler, self.end_ids, length), donate_argnums=1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import model as models
-from efficientllm.attention import Context
+from efficientllm.ops.attention import Context
 
 
 def generate(lm, params, prompt_BT, new_tokens, temperature, key, eos_id):

@@ -8,7 +8,8 @@ import time
 import jax
 import numpy as np
 
-from efficientllm.metrics import compiles, conditions, energy, sampler, timer
+from efficientllm.metrics import compiles, conditions, sampler, timer
+from efficientllm.metrics.energy import reader as energy
 from efficientllm.train.progress import Countdown
 
 log = logging.getLogger("efficientllm")

@@ -6,12 +6,16 @@ import statistics
 
 import jax
 
-from efficientllm import accounting, sharding
+from efficientllm import sharding
+from efficientllm.cost import device_peaks, formulas
 from efficientllm.errors import UserError
-from efficientllm.metrics import conditions, energy, paper, peaks, record
+from efficientllm.metrics import conditions
+from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
+from efficientllm.record import row as record
+from efficientllm.record import study_metrics
+from efficientllm.record.workdir import flatten
 from efficientllm.weights import activation_dtype
-from efficientllm.workdir import flatten
 
 LIKELIHOOD = "likelihood a byte of held-out text"  # 2^-bits_per_byte: 1 is certainty, and more is better
 
@@ -73,7 +77,7 @@ def compression(baseline, ours):
         return None
     qualities = (2**-baseline.bits_per_byte, 2**-ours.bits_per_byte)
     name = f"{LIKELIHOOD}, against {baseline.name}"
-    return paper.Compression(baseline.bytes, ours.bytes, *qualities, name)
+    return study_metrics.Compression(baseline.bytes, ours.bytes, *qualities, name)
 
 
 def noted(reading, history):
@@ -85,14 +89,14 @@ def noted(reading, history):
 
 def study(lm, boxed, found, compared):
     """The study's metrics of `found` (a `measure.Measured`); `compared` is a Compression or None."""
-    work = paper.Work(
+    work = study_metrics.Work(
         "infer",
         tuple(found.requests_s),
         sum(found.requests_s),
-        accounting.parameters(lm, boxed)["active"],
+        formulas.parameters(lm, boxed)["active"],
         generated=found.rows * found.new_tokens * len(found.requests_s),
     )
-    return paper.paper_metrics(work, found.averages, _window(found), compared)
+    return study_metrics.paper_metrics(work, found.averages, _window(found), compared)
 
 
 def warm_up_and_conditions(found):
@@ -108,7 +112,7 @@ def warm_up_and_conditions(found):
 def _window(found):
     """Energy of a typical share of prefill and decoding: the windows may hold one of them more often."""
     parts = ((found.prefill_energy, found.prefills), (found.decode_energy, found.decodes))
-    whole = energy.combine([window for window, _ in parts])
+    whole = reader.combine([window for window, _ in parts])
     if whole.energy_j is None:
         return whole
     repeats = len(found.requests_s)
@@ -137,11 +141,11 @@ def times(found):
 
 def physical(lm, boxed, params, found, idle, mesh):
     """Everything physical but the peak of memory; `mesh` is that of the devices that serve."""
-    counts, of_weights = accounting.parameters(lm, boxed), "arrays of the parameter tree"
+    counts, of_weights = formulas.parameters(lm, boxed), "arrays of the parameter tree"
     length = found.prompt + found.new_tokens
     tree = {key: Reading(value, "1", "parameter tree") for key, value in counts.items()}
     decoded = found.rows * found.new_tokens * found.decodes
-    prefilled = paper.energy_metrics(found.prefill_energy, found.rows * found.prompt * found.prefills, idle)
+    prefilled = study_metrics.energy_metrics(found.prefill_energy, found.rows * found.prompt * found.prefills, idle)
     return {
         **times(found),
         "params_total": tree["total"],
@@ -149,14 +153,14 @@ def physical(lm, boxed, params, found, idle, mesh):
         "params_trainable": missing("1", "nothing learns"),
         "resident_weight_bytes": Reading(resident_bytes(params), "bytes", of_weights),
         "predicted_memory_bytes": Reading(
-            resident_bytes(params) + found.rows * accounting.state_bytes(lm, length),
+            resident_bytes(params) + found.rows * formulas.state_bytes(lm, length),
             "bytes",
             f"weights, and closed formula of the state of {found.rows} x {length} tokens",
         ),
         "kv_bytes_per_token": Reading(
-            accounting.state_bytes(lm, length) / length, "bytes", f"closed formula, row of {length}"
+            formulas.state_bytes(lm, length) / length, "bytes", f"closed formula, row of {length}"
         ),
-        **paper.energy_metrics(found.decode_energy, decoded, idle),
+        **study_metrics.energy_metrics(found.decode_energy, decoded, idle),
         **{f"prefill_{key}": reading for key, reading in prefilled.items()},
         **_bounds(lm, boxed, params, found, mesh),
     }
@@ -166,19 +170,19 @@ def _bounds(lm, boxed, params, found, mesh):
     """Utilisation of prefill and of decoding, and the time that a step of decoding cannot fall below."""
     devices, dtype, ways = list(mesh.devices.flat), activation_dtype(lm.precision), sharding.row_ways(mesh)
     middle = found.prompt + found.new_tokens // 2  # the state grows by a token a step
-    moved = ways * accounting.decode_bytes(lm, boxed, params, found.rows // ways, middle)  # weights, by each part
-    flops = accounting.decode_flops(lm, boxed, middle)
+    moved = ways * formulas.decode_bytes(lm, boxed, params, found.rows // ways, middle)  # weights, by each part
+    flops = formulas.decode_flops(lm, boxed, middle)
     step_s = statistics.median(found.decode_s) / found.new_tokens
-    prefill = found.rows * accounting.forward_flops(lm, boxed, found.prompt)
-    used = peaks.model_flops_utilisation(prefill, statistics.median(found.prefill_s), devices, dtype)
+    prefill = found.rows * formulas.forward_flops(lm, boxed, found.prompt)
+    used = device_peaks.model_flops_utilisation(prefill, statistics.median(found.prefill_s), devices, dtype)
     return {
         **{key: dataclasses.replace(each, source=f"prefill: {each.source}") for key, each in used.items()},
-        **peaks.bandwidth_utilisation(moved, step_s, devices),
-        "flops_per_token": Reading(flops, "FLOP", f"closed formula ({accounting.FLOP_CONVENTION}), token {middle}"),
+        **device_peaks.bandwidth_utilisation(moved, step_s, devices),
+        "flops_per_token": Reading(flops, "FLOP", f"closed formula ({formulas.FLOP_CONVENTION}), token {middle}"),
         "decode_bytes_per_step": Reading(
             moved, "bytes", f"weights touched and state of {found.rows} x {middle} tokens"
         ),
-        "tpot_s_roofline": peaks.roofline(found.rows * flops, moved, devices, dtype),
+        "tpot_s_roofline": device_peaks.roofline(found.rows * flops, moved, devices, dtype),
     }
 
 

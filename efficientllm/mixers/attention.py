@@ -6,10 +6,11 @@ arXiv:2305.13245. Window: Beltagy et al. 2020, arXiv:2004.05150.
 
 import flax.linen as nn
 
-from efficientllm.attention import attend, causal_pairs, executed_pairs
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.mixers import cache, heads
+from efficientllm.mixers import heads
+from efficientllm.mixers import kv_cache as cache
+from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
 from efficientllm.registry import build, register
 
 

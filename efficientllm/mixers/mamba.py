@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.layers import Linear
-from efficientllm.mixers.conv import CausalConv, log_uniform_steps
-from efficientllm.mixers.selective_scan import selective_scan
+from efficientllm.mixers.causal_conv import CausalConv, log_uniform_steps
+from efficientllm.ops.selective_scan import selective_scan
 from efficientllm.registry import register
 from efficientllm.sharding import constrain
 from efficientllm.weights import activation_dtype

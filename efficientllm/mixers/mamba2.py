@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.mixers import ssd
-from efficientllm.mixers.conv import CausalConv, log_uniform_steps
+from efficientllm.mixers.causal_conv import CausalConv, log_uniform_steps
+from efficientllm.ops import ssd
 from efficientllm.registry import register
 from efficientllm.sharding import constrain
 from efficientllm.weights import activation_dtype

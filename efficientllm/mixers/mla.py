@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm.attention import attend, causal_pairs, executed_pairs, read
 from efficientllm.layers import Linear, RMSNorm
-from efficientllm.mixers import cache
+from efficientllm.mixers import kv_cache as cache
+from efficientllm.ops.attention import attend, causal_pairs, executed_pairs, read
 from efficientllm.registry import build, register
 from efficientllm.sharding import constrain
 from efficientllm.weights import dense

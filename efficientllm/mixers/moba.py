@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm.block_attention import Chosen, attend_blocks
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.mixers import blocks, cache, heads
+from efficientllm.mixers import block_selection, heads, kv_cache
+from efficientllm.ops.block_sparse_attention import Chosen, attend_blocks
 from efficientllm.registry import build, register
 from efficientllm.weights import activation_dtype
 
@@ -56,19 +56,19 @@ class MoBA(nn.Module, kw_only=True):
         k_BTGK = ctx.rotate(position, heads.project(x_BTD, G, K, "kv_heads", self.precision, "k"))
         v_BTGK = heads.project(x_BTD, G, K, "kv_heads", self.precision, "v")
         if state is None:
-            start_BT, index_BT = blocks.document_starts(ctx.mask, T), jnp.arange(T)[None]
-            pieces = blocks.Pieces.of(ctx.mask, T, self.block)
+            start_BT, index_BT = block_selection.document_starts(ctx.mask, T), jnp.arange(T)[None]
+            pieces = block_selection.Pieces.of(ctx.mask, T, self.block)
             sum_BPGK = jnp.sum(pieces.of_tokens(k_BTGK).astype(jnp.float32), 2)
             k_BSGK, v_BSGK = k_BTGK, v_BTGK
         else:
             start_BT, index_BT = jnp.zeros_like(ctx.positions_BT), ctx.positions_BT
             sum_BPGK = self._add(state["sum"], k_BTGK, ctx.positions_BT)
             old, new = {name: state[name] for name in "kv"}, {"k": k_BTGK, "v": v_BTGK}
-            (k_BSGK, v_BSGK), _, state = cache.extend(old, new, ctx.mask, ctx.positions_BT)
+            (k_BSGK, v_BSGK), _, state = kv_cache.extend(old, new, ctx.mask, ctx.positions_BT)
             state = state | {"sum": sum_BPGK}
-            pieces = blocks.Pieces.of(ctx.mask, k_BSGK.shape[1], self.block)
+            pieces = block_selection.Pieces.of(ctx.mask, k_BSGK.shape[1], self.block)
         block_BTHn = self._choose(q_BTHK, sum_BPGK, pieces, index_BT - start_BT, k_BSGK.shape[1])
-        chosen = Chosen(blocks.key_starts(block_BTHn, start_BT, self.block), index_BT, self.block)
+        chosen = Chosen(block_selection.key_starts(block_BTHn, start_BT, self.block), index_BT, self.block)
         y_BTE = attend_blocks(q_BTHK, k_BSGK, v_BSGK, chosen, self.block_kernel).reshape(B, T, H * K)
         return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTE), state
 
@@ -78,7 +78,7 @@ class MoBA(nn.Module, kw_only=True):
         mean_BPGK = jax.lax.stop_gradient(sum_BPGK) / self.block
         score_BGRTP = jnp.einsum("btgrk,bpgk->bgrtp", q_BTGRK, mean_BPGK)
         score_BHTJ = pieces.by_document(score_BGRTP.reshape(B, H, T, -1), self._blocks(num_keys))
-        return blocks.choose(score_BHTJ, local_BT, self.block, self.block_count, first=0, recent=1)
+        return block_selection.choose(score_BHTJ, local_BT, self.block, self.block_count, first=0, recent=1)
 
     def _add(self, sum_BJGK, k_BTGK, positions_BT):
         """The blocks' sums with new keys."""
@@ -91,8 +91,8 @@ class MoBA(nn.Module, kw_only=True):
     def init_state(self, batch, length):
         """An empty KV cache for `length` tokens a row, `[B, S, G, K]`, and sums of its blocks, `[B, J, G, K]`."""
         shape = (self.num_kv_heads, self.head_dim)
-        tokens = cache.empty({"k": shape, "v": shape}, batch, length, activation_dtype(self.precision))
-        return tokens | cache.empty({"sum": shape}, batch, self._blocks(length), jnp.float32)
+        tokens = kv_cache.empty({"k": shape, "v": shape}, batch, length, activation_dtype(self.precision))
+        return tokens | kv_cache.empty({"sum": shape}, batch, self._blocks(length), jnp.float32)
 
     def state_bytes(self, length):
         """Bytes of state a row of `length` tokens holds: 2 G K b a token and 4 G K a block."""
@@ -105,7 +105,7 @@ class MoBA(nn.Module, kw_only=True):
         With `executed` those of the `masked` kernel: what others compute depends on the choice.
         """
         means = length * length / self.block / 2
-        pairs = blocks.causal_pairs(length, self.block, self.block_count)
+        pairs = block_selection.causal_pairs(length, self.block, self.block_count)
         if executed:
             means, pairs = length * max(1, length // self.block), length * length
         return 2 * self.num_heads * self.head_dim * (2 * pairs + means)

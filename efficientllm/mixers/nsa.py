@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm.attention import attend, causal_pairs, executed_pairs
-from efficientllm.block_attention import Chosen, attend_blocks
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.mixers import blocks, cache, compression, heads
+from efficientllm.mixers import block_selection, heads, kv_cache, nsa_compression
+from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
+from efficientllm.ops.block_sparse_attention import Chosen, attend_blocks
 from efficientllm.registry import build, register
 from efficientllm.weights import activation_dtype
 
@@ -87,15 +87,15 @@ class NSA(nn.Module, kw_only=True):
         new = {name: {"k": keys[name], "v": values[name]} for name in BRANCHES}
         old = dict.fromkeys(BRANCHES) if state is None else state
         states = {}
-        (k, v), _, states["chosen"] = cache.extend(old["chosen"], new["chosen"], ctx.mask, ctx.positions_BT)
+        (k, v), _, states["chosen"] = kv_cache.extend(old["chosen"], new["chosen"], ctx.mask, ctx.positions_BT)
         k_BMGK, v_BMGV, layout, states["compressed"] = self._compress(new, old, ctx, position, k.shape[1])
         q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-        y_BTGRK, block_BTGn = compression.attend(q_BTGRK, k_BMGK, v_BMGV, layout, self.select_count)
-        start_BTGn = blocks.key_starts(block_BTGn, layout.start_BT, self.select_block)
+        y_BTGRK, block_BTGn = nsa_compression.attend(q_BTGRK, k_BMGK, v_BMGV, layout, self.select_count)
+        start_BTGn = block_selection.key_starts(block_BTGn, layout.start_BT, self.select_block)
         chosen = Chosen(start_BTGn, layout.index_BT, self.select_block)
         found = [y_BTGRK.reshape(q_BTHK.shape), attend_blocks(q_BTHK, k, v, chosen, self.block_kernel)]
         mask = ctx.mask.replace(window=self.window)
-        (k, v), mask, states["recent"] = cache.extend(old["recent"], new["recent"], mask, ctx.positions_BT)
+        (k, v), mask, states["recent"] = kv_cache.extend(old["recent"], new["recent"], mask, ctx.positions_BT)
         found.append(attend(q_BTHK, k, v, mask, self.attention_kernel))
         y_BTE = self._gated(x_BTD, found).reshape(B, T, H * K)
         y_BTD = Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTE)
@@ -110,7 +110,7 @@ class NSA(nn.Module, kw_only=True):
     def _compress(self, new, old, ctx, position, num_keys):
         """Compressed keys and values, their layout, and the state."""
         stride, block = self.compress_stride, self.compress_block
-        networks = [compression.Compressor(block, self.precision, name=f"compress_{name}") for name in "kv"]
+        networks = [nsa_compression.Compressor(block, self.precision, name=f"compress_{name}") for name in "kv"]
 
         def finish(k_BPdGK, v_BPdGK, begin_BM):
             at_block = ctx.replace(positions_BT=begin_BM)
@@ -118,41 +118,41 @@ class NSA(nn.Module, kw_only=True):
 
         if old["compressed"] is None:
             T = num_keys
-            pieces = blocks.Pieces.of(ctx.mask, T, stride, at_least=block // stride)
-            start_BT, index_BT = blocks.document_starts(ctx.mask, T), jnp.arange(T)[None]
+            pieces = block_selection.Pieces.of(ctx.mask, T, stride, at_least=block // stride)
+            start_BT, index_BT = block_selection.document_starts(ctx.mask, T), jnp.arange(T)[None]
             end_BM = pieces.last_BP[:, block // stride - 1 :]
             begin_BM = pieces.last_BP[:, : end_BM.shape[1]] - stride + 1
             position_BM = jnp.take_along_axis(ctx.positions_BT, jnp.clip(begin_BM, 0, T - 1), 1)
             k, v = finish(*(pieces.of_tokens(new["compressed"][name]) for name in "kv"), position_BM)
             state = None
         else:
-            state = compression.extend(old["compressed"], new["compressed"], finish, ctx.positions_BT, stride)
+            state = nsa_compression.extend(old["compressed"], new["compressed"], finish, ctx.positions_BT, stride)
             k, v = state["k"], state["v"]
-            pieces = blocks.Pieces.of(ctx.mask, num_keys, stride)
+            pieces = block_selection.Pieces.of(ctx.mask, num_keys, stride)
             start_BT, index_BT = jnp.zeros_like(ctx.positions_BT), ctx.positions_BT
             begin_BM = jnp.arange(k.shape[1])[None] * stride
             end_BM = begin_BM + block - 1
         sizes = {"compress": block, "select": self.select_block, "keys": num_keys, "aligned": state is None}
-        return k, v, compression.Layout(begin_BM, end_BM, start_BT, index_BT, pieces, **sizes), state
+        return k, v, nsa_compression.Layout(begin_BM, end_BM, start_BT, index_BT, pieces, **sizes), state
 
     def init_state(self, batch, length):
         """Empty state for `length` tokens a row; every leaf is `[B, slots, G, K]` in the activation dtype."""
         shape, dtype = (self.num_kv_heads, self.head_dim), activation_dtype(self.precision)
         of_tokens = {"k": shape, "v": shape}
         return {
-            "chosen": cache.empty(of_tokens, batch, length, dtype),
-            "recent": cache.empty(of_tokens, batch, cache.slots(length, self.window), dtype),
-            "compressed": compression.empty(batch, length, self.compress_block, self.compress_stride, shape, dtype),
+            "chosen": kv_cache.empty(of_tokens, batch, length, dtype),
+            "recent": kv_cache.empty(of_tokens, batch, kv_cache.slots(length, self.window), dtype),
+            "compressed": nsa_compression.empty(batch, length, self.compress_block, self.compress_stride, shape, dtype),
         }
 
     def state_bytes(self, length):
         """Bytes of state a row of `length` tokens holds: 2 G K b for each token, token of the window, compressed block,
         and token of an unfinished one."""
-        slots = length + cache.slots(length, self.window) + self._compressed(length) + self.compress_block
+        slots = length + kv_cache.slots(length, self.window) + self._compressed(length) + self.compress_block
         return 2 * slots * self.num_kv_heads * self.head_dim * activation_dtype(self.precision).itemsize
 
     def _compressed(self, length):
-        return compression.count(length, self.compress_block, self.compress_stride)
+        return nsa_compression.count(length, self.compress_block, self.compress_stride)
 
     def kernel_rows(self, path, length):
         """A compressor's kernels multiply a row for each compressed block and KV head."""
@@ -167,12 +167,12 @@ class NSA(nn.Module, kw_only=True):
 
     def _needed(self, length):
         visible_T = np.maximum(0, (np.arange(length) - self.compress_block + 1) // self.compress_stride + 1)
-        chosen = blocks.causal_pairs(length, self.select_block, self.select_count)
+        chosen = block_selection.causal_pairs(length, self.select_block, self.select_count)
         return int(visible_T.sum()) + chosen + causal_pairs(length, self.window)
 
     def _executed(self, length):
         total = self._compressed(length)
         sizes = self.compress_block, self.compress_stride, self.select_block
-        chunks = compression.chunks(length, length, *sizes, total, True)
+        chunks = nsa_compression.chunks(length, length, *sizes, total, True)
         compressed = sum((stop - start) * seen for (start, stop), seen, _ in chunks)
         return compressed + length * length + executed_pairs(self.attention_kernel, length, self.window)

@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm import token_shift
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.mixers.rwkv_kernels import Tokens, executed_flops, recur
+from efficientllm.ops import token_shift
+from efficientllm.ops.rwkv_recurrence import Tokens, executed_flops, recur
 from efficientllm.registry import register
 from efficientllm.sharding import constrain
 from efficientllm.weights import activation_dtype

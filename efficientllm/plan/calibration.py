@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 
 from efficientllm.atomic import write_atomically
 from efficientllm.errors import UserError
-from efficientllm.metrics import provenance
-from efficientllm.metrics.record import read_record
 from efficientllm.plan import estimate
 from efficientllm.plan import hardware as hardwares
+from efficientllm.record import provenance
+from efficientllm.record.row import read_record
 from efficientllm.untrusted import files, json_text
 
 

@@ -14,15 +14,16 @@ import math
 
 import numpy as np
 
-from efficientllm import accounting, model, sharding
-from efficientllm.adapters.selected import Full
+from efficientllm import model, sharding
+from efficientllm.adapters.freeze import Full
+from efficientllm.cost import formulas
 from efficientllm.ffns import dispatch
 from efficientllm.ffns.dense import GELU, SwiGLU
 from efficientllm.ffns.moe import MoE
 from efficientllm.mixers.attention import Attention
-from efficientllm.plan.program import Collective
+from efficientllm.objectives import cross_entropy
+from efficientllm.plan.hlo_cost import Collective
 from efficientllm.registry import build
-from efficientllm.train import loss
 from efficientllm.weights import activation_dtype
 
 
@@ -51,7 +52,7 @@ class _Sum:
     def all(self):
         """Every term, without those of groups of one device."""
         terms = [*self._tables(), *self._loss(), *self._activations(), *self._keys_and_values(), *self._travels()]
-        for path, shape, names in accounting.leaves(self.one.boxed):
+        for path, shape, names in formulas.leaves(self.one.boxed):
             if path != "embedding":
                 terms += self._parameter(path, shape, names)
         return [term for term in terms if len(term.groups[0]) > 1]
@@ -88,7 +89,7 @@ class _Sum:
         """A parameter gathered in both passes, and its gradient summed."""
         count, split = self._held(shape, names)
         if "expert" in names:
-            yield from self._experts(accounting.part_of(self.one.lm, path), count, split)
+            yield from self._experts(formulas.part_of(self.one.lm, path), count, split)
             return
         head, router = path == "head/kernel", path.endswith("router/kernel")  # a router is float32 under every policy
         if head:
@@ -134,7 +135,7 @@ class _Sum:
         with self.one.scope():
             (rows, _), train = self.one.rows, self.one.config.train
             sequence = self.one.mesh.shape["sequence"]
-            whole = loss.count_chunks(rows * sequence, train.length // sequence, self.one.lm.vocab_size) == 1
+            whole = cross_entropy.count_chunks(rows * sequence, train.length // sequence, self.one.lm.vocab_size) == 1
         if split:
             yield self._send("all-gather", split, count * (2 * self._product if whole else 4), once=True)
 
@@ -142,7 +143,7 @@ class _Sum:
         """The look-up: devices that split a table trade ids of their rows for columns of it, and those for rows. Its
         gradient is summed apart from that of a head which is the same table."""
         (B, T), D, lm = self._tokens, self.one.lm.dim, self.one.lm
-        shape, names = {path: rest for path, *rest in accounting.leaves(self.one.boxed)}["embedding"]
+        shape, names = {path: rest for path, *rest in formulas.leaves(self.one.boxed)}["embedding"]
         count, split = self._held(shape, names)
         if "tensor" in sharding.spec(names, shape, self.one.mesh):
             yield self._send("all-reduce", ("tensor",), 4 * B * T * D)
@@ -182,7 +183,7 @@ class _Sum:
         latter are added first where several read one input, but XLA on CPUs sends each. Experts send as many: their
         own program adds the gradients of its output among `tensor` and, once, those of its input."""
         (B, T), readers = self._tokens, {}
-        for path, shape, names in accounting.leaves(self.one.boxed):
+        for path, shape, names in formulas.leaves(self.one.boxed):
             if names[0] == "layers" and path.endswith("kernel"):
                 where, size = sharding.spec(names, shape, self.one.mesh), self._width * B * T
                 if where[-2] == "tensor":

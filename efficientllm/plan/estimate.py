@@ -7,7 +7,7 @@ import dataclasses
 import math
 
 from efficientllm.plan import roofline as rooflines
-from efficientllm.plan import steps
+from efficientllm.plan import training_step
 from efficientllm.registry import build
 
 
@@ -46,14 +46,14 @@ def estimate(one, hardware, count):
 
 
 def _part(one, part, hardware, count):
-    by_shapes, executed = one.by_shapes(), steps.program_flops(one, part)
+    by_shapes, executed = one.by_shapes(), training_step.program_flops(one, part)
     if not hardware.has_compiler:
         memory, seconds, refused, calls = {"total_bytes": by_shapes}, None, None, {}
         sent, moved, launched = one.sent_by_formula(), part.moved_bytes, None
     else:
-        done = steps.compile_step(one, part.trace)
+        done = training_step.compile_step(one, part.trace)
         memory, seconds, refused = done.memory, done.seconds, done.refused
-        sent, moved, calls, launched = steps.read(done, count) if done.text else (None, None, {}, None)
+        sent, moved, calls, launched = training_step.read(done, count) if done.text else (None, None, {}, None)
     dtype = str(build("precision", one.lm.precision).product)
     work = part.model_flops if executed is None else executed
     return Estimate(
@@ -120,5 +120,5 @@ def total_bytes(one, hardware):
     """Bytes that a device needs, by the compiler where it is installed; None where it gives none."""
     if not hardware.has_compiler:
         return one.by_shapes()
-    totals = [steps.compile_step(one, part.trace).memory.get("total_bytes") for part in one.programs()]
+    totals = [training_step.compile_step(one, part.trace).memory.get("total_bytes") for part in one.programs()]
     return None if None in totals else max(totals)

@@ -7,11 +7,12 @@ import os
 
 import jax
 
-from efficientllm import extras
+from efficientllm.cost import device_peaks
+from efficientllm.cost.hardware_table import entry, table
 from efficientllm.errors import UserError
-from efficientllm.metrics import host, peaks
+from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
-from efficientllm.plan.table import entry, table
+from efficientllm.runtime import optional_packages
 
 # By platform: the module that shows its compiler is there, and the extra of setup.py that brings it.
 PLUGINS = {"gpu": ("jax_cuda13_plugin", "gpu"), "tpu": ("libtpu", "tpu")}
@@ -48,20 +49,20 @@ class Hardware:
     def peak_flops(self, dtype):
         """Dense peak of a device at a compute dtype in FLOP/s, as a Reading; the host's share on a CPU."""
         if self.platform == "cpu":
-            return peaks.measure_gemm_peak(dtype)
+            return device_peaks.measure_gemm_peak(dtype)
         dtype = "tf32" if (dtype, self.platform) == ("float32", "gpu") else dtype
         if flops := self.facts.get("flops"):  # of a file of the user's
             known = flops.get(dtype)
             return Reading(known, "FLOP/s", self.name) if known else missing("FLOP/s", f"{self.name}: no {dtype} peak")
-        return peaks.peak_flops(self.device_kind, dtype)
+        return device_peaks.peak_flops(self.device_kind, dtype)
 
     def bandwidth(self):
         """Peak memory bandwidth of a device in byte/s, as a Reading."""
         if self.platform == "cpu":
-            return peaks.measure_copy_bandwidth()
+            return device_peaks.measure_copy_bandwidth()
         if "flops" in self.facts:
             return Reading(self.facts["bandwidth"], "byte/s", self.name)
-        return peaks.peak_bandwidth(self.device_kind)
+        return device_peaks.peak_bandwidth(self.device_kind)
 
     @property
     def kernel_s(self):
@@ -91,7 +92,7 @@ class Hardware:
             return f"a compiler would have to be told more of {self.name} than is known (cores, caches, clocks)"
         module, extra = self.plugin
         if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed, the compiler for {self.name}: {extras.remedy(extra)}"
+            return f"{module} is not installed, the compiler for {self.name}: {optional_packages.remedy(extra)}"
         return None
 
 

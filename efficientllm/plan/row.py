@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from efficientllm import accounting
+from efficientllm.cost import formulas
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.plan import hardware as hardwares
-from efficientllm.plan import program
+from efficientllm.plan import hlo_cost
 
 LEAST = "least time by roofline"
 _LATENCIES = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"))
@@ -53,7 +53,7 @@ def _cost(found):
         "program_flops": found.program_flops,
         "moved_bytes": found.moved_bytes,
         "launches": found.launches,
-        "collectives": None if found.collectives is None else program.by_kind(found.collectives),
+        "collectives": None if found.collectives is None else hlo_cost.by_kind(found.collectives),
         "roofline_s": found.roofline.sides,
         "step_s": found.roofline.seconds,
         "bound": found.roofline.bound,
@@ -102,7 +102,7 @@ _REASONS = {
 
 def physical(one, found):
     """What is known of the model without a clock, as readings."""
-    params = accounting.parameters(one.lm, one.boxed)
+    params = formulas.parameters(one.lm, one.boxed)
     executed = found.program_flops
     return {
         "params_total": Reading(params["total"], "1", "parameter tree"),

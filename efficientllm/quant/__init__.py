@@ -5,3 +5,5 @@ that takes the place of a kernel `[..., in, out]` or a table `[rows, width]`. On
 hear of it. Letters of this package: R rows (outputs of a kernel, entries of a table), K their width (inputs), G groups
 of a row, H half a group, M rows of x.
 """
+
+KINDS = {"quant": "*"}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.quant import int4
-from efficientllm.quant.rows import grouped
+from efficientllm.quant.base import grouped
 
 GRID = 20
 

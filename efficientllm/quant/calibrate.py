@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import model as models
-from efficientllm.attention import Context
 from efficientllm.errors import UserError
+from efficientllm.ops.attention import Context
 from efficientllm.optim.rules import path_of
-from efficientllm.quant import tree
+from efficientllm.quant import apply as tree
 from efficientllm.quant.awq import awq
 from efficientllm.quant.gptq import gptq
 from efficientllm.train.progress import Countdown

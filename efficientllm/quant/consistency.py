@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from efficientllm.errors import UserError
-from efficientllm.quant.half import Half
+from efficientllm.quant.float16 import Half
 from efficientllm.quant.int4 import Int4
 from efficientllm.quant.int8 import Int8
 from efficientllm.quant.nf4 import NF4

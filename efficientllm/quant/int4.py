@@ -6,9 +6,9 @@ import typing
 import flax.struct
 import jax.numpy as jnp
 
-from efficientllm import native
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.quant.rows import STATIC, Grouped, grouped, pack, unpack
+from efficientllm.ops import native
+from efficientllm.quant.base import STATIC, Grouped, grouped, pack, unpack
 from efficientllm.registry import register
 from efficientllm.weights import Axes
 

@@ -6,11 +6,12 @@ import typing
 import flax.struct
 import jax.numpy as jnp
 
-from efficientllm import kernels, native
 from efficientllm.errors import UserError
-from efficientllm.quant import products
-from efficientllm.quant.rows import STATIC, Grouped, grouped
+from efficientllm.ops import native
+from efficientllm.quant import matmul
+from efficientllm.quant.base import STATIC, Grouped, grouped
 from efficientllm.registry import register
+from efficientllm.runtime import kernel_choice
 
 
 @flax.struct.dataclass
@@ -39,8 +40,8 @@ class Int8(Grouped):
             return super().product(x_MK, operand)
         # Floats of 16 bits hold the codes, which compilers for accelerators convert where they multiply them; tied to
         # x, or scaled, they would be written to memory first.
-        leaf = self.after(x_MK) if kernels.platform() == "cpu" else self.behind(x_MK)
-        return products.contract(x_MK.astype(operand), leaf.values.astype(operand)) * leaf.scale[:, 0]
+        leaf = self.after(x_MK) if kernel_choice.platform() == "cpu" else self.behind(x_MK)
+        return matmul.contract(x_MK.astype(operand), leaf.values.astype(operand)) * leaf.scale[:, 0]
 
 
 @register("quant", "int8")

@@ -7,9 +7,9 @@ import flax.struct
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm import native
 from efficientllm.errors import UserError
-from efficientllm.quant.rows import STATIC, Grouped, grouped, pack, unpack
+from efficientllm.ops import native
+from efficientllm.quant.base import STATIC, Grouped, grouped, pack, unpack
 from efficientllm.registry import register
 
 # Quantiles of a normal distribution, scaled to -1..1, zero among them: the table that QLoRA and bitsandbytes print.

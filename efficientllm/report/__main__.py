@@ -19,9 +19,9 @@ import argparse
 import pathlib
 import sys
 
-from efficientllm import console
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.stopping import stoppable
+from efficientllm.runtime import console
+from efficientllm.runtime.stopping import stoppable
 
 EXTRA = ("scipy", "matplotlib", "plotly", "tensorboard")
 FLAGS = ("--out", "--baseline", "--compare", "--metric", "--margin", "--help")

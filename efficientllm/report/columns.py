@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 from efficientllm.metrics.conditions import UNITS as CONDITIONS
-from efficientllm.metrics.paper import UNITS
-from efficientllm.metrics.record import PHYSICAL_UNITS, QUALITY_UNITS
+from efficientllm.record.row import PHYSICAL_UNITS, QUALITY_UNITS
+from efficientllm.record.study_metrics import UNITS
 
 # By the longest key that a metric's name starts with, so that `tpot_s_p95` is judged as `tpot_s`.
 BETTER = {

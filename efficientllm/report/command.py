@@ -2,7 +2,7 @@
 
 import shlex
 
-from efficientllm.differences import differences
+from efficientllm.config.differences import differences
 
 FILE = "configs/base.py"
 

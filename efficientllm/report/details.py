@@ -3,9 +3,9 @@
 import os
 import urllib.parse
 
-from efficientllm.differences import differences
+from efficientllm.config.differences import differences
 from efficientllm.errors import UserError
-from efficientllm.metrics import notes
+from efficientllm.record import notes
 from efficientllm.report import command, comparison, texts
 from efficientllm.untrusted import files, json_text
 

@@ -10,11 +10,11 @@ import re
 import textwrap
 
 from efficientllm.errors import UserError
-from efficientllm.metrics import notes
-from efficientllm.metrics.record import read_record
+from efficientllm.record import notes
+from efficientllm.record.row import read_record
+from efficientllm.record.workdir import flatten
 from efficientllm.report import texts, valid
 from efficientllm.report.find import find, grids
-from efficientllm.workdir import flatten
 
 __all__ = ["Row", "find", "grids", "read", "read_row"]
 

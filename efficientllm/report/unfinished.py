@@ -3,8 +3,8 @@
 import contextlib
 import time
 
-from efficientllm import owner
 from efficientllm.errors import UserError
+from efficientllm.record import lock
 from efficientllm.report import texts
 from efficientllm.untrusted import json_text
 
@@ -35,10 +35,10 @@ def _entry(folder, now):
 def _alive(folder):
     """Whether the process that owns the folder lives; None where nobody owns it or the owner is on another machine."""
     try:
-        found = json_text.parse(texts.beginning(folder / owner.FILE), folder / owner.FILE)
+        found = json_text.parse(texts.beginning(folder / lock.FILE), folder / lock.FILE)
     except UserError:
         return None
-    return owner.is_alive(found) if isinstance(found, dict) and found else None
+    return lock.is_alive(found) if isinstance(found, dict) and found else None
 
 
 def _times(folder):

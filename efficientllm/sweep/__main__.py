@@ -22,8 +22,8 @@ import subprocess
 import sys
 import time
 
-from efficientllm import console, extras
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.runtime import console, optional_packages
 
 STOPPED = 130
 FLAGS = ("config", "out", "dry_run", "retry", "launcher", "partition")
@@ -75,7 +75,7 @@ def _parse(argv):
 
 def _flag(argument, name, value):
     """The value of a flag. Raises UserError for a switch with a value, or a flag without."""
-    from efficientllm import values
+    from efficientllm.config import values
 
     if name == "dry_run":
         if "=" in argument:
@@ -145,7 +145,7 @@ def _search(sweep, flags, extra, out, retry):
 
 
 def _retry(text):
-    from efficientllm.metrics.record import OUTCOMES
+    from efficientllm.record.row import OUTCOMES
 
     names = tuple(text.split(",")) if text else ()
     for name in names:
@@ -159,7 +159,8 @@ def _report(out):
     """The report, in a process of its own: it needs the extra `report`."""
     done = subprocess.run([sys.executable, "-m", "efficientllm.report", str(out), f"--out={out / 'report'}"])
     if done.returncode:
-        print(f"no report: {extras.remedy('report')}, then python -m efficientllm.report {out} --out={out}/report")
+        remedy = optional_packages.remedy("report")
+        print(f"no report: {remedy}, then python -m efficientllm.report {out} --out={out}/report")
 
 
 if __name__ == "__main__":

@@ -80,10 +80,11 @@ def _cost(argv):
     import flax.linen as nn
     import jax
 
-    from efficientllm import accounting, model
+    from efficientllm import model
+    from efficientllm.cost import formulas, step_memory
     from efficientllm.registry import build
-    from efficientllm.run import import_plugins
-    from efficientllm.train import footprint, setup, step
+    from efficientllm.tasks.run import import_plugins
+    from efficientllm.train import setup, step
 
     config, _, _ = main.parse(list(argv))
     import_plugins(config.imports)
@@ -96,13 +97,15 @@ def _cost(argv):
     train, boxed = config.train, model.abstract_params(lm)
     setup.check_rows(train)
     state = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method, config.quant))
-    params = accounting.parameters(lm, boxed)
+    params = formulas.parameters(lm, boxed)
     return Cost(
         parameters=params["total"],
         active=params["active"],
         tokens=train.steps * train.batch_size * train.length,
-        flops=train.steps * accounting.step_flops(lm, boxed, train.length, train.batch_size, method),
-        memory_bytes=footprint.predicted_bytes(lm, nn.unbox(state), train.batch_size // train.accumulate, train.length),
+        flops=train.steps * formulas.step_flops(lm, boxed, train.length, train.batch_size, method),
+        memory_bytes=step_memory.predicted_bytes(
+            lm, nn.unbox(state), train.batch_size // train.accumulate, train.length
+        ),
     )
 
 
@@ -110,41 +113,43 @@ def _cost_of_inference(config):
     """Of the measured repeats; memory is that of the compressed weights and the states."""
     import flax.linen as nn
 
-    from efficientllm import accounting, model
-    from efficientllm.infer import serving
-    from efficientllm.quant import tree
-    from efficientllm.quant.rows import resident_bytes
+    from efficientllm import model
+    from efficientllm.cost import formulas
+    from efficientllm.infer import setup as serving
+    from efficientllm.quant import apply
+    from efficientllm.quant.base import resident_bytes
 
     lm, ours = _described(config), config.infer
     serving.check(config)
     boxed = model.abstract_params(lm)
     serving.check_rules(boxed, ours.rules)
-    params, length = accounting.parameters(lm, boxed), ours.prompt_length + ours.max_new_tokens
+    params, length = formulas.parameters(lm, boxed), ours.prompt_length + ours.max_new_tokens
     model.check_length(lm, length, "config.infer.prompt_length and config.infer.max_new_tokens")
     middle = ours.prompt_length + ours.max_new_tokens // 2
-    decode = ours.max_new_tokens * accounting.decode_flops(lm, boxed, middle)
+    decode = ours.max_new_tokens * formulas.decode_flops(lm, boxed, middle)
     rows = ours.repeats * ours.batch_size
-    weights = resident_bytes(tree.abstract(nn.unbox(boxed), config.quant, ours.rules))
+    weights = resident_bytes(apply.abstract(nn.unbox(boxed), config.quant, ours.rules))
     return Cost(
         parameters=params["total"],
         active=params["active"],
         tokens=rows * ours.max_new_tokens,
-        flops=rows * (accounting.forward_flops(lm, boxed, ours.prompt_length) + decode),
-        memory_bytes=weights + ours.batch_size * accounting.state_bytes(lm, length),
+        flops=rows * (formulas.forward_flops(lm, boxed, ours.prompt_length) + decode),
+        memory_bytes=weights + ours.batch_size * formulas.state_bytes(lm, length),
     )
 
 
 def _described(config):
-    from efficientllm import architecture, data
+    from efficientllm import data
+    from efficientllm.architecture import from_config
     from efficientllm.train import setup
 
     source = setup.open_pretrained(config.model.pretrained, weights=False)
     described = setup.described(config.model, source)
-    architecture.check(described)
+    from_config.check(described)
     size = None
-    if source is None and not architecture.has_vocabulary(described):
+    if source is None and not from_config.has_vocabulary(described):
         size = data.build_tokenizer(config.tokenizer, config.data).vocab_size
-    return architecture.from_config(described, size)
+    return from_config.from_config(described, size)
 
 
 def start_seconds():
@@ -177,9 +182,10 @@ def _minutes(runs, costs, peak, start, out):
 
 def table(sweep, costs, runs, out=None):
     """Every variant's cost, and every run, as text; `out` holds the rows of those that have run before."""
-    from efficientllm.metrics import host, peaks
+    from efficientllm.cost import device_peaks
+    from efficientllm.metrics import host
 
-    peak = peaks.measure_gemm_peak("float32").value
+    peak = device_peaks.measure_gemm_peak("float32").value
     room = host.memory_total_bytes()
     lines = [f"{'variant':24}{'parameters':>14}{'active':>14}{'tokens':>12}{'PFLOP':>10}{'memory':>10}{'time':>10}"]
     for variant, cost in costs.items():

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 
-from efficientllm import workdir
 from efficientllm.errors import UserError
-from efficientllm.metrics import host, record
+from efficientllm.metrics import host
+from efficientllm.record import row as record
+from efficientllm.record import workdir
 from efficientllm.report import texts
 from efficientllm.untrusted import json_text
 

@@ -7,7 +7,7 @@ what the tries cost stands in `grid.json` and in the report.
 import json
 
 from efficientllm.atomic import write_atomically
-from efficientllm.metrics.record import read_record
+from efficientllm.record.row import read_record
 from efficientllm.sweep import execute, spec
 from efficientllm.untrusted import json_text
 

@@ -3,8 +3,8 @@
 import subprocess
 import time
 
-from efficientllm import extras
 from efficientllm.errors import UserError
+from efficientllm.runtime import optional_packages
 from efficientllm.sweep import execute
 
 POLL_S = 5.0  # between two questions to the controller
@@ -18,7 +18,7 @@ def open_executor(out, partition=None):
     try:
         import submitit
     except ImportError:
-        raise UserError(f"--launcher=slurm needs submitit: {extras.remedy('sweep')}") from None
+        raise UserError(f"--launcher=slurm needs submitit: {optional_packages.remedy('sweep')}") from None
     try:
         executor = submitit.AutoExecutor(folder=(out / "slurm").absolute(), cluster="slurm")
     except RuntimeError as error:

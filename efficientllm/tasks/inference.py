@@ -9,20 +9,26 @@ import time
 
 import jax
 
-from efficientllm import allocator, data, failures, kernels, stopping
-from efficientllm.infer import measure, row, serving
-from efficientllm.infer.answers import Answers
+from efficientllm import data
+from efficientllm.cost import available_memory, device_peaks
+from efficientllm.evaluation import held_out, lm_eval_tasks
+from efficientllm.infer import measure, row
+from efficientllm.infer import setup as serving
 from efficientllm.infer.engine import Engine
-from efficientllm.metrics import energy, memory, peaks, provenance, record
+from efficientllm.infer.streaming import Answers
+from efficientllm.metrics import memory
+from efficientllm.metrics.energy import reader
 from efficientllm.metrics.sampler import Sampler
-from efficientllm.metrics.tensorboard import SummaryWriter
-from efficientllm.plan import room
-from efficientllm.quality import harness
+from efficientllm.record import provenance
+from efficientllm.record import row as record
+from efficientllm.record.tensorboard import SummaryWriter
+from efficientllm.record.workdir import config_hash, flatten, plain
 from efficientllm.registry import register
-from efficientllm.train import evaluate, setup, step
+from efficientllm.runtime import kernel_choice, malloc, stopping
+from efficientllm.tasks import failures
+from efficientllm.train import setup, step
 from efficientllm.train.progress import Countdown, close_log, open_log
 from efficientllm.weights import activation_dtype
-from efficientllm.workdir import config_hash, flatten, plain
 
 log = logging.getLogger("efficientllm")
 FAILED = failures.FAILED
@@ -48,12 +54,12 @@ class Inference:
     def run(self):
         """Returns the exit status."""
         self.serving = serving.prepare(self.config)
-        room.check_serving(self.serving)
+        available_memory.check_serving(self.serving)
         if self.config.infer.baseline.endswith(".json"):
             row.check_baseline(self.config, data.describe(self.config.data, self.serving.tokenizer))
         self.workdir.claim(self.config)
-        self.reader = energy.open_reader(self.serving.devices, meter=self.config.metrics.meter)
-        self.idle = energy.idle_power(self.reader)
+        self.reader = reader.open_reader(self.serving.devices, meter=self.config.metrics.meter)
+        self.idle = reader.idle_power(self.reader)
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(_terminated_as_interrupted())
@@ -80,13 +86,15 @@ class Inference:
             f"{self.config.name}: {self.config.model.pretrained or f'random weights of size {self.config.model.size}'} "
             f"as {self.config.quant} on {parts} x {run.devices[0].device_kind}"
         )
-        peaks.measure_gemm_peak(activation_dtype(run.lm.precision).name)  # at most once a host, and not between steps
-        peaks.measure_copy_bandwidth()
+        device_peaks.measure_gemm_peak(
+            activation_dtype(run.lm.precision).name
+        )  # at most once a host, and not between steps
+        device_peaks.measure_copy_bandwidth()
         self.params = run.load(self.config.quant, ours.rules)
-        allocator.give_back()  # what rounding, and calibrating more so, has freed is no memory of serving
+        malloc.give_back()  # what rounding, and calibrating more so, has freed is no memory of serving
         self._say_weights(self.config.quant, self.params)
         engine = Engine(run.lm, self.params, run.sampler, run.tokenizer.end_ids, run.length)
-        with kernels.recording() as used:
+        with kernel_choice.recording() as used:
             self._generate(engine)
             self.measured = measure.measure(
                 engine,
@@ -101,7 +109,7 @@ class Inference:
             )
         self.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
         self.peak = memory.peak_bytes(run.devices, run.rss_before)  # before another form of the weights is loaded
-        self.idle = self.idle.compared(energy.idle_power(self.reader))
+        self.idle = self.idle.compared(reader.idle_power(self.reader))
         self.quality = self._score(self.params)
         return self._finish()
 
@@ -127,21 +135,21 @@ class Inference:
         score = jax.jit(lambda params, batch, token_bytes: step.eval_step(run.lm, params, batch, token_bytes))
         token_bytes = setup.bytes_of(run.tokenizer, run.lm)
         each = Countdown("held-out text", len(run.held_out)).add
-        found = evaluate.evaluate(score, params, run.held_out, token_bytes, run.mesh, each)
-        log.info(evaluate.line(found))
+        found = held_out.evaluate(score, params, run.held_out, token_bytes, run.mesh, each)
+        log.info(held_out.line(found))
         return found
 
     def _tasks(self):
         """Readings of the harness's tasks, and of results that are joined."""
         run, ours = self.serving, self.config.quality
-        found = harness.readings_of_file(ours.results) if ours.results else {}
+        found = lm_eval_tasks.readings_of_file(ours.results) if ours.results else {}
         if ours.tasks:
-            from efficientllm.quality import interface  # lm-eval is an extra
+            from efficientllm.evaluation import lm_eval_model  # lm-eval is an extra
 
-            most = run.max_positions or harness.POSITIONS
-            model = interface.Harness(run.lm, self.params, run.tokenizer, most, ours.batch_size, self.config.seed)
+            most = run.max_positions or lm_eval_tasks.POSITIONS
+            model = lm_eval_model.Harness(run.lm, self.params, run.tokenizer, most, ours.batch_size, self.config.seed)
             file = self.workdir.path / "results.json"
-            found |= harness.score(model, ours, self.config.infer.chat, self.config.seed, file)
+            found |= lm_eval_tasks.score(model, ours, self.config.infer.chat, self.config.seed, file)
         return found
 
     def _compression(self):
@@ -165,7 +173,7 @@ class Inference:
 
     def _finish(self):
         """Writes the row, without what failed of tasks and baseline -> exit status."""
-        run, quality, compared = self.serving, evaluate.readings(self.quality), None
+        run, quality, compared = self.serving, held_out.readings(self.quality), None
         outcome = "ok" if math.isfinite(self.quality["eval_loss"]) else "nan"
         physical = row.physical(run.lm, run.boxed, self.params, self.measured, self.idle, run.mesh)
         physical["peak_memory_bytes"] = self.peak

@@ -7,12 +7,13 @@ import jax
 
 from efficientllm import sharding
 from efficientllm.errors import UserError
-from efficientllm.metrics import provenance, record
-from efficientllm.metrics.energy_window import Reader
-from efficientllm.plan import calibration, changes, estimate, hardware, row, steps
+from efficientllm.metrics.energy.window import Reader
+from efficientllm.plan import calibration, estimate, hardware, remedies, row, training_step
+from efficientllm.record import provenance
+from efficientllm.record import row as record
+from efficientllm.record.workdir import config_hash, plain
 from efficientllm.registry import lookup, register
 from efficientllm.train.progress import close_log, open_log
-from efficientllm.workdir import config_hash, plain
 
 log = logging.getLogger("efficientllm")
 
@@ -80,7 +81,7 @@ class Planning:
             log.info(f"{self.hardware.lacks}. What follows is from shapes alone")
 
     def _described(self, change):
-        config = steps.changed(self.config, change)
+        config = training_step.changed(self.config, change)
         return self.planned.describe(config, self.devices, self.hardware.platform, self.hardware.capability)
 
     def _tries(self, one, found):
@@ -93,7 +94,7 @@ class Planning:
         def total_of(change):
             return estimate.total_bytes(self._described(change), self.hardware)
 
-        return changes.attempt(one.candidates(), room, total_of)
+        return remedies.attempt(one.candidates(), room, total_of)
 
     def _write(self, one, found, made):
         written = record.build_record(

@@ -7,19 +7,24 @@ import time
 
 import jax
 
-from efficientllm import distributed, failures, stopping
+from efficientllm.cost import available_memory
 from efficientllm.data.tokenizers import keep
-from efficientllm.metrics import energy, memory, provenance, record, timer
+from efficientllm.evaluation import held_out
+from efficientllm.metrics import memory, timer
+from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Sampler
-from efficientllm.metrics.tensorboard import SummaryWriter
-from efficientllm.plan import room
+from efficientllm.record import provenance
+from efficientllm.record import row as record
+from efficientllm.record.tensorboard import SummaryWriter
+from efficientllm.record.workdir import config_hash, flatten, plain
 from efficientllm.registry import register
-from efficientllm.train import charts, evaluate, extras, facts, loop, row, setup
+from efficientllm.runtime import distributed, stopping
+from efficientllm.tasks import failures
+from efficientllm.train import charts, exports, fingerprints, loop, row, setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
 from efficientllm.train.progress import Progress, close_log, open_log
-from efficientllm.workdir import config_hash, flatten, plain
 
 log = logging.getLogger("efficientllm")
 FAILED = failures.FAILED
@@ -54,8 +59,8 @@ class Training:
     def run(self):
         """Returns the exit status."""
         distributed.together(self._prepare)
-        self.reader = energy.open_reader(jax.local_devices(), meter=self.config.metrics.meter)
-        self.idle = energy.idle_power(self.reader)
+        self.reader = reader.open_reader(jax.local_devices(), meter=self.config.metrics.meter)
+        self.idle = reader.idle_power(self.reader)
         self.checkpoints = Checkpoints(self.workdir.checkpoints, self.config.checkpoint.keep)
         self.sampler = Sampler(jax.local_devices(), self.reader, self.config.metrics.interval_s).start()
         # A run of a few steps measures half of them, and says that they had not settled, rather than none.
@@ -91,14 +96,14 @@ class Training:
 
     def _prepare(self):
         self.setup = setup.prepare(self.config, log)
-        room.check_shapes(self.setup)
+        available_memory.check_shapes(self.setup)
         if self.main:
             self.workdir.claim(self.config)
 
     def _train(self):
         stopping.check()
         self.compiled, self.compiled_eval = setup.compile_steps(self.setup)
-        distributed.together(lambda: room.check_compiled(self.setup))
+        distributed.together(lambda: available_memory.check_compiled(self.setup))
         self.token_bytes = setup.token_bytes(self.setup)
         state = self._restore_or_create()
         if self.main:
@@ -122,18 +127,18 @@ class Training:
     def _restore_or_create(self):
         """The newest checkpoint's state, or a new one. What is frozen is in no checkpoint: it is made as it was."""
         run, shaped = self.setup, self.setup.shaped
-        now = self.checkpoints.facts = facts.of(run)
+        now = self.checkpoints.facts = fingerprints.of(run)
         restored = self.checkpoints.restore_newest(shaped.replace(frozen=None))
         if restored is None:
             return setup.create_state(run)
         state, data_state = restored
         before = self.checkpoints.restored_facts
-        facts.check(before, now, self.config)
+        fingerprints.check(before, now, self.config)
         run.batches.set_state(data_state)
         self.first_step = int(state.step)
-        self.checkpoints.facts = facts.joined(before, now, self.first_step, self.config)
+        self.checkpoints.facts = fingerprints.joined(before, now, self.first_step, self.config)
         log.info(f"resuming from step {self.first_step}")
-        if said := facts.line(self.checkpoints.facts["schedules"]):
+        if said := fingerprints.line(self.checkpoints.facts["schedules"]):
             log.warning(said)
         frozen = setup.create_state(run).frozen if jax.tree.leaves(shaped.frozen) else shaped.frozen
         return state.replace(frozen=frozen)
@@ -159,10 +164,10 @@ class Training:
             return {}
 
     def _evaluate(self, at, state):
-        self.evaluation = evaluate.evaluate(
+        self.evaluation = held_out.evaluate(
             self.compiled_eval, state.all_params, self.setup.eval_batches, self.token_bytes, self.setup.mesh
         )
-        log.info(evaluate.line(self.evaluation))
+        log.info(held_out.line(self.evaluation))
         if self.writer:
             self.writer.scalars(at, self.evaluation)
         loss = self.evaluation["eval_loss"]
@@ -175,19 +180,19 @@ class Training:
 
     def _finish(self, state):
         """The row, and then what may fail without taking it away."""
-        self.idle = row.all_idle(self.idle.compared(energy.idle_power(self.reader)))
+        self.idle = row.all_idle(self.idle.compared(reader.idle_power(self.reader)))
         found = self._write_row("ok", row.all_energy(self.measurement))
         if self.main:
             log.info(f"\n{record.format_table(found)}")
         with failures.optional("no adapter was written"):
-            extras.write_adapter(self.setup, self.workdir, state)
+            exports.write_adapter(self.setup, self.workdir, state)
         with failures.optional("no sample was drawn"):
-            if sample := extras.sample(self.setup, state.all_params):
+            if sample := exports.sample(self.setup, state.all_params):
                 log.info(f"\nsample: {sample!r}\n")
         with failures.optional("TensorBoard has no table of the row"):
             self._write_hparams(found)
         with failures.optional("checkpoints stay as they are"):
-            extras.keep_checkpoints(self.checkpoints, self.config.checkpoint.keep)
+            exports.keep_checkpoints(self.checkpoints, self.config.checkpoint.keep)
         if self.main:
             if note := memory.disagreement(found["physical"]):
                 log.warning(note)
@@ -252,7 +257,7 @@ class Training:
         self.measurement.abandon()
         log.error(message)
         try:  # alone: other processes may not have failed, so their energy is not waited for
-            self._write_row(outcome, energy.unavailable(f"the run ended as {outcome}"), message)
+            self._write_row(outcome, reader.unavailable(f"the run ended as {outcome}"), message)
         except OSError as error:
             log.error(f"no row could be written: {error}")
         if outcome == "nan":  # as all processes see

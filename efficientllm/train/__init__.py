@@ -1,0 +1,1 @@
+"""Training: set-up, the compiled step, the loop, checkpoints and what is measured of them."""

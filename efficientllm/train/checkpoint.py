@@ -8,9 +8,9 @@ import math
 import jax
 from jax.experimental import multihost_utils
 
-from efficientllm import distributed
 from efficientllm.errors import UserError
-from efficientllm.train import checksums, quiet
+from efficientllm.runtime import distributed, quiet_threads
+from efficientllm.train import checkpoint_checksums
 
 log = logging.getLogger("efficientllm")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # of a write that failed, here or elsewhere
@@ -45,7 +45,7 @@ class Checkpoints:
         self._folder = folder
         self._saved_step = None
         self.facts, self.restored_facts = {}, {}
-        quiet.silence_orbax()
+        quiet_threads.silence_orbax()
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
 
     def save(self, step, state, data_state, loss=None):
@@ -68,7 +68,7 @@ class Checkpoints:
         """Called by orbax when all files of a checkpoint are written, before it gets its name."""
         if jax.process_index() == 0:
             drafts = list(self._folder.glob(f"{self._saved_step}.orbax-checkpoint-tmp*"))
-            checksums.write(drafts[0] if drafts else self._folder / str(self._saved_step))
+            checkpoint_checksums.write(drafts[0] if drafts else self._folder / str(self._saved_step))
 
     def saving(self):
         """True until what was saved last is on disk."""
@@ -110,9 +110,8 @@ class Checkpoints:
 
     def _try(self, step, shaped_like):
         """What the checkpoint holds, or None with a warning if it is damaged or cannot be read."""
-        damage, *_ = distributed.gather(
-            checksums.damage(self._folder / str(step)) if distributed.is_main() else None  # one reads all files
-        )
+        folder = self._folder / str(step)
+        damage, *_ = distributed.gather(checkpoint_checksums.damage(folder) if distributed.is_main() else None)
         if damage:
             log.warning("checkpoint %d cannot be read (damaged: %s); trying the one before", step, damage)
             return None

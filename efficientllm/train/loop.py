@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from efficientllm import sharding, stopping
+from efficientllm import sharding
+from efficientllm.runtime import stopping
 
 log = logging.getLogger("efficientllm")
 ASK_EVERY = 10  # steps between two questions to the other processes whether one of them was told to stop

@@ -2,7 +2,8 @@
 
 import time
 
-from efficientllm.metrics import compiles, conditions, energy
+from efficientllm.metrics import compiles, conditions
+from efficientllm.metrics.energy import reader as energy
 from efficientllm.metrics.timer import CAP, StepTimer
 
 

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 
-from efficientllm import console
+from efficientllm.runtime import console
 
 
 class _LogFile(logging.FileHandler):

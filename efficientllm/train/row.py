@@ -4,10 +4,14 @@ import dataclasses
 
 import jax
 
-from efficientllm import accounting, distributed
-from efficientllm.metrics import conditions, energy, memory, paper, peaks, record, sampler
+from efficientllm.cost import device_peaks, formulas, step_memory
+from efficientllm.evaluation import held_out
+from efficientllm.metrics import conditions, memory, sampler
+from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
-from efficientllm.train import evaluate, footprint, setup
+from efficientllm.record import row, study_metrics
+from efficientllm.runtime import distributed
+from efficientllm.train import setup
 from efficientllm.weights import activation_dtype
 
 TIMED = (
@@ -27,17 +31,17 @@ TIMED = (
 
 def all_energy(measurement):
     """The energy of the steady part over the devices of all processes; every process calls it, or none."""
-    own = dataclasses.asdict(energy.combine(measurement.windows))
-    return energy.over_processes([energy.EnergyWindow(**window) for window in distributed.gather(own)])
+    own = dataclasses.asdict(reader.combine(measurement.windows))
+    return reader.over_processes([reader.EnergyWindow(**window) for window in distributed.gather(own)])
 
 
 def all_idle(idle):
     """The power at rest of all processes' devices; every process calls it, or none."""
-    found = [energy.Idle(**each) for each in distributed.gather(dataclasses.asdict(idle))]
+    found = [reader.Idle(**each) for each in distributed.gather(dataclasses.asdict(idle))]
     if reason := next((each.reason for each in found if each.power_w is None), None):
-        return energy.Idle(None, reason)
+        return reader.Idle(None, reason)
     drifts = [each.drift for each in found if each.drift is not None]
-    return energy.Idle(sum(each.power_w for each in found), None, max(drifts, key=abs, default=None))
+    return reader.Idle(sum(each.power_w for each in found), None, max(drifts, key=abs, default=None))
 
 
 def conditions_of(measurement, everywhere):
@@ -52,12 +56,12 @@ def conditions_of(measurement, everywhere):
 def readings(run, measurement, window, idle):
     """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`); `window` is its energy, `idle`
     the power at rest."""
-    params = accounting.parameters(run.lm, run.boxed)
+    params = formulas.parameters(run.lm, run.boxed)
     if reason := _spoilt(measurement):
-        nothing = {key: missing(unit, reason) for key, unit in paper.UNITS.items()}
-        timed = {key: missing(record.PHYSICAL_UNITS[key], reason) for key in TIMED}
+        nothing = {key: missing(unit, reason) for key, unit in study_metrics.UNITS.items()}
+        timed = {key: missing(row.PHYSICAL_UNITS[key], reason) for key in TIMED}
         return nothing, {**physical_of_model(run, params), **timed}
-    work = paper.Work(
+    work = study_metrics.Work(
         task=run.config.task,
         iterations_s=tuple(measurement.timer.samples),
         duration_s=measurement.seconds,
@@ -65,10 +69,10 @@ def readings(run, measurement, window, idle):
         **({"samples": measurement.samples} if run.config.task == "tune" else {"tokens": measurement.tokens}),
     )
     steps = measurement.timer.statistics()
-    study = paper.paper_metrics(work, sampler.combine(measurement.averages), window)
+    study = study_metrics.paper_metrics(work, sampler.combine(measurement.averages), window)
     physical = {
         **physical_of_model(run, params),
-        **paper.energy_metrics(window, measurement.tokens, idle),
+        **study_metrics.energy_metrics(window, measurement.tokens, idle),
         **_utilisation(run, measurement.steps, measurement.seconds),
         **_executed(run, measurement.steps, measurement.seconds),
         **_moved(run, measurement.seconds / measurement.steps),
@@ -82,8 +86,8 @@ def readings(run, measurement, window, idle):
 
 def unknown(reason):
     """`(paper, physical)` readings that are all null for one reason."""
-    study = {key: missing(unit, reason) for key, unit in paper.UNITS.items()}
-    return study, {key: missing(unit, reason) for key, unit in record.PHYSICAL_UNITS.items()}
+    study = {key: missing(unit, reason) for key, unit in study_metrics.UNITS.items()}
+    return study, {key: missing(unit, reason) for key, unit in row.PHYSICAL_UNITS.items()}
 
 
 def warm_up(measurement):
@@ -111,26 +115,26 @@ def utilisation(run, step_seconds):
 
 
 def _utilisation(run, steps, seconds):
-    flops = accounting.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method) * steps
-    return peaks.model_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(run.lm.precision))
+    flops = formulas.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method) * steps
+    return device_peaks.model_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(run.lm.precision))
 
 
 def _executed(run, steps, seconds):
     counted = run.program_flops
     whole = counted if counted.value is None else dataclasses.replace(counted, value=counted.value * steps)
-    return peaks.hardware_flops_utilisation(whole, seconds, jax.devices(), activation_dtype(run.lm.precision))
+    return device_peaks.hardware_flops_utilisation(whole, seconds, jax.devices(), activation_dtype(run.lm.precision))
 
 
 def _moved(run, step_seconds):
     """How much of the memory's bandwidth a step uses, and the time it cannot fall below."""
     train, devices = run.config.train, jax.devices()
     rows = run.batch_size // train.accumulate
-    moved = footprint.moved_bytes(run.lm, run.shaped, rows, run.length, train.accumulate)
-    flops = accounting.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
+    moved = step_memory.moved_bytes(run.lm, run.shaped, rows, run.length, train.accumulate)
+    flops = formulas.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
     what = "parameters, moments, gradients and activations, each passing once for each use,"
     return {
-        **peaks.bandwidth_utilisation(moved, step_seconds, devices, what),
-        "step_s_roofline": peaks.roofline(flops, moved, devices, activation_dtype(run.lm.precision)),
+        **device_peaks.bandwidth_utilisation(moved, step_seconds, devices, what),
+        "step_s_roofline": device_peaks.roofline(flops, moved, devices, activation_dtype(run.lm.precision)),
     }
 
 
@@ -146,10 +150,10 @@ def memory_of(run):
 def physical_of_model(run, params):
     """What is known of the model without a clock: parameters, FLOPs, bytes."""
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.shaped.all_params))
-    flops = accounting.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
+    flops = formulas.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
     flops /= run.length * run.batch_size
     learnt = sum(leaf.size for leaf in jax.tree.leaves(run.shaped.params))
-    formula = f"closed formula ({accounting.FLOP_CONVENTION})"
+    formula = f"closed formula ({formulas.FLOP_CONVENTION})"
     return {
         "params_total": Reading(params["total"], "1", "parameter tree"),
         "params_active": Reading(params["active"], "1", "parameter tree, experts as far as a token is sent to them"),
@@ -159,7 +163,7 @@ def physical_of_model(run, params):
         **memory_of(run),
         "program_flops_per_token": _per_token(run, run.program_flops),
         "kv_bytes_per_token": Reading(
-            accounting.state_bytes(run.lm, run.length) / run.length, "bytes", f"closed formula, row of {run.length}"
+            formulas.state_bytes(run.lm, run.length) / run.length, "bytes", f"closed formula, row of {run.length}"
         ),
         "compile_s": Reading(run.compile_s["compile"], "s", "XLA compilation of the training step")
         if run.compile_s
@@ -175,5 +179,5 @@ def _per_token(run, counted):
 
 def quality(evaluation, loss):
     """Readings of the last evaluation and the last training loss; null with the reason where a value is not finite."""
-    found = evaluate.readings(evaluation or {})
+    found = held_out.readings(evaluation or {})
     return found if loss is None else {"loss": Reading(loss, "nat", "last logged training step"), **found}

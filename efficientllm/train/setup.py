@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm import allocator, architecture, data, kernels, model, sharding
+from efficientllm import data, model, sharding
 from efficientllm.adapters.base import is_box
+from efficientllm.architecture import from_config
+from efficientllm.cost import device_peaks, jaxpr_flops, step_memory
 from efficientllm.errors import UserError
-from efficientllm.metrics import flops, host, memory, peaks
+from efficientllm.metrics import host, memory
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.optim import rules
-from efficientllm.quant import tree as quant
+from efficientllm.quant import apply as quant
 from efficientllm.registry import build
-from efficientllm.train import footprint, step
+from efficientllm.runtime import kernel_choice as kernels
+from efficientllm.runtime import malloc
+from efficientllm.train import step
 from efficientllm.weights import Weight, activation_dtype
 
 
@@ -64,7 +68,7 @@ def prepare(config, log):
         _check_data(config, log)
     source = open_pretrained(config.model.pretrained)
     model_config = described(config.model, source)
-    lm = architecture.check(model_config)  # a bad model is refused before any data is read
+    lm = from_config.check(model_config)  # a bad model is refused before any data is read
     model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
     check_positions(config, source)
     mesh = sharding.make_mesh(config.mesh)
@@ -72,7 +76,7 @@ def prepare(config, log):
     if source is None:
         _check_data(config, log)
     tokenizer = tokenizer_of(config, source)
-    lm = _for_method(architecture.from_config(model_config, tokenizer.vocab_size), method)
+    lm = _for_method(from_config.from_config(model_config, tokenizer.vocab_size), method)
     _check_sample(lm, config.sample, tokenizer)
     if config.train.accumulate > 1 and any(getattr(ffn, "load_balance", 0) for _, ffn in model.parts(lm)):
         rows = config.train.batch_size // config.train.accumulate
@@ -241,7 +245,7 @@ def check_train(train, mesh):
 def compile_steps(setup):
     """The compiled (train, eval) steps. Fills in the setup's compile times and kernels, and what the program of a
     step costs."""
-    batch = footprint.batch_shapes(setup.batch_size, setup.length, sharding.batch_sharding(setup.mesh))
+    batch = step_memory.batch_shapes(setup.batch_size, setup.length, sharding.batch_sharding(setup.mesh))
     train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, setup.shardings, setup.method)
     evaluate = step.jit_eval_step(setup.lm, setup.mesh, setup.shardings.all_params)
     begin = time.perf_counter()
@@ -251,19 +255,23 @@ def compile_steps(setup):
     lowered_at = time.perf_counter()
     compiled = lowered.compile()
     setup.compile_s = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
-    peaks.measure_gemm_peak(activation_dtype(setup.lm.precision).name)  # at most once a host, and not between steps
-    peaks.measure_copy_bandwidth()
+    device_peaks.measure_gemm_peak(
+        activation_dtype(setup.lm.precision).name
+    )  # at most once a host, and not between steps
+    device_peaks.measure_copy_bandwidth()
     setup.program_flops, setup.program_memory = _program_flops(traced.jaxpr), _program_memory(compiled)
     setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
     token_bytes = jax.ShapeDtypeStruct((setup.lm.vocab_size,), jnp.float32, sharding=sharding.replicated(setup.mesh))
     compiled_eval = evaluate.lower(setup.shaped.all_params, batch, token_bytes).compile()
-    allocator.give_back()
+    malloc.give_back()
     return compiled, compiled_eval
 
 
 def _program_flops(jaxpr):
     try:
-        return Reading(flops.count_program_flops(jaxpr), "FLOP", "products of a step's program, counted in its jaxpr")
+        return Reading(
+            jaxpr_flops.count_program_flops(jaxpr), "FLOP", "products of a step's program, counted in its jaxpr"
+        )
     except ValueError as error:
         return missing("FLOP", str(error))
 
@@ -276,11 +284,11 @@ def _program_memory(compiled):
 
 
 def predicted_memory(setup):
-    """Bytes of a step by `train.footprint`, over this process's devices, as a Reading."""
+    """Bytes of a step by `cost.step_memory`, over this process's devices, as a Reading."""
     config = setup.config.train
     rows = config.batch_size // config.accumulate
     ways = sharding.row_ways(setup.mesh) * setup.mesh.shape["sequence"]
-    found = footprint.predicted_bytes(setup.lm, setup.shaped, rows, setup.length, ways) * jax.local_device_count()
+    found = step_memory.predicted_bytes(setup.lm, setup.shaped, rows, setup.length, ways) * jax.local_device_count()
     return Reading(found, "bytes", "shapes: parameters, optimiser, gradients, activations; over this process's devices")
 
 

@@ -11,12 +11,12 @@ import optax
 from efficientllm import model as models
 from efficientllm import sharding
 from efficientllm.adapters.base import attach, join, split
+from efficientllm.adapters.freeze import Full
 from efficientllm.adapters.lora import seeded
-from efficientllm.adapters.selected import Full
-from efficientllm.attention import Context
+from efficientllm.objectives.cross_entropy import nll_sum
+from efficientllm.ops.attention import Context
 from efficientllm.optim import rules
-from efficientllm.quant import tree as quant
-from efficientllm.train.loss import nll_sum
+from efficientllm.quant import apply as quant
 
 FULL = Full()
 AS_THEY_ARE = ((quant.TABLE.pattern, "float32"),)  # embeddings and the head (arXiv:2305.14314, Section 3)

@@ -16,9 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm.attention import Context
 from efficientllm.errors import exit_with
-from efficientllm.metrics import provenance, race
+from efficientllm.metrics import race
+from efficientllm.ops.attention import Context
+from efficientllm.record import provenance
 from efficientllm.registry import build
 
 DENSE = "dense"

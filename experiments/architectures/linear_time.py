@@ -14,7 +14,7 @@ import attention_crossover
 import numpy as np
 
 from efficientllm.errors import exit_with
-from efficientllm.metrics import provenance
+from efficientllm.record import provenance
 
 
 def main(argv=None):

@@ -8,10 +8,11 @@ import math
 
 import jax
 
-from efficientllm import accounting, architecture, model
-from efficientllm import base_config as base
+from efficientllm import base_config, model
+from efficientllm.architecture import from_config
+from efficientllm.config.presets import attention, mixers
+from efficientllm.cost import formulas
 from efficientllm.errors import exit_with
-from efficientllm.presets import attention, mixers
 
 LENGTHS = (512, 4096, 16384)
 
@@ -40,22 +41,22 @@ def models(size, precision):
     found = {}
     for name, config in configs.items():
         config.model.size, config.model.precision, config.model.parameters_of = size, precision, ""
-        found[name] = architecture.from_config(config.model, base_vocabulary(size))
+        found[name] = from_config.from_config(config.model, base_vocabulary(size))
     return found
 
 
 def base_vocabulary(size):
     """A vocabulary for sizes that name none."""
-    config = base.get_config()
+    config = base_config.get_config()
     config.model.size = size
-    return 2048 if architecture.from_config(config.model, 8).vocab_size == 8 else None
+    return 2048 if from_config.from_config(config.model, 8).vocab_size == 8 else None
 
 
 def state_bytes(lm, length):
     """By the formula, which must be what the arrays hold."""
     states = jax.eval_shape(lambda: model.init_states(lm, 1, length))
     held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
-    assert held == accounting.state_bytes(lm, length)
+    assert held == formulas.state_bytes(lm, length)
     return held
 
 

@@ -1,4 +1,4 @@
-"""Times tiles of the int4 product on the NVIDIA GPU that is here, for `tile` of `efficientllm/quant/tiled.py`.
+"""Times tiles of the int4 product on the NVIDIA GPU that is here, for `tile` of `efficientllm/quant/pallas_int4.py`.
 
   python experiments/inference/tiles.py                                 # Qwen2.5's 1.5B and 7B, 1, 8 and 512 rows of x
   python experiments/inference/tiles.py --products='1x8960x1536' --json=tiles.json
@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from efficientllm.errors import exit_with
-from efficientllm.quant import tiled
+from efficientllm.quant import pallas_int4
 from efficientllm.quant.int4 import Int4
 
 # gate and up together, q, k and v together, o, down: of 1.5B and of 7B.
@@ -59,14 +59,14 @@ def main(argv=None):
 
 def candidates(M, W):
     """Tiles that are tried for M rows of x and W bytes of a row of weights, in groups of 16 bytes."""
-    if M <= tiled.VECTORS:
+    if M <= pallas_int4.VECTORS:
         sizes = itertools.product((1, 2, 4, 8, 16), (256, 512, 1024), (1, 2, 4, 8), (None,), (1, 2, 4))
         least, most = 512, 2048  # bytes a warp
-    elif M <= tiled.TOKENS // 2:
+    elif M <= pallas_int4.TOKENS // 2:
         sizes, least, most = itertools.product((16, 32, 64), (64, 128, 256), (2, 4), (1, 3), (1, 2, 4)), 0, 4096
     else:
         sizes, least, most = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3), (1, 2, 4)), 0, 4096
-    tiles = itertools.starmap(tiled.Tile, sizes)
+    tiles = itertools.starmap(pallas_int4.Tile, sizes)
     return [t for t in tiles if least <= t.rows * t.width // t.warps <= most and t.parts * t.width <= max(W, t.width)]
 
 
@@ -83,10 +83,10 @@ def compare(M, K, R):
     weights = [jax.tree.map(jnp.copy, one) for _ in range(copies)]
     dense = [jnp.asarray(one.rows(), jnp.bfloat16) + 0 for _ in range(max(2, copies // 3))]
     lowered = {"bfloat16": jax.jit(_dense).lower(x, dense[0])}
-    chosen = tiled.tile(M, R, K // 2, 16)
+    chosen = pallas_int4.tile(M, R, K // 2, 16)
     for each in dict.fromkeys((chosen, *candidates(M, K // 2))):
-        with mock.patch.object(tiled, "tile", lambda *sizes, each=each: each):
-            ours = functools.partial(tiled.product, operand=jnp.bfloat16, platform="gpu")
+        with mock.patch.object(pallas_int4, "tile", lambda *sizes, each=each: each):
+            ours = functools.partial(pallas_int4.product, operand=jnp.bfloat16, platform="gpu")
             lowered[name_of(each)] = jax.jit(lambda x, w, ours=ours: ours(x, w)).lower(x, one)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = dict(zip(lowered, pool.map(lambda each: each.compile(), lowered.values()), strict=True))

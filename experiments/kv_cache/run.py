@@ -20,14 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm import accounting, architecture
 from efficientllm import model as models
+from efficientllm.architecture import from_config
 from efficientllm.atomic import write_atomically
+from efficientllm.config.presets import attention, mixers
+from efficientllm.cost import device_peaks, formulas
 from efficientllm.errors import UserError, exit_with
 from efficientllm.infer import engine as engines
 from efficientllm.infer.samplers import Greedy
-from efficientllm.metrics import peaks, provenance, race
-from efficientllm.presets import attention, mixers
+from efficientllm.metrics import race
+from efficientllm.record import provenance
 from efficientllm.train import step
 
 MIXERS = ("mha", "gqa", "mqa", "mla", "nsa", "mamba", "rwkv")
@@ -39,7 +41,7 @@ def main(argv=None):
     settings = {"size": options.size, "precision": options.precision, "steps": options.steps, "blocks": options.blocks}
     file = pathlib.Path(options.out)
     rows = _read(file, settings)
-    bandwidth = peaks.measure_copy_bandwidth().value
+    bandwidth = device_peaks.measure_copy_bandwidth().value
     for length in map(int, options.lengths.split(",")):
         if {row["mixer"] for row in rows if row["length"] == length} >= set(MIXERS):
             print(f"{length} tokens: measured before", file=sys.stderr)
@@ -76,7 +78,7 @@ def described(name, size, precision):
     if name == "nsa" and size != "tiny":  # whose parameters the paper's blocks would exceed
         config.model.mixer = "nsa"  # the paper's blocks
     config.model.size, config.model.precision = size, precision
-    return architecture.from_config(config.model, VOCABULARY)
+    return from_config.from_config(config.model, VOCABULARY)
 
 
 class Contestant:
@@ -121,14 +123,14 @@ def measure(length, options, bandwidth):
 
 def _row(name, length, contestant, seconds, bandwidth):
     lm, boxed, params = contestant.lm, contestant.boxed, contestant.params
-    moved = accounting.decode_bytes(lm, boxed, params, 1, length)
+    moved = formulas.decode_bytes(lm, boxed, params, 1, length)
     return {
         "mixer": name,
         "length": length,
-        "parameters": accounting.parameters(lm, boxed)["total"],
+        "parameters": formulas.parameters(lm, boxed)["total"],
         "step_s": seconds,
         "state_bytes": contestant.state_bytes,
-        "state_bytes_model": accounting.state_bytes(lm, length),
+        "state_bytes_model": formulas.state_bytes(lm, length),
         "bytes_a_step_model": moved,
         "least_s": moved / bandwidth,
         "copy_bandwidth": bandwidth,

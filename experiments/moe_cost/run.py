@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from efficientllm.errors import exit_with
 from efficientllm.ffns import routing
-from efficientllm.metrics import provenance, race
+from efficientllm.metrics import race
+from efficientllm.record import provenance
 from efficientllm.registry import build
 
 DISCARDED = 3  # blocks

@@ -2,11 +2,11 @@
 
 import os
 
-from efficientllm import base_config as base
+from efficientllm import base_config
 
 
 def get_config():
-    config = base.get_config()
+    config = base_config.get_config()
     config.name = "gated"
     config.imports = (os.path.relpath(os.path.join(os.path.dirname(__file__), "gated.py")),)
     config.model.mixer = "gated"

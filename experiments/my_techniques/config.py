@@ -2,7 +2,7 @@
 
 import os
 
-from efficientllm import base_config as base
+from efficientllm import base_config
 
 SERVED = {"task": "infer", "model.pretrained": "smollm2-135m", "tokenizer": "pretrained", "infer.chat": True}
 PARTS = {
@@ -16,7 +16,7 @@ PARTS = {
 
 
 def get_config(part="ffn"):
-    config, changes = base.get_config(), base.variant(PARTS, part)
+    config, changes = base_config.get_config(), base_config.variant(PARTS, part)
     config.name = f"my_{part}"
     config.imports = (os.path.relpath(os.path.join(os.path.dirname(__file__), f"{part}.py")),)
     config.update_from_flattened_dict(changes)

@@ -6,7 +6,7 @@ import typing
 import flax.struct
 import jax.numpy as jnp
 
-from efficientllm.quant.rows import STATIC, Rows
+from efficientllm.quant.base import STATIC, Rows
 from efficientllm.registry import register
 
 GREATEST = 448.0  # of E4M3

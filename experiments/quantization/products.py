@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficientllm.cost import device_peaks
 from efficientllm.errors import exit_with
-from efficientllm.metrics import peaks, race
-from efficientllm.quant import products
-from efficientllm.quant.rows import resident_bytes
-from efficientllm.quant.tree import quantize
+from efficientllm.metrics import race
+from efficientllm.quant import matmul as products
+from efficientllm.quant.apply import quantize
+from efficientllm.quant.base import resident_bytes
 from efficientllm.weights import matmul
 
 SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))
@@ -76,7 +77,7 @@ def main(argv=None):
     if min(options.rows) < 1 or not 1 <= options.shapes <= len(SHAPES):
         parser.error(f"M must be at least 1, and --shapes between 1 and {len(SHAPES)}")
     products.FEW = 10**9 if options.native else products.FEW
-    copy, read = peaks.best_copy(apart=True), peaks.best_read()
+    copy, read = device_peaks.best_copy(apart=True), device_peaks.best_read()
     print(f"from one array into another {copy / 1e9:.1f} GB/s, read and written; read {read / 1e9:.1f} GB/s\n")
     names = [*FORMS, "torch int4"]
     print("| shape | rows | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2))

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import convert, model
-from efficientllm.attention import Context
 from efficientllm.errors import exit_with
+from efficientllm.ops.attention import Context
 from efficientllm.quant import calibrate
-from efficientllm.quant.rows import resident_bytes
-from efficientllm.quant.tree import form_of, quantize
+from efficientllm.quant.apply import form_of, quantize
+from efficientllm.quant.base import resident_bytes
 from efficientllm.registry import build
 
 SPECS = (

@@ -102,27 +102,28 @@ def measure(point):
     import jax
     import numpy as np
 
-    from efficientllm import architecture, model, sharding
-    from efficientllm import base_config as base
-    from efficientllm.adapters.selected import Full
+    from efficientllm import base_config, model, sharding
+    from efficientllm.adapters.freeze import Full
+    from efficientllm.architecture import from_config
+    from efficientllm.cost import step_memory
     from efficientllm.metrics import host
-    from efficientllm.train import footprint, step
+    from efficientllm.train import step
 
     layers = point["unrolled"] or point["layers"]
     model.UNROLLED = point["unrolled"]  # of itself a CPU unrolls few layers, and no other platform any
-    config = base.get_config()
+    config = base_config.get_config()
     size = ", ".join(f"{key}={value}" for key, value in (SIZE | {"num_layers": layers}).items())
     config.model.size = f"custom({size}, rope_base=1e4, vocab_size=2048)"
     if point["experts"]:
         config.model.ffn = f"moe(num_experts={point['experts']}, top_k=2, hidden=64)"
     rows = max(4, point["devices"])
-    lm, method = architecture.from_config(config.model), Full()
+    lm, method = from_config.from_config(config.model), Full()
     mesh = sharding.make_mesh("fsdp=-1")
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(step.init_state(lm, config.train, 0, point["length"], method))
         where = sharding.shardings(boxed, mesh)
         state = step.jit_create(lm, config.train, 0, point["length"], where, method)()
-        shapes = footprint.batch_shapes(rows, point["length"], sharding.batch_sharding(mesh))
+        shapes = step_memory.batch_shapes(rows, point["length"], sharding.batch_sharding(mesh))
         begin = time.perf_counter()
         lowered = step.jit_train_step(lm, config.train, mesh, where, method).trace(state, shapes).lower()
         lowered_at = time.perf_counter()
@@ -179,7 +180,7 @@ def draw(rows, file):
 
 def report(rows):
     """Where it was measured, what grew by how much, and every point, as Markdown."""
-    from efficientllm.metrics import provenance
+    from efficientllm.record import provenance
 
     commit, processor = provenance.git_state()["commit"], provenance.processor()
     device = f"{processor['name']}, {processor['cores']} cores, jax {provenance.versions()['jax']}"

@@ -11,7 +11,7 @@ from configs import base
 from efficientllm import sharding
 from efficientllm.adapters.dora import DoRA
 from efficientllm.adapters.lora import LoRA, dropped
-from efficientllm.grouped_matmul import grouped_matmul
+from efficientllm.ops.grouped_matmul import grouped_matmul
 from efficientllm.train import step
 from efficientllm.weights import matmul
 

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from adapters.test_peft import kernels, ours, theirs
 from efficientllm import convert
-from efficientllm.adapters import folder
-from efficientllm.adapters.folder.config import read_config
+from efficientllm.convert import peft
+from efficientllm.convert.peft.adapter_config import read_config
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.untrusted import patterns
@@ -27,7 +27,7 @@ def test_a_folder_may_adapt_some_of_the_kernels(source, name, tmp_path):
     assert sum(isinstance(leaf, np.ndarray | jax.Array) for _, _, leaf, _ in kernels(lm, source, params)) == 5 * 2
     expected = peers.their_logits(tuned, ids)
     peers.close(peers.our_logits(lm, params, ids), expected, 1e-5)
-    folder.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
+    peft.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
     merged = convert.open_source(tmp_path / "merged").load(peers.abstract(lm))
     peers.close(peers.our_logits(lm, merged, ids), expected, 1e-5)
 
@@ -48,7 +48,7 @@ def test_a_folder_may_have_several_ranks(source, tmp_path):
         tuned = theirs(source, "lora", target_modules=r".*(q_proj|up_proj)", **ranks)
         tuned.save_pretrained(where)
         expected = peers.their_logits(tuned, ids)
-        folder.merge_into(source, where, tmp_path / f"{pattern}-merged")
+        peft.merge_into(source, where, tmp_path / f"{pattern}-merged")
         merged = convert.open_source(tmp_path / f"{pattern}-merged").load(peers.abstract(lm))
         peers.close(peers.our_logits(lm, merged, ids), expected, 1e-5)
         if pattern.startswith("mlp"):
@@ -83,9 +83,9 @@ def test_a_folder_may_have_several_ranks(source, tmp_path):
 )
 def test_a_config_that_we_do_not_compute_is_refused(change, message, tmp_path):
     config = [] if change is None else {"peft_type": "LORA", "r": 4, "lora_alpha": 6} | change
-    (tmp_path / folder.CONFIG).write_text(json.dumps(config))
+    (tmp_path / peft.CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
-        build("adapter", folder.read_spec(tmp_path))
+        build("adapter", peft.read_spec(tmp_path))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -97,25 +97,25 @@ def test_numbers_that_are_none_are_not_merged(part, value, tmp_path):
     shapes = {name: w.shape for name, w in base.items() if "q_proj" in name}
     tensors = folders.adapter(tmp_path / "adapter", shapes, 2)
     name = next(name for name in tensors if part in name)
-    save_file(tensors | {name: np.full_like(tensors[name], value)}, tmp_path / "adapter" / folder.TENSORS)
+    save_file(tensors | {name: np.full_like(tensors[name], value)}, tmp_path / "adapter" / peft.TENSORS)
     said = "makes NaN or infinity of its weight" if value == 3e38 else f"tensor '{name}' holds NaN or infinity"
     with pytest.raises(UserError, match=said):
-        folder.merge_into(convert.open_source(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
+        peft.merge_into(convert.open_source(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_pattern_that_backtracks_is_refused_in_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(patterns, "SECONDS", 0.2)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "rank_pattern": {"(a|aa)+!": 2}}
-    (tmp_path / folder.CONFIG).write_text(json.dumps(config))
+    (tmp_path / peft.CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError, match="takes more than 0.2 s to match"):
         read_config(tmp_path).rank_of("a" * 60)
 
 
 def test_an_adapter_of_another_family_is_refused(source, tmp_path):
-    name = f"{folder.PREFIX}gpt_neox.layers.0.attention.query_key_value.lora_A.weight"
-    save_file({name: np.zeros((4, 48), np.float32)}, tmp_path / folder.TENSORS)
-    (tmp_path / folder.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6}))
+    name = f"{peft.PREFIX}gpt_neox.layers.0.attention.query_key_value.lora_A.weight"
+    save_file({name: np.zeros((4, 48), np.float32)}, tmp_path / peft.TENSORS)
+    (tmp_path / peft.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6}))
     with pytest.raises(UserError, match="an adapter of another model"):
         ours(source, "lora", tmp_path)
 
@@ -124,15 +124,15 @@ def test_what_is_no_adapter_of_this_model_is_refused(source, tmp_path):
     theirs(source, "lora").save_pretrained(tmp_path / "adapter")
     lm = source.lm()
     params = source.load(peers.abstract(lm))
-    config = (tmp_path / "adapter" / folder.CONFIG).read_text()
+    config = (tmp_path / "adapter" / peft.CONFIG).read_text()
     for change, message in ((('"r": 4', '"r": 5'), "another model or rank"), (('"none"', '"all"'), "bias = 'all'")):
-        (tmp_path / "adapter" / folder.CONFIG).write_text(config.replace(*change))
+        (tmp_path / "adapter" / peft.CONFIG).write_text(config.replace(*change))
         with pytest.raises(UserError, match=message):
-            folder.around(source, lm, params, tmp_path / "adapter")
-    (tmp_path / "adapter" / folder.TENSORS).unlink()
-    (tmp_path / "adapter" / folder.CONFIG).write_text(config)
+            peft.around(source, lm, params, tmp_path / "adapter")
+    (tmp_path / "adapter" / peft.TENSORS).unlink()
+    (tmp_path / "adapter" / peft.CONFIG).write_text(config)
     with pytest.raises(UserError, match="is missing: no folder of an adapter"):
-        folder.around(source, lm, source.load(peers.abstract(lm)), tmp_path / "adapter")
+        peft.around(source, lm, source.load(peers.abstract(lm)), tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     with pytest.raises(UserError, match="adapter_model.bin is a pickle, which is never loaded"):
-        folder.around(source, lm, source.load(peers.abstract(lm)), tmp_path / "adapter")
+        peft.around(source, lm, source.load(peers.abstract(lm)), tmp_path / "adapter")

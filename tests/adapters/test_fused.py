@@ -9,8 +9,8 @@ from convert import peers
 from adapters.test_peft import OPTIONS, moved
 from configs import base
 from efficientllm import convert, model
-from efficientllm.adapters import folder
 from efficientllm.adapters.base import is_box
+from efficientllm.convert import peft as folder
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.train import step

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from adapters.test_peft import moved, peft, torch
 from configs import base
 from efficientllm import convert, model
-from efficientllm.adapters import folder
 from efficientllm.adapters.base import is_box
+from efficientllm.convert import peft as folder
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.train import step

@@ -10,11 +10,12 @@ import pytest
 
 import contract
 from configs import base
-from efficientllm import accounting, model, sharding
+from efficientllm import model, sharding
 from efficientllm.adapters.base import attach, box, join, merge, split
+from efficientllm.cost import formulas
+from efficientllm.cost.jaxpr_flops import count_needed_flops
 from efficientllm.errors import UserError
-from efficientllm.metrics.flops import count_needed_flops
-from efficientllm.quant.rows import Rows
+from efficientllm.quant.base import Rows
 from efficientllm.registry import build, names
 from efficientllm.train import step
 from tiers import slow_except
@@ -173,7 +174,7 @@ def test_flops_of_dropping_are_the_programs(spec):
 def check_flops(method, lm, _, state):
     batch, key = contract.batch(), jax.random.key(0)
     counted = count_needed_flops(lambda s: step.gradients(lm, s.params, batch, 1, s.frozen, key), state)
-    expected = accounting.step_flops(lm, model.abstract_params(lm), contract.T, contract.B, method)
+    expected = formulas.step_flops(lm, model.abstract_params(lm), contract.T, contract.B, method)
     # The program multiplies what the causal mask then drops; below the layers that learn only forward.
     dropped = sum(mixer.mix_flops(contract.T, True) - mixer.mix_flops(contract.T) for mixer, _ in model.parts(lm))
     passes = 3 + 1 if method.unrolled else 3 * lm.num_groups

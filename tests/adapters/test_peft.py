@@ -10,8 +10,9 @@ from convert import peers
 
 from configs import base
 from efficientllm import convert, model
-from efficientllm.adapters import folder, products
+from efficientllm.adapters import full_delta
 from efficientllm.adapters.base import KERNEL, attach, is_box, merge, split
+from efficientllm.convert import peft as folder
 from efficientllm.optim import rules
 from efficientllm.registry import build
 from efficientllm.train import step
@@ -214,7 +215,7 @@ def test_changes_of_the_kernel_are_pefts(name):
     base_kernel = np.zeros((24, 40), np.float32)
     if name == "loha":
         a1, b1, a2, b2 = (get(f"hada_w{i}_{part}").T for i in (1, 2) for part in ("b", "a"))
-        leaf = products.LoHa(base_kernel, a1, b1, a2, b2, scale=5 / 3)
+        leaf = full_delta.LoHa(base_kernel, a1, b1, a2, b2, scale=5 / 3)
     else:
-        leaf = products.LoKr(base_kernel, get("lokr_w1").T, get("lokr_w2_b").T, get("lokr_w2_a").T, scale=5 / 3)
+        leaf = full_delta.LoKr(base_kernel, get("lokr_w1").T, get("lokr_w2_b").T, get("lokr_w2_a").T, scale=5 / 3)
     np.testing.assert_allclose(leaf.delta(), expected, rtol=1e-5, atol=1e-6)

@@ -10,10 +10,10 @@ from convert import peers
 from adapters.test_peft import gradients
 from configs import base
 from efficientllm import convert, model
-from efficientllm.adapters import folder
 from efficientllm.adapters.base import is_box
+from efficientllm.convert import peft as folder
 from efficientllm.optim import rules
-from efficientllm.quant.rows import Rows
+from efficientllm.quant.base import Rows
 from efficientllm.registry import build
 from efficientllm.train import step
 from tiers import slow_case

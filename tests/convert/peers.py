@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efficientllm import model
-from efficientllm.attention import Context
+from efficientllm.ops.attention import Context
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from efficientllm import architecture, convert
-from efficientllm.convert import families, inverse, rope
-from efficientllm.convert.facts import differences, facts
+from efficientllm import convert
+from efficientllm.architecture import from_config
+from efficientllm.convert.hf_config import families, rope_parameters, to_hf
+from efficientllm.convert.hf_config.canonical import differences, facts
 from efficientllm.convert.source import _complete
 from efficientllm.errors import UserError
 
@@ -136,12 +137,12 @@ def test_an_export_says_the_rotation_for_transformers_4_too(name, tmp_path):
     base = {key: value for key, value in base.items() if kind != "GPTNeoX" or key != "num_key_value_heads"}
     config = json.loads(json.dumps(getattr(transformers, f"{kind}Config")(**base | changes).to_dict()))
     described = families.describe(config, "config.json")
-    lm = architecture.from_config(_complete(described.model))
-    written = inverse.config_of(config["model_type"], lm, facts(lm), described.max_positions)
-    both = written | rope.older_keys(written)
+    lm = from_config.from_config(_complete(described.model))
+    written = to_hf.config_of(config["model_type"], lm, facts(lm), described.max_positions)
+    both = written | rope_parameters.older_keys(written)
     older = {key: value for key, value in both.items() if key != "rope_parameters"}
     for said in (both, older, written):
-        model = architecture.from_config(_complete(families.describe(said, "config.json").model))
+        model = from_config.from_config(_complete(families.describe(said, "config.json").model))
         assert not differences(facts(model), facts(lm))
     assert older["rotary_emb_base" if kind == "GPTNeoX" else "rope_theta"] == 500.0
     read = getattr(transformers, f"{kind}Config")(**{key: value for key, value in both.items() if key != "model_type"})

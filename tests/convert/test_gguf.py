@@ -10,9 +10,9 @@ import pytest
 
 from efficientllm import convert, model
 from efficientllm.adapters.base import merge
-from efficientllm.attention import Context
 from efficientllm.errors import UserError
-from efficientllm.quant.rows import Rows
+from efficientllm.ops.attention import Context
+from efficientllm.quant.base import Rows
 from efficientllm.registry import build
 
 from . import folders

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from efficientllm.convert import gguf_header
+from efficientllm.convert.files import gguf_header
 from efficientllm.errors import UserError
 
 pytestmark = pytest.mark.quick

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from efficientllm.convert.new_folder import OWNER, new_folder
+from efficientllm.convert.files.new_folder import OWNER, new_folder
 from efficientllm.errors import UserError
 
 KILLED = """

@@ -10,11 +10,11 @@ import pathlib
 
 import pytest
 
-from efficientllm import architecture
-from efficientllm.convert import families, inverse
-from efficientllm.convert.defaults import BASES, DEFAULTS
-from efficientllm.convert.facts import differences, facts
-from efficientllm.convert.keys import HARMLESS
+from efficientllm.architecture import from_config
+from efficientllm.convert.hf_config import families, to_hf
+from efficientllm.convert.hf_config.canonical import differences, facts
+from efficientllm.convert.hf_config.checked_keys import HARMLESS
+from efficientllm.convert.hf_config.class_defaults import BASES, DEFAULTS
 from efficientllm.convert.source import _complete
 from efficientllm.errors import UserError
 from tiers import slow_except
@@ -60,7 +60,7 @@ def meaning(config):
 
 def assert_same(ours, theirs):
     if ours != theirs:  # said in other words, or another model
-        models = [facts(architecture.from_config(_complete(model))) for model, _ in (ours, theirs)]
+        models = [facts(from_config.from_config(_complete(model))) for model, _ in (ours, theirs)]
         assert ours[1] == theirs[1] and not differences(*models)
 
 
@@ -252,5 +252,5 @@ def test_what_scaling_is_for_can_be_used(scaling, most):
     config = with_scaling(rope_scaling=scaling, max_position_embeddings=32)
     model, found = meaning(config)
     assert found == most
-    lm = architecture.from_config(_complete(model))
-    assert meaning(inverse.config_of("llama", lm, facts(lm), found))[1] == most
+    lm = from_config.from_config(_complete(model))
+    assert meaning(to_hf.config_of("llama", lm, facts(lm), found))[1] == most

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from efficientllm import convert, model
-from efficientllm.attention import Context
 from efficientllm.errors import UserError
+from efficientllm.ops.attention import Context
 from efficientllm.quant.int4 import Int4
 from tiers import slow_case, slow_except
 
@@ -310,7 +310,7 @@ def test_blocks_larger_than_a_weight_take_no_memory_of_their_size(tmp_path):
     ],
 )
 def test_a_missing_part_is_named(kind, broken, said, tmp_path, monkeypatch):
-    from efficientllm.convert.safetensors_file import SafetensorsFolder
+    from efficientllm.convert.files.safetensors_file import SafetensorsFolder
 
     _, config = WRITERS[kind](tmp_path, folders.llama(tmp_path, **SHAPE))
     (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": config}))

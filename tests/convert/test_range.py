@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from efficientllm.convert.__main__ import main
-from efficientllm.quant import tree
+from efficientllm.quant import apply
 
 from . import folders
 
@@ -56,5 +56,5 @@ def test_rounding_them(tmp_path, value, form, capsys):
 
 def test_in_a_whole_tree():
     params = {"block_0": {"mixer": {"q": {"kernel": np.full((32, 32), np.inf, np.float32)}}}}
-    with pytest.raises(tree.UserError, match="block_0/mixer/q/kernel"):
-        tree.quantize(params, "int8()")
+    with pytest.raises(apply.UserError, match="block_0/mixer/q/kernel"):
+        apply.quantize(params, "int8()")

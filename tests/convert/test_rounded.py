@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from efficientllm import convert, model
-from efficientllm.convert import rounding
+from efficientllm.convert import write_quantized
 from efficientllm.convert.__main__ import main
 from efficientllm.errors import UserError
-from efficientllm.quant.rows import resident_bytes
-from efficientllm.quant.tree import quantize
+from efficientllm.quant.apply import quantize
+from efficientllm.quant.base import resident_bytes
 from tiers import slow_except
 
 from . import folders
@@ -59,9 +59,9 @@ def test_several_files_and_calibrated(tmp_path):
     folders.llama(tmp_path / "plain", **SHAPE)
     source = convert.open_source(tmp_path / "plain")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding.calibrate, "text", lambda *_: tokens)
+        patch.setattr(write_quantized.calibrate, "text", lambda *_: tokens)
         patch.setattr(type(source), "tokenizer", lambda self: "bytes")
-        rounding.convert(source, "int4(method='awq')", tmp_path / "rounded", shard=10_000)
+        write_quantized.convert(source, "int4(method='awq')", tmp_path / "rounded", shard=10_000)
     assert len(list((tmp_path / "rounded").glob("*.safetensors"))) > 2
     again, lm, abstract = loaded(tmp_path / "rounded")
     kernel = again.load_stored(abstract, lm)["group_0"]["block_0"]["mixer"]["q"]["kernel"]
@@ -89,7 +89,7 @@ def spoil(folder, change):
 )
 def test_what_does_not_fit_is_named(change, said, tmp_path):
     folders.llama(tmp_path / "plain", **SHAPE)
-    rounding.convert(convert.open_source(tmp_path / "plain"), "int4", tmp_path / "rounded")
+    write_quantized.convert(convert.open_source(tmp_path / "plain"), "int4", tmp_path / "rounded")
     spoil(tmp_path / "rounded", change)
     with pytest.raises(UserError, match=said):
         source = convert.open_source(tmp_path / "rounded")
@@ -133,7 +133,7 @@ UNFIT = [
 def rounded(tmp_path, form, **arrays):
     """A checkpoint in a form, of whose kernel Q arrays and fields are replaced."""
     folders.llama(tmp_path / "plain", **SHAPE)
-    rounding.convert(convert.open_source(tmp_path / "plain"), form, tmp_path / "rounded")
+    write_quantized.convert(convert.open_source(tmp_path / "plain"), form, tmp_path / "rounded")
     tensors = load_file(tmp_path / "rounded" / "model.safetensors")
     tensors |= {f"{Q}.{name}": value for name, value in arrays.items() if isinstance(value, np.ndarray)}
     save_file(tensors, tmp_path / "rounded" / "model.safetensors")

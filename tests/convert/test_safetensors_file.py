@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from efficientllm.convert.safetensors_file import INDEX, SafetensorsFolder
+from efficientllm.convert.files.safetensors_file import INDEX, SafetensorsFolder
 from efficientllm.errors import UserError
 
 pytestmark = pytest.mark.quick

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from efficientllm import convert, model, sharding
-from efficientllm.convert import load
+from efficientllm.convert.tensors import load_sharded
 from efficientllm.errors import UserError
 
 from . import folders
@@ -133,7 +133,7 @@ def test_head_of_a_tied_model(tmp_path):
 )
 def test_onto_shards(tmp_path, spec, devices, piece, monkeypatch):
     """The same values on every mesh, in pieces of any size, and no shard but the device's own."""
-    monkeypatch.setattr(load, "PIECE", piece)
+    monkeypatch.setattr(load_sharded, "PIECE", piece)
     tensors = folders.llama(tmp_path)
     source = convert.open_source(tmp_path)
     wanted = abstract(source.lm(), sharding.make_mesh(spec, jax.devices()[:devices]))

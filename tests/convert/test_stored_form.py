@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from efficientllm.convert.stored_form import history, stored_form
+from efficientllm.convert.files.stored_form import history, stored_form
 
 
 def source(config=None, **forms):

@@ -166,7 +166,8 @@ def test_a_model_without_an_embedding_of_pad_is_served(tmp_path):
     from convert import folders
 
     from configs import base
-    from efficientllm import architecture, convert
+    from efficientllm import convert
+    from efficientllm.architecture import from_config
     from efficientllm.train import setup
 
     theirs = kinds.save(tmp_path, eos_token="<eos>", pad_token="[PAD]")
@@ -174,7 +175,7 @@ def test_a_model_without_an_embedding_of_pad_is_served(tmp_path):
     config, source = base.get_config(), convert.open_source(tmp_path)
     config.tokenizer = "pretrained"
     tokenizer = setup.tokenizer_of(config, source)
-    lm = architecture.from_config(setup.described(config.model, source), tokenizer.vocab_size)
+    lm = from_config.from_config(setup.described(config.model, source), tokenizer.vocab_size)
     assert lm.vocab_size == tokenizer.vocab_size == theirs.pad_token_id
     assert len(setup.bytes_of(tokenizer, lm)) == lm.vocab_size
 

@@ -79,7 +79,7 @@ def test_what_is_no_source_is_named(spec, message):
 def test_data_is_read_before_a_checkpoint_is(tmp_path, monkeypatch):
     """Reading one can take a minute and a half: what is wrong with the data is said before."""
     from efficientllm import base_config
-    from efficientllm.infer import serving
+    from efficientllm.infer import setup as serving
 
     monkeypatch.setattr(setup, "open_pretrained", lambda *_, **__: pytest.fail("the checkpoint came first"))
     (tmp_path / "bad.jsonl").write_text("{")

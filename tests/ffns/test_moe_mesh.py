@@ -12,8 +12,8 @@ import hlo
 from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.ffns.dispatch import rows_per_expert
-from efficientllm.plan import program
-from efficientllm.plan.hlo import Program
+from efficientllm.plan import hlo_cost
+from efficientllm.plan.hlo_text import Program
 from efficientllm.registry import build
 from tiers import slow_case
 
@@ -108,7 +108,7 @@ def travel(compiled, mesh):
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     alike = np.moveaxis(ids, mesh.axis_names.index("expert"), -1).reshape(-1, mesh.shape["expert"])
     groups = {tuple(sorted(group)) for group in alike.tolist()}
-    found = program.collectives(Program(compiled.as_text()), mesh.size)
+    found = hlo_cost.collectives(Program(compiled.as_text()), mesh.size)
     exchanges = [one for one in found if one.kind == "all-to-all"]
     assert exchanges and all({tuple(sorted(group)) for group in one.groups} == groups for one in exchanges), exchanges
     return sum(one.times * one.bytes for one in exchanges), [one for one in found if one.kind != "all-to-all"]

@@ -10,8 +10,8 @@ import pytest
 
 import contract
 from efficientllm import sharding
-from efficientllm.attention import Context
 from efficientllm.ffns import dispatch
+from efficientllm.ops.attention import Context
 from efficientllm.registry import build
 from efficientllm.train import step
 from tiers import slow_except

@@ -84,16 +84,12 @@ def described(argv):
 
 def known():
     """`(fields by name by kind, keys with their defaults)` of the package, read from what is registered."""
-    from efficientllm import registry
-    from efficientllm.workdir import flatten
+    from efficientllm import base_config, registry
+    from efficientllm.record.workdir import flatten
 
-    try:
-        from efficientllm import base_config as base
-    except ImportError:  # of an older checkout
-        from configs import base
     kinds = set(KINDS.values())
     techniques = {k: {n: list(registry.settable(registry.lookup(k, n))) for n in registry.names(k)} for k in kinds}
-    return techniques, flatten(base.get_config().to_dict())
+    return techniques, flatten(base_config.get_config().to_dict())
 
 
 def tiny(folder, index):

@@ -191,11 +191,11 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 def rounded(folder):
     import tempfile
 
-    from efficientllm.convert import rounding
+    from efficientllm.convert import write_quantized
 
     with tempfile.TemporaryDirectory() as plain:
         folders.llama(pathlib.Path(plain), **SHAPE)
-        rounding.convert(_convert().open_source(plain), "int4(symmetric=False)", folder)
+        write_quantized.convert(_convert().open_source(plain), "int4(symmetric=False)", folder)
     return bytes_of(folder)
 
 
@@ -374,13 +374,13 @@ def spoil_adapter(rng, sample, folder):
 
 
 def read_adapter(folder):
-    from efficientllm.adapters import folder as adapters
-    from efficientllm.adapters.folder.merge import merged
+    from efficientllm.convert import peft as adapters
+    from efficientllm.convert.peft.merge import merged
     from efficientllm.registry import build
 
     tensors, base = _base(str(folder.with_name("base")))
     build("adapter", adapters.read_spec(folder))
-    opened = importlib.import_module("efficientllm.adapters.folder.opened").Adapter(folder, tensors)
+    opened = importlib.import_module("efficientllm.convert.peft.read").Adapter(folder, tensors)
     with np.errstate(all="ignore"):
         for module in opened.modules:
             found = merged(opened, module, np.asarray(base.tensors.read(f"{module}.weight"), np.float32))
@@ -390,11 +390,12 @@ def read_adapter(folder):
 
 @functools.lru_cache(maxsize=2)
 def _base(folder):
-    from efficientllm.convert import binding, families
+    from efficientllm.convert.hf_config import families
+    from efficientllm.convert.tensors import parameter_map
 
     base = _convert().open_source(folder)
-    bound = binding.bind(base.lm(), families.FAMILIES[base.config["model_type"]].table)
-    return {name: tensor for name, tensor in binding.on_disk(bound).items() if "proj" in name}, base
+    bound = parameter_map.bind(base.lm(), families.FAMILIES[base.config["model_type"]].table)
+    return {name: tensor for name, tensor in parameter_map.on_disk(bound).items() if "proj" in name}, base
 
 
 # Rows and event files.
@@ -440,9 +441,9 @@ def results(folder):
 
 
 def read_results(folder):
-    from efficientllm.quality import harness
+    from efficientllm.evaluation import lm_eval_tasks
 
-    for reading in harness.readings_of_file(str(folder / "results.json")).values():
+    for reading in lm_eval_tasks.readings_of_file(str(folder / "results.json")).values():
         json.dumps(reading.value, allow_nan=False)
 
 

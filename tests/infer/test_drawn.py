@@ -9,9 +9,10 @@ from flax import linen as nn
 from flax import traverse_util
 
 from configs import base, mixers
-from efficientllm import architecture, model
-from efficientllm.infer import drawn
-from efficientllm.quant import tree as quant
+from efficientllm import model
+from efficientllm.architecture import from_config
+from efficientllm.infer import random_weights
+from efficientllm.quant import apply as quant
 from efficientllm.train import step
 from tiers import slow_except
 
@@ -19,7 +20,7 @@ from tiers import slow_except
 def described(**changes):
     config = base.get_config()
     config.model.update({"size": "tiny(num_layers=2, dim=64, hidden=96)"} | changes)
-    return architecture.from_config(config.model, 320).clone(scan=False)
+    return from_config.from_config(config.model, 320).clone(scan=False)
 
 
 CASES = {
@@ -32,7 +33,7 @@ CASES = {
 @pytest.mark.parametrize("case", slow_except(CASES, "dense", "half layers"))
 def test_it_is_as_the_model_initialises(case):
     lm = described(**CASES[case])
-    found = traverse_util.flatten_dict(drawn.draw(lm, 0, lambda path, array: array), sep="/")
+    found = traverse_util.flatten_dict(random_weights.draw(lm, 0, lambda path, array: array), sep="/")
     exact = jax.jit(lambda key: nn.unbox(step.init_params(lm, key, 8)))(jax.random.key(1))
     exact = traverse_util.flatten_dict(exact, sep="/")
     assert {path: leaf.shape for path, leaf in found.items()} == {path: leaf.shape for path, leaf in exact.items()}
@@ -42,7 +43,7 @@ def test_it_is_as_the_model_initialises(case):
 
 def test_no_two_layers_are_the_same_and_a_seed_repeats_them():
     lm = described()
-    one, again, other = (drawn.draw(lm, seed, lambda path, array: np.asarray(array)) for seed in (0, 0, 1))
+    one, again, other = (random_weights.draw(lm, seed, lambda path, array: np.asarray(array)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, one, again)
     kernels = [
         np.asarray(leaf).tobytes()
@@ -55,11 +56,13 @@ def test_no_two_layers_are_the_same_and_a_seed_repeats_them():
 
 def test_layers_are_compiled_once_and_rounded_as_they_come(monkeypatch):
     lm, traced, held = described(), [], []
-    once = drawn.step.init_params
-    monkeypatch.setattr(drawn.step, "init_params", lambda lm, *rest: traced.append(lm.num_layers) or once(lm, *rest))
+    once = random_weights.step.init_params
+    monkeypatch.setattr(
+        random_weights.step, "init_params", lambda lm, *rest: traced.append(lm.num_layers) or once(lm, *rest)
+    )
     rounded = quant.rounder("int4()")
-    params = drawn.draw(lm, 0, lambda path, array: held.append(array.size) or rounded(path, array))
+    params = random_weights.draw(lm, 0, lambda path, array: held.append(array.size) or rounded(path, array))
     assert set(traced) == {1} and len(traced) <= 4  # the shapes, the embedding, the norm, a layer
     assert len(held) == len(jax.tree.leaves(model.abstract_params(lm), is_leaf=lambda x: hasattr(x, "names")))
-    plain = drawn.draw(lm, 0, lambda path, array: array)
+    plain = random_weights.draw(lm, 0, lambda path, array: array)
     jax.tree.map(np.testing.assert_array_equal, params, quant.quantize(plain, "int4()"))

@@ -8,7 +8,7 @@ from convert import peers
 
 import contract
 from efficientllm import convert, registry
-from efficientllm.convert import families
+from efficientllm.convert.hf_config import families
 from efficientllm.errors import UserError
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy, Sample

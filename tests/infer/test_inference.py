@@ -7,7 +7,7 @@ from convert import folders
 
 import runs
 from efficientllm import main
-from efficientllm.convert import stored_form
+from efficientllm.convert.files import stored_form
 
 pytestmark = [pytest.mark.quick, pytest.mark.xdist_group("inference")]
 

@@ -8,7 +8,7 @@ import contract
 from efficientllm import model, sharding
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy, Sample
-from efficientllm.quant import tree
+from efficientllm.quant import apply
 from tiers import slow_case, slow_except
 
 NEW = 6
@@ -38,7 +38,7 @@ def answers(engine, prompts):
 def test_eight_devices_write_what_one_writes(kind, spec, form, mesh, monkeypatch):
     monkeypatch.setattr("efficientllm.infer.engine.PIECES", (8,))
     lm, params = model.unroll(contract.build(kind, spec), contract.parameters(contract.build(kind, spec)))
-    params = tree.quantize(params, form)
+    params = apply.quantize(params, form)
     # Of one length, and of several: a piece and a rest.
     for lengths in ((9,) * 8, (11, 5, 16, 9, 12, 6, 8, 10)):
         prompts = [contract.tokens()[row, :length].tolist() for row, length in enumerate(lengths)]

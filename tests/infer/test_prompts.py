@@ -7,7 +7,7 @@ from data import kinds
 
 from efficientllm.errors import UserError
 from efficientllm.infer import prompts
-from efficientllm.infer.answers import Answers
+from efficientllm.infer.streaming import Answers
 
 pytestmark = pytest.mark.quick
 

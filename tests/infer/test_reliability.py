@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from efficientllm import main
-from efficientllm.infer.answers import Stream
 from efficientllm.infer.engine import Engine
+from efficientllm.infer.streaming import Stream
 
 from .test_inference import arguments, base  # noqa: F401 a fixture
 

@@ -8,9 +8,9 @@ import pytest
 from convert import peers
 
 from efficientllm import convert
-from efficientllm.attention import Context
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy
+from efficientllm.ops.attention import Context
 from tiers import slow_case, slow_except
 
 ORIGINAL = 32

@@ -4,7 +4,7 @@ import itertools
 import math
 import types
 
-from efficientllm.metrics import energy
+from efficientllm.metrics.energy import reader
 
 
 class Clock:
@@ -144,7 +144,7 @@ def jax_devices(count):
 
 def open_fake(clock, *gpus):
     """A reader of `gpus`, in the order in which JAX has them."""
-    return energy.open_reader(
+    return reader.open_reader(
         jax_devices(len(gpus)),
         nvml=FakeNvml(*gpus),
         identify=lambda devices: [gpus[device.local_hardware_id].bus_id for device in devices],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from efficientllm.metrics import compiles
-from efficientllm.metrics.energy_window import EnergyWindow, Reader
+from efficientllm.metrics.energy.window import EnergyWindow, Reader
 from efficientllm.train import row
 from efficientllm.train.measure import Measurement
 

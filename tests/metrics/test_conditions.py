@@ -8,9 +8,11 @@ import time
 
 import pytest
 
-from efficientllm.metrics import conditions, notes, record
+from efficientllm.metrics import conditions
 from efficientllm.metrics.conditions import Span
 from efficientllm.metrics.pulse import Pulse
+from efficientllm.record import notes
+from efficientllm.record import row as record
 
 pytestmark = pytest.mark.quick
 

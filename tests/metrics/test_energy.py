@@ -5,7 +5,8 @@ import types
 import jax
 import pytest
 
-from efficientllm.metrics import energy, nvml
+from efficientllm.metrics.energy import nvml
+from efficientllm.metrics.energy import reader as energy
 
 from .fake_nvml import Clock, FakeGpu, FakeNvml, jax_devices, open_fake
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import contract
-from efficientllm import accounting, model
+from efficientllm import model
+from efficientllm.cost import formulas
 from efficientllm.infer import measure
-from efficientllm.metrics import energy
+from efficientllm.metrics.energy import reader as energy
 from efficientllm.metrics.sampler import Sampler
 
 pytestmark = pytest.mark.quick
@@ -25,7 +26,7 @@ LAYERS, WIDTH = 2, 32  # of contract.SIZE: 4 heads of 8
 def cost(mixer, length):
     """Forward FLOPs a token of contract's small model with `mixer`."""
     lm = contract.build("mixer", mixer)
-    return accounting.forward_flops(lm, model.abstract_params(lm), length) / length
+    return formulas.forward_flops(lm, model.abstract_params(lm), length) / length
 
 
 @pytest.mark.parametrize(("mixer", "grows"), [("gqa", True), ("mla", True), ("mamba", False), ("rwkv", False)])
@@ -42,11 +43,11 @@ def test_a_step_costs_what_its_architecture_costs_at_its_length(mixer, grows):
 
 def test_experts_that_a_token_never_meets_cost_and_count_nothing():
     few, many = (contract.build("ffn", f"moe(num_experts={count}, top_k=2)") for count in (4, 16))
-    counted = [accounting.parameters(lm, model.abstract_params(lm)) for lm in (few, many)]
+    counted = [formulas.parameters(lm, model.abstract_params(lm)) for lm in (few, many)]
     assert counted[1]["total"] > 2 * counted[0]["total"]
     router = LAYERS * WIDTH * (16 - 4)
     assert counted[1]["active"] - counted[0]["active"] == router
-    flops = [accounting.forward_flops(lm, model.abstract_params(lm), 64) for lm in (few, many)]
+    flops = [formulas.forward_flops(lm, model.abstract_params(lm), 64) for lm in (few, many)]
     assert flops[1] - flops[0] == 2 * 64 * router
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from efficientllm.metrics.flops import count_matmul_flops
+from efficientllm.cost.jaxpr_flops import count_matmul_flops
 
 pytestmark = pytest.mark.quick
 

@@ -5,9 +5,9 @@ import types
 import pytest
 
 from efficientllm.errors import UserError
-from efficientllm.metrics import energy
-from efficientllm.metrics.energy_window import Reader
-from efficientllm.metrics.other_energy import MeterReader, ZeusReader
+from efficientllm.metrics.energy import reader as energy
+from efficientllm.metrics.energy.meter_and_zeus import MeterReader, ZeusReader
+from efficientllm.metrics.energy.window import Reader
 
 pytestmark = pytest.mark.quick
 

@@ -1,9 +1,9 @@
 import pytest
 
-from efficientllm.metrics.energy import EnergyWindow, Idle
-from efficientllm.metrics.paper import UNITS, Compression, Work, energy_metrics, paper_metrics
+from efficientllm.metrics.energy.reader import EnergyWindow, Idle
 from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Averages
+from efficientllm.record.study_metrics import UNITS, Compression, Work, energy_metrics, paper_metrics
 
 pytestmark = pytest.mark.quick
 

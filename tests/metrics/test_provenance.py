@@ -5,7 +5,8 @@ import subprocess
 import jax
 import pytest
 
-from efficientllm.metrics import energy, provenance
+from efficientllm.metrics.energy import reader as energy
+from efficientllm.record import provenance
 
 from .fake_nvml import Clock, FakeGpu, open_fake
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 from efficientllm.errors import UserError
-from efficientllm.metrics import record as rows
-from efficientllm.metrics.paper import UNITS, paper_metrics
 from efficientllm.metrics.reading import Reading
+from efficientllm.record import row as rows
+from efficientllm.record.study_metrics import UNITS, paper_metrics
 
 from .test_paper import AVERAGES, ENERGY, VOID, pretraining
 

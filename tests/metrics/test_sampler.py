@@ -5,8 +5,9 @@ import types
 import jax
 import pytest
 
-from efficientllm.metrics import energy, host
+from efficientllm.metrics import host
 from efficientllm.metrics import sampler as sampling
+from efficientllm.metrics.energy import reader
 from efficientllm.metrics.sampler import Averages, Sampler
 
 from .fake_nvml import Clock, FakeGpu, jax_devices, open_fake
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 def cpu_sampler(**options):
     devices = jax.local_devices()
-    return Sampler(devices, energy.open_reader(devices), **options)
+    return Sampler(devices, reader.open_reader(devices), **options)
 
 
 def spin(seconds):
@@ -102,7 +103,7 @@ def test_a_device_without_nvml_is_read_through_its_allocator():
         platform="tpu", memory_stats=lambda: {"bytes_in_use": 2 * 10**9, "bytes_limit": 16 * 10**9}
     )
     clock = Clock()
-    sampler = Sampler([device], energy.open_reader([device], clock=clock), clock=clock)
+    sampler = Sampler([device], reader.open_reader([device], clock=clock), clock=clock)
     begin = sampler.mark()
     clock.sleep(1.0)
     averages = sampler.since(begin)

@@ -13,8 +13,8 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.util.tensor_util import make_ndarray
 
-from efficientllm import differences
-from efficientllm.metrics.tensorboard import SummaryWriter
+from efficientllm.config import differences
+from efficientllm.record.tensorboard import SummaryWriter
 from efficientllm.train import charts
 
 pytestmark = pytest.mark.quick

@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from efficientllm import native
+from efficientllm.ops import native
 
 
 def pytest_configure(config):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientllm import native
+from efficientllm.ops import native
 
 pytestmark = [
     pytest.mark.quick,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from efficientllm import architecture
-from efficientllm.attention import Context
-from efficientllm.train.loss import logits_nll_sum
+from efficientllm.architecture import from_config
+from efficientllm.objectives.cross_entropy import logits_nll_sum
+from efficientllm.ops.attention import Context
 
 torch = pytest.importorskip("torch")
 
@@ -30,7 +30,7 @@ def lm(size, **changes):
     config.size = f"tiny({', '.join(f'{key}={value!r}' for key, value in size.items())})"
     config.tied = False
     config.update(changes)
-    return architecture.from_config(config, VOCAB)
+    return from_config.from_config(config, VOCAB)
 
 
 def tree(tensors, num_layers, layer, top):

@@ -10,10 +10,11 @@ import pytest
 
 import hlo
 from configs import base
-from efficientllm import architecture, model
-from efficientllm.attention import Context
-from efficientllm.mixers import ssd
-from efficientllm.mixers.selective_scan import selective_scan
+from efficientllm import model
+from efficientllm.architecture import from_config
+from efficientllm.ops import ssd
+from efficientllm.ops.attention import Context
+from efficientllm.ops.selective_scan import selective_scan
 from efficientllm.train.step import loss_fn
 from tiers import slow_case
 
@@ -147,7 +148,7 @@ def test_logits_loss_and_gradients(family, seed):
     config = base.get_config().model
     config.size = "tiny(num_layers=1, dim=48, norm_eps=1e-5)"  # two blocks without an ffn
     config.mixer, config.ffn = spec, "none"
-    lm, params = architecture.from_config(config, VOCAB), _params(dict(reference.named_parameters()), convert)
+    lm, params = from_config.from_config(config, VOCAB), _params(dict(reference.named_parameters()), convert)
     ids = rng.integers(0, VOCAB, (B, T + 1))
 
     theirs = reference(torch.tensor(ids[:, :-1])).logits
@@ -262,7 +263,7 @@ def test_released_sizes(name):
     config = base.get_config().model
     config.size = f"tiny(num_layers={blocks // 2}, dim={dim}, vocab_size={vocab})"
     config.mixer, config.ffn = family, "none"
-    found = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(architecture.from_config(config))))
+    found = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(from_config.from_config(config))))
     shape = {"vocab_size": vocab, "hidden_size": dim, "num_hidden_layers": blocks}
     if family == "mamba2":
         shape |= {"head_dim": 64, "num_heads": dim // 32, "n_groups": 1, "tie_word_embeddings": True}

@@ -9,7 +9,7 @@ import pytest
 
 import hlo
 from efficientllm import model
-from efficientllm.attention import Context
+from efficientllm.ops.attention import Context
 from tiers import slow_case
 
 from . import peer

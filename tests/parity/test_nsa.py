@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientllm import grouped_attention
-from efficientllm.attention import Context
-from efficientllm.block_attention import Chosen, attend_blocks
+from efficientllm.ops import block_sparse_kernel
+from efficientllm.ops.attention import Context
+from efficientllm.ops.block_sparse_attention import Chosen, attend_blocks
 from efficientllm.registry import build
 from tiers import slow_case, slow_except
 
@@ -176,9 +176,9 @@ CASES = {  # documents, choosers, query heads a chooser, KV heads, size, n
 @pytest.mark.parametrize("chunk_bytes, tile_rows, tiles", [slow_case(1 << 25, 2048, 1), (1 << 14, 16, 3)])
 @pytest.mark.parametrize("name", slow_except(CASES, "many, of one token too", "each head chooses"))
 def test_grouped_and_masked_are_one_function(name, chunk_bytes, tile_rows, tiles, monkeypatch):
-    monkeypatch.setattr(grouped_attention, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(grouped_attention, "TILE_ROWS", tile_rows)
-    monkeypatch.setattr(grouped_attention, "_tiles_a_step", lambda: tiles)
+    monkeypatch.setattr(block_sparse_kernel, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(block_sparse_kernel, "TILE_ROWS", tile_rows)
+    monkeypatch.setattr(block_sparse_kernel, "_tiles_a_step", lambda: tiles)
     lengths, choosers, heads, kv_heads, size, n = CASES[name]
     rng = np.random.default_rng(len(name))
     chosen, T = random_choice(rng, lengths, choosers, size, n), sum(lengths)

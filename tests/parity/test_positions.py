@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientllm.attention import Mask
+from efficientllm.ops.attention import Mask
 from efficientllm.positions.bias import alibi_slopes
 from efficientllm.registry import build
 from tiers import slow_case, slow_except

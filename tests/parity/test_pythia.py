@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from efficientllm import architecture, model
+from efficientllm import model
+from efficientllm.architecture import from_config
 from tiers import slow_case
 
 from . import peer
@@ -88,7 +89,7 @@ def test_published_parameters(num_layers, dim, num_heads, published):
     config = base.get_config().model
     config.update(BLOCK | {"position": "rope(fraction=0.25)", "residual": "parallel"})
     config.size = f"tiny({', '.join(f'{key}={value}' for key, value in shape.items())})"
-    shapes = nn.unbox(model.abstract_params(architecture.from_config(config)))
+    shapes = nn.unbox(model.abstract_params(from_config.from_config(config)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == published
     with torch.device("meta"):
         theirs = transformers.GPTNeoXForCausalLM(

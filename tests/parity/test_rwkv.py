@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from configs import base
-from efficientllm import accounting, architecture, model
-from efficientllm.attention import Context
+from efficientllm import model
+from efficientllm.architecture import from_config
+from efficientllm.cost import formulas
+from efficientllm.cost.jaxpr_flops import count_matmul_flops
 from efficientllm.errors import UserError
-from efficientllm.metrics.flops import count_matmul_flops
-from efficientllm.mixers import rwkv_kernels
+from efficientllm.ops import rwkv_recurrence
+from efficientllm.ops.attention import Context
 from efficientllm.train.step import loss_fn
 from tiers import slow_case, slow_except
 
@@ -37,7 +39,7 @@ def _lm(layers, dim, head_dim, hidden, vocab=VOCAB, mixer="", **changes):
     config.norm, config.embed_norm, config.tied = "layernorm(eps=1e-5)", True, False
     for key, value in changes.items():
         config[key] = value
-    return architecture.from_config(config, vocab)
+    return from_config.from_config(config, vocab)
 
 
 def _state_dict(rng, layers, dim, head_dim, hidden):
@@ -181,7 +183,7 @@ def _random(rng, B, length, H, K, V, log_w=None):
     kappa /= np.linalg.norm(kappa, axis=-1, keepdims=True)
     if log_w is None:
         log_w = -0.606531 * rng.random((B, length, H, K), np.float32)
-    return rwkv_kernels.Tokens(
+    return rwkv_recurrence.Tokens(
         r=normal(B, length, H, K),
         log_w=np.broadcast_to(np.float32(log_w), kappa.shape),
         k=0.3 * normal(B, length, H, K),
@@ -194,7 +196,7 @@ def _random(rng, B, length, H, K, V, log_w=None):
 @functools.cache
 def _values_and_gradients(kernel):
     """`(tokens, starts, memory, weights) -> (gradients, (y, memory))`, jitted once for all cases of a shape."""
-    function = functools.partial(rwkv_kernels.recur, kernel=kernel) if kernel else _plain
+    function = functools.partial(rwkv_recurrence.recur, kernel=kernel) if kernel else _plain
 
     def total(tokens, memory, starts_BT, weights):
         y, last = function(tokens, starts_BT, memory)
@@ -209,7 +211,7 @@ def _assert_equal(kernel, tokens, starts_BT, memory):
     weights = rng.standard_normal(tokens.v.shape, np.float32), rng.standard_normal(memory.shape, np.float32)
     ours, plain = (_values_and_gradients(name)(tokens, starts_BT, memory, weights) for name in (kernel, None))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-4), ours, plain)
-    y, _ = jax.jit(functools.partial(rwkv_kernels.recur, kernel=kernel))(tokens, starts_BT, memory)
+    y, _ = jax.jit(functools.partial(rwkv_recurrence.recur, kernel=kernel))(tokens, starts_BT, memory)
     np.testing.assert_allclose(y, plain[1][0], atol=3e-5, rtol=1e-4)  # without a gradient
 
 
@@ -255,7 +257,7 @@ def test_what_the_gradient_keeps_is_linear_in_the_tokens():
     def kept(length, kernel):
         tokens = _random(np.random.default_rng(0), 1, length, 2, 32, 32)
         starts = np.zeros((1, length), bool)
-        run = lambda tokens: jax.vjp(lambda t: rwkv_kernels.recur(t, starts, kernel=kernel), tokens)[1]  # noqa: E731
+        run = lambda tokens: jax.vjp(lambda t: rwkv_recurrence.recur(t, starts, kernel=kernel), tokens)[1]  # noqa: E731
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(run, tokens)))
 
     assert kept(1024, "split") < 2.05 * kept(512, "split")
@@ -268,7 +270,7 @@ def test_flops_of_every_kernel(kernel):
     boxed, ids = model.abstract_params(lm), np.zeros((1, 45), np.int32)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxed)
     counted = count_matmul_flops(lambda: lm.apply({"params": params}, ids, Context.packed(_positions(45))))
-    assert counted == accounting.forward_flops(lm, boxed, 45, executed=True)
+    assert counted == formulas.forward_flops(lm, boxed, 45, executed=True)
 
 
 # Parameters of the released RWKV7-World models, and where a rank is not the default's.
@@ -286,12 +288,12 @@ def test_parameters_are_the_released_models(layers, dim, mixer, released):
     boxed = model.abstract_params(lm)
     v_rank = boxed["groups"]["block_0"]["mixer"]["v_share"]["down"]["kernel"].value.shape[-1]
     unread = 2 * dim * v_rank + dim  # the first layer's share of v_first
-    assert accounting.parameters(lm, boxed)["total"] == released + unread
+    assert formulas.parameters(lm, boxed)["total"] == released + unread
 
 
 def test_the_state_does_not_grow():
     lm = _lm(2, 32, 8, 48)
-    assert accounting.state_bytes(lm, 8) == accounting.state_bytes(lm, 1 << 20) == 2 * 4 * (2 * 32 + 32 * 8)
+    assert formulas.state_bytes(lm, 8) == formulas.state_bytes(lm, 1 << 20) == 2 * 4 * (2 * 32 + 32 * 8)
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from efficientllm import architecture
-from efficientllm.attention import Context
+from efficientllm.architecture import from_config
+from efficientllm.ops.attention import Context
 from efficientllm.train.step import loss_fn
 from tiers import slow_case, slow_except
 
@@ -56,7 +56,7 @@ def _ours(config, mixer, tied):
         f"norm_eps={config.rms_norm_eps})"
     )
     ours.mixer, ours.tied = mixer, tied
-    return architecture.from_config(ours, VOCAB)
+    return from_config.from_config(ours, VOCAB)
 
 
 def _params(tensors, qk_norm, bias, tied):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efficientllm import model
-from efficientllm.attention import Context
+from efficientllm.ops.attention import Context
 from tiers import slow_case
 
 from . import peer

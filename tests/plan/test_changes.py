@@ -4,7 +4,7 @@ import pytest
 
 from configs import base
 from efficientllm.errors import UserError
-from efficientllm.plan import changes
+from efficientllm.plan import remedies
 
 
 def config(**values):
@@ -28,7 +28,7 @@ def test_of_each_kind_the_smallest_change_that_fits():
             return meshes[value.removesuffix(", tensor=2")]
         return 120 if key == "model.remat" else 100 - value
 
-    found = changes.attempt(changes.of_training(config(train__batch_size=32), SHAPE), 100, total_of)
+    found = remedies.attempt(remedies.of_training(config(train__batch_size=32), SHAPE), 100, total_of)
     assert [(each.flags, each.total_bytes, each.fits) for each in found] == [
         ("--config.model.remat=full", 120, False),
         ("--config.mesh='data=2, fsdp=4, tensor=2'", 90, True),
@@ -39,18 +39,18 @@ def test_of_each_kind_the_smallest_change_that_fits():
 
 def test_what_cannot_be_changed_is_not_tried():
     shape = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1}
-    assert changes.of_training(config(model__remat="full", train__batch_size=8), shape) == []
-    assert changes.of_serving(config(), []) == []
+    assert remedies.of_training(config(model__remat="full", train__batch_size=8), shape) == []
+    assert remedies.of_serving(config(), []) == []
 
 
 def test_ways_that_divide_no_width_may_be_fewer():
     shape = {"data": 1, "fsdp": 48, "expert": 1, "tensor": 1}
-    found = changes.of_training(config(model__remat="full", train__batch_size=48), shape)
+    found = remedies.of_training(config(model__remat="full", train__batch_size=48), shape)
     assert found == [[{"mesh": "data=3, fsdp=16"}]]
 
 
 def test_a_request_s_weights_may_be_smaller_or_its_rows_fewer():
-    found = changes.of_serving(config(infer__batch_size=6), ["int8()", "int4()"])
+    found = remedies.of_serving(config(infer__batch_size=6), ["int8()", "int4()"])
     assert found == [
         [{"quant": "int8()"}, {"quant": "int4()"}],
         [{"infer.batch_size": 3}, {"infer.batch_size": 2}, {"infer.batch_size": 1}],
@@ -61,15 +61,15 @@ def test_a_change_that_is_refused_says_why():
     def refuse(change):
         raise UserError("no such thing")
 
-    asked = changes.of_training(config(train__batch_size=1), ONE)
-    (one,) = changes.attempt(asked, 1, refuse)
+    asked = remedies.of_training(config(train__batch_size=1), ONE)
+    (one,) = remedies.attempt(asked, 1, refuse)
     assert not one.fits and one.reason == "no such thing"
-    (one,) = changes.attempt(asked, 1, lambda change: None)
+    (one,) = remedies.attempt(asked, 1, lambda change: None)
     assert not one.fits and "does not say" in one.reason
 
 
 @pytest.mark.parametrize("fits_from", [1, 2, 3, 4, 9])
 def test_halving_finds_the_smallest(fits_from):
     steps = [{"train.accumulate": size} for size in (1, 2, 3)]
-    found = changes._smallest(steps, None, 0, lambda change: int(change["train.accumulate"] < fits_from))
+    found = remedies._smallest(steps, None, 0, lambda change: int(change["train.accumulate"] < fits_from))
     assert (found and found.change["train.accumulate"]) == (fits_from if fits_from <= 3 else None)

@@ -10,9 +10,10 @@ import pytest
 
 import runs
 from configs import base
-from efficientllm import attention, model, sharding
+from efficientllm import model, sharding
 from efficientllm.ffns.moe import MoE
-from efficientllm.plan import collectives, hlo, program, steps
+from efficientllm.ops import attention
+from efficientllm.plan import collectives, hlo_cost, hlo_text, training_step
 from tiers import slow_case, slow_except
 
 # The vocabularies are named, so that there is no tokenizer to ask.
@@ -50,17 +51,17 @@ def described(mesh="fsdp=8", platform="cpu", **changes):
     config.mesh, config.model.size = mesh, SMALL
     config.train.batch_size, config.train.length = 16, 26
     config.update_from_flattened_dict(changes)
-    return steps.describe(config, jax.devices()[:8], platform)
+    return training_step.describe(config, jax.devices()[:8], platform)
 
 
 def sent(found):
     """Bytes that a device sends in a step, by kind."""
-    return {kind: total["wire_bytes"] for kind, total in program.by_kind(found).items()}
+    return {kind: total["wire_bytes"] for kind, total in hlo_cost.by_kind(found).items()}
 
 
 def compiled(one):
-    done = steps.compile_step(one, steps.traced(one)[0])
-    return sent(program.collectives(hlo.Program(done.text), 8))
+    done = training_step.compile_step(one, training_step.traced(one)[0])
+    return sent(hlo_cost.collectives(hlo_text.Program(done.text), 8))
 
 
 def scalars(one):

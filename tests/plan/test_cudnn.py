@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
-from efficientllm import kernels
-from efficientllm.attention import Mask, attend, choose
+from efficientllm.ops.attention import Mask, attend, choose
 from efficientllm.plan import cudnn
+from efficientllm.runtime import kernel_choice
 
 
 def heads(K, G=2):
@@ -18,10 +18,10 @@ def heads(K, G=2):
     "K, capability, kernel", [(128, (8, 0), "cudnn"), (192, (8, 0), "xla"), (192, (9, 0), "cudnn")]
 )
 def test_how_wide_heads_may_be_depends_on_the_gpu(K, capability, kernel):
-    with kernels.compiling_for("gpu", capability):
+    with kernel_choice.compiling_for("gpu", capability):
         assert choose(heads(K), Mask()) == kernel
-        assert kernels.capability() == capability
-    assert kernels.capability() == (0, 0)  # this machine has no GPU
+        assert kernel_choice.capability() == capability
+    assert kernel_choice.capability() == (0, 0)  # this machine has no GPU
 
 
 def test_wide_heads_are_traced_for_a_gpu_that_takes_them():
@@ -31,7 +31,7 @@ def test_wide_heads_are_traced_for_a_gpu_that_takes_them():
     shapes = heads(192), heads(192), heads(128)
     with cudnn.planned_for((8, 0)), pytest.raises(NotImplementedError, match="head dim must be <= 128"):
         jax.eval_shape(jax.grad(loss), *shapes)
-    with kernels.compiling_for("gpu", (9, 0)), cudnn.planned_for((9, 0)):
+    with kernel_choice.compiling_for("gpu", (9, 0)), cudnn.planned_for((9, 0)):
         assert jax.eval_shape(jax.grad(loss), *shapes).shape == (1, 64, 2, 192)
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from efficientllm.cost import device_peaks
 from efficientllm.errors import UserError
-from efficientllm.metrics import peaks
 from efficientllm.plan import hardware, roofline
-from efficientllm.plan.program import Collective
+from efficientllm.plan.hlo_cost import Collective
 
 pytestmark = pytest.mark.quick
 
@@ -20,7 +20,7 @@ def test_every_figure_has_a_source(name):
     assert set(found.sources) >= {"memory"} | ({"link", "power"} if found.plugin else set())
     assert found.network is None or "network" in found.sources
     if found.plugin:
-        assert found.device_kind in peaks.PEAKS and found.memory_bytes > 1e10
+        assert found.device_kind in device_peaks.PEAKS and found.memory_bytes > 1e10
         half = "float16" if found.capability == (7, 5) else "bfloat16"  # Turing has none of the latter
         assert found.peak_flops(half).value and found.bandwidth().value
 

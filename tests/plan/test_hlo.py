@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from efficientllm import sharding
-from efficientllm.plan import hlo, program
+from efficientllm.plan import hlo_cost, hlo_text
 
 pytestmark = pytest.mark.quick
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.quick
 def read(fn, *shapes, **options):
     """The Program of `fn` for float32 arrays of these shapes."""
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return hlo.Program(jax.jit(fn, **options).lower(*args).compile().as_text())
+    return hlo_text.Program(jax.jit(fn, **options).lower(*args).compile().as_text())
 
 
 @pytest.mark.parametrize(
@@ -32,18 +32,18 @@ def read(fn, *shapes, **options):
     ],
 )
 def test_groups_of_devices_in_every_way_they_are_written(written, groups):
-    assert hlo.groups(f"%x = f32[8]{{0}} all-gather(%y), channel_id=1, {written}", 4) == groups
+    assert hlo_text.groups(f"%x = f32[8]{{0}} all-gather(%y), channel_id=1, {written}", 4) == groups
 
 
 def test_sizes_of_arrays():
     text = "(bf16[2,3]{1,0:T(8,128)S(1)}, s4[5]{0}, f8e4m3fn[7]{0}, pred[], f32[4]{0})"
-    assert [array.bytes for array in hlo.arrays(text)] == [12, 2.5, 7, 1, 16]
-    assert [array.scratch for array in hlo.arrays(text)] == [True, False, False, False, False]
+    assert [array.bytes for array in hlo_text.arrays(text)] == [12, 2.5, 7, 1, 16]
+    assert [array.scratch for array in hlo_text.arrays(text)] == [True, False, False, False, False]
 
 
 def test_what_is_read_and_written_is_counted_once():
     n = 1 << 16
-    assert program.moved_bytes(read(lambda x, y: x + y, (n,), (n,))) == 3 * 4 * n
+    assert hlo_cost.moved_bytes(read(lambda x, y: x + y, (n,), (n,))) == 3 * 4 * n
 
 
 def test_the_body_of_a_loop_counts_its_turns_and_its_slices():
@@ -54,7 +54,7 @@ def test_the_body_of_a_loop_counts_its_turns_and_its_slices():
     found = read(summed, (turns, n))
     assert turns in {times for times, _ in found.runs.values()}
     least = 4 * n * (3 * turns)  # of each turn: a slice, and the sum read and written
-    assert least <= program.moved_bytes(found) <= 2 * least  # and not the whole of xs each turn, 13 times more
+    assert least <= hlo_cost.moved_bytes(found) <= 2 * least  # and not the whole of xs each turn, 13 times more
 
 
 def test_what_starts_a_kernel_counts_each_turn():
@@ -85,18 +85,18 @@ ENTRY %main (x.1: f32[8]) -> f32[8] {
   ROOT %y = f32[8]{0} get-tuple-element(%loop), index=1
 }
 """
-    assert program.launches(hlo.Program(text)) == 1 + 5 * 2
+    assert hlo_cost.launches(hlo_text.Program(text)) == 1 + 5 * 2
 
 
 def test_the_collectives_of_a_product_over_devices():
     mesh = sharding.make_mesh("fsdp=4", jax.devices()[:4])
     split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
     gathered = read(lambda x: x * 2, (64, 8), in_shardings=split, out_shardings=whole)
-    (one,) = program.collectives(gathered, 4)
+    (one,) = hlo_cost.collectives(gathered, 4)
     assert (one.kind, one.times, one.bytes, one.groups) == ("all-gather", 1, 64 * 8 * 4, ((0, 1, 2, 3),))
     assert one.wire_bytes == 64 * 8 * 4 * 3 / 4
     summed = read(lambda x: jnp.sum(x, 0), (64, 8), in_shardings=split, out_shardings=whole)
-    assert program.by_kind(program.collectives(summed, 4)) == {
+    assert hlo_cost.by_kind(hlo_cost.collectives(summed, 4)) == {
         "all-reduce": {"count": 1, "bytes": 8 * 4, "wire_bytes": 2 * 8 * 4 * 3 // 4}
     }
 
@@ -123,8 +123,8 @@ ENTRY main (p: s32[]) -> s32[] {
   %p = s32[] parameter(0)
   ROOT %loop = s32[] while(%p), condition=%cond, body=%body
 }"""
-    found = program.collectives(hlo.Program(text), 2)
-    assert program.by_kind(found) == {"all-gather": {"count": 28, "bytes": 28 * 32, "wire_bytes": 28 * 16}}
+    found = hlo_cost.collectives(hlo_text.Program(text), 2)
+    assert hlo_cost.by_kind(found) == {"all-gather": {"count": 28, "bytes": 28 * 32, "wire_bytes": 28 * 16}}
 
 
 def test_a_sum_and_a_slice_in_one_fusion_are_a_tpu_s_reduce_scatter():
@@ -139,5 +139,5 @@ ENTRY main (p: f32[64]) -> f32[32] {
   %p = f32[64]{0:T(128)} parameter(0)
   ROOT %fusion = f32[32]{0:T(128)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.7
 }"""
-    found = program.by_kind(program.collectives(hlo.Program(text), 2))
+    found = hlo_cost.by_kind(hlo_cost.collectives(hlo_text.Program(text), 2))
     assert found == {"reduce-scatter": {"count": 1, "bytes": 256, "wire_bytes": 128}}

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import tune
-from efficientllm.plan import steps
+from efficientllm.plan import training_step
 
 SIZE = (
     "custom(num_layers=2, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hidden=48, rope_base=1e4, vocab_size=264)"
@@ -19,7 +19,7 @@ def program(method):
     config = tune.get_config(method)
     config.model.size, config.train.length = SIZE, 32
     config.adapter = config.adapter.replace("rank=64, alpha=128", "rank=4, alpha=12")
-    return NUMBER.sub("_", str(steps.traced(steps.describe(config, jax.devices()[:1], "cpu"))[0].jaxpr))
+    return NUMBER.sub("_", str(training_step.traced(training_step.describe(config, jax.devices()[:1], "cpu"))[0].jaxpr))
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 
 import runs
 from efficientllm import main
+from efficientllm.config.presets import base
 from efficientllm.metrics import host
-from efficientllm.presets import base
+from efficientllm.record.workdir import Workdir
 from efficientllm.report import rows
-from efficientllm.workdir import Workdir
 
 SIZE = (
     "custom(num_layers=2, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hidden=48, rope_base=1e4, vocab_size=264)"

@@ -15,11 +15,12 @@ import pytest
 import runs
 from configs import infer
 from efficientllm import main, registry, sharding
+from efficientllm.cost import jaxpr_flops
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy
-from efficientllm.metrics import flops, memory
-from efficientllm.plan import hardware, steps
-from efficientllm.quant import tree as quant
+from efficientllm.metrics import memory
+from efficientllm.plan import hardware, training_step
+from efficientllm.quant import apply as quant
 from efficientllm.train import step
 
 SIZE = (
@@ -58,7 +59,7 @@ def test_the_program_is_the_engine_s(form, mesh):
         held = sharding.local_bytes((engine.params, carry)) + size(tables)
         theirs = memory.compiled_memory(real.lower().compile())
     prefill, first, decode = one.programs()
-    ours = steps.compile_step(one, decode.trace).memory
+    ours = training_step.compile_step(one, decode.trace).memory
     assert ours == theirs and ours["argument_bytes"] == pytest.approx(held, abs=64)
     assert one.by_shapes() == sharding.local_bytes((engine.params, carry.states))
     assert [part.times for part in (prefill, first, decode)] == [1, 1, 4]
@@ -69,9 +70,9 @@ def test_flops_are_those_of_the_engine_s_products():
     prefill, first, decode = one.programs()
     with one.plain().scope():  # no kernel of its own hides products
         plain = Engine(one.lm, nn.unbox(one.boxed), Greedy(), 0, one.length)
-        loop = flops.count_program_flops(plain.trace_decode(1).jaxpr, turns=1)
-        passed, read = (flops.count_program_flops(each.jaxpr) for each in plain.trace_prefill(1, 24))
-    found = [steps.program_flops(one, part) for part in (prefill, first, decode)]
+        loop = jaxpr_flops.count_program_flops(plain.trace_decode(1).jaxpr, turns=1)
+        passed, read = (jaxpr_flops.count_program_flops(each.jaxpr) for each in plain.trace_prefill(1, 24))
+    found = [training_step.program_flops(one, part) for part in (prefill, first, decode)]
     assert found == [passed, read, loop]
     assert first.model_flops == read
     # A mask drops half of the pairs of the prompt, and slots of the state that are not filled yet.

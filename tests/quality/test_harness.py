@@ -9,8 +9,8 @@ import pytest
 import runs
 from efficientllm import convert, main
 from efficientllm.errors import UserError
+from efficientllm.evaluation import lm_eval_tasks
 from efficientllm.metrics.reading import Reading
-from efficientllm.quality import harness
 
 TASKS = pathlib.Path(__file__).parent / "tasks"
 pytestmark = pytest.mark.xdist_group("harness")
@@ -56,7 +56,7 @@ def both(folder):
     from lm_eval.models.huggingface import HFLM
 
     from efficientllm import model
-    from efficientllm.quality.interface import Harness
+    from efficientllm.evaluation.lm_eval_model import Harness
     from efficientllm.registry import build
 
     source = convert.open_source(folder / "model")
@@ -124,31 +124,31 @@ def test_a_row_holds_the_tasks_that_its_config_names(folder, both, tmp_path):
     assert main.main([*argv, *(f"--config.{key}={value}" for key, value in flags.items())]) == 0
     row = json.loads((tmp_path / "run" / "record.json").read_text())["quality"]
     expected = evaluator.simple_evaluate(
-        both[1], tasks=list(names), apply_chat_template=True, task_manager=harness._manager(str(folder / "tasks"))
+        both[1], tasks=list(names), apply_chat_template=True, task_manager=lm_eval_tasks._manager(str(folder / "tasks"))
     )["results"]
     assert row["local_choice_acc"] == expected["local_choice"]["acc,none"]
     assert row["local_choice_acc_norm"] == expected["local_choice"]["acc_norm,none"]
     assert row["local_answer_exact_match"] == expected["local_answer"]["exact_match,none"]
-    again = harness.readings_of_file(str(tmp_path / "run" / "results.json"))
+    again = lm_eval_tasks.readings_of_file(str(tmp_path / "run" / "results.json"))
     assert again["local_choice_acc"].value == row["local_choice_acc"]
 
 
 def results(file, **values):
     """A results.json of the study's six, whose metrics are 0.1, 0.2..."""
-    found = {task: {f"{metric},none": (i + 1) / 10} for i, (task, metric) in enumerate(harness.STUDY.items())}
+    found = {task: {f"{metric},none": (i + 1) / 10} for i, (task, metric) in enumerate(lm_eval_tasks.STUDY.items())}
     found["leaderboard_mmlu_pro"] |= {"acc_stderr,none": 0.01, "alias": "mmlu"}
     file.write_text(json.dumps({"results": found, "lm_eval_version": "0.4.13"} | values))
     return str(file)
 
 
 def test_the_study_s_mean_has_six_tasks_and_no_weights(tmp_path):
-    found = harness.readings_of_file(results(tmp_path / "results.json"))
+    found = lm_eval_tasks.readings_of_file(results(tmp_path / "results.json"))
     assert found["study_quality"].value == pytest.approx(0.35) and len(found) == 7
     assert found["leaderboard_mmlu_pro_acc"] == Reading(0.1, "1", "results.json: lm-eval 0.4.13")
     five = json.loads((tmp_path / "results.json").read_text())
     five["results"].pop("leaderboard_musr")
-    assert "study_quality" not in harness.readings(five, "x")
-    assert harness.names(("study", "hellaswag", "leaderboard_bbh")) == [*harness.STUDY, "hellaswag"]
+    assert "study_quality" not in lm_eval_tasks.readings(five, "x")
+    assert lm_eval_tasks.names(("study", "hellaswag", "leaderboard_bbh")) == [*lm_eval_tasks.STUDY, "hellaswag"]
 
 
 def test_what_is_no_results_file_is_refused(tmp_path):
@@ -159,4 +159,4 @@ def test_what_is_no_results_file_is_refused(tmp_path):
         (results(tmp_path / "list.json", results=[]), "no 'results' in it"),
     ):
         with pytest.raises(UserError, match=message):
-            harness.readings_of_file(str(file))
+            lm_eval_tasks.readings_of_file(str(file))

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientllm import kernels, native, sharding
+from efficientllm import sharding
 from efficientllm.adapters.base import is_box
 from efficientllm.adapters.lora import LoRA
-from efficientllm.plan import hlo
-from efficientllm.quant import tree
+from efficientllm.ops import native
+from efficientllm.plan import hlo_text
+from efficientllm.quant import apply
 from efficientllm.registry import build
+from efficientllm.runtime import kernel_choice
 from efficientllm.train.setup import boxed_like
 
 E, T, D, F = 16, 3, 64, 128
@@ -44,7 +46,7 @@ def placed(boxed, params, x, mesh):
 def on_mesh(kind, form, mesh):
     """`(what one device finds, what the mesh does, its program)`."""
     moe, boxed, x = layer(kind)
-    rounded = tree.quantize(nn.unbox(boxed), form)
+    rounded = apply.quantize(nn.unbox(boxed), form)
     run = jax.jit(functools.partial(step, moe))
     alone, there = run(rounded, x), placed(boxed, rounded, x, mesh)
     with jax.set_mesh(mesh):
@@ -55,7 +57,7 @@ def on_mesh(kind, form, mesh):
 def floats(program):
     """The elements of the largest float32 array in the program, and of the largest that is gathered."""
     large, gathered = 0, 0
-    for each in hlo.Program(program.as_text()).instructions():
+    for each in hlo_text.Program(program.as_text()).instructions():
         found = max((math.prod(array.shape) for array in each.arrays if array.dtype == "f32"), default=0)
         large = max(large, found)
         gathered = max(gathered, found if each.op.startswith("all-gather") else 0)
@@ -91,7 +93,7 @@ def test_each_device_multiplies_its_part(kind, mesh_spec, form, monkeypatch):
 @pytest.mark.skipif(not native.instruction_sets(), reason="no native products were built")
 @pytest.mark.parametrize("mesh_spec", ["data=2, tensor=4", pytest.param("fsdp=4, tensor=2", marks=pytest.mark.slow)])
 def test_native_products_are_each_devices_own(mesh_spec):
-    with kernels.recording() as used:
+    with kernel_choice.recording() as used:
         alone, found, _ = on_mesh("dropless", "int4", sharding.make_mesh(mesh_spec))
     assert used["matmul_int4"] == {"ffi"}
     for a, b in zip(alone, found, strict=True):
@@ -104,7 +106,7 @@ def test_native_products_are_each_devices_own(mesh_spec):
 )
 def test_adapters_around_them_learn_what_they_learn_on_one_device(mesh_spec, form):
     moe, boxed, x = layer("dropless")
-    params = tree.quantize(nn.unbox(boxed), form)
+    params = apply.quantize(nn.unbox(boxed), form)
     draw = np.random.default_rng(1)
     weights = draw.standard_normal(x.shape, np.float32)
     for held in params["experts"].values():

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientllm import kernels, native
 from efficientllm.errors import UserError
-from efficientllm.quant import products
+from efficientllm.ops import native
+from efficientllm.quant import matmul as products
+from efficientllm.quant.apply import form_of, quantize
+from efficientllm.quant.base import grouped, resident_bytes
 from efficientllm.quant.int4 import Int4
 from efficientllm.quant.nf4 import TABLE
-from efficientllm.quant.rows import grouped, resident_bytes
-from efficientllm.quant.tree import form_of, quantize
+from efficientllm.runtime import kernel_choice
 from efficientllm.weights import matmul, matmul_together, take
 from tiers import slow_case, slow_except
 
@@ -195,12 +196,12 @@ def test_what_does_not_multiply_together(monkeypatch):
 def test_the_kernel_is_chosen_and_noted(monkeypatch):
     one = leaf("int4", normal(64, 32))
     few, many = jnp.ones((products.FEW, 64)), jnp.ones((products.FEW + 1, 64))
-    with kernels.recording() as used:
+    with kernel_choice.recording() as used:
         jax.eval_shape(lambda: matmul(many, one, "float32"))
         assert used.pop("matmul_int4") == {"xla"}
         jax.eval_shape(lambda: matmul(few, one, "float32"))
         assert used.pop("matmul_int4") == ({"ffi"} if native.instruction_sets() else {"xla"})
-        with kernels.compiling_for("gpu"):
+        with kernel_choice.compiling_for("gpu"):
             jax.eval_shape(lambda: matmul(few, one, "float32"))
         assert used.pop("matmul_int4") == {"pallas"}
         monkeypatch.setattr(native, "instruction_sets", tuple)
@@ -280,7 +281,7 @@ def test_bad_specs(spec, said):
 def test_accelerators_read_what_is_converted_and_no_more_as_it_lies(spec, platform, tied):
     """Tied to the input, which keeps decompression where it is, they would be copied by a GPU's program."""
     held, x_MK = leaf(spec, normal(64, 8)), jnp.ones((products.FEW + 1, 64), jnp.bfloat16)
-    with kernels.compiling_for(platform):
+    with kernel_choice.compiling_for(platform):
         made = str(jax.make_jaxpr(lambda x: products.product(x, held, "bfloat16", None))(x_MK))
     assert ("select_n" in made) == tied
 

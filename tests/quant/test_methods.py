@@ -8,11 +8,11 @@ import pytest
 import contract
 from efficientllm import model as models
 from efficientllm.errors import UserError
-from efficientllm.quant import calibrate, checkpoints
+from efficientllm.quant import calibrate, foreign_layouts
+from efficientllm.quant.apply import quantize
 from efficientllm.quant.awq import awq, output_error, rounded
 from efficientllm.quant.gptq import gptq
 from efficientllm.quant.int4 import Int4, decode
-from efficientllm.quant.tree import quantize
 from efficientllm.weights import Weight, matmul
 
 GROUP = 32
@@ -166,11 +166,11 @@ def test_gptq_checkpoints():
         qzeros[:, n // 8] |= (stored[:, n] << 4 * (n % 8)).astype(np.uint32)
     exact = (codes - zeros.repeat(32, 0)) * scales.astype(np.float32).repeat(32, 0)
     words = qweight.view(np.int32), qzeros.view(np.int32)
-    np.testing.assert_array_equal(checkpoints.from_gptq(*words, scales, np.arange(64) // 32).dense(), exact)
+    np.testing.assert_array_equal(foreign_layouts.from_gptq(*words, scales, np.arange(64) // 32).dense(), exact)
     other = (codes - stored.repeat(32, 0)) * scales.astype(np.float32).repeat(32, 0)
-    np.testing.assert_array_equal(checkpoints.from_gptq(*words, scales, version=2).dense(), other)
+    np.testing.assert_array_equal(foreign_layouts.from_gptq(*words, scales, version=2).dense(), other)
     with pytest.raises(UserError, match="desc_act"):
-        checkpoints.from_gptq(*words, scales, np.arange(64) % 2)
+        foreign_layouts.from_gptq(*words, scales, np.arange(64) % 2)
 
 
 def test_awq_checkpoints():
@@ -186,7 +186,7 @@ def test_awq_checkpoints():
                 words[:, n] |= (x[:, 8 * n + column] << 4 * i).astype(np.uint32)
         return words.view(np.int32)
 
-    leaf = checkpoints.from_awq(pack(codes), pack(zeros), scales)
+    leaf = foreign_layouts.from_awq(pack(codes), pack(zeros), scales)
     exact = (codes - zeros.repeat(32, 0)) * scales.astype(np.float32).repeat(32, 0)
     np.testing.assert_array_equal(leaf.dense(), exact)
     x = jnp.asarray(rng.standard_normal((2, 64)), jnp.float32)
@@ -200,8 +200,8 @@ def test_gguf_blocks(kind):
     rng = np.random.default_rng(0)
     type_ = gguf.GGMLQuantizationType[kind]
     raw = gguf.quants.quantize(rng.standard_normal((6, 96)).astype(np.float32), type_)
-    leaf = checkpoints.from_gguf(kind, raw.reshape(6, 3, -1))
+    leaf = foreign_layouts.from_gguf(kind, raw.reshape(6, 3, -1))
     np.testing.assert_allclose(leaf.T.dense(), gguf.quants.dequantize(raw, type_), rtol=1e-6, atol=1e-7)
     assert leaf.shape == (96, 6)
     with pytest.raises(UserError, match="Q5_0"):
-        checkpoints.from_gguf("Q5_0", raw.reshape(6, 3, -1))
+        foreign_layouts.from_gguf("Q5_0", raw.reshape(6, 3, -1))

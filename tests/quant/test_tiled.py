@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 
-from efficientllm import kernels, sharding
-from efficientllm.grouped_matmul import grouped_matmul
-from efficientllm.quant import products, tiled
+from efficientllm import sharding
+from efficientllm.ops.grouped_matmul import grouped_matmul
+from efficientllm.quant import matmul as products
+from efficientllm.quant import pallas_int4
 from efficientllm.quant.int4 import Int4, Int4Form
+from efficientllm.runtime import kernel_choice
 from efficientllm.weights import matmul, matmul_together
 
 pytestmark = pytest.mark.quick
@@ -52,7 +54,7 @@ def interpreted(platform):
 def test_it_is_the_decompressed_product(platform, form, rows, outputs, width, group):
     one = leaf(form, outputs, width, group)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, width)), jnp.float32)
-    found = tiled.product(x, one, jnp.float32, platform, interpret=interpreted(platform))
+    found = pallas_int4.product(x, one, jnp.float32, platform, interpret=interpreted(platform))
     exact = np.asarray(x, np.float64) @ np.asarray(one.rows(), np.float64).T
     bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(one.rows(), axis=-1)
     assert found.dtype == jnp.float32 and (np.abs(found - exact) <= bound).all()
@@ -63,7 +65,7 @@ def test_operands_are_rounded_to_bfloat16(platform, rows, both):
     """Of vectors only x is: no tensor core multiplies the weights."""
     one = leaf("symmetric", 64, 256, 32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 256)), jnp.float32)
-    found = tiled.product(x, one, jnp.bfloat16, platform, interpret=interpreted(platform))
+    found = pallas_int4.product(x, one, jnp.bfloat16, platform, interpret=interpreted(platform))
     weights = one.rows().astype(jnp.bfloat16) if both else one.rows()
     x, weights = (np.asarray(each, np.float64) for each in (x.astype(jnp.bfloat16), weights))
     np.testing.assert_allclose(found, x @ weights.T, rtol=1e-5, atol=1e-4)
@@ -72,12 +74,12 @@ def test_operands_are_rounded_to_bfloat16(platform, rows, both):
 @pytest.mark.parametrize("form", ["symmetric", "zero", "minimum"])
 @pytest.mark.parametrize("rows, width, parts", [(1, 576, 1), (3, 99, 1), (2, 2336, 2), (40, 576, 4), (130, 99, 1)])
 def test_kernels_of_one_input_are_multiplied_together(form, rows, width, parts, monkeypatch):
-    rule = tiled.tile
-    monkeypatch.setattr(tiled, "tile", lambda *sizes: rule(*sizes)._replace(parts=parts))
+    rule = pallas_int4.tile
+    monkeypatch.setattr(pallas_int4, "tile", lambda *sizes: rule(*sizes)._replace(parts=parts))
     leaves = [leaf(form, outputs, width, 32) for outputs in (200, 40, 37)]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, width)), jnp.float32)
-    assert tiled.joins(leaves, "gpu")
-    found = tiled.products(x, leaves, jnp.float32, "gpu", interpret=interpreted("gpu"))
+    assert pallas_int4.joins(leaves, "gpu")
+    found = pallas_int4.products(x, leaves, jnp.float32, "gpu", interpret=interpreted("gpu"))
     for one, y in zip(leaves, found, strict=True):
         exact = np.asarray(x, np.float64) @ np.asarray(one.rows(), np.float64).T
         bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(one.rows(), axis=-1)
@@ -88,13 +90,13 @@ def test_what_one_kernel_cannot_multiply_together():
     symmetric, zero = (leaf(form, 64, 128, 32) for form in ("symmetric", "zero"))
     alike, other = leaf("symmetric", 96, 128, 32), [leaf("awq", 64, 128, 32), leaf("symmetric", 64, 128, 64)]
     for others in (zero, *other, leaf("symmetric", 8, 128, 32)):
-        assert not tiled.joins((symmetric, others), "gpu")
-    assert tiled.joins((symmetric, alike), "gpu") and not tiled.joins((symmetric, alike), "tpu")
+        assert not pallas_int4.joins((symmetric, others), "gpu")
+    assert pallas_int4.joins((symmetric, alike), "gpu") and not pallas_int4.joins((symmetric, alike), "tpu")
 
 
 def test_a_block_calls_it_once_for_kernels_of_one_input():
     leaves = [jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((64, 128)), False)) for _ in range(3)]
-    with kernels.compiling_for("gpu"):
+    with kernel_choice.compiling_for("gpu"):
         made = jax.make_jaxpr(lambda x, leaves: matmul_together(x, leaves, "bfloat16"))
         text = str(made(jax.ShapeDtypeStruct((1, 1, 128), jnp.bfloat16), leaves))
     assert text.count("name=int4_product") == 1
@@ -105,21 +107,21 @@ def test_a_block_calls_it_once_for_kernels_of_one_input():
 )
 def test_tiles_fill_the_processors_or_as_far_as_parts_go(M, R, W):
     """One program multiplied the whole of the 8,960 inputs of `down` for each of its few tiles: 7 times slower."""
-    found = tiled.tile(M, R, W, 16)
+    found = pallas_int4.tile(M, R, W, 16)
     programs = -(-M // 128) * -(-R // found.rows) * found.parts
-    assert 2 * programs >= tiled.PROCESSORS or found.parts == 4
+    assert 2 * programs >= pallas_int4.PROCESSORS or found.parts == 4
     assert found.width * found.parts <= max(W, 1024) and found.width % 16 == 0
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_experts_are_multiplied_one_by_one(platform, monkeypatch):
-    ours = functools.partial(tiled.product, platform=platform, interpret=interpreted(platform))
+    ours = functools.partial(pallas_int4.product, platform=platform, interpret=interpreted(platform))
     monkeypatch.setattr(products, "_tiled", ours)
     experts = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(leaf("awq", 96, 128, 32) for _ in range(4)))
     experts = experts.replace(values=jnp.arange(4, dtype=jnp.uint8)[:, None, None] * 17 ^ experts.values)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((40, 128)), jnp.float32)
     sizes = jnp.array([7, 0, 30, 3])
-    with kernels.compiling_for(platform), kernels.recording() as used:
+    with kernel_choice.compiling_for(platform), kernel_choice.recording() as used:
         found = grouped_matmul(x, experts, sizes, "float32")
     assert used == {"grouped_matmul": {"blocked"}, "matmul_int4": {"pallas"}}
     of_rows = np.repeat(np.asarray(experts.dense(), np.float64), sizes, axis=0)
@@ -129,7 +131,7 @@ def test_experts_are_multiplied_one_by_one(platform, monkeypatch):
 def test_it_is_chosen_on_one_device_of_its_platform():
     one = jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((64, 128)), False))
     for target, kind in (("gpu", "pallas"), ("tpu", "pallas"), ("cpu", "xla")):
-        with kernels.compiling_for(target), kernels.recording() as used:
+        with kernel_choice.compiling_for(target), kernel_choice.recording() as used:
             jax.eval_shape(lambda one, x: matmul(x, one, "bfloat16"), one, jnp.ones((products.FEW + 1, 128)))
         assert used["matmul_int4"] == {kind}
 
@@ -140,7 +142,7 @@ def test_without_triton_a_gpu_multiplies_through_xla(monkeypatch):
     monkeypatch.setattr(products, "has_triton", lambda: False)
     one, x = Int4Form().leaf(jnp.ones((64, 128)), False), jnp.ones((products.FEW + 1, 128))
     for target, kind in (("gpu", "xla"), ("tpu", "pallas")):
-        with kernels.compiling_for(target), kernels.recording() as used:
+        with kernel_choice.compiling_for(target), kernel_choice.recording() as used:
             jax.eval_shape(lambda one, x: matmul(x, one, "bfloat16"), one, x)
         assert used["matmul_int4"] == {kind}
 
@@ -157,11 +159,11 @@ def test_without_triton_a_gpu_multiplies_through_xla(monkeypatch):
     ],
 )
 def test_each_device_multiplies_its_part(mesh_spec, form, rows, width, axes, platform, monkeypatch):
-    monkeypatch.setattr(products, "_tiled", functools.partial(tiled.product, platform=platform, interpret=True))
+    monkeypatch.setattr(products, "_tiled", functools.partial(pallas_int4.product, platform=platform, interpret=True))
     one = leaf(form, 256, width, 32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 5, width)), jnp.float32)
     mesh = sharding.make_mesh(mesh_spec)
-    with jax.set_mesh(mesh), kernels.compiling_for(platform), kernels.recording() as used:
+    with jax.set_mesh(mesh), kernel_choice.compiling_for(platform), kernel_choice.recording() as used:
         placed = jax.tree.map(
             lambda array, names: jax.device_put(array, NamedSharding(mesh, sharding.spec(names, array.shape, mesh))),
             *(one, one.axes(axes)),
@@ -179,7 +181,7 @@ def test_nvidia_s_is_lowered_to_triton_and_no_weight_to_floats():
     device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     x = jax.ShapeDtypeStruct((1, 576), jnp.float32)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
-        traced = jax.jit(lambda x, one: tiled.product(x, one, jnp.bfloat16, "gpu")).trace(x, one)
+        traced = jax.jit(lambda x, one: pallas_int4.product(x, one, jnp.bfloat16, "gpu")).trace(x, one)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     shapes = re.findall(r"tensor<([\dx]+)x(?:bf16|f16|f32)>", text)
     assert "triton" in text and max(math.prod(map(int, shape.split("x"))) for shape in shapes) == one.scale.size
@@ -190,6 +192,6 @@ def test_rows_are_divided_as_the_batch_and_not_by_tokens(batch, rows, monkeypatc
     """One prompt of many tokens lies whole on each device of `data`, as its activations do."""
     found = []
     monkeypatch.setattr(products, "_products", lambda x, leaves, operand, layout: found.append(layout) or [x])
-    with jax.set_mesh(sharding.make_mesh("data=2, tensor=4")), kernels.compiling_for("gpu"):
+    with jax.set_mesh(sharding.make_mesh("data=2, tensor=4")), kernel_choice.compiling_for("gpu"):
         matmul(jnp.ones((batch, 64, 1024)), leaf("", 1024, 1024, 64), "bfloat16", axes=("embed", "mlp"))
     assert found[0].rows == rows and found[0].across == "tensor"

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 import contract
-from efficientllm import kernels, model, native, sharding
+from efficientllm import model, sharding
 from efficientllm.adapters import base
 from efficientllm.errors import UserError
+from efficientllm.ops import native
 from efficientllm.optim.rules import path_of
+from efficientllm.quant.apply import quantize
+from efficientllm.quant.base import Rows, resident_bytes
 from efficientllm.quant.int4 import Int4
 from efficientllm.quant.int8 import Int8
-from efficientllm.quant.rows import Rows, resident_bytes
-from efficientllm.quant.tree import quantize
 from efficientllm.registry import build
+from efficientllm.runtime import kernel_choice
 
 MOE = "moe(num_experts=4, top_k=2, hidden=32)"
 TRAVELLING = "moe(num_experts=4, top_k=2, hidden=32, dispatch='capacity', capacity_factor=1.0)"
@@ -91,7 +93,7 @@ def test_one_device_equals_eight(mesh_spec, moe):
     packed = quantize(contract.parameters(lm), "int4", rules)
     exact = contract.logits(lm, contract.tokens(), packed)
     mesh = sharding.make_mesh(mesh_spec)
-    with jax.set_mesh(mesh), kernels.recording() as used:
+    with jax.set_mesh(mesh), kernel_choice.recording() as used:
         where = sharding.shardings(jax.eval_shape(lambda params: quantize(params, "int4", rules), boxed(lm)), mesh)
         ctx = contract.Context.packed(contract.positions())
         run = jax.jit(lambda params, ids: lm.apply({"params": params}, ids, ctx)[0], in_shardings=(where, None))
@@ -135,7 +137,7 @@ def test_state_is_donated_beside_native_products():
 
     ids = contract.tokens()[:, :1]
     states = jax.tree.map(jnp.copy, model.init_states(lm, contract.B, 4))
-    with kernels.recording() as used:
+    with kernel_choice.recording() as used:
         kept, _ = jax.jit(step)(packed, ids, states)
     given, _ = jax.jit(step, donate_argnums=2)(packed, ids, states)
     assert used["matmul_int4"] in ({"ffi"}, {"xla"})

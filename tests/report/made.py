@@ -4,8 +4,8 @@ import math
 import random
 
 from efficientllm.metrics.reading import Reading
-from efficientllm.metrics.record import PHYSICAL_UNITS, build_record, write_record
-from efficientllm.metrics.tensorboard import SummaryWriter
+from efficientllm.record.row import PHYSICAL_UNITS, build_record, write_record
+from efficientllm.record.tensorboard import SummaryWriter
 
 UNITS = {"al_s": "s", "amu_gb": "GB", "pcu": "1", "tt_tokens_per_param_s": "1/s", "aec_w": "W"}
 CPU = {"platform": "cpu", "kind": "cpu", "count": 1}

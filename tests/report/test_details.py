@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 from efficientllm import main
+from efficientllm.record.workdir import flatten, plain
 from efficientllm.report import command, details, rows
-from efficientllm.workdir import flatten, plain
 from report import made
 
 COMMANDS = [

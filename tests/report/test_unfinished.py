@@ -6,22 +6,22 @@ import time
 
 import pytest
 
-from efficientllm import owner
+from efficientllm.record import lock
 from efficientllm.report.unfinished import unfinished
 
 
 def state(folder, age=0.0, log="step 3/9\n", owned_by=None):
     (folder / "log.txt").write_text(log)
     if owned_by is not None:
-        (folder / owner.FILE).write_text(owned_by)
+        (folder / lock.FILE).write_text(owned_by)
     for file in folder.iterdir():
         os.utime(file, (time.time() - age,) * 2)
     (found,) = unfinished([folder])
     return found
 
 
-LIVING = json.dumps(owner.identity())
-DEAD = json.dumps(owner.identity() | {"pid": 2**22 + 1})
+LIVING = json.dumps(lock.identity())
+DEAD = json.dumps(lock.identity() | {"pid": 2**22 + 1})
 ELSEWHERE = json.dumps({"pid": 1, "host": "another", "boot": "another", "started": 1})
 
 

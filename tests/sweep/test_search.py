@@ -7,7 +7,7 @@ import pytest
 
 import runs
 from efficientllm.errors import UserError
-from efficientllm.metrics import record
+from efficientllm.record import row
 from efficientllm.sweep import Sweep, check, execute, search
 from efficientllm.sweep import __main__ as command
 
@@ -49,7 +49,7 @@ def run_up_to(limits, calls):
         (length,) = (int(flag.partition("=")[2]) for flag in probe.argv if flag.startswith("--config.train.length="))
         assert "--config.seed=3" in probe.argv and memory_bytes == 2e9
         calls.append((probe.variant, length))
-        found = record.build_record(
+        found = row.build_record(
             outcome="ok" if length <= limits[probe.variant] else "oom",
             name="x",
             task="pretrain",
@@ -57,7 +57,7 @@ def run_up_to(limits, calls):
             provenance={},
         )
         folder.mkdir(parents=True)
-        record.write_record(found | {"sweep": probe.place}, folder / "record.json")
+        row.write_record(found | {"sweep": probe.place}, folder / "record.json")
         return found["outcome"]
 
     return run

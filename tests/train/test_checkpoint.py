@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from efficientllm.errors import UserError
-from efficientllm.train import checksums, facts
+from efficientllm.train import checkpoint_checksums, fingerprints
 from efficientllm.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.quick
@@ -62,9 +62,9 @@ def test_any_flipped_bit_is_seen_and_the_older_checkpoint_taken(tmp_path, caplog
         flipped = bytearray(whole or b"x")
         flipped[len(flipped) // 2] ^= 1
         file.write_bytes(flipped)
-        assert file.name in checksums.damage(tmp_path / "8")
+        assert file.name in checkpoint_checksums.damage(tmp_path / "8")
         file.write_bytes(whole)
-    assert checksums.damage(tmp_path / "8") is None
+    assert checkpoint_checksums.damage(tmp_path / "8") is None
     file = max(files, key=lambda file: file.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert restore(tmp_path) == (4, {"at": 4}, {"of": 4})
@@ -77,7 +77,7 @@ def test_other_damage(damage, tmp_path):
     if damage == "removed file":
         next(file for file in (tmp_path / "8" / "state").rglob("*") if file.is_file()).unlink()
     else:
-        (tmp_path / "8" / checksums.FILE).write_text("[]" if damage.endswith("list") else '{"a": ')
+        (tmp_path / "8" / checkpoint_checksums.FILE).write_text("[]" if damage.endswith("list") else '{"a": ')
     assert restore(tmp_path)[0] == 4
 
 
@@ -93,7 +93,7 @@ def test_all_damaged_is_one_line_and_nothing_is_removed(tmp_path):
 
 def test_a_checkpoint_older_than_checksums_is_taken(tmp_path):
     save(tmp_path, {4: 2.0})
-    (tmp_path / "4" / checksums.FILE).unlink()
+    (tmp_path / "4" / checkpoint_checksums.FILE).unlink()
     assert restore(tmp_path)[0] == 4
 
 
@@ -128,31 +128,33 @@ def training(steps, schedule="cosine(peak=0.01, warmup=0.1, final=0.1)"):
 def test_other_content_is_refused_and_named(key, tmp_path):
     was, now = ({"fingerprints": {"data": "a", "tokenizer": "b", "pretrained": None, key: value}} for value in "xy")
     with pytest.raises(UserError, match=f"config.*{key} = .*: its content is not what the run"):
-        facts.check(was, now, training(10))
-    facts.check({}, now, training(10))  # of a checkpoint that says nothing
-    facts.check(was, was, training(10))
-    facts.check({"fingerprints": {**was["fingerprints"], key: None}}, now, training(10))
+        fingerprints.check(was, now, training(10))
+    fingerprints.check({}, now, training(10))  # of a checkpoint that says nothing
+    fingerprints.check(was, was, training(10))
+    fingerprints.check({"fingerprints": {**was["fingerprints"], key: None}}, now, training(10))
 
 
 def test_the_row_says_which_steps_had_which_schedule():
     first = {"schedules": [{"from_step": 0, "steps": 100}]}
-    same = facts.joined(first, {}, 60, training(100))["schedules"]
-    assert same == [{"from_step": 0, "steps": 100}] and facts.line(same) is None
-    longer = facts.joined(first, {}, 100, training(200))["schedules"]
+    same = fingerprints.joined(first, {}, 60, training(100))["schedules"]
+    assert same == [{"from_step": 0, "steps": 100}] and fingerprints.line(same) is None
+    longer = fingerprints.joined(first, {}, 100, training(200))["schedules"]
     assert longer == [{"from_step": 0, "steps": 100}, {"from_step": 100, "steps": 200}]
-    assert facts.line(longer) == ("the learning rate is that of 100 steps up to step 100, of 200 steps from there on")
+    assert fingerprints.line(longer) == (
+        "the learning rate is that of 100 steps up to step 100, of 200 steps from there on"
+    )
     # A schedule that does not know how long it is gives the run that was never cut.
-    constant = facts.joined(first, {}, 100, training(200, "constant(peak=0.01)"))["schedules"]
+    constant = fingerprints.joined(first, {}, 100, training(200, "constant(peak=0.01)"))["schedules"]
     assert constant == [{"from_step": 0, "steps": 200}]
-    assert facts.joined({}, {}, 100, training(200))["schedules"] == [{"from_step": 0, "steps": 200}]
+    assert fingerprints.joined({}, {}, 100, training(200))["schedules"] == [{"from_step": 0, "steps": 200}]
 
 
 def test_weights_are_told_apart_by_content(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(np.arange(1 << 18, dtype=np.uint8).tobytes())
     (tmp_path / "config.json").write_text("{}")
-    before = facts.of_weights(tmp_path)
+    before = fingerprints.of_weights(tmp_path)
     (tmp_path / "README.md").write_text("words")
-    assert facts.of_weights(tmp_path) == before
+    assert fingerprints.of_weights(tmp_path) == before
     weights.write_bytes(np.arange(1, 1 + (1 << 18), dtype=np.uint8).tobytes())
-    assert facts.of_weights(tmp_path) != before
+    assert fingerprints.of_weights(tmp_path) != before

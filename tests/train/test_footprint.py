@@ -8,10 +8,11 @@ import pytest
 
 import contract
 from configs import base
-from efficientllm import accounting, model
-from efficientllm.metrics import flops, memory
+from efficientllm import model
+from efficientllm.cost import formulas, jaxpr_flops, step_memory
+from efficientllm.metrics import memory
 from efficientllm.registry import build
-from efficientllm.train import footprint, step
+from efficientllm.train import step
 from tiers import slow_case
 
 ROWS, LENGTH = 4, 128
@@ -31,7 +32,7 @@ def described(method="full()", form="float32", **model):
 def planned(lm, method, state, train):
     """The compiler's total, without the reordering that trades memory for parallel work on CPUs."""
     run = jax.jit(lambda state, batch: step.train_step(lm, train, method, state, batch), donate_argnums=0)
-    lowered = run.lower(state, footprint.batch_shapes(ROWS, LENGTH))
+    lowered = run.lower(state, step_memory.batch_shapes(ROWS, LENGTH))
     options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
     return memory.compiled_memory(lowered.compile(compiler_options=options))["total_bytes"]
 
@@ -49,18 +50,18 @@ CASES += [slow_case({"method": method}) for method in METHODS]
 def test_memory_is_the_compilers(changes):
     found = described(**changes)
     lm, _, state, _ = found
-    predicted = footprint.predicted_bytes(lm, state, ROWS, LENGTH)
+    predicted = step_memory.predicted_bytes(lm, state, ROWS, LENGTH)
     assert predicted == pytest.approx(planned(*found), rel=memory.AGREE)
 
 
 def test_what_is_frozen_has_no_gradient_and_no_moments():
     lm, _, state, _ = described()
-    full = footprint.predicted_bytes(lm, state, ROWS, LENGTH) - footprint.activation_bytes(lm, state, ROWS, LENGTH)
+    full = step_memory.predicted_bytes(lm, state, ROWS, LENGTH) - step_memory.activation_bytes(lm, state, ROWS, LENGTH)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     weights = size(state.params)
     assert full == pytest.approx(4 * weights, rel=0.01)
     lm, _, state, _ = described("lora(rank=4)")
-    tuned = footprint.predicted_bytes(lm, state, ROWS, LENGTH) - footprint.activation_bytes(lm, state, ROWS, LENGTH)
+    tuned = step_memory.predicted_bytes(lm, state, ROWS, LENGTH) - step_memory.activation_bytes(lm, state, ROWS, LENGTH)
     assert tuned == pytest.approx(weights + 4 * size(state.params), rel=0.01)
 
 
@@ -68,14 +69,14 @@ def test_bytes_that_a_step_moves():
     """Without activations: a closed formula of weights, gradients and two moments; micro-batches read weights again."""
     for method, frozen_too in (("full()", False), ("lora(rank=4)", True)):
         lm, _, state, _ = described(method)
-        kept = footprint.activation_bytes(lm, state, ROWS, LENGTH)
+        kept = step_memory.activation_bytes(lm, state, ROWS, LENGTH)
         size = lambda tree: sum(leaf.size * 4 for leaf in jax.tree.leaves(tree))  # noqa: E731
         learnt, frozen = size(state.params), size(state.frozen)
         assert bool(frozen) == frozen_too
-        moved = footprint.moved_bytes(lm, state, ROWS, LENGTH) - 2 * kept
+        moved = step_memory.moved_bytes(lm, state, ROWS, LENGTH) - 2 * kept
         assert moved == pytest.approx(2 * (learnt + frozen) + 4 * learnt + 4 * learnt, abs=100)
-        twice = footprint.moved_bytes(lm, state, ROWS, LENGTH, accumulate=2)
-        assert twice - footprint.moved_bytes(lm, state, ROWS, LENGTH) == 2 * (learnt + frozen) + learnt + 2 * kept
+        twice = step_memory.moved_bytes(lm, state, ROWS, LENGTH, accumulate=2)
+        assert twice - step_memory.moved_bytes(lm, state, ROWS, LENGTH) == 2 * (learnt + frozen) + learnt + 2 * kept
 
 
 def test_a_program_executes_what_the_model_needs_and_what_remat_computes_twice():
@@ -83,14 +84,14 @@ def test_a_program_executes_what_the_model_needs_and_what_remat_computes_twice()
     for remat in ("none", "full"):
         lm, method, state, train = described(remat=remat, attention_kernel="xla")
         run = functools.partial(step.train_step, lm, train, method)
-        counted[remat] = flops.count_needed_flops(run, state, footprint.batch_shapes(ROWS, LENGTH))
+        counted[remat] = jaxpr_flops.count_needed_flops(run, state, step_memory.batch_shapes(ROWS, LENGTH))
     boxed = model.abstract_params(lm)
-    forward = ROWS * accounting.forward_flops(lm, boxed, LENGTH, executed=True)
+    forward = ROWS * formulas.forward_flops(lm, boxed, LENGTH, executed=True)
     head = 2 * ROWS * LENGTH * lm.dim * lm.vocab_size
     assert counted["none"] == 3 * forward
     last = 2 * ROWS * LENGTH * lm.num_layers * 128 * 384  # the last product of a layer is not needed to go back
     assert counted["full"] == 4 * forward - head - last
-    assert counted["none"] > accounting.step_flops(lm, boxed, LENGTH, ROWS)  # masks
+    assert counted["none"] > formulas.step_flops(lm, boxed, LENGTH, ROWS)  # masks
 
 
 def test_accounts_that_differ_are_told():

@@ -12,8 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 import hlo
 from configs import base
-from efficientllm import architecture, kernels, sharding
-from efficientllm.train import loss, step
+from efficientllm import sharding
+from efficientllm.architecture import from_config
+from efficientllm.objectives import cross_entropy
+from efficientllm.runtime import kernel_choice
+from efficientllm.train import step
 from efficientllm.weights import activation_dtype, matmul
 from tiers import slow_case, slow_except
 
@@ -38,7 +41,7 @@ def whole(x_BTD, head_DV, batch, precision):
 
 
 def ours(x_BTD, head_DV, batch, precision):
-    return SCALE * loss.nll_sum(x_BTD, head_DV, batch, precision)
+    return SCALE * cross_entropy.nll_sum(x_BTD, head_DV, batch, precision)
 
 
 def close(found, expected, tolerance):
@@ -54,12 +57,12 @@ CASES += [("mixed", 23, 3), ("bfloat16", 23, 3), ("bfloat16", 24, 3)]
 @pytest.mark.parametrize("precision, T, chunks", slow_except(CASES, ("float32", 23, 3), ("bfloat16", 23, 3)))
 def test_values_and_gradients(monkeypatch, precision, T, chunks):
     """Rows that chunks of 8 tokens divide and do not; and tokens larger than a chunk."""
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * B * V * (0.5 if chunks == T else 8))
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * B * V * (0.5 if chunks == T else 8))
     x_BTD, head_DV, batch = inputs(T, activation_dtype(precision))
-    with kernels.recording() as used:
+    with kernel_choice.recording() as used:
         found = jax.jit(jax.value_and_grad(ours, (0, 1)), static_argnums=3)(x_BTD, head_DV, batch, precision)
     assert used == {"loss": {"chunked" if chunks > 1 else "whole"}}
-    assert loss.count_chunks(B, T, V) == chunks
+    assert cross_entropy.count_chunks(B, T, V) == chunks
     value, (dx_BTD, dhead_DV) = jax.jit(jax.value_and_grad(whole, (0, 1)), static_argnums=3)(
         x_BTD, head_DV, batch, precision
     )
@@ -72,9 +75,9 @@ def test_values_and_gradients(monkeypatch, precision, T, chunks):
 
 
 def test_chunks_are_few_and_fit(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * B * V * 10 + 3)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * B * V * 10 + 3)
     for T in range(1, 200):
-        chunks = loss.count_chunks(B, T, V)
+        chunks = cross_entropy.count_chunks(B, T, V)
         tokens = -(-T // chunks)
         assert tokens <= 10 and chunks == -(-T // 10) and chunks * tokens - T < chunks
 
@@ -96,7 +99,7 @@ def test_eight_devices_equal_one(monkeypatch, mesh_spec, T, vocab):
     mesh = sharding.make_mesh(mesh_spec)
     rows = B // (mesh.shape["data"] * mesh.shape["fsdp"])
     columns = vocab // mesh.shape["tensor"] if vocab == V else vocab
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * rows * columns * 8)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * rows * columns * 8)
     with jax.set_mesh(mesh):
         where = [
             NamedSharding(mesh, sharding.spec(axes, leaf.shape, mesh))
@@ -125,17 +128,17 @@ def test_eight_devices_equal_one(monkeypatch, mesh_spec, T, vocab):
 
 def _train_step(monkeypatch, chunk_bytes):
     """A compiled step of a small model of a large vocabulary, on one device; and what its loss runs on."""
-    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_bytes)
     config = base.get_config()
     config.model.size = "tiny(num_layers=1, dim=8, num_heads=1, num_kv_heads=1, head_dim=8, hidden=8)"
-    lm = architecture.from_config(config.model, 151_936)
+    lm = from_config.from_config(config.model, 151_936)
     mesh = sharding.make_mesh("data=1", jax.devices()[:1])
     length = 256
     batch = {
         name: jax.ShapeDtypeStruct((2, length), np.int32) for name in ("tokens", "targets", "segments", "positions")
     }
     batch["weights"] = jax.ShapeDtypeStruct((2, length), np.float32)
-    with jax.set_mesh(mesh), kernels.recording() as used:
+    with jax.set_mesh(mesh), kernel_choice.recording() as used:
         abstract = jax.eval_shape(step.init_state(lm, config.train, 0, length))
         shardings = sharding.shardings(abstract, mesh)
         lowered = step.jit_train_step(lm, config.train, mesh, shardings).lower(nn.unbox(abstract), batch)
@@ -145,7 +148,7 @@ def _train_step(monkeypatch, chunk_bytes):
 @pytest.mark.slow
 def test_a_train_step_of_a_large_vocabulary_makes_no_whole_logits(monkeypatch):
     sizes = {}
-    for chunk_bytes in (loss.CHUNK_BYTES, 2**40):
+    for chunk_bytes in (cross_entropy.CHUNK_BYTES, 2**40):
         compiled, (form,) = _train_step(monkeypatch, chunk_bytes)
         made = [np.prod(shape) for item in hlo.instructions(compiled.as_text()) for shape in item.shapes]
         sizes[form] = max(made), compiled.memory_analysis().temp_size_in_bytes

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from efficientllm.metrics.energy_window import EnergyWindow, Reader
+from efficientllm.metrics.energy.window import EnergyWindow, Reader
 from efficientllm.train import loop
 from efficientllm.train.measure import Measurement
 

@@ -16,9 +16,9 @@ import time
 
 import numpy as np
 
-from efficientllm import allocator
 from efficientllm.errors import UserError, exit_with
 from efficientllm.metrics import race
+from efficientllm.runtime import malloc
 
 NAMES = ("llama.cpp", "ours")
 
@@ -31,7 +31,7 @@ def main(argv=None):
         )
     if not pathlib.Path(options.gguf).is_file():
         raise UserError(f"--gguf={options.gguf}: no such file")
-    pages = {"ours": allocator.huge_pages()}  # as efficientllm.main
+    pages = {"ours": malloc.huge_pages()}  # as efficientllm.main
     contestants = {name: race.Process(_contestant, name, options, environment=pages.get(name)) for name in NAMES}
     try:
         asked = {name: process.ask for name, process in contestants.items()}
@@ -92,7 +92,7 @@ def _ours(options):
     from efficientllm import convert, model
     from efficientllm.infer.engine import Engine
     from efficientllm.infer.samplers import Greedy
-    from efficientllm.quant.tree import quantize
+    from efficientllm.quant.apply import quantize
 
     source = convert.open_source(options.gguf)
     lm = source.lm(precision="float32", scan=False, kv_cache=options.kv_cache)

@@ -18,9 +18,9 @@ import statistics
 import tempfile
 import time
 
-from efficientllm import allocator
 from efficientllm.errors import exit_with
 from efficientllm.metrics import race
+from efficientllm.runtime import malloc
 
 TOLERANCE = 2e-3  # nats, of the first loss
 RANK, ALPHA, RATE = 16, 32, 1e-4
@@ -62,7 +62,7 @@ def _folder(model, folder):
 
 def compare(method, model, options):
     """`{contestant: {"step_s": [...], "peak_bytes", "first_loss"}}` and the ratios theirs / ours."""
-    pages = {"ours": allocator.huge_pages()}  # as efficientllm.main
+    pages = {"ours": malloc.huge_pages()}  # as efficientllm.main
     sides = {
         name: race.Process(_trainer, name, method, model, options, environment=pages.get(name))
         for name in ("peft", "ours")
@@ -150,14 +150,16 @@ def _ours(method, model, options, host):
     import jax.numpy as jnp
     import numpy as np
 
-    from efficientllm import allocator, architecture, sharding
-    from efficientllm import base_config as base
+    from efficientllm import base_config, sharding
     from efficientllm import model as models
+    from efficientllm.architecture import from_config
+    from efficientllm.cost import step_memory
     from efficientllm.registry import build
-    from efficientllm.train import footprint, setup, step
+    from efficientllm.runtime import malloc
+    from efficientllm.train import setup, step
 
     before = host.rss_bytes()
-    config = base.get_config()
+    config = base_config.get_config()
     config.model.pretrained, config.model.precision = model, options.precision
     config.adapter = method if method == "full" else f"{method}(rank={RANK}, alpha={ALPHA})"
     config.train.schedule, config.train.decay = f"constant(peak={RATE})", ((".*", 0.0),)
@@ -165,7 +167,7 @@ def _ours(method, model, options, host):
     config.train.batch_size = options.batch
     source = setup.open_pretrained(model)
     tuned = build("adapter", config.adapter)
-    lm = architecture.from_config(setup.described(config.model, source))
+    lm = from_config.from_config(setup.described(config.model, source))
     mesh = sharding.make_mesh("data=1", jax.devices()[:1])
     jax.set_mesh(mesh)
     boxed = models.abstract_params(lm)
@@ -177,10 +179,10 @@ def _ours(method, model, options, host):
     )  # fmt: skip
     placed = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)  # noqa: E731
     shaped = jax.tree.map(placed, nn.unbox(abstract), where)
-    batch = footprint.batch_shapes(options.batch, options.length - 1, sharding.batch_sharding(mesh))
+    batch = step_memory.batch_shapes(options.batch, options.length - 1, sharding.batch_sharding(mesh))
     # In the order of a run: compiled from shapes before a weight is read.
     train = step.jit_train_step(lm, config.train, mesh, where, tuned).lower(shaped, batch).compile()
-    allocator.give_back()
+    malloc.give_back()
     state = setup.create_state(run)
 
     def one(tokens):

@@ -142,7 +142,7 @@ def ratios(seconds):
 
 def provenance():
     """Where and when this was measured."""
-    from efficientllm.metrics.provenance import git_state, processor
+    from efficientllm.record.provenance import git_state, processor
 
     host, commit = processor(), git_state(pathlib.Path(__file__).parent)["commit"]
     return {

@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import work
 
-from efficientllm import architecture, model, sharding
-from efficientllm import base_config as base
+from efficientllm import base_config, model, sharding
+from efficientllm.architecture import from_config
 from efficientllm.train import step
 
 
@@ -18,7 +18,7 @@ class Trainer:
 
     def __init__(self, shape, precision, length, unrolled=False, seed=0):
         config = _config(shape, precision)
-        lm = architecture.from_config(config.model)
+        lm = from_config.from_config(config.model)
         params = _parameters(work.initial_weights(shape, seed), shape)
         if unrolled:
             lm, params = model.unroll(lm, params)
@@ -44,7 +44,7 @@ def versions():
 
 
 def _config(shape, precision):
-    config = base.get_config()
+    config = base_config.get_config()
     config.model.size = (
         f"tiny(num_layers={shape.layers}, dim={shape.dim}, num_heads={shape.heads}, num_kv_heads={shape.kv_heads}, "
         f"head_dim={shape.head_dim}, hidden={shape.hidden}, vocab_size={shape.vocab}, qkv_bias=True, "

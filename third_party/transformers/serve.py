@@ -21,9 +21,9 @@ import statistics
 import tempfile
 import time
 
-from efficientllm import allocator
 from efficientllm.errors import exit_with
 from efficientllm.metrics import race
+from efficientllm.runtime import malloc
 
 PROMPT = 32  # tokens before what is decoded
 OURS = {
@@ -83,15 +83,15 @@ def contestants(options):
 def compare(options, folder):
     """`{contestant: {"prefill_s": [...], "token_s": [...], "tokens": [...], "bytes": what a step of decoding reads}}`,
     and of memory `{"copy in place": [...], "copy": [...], "read": [...]}` in byte/s."""
-    from efficientllm.metrics import peaks
+    from efficientllm.cost import device_peaks
 
     sides, sizes = {}, {}
     for name in contestants(options):
-        pages = allocator.huge_pages() if name in OURS else {}  # as efficientllm.main
+        pages = malloc.huge_pages() if name in OURS else {}  # as efficientllm.main
         sides[name] = race.Process(_server, name, folder, options, environment=pages)
         sizes[name] = sides[name].ask("bytes")  # answered once it has read its model: the next one may start
-    apart = functools.partial(peaks.best_copy, apart=True)
-    measure = {"copy in place": peaks.best_copy, "copy": apart, "read": peaks.best_read}
+    apart = functools.partial(device_peaks.best_copy, apart=True)
+    measure = {"copy in place": device_peaks.best_copy, "copy": apart, "read": device_peaks.best_read}
     rates = {kind: [] for kind in measure}
 
     def measure_memory(block, results):
@@ -174,18 +174,18 @@ def _transformers(dtype, folder, options):
 def _ours(form, folder, options):
     import jax
 
-    from efficientllm import accounting
-    from efficientllm import base_config as base
-    from efficientllm.infer import samplers, serving
+    from efficientllm import base_config
+    from efficientllm.cost import formulas
+    from efficientllm.infer import samplers, setup
     from efficientllm.infer.engine import Engine
 
-    config = base.get_config()
+    config = base_config.get_config()
     config.task, config.tokenizer, config.quant = "infer", "bytes", form  # no text is read or written
     config.model.pretrained = options.model if form == "stored" else folder
     config.infer.prompts, config.infer.baseline = ("x",), ""
     config.infer.batch_size, config.infer.prompt_length = options.batch, max(options.prefill, PROMPT)
     config.infer.max_new_tokens = options.new + 1
-    made = serving.prepare(config)
+    made = setup.prepare(config)
     jax.set_mesh(made.mesh)
     params = made.load(form)
     engine = Engine(made.lm, params, samplers.Greedy(), -1, max(options.prefill, PROMPT) + options.new + 1)
@@ -204,7 +204,7 @@ def _ours(form, folder, options):
         token_s = (time.perf_counter() - begin) / (options.new - (options.batch == 1))
         return prefill_s, token_s, [int(first[0, 0]), *rest[0].tolist()]
 
-    return run, accounting.decode_bytes(made.lm, made.boxed, params, options.batch, middle)
+    return run, formulas.decode_bytes(made.lm, made.boxed, params, options.batch, middle)
 
 
 def table(found, rates, options):

@@ -1,0 +1,150 @@
+"""The folder of an adapter of peft's as a checkpoint: its base model, with the adapter added as tensors are read."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from efficientllm.convert.files import quantized
+from efficientllm.convert.hf_config import families
+from efficientllm.convert.source import Source, is_run
+from efficientllm.convert.tensors import parameter_map
+from efficientllm.errors import UserError
+from efficientllm.untrusted import json_text
+
+CONFIG, WEIGHT = "adapter_config.json", ".weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedSource(Source):
+    """An adapter's folder. `base` is the Source it is put around; its tokenizer is taken unless the folder has one."""
+
+    base: Source = None
+
+    @property
+    def tokenizer_path(self):
+        """Where its tokenizer's files are."""
+        return self.path if (self.path / "tokenizer_config.json").is_file() else self.base.tokenizer_path
+
+    def tokenizer(self):
+        """A spec for `config.tokenizer`."""
+        return super().tokenizer() if (self.path / "tokenizer_config.json").is_file() else self.base.tokenizer()
+
+    def chat_template(self):
+        """The tokenizer's template of a conversation, or None."""
+        return super().chat_template() if (self.path / "tokenizer_config.json").is_file() else self.base.chat_template()
+
+
+def open_adapter(path, where, weights, open_source):
+    """The AdaptedSource of the folder `path`. Raises UserError for an adapter that cannot be read, or without its base
+    model."""
+    base = _base(path, where, weights, open_source)
+    if base.config.get("model_type") not in families.FAMILIES:
+        raise UserError(f"{where}: an adapter of peft's is around a model of transformers; {base.path} is none")
+    if weights:
+        return put_around(base, path)
+    return AdaptedSource(path, base.config, base.model, base.max_positions, None, None, base=base)
+
+
+def put_around(base, path):
+    """The AdaptedSource of the folder `path` around the Source `base`. Raises UserError for an adapter of another."""
+    table = families.FAMILIES[base.config["model_type"]].table
+    tensors = Merged(base, path, table)
+    config, model = base.config, base.model
+    if tensors.vocab_size is not None:
+        config = config | {"vocab_size": tensors.vocab_size}
+        plain = {key: value for key, value in config.items() if key != quantized.KEY}
+        model = families.describe(plain, path).model
+    return AdaptedSource(path, config, model, base.max_positions, tensors, table, base=base)
+
+
+def _base(path, where, weights, open_source):
+    """What the run above the folder began from; where there is none, or it is gone, what `base_model_name_or_path`
+    names."""
+    named = json_text.read(path / CONFIG).get("base_model_name_or_path")
+    above = path.parent / "config.json"
+    config = json_text.read(above) if above.is_file() else {}
+    begun = config["model"].get("pretrained") if isinstance(config, dict) and is_run(config) else None
+    failed = None
+    for name in dict.fromkeys(name for name in (begun, named) if isinstance(name, str) and name):
+        try:
+            return open_source(name, weights)
+        except UserError as error:
+            failed = failed or error
+    if failed is None:
+        raise UserError(
+            f"{where}: {path / CONFIG} names no base_model_name_or_path; merge it into its base model by "
+            f"python -m efficientllm.convert BASE --merge={path} --out=FOLDER"
+        )
+    raise UserError(
+        f"{where}: its base model cannot be opened: {failed}; merge it into where that is now by "
+        f"python -m efficientllm.convert BASE --merge={path} --out=FOLDER"
+    )
+
+
+class Merged:
+    """The tensors of a Source under transformers' names, with an adapter of peft's added to those it adapts."""
+
+    def __init__(self, base, folder, table):
+        from efficientllm.convert.peft.read import Adapter
+
+        lm = base.lm()
+        self._source, self._plain = base, base.table is table and not hasattr(base.tensors, "bind")
+        self._bound = base.bind(lm)
+        self._tensors = parameter_map.on_disk(parameter_map.bind(lm, table))
+        self._adapter = Adapter(folder, self._tensors)
+        self._check(lm)
+        self.shapes = base.tensors.shapes if self._plain else {name: t.shape for name, t in self._tensors.items()}
+        saved = {
+            name: self._adapter.shape(name, self._tensors) for name in self._adapter.saved if name in self._tensors
+        }
+        self.shapes = self.shapes | saved
+        table = next(name for name, tensor in self._tensors.items() if tensor.parts[0][0] == "embedding")
+        rows = self.shapes[table][0] if table in saved else lm.vocab_size
+        self.vocab_size = rows if rows != lm.vocab_size else None
+
+    def _check(self, lm):
+        """Refuses what would part an embedding from the head that is tied to it."""
+        adapter = self._adapter
+        if not lm.tied:
+            return
+        table = next(name for name, tensor in self._tensors.items() if tensor.parts[0][0] == "embedding")
+        head = next((name for name in adapter.saved if name not in self._tensors), None)
+        same = head and table in adapter.saved and np.array_equal(adapter.whole(head), adapter.whole(table))
+        trained = any(table.removesuffix(WEIGHT).endswith(name) for name in adapter.config.saved)
+        if table.removesuffix(WEIGHT) in adapter.modules or (head and not same) or (trained and not same):
+            raise UserError(
+                f"{adapter.file}: it changes {'the head' if head else table} alone, which this model ties to "
+                f"{table if head else 'its head'}: two tables where it has one"
+            )
+
+    def dtype(self, name):
+        """The base's; float32 of what is adapted or read through our own layout."""
+        adapted = name.removesuffix(WEIGHT) in self._adapter.modules or name in self._adapter.saved
+        return self._source.tensors.dtype(name) if self._plain and not adapted else np.dtype(np.float32)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 a leaf's shards are read one after another
+    def read(self, name):
+        """The tensor, with what the adapter adds."""
+        module = name.removesuffix(WEIGHT)
+        whole = self._adapter.whole(name) if name in self._adapter.saved else self._base(name)
+        if module not in self._adapter.modules:
+            return whole
+        from efficientllm.convert.peft.merge import merged
+
+        return merged(self._adapter, module, np.asarray(whole, np.float32))
+
+    def stored(self, name):
+        """The rounded leaf of a tensor that is not adapted, or None."""
+        adapted = name.removesuffix(WEIGHT) in self._adapter.modules or name in self._adapter.saved
+        return self._source.tensors.stored(name) if self._plain and not adapted else None
+
+    def _base(self, name):
+        if self._plain:
+            return self._source.tensors.read(name)
+        return self._tensors[name].join([self._part(path, position) for path, _, position in self._tensors[name].parts])
+
+    def _part(self, path, position):
+        leaf = self._bound[path]
+        index = [slice(i, i + 1) for i in position] + [slice(None)] * (len(leaf.shape) - len(position))
+        return leaf.read(self._source.tensors, tuple(index), np.float32)[(0,) * len(position)]

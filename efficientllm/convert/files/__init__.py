@@ -1,0 +1,1 @@
+"""File formats of checkpoints: safetensors, GGUF, and folders whose weights are quantized."""

@@ -1,0 +1,222 @@
+"""GGUF files (llama.cpp's) through the `gguf` package: metadata as a config.json, tensors dequantised one at a time."""
+
+import functools
+import importlib.util
+import math
+import pathlib
+import re
+
+import numpy as np
+
+from efficientllm.convert.files import gguf_header, memory_map
+from efficientllm.convert.hf_config import value_limits
+from efficientllm.convert.tensors import name_tables
+from efficientllm.errors import UserError
+from efficientllm.quant import consistency, foreign_layouts
+from efficientllm.untrusted import files
+from efficientllm.untrusted.json_text import shown
+
+# general.architecture -> (model_type, name table).
+ARCHITECTURES = {
+    "llama": ("llama", name_tables.GGUF_LLAMA),
+    "qwen2": ("qwen2", name_tables.GGUF_QWEN),
+    "qwen3": ("qwen3", name_tables.GGUF_QWEN),
+}
+# Keys behind `<architecture>.` and those of a config.json that they stand for.
+KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+NUMBERS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+FORMS = ("Q4_0", "Q4_1", "Q8_0")  # that products here multiply as they are
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_MOST_PARTS = 10_000
+_PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")  # a number, or one per block
+_NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+ROPE_FACTORS = "rope_freqs.weight"  # what each pair's frequency is divided by (llama3 scaling, worked out)
+
+
+class GGUFFile:
+    """The tensors and the metadata of one file, or of all parts of one (`NAME-00001-of-00003.gguf`), whichever is
+    named; `where` is then the first, which has the metadata.
+
+    `config` is what its config.json would be, `table` the name table. Raises UserError for a file that is no GGUF, or
+    of an architecture that is not known.
+    """
+
+    def __init__(self, file):
+        headers = _headers(pathlib.Path(file))
+        self.where, values = next((file, header.values) for file, header in headers.items())
+        kinds = package(self.where).GGMLQuantizationType
+        self.shapes, self._types, self._places, self._files = {}, {}, {}, {}
+        for part, header in headers.items():
+            for name, tensor in header.tensors.items():
+                if name in self.shapes:
+                    raise UserError(f"{part}: tensor {shown(name)} is in {self._files[name].name} too")
+                self.shapes[name], self._types[name], self._files[name] = tensor.shape, kinds(tensor.kind), part
+                self._places[name] = _place(tensor, self._types[name].name)
+        said = values.get("tokenizer.chat_template")
+        self.chat_template = said if isinstance(said, str) else None
+        self.config, self.table = self._describe(values)
+
+    def _describe(self, values):
+        architecture = values.get("general.architecture")
+        if str(architecture) not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UserError(f"{self.where}: general.architecture = {shown(architecture)} is none of {known}")
+        model_type, table = ARCHITECTURES[architecture]
+        prefix = f"{architecture}."
+        config = {"model_type": model_type, "tie_word_embeddings": "output.weight" not in self.shapes}
+        given = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+        if missing := [key for key in _NEEDED if key not in given]:
+            raise UserError(f"{self.where}: key {prefix}{missing[0]} is missing")
+        if longest := [key for key, value in given.items() if value is None]:
+            raise UserError(f"{self.where}: {prefix}{longest[0]} is an array of 1,024 entries or more; none is known")
+        given |= {key: self._of_all(given, key, prefix) for key in _PER_LAYER if key in given}
+        rotated = given.pop("rope.dimension_count", None)
+        config |= self._rope(given)
+        for key, value in given.items():
+            if key == "attention.value_length" and value == given.get("attention.key_length"):
+                continue
+            config[KEYS.get(key, f"{prefix}{key}")] = value  # an unknown one is refused as unknown keys are
+        value_limits.check(config, self.where)
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])  # where llama.cpp has other defaults
+        config.setdefault("head_dim", config["hidden_size"] // max(config["num_attention_heads"], 1))
+        config.setdefault("vocab_size", self.shapes.get("token_embd.weight", (None,))[0])
+        head_dim = config.get("head_dim") or config.get("hidden_size", 0) // max(
+            config.get("num_attention_heads", 1), 1
+        )
+        if rotated not in (None, head_dim):
+            raise UserError(
+                f"{self.where}: {prefix}rope.dimension_count = {rotated} is not supported: heads of ours turn whole"
+            )
+        if model_type == "llama" and "blk.0.attn_q.bias" in self.shapes:
+            config["attention_bias"] = True
+        config |= {
+            key: values[f"tokenizer.ggml.{name}"] for name, key in SPECIAL.items() if f"tokenizer.ggml.{name}" in values
+        }
+        return config, table
+
+    def _of_all(self, given, key, prefix):
+        """The number of every block, where a key has one for each as llama.cpp takes it. Raises UserError."""
+        value, layers = given[key], given["block_count"]
+        if not isinstance(value, list):
+            return value
+        if len(value) != layers or not value:
+            raise UserError(f"{self.where}: {prefix}{key} has {len(value)} entries for {shown(layers)} blocks")
+        if any(number != value[0] for number in value):
+            raise UserError(
+                f"{self.where}: {prefix}{key} = {shown(value)} is not supported: every block of ours has the same"
+            )
+        return value[0]
+
+    def _rope(self, given):
+        """`rope_scaling` of a config.json; takes its keys out of `given`."""
+        factor = given.pop("rope.scaling.factor", None)
+        value_limits.check({"factor": factor}, f"{self.where}: rope.scaling")
+        kind = given.pop("rope.scaling.type", "linear" if factor else "none")  # as llama.cpp takes a factor alone
+        original = given.pop("rope.scaling.original_context_length", None)
+        if ROPE_FACTORS in self.shapes:
+            if kind != "none" and factor not in (None, 1.0):
+                raise UserError(
+                    f"{self.where}: rope.scaling.factor = {factor:g} is not supported together with {ROPE_FACTORS!r}"
+                )
+            if len(self.shapes[ROPE_FACTORS]) != 1 or self.shapes[ROPE_FACTORS][0] > value_limits.LONGEST:
+                raise UserError(f"{self.where}: {ROPE_FACTORS!r} has shape {list(self.shapes[ROPE_FACTORS])}")
+            factors = [float(value) for value in self.read(ROPE_FACTORS)]
+            scaling = {
+                "rope_type": "longrope",
+                "short_factor": factors,
+                "long_factor": factors,
+                "attention_factor": 1.0,
+            }
+            return {"rope_scaling": scaling | {"original_max_position_embeddings": given.get("context_length")}}
+        if kind == "none":
+            return {}
+        return {"rope_scaling": {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}}
+
+    def dtype(self, name):
+        """float32: what every tensor is dequantised to."""
+        return np.dtype(np.float32)
+
+    def form(self, name):
+        """How the file holds a tensor: `Q4_1`, `F16`."""
+        return self._types[name].name
+
+    def read(self, name):
+        """The tensor in float32."""
+        return self._dequantised(name)
+
+    def stored(self, name):
+        """The leaf of a tensor whose blocks ours can multiply as they are, in numpy, or None."""
+        kind = self.form(name)
+        if kind not in FORMS:
+            return None
+        offset, dtype, shape = self._places[name]
+        blocks = memory_map.array(self._files[name], offset, dtype, shape)
+        leaf = foreign_layouts.from_gguf(kind, blocks.reshape(shape[0], self.shapes[name][1] // 32, -1))
+        try:
+            consistency.check_finite(leaf)
+        except UserError as error:
+            raise UserError(f"{self.where}: tensor {name!r}: {error}") from None
+        return leaf
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 a leaf's shards are read one after another
+    def _dequantised(self, name):
+        import gguf
+
+        offset, dtype, shape = self._places[name]
+        stored = memory_map.array(self._files[name], offset, dtype, shape)
+        try:
+            return gguf.dequantize(stored, self._types[name]).reshape(self.shapes[name])
+        except NotImplementedError as error:
+            raise UserError(f"{self.where}: tensor {name!r} cannot be read: {error}") from None
+
+
+def _headers(file):
+    """`{file: Header}` of a file, or of all parts of one in their order. Raises UserError for a missing part."""
+    found = _PART.fullmatch(file.name)
+    header = read_header(file)
+    if found is None or header.values.get("split.count", 1) in (0, 1):
+        return {file: header}
+    name, count = found[1], int(found[3])
+    if header.values["split.count"] != count or count > _MOST_PARTS:
+        raise UserError(f"{file}: it says that it is one of {shown(header.values['split.count'])} parts, not {count}")
+    parts = [file.with_name(f"{name}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    for part in parts:
+        if not files.is_there(part):
+            raise UserError(f"{part} is missing: {file.name} is one of {count} parts, which lie beside each other")
+    return {part: header if part == file else read_header(part) for part in parts}
+
+
+def read_header(path):
+    """The `gguf_header.Header` of a file. Raises UserError for one that is none."""
+    sizes = package(path).GGML_QUANT_SIZES
+    return gguf_header.read(path, {int(kind): size for kind, size in sizes.items()})
+
+
+def package(where):
+    """The `gguf` package. Raises UserError saying how to get it."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{where} is read with the package gguf; pip install gguf")
+    import gguf
+
+    return gguf
+
+
+def _place(tensor, kind):
+    """`(offset, dtype, shape)` of what a tensor is stored in: numbers, or the bytes of blocks."""
+    if kind in NUMBERS:
+        return tensor.offset, NUMBERS[kind], tensor.shape
+    *rows, _ = tensor.shape
+    return tensor.offset, np.dtype(np.uint8), (*rows, tensor.size // math.prod(rows))

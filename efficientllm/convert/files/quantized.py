@@ -1,0 +1,202 @@
+"""Folders whose weights others have rounded, read as if they had not been: block-wise float8, GPTQ, AWQ, ours.
+
+A tensor is decoded when it is read, one at a time; `stored` gives the codes themselves as a leaf. Letters: K inputs, N
+outputs.
+"""
+
+import contextlib
+import json
+
+import ml_dtypes
+import numpy as np
+
+from efficientllm.convert.files import own_quantized
+from efficientllm.convert.files.safetensors_file import SafetensorsFolder
+from efficientllm.errors import UserError
+from efficientllm.quant import foreign_layouts
+
+KEY = "quantization_config"
+WEIGHT = ".weight"
+FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+_LARGEST_BLOCK = 1 << 16
+SCALES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
+
+
+def folder(path, config):
+    """What reads the tensors of a folder with this config.json. Raises UserError for a rounding that is not known."""
+    said = config.get(KEY)
+    if not said:
+        return SafetensorsFolder(path)
+    kind = said.get("quant_method") if isinstance(said, dict) else None
+    if kind == "fp8":
+        return BlockFloat8(path, said)
+    if kind in ("gptq", "awq"):
+        return Packed(path, said)
+    if kind == own_quantized.METHOD:
+        return own_quantized.Folder(path, said)
+    raise _refusal(path, said, "known are quant_method fp8 (with weight_block_size), gptq, awq and efficientllm")
+
+
+def _refusal(path, said, because):
+    return UserError(f"{path / 'config.json'}: {KEY} = {json.dumps(said)} is not supported: {because}")
+
+
+class BlockFloat8:
+    """DeepSeek-V3's files: float8 weights `[N, K]` and a factor for each block of them in `weight_scale_inv`
+    (arXiv:2412.19437, Section 3.3.2)."""
+
+    suffix = "_scale_inv"
+
+    def __init__(self, path, said):
+        self._files = SafetensorsFolder(path)
+        self._block = said.get("weight_block_size")
+        sizes = self._block if isinstance(self._block, list) else []
+        if len(sizes) != 2 or not all(type(size) is int and 0 < size <= _LARGEST_BLOCK for size in sizes):
+            raise _refusal(path, said, "weight_block_size must be two numbers")
+        held = self._files.shapes
+        self.shapes = {name: shape for name, shape in held.items() if not name.endswith(self.suffix)}
+        for name, shape in self.shapes.items():
+            if self._files.dtype(name) in FLOAT8:
+                self._check(path, name, shape, held.get(name + self.suffix))
+
+    def _check(self, path, name, shape, found):
+        if len(shape) != 2:
+            raise UserError(f"{path}: tensor {name!r} has shape {list(shape)}; blocks of float8 are of two axes")
+        wanted = tuple(-(-size // block) for size, block in zip(shape, self._block, strict=True))
+        if found != wanted:
+            shown = "missing" if found is None else f"of shape {list(found)}"
+            raise UserError(f"{path}: tensor {name + self.suffix!r} is {shown}; {name!r} needs {list(wanted)}")
+
+    def dtype(self, name):
+        """What the weights were before: bfloat16."""
+        found = self._files.dtype(name)
+        return np.dtype(ml_dtypes.bfloat16) if found in FLOAT8 else found
+
+    def read(self, name):
+        """The tensor, float32 where it was rounded."""
+        found = self._files.read(name)
+        if found.dtype not in FLOAT8:
+            return found
+        factors = self._files.read(name + self.suffix).astype(np.float32)
+        for axis, block in enumerate(self._block):
+            factors = factors.repeat(min(block, found.shape[axis]), axis)
+        return found.astype(np.float32) * factors[: found.shape[0], : found.shape[1]]
+
+    def stored(self, name):
+        """No leaf of ours holds blocks of float8."""
+        return None
+
+
+class Packed:
+    """AutoGPTQ's and AutoAWQ's files: `qweight`, `qzeros` and `scales` in the place of a kernel's `weight`."""
+
+    def __init__(self, path, said):
+        self._files, self._where, self._kind = SafetensorsFolder(path), path, said["quant_method"]
+        if said.get("bits") != 4:
+            raise _refusal(path, said, "bits must be 4")
+        if self._kind == "awq" and (version := str(said.get("version", "gemm")).lower()) != "gemm":
+            raise _refusal(path, said, f"version {version!r}; only gemm's layout is known")
+        self._version = self._version_of(path, said)
+        self._symmetric, group = said.get("sym"), said.get("group_size")
+        if group is not None and not (type(group) is int and (group == -1 or group > 0)):
+            raise _refusal(path, said, "group_size must be a positive number, or -1 for one group")
+        self._group, self._ordered = group, self._kind == "gptq" and bool(said.get("desc_act"))
+        held = self._files.shapes
+        self._packed = {name.removesuffix(".qweight") + WEIGHT for name in held if name.endswith(".qweight")}
+        parts = ("qweight", "qzeros", "scales", "g_idx")
+        own = {f"{name.removesuffix(WEIGHT)}.{part}" for name in self._packed for part in parts}
+        self.shapes = {name: shape for name, shape in held.items() if name not in own}
+        self.shapes |= {name: self._shape(name) for name in self._packed}
+
+    def _version_of(self, path, said):
+        """AutoGPTQ's first format stores zero - 1; gptqmodel's second one does not."""
+        found = said.get("checkpoint_format") or said.get("format") or "gptq"
+        if self._kind == "gptq" and (found not in ("gptq", "gptq_v2") or said.get("is_marlin_format")):
+            raise _refusal(path, said, f"checkpoint_format {found!r}; only those of gptq and gptq_v2 are known")
+        return 2 if found == "gptq_v2" else 1
+
+    def _part(self, name, part, needed=True):
+        full = f"{name.removesuffix(WEIGHT)}.{part}"
+        if full in self._files.shapes:
+            return self._files.read(full)
+        if needed:
+            raise UserError(f"{self._where}: tensor {full!r} is missing")
+        return None
+
+    def _shape(self, name):
+        full = f"{name.removesuffix(WEIGHT)}.qweight"
+        shape = self._files.shapes[full]
+        if len(shape) != 2 or 0 in shape or self._files.dtype(full) != np.int32:
+            raise UserError(
+                f"{self._where}: tensor {full!r} of {self._files.dtype(full)} {list(shape)} is no I32 table"
+            )
+        rows, columns = shape
+        return (columns, rows * 8) if self._kind == "gptq" else (columns * 8, rows)
+
+    def dtype(self, name):
+        """float16 for what is packed, as its scales are."""
+        return np.dtype(np.float16) if name in self._packed else self._files.dtype(name)
+
+    def read(self, name):
+        """The tensor; `[N, K]` float32 where it was packed."""
+        if name not in self._packed:
+            return self._files.read(name)
+        words, g_idx = self._words(name)
+        if g_idx is None or self._kind == "awq":
+            return np.asarray(self.stored(name).rows())
+        with self._named(name):
+            return foreign_layouts.gptq_rows(*words, g_idx, self._version, self._symmetric)
+
+    def stored(self, name):
+        """The `Int4` of a packed kernel `[N, K]` in numpy, or None."""
+        if name not in self._packed:
+            return None
+        words, g_idx = self._words(name)
+        with self._named(name):
+            if self._kind == "awq":
+                return foreign_layouts.from_awq(*words)
+            group = self._inputs(name, len(words[2]))
+            return foreign_layouts.from_gptq(*words, g_idx, self._version, group, self._symmetric)
+
+    def _words(self, name):
+        """`((qweight, qzeros, scales), g_idx or None)`, whose shapes fit each other."""
+        words = [self._part(name, part) for part in ("qweight", "qzeros", "scales")]
+        self._check_parts(name, *words)
+        g_idx = self._part(name, "g_idx", needed=False) if self._kind == "gptq" else None
+        if g_idx is None and self._ordered:
+            raise UserError(
+                f"{self._where}: {name!r}: desc_act is true, but g_idx, the group of each input, is missing"
+            )
+        if g_idx is not None and (g_idx.shape != (self._shape(name)[1],) or g_idx.dtype.kind != "i"):
+            raise UserError(f"{self._where}: {name!r}: g_idx {list(g_idx.shape)} does not name a group of each input")
+        return words, g_idx
+
+    def _inputs(self, name, groups):
+        """Inputs of a group."""
+        K = self._shape(name)[1]
+        return K if groups == 1 or self._group == -1 else self._group or K // groups
+
+    @contextlib.contextmanager
+    def _named(self, name):
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self._where}: {name!r}: {error}") from None
+
+    def _check_parts(self, name, codes, zeros, scales):
+        N, K = self._shape(name)
+        groups = scales.shape[0] if scales.ndim == 2 else 0
+        size = self._inputs(name, groups) if groups else 0
+        whole = K % groups == 0 if groups and (self._kind == "awq" or self._group is None) else True
+        fits = groups and whole and -(-K // size) == groups and size % 2 == 0 and scales.shape[1] == N
+        if not fits or N % 8 or zeros.shape != (groups, N // 8):
+            raise UserError(
+                f"{self._where}: {name!r}: qweight {list(codes.shape)}, qzeros {list(zeros.shape)} and scales "
+                f"{list(scales.shape)} do not fit each other"
+            )
+        if zeros.dtype != np.int32 or scales.dtype not in SCALES:
+            raise UserError(
+                f"{self._where}: {name!r}: qzeros are {zeros.dtype}, scales {scales.dtype}, not I32 and F16"
+            )
+        if not np.isfinite(scales.astype(np.float16)).all():
+            raise UserError(f"{self._where}: {name!r}: scales hold NaN or infinity, or more than float16 does")

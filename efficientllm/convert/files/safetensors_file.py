@@ -1,0 +1,159 @@
+"""Folders of safetensors, read lazily: headers are checked as a whole before a byte of a tensor is.
+
+The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, data_offsets), the tensors.
+"""
+
+import os
+import pathlib
+import struct
+
+import ml_dtypes
+import numpy as np
+
+from efficientllm.convert.files import memory_map
+from efficientllm.errors import UserError
+from efficientllm.untrusted import files, json_text
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+MOST_AXES = 8
+_LARGEST = 1 << 48  # of an axis or an offset, also beside an axis of none
+LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Files that stand beside a model's: of Mistral's own program, under its own names, and an adapter's.
+OTHERS = ("consolidated", "adapter_model")
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face folder: one file, or several under an index.
+
+    Opening it reads and checks all headers. Raises UserError naming the file, and the tensor, that is wrong.
+    """
+
+    def __init__(self, folder):
+        self.where = pathlib.Path(folder)
+        self._entries = {}
+        for file, expected in _files(self.where).items():
+            held = read_header(file)
+            if missing := [name for name in expected or () if name not in held]:
+                raise UserError(f"{file}: tensor {missing[0]!r} is not in it, though {INDEX} says so")
+            for name, entry in held.items():
+                if name in self._entries:
+                    raise UserError(f"{file}: tensor {name!r} is in {self._entries[name][0].name} too")
+                self._entries[name] = (file, *entry)
+        self.shapes = {name: shape for name, (_, _, shape, _) in self._entries.items()}
+
+    def dtype(self, name):
+        """The dtype that a tensor is stored in."""
+        return np.dtype(self._entries[name][1])
+
+    def read(self, name):
+        """The tensor, mapped: no copy is made."""
+        file, dtype, shape, offset = self._entries[name]
+        return memory_map.array(file, offset, dtype, shape)
+
+    def stored(self, name):
+        """None: nothing is rounded here."""
+        return None
+
+
+def _files(folder):
+    """`{file: the tensors it must hold, or None}`; of several, those that transformers takes."""
+    index = folder / INDEX
+    if files.is_there(folder / SINGLE):
+        return {folder / SINGLE: None}
+    if files.is_there(index):
+        return _indexed(folder, index)
+    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(OTHERS))
+    if len(found) == 1:
+        return {found[0]: None}
+    if found:
+        raise UserError(f"{folder}: {len(found)} safetensors files and no {INDEX} that says what is where")
+    pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
+    if pickled:
+        raise UserError(
+            f"{folder}: {pickled[0]} is a pickle, which can run code and is never loaded; where you trust it: "
+            "transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    beside = f" but {others[0]}, which is none of a model's files in transformers' form" if others else ""
+    raise UserError(f"{folder}: no *.safetensors in it{beside}")
+
+
+def _indexed(folder, index):
+    names = json_text.read(index, most=LONGEST_HEADER).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{index}: no index of tensors: weight_map = {json_text.shown(names)}")
+    found = {}
+    for tensor, name in names.items():
+        found.setdefault(_inside(folder, name, index), set()).add(tensor)
+    return found
+
+
+def _inside(folder, name, index):
+    """A file of the folder itself. Raises UserError for a name that leads elsewhere, be it over a link in the name."""
+    if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\\" in name or name in ("", ".", ".."):
+        raise UserError(f"{index}: {json_text.shown(name)} leads out of the folder; an index names files beside itself")
+    if not files.is_there(folder / name):
+        raise UserError(f"{folder}: {name} is missing, though {index.name} lists it")
+    return folder / name
+
+
+def read_header(file):
+    """`{tensor: (dtype, shape, offset in the file)}`. Raises UserError for a header that its file does not bear out."""
+    with files.open_file(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        first = opened.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
+        if not 2 <= length <= min(LONGEST_HEADER, size - 8):
+            raise UserError(f"{file}: no safetensors file, or one cut short ({size} bytes, a header of {length})")
+        text = opened.read(length)
+    header = json_text.parse(text, f"{file}: its header cannot be read", unique=True)
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    start = 8 + length
+    entries = {name: _entry(file, name, entry, size - start) for name, entry in tensors.items()}
+    _check_apart(file, entries)
+    return {name: (dtype, shape, start + begin) for name, (dtype, shape, begin, _) in entries.items()}
+
+
+def _entry(file, name, entry, room):
+    """`(dtype, shape, begin, end)`, checked against each other and the bytes there are."""
+    where = f"{file}: tensor {json_text.shown(name)}"
+    entry = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2 or len(shape) > MOST_AXES:
+        raise UserError(f"{where} has no dtype, shape and data_offsets")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise UserError(f"{where} is of dtype {json_text.shown(kind)}; known: {', '.join(DTYPES)}")
+    if not all(type(value) is int and 0 <= value < _LARGEST for value in (*shape, *offsets)):
+        raise UserError(f"{where}: shape and data_offsets must be whole numbers, not {shape}, {offsets}")
+    shape, (begin, end) = tuple(shape), offsets
+    needed = np.dtype(DTYPES[kind]).itemsize
+    for value in shape:
+        needed *= value
+    if end - begin != needed:
+        raise UserError(f"{where} has {end - begin} bytes; {kind} of shape {list(shape)} has {needed}")
+    if end > room:
+        raise UserError(f"{where} ends {end - room} bytes behind the end of the file: it is cut short")
+    return DTYPES[kind], shape, begin, end
+
+
+def _check_apart(file, entries):
+    last, before = 0, None
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        if begin < last:
+            raise UserError(f"{file}: tensors {before!r} and {name!r} overlap")
+        last, before = end, name

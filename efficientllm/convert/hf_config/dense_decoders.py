@@ -1,0 +1,118 @@
+"""Decoders of dense layers: from `Keys` of a config.json to the overrides of `config.model` that make its model."""
+
+from efficientllm.convert.hf_config import rope_parameters
+from efficientllm.convert.hf_config.rope_parameters import spec
+from efficientllm.registry import parse
+
+
+def shape_of(keys, *, grouped=True, eps="rms_norm_eps"):
+    """The fields of a size that all decoders of attention share."""
+    dim, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
+    return {
+        "num_layers": keys.number("num_hidden_layers"),
+        "dim": dim,
+        "num_heads": heads,
+        "num_kv_heads": keys.number("num_key_value_heads", default=heads) if grouped else heads,
+        "head_dim": keys.number("head_dim", default=dim // heads),
+        "hidden": keys.number("intermediate_size"),
+        "norm_eps": keys.number(eps, kind=float),
+        "vocab_size": keys.number("vocab_size"),
+    }
+
+
+def silu_only(keys):
+    keys.expect("hidden_act", "silu", "swish", because="the ffn of this family is swiglu, with silu")
+
+
+def decoder(keys, max_positions, *, bias=None, qk_norm=False, window="sliding_window", **position):
+    """Llama and its kin: grouped queries, swiglu, rotary positions, RMS norms.
+
+    Args:
+      bias: `(q, k and v have one, o has one)`; None asks the key attention_bias about both.
+      window: the key of a window that all layers have; None: the family has none.
+    """
+    shape = shape_of(keys)
+    silu_only(keys)
+    keys.expect("mlp_bias", False, because="swiglu of ours has no bias")
+    base, position_spec = rope_parameters.position(keys, max_positions, **position)
+    if bias is None:
+        bias = (keys.take("attention_bias", default=False),) * 2
+    fields = {"qkv_bias": bias[0], "o_bias": bias[1], "qk_norm": qk_norm}
+    reach = keys.take(window, default=None) if window else None
+    return {
+        "size": spec("custom", shape | {"rope_base": base}),
+        "mixer": _attention(fields, reach),
+        "position": position_spec,
+    }
+
+
+def _attention(fields, window=None):
+    fields = {key: value for key, value in fields.items() if value}
+    return spec("window", fields | {"window": window}) if window else spec("gqa", fields)
+
+
+def llama(keys, max_positions):
+    return decoder(keys, max_positions, window=None)
+
+
+def mistral(keys, max_positions):
+    model = decoder(keys, max_positions, bias=(False, False))
+    kind = "sliding_attention" if parse(model["mixer"])[0] == "window" else "full_attention"
+    types = keys.take("layer_types", default=[kind])  # which the class does not read
+    if set(types) != {kind}:
+        raise keys.refusal("layer_types", types, "all layers of this family have the one sliding_window, or none")
+    return model
+
+
+def phi3(keys, max_positions):
+    aliases = (("su", "longrope"), ("yarn", "longrope"))
+    return decoder(keys, max_positions, bias=(False, False), fraction=1.0, aliases=aliases)
+
+
+def qwen2(keys, max_positions):
+    return _some_windows(keys, decoder(keys, max_positions, bias=(True, False), window=None))
+
+
+def qwen3(keys, max_positions):
+    return _some_windows(keys, decoder(keys, max_positions, qk_norm=True, window=None))
+
+
+def _some_windows(keys, model):
+    """Layers from max_window_layers on have a window, or those that layer_types names; without use_sliding_window,
+    none."""
+    window, on = keys.take("sliding_window", default=None), keys.take("use_sliding_window", default=False)
+    first, types = keys.take("max_window_layers"), keys.take("layer_types", default=None)
+    depth = fields_of(model["size"])["num_layers"]
+    default = ["sliding_attention" if i >= first else "full_attention" for i in range(depth)]
+    types = types or (default if on and window else ["full_attention"] * depth)
+    if len(types) != depth:
+        raise keys.refusal("layer_types", types, f"there are {depth} layers")
+    mixers = {"full_attention": model["mixer"]}
+    if on and window:
+        mixers["sliding_attention"] = _attention(fields_of(model["mixer"]), window)
+    for kind in types:
+        if kind not in mixers:
+            raise keys.refusal("layer_types", kind, f"known here: {', '.join(mixers)}")
+    return model | {"pattern": tuple(f"{mixers[kind]} | swiglu" for kind in types)}
+
+
+def fields_of(text):
+    """The fields that a spec gives."""
+    return parse(text)[1]
+
+
+def gpt_neox(keys, max_positions):
+    shape = shape_of(keys, grouped=False, eps="layer_norm_eps")
+    keys.expect("hidden_act", "gelu", because="gelu of ours is exact (erf)")
+    bias = keys.take("attention_bias")
+    base, position_spec = rope_parameters.position(
+        keys, max_positions, fraction=0.25, names=("rotary_emb_base", "rotary_pct")
+    )
+    return {
+        "size": spec("custom", shape | {"rope_base": base}),
+        "mixer": _attention({"qkv_bias": bias, "o_bias": bias}),
+        "ffn": "gelu",
+        "position": position_spec,
+        "norm": "layernorm",
+        "residual": "parallel" if keys.take("use_parallel_residual") else "sequential",
+    }

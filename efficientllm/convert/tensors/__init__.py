@@ -1,0 +1,1 @@
+"""Tensors of a checkpoint: their names in each family, their layouts, and loading them onto shards."""

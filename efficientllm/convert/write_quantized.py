@@ -1,0 +1,81 @@
+"""Writes a checkpoint whose weights are rounded, as `rounded` reads it."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import numpy as np
+
+from efficientllm import model as models
+from efficientllm.convert import write
+from efficientllm.convert.files.new_folder import new_folder
+from efficientllm.convert.files.own_quantized import LEAVES, METHOD
+from efficientllm.convert.files.safetensors_file import INDEX
+from efficientllm.cost import available_memory
+from efficientllm.errors import UserError
+from efficientllm.quant import apply, calibrate
+
+
+def convert(source, spec, folder, data="python_docs()", length=256, shard=write.SHARD):
+    """Writes what `source` holds in the form `spec` to a new folder; returns its bytes of weights.
+
+    Calibrated forms see text of `data`. Raises UserError for a form that rounds nothing.
+    """
+    form = apply.form_of(spec)
+    if not hasattr(form, "leaf") or spec == "stored":
+        raise UserError(f"--quant={spec}: rounds nothing; take int4(...), int8(...), nf4(...), bfloat16 or float16")
+    lm = source.lm(scan=False)
+    abstract = nn.unbox(models.abstract_params(lm))
+    _check_memory(abstract, spec, getattr(form, "calibrated", False))
+    if getattr(form, "calibrated", False):
+        from efficientllm.data import build_tokenizer
+
+        tokens_BT = calibrate.text(data, build_tokenizer(source.tokenizer(), data), length)
+        params = calibrate.quantize(lm, source.load(abstract, lm=lm), spec, tokens_BT)
+    else:
+        params = source.load(abstract, lm=lm, each=apply.rounder(spec))
+    with new_folder(folder) as new:
+        _write(params, new, source.config, spec, shard)
+        write.write_tokenizer(new, source, None)
+    return sum(array.nbytes for array in jax.tree.leaves(params))
+
+
+def _check_memory(abstract, spec, calibrated):
+    """Rounded weights are held whole, and of those before them the largest; calibrated forms begin with all."""
+    whole, rounded = (_sizes(params) for params in (abstract, apply.abstract(abstract, spec)))
+    available_memory.check_conversion(sum(whole) if calibrated else sum(rounded) + max(whole), f"--quant={spec}")
+
+
+def _sizes(params):
+    return [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
+
+
+def _write(params, folder, config, spec, shard):
+    from safetensors.numpy import save_file
+
+    tensors, leaves = {}, {}
+    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
+        arrays, statics = _parts(leaf)
+        tensors |= {f"{path}.{name}" if name else path: array for name, array in arrays.items()}
+        if statics is not None:
+            leaves[path] = {"leaf": type(leaf).__name__} | statics
+    files = write.files_of({name: array.nbytes for name, array in tensors.items()}, shard)
+    for file, names in files.items():
+        save_file({name: np.asarray(tensors[name]) for name in names}, folder / file)
+    if len(files) > 1:
+        index = {"weight_map": {name: file for file, names in files.items() for name in names}}
+        (folder / INDEX).write_text(json.dumps(index))
+    said = {"quant_method": METHOD, "form": spec, "leaves": leaves}
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    (folder / "config.json").write_text(json.dumps(plain | {"quantization_config": said}, indent=1))
+
+
+def _parts(leaf):
+    """`({field: array}, {field: value that is none})`; of an array itself, `({"": it}, None)`."""
+    if type(leaf) not in LEAVES.values():
+        return {"": leaf}, None
+    fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+    arrays = {name: value for name, value in fields.items() if hasattr(value, "dtype")}
+    return arrays, {name: value for name, value in fields.items() if name not in arrays and value is not None}

@@ -1,0 +1,74 @@
+"""The package's table of hardware: `{"gpu": facts common to GPUs, "hardware": {name: facts}}`."""
+
+import functools
+import importlib.resources
+import json
+
+from efficientllm.errors import UserError, did_you_mean, shown
+from efficientllm.registry.ranges import POSITIVE, check, real, whole
+from efficientllm.untrusted import json_text
+
+BYTES = real(2**20)
+
+
+@functools.cache
+def table():
+    """The whole table."""
+    return json.loads(importlib.resources.files("efficientllm.cost").joinpath("data/hardware.json").read_text("utf-8"))
+
+
+def entry(name):
+    """`(name in the table, facts)` of `config.plan.hardware`: a name, a beginning that only one has, or a .json file.
+
+    Case, dashes, blanks and the maker's name do not matter: `RTX 4090`, `NVIDIA H100`. Raises UserError.
+    """
+    if name.endswith(".json"):
+        return name, _own(name)
+    known, wanted = table()["hardware"], _plain(name)
+    exact = [full for full, facts in known.items() if wanted in map(_plain, (full, *facts.get("also", ())))]
+    near = exact or [full for full in known if wanted and _plain(full).startswith(wanted)]
+    if len(near) != 1:
+        raise UserError(
+            f"config.plan.hardware = {shown(name)}: no such hardware; known: {', '.join(known)}, or a .json file of "
+            f"your own{did_you_mean(name.lower(), known)}"
+        )
+    return near[0], {key: value for key, value in known[near[0]].items() if key != "also"}
+
+
+def _plain(name):
+    text = "".join(char for char in name.lower() if char.isalnum())
+    return text.replace("nvidia", "").replace("geforce", "").removeprefix("rtx")
+
+
+# What a file of one's own hardware must say, and what it may.
+NEEDED = {"device_kind": str, "memory_bytes": BYTES, "bandwidth": POSITIVE, "flops": dict}
+ALSO = {"platform": str, "tdp_w": POSITIVE, "per_host": whole(1, 2**16), "link": POSITIVE, "network": POSITIVE}
+
+
+def _own(path):
+    """The facts in a JSON file of the user's: those of the table, and `flops` by dtype. Raises UserError."""
+    where = f"config.plan.hardware = {path!r}"
+    facts = json_text.read(path, where=where)
+    if missing := [key for key in NEEDED if key not in facts]:
+        raise UserError(f"{where}: {', '.join(missing)} is missing; needed are {', '.join(NEEDED)}")
+    for key, value in facts.items():
+        allowed = (NEEDED | ALSO | {"sources": dict}).get(key)
+        if allowed is None:
+            raise UserError(f"{where}: no fact {key!r} is known; known: {', '.join(NEEDED | ALSO)}, sources")
+        _check_fact(f"{where}: {key}", value, allowed)
+    for dtype, value in facts["flops"].items():
+        _check_fact(f"{where}: flops of {dtype}", value, POSITIVE)
+    if facts.setdefault("platform", "gpu") not in ("gpu", "tpu"):
+        raise UserError(f"{where}: platform = {shown(facts['platform'])}: is none of gpu, tpu")
+    sources = dict.fromkeys(("memory", "power", "link", "network"), path)
+    return {"link": 0, **facts, "sources": sources | facts.get("sources", {})}
+
+
+def _check_fact(where, value, allowed):
+    if isinstance(allowed, type):
+        if not isinstance(value, allowed):
+            raise UserError(f"{where} = {shown(value)}: must be a {allowed.__name__}")
+    elif type(value) not in (int, float):
+        raise UserError(f"{where} = {shown(value)}: must be {allowed}")
+    else:
+        check(where, value, allowed)

@@ -1,0 +1,142 @@
+"""Energy of devices that NVML does not know: counters that `zeus` reads, and a meter of the user's own."""
+
+import bisect
+import csv
+import math
+import pathlib
+import time
+
+from efficientllm.errors import UserError
+from efficientllm.metrics.energy.window import Reader
+from efficientllm.runtime import optional_packages
+
+LONGEST_GAP_S = 5.0  # between two samples of a meter: what happened between is a guess
+
+
+class ZeusReader(Reader):
+    """Differences of counters that `zeus` reads, in J: `counters` is `{name: function of no arguments}`.
+
+    `tick_s` is how often they move; it bounds what the edges of a window may miss.
+    """
+
+    kind = "measured"
+
+    def __init__(self, counters, scope, source, tick_s=1e-3, clock=time.monotonic):
+        super().__init__(None, clock)
+        self._counters, self._tick_s = counters, tick_s
+        self.scope, self.source = scope, source
+
+    def start(self):
+        super().start()
+        self._before = {name: read() for name, read in self._counters.items()}
+
+    def stop(self):
+        duration_s = self._duration()
+        spent = {name: read() - self._before[name] for name, read in self._counters.items()}
+        if fell := [name for name, joules in spent.items() if joules < 0]:
+            return self._close(duration_s, reason=f"the counter of {fell[0]} was reset inside the window")
+        if not sum(spent.values()):
+            return self._close(duration_s, reason="no counter moved inside the window")
+        return self._close(duration_s, sum(spent.values()) / duration_s, 2 * self._tick_s / duration_s)
+
+
+def zeus_reader(platform, clock=time.monotonic):
+    """A ZeusReader of what `zeus` finds for devices of the platform (`cpu` or `gpu`), or a reader that says why not."""
+    try:
+        from zeus.device import cpu, gpu, soc
+    except ImportError:
+        return Reader(
+            f"zeus, which would look for other counters, is not installed: {optional_packages.remedy('energy')}", clock
+        )
+    try:
+        if platform == "gpu":
+            found = gpu.get_gpus()
+            counters = {f"GPU {i}": lambda i=i: found.get_total_energy_consumption(i) / 1e3 for i in range(len(found))}
+            return ZeusReader(counters, "gpu", "zeus (AMD GPU counters)", clock=clock)
+        try:
+            found = cpu.get_cpus()
+        except cpu.ZeusCPUInitError:
+            chip = soc.get_soc()
+            return ZeusReader({"SoC": lambda: _joules(chip)}, "module", "zeus (SoC counters)", 0.1, clock)
+        counters = {f"CPU package {i}": lambda i=i: _package_joules(found, i) for i in range(len(found))}
+        return ZeusReader(counters, "cpu-package and dram", "zeus (RAPL)", clock=clock)
+    except Exception as error:  # zeus raises an exception type of its own for each device and each trouble
+        said = str(error).strip() or type(error).__name__
+        return Reader(f"zeus finds no counter: {said.splitlines()[0]}", clock)
+
+
+def _package_joules(cpus, index):
+    found = cpus.get_total_energy_consumption(index)
+    return (found.cpu_mj + (found.dram_mj or 0.0)) / 1e3
+
+
+def _joules(chip):
+    found = chip.get_total_energy_consumption()
+    return sum(value for value in vars(found).values() if isinstance(value, int | float)) / 1e3
+
+
+class MeterReader(Reader):
+    """Power samples of a meter that writes while the run runs: a CSV of unix time in s and power in W.
+
+    Integrated by trapezoids between the samples around the window. A window whose edges no sample encloses, or with a
+    gap of more than LONGEST_GAP_S, is void. Raises UserError for a file that is not there or holds no such rows.
+    """
+
+    source, scope, kind = "meter", "node", "sampled"
+
+    def __init__(self, file, clock=time.time, sleep=time.sleep):
+        super().__init__(None, clock)
+        self._file, self._sleep = pathlib.Path(file), sleep
+        self._samples()
+
+    def stop(self):
+        end = self._clock()
+        begin, duration_s = self._started, self._duration()
+        for _ in range(int(LONGEST_GAP_S / 0.1)):  # the sample behind the end may still have to be written
+            times, watts = self._samples()
+            if times and times[-1] >= end:
+                break
+            self._sleep(0.1)
+        if not times or times[0] > begin or times[-1] < end:
+            return self._close(duration_s, reason=f"{self._file} has no samples on both sides of the window")
+        first, last = bisect.bisect_right(times, begin) - 1, bisect.bisect_left(times, end)
+        gap = max(b - a for a, b in zip(times[first:last], times[first + 1 : last + 1], strict=True))
+        if gap > LONGEST_GAP_S:
+            return self._close(duration_s, reason=f"{self._file} has a gap of {gap:.1f} s inside the window")
+        power = _integral(times[first : last + 1], watts[first : last + 1], begin, end) / (end - begin)
+        return self._close(end - begin, power, gap / (end - begin))
+
+    def _samples(self):
+        """`(times, watts)` in the order of time; a header is skipped."""
+        try:
+            with open(self._file, newline="") as file:
+                rows = [row for row in csv.reader(file) if row]
+        except OSError as error:
+            raise UserError(f"config.metrics.meter = {str(self._file)!r} cannot be read: {error.strerror}") from None
+        samples = []
+        for number, row in enumerate(rows, 1):
+            try:
+                at, watts = (float(value) for value in row[:2])
+                if not (math.isfinite(at) and math.isfinite(watts)):
+                    raise ValueError
+                samples.append((at, watts))
+            except ValueError:
+                if number in (1, len(rows)):  # a header, or a line that is being written
+                    continue
+                raise UserError(
+                    f"config.metrics.meter = {str(self._file)!r}, line {number}: rows of unix time in s and W are "
+                    f"needed, not {','.join(row)!r}"
+                ) from None
+        samples.sort()
+        return [at for at, _ in samples], [watts for _, watts in samples]
+
+
+def _integral(times, watts, begin, end):
+    """Energy in J between `begin` and `end`, which lie within `times`; power is linear between samples."""
+    total = 0.0
+    for a, b, low, high in zip(times, times[1:], watts, watts[1:], strict=False):
+        start, stop = max(a, begin), min(b, end)
+        if stop > start:
+            slope = (high - low) / (b - a)
+            total += (stop - start) * (low + slope * ((start + stop) / 2 - a))
+    return total

@@ -1,0 +1,184 @@
+"""The compressed branch of native sparse attention: blocks of keys made one key each, and the attention over them.
+
+Letters: P pieces of `stride` tokens, M compressed blocks, J blocks to choose from, G KV heads, R query heads a KV
+head.
+"""
+
+import collections
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from efficientllm.layers import Linear
+from efficientllm.mixers import block_selection, kv_cache
+
+CHUNK, MAX_CHUNKS = 128, 16  # queries whose scores lie in memory together; each chunk is compiled apart
+
+
+class Compressor(nn.Module):
+    """phi of Eq. 7: a learned position is added to each of a block's l keys, side by side they pass
+    Linear(l K -> 2 K), gelu, Linear(2 K -> K). KV heads share it."""
+
+    block: int
+    precision: str
+
+    @nn.compact
+    def __call__(self, x_BPdGK):
+        """`[B, P, stride, G, K] -> [B, M, G, K]`: block m is the pieces from m on."""
+        K, pieces = x_BPdGK.shape[-1], self.block // x_BPdGK.shape[2]
+        count = x_BPdGK.shape[1] - pieces + 1
+        x_BMlGK = jnp.concatenate([x_BPdGK[:, i : i + count] for i in range(pieces)], axis=2)
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, None))
+        position_lK = self.param("position", init, (self.block, K))
+        x_BMGlK = jnp.moveaxis(x_BMlGK, 3, 2) + position_lK.astype(x_BMlGK.dtype)
+        hidden = Linear(2 * K, (None, "mlp"), self.precision, name="up")(x_BMGlK.reshape(*x_BMGlK.shape[:3], -1))
+        return Linear(K, ("mlp", None), self.precision, name="down")(nn.gelu(hidden))
+
+
+@flax.struct.dataclass
+class Layout:
+    """Which queries see which compressed blocks, and the blocks of `select` keys that they choose by them.
+
+    begin_BM, end_BM: the first and the last token of each compressed block, which may lie beyond what there is.
+    start_BT: the token at which a query's document starts. index_BT: the one at which the query stands.
+    pieces: the pieces that the compressed blocks are made of.
+    aligned: queries and keys are the same tokens: query t can see no more than t / stride blocks.
+    """
+
+    begin_BM: jax.Array
+    end_BM: jax.Array
+    start_BT: jax.Array
+    index_BT: jax.Array
+    pieces: block_selection.Pieces
+    compress: int = flax.struct.field(pytree_node=False)
+    select: int = flax.struct.field(pytree_node=False)
+    keys: int = flax.struct.field(pytree_node=False)
+    aligned: bool = flax.struct.field(pytree_node=False)
+
+    def chunks(self):
+        """`[((start, stop) of queries, how many compressed blocks they may see, how many blocks to choose from)]`."""
+        length, total = self.index_BT.shape[1], self.end_BM.shape[1]
+        return chunks(length, self.keys, self.compress, self.pieces.size, self.select, total, self.aligned)
+
+    def of_queries(self, start, stop):
+        """The layout of a range of the queries."""
+        take = lambda x_BT: x_BT[:, start:stop]  # noqa: E731
+        first_BT = self.pieces.first_BT
+        pieces = self.pieces.replace(first_BT=None if first_BT is None else take(first_BT))
+        return self.replace(start_BT=take(self.start_BT), index_BT=take(self.index_BT), pieces=pieces)
+
+
+def count(length, compress, stride):
+    """Compressed blocks that a row of `length` tokens has room for; a row shorter than a block has room for one."""
+    return max(1, (length - compress) // stride + 1)
+
+
+def chunks(length, keys, compress, stride, select, total, aligned):
+    """See `Layout.chunks`."""
+    size = max(CHUNK, -(-length // MAX_CHUNKS))
+    ranges = [(start, min(length, start + size)) for start in range(0, length, size)]
+    reach = lambda stop: (count(stop, compress, stride), -(-stop // select))  # noqa: E731
+    return [(queries, *(reach(queries[1]) if aligned else (total, -(-keys // select)))) for queries in ranges]
+
+
+def attend(q_BTGRK, k_BMGK, v_BMGV, layout, select_count):
+    """Attention over the visible compressed blocks, and the blocks chosen by it.
+
+    Returns `([B, T, G, R, V], zeros where none is visible; [B, T, G, n] chosen blocks of the document, -1 for none)`.
+    """
+    found = []
+    for queries, seen, choices in layout.chunks():
+        # The scores of all chunks together would be T x T / stride: the backward pass computes them again.
+        part = jax.checkpoint(functools.partial(_attend, choices=choices, select_count=select_count))
+        arrays = q_BTGRK[:, slice(*queries)], k_BMGK[:, :seen], v_BMGV[:, :seen]
+        y, block = part(*arrays, layout.of_queries(*queries))
+        widest = min(select_count, -(-layout.keys // layout.select))
+        block = jnp.pad(block, ((0, 0),) * 3 + ((0, widest - block.shape[-1]),), constant_values=-1)
+        found.append((y, block))
+    return tuple(jnp.concatenate(parts, 1) for parts in zip(*found, strict=True))
+
+
+def _attend(q_BTGRK, k_BMGK, v_BMGV, layout, choices, select_count):
+    seen = k_BMGK.shape[1]
+    visible = layout.end_BM[:, None, :seen] <= layout.index_BT[..., None]
+    visible_BTM = visible & (layout.begin_BM[:, None, :seen] >= layout.start_BT[..., None])
+    visible = visible_BTM[:, None, None]
+    accumulate = {"preferred_element_type": jnp.float32}
+    scores_BGRTM = jnp.einsum("btgrk,bmgk->bgrtm", q_BTGRK, k_BMGK, **accumulate) * q_BTGRK.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(visible, scores_BGRTM, jnp.finfo(jnp.float32).min), -1)
+    weights_BGRTM = jnp.where(visible, weights, 0.0)
+    y_BTGRV = jnp.einsum("bgrtm,bmgv->btgrv", weights_BGRTM.astype(v_BMGV.dtype), v_BMGV, **accumulate)
+    shared_BGTM = jax.lax.stop_gradient(jnp.sum(weights_BGRTM, 2))
+    score_BGTJ = importance(shared_BGTM, layout.pieces, layout.compress, layout.select, choices)
+    local_BT = layout.index_BT - layout.start_BT
+    block_BTGn = block_selection.choose(score_BGTJ, local_BT, layout.select, select_count, first=1, recent=2)
+    return y_BTGRV.astype(q_BTGRK.dtype), block_BTGn
+
+
+def importance(weights_BGTM, pieces, compress, select, choices):
+    """Eq. 9, counted from 0: block j gets the sum over m < select / d, n < compress / d of weight j select / d + m - n,
+    where d is the stride, -> `[B, G, T, J]`."""
+    a, b = select // pieces.size, compress // pieces.size
+    times = collections.Counter(m - n for m in range(a) for n in range(b))
+    M = weights_BGTM.shape[-1]
+    padded = jnp.pad(weights_BGTM, ((0, 0),) * 3 + ((b - 1, a + b),))
+    total = sum(times[o] * padded[..., o + b - 1 : o + b - 1 + M + b] for o in sorted(times))
+    return pieces.by_document(total, choices, a)
+
+
+def empty(batch, length, compress, stride, shape, dtype):
+    """State for `length` tokens a row: the finished blocks, and the tokens that unfinished ones are made of."""
+    finished = kv_cache.empty({"k": shape, "v": shape}, batch, count(length, compress, stride), dtype)
+    return finished | kv_cache.empty({"raw_k": shape, "raw_v": shape}, batch, compress, dtype)
+
+
+def extend(state, new, finish, positions_BT, stride):
+    """Adds tokens to a state and finishes the blocks that end in them.
+
+    Args:
+      state: as `empty` makes it; `raw` holds the tokens from `compress - stride` before the last multiple of the
+        stride on.
+      new: the k and v of the tokens at `positions_BT`, `[B, T, G, K]`.
+      finish: makes compressed k and v of the pieces of both and the positions that blocks begin at.
+    """
+    compress = state["raw_k"].shape[1]
+    start_B, stop_B = positions_BT[:, 0], positions_BT[:, -1] + 1
+    made = -(-(stride - 1 + positions_BT.shape[1]) // stride)  # blocks that can end in the new tokens
+    before = compress - stride
+
+    def with_tokens(name):
+        room_B = jnp.pad(state[f"raw_{name}"], ((0, 0), (0, made * stride), (0, 0), (0, 0)))
+        return kv_cache.write(room_B, new[name].astype(room_B.dtype), before + start_B % stride)
+
+    raw = {name: with_tokens(name) for name in new}
+    pieces = (raw[name][:, : before + made * stride] for name in ("k", "v"))
+    pieces = (x.reshape(x.shape[0], -1, stride, *x.shape[2:]) for x in pieces)
+    first_B = start_B // stride - before // stride
+    k_BM, v_BM = finish(*pieces, jnp.maximum(first_B[:, None] + jnp.arange(made), 0) * stride)
+    ended_B = (stop_B - compress) // stride + 1
+    shift_B = (stop_B // stride - start_B // stride) * stride
+    return {
+        "k": _put(state["k"], k_BM, first_B, ended_B),
+        "v": _put(state["v"], v_BM, first_B, ended_B),
+        "raw_k": _slice(raw["k"], shift_B, compress),
+        "raw_v": _slice(raw["v"], shift_B, compress),
+    }
+
+
+def _put(old_BS, new_BM, first_B, ended_B):
+    """New block m into slot first + m, where that is no less than 0 and less than `ended`."""
+    width = min(new_BM.shape[1], old_BS.shape[1])
+    at_B = jnp.clip(first_B, 0, old_BS.shape[1] - width)
+    slot_BW = at_B[:, None] + jnp.arange(width)
+    source_BW = slot_BW - first_B[:, None]
+    new_BW = jax.vmap(lambda new, index: new.at[index].get(mode="clip"))(new_BM, source_BW)
+    filled_BW = (slot_BW < ended_B[:, None]) & (source_BW < new_BM.shape[1]) & (source_BW >= 0)
+    kept_BW = jnp.where(filled_BW[..., None, None], new_BW.astype(old_BS.dtype), _slice(old_BS, at_B, width))
+    return kv_cache.write(old_BS, kept_BW, at_B)
+
+
+def _slice(x_BS, at_B, length):
+    return jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, length, 0))(x_BS, at_B)

@@ -1,0 +1,1 @@
+"""Training objectives: the loss of a batch and its held-out evaluation."""

@@ -1,0 +1,135 @@
+"""Next-token cross-entropy that never holds the logits of a long row of a large vocabulary."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from efficientllm.runtime import kernel_choice
+from efficientllm.sharding import constrain, current_mesh, spec, ways
+from efficientllm.weights import axes, matmul
+
+CHUNK_BYTES = 2**26  # float32 logits a device holds at a time
+# On accelerators: every chunk reads the head and adds to its gradient, which at 2**25 bytes of a vocabulary of 151,936
+# moves more memory than all layers do (seen in the programs that XLA compiles for an H200).
+ACCELERATOR_CHUNK_BYTES = 2**29
+
+
+def nll_sum(x_BTD, head_DV, batch, precision):
+    """Negative log likelihood (nats) summed over the weighted targets; logits are `x_BTD @ head_DV`.
+
+    Logits of more than CHUNK_BYTES are made, used and dropped a chunk of tokens at a time. The gradient is made in the
+    same visit (as in Liger, arXiv:2410.10989, Section 3.2), so no product is done twice.
+    """
+    x_BTD, targets_BT, weights_BT = map(_pieces, (x_BTD, batch["targets"], batch["weights"]))
+    chunks = count_chunks(*x_BTD.shape[:2], head_DV.shape[1])
+    kernel_choice.note("loss", "whole" if chunks == 1 else "chunked")
+    if chunks == 1:
+        return logits_nll_sum(_logits(x_BTD, head_DV, precision), targets_BT, weights_BT)
+    return _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks)
+
+
+def _pieces(leaf):
+    """Rows whose tokens lie on several devices, as so many rows of fewer tokens: a sum over targets knows no rows."""
+    (B, T, *rest), n = leaf.shape, ways("length", leaf.shape[1])
+    if n == 1:
+        return leaf
+    pieces = jnp.moveaxis(leaf.reshape(B, n, T // n, *rest), 1, 0).reshape(n * B, T // n, *rest)
+    return constrain(pieces, "token_rows", None, *(None for _ in rest))
+
+
+def logits_nll_sum(logits_BTV, targets_BT, weights_BT):
+    """`nll_sum` from the logits.
+
+    The target's logit is picked by comparison, not by a gather: the vocabulary may be split over devices.
+    """
+    is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+    target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), -1)
+    return jnp.sum((jax.nn.logsumexp(logits_BTV, -1) - target_BT) * weights_BT)
+
+
+def _logits(x_BTD, head_DV, precision):
+    return constrain(matmul(x_BTD, head_DV, precision, out_dtype=jnp.float32), "token_rows", None, "vocab")
+
+
+def count_chunks(B, T, V):
+    """Chunks of a row: the fewest of which one holds the platform's bytes at most, or a token."""
+    mesh, logits = current_mesh(), (B, 1, V)
+    if mesh is not None:
+        logits = NamedSharding(mesh, spec(("token_rows", None, "vocab"), logits, mesh)).shard_shape(logits)
+    most = CHUNK_BYTES if kernel_choice.platform() == "cpu" else ACCELERATOR_CHUNK_BYTES
+    tokens = max(1, most // (4 * math.prod(logits)))
+    return -(-T // tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
+    def one(total, chunk):
+        x, targets, weights = chunk
+        return total + logits_nll_sum(_logits(x, head_DV, precision), targets, weights), None
+
+    return jax.lax.scan(one, 0.0, _split(chunks, x_BTD, targets_BT, weights_BT))[0]
+
+
+def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
+    """Each group of rows has a gradient of the head of its own, and they are added up at the end: one sum over devices
+    for all chunks, not one for each. Letter: N groups."""
+    names = axes(head_DV, (None, "vocab"))
+    # Whole before the loop: not every compiler takes the gather out of it.
+    head_DV = jax.tree.map(lambda leaf, names: constrain(leaf, *names), head_DV, names)
+    split_over = _row_axes(len(x_BTD))
+    N = 1 if split_over is None else math.prod(current_mesh().shape[axis] for axis in split_over)
+
+    def nll(x, head, targets, weights):
+        logits = constrain(matmul(x, head, precision, out_dtype=jnp.float32), None, None, "vocab")
+        return logits_nll_sum(logits, targets, weights)
+
+    of_groups = jax.vmap(jax.value_and_grad(nll, (0, 1)), in_axes=(0, None, 0, 0), spmd_axis_name=split_over)
+
+    def in_groups(dhead_NDV):
+        return jax.tree.map(lambda leaf, names: constrain(leaf, "token_rows", *names), dhead_NDV, names)
+
+    def one(carry, chunk):
+        total, dhead_NDV = carry
+        x, targets, weights = (leaf.reshape(N, -1, *leaf.shape[1:]) for leaf in chunk)
+        nats_N, (dx, dhead) = of_groups(x, head_DV, targets, weights)
+        dhead_NDV = in_groups(jax.tree.map(jnp.add, dhead_NDV, dhead))
+        return (total + jnp.sum(nats_N), dhead_NDV), dx.reshape(chunk[0].shape)
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((N, *leaf.shape), leaf.dtype), head_DV)
+    carry = jnp.zeros(()), in_groups(zeros)
+    (total, dhead_NDV), dx = jax.lax.scan(one, carry, _split(chunks, x_BTD, targets_BT, weights_BT))
+    dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, : x_BTD.shape[1]]
+    return total, (dx_BTD, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), dhead_NDV))
+
+
+def _row_axes(B):
+    """The mesh axes over which B rows are split, or None."""
+    mesh = current_mesh()
+    axes = None if mesh is None else spec(("token_rows",), (B,), mesh)[0]
+    return (axes,) if isinstance(axes, str) else axes
+
+
+def _chunked_backward(precision, chunks, gradients, dy):
+    dx_BTD, dhead_DV = gradients
+    scaled = jax.tree.map(lambda leaf: (leaf * dy).astype(leaf.dtype), (dx_BTD, dhead_DV))
+    return *scaled, None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _split(chunks, *leaves):
+    """`[B, T, ...]` -> `[chunks, B, T / chunks, ...]`: every chunk lies on all devices.
+
+    Zeros fill up the last chunk; those of the weights keep them out of the sum.
+    """
+
+    def one(leaf):
+        B, T, *rest = leaf.shape
+        padded = jnp.pad(leaf, ((0, 0), (0, -T % chunks), *((0, 0),) * len(rest)))
+        return jnp.moveaxis(padded.reshape(B, chunks, -1, *rest), 1, 0)
+
+    return tuple(map(one, leaves))

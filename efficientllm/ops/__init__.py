@@ -1,0 +1,9 @@
+"""Operators with several kernels each, chosen by platform and shape: attention, scans, grouped products."""
+
+KINDS = {
+    "attention_kernel": "attention",
+    "block_kernel": "block_sparse_attention",
+    "grouped_kernel": "grouped_matmul",
+    "rwkv_kernel": "rwkv_recurrence",
+    "scan_kernel": "selective_scan",
+}

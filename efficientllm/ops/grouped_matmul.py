@@ -1,0 +1,217 @@
+"""Products of rows sorted by group with one matrix a group: what a mixture of experts is made of.
+
+Letters of this file: A rows (assignments of tokens to experts), E groups, K in, N out.
+"""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from efficientllm.quant.matmul import is_native, is_tiled
+from efficientllm.registry import build, lookup, register
+from efficientllm.runtime import kernel_choice
+from efficientllm.weights import Weight, dense
+
+
+class Kernel(typing.NamedTuple):
+    """The two products of one implementation. They accumulate in float32.
+
+    rows: `(x_AK, w_EKN, sizes_E, transposed, out_dtype) -> y_AN`, row a times its group's matrix (or its transpose),
+      which is rounded to x's dtype.
+    weights: `(x_AK, g_AN, sizes_E, E) -> dw_EKN` in float32, the sum over a group's rows of their outer products.
+    """
+
+    rows: typing.Callable
+    weights: typing.Callable
+
+
+def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
+    """Multiplies the first `sizes[0]` rows of x with `w[0]`, the next `sizes[1]` with `w[1]`, ... -> `[A, N]`.
+
+    The sizes sum to A; None stands for A / E rows each, which is a batched product. The result has x's dtype, and both
+    passes follow the policy `precision`. `kernel` is `auto` or a registered `grouped_kernel`. Raises UserError for a
+    kernel or a precision that does not exist.
+    """
+    if isinstance(w_EKN, Weight) and not w_EKN.by_group:
+        product = lambda x, w: grouped_matmul(x, w, sizes_E, precision, kernel)  # noqa: E731
+        return w_EKN.apply(x_AK, product, lambda v_EN: _of_rows(v_EN, sizes_E, x_AK.shape[0]))
+    product = build("precision", precision, where="config.model.precision").product
+    name = kernel if kernel != "auto" else choose(w_EKN)
+    kernel = lookup("grouped_kernel", name, where="kernel")
+    if sizes_E is None:
+        name, kernel = "batched", Kernel(_batched_rows, _batched_weights)
+    kernel_choice.note("grouped_matmul", name)
+    return _grouped(x_AK, w_EKN, sizes_E, jnp.dtype(product), kernel)
+
+
+def _of_rows(v_EN, sizes_E, rows):
+    """Each row's vector of its group, `[A, N]`."""
+    groups = v_EN.shape[0]
+    sizes_E = rows // groups if sizes_E is None else sizes_E
+    group_A = jnp.repeat(jnp.arange(groups), sizes_E, total_repeat_length=rows)
+    return v_EN.at[group_A].get(indices_are_sorted=True, mode="promise_in_bounds")
+
+
+def choose(w_EKN):
+    """The kernel for the platform being compiled for.
+
+    XLA turns a ragged product into E dense ones over all rows where it has no kernel for it: on CPUs (measured in
+    experiments/moe_cost) and, as released, on GPUs (not measured). TPUs have one; but it would decompress all matrices
+    that are rounded, where those with a product of their own (`quant.pallas_int4`) are taken one by one.
+    """
+    return "ragged_dot" if kernel_choice.platform() == "tpu" and not is_tiled(w_EKN) else "blocked"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped(x, w, sizes, product, kernel):
+    """The product, with a backward pass whose operands are rounded to `product` as the forward's are."""
+    return kernel.rows(x.astype(product), w, sizes, False, x.dtype)
+
+
+def _forward(x, w, sizes, product, kernel):
+    return _grouped(x, w, sizes, product, kernel), (x.astype(product), w, sizes, jnp.zeros(0, x.dtype))
+
+
+def _backward(product, kernel, residuals, dy):
+    x, w, sizes, like_x = residuals
+    dy = dy.astype(product)
+    dx = kernel.rows(dy, w, sizes, True, like_x.dtype)
+    dw = None if isinstance(w, Weight) else kernel.weights(x, dy, sizes, w.shape[0]).astype(w.dtype)
+    return dx, dw, None
+
+
+_grouped.defvjp(_forward, _backward)
+
+
+def _block_sizes(rows, groups):
+    """Rows a product takes at once: half of a mean group, and where that is many, a quarter of it to end a group with.
+
+    Big blocks are fast, small ones waste little (measured on CPUs, see experiments/moe_cost).
+    """
+    block = min(128, 1 << max(1, rows // groups // 2).bit_length() - 1)
+    return (block, block // 4) if block >= 32 else (min(block, rows),)
+
+
+def _for_groups(sizes_E, body, carry):
+    """`carry = body(group, start, stop, carry)` for each group that has rows, `start:stop` being its rows."""
+    (groups,) = jnp.nonzero(sizes_E, size=sizes_E.shape[0], fill_value=0)
+    stops_E = jnp.cumsum(sizes_E)
+
+    def step(i, carry):
+        group = groups[i]
+        return body(group, stops_E[group] - sizes_E[group], stops_E[group], carry)
+
+    return lax.fori_loop(0, jnp.count_nonzero(sizes_E), step, carry)
+
+
+def _for_blocks(start, stop, blocks, rows, body, carry):
+    """`carry = body(at, mine, carry)` for blocks of rows from `at` on that cover `start:stop`.
+
+    A block of fixed size may reach past `stop`, and past the last row it is moved back: `mine` is True for those of its
+    rows that are the group's and were in no block before.
+    """
+    state = (start, carry)
+    for block, smaller in zip(blocks, (*blocks[1:], 0), strict=True):
+        # What one smaller block can do is left to it.
+        left = block - smaller if smaller else 0
+
+        def step(state, block=block):
+            row, carry = state
+            at = jnp.minimum(row, rows - block)
+            index = at + jnp.arange(block)
+            return row + block, body(at, (index >= row) & (index < stop), carry)
+
+        state = lax.while_loop(lambda state, left=left: stop - state[0] > left, step, state)
+    return state[1]
+
+
+def _take(x, at, block):
+    return lax.dynamic_slice_in_dim(x, at, block, 0)
+
+
+def _contract(x, y, axes):
+    # Always to float32: a CPU has no product of bfloat16 to bfloat16, and would keep a float32 copy of every matrix.
+    return lax.dot_general(x, y, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _blocked_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
+    rows, blocks = x_AK.shape[0], _block_sizes(x_AK.shape[0], w_EKN.shape[0])
+
+    def group(e, start, stop, y_AN):
+        # Without the barrier XLA converts all groups ahead of the loop, and a decoded token would pay for every expert.
+        w, e = lax.optimization_barrier((w_EKN, e))
+        w = jax.tree.map(lambda array: array[e], w)
+        if isinstance(w, Weight) and not transposed and is_native(rows):
+            mine = (jnp.arange(rows) >= start) & (jnp.arange(rows) < stop)
+            return jnp.where(mine[:, None], w.matmul(x_AK, x_AK.dtype.name, out_dtype), y_AN)
+        if is_tiled(w) and not transposed:
+            times = lambda x: w.matmul(x, x.dtype.name, out_dtype)  # noqa: E731
+        else:
+            w_KN = dense(w).astype(x_AK.dtype)
+            times = lambda x: _contract(x, w_KN, (1, 1 if transposed else 0)).astype(out_dtype)  # noqa: E731
+
+        def block(at, mine, y_AN):
+            new = times(_take(x_AK, at, mine.size))
+            new = jnp.where(mine[:, None], new, _take(y_AN, at, mine.size))
+            return lax.dynamic_update_slice_in_dim(y_AN, new, at, 0)
+
+        return _for_blocks(start, stop, blocks, rows, block, y_AN)
+
+    width = w_EKN.shape[1 if transposed else 2]
+    return _for_groups(sizes_E, group, jnp.zeros((rows, width), out_dtype))
+
+
+def _blocked_weights(x_AK, g_AN, sizes_E, groups):
+    rows, blocks = x_AK.shape[0], _block_sizes(x_AK.shape[0], groups)
+    shape_KN = x_AK.shape[1], g_AN.shape[1]
+
+    def group(e, start, stop, dw_EKN):
+        def block(at, mine, dw_KN):
+            g = jnp.where(mine[:, None], _take(g_AN, at, mine.size), 0)
+            return dw_KN + _contract(_take(x_AK, at, mine.size), g, (0, 0))
+
+        return dw_EKN.at[e].set(_for_blocks(start, stop, blocks, rows, block, jnp.zeros(shape_KN, jnp.float32)))
+
+    return _for_groups(sizes_E, group, jnp.zeros((groups, *shape_KN), jnp.float32))
+
+
+# One group after the other, in blocks of rows: only rows that are there are multiplied.
+register("grouped_kernel", "blocked")(Kernel(_blocked_rows, _blocked_weights))
+
+
+def _ragged_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
+    w_EKN = dense(w_EKN, after=x_AK)
+    w_EKN = (jnp.swapaxes(w_EKN, 1, 2) if transposed else w_EKN).astype(x_AK.dtype)
+    return lax.ragged_dot(x_AK, w_EKN, sizes_E, preferred_element_type=out_dtype)
+
+
+def _ragged_weights(x_AK, g_AN, sizes_E, groups):
+    numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    return lax.ragged_dot_general(x_AK, g_AN, sizes_E, numbers, preferred_element_type=jnp.float32)
+
+
+# The compiler's own: fast where it has a kernel for it.
+register("grouped_kernel", "ragged_dot")(Kernel(_ragged_rows, _ragged_weights))
+
+
+def _batched_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
+    axes = ((2,), (2 if transposed else 1,)), ((0,), (0,))
+    y = lax.dot_general(
+        _by_group(x_AK, w_EKN.shape[0]),
+        dense(w_EKN, after=x_AK).astype(x_AK.dtype),
+        axes,
+        preferred_element_type=out_dtype,
+    )
+    return y.reshape(x_AK.shape[0], -1)
+
+
+def _batched_weights(x_AK, g_AN, sizes_E, groups):
+    x, g = (_by_group(array, groups) for array in (x_AK, g_AN))
+    return lax.dot_general(x, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _by_group(x, groups):
+    return x.reshape(groups, -1, x.shape[-1])

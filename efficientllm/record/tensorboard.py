@@ -1,0 +1,79 @@
+"""TensorBoard event files through TensorBoard's own writer, without TensorFlow or torch."""
+
+import time
+
+import numpy as np
+
+from efficientllm.record import trial
+
+
+class SummaryWriter:
+    """Writes one event file into `folder`.
+
+    `first_step`: the first step that this writer will write. TensorBoard then forgets what earlier files of the folder
+    say of it and of later ones (its rule for a session that starts anew), so that a run that was killed and resumed
+    from an older checkpoint has one value a step. (The server does so; the `EventAccumulator` that scripts use keeps
+    both values, the later one last.)
+    """
+
+    def __init__(self, folder, first_step=0):
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event = event_pb2.Event
+        self._file = EventFileWriter(str(folder), max_queue_size=1000, flush_secs=10)
+        # The very first session start of a folder purges nothing and is what makes the later ones do it.
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.add_event(self._event(wall_time=time.time(), step=first_step, session_log=session))
+
+    def scalars(self, step, values):
+        """`{tag: number}` at one step."""
+        from tensorboard.compat.proto import summary_pb2
+        from tensorboard.plugins.scalar import metadata
+
+        scalar = metadata.create_summary_metadata(display_name=None, description=None)
+        scalar.data_class = summary_pb2.DATA_CLASS_SCALAR
+        self._add(step, [(tag, np.float32(value), scalar) for tag, value in values.items()])
+
+    def text(self, tag, markdown, step=0):
+        """A text in Markdown."""
+        from tensorboard.compat.proto import summary_pb2
+        from tensorboard.plugins.text import metadata
+
+        text = metadata.create_summary_metadata(display_name=None, description=None)
+        text.data_class = summary_pb2.DATA_CLASS_TENSOR
+        self._add(step, [(tag, np.array(markdown.encode(), dtype=object), text)])
+
+    def hparams(self, config, row):
+        """One line of TensorBoard's HParams table: what a run compares and its row's numbers; see `trial`.
+
+        `config` is flat, `{dotted key: number, string, bool or None}`, `row` `{key: number or None}`. The numbers
+        become scalars at step 0 under `_row/`, which sorts before all other tags; a null is left out, as the table
+        knows none.
+        """
+        from tensorboard.plugins.hparams import summary_v2
+
+        told = {key: _plain(value) for key, value in trial.told(config).items()}
+        summary = summary_v2.hparams_pb(told, trial_id=trial.name(config))
+        self._file.add_event(self._event(wall_time=time.time(), step=0, summary=summary))
+        self.scalars(0, {f"_row/{key}": value for key, value in row.items() if value is not None})
+
+    def _add(self, step, rows):
+        from tensorboard.util.tensor_util import make_tensor_proto
+
+        event = self._event(wall_time=time.time(), step=step)
+        for tag, value, metadata in rows:
+            event.summary.value.add(tag=tag, tensor=make_tensor_proto(value), metadata=metadata)
+        self._file.add_event(event)
+
+    def flush(self):
+        """Waits until everything is in the file."""
+        self._file.flush()
+
+    def close(self):
+        """Flushes and closes the file."""
+        self._file.close()
+
+
+def _plain(value):
+    return value if isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,1 @@
+"""The process: kernel choice, several processes as one run, signals, allocator, console."""

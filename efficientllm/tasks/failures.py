@@ -1,0 +1,102 @@
+"""An exception of a technique as one line that names the place in the user's code, and as a row."""
+
+import contextlib
+import logging
+import pathlib
+import sys
+import sysconfig
+import time
+import traceback
+
+from efficientllm.errors import UserError
+from efficientllm.metrics.energy.window import Reader
+from efficientllm.record import provenance, row
+from efficientllm.record.workdir import config_hash, plain
+from efficientllm.runtime import distributed
+
+log = logging.getLogger("efficientllm")
+FAILED = 3
+_PACKAGE = pathlib.Path(__file__).parents[1]
+_LIBRARIES = tuple(str(pathlib.Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib"))
+
+
+def one_line(error):
+    """`ZeroDivisionError: division by zero (mine.py:12, in __call__)`."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:300]} ({place(error)})"
+
+
+def place(error):
+    """`file:line, in function` of the innermost frame in the user's code, else in this package, else anywhere."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    if not frames:
+        return "no traceback"
+    ours = [index for index, frame in enumerate(frames) if pathlib.Path(frame.filename).is_relative_to(_PACKAGE)]
+    # Frames before the first of ours are of who called this program.
+    users = [index for index in range(min(ours, default=0), len(frames)) if _is_users(frames[index].filename)]
+    frame = frames[(users or ours or [-1])[-1]]
+    return f"{_shown(frame.filename)}:{frame.lineno}, in {frame.name}"
+
+
+def _is_users(filename):
+    path = pathlib.Path(filename)
+    if path.suffix != ".py" or not path.exists() or path.is_relative_to(_PACKAGE):
+        return False
+    return not str(path.resolve()).startswith(_LIBRARIES)
+
+
+def _shown(filename):
+    path, here = pathlib.Path(filename), pathlib.Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def end(error, config, workdir, started, outcome="error"):
+    """Writes the row of a run that ended by an exception, the traceback into `log.txt`, and one line -> exit status."""
+    line = one_line(error)
+    print(f"efficientllm: {line}; the traceback is in {workdir.shown / 'log.txt'}", file=sys.stderr)
+    if distributed.is_main():
+        try:
+            with open(workdir.path / "log.txt", "a", encoding="utf-8", errors="replace") as file:
+                file.write("".join(traceback.format_exception(error)))
+            workdir.write_row(_row(config, workdir, started, outcome) | {"error": line})
+        except OSError as unwritable:
+            print(f"efficientllm: no row could be written: {unwritable}", file=sys.stderr)
+    return FAILED
+
+
+def _row(config, workdir, started, outcome):
+    said = provenance.provenance(
+        reader=Reader(f"the run ended as {outcome}"),
+        started=started,
+        ended=time.time(),
+        config_hash=config_hash(config),
+        seed=config.seed,
+    )
+    return row.build_record(
+        outcome=outcome,
+        name=config.name,
+        task=config.task,
+        config=plain(config),
+        provenance=said | workdir.code_provenance(),
+    )
+
+
+@contextlib.contextmanager
+def optional(what, notes=None):
+    """What is done inside may fail: the run has its row, and a warning (and `notes`, a list) says what it lacks."""
+    try:
+        yield
+    except Exception as error:
+        warn(what, error)
+        if notes is not None:
+            notes.append(f"{what}: {_said(error)}")
+
+
+def warn(what, error):
+    """One warning line for something optional that failed."""
+    log.warning(f"{what}: {_said(error)}")
+
+
+def _said(error):
+    """A UserError says what it is; others are named with their place."""
+    return str(error) if isinstance(error, UserError) else one_line(error)

@@ -1,0 +1,113 @@
+"""From a config to a finished workdir: imports, task, exit status."""
+
+import hashlib
+import importlib
+import importlib.util
+import pathlib
+import sys
+import time
+import zlib
+
+import jax
+
+from efficientllm import registry
+from efficientllm.config import schema
+from efficientllm.errors import UserError
+from efficientllm.record.workdir import Workdir
+from efficientllm.runtime import distributed, stopping
+from efficientllm.tasks import failures
+
+
+def run(config, path=None, overwrite=False):
+    """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
+    config = schema.checked(config)
+    distributed.initialise()
+    with distributed.leaving():
+        return _run(config, path, overwrite)
+
+
+def _run(config, path, overwrite):
+    task = distributed.together(lambda: _task(config))
+    if hasattr(task, "before_devices"):
+        task.before_devices(config)
+    # The main process makes the folder, and owns it, before another looks at it.
+    made = distributed.together(lambda: Workdir(config, path, overwrite).acquire() if distributed.is_main() else None)
+    refused = True
+    try:
+        workdir = distributed.together(lambda: made or Workdir(config, path, overwrite))
+        workdir.code = code_of(config.imports)
+        answers = distributed.gather(distributed.together(lambda: workdir.answer(config) if made else None))
+        status = _say(answers[0]) if answers[0] else _guarded(task, config, workdir)
+        refused = False
+        return status
+    finally:
+        if made:
+            made.release(refused)
+
+
+def _say(answer):
+    if distributed.is_main():
+        print(answer)
+    return 0
+
+
+def _guarded(task, config, workdir):
+    """The task's exit status; an exception that it does not know is a row and one line, and its status 3."""
+    started = time.time()
+    stopping.check()
+    try:
+        return task(config, workdir)
+    except UserError:
+        raise
+    except Exception as error:
+        stopping.check()  # of which it may have been made
+        if distributed.several() and isinstance(error, jax.errors.JaxRuntimeError):
+            raise  # as where another process has died
+        return distributed.leave(failures.end(error, config, workdir, started))
+
+
+def _task(config):
+    import_plugins(config.imports)
+    return registry.lookup("task", config.task, where="config.task")
+
+
+def import_plugins(imports):
+    """Imports each module name, or path of a Python file, of `config.imports`. Raises UserError."""
+    for name in imports:
+        try:
+            if name.endswith(".py"):
+                import_file(pathlib.Path(name))
+            else:
+                importlib.import_module(name)
+        except UserError:
+            raise
+        except (ImportError, OSError, SyntaxError) as error:
+            raise UserError(f"config.imports = {name!r} cannot be imported: {' '.join(str(error).split())}") from None
+        except (Exception, SystemExit) as error:
+            raise UserError(f"config.imports = {name!r} cannot be imported: {failures.one_line(error)}") from None
+
+
+def code_of(imports):
+    """`{name: twelve hex digits}` of the content of each file of `config.imports`."""
+    files = {
+        name: name if name.endswith(".py") else getattr(sys.modules.get(name), "__file__", None) for name in imports
+    }
+    return {
+        name: hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()[:12] for name, file in files.items() if file
+    }
+
+
+def import_file(path):
+    """The module that the Python file at `path` is; imported once."""
+    key = f"efficientllm_plugin_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    if key in sys.modules:
+        return sys.modules[key]
+    module_spec = importlib.util.spec_from_file_location(key, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[key] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    return module
