@@ -16,6 +16,11 @@ from efficientllm.registry import build, register
 from efficientllm.runtime import kernel_choice
 
 
+def path_of(keys):
+    """`groups/block_0/mixer/q/kernel` for a key path of a parameter tree."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+
+
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """A policy over float32 parameters: the dtype of activations, and of both operands of a matrix product.

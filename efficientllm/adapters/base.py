@@ -7,9 +7,8 @@ import flax.linen as nn
 import jax
 
 from efficientllm.errors import UserError
-from efficientllm.optim.rules import path_of
 from efficientllm.untrusted import patterns
-from efficientllm.weights import Weight
+from efficientllm.weights import Weight, path_of
 
 KERNEL = re.compile(r"block_\d+/(?!.*\brouter/).*\bkernel$")  # of mixers and ffns; never routers, never the head
 

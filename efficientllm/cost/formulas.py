@@ -11,8 +11,7 @@ import jax
 
 from efficientllm.adapters.freeze import Full
 from efficientllm.model import parts
-from efficientllm.optim.rules import path_of
-from efficientllm.weights import Weight
+from efficientllm.weights import Weight, path_of
 
 FULL = Full()
 FLOP_CONVENTION = "causal = half, embedding lookup = 0, router counted, optimiser outside"

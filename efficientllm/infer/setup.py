@@ -21,7 +21,6 @@ from efficientllm.infer.engine import check_prompts
 from efficientllm.infer.row import baseline_of
 from efficientllm.metrics import host, memory
 from efficientllm.ops import rematerialization
-from efficientllm.optim.rules import path_of
 from efficientllm.quant import apply as quant
 from efficientllm.quant import calibrate
 from efficientllm.quant.base import resident_bytes
@@ -29,6 +28,7 @@ from efficientllm.registry import build, parse
 from efficientllm.train import setup
 from efficientllm.train.progress import Countdown
 from efficientllm.untrusted import patterns
+from efficientllm.weights import path_of
 
 
 class OutOfMemory(RuntimeError):

@@ -9,11 +9,7 @@ import optax
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.untrusted import patterns
-
-
-def path_of(keys):
-    """`groups/block_0/mixer/q/kernel` for a key path of a parameter tree."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+from efficientllm.weights import path_of
 
 
 def match(rules, params, where):

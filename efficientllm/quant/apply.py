@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError
-from efficientllm.optim.rules import path_of
 from efficientllm.registry import build
 from efficientllm.untrusted import patterns
-from efficientllm.weights import Axes, Weight
+from efficientllm.weights import Axes, Weight, path_of
 
 TABLE = re.compile(r"(^|/)(embedding|head/kernel)$")
 KERNEL = re.compile(r"^(?!.*\brouter/).*(^|/)kernel$")

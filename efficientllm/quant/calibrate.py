@@ -12,12 +12,11 @@ import numpy as np
 from efficientllm import model as models
 from efficientllm.errors import UserError
 from efficientllm.ops.attention import Context
-from efficientllm.optim.rules import path_of
 from efficientllm.quant import apply as tree
 from efficientllm.quant.awq import awq
 from efficientllm.quant.gptq import gptq
 from efficientllm.train.progress import Countdown
-from efficientllm.weights import Weight
+from efficientllm.weights import Weight, path_of
 
 TEXT_ROWS = 16
 ROWS = 4  # rows of tokens that go through a layer at once

@@ -2,4 +2,7 @@
 
 from efficientllm.sweep.spec import Sweep
 
-__all__ = ["Sweep"]
+__all__ = ["SHORT_RUNS", "Sweep"]
+
+# Overrides of sweeps of short runs on a CPU: nothing is evaluated, saved or sampled on the way.
+SHORT_RUNS = {"train.batch_size": 4, "eval.every": 0, "eval.batches": 16, "checkpoint.every": 0, "sample.tokens": 1}

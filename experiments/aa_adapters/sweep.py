@@ -1,6 +1,6 @@
 """LoRA against RSLoRA, which differ by one constant and so cost the same: a second control of the harness."""
 
-from efficientllm.sweep import Sweep
+from efficientllm.sweep import SHORT_RUNS, Sweep
 
 
 def get_config():
@@ -11,12 +11,5 @@ def get_config():
         seeds=(0,),
         repeats=4,
         equal={"tokens": 0.0, "parameters": 0.0, "flops": 0.0},
-        overrides={
-            "train.steps": 60,
-            "train.batch_size": 4,
-            "eval.every": 0,
-            "eval.batches": 1,
-            "checkpoint.every": 0,
-            "sample.tokens": 1,
-        },
+        overrides=SHORT_RUNS | {"train.steps": 60, "eval.batches": 1},
     )

@@ -1,6 +1,6 @@
 """A sparse mixture beside dense models of its active and of its total parameters."""
 
-from efficientllm.sweep import Sweep
+from efficientllm.sweep import SHORT_RUNS, Sweep
 
 HIDDEN = 512  # of the dense model: two experts of half of it are as wide
 
@@ -18,14 +18,6 @@ def get_config():
             "moe_bias": ("configs/base.py", {"model.ffn": moe.format("bias_rate=0.001")}),
         },
         equal={"tokens": 0.0},
-        overrides={
-            "model.size": "small",
-            "train.steps": 40,
-            "train.batch_size": 4,
-            "eval.every": 0,
-            "eval.batches": 16,
-            "checkpoint.every": 0,
-            "sample.tokens": 1,
-        },
+        overrides=SHORT_RUNS | {"model.size": "small", "train.steps": 40},
         twice=False,
     )

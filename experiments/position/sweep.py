@@ -1,6 +1,6 @@
 """Seven positions in the same model, on the same tokens."""
 
-from efficientllm.sweep import Sweep
+from efficientllm.sweep import SHORT_RUNS, Sweep
 
 
 def get_config():
@@ -10,14 +10,6 @@ def get_config():
         baseline="rope",
         variants={name: f"configs/position.py:{name}" for name in names},
         equal={"tokens": 0.0, "parameters": 0.02},
-        overrides={
-            "model.size": "small",
-            "train.steps": 24,
-            "train.batch_size": 4,
-            "eval.every": 0,
-            "eval.batches": 16,
-            "checkpoint.every": 0,
-            "sample.tokens": 1,
-        },
+        overrides=SHORT_RUNS | {"model.size": "small", "train.steps": 24},
         twice=False,
     )

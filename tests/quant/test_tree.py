@@ -13,13 +13,13 @@ from efficientllm import model, sharding
 from efficientllm.adapters import base
 from efficientllm.errors import UserError
 from efficientllm.ops import native
-from efficientllm.optim.rules import path_of
 from efficientllm.quant.apply import quantize
 from efficientllm.quant.base import Rows, resident_bytes
 from efficientllm.quant.int4 import Int4
 from efficientllm.quant.int8 import Int8
 from efficientllm.registry import build
 from efficientllm.runtime import kernel_choice
+from efficientllm.weights import path_of
 
 MOE = "moe(num_experts=4, top_k=2, hidden=32)"
 TRAVELLING = "moe(num_experts=4, top_k=2, hidden=32, dispatch='capacity', capacity_factor=1.0)"
