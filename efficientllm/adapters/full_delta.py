@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from efficientllm.adapters.base import Method, box
 from efficientllm.adapters.lora import STATIC
-from efficientllm.errors import UserError
 from efficientllm.registry import register
 from efficientllm.weights import Weight, dense
 
@@ -88,10 +87,6 @@ def _product(a, b):
 class _LowRank(Method):
     rank: int = 8
     target: str = ".*"
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise UserError(f"config.adapter: rank = {self.rank} must be at least 1")
 
     def step_flops(self, shape, rows):
         """The kernel's gradient, and the products that make the change, with their gradients."""

@@ -110,13 +110,6 @@ class LoRAMethod(Method):
 
     learnt = ("a", "b")
 
-    def __post_init__(self):
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise UserError(
-                f"config.adapter: rank = {self.rank}, alpha = {self.alpha}, dropout = {self.dropout}: rank must be at "
-                "least 1, alpha more than 0, dropout at least 0 and below 1"
-            )
-
     @property
     def scale(self):
         return self.alpha / self.rank

@@ -17,7 +17,6 @@ check reads SOURCE with both, and prints the greatest difference of logits and t
 Exit status: 0 ok, 1 check found more than rounding, 2 bad input.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -44,13 +43,8 @@ def main(argv=None):
         return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see python -m efficientllm.convert --help")
-
-
 def _check(argv):
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = console.Parser("efficientllm.convert")
     parser.add_argument("source")
     given = parser.parse_args(argv)
     from efficientllm.convert import check, open_source
@@ -62,7 +56,7 @@ def _check(argv):
 
 
 def _convert(argv):
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = console.Parser("efficientllm.convert")
     parser.add_argument("source")
     parser.add_argument("--out", required=True)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))

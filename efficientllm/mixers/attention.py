@@ -6,7 +6,6 @@ arXiv:2305.13245. Window: Beltagy et al. 2020, arXiv:2004.05150.
 
 import flax.linen as nn
 
-from efficientllm.errors import UserError
 from efficientllm.layers import Linear
 from efficientllm.mixers import heads
 from efficientllm.mixers import kv_cache as cache
@@ -125,11 +124,6 @@ class Window(GQA, kw_only=True):
     """A query reads the last `window` tokens, itself included; the state is a ring of as many slots."""
 
     window: int
-
-    def __post_init__(self):
-        if self.window < 1:
-            raise UserError(f"window: window = {self.window} must be at least 1, the query's own token")
-        super().__post_init__()
 
     @property
     def keys_read(self):

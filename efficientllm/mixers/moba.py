@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm.errors import UserError
 from efficientllm.layers import Linear
 from efficientllm.mixers import block_selection, heads, kv_cache
 from efficientllm.ops.block_sparse_attention import Chosen, attend_blocks
@@ -42,9 +41,6 @@ class MoBA(nn.Module, kw_only=True):
     admits = ("heads", "embedding")  # a bias of the scores has no meaning for a mean of keys
 
     def __post_init__(self):
-        for name in ("block", "block_count"):
-            if getattr(self, name) < 1:
-                raise UserError(f"moba: {name} = {getattr(self, name)} must be at least 1")
         heads.check_groups(self)
         super().__post_init__()
 

@@ -62,10 +62,6 @@ class NSA(nn.Module, kw_only=True):
     admits = ("heads", "embedding")  # a bias of the scores has no meaning for a key made of many
 
     def __post_init__(self):
-        least = {"compress_stride": 1, "compress_block": 1, "select_block": 1, "select_count": 3, "window": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f"nsa: {name} = {getattr(self, name)} must be at least {value}")
         for name in ("compress_block", "select_block"):
             if getattr(self, name) % self.compress_stride:
                 stride = self.compress_stride

@@ -15,7 +15,6 @@
 Exit status: 0 ok or no regression, 1 B regressed, 2 bad input or rows that may not be compared, 3 undecided.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -25,11 +24,6 @@ from efficientllm.runtime.stopping import stoppable
 
 EXTRA = ("scipy", "matplotlib", "plotly", "tensorboard")
 FLAGS = ("--out", "--baseline", "--compare", "--metric", "--margin", "--help")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
 
 
 @stoppable
@@ -58,7 +52,7 @@ def parse(argv):
         name = argument.partition("=")[0]
         if name.startswith("-") and name not in FLAGS:
             raise UserError(f"no flag {name}; flags: {', '.join(FLAGS)}{did_you_mean(name, FLAGS)}")
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = console.Parser("efficientllm.report")
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--out")
     parser.add_argument("--baseline")

@@ -1,6 +1,19 @@
-"""What is printed reaches every console: one that lacks a letter shows another in its place."""
+"""The command line: its parser, whose errors are one line, and what every console can print."""
 
+import argparse
 import sys
+
+from efficientllm.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of `python -m MODULE`, which prints its own --help. An error is a UserError; no flag is abbreviated."""
+
+    def __init__(self, module):
+        super().__init__(f"python -m {module}", add_help=False, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def print_all_letters():
