@@ -9,7 +9,7 @@ import statistics
 from ml_collections import ConfigDict
 
 from efficientllm.atomic import write_atomically
-from efficientllm.errors import UserError
+from efficientllm.errors import UserError, shown
 from efficientllm.plan import estimate
 from efficientllm.plan import hardware as hardwares
 from efficientllm.record import provenance
@@ -93,7 +93,7 @@ def _read(file, where):
     for index, row in enumerate(rows):
         place = f"{where}: row {index}"
         if not isinstance(row, dict):
-            raise UserError(f"{place} is {json_text.shown(row)}, no object")
+            raise UserError(f"{place} is {shown(row)}, no object")
         for key in ("measured_s", "roofline_s"):
             if json_text.field(row, key, "number", place) <= 0:
                 raise UserError(f"{place}: {key} = {row[key]} must be more than 0")

@@ -1,7 +1,6 @@
 """The types that a row of others must have before anything is made of it."""
 
-from efficientllm.errors import UserError
-from efficientllm.untrusted.json_text import shown
+from efficientllm.errors import UserError, shown
 
 _NUMBER, _TEXT, _FLAG = (int, float), (str, type(None)), (bool, type(None))
 _WHOLE, _OBJECT, _LIST = (int, type(None)), (dict, type(None)), (list, type(None))
@@ -61,7 +60,7 @@ def _check(value, keys, kinds, file, path):
         wrong = isinstance(value, bool) and bool not in kinds
         if wrong or not isinstance(value, kinds):
             wanted = " or ".join(_NAMES.get(kind, "a number") for kind in kinds if kind is not type(None))
-            raise UserError(f"{file}: no row: its {path!r} is {shown(value, 40)}, not {wanted}")
+            raise UserError(f"{file}: no row: its {path!r} is {shown(value)}, not {wanted}")
         return
     first, rest = keys[0], keys[1:]
     if first == "*":

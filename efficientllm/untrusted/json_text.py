@@ -8,7 +8,7 @@ import json
 import math
 import re
 
-from efficientllm.errors import UserError
+from efficientllm.errors import UserError, shown
 from efficientllm.untrusted import files
 
 DEPTH = 64
@@ -73,15 +73,6 @@ def is_number(value):
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False
-
-
-def shown(value, most=60):
-    """A value in a message: short, on one line, whatever it is."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def is_deep(text, most=DEPTH):

@@ -11,10 +11,9 @@ import numpy as np
 from efficientllm.convert.files import gguf_header, memory_map
 from efficientllm.convert.hf_config import value_limits
 from efficientllm.convert.tensors import name_tables
-from efficientllm.errors import UserError
+from efficientllm.errors import UserError, shown
 from efficientllm.quant import consistency, foreign_layouts
 from efficientllm.untrusted import files
-from efficientllm.untrusted.json_text import shown
 
 # general.architecture -> (model_type, name table).
 ARCHITECTURES = {

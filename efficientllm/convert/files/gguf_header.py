@@ -9,9 +9,8 @@ import math
 import mmap
 import struct
 
-from efficientllm.errors import UserError
+from efficientllm.errors import UserError, shown
 from efficientllm.untrusted import files
-from efficientllm.untrusted.json_text import shown
 
 VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -12,13 +12,12 @@ import numpy as np
 
 from efficientllm import model as models
 from efficientllm.convert.files.safetensors_file import SafetensorsFolder
-from efficientllm.errors import UserError
+from efficientllm.errors import UserError, shown
 from efficientllm.quant import consistency
 from efficientllm.quant.float16 import Half
 from efficientllm.quant.int4 import Int4
 from efficientllm.quant.int8 import Int8
 from efficientllm.quant.nf4 import NF4
-from efficientllm.untrusted.json_text import shown
 
 METHOD = "efficientllm"
 LEAVES = {kind.__name__: kind for kind in (Int4, Int8, NF4, Half)}

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from efficientllm.convert.files import memory_map
-from efficientllm.errors import UserError
+from efficientllm.errors import UserError, shown
 from efficientllm.untrusted import files, json_text
 
 DTYPES = {
@@ -96,7 +96,7 @@ def _files(folder):
 def _indexed(folder, index):
     names = json_text.read(index, most=LONGEST_HEADER).get("weight_map")
     if not isinstance(names, dict):
-        raise UserError(f"{index}: no index of tensors: weight_map = {json_text.shown(names)}")
+        raise UserError(f"{index}: no index of tensors: weight_map = {shown(names)}")
     found = {}
     for tensor, name in names.items():
         found.setdefault(_inside(folder, name, index), set()).add(tensor)
@@ -106,7 +106,7 @@ def _indexed(folder, index):
 def _inside(folder, name, index):
     """A file of the folder itself. Raises UserError for a name that leads elsewhere, be it over a link in the name."""
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\\" in name or name in ("", ".", ".."):
-        raise UserError(f"{index}: {json_text.shown(name)} leads out of the folder; an index names files beside itself")
+        raise UserError(f"{index}: {shown(name)} leads out of the folder; an index names files beside itself")
     if not files.is_there(folder / name):
         raise UserError(f"{folder}: {name} is missing, though {index.name} lists it")
     return folder / name
@@ -131,13 +131,13 @@ def read_header(file):
 
 def _entry(file, name, entry, room):
     """`(dtype, shape, begin, end)`, checked against each other and the bytes there are."""
-    where = f"{file}: tensor {json_text.shown(name)}"
+    where = f"{file}: tensor {shown(name)}"
     entry = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2 or len(shape) > MOST_AXES:
         raise UserError(f"{where} has no dtype, shape and data_offsets")
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise UserError(f"{where} is of dtype {json_text.shown(kind)}; known: {', '.join(DTYPES)}")
+        raise UserError(f"{where} is of dtype {shown(kind)}; known: {', '.join(DTYPES)}")
     if not all(type(value) is int and 0 <= value < _LARGEST for value in (*shape, *offsets)):
         raise UserError(f"{where}: shape and data_offsets must be whole numbers, not {shape}, {offsets}")
     shape, (begin, end) = tuple(shape), offsets

@@ -6,8 +6,7 @@ What the keys mean, and which of them a family has, is `families`'.
 
 import math
 
-from efficientllm.errors import UserError
-from efficientllm.untrusted.json_text import shown
+from efficientllm.errors import UserError, shown
 
 LAYERS, WIDTH, VOCABULARY, POSITIONS, EXPERTS = 2048, 1 << 20, 1 << 25, 1 << 31, 1 << 14
 EXPERTS_IN_ALL = 1 << 18  # of all layers: each has tensors of its own

@@ -5,7 +5,7 @@ import math
 import pathlib
 
 from efficientllm.convert.peft.adapter_kinds import PARTS
-from efficientllm.errors import UserError
+from efficientllm.errors import UserError, shown
 from efficientllm.registry import build, parse
 from efficientllm.untrusted import json_text, patterns
 
@@ -86,10 +86,10 @@ def read_config(folder):
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in PARTS:
         known = ", ".join(PARTS)
-        raise UserError(f"{file}: peft_type = {json_text.shown(kind)}; only {known} can be read")
+        raise UserError(f"{file}: peft_type = {shown(kind)}; only {known} can be read")
     for key, neutral in NEUTRAL.items():
         if config.get(key) and config[key] != neutral:  # what is empty says nothing
-            raise UserError(f"{file}: {key} = {json_text.shown(config[key])} is not supported; only {neutral!r} is")
+            raise UserError(f"{file}: {key} = {shown(config[key])} is not supported; only {neutral!r} is")
     name = _name(config, file) if kind == "LORA" else kind.lower()
     alpha = {"LORA": "lora_alpha", "GLORA": None}.get(kind, "alpha")
     where = file if kind == "LORA" else f"{file}: peft_type = {kind!r}"
@@ -104,7 +104,7 @@ def read_config(folder):
 def _saved(config, file):
     found = config.get("modules_to_save") or []
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise UserError(f"{file}: modules_to_save = {json_text.shown(found)} must be a list of names")
+        raise UserError(f"{file}: modules_to_save = {shown(found)} must be a list of names")
     return tuple(found)
 
 
@@ -128,7 +128,7 @@ def _name(config, file):
 def _number(config, key, file, kind=float, default=None):
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        raise UserError(f"{file}: {key} = {json_text.shown(value)} must be a number ({kind.__name__})")
+        raise UserError(f"{file}: {key} = {shown(value)} must be a number ({kind.__name__})")
     if not abs(value) <= MOST:
         raise UserError(f"{file}: {key} = {value!r} is too large: at most {MOST:g}")
     return value
