@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.atomic import write_atomically
+from efficientllm.cost.hardware_table import table
 from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
 
@@ -26,67 +27,18 @@ EXECUTED = "matmul FLOPs of the program, with all that it masks, drops and compu
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Datasheet peaks of one device; `flops` by compute dtype, where `tf32` is float32 on NVIDIA's tensor cores."""
+    """Datasheet peaks of one device; `flops` by compute dtype, where `tf32` is float32 on NVIDIA's tensor cores.
+
+    Of GeForces they are of products that accumulate in float32, as JAX's do, at half of the rate in the headlines.
+    """
 
     flops: dict
     bandwidth: float
     source: str
 
 
-_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "float8": 1979e12, "tf32": 494e12, "float32": 67e12}
-_AMPERE = {"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12, "float32": 19.5e12}
-_HALVED = "its sparse figures halved"
-
 # Keyed by what JAX calls `device_kind`. A device that is not here has no MFU: a near name may be half as fast.
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": Peak(_HOPPER, 3.35e12, f"NVIDIA H100 datasheet, SXM, {_HALVED}"),
-    "NVIDIA H200": Peak(_HOPPER, 4.8e12, f"NVIDIA H200 datasheet, SXM, {_HALVED}"),
-    "NVIDIA GH200 480GB": Peak(_HOPPER, 4.0e12, f"NVIDIA GH200 datasheet, 96 GB HBM3, {_HALVED}"),
-    "NVIDIA A100-SXM4-80GB": Peak(_AMPERE, 2.039e12, "NVIDIA A100 datasheet, 80 GB SXM"),
-    "NVIDIA A100-SXM4-40GB": Peak(_AMPERE, 1.555e12, "NVIDIA A100 datasheet, 40 GB SXM"),
-    "NVIDIA B200": Peak({"bfloat16": 2250e12, "float16": 2250e12}, 8.0e12, f"NVIDIA HGX B200 datasheet, {_HALVED}"),
-    "NVIDIA B300": Peak({"bfloat16": 2250e12, "float16": 2250e12}, 8.0e12, f"NVIDIA HGX B300 datasheet, {_HALVED}"),
-    "NVIDIA H100 PCIe": Peak(
-        {"bfloat16": 756e12, "float16": 756e12, "float8": 1513e12, "tf32": 378e12, "float32": 51e12},
-        2.0e12,
-        f"NVIDIA H100 datasheet, PCIe, {_HALVED}",
-    ),
-    "NVIDIA L4": Peak(
-        {"bfloat16": 121e12, "float16": 121e12, "tf32": 60e12, "float32": 30.3e12},
-        0.3e12,
-        f"NVIDIA L4 datasheet, {_HALVED}",
-    ),
-    "NVIDIA L40S": Peak(
-        {"bfloat16": 362e12, "float16": 362e12, "tf32": 183e12, "float32": 91.6e12}, 0.864e12, "NVIDIA L40S datasheet"
-    ),
-    "NVIDIA A10": Peak(
-        {"bfloat16": 125e12, "float16": 125e12, "tf32": 62.5e12, "float32": 31.2e12}, 0.6e12, "NVIDIA A10 datasheet"
-    ),
-    "NVIDIA RTX A6000": Peak(
-        {"bfloat16": 154.8e12, "float16": 154.8e12, "tf32": 77.4e12, "float32": 38.7e12},
-        0.768e12,
-        "NVIDIA GA102 whitepaper, RTX A6000",
-    ),
-    "Tesla T4": Peak({"float16": 65e12, "float32": 8.1e12}, 0.32e12, "NVIDIA T4 datasheet"),
-    # GeForce: products that accumulate in float32, as JAX's do, at half of the rate in the headlines
-    "NVIDIA GeForce RTX 3090": Peak(
-        {"bfloat16": 71e12, "float16": 71e12, "tf32": 35.6e12, "float32": 35.6e12}, 0.936e12, "NVIDIA GA102 whitepaper"
-    ),
-    "NVIDIA GeForce RTX 4090": Peak(
-        {"bfloat16": 165.2e12, "float16": 165.2e12, "tf32": 82.6e12, "float32": 82.6e12},
-        1.008e12,
-        "NVIDIA Ada whitepaper",
-    ),
-    "NVIDIA GeForce RTX 5090": Peak(
-        {"bfloat16": 209.5e12, "float16": 209.5e12, "tf32": 104.8e12, "float32": 104.8e12},
-        1.792e12,
-        "NVIDIA RTX Blackwell whitepaper",
-    ),
-    "TPU v4": Peak({"bfloat16": 275e12}, 1.228e12, "Google Cloud TPU v4 documentation"),
-    "TPU v5 lite": Peak({"bfloat16": 197e12}, 0.819e12, "Google Cloud TPU v5e documentation"),
-    "TPU v5": Peak({"bfloat16": 459e12}, 2.765e12, "Google Cloud TPU v5p documentation"),
-    "TPU v6 lite": Peak({"bfloat16": 918e12}, 1.640e12, "Google Cloud TPU v6e documentation"),
-}
+PEAKS = {facts["device_kind"]: Peak(**facts["peaks"]) for facts in table()["hardware"].values() if "peaks" in facts}
 
 
 def peak_flops(device_kind, dtype):
@@ -190,7 +142,7 @@ def bandwidth_utilisation(bytes_, seconds, devices, what="weights and state read
     }
 
 
-def roofline(flops, bytes_, devices, dtype):
+def measured_roofline(flops, bytes_, devices, dtype):
     """The time in s below which `devices` cannot do `flops` and move `bytes_`, as a Reading: the longer of the two, at
     the rates measured on this host."""
     flops_s = flops / (parallel(devices) * measure_gemm_peak(jnp.dtype(dtype).name).value)

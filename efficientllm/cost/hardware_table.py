@@ -17,6 +17,11 @@ def table():
     return json.loads(importlib.resources.files("efficientllm.cost").joinpath("data/hardware.json").read_text("utf-8"))
 
 
+def plannable():
+    """`{name: facts}` of the hardware that can be planned for: of some devices only the peaks are known."""
+    return {name: facts for name, facts in table()["hardware"].items() if "sources" in facts}
+
+
 def entry(name):
     """`(name in the table, facts)` of `config.plan.hardware`: a name, a beginning that only one has, or a .json file.
 
@@ -24,7 +29,7 @@ def entry(name):
     """
     if name.endswith(".json"):
         return name, _own(name)
-    known, wanted = table()["hardware"], _plain(name)
+    known, wanted = plannable(), _plain(name)
     exact = [full for full, facts in known.items() if wanted in map(_plain, (full, *facts.get("also", ())))]
     near = exact or [full for full in known if wanted and _plain(full).startswith(wanted)]
     if len(near) != 1:

@@ -182,7 +182,7 @@ def _bounds(lm, boxed, params, found, mesh):
         "decode_bytes_per_step": Reading(
             moved, "bytes", f"weights touched and state of {found.rows} x {middle} tokens"
         ),
-        "tpot_s_roofline": device_peaks.roofline(found.rows * flops, moved, devices, dtype),
+        "tpot_s_roofline": device_peaks.measured_roofline(found.rows * flops, moved, devices, dtype),
     }
 
 

@@ -134,7 +134,7 @@ def _moved(run, step_seconds):
     what = "parameters, moments, gradients and activations, each passing once for each use,"
     return {
         **device_peaks.bandwidth_utilisation(moved, step_seconds, devices, what),
-        "step_s_roofline": device_peaks.roofline(flops, moved, devices, activation_dtype(run.lm.precision)),
+        "step_s_roofline": device_peaks.measured_roofline(flops, moved, devices, activation_dtype(run.lm.precision)),
     }
 
 
