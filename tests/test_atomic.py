@@ -7,6 +7,8 @@ import pytest
 
 from efficientllm import atomic
 
+pytestmark = pytest.mark.quick
+
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())

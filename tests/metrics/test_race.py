@@ -13,6 +13,8 @@ from efficientllm.metrics import race
 
 pytestmark = pytest.mark.quick
 
+pytestmark = pytest.mark.quick
+
 
 def contestants(calls, names="abc"):
     """Contestants that note their calls, as (name, block), and return ten times the block."""
