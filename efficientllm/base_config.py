@@ -84,7 +84,7 @@ def get_config():
     config.infer.baseline = "float32"  # what MCR compares with: a form scored in the same run, or a record.json
 
     config.plan = ConfigDict()  # of the task plan
-    config.plan.hardware = "cpu"  # or h100, gh200_96, v5e... of plan/data/hardware.json
+    config.plan.hardware = "cpu"  # or h100, gh200_96, v5e... of cost/data/hardware.json
     config.plan.devices = 1
     config.plan.of = "pretrain"  # or tune, infer: the task whose step or request is planned
     config.plan.calibration = ""  # a folder of measured runs on that hardware, or the file made from one

@@ -135,7 +135,8 @@ def test_a_wheel_holds_the_presets(tmp_path):
     assert done.returncode == 0, done.stderr
     code = """if True:
         import pathlib, efficientllm
-        from efficientllm import main, presets
+        from efficientllm import main
+        from efficientllm.config import presets
         assert efficientllm.__file__.startswith("{site}")
         names = [f"--config={{name}}" for name in presets.names()]
         for config in (*names, "--config=tune_study:dora+medical", "--config=configs/attention.py:mla"):

@@ -76,7 +76,7 @@ def test_other_errors_and_threads_are_left_alone():
 def test_stopped_while_python_has_no_turn(work, signum):
     code = f"""
         import hashlib, sys
-        from efficientllm import stopping
+        from efficientllm.runtime import stopping
         stopping.PATIENCE_S = 0.3
         @stopping.stoppable
         def main(argv):
@@ -95,7 +95,7 @@ def test_stopped_while_python_has_no_turn(work, signum):
 
 SAVES = """
 import os, signal, time
-from efficientllm import stopping
+from efficientllm.runtime import stopping
 from efficientllm.train import loop
 stopping.PATIENCE_S = 0.3
 @stopping.stoppable

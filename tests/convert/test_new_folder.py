@@ -12,7 +12,7 @@ from efficientllm.errors import UserError
 
 KILLED = """
 import os, pathlib, sys, time
-from efficientllm.convert.new_folder import new_folder
+from efficientllm.convert.files.new_folder import new_folder
 with new_folder(sys.argv[1]) as new:
     (new / "weights").write_bytes(bytes(1000))
     print("written", flush=True)

@@ -211,9 +211,9 @@ def test_default_model_without_its_package(monkeypatch):
 MEMORY = """
     import sys
     import jax
-    from convert.test_source import abstract, convert, load, resident
+    from convert.test_source import abstract, convert, load_sharded, resident
 
-    load.PIECE = 4 * 2**20
+    load_sharded.PIECE = 4 * 2**20
     source = convert.open_source(sys.argv[1])
     shapes = abstract(source.lm())
     jax.block_until_ready(jax.numpy.zeros(2) + 1)
@@ -234,12 +234,12 @@ MERGED = """
     import sys
     import jax
     from convert.test_source import convert, resident
-    from efficientllm.adapters import folder
+    from efficientllm.convert import peft
 
     source = convert.open_source(sys.argv[1])
     jax.block_until_ready(jax.numpy.zeros(2) + 1)
     before = resident("VmRSS")
-    folder.merge_into(source, sys.argv[2], sys.argv[3], shard=32 * 2**20)
+    peft.merge_into(source, sys.argv[2], sys.argv[3], shard=32 * 2**20)
     print(resident("VmHWM") - before)
 """
 

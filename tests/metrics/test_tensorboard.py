@@ -21,7 +21,7 @@ pytestmark = pytest.mark.quick
 
 IMPORTS = """
 import sys
-from efficientllm.metrics.tensorboard import SummaryWriter
+from efficientllm.record.tensorboard import SummaryWriter
 writer = SummaryWriter(sys.argv[1])
 writer.scalars(1, {"loss": 2.0})
 writer.hparams({"seed": 1}, {"al_s": 0.5})

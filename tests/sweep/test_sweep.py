@@ -36,7 +36,8 @@ if what == "sleep":
     time.sleep(60)
 if what in ("crash", "invalid", "stopped"):
     sys.exit({"crash": 1, "invalid": 2, "stopped": 143}[what])
-from efficientllm.metrics import reading, record
+from efficientllm.metrics import reading
+from efficientllm.record import row as record
 loss = float(argv.get("config.loss", "nan"))
 quality = {"eval_loss": reading.Reading(loss, "nat", "made up")} if "config.loss" in argv else None
 row = record.build_record(
