@@ -15,10 +15,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from efficientllm.atomic import write_atomically
 from efficientllm.cost.hardware_table import table
 from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
+from efficientllm.runtime.atomic_write import write_atomically
 
 log = logging.getLogger("efficientllm")
 CONVENTION = "matmul FLOPs of the model (causal half, lookup 0, router counted, optimiser not)"

@@ -9,10 +9,10 @@ import json
 import logging
 import pathlib
 
-from efficientllm.atomic import write_atomically
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.metrics.reading import Reading
 from efficientllm.runtime import optional_packages
+from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.untrusted import json_text
 
 # The study's six tasks (arXiv:2505.13840, Section 4) and the metric of each, as the Open LLM Leaderboard scores them.

@@ -2,7 +2,7 @@
 
 import json
 
-from efficientllm.atomic import write_atomically
+from efficientllm.runtime.atomic_write import write_atomically
 
 HALF = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 

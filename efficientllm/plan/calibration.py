@@ -8,12 +8,12 @@ import statistics
 
 from ml_collections import ConfigDict
 
-from efficientllm.atomic import write_atomically
 from efficientllm.errors import UserError, shown
 from efficientllm.plan import estimate
 from efficientllm.plan import hardware as hardwares
 from efficientllm.record import provenance
 from efficientllm.record.row import read_record
+from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.untrusted import files, json_text
 
 

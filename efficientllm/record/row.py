@@ -5,11 +5,11 @@ import math
 import shutil
 import textwrap
 
-from efficientllm.atomic import write_atomically
 from efficientllm.errors import UserError
 from efficientllm.metrics import conditions as machine
 from efficientllm.metrics.reading import missing
 from efficientllm.record import notes, study_metrics
+from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.untrusted import json_text
 
 SCHEMA_VERSION = 1

@@ -9,12 +9,12 @@ import math
 import os
 import pathlib
 
-from efficientllm.atomic import write_atomically
 from efficientllm.errors import UserError
 from efficientllm.record import resume_check, run_files
 from efficientllm.record import row as record
 from efficientllm.record.lock import Lock
 from efficientllm.record.resume_check import flatten  # noqa: F401  part of what a config is here
+from efficientllm.runtime.atomic_write import write_atomically
 
 log = logging.getLogger("efficientllm")
 

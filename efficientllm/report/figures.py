@@ -3,7 +3,7 @@
 import math
 import warnings
 
-from efficientllm.atomic import replacing
+from efficientllm.runtime.atomic_write import replacing
 
 _COLOURS = (
     "#2563eb",

@@ -4,8 +4,8 @@ import csv
 import io
 import json
 
-from efficientllm.atomic import write_atomically
 from efficientllm.report import comparison, curves, details, figures, markdown, page, techniques
+from efficientllm.runtime.atomic_write import write_atomically
 
 
 def write(board, rows, folder):

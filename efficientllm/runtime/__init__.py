@@ -1,1 +1,1 @@
-"""The process: kernel choice, several processes as one run, signals, allocator, console."""
+"""The process: kernel choice, several processes as one run, signals, allocator, console, files replaced whole."""

@@ -6,8 +6,8 @@ what the tries cost stands in `grid.json` and in the report.
 
 import json
 
-from efficientllm.atomic import write_atomically
 from efficientllm.record.row import read_record
+from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.sweep import execute, spec
 from efficientllm.untrusted import json_text
 

@@ -7,7 +7,7 @@ memory, or refused, is data like what is not.
 import dataclasses
 import json
 
-from efficientllm.atomic import write_atomically
+from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.sweep import execute, spec
 
 RUNS = ("ok", "nan")  # a loss that is not a number has had its memory

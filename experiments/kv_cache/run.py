@@ -22,7 +22,6 @@ import numpy as np
 
 from efficientllm import model as models
 from efficientllm.architecture import from_config
-from efficientllm.atomic import write_atomically
 from efficientllm.config.presets import attention, mixers
 from efficientllm.cost import device_peaks, formulas
 from efficientllm.errors import UserError, exit_with
@@ -30,6 +29,7 @@ from efficientllm.infer import engine as engines
 from efficientllm.infer.samplers import Greedy
 from efficientllm.metrics import race
 from efficientllm.record import provenance
+from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.train import step
 
 MIXERS = ("mha", "gqa", "mqa", "mla", "nsa", "mamba", "rwkv")

@@ -18,7 +18,6 @@ import numpy as np
 from efficientllm.adapters.dora import DoRA
 from efficientllm.adapters.full_delta import GLoRA, LoHa, LoKr
 from efficientllm.adapters.lora import LoRA
-from efficientllm.atomic import replacing, write_atomically
 from efficientllm.convert.peft import full_delta as whole
 from efficientllm.convert.peft import unsupported
 from efficientllm.convert.peft.adapter_config import CONFIG
@@ -26,6 +25,7 @@ from efficientllm.convert.peft.read import NAMES, PREFIX, TENSORS, WEIGHT
 from efficientllm.convert.tensors import parameter_map
 from efficientllm.registry import parse
 from efficientllm.runtime import distributed
+from efficientllm.runtime.atomic_write import replacing, write_atomically
 
 
 class _Held(typing.NamedTuple):

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from efficientllm import atomic
+from efficientllm.runtime import atomic_write
 
 pytestmark = pytest.mark.quick
 
@@ -16,9 +16,9 @@ def names(folder):
 
 def test_a_file_is_made_and_replaced(tmp_path):
     for text in ("first", "sécond, longer"):
-        atomic.write_atomically(tmp_path / "a.txt", text)
+        atomic_write.write_atomically(tmp_path / "a.txt", text)
         assert (tmp_path / "a.txt").read_text(encoding="utf-8") == text and names(tmp_path) == ["a.txt"]
-    atomic.write_atomically(str(tmp_path / "a.txt"), "third")
+    atomic_write.write_atomically(str(tmp_path / "a.txt"), "third")
     assert (tmp_path / "a.txt").read_text() == "third"
 
 
@@ -32,14 +32,14 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(owner, call, tmp_pat
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(owner, call, full)
-        atomic.write_atomically(file, "new")
+        atomic_write.write_atomically(file, "new")
     assert file.read_text() == "old" and names(tmp_path) == ["a.txt"]
 
 
 def test_an_error_of_the_writer_leaves_the_old_file(tmp_path):
     file = tmp_path / "a.bin"
     file.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), atomic.replacing(file) as draft:
+    with pytest.raises(ZeroDivisionError), atomic_write.replacing(file) as draft:
         draft.write_bytes(b"half of the n")
         assert file.read_bytes() == b"old"
         raise ZeroDivisionError
