@@ -3,9 +3,7 @@
 import pytest
 
 import contract
-import contract_fields  # noqa: F401  declares checks
-import contract_meshes  # noqa: F401
-import contract_parts
+from contract import fields, meshes, parts  # noqa: F401  they declare checks
 from efficientllm import registry
 
 
@@ -13,7 +11,7 @@ def names(kind):
     """The package's own and those of --imports; other tests register some of theirs."""
     for name in registry.names(kind):
         module = registry.lookup(kind, name).__module__
-        if name not in contract_parts.NOT and module.startswith(("efficientllm.", "efficientllm_plugin_", "functools")):
+        if name not in parts.NOT and module.startswith(("efficientllm.", "efficientllm_plugin_", "functools")):
             yield name
 
 

@@ -4,7 +4,7 @@ import ast
 import importlib.metadata
 import json
 
-from metrics import fake_nvml
+from metrics.energy import fake_nvml
 
 import runs
 from efficientllm import doctor

@@ -5,11 +5,10 @@ import sys
 import numpy as np
 import pytest
 
+from convert import folders
 from efficientllm import convert
 from efficientllm.convert import __main__ as command
 from efficientllm.convert import check
-
-from . import folders
 
 
 def test_folder_to_folder(tmp_path, capsys):

@@ -4,11 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from convert import peers
+from convert.peers import transformers
 from efficientllm import convert
 from tiers import slow_except
-
-from . import peers
-from .peers import transformers
 
 
 @pytest.mark.parametrize("name", slow_except(peers.FAMILIES, "llama", "qwen2", "gpt-neox", "mamba"))

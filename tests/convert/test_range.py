@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from convert import folders
 from efficientllm.convert.__main__ import main
 from efficientllm.quant import apply
-
-from . import folders
 
 pytestmark = pytest.mark.quick
 

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from convert import folders
 from efficientllm import convert, model, sharding
 from efficientllm.convert.tensors import load_sharded
 from efficientllm.errors import UserError
-
-from . import folders
 
 
 def abstract(lm, mesh=None):

@@ -160,11 +160,11 @@ def _load(source, stored=False):
 
 
 def gguf(folder):
-    from convert import test_gguf
+    from convert.files import test_gguf_file
 
     package = importlib.import_module("gguf")
     folder.mkdir(exist_ok=True)
-    test_gguf.write(folder / "m.gguf", kind=package.GGMLQuantizationType.Q8_0, further=_vocabulary)
+    test_gguf_file.write(folder / "m.gguf", kind=package.GGMLQuantizationType.Q8_0, further=_vocabulary)
     return bytes_of(folder)
 
 
@@ -200,7 +200,7 @@ def rounded(folder):
 
 
 def gptq(folder):
-    from convert import test_quantized
+    from convert.files import test_quantized
 
     _, said = test_quantized.WRITERS["gptq"](folder, folders.llama(folder, **SHAPE))
     (folder / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": said}))

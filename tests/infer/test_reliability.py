@@ -8,8 +8,7 @@ import pytest
 from efficientllm import main
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.streaming import Stream
-
-from .test_inference import arguments, base  # noqa: F401 a fixture
+from infer.test_inference import arguments, base  # noqa: F401 a fixture
 
 pytestmark = pytest.mark.xdist_group("inference")
 NEW = 24

@@ -9,8 +9,7 @@ from efficientllm.metrics import host
 from efficientllm.metrics import sampler as sampling
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.sampler import Averages, Sampler
-
-from .fake_nvml import Clock, FakeGpu, jax_devices, open_fake
+from metrics.energy.fake_nvml import Clock, FakeGpu, jax_devices, open_fake
 
 pytestmark = pytest.mark.quick
 

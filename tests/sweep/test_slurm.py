@@ -10,8 +10,7 @@ import pytest
 import runs as small
 from efficientllm.errors import UserError
 from efficientllm.sweep import Sweep, execute, slurm, spec
-
-from . import cluster
+from sweep import cluster
 
 submitit = pytest.importorskip("submitit", reason="pip install -e '.[sweep]'")
 pytestmark = [

@@ -1,0 +1,273 @@
+"""What every registered technique must do, whoever wrote it: run over the registry by test_contract.py.
+
+A technique is put into a two-layer model of a tiny shape, with nothing else changed.
+"""
+
+import functools
+import typing
+import unittest.mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import base
+from contract import reasons
+from efficientllm import model, registry
+from efficientllm.adapters import base as adapters
+from efficientllm.adapters.lora import LoRA
+from efficientllm.architecture import from_config
+from efficientllm.cost import formulas
+from efficientllm.cost.jaxpr_flops import count_matmul_flops
+from efficientllm.ops.attention import Context
+from efficientllm.quant import apply as quant
+from efficientllm.quant import matmul
+from efficientllm.quant.apply import quantize
+from efficientllm.quant.base import Rows
+from efficientllm.train import step
+
+SIZE = "tiny(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden=48)"
+VOCAB, B, T = 64, 8, 24
+LAYERS = ("mixer", "ffn")
+# Techniques for which a check that compiles something is in the quick tier: those with code of their own, for a forward
+# pass; one of each kind, for a step.
+DISTINCT = ("gqa", "mla", "mamba", "rwkv", "swiglu", "moe", "rope", "relative")
+TYPICAL = ("gqa", "swiglu", "rope", "relative")
+CHECKS = []
+
+
+class Check(typing.NamedTuple):
+    """A check of the techniques of `kinds`: quick for the names in `quick` (None: all), else of the full tier."""
+
+    run: typing.Callable[[str, str], None]
+    kinds: tuple[str, ...]
+    quick: tuple[str, ...] | None
+
+
+def check(*kinds, quick=None):
+    """Declares a function of `(kind, spec)` as a check of the contract suite."""
+
+    def declare(function):
+        CHECKS.append(Check(function, kinds, quick))
+        return function
+
+    return declare
+
+
+def build(kind, spec, **changes):
+    """A model with `spec` in the place of `kind`."""
+    config = base.get_config().model
+    config.size = SIZE
+    config[kind] = spec
+    for key, value in changes.items():
+        config[key] = value
+    return from_config.from_config(config, VOCAB)
+
+
+@functools.cache
+def parameters(lm, seed=0):
+    """Random parameters, unboxed; biases and scales too, so that none of them hides at its initial value."""
+    init = jax.jit(lambda: lm.init(jax.random.key(seed), tokens(), Context.packed(positions())))
+    noise = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape, np.float32), nn.unbox(init()["params"])
+    )
+
+
+def tokens(seed=0, length=T):
+    return np.random.default_rng(seed).integers(0, VOCAB, (B, length), np.int32)
+
+
+def positions(length=T, rows=B):
+    return np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+
+
+def logits(lm, tokens_BT, params=None, ctx=None):
+    params = parameters(lm) if params is None else params
+    rows, length = tokens_BT.shape
+    ctx = Context.packed(positions(length, rows)) if ctx is None else ctx
+    return _forward(lm)(params, tokens_BT, ctx)
+
+
+@functools.cache
+def _forward(lm):
+    return jax.jit(lambda params, tokens_BT, ctx: lm.apply({"params": params}, tokens_BT, ctx)[0])
+
+
+def batch():
+    """Rows of two documents, of 10 and T - 10 tokens."""
+    ids, index = tokens(length=T + 1), np.arange(T, dtype=np.int32)
+    rows = np.ones((B, 1), np.int32)
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segments": np.where(index < 10, 1, 2).astype(np.int32) * rows,
+        "positions": np.where(index < 10, index, index - 10) * rows,
+        "weights": np.ones((B, T), np.float32),
+    }
+
+
+@check(*LAYERS, quick=TYPICAL)
+def check_dtypes(kind, spec):
+    """Logits are float32 and finite under every precision; bfloat16 stays near float32."""
+    exact = logits(build(kind, spec), tokens())
+    for precision, tolerance in (("float32", 0), ("mixed", 0.05), ("bfloat16", 0.1)):
+        lm = build(kind, spec, precision=precision)
+        found = logits(lm, tokens(), parameters(build(kind, spec)))
+        of_type = found.dtype == jnp.float32 and found.shape == (B, T, VOCAB)
+        assert of_type, reasons.of("dtype", kind, spec, f"{precision}: {found.dtype} {found.shape}")
+        error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+        assert error <= tolerance, reasons.of("precision", kind, spec, f"{precision}: {error:.3g} from float32's")
+
+
+@check(*LAYERS, quick=DISTINCT)
+def check_causality(kind, spec):
+    """No output changes when a later token does, and the outputs from that token on do."""
+    lm, before = build(kind, spec), tokens()
+    after = before.copy()
+    after[:, 15] = (before[:, 15] + 1) % VOCAB
+    a, b = logits(lm, before), logits(lm, after)
+    np.testing.assert_array_equal(a[:, :15], b[:, :15], reasons.of("causality", kind, spec))
+    assert jnp.abs(a[:, 15] - b[:, 15]).max() > 1e-3, reasons.of("input", kind, spec)
+
+
+@check(*LAYERS, "position", quick=DISTINCT)
+def check_segments(kind, spec):
+    """A document packed behind another gives what it gives alone."""
+    lm = build(kind, spec)
+    packed = batch()
+    together = logits(lm, packed["tokens"], ctx=Context.packed(packed["positions"], packed["segments"]))
+    alone = logits(lm, packed["tokens"][:, 10:])
+    np.testing.assert_allclose(together[:, 10:], alone, atol=1e-5, err_msg=reasons.of("segments", kind, spec))
+
+
+@check(*LAYERS, "position", quick=DISTINCT)
+def check_decode(kind, spec):
+    """Prefill, then one token at a time, gives the logits of the full forward pass; stacked or unrolled."""
+    lm = build(kind, spec)
+    full = logits(lm, tokens())
+    for prefill, decoder, params in ((7, lm, parameters(lm)), (1, *model.unroll(lm, parameters(lm)))):
+        run = jax.jit(lambda p, t, c, s, m=decoder: m.apply({"params": p}, t, c, s)[:2])
+        states, found = model.init_states(decoder, B, T), []
+        for start, stop in [(0, prefill)] + [(t, t + 1) for t in range(prefill, T)]:
+            ctx = Context.decoding(positions()[:, start:stop])
+            part, states = run(params, tokens()[:, start:stop], ctx, states)
+            found.append(part)
+        why = reasons.of("decode", kind, spec, f"after {prefill} at once, {'stacked' if decoder.scan else 'unrolled'}")
+        np.testing.assert_allclose(jnp.concatenate(found, 1), full, atol=2e-5, err_msg=why)
+
+
+def loss_and_gradients(lm, params):
+    packed = batch()
+    (loss, _), grads = jax.value_and_grad(functools.partial(step.loss_fn, lm), has_aux=True)(
+        params, packed, jnp.sum(packed["weights"])
+    )
+    return loss, grads
+
+
+@functools.cache
+def unsharded(lm):
+    """`loss_and_gradients` on one device, with scanned layers."""
+    return jax.jit(functools.partial(loss_and_gradients, lm))(parameters(lm))
+
+
+@check(*LAYERS, "position", quick=TYPICAL)
+def check_gradients(kind, spec):
+    """Every parameter's gradient is finite, and none is all zero."""
+    lm = build(kind, spec)
+    _, grads = unsharded(lm)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        assert jnp.isfinite(grad).all(), reasons.of("finite", kind, spec, name)
+        assert jnp.abs(grad).max() > 0, reasons.of("gradient", kind, spec, name)
+
+
+@check(*LAYERS, quick=TYPICAL)
+def check_scan(kind, spec):
+    """Scanned layers, unrolled layers and rematerialised layers are one function, gradients included."""
+    lm = build(kind, spec)
+    loop, loop_params = model.unroll(lm, parameters(lm))
+    loss, grads = unsharded(lm)
+    loop_loss, loop_grads = jax.jit(functools.partial(loss_and_gradients, loop))(loop_params)
+    why = reasons.of("scan", kind, spec)
+    np.testing.assert_allclose(loss, loop_loss, rtol=1e-6, err_msg=why)
+    close(model.unroll(lm, grads)[1], loop_grads, 1e-5, why)
+    again, remat_grads = jax.jit(functools.partial(loss_and_gradients, lm.clone(remat="full")))(parameters(lm))
+    why = reasons.of("remat", kind, spec)
+    np.testing.assert_allclose(loss, again, rtol=1e-6, err_msg=why)
+    close(grads, remat_grads, 1e-5, why)
+
+
+@check(*LAYERS, quick=TYPICAL)
+def check_compressed(kind, spec):
+    """With its kernels in int4 and int8 a model gives what it gives with the same weights as plain arrays: scanned, and
+    unrolled through the products for few rows, where those of int4 round activations to 16 bits."""
+    lm = build(kind, spec)
+    packed = quantize(parameters(lm), "int8", [("(mixer|experts)/", "int4")])
+    plain = adapters.merge(packed)
+    leaves = jax.tree.leaves(packed, is_leaf=lambda leaf: isinstance(leaf, Rows))
+    assert any(isinstance(leaf, Rows) for leaf in leaves), reasons.of("kernels", kind, spec)
+    exact, why = logits(lm, tokens(), plain), reasons.of("compressed", kind, spec)
+    np.testing.assert_allclose(logits(lm, tokens(), packed), exact, atol=2e-5, err_msg=why)
+    with unittest.mock.patch.object(matmul, "FEW", B * T * 8):
+        loop, packed = model.unroll(lm, packed)
+        error = jnp.linalg.norm(logits(loop, tokens(), packed) - exact) / jnp.linalg.norm(exact)
+    assert error < 1e-3, why
+
+
+@check(*LAYERS)
+def check_flops(kind, spec):
+    """The closed formula gives the FLOPs of the program, with every pair that the kernel computes.
+
+    Experts run as ragged products here, and chosen blocks as masked ones: how often other kernels' loops run is not to
+    be seen in a program.
+    """
+    spec = registry.complete(kind, spec, {"kernel": "ragged_dot", "block_kernel": "masked"})
+    for kernel in ("xla", "chunked"):
+        lm = build(kind, spec, attention_kernel=kernel)
+        length = 160
+        boxed = model.abstract_params(lm)
+        ctx = Context.packed(positions(length))
+        forward = functools.partial(lm.apply, tokens_BT=tokens(length=length), ctx=ctx)
+        counted = count_matmul_flops(forward, {"params": nn.unbox(boxed)})
+        claimed = B * formulas.forward_flops(lm, boxed, length, executed=True)
+        assert counted == claimed, reasons.flops(kind, spec, lm, boxed, length, counted / B)
+
+
+@check(*LAYERS, quick=TYPICAL)
+def check_leaves(kind, spec):
+    """An adapter over four-bit kernels multiplies as the dense kernels that both stand for."""
+    lm = build(kind, spec)
+    boxed = model.abstract_params(lm)
+    method = registry.build("adapter", "lora(rank=2, alpha=4)")
+
+    def wrapped(params):
+        held = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), boxed, params, is_leaf=adapters.is_box)
+        held = quant.quantize(held, "int4(group=32)")
+        return nn.unbox(adapters.attach(method, boxed, held, jax.random.key(0)))
+
+    params = jax.jit(wrapped)(parameters(lm))
+    noise = np.random.default_rng(0)
+    moved = lambda leaf: leaf.replace(b=leaf.b + 0.1 * noise.standard_normal(leaf.b.shape, np.float32))  # noqa: E731
+    is_lora = lambda leaf: isinstance(leaf, LoRA)  # noqa: E731
+    params = jax.tree.map(lambda leaf: moved(leaf) if is_lora(leaf) else leaf, params, is_leaf=is_lora)
+    assert any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora))), reasons.of("kernels", kind, spec)
+    merged, why = logits(lm, tokens(), adapters.merge(params)), reasons.of("adapters", kind, spec)
+    np.testing.assert_allclose(logits(lm, tokens(), params), merged, atol=1e-4, err_msg=why)
+
+
+@check(*LAYERS)
+def check_state_bytes(kind, spec):
+    """The closed formula gives the bytes of the state there is."""
+    for precision in ("float32", "bfloat16"):
+        lm = build(kind, spec, precision=precision)
+        states = jax.eval_shape(lambda m=lm: model.init_states(m, 3, 40))
+        real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
+        claimed = formulas.state_bytes(lm, 40)
+        detail = f"{precision}, all layers, 40 tokens: {claimed:,.0f} bytes by formula, {real / 3:,.0f} there are"
+        assert real == 3 * claimed, reasons.of("state", kind, spec, detail)
+
+
+def close(a, b, atol, why):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4, err_msg=why), a, b)
