@@ -81,7 +81,7 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(autouse=True, scope="session")
 def _scanned_layers():
-    """Layers in a loop, as on accelerators: half the compilation; test_units.py has the unrolled form.
+    """Layers in a loop, as on accelerators: half the compilation; test_model.py has the unrolled form.
 
     Of the whole session: the runs that fixtures of a module make must be of the same program as those of its tests.
     """

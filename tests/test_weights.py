@@ -41,3 +41,15 @@ def test_mixed_rounds_both_passes():
     dx, dw = pull(fine)
     assert y == 1.0 and dx == 1.0 and dw == 1.0
     assert matmul(fine, one, "float32") == fine
+
+
+def test_mixed_products_round_their_operands_and_nothing_else():
+    rng = np.random.default_rng(0)
+    x, w, dy = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 16), (16, 8), (3, 5, 8)))
+    low = lambda a: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)  # noqa: E731
+    y, back = jax.vjp(lambda x, w: matmul(x, w, "mixed"), x, w)
+    dx, dw = back(jnp.asarray(dy))
+    assert y.dtype == dx.dtype == dw.dtype == jnp.float32
+    np.testing.assert_allclose(y, low(x) @ low(w), atol=1e-5)
+    np.testing.assert_allclose(dx, low(dy) @ low(w).T, atol=1e-5)
+    np.testing.assert_allclose(dw, np.einsum("btd,btf->df", low(x), low(dy)), atol=1e-5)

@@ -5,7 +5,7 @@ import types
 import pytest
 
 from efficientllm.metrics.energy.window import EnergyWindow, Reader
-from efficientllm.train import loop
+from efficientllm.train import loop, measure
 from efficientllm.train.measure import Measurement
 
 pytestmark = pytest.mark.quick
@@ -99,3 +99,44 @@ def test_the_segment_ends_before_its_last_step_is_logged():
         running.pending = (1, {"loss": 1.0, "grad_norm": 1.0, "tokens": 8, "samples": 1})
         running.collect(last)
     assert seen == [True, False]
+
+
+class FakeReader:
+    def __init__(self):
+        self.calls = []
+
+    def start(self):
+        self.calls.append("start")
+
+    def stop(self):
+        self.calls.append("stop")
+        return "window"
+
+    def faults(self):
+        return []
+
+
+def test_measurement_counts_steady_steps_inside_segments_only():
+    times = iter(range(1000))
+    reader, sampler = (
+        FakeReader(),
+        types.SimpleNamespace(mark=lambda: "mark", since=lambda mark: "averages", stopped_s=float),
+    )
+    measured = measure.Measurement(reader, sampler, clock=lambda: float(next(times)))
+    measured.restart_clock()
+    while not measured.steady:
+        measured.step_done(10)
+    warm = len(measured.timer.discarded)
+    assert warm == 5 and measured.tokens == 0
+    measured.step_done(10)  # steady, but between segments
+    measured.start()
+    for _ in range(3):
+        measured.step_done(10)
+    measured.stop()
+    measured.stop()
+    assert (measured.tokens, measured.steps, measured.seconds) == (30, 3, 3.0)
+    measured.start()
+    measured.step_done(10)
+    measured.abandon()
+    assert (measured.tokens, measured.steps) == (30, 3)
+    assert measured.windows == ["window"] and reader.calls == ["start", "stop"] * 2

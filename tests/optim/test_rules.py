@@ -1,0 +1,39 @@
+"""Rules that give each parameter its rate and decay, and the optimizer of them."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import base
+from efficientllm.errors import UserError
+from efficientllm.optim import rules
+
+pytestmark = pytest.mark.quick
+
+
+def test_optimizer_is_adamw_with_decay_and_rates_by_name():
+    train = base.get_config().train
+    train.rates, train.clip = (("b$", 0.5), (".*", 1.0)), 0.0
+    train.decay = (("kernel$", 0.1), (".*", 0.0))
+    params = {"kernel": jnp.full((2, 3), 2.0), "b": jnp.ones(3)}
+    grads = {"kernel": jnp.linspace(-1, 1, 6).reshape(2, 3), "b": jnp.array([0.3, -2.0, 1.0])}
+    tx, lr = rules.optimizer(train, params), rules.schedule(train)
+    reference = {
+        "kernel": optax.adamw(lr, b1=0.9, b2=0.95, weight_decay=0.1),
+        "b": optax.adamw(lambda count: 0.5 * lr(count), b1=0.9, b2=0.95, weight_decay=0.0),
+    }
+    state, states = tx.init(params), {name: each.init(params[name]) for name, each in reference.items()}
+    for _ in range(40):
+        updates, state = tx.update(grads, state, params)
+        for name, each in reference.items():
+            expected, states[name] = each.update(grads[name], states[name], params[name])
+            np.testing.assert_allclose(updates[name], expected, rtol=1e-6, atol=1e-9)
+        params = optax.apply_updates(params, updates)
+
+
+def test_rules_must_cover_every_parameter():
+    with pytest.raises(UserError, match="covers no parameter 'a/b'"):
+        rules.match((("c", 1.0),), {"a": {"b": 1.0}}, "config.train.decay")
+    with pytest.raises(UserError, match="pairs of"):
+        rules.match((("(", 1.0),), {"a": 1.0}, "config.train.decay")
