@@ -11,6 +11,7 @@ from setuptools.command.build_py import build_py
 GGUF = ["gguf>=0.17,<1"]
 REPORT = ["matplotlib>=3.10,<4", "plotly>=6,<8", "scipy>=1.15,<2"]
 QUICK = [
+    "mypy>=2.3,<3",
     "pytest>=9,<9.2",  # pytest-xdist 3.8 knows no groups of tests under 9.2
     "pytest-xdist>=3.8",
     "ruff>=0.17,<0.18",

@@ -1,6 +1,7 @@
 """What every tuning method is, and the tree maps that apply one to a model."""
 
 import re
+import typing
 import zlib
 
 import flax.linen as nn
@@ -20,7 +21,7 @@ class Method:
     are (regex, factor) pairs that come before `config.train.rates`; `unrolled` is True where layers must be apart.
     """
 
-    learnt = ()
+    learnt: typing.ClassVar[tuple[str, ...]] = ()
     rates = ()
     unrolled = False
 

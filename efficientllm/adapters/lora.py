@@ -108,7 +108,7 @@ class LoRAMethod(Method):
     dropout: float = 0.0
     target: str = ".*"
 
-    learnt = ("a", "b")
+    learnt: typing.ClassVar[tuple[str, ...]] = ("a", "b")
 
     @property
     def scale(self):

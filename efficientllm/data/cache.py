@@ -18,7 +18,7 @@ _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUO
 CHECKSUMS = "checksums.json"
 ABANDONED_S = 86_400  # how long an unfinished folder may lie untouched
 log = logging.getLogger("efficientllm")
-_checked = {}  # folder: what its files were like when their checksums were right
+_checked: dict[Path, str] = {}  # folder: what its files were like when their checksums were right
 
 
 def root(cache_dir=None):

@@ -16,7 +16,7 @@ from efficientllm.registry import build
 
 SIDES = ("train", "held_out")
 _ALL = 1 << 64
-_unkeyed = {}  # summaries, for the length of a process, of sources without a key
+_unkeyed: dict[tuple[str, str], dict] = {}  # summaries, for the length of a process, of sources without a key
 LEARNT = np.uint32(1 << 31)
 CUT = 20  # pieces of a corpus that is one document, so that one can be held out
 FORMAT = 2  # of a summary

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import typing
 
 from efficientllm.data import cache, paths, streams, tables
 from efficientllm.data.base import Source, Tally
@@ -19,7 +20,7 @@ class Files(Source):
     path: str
     tally: Tally = dataclasses.field(default_factory=Tally, init=False, repr=False, compare=False)
 
-    endings = ()  # of the files that a folder stands for; none: all
+    endings: typing.ClassVar[tuple[str, ...]] = ()  # of the files that a folder stands for; none: all
 
     def key(self):
         """Changes when a file or a field does."""

@@ -5,7 +5,7 @@ import functools
 import jax
 
 EVENT = "/jax/core/compile/backend_compile_duration"  # also sent where the program comes from the cache on disk
-_seen = []
+_seen: list[float] = []
 
 
 def count():

@@ -1,5 +1,7 @@
 """What a position is to a model: something added to the embeddings, a rotation of heads, or a bias of the scores."""
 
+import typing
+
 import flax.linen as nn
 
 
@@ -10,7 +12,7 @@ class Position(nn.Module):
     `admits`; a mixer without the list has no use for positions.
     """
 
-    acts_on = None
+    acts_on: typing.ClassVar[str | None] = None
     by_length = False  # whether a row's rotation depends on how many tokens it has; `rotate` then takes them too
     switches_at = None  # a length beyond which keys are rotated anew, those of a state too
 

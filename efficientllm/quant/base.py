@@ -4,6 +4,8 @@ Rows lie as a product of few vectors reads them. `is_table` says what they stand
 are looked up, or the kernel `[..., K, R]`; a tied head is the table's arrays under the other reading.
 """
 
+import typing
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +18,7 @@ STATIC = {"pytree_node": False}
 class Rows(Weight):
     """Subclasses have arrays whose last two axes are R and one along K, `is_table`, `name` and these three methods."""
 
-    name = None
+    name: typing.ClassVar[str | None] = None
     by_group = True
     x_scale = None  # `[1, K]`: what the activations are multiplied by
 

@@ -10,7 +10,7 @@ from efficientllm.quant.int4 import Int4
 from efficientllm.quant.int8 import Int8
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each four bits of a word hold, lowest first
-SHIFTS = 4 * np.arange(8, dtype=np.uint32)
+SHIFTS: np.ndarray = 4 * np.arange(8, dtype=np.uint32)
 
 
 def from_gptq(qweight, qzeros, scales, g_idx=None, version=1, group=None, symmetric=None):

@@ -19,8 +19,17 @@ _CONFIG_KEYS = {
     "checkpoint",
 }  # other programs' config.json has not all
 # What a run must not find in a folder that is none: it would read or replace them.
-_CLAIMED = ("config.json", ROW, FAILED_ROW, "checkpoints", "samples", "adapter", "tokenizer", "results.json")
-_CLAIMED += ("calibration.json",)
+_CLAIMED = (
+    "config.json",
+    ROW,
+    FAILED_ROW,
+    "checkpoints",
+    "samples",
+    "adapter",
+    "tokenizer",
+    "results.json",
+    "calibration.json",
+)
 _FILES = (
     r"config\.json",
     r"record(\.failed)?\.json",

@@ -11,6 +11,7 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import typing
 import warnings
 
 from efficientllm.errors import UserError, did_you_mean, shown
@@ -18,9 +19,9 @@ from efficientllm.registry import ranges
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 _KINDS = re.compile(r"^KINDS = (\{.*?\})$", re.MULTILINE | re.DOTALL)
-_REGISTRY = {}
-_EXAMPLES = {}
-_RANGES = {}
+_REGISTRY: dict[tuple[str, str], typing.Any] = {}
+_EXAMPLES: dict[tuple[str, str], str] = {}
+_RANGES: dict[tuple[str, str], dict[str, ranges.Range]] = {}
 _SPEC = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)  # names such as 0.5b are no identifiers
 
 

@@ -50,7 +50,7 @@ EXACT = (
     "predicted_memory",
 )
 # What another program on the machine changes: times, what is divided by them, and power.
-TIMED = (
+TIMED: tuple[str, ...] = (
     "al_s",
     "tt_",
     "st_",

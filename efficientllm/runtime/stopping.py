@@ -30,9 +30,9 @@ def stoppable(main):
         except KeyboardInterrupt as stop:
             return said(stop)
         except Exception as error:
-            if (stop := _cause(error)) is None:
+            if (cause := _cause(error)) is None:
                 raise
-            return said(stop)
+            return said(cause)
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)

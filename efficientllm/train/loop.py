@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import signal
 import threading
+import typing
 
 import jax
 import numpy as np
@@ -46,10 +47,10 @@ class Hooks:
     save(step, state, loss):        starts a checkpoint; `saving()` is True until it is on disk.
     """
 
-    log: callable
-    evaluate: callable
-    save: callable
-    saving: callable
+    log: typing.Callable
+    evaluate: typing.Callable
+    save: typing.Callable
+    saving: typing.Callable
 
 
 @contextlib.contextmanager

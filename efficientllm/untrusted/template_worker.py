@@ -33,7 +33,7 @@ class Generation(jinja2.ext.Extension):
     `blocks` are the pieces of the text so far, `marked` the `(start, end)` of the assistant's.
     """
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}
     blocks, marked = (), ()
 
     def parse(self, parser):

@@ -87,8 +87,9 @@ def over_processes(windows):
 class Reader:
     """What every reader does; by itself the reader of devices whose energy cannot be read, and `reason` says why."""
 
-    source, scope, kind = "unavailable", None, "unavailable"
-    telemetry = None  # what `sample` reads from, None where it reads nothing
+    source, kind = "unavailable", "unavailable"
+    scope: str | None = None
+    telemetry: str | None = None  # what `sample` reads from, None where it reads nothing
     passed_over = ()  # better sources that were tried first, and why each was not used
 
     def __init__(self, reason, clock=time.monotonic):
