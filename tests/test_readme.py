@@ -72,7 +72,8 @@ def test_command(command, tmp_path, monkeypatch):
         return
     text = [f"--config.data=text(path='{tmp_path}/texts')", "--config.tokenizer=bytes"]
     data = [] if "config.data" in command else text
-    short = ["train.steps=2", "train.length=32", "eval.batches=1", "sample.tokens=2", f"model.size={SMALLEST}"]
+    short = ["train.steps=2", "train.length=32", "eval.batches=1", f"model.size={SMALLEST}"]
+    short += [f"sample.tokens={2 if command == RUNS[0] else 0}"]  # one of them shows a text: it is compiled for itself
     assert main.main([*argv, *data, *[f"--config.{each}" for each in short]]) == 0
     assert list((tmp_path / "runs").glob("*/*/record.json"))
 
