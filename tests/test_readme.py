@@ -18,9 +18,9 @@ import runs
 from configs import base
 from efficientllm import chat, convert, main
 from efficientllm.architecture import from_config
+from efficientllm.config.plain import plain
 from efficientllm.convert import __main__ as convert_command
 from efficientllm.convert import peft as adapters
-from efficientllm.record.workdir import plain
 from efficientllm.registry import build
 from efficientllm.report import __main__ as report
 from efficientllm.sweep import __main__ as sweep

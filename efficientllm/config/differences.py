@@ -3,7 +3,7 @@
 import functools
 
 from efficientllm import base_config
-from efficientllm.record.workdir import flatten, plain
+from efficientllm.config.plain import flatten, plain
 
 
 @functools.cache

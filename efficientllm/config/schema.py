@@ -8,6 +8,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from efficientllm import base_config
 from efficientllm.config import values
+from efficientllm.config.plain import flatten
 from efficientllm.errors import UserError, did_you_mean, one_line, shown
 from efficientllm.registry import ranges
 
@@ -99,13 +100,6 @@ def unknown(path):
 def keys():
     """Every key of the base config with its default: `{"train.steps": 200}`."""
     return flatten(base_config.get_config().to_dict())
-
-
-def flatten(tree, prefix=""):
-    """`{"train.steps": 200, ...}` of a nested dict."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}.{key}".strip(".")).items()}
 
 
 def typed(where, value, default):

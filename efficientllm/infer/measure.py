@@ -10,7 +10,7 @@ import numpy as np
 
 from efficientllm.metrics import compiles, conditions, sampler, timer
 from efficientllm.metrics.energy import reader as energy
-from efficientllm.train.progress import Countdown
+from efficientllm.runtime.log import Countdown
 
 log = logging.getLogger("efficientllm")
 WARM_UPS = 2  # repeats that are set aside: the first compiles

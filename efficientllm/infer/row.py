@@ -7,6 +7,7 @@ import statistics
 import jax
 
 from efficientllm import sharding
+from efficientllm.config.plain import flatten
 from efficientllm.cost import device_peaks, formulas
 from efficientllm.errors import UserError
 from efficientllm.metrics import conditions
@@ -14,7 +15,6 @@ from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.record import row as record
 from efficientllm.record import study_metrics
-from efficientllm.record.workdir import flatten
 from efficientllm.weights import activation_dtype
 
 LIKELIHOOD = "likelihood a byte of held-out text"  # 2^-bits_per_byte: 1 is certainty, and more is better

@@ -25,8 +25,8 @@ from efficientllm.quant import apply as quant
 from efficientllm.quant import calibrate
 from efficientllm.quant.base import resident_bytes
 from efficientllm.registry import build, parse
+from efficientllm.runtime.log import Countdown
 from efficientllm.train import setup
-from efficientllm.train.progress import Countdown
 from efficientllm.untrusted import patterns
 from efficientllm.weights import path_of
 

@@ -15,7 +15,7 @@ from efficientllm.ops.attention import Context
 from efficientllm.quant import apply as tree
 from efficientllm.quant.awq import awq
 from efficientllm.quant.gptq import gptq
-from efficientllm.train.progress import Countdown
+from efficientllm.runtime.log import Countdown
 from efficientllm.weights import Weight, path_of
 
 TEXT_ROWS = 16

@@ -1,5 +1,6 @@
 """What is asked of a workdir, compared with what is there: keys that may differ, steps that may grow."""
 
+from efficientllm.config.plain import flatten
 from efficientllm.errors import UserError
 
 TRAINING = ("pretrain", "tune")
@@ -74,10 +75,3 @@ def changed(old, new, free):
 
 def _is_in(key, group):
     return any(key == one or key.startswith(f"{one}.") for one in group)
-
-
-def flatten(tree, prefix=""):
-    """`{"train.steps": 300, ...}` of a nested dict."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}.{key}".strip(".")).items()}

@@ -2,39 +2,19 @@
 
 import contextlib
 import datetime
-import hashlib
 import json
 import logging
-import math
 import os
 import pathlib
 
+from efficientllm.config.plain import config_hash, plain
 from efficientllm.errors import UserError
 from efficientllm.record import resume_check, run_files
 from efficientllm.record import row as record
 from efficientllm.record.lock import Lock
-from efficientllm.record.resume_check import flatten  # noqa: F401  part of what a config is here
 from efficientllm.runtime.atomic_write import write_atomically
 
 log = logging.getLogger("efficientllm")
-
-
-def plain(config):
-    """The config as JSON holds it: dicts, lists, strings, numbers; a number that is not finite is a string."""
-    return _finite(json.loads(json.dumps(config.to_dict())))
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def config_hash(config):
-    """Twelve hex digits that name the config's content."""
-    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Workdir:

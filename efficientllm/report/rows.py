@@ -9,10 +9,10 @@ import pathlib
 import re
 import textwrap
 
+from efficientllm.config.plain import flatten
 from efficientllm.errors import UserError
 from efficientllm.record import notes
 from efficientllm.record.row import read_record
-from efficientllm.record.workdir import flatten
 from efficientllm.report import texts, valid
 from efficientllm.report.find import find, grids
 

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 
+from efficientllm.config.plain import plain
 from efficientllm.errors import UserError
 from efficientllm.metrics import host
 from efficientllm.record import row as record
-from efficientllm.record import workdir
 from efficientllm.report import texts
 from efficientllm.untrusted import json_text
 
@@ -148,7 +148,7 @@ def _config(run, folder):
     except UserError:
         pass
     try:
-        return workdir.plain(main.parse(list(run.argv))[0])
+        return plain(main.parse(list(run.argv))[0])
     except UserError:
         return {"seed": run.seed, "command": list(run.argv)}
 

@@ -3,8 +3,8 @@
 import time
 
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.runtime.log import clock_time
 from efficientllm.sweep.execute import execute, outcome, why
-from efficientllm.train.progress import clock_time
 
 LAUNCHERS = ("local", "slurm")
 

@@ -8,10 +8,10 @@ import sysconfig
 import time
 import traceback
 
+from efficientllm.config.plain import config_hash, plain
 from efficientllm.errors import UserError
 from efficientllm.metrics.energy.window import Reader
 from efficientllm.record import provenance, row
-from efficientllm.record.workdir import config_hash, plain
 from efficientllm.runtime import distributed
 
 log = logging.getLogger("efficientllm")

@@ -10,6 +10,7 @@ import time
 import jax
 
 from efficientllm import data
+from efficientllm.config.plain import config_hash, flatten, plain
 from efficientllm.cost import available_memory, device_peaks
 from efficientllm.evaluation import held_out, lm_eval_tasks
 from efficientllm.infer import measure, row
@@ -22,12 +23,11 @@ from efficientllm.metrics.sampler import Sampler
 from efficientllm.record import provenance
 from efficientllm.record import row as record
 from efficientllm.record.tensorboard import SummaryWriter
-from efficientllm.record.workdir import config_hash, flatten, plain
 from efficientllm.registry import register
 from efficientllm.runtime import kernel_choice, malloc, stopping
+from efficientllm.runtime.log import Countdown, close_log, open_log
 from efficientllm.tasks import failures
 from efficientllm.train import setup, step
-from efficientllm.train.progress import Countdown, close_log, open_log
 from efficientllm.weights import activation_dtype
 
 log = logging.getLogger("efficientllm")

@@ -6,14 +6,14 @@ import time
 import jax
 
 from efficientllm import sharding
+from efficientllm.config.plain import config_hash, plain
 from efficientllm.errors import UserError
 from efficientllm.metrics.energy.window import Reader
 from efficientllm.plan import calibration, estimate, hardware, remedies, row, training_step
 from efficientllm.record import provenance
 from efficientllm.record import row as record
-from efficientllm.record.workdir import config_hash, plain
 from efficientllm.registry import lookup, register
-from efficientllm.train.progress import close_log, open_log
+from efficientllm.runtime.log import close_log, open_log
 
 log = logging.getLogger("efficientllm")
 

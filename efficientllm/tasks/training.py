@@ -7,6 +7,7 @@ import time
 
 import jax
 
+from efficientllm.config.plain import config_hash, flatten, plain
 from efficientllm.cost import available_memory
 from efficientllm.data.tokenizers import keep
 from efficientllm.evaluation import held_out
@@ -17,14 +18,14 @@ from efficientllm.metrics.sampler import Sampler
 from efficientllm.record import provenance
 from efficientllm.record import row as record
 from efficientllm.record.tensorboard import SummaryWriter
-from efficientllm.record.workdir import config_hash, flatten, plain
 from efficientllm.registry import register
 from efficientllm.runtime import distributed, stopping
+from efficientllm.runtime.log import close_log, open_log
 from efficientllm.tasks import failures
 from efficientllm.train import charts, exports, fingerprints, loop, row, setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
-from efficientllm.train.progress import Progress, close_log, open_log
+from efficientllm.train.progress import Progress
 
 log = logging.getLogger("efficientllm")
 FAILED = failures.FAILED

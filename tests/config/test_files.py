@@ -10,8 +10,8 @@ import pytest
 import runs
 from efficientllm import main
 from efficientllm.config import presets
+from efficientllm.config.plain import plain
 from efficientllm.errors import UserError
-from efficientllm.record.workdir import plain
 
 pytestmark = pytest.mark.quick
 

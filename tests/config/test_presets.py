@@ -12,9 +12,10 @@ import runs
 from configs import base, tune
 from efficientllm import main, model, registry, sharding
 from efficientllm.architecture import from_config
+from efficientllm.config.plain import flatten
 from efficientllm.cost import formulas
 from efficientllm.ops.attention import Context
-from efficientllm.record.workdir import Workdir, flatten
+from efficientllm.record.workdir import Workdir
 from efficientllm.tasks import run
 from efficientllm.train import setup, step
 from tiers import slow_except

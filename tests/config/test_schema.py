@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 import runs
 from efficientllm import base_config, main, registry
 from efficientllm.config import schema
+from efficientllm.config.plain import flatten
 from efficientllm.errors import UserError
 from efficientllm.registry import catalogue, ranges
 from efficientllm.tasks import run
@@ -271,7 +272,7 @@ def test_a_key_that_is_elsewhere_is_pointed_to(key, message):
 )
 def test_flags_are_read_as_what_their_key_holds(flag, key, value):
     config, _, _ = main.parse([BASE, "--config.task=infer", f"--config.{flag}"])
-    assert schema.flatten(config.to_dict())[key] == value
+    assert flatten(config.to_dict())[key] == value
 
 
 def test_other_spellings_of_flags():

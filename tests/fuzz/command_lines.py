@@ -85,7 +85,7 @@ def described(argv):
 def known():
     """`(fields by name by kind, keys with their defaults)` of the package, read from what is registered."""
     from efficientllm import base_config, registry
-    from efficientllm.record.workdir import flatten
+    from efficientllm.config.plain import flatten
 
     kinds = set(KINDS.values())
     techniques = {k: {n: list(registry.settable(registry.lookup(k, n))) for n in registry.names(k)} for k in kinds}

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
+from efficientllm.config.plain import plain
 from efficientllm.config.presets.base import get_config
 from efficientllm.errors import UserError
 from efficientllm.record import lock, resume_check, run_files
-from efficientllm.record.workdir import Workdir, plain
+from efficientllm.record.workdir import Workdir
 
 pytestmark = pytest.mark.quick
 

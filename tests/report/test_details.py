@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from efficientllm import main
-from efficientllm.record.workdir import flatten, plain
+from efficientllm.config.plain import flatten, plain
 from efficientllm.report import command, details, rows
 from report import made
 

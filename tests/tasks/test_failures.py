@@ -235,7 +235,7 @@ def test_infinities_that_cancel_do_not_raise():
 
 
 def test_a_full_disk_s_log_is_no_traceback(tmp_path, capfd):
-    from efficientllm.train.progress import close_log, open_log
+    from efficientllm.runtime.log import close_log, open_log
 
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")

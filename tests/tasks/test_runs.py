@@ -11,8 +11,8 @@ from record.test_tensorboard import hparams_table
 
 import runs
 from efficientllm import main
+from efficientllm.config.plain import flatten
 from efficientllm.record import trial
-from efficientllm.record.workdir import flatten
 
 pytestmark = [pytest.mark.quick, pytest.mark.xdist_group("runs")]  # they share one whole run
 

@@ -4,7 +4,8 @@ import logging
 
 import pytest
 
-from efficientllm.train.progress import Countdown, Progress, clock_time
+from efficientllm.runtime.log import Countdown, clock_time
+from efficientllm.train.progress import Progress
 
 pytestmark = pytest.mark.quick
 

@@ -1,0 +1,30 @@
+"""A config as plain data: nested, as JSON holds it; flat, by dotted keys; and its hash."""
+
+import hashlib
+import json
+import math
+
+
+def flatten(tree, prefix=""):
+    """`{"train.steps": 300, ...}` of a nested dict."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}.{key}".strip(".")).items()}
+
+
+def plain(config):
+    """The config as JSON holds it: dicts, lists, strings, numbers; a number that is not finite is a string."""
+    return _finite(json.loads(json.dumps(config.to_dict())))
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def config_hash(config):
+    """Twelve hex digits that name the config's content."""
+    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
