@@ -31,7 +31,7 @@ def main(argv=None):
         return 0 if argv else 2
     try:
         config, system, new_tokens = parse(argv)
-        from efficientllm.tasks.run import import_plugins  # the first import of jax
+        from efficientllm.registry.plugins import import_plugins  # the first import of jax
 
         import_plugins(config.imports)
         return Chat(config, system, new_tokens).run()
@@ -96,7 +96,7 @@ class Chat:
 
     def _load(self):
         from efficientllm.infer.session import LONGEST, Dialogue, Session, Times
-        from efficientllm.quant.base import resident_bytes
+        from efficientllm.weights import resident_bytes
 
         run = self.serving
         self.dialogue = Dialogue(run.tokenizer, self.system, getattr(run.source, "learnt_records", False))

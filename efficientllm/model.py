@@ -236,16 +236,16 @@ def state_axes(lm, states):
 
 def abstract_params(lm):
     """The parameters' shapes, boxed with their logical axes; no array is made."""
-    tokens_BT = jnp.zeros((1, 8), jnp.int32)
-    return jax.eval_shape(lambda: initial_params(lm, jax.random.key(0), tokens_BT))
+    return jax.eval_shape(lambda: init_params(lm, jax.random.key(0), 8))
 
 
-def initial_params(lm, key, tokens_BT):
-    """The initial parameters, boxed with their logical axes.
+def init_params(lm, key, length):
+    """The initial parameters, boxed with their logical axes; traced for one row of `length` tokens.
 
     One that its module made without them, by a plain `self.param`, is whole on every device. Raises UserError where
     there are more or fewer axes than dimensions.
     """
+    tokens_BT = jnp.zeros((1, length), jnp.int32)
     params = lm.init(key, tokens_BT, Context.packed(tokens_BT))["params"]
     return jax.tree_util.tree_map_with_path(_boxed, params, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 

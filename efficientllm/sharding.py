@@ -149,6 +149,15 @@ def shardings(boxed, mesh):
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
+def on_shards(boxed, mesh):
+    """The abstract arrays of a boxed tree, unboxed, each with its sharding on `mesh`."""
+
+    def abstract(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(abstract, nn.unbox(boxed), shardings(boxed, mesh))
+
+
 def replicated(mesh):
     """Every device holds the whole array."""
     return NamedSharding(mesh, P())
@@ -188,3 +197,19 @@ def share_of(mesh, process, process_of):
             "let data x fsdp x expert divide the processes, or they it"
         )
     return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
+def to_device(batch, mesh):
+    """This process's rows as its part of the global batch."""
+    where, (index, count) = batch_sharding(mesh), process_share(mesh)
+
+    def one(rows):
+        first, shape = index * len(rows), (count * len(rows), *rows.shape[1:])
+
+        def part(of):
+            start, stop, _ = of[0].indices(shape[0])
+            return rows[start - first : stop - first, *of[1:]]
+
+        return jax.make_array_from_callback(shape, where, part)
+
+    return {name: one(rows) for name, rows in batch.items()}

@@ -7,6 +7,7 @@ Kernels are `[..., in, out]`, so that adapters, quantisers and name tables see o
 import dataclasses
 import functools
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,28 @@ def divisible(w, ways):
 def take(table, index):
     """`table[index]` for rows of a table, whatever form it has."""
     return table.take(index) if isinstance(table, Weight) else jnp.take(table, index, axis=0)
+
+
+def box(leaf, names):
+    """A kernel boxed with its logical axes `names`: an array, or a Weight whose arrays have boxes of their own."""
+    if not isinstance(leaf, Weight):
+        return nn.LogicallyPartitioned(leaf, tuple(names))
+    return jax.tree.map(box, leaf, leaf.axes(names), is_leaf=lambda axes: isinstance(axes, Axes))
+
+
+def is_box(leaf):
+    """Whether a leaf of a parameter tree is an array boxed with its logical axes."""
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def box_as(boxed, params):
+    """`params`, arrays and Weights, boxed with the axes that the plain model's tree `boxed` has in their places."""
+    return jax.tree.map(lambda plain, leaf: box(leaf, plain.names), boxed, params, is_leaf=is_box)
+
+
+def resident_bytes(params):
+    """Bytes of a tree's arrays, on devices and in a checkpoint of them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def parameter(module, name, init, shape):

@@ -61,7 +61,7 @@ def fuzz_seconds(request):
 
 def pytest_configure(config):
     if names := config.getoption("--imports"):
-        from efficientllm.tasks.run import import_plugins
+        from efficientllm.registry.plugins import import_plugins
 
         import_plugins(names.split(","))
 

@@ -15,7 +15,6 @@ from efficientllm.cost import formulas
 from efficientllm.errors import UserError
 from efficientllm.ffns.dense import SwiGLU
 from efficientllm.registry import register
-from efficientllm.train import step
 from tiers import slow_case
 
 PLUGIN = """
@@ -61,7 +60,7 @@ def test_they_are_counted_sharded_and_learnt(axes):
     assert where.is_fully_replicated == (axes == "")
     grads = jax.jit(functools.partial(contract.loss_and_gradients, lm))(contract.parameters(lm))[1]
     assert jnp.abs(grads["groups"]["block_0"]["ffn"]["shift"]).min() > 0
-    again = step.init_params(lm, jax.random.key(0), 8)
+    again = model.init_params(lm, jax.random.key(0), 8)
     assert jax.tree.structure(boxed) == jax.tree.structure(again)
 
 

@@ -22,9 +22,9 @@ from efficientllm.config.plain import plain
 from efficientllm.convert import __main__ as convert_command
 from efficientllm.convert import peft as adapters
 from efficientllm.registry import build
+from efficientllm.registry.plugins import import_plugins
 from efficientllm.report import __main__ as report
 from efficientllm.sweep import __main__ as sweep
-from efficientllm.tasks.run import import_plugins
 from efficientllm.train import step
 
 README = (runs.ROOT / "README.md").read_text()

@@ -4,12 +4,11 @@ import re
 import typing
 import zlib
 
-import flax.linen as nn
 import jax
 
 from efficientllm.errors import UserError
 from efficientllm.untrusted import patterns
-from efficientllm.weights import Weight, path_of
+from efficientllm.weights import Weight, is_box, path_of
 
 KERNEL = re.compile(r"block_\d+/(?!.*\brouter/).*\bkernel$")  # of mixers and ffns; never routers, never the head
 
@@ -68,15 +67,6 @@ def attach(method, boxed, held, key):
         return method.wrap(leaf, box.names, jax.random.fold_in(key, zlib.crc32(path.encode())))
 
     return jax.tree_util.tree_map_with_path(one, boxed, held, is_leaf=is_box)
-
-
-def is_box(leaf):
-    return isinstance(leaf, nn.LogicallyPartitioned)
-
-
-def box(value, names):
-    """`value` with its logical axes."""
-    return nn.LogicallyPartitioned(value, tuple(names))
 
 
 def split(method, lm, params):

@@ -9,10 +9,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from efficientllm.adapters.base import box
 from efficientllm.adapters.lora import STATIC, LoRA, LoRAMethod, dropped
 from efficientllm.registry import register
-from efficientllm.weights import Axes, Weight, cuts, dense
+from efficientllm.weights import Axes, Weight, box, cuts, dense
 
 
 @flax.struct.dataclass

@@ -13,10 +13,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from efficientllm.adapters.base import Method, box
+from efficientllm.adapters.base import Method
 from efficientllm.adapters.lora import STATIC
 from efficientllm.registry import register
-from efficientllm.weights import Weight, dense
+from efficientllm.weights import Weight, box, dense
 
 
 class _Changed(Weight):

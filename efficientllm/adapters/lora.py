@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from efficientllm.adapters.base import Method, box
+from efficientllm.adapters.base import Method
 from efficientllm.errors import UserError
 from efficientllm.registry import register
-from efficientllm.weights import Axes, Weight, axes, cuts, dense, divisible
+from efficientllm.weights import Axes, Weight, axes, box, cuts, dense, divisible
 
 STATIC = {"pytree_node": False}
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from efficientllm import base_config
 from efficientllm import model as models
-from efficientllm.adapters.base import box
 from efficientllm.architecture import from_config
 from efficientllm.convert.files import own_quantized
 from efficientllm.convert.source import Source, is_run
@@ -22,7 +21,7 @@ from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.train import checkpoint_checksums
 from efficientllm.untrusted import files, json_text
-from efficientllm.weights import Weight
+from efficientllm.weights import Weight, box
 
 TASKS = ("pretrain", "tune")
 TOKENIZER = "tokenizer"  # a folder of the run's, written when it starts
@@ -95,7 +94,7 @@ def open_run(path, config, weights, open_source):
         from efficientllm.convert import adapter_folder  # all that is left of what was tuned
 
         return adapter_folder.open_adapter(path / "adapter", where, weights, open_source)
-    from efficientllm.tasks.run import import_plugins  # techniques of one's own, as the run had them
+    from efficientllm.registry.plugins import import_plugins  # techniques of one's own, as the run had them
 
     import_plugins(run.imports)
     try:
@@ -205,7 +204,7 @@ class Parameters:
 
     def _wrapped(self, path, names, held, arrays):
         """The method's leaf around what it was put around, with the arrays that have been learnt."""
-        boxed = box(held, names) if not isinstance(held, Weight) else _boxed(held, names)
+        boxed = box(held, names)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._run.seed), 1), zlib.crc32(path.encode()))
         leaf = nn.unbox(self._method.wrap(boxed, names, key))
         return leaf.replace(**{name: jnp.asarray(array) for name, array in arrays.items()})
@@ -224,16 +223,8 @@ class Parameters:
 
     @functools.cached_property
     def _drawn(self):
-        from efficientllm.train.step import init_params
-
-        init = jax.jit(lambda key: nn.unbox(init_params(self._lm, key, self._run.train.length)))
+        init = jax.jit(lambda key: nn.unbox(models.init_params(self._lm, key, self._run.train.length)))
         return flax.traverse_util.flatten_dict(init(jax.random.key(self._run.seed)), sep="/")
-
-
-def _boxed(leaf, names):
-    from efficientllm.quant import apply as quant
-
-    return quant.box(leaf, names)
 
 
 def _steps(folder):

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.adapters.base import join
+from efficientllm.objectives.next_token import loss_fn
 from efficientllm.sharding import local_bytes
-from efficientllm.train import step
 
 FIELDS = {
     "tokens": jnp.int32,
@@ -61,7 +61,7 @@ def _kept_bytes(lm, state, rows, length):
         given = {id(leaf) for leaf in jax.tree.leaves((learnt, frozen, batch))}
 
         def loss(learnt):
-            return step.loss_fn(lm, join(learnt, frozen), batch, 1.0)[0]
+            return loss_fn(lm, join(learnt, frozen), batch, 1.0)[0]
 
         backward = jax.vjp(loss, learnt)[1]
         return [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given]

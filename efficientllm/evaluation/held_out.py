@@ -6,7 +6,7 @@ import jax
 
 from efficientllm.errors import UserError
 from efficientllm.metrics.reading import finite_or_missing, missing
-from efficientllm.train.loop import to_device
+from efficientllm.sharding import to_device
 
 UNITS = {"eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
 NO_BYTES = "no held-out target stands for text: they are ends of documents"

@@ -4,8 +4,6 @@ import dataclasses
 import math
 import statistics
 
-import jax
-
 from efficientllm import sharding
 from efficientllm.config.plain import flatten
 from efficientllm.cost import device_peaks, formulas
@@ -15,7 +13,7 @@ from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.record import row as record
 from efficientllm.record import study_metrics
-from efficientllm.weights import activation_dtype
+from efficientllm.weights import activation_dtype, resident_bytes
 
 LIKELIHOOD = "likelihood a byte of held-out text"  # 2^-bits_per_byte: 1 is certainty, and more is better
 
@@ -184,8 +182,3 @@ def _bounds(lm, boxed, params, found, mesh):
         ),
         "tpot_s_roofline": device_peaks.measured_roofline(found.rows * flops, moved, devices, dtype),
     }
-
-
-def resident_bytes(params):
-    """Bytes of the arrays; jnp.int4 would count half a byte an element, and no form of ours holds it."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -10,7 +10,6 @@ import numpy as np
 
 from efficientllm import data, sharding
 from efficientllm import model as models
-from efficientllm.adapters import base as adapters
 from efficientllm.architecture import from_config
 from efficientllm.convert.files import stored_form
 from efficientllm.cost import formulas
@@ -23,12 +22,11 @@ from efficientllm.metrics import host, memory
 from efficientllm.ops import rematerialization
 from efficientllm.quant import apply as quant
 from efficientllm.quant import calibrate
-from efficientllm.quant.base import resident_bytes
 from efficientllm.registry import build, parse
 from efficientllm.runtime.log import Countdown
 from efficientllm.train import setup
 from efficientllm.untrusted import patterns
-from efficientllm.weights import path_of
+from efficientllm.weights import box, is_box, path_of, resident_bytes
 
 
 class OutOfMemory(RuntimeError):
@@ -76,21 +74,20 @@ class Serving:
     @functools.cached_property
     def _shaped(self):
         """The plain parameters' shapes, on their shards."""
-        where = sharding.shardings(self.boxed, self.mesh)
-        return jax.tree.map(setup.on_shards, nn.unbox(self.boxed), where)
+        return sharding.on_shards(self.boxed, self.mesh)
 
     def _rounder(self, spec, rules):
         """As `quant.rounder`, and each leaf on its shards before the next is read."""
-        flat = jax.tree_util.tree_flatten_with_path(self.boxed, is_leaf=adapters.is_box)[0]
-        boxes, one = {path_of(keys): box for keys, box in flat}, quant.rounder(spec, rules)
+        flat = jax.tree_util.tree_flatten_with_path(self.boxed, is_leaf=is_box)[0]
+        boxes, one = {path_of(keys): boxed for keys, boxed in flat}, quant.rounder(spec, rules)
         return lambda path, array: self._place(boxes[path], one(path, array))
 
     def _placed(self, params):
-        return jax.tree.map(self._place, self.boxed, params, is_leaf=adapters.is_box)
+        return jax.tree.map(self._place, self.boxed, params, is_leaf=is_box)
 
-    def _place(self, box, leaf):
-        """`leaf`, an array or a Weight, where the axes of its `box` put it on the mesh."""
-        held = setup.boxed_like(box, leaf)
+    def _place(self, boxed, leaf):
+        """`leaf`, an array or a Weight, where the axes of `boxed` put it on the mesh."""
+        held = box(leaf, boxed.names)
         return jax.device_put(nn.unbox(held), sharding.shardings(held, self.mesh))
 
     def weights_bytes(self, spec, rules=()):

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 
 from efficientllm import model, sharding
-from efficientllm.adapters import base as adapters
 from efficientllm.cost import formulas
 from efficientllm.errors import UserError
 from efficientllm.infer import setup as infer
@@ -16,10 +15,9 @@ from efficientllm.infer.engine import Engine
 from efficientllm.metrics.reading import Reading
 from efficientllm.plan import remedies, training_step
 from efficientllm.quant import apply as quant
-from efficientllm.quant.base import resident_bytes
 from efficientllm.registry import build, register
 from efficientllm.runtime import kernel_choice
-from efficientllm.train import setup
+from efficientllm.weights import box_as, resident_bytes
 
 FIRST = ("prefill", "first logits")  # the programs before the first token
 FORMS = ("bfloat16", "int8()", "int4()")  # tried, from the largest to the smallest, where weights do not fit
@@ -180,8 +178,7 @@ def describe(config, devices, platform, capability=(0, 0)):
     _check_length(config.infer, lm, most)
     infer.check_rules(boxed, config.infer.rules)
     rounded = quant.abstract(nn.unbox(boxed), config.quant, config.infer.rules)
-    held = jax.tree.map(setup.boxed_like, boxed, rounded, is_leaf=adapters.is_box)
-    shaped = jax.tree.map(setup.on_shards, nn.unbox(held), sharding.shardings(held, mesh))
+    shaped = sharding.on_shards(box_as(boxed, rounded), mesh)
     return Request(config, lm, mesh, boxed, shaped, platform, capability)
 
 

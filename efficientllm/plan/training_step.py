@@ -9,7 +9,6 @@ import re
 import time
 import typing
 
-import flax.linen as nn
 import jax
 
 from efficientllm import model, sharding
@@ -234,9 +233,7 @@ def describe(config, devices, platform, capability=(0, 0)):
         train = config.train
         abstract = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method, config.quant))
     shardings = sharding.shardings(abstract, mesh)
-    shaped = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), nn.unbox(abstract), shardings
-    )
+    shaped = sharding.on_shards(abstract, mesh)
     return Step(config, lm, method, mesh, boxed, shaped, shardings, platform, capability)
 
 

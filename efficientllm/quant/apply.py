@@ -4,18 +4,16 @@ import dataclasses
 import functools
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.untrusted import patterns
-from efficientllm.weights import Axes, Weight, path_of
+from efficientllm.weights import Weight, box, is_box, path_of
 
 TABLE = re.compile(r"(^|/)(embedding|head/kernel)$")
 KERNEL = re.compile(r"^(?!.*\brouter/).*(^|/)kernel$")
-BOX = nn.LogicallyPartitioned
 
 
 def quantize(params, spec, rules=(), learn=None):
@@ -39,11 +37,11 @@ def quantize(params, spec, rules=(), learn=None):
                 raise UserError(f"quant = {spec!r} is calibrated: give it text to calibrate on")
             found = learn(path, form)
         else:
-            found = leaf(form, path == "embedding", held.unbox() if isinstance(held, BOX) else held)
+            found = leaf(form, path == "embedding", held.unbox() if is_box(held) else held)
         check_finite(found, path, spec)
-        return box(found, held.names) if isinstance(held, BOX) else found
+        return box(found, held.names) if is_box(held) else found
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: isinstance(leaf, BOX | Weight))
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: is_box(leaf) or isinstance(leaf, Weight))
 
 
 def rounder(spec, rules=()):
@@ -95,13 +93,6 @@ def abstract(params, spec, rules=()):
         return quantize(params, spec, rules, learn)
 
     return jax.eval_shape(made, params)
-
-
-def box(leaf, names):
-    """A Weight whose arrays are boxed with their logical axes, for a kernel with the axes `names`."""
-    return jax.tree.map(
-        lambda array, axes: BOX(array, tuple(axes)), leaf, leaf.axes(names), is_leaf=lambda x: isinstance(x, Axes)
-    )
 
 
 def form_of(spec):

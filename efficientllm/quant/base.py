@@ -124,11 +124,6 @@ class Grouped(Rows):
         return self.replace(columns=self.columns // ways) if self.cuts(ways) else self.dense()
 
 
-def resident_bytes(params):
-    """Bytes of a tree's arrays: on the device, and in a checkpoint of them."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-
-
 def grouped(rows, group):
     """`[..., K]` -> `[..., G, group]`, padded with zeros to whole groups."""
     K = rows.shape[-1]

@@ -83,7 +83,7 @@ def _cost(argv):
     from efficientllm import model
     from efficientllm.cost import formulas, step_memory
     from efficientllm.registry import build
-    from efficientllm.tasks.run import import_plugins
+    from efficientllm.registry.plugins import import_plugins
     from efficientllm.train import setup, step
 
     config, _, _ = main.parse(list(argv))
@@ -117,7 +117,7 @@ def _cost_of_inference(config):
     from efficientllm.cost import formulas
     from efficientllm.infer import setup as serving
     from efficientllm.quant import apply
-    from efficientllm.quant.base import resident_bytes
+    from efficientllm.weights import resident_bytes
 
     lm, ours = _described(config), config.infer
     serving.check(config)

@@ -193,7 +193,7 @@ def _said(error, path):
 
 def load(file):
     """The Sweep that the Python file `file` describes. Raises UserError."""
-    from efficientllm.tasks.run import import_file
+    from efficientllm.registry.plugins import import_file
     from efficientllm.untrusted.files import is_file
 
     path = pathlib.Path(file)

@@ -2,9 +2,7 @@
 
 import contextlib
 import logging
-import pathlib
 import sys
-import sysconfig
 import time
 import traceback
 
@@ -12,47 +10,16 @@ from efficientllm.config.plain import config_hash, plain
 from efficientllm.errors import UserError
 from efficientllm.metrics.energy.window import Reader
 from efficientllm.record import provenance, row
+from efficientllm.registry.plugins import one_line_with_place
 from efficientllm.runtime import distributed
 
 log = logging.getLogger("efficientllm")
 FAILED = 3
-_PACKAGE = pathlib.Path(__file__).parents[1]
-_LIBRARIES = tuple(str(pathlib.Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib"))
-
-
-def one_line(error):
-    """`ZeroDivisionError: division by zero (mine.py:12, in __call__)`."""
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text[:300]} ({place(error)})"
-
-
-def place(error):
-    """`file:line, in function` of the innermost frame in the user's code, else in this package, else anywhere."""
-    frames = list(traceback.extract_tb(error.__traceback__))
-    if not frames:
-        return "no traceback"
-    ours = [index for index, frame in enumerate(frames) if pathlib.Path(frame.filename).is_relative_to(_PACKAGE)]
-    # Frames before the first of ours are of who called this program.
-    users = [index for index in range(min(ours, default=0), len(frames)) if _is_users(frames[index].filename)]
-    frame = frames[(users or ours or [-1])[-1]]
-    return f"{_shown(frame.filename)}:{frame.lineno}, in {frame.name}"
-
-
-def _is_users(filename):
-    path = pathlib.Path(filename)
-    if path.suffix != ".py" or not path.exists() or path.is_relative_to(_PACKAGE):
-        return False
-    return not str(path.resolve()).startswith(_LIBRARIES)
-
-
-def _shown(filename):
-    path, here = pathlib.Path(filename), pathlib.Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def end(error, config, workdir, started, outcome="error"):
     """Writes the row of a run that ended by an exception, the traceback into `log.txt`, and one line -> exit status."""
-    line = one_line(error)
+    line = one_line_with_place(error)
     print(f"efficientllm: {line}; the traceback is in {workdir.shown / 'log.txt'}", file=sys.stderr)
     if distributed.is_main():
         try:
@@ -99,4 +66,4 @@ def warn(what, error):
 
 def _said(error):
     """A UserError says what it is; others are named with their place."""
-    return str(error) if isinstance(error, UserError) else one_line(error)
+    return str(error) if isinstance(error, UserError) else one_line_with_place(error)

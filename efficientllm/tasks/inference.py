@@ -20,6 +20,7 @@ from efficientllm.infer.streaming import Answers
 from efficientllm.metrics import memory
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.sampler import Sampler
+from efficientllm.objectives import next_token
 from efficientllm.record import provenance
 from efficientllm.record import row as record
 from efficientllm.record.tensorboard import SummaryWriter
@@ -27,8 +28,7 @@ from efficientllm.registry import register
 from efficientllm.runtime import kernel_choice, malloc, stopping
 from efficientllm.runtime.log import Countdown, close_log, open_log
 from efficientllm.tasks import failures
-from efficientllm.train import setup, step
-from efficientllm.weights import activation_dtype
+from efficientllm.weights import activation_dtype, resident_bytes
 
 log = logging.getLogger("efficientllm")
 FAILED = failures.FAILED
@@ -53,6 +53,7 @@ class Inference:
 
     def run(self):
         """Returns the exit status."""
+        lm_eval_tasks.check(self.config.quality)
         self.serving = serving.prepare(self.config)
         available_memory.check_serving(self.serving)
         if self.config.infer.baseline.endswith(".json"):
@@ -116,7 +117,7 @@ class Inference:
     def _say_weights(self, spec, params):
         """Bytes of weights, and what they went through."""
         history = self.serving.history(spec)
-        said = f"weights of {row.resident_bytes(params) / 1e6:,.1f} MB as {spec}" + (f", {history}" if history else "")
+        said = f"weights of {resident_bytes(params) / 1e6:,.1f} MB as {spec}" + (f", {history}" if history else "")
         twice = "; config.quant='stored' keeps the file's" if history.startswith("rounded twice") else ""
         log.info(f"{self.config.name}: {said}{twice}")
 
@@ -132,8 +133,8 @@ class Inference:
     def _score(self, params):
         """Held-out loss, perplexity and bits per byte."""
         run = self.serving
-        score = jax.jit(lambda params, batch, token_bytes: step.eval_step(run.lm, params, batch, token_bytes))
-        token_bytes = setup.bytes_of(run.tokenizer, run.lm)
+        score = jax.jit(lambda params, batch, token_bytes: next_token.eval_step(run.lm, params, batch, token_bytes))
+        token_bytes = next_token.bytes_of(run.tokenizer, run.lm)
         each = Countdown("held-out text", len(run.held_out)).add
         found = held_out.evaluate(score, params, run.held_out, token_bytes, run.mesh, each)
         log.info(held_out.line(found))
@@ -157,19 +158,17 @@ class Inference:
         name = self.config.infer.baseline
         if "bits_per_byte" not in self.quality:  # no held-out token stands for text
             return None
-        ours = row.Scored(self.config.quant, row.resident_bytes(self.params), self.quality["bits_per_byte"])
+        ours = row.Scored(self.config.quant, resident_bytes(self.params), self.quality["bits_per_byte"])
         if name.endswith(".json"):
             return row.compression(row.baseline_of(name), ours)
         if name == "" or (name == self.config.quant and not self.config.infer.rules):
             return row.compression(ours, ours) if name else None
         self.params = None
         params = self.serving.load(name)
-        log.info(f"baseline {name}: weights of {row.resident_bytes(params) / 1e6:,.1f} MB")
+        log.info(f"baseline {name}: weights of {resident_bytes(params) / 1e6:,.1f} MB")
         history = self.serving.history(name)
         baseline = f"{name} ({history})" if history else name
-        return row.compression(
-            row.Scored(baseline, row.resident_bytes(params), self._score(params)["bits_per_byte"]), ours
-        )
+        return row.compression(row.Scored(baseline, resident_bytes(params), self._score(params)["bits_per_byte"]), ours)
 
     def _finish(self):
         """Writes the row, without what failed of tasks and baseline -> exit status."""

@@ -1,12 +1,9 @@
 """From a config to a finished workdir: imports, task, exit status."""
 
 import hashlib
-import importlib
-import importlib.util
 import pathlib
 import sys
 import time
-import zlib
 
 import jax
 
@@ -14,6 +11,7 @@ from efficientllm import registry
 from efficientllm.config import schema
 from efficientllm.errors import UserError
 from efficientllm.record.workdir import Workdir
+from efficientllm.registry.plugins import import_plugins
 from efficientllm.runtime import distributed, stopping
 from efficientllm.tasks import failures
 
@@ -71,22 +69,6 @@ def _task(config):
     return registry.lookup("task", config.task, where="config.task")
 
 
-def import_plugins(imports):
-    """Imports each module name, or path of a Python file, of `config.imports`. Raises UserError."""
-    for name in imports:
-        try:
-            if name.endswith(".py"):
-                import_file(pathlib.Path(name))
-            else:
-                importlib.import_module(name)
-        except UserError:
-            raise
-        except (ImportError, OSError, SyntaxError) as error:
-            raise UserError(f"config.imports = {name!r} cannot be imported: {' '.join(str(error).split())}") from None
-        except (Exception, SystemExit) as error:
-            raise UserError(f"config.imports = {name!r} cannot be imported: {failures.one_line(error)}") from None
-
-
 def code_of(imports):
     """`{name: twelve hex digits}` of the content of each file of `config.imports`."""
     files = {
@@ -95,19 +77,3 @@ def code_of(imports):
     return {
         name: hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()[:12] for name, file in files.items() if file
     }
-
-
-def import_file(path):
-    """The module that the Python file at `path` is; imported once."""
-    key = f"efficientllm_plugin_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
-    if key in sys.modules:
-        return sys.modules[key]
-    module_spec = importlib.util.spec_from_file_location(key, path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[key] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[key]
-        raise
-    return module

@@ -88,7 +88,7 @@ def train(config, state, compiled, batches, mesh, measurement, progress, hooks):
         measurement.restart_clock()
         while step < config.train.steps:
             loop.begin_segment_if_steady()
-            state, metrics = compiled(state, to_device(next(batches), mesh))
+            state, metrics = compiled(state, sharding.to_device(next(batches), mesh))
             step += 1
             loop.collect()
             loop.pending = (step, metrics)
@@ -168,19 +168,3 @@ def _agreed(caught, step):
     if step % ASK_EVERY:
         return 0
     return int(np.max(multihost_utils.process_allgather(np.int32(signum))))
-
-
-def to_device(batch, mesh):
-    """This process's rows as its part of the global batch."""
-    where, (index, count) = sharding.batch_sharding(mesh), sharding.process_share(mesh)
-
-    def one(rows):
-        first, shape = index * len(rows), (count * len(rows), *rows.shape[1:])
-
-        def part(of):
-            start, stop, _ = of[0].indices(shape[0])
-            return rows[start - first : stop - first, *of[1:]]
-
-        return jax.make_array_from_callback(shape, where, part)
-
-    return {name: one(rows) for name, rows in batch.items()}

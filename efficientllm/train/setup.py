@@ -6,22 +6,21 @@ import time
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from efficientllm import data, model, sharding
-from efficientllm.adapters.base import is_box
 from efficientllm.architecture import from_config
 from efficientllm.cost import device_peaks, jaxpr_flops, step_memory
 from efficientllm.errors import UserError
 from efficientllm.metrics import host, memory
 from efficientllm.metrics.reading import Reading, missing
+from efficientllm.objectives import next_token
 from efficientllm.optim import rules
 from efficientllm.quant import apply as quant
 from efficientllm.registry import build
 from efficientllm.runtime import kernel_choice as kernels
 from efficientllm.runtime import malloc
 from efficientllm.train import step
-from efficientllm.weights import Weight, activation_dtype
+from efficientllm.weights import activation_dtype, box_as
 
 
 @dataclasses.dataclass
@@ -98,7 +97,7 @@ def prepare(config, log):
         method=method,
         source=source,
         boxed=boxed,
-        shaped=jax.tree.map(on_shards, nn.unbox(abstract), shardings),
+        shaped=sharding.on_shards(abstract, mesh),
         shardings=shardings,
         data=_described_data(config, tokenizer, log),
         rss_before=host.rss_bytes(),
@@ -129,20 +128,13 @@ def create_state(run):
     train, seed, method, form = run.config.train, run.config.seed, run.method, run.config.quant
     if run.source is None:
         return step.jit_create(run.lm, train, seed, run.length, run.shardings, method, form)()
-    where = sharding.shardings(run.boxed, run.mesh)
-    shaped = jax.tree.map(on_shards, nn.unbox(run.boxed), where)
+    shaped = sharding.on_shards(run.boxed, run.mesh)
     params = run.source.load(shaped, lm=run.lm, each=quant.rounder(form, step.AS_THEY_ARE))
 
     def around(params):
-        held = jax.tree.map(boxed_like, run.boxed, params, is_leaf=is_box)
-        return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, held, form))
+        return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, box_as(run.boxed, params), form))
 
     return jax.jit(around, out_shardings=run.shardings, donate_argnums=0)(params)
-
-
-def boxed_like(box, leaf):
-    """`leaf`, an array or a Weight, in boxes with the axes of `box`."""
-    return quant.box(leaf, box.names) if isinstance(leaf, Weight) else box.replace_boxed(leaf)
 
 
 def check_form(form, adapter, method):
@@ -208,10 +200,6 @@ def _check_sample(lm, sample, tokenizer):
     prompt = len(tokenizer.encode_prompt(sample.prompt))
     where = f"config.sample.tokens = {sample.tokens} after a prompt of {prompt}"
     model.check_length(lm, prompt + sample.tokens, where)
-
-
-def on_shards(leaf, where):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def check_rows(train):
@@ -294,11 +282,4 @@ def predicted_memory(setup):
 
 def token_bytes(setup):
     """UTF-8 bytes of each token of the vocabulary, on the devices."""
-    return jax.device_put(bytes_of(setup.tokenizer, setup.lm), sharding.replicated(setup.mesh))
-
-
-def bytes_of(tokenizer, lm):
-    """UTF-8 bytes of each token, float32 `[V]`, zero where the model has more tokens than the tokenizer."""
-    table = np.zeros(lm.vocab_size, np.float32)
-    table[: tokenizer.vocab_size] = tokenizer.token_bytes
-    return table
+    return jax.device_put(next_token.bytes_of(setup.tokenizer, setup.lm), sharding.replicated(setup.mesh))

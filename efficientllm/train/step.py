@@ -13,8 +13,7 @@ from efficientllm import sharding
 from efficientllm.adapters.base import attach, join, split
 from efficientllm.adapters.freeze import Full
 from efficientllm.adapters.lora import seeded
-from efficientllm.objectives.cross_entropy import nll_sum
-from efficientllm.ops.attention import Context
+from efficientllm.objectives.next_token import eval_step, loss_fn
 from efficientllm.optim import rules
 from efficientllm.quant import apply as quant
 
@@ -42,12 +41,6 @@ class TrainState:
         return join(self.params, self.frozen)
 
 
-def init_params(lm, key, length):
-    """The model's own initial parameters, boxed with their logical axes."""
-    tokens_BT = jnp.zeros((1, length), jnp.int32)
-    return models.initial_params(lm, key, tokens_BT)
-
-
 def create(lm, train, method, seed, boxed, held, form="float32"):
     """The TrainState of parameters `held`, all boxed; `boxed` is the plain model's tree (see `adapters.attach`).
 
@@ -64,7 +57,7 @@ def init_state(lm, train, seed, length, method=FULL, form="float32"):
     """A function of no arguments that makes a new model's TrainState, boxed."""
 
     def init():
-        boxed = init_params(lm, jax.random.key(seed), length)
+        boxed = models.init_params(lm, jax.random.key(seed), length)
         return create(lm, train, method, seed, boxed, boxed, form)
 
     return init
@@ -74,25 +67,6 @@ def jit_create(lm, train, seed, length, shardings, method=FULL, form="float32"):
     """A jitted function of no arguments: the TrainState on its shardings; no array is ever made unsharded."""
     init = init_state(lm, train, seed, length, method, form)
     return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)
-
-
-def loss_fn(lm, params, batch, targets, tokens=None):
-    """Next-token cross-entropy in nats a target plus the routers' losses -> `(loss, metrics)`.
-
-    `targets` is the number to divide by: a micro-batch divides by the mean of its step, so that every target of the
-    step counts alike; so do its `tokens` that are no padding, in what its ffns hand on (None: the batch is a step).
-    `metrics["aux"]` holds each block's statistics, stacked over groups.
-    """
-    ctx = Context.packed(batch["positions"], batch["segments"])
-    x_BTD, _, aux = lm.apply({"params": params}, batch["tokens"], ctx, readout=False)
-    nats = nll_sum(x_BTD, models.head_kernel(lm, params), batch, lm.precision)
-    cross_entropy = nats / jnp.maximum(targets, 1.0)
-    if tokens is not None:
-        share = jnp.sum(batch["segments"] > 0) / jnp.maximum(tokens, 1.0)
-        aux = jax.tree.map(lambda leaf: leaf * share, aux)
-    router = sum(jnp.mean(leaf) for block in aux for leaf in block.get("losses", {}).values())
-    total = cross_entropy + router
-    return total, {"loss": cross_entropy, "total_loss": total, "aux": aux}
 
 
 def gradients(lm, learnt, batch, accumulate, frozen=None, key=None):
@@ -146,15 +120,6 @@ def train_step(lm, train, method, state, batch):
         "samples": jnp.sum(jnp.max(batch["segments"], -1)),
     }
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
-
-
-def eval_step(lm, params, batch, token_bytes_V):
-    """`(summed nats, targets, UTF-8 bytes of the targets)` of a batch."""
-    ctx = Context.packed(batch["positions"], batch["segments"])
-    x_BTD, _, _ = lm.apply({"params": params}, batch["tokens"], ctx, readout=False)
-    nats = nll_sum(x_BTD, models.head_kernel(lm, params), batch, lm.precision)
-    bytes_BT = token_bytes_V[batch["targets"]]
-    return nats, jnp.sum(batch["weights"]), jnp.sum(bytes_BT * batch["weights"])
 
 
 def jit_train_step(lm, train, mesh, state_shardings, method=FULL):

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficientllm import model
 from efficientllm import model as models
 from efficientllm.architecture import from_config
 from efficientllm.config.presets import attention, mixers
@@ -30,7 +31,6 @@ from efficientllm.infer.samplers import Greedy
 from efficientllm.metrics import race
 from efficientllm.record import provenance
 from efficientllm.runtime.atomic_write import write_atomically
-from efficientllm.train import step
 
 MIXERS = ("mha", "gqa", "mqa", "mla", "nsa", "mamba", "rwkv")
 VOCABULARY = 2048  # of sizes that name none
@@ -87,7 +87,7 @@ class Contestant:
     def __init__(self, name, length, options):
         self.lm = described(name, options.size, options.precision)
         self.boxed = models.abstract_params(self.lm)
-        self.params = jax.jit(lambda: nn.unbox(step.init_params(self.lm, jax.random.key(0), 8)))()
+        self.params = jax.jit(lambda: nn.unbox(model.init_params(self.lm, jax.random.key(0), 8)))()
         self._engine = engines.Engine(self.lm, self.params, Greedy(), -1, length)
         self._length, self._steps = length, options.steps
         states = jax.jit(lambda: models.init_states(self._engine.lm, 1, length))()  # no leaf twice: all are donated

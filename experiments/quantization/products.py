@@ -19,8 +19,7 @@ from efficientllm.errors import exit_with
 from efficientllm.metrics import race
 from efficientllm.quant import matmul as products
 from efficientllm.quant.apply import quantize
-from efficientllm.quant.base import resident_bytes
-from efficientllm.weights import matmul
+from efficientllm.weights import matmul, resident_bytes
 
 SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))
 FORMS = {

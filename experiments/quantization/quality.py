@@ -22,8 +22,8 @@ from efficientllm.errors import exit_with
 from efficientllm.ops.attention import Context
 from efficientllm.quant import calibrate
 from efficientllm.quant.apply import form_of, quantize
-from efficientllm.quant.base import resident_bytes
 from efficientllm.registry import build
+from efficientllm.weights import resident_bytes
 
 SPECS = (
     *("float32", "bfloat16", "float16", "int8", "int8(group=32)", "nf4", "int4", "int4(symmetric=False)"),

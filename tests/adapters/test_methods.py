@@ -11,13 +11,15 @@ import pytest
 import contract
 from configs import base
 from efficientllm import model, sharding
-from efficientllm.adapters.base import attach, box, join, merge, split
+from efficientllm.adapters.base import attach, join, merge, split
 from efficientllm.cost import formulas
 from efficientllm.cost.jaxpr_flops import count_needed_flops
 from efficientllm.errors import UserError
+from efficientllm.ops.attention import Context
 from efficientllm.quant.base import Rows
 from efficientllm.registry import build, names
 from efficientllm.train import step
+from efficientllm.weights import box_as
 from tiers import slow_except
 
 pytestmark = pytest.mark.xdist_group("methods")  # they share models and compiled programs
@@ -55,7 +57,7 @@ def test_every_method_is_here():
 @functools.cache
 def forward(lm):
     batch = contract.batch()
-    ctx = step.Context.packed(batch["positions"], batch["segments"])
+    ctx = Context.packed(batch["positions"], batch["segments"])
     return jax.jit(lambda p: lm.apply({"params": p}, batch["tokens"], ctx)[0])
 
 
@@ -75,7 +77,7 @@ def tuned(spec, kind="mixer", technique="gqa", form="float32"):
 def start(method, lm, params, form="float32"):
     config = base.get_config()
     boxed = model.abstract_params(lm)
-    held = jax.tree.map(lambda a, b: box(b, a.names), boxed, params, is_leaf=lambda leaf: hasattr(leaf, "names"))
+    held = box_as(boxed, params)
     return nn.unbox(step.create(lm, config.train, method, 0, boxed, held, form))
 
 

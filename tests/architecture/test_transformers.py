@@ -7,8 +7,8 @@ import pytest
 
 from configs import base
 from efficientllm.architecture import from_config
+from efficientllm.objectives.next_token import loss_fn
 from efficientllm.ops.attention import Context
-from efficientllm.train.step import loss_fn
 from tiers import slow_case, slow_except
 
 torch = pytest.importorskip("torch")

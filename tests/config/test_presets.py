@@ -16,7 +16,7 @@ from efficientllm.config.plain import flatten
 from efficientllm.cost import formulas
 from efficientllm.ops.attention import Context
 from efficientllm.record.workdir import Workdir
-from efficientllm.tasks import run
+from efficientllm.registry.plugins import import_plugins
 from efficientllm.train import setup, step
 from tiers import slow_except
 
@@ -36,7 +36,7 @@ CONFIGS = [config for file in FILES for config in _variants(file)]
 def parse(config, *overrides):
     """The config of a command line, its techniques registered."""
     parsed, _, _ = main.parse([f"--config={config}", *overrides])
-    run.import_plugins(parsed.imports)
+    import_plugins(parsed.imports)
     return parsed
 
 
@@ -126,7 +126,7 @@ def test_every_key_is_read_by_somebody(tmp_path):
     folder = runs.corpus(tmp_path / "texts")
     config, _, _ = main.parse(runs.arguments(folder, tmp_path / "run", train__steps=2))
     read = {"imports", "task"}  # by run.run, before the task
-    run.import_plugins(config.imports)
+    import_plugins(config.imports)
     config.infer.repeats, config.infer.max_new_tokens, config.infer.prompt_length = 1, 2, 4
     for name in ("pretrain", "infer", "plan"):
         task = registry.lookup("task", name)

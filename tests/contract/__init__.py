@@ -20,12 +20,13 @@ from efficientllm.adapters.lora import LoRA
 from efficientllm.architecture import from_config
 from efficientllm.cost import formulas
 from efficientllm.cost.jaxpr_flops import count_matmul_flops
+from efficientllm.objectives.next_token import loss_fn
 from efficientllm.ops.attention import Context
 from efficientllm.quant import apply as quant
 from efficientllm.quant import matmul
 from efficientllm.quant.apply import quantize
 from efficientllm.quant.base import Rows
-from efficientllm.train import step
+from efficientllm.weights import box_as
 
 SIZE = "tiny(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden=48)"
 VOCAB, B, T = 64, 8, 24
@@ -160,7 +161,7 @@ def check_decode(kind, spec):
 
 def loss_and_gradients(lm, params):
     packed = batch()
-    (loss, _), grads = jax.value_and_grad(functools.partial(step.loss_fn, lm), has_aux=True)(
+    (loss, _), grads = jax.value_and_grad(functools.partial(loss_fn, lm), has_aux=True)(
         params, packed, jnp.sum(packed["weights"])
     )
     return loss, grads
@@ -243,8 +244,7 @@ def check_leaves(kind, spec):
     method = registry.build("adapter", "lora(rank=2, alpha=4)")
 
     def wrapped(params):
-        held = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), boxed, params, is_leaf=adapters.is_box)
-        held = quant.quantize(held, "int4(group=32)")
+        held = quant.quantize(box_as(boxed, params), "int4(group=32)")
         return nn.unbox(adapters.attach(method, boxed, held, jax.random.key(0)))
 
     params = jax.jit(wrapped)(parameters(lm))

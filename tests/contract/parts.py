@@ -13,9 +13,8 @@ from efficientllm import model, sharding
 from efficientllm.adapters import base as adapters
 from efficientllm.data.corpus import Corpus
 from efficientllm.quant import apply
-from efficientllm.quant.base import resident_bytes
 from efficientllm.registry import build, settable
-from efficientllm.weights import Weight, axes, matmul, take
+from efficientllm.weights import Weight, axes, matmul, resident_bytes, take
 
 ROWS, K, N = 5, 96, 40  # of an input, and the width of a kernel and of what it gives
 

@@ -11,6 +11,7 @@ from data.test_tokenizers import ODD
 from efficientllm import data
 from efficientllm.data.corpus import Corpus
 from efficientllm.errors import UserError
+from efficientllm.objectives.next_token import bytes_of
 
 pytestmark = pytest.mark.quick
 
@@ -177,7 +178,7 @@ def test_a_model_without_an_embedding_of_pad_is_served(tmp_path):
     tokenizer = setup.tokenizer_of(config, source)
     lm = from_config.from_config(setup.described(config.model, source), tokenizer.vocab_size)
     assert lm.vocab_size == tokenizer.vocab_size == theirs.pad_token_id
-    assert len(setup.bytes_of(tokenizer, lm)) == lm.vocab_size
+    assert len(bytes_of(tokenizer, lm)) == lm.vocab_size
 
 
 def test_a_vocabulary_that_is_too_large_stays_so(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import contract
+from efficientllm import model as models
 from efficientllm import sharding
 from efficientllm.ffns import dispatch
 from efficientllm.ops.attention import Context
@@ -87,7 +88,7 @@ def test_eight_devices_leave_the_same_padding_out(name, mesh_spec):
     lm, params = model(name)
     mesh = sharding.make_mesh(mesh_spec)
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(lambda: step.init_params(lm, jax.random.key(0), T))
+        boxed = jax.eval_shape(lambda: models.init_params(lm, jax.random.key(0), T))
         where = sharding.shardings(boxed, mesh)
         rows = sharding.batch_sharding(mesh)
         run = jax.jit(functools.partial(step.gradients, lm, accumulate=1), in_shardings=(where, rows))

@@ -9,6 +9,7 @@ from efficientllm import model, sharding
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy, Sample
 from efficientllm.quant import apply
+from efficientllm.weights import box_as
 from tiers import slow_case, slow_except
 
 NEW = 6
@@ -20,11 +21,7 @@ CASES += [("ffn", "moe(num_experts=4, top_k=2, hidden=64)", form) for form in (*
 
 def placed(lm, params, mesh):
     """Parameters, rounded or not, on the shards that their axes name."""
-    from efficientllm.train.setup import boxed_like
-
-    held = jax.tree.map(
-        boxed_like, model.abstract_params(lm), params, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-    )
+    held = box_as(model.abstract_params(lm), params)
     return jax.device_put(nn.unbox(held), sharding.shardings(held, mesh))
 
 

@@ -13,7 +13,6 @@ from efficientllm import model
 from efficientllm.architecture import from_config
 from efficientllm.infer import random_weights
 from efficientllm.quant import apply as quant
-from efficientllm.train import step
 from tiers import slow_except
 
 
@@ -34,7 +33,7 @@ CASES = {
 def test_it_is_as_the_model_initialises(case):
     lm = described(**CASES[case])
     found = traverse_util.flatten_dict(random_weights.draw(lm, 0, lambda path, array: array), sep="/")
-    exact = jax.jit(lambda key: nn.unbox(step.init_params(lm, key, 8)))(jax.random.key(1))
+    exact = jax.jit(lambda key: nn.unbox(model.init_params(lm, key, 8)))(jax.random.key(1))
     exact = traverse_util.flatten_dict(exact, sep="/")
     assert {path: leaf.shape for path, leaf in found.items()} == {path: leaf.shape for path, leaf in exact.items()}
     for path, leaf in found.items():  # of the same distribution
@@ -56,9 +55,9 @@ def test_no_two_layers_are_the_same_and_a_seed_repeats_them():
 
 def test_layers_are_compiled_once_and_rounded_as_they_come(monkeypatch):
     lm, traced, held = described(), [], []
-    once = random_weights.step.init_params
+    once = model.init_params
     monkeypatch.setattr(
-        random_weights.step, "init_params", lambda lm, *rest: traced.append(lm.num_layers) or once(lm, *rest)
+        random_weights, "init_params", lambda lm, *rest: traced.append(lm.num_layers) or once(lm, *rest)
     )
     rounded = quant.rounder("int4()")
     params = random_weights.draw(lm, 0, lambda path, array: held.append(array.size) or rounded(path, array))

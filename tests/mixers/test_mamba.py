@@ -12,10 +12,10 @@ import hlo
 from configs import base
 from efficientllm import model
 from efficientllm.architecture import from_config
+from efficientllm.objectives.next_token import loss_fn
 from efficientllm.ops import ssd
 from efficientllm.ops.attention import Context
 from efficientllm.ops.selective_scan import selective_scan
-from efficientllm.train.step import loss_fn
 from tiers import slow_case
 
 VOCAB, B, T = 96, 2, 75  # beyond one chunk, and no multiple of it

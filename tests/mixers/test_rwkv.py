@@ -17,9 +17,9 @@ from efficientllm.architecture import from_config
 from efficientllm.cost import formulas
 from efficientllm.cost.jaxpr_flops import count_matmul_flops
 from efficientllm.errors import UserError
+from efficientllm.objectives.next_token import loss_fn
 from efficientllm.ops import rwkv_recurrence
 from efficientllm.ops.attention import Context
-from efficientllm.train.step import loss_fn
 from tiers import slow_case, slow_except
 
 VOCAB, T = 40, 37  # no multiple of a chunk

@@ -17,15 +17,13 @@ import jax
 
 from configs import base
 from efficientllm import model, sharding
-from efficientllm.adapters.base import is_box
 from efficientllm.architecture import from_config
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy
 from efficientllm.plan import hlo_text
 from efficientllm.quant import apply
 from efficientllm.runtime import kernel_choice
-from efficientllm.train import setup
-from efficientllm.weights import Weight
+from efficientllm.weights import Weight, box_as
 
 LENGTH, PROMPT, VOCABULARY = 128, 64, 640  # no table has the size of a kernel
 
@@ -60,8 +58,7 @@ def main():
         boxed = model.abstract_params(lm)
         shapes = nn.unbox(boxed)
         rounded = jax.eval_shape(lambda params: apply.quantize(params, sys.argv[2]), shapes)
-        held = jax.tree.map(setup.boxed_like, boxed, rounded, is_leaf=is_box)
-        params = jax.tree.map(setup.on_shards, nn.unbox(held), sharding.shardings(held, mesh))
+        params = sharding.on_shards(box_as(boxed, rounded), mesh)
         with jax.set_mesh(mesh):
             found = programs(lm, params, mesh.shape["data"])
     leaves = jax.tree.leaves(rounded["group_0"], is_leaf=lambda leaf: isinstance(leaf, Weight))

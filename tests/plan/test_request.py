@@ -14,14 +14,13 @@ import pytest
 
 import runs
 from configs import infer
-from efficientllm import main, registry, sharding
+from efficientllm import main, model, registry, sharding
 from efficientllm.cost import jaxpr_flops
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy
 from efficientllm.metrics import memory
 from efficientllm.plan import hardware, training_step
 from efficientllm.quant import apply as quant
-from efficientllm.train import step
 
 SIZE = (
     "custom(num_layers=2, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hidden=48, rope_base=1e4, vocab_size=264)"
@@ -38,7 +37,7 @@ def described(form="bfloat16", devices=1, **changes):
 
 def weights(one):
     """Random ones in the form of the plan."""
-    return quant.quantize(nn.unbox(step.init_params(one.lm, jax.random.key(0), 8)), one.config.quant)
+    return quant.quantize(nn.unbox(model.init_params(one.lm, jax.random.key(0), 8)), one.config.quant)
 
 
 def size(tree):

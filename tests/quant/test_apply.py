@@ -14,12 +14,12 @@ from efficientllm.adapters import base
 from efficientllm.errors import UserError
 from efficientllm.ops import native
 from efficientllm.quant.apply import quantize
-from efficientllm.quant.base import Rows, resident_bytes
+from efficientllm.quant.base import Rows
 from efficientllm.quant.int4 import Int4
 from efficientllm.quant.int8 import Int8
 from efficientllm.registry import build
 from efficientllm.runtime import kernel_choice
-from efficientllm.weights import path_of
+from efficientllm.weights import path_of, resident_bytes
 
 MOE = "moe(num_experts=4, top_k=2, hidden=32)"
 TRAVELLING = "moe(num_experts=4, top_k=2, hidden=32, dispatch='capacity', capacity_factor=1.0)"
@@ -123,7 +123,7 @@ def test_adapters_learn_around_compressed_kernels():
 
 def _loss(lm, learnt, frozen):
     packed = contract.batch()
-    return contract.step.loss_fn(lm, base.join(learnt, frozen), packed, jnp.sum(packed["weights"]))[0]
+    return contract.loss_fn(lm, base.join(learnt, frozen), packed, jnp.sum(packed["weights"]))[0]
 
 
 def test_state_is_donated_beside_native_products():

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from efficientllm import sharding
-from efficientllm.adapters.base import is_box
 from efficientllm.adapters.lora import LoRA
 from efficientllm.ops import native
 from efficientllm.plan import hlo_text
 from efficientllm.quant import apply
 from efficientllm.registry import build
 from efficientllm.runtime import kernel_choice
-from efficientllm.train.setup import boxed_like
+from efficientllm.weights import box_as
 
 E, T, D, F = 16, 3, 64, 128
 LAYERS = {"dropless": "", "capacity": ", dispatch='capacity', capacity_factor=2.0"}
@@ -39,7 +38,7 @@ def step(moe, params, x):
 
 def placed(boxed, params, x, mesh):
     """Parameters in the place of those of `boxed`, and the input, on the shards that their axes name."""
-    held = jax.tree.map(boxed_like, boxed, params, is_leaf=is_box)
+    held = box_as(boxed, params)
     return jax.device_put((nn.unbox(held), x), (sharding.shardings(held, mesh), sharding.batch_sharding(mesh)))
 
 

@@ -9,11 +9,11 @@ from efficientllm.errors import UserError
 from efficientllm.ops import native
 from efficientllm.quant import matmul as products
 from efficientllm.quant.apply import form_of, quantize
-from efficientllm.quant.base import grouped, resident_bytes
+from efficientllm.quant.base import grouped
 from efficientllm.quant.int4 import Int4
 from efficientllm.quant.nf4 import TABLE
 from efficientllm.runtime import kernel_choice
-from efficientllm.weights import matmul, matmul_together, take
+from efficientllm.weights import matmul, matmul_together, resident_bytes, take
 from tiers import slow_case, slow_except
 
 pytestmark = pytest.mark.quick

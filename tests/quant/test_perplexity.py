@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 import runs
-from efficientllm.tasks.run import import_file
+from efficientllm.registry.plugins import import_file
 
 SYMMETRIC = ("int4(group=64)", "int4(group=64, method='awq')", "int4(group=64, method='gptq')")
 ASYMMETRIC = tuple(spec.replace(")", ", symmetric=False)") for spec in SYMMETRIC)

@@ -281,14 +281,14 @@ def test_an_error_in_one_process_ends_all(texts, tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("""
 import os
-from efficientllm.train import loop
-to_device, calls = loop.to_device, []
+from efficientllm import sharding
+to_device, calls = sharding.to_device, []
 def breaks(batch, mesh):
     calls.append(batch)
     if len(calls) == 5 and os.environ["JAX_PROCESS_ID"] == "1":
         raise ZeroDivisionError("a bug")
     return to_device(batch, mesh)
-loop.to_device = breaks
+sharding.to_device = breaks
 """)
     argv = runs.arguments(texts, tmp_path / "run", mesh="fsdp=4", imports=f"('{broken}',)", **OPTIONS)
     processes = start(argv, argv)

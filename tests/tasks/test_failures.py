@@ -14,7 +14,7 @@ from efficientllm import main
 from efficientllm.evaluation import held_out
 from efficientllm.record import lock
 from efficientllm.record import row as record
-from efficientllm.tasks import failures
+from efficientllm.registry import plugins
 from efficientllm.train import exports, fingerprints, loop
 from tiers import slow_case
 
@@ -81,9 +81,9 @@ def test_the_place_is_of_the_user_s_code_else_of_ours():
         except Exception as error:
             return error
 
-    assert "test_failures.py" in failures.place(raised(lambda: json.loads("{")))
-    assert "efficientllm/" in failures.place(raised(lambda: record.read_record(3.5)))
-    assert failures.place(ValueError("never raised")) == "no traceback"
+    assert "test_failures.py" in plugins.place(raised(lambda: json.loads("{")))
+    assert "efficientllm/" in plugins.place(raised(lambda: record.read_record(3.5)))
+    assert plugins.place(ValueError("never raised")) == "no traceback"
 
 
 @pytest.mark.parametrize("what", ["write_adapter", "sample", "keep_checkpoints"])

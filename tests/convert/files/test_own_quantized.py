@@ -15,7 +15,7 @@ from efficientllm.convert import write_quantized
 from efficientllm.convert.__main__ import main
 from efficientllm.errors import UserError
 from efficientllm.quant.apply import quantize
-from efficientllm.quant.base import resident_bytes
+from efficientllm.weights import resident_bytes
 from tiers import slow_except
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96}

@@ -9,11 +9,11 @@ from configs import base
 from convert import peers
 from convert.peft.test_peft import OPTIONS, moved
 from efficientllm import convert, model
-from efficientllm.adapters.base import is_box
 from efficientllm.convert import peft as folder
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.train import step
+from efficientllm.weights import box_as
 from tiers import slow_case, slow_except
 
 peft = pytest.importorskip("peft")
@@ -54,7 +54,7 @@ def tuned_by_us(source, spec):
     """`(lm, parameters)` around the checkpoint, what learns moved from its initial value."""
     lm, method = source.lm(), build("adapter", spec)
     boxed = model.abstract_params(lm)
-    held = jax.tree.map(lambda a, b: a.replace_boxed(b), boxed, source.load(peers.abstract(lm)), is_leaf=is_box)
+    held = box_as(boxed, source.load(peers.abstract(lm)))
     state = nn.unbox(step.create(lm, base.get_config().train, method, 0, boxed, held))
     noise = np.random.default_rng(0)
     learnt = jax.tree.map(lambda leaf: leaf + 0.05 * noise.standard_normal(leaf.shape, np.float32), state.params)

@@ -11,11 +11,12 @@ from configs import base
 from convert import peers
 from efficientllm import convert, model
 from efficientllm.adapters import full_delta
-from efficientllm.adapters.base import KERNEL, attach, is_box, merge, split
+from efficientllm.adapters.base import KERNEL, attach, merge, split
 from efficientllm.convert import peft as folder
 from efficientllm.optim import rules
 from efficientllm.registry import build
 from efficientllm.train import step
+from efficientllm.weights import box_as
 from tiers import slow_except
 
 torch = pytest.importorskip("torch")
@@ -108,7 +109,7 @@ def test_peft_loads_what_we_write(source, name, tmp_path):
     spec, ids = f"{name}(rank=4, alpha=6)", peers.tokens(1)
     lm, method = source.lm(), build("adapter", f"{name}(rank=4, alpha=6)")
     boxed = model.abstract_params(lm)
-    held = jax.tree.map(lambda a, b: a.replace_boxed(b), boxed, source.load(peers.abstract(lm)), is_leaf=is_box)
+    held = box_as(boxed, source.load(peers.abstract(lm)))
     state = nn.unbox(step.create(lm, base.get_config().train, method, 0, boxed, held))
     noise = np.random.default_rng(0)
     learnt = jax.tree.map(lambda leaf: leaf + 0.05 * noise.standard_normal(leaf.shape, np.float32), state.params)
@@ -187,7 +188,7 @@ def test_methods_without_a_lora_folder_are_pefts(source, name):
 def with_factors(lm, source, method, tensors, parts):
     """A checkpoint's parameters with the method's leaves around them, holding peft's factors."""
     boxed = model.abstract_params(lm)
-    held = jax.tree.map(lambda a, b: a.replace_boxed(b), boxed, source.load(peers.abstract(lm)), is_leaf=is_box)
+    held = box_as(boxed, source.load(peers.abstract(lm)))
     params = nn.unbox(attach(method, boxed, held, jax.random.key(0)))
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     for name, path, leaf, position in kernels(lm, source, params):

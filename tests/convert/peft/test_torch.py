@@ -10,12 +10,12 @@ from configs import base
 from convert import peers
 from convert.peft.test_peft import gradients
 from efficientllm import convert, model
-from efficientllm.adapters.base import is_box
 from efficientllm.convert import peft as folder
 from efficientllm.optim import rules
 from efficientllm.quant.base import Rows
 from efficientllm.registry import build
 from efficientllm.train import step
+from efficientllm.weights import box_as
 from tiers import slow_case
 
 torch = pytest.importorskip("torch")
@@ -42,7 +42,7 @@ def start(source, spec, form="float32"):
     method = build("adapter", spec)
     lm = source.lm(scan=not method.unrolled)
     boxed = model.abstract_params(lm)
-    held = jax.tree.map(lambda a, b: a.replace_boxed(b), boxed, source.load(peers.abstract(lm)), is_leaf=is_box)
+    held = box_as(boxed, source.load(peers.abstract(lm)))
     return lm, nn.unbox(step.create(lm, train(), method, 0, boxed, held, form))
 
 
