@@ -18,6 +18,8 @@ import time
 import xml.etree.ElementTree
 from importlib.metadata import version
 
+from efficientllm.runtime.atomic_write import write_atomically
+
 ROOT = pathlib.Path(__file__).parents[1]
 GUIDE = ROOT / "CONTRIBUTING.md"
 COLUMNS = "Date | Commit | Python | JAX | CPU | Passed | Failed | Skipped | Minutes"
@@ -26,13 +28,13 @@ TABLE = re.compile(rf"^\| {re.escape(COLUMNS)} \|\n\|[-|]+\|\n(?:\|.*\|\n)*", re
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What pytest said of one file of tests."""
+    """Counts of one file of tests, and the seconds that it took."""
 
     seconds: float
     passed: int
     failed: int
     skipped: int
-    failures: list[str]  # the ids of what failed
+    failures: list[str]
 
 
 def git(*arguments: str) -> str:
@@ -50,7 +52,7 @@ def test_files(paths: list[str]) -> list[str]:
 
 
 def read_report(path: pathlib.Path, file: str, status: int, seconds: float) -> Result:
-    """A JUnit report as a result; a file whose tests did not come to be counts as one failure."""
+    """Counts of a JUnit report; an exit status that is none of a test's counts as one failure."""
     (suite,) = xml.etree.ElementTree.parse(path).getroot().iter("testsuite")
     total, skipped = int(suite.get("tests")), int(suite.get("skipped"))
     broken = [
@@ -111,9 +113,7 @@ class Progress:
     @staticmethod
     def _write(path: pathlib.Path, values: dict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(values))
-        partial.replace(path)
+        write_atomically(path, json.dumps(values))
 
 
 def clock_time(seconds: float | None) -> str:
@@ -137,11 +137,11 @@ def write_table(guide: pathlib.Path, row: str) -> None:
     if len(TABLE.findall(text)) != 1:
         raise SystemExit(f"{guide.name} needs one table of the columns {COLUMNS}")
     rule = "---|" * len(COLUMNS.split("|"))
-    guide.write_text(TABLE.sub(lambda _: f"| {COLUMNS} |\n|{rule}\n{row}\n", text))
+    write_atomically(guide, TABLE.sub(lambda _: f"| {COLUMNS} |\n|{rule}\n{row}\n", text))
 
 
 def run_files(files: list[str], workers: str, progress: Progress) -> None:
-    """Runs the files that have no result yet, and says after each how things stand."""
+    """Runs the files without a result; prints counts and an estimate of the time left after each."""
     for index, file in enumerate(files, 1):
         if file in progress.results:
             continue

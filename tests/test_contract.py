@@ -11,14 +11,14 @@ def names(kind):
     """The package's own and those of --imports; other tests register some of theirs."""
     for name in registry.names(kind):
         module = registry.lookup(kind, name).__module__
-        if name not in parts.NOT and module.startswith(("efficientllm.", "efficientllm_plugin_", "functools")):
+        if name not in parts.EXEMPT and module.startswith(("efficientllm.", "efficientllm_plugin_", "functools")):
             yield name
 
 
 def marks(check, kind, name):
     """Your own technique is checked by default; a technique's checks go to one worker, whose programs they share."""
-    own = registry.lookup(kind, name).__module__.startswith("efficientllm_plugin_")
-    quick = check.quick is None or name in check.quick or (own and check.quick)
+    is_plugin = registry.lookup(kind, name).__module__.startswith("efficientllm_plugin_")
+    quick = check.quick is None or name in check.quick or (is_plugin and check.quick)
     return [pytest.mark.xdist_group(f"{kind} {name}"), pytest.mark.quick if quick else pytest.mark.slow]
 
 

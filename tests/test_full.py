@@ -61,14 +61,14 @@ def test_it_goes_on_after_an_interruption_and_writes_the_table(repository):
         assert stopped.poll() is None and time.monotonic() < end, stopped.communicate()[0]
         time.sleep(0.05)
     stopped.send_signal(signal.SIGINT)
-    said, _ = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130 and "the same command goes on" in said, said
-    assert "[1/2] 1 passed, 1 failed, 1 skipped" in said and (repository / "CONTRIBUTING.md").read_text() == HEADER
+    output, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and "the same command goes on" in output, output
+    assert "[1/2] 1 passed, 1 failed, 1 skipped" in output and (repository / "CONTRIBUTING.md").read_text() == HEADER
 
     (repository / "go").touch()
     ended = start(repository)
-    said, _ = ended.communicate(timeout=120)
-    assert ended.returncode == 1 and "tests/test_1.py: test_b\n1 failed of 3" in said, said
+    output, _ = ended.communicate(timeout=120)
+    assert ended.returncode == 1 and "tests/test_1.py: test_b\n1 failed of 3" in output, output
     assert (repository / "a.log").read_text() == "once ", "the first file ran again"
     guide = (repository / "CONTRIBUTING.md").read_text()
     assert guide.startswith(HEADER) and guide.count("\n") == 3
@@ -78,8 +78,8 @@ def test_it_goes_on_after_an_interruption_and_writes_the_table(repository):
 def test_a_part_writes_no_table_and_changes_must_be_committed(repository):
     (repository / "go").touch()
     part = start(repository, "tests/test_2.py")
-    said, _ = part.communicate(timeout=120)
-    assert part.returncode == 0 and "0 failed of 1" in said and (repository / "CONTRIBUTING.md").read_text() == HEADER
+    output, _ = part.communicate(timeout=120)
+    assert part.returncode == 0 and "0 failed of 1" in output and (repository / "CONTRIBUTING.md").read_text() == HEADER
     (repository / "pyproject.toml").write_text("")
     refused = start(repository)
     assert "commit them" in refused.communicate(timeout=60)[0] and refused.returncode == 2

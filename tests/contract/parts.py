@@ -157,4 +157,4 @@ def check_sampler(kind, spec):
 
 
 # What tests of its own or of transformers' cover, what is no form of its own, and what needs a file.
-NOT = ("float32", "stored", "hf", "text", "jsonl", "csv", "parquet", "pairs", "chat")
+EXEMPT = ("float32", "stored", "hf", "text", "jsonl", "csv", "parquet", "pairs", "chat")
