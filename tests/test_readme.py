@@ -1,4 +1,4 @@
-"""Every command and every file of the README, as written."""
+"""Every command, file, link and path of the README and of the packages' READMEs, as written."""
 
 import io
 import json
@@ -21,41 +21,81 @@ from efficientllm.architecture import from_config
 from efficientllm.config.plain import plain
 from efficientllm.convert import __main__ as convert_command
 from efficientllm.convert import peft as adapters
-from efficientllm.registry import build
+from efficientllm.mixers import kv_cache
+from efficientllm.registry import build, catalogue
 from efficientllm.registry.plugins import import_plugins
 from efficientllm.report import __main__ as report
 from efficientllm.sweep import __main__ as sweep
 from efficientllm.train import step
+from tiers import slow_except
 
-README = (runs.ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+PAGES = [runs.ROOT / "README.md", *sorted(runs.ROOT.glob("efficientllm/**/README.md"))]
+TEXTS = [page.read_text() for page in PAGES]
+README = TEXTS[0]
+BLOCKS = [block for text in TEXTS for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
+COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
 RUNS = [command.partition("python -m efficientllm.main ")[2] for command in COMMANDS if "efficientllm.main" in command]
 REPORTS = [command for command in COMMANDS if "efficientllm.report" in command]
 SWEEPS = [command for command in COMMANDS if "efficientllm.sweep" in command]
+CONVERSIONS = [command for command in COMMANDS if "efficientllm.convert" in command]
+FOLDERS = ("efficientllm", "experiments", "tests", "third_party")
+DOCUMENTS = [
+    *runs.ROOT.glob("*.md"),
+    *(path for folder in FOLDERS for path in sorted(runs.ROOT.glob(f"{folder}/**/README.md"))),
+]
 INSTALL = "pip install -e . && python -m efficientllm.main --config=configs/moe.py"
 TEST = "pip install -e '.[test]' && pytest"
 CHAT = "python -m efficientllm.chat runs/tune_rslora"
-MERGE = "python -m efficientllm.convert smollm2-135m --merge=runs/tune_rslora/adapter --out=merged"
-SMALLEST = "tiny(num_layers=1, dim=64, num_heads=2, num_kv_heads=1, head_dim=32, hidden=128)"
 CONTRACT = "pytest tests/test_contract.py --imports=experiments/my_attention/gated.py -k gated"
+SMALLEST = "tiny(num_layers=1, dim=64, num_heads=2, num_kv_heads=1, head_dim=32, hidden=128)"
+# Near duplicates of the others, for the full tier.
+SLOW = [
+    command
+    for command in RUNS
+    if re.search("tune.py:qlora|'dora|kv_cache=int8|infer.rules|task=plan.*smollm2", command)
+]
 
 
 def test_there_is_no_command_that_nothing_runs():
-    tested = [*REPORTS, *SWEEPS]
+    tested = [*REPORTS, *SWEEPS, *CONVERSIONS]
     others = [command for command in COMMANDS if "efficientllm.main" not in command and command not in tested]
-    assert INSTALL in COMMANDS
-    # CI runs the first, test_tensorboard asks the second's server; the doctor and merging have tests of their own.
-    assert others == [TEST, "tensorboard --logdir=runs", "python -m efficientllm.doctor", CHAT, MERGE, CONTRACT]
-    assert README.count("python -m efficientllm.main") == len(RUNS)
+    # CI runs the first, test_tensorboard asks the second's server; the doctor has tests of its own.
+    assert others == [TEST, "tensorboard --logdir=runs", "python -m efficientllm.doctor", CONTRACT, CHAT]
+    assert INSTALL in COMMANDS and len(SLOW) == 5
+    assert sum(text.count("python -m efficientllm.main") for text in TEXTS) == len(RUNS)
 
 
-@pytest.mark.parametrize("command", RUNS)
+def test_ci_runs_the_command_of_the_tests():
+    assert next(line for line in README.splitlines() if "pytest" in line) == TEST
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(runs.ROOT)))
+def test_links_and_paths_exist(document):
+    text = document.read_text()
+    links = [document.parent / link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)#]+[^)]*)\)", text)]
+    paths = re.findall(rf"(?<![\w/])((?:configs|{'|'.join(FOLDERS)})/[\w./]*\w)", text)
+    missing = [link for link in links if not link.exists()]
+    missing += [path for path in paths if not (runs.ROOT / path).exists()]
+    assert not missing
+
+
+def test_the_table_names_every_technique():
+    rows = re.findall(r"^\| [^|]+ \| `([\w.]+)` \| (`.*`) \|$", README, re.MULTILINE)
+    for key, listed in rows:
+        kind = key.rpartition(".")[2]
+        known = kv_cache.KINDS if kind == "kv_cache" else catalogue.entries(kind)
+        assert set(re.findall(r"`([\w.]+)`", listed)) == set(known), key
+    assert len(rows) == 11
+
+
+@pytest.mark.parametrize("command", slow_except(RUNS, *(command for command in RUNS if command not in SLOW)))
 def test_command(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(runs.ROOT))
     for path in runs.ROOT.glob("*.md"):  # as in a clone
         (tmp_path / path.name).write_text(path.read_text())
     (tmp_path / "texts").mkdir()
-    for i, section in enumerate(README.split("\n## ")):
+    for i, section in enumerate("".join(TEXTS).split("\n## ")):
         (tmp_path / "texts" / f"{i}.md").write_text(section * 5)
     monkeypatch.chdir(tmp_path)
     argv = shlex.split(command.replace("--config=", f"--config={runs.ROOT}/"))
@@ -64,7 +104,7 @@ def test_command(command, tmp_path, monkeypatch):
         folders.llama(tmp_path / "model", vocab_size=300)
         argv += [f"--config.model.pretrained={tmp_path / 'model'}", "--config.train.batch_size=8"]
         few = ("chat=False", "repeats=1", "prompt_length=8", "max_new_tokens=4")
-        argv += [f"--config.infer.{each}" for each in few]
+        argv += [f"--config.infer.{flag}" for flag in few]
     if config.model.size != "tiny":  # a size for a cluster: all but its arrays
         import_plugins(config.imports)
         lm = from_config.from_config(config.model, 4096)
@@ -74,17 +114,19 @@ def test_command(command, tmp_path, monkeypatch):
     data = [] if "config.data" in command else text
     short = ["train.steps=2", "train.length=32", "eval.batches=1", f"model.size={SMALLEST}"]
     short += [f"sample.tokens={2 if command == RUNS[0] else 0}"]  # one of them shows a text: it is compiled for itself
-    assert main.main([*argv, *data, *[f"--config.{each}" for each in short]]) == 0
+    assert main.main([*argv, *data, *[f"--config.{flag}" for flag in short]]) == 0
     assert list((tmp_path / "runs").glob("*/*/record.json"))
 
 
-def test_merging(tmp_path, monkeypatch):
-    """MERGE, with a model and an adapter made here."""
+@pytest.mark.parametrize("command", CONVERSIONS)
+def test_conversion(command, tmp_path, monkeypatch):
+    """With a model and an adapter made here."""
     monkeypatch.chdir(tmp_path)
     source = _write_adapter(tmp_path / "model", tmp_path / "runs/tune_rslora/adapter")
-    argv = shlex.split(MERGE.replace("smollm2-135m", "model").partition("efficientllm.convert ")[2])
+    argv = shlex.split(command.replace("smollm2-135m", "model").partition("efficientllm.convert ")[2])
     assert convert_command.main(argv) == 0
-    assert convert.open_source(tmp_path / "merged").model == source.model
+    if argv[0] != "check":
+        assert convert.open_source(tmp_path / argv[-1].partition("--out=")[2]).model == source.model
 
 
 def test_talking(tmp_path, monkeypatch, capsys):
@@ -130,9 +172,14 @@ def test_reports(tmp_path, monkeypatch):
     assert (tmp_path / "report" / "index.html").exists()
 
 
-def test_the_worked_example_is_the_file_and_passes_the_contract_suite():
-    (shown,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert shown == (runs.ROOT / "experiments/my_attention/gated.py").read_text()
+@pytest.mark.quick
+def test_files_are_shown_as_they_are():
+    blocks = [block for text in TEXTS for block in re.findall(r"```python\n.*?```", text, re.DOTALL)]
+    files = [file for text in TEXTS for file in re.findall(r"`([\w/]+\.py)`, all of it:\n", text)]
+    assert blocks == [f"```python\n{(runs.ROOT / file).read_text()}```" for file in files] and len(files) == 2
+
+
+def test_the_worked_example_passes_the_contract_suite():
     argv = [sys.executable, "-m", *shlex.split(CONTRACT), "-n", "0"]
     done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and re.search(r"(\d+) passed", done.stdout), done.stdout + done.stderr
