@@ -9,6 +9,7 @@ import re
 ROOT = pathlib.Path(__file__).parents[1]
 # Arrows that close circles of files or of rooms, and that are about to end.
 ENDING_FILES = {
+    ("efficientllm.convert.adapter_folder", "efficientllm.convert.peft.merge"),
     ("efficientllm.convert.peft.full_delta", "efficientllm.convert.peft.write"),
     ("efficientllm.convert.source", "efficientllm.convert.adapter_folder"),
     ("efficientllm.convert.source", "efficientllm.convert.run_folder"),
