@@ -4,9 +4,9 @@ import io
 import json
 
 import pytest
+
 from convert import peers
 from data import kinds
-
 from efficientllm import chat, convert
 from efficientllm.infer.samplers import Greedy
 from efficientllm.infer.session import Dialogue, Session, Times

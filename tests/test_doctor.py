@@ -4,12 +4,11 @@ import ast
 import importlib.metadata
 import json
 
-from metrics.energy import fake_nvml
-
 import runs
 from efficientllm import doctor
 from efficientllm.metrics.energy import nvml
 from efficientllm.runtime import optional_packages as extras
+from metrics.energy import fake_nvml
 
 
 def test_every_finding_that_is_wanting_says_why(capsys):

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from convert import folders
 
 import runs
+from convert import folders
 from efficientllm import base_config, main
 from tiers import slow_except
 

@@ -10,12 +10,11 @@ import sys
 import flax.linen as nn
 import jax
 import pytest
-from convert import folders
-from data import kinds
-from report import made
 
 import runs
 from configs import base
+from convert import folders
+from data import kinds
 from efficientllm import chat, convert, main
 from efficientllm.architecture import from_config
 from efficientllm.config.plain import plain
@@ -27,6 +26,7 @@ from efficientllm.registry.plugins import import_plugins
 from efficientllm.report import __main__ as report
 from efficientllm.sweep import __main__ as sweep
 from efficientllm.train import step
+from report import made
 from tiers import slow_except
 
 PAGES = [runs.ROOT / "README.md", *sorted(runs.ROOT.glob("efficientllm/**/README.md"))]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from convert import folders
 
 REPOSITORY = pathlib.Path(__file__).parents[1]

@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from convert import folders
 
 import runs
+from convert import folders
 from efficientllm import main
 from efficientllm.convert import __main__ as convert
 from efficientllm.cost import available_memory

@@ -164,9 +164,8 @@ def test_an_added_token_beyond_the_embedding_is_refused_where_a_text_asks_for_it
 
 
 def test_a_model_without_an_embedding_of_pad_is_served(tmp_path):
-    from convert import folders
-
     from configs import base
+    from convert import folders
     from efficientllm import convert
     from efficientllm.architecture import from_config
     from efficientllm.train import setup

@@ -16,9 +16,9 @@ import struct
 import typing
 
 import numpy as np
-from convert import folders
 from safetensors.numpy import load_file, save_file
 
+from convert import folders
 from efficientllm.errors import UserError
 
 from . import mutate

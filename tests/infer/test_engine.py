@@ -4,9 +4,9 @@ import importlib.util
 
 import numpy as np
 import pytest
-from convert import peers
 
 import contract
+from convert import peers
 from efficientllm import convert, registry
 from efficientllm.convert.hf_config import families
 from efficientllm.errors import UserError

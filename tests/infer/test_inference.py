@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from convert import folders
 
 import runs
+from convert import folders
 from efficientllm import main
 from efficientllm.convert.files import stored_form
 

@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from report import made
 
 from efficientllm.config.presets import infer as preset
 from efficientllm.errors import UserError
 from efficientllm.infer import measure, row
 from efficientllm.metrics import compiles
 from efficientllm.metrics.energy import reader as energy
+from report import made
 
 
 @dataclasses.dataclass

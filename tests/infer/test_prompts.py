@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from data import kinds
 
+from data import kinds
 from efficientllm.errors import UserError
 from efficientllm.infer import prompts
 from efficientllm.infer.streaming import Answers

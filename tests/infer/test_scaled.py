@@ -5,8 +5,8 @@ import copy
 
 import numpy as np
 import pytest
-from convert import peers
 
+from convert import peers
 from efficientllm import convert
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy

@@ -4,10 +4,10 @@ import subprocess
 
 import jax
 import pytest
-from metrics.energy.fake_nvml import Clock, FakeGpu, open_fake
 
 from efficientllm.metrics.energy import reader as energy
 from efficientllm.record import provenance
+from metrics.energy.fake_nvml import Clock, FakeGpu, open_fake
 
 pytestmark = pytest.mark.quick
 

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from efficientllm.config.presets.base import get_config
 
 from efficientllm.config.plain import plain
-from efficientllm.config.presets.base import get_config
 from efficientllm.errors import UserError
 from efficientllm.record import lock, resume_check, run_files
 from efficientllm.record.workdir import Workdir

@@ -4,10 +4,10 @@ import io
 import sys
 
 import pytest
-from report import made
 
 from efficientllm.report import __main__ as report
 from efficientllm.runtime import console
+from report import made
 
 
 def ascii_console():

@@ -9,10 +9,10 @@ import time
 
 import numpy as np
 import pytest
-from convert import folders
 from safetensors.numpy import load_file
 
 import runs
+from convert import folders
 from efficientllm import main
 from efficientllm.errors import UserError
 from efficientllm.runtime import distributed

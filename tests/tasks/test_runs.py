@@ -7,12 +7,12 @@ import signal
 import threading
 
 import pytest
-from record.test_tensorboard import hparams_table
 
 import runs
 from efficientllm import main
 from efficientllm.config.plain import flatten
 from efficientllm.record import trial
+from record.test_tensorboard import hparams_table
 
 pytestmark = [pytest.mark.quick, pytest.mark.xdist_group("runs")]  # they share one whole run
 

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from convert import folders
 
 import runs
+from convert import folders
 from efficientllm import main
 from efficientllm.convert import peft as adapters
 from efficientllm.quant.apply import quantize

@@ -5,13 +5,13 @@ import json
 import pathlib
 
 import pytest
-from convert import folders
-from fuzz import readers
 
 import efficientllm
+from convert import folders
 from efficientllm import convert, data
 from efficientllm.errors import UserError
 from efficientllm.registry import build
+from fuzz import readers
 
 pytestmark = pytest.mark.quick
 
