@@ -1,8 +1,5 @@
 """The language model: embeddings, a scanned pattern of blocks, a norm, logits. Every architecture is a config of it."""
 
-import functools
-import inspect
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +9,7 @@ from efficientllm.layers import Linear
 from efficientllm.ops import rematerialization as remat
 from efficientllm.ops.attention import Context
 from efficientllm.ops.embedding_lookup import look_up
-from efficientllm.registry import build
+from efficientllm.registry import build, parse
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh
 from efficientllm.weights import activation_dtype, matmul, parameter, turned
@@ -44,16 +41,8 @@ class Block(nn.Module):
         before_BTD, x_BTD = x_BTD, x_BTD + y_BTD
         ffn_input_BTD = before_BTD if self.residual == "parallel" else x_BTD
         normed_BTD = build("norm", self.norm, name="ffn_norm")(ffn_input_BTD)
-        if hasattr(ffn, "init_state"):
-            y_BTD, ffn_state, aux = ffn(normed_BTD, ctx, ffn_state)
-        else:
-            y_BTD, aux = ffn(normed_BTD, ctx) if _takes_context(type(ffn)) else ffn(normed_BTD)
+        y_BTD, ffn_state, aux = ffn.in_block(normed_BTD, ctx, ffn_state)
         return x_BTD + y_BTD, memo, (mixer_state, ffn_state), aux
-
-
-@functools.cache
-def _takes_context(ffn):
-    return "ctx" in inspect.signature(ffn.__call__).parameters
 
 
 class Group(nn.Module):
@@ -78,12 +67,7 @@ class Group(nn.Module):
 class LM(nn.Module):
     """A decoder-only language model.
 
-    A mixer maps `(x_BTD, ctx, state) -> (y_BTD, state)`. One that hands something to later layers returns it as a third
-    value, a dict, finds what earlier layers handed on in `ctx.memo`, and says by `init_memo(batch, length, dim)` what
-    the first layer finds. An ffn maps `x_BTD -> (y_BTD, aux)`; one whose call has a parameter `ctx` is given it too, as
-    what counts tokens has to be, since `ctx.real_BT` says which are no padding; one with `init_state` has a state and
-    is called `(x_BTD, ctx, state) -> (y_BTD, state, aux)`. `aux` may hold `losses`, which are added to the loss, and
-    `stats`, which are charted: means over real tokens.
+    What it asks of a mixer is in `mixers.base.Mixer`, and of an ffn in `ffns.base.FFN`.
 
     Args:
       blocks: the repeating pattern, pairs of complete (mixer, ffn) specs.
@@ -165,7 +149,7 @@ class LM(nn.Module):
     def _init_memo(self, batch, length):
         memo = {}
         for mixer, _ in parts(self):
-            memo |= mixer.init_memo(batch, length, self.dim) if hasattr(mixer, "init_memo") else {}
+            memo |= mixer.init_memo(batch, length, self.dim)
         return memo
 
 
@@ -198,7 +182,7 @@ def init_states(lm, batch, length):
     """
     check_length(lm, length)
     group = tuple(
-        (mixer.init_state(batch, length), ffn.init_state(batch, length) if hasattr(ffn, "init_state") else {})
+        (mixer.init_state(batch, length), {} if ffn is None else ffn.init_state(batch, length))
         for mixer, ffn in parts(lm)
     )
     if not lm.scan:
@@ -219,7 +203,7 @@ def state_axes(lm, states):
     """
 
     def of(part, state):
-        known = getattr(part, "state_axes", {})
+        known = {} if part is None else part.state_axes
 
         def one(keys, leaf):
             name = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
@@ -270,8 +254,8 @@ def read_out(lm, params, x_BTD):
 
 def check_length(lm, length, where="a state"):
     """Raises UserError for a row of `length` tokens where the position has fewer; `where` says what asks for them."""
-    most = getattr(build("position", lm.position), "max_positions", length)
-    if length > most:
+    most = build("position", lm.position).max_positions
+    if most is not None and length > most:
         raise UserError(
             f"{where}: {length} tokens, but config.model.position = {lm.position!r} has {most} positions; "
             f"give it {length}, or take {most} tokens at most"
@@ -283,7 +267,7 @@ def depends_on_length(lm):
 
     They are those of the first position that says so, of the mixers' own.
     """
-    specs = [getattr(mixer, "position", None) for mixer, _ in parts(lm)]
+    specs = [parse(mixer)[1].get("position") for mixer, _ in lm.blocks]
     positions = [build("position", spec, parent=None) for spec in dict.fromkeys(specs) if spec]
     by_length = [position for position in positions if position.by_length]
     return bool(by_length), next((position.switches_at for position in by_length), None)
@@ -298,7 +282,7 @@ def unroll(lm, params):
 
 def after_step(lm, params, aux):
     """Updates that no gradient makes, such as a router's balancing bias: each ffn's own rule, given its statistics."""
-    rules = {f"block_{i}": (ffn, aux[i]) for i, (_, ffn) in enumerate(parts(lm)) if hasattr(ffn, "after_step")}
+    rules = {f"block_{i}": (ffn, aux[i]) for i, (_, ffn) in enumerate(parts(lm)) if "stats" in aux[i]}
 
     def group(blocks, index=...):
         stats = {name: jax.tree.map(lambda leaf: leaf[index], aux["stats"]) for name, (_, aux) in rules.items()}

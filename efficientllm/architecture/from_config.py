@@ -6,9 +6,13 @@ from efficientllm import model as models
 from efficientllm import registry
 from efficientllm.architecture import equal_parameters
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.ffns.base import FFN
 from efficientllm.mixers import kv_cache
+from efficientllm.mixers.base import Mixer
 from efficientllm.ops import rematerialization
 from efficientllm.registry import build, complete
+
+_PROTOCOLS = {"mixer": Mixer, "ffn": FFN}
 
 
 def from_config(model, tokenizer_size=None):
@@ -137,8 +141,18 @@ def _block(entry, ffn, defaults):
     specs = []
     for kind, spec in (("mixer", mixer), ("ffn", own_ffn or ffn)):
         specs.append(complete(kind, spec.strip(), defaults, where=f"config.model.{kind}"))
-        build(kind, specs[-1], where=f"config.model.{kind}")
+        _check_protocol(kind, specs[-1], build(kind, specs[-1], where=f"config.model.{kind}"))
     return tuple(specs)
+
+
+def _check_protocol(kind, spec, module):
+    """Refuses a technique of the user's own that lacks the hooks of its kind; None is the ffn of a mixer alone."""
+    protocol = _PROTOCOLS[kind]
+    if not isinstance(module, protocol) and (kind, module) != ("ffn", None):
+        raise UserError(
+            f"config.model.{kind} = {spec!r}: {type(module).__name__} does not derive from "
+            f"{protocol.__module__}.{protocol.__name__}; derive it, and define what its docstring says"
+        )
 
 
 def _vocab_size(size, tokenizer_size):

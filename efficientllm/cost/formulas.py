@@ -85,8 +85,8 @@ def _group(path):
 
 def state_bytes(lm, length):
     """Bytes of decode state that one row of `length` tokens holds in all layers."""
-    stateful = [part for block in parts(lm) for part in block if hasattr(part, "state_bytes")]
-    return sum(part.state_bytes(length) for part in stateful) * lm.num_groups
+    of_group = [part.state_bytes(length) for block in parts(lm) for part in block if part is not None]
+    return sum(of_group) * lm.num_groups
 
 
 def decode_bytes(lm, boxed, params, rows, length):
@@ -146,7 +146,7 @@ def part_of(lm, path):
 def _rows(lm, path, length):
     """How many rows a kernel multiplies: one a token, unless its part says otherwise (`kernel_rows`)."""
     part = part_of(lm, path)
-    return part.kernel_rows(path, length) if hasattr(part, "kernel_rows") else length
+    return length if part is None else part.kernel_rows(path, length)
 
 
 def active_fraction(lm, path, axes):

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficientllm.ffns.base import FFN
 from efficientllm.layers import Linear
 from efficientllm.ops import token_shift
 from efficientllm.registry import register
@@ -11,7 +12,7 @@ from efficientllm.weights import activation_dtype
 
 
 @register("ffn", "channel_mix")
-class ChannelMix(nn.Module):
+class ChannelMix(FFN):
     """`value(relu(key(x + (previous - x) x_k))^2)` (Peng et al. 2025, arXiv:2503.14456, Section 4).
 
     State is the last token's input. `dim` is the model's width, which the state needs to know.
@@ -36,6 +37,9 @@ class ChannelMix(nn.Module):
         hidden_BTF = jax.nn.relu(key(token_shift.mix(x_BTD, shifted_BTD, share_D))) ** 2
         value = Linear(D, ("mlp", "embed"), self.precision, kernel_init=nn.initializers.zeros, name="value")
         return value(hidden_BTF), state and {"shift": last_BD}, {}
+
+    def in_block(self, x_BTD, ctx, state):
+        return self(x_BTD, ctx, state)
 
     def init_state(self, batch, length):
         """No token before the first: zeros `[B, D]` in the activation dtype, whatever the length."""

@@ -1,22 +1,23 @@
-"""Dense feed-forward networks. An ffn maps `x_BTD -> (y_BTD, aux)`; a dense one has no aux."""
+"""Dense feed-forward networks."""
 
 import functools
 
 import flax.linen as nn
 import jax
 
+from efficientllm.ffns.base import FFN
 from efficientllm.layers import Linear, linears
 from efficientllm.registry import register
 
 
 @register("ffn", "swiglu")
-class SwiGLU(nn.Module):
+class SwiGLU(FFN):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, Eq. 6)."""
 
     hidden: int
     precision: str
 
-    remade = True  # see `remat.kept`
+    recompute_elementwise = True
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -27,14 +28,14 @@ class SwiGLU(nn.Module):
 
 
 @register("ffn", "gelu")
-class GELU(nn.Module):
+class GELU(FFN):
     """`down(gelu(up(x)))` with the exact (erf) GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415), biases as GPT's."""
 
     hidden: int
     precision: str
     use_bias: bool = True
 
-    remade = True
+    recompute_elementwise = True
 
     @nn.compact
     def __call__(self, x_BTD):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.ffns import dispatch, routing
+from efficientllm.ffns.base import FFN
 from efficientllm.ffns.dense import SwiGLU
 from efficientllm.ffns.experts import Experts
 from efficientllm.layers import Linear
@@ -18,7 +19,7 @@ DISPATCH = ("dropless", "capacity")
 
 
 @register("ffn", "moe", example="moe(num_experts=8, top_k=2, hidden=32, shared_hidden=16, groups=4, top_groups=2)")
-class MoE(nn.Module, kw_only=True):
+class MoE(FFN, kw_only=True):
     """`sum over the top_k chosen experts e of weight_e * swiglu_e(x)`, plus a shared expert that every token passes.
 
     Args:
@@ -92,6 +93,10 @@ class MoE(nn.Module, kw_only=True):
         stats = {"load": load_E, "entropy": entropy, "drop_rate": dropped}
         return y_BTD, {"losses": losses, "stats": jax.lax.stop_gradient(stats)}
 
+    def in_block(self, x_BTD, ctx, state):
+        y_BTD, aux = self(x_BTD, ctx)
+        return y_BTD, state, aux
+
     def _plan(self):
         if self.dispatch == "dropless":
             return dispatch.dropless
@@ -113,6 +118,10 @@ class MoE(nn.Module, kw_only=True):
         router, load_E = params["router"], stats["load"]
         error_E = jnp.mean(load_E, -1, keepdims=True) - load_E
         return params | {"router": router | {"bias": router["bias"] + self.bias_rate * jnp.sign(error_E)}}
+
+    @property
+    def has_batch_loss(self):
+        return self.load_balance > 0
 
     @property
     def active_fraction(self):

@@ -9,11 +9,12 @@ import flax.linen as nn
 from efficientllm.layers import Linear
 from efficientllm.mixers import heads
 from efficientllm.mixers import kv_cache as cache
+from efficientllm.mixers.base import Mixer
 from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
 from efficientllm.registry import build, register
 
 
-class Attention(nn.Module, kw_only=True):
+class Attention(Mixer, kw_only=True):
     """Attention of H query heads over `kv_heads` KV heads.
 
     `qkv_bias` adds a bias to the three input projections (Qwen2), `o_bias` to the output's (Pythia), `qk_norm` norms
@@ -32,7 +33,7 @@ class Attention(nn.Module, kw_only=True):
     kv_cache: str = "activation"
 
     admits = ("heads", "scores", "embedding")  # where a position may act; see positions/
-    remade = True  # see `remat.kept`
+    recompute_elementwise = True
     state_axes = dict.fromkeys("kv", (None, "kv_heads"))
     keys_read = None  # how many tokens back a query reads, itself included; None is all
 
@@ -70,6 +71,9 @@ class Attention(nn.Module, kw_only=True):
         """Bytes of state a row of `length` tokens holds: 2 G K b a token, up to the window's; in int8 2 G (K + 4)."""
         slots = cache.slots(length, self.keys_read)
         return slots * cache.slot_bytes(self._slot, cache.dtype(self.kv_cache, self.precision))
+
+    def head_counts(self):
+        return self.num_heads, self.kv_heads
 
     @property
     def _slot(self):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.layers import Linear
+from efficientllm.mixers.base import Mixer
 from efficientllm.mixers.causal_conv import CausalConv, log_uniform_steps
 from efficientllm.ops.selective_scan import selective_scan
 from efficientllm.registry import register
@@ -16,7 +17,7 @@ from efficientllm.weights import activation_dtype
 
 
 @register("mixer", "mamba")
-class Mamba(nn.Module, kw_only=True):
+class Mamba(Mixer, kw_only=True):
     """Algorithm 2 in the block of Figure 3: a convolution, a selective scan, a gate. Its block has no ffn.
 
     Args:

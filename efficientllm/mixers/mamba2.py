@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
+from efficientllm.mixers.base import Mixer
 from efficientllm.mixers.causal_conv import CausalConv, log_uniform_steps
 from efficientllm.ops import ssd
 from efficientllm.registry import register
@@ -19,7 +20,7 @@ from efficientllm.weights import activation_dtype
 
 
 @register("mixer", "mamba2", example="mamba2(ssm_head_dim=4, state_dim=16)")
-class Mamba2(nn.Module, kw_only=True):
+class Mamba2(Mixer, kw_only=True):
     """The block of Figure 6, without its ffn: projections at once, convolutions, SSD, and a gate before a norm.
 
     Args:
@@ -62,6 +63,9 @@ class Mamba2(nn.Module, kw_only=True):
                 f"mamba2: inner = {C} is not made of num_groups = {J} groups of heads of ssm_head_dim = {P}"
             )
         return C // P
+
+    def head_counts(self):
+        return self.num_heads, self.num_heads
 
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from efficientllm.layers import Linear, RMSNorm
 from efficientllm.mixers import kv_cache as cache
+from efficientllm.mixers.base import Mixer
 from efficientllm.ops.attention import attend, causal_pairs, executed_pairs, read
 from efficientllm.registry import build, register
 from efficientllm.sharding import constrain
@@ -16,7 +17,7 @@ from efficientllm.weights import dense
 
 
 @register("mixer", "mla")
-class MLA(nn.Module, kw_only=True):
+class MLA(Mixer, kw_only=True):
     """Every head's key and value are products of a latent of `kv_rank`; a key of `rope_dim` that all heads share
     carries the position.
 
@@ -52,6 +53,9 @@ class MLA(nn.Module, kw_only=True):
         """(R, N, P, V)."""
         N = self.head_dim
         return self.kv_rank or 4 * N, N, self.rope_dim or N // 2, self.v_dim or N
+
+    def head_counts(self):
+        return self.num_heads, self.num_heads
 
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from efficientllm.layers import Linear
 from efficientllm.mixers import block_selection, heads, kv_cache
+from efficientllm.mixers.base import Mixer
 from efficientllm.ops.block_sparse_attention import Chosen, attend_blocks
 from efficientllm.registry import build, register
 from efficientllm.weights import activation_dtype
 
 
 @register("mixer", "moba", example="moba(block=4, block_count=4)")
-class MoBA(nn.Module, kw_only=True):
+class MoBA(Mixer, kw_only=True):
     """Attention over `block_count` blocks of `block` keys: the query's own, and the past ones with the largest product
     of the query and the mean of their keys (Eq. 5 to 7). Each query head chooses for itself, and the choice is a
     constant to the gradient.
@@ -43,6 +44,9 @@ class MoBA(nn.Module, kw_only=True):
     def __post_init__(self):
         heads.check_groups(self)
         super().__post_init__()
+
+    def head_counts(self):
+        return self.num_heads, self.num_kv_heads
 
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):

@@ -10,6 +10,7 @@ import numpy as np
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
 from efficientllm.mixers import block_selection, heads, kv_cache, nsa_compression
+from efficientllm.mixers.base import Mixer
 from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
 from efficientllm.ops.block_sparse_attention import Chosen, attend_blocks
 from efficientllm.registry import build, register
@@ -23,7 +24,7 @@ BRANCHES = ("compressed", "chosen", "recent")
     "nsa",
     example="nsa(compress_block=4, compress_stride=2, select_block=4, select_count=4, window=5)",
 )
-class NSA(nn.Module, kw_only=True):
+class NSA(Mixer, kw_only=True):
     """The sum of three attentions of the same queries, each with keys and values of its own and a sigmoid gate a head
     that is linear in the token (Eq. 5).
 
@@ -68,6 +69,9 @@ class NSA(nn.Module, kw_only=True):
                 raise UserError(f"nsa: {name} = {getattr(self, name)} is no multiple of compress_stride = {stride}")
         heads.check_groups(self)
         super().__post_init__()
+
+    def head_counts(self):
+        return self.num_heads, self.num_kv_heads
 
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):

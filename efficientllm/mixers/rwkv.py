@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
+from efficientllm.mixers.base import Mixer
 from efficientllm.ops import token_shift
 from efficientllm.ops.rwkv_recurrence import Tokens, executed_flops, recur
 from efficientllm.registry import register
@@ -22,7 +23,7 @@ SHARES = {"r": 0.1, "w": 0.45, "k": 0.35, "v": 0.35, "a": 0.45, "g": 0.1}
 
 
 @register("mixer", "rwkv")
-class RWKV(nn.Module, kw_only=True):
+class RWKV(Mixer, kw_only=True):
     """Every head holds a matrix that each token decays by channel, edits under one key and reads.
 
     State is that matrix a head and the last token's input: as large after a million tokens as after one.

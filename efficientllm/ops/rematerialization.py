@@ -15,8 +15,8 @@ SAVEABLE = "everything_saveable"
 def kept(name, parts, decoding):
     """`EVERYTHING`, or the policy of `jax.checkpoint` of what is kept, for `config.model.remat` = `name`.
 
-    On CPUs a loop over layers stores, copies and fetches what is kept; the elementwise work of attention and dense
-    ffns (`parts` whose class is `remade`) takes less to do again: with it the kept bytes of a Llama fall to less than
+    On CPUs a loop over layers stores, copies and fetches what is saved; to recompute the elementwise work of attention
+    and dense ffns (`recompute_elementwise` of `parts`) takes less, and the saved bytes of a Llama fall to less than
     half. Not on a mesh: what devices send to one another for it would be sent again.
     """
     if name == SAVEABLE:
@@ -25,7 +25,7 @@ def kept(name, parts, decoding):
         return policy(name)
     if decoding or kernel_choice.platform() != "cpu" or not sharding.is_alone():
         return EVERYTHING
-    return _not_cheap if all(part is None or getattr(part, "remade", False) for part in parts) else EVERYTHING
+    return _not_cheap if all(part is None or part.recompute_elementwise for part in parts) else EVERYTHING
 
 
 def policy(name):

@@ -14,6 +14,7 @@ class Position(nn.Module):
 
     acts_on: typing.ClassVar[str | None] = None
     by_length = False  # whether a row's rotation depends on how many tokens it has; `rotate` then takes them too
+    max_positions = None  # tokens that a row may have; None is no limit
     switches_at = None  # a length beyond which keys are rotated anew, those of a state too
 
     def embed(self, x_BTD, positions_BT):

@@ -77,7 +77,7 @@ def prepare(config, log):
     tokenizer = tokenizer_of(config, source)
     lm = _for_method(from_config.from_config(model_config, tokenizer.vocab_size), method)
     _check_sample(lm, config.sample, tokenizer)
-    if config.train.accumulate > 1 and any(getattr(ffn, "load_balance", 0) for _, ffn in model.parts(lm)):
+    if config.train.accumulate > 1 and any(ffn is not None and ffn.has_batch_loss for _, ffn in model.parts(lm)):
         rows = config.train.batch_size // config.train.accumulate
         log.info(f"config.train.accumulate: load-balance losses are those of micro-batches of {rows} rows, averaged")
     share = dict(zip(("process_index", "process_count"), sharding.process_share(mesh), strict=True))

@@ -3,12 +3,13 @@
 import flax.linen as nn
 import jax
 
+from efficientllm.ffns.base import FFN
 from efficientllm.layers import Linear
 from efficientllm.registry import register
 
 
 @register("ffn", "relu2")
-class SquaredReLU(nn.Module):
+class SquaredReLU(FFN):
     hidden: int
     precision: str
 

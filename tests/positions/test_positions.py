@@ -10,12 +10,13 @@ import runs
 from efficientllm import main, model, registry
 from efficientllm.errors import UserError
 from efficientllm.infer.generate import generate
+from efficientllm.mixers.base import Mixer
 from efficientllm.registry import build
 
 LEARNED = "learned(max_length=16)"
 
 
-class OfEmbeddings(nn.Module):
+class OfEmbeddings(Mixer):
     """A mixer that has no heads to turn and no scores to add to."""
 
     position: str

@@ -180,5 +180,4 @@ def _heads(lm, path):
     if found is None:
         return Heads()
     mixer, _ = model.parts(lm)[int(found[3])]
-    queries = getattr(mixer, "num_heads", 0)
-    return Heads(queries, getattr(mixer, "kv_heads", queries))
+    return Heads(*mixer.head_counts())
