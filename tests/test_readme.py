@@ -32,9 +32,23 @@ from tiers import slow_except
 PAGES = [runs.ROOT / "README.md", *sorted(runs.ROOT.glob("efficientllm/**/README.md"))]
 TEXTS = [page.read_text() for page in PAGES]
 README = TEXTS[0]
-BLOCKS = [block for text in TEXTS for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
-COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
-RUNS = [command.partition("python -m efficientllm.main ")[2] for command in COMMANDS if "efficientllm.main" in command]
+
+
+def commands(text):
+    """The lines of a page's shell blocks."""
+    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+
+
+def runs_of(text):
+    """The arguments of the runs among a page's commands."""
+    program = "python -m efficientllm.main "
+    return [command.partition(program)[2] for command in commands(text) if program in command]
+
+
+COMMANDS = list(dict.fromkeys(command for text in TEXTS for command in commands(text)))
+RUNS = list(dict.fromkeys(command for text in TEXTS for command in runs_of(text)))
+# Of the front page every run, of a room's page the first; the others are near duplicates.
+DEFAULT = [*runs_of(README), *(command for text in TEXTS[1:] for command in runs_of(text)[:1])]
 REPORTS = [command for command in COMMANDS if "efficientllm.report" in command]
 SWEEPS = [command for command in COMMANDS if "efficientllm.sweep" in command]
 CONVERSIONS = [command for command in COMMANDS if "efficientllm.convert" in command]
@@ -48,12 +62,6 @@ TEST = "pip install -e '.[test]' && pytest"
 CHAT = "python -m efficientllm.chat runs/tune_rslora"
 CONTRACT = "pytest tests/test_contract.py --imports=experiments/my_attention/gated.py -k gated"
 SMALLEST = "tiny(num_layers=1, dim=64, num_heads=2, num_kv_heads=1, head_dim=32, hidden=128)"
-# Near duplicates of the others, for the full tier.
-SLOW = [
-    command
-    for command in RUNS
-    if re.search("tune.py:qlora|'dora|kv_cache=int8|infer.rules|task=plan.*smollm2", command)
-]
 
 
 def test_there_is_no_command_that_nothing_runs():
@@ -61,7 +69,7 @@ def test_there_is_no_command_that_nothing_runs():
     others = [command for command in COMMANDS if "efficientllm.main" not in command and command not in tested]
     # CI runs the first, test_tensorboard asks the second's server; the doctor has tests of its own.
     assert others == [TEST, "tensorboard --logdir=runs", "python -m efficientllm.doctor", CONTRACT, CHAT]
-    assert INSTALL in COMMANDS and len(SLOW) == 5
+    assert INSTALL in COMMANDS
     assert sum(text.count("python -m efficientllm.main") for text in TEXTS) == len(RUNS)
 
 
@@ -89,7 +97,7 @@ def test_the_table_names_every_technique():
     assert len(rows) == 11
 
 
-@pytest.mark.parametrize("command", slow_except(RUNS, *(command for command in RUNS if command not in SLOW)))
+@pytest.mark.parametrize("command", slow_except(RUNS, *DEFAULT))
 def test_command(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(runs.ROOT))
     for path in runs.ROOT.glob("*.md"):  # as in a clone
