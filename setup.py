@@ -60,6 +60,8 @@ setup(
     name="efficientllm",
     version="0.1.0",
     description="One config, one command, one honest row of numbers for each efficiency technique, in JAX",
+    long_description=pathlib.Path("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     author="The efficientllm authors",
     classifiers=[
@@ -73,6 +75,7 @@ setup(
     ],
     packages=find_packages(include=["efficientllm", "efficientllm.*"]),
     package_data={
+        "efficientllm": ["py.typed"],
         "efficientllm.report": ["data/*.json", "page/*"],
         "efficientllm.cost": ["data/*.json"],
         "efficientllm.ops.native": ["*.cc", "*.h", "*.inc"],
