@@ -109,7 +109,7 @@ def _energy(devices):
     for passed in reader.passed_over:
         yield Finding("  passed over", False, passed)
     try:
-        library = nvml.load()
+        library = nvml.load_pynvml()
         yield Finding("  nvml", True, "starts")
         if devices[0].platform in ("gpu", "cuda"):
             for bus_id in nvml.pci_bus_ids(devices):

@@ -26,7 +26,6 @@ UNFINISHED = (
     "infer",
     "layers",
     "main",
-    "metrics",
     "mixers",
     "model",
     "objectives",

@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 
-from efficientllm.metrics import compiles, conditions, sampler, timer
+from efficientllm.metrics import compiles, conditions, cpu_counters, sampler, timer
 from efficientllm.metrics.energy import reader as energy
 from efficientllm.runtime.log import Countdown
 
@@ -87,7 +87,7 @@ class _Measurement:
         log.info(f"compiling and measuring {rows} x {prompt} + {self._new_tokens} tokens, {repeats} times")
         warm = [(self._seconds(self._prefill), self._seconds(self._decode)) for _ in range(WARM_UPS)]
         countdown = Countdown("measuring", 2 * repeats)
-        begin, stopped = conditions.read(), self._sampler.stopped_s()
+        begin, stopped = cpu_counters.read_counters(), self._sampler.stopped_s()
         for _ in range(repeats):
             self._window("prefill", self._prefill, warm[-1][0])
             self._window("decode", self._decode, warm[-1][1])
@@ -99,7 +99,7 @@ class _Measurement:
                 self._step(steps)
             countdown.add()
         stopped = self._sampler.stopped_s() - stopped
-        span = conditions.between(begin, conditions.read(), stopped, self._faults)
+        span = conditions.span_between(begin, cpu_counters.read_counters(), stopped, self._faults)
         return Measured(
             *self._shape,
             self._new_tokens,
@@ -109,32 +109,32 @@ class _Measurement:
             steps,
             self._counts["prefill"],
             self._counts["decode"],
-            energy.combine(self._windows["prefill"]),
-            energy.combine(self._windows["decode"]),
-            sampler.combine(self._parts),
+            energy.combine_windows(self._windows["prefill"]),
+            energy.combine_windows(self._windows["decode"]),
+            sampler.combine_averages(self._parts),
             span,
             self._interrupted,
         )
 
     def _step(self, steps):
         """Times a step of decoding; one within which the process was stopped is left out."""
-        stopped, compiled = self._sampler.stopped_s(), compiles.count()
+        stopped, compiled = self._sampler.stopped_s(), compiles.count_programs()
         seconds = self._seconds(lambda: self._decode(1, rewind=False))
         if self._sampler.stopped_s() > stopped:
             self._interrupted += 1
-        elif steps.warming or compiles.count() == compiled:
+        elif steps.warming or compiles.count_programs() == compiled:
             steps.add(seconds)
 
     def _window(self, name, call, expected_s):
         times = 1 if self._reader.reason else max(1, math.ceil(WINDOW_S / expected_s))
         for last in [False] * AGAIN + [True]:
-            compiled = compiles.count()
+            compiled = compiles.count_programs()
             with self._reader.window() as window:
                 mark = self._sampler.mark()
                 seconds = self._seconds(lambda: [call() for _ in range(times)])
                 averages = self._sampler.since(mark)
             self._faults.extend(self._reader.faults())
-            compiled = compiles.count() - compiled
+            compiled = compiles.count_programs() - compiled
             if not averages.stopped_s and not compiled:
                 break
             self._interrupted += not last
@@ -142,7 +142,7 @@ class _Measurement:
         self._times[name].append((seconds - averages.stopped_s) / times)
         self._counts[name] += times
         why = compiled and energy.COMPILED or averages.stopped_s and energy.STOPPED.format(averages.stopped_s)
-        self._windows[name].append(energy.void(window.result, why) if why else window.result)
+        self._windows[name].append(energy.void_window(window.result, why) if why else window.result)
 
     def _seconds(self, call):
         begin = time.perf_counter()

@@ -110,7 +110,7 @@ def warm_up_and_conditions(found):
 def _window(found):
     """Energy of a typical share of prefill and decoding: the windows may hold one of them more often."""
     parts = ((found.prefill_energy, found.prefills), (found.decode_energy, found.decodes))
-    whole = reader.combine([window for window, _ in parts])
+    whole = reader.combine_windows([window for window, _ in parts])
     if whole.energy_j is None:
         return whole
     repeats = len(found.requests_s)

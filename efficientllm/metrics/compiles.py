@@ -1,4 +1,4 @@
-"""How many programs this process has compiled, as `jax.monitoring` tells: one inside a measured window spoils it."""
+"""Count of compiled programs, from `jax.monitoring`: a compilation inside a measured window invalidates it."""
 
 import functools
 
@@ -8,8 +8,8 @@ EVENT = "/jax/core/compile/backend_compile_duration"  # also sent where the prog
 _seen: list[float] = []
 
 
-def count():
-    """Programs compiled since the first call."""
+def count_programs() -> int:
+    """Counts the programs compiled since the first call of this function."""
     _listen()
     return len(_seen)
 

@@ -1,19 +1,26 @@
-"""How much of the machine a measured window got: CPU time lost to others, limits, stops, clocks, and a verdict.
+"""Conditions of a measured window: CPU time lost to other programs, quotas, pauses, clocks, and a verdict.
 
-A row whose window was `starved` says how long its work takes beside other work, and nothing of its technique. The
-verdict's one number is `lost_fraction`, the share by which the window is longer for other programs' sake: the CPU time
-that this process's threads waited for a core, as far as others (or the hypervisor) had the cores meanwhile, over the
-CPU time that it wanted, or over the wall time where it wanted less than one core. LOST = 5 % is above the daemons of a
-quiet machine (under 1 %) and the margin that counts as equal (2 %), so that a verdict of either size is not theirs.
+The time of a `starved` window measures the load of the machine, not the technique. The verdict rests on
+`lost_fraction`, the share by which other programs lengthened the window:
+
+    lost CPU time / max(wall time, CPU time used + lost CPU time)
+
+Lost CPU time is the time that threads of this process waited for a core, at most the CPU time that other programs or
+the hypervisor had meanwhile. LOST = 5 % is above what the daemons of a quiet machine take (under 1 %) and above the
+margin within which two results count as equal (2 %).
 """
 
 import dataclasses
+import typing
+from collections.abc import Iterable, Sequence
 
-from efficientllm.metrics import counters, host
-from efficientllm.metrics.reading import missing, reading_or_missing
+from efficientllm.metrics import cpu_counters, host
+from efficientllm.metrics.reading import Reading, missing, reading_or_missing
+from efficientllm.metrics.sampler import Averages
 
+Counters = dict[str, typing.Any]  # of `cpu_counters.read_counters`
 LOST = 0.05
-SHORTEST_S = 0.1  # the kernel counts cores in ticks of 10 ms: less than ten of them say nothing
+SHORTEST_S = 0.1  # the kernel counts CPU time in ticks of 10 ms: ten of them give one digit
 UNITS = {
     "window_s": "s",
     "lost_fraction": "1",
@@ -35,9 +42,9 @@ _SUMMED = ("cpu_s", "voluntary", "involuntary", "busy_s", "idle_s", "steal_s", "
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """What the counters moved over one or more windows of `wall_s` seconds, None where unreadable.
+    """Differences of the CPU counters over one or more windows of `wall_s` seconds; None where unreadable.
 
-    Stopped time is no part of `wall_s`. `faults` are a reader's words for what disturbed the devices.
+    `wall_s` excludes stopped time. `faults` are an energy reader's descriptions of what disturbed the devices.
     """
 
     wall_s: float
@@ -54,80 +61,76 @@ class Span:
     overheated: int | None
     load: float | None
     clock_mhz: float | None
-    faults: tuple = ()
+    faults: tuple[str, ...] = ()
 
     @property
-    def others_s(self):
-        """CPU time that other programs had of this process's cores."""
+    def others_s(self) -> float | None:
+        """CPU time that other programs used on the cores that this process may use."""
         return None if self.busy_s is None else max(0.0, self.busy_s - self.cpu_s)
 
     @property
-    def lost_s(self):
-        """CPU time that this process wanted and others had, or None.
-
-        Without the kernel's word for how long threads waited: what others had beyond what was idle.
-        """
+    def lost_s(self) -> float | None:
+        """CPU time that this process waited for while others used the cores, or None if unknown."""
         if self.others_s is None:
             return None
         taken = self.others_s + self.steal_s
-        return max(0.0, taken - self.idle_s) if self.waited_s is None else min(taken, self.waited_s)
+        if (
+            self.waited_s is None
+        ):  # no run-queue delays on this kernel: assume that this process could have used idle cores
+            return max(0.0, taken - self.idle_s)
+        return min(taken, self.waited_s)
 
 
-def read():
-    """The counters at this moment, to hand to `between`."""
-    return counters.read()
-
-
-def between(begin, end, stopped_s=0.0, faults=()):
-    """The Span from one `read()` to another."""
-    summed = {key: _less(end[key], begin[key]) for key in _SUMMED}
+def span_between(begin: Counters, end: Counters, stopped_s: float = 0.0, faults: Iterable[str] = ()) -> Span:
+    """The Span between two results of `cpu_counters.read_counters()`."""
+    differences = {key: _less(end[key], begin[key]) for key in _SUMMED}
     before, after = begin["waited_s"] or {}, end["waited_s"]
     waited = None if after is None else sum(delay - before.get(thread, 0.0) for thread, delay in after.items())
     return Span(
         wall_s=max(0.0, end["at"] - begin["at"] - stopped_s),
         stopped_s=stopped_s,
-        **summed,
+        **differences,
         waited_s=waited,
         overheated=_less(end["overheated"], begin["overheated"]),
-        load=counters.load(),
-        clock_mhz=counters.clock_mhz(),
+        load=cpu_counters.load_average(),
+        clock_mhz=cpu_counters.clock_mhz(),
         faults=tuple(faults),
     )
 
 
-def combine(spans):
-    """Several windows of one run as one, or None for none."""
+def combine_spans(spans: Sequence[Span]) -> Span | None:
+    """Merges the Spans of several windows of one run; None for an empty list."""
     if not spans:
         return None
     means = ("load", "clock_mhz")
     fields = [field.name for field in dataclasses.fields(Span) if field.name not in (*means, "faults")]
-    whole = {key: _sum([getattr(span, key) for span in spans]) for key in fields}
-    wall = whole["wall_s"]
+    totals = {key: _sum([getattr(span, key) for span in spans]) for key in fields}
+    wall_s = totals["wall_s"]
     for key in means:
         weighted = _sum([_times(getattr(span, key), span.wall_s) for span in spans])
-        whole[key] = weighted / wall if weighted is not None and wall else getattr(spans[-1], key)
-    return Span(**whole, faults=tuple(dict.fromkeys(fault for span in spans for fault in span.faults)))
+        totals[key] = weighted / wall_s if weighted is not None and wall_s else getattr(spans[-1], key)
+    return Span(**totals, faults=tuple(dict.fromkeys(fault for span in spans for fault in span.faults)))
 
 
-def over_processes(spans):
-    """The Spans of all processes of a run as one: the worst of them decides, as a step waits for the slowest."""
-    known = [span for span in spans if span is not None]
-    if not known:
+def worst_span(spans: Sequence[Span | None]) -> Span | None:
+    """The Span of the process that lost most, with the faults of all processes: a step waits for the slowest."""
+    spans_read = [span for span in spans if span is not None]
+    if not spans_read:
         return None
-    worst = max(known, key=lambda span: lost_fraction(span) or 0.0)
-    stopped = max(span.stopped_s for span in known)
-    faults = tuple(dict.fromkeys(fault for span in known for fault in span.faults))
+    worst = max(spans_read, key=lambda span: lost_fraction(span) or 0.0)
+    stopped = max(span.stopped_s for span in spans_read)
+    faults = tuple(dict.fromkeys(fault for span in spans_read for fault in span.faults))
     return dataclasses.replace(worst, stopped_s=stopped, faults=faults)
 
 
-def lost_fraction(span):
-    """The share by which the window is longer for other programs' sake; None where the counters do not say."""
+def lost_fraction(span: Span) -> float | None:
+    """Share by which other programs lengthened the window; None where the counters do not say."""
     if span.lost_s is None or span.wall_s < SHORTEST_S:
         return None
     return span.lost_s / max(span.wall_s, span.cpu_s + span.lost_s)
 
 
-def verdict(span):
+def verdict(span: Span | None) -> tuple[bool | None, list[str]]:
     """`(starved, reasons)`: True, False, or None where nothing could be read."""
     if span is None:
         return None, ["no finished work was measured"]
@@ -144,19 +147,19 @@ def verdict(span):
     return (None, [_unknown(span)]) if lost is None else (False, [])
 
 
-def readings(span, averages=None):
-    """Every key of UNITS as a Reading; `averages` (`sampler.Averages`) knows the devices' clocks."""
+def readings(span: Span | None, averages: Averages | None = None) -> dict[str, Reading]:
+    """A Reading for every key of UNITS; `averages` (`sampler.Averages`) holds the devices' clocks."""
     if span is None:
         return {key: missing(unit, "no finished work was measured") for key, unit in UNITS.items()}
     wall, cores = span.wall_s, host.usable_cores()
-    elapsed = wall + span.stopped_s  # in which the others went on
-    lost_of = "CPU time waited for while others had the cores, over the time wanted"
-    kernel, unread = f"/proc/stat, {cores} cores", "not readable here"
+    elapsed = wall + span.stopped_s  # other programs ran on while this process was stopped
+    lost_source = "CPU time waited for while others had the cores, over the time wanted"
+    kernel_source, reason = f"/proc/stat, {cores} cores", "not readable here"
     values = {
         "window_s": (wall, "measured windows, wall clock"),
-        "lost_fraction": (lost_fraction(span), lost_of),
-        "others_fraction": (_per(span.others_s, elapsed * cores), kernel),
-        "stolen_fraction": (_per(span.steal_s, elapsed * cores), kernel),
+        "lost_fraction": (lost_fraction(span), lost_source),
+        "others_fraction": (_per(span.others_s, elapsed * cores), kernel_source),
+        "stolen_fraction": (_per(span.steal_s, elapsed * cores), kernel_source),
         "throttled_fraction": (_per(span.throttled_s, elapsed * cores), "cpu.stat of the cgroup"),
         "pressure_fraction": (_per(span.pressure_s, elapsed), "/proc/pressure/cpu, some"),
         "cores_used": (_per(span.cpu_s, wall), "CPU time of the process over wall time"),
@@ -168,20 +171,22 @@ def readings(span, averages=None):
         "device_clock_mhz": (averages and averages.device_clock_mhz, "nvml, mean over devices and time"),
         "power_capped_fraction": (averages and averages.power_capped, "nvml, share of the samples"),
     }
-    found = {key: reading_or_missing(value, UNITS[key], source, unread) for key, (value, source) in values.items()}
-    if found["lost_fraction"].value is None:
-        found["lost_fraction"] = missing("1", _unknown(span))
-    return found
+    readings_by_key = {
+        key: reading_or_missing(value, UNITS[key], source, reason) for key, (value, source) in values.items()
+    }
+    if readings_by_key["lost_fraction"].value is None:
+        readings_by_key["lost_fraction"] = missing("1", _unknown(span))
+    return readings_by_key
 
 
-def row(span, averages=None):
-    """The row's group: `{"starved": bool or None, "reasons": [...], key: Reading, ...}`."""
+def row(span: Span | None, averages: Averages | None = None) -> dict[str, typing.Any]:
+    """The row's group `conditions`: `{"starved": bool or None, "reasons": [...], key: Reading, ...}`."""
     starved, reasons = verdict(span)
     return {"starved": starved, "reasons": reasons, **readings(span, averages)}
 
 
-def unmeasured(reason):
-    """The row's group of a run that measured nothing."""
+def unmeasured(reason: str) -> dict[str, typing.Any]:
+    """The row's group `conditions` of a run without a measured window."""
     return {"starved": None, "reasons": [reason], **{key: missing(unit, reason) for key, unit in UNITS.items()}}
 
 
@@ -200,8 +205,8 @@ def _times(value, seconds):
 
 
 def _sum(values):
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) if numbers else None
 
 
 def _per(value, whole):

@@ -1,6 +1,6 @@
-"""What the operating system says of this process and its machine, from the standard library alone.
+"""Memory, cores and CPU time of this process and its host, read with the standard library.
 
-On a CPU the host is the device: its resident memory and CPU time are the study's AMU and PCU.
+In a run on the CPU the host is the device: its resident memory and CPU time are the study's AMU and PCU.
 """
 
 import functools
@@ -12,17 +12,19 @@ import sys
 import time
 from pathlib import Path
 
-from efficientllm.metrics import containers
+from efficientllm.metrics import cgroups
 
 
-def name_hash():
-    """The machine's name as 12 hexadecimal digits: rows tell machines apart and name none."""
+def name_hash() -> str:
+    """Hash of the host name, 12 hexadecimal digits: rows distinguish machines without naming them."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
 
 
-def rss_bytes(pid="self"):
-    """Bytes of a process resident in memory now, 0 for one that is gone; where there is no /proc (macOS) the peak of
-    this process, an upper bound, and 0 of another."""
+def rss_bytes(pid: int | str = "self") -> int:
+    """Resident memory of a process in bytes; 0 if the process has ended.
+
+    Without /proc (macOS): the peak of this process, which is an upper bound, and 0 for any other process.
+    """
     try:
         pages = Path(f"/proc/{pid}/statm").read_bytes().split()[1]
     except (FileNotFoundError, ProcessLookupError):
@@ -30,11 +32,9 @@ def rss_bytes(pid="self"):
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_rss_bytes():
-    """Largest resident size since this program began: a kernel counter, so no peak falls between two looks.
-
-    VmHWM rather than `ru_maxrss`, which a process inherits across exec from the one that started it.
-    """
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process in bytes, from the kernel's counter: sampling would miss short peaks."""
+    # VmHWM, not ru_maxrss: a process inherits ru_maxrss across exec from its parent.
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
@@ -43,24 +43,24 @@ def peak_rss_bytes():
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def memory_total_bytes():
-    """Physical memory of the machine, or of the container that this process is in where that may take less."""
+def memory_total_bytes() -> int:
+    """Physical memory of the machine, or the memory limit of the surrounding container if that is smaller."""
     return min([physical_bytes(), *(limit for limit, _ in _limits())])
 
 
-def physical_bytes():
+def physical_bytes() -> int:
     """Physical memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @functools.cache
 def _limits():
-    return tuple(containers.limits())
+    return tuple(cgroups.memory_limits())
 
 
-def memory_free_bytes(proc=Path("/proc"), cgroups=Path("/sys/fs/cgroup")):
-    """Memory that a process could still take, page cache counted as free: of the machine, and of each container."""
-    return min([_available(proc), *(free for _, free in containers.limits(proc, cgroups))])
+def memory_free_bytes(proc: Path = Path("/proc"), cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process can still allocate within the machine and its containers; page cache counts as free."""
+    return min([_available(proc), *(free for _, free in cgroups.memory_limits(proc, cgroup_root))])
 
 
 def _available(proc):
@@ -71,11 +71,11 @@ def _available(proc):
         return physical_bytes()
 
 
-def usable_cores():
-    """Cores this process may run on: fewer than the machine's under taskset, a cpuset or Slurm."""
+def usable_cores() -> int:
+    """Cores that this process may run on; taskset, a cpuset or Slurm may allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def cpu_seconds():
+def cpu_seconds() -> float:
     """CPU time (user and system) of all threads of this process since it began."""
     return time.process_time()

@@ -10,6 +10,7 @@ import random
 import sys
 import time
 import typing
+from collections.abc import Callable, Mapping, Sequence
 from unittest import mock
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from efficientllm.errors import UserError
 
 DISCARDED = 2  # blocks
+AfterBlock = Callable[[int, dict[str, typing.Any]], None]
 
 
 class Ratio(typing.NamedTuple):
@@ -30,8 +32,14 @@ class Ratio(typing.NamedTuple):
         return f"{self.ratio:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
-def race(contestants, blocks, discarded=DISCARDED, seed=0, after_block=None):
-    """`{name: results of the counted blocks}` of `contestants`, functions of the number of the block by name.
+def race(
+    contestants: Mapping[str, Callable[[int], typing.Any]],
+    blocks: int,
+    discarded: int = DISCARDED,
+    seed: int = 0,
+    after_block: AfterBlock | None = None,
+) -> dict[str, list]:
+    """`{name: results of the counted blocks}` of `contestants`, functions of the block's number by name.
 
     Runs `discarded` blocks whose results are dropped, then `blocks` that count; numbers go on through both. The order
     within each is drawn from `seed`. `after_block(number, {name: result})` sees the discarded blocks too. An exception
@@ -39,7 +47,8 @@ def race(contestants, blocks, discarded=DISCARDED, seed=0, after_block=None):
     """
     if blocks < 1:
         raise UserError(f"blocks = {blocks}: a race needs at least one that counts")
-    results, order, names = {name: [] for name in contestants}, random.Random(seed), list(contestants)
+    results: dict[str, list] = {name: [] for name in contestants}
+    order, names = random.Random(seed), list(contestants)
     for block in range(discarded + blocks):
         latest = {name: _result(contestants[name], name, block) for name in order.sample(names, len(names))}
         for name, result in latest.items() if block >= discarded else ():
@@ -57,8 +66,8 @@ def _result(contestant, name, block):
         raise
 
 
-def race_calls(calls, blocks, **options):
-    """`({name: wall seconds}, {name: CPU seconds of all threads})` of `calls`, functions of nothing by name."""
+def race_calls(calls: Mapping[str, Callable[[], typing.Any]], blocks: int, **options) -> list[dict[str, list]]:
+    """`({name: wall seconds}, {name: CPU seconds of all threads})` of `calls`, functions without arguments by name."""
     return columns(race({name: _timed(call) for name, call in calls.items()}, blocks, **options))
 
 
@@ -71,18 +80,20 @@ def _timed(call):
     return contestant
 
 
-def columns(results):
+def columns(results: Mapping[str, list]) -> list[dict[str, list]]:
     """Results that are tuples as one `{name: values}` for each position: `wall, cpu = columns(race(...))`."""
     width = len(next(iter(results.values()))[0])
     return [{name: [row[i] for row in rows] for name, rows in results.items()} for i in range(width)]
 
 
-def print_progress(blocks, discarded=DISCARDED, label=""):
+def print_progress(blocks: int, discarded: int = DISCARDED, label: str = "") -> AfterBlock:
     """An `after_block` that prints to stderr how many of all blocks are done."""
     return lambda block, _: print(f"{label}block {block + 1} of {discarded + blocks}", file=sys.stderr, flush=True)
 
 
-def ratio_of_medians(numerators, denominators, draws=10_000, seed=0):
+def ratio_of_medians(
+    numerators: Sequence[float], denominators: Sequence[float], draws: int = 10_000, seed: int = 0
+) -> Ratio:
     """The Ratio of the medians of two equally long lists, paired by block.
 
     The interval is the percentile bootstrap over blocks, Efron & Tibshirani (1993), chapter 13: `draws` times as many
@@ -103,7 +114,7 @@ class Process:
     before the process starts. `close` ends it.
     """
 
-    def __init__(self, make, *arguments, environment=None):
+    def __init__(self, make: Callable[..., Callable], *arguments, environment: Mapping[str, str] | None = None):
         context = multiprocessing.get_context("spawn")
         self._pipe, far_end = context.Pipe()
         self._process = context.Process(target=_answer, args=(make, arguments, far_end), daemon=True)
@@ -111,7 +122,7 @@ class Process:
             self._process.start()
         far_end.close()  # so that a process that dies ends our wait
 
-    def ask(self, *question):
+    def ask(self, *question) -> typing.Any:
         """The answer to `question`. RuntimeError where the process ended instead."""
         try:
             self._pipe.send(question)
@@ -121,7 +132,7 @@ class Process:
             reason = f"its process ended with status {self._process.exitcode}; the error stands above"
             raise RuntimeError(reason) from None
 
-    def close(self):
+    def close(self) -> None:
         self._pipe.close()
         self._process.join()
 

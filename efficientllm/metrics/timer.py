@@ -1,38 +1,43 @@
-"""Times of repeated work: the first calls set aside until the times have settled, statistics of the rest."""
+"""Step times: warm-up calls are discarded until the times settle; mean and percentiles of the rest."""
 
 import contextlib
 import statistics
 import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
 
 from efficientllm.metrics.reading import Reading, missing
 
-CAP = 20  # calls that are set aside at most
-TAIL = 10  # a percentile is given where at least this many samples lie beyond it: p99 from 1000 samples on
+CAP = 20  # warm-up calls at most
+TAIL = 10  # a percentile needs at least this many samples beyond it: p99 needs 1000 samples
 
 
 class StepTimer:
-    """Wall time of each call, in s, every call blocked on by the caller (a latency; throughput is another number).
+    """Wall time of each call in s. The caller blocks on every call: this is a latency, not a throughput.
 
         with timer.step():
             state = jax.block_until_ready(train_step(state, batch))
 
     Calls go to `discarded` until the last `window` of them vary by less than `settled` (standard deviation over mean)
-    or `cap` have been made; from then on to `samples`. A relative rule, so that it means the same for every size of
-    step. `warming` tells whether the next call is still set aside, `settled` is False where the cap ended the warm-up.
+    or `cap` have been made; from then on to `samples`. The rule is relative, so it means the same for short and long
+    steps. `warming`: the next call is still discarded. `settled`: False if the cap ended the warm-up.
     """
 
-    def __init__(self, window=5, settled=0.02, cap=CAP, clock=time.perf_counter):
+    def __init__(
+        self, window: int = 5, settled: float = 0.02, cap: int = CAP, clock: Callable[[], float] = time.perf_counter
+    ):
         self._window, self._threshold, self._cap, self._clock = window, settled, cap, clock
         self._running = False
         self.warming = cap > 0
         self.settled = False
-        self.discarded, self.samples = [], []
+        self.discarded: list[float] = []
+        self.samples: list[float] = []
 
     @contextlib.contextmanager
-    def step(self):
-        """Times one call. Raises RuntimeError inside another: two generations in one timer are one wrong number."""
+    def step(self) -> Iterator[None]:
+        """Times one call. Raises RuntimeError inside another call: the outer time would include the inner."""
         if self._running:
-            raise RuntimeError("a step is being timed already: one call, one step")
+            raise RuntimeError("a step is being timed already: calls of step() cannot be nested")
         self._running = True
         begin = self._clock()
         try:
@@ -41,7 +46,7 @@ class StepTimer:
         finally:
             self._running = False
 
-    def add(self, seconds):
+    def add(self, seconds: float) -> None:
         """Adds a time measured elsewhere."""
         if not self.warming:
             self.samples.append(seconds)
@@ -51,7 +56,7 @@ class StepTimer:
         self.settled = len(last) == self._window and variation(last) < self._threshold
         self.warming = not self.settled and len(self.discarded) < self._cap
 
-    def statistics(self):
+    def statistics(self) -> dict[str, typing.Any]:
         """`summary` of `samples`, with their `count`, the `discarded_s` list and whether the warm-up `settled`."""
         return {
             **summary(self.samples),
@@ -61,13 +66,13 @@ class StepTimer:
         }
 
 
-def variation(samples):
+def variation(samples: Sequence[float]) -> float:
     """Standard deviation over mean; infinite for fewer than two samples."""
     return statistics.stdev(samples) / statistics.fmean(samples) if len(samples) > 1 else float("inf")
 
 
-def summary(samples, unit="s", source="wall clock"):
-    """Mean, median and percentiles of `samples` as Readings, null where there are too few samples to say."""
+def summary(samples: Sequence[float], unit: str = "s", source: str = "wall clock") -> dict[str, Reading]:
+    """Mean, median and percentiles of `samples` as Readings; null where there are too few samples."""
     if not samples:
         none = missing(unit, "no samples")
         return dict.fromkeys(("mean", "p50", "p90", "p95", "p99"), none)
@@ -81,5 +86,5 @@ def _percentile(ordered, percent, unit, source):
     needed = TAIL * 100 // (100 - percent)
     if len(ordered) < needed:
         return missing(unit, f"needs {needed} samples, has {len(ordered)}")
-    rank = -(-percent * len(ordered) // 100)  # nearest rank: a time that did occur
+    rank = -(-percent * len(ordered) // 100)  # nearest rank: a time that was measured
     return Reading(ordered[rank - 1], unit, source)

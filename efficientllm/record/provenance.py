@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from efficientllm.metrics import counters, host, memory
+from efficientllm.metrics import cpu_counters, host, memory
 
 PACKAGES = (
     "efficientllm",
@@ -44,7 +44,7 @@ def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None
             "name_hash": host.name_hash(),
             "os": platform.platform(),
             "processor": processor(),
-            "power_source": counters.power_source(),
+            "power_source": cpu_counters.power_source(),
         },
         "devices": {
             "platform": devices[0].platform,
@@ -56,7 +56,7 @@ def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None
             **dict.fromkeys(("uuids", "pci_bus_ids", "power_limit_w", "power_capped", "clocks_mhz", "driver", "cuda")),
             **reader.describe(),
         },
-        "allocator": memory.allocator(devices),
+        "allocator": memory.allocator_settings(devices),
         "mesh": None if mesh is None else dict(mesh.shape),
         "kernels": kernels,
         "started": _iso(started),

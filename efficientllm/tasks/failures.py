@@ -8,7 +8,7 @@ import traceback
 
 from efficientllm.config.plain import config_hash, plain
 from efficientllm.errors import UserError
-from efficientllm.metrics.energy.window import Reader
+from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.record import provenance, row
 from efficientllm.registry.plugins import one_line_with_place
 from efficientllm.runtime import distributed
@@ -33,7 +33,7 @@ def end(error, config, workdir, started, outcome="error"):
 
 def _row(config, workdir, started, outcome):
     said = provenance.provenance(
-        reader=Reader(f"the run ended as {outcome}"),
+        reader=EnergyReader(f"the run ended as {outcome}"),
         started=started,
         ended=time.time(),
         config_hash=config_hash(config),

@@ -8,7 +8,7 @@ import jax
 from efficientllm import sharding
 from efficientllm.config.plain import config_hash, plain
 from efficientllm.errors import UserError
-from efficientllm.metrics.energy.window import Reader
+from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.plan import calibration, estimate, hardware, remedies, row, training_step
 from efficientllm.record import provenance
 from efficientllm.record import row as record
@@ -113,7 +113,7 @@ class Planning:
     def _provenance(self, one, found):
         """As a run's, with the devices that were planned for in the place of those that are here."""
         said = provenance.provenance(
-            reader=Reader("a plan reads no energy"),
+            reader=EnergyReader("a plan reads no energy"),
             started=self.started,
             ended=time.time(),
             config_hash=config_hash(self.config),

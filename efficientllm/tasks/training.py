@@ -259,7 +259,7 @@ class Training:
         self.measurement.abandon()
         log.error(message)
         try:  # alone: other processes may not have failed, so their energy is not waited for
-            self._write_row(outcome, reader.unavailable(f"the run ended as {outcome}"), message)
+            self._write_row(outcome, reader.unavailable_window(f"the run ended as {outcome}"), message)
         except OSError as error:
             log.error(f"no row could be written: {error}")
         if outcome == "nan":  # as all processes see

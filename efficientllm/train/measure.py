@@ -2,7 +2,7 @@
 
 import time
 
-from efficientllm.metrics import compiles, conditions
+from efficientllm.metrics import compiles, conditions, cpu_counters
 from efficientllm.metrics.energy import reader as energy
 from efficientllm.metrics.timer import CAP, StepTimer
 
@@ -37,11 +37,11 @@ class Measurement:
 
     def start(self):
         """Opens a segment."""
-        self._compiled = compiles.count()
+        self._compiled = compiles.count_programs()
         self._before = self.tokens, self.samples, self.steps, self.seconds, len(self.timer.samples)
         self._reader.start()
         self._mark = self._sampler.mark()
-        self._edge, self._stopped_at_edge = conditions.read(), self._sampler.stopped_s()
+        self._edge, self._stopped_at_edge = cpu_counters.read_counters(), self._sampler.stopped_s()
         self.restart_clock()
 
     def restart_clock(self):
@@ -70,11 +70,11 @@ class Measurement:
         """Closes the segment, if one is open."""
         if self.running:
             self.averages.append(self._sampler.since(self._mark))
-            stopped, edge = self._sampler.stopped_s() - self._stopped_at_edge, conditions.read()
-            window, compiled = self._reader.stop(), compiles.count() - self._compiled
-            self.spans.append(conditions.between(self._edge, edge, stopped, self._reader.faults()))
+            stopped, edge = self._sampler.stopped_s() - self._stopped_at_edge, cpu_counters.read_counters()
+            window, compiled = self._reader.stop(), compiles.count_programs() - self._compiled
+            self.spans.append(conditions.span_between(self._edge, edge, stopped, self._reader.faults()))
             if compiled or stopped:
-                window = energy.void(window, energy.COMPILED if compiled else energy.STOPPED.format(stopped))
+                window = energy.void_window(window, energy.COMPILED if compiled else energy.STOPPED.format(stopped))
             self.compiled += compiled
             self.windows.append(window)
             self._mark = None

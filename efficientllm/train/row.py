@@ -31,26 +31,26 @@ TIMED = (
 
 def all_energy(measurement):
     """The energy of the steady part over the devices of all processes; every process calls it, or none."""
-    own = dataclasses.asdict(reader.combine(measurement.windows))
-    return reader.over_processes([reader.EnergyWindow(**window) for window in distributed.gather(own)])
+    own = dataclasses.asdict(reader.combine_windows(measurement.windows))
+    return reader.sum_over_processes([reader.EnergyWindow(**window) for window in distributed.gather(own)])
 
 
 def all_idle(idle):
     """The power at rest of all processes' devices; every process calls it, or none."""
-    found = [reader.Idle(**each) for each in distributed.gather(dataclasses.asdict(idle))]
+    found = [reader.IdlePower(**each) for each in distributed.gather(dataclasses.asdict(idle))]
     if reason := next((each.reason for each in found if each.power_w is None), None):
-        return reader.Idle(None, reason)
+        return reader.IdlePower(None, reason)
     drifts = [each.drift for each in found if each.drift is not None]
-    return reader.Idle(sum(each.power_w for each in found), None, max(drifts, key=abs, default=None))
+    return reader.IdlePower(sum(each.power_w for each in found), None, max(drifts, key=abs, default=None))
 
 
 def conditions_of(measurement, everywhere):
     """The row's group of conditions: of all processes where every one of them calls it (`everywhere`), else of this."""
-    span = conditions.combine(measurement.spans)
+    span = conditions.combine_spans(measurement.spans)
     if everywhere:
         found = distributed.gather(None if span is None else dataclasses.asdict(span))
-        span = conditions.over_processes([None if each is None else conditions.Span(**each) for each in found])
-    return conditions.row(span, sampler.combine(measurement.averages))
+        span = conditions.worst_span([None if each is None else conditions.Span(**each) for each in found])
+    return conditions.row(span, sampler.combine_averages(measurement.averages))
 
 
 def readings(run, measurement, window, idle):
@@ -69,7 +69,7 @@ def readings(run, measurement, window, idle):
         **({"samples": measurement.samples} if run.config.task == "tune" else {"tokens": measurement.tokens}),
     )
     steps = measurement.timer.statistics()
-    study = study_metrics.paper_metrics(work, sampler.combine(measurement.averages), window)
+    study = study_metrics.paper_metrics(work, sampler.combine_averages(measurement.averages), window)
     physical = {
         **physical_of_model(run, params),
         **study_metrics.energy_metrics(window, measurement.tokens, idle),

@@ -80,7 +80,7 @@ def test_a_repeat_that_was_stopped_is_made_again(number):
 
 
 def test_a_repeat_that_compiled_is_made_again():
-    compiles.count()
+    compiles.count_programs()
     found = measured(5, lambda: jax.jit(lambda x: x * 3.25 + 1.5)(np.ones(3)), Sampler())
     assert found.interrupted == 1 and len(found.prefill_s) == 3
 

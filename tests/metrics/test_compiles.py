@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from efficientllm.metrics import compiles
-from efficientllm.metrics.energy.window import EnergyWindow, Reader
+from efficientllm.metrics.energy.window import EnergyReader, EnergyWindow
 from efficientllm.train import row
 from efficientllm.train.measure import Measurement
 
 pytestmark = pytest.mark.quick
 
 
-class Metered(Reader):
+class Metered(EnergyReader):
     """100 J in every window."""
 
     source, scope, kind = "test", "gpu", "measured"
@@ -49,17 +49,17 @@ def measured(work):
 def program():
     """A new program, its argument, and the same after a first call."""
     x = jnp.ones(3)
-    compiles.count()
+    compiles.count_programs()
     return jax.jit(lambda a: a * 2.5 + 0.25), x
 
 
 def test_a_compilation_is_counted_once_and_a_call_is_not(program):
     double, x = program
-    before = compiles.count()
+    before = compiles.count_programs()
     double(x)
-    assert compiles.count() == before + 1
+    assert compiles.count_programs() == before + 1
     double(x)
-    assert compiles.count() == before + 1
+    assert compiles.count_programs() == before + 1
 
 
 def test_a_segment_with_a_compilation_has_no_energy_and_no_times(program):

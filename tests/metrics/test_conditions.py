@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from efficientllm.metrics import conditions
+from efficientllm.metrics import conditions, cpu_counters
 from efficientllm.metrics.conditions import Span
-from efficientllm.metrics.pulse import Pulse
+from efficientllm.metrics.pauses import PauseDetector
 from efficientllm.record import notes
 from efficientllm.record import row as record
 
@@ -72,10 +72,10 @@ def test_what_cannot_be_read_is_null_with_a_reason_and_nothing_is_a_guess():
 
 
 def test_windows_add_up_and_of_processes_the_worst_counts():
-    whole = conditions.combine([span(), span(wall_s=30.0, load=5.0, busy_s=40.0, faults=("hot",))])
+    whole = conditions.combine_spans([span(), span(wall_s=30.0, load=5.0, busy_s=40.0, faults=("hot",))])
     assert (whole.wall_s, whole.cpu_s, whole.busy_s, whole.load) == (40.0, 36.0, 58.1, 4.0)
-    assert whole.faults == ("hot",) and conditions.combine([]) is None
-    worst = conditions.over_processes([span(), None, span(busy_s=22.0), span(stopped_s=3.0)])
+    assert whole.faults == ("hot",) and conditions.combine_spans([]) is None
+    worst = conditions.worst_span([span(), None, span(busy_s=22.0), span(stopped_s=3.0)])
     assert conditions.verdict(worst)[0] and worst.stopped_s == 3.0
 
 
@@ -92,9 +92,9 @@ def test_a_competitor_on_our_core_is_seen():
     os.sched_setaffinity(0, {core})
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        begin = conditions.read()
+        begin = cpu_counters.read_counters()
         work(1.5)
-        found = conditions.between(begin, conditions.read())
+        found = conditions.span_between(begin, cpu_counters.read_counters())
     finally:
         other.kill()
         other.wait()
@@ -109,7 +109,9 @@ class Times:
     def __init__(self):
         self.now = self.cpu = self.away = 0.0
         self.waited = 0.0
-        self.pulse = Pulse(lambda: self.now, lambda: self.cpu, lambda: self.away, lambda: {"thread": self.waited})
+        self.pulse = PauseDetector(
+            lambda: self.now, lambda: self.cpu, lambda: self.away, lambda: {"thread": self.waited}
+        )
 
     def beat(self, now=0.0, cpu=0.0, away=0.0, waited=0.0):
         self.now, self.cpu, self.away = self.now + now, self.cpu + cpu, self.away + away
@@ -129,14 +131,14 @@ def test_stopped_time_is_a_late_beat_without_cpu_time():
 
 STOPPED = """
 import sys, threading, time
-from efficientllm.metrics.pulse import Pulse
-pulse = Pulse()
+from efficientllm.metrics.pauses import PauseDetector
+detector = PauseDetector()
 print("ready", flush=True)
 end = time.monotonic() + 3.0
 while time.monotonic() < end:
     time.sleep(0.05)
-    pulse.beat()
-print(pulse.stopped_s)
+    detector.beat()
+print(detector.stopped_s)
 """
 
 

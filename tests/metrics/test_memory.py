@@ -30,7 +30,7 @@ def test_peak_on_a_cpu_is_a_kernel_counter_not_the_larger_of_two_looks():
 
 def test_peak_is_null_with_a_reason_where_it_was_not_prepared():
     reading = memory.peak_bytes(jax.local_devices())
-    assert reading.value is None and "not taken" in reading.reason
+    assert reading.value is None and "not recorded" in reading.reason
 
 
 def test_peak_of_accelerators_is_summed_from_their_allocators():
@@ -70,5 +70,5 @@ def test_preallocation(monkeypatch, variables, on):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     gpu = types.SimpleNamespace(platform="gpu")
-    assert memory.allocator([gpu])["preallocates"] is on
+    assert memory.allocator_settings([gpu])["preallocates"] is on
     assert not memory.preallocates(jax.local_devices())

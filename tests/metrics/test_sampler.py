@@ -133,7 +133,7 @@ def test_a_failing_thread_is_heard_of():
 def test_combined_averages_weigh_by_duration():
     short = Averages(1.0, 10.0, 0.1, "a", 0.2, "b", 5.0, None)
     long = Averages(3.0, 30.0, 0.3, "a", 0.6, "b", 5.0, 200.0)
-    whole = sampling.combine([short, long])
+    whole = sampling.combine_averages([short, long])
     assert (whole.duration_s, whole.memory_bytes, whole.power_w) == (4.0, 25.0, 200.0)
     assert whole.utilisation == pytest.approx(0.5)
-    assert sampling.combine([]).memory_bytes is None
+    assert sampling.combine_averages([]).memory_bytes is None

@@ -1,6 +1,6 @@
 import pytest
 
-from efficientllm.metrics.energy.reader import EnergyWindow, Idle
+from efficientllm.metrics.energy.reader import EnergyWindow, IdlePower
 from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Averages
 from efficientllm.record.study_metrics import UNITS, Compression, Work, energy_metrics, paper_metrics
@@ -80,13 +80,13 @@ def test_compression_rate_weighs_measured_bytes_with_quality():
 
 
 def test_energy_per_token_gross_and_net():
-    readings = energy_metrics(ENERGY, tokens=3200, idle=Idle(140.0, None))
+    readings = energy_metrics(ENERGY, tokens=3200, idle=IdlePower(140.0, None))
     assert value(readings) == pytest.approx(
         {"energy_j": 6400.0, "j_per_token": 2.0, "j_per_token_net": (6400 - 1400) / 3200}
     )
     assert energy_metrics(ENERGY, tokens=3200)["j_per_token_net"].reason == "idle power was not measured"
-    assert value(energy_metrics(VOID, tokens=3200, idle=Idle(140.0, None))) == {}
-    drifted = Idle(140.0, None).compared(Idle(150.0, None))
+    assert value(energy_metrics(VOID, tokens=3200, idle=IdlePower(140.0, None))) == {}
+    drifted = IdlePower(140.0, None).compared(IdlePower(150.0, None))
     assert "drifted by +7.1%" in energy_metrics(ENERGY, tokens=3200, idle=drifted)["j_per_token_net"].reason
 
 

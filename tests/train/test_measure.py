@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from efficientllm.metrics.energy.window import EnergyWindow, Reader
+from efficientllm.metrics.energy.window import EnergyReader, EnergyWindow
 from efficientllm.train import loop, measure
 from efficientllm.train.measure import Measurement
 
@@ -19,7 +19,7 @@ class Clock:
         return self.now
 
 
-class Metered(Reader):
+class Metered(EnergyReader):
     source, scope, kind = "test", "gpu", "measured"
 
     def stop(self):

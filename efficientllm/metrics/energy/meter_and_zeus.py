@@ -1,36 +1,45 @@
-"""Energy of devices that NVML does not know: counters that `zeus` reads, and a meter of the user's own."""
+"""Energy readers beyond NVML: the counters that `zeus` reads, and the file of the user's power meter."""
 
 import bisect
 import csv
 import math
+import os
 import pathlib
 import time
+from collections.abc import Callable, Mapping
 
 from efficientllm.errors import UserError
-from efficientllm.metrics.energy.window import Reader
+from efficientllm.metrics.energy.window import EnergyReader, EnergyWindow
 from efficientllm.runtime import optional_packages
 
-LONGEST_GAP_S = 5.0  # between two samples of a meter: what happened between is a guess
+LONGEST_GAP_S = 5.0  # between two samples of a meter; a longer gap makes the window void
 
 
-class ZeusReader(Reader):
-    """Differences of counters that `zeus` reads, in J: `counters` is `{name: function of no arguments}`.
+class ZeusReader(EnergyReader):
+    """Differences of energy counters in J. `counters` is `{name: function that reads it}`.
 
-    `tick_s` is how often they move; it bounds what the edges of a window may miss.
+    `tick_s` is their update period; it bounds the error at the edges of a window.
     """
 
     kind = "measured"
 
-    def __init__(self, counters, scope, source, tick_s=1e-3, clock=time.monotonic):
+    def __init__(
+        self,
+        counters: Mapping[str, Callable[[], float]],
+        scope: str,
+        source: str,
+        tick_s: float = 1e-3,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         super().__init__(None, clock)
         self._counters, self._tick_s = counters, tick_s
         self.scope, self.source = scope, source
 
-    def start(self):
+    def start(self) -> None:
         super().start()
         self._before = {name: read() for name, read in self._counters.items()}
 
-    def stop(self):
+    def stop(self) -> EnergyWindow:
         duration_s = self._duration()
         spent = {name: read() - self._before[name] for name, read in self._counters.items()}
         if fell := [name for name, joules in spent.items() if joules < 0]:
@@ -40,59 +49,64 @@ class ZeusReader(Reader):
         return self._close(duration_s, sum(spent.values()) / duration_s, 2 * self._tick_s / duration_s)
 
 
-def zeus_reader(platform, clock=time.monotonic):
-    """A ZeusReader of what `zeus` finds for devices of the platform (`cpu` or `gpu`), or a reader that says why not."""
+def zeus_reader(platform: str, clock: Callable[[], float] = time.monotonic) -> EnergyReader:
+    """A ZeusReader for the platform (`cpu` or `gpu`); without counters, an EnergyReader that says why."""
     try:
         from zeus.device import cpu, gpu, soc
     except ImportError:
-        return Reader(
+        return EnergyReader(
             f"zeus, which would look for other counters, is not installed: {optional_packages.remedy('energy')}", clock
         )
     try:
         if platform == "gpu":
-            found = gpu.get_gpus()
-            counters = {f"GPU {i}": lambda i=i: found.get_total_energy_consumption(i) / 1e3 for i in range(len(found))}
+            gpus = gpu.get_gpus()
+            counters = {f"GPU {i}": lambda i=i: gpus.get_total_energy_consumption(i) / 1e3 for i in range(len(gpus))}
             return ZeusReader(counters, "gpu", "zeus (AMD GPU counters)", clock=clock)
         try:
-            found = cpu.get_cpus()
+            cpus = cpu.get_cpus()
         except cpu.ZeusCPUInitError:
             chip = soc.get_soc()
             return ZeusReader({"SoC": lambda: _joules(chip)}, "module", "zeus (SoC counters)", 0.1, clock)
-        counters = {f"CPU package {i}": lambda i=i: _package_joules(found, i) for i in range(len(found))}
+        counters = {f"CPU package {i}": lambda i=i: _package_joules(cpus, i) for i in range(len(cpus))}
         return ZeusReader(counters, "cpu-package and dram", "zeus (RAPL)", clock=clock)
-    except Exception as error:  # zeus raises an exception type of its own for each device and each trouble
-        said = str(error).strip() or type(error).__name__
-        return Reader(f"zeus finds no counter: {said.splitlines()[0]}", clock)
+    except Exception as error:  # zeus has an exception type for each device and each kind of failure
+        message = str(error).strip() or type(error).__name__
+        return EnergyReader(f"zeus finds no counter: {message.splitlines()[0]}", clock)
 
 
 def _package_joules(cpus, index):
-    found = cpus.get_total_energy_consumption(index)
-    return (found.cpu_mj + (found.dram_mj or 0.0)) / 1e3
+    energy = cpus.get_total_energy_consumption(index)
+    return (energy.cpu_mj + (energy.dram_mj or 0.0)) / 1e3
 
 
 def _joules(chip):
-    found = chip.get_total_energy_consumption()
-    return sum(value for value in vars(found).values() if isinstance(value, int | float)) / 1e3
+    energy = chip.get_total_energy_consumption()
+    return sum(value for value in vars(energy).values() if isinstance(value, int | float)) / 1e3
 
 
-class MeterReader(Reader):
-    """Power samples of a meter that writes while the run runs: a CSV of unix time in s and power in W.
+class MeterReader(EnergyReader):
+    """Power samples of a meter that appends to a CSV during the run: unix time in s, power in W.
 
-    Integrated by trapezoids between the samples around the window. A window whose edges no sample encloses, or with a
-    gap of more than LONGEST_GAP_S, is void. Raises UserError for a file that is not there or holds no such rows.
+    Energy is the trapezoid integral over the window. The window is void if samples do not enclose its edges or leave a
+    gap of more than LONGEST_GAP_S. Raises UserError for a file that is missing or has other rows.
     """
 
     source, scope, kind = "meter", "node", "sampled"
 
-    def __init__(self, file, clock=time.time, sleep=time.sleep):
+    def __init__(
+        self,
+        file: str | os.PathLike[str],
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
         super().__init__(None, clock)
         self._file, self._sleep = pathlib.Path(file), sleep
         self._samples()
 
-    def stop(self):
+    def stop(self) -> EnergyWindow:
         end = self._clock()
         begin, duration_s = self._started, self._duration()
-        for _ in range(int(LONGEST_GAP_S / 0.1)):  # the sample behind the end may still have to be written
+        for _ in range(int(LONGEST_GAP_S / 0.1)):  # the first sample after the end may not be written yet
             times, watts = self._samples()
             if times and times[-1] >= end:
                 break
@@ -107,7 +121,7 @@ class MeterReader(Reader):
         return self._close(end - begin, power, gap / (end - begin))
 
     def _samples(self):
-        """`(times, watts)` in the order of time; a header is skipped."""
+        """`(times, watts)` sorted by time; a header is skipped."""
         try:
             with open(self._file, newline="") as file:
                 rows = [row for row in csv.reader(file) if row]
@@ -121,7 +135,7 @@ class MeterReader(Reader):
                     raise ValueError
                 samples.append((at, watts))
             except ValueError:
-                if number in (1, len(rows)):  # a header, or a line that is being written
+                if number in (1, len(rows)):  # a header, or a last line that is being written
                     continue
                 raise UserError(
                     f"config.metrics.meter = {str(self._file)!r}, line {number}: rows of unix time in s and W are "

@@ -1,30 +1,33 @@
-"""Energy windows from NVML: the energy counter aligned to its own ticks, or sampled power."""
+"""NVML energy readers: the energy counter aligned to its ticks, or sampled power."""
 
 import itertools
 import statistics
 import threading
+import typing
+from collections.abc import Callable, Sequence
 
-from efficientllm.metrics.energy.window import Reader
+from efficientllm.metrics.energy.nvml import Gpu
+from efficientllm.metrics.energy.window import EnergyReader, EnergyWindow
 
-POLL_S = 0.002  # how finely a tick of the counter is looked for
+POLL_S = 0.002  # polling interval while waiting for a tick of the counter
 TICK_TIMEOUT_S = 0.5  # counters tick about every 0.1 s
-UNALIGNED_TICKS = 6**-0.5  # standard deviation of the difference of two edges at random places in a tick, in ticks
-MAX_GAP_S = 0.5  # power samples further apart miss too much between them
-AVERAGING_S = 1.0  # what the driver averages power over, on Ampere (but GA100) and later
+UNALIGNED_TICKS = 6**-0.5  # standard deviation, in ticks, of the difference of two edges at random places within a tick
+MAX_GAP_S = 0.5  # between two power samples; a longer gap makes the window void
+AVERAGING_S = 1.0  # the driver's averaging time for power on Ampere (except GA100) and later
 
 
-class NvmlReader(Reader):
-    """Telemetry of NVIDIA GPUs, and the faults that make a window void if met on any of them."""
+class NvmlReader(EnergyReader):
+    """Telemetry of NVIDIA GPUs, and the faults that make a window void if any GPU has them."""
 
     telemetry = "nvml"
 
-    def __init__(self, gpus, clock):
+    def __init__(self, gpus: Sequence[Gpu], clock: Callable[[], float]):
         super().__init__(None, clock)
         self.gpus = gpus
-        self._faults = set()
+        self._faults: set[str] = set()
 
-    def sample(self):
-        """See Reader. Also notes slowdowns, so that one between the edges of a window is not missed."""
+    def sample(self) -> dict[str, float | None]:
+        """See EnergyReader. Also records slowdowns, for those that end before the window does."""
         self._faults.update(slowdown for gpu in self.gpus for slowdown in gpu.slowdowns())
         power = [gpu.power_instant_w() for gpu in self.gpus]
         if None in power:
@@ -41,13 +44,13 @@ class NvmlReader(Reader):
             "power_capped": None if None in capped else statistics.fmean(capped),
         }
 
-    def memory_total_bytes(self):
-        """See Reader."""
+    def memory_total_bytes(self) -> int | None:
+        """See EnergyReader."""
         totals = [gpu.memory_bytes()[1] for gpu in self.gpus]
         return None if None in totals else sum(totals)
 
-    def describe(self):
-        """See Reader."""
+    def describe(self) -> dict[str, typing.Any]:
+        """See EnergyReader."""
         return {
             "uuids": [gpu.uuid() for gpu in self.gpus],
             "pci_bus_ids": [gpu.pci_bus_id for gpu in self.gpus],
@@ -57,12 +60,12 @@ class NvmlReader(Reader):
             **self.gpus[0].driver(),
         }
 
-    def faults(self):
-        """See Reader."""
+    def faults(self) -> tuple[str, ...]:
+        """See EnergyReader."""
         return tuple(sorted(self._faults))
 
-    def start(self):
-        """See Reader."""
+    def start(self) -> None:
+        """See EnergyReader."""
         self._forbid_open()
         self._faults = set()
         self._inspect()
@@ -70,7 +73,7 @@ class NvmlReader(Reader):
         super().start()
 
     def _align(self):
-        """Waits for the moment at which a window may begin: any, unless a reader knows better."""
+        """Waits until a window may begin; by default at once."""
 
     def _inspect(self):
         for gpu in self.gpus:
@@ -84,24 +87,24 @@ class NvmlReader(Reader):
 
 
 class CounterReader(NvmlReader):
-    """Differences of the energy counter between two of its own ticks.
+    """Differences of the energy counter between two of its ticks.
 
-    The counter moves about every 0.1 s. A window waits for a tick and starts there. After the work one more tick is
-    waited for: one period before it lies the last tick within the work. Between the two the energy is exact but for
-    the polling step, and the mean power there stands for the whole window, at most a tick longer. So the rest of the
-    device before and after the work is not taken for work, as it would be if the window simply ran to the next tick.
+    The counter ticks about every 0.1 s. `start` waits for a tick. `stop` waits for the next tick after the work and
+    goes one period back, to the last tick within the work. Between these two ticks the energy is exact up to the
+    polling interval; their mean power stands for the whole window, which is at most one tick longer. Idle time
+    before and after the work is therefore not counted as work.
     """
 
     source, kind = "nvml energy counter", "measured"
 
-    def __init__(self, gpus, clock, sleep):
+    def __init__(self, gpus: Sequence[Gpu], clock: Callable[[], float], sleep: Callable[[float], None]):
         super().__init__(gpus, clock)
         self._sleep = sleep
         self.scope = "module" if any(gpu.is_superchip() for gpu in gpus) else "gpu"
         self.reason, self._period_s, self._jitter_s = self._calibrate()
 
     def _calibrate(self):
-        """`(reason the counter is of no use or None, its period in s, spread of the period)`, from four ticks."""
+        """`(reason why the counter is unusable or None, tick period in s, spread of the period)`, from four ticks."""
         counts = self._counts()
         if None in counts:
             return _refusal(self.gpus, "energy counter"), 0, 0
@@ -119,7 +122,7 @@ class CounterReader(NvmlReader):
         return [gpu.energy_j() for gpu in self.gpus]
 
     def _next_ticks(self, counts):
-        """Per GPU `(time, joules)` of the moment its counter leaves `counts`; None where it does not in time."""
+        """`(time, joules)` per GPU when its counter first differs from `counts`; None on a timeout."""
         ticks = [None] * len(self.gpus)
         deadline = self._clock() + TICK_TIMEOUT_S
         while None in ticks and self._clock() < deadline:
@@ -132,11 +135,11 @@ class CounterReader(NvmlReader):
         return ticks
 
     def _align(self):
-        """Waits for a tick of the counter, of the last GPU's if there are several."""
+        """Waits until the counter of every GPU has ticked."""
         self._first = self._next_ticks(self._counts())
 
-    def stop(self):
-        """See Reader. Takes up to one tick longer than the window."""
+    def stop(self) -> EnergyWindow:
+        """See EnergyReader. Takes up to one tick longer than the window."""
         duration_s, counts = self._duration(), self._counts()
         reason = self._fault() or self._counter_fault(counts, duration_s)
         if reason:
@@ -152,10 +155,10 @@ class CounterReader(NvmlReader):
         return self._close(duration_s, power_w, max(edges) / min(spans))
 
     def _span(self, first, after, duration_s):
-        """`(seconds between the ticks whose counts are subtracted, uncertainty of that in seconds)` of one GPU."""
+        """`(seconds between the first and the last tick within the work, their uncertainty)` of one GPU."""
         if after is None:
             return duration_s, UNALIGNED_TICKS * self._period_s
-        idle_s = self._started - first[0]  # another GPU's tick was waited for meanwhile
+        idle_s = self._started - first[0]  # spent waiting for another GPU's tick
         return after[0] - self._period_s - first[0], 2 * POLL_S + self._jitter_s + idle_s
 
     def _counter_fault(self, counts, duration_s):
@@ -176,20 +179,20 @@ class CounterReader(NvmlReader):
 
 
 class PowerReader(NvmlReader):
-    """Power integrated by the trapezoid rule over what `sample()` reads while a window is open.
+    """Trapezoid integral of the power that `sample()` reads while a window is open.
 
-    So a Sampler must be running (or the work must call `sample()`), every 20 to 100 ms.
+    A Sampler (or the work) must call `sample()` every 20 to 100 ms.
     """
 
     kind, scope = "sampled", "gpu"
 
-    def __init__(self, gpus, field, clock):
+    def __init__(self, gpus: Sequence[Gpu], field: str, clock: Callable[[], float]):
         super().__init__(gpus, clock)
         self.source = f"nvml {field} power"
         self._averaged = field == "averaged"
         self._read = [gpu.power_average_w if self._averaged else gpu.power_instant_w for gpu in gpus]
         self._lock = threading.Lock()
-        self._points = []
+        self._points: list[tuple[float, float | None]] = []
         if self._power() is None:
             self.reason = _refusal(gpus, f"{field} power")
 
@@ -197,8 +200,8 @@ class PowerReader(NvmlReader):
         power = [read() for read in self._read]
         return None if None in power else sum(power)
 
-    def sample(self):
-        """See Reader."""
+    def sample(self) -> dict[str, float | None]:
+        """See EnergyReader."""
         reading = {**super().sample(), "power_w": self._power()}
         with self._lock:
             self._points.append((self._clock(), reading["power_w"]))
@@ -206,13 +209,13 @@ class PowerReader(NvmlReader):
                 self._points.clear()
         return reading
 
-    def start(self):
-        """See Reader."""
+    def start(self) -> None:
+        """See EnergyReader."""
         super().start()
         self.sample()
 
-    def stop(self):
-        """See Reader."""
+    def stop(self) -> EnergyWindow:
+        """See EnergyReader."""
         self.sample()
         with self._lock:
             duration_s, points, self._points = self._duration(), self._points, []
@@ -233,5 +236,5 @@ class PowerReader(NvmlReader):
 
 
 def _refusal(gpus, name):
-    """The driver's words for not giving a reading, from the first GPU that refused it."""
+    """The driver's message for a refused reading, from the first GPU that refused it."""
     return next(gpu.refusals[name] for gpu in gpus if name in gpu.refusals)

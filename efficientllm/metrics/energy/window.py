@@ -1,21 +1,24 @@
-"""What an energy reader is and what its windows give; the readers themselves are in energy.py and nvml_energy.py."""
+"""`EnergyReader`, the interface of energy readers, and `EnergyWindow`, the energy of a measured window."""
 
 import contextlib
 import dataclasses
 import time
 import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
 class EnergyWindow:
-    """Energy of one window over all devices of the reader.
+    """Energy of a window, summed over all devices of its reader.
 
     energy_j, mean_power_w: None where the window is void.
     duration_s:  wall time from start to stop.
-    source:      `nvml energy counter`, `nvml instantaneous power`, `nvml averaged power` or `unavailable`.
-    scope:       what was metered: `gpu`, `module` (GPU, CPU and memory of a superchip), or None. Never compared mixed.
+    source:      such as `nvml energy counter`, `nvml averaged power`, `meter`, or `unavailable`.
+    scope:       what was metered: `gpu`, `module` (GPU, CPU and memory of a superchip), `node`, or None. Energies of
+                 different scopes are never compared.
     kind:        `measured` (a counter), `sampled` (integrated power) or `unavailable`.
-    error_bound: relative, from the edges of the window alone; None where the window is void.
+    error_bound: relative, from the edges of the window only; None where the window is void.
     reason:      why the window is void, else None.
     """
 
@@ -29,8 +32,8 @@ class EnergyWindow:
     reason: str | None
 
 
-def unavailable(reason, duration_s=0.0):
-    """A window without energy, and why."""
+def unavailable_window(reason: str, duration_s: float = 0.0) -> EnergyWindow:
+    """A window without energy, with the reason."""
     return EnergyWindow(None, None, duration_s, "unavailable", None, "unavailable", None, reason)
 
 
@@ -38,92 +41,91 @@ COMPILED = "a program was compiled inside the window"
 STOPPED = "the process was stopped for {:.1f} s inside the window"
 
 
-def void(window, reason):
-    """The window without its energy, if it had any, and why."""
+def void_window(window: EnergyWindow, reason: str) -> EnergyWindow:
+    """The window with its energy removed, for `reason`; a window that is void already keeps its reason."""
     if window.energy_j is None:
         return window
     return dataclasses.replace(window, energy_j=None, mean_power_w=None, error_bound=None, reason=reason)
 
 
-def combine(windows):
-    """Several windows of one reader as one, their durations and energies summed; void if any of them is.
+def combine_windows(windows: Sequence[EnergyWindow]) -> EnergyWindow:
+    """Merges windows of one reader: durations and energies are summed; void if any window is.
 
     Raises ValueError for windows of different sources or scopes, which must not be added up.
     """
     if not windows:
-        return unavailable("no finished work was measured")
+        return unavailable_window("no finished work was measured")
     first = windows[0]
-    if any((each.source, each.scope) != (first.source, first.scope) for each in windows):
+    if any((window.source, window.scope) != (first.source, first.scope) for window in windows):
         raise ValueError("windows of different sources or scopes are not added up")
-    duration_s = sum(each.duration_s for each in windows)
-    reason = next((each.reason for each in windows if each.reason), None)
+    duration_s = sum(window.duration_s for window in windows)
+    reason = next((window.reason for window in windows if window.reason), None)
     if reason:
         return dataclasses.replace(
             first, energy_j=None, mean_power_w=None, duration_s=duration_s, error_bound=None, reason=reason
         )
-    energy_j = sum(each.energy_j for each in windows)
+    energy_j = sum(window.energy_j for window in windows)
     return dataclasses.replace(
         first,
         energy_j=energy_j,
         mean_power_w=energy_j / duration_s,
         duration_s=duration_s,
-        error_bound=sum(each.error_bound * each.energy_j for each in windows) / energy_j,
+        error_bound=sum(window.error_bound * window.energy_j for window in windows) / energy_j,
     )
 
 
-def over_processes(windows):
-    """The windows of all processes over the same work as one: energy summed, over the longest of their durations.
+def sum_over_processes(windows: Sequence[EnergyWindow]) -> EnergyWindow:
+    """Merges the windows of all processes over the same work: energies are summed, the longest duration counts.
 
-    Each process has read its own devices. Void if any window is, or if their sources or scopes differ.
+    Each process reads its local devices. Void if any window is, or if their sources or scopes differ.
     """
-    first, duration_s = windows[0], max(each.duration_s for each in windows)
-    if any((each.source, each.scope) != (first.source, first.scope) for each in windows):
-        return unavailable("the processes read energy from different sources or scopes", duration_s)
-    whole = combine(windows)
+    first, duration_s = windows[0], max(window.duration_s for window in windows)
+    if any((window.source, window.scope) != (first.source, first.scope) for window in windows):
+        return unavailable_window("the processes read energy from different sources or scopes", duration_s)
+    whole = combine_windows(windows)
     power_w = None if whole.energy_j is None else whole.energy_j / duration_s
     return dataclasses.replace(whole, duration_s=duration_s, mean_power_w=power_w)
 
 
-class Reader:
-    """What every reader does; by itself the reader of devices whose energy cannot be read, and `reason` says why."""
+class EnergyReader:
+    """Interface of energy readers. The base class itself serves devices without a counter; `reason` says why."""
 
     source, kind = "unavailable", "unavailable"
     scope: str | None = None
-    telemetry: str | None = None  # what `sample` reads from, None where it reads nothing
-    passed_over = ()  # better sources that were tried first, and why each was not used
+    telemetry: str | None = None  # the source of `sample`; None if it reads nothing
+    passed_over: tuple[str, ...] = ()  # better sources that were tried first, with the reasons for which they failed
 
-    def __init__(self, reason, clock=time.monotonic):
+    def __init__(self, reason: str | None, clock: Callable[[], float] = time.monotonic):
         self.reason = reason
         self._clock = clock
-        self._started = None
+        self._started: float | None = None
 
-    def sample(self):
-        """Readings of this moment: `power_w` and `memory_bytes` summed over devices, mean `utilisation` 0..1.
+    def sample(self) -> dict[str, float | None]:
+        """Reads the devices now: `power_w` and `memory_bytes` summed, mean `utilisation` 0..1.
 
-        Where they can be read also the mean `clock_mhz` and the share of devices that a limit holds down,
-        `power_capped`.
+        Where readable also the mean `clock_mhz`, and `power_capped`: the share of devices at their power limit.
         """
         return {"power_w": None, "memory_bytes": None, "utilisation": None}
 
-    def memory_total_bytes(self):
-        """Memory of all devices together, or None."""
+    def memory_total_bytes(self) -> float | None:
+        """Memory of all devices, summed, or None."""
         return None
 
-    def describe(self):
-        """What provenance records of the devices: UUIDs, driver, power limits, clocks."""
+    def describe(self) -> dict[str, typing.Any]:
+        """Device facts for the provenance: UUIDs, driver, power limits, clocks."""
         return {}
 
-    def faults(self):
-        """What disturbed the devices since the last window was opened, in words."""
+    def faults(self) -> tuple[str, ...]:
+        """Descriptions of what disturbed the devices since the last window was opened."""
         return ()
 
-    def start(self):
+    def start(self) -> None:
         """Opens a window. The work before it must be finished. Raises RuntimeError if one is open."""
         self._forbid_open()
         self._started = self._clock()
 
-    def stop(self):
-        """Closes the window, whose work must be finished, as an EnergyWindow. Raises RuntimeError if none is open."""
+    def stop(self) -> EnergyWindow:
+        """Closes the window and returns it. Its work must be finished. Raises RuntimeError if no window is open."""
         return self._close(self._duration(), reason=self.reason)
 
     def _forbid_open(self):
@@ -141,8 +143,8 @@ class Reader:
         return EnergyWindow(energy_j, power_w, duration_s, self.source, self.scope, self.kind, error_bound, reason)
 
     @contextlib.contextmanager
-    def window(self):
-        """A `with` block as a window; the object it gives holds the EnergyWindow in `.result` afterwards."""
+    def window(self) -> Iterator[types.SimpleNamespace]:
+        """Opens a window for a `with` block; the yielded object holds the EnergyWindow in `.result` afterwards."""
         holder = types.SimpleNamespace(result=None)
         self.start()
         try:

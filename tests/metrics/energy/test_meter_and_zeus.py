@@ -7,7 +7,7 @@ import pytest
 from efficientllm.errors import UserError
 from efficientllm.metrics.energy import reader as energy
 from efficientllm.metrics.energy.meter_and_zeus import MeterReader, ZeusReader
-from efficientllm.metrics.energy.window import Reader
+from efficientllm.metrics.energy.window import EnergyReader
 
 pytestmark = pytest.mark.quick
 
@@ -93,12 +93,14 @@ def test_idle_power_is_measured_only_where_there_is_energy_to_read():
     reader = ZeusReader({"x": lambda: counts[0]}, "cpu", "test", clock=clock)
     idle = energy.idle_power(reader, sleep=rest)
     assert idle.power_w == pytest.approx(50.0) and not idle.drifted
-    assert idle.compared(energy.Idle(53.0, None)).drifted and not idle.compared(energy.Idle(52.0, None)).drifted
+    assert (
+        idle.compared(energy.IdlePower(53.0, None)).drifted and not idle.compared(energy.IdlePower(52.0, None)).drifted
+    )
 
     def never(seconds):
         raise AssertionError("it waited")
 
-    assert energy.idle_power(Reader("no counter"), sleep=never) == energy.Idle(None, "no counter")
+    assert energy.idle_power(EnergyReader("no counter"), sleep=never) == energy.IdlePower(None, "no counter")
 
 
 def test_a_meter_goes_before_every_counter(tmp_path):

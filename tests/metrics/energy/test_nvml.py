@@ -249,23 +249,23 @@ def test_windows_do_not_nest(clock):
 def test_windows_of_all_processes_are_summed_over_the_longest():
     a = energy.EnergyWindow(400.0, 200.0, 2.0, "nvml energy counter", "gpu", "measured", 0.01, None)
     b = dataclasses.replace(a, energy_j=1000.0, mean_power_w=400.0, duration_s=2.5, error_bound=0.02)
-    both = energy.over_processes([a, b])
+    both = energy.sum_over_processes([a, b])
     assert (both.energy_j, both.duration_s, both.mean_power_w) == (1400.0, 2.5, 560.0)
-    assert energy.over_processes([a]) == a
-    assert energy.over_processes([a, dataclasses.replace(b, energy_j=None, reason="a reset")]).reason == "a reset"
-    assert "different" in energy.over_processes([a, dataclasses.replace(b, scope="module")]).reason
+    assert energy.sum_over_processes([a]) == a
+    assert energy.sum_over_processes([a, dataclasses.replace(b, energy_j=None, reason="a reset")]).reason == "a reset"
+    assert "different" in energy.sum_over_processes([a, dataclasses.replace(b, scope="module")]).reason
 
 
 def test_combined_windows_add_energy_and_one_void_part_voids_the_whole(clock):
     gpu = FakeGpu(clock, watts=200.0)
     reader = open_fake(clock, gpu)
     parts = [measure(reader, clock, seconds) for seconds in (1.0, 3.0)]
-    whole = energy.combine(parts)
+    whole = energy.combine_windows(parts)
     assert whole.duration_s == pytest.approx(4.0) and whole.energy_j == pytest.approx(800.0, rel=0.02)
     assert parts[1].error_bound < whole.error_bound < parts[0].error_bound
     gpu.processes = [os.getpid(), 7]
-    assert energy.combine([*parts, measure(reader, clock, 1.0)]).energy_j is None
-    assert energy.combine([]).reason == "no finished work was measured"
+    assert energy.combine_windows([*parts, measure(reader, clock, 1.0)]).energy_j is None
+    assert energy.combine_windows([]).reason == "no finished work was measured"
 
 
 def test_a_cpu_has_no_reading_and_says_why():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from efficientllm.metrics import containers, host
+from efficientllm.metrics import cgroups, host
 
 pytestmark = pytest.mark.quick
 
@@ -26,7 +26,7 @@ def test_version_2_counts_every_group_around_the_process(tmp_path):
     write(root, memory__stat="")
     write(root / "user", memory__max=8 * GB, memory__current=5 * GB, memory__stat="inactive_file 1000000000\nx 3\n")
     write(root / "user" / "job", memory__max="max", memory__current=GB, memory__stat="anon 3\n")
-    assert containers.limits(proc, root) == [(8 * GB, 4 * GB)]
+    assert cgroups.memory_limits(proc, root) == [(8 * GB, 4 * GB)]
     assert host.memory_free_bytes(proc, root) == 4 * GB
 
 
@@ -38,7 +38,7 @@ def test_version_1_and_a_path_that_is_the_machine_s(tmp_path):
         memory__usage_in_bytes=2 * GB,
         memory__stat="total_inactive_file 500000000\ntotal_active_file 500000000\n",
     )
-    assert containers.limits(proc, root) == [(6 * GB, 5 * GB)]
+    assert cgroups.memory_limits(proc, root) == [(6 * GB, 5 * GB)]
 
 
 @pytest.mark.parametrize("cgroup", ["", "nonsense", "4:memory:/\n0::/\n"])
@@ -46,7 +46,7 @@ def test_no_limit_is_the_machine_s_memory(cgroup, tmp_path):
     proc, root = machine(tmp_path, cgroup)
     write(root / "memory", memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=GB)
     write(root, memory__max="max")
-    assert containers.limits(proc, root) == []
+    assert cgroups.memory_limits(proc, root) == []
     assert host.memory_free_bytes(proc, root) == 20_000_000 * 1024
 
 

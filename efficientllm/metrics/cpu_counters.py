@@ -1,12 +1,13 @@
-"""The operating system's counters of CPU time: who had the cores, who waited for them, what held them back.
+"""CPU time counters of the kernel: busy, idle, stolen, waited and throttled time of the usable cores.
 
-All of Linux; None where the system does not say. Times are in s, summed over the cores this process may use.
+Linux only; None where a counter is unavailable. Times are in s, summed over the cores that this process may use.
 """
 
 import glob
 import os
 import resource
 import time
+import typing
 from pathlib import Path
 
 from efficientllm.metrics import host
@@ -14,8 +15,8 @@ from efficientllm.metrics import host
 TICK_S = 1 / (os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100)
 
 
-def read():
-    """All counters at this moment, `{name: number, None or {thread: s}}`; see `conditions.between`."""
+def read_counters() -> dict[str, typing.Any]:
+    """Reads all counters now, `{name: number, None or {thread: s}}`; see `conditions.span_between`."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     busy, idle, steal = _cores()
     return {
@@ -39,16 +40,16 @@ def _cores():
         lines = Path("/proc/stat").read_text().splitlines()
     except OSError:
         return None, None, None
-    own = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-    rows = [[int(field) for field in line.split()[1:]] for line in lines if line.split(" ", 1)[0] in own]
+    usable = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    rows = [[int(field) for field in line.split()[1:]] for line in lines if line.split(" ", 1)[0] in usable]
     if not rows or min(map(len, rows)) < 8:
         return None, None, None
     user, nice, system, idle, iowait, irq, softirq, steal = (sum(row[i] for row in rows) * TICK_S for i in range(8))
     return user + nice + system + irq + softirq, idle + iowait, steal
 
 
-def run_delays():
-    """Time that each thread of this process was ready to run and did not: `{thread: s}`."""
+def run_delays() -> dict[str, float] | None:
+    """Run-queue delay of each thread of this process, `{thread: s}`: time in which it was runnable but not running."""
     delays = {}
     for file in glob.glob("/proc/self/task/*/schedstat"):
         try:
@@ -59,7 +60,7 @@ def run_delays():
 
 
 def _throttled():
-    """Time that the quota of the cgroup (a container's CPU limit) held threads back."""
+    """Time in which the CPU quota of the cgroup (a container's CPU limit) throttled threads."""
     for file, key, unit in _cgroup_files():
         try:
             fields = dict(line.split() for line in Path(file).read_text().splitlines())
@@ -70,7 +71,7 @@ def _throttled():
 
 
 def _cgroup_files():
-    """Where the cgroup's cpu.stat may be, version 2 and 1, with the key and unit of its throttled time."""
+    """Candidate paths of the cgroup's cpu.stat (v2 and v1), with the key and unit of its throttled time."""
     try:
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -85,7 +86,7 @@ def _cgroup_files():
 
 
 def _pressure():
-    """Time in which anything on the machine waited for a core (PSI, some)."""
+    """Time in which at least one task on the machine waited for a core (PSI, `some`)."""
     try:
         line = Path("/proc/pressure/cpu").read_text().splitlines()[0]
         return int(line.rpartition("total=")[2]) / 1e6
@@ -94,7 +95,7 @@ def _pressure():
 
 
 def _overheated():
-    """How often the cores have slowed down for heat."""
+    """Count of thermal throttling events of the cores."""
     files = glob.glob("/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count")
     try:
         return sum(int(Path(file).read_text()) for file in files) if files else None
@@ -102,8 +103,8 @@ def _overheated():
         return None
 
 
-def clock_mhz():
-    """Mean clock of the usable cores now, or None."""
+def clock_mhz() -> float | None:
+    """Mean clock of the usable cores now in MHz, or None."""
     paths = [f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq" for core in os.sched_getaffinity(0)]
     try:
         return sum(int(Path(path).read_text()) for path in paths) / len(paths) / 1e3
@@ -111,7 +112,7 @@ def clock_mhz():
         return None
 
 
-def load():
+def load_average() -> float | None:
     """The load average of the last minute, or None."""
     try:
         return os.getloadavg()[0]
@@ -119,8 +120,8 @@ def load():
         return None
 
 
-def power_source():
-    """`battery` where a battery is there and discharges, else `mains`; None where the system does not say."""
+def power_source() -> str | None:
+    """`battery` while a battery discharges, else `mains`; None where the system does not say."""
     states = []
     for file in glob.glob("/sys/class/power_supply/*/status"):
         try:
