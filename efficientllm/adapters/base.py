@@ -13,16 +13,39 @@ from efficientllm.weights import Weight, is_box, path_of
 KERNEL = re.compile(r"block_\d+/(?!.*\brouter/).*\bkernel$")  # of mixers and ffns; never routers, never the head
 
 
+class PeftFormat(typing.NamedTuple):
+    """How PEFT saves the adapters of a method.
+
+    Args:
+      kind: `peft_type` of adapter_config.json, which says the tensors' names and shapes.
+      options: keys and values of adapter_config.json that tell the method from others of its kind.
+      experts, parts: whether PEFT's method is the same function for an expert's kernel, and for one of several kernels
+        that share a tensor.
+      fallback: the method whose format holds the adapters where it is not; None where nothing does.
+    """
+
+    kind: str
+    options: dict = {}
+    experts: bool = True
+    parts: bool = True
+    fallback: str | None = None
+
+
 class Method:
     """A tuning method; subclasses are frozen dataclasses, and those with `learnt` have a field `target`, a regex.
 
-    Class attributes: `learnt` are the names of the arrays of the leaf that learn, empty where no leaf is made; `rates`
-    are (regex, factor) pairs that come before `config.train.rates`; `unrolled` is True where layers must be apart.
+    Class attributes: `learnt` are the names of the arrays of the leaf that learn, empty where no leaf is made;
+    `leaf_type` is the class of that leaf; `rates` are (regex, factor) pairs that come before `config.train.rates`;
+    `unrolled` is True where layers must be apart; `splits_kernel` where the frozen kernel is not the checkpoint's, but
+    what `frozen` leaves of it; `peft` is its PeftFormat, None where PEFT has none.
     """
 
     learnt: typing.ClassVar[tuple[str, ...]] = ()
-    rates = ()
-    unrolled = False
+    leaf_type: typing.ClassVar[type[Weight] | None] = None
+    rates: typing.ClassVar[tuple[tuple[str, float], ...]] = ()
+    unrolled: typing.ClassVar[bool] = False
+    splits_kernel: typing.ClassVar[bool] = False
+    peft: typing.ClassVar[PeftFormat | None] = None
 
     def wrap(self, held, names, key):
         """The leaf in the place of `held`, a boxed array or a `Weight` of boxed arrays, `[..., in, out]`.
@@ -30,6 +53,10 @@ class Method:
         `names` are the kernel's logical axes, `key` is a random key of its own. The new arrays are boxed.
         """
         raise NotImplementedError(type(self).__name__)
+
+    def frozen(self, kernel):
+        """The part of a kernel, a numpy matrix, that stays frozen beside the adapter."""
+        return kernel
 
     def trains(self, path, lm):
         """Whether the parameter at `path` learns."""

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from efficientllm.adapters.base import PeftFormat
 from efficientllm.adapters.lora import STATIC, LoRA, LoRAMethod, dropped
 from efficientllm.registry import register
 from efficientllm.weights import Axes, Weight, box, cuts, dense
@@ -89,6 +90,8 @@ class DoRAMethod(LoRAMethod):
     """LoRA of the direction and a magnitude of its own for each output."""
 
     learnt = ("a", "b", "m")
+    leaf_type = DoRA
+    peft = PeftFormat("LORA", {"use_dora": True}, experts=False)
 
     def wrap(self, held, names, key):
         lora = super().wrap(held, names, key)

@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from efficientllm.adapters.base import Method
+from efficientllm.adapters.base import Method, PeftFormat
 from efficientllm.adapters.lora import STATIC
 from efficientllm.registry import register
 from efficientllm.weights import Weight, box, dense
@@ -114,6 +114,8 @@ class LoHaMethod(_LowRank):
     alpha: float = 8.0
 
     learnt = ("a1", "b1", "a2", "b2")
+    leaf_type = LoHa
+    peft = PeftFormat("LOHA", experts=False)
 
     def wrap(self, held, names, key):
         return LoHa(held, *self._pairs(held, names, key, (1.0, 0.1, 1.0, 0.0)), scale=self.alpha / self.rank)
@@ -125,6 +127,8 @@ class GLoRAMethod(_LowRank):
     """A low-rank scale and a low-rank shift of the kernel; neither does anything at first."""
 
     learnt = ("a1", "b1", "a2", "b2")
+    leaf_type = GLoRA
+    peft = PeftFormat("GLORA", experts=False)
 
     def wrap(self, held, names, key):
         deviation = 1 / math.sqrt(nn.unbox(held).shape[-2])
@@ -139,6 +143,8 @@ class LoKrMethod(_LowRank):
     alpha: float = 8.0
 
     learnt = ("c", "a", "b")
+    leaf_type = LoKr
+    peft = PeftFormat("LOKR", experts=False, parts=False)
 
     def wrap(self, held, names, key):
         *stack, width_in, width_out = nn.unbox(held).shape

@@ -12,9 +12,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from efficientllm.adapters.base import Method
+from efficientllm.adapters.base import Method, PeftFormat
 from efficientllm.errors import UserError
 from efficientllm.registry import register
 from efficientllm.weights import Axes, Weight, axes, box, cuts, dense, divisible
@@ -109,6 +110,8 @@ class LoRAMethod(Method):
     target: str = ".*"
 
     learnt: typing.ClassVar[tuple[str, ...]] = ("a", "b")
+    leaf_type = LoRA
+    peft = PeftFormat("LORA")
 
     @property
     def scale(self):
@@ -135,6 +138,8 @@ class LoRAMethod(Method):
 class RSLoRAMethod(LoRAMethod):
     """LoRA scaled by alpha / sqrt(rank)."""
 
+    peft = PeftFormat("LORA", {"use_rslora": True}, experts=False, fallback="lora")
+
     @property
     def scale(self):
         return self.alpha / math.sqrt(self.rank)
@@ -160,6 +165,9 @@ class PiSSAMethod(LoRAMethod):
     A kernel narrower than the rank is refused. The model computes the same as before at step 0.
     """
 
+    splits_kernel = True
+    peft = PeftFormat("LORA", {"init_lora_weights": "pissa"}, experts=False, parts=False, fallback="lora")
+
     def wrap(self, held, names, key):
         kernel = nn.unbox(held)
         if isinstance(kernel, Weight):
@@ -172,3 +180,7 @@ class PiSSAMethod(LoRAMethod):
         a, b = u[..., : self.rank] * root[..., None, :], root[..., None] * vt[..., : self.rank, :]
         rest = kernel - self.scale * jnp.matmul(a, b, precision="highest")
         return self._leaf(box(rest, names), a, b, names)
+
+    def frozen(self, kernel):
+        u, s, vt = np.linalg.svd(kernel, full_matrices=False)
+        return kernel - (u[:, : self.rank] * s[: self.rank]) @ vt[: self.rank]

@@ -1,12 +1,13 @@
 """What an adapter_config.json says, in the words of our methods."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 
 from efficientllm.convert.peft.adapter_kinds import PARTS
 from efficientllm.errors import UserError, shown
-from efficientllm.registry import build, parse
+from efficientllm.registry import build, lookup, names, parse, settable
 from efficientllm.untrusted import json_text, patterns
 
 CONFIG = "adapter_config.json"
@@ -25,7 +26,7 @@ class Config:
     """A folder's adapters.
 
     Args:
-      name: of our method: lora, rslora, dora, pissa, loha, lokr or glora.
+      name: of our method, as it is registered.
       rank, alpha, dropout: the method's.
       ranks, alphas: those of modules that differ, by a regex of the end of their names.
       kind: peft's name of them (`kinds.PARTS`).
@@ -44,9 +45,17 @@ class Config:
     @property
     def spec(self):
         """The `config.adapter` of modules that are as most."""
-        alpha = "" if self.kind == "GLORA" else f", alpha={self.alpha}"
-        dropout = f", dropout={self.dropout}" if self.kind == "LORA" else ""
-        return f"{self.name}(rank={self.rank}{alpha}{dropout})"
+        return self._spec(self.rank, self.alpha)
+
+    def _spec(self, rank, alpha):
+        fields = settable(lookup("adapter", self.name))
+        values = {"rank": rank, "alpha": alpha, "dropout": self.dropout}
+        return f"{self.name}({', '.join(f'{key}={value}' for key, value in values.items() if key in fields)})"
+
+    def method_of(self, module=None):
+        """The method of a module's adapter; without a module, of one that is as most."""
+        alpha = self.alpha if module is None else _of(self.alphas, module, self.alpha)
+        return _method(self._spec(self.rank if module is None else self.rank_of(module), alpha))
 
     def rank_of(self, module):
         """The rank of a module's adapter."""
@@ -56,8 +65,16 @@ class Config:
         """What A B is multiplied with."""
         if self.kind == "GLORA":
             return 1.0
-        rank = self.rank_of(module)
-        return _of(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.name == "rslora" else rank)
+        options = lookup("adapter", self.name).peft.options
+        return _of(self.alphas, module, self.alpha) / scale_divisor(options, self.rank_of(module))
+
+
+def scale_divisor(options, rank):
+    """What PEFT divides alpha by, for these options of adapter_config.json."""
+    return math.sqrt(rank) if options.get("use_rslora") else rank
+
+
+_method = functools.cache(functools.partial(build, "adapter"))
 
 
 def _of(found, module, default):
@@ -71,7 +88,7 @@ def _ending(key):
 
 def is_writable(spec):
     """Whether peft has a folder for the adapter `spec`."""
-    return parse(spec)[0] in ("lora", "rslora", "dora", "pissa", "lora_plus", "loha", "lokr", "glora")
+    return lookup("adapter", parse(spec)[0]).peft is not None
 
 
 def read_spec(folder):
@@ -90,7 +107,7 @@ def read_config(folder):
     for key, neutral in NEUTRAL.items():
         if config.get(key) and config[key] != neutral:  # what is empty says nothing
             raise UserError(f"{file}: {key} = {shown(config[key])} is not supported; only {neutral!r} is")
-    name = _name(config, file) if kind == "LORA" else kind.lower()
+    name = _name(kind, config, file)
     alpha = {"LORA": "lora_alpha", "GLORA": None}.get(kind, "alpha")
     where = file if kind == "LORA" else f"{file}: peft_type = {kind!r}"
     rank, alpha = _number(config, "r", where, int), _number(config, alpha, where) if alpha else 1.0
@@ -108,21 +125,25 @@ def _saved(config, file):
     return tuple(found)
 
 
-def _name(config, file):
-    initial = config.get("init_lora_weights", True)
-    if config.get("use_dora"):
-        name = "dora"
-    elif initial == "pissa":
-        name = "pissa"
-    else:
-        name = "rslora" if config.get("use_rslora") else "lora"
-    if config.get("use_rslora") and name != "rslora":
-        raise UserError(f"{file}: use_rslora together with {name} is not supported")
-    if initial == "pissa" and name != "pissa":
-        raise UserError(f"{file}: init_lora_weights = 'pissa' together with {name} is not supported")
-    if initial not in (True, False, None, "gaussian", "pissa", "eva", "orthogonal"):
+def _name(kind, config, file):
+    """The method of the kind whose options the config has, the most of them."""
+    methods = {name: lookup("adapter", name) for name in names("adapter")}
+    options = {
+        name: method.peft.options for name, method in methods.items() if method.peft and method.peft.kind == kind
+    }
+    name = max((name for name in options if _has(config, options[name])), key=lambda name: len(options[name]))
+    for other in options.values():
+        if other and other != options[name] and _has(config, other):
+            shown_options = ", ".join(f"{key} = {value!r}" for key, value in other.items())
+            raise UserError(f"{file}: {shown_options} together with {name} is not supported")
+    initial, ours = config.get("init_lora_weights", True), options[name].get("init_lora_weights")
+    if initial not in (True, False, None, "gaussian", ours, "eva", "orthogonal"):
         raise UserError(f"{file}: init_lora_weights = {initial!r} changes the base model in a way that is not known")
     return name
+
+
+def _has(config, options):
+    return all(config.get(key) == value for key, value in options.items())
 
 
 def _number(config, key, file, kind=float, default=None):

@@ -10,17 +10,17 @@ import numpy as np
 from efficientllm.convert.peft.read import PREFIX
 from efficientllm.runtime import distributed
 
-PAIRS = {"loha": ("hada_w1_{}", "hada_w2_{}"), "glora": ("glora_A.X{}", "glora_B.X{}")}
-SIDES = {"loha": ("a", "b"), "glora": ("d", "u")}
+PAIRS = {"LOHA": ("hada_w1_{}", "hada_w2_{}"), "GLORA": ("glora_A.X{}", "glora_B.X{}")}
+SIDES = {"LOHA": ("a", "b"), "GLORA": ("d", "u")}
 
 
 def write(method, leaves, found, folder, source):
     """Writes the adapters `{our path: leaf}` of the modules `{module: OnDisk}` to `folder`; all processes take part."""
     from efficientllm.convert.peft.write import common, save
 
-    fields = ("c", "a", "b") if method == "lokr" else ("a1", "b1", "a2", "b2")
+    kind = method.peft.kind
     arrays = {
-        path: {field: np.asarray(distributed.on_host(getattr(leaf, field)), np.float32) for field in fields}
+        path: {field: np.asarray(distributed.on_host(getattr(leaf, field)), np.float32) for field in method.learnt}
         for path, leaf in leaves.items()
     }
     if not distributed.is_main():
@@ -32,10 +32,10 @@ def write(method, leaves, found, folder, source):
     rank = max(ranks.values())
     tensors = {}
     for module, tensor in found.items():
-        parts = _kronecker(tensor, arrays) if method == "lokr" else _pairs(method, tensor, arrays, ranks, rank)
+        parts = _kronecker(tensor, arrays) if kind == "LOKR" else _pairs(kind, tensor, arrays, ranks, rank)
         tensors |= {f"{PREFIX}{module}.{name}": np.ascontiguousarray(value) for name, value in parts.items()}
-    config = common(method.upper(), found, source) | {"r": rank}
-    if method == "glora":
+    config = common(kind, found, source) | {"r": rank}
+    if kind == "GLORA":
         config |= {"config_A_B": "lora", "config_C": "none", "config_D_E": "none", "bias": "none"}
     else:
         scale = next(iter(leaves.values())).scale
@@ -49,10 +49,10 @@ def _rank(arrays):
     return arrays["b" if "c" in arrays else "b1"].shape[-2]
 
 
-def _pairs(method, tensor, arrays, ranks, rank):
+def _pairs(kind, tensor, arrays, ranks, rank):
     """`{name: array}` of both low-rank products of a tensor. GLoRA's have one rank everywhere: the rest is zero."""
     found = {}
-    for number, name in enumerate(PAIRS[method], 1):
+    for number, name in enumerate(PAIRS[kind], 1):
         first, blocks, start = [], [], 0
         held = sum(_rank(arrays[path]) for path, *_ in tensor.parts if path in arrays)
         for path, (_, width_out), position in tensor.parts:
@@ -64,11 +64,11 @@ def _pairs(method, tensor, arrays, ranks, rank):
                 first.append(a.T)
             blocks.append(block)
         out, into = tensor.join(blocks), np.concatenate(first)
-        if held < rank and method == "glora":
+        if held < rank and kind == "GLORA":
             out, into = np.pad(out, ((0, 0), (0, rank - held))), np.pad(into, ((0, rank - held), (0, 0)))
-        for side, value in zip(SIDES[method], (out, into), strict=True):
+        for side, value in zip(SIDES[kind], (out, into), strict=True):
             found[name.format(side)] = value
-    return found | (_no_biases(*tensor.shape) if method == "glora" else {})
+    return found | (_no_biases(*tensor.shape) if kind == "GLORA" else {})
 
 
 def _no_biases(width_out, width_in):

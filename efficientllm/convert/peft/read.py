@@ -9,8 +9,6 @@ import jax
 import numpy as np
 
 from efficientllm.adapters.base import KERNEL
-from efficientllm.adapters.dora import DoRA
-from efficientllm.adapters.lora import LoRA
 from efficientllm.convert.files import memory_map
 from efficientllm.convert.files.safetensors_file import read_header
 from efficientllm.convert.peft import adapter_kinds as kinds
@@ -51,7 +49,7 @@ class Adapter:
             why = "adapter_model.bin is a pickle, which is never loaded" if pickled else "no folder of an adapter"
             raise UserError(f"{self.file} is missing: {why}")
         self._entries = read_header(self.file)
-        self._parts = [part for part in NAMES if part != "m" or self.config.name == "dora"]
+        self.method = self.config.method_of()
         self._tables = {name for name, tensor in tensors.items() if _is_table(tensor)}
         self._held, self.saved = {}, {}
         for name in sorted(self._entries):
@@ -94,7 +92,7 @@ class Adapter:
     def _names(self, module):
         if module + WEIGHT in self._tables:
             return {"a": f"{PREFIX}{module}.lora_embedding_B", "b": f"{PREFIX}{module}.lora_embedding_A"}
-        return {part: f"{PREFIX}{module}.{NAMES[part]}" for part in self._parts}
+        return {part: f"{PREFIX}{module}.{NAMES[part]}" for part in self.method.learnt}
 
     def _check(self, module, shape):
         if self.config.kind != "LORA":
@@ -130,14 +128,11 @@ class Adapter:
             raise UserError(f"{self.file}: {module}: {error}") from None
 
     def base(self, module, weight):
-        """What is frozen of a tensor `[out, in]`, float32: PiSSA's is what its first singular values leave."""
-        if self.config.name != "pissa":
-            return weight
-        rank = self.config.rank_of(module)
-        if rank > min(weight.shape):
-            raise UserError(f"{self.file}: pissa of rank {rank} around {module} of {list(weight.shape)}: too large")
-        u, s, vt = np.linalg.svd(weight, full_matrices=False)
-        return weight - (u[:, :rank] * s[:rank]) @ vt[:rank]
+        """The frozen part of a tensor `[out, in]`, float32."""
+        rank, name = self.config.rank_of(module), self.config.name
+        if self.method.splits_kernel and rank > min(weight.shape):
+            raise UserError(f"{self.file}: {name} of rank {rank} around {module} of {list(weight.shape)}: too large")
+        return self.config.method_of(module).frozen(weight)
 
 
 def _is_table(tensor):
@@ -187,14 +182,17 @@ def _leaf(adapter, leaf, kernel, whole):
         if name not in found:
             continue
         a[position], b[position] = found[name].a.T, take(found[name].b)
-        if adapter.config.name == "pissa":
+        if adapter.method.splits_kernel:
             base[position] = take(adapter.base(modules[name], whole(name)))
         if found[name].m is not None:
             m[position] = take(found[name].m)
-    base = kernel if adapter.config.name != "pissa" else jax.numpy.asarray(base)
-    a, b, m = map(jax.numpy.asarray, (a, b, m))
-    held = {"scale": scale, "dropout": adapter.config.dropout}
-    return DoRA(base, a, b, m, **held) if adapter.config.name == "dora" else LoRA(base, a, b, **held)
+    arrays = {name: jax.numpy.asarray(array) for name, array in zip("abm", (a, b, m), strict=True)}
+    return adapter.method.leaf_type(
+        jax.numpy.asarray(base) if adapter.method.splits_kernel else kernel,
+        **{name: arrays[name] for name in adapter.method.learnt},
+        scale=scale,
+        dropout=adapter.config.dropout,
+    )
 
 
 def _common(adapter, found):

@@ -7,12 +7,12 @@ loads them: gate and up as one of twice the rank, whose alpha it doubles too, wi
 import re
 
 from efficientllm.errors import UserError
+from efficientllm.registry import build
 
 _STATE_SPACE = {
     "mixer.out_proj": "peft has no adapter of it",
     "mixer.dt_proj": "transformers takes its weight past peft's adapter",
 }
-WHOLE = ("loha", "lokr", "glora")  # whose change is made whole
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # Of experts, (gate, up) and names that peft takes for theirs wherever they stand.
 _MIXTRAL = (("w1", "w3"), r"\.w[123]$")
@@ -34,43 +34,40 @@ def has_experts(modules):
     return any(map(_EXPERT.search, modules))
 
 
-def written_as(method, tensors):
-    """The method of the folder for `{module: OnDisk}`.
+def written_method(method, tensors):
+    """The method of the folder for `{module: OnDisk}`: the fallback where PEFT's own would be another function.
 
     PiSSA of a part of a tensor is not that of the tensor; it is a LoRA of twice the rank, of what was learnt and less
     what it was at first. RSLoRA is a LoRA whose alpha is larger.
     """
-    experts = has_experts(tensors)
-    if method == "pissa" and (experts or any(len(tensor.parts) > 1 for tensor in tensors.values())):
-        return "lora"
-    return "lora" if method == "rslora" and experts else method
+    form, parts = method.peft, any(len(tensor.parts) > 1 for tensor in tensors.values())
+    is_same = (form.experts or not has_experts(tensors)) and (form.parts or not parts)
+    return method if is_same or form.fallback is None else build("adapter", form.fallback)
 
 
-def check(method, modules, model_type):
+def check(name, method, modules, model_type):
     """Raises UserError naming a module whose adapter peft refuses or would take for another's.
 
-    `modules` are `{module: OnDisk}`.
+    `name` is that of the method; `modules` are `{module: OnDisk}`.
     """
-    for module, tensor in modules.items() if method in WHOLE else ():
-        if _EXPERT.search(module):
-            raise UserError(f"{module}: peft has no {method} of experts")
-        if method == "lokr" and len(tensor.parts) > 1:
-            raise UserError(f"{module}: a Kronecker product of a part of a tensor is none of the tensor")
+    for module, tensor in modules.items():
+        if not method.peft.experts and _EXPERT.search(module):
+            raise UserError(f"{module}: peft has no {name} of experts")
+        if not method.peft.parts and len(tensor.parts) > 1:
+            raise UserError(f"{module}: peft has no {name} of a part of a tensor, which this kernel is")
     if model_type in ("mamba", "mamba2"):
         for module in modules:
             for name, why in _STATE_SPACE.items():
                 if module.endswith(name):
                     raise UserError(f"{module}: {why}; a target without it has a folder")
     if model_type in _EXPERTS:
-        _check_experts(method, modules, *_EXPERTS[model_type])
+        _check_experts(modules, *_EXPERTS[model_type])
 
 
-def _check_experts(method, modules, pair, alike):
+def _check_experts(modules, pair, alike):
     for module in modules:
         if not _EXPERT.search(module) and re.search(alike, module):
             raise UserError(f"{module}: peft takes an adapter of that name for one of the experts'")
-        if _EXPERT.search(module) and method == "dora":
-            raise UserError(f"{module}: peft has no DoRA of experts")
         head, _, name = module.rpartition(".")
         if name in pair and f"{head}.{pair[name == pair[0]]}" not in modules:
             raise UserError(f"{module}: peft adapts {' and '.join(pair)} of experts together or not at all")

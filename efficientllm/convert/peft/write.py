@@ -8,22 +8,18 @@ single outputs. The rank and alpha of such a tensor stand in rank_pattern and al
 
 import collections
 import json
-import math
 import pathlib
 import typing
 
 import flax.traverse_util
 import numpy as np
 
-from efficientllm.adapters.dora import DoRA
-from efficientllm.adapters.full_delta import GLoRA, LoHa, LoKr
-from efficientllm.adapters.lora import LoRA
 from efficientllm.convert.peft import full_delta as whole
 from efficientllm.convert.peft import unsupported
-from efficientllm.convert.peft.adapter_config import CONFIG
+from efficientllm.convert.peft.adapter_config import CONFIG, scale_divisor
 from efficientllm.convert.peft.read import NAMES, PREFIX, TENSORS, WEIGHT
 from efficientllm.convert.tensors import parameter_map
-from efficientllm.registry import parse
+from efficientllm.registry import build, parse
 from efficientllm.runtime import distributed
 from efficientllm.runtime.atomic_write import replacing, write_atomically
 
@@ -43,21 +39,21 @@ def write(lm, spec, params, folder, source):
     `spec` is `config.adapter`, `source` the checkpoint around which they were tuned. Raises UserError for one that peft
     cannot hold.
     """
-    tuned, _ = parse(spec)
+    (name, _), method = parse(spec), build("adapter", spec)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    leaves = {path: leaf for path, leaf in flat.items() if isinstance(leaf, LoRA | DoRA | LoHa | LoKr | GLoRA)}
+    leaves = {path: leaf for path, leaf in flat.items() if isinstance(leaf, method.leaf_type)}
     bound = parameter_map.bind(lm, unsupported.table_of(source))
     found = {
         tensor_name.removesuffix(WEIGHT): tensor
         for tensor_name, tensor in parameter_map.on_disk(bound).items()
         if any(path in leaves for path, _, _ in tensor.parts)
     }
-    unsupported.check(tuned, found, source.config["model_type"])
-    if tuned in unsupported.WHOLE:
-        whole.write(tuned, leaves, found, pathlib.Path(folder), source)
+    written = unsupported.written_method(method, found)
+    unsupported.check(name, written, found, source.config["model_type"])
+    if written.peft.kind != "LORA":
+        whole.write(written, leaves, found, pathlib.Path(folder), source)
         return
-    name = unsupported.written_as(tuned, found)
-    apart = tuned == "pissa" and name == "lora"
+    apart = method.splits_kernel and not written.splits_kernel
     leaves = {path: _on_host(leaf, apart) for path, leaf in leaves.items()}
     if not distributed.is_main():
         return
@@ -67,7 +63,7 @@ def write(lm, spec, params, folder, source):
     tensors = {
         f"{PREFIX}{module}.{NAMES[part]}": value for module, found in arrays.items() for part, value in found.items()
     }
-    save(pathlib.Path(folder), tensors, _config(name, leaf, arrays, source))
+    save(pathlib.Path(folder), tensors, _config(written, leaf, arrays, source))
 
 
 def _on_host(leaf, with_base):
@@ -88,7 +84,7 @@ def _module(tensor, held):
             block[sum(ranks[:i]) : sum(ranks[: i + 1])] = part[1]
         blocks.append(block)
     found = {"a": a, "b": tensor.join(blocks)}
-    if any(isinstance(held.leaves.get(path), DoRA) for path, _, _ in tensor.parts):
+    if any(hasattr(held.leaves.get(path), "m") for path, _, _ in tensor.parts):
         found["m"] = tensor.join([_magnitude(path, position, held) for path, _, position in tensor.parts])
     return {key: np.ascontiguousarray(value) for key, value in found.items()}
 
@@ -121,10 +117,13 @@ def _kernel(path, position, held):
     return leaf.read(held.source.tensors, tuple(index), np.float32)[(0,) * len(position)]
 
 
-def _config(name, leaf, arrays, source):
+def _config(method, leaf, arrays, source):
     ranks = {module: found["a"].shape[0] for module, found in arrays.items()}
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
-    alpha = lambda rank: round(leaf.scale * (math.sqrt(rank) if name == "rslora" else rank), 9)  # noqa: E731
+
+    def alpha(rank):
+        return round(leaf.scale * scale_divisor(method.peft.options, rank), 9)
+
     others = {module: own for module, own in ranks.items() if own != rank}
     return common("LORA", ranks, source) | {
         "r": rank,
@@ -132,9 +131,7 @@ def _config(name, leaf, arrays, source):
         "rank_pattern": others,
         "alpha_pattern": {module: alpha(own) for module, own in others.items()},
         "lora_dropout": 0.0 if unsupported.has_experts(arrays) else leaf.dropout,
-        "use_rslora": name == "rslora",
-        "use_dora": name == "dora",
-        "init_lora_weights": "pissa" if name == "pissa" else True,
+        **{"use_rslora": False, "use_dora": False, "init_lora_weights": True} | method.peft.options,
         "bias": "none",
     }
 

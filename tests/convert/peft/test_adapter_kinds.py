@@ -109,7 +109,7 @@ def test_of_kernels_that_share_a_tensor(spec, tmp_path):
     lm, params = written(source, spec, tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     peers.close(peers.our_logits(lm, params, ids), peers.their_logits(loaded, ids), 1e-5)
-    with pytest.raises(UserError, match="_proj: a Kronecker product of a part"):
+    with pytest.raises(UserError, match="_proj: peft has no lokr of a part of a tensor"):
         written(source, "lokr(rank=2)", tmp_path / "lokr")
 
 

@@ -122,7 +122,7 @@ def test_peft_reads_what_we_write_of_experts(sources, family, target, name, tmp_
     [
         ("mamba", "lora(rank=4, target='mixer/')", "mixer.out_proj: peft has no adapter of it"),
         ("mamba", "lora(rank=4, target='mixer/step/')", "mixer.dt_proj: transformers takes its weight past"),
-        ("mixtral", "dora(rank=4, target='experts')", "peft has no DoRA of experts"),
+        ("mixtral", "dora(rank=4, target='experts')", "peft has no dora of experts"),
         ("mixtral", "lora(rank=4, target='experts/(gate|down)')", "peft adapts w1 and w3 of experts together"),
         slow_case(
             "deepseek-v3", "lora(rank=4)", "mlp.down_proj: peft takes an adapter of that name for one of the experts'"
