@@ -110,7 +110,7 @@ class LoRAMethod(Method):
     target: str = ".*"
 
     learnt: typing.ClassVar[tuple[str, ...]] = ("a", "b")
-    leaf_type = LoRA
+    leaf_type: typing.ClassVar[type[Weight]] = LoRA
     peft = PeftFormat("LORA")
 
     @property
