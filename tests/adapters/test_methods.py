@@ -20,7 +20,7 @@ from efficientllm.quant.base import Rows
 from efficientllm.registry import build, names
 from efficientllm.train import step
 from efficientllm.weights import box_as
-from tiers import slow_except
+from tiers import slow_case, slow_except
 
 pytestmark = pytest.mark.xdist_group("methods")  # they share models and compiled programs
 SPECS = {
@@ -193,7 +193,7 @@ TRAVELLING = MOE.replace("bias_rate", "dispatch='capacity', capacity_factor=1.0,
     [
         ("lokr", "gqa", CUBE, "float32"),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            slow_case(*case)
             for case in (
                 ("lora", MOE, CUBE, "float32"),
                 ("dora", MOE, CUBE, "float32"),

@@ -14,6 +14,7 @@ from efficientllm.quant.awq import awq, output_error, rounded
 from efficientllm.quant.gptq import gptq
 from efficientllm.quant.int4 import Int4, decode
 from efficientllm.weights import Weight, matmul
+from tiers import slow_case
 
 GROUP = 32
 
@@ -124,7 +125,7 @@ def small():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["gptq", slow_case("awq")])
 def test_calibration_of_a_model_beats_rounding(small, method):
     lm, params, ids, change = small
     spec = f"int4(method='{method}')"

@@ -17,6 +17,7 @@ from efficientllm.quant import apply
 from efficientllm.registry import build
 from efficientllm.runtime import kernel_choice
 from efficientllm.weights import box_as
+from tiers import slow_case
 
 E, T, D, F = 16, 3, 64, 128
 LAYERS = {"dropless": "", "capacity": ", dispatch='capacity', capacity_factor=2.0"}
@@ -63,11 +64,11 @@ def floats(program):
     return large, gathered
 
 
-FAST = [
+CASES = [
     ("dropless", "data=2, fsdp=2, tensor=2", "int4(symmetric=False)"),
     ("dropless", "tensor=8", "int4"),  # four groups, which eight devices cannot divide
 ]
-CASES = [
+MORE = [
     ("dropless", "fsdp=8", "int4"),
     ("dropless", "data=2, tensor=4", "nf4(block=32)"),
     ("dropless", "data=2, tensor=4", "nf4"),  # two groups
@@ -78,7 +79,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind, mesh_spec, form", FAST + [pytest.param(*c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("kind, mesh_spec, form", CASES + [slow_case(*case) for case in MORE])
 def test_each_device_multiplies_its_part(kind, mesh_spec, form, monkeypatch):
     monkeypatch.setattr(native, "is_usable", lambda: False)
     alone, found, program = on_mesh(kind, form, sharding.make_mesh(mesh_spec))
@@ -90,7 +91,7 @@ def test_each_device_multiplies_its_part(kind, mesh_spec, form, monkeypatch):
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="no native products were built")
-@pytest.mark.parametrize("mesh_spec", ["data=2, tensor=4", pytest.param("fsdp=4, tensor=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh_spec", ["data=2, tensor=4", slow_case("fsdp=4, tensor=2")])
 def test_native_products_are_each_devices_own(mesh_spec):
     with kernel_choice.recording() as used:
         alone, found, _ = on_mesh("dropless", "int4", sharding.make_mesh(mesh_spec))

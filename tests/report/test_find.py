@@ -12,6 +12,7 @@ from efficientllm.errors import UserError
 from efficientllm.report import __main__ as command
 from efficientllm.report import board, details, find, markdown, statistics, write
 from report import made
+from tiers import slow_case
 
 pytestmark = pytest.mark.quick
 
@@ -167,7 +168,7 @@ def mutate(record, rng):
     return record
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(2000, marks=pytest.mark.slow)], ids=["some", "many"])
+@pytest.mark.parametrize("count", [30, slow_case(2000)], ids=["some", "many"])
 def test_a_row_with_anything_in_it_is_reported_or_left_out(count, tmp_path, monkeypatch):
     monkeypatch.setattr(statistics.draws, "__defaults__", (20,))
     monkeypatch.setattr(board, "_PARETO_DRAWS", 20)
@@ -194,7 +195,7 @@ def test_a_row_with_anything_in_it_is_reported_or_left_out(count, tmp_path, monk
             raise AssertionError(f"trial {trial}: {error!r}") from error
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)], ids=["some", "many"])
+@pytest.mark.parametrize("count", [100, slow_case(3000)], ids=["some", "many"])
 def test_a_row_with_anything_in_it_is_compared_or_refused(count, tmp_path, capsys):
     rng = random.Random(count)
     for name, mixer in (("a", "gqa"), ("b", "mqa")):

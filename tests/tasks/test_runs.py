@@ -13,6 +13,7 @@ from efficientllm import main
 from efficientllm.config.plain import flatten
 from efficientllm.record import trial
 from record.test_tensorboard import hparams_table
+from tiers import slow_case
 
 pytestmark = [pytest.mark.quick, pytest.mark.xdist_group("runs")]  # they share one whole run
 
@@ -81,7 +82,7 @@ def test_killed_at_any_step_and_resumed_gives_the_same_losses_bit_for_bit(texts,
     assert quality[0] == quality[1]
 
 
-@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGINT"])
+@pytest.mark.parametrize("name", [slow_case("SIGTERM"), "SIGINT"])
 def test_a_signal_saves_and_the_same_command_resumes(name, whole, texts, tmp_path, capsys):
     workdir, signum = tmp_path / "run", getattr(signal, name)
     argv = runs.arguments(texts, workdir)
