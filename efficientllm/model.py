@@ -9,7 +9,7 @@ from efficientllm.layers import Linear
 from efficientllm.ops import rematerialization as remat
 from efficientllm.ops.attention import Context
 from efficientllm.ops.embedding_lookup import look_up
-from efficientllm.registry import build, parse
+from efficientllm.registry import build, parse_spec
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh
 from efficientllm.weights import activation_dtype, matmul, parameter, turned
@@ -267,7 +267,7 @@ def depends_on_length(lm):
 
     They are those of the first position that says so, of the mixers' own.
     """
-    specs = [parse(mixer)[1].get("position") for mixer, _ in lm.blocks]
+    specs = [parse_spec(mixer)[1].get("position") for mixer, _ in lm.blocks]
     positions = [build("position", spec, parent=None) for spec in dict.fromkeys(specs) if spec]
     by_length = [position for position in positions if position.by_length]
     return bool(by_length), next((position.switches_at for position in by_length), None)

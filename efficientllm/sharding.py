@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.registry import parse
+from efficientllm.registry import parse_spec
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 BATCH = ("data", "fsdp", "expert")
@@ -43,7 +43,7 @@ def make_mesh(spec, devices=None):
     """`"data=-1, tensor=2"` -> a mesh over all devices; -1 takes what the others leave. Raises UserError."""
     devices = devices or jax.devices()
     where = f"config.mesh = {spec!r}"
-    _, given = parse(f"mesh({spec})", "config.mesh")
+    _, given = parse_spec(f"mesh({spec})", "config.mesh")
     for axis in given:
         if axis not in AXES:
             raise UserError(f"{where}: no mesh axis {axis!r}; axes: {', '.join(AXES)}{did_you_mean(axis, AXES)}")

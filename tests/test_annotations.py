@@ -35,7 +35,6 @@ UNFINISHED = (
     "positions",
     "quant",
     "record",
-    "registry",
     "report",
     "runtime",
     "sharding",

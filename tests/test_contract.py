@@ -26,7 +26,7 @@ def cases():
     """A case for each technique and each check of its kind."""
     for kind in dict.fromkeys(kind for check in contract.CHECKS for kind in check.kinds):
         for name in names(kind):
-            spec = registry.example(kind, name)
+            spec = registry.example_spec(kind, name)
             for check in contract.CHECKS:
                 if kind in check.kinds:
                     case = f"{kind} {spec}-{check.run.__name__}"

@@ -20,7 +20,7 @@ def test_spec_then_fixed_then_defaults(monkeypatch):
     assert registry.build("toy", "make", {"a": 2, "b": 0.1, "other": 3}) == (2, 0.1, "n")
     assert registry.build("toy", "make(a=1)", {"a": 2}, b=0.7) == (1, 0.7, "n")
     assert registry.build("toy", "make(a=1, name='x')") == (1, 0.5, "x")
-    assert registry.complete("toy", "make(b=0.2)", {"a": 4, "b": 9.0}) == "make(a=4, b=0.2)"
+    assert registry.complete_spec("toy", "make(b=0.2)", {"a": 4, "b": 9.0}) == "make(a=4, b=0.2)"
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,8 @@ def test_spec_then_fixed_then_defaults(monkeypatch):
         ("maek(a=1)", "no toy of that name; known: make; did you mean 'make'?"),
         ("make", "needs a value for a"),
         ("make(a=1, c=2)", "no field 'c'; fields: a, b, name"),
-        ("make(a='1')", "a must be int, not '1'"),
-        ("make(a=True)", "a must be int, not True"),
+        ("make(a='1')", "a = '1': must be int"),
+        ("make(a=True)", "a = True: must be int"),
         ("make(1)", "is not a spec"),
         ("make(a=1, a=2)", "is not a spec"),
         ("make(a=__import__('os'))", "is not a spec"),
@@ -69,11 +69,11 @@ def test_numbers_of_any_technique_are_finite_and_inherited_ones_in_range(monkeyp
         pass
 
     monkeypatch.setattr(registry, "_REGISTRY", {("toy", "make"): make, ("size", "mine"): Mine})
-    monkeypatch.setattr(registry, "_discover", lambda kind: None)
+    monkeypatch.setattr(registry, "_import_modules", lambda kind: None)
     with pytest.raises(UserError, match="b = inf: must be finite"):
         registry.build("toy", "make(a=1, b=1e999)")
     with pytest.raises(UserError, match="dim = 0: must be at least 1"):
-        registry.complete("size", "mine(dim=0)", {})
+        registry.complete_spec("size", "mine(dim=0)", {})
 
 
 def test_a_name_is_registered_once(monkeypatch):

@@ -10,7 +10,7 @@ from efficientllm.ffns.base import FFN
 from efficientllm.mixers import kv_cache
 from efficientllm.mixers.base import Mixer
 from efficientllm.ops import rematerialization
-from efficientllm.registry import build, complete
+from efficientllm.registry import build, complete_spec
 
 _PROTOCOLS = {"mixer": Mixer, "ffn": FFN}
 
@@ -60,7 +60,7 @@ def _reference(model):
     mixer, _, ffn = model.parameters_of.partition("|")
     block = {"mixer": mixer.strip(), "ffn": ffn.strip() or model.ffn, "pattern": ()}
     for kind in ("mixer", "ffn"):
-        complete(kind, block[kind], {}, where="config.model.parameters_of")
+        complete_spec(kind, block[kind], {}, where="config.model.parameters_of")
     reference = model.copy_and_resolve_references()
     reference.update(block)
     reference.update({"position": "rope", "norm": "rmsnorm", "embed_norm": False, "tied": True})
@@ -75,7 +75,7 @@ def _describe(model, size, tokenizer_size=None):
     own = ("precision", "attention_kernel", "kv_cache")
     defaults = size.defaults() | {key: model[key] for key in own}
     for kind in ("norm", "position"):
-        defaults[kind] = complete(kind, model[kind], defaults, where=f"config.model.{kind}")
+        defaults[kind] = complete_spec(kind, model[kind], defaults, where=f"config.model.{kind}")
         build(kind, defaults[kind], where=f"config.model.{kind}")
     blocks = tuple(_block(entry, model.ffn, defaults) for entry in model.pattern or (model.mixer,))
     half_layers = models.half_layers(blocks)
@@ -110,7 +110,7 @@ def _one_of(key, value, known):
 def _check_positions(blocks, model_position):
     """Every mixer admits its position, and a position of the embeddings is the model's own."""
     for mixer, _ in blocks:
-        name, fields = registry.parse(mixer)
+        name, fields = registry.parse_spec(mixer)
         if (spec := fields.get("position")) is None:
             continue
         acts_on = build("position", spec).acts_on
@@ -127,7 +127,7 @@ def _check_positions(blocks, model_position):
 def _check_cache(blocks, kind):
     """Refuses a kind of KV cache that there is none of, or that no mixer has."""
     kv_cache.dtype(kind, "float32")
-    fields = [registry.settable(registry.lookup("mixer", registry.parse(mixer)[0])) for mixer, _ in blocks]
+    fields = [registry.spec_parameters(registry.lookup("mixer", registry.parse_spec(mixer)[0])) for mixer, _ in blocks]
     if kind != "activation" and not any("kv_cache" in each for each in fields):
         raise UserError(
             f"config.model.kv_cache = {kind!r}: no mixer of this model keeps its state so; take 'activation', or one "
@@ -140,7 +140,7 @@ def _block(entry, ffn, defaults):
     mixer, _, own_ffn = entry.partition("|")
     specs = []
     for kind, spec in (("mixer", mixer), ("ffn", own_ffn or ffn)):
-        specs.append(complete(kind, spec.strip(), defaults, where=f"config.model.{kind}"))
+        specs.append(complete_spec(kind, spec.strip(), defaults, where=f"config.model.{kind}"))
         _check_protocol(kind, specs[-1], build(kind, specs[-1], where=f"config.model.{kind}"))
     return tuple(specs)
 

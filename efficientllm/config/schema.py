@@ -106,7 +106,7 @@ def typed(where, value, default):
     """`value`, a float where `default` is one. Raises UserError for a value of another type."""
     wanted = type(default)
     if wanted is float and type(value) is int:
-        ranges.check(where, value, ranges.FINITE)
+        ranges.check_range(where, value, ranges.FINITE)
         return float(value)
     if type(value) is not wanted:
         allowed = ranges.KEYS.get(where.removeprefix("config.")) or KINDS[wanted]
@@ -128,7 +128,7 @@ def check(config):
     for key, value in flatten(config.to_dict()).items():
         where = f"config.{key}"
         if key in ranges.KEYS:
-            ranges.check(where, value, ranges.KEYS[key])
+            ranges.check_range(where, value, ranges.KEYS[key])
         values.check(key, value, where, own)
     _check_together(config)
 

@@ -39,7 +39,7 @@ def spec(kind, *also):
 
 def check_spec(kind, text, where, own=False):
     """Raises UserError for a spec string that names no technique, or sets a field to what it may not be."""
-    name, given = registry.parse(text, where)
+    name, given = registry.parse_spec(text, where)
     known = catalogue.entries(kind)
     where = f"{where} = {shown(text)}"
     if own and name not in known:
@@ -134,7 +134,7 @@ def mesh(where, value, own=False):
     """Sizes of mesh axes: whole numbers of devices, of which one may be -1."""
     axes = catalogue.constant("efficientllm.sharding", "AXES")
     try:
-        _, given = registry.parse(f"mesh({value})")
+        _, given = registry.parse_spec(f"mesh({value})")
     except UserError:
         raise UserError(f"{where} = {shown(value)}: is no mesh; write sizes of axes: 'data=2, fsdp=-1'") from None
     for axis, size in given.items():
@@ -222,7 +222,7 @@ def number(allowed):
     def check(where, value, own):
         if type(value) not in (int, float):
             raise UserError(f"{where}: {shown(value)} must be {allowed}")
-        ranges.check(where, value, allowed)
+        ranges.check_range(where, value, allowed)
 
     return check
 

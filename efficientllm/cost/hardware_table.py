@@ -5,7 +5,7 @@ import importlib.resources
 import json
 
 from efficientllm.errors import UserError, did_you_mean, shown
-from efficientllm.registry.ranges import POSITIVE, check, real, whole
+from efficientllm.registry.ranges import POSITIVE, check_range, real, whole
 from efficientllm.untrusted import json_text
 
 BYTES = real(2**20)
@@ -76,4 +76,4 @@ def _check_fact(where, value, allowed):
     elif type(value) not in (int, float):
         raise UserError(f"{where} = {shown(value)}: must be {allowed}")
     else:
-        check(where, value, allowed)
+        check_range(where, value, allowed)

@@ -22,7 +22,7 @@ from efficientllm.metrics import host, memory
 from efficientllm.ops import rematerialization
 from efficientllm.quant import apply as quant
 from efficientllm.quant import calibrate
-from efficientllm.registry import build, parse
+from efficientllm.registry import build, parse_spec
 from efficientllm.runtime.log import Countdown
 from efficientllm.train import setup
 from efficientllm.untrusted import patterns
@@ -233,7 +233,7 @@ def check_rules(boxed, rules):
 
 def make_mesh(config):
     """The mesh of as many devices as `config.mesh` names; -1 names one. Raises UserError for what cannot serve."""
-    _, given = parse(f"mesh({config.mesh})", "config.mesh")
+    _, given = parse_spec(f"mesh({config.mesh})", "config.mesh")
     if jax.process_count() > 1:
         raise UserError("inference runs in one process, on as many of its devices as config.mesh names")
     named = [size for size in given.values() if isinstance(size, int) and size > 0]

@@ -1,6 +1,6 @@
-"""Names and fields of the package's techniques, read from its sources: known before anything heavy is imported.
+"""Static catalogue of techniques: names and fields parsed from the package's sources, without importing JAX.
 
-The registry knows the same once a kind's modules are imported, and techniques from elsewhere too.
+The registry knows the same once a kind's modules are imported, and also the techniques of `config.imports`.
 """
 
 import ast
@@ -14,41 +14,42 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Entry(typing.NamedTuple):
-    """A technique: its fields as `{name: Field}`, None where the source does not tell."""
+    """A technique: its fields as `{name: Field}`, None where the source does not show them."""
 
-    fields: dict | None
+    fields: "Fields | None"
 
 
 class Field(typing.NamedTuple):
-    """A field of a spec: the name of its type, None without one, and whether a value must be given."""
+    """A field of a spec: the name of its type (None if not annotated), and whether it has no default."""
 
     type: str | None
     required: bool
 
 
+Fields = dict[str, Field]
+
+
 @functools.cache
-def entries(kind):
-    """`{name: Entry}` of a kind."""
-    if kind == "size":  # its names are made by a function, and its module imports nothing
-        return {name: Entry(_of_signature(registry.lookup("size", name))) for name in registry.names("size")}
-    found = {}
+def entries(kind: str) -> dict[str, Entry]:
+    """`{name: Entry}` of all techniques of `kind`, sorted by name."""
+    if kind == "size":  # a function makes its names; its module is cheap to import
+        return {name: Entry(_signature_fields(registry.lookup("size", name))) for name in registry.names("size")}
+    registered: dict[str, Entry] = {}
     for module in _modules(registry.kinds()[kind]):
         source = _path(module).read_text("utf-8")
         if f'"{kind}"' in source or "@register" in source:
-            found |= _registered(module, kind)
-    return dict(sorted(found.items()))
+            registered |= _registered(module, kind)
+    return dict(sorted(registered.items()))
 
 
-def constant(module, name):
-    """The literal that a module of the package assigns to `name` at its top."""
+def constant(module: str, name: str) -> typing.Any:
+    """The literal that a module assigns to `name` at top level; the keys of one that is a dict."""
     for node in _tree(module).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            return _keys(node.value) if isinstance(node.value, ast.Dict) else ast.literal_eval(node.value)
+            if isinstance(node.value, ast.Dict):  # its values need not be literals
+                return tuple(ast.literal_eval(key) for key in node.value.keys)
+            return ast.literal_eval(node.value)
     raise LookupError(f"{module} assigns no {name}")
-
-
-def _keys(node):
-    return tuple(ast.literal_eval(key) for key in node.keys)
 
 
 def _path(module):
@@ -57,10 +58,10 @@ def _path(module):
 
 
 def _modules(home):
-    """A kind's home and the modules in it, as the registry imports them."""
+    """The module or package `home` and the modules directly in it, as the registry imports them."""
     folder = ROOT.parent.joinpath(*home.split("."))
-    inside = [f"{home}.{path.stem}" for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
-    return [home, *(module for module in inside if not module.endswith("__main__"))]
+    stems = [path.stem for path in sorted(folder.glob("*.py")) if path.stem not in ("__init__", "__main__")]
+    return [home, *(f"{home}.{stem}" for stem in stems)]
 
 
 @functools.cache
@@ -70,95 +71,97 @@ def _tree(module):
 
 def _registered(module, kind):
     """`{name: Entry}` of what a module registers under `kind`."""
-    found = {}
+    entries_by_name = {}
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             for call in node.decorator_list:
-                if (name := _name(call, kind, node)) is not None:
-                    fields = _parameters(node) if isinstance(node, ast.FunctionDef) else class_fields(module, node.name)
-                    found[name] = Entry(fields)
-        elif isinstance(node, ast.Call) and (name := _name(node.func, kind)) is not None:
-            found[name] = Entry(None)
+                if (name := _registered_name(call, kind)) is not None:
+                    is_function = isinstance(node, ast.FunctionDef)
+                    fields = _function_fields(node) if is_function else class_fields(module, node.name)
+                    entries_by_name[name] = Entry(fields)
+        elif isinstance(node, ast.Call) and (name := _registered_name(node.func, kind)) is not None:
+            entries_by_name[name] = Entry(None)
         elif isinstance(node, ast.For):
-            found |= {name: Entry(None) for name in _loop_names(node, kind)}
-    return found
+            entries_by_name |= {name: Entry(None) for name in _loop_names(node, kind)}
+    return entries_by_name
 
 
-def _name(call, kind, decorated=None):
-    """`name` of `register(kind, name)`, or None."""
+def _registered_name(call, kind):
+    """`name` if `call` is `register(kind, name, ...)` with literals, else None."""
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register"):
         return None
     if len(call.args) < 2 or not all(isinstance(arg, ast.Constant) for arg in call.args[:2]):
         return None
-    given, name = (arg.value for arg in call.args[:2])
-    return name if given == kind else None
+    registered_kind, name = (arg.value for arg in call.args[:2])
+    return name if registered_kind == kind else None
 
 
 def _loop_names(loop, kind):
     """Names of `for name in (...): register(kind, name)(...)`."""
     for node in ast.walk(loop):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "register":
-            given, name = node.args[:2]
-            if isinstance(given, ast.Constant) and given.value == kind and isinstance(name, ast.Name):
+            registered_kind, name = node.args[:2]
+            is_literal = isinstance(registered_kind, ast.Constant) and isinstance(name, ast.Name)
+            if is_literal and registered_kind.value == kind:
                 return ast.literal_eval(loop.iter)
     return ()
 
 
-def class_fields(module, name):
-    """`{field: Field}` of a dataclass or flax module, its bases of the package included."""
+def class_fields(module: str, name: str) -> Fields:
+    """`{field: Field}` of a dataclass or flax module and of its base classes in this package."""
     tree = _tree(module)
     node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
     if node is None:
         return _imported_fields(tree, name)
-    fields = {}
+    fields: Fields = {}
     for base in reversed(node.bases):
         if isinstance(base, ast.Name):
             fields |= class_fields(module, base.id)
-        elif isinstance(base, ast.Attribute) and (home := _imported_module(tree, base.value.id)):
+        elif isinstance(base, ast.Attribute) and (home := _imported_module(tree, ast.unparse(base.value))):
             fields |= class_fields(home, base.attr)
-    for line in node.body:
-        if isinstance(line, ast.AnnAssign) and not _is_fixed(line):
-            fields[line.target.id] = Field(ast.unparse(line.annotation), line.value is None)
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and _is_settable(statement):
+            fields[statement.target.id] = Field(ast.unparse(statement.annotation), statement.value is None)
     return fields
 
 
-def _is_fixed(line):
-    """Whether a line declares what no spec may set: a ClassVar, or a field that is not initialised."""
-    is_fixed = line.value is not None and "init=False" in ast.unparse(line.value)
-    return is_fixed or "ClassVar" in ast.unparse(line.annotation)
+def _is_settable(field):
+    """Whether a spec may set a field: not a ClassVar, nor one declared with `init=False`."""
+    is_internal = field.value is not None and "init=False" in ast.unparse(field.value)
+    return not is_internal and "ClassVar" not in ast.unparse(field.annotation)
 
 
 def _imported_module(tree, name):
-    """The module of the package that `name` is, by `from package import name`, or None."""
+    """The module of this package that a file imports as `name`, or None."""
     for node in tree.body:
-        if _is_ours(node) and any(name == (alias.asname or alias.name) for alias in node.names):
+        if _imports_package(node) and any(name == (alias.asname or alias.name) for alias in node.names):
             return f"{node.module}.{name}"
     return None
 
 
-def _is_ours(node):
+def _imports_package(node):
     return isinstance(node, ast.ImportFrom) and (node.module or "").startswith("efficientllm")
 
 
 def _imported_fields(tree, name):
     for node in tree.body:
-        if _is_ours(node):
+        if _imports_package(node):
             for alias in node.names:
                 if name == (alias.asname or alias.name):
                     return class_fields(node.module, alias.name)
     return {}
 
 
-def _parameters(node):
-    given = node.args.posonlyargs + node.args.args
-    defaults = [None] * (len(given) - len(node.args.defaults)) + node.args.defaults
-    pairs = [*zip(given, defaults, strict=True), *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
+def _function_fields(node):
+    positional = node.args.posonlyargs + node.args.args
+    defaults = [None] * (len(positional) - len(node.args.defaults)) + node.args.defaults
+    pairs = [*zip(positional, defaults, strict=True), *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
     fields = {a.arg: Field(ast.unparse(a.annotation) if a.annotation else None, d is None) for a, d in pairs}
-    return {} if "parent" in fields else fields  # a flax module's own two
+    return {} if "parent" in fields else fields  # a function that builds a flax module has no fields of its own
 
 
-def _of_signature(target):
+def _signature_fields(target):
     return {
         key: Field(registry.type_name(parameter.annotation), parameter.default is parameter.empty)
-        for key, parameter in registry.settable(target).items()
+        for key, parameter in registry.spec_parameters(target).items()
     }

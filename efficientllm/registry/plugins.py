@@ -1,4 +1,4 @@
-"""Techniques in files of the user's own: how they are imported, and where in them an error was raised."""
+"""Plugins: imports the user's own techniques (`config.imports`), and locates an error in the user's code."""
 
 import importlib
 import importlib.util
@@ -6,6 +6,8 @@ import pathlib
 import sys
 import sysconfig
 import traceback
+import types
+import typing
 import zlib
 
 from efficientllm.errors import UserError
@@ -14,7 +16,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 _LIBRARIES = tuple(str(pathlib.Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib"))
 
 
-def import_plugins(imports):
+def import_plugins(imports: typing.Iterable[str]) -> None:
     """Imports each module name, or path of a Python file, of `config.imports`. Raises UserError."""
     for name in imports:
         try:
@@ -25,13 +27,13 @@ def import_plugins(imports):
         except UserError:
             raise
         except (ImportError, OSError, SyntaxError) as error:
-            raise UserError(f"config.imports = {name!r} cannot be imported: {' '.join(str(error).split())}") from None
+            raise UserError(f"config.imports = {name!r}: cannot be imported: {' '.join(str(error).split())}") from None
         except (Exception, SystemExit) as error:
-            raise UserError(f"config.imports = {name!r} cannot be imported: {one_line_with_place(error)}") from None
+            raise UserError(f"config.imports = {name!r}: cannot be imported: {one_line_with_location(error)}") from None
 
 
-def import_file(path):
-    """The module that the Python file at `path` is; imported once."""
+def import_file(path: pathlib.Path) -> types.ModuleType:
+    """Imports the Python file at `path` as a module, once."""
     key = f"efficientllm_plugin_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     if key in sys.modules:
         return sys.modules[key]
@@ -46,21 +48,24 @@ def import_file(path):
     return module
 
 
-def one_line_with_place(error):
-    """`ZeroDivisionError: division by zero (mine.py:12, in __call__)`."""
+def one_line_with_location(error: BaseException) -> str:
+    """The error as `ZeroDivisionError: division by zero (mine.py:12, in __call__)`."""
     text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text[:300]} ({place(error)})"
+    return f"{type(error).__name__}: {text[:300]} ({error_location(error)})"
 
 
-def place(error):
-    """`file:line, in function` of the innermost frame in the user's code, else in this package, else anywhere."""
+def error_location(error: BaseException) -> str:
+    """Where an error was raised, `file:line, in function`.
+
+    Of the innermost frame in the user's code, else in this package, else anywhere.
+    """
     frames = list(traceback.extract_tb(error.__traceback__))
     if not frames:
         return "no traceback"
-    ours = [index for index, frame in enumerate(frames) if pathlib.Path(frame.filename).is_relative_to(_PACKAGE)]
-    # Frames before the first of ours are of who called this program.
-    users = [index for index in range(min(ours, default=0), len(frames)) if _is_users(frames[index].filename)]
-    frame = frames[(users or ours or [-1])[-1]]
+    package = [index for index, frame in enumerate(frames) if pathlib.Path(frame.filename).is_relative_to(_PACKAGE)]
+    # Frames before the first of this package belong to whoever called it, a test runner for example.
+    users = [index for index in range(min(package, default=0), len(frames)) if _is_users(frames[index].filename)]
+    frame = frames[(users or package or [-1])[-1]]
     return f"{_shown(frame.filename)}:{frame.lineno}, in {frame.name}"
 
 

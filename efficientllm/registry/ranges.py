@@ -1,6 +1,6 @@
-"""The range of every number that a user may set, in keys of the config and in fields of spec strings.
+"""Allowed ranges of every number that a user may set, in config keys and in fields of spec strings.
 
-Fractions are judged as the float32 that a run makes of them: 0.99999999 is 1, 1e39 is infinite, 1e-50 is 0.
+Fractions are compared after rounding to float32, as a run uses them: 0.99999999 is 1, 1e39 is infinite, 1e-50 is 0.
 """
 
 import math
@@ -9,12 +9,12 @@ import typing
 
 from efficientllm.errors import UserError, shown
 
-LONGEST = 2**31 - 1  # what an int32 counts
-WIDEST = 2**24  # of lengths and widths: arrays beyond it fit no device
+INT32_MAX = 2**31 - 1
+WIDEST = 2**24  # of lengths and widths: larger arrays fit no device
 
 
 class Range(typing.NamedTuple):
-    """Numbers from `least` to `most`, both included, or strictly `above` and `below`; `note` says what they mean."""
+    """Numbers from `least` to `most`, both included, or strictly `above` and `below`; `note` explains a value."""
 
     whole: bool
     least: float | None = None
@@ -23,7 +23,7 @@ class Range(typing.NamedTuple):
     below: float | None = None
     note: str = ""
 
-    def __contains__(self, value):
+    def __contains__(self, value: typing.Any) -> bool:
         if not self.whole:
             value = as_float32(value)
             if not math.isfinite(value):
@@ -35,35 +35,44 @@ class Range(typing.NamedTuple):
             and (self.below is None or value < self.below)
         )
 
-    def __str__(self):
+    def __str__(self) -> str:
         low = f"at least {self.least:,}" if self.least is not None else None
         low = f"above {self.above:,}" if self.above is not None else low
         high = f"at most {self.most:,}" if self.most is not None else None
         high = f"below {self.below:,}" if self.below is not None else high
         kind = "whole" if self.whole else None if low and high else "finite"
-        *parts, last = filter(None, (low, high, kind))
-        bounds = f"{', '.join(parts)} and {last}" if parts else last
-        return bounds + (f" ({self.note})" if self.note else "")
+        *bounds, last = filter(None, (low, high, kind))
+        text = f"{', '.join(bounds)} and {last}" if bounds else last
+        return text + (f" ({self.note})" if self.note else "")
 
 
-class Each(typing.NamedTuple):
+class TupleOf(typing.NamedTuple):
     """A tuple of numbers of one range."""
 
     element: Range
 
-    def __contains__(self, values):
+    def __contains__(self, values: typing.Any) -> bool:
         return all(type(value) in (int, float) and value in self.element for value in values)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"a tuple of numbers, each {self.element}"
 
 
-def whole(least=0, most=LONGEST, note=""):
+Ranges = dict[str, Range | TupleOf]  # by the name of a field
+
+
+def whole(least: float = 0, most: float = INT32_MAX, note: str = "") -> Range:
     """Whole numbers from `least` to `most`."""
     return Range(True, least, most, note=note)
 
 
-def real(least=None, most=None, above=None, below=None, note=""):
+def real(
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    note: str = "",
+) -> Range:
     """Finite numbers within the bounds."""
     return Range(False, least, most, above, below, note)
 
@@ -74,9 +83,9 @@ SHARE = real(0, 1)
 MOMENTUM = real(0, below=1)
 WIDTH = whole(1, WIDEST)
 HEADS = whole(1, 2**16)
-TURNS = real(above=1, note="the base of rotary frequencies")
+ROPE_BASE = real(above=1, note="the base of rotary frequencies")
 
-KEYS = {
+KEYS: Ranges = {
     "seed": whole(0, 2**32 - 1, "seeds that JAX tells apart"),
     "memory_gb": real(0, 10**6, note="0 is what is free"),
     "train.steps": whole(1),
@@ -101,8 +110,8 @@ KEYS = {
     "metrics.interval_s": real(0.001, 3600, note="seconds"),
 }
 
-# Of the package's own techniques, by kind and field; techniques from elsewhere bring theirs (`registry.register`).
-FIELDS = {
+# Of this package's techniques, by kind and field. A technique from elsewhere registers its own (`registry.register`).
+FIELDS: dict[str, Ranges] = {
     "size": {
         "num_layers": whole(1, 10_000),
         "dim": whole(1, 2**20),
@@ -110,7 +119,7 @@ FIELDS = {
         "num_kv_heads": HEADS,
         "head_dim": HEADS,
         "hidden": WIDTH,
-        "rope_base": TURNS,
+        "rope_base": ROPE_BASE,
         "norm_eps": POSITIVE,
         "vocab_size": WIDTH,
         "inner": WIDTH,
@@ -141,16 +150,16 @@ FIELDS = {
     },
     "position": {
         "max_length": WIDTH,
-        "base": TURNS,
-        "fraction": real(above=0, most=1, note="the share of a head that is turned"),
-        "wave_base": TURNS,
+        "base": ROPE_BASE,
+        "fraction": real(above=0, most=1, note="the share of a head that is rotated"),
+        "wave_base": ROPE_BASE,
         "max_distance": WIDTH,
         "num_buckets": whole(2, 2**16),
     },
     "rope_scaling": {
         **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "amplitude"), POSITIVE),
         **dict.fromkeys(("beta_fast", "beta_slow"), POSITIVE),
-        **dict.fromkeys(("short_factor", "long_factor"), Each(POSITIVE)),
+        **dict.fromkeys(("short_factor", "long_factor"), TupleOf(POSITIVE)),
         **dict.fromkeys(("mscale", "mscale_all_dim"), real(0, note="0 is not given")),
         "original_length": whole(1),
     },
@@ -194,14 +203,14 @@ FIELDS = {
 }
 
 
-def check(where, value, allowed):
+def check_range(where: str, value: typing.Any, allowed: Range | TupleOf) -> None:
     """Raises UserError unless `value`, an int, a float or a tuple, lies in `allowed`."""
     if value not in allowed:
         raise UserError(f"{where} = {shown(value)}: must be {allowed}")
 
 
-def as_float32(value):
-    """The nearest float32, infinite where the value is beyond all of them."""
+def as_float32(value: float) -> float:
+    """Rounds to the nearest float32; infinite beyond its range."""
     try:
         return struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:

@@ -10,7 +10,7 @@ from efficientllm.config.plain import config_hash, plain
 from efficientllm.errors import UserError
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.record import provenance, row
-from efficientllm.registry.plugins import one_line_with_place
+from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed
 
 log = logging.getLogger("efficientllm")
@@ -19,7 +19,7 @@ FAILED = 3
 
 def end(error, config, workdir, started, outcome="error"):
     """Writes the row of a run that ended by an exception, the traceback into `log.txt`, and one line -> exit status."""
-    line = one_line_with_place(error)
+    line = one_line_with_location(error)
     print(f"efficientllm: {line}; the traceback is in {workdir.shown / 'log.txt'}", file=sys.stderr)
     if distributed.is_main():
         try:
@@ -66,4 +66,4 @@ def warn(what, error):
 
 def _said(error):
     """A UserError says what it is; others are named with their place."""
-    return str(error) if isinstance(error, UserError) else one_line_with_place(error)
+    return str(error) if isinstance(error, UserError) else one_line_with_location(error)

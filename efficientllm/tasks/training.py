@@ -19,7 +19,7 @@ from efficientllm.record import provenance
 from efficientllm.record import row as record
 from efficientllm.record.tensorboard import SummaryWriter
 from efficientllm.registry import register
-from efficientllm.registry.plugins import one_line_with_place
+from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed, stopping
 from efficientllm.runtime.log import close_log, open_log
 from efficientllm.tasks import failures
@@ -235,7 +235,7 @@ class Training:
             return row.readings(self.setup, self.measurement, energy_window, self.idle)
         except Exception as error:
             failures.warn("the row has no costs", error)
-            return row.unknown(f"could not be computed: {one_line_with_place(error)}")
+            return row.unknown(f"could not be computed: {one_line_with_location(error)}")
 
     def _provenance(self):
         return provenance.provenance(

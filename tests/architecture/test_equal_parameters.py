@@ -10,7 +10,7 @@ from configs import base
 from efficientllm import model
 from efficientllm.architecture import from_config
 from efficientllm.errors import UserError
-from efficientllm.registry import parse
+from efficientllm.registry import parse_spec
 from tiers import slow_case
 
 REFERENCE = "gqa | swiglu"
@@ -30,7 +30,7 @@ def parameters(lm):
 
 def hidden(lm):
     """The width of the ffn."""
-    return parse(lm.blocks[0][1])[1]["hidden"]
+    return parse_spec(lm.blocks[0][1])[1]["hidden"]
 
 
 @pytest.mark.parametrize("size", ["tiny", slow_case("small")])

@@ -136,6 +136,6 @@ def test_every_key_is_read_by_somebody(tmp_path):
 
 def test_the_readme_config_is_the_study_s_mixture_in_small():
     config, _, _ = main.parse([f"--config={pathlib.Path(runs.ROOT, 'configs/moe.py')}"])
-    ffn = registry.parse(config.model.ffn)[1]
+    ffn = registry.parse_spec(config.model.ffn)[1]
     assert (ffn["num_experts"], ffn["top_k"], ffn["load_balance"]) == (8, 2, 0.01)
     setup.check_train(config.train, sharding.make_mesh("data=1", jax.devices()[:1]))

@@ -148,7 +148,7 @@ def test_every_number_of_a_technique_has_a_range(kind):
     table = ranges.FIELDS.get(kind, {})
     fields = set()
     for name in _packaged(kind):
-        given = registry.settable(registry.lookup(kind, name))
+        given = registry.spec_parameters(registry.lookup(kind, name))
         fields |= {key for key, field in given.items() if field.annotation in (int, float, tuple)}
         for key, field in given.items():
             if type(field.default) in (int, float):
@@ -163,7 +163,7 @@ def test_the_catalogue_knows_what_the_registry_knows(kind):
     for name, entry in entries.items():
         target = registry.lookup(kind, name)
         if entry.fields is not None and callable(target):
-            fields = registry.settable(target).items()
+            fields = registry.spec_parameters(target).items()
             types = {key: registry.type_name(field.annotation) for key, field in fields}
             required = {key: field.default is field.empty for key, field in fields}
             assert {key: field.type or "_empty" for key, field in entry.fields.items()} == types, name

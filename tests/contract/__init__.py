@@ -224,7 +224,7 @@ def check_flops(kind, spec):
     Experts run as ragged products here, and chosen blocks as masked ones: how often other kernels' loops run is not to
     be seen in a program.
     """
-    spec = registry.complete(kind, spec, {"kernel": "ragged_dot", "block_kernel": "masked"})
+    spec = registry.complete_spec(kind, spec, {"kernel": "ragged_dot", "block_kernel": "masked"})
     for kernel in ("xla", "chunked"):
         lm = build(kind, spec, attention_kernel=kernel)
         length = 160

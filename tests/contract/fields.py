@@ -15,8 +15,8 @@ from efficientllm.runtime import kernel_choice
 @check(*LAYERS, "position", quick=TYPICAL)
 def check_fields(kind, spec):
     """Every field of the technique changes the program: one that nobody reads is a bug."""
-    name, given = registry.parse(spec)
-    fields = {key: field.annotation for key, field in registry.settable(registry.lookup(kind, name)).items()}
+    name, given = registry.parse_spec(spec)
+    fields = {key: field.annotation for key, field in registry.spec_parameters(registry.lookup(kind, name)).items()}
     for field, annotation in fields.items():
         changes = (
             _changes(kind, name, {**given, **context}, field, value)

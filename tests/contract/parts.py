@@ -13,7 +13,7 @@ from efficientllm import model, sharding
 from efficientllm.adapters import base as adapters
 from efficientllm.data.corpus import Corpus
 from efficientllm.quant import apply
-from efficientllm.registry import build, settable
+from efficientllm.registry import build, spec_parameters
 from efficientllm.weights import Weight, axes, matmul, resident_bytes, take
 
 ROWS, K, N = 5, 96, 40  # of an input, and the width of a kernel and of what it gives
@@ -84,7 +84,7 @@ def check_optimizer(kind, spec):
 @contract.check("schedule")
 def check_schedule(kind, spec):
     """A rate for every step, traced or not; it may rise from zero, and is no more than its peak."""
-    given = {"peak": 0.25} if "peak" in settable(_target(kind, spec)) else {}
+    given = {"peak": 0.25} if "peak" in spec_parameters(_target(kind, spec)) else {}
     rate = build(kind, spec, given, steps=40)
     rates = jnp.array([rate(step) for step in range(40)])
     np.testing.assert_allclose(rates, jax.jit(jax.vmap(rate))(jnp.arange(40)), rtol=1e-6, atol=1e-7)
@@ -95,7 +95,7 @@ def check_schedule(kind, spec):
 def _target(kind, spec):
     from efficientllm import registry
 
-    return registry.lookup(kind, registry.parse(spec)[0])
+    return registry.lookup(kind, registry.parse_spec(spec)[0])
 
 
 @contract.check("data", quick=("python_docs",))

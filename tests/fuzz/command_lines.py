@@ -88,7 +88,9 @@ def known():
     from efficientllm.config.plain import flatten
 
     kinds = set(KINDS.values())
-    techniques = {k: {n: list(registry.settable(registry.lookup(k, n))) for n in registry.names(k)} for k in kinds}
+    techniques = {
+        k: {n: list(registry.spec_parameters(registry.lookup(k, n))) for n in registry.names(k)} for k in kinds
+    }
     return techniques, flatten(base_config.get_config().to_dict())
 
 

@@ -65,7 +65,7 @@ def test_smollm2_writes_as_transformers_does():
     assert answers(engine, [prompt], 256) == [transformers_tokens(theirs, prompt, 256)]
 
 
-MIXERS = [registry.example("mixer", name) for name in registry.names("mixer")]
+MIXERS = [registry.example_spec("mixer", name) for name in registry.names("mixer")]
 MIXERS += ["gqa(kv_cache='int8')", "mla(kv_cache='float16')", "window(window=5, kv_cache='int8')"]
 
 

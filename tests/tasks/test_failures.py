@@ -81,9 +81,9 @@ def test_the_place_is_of_the_user_s_code_else_of_ours():
         except Exception as error:
             return error
 
-    assert "test_failures.py" in plugins.place(raised(lambda: json.loads("{")))
-    assert "efficientllm/" in plugins.place(raised(lambda: record.read_record(3.5)))
-    assert plugins.place(ValueError("never raised")) == "no traceback"
+    assert "test_failures.py" in plugins.error_location(raised(lambda: json.loads("{")))
+    assert "efficientllm/" in plugins.error_location(raised(lambda: record.read_record(3.5)))
+    assert plugins.error_location(ValueError("never raised")) == "no traceback"
 
 
 @pytest.mark.parametrize("what", ["write_adapter", "sample", "keep_checkpoints"])

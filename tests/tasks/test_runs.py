@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_number_ends_the_run_as_nan(texts, tmp_path, capsys):
         ({"mesh": "data=3"}, "config.mesh = 'data=3' makes 3 devices; there are 8"),
         ({"mesh": "date=8"}, "did you mean 'data'?"),
         ({"task": "pretrian"}, "did you mean 'pretrain'?"),
-        ({"imports": "('no_such_plugin',)"}, "config.imports = 'no_such_plugin' cannot be imported"),
+        ({"imports": "('no_such_plugin',)"}, "config.imports = 'no_such_plugin': cannot be imported"),
         ({"data": "text(path='/nowhere/*.txt')"}, "/nowhere"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

@@ -4,7 +4,7 @@ import collections
 import math
 
 from efficientllm.convert.files import quantized
-from efficientllm.registry import parse
+from efficientllm.registry import parse_spec
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _PLAIN = ("float32", "bfloat16", "float16")
@@ -29,7 +29,7 @@ def history(source, spec):
     stored = source and stored_form(source)
     if not stored:
         return ""
-    name, _ = parse(spec, "config.quant")
+    name, _ = parse_spec(spec, "config.quant")
     if name == "stored":
         return f"as the file holds them, {stored}"
     return f"dequantised from {stored}" if name in _PLAIN else f"rounded twice: {stored} in the file, then {spec}"

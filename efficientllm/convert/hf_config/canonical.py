@@ -9,7 +9,7 @@ from efficientllm.mixers.attention import GQA, MHA, MQA, Window
 from efficientllm.mixers.mamba import Mamba
 from efficientllm.mixers.mamba2 import Mamba2
 from efficientllm.mixers.mla import MLA
-from efficientllm.registry import build, parse
+from efficientllm.registry import build, parse_spec
 
 
 def facts(lm):
@@ -21,7 +21,7 @@ def facts(lm):
         "tied": lm.tied,
         "embed_norm": lm.embed_norm,
         "residual": lm.residual,
-        "norm": parse(lm.norm),
+        "norm": parse_spec(lm.norm),
         "layers": blocks * lm.num_groups,
     }
 
@@ -46,7 +46,7 @@ def _mixer(mixer):
     if kind in (MHA, MQA, GQA, Window):
         fields = {"mixer": "attention", "num_kv_heads": mixer.kv_heads, "window": mixer.keys_read}
         names = ("num_heads", "head_dim", "qkv_bias", "o_bias", "qk_norm")
-        fields |= {"qk_norm_as": parse(mixer.norm)} if mixer.qk_norm else {}
+        fields |= {"qk_norm_as": parse_spec(mixer.norm)} if mixer.qk_norm else {}
         return fields | _fields(mixer, names) | {"position": _position(mixer.position)}
     if kind is MLA:
         ranks = dict(zip(("kv_rank", "head_dim", "rope_dim", "v_dim"), mixer.widths, strict=True))
@@ -79,7 +79,7 @@ def _fields(module, names):
 
 def _position(spec):
     """A position's name and fields, those at their defaults too."""
-    name, _ = parse(spec)
+    name, _ = parse_spec(spec)
     built = build("position", spec, parent=None)
     names = [field.name for field in dataclasses.fields(built) if field.name not in ("parent", "name")]
     values = _fields(built, names)

@@ -2,7 +2,7 @@
 
 from efficientllm.convert.hf_config import rope_parameters
 from efficientllm.convert.hf_config.rope_parameters import spec
-from efficientllm.registry import parse
+from efficientllm.registry import parse_spec
 
 
 def shape_of(keys, *, grouped=True, eps="rms_norm_eps"):
@@ -57,7 +57,7 @@ def llama(keys, max_positions):
 
 def mistral(keys, max_positions):
     model = decoder(keys, max_positions, bias=(False, False))
-    kind = "sliding_attention" if parse(model["mixer"])[0] == "window" else "full_attention"
+    kind = "sliding_attention" if parse_spec(model["mixer"])[0] == "window" else "full_attention"
     types = keys.take("layer_types", default=[kind])  # which the class does not read
     if set(types) != {kind}:
         raise keys.refusal("layer_types", types, "all layers of this family have the one sliding_window, or none")
@@ -98,7 +98,7 @@ def _some_windows(keys, model):
 
 def fields_of(text):
     """The fields that a spec gives."""
-    return parse(text)[1]
+    return parse_spec(text)[1]
 
 
 def gpt_neox(keys, max_positions):

@@ -166,7 +166,7 @@ def _check_yarn(keys, given, max_positions):
 
 def usable(position_spec, max_positions):
     """The most positions of a model whose config.json names `max_positions`: what its scaling is for is in reach."""
-    name, values = registry.parse(registry.parse(position_spec)[1].get("scaling", "none"))
+    name, values = registry.parse_spec(registry.parse_spec(position_spec)[1].get("scaling", "none"))
     if max_positions is None or name not in ("linear", "dynamic", "yarn"):
         return max_positions
     unscaled = values["original_length"] if name == "yarn" else max_positions
@@ -175,7 +175,7 @@ def usable(position_spec, max_positions):
 
 def named(position_spec, max_positions):
     """What config.json names for so many `usable` positions."""
-    name, values = registry.parse(registry.parse(position_spec)[1].get("scaling", "none"))
+    name, values = registry.parse_spec(registry.parse_spec(position_spec)[1].get("scaling", "none"))
     if name == "dynamic":  # transformers takes it for the original length
         return values["original_length"]
     return math.ceil(max_positions / values["factor"]) if name == "linear" else max_positions
@@ -183,8 +183,8 @@ def named(position_spec, max_positions):
 
 def parameters(position_spec):
     """`rope_parameters` of a position spec of ours: the inverse of `position`."""
-    _, fields = registry.parse(position_spec)
-    name, values = registry.parse(fields.get("scaling", "none"))
+    _, fields = registry.parse_spec(position_spec)
+    name, values = registry.parse_spec(fields.get("scaling", "none"))
     found = {"rope_theta": fields["base"], "rope_type": "default" if name == "none" else name}
     if fields.get("fraction", 1.0) != 1.0:
         found["partial_rotary_factor"] = fields["fraction"]

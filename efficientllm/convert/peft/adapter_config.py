@@ -7,7 +7,7 @@ import pathlib
 
 from efficientllm.convert.peft.adapter_kinds import PARTS
 from efficientllm.errors import UserError, shown
-from efficientllm.registry import build, lookup, names, parse, settable
+from efficientllm.registry import build, lookup, names, parse_spec, spec_parameters
 from efficientllm.untrusted import json_text, patterns
 
 CONFIG = "adapter_config.json"
@@ -48,7 +48,7 @@ class Config:
         return self._spec(self.rank, self.alpha)
 
     def _spec(self, rank, alpha):
-        fields = settable(lookup("adapter", self.name))
+        fields = spec_parameters(lookup("adapter", self.name))
         values = {"rank": rank, "alpha": alpha, "dropout": self.dropout}
         return f"{self.name}({', '.join(f'{key}={value}' for key, value in values.items() if key in fields)})"
 
@@ -88,7 +88,7 @@ def _ending(key):
 
 def is_writable(spec):
     """Whether peft has a folder for the adapter `spec`."""
-    return lookup("adapter", parse(spec)[0]).peft is not None
+    return lookup("adapter", parse_spec(spec)[0]).peft is not None
 
 
 def read_spec(folder):

@@ -19,7 +19,7 @@ from efficientllm.convert.peft import unsupported
 from efficientllm.convert.peft.adapter_config import CONFIG, scale_divisor
 from efficientllm.convert.peft.read import NAMES, PREFIX, TENSORS, WEIGHT
 from efficientllm.convert.tensors import parameter_map
-from efficientllm.registry import build, parse
+from efficientllm.registry import build, parse_spec
 from efficientllm.runtime import distributed
 from efficientllm.runtime.atomic_write import replacing, write_atomically
 
@@ -39,7 +39,7 @@ def write(lm, spec, params, folder, source):
     `spec` is `config.adapter`, `source` the checkpoint around which they were tuned. Raises UserError for one that peft
     cannot hold.
     """
-    (name, _), method = parse(spec), build("adapter", spec)
+    (name, _), method = parse_spec(spec), build("adapter", spec)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     leaves = {path: leaf for path, leaf in flat.items() if isinstance(leaf, method.leaf_type)}
     bound = parameter_map.bind(lm, unsupported.table_of(source))
