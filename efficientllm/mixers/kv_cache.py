@@ -1,36 +1,15 @@
 """Decode state that grows with the tokens: a slot a token, or a ring of the last ones; as it comes, or rounded."""
 
 import math
-import typing
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.ops.int8_kv_cache import Int8KVCache
 from efficientllm.weights import activation_dtype
 
 KINDS = ("activation", "bfloat16", "float16", "int8")
-
-
-@flax.struct.dataclass
-class Rounded:
-    """Slots in int8: `values * scale`, int8 `[B, S, ..., K]` and float32 `[B, S, ..., 1]`, amax / 127 of each vector.
-
-    Each token is rounded by itself, so that the state does not depend on how many come at a time.
-    """
-
-    values: typing.Any
-    scale: typing.Any
-
-    @classmethod
-    def of(cls, vectors):
-        vectors = vectors.astype(jnp.float32)
-        scale = jnp.max(jnp.abs(vectors), -1, keepdims=True) / 127
-        return cls(jnp.round(vectors / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
-
-    def read(self, dtype):
-        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
 def slots(length, window=None):
@@ -46,11 +25,11 @@ def dtype(kind, precision):
 
 
 def empty(shapes, batch, slots, dtype):
-    """`{name: zeros [B, S, *shape]}`, `Rounded` where `dtype` is int8."""
+    """`{name: zeros [B, S, *shape]}`, `Int8KVCache` where `dtype` is int8."""
     zeros = {name: jnp.zeros((batch, slots, *shape), dtype) for name, shape in shapes.items()}
     if dtype != jnp.int8:
         return zeros
-    return {name: Rounded(leaf, jnp.zeros((*leaf.shape[:-1], 1))) for name, leaf in zeros.items()}
+    return {name: Int8KVCache(leaf, jnp.zeros((*leaf.shape[:-1], 1))) for name, leaf in zeros.items()}
 
 
 def slot_bytes(shapes, dtype):
@@ -79,7 +58,7 @@ def extend(state, new, mask, positions_BT):
 
 
 def _as(cache, new):
-    return Rounded.of(new) if isinstance(cache, Rounded) else new.astype(cache.dtype)
+    return Int8KVCache.of(new) if isinstance(cache, Int8KVCache) else new.astype(cache.dtype)
 
 
 def write(cache_BS, new_BT, start_B):

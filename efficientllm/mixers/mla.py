@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from efficientllm.layers import Linear, RMSNorm
 from efficientllm.mixers import kv_cache as cache
 from efficientllm.mixers.base import Mixer
-from efficientllm.ops.attention import attend, causal_pairs, executed_pairs, read
+from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
+from efficientllm.ops.int8_kv_cache import as_array
 from efficientllm.registry import build, register
 from efficientllm.sharding import constrain
 from efficientllm.weights import dense
@@ -88,7 +89,7 @@ class MLA(Mixer, kw_only=True):
     def _expanded(self, q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options):
         """Keys and values of every head, made from the latents."""
         _, N, P, V = self.widths
-        latent_BSR, k_BSP = (read(leaf, q_BTHN.dtype) for leaf in (latent_BSR, k_BSP))
+        latent_BSR, k_BSP = (as_array(leaf, q_BTHN.dtype) for leaf in (latent_BSR, k_BSP))
         B, S, _ = latent_BSR.shape
         kv_BSHE = constrain(up(latent_BSR).reshape(B, S, self.num_heads, N + V), "batch", "length", "heads", None)
         shared_BSHP = jnp.broadcast_to(k_BSP[:, :, None], (B, S, self.num_heads, P))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.ops import native, splash_attention
+from efficientllm.ops.int8_kv_cache import Int8KVCache, as_array
 from efficientllm.registry import lookup, register
 from efficientllm.runtime import kernel_choice
 
@@ -99,7 +100,7 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1) -> `[B, T, H, V]`.
 
     Softmax is float32. H is a multiple of G: query head h reads KV head h // (H // G). Keys and values may be those of
-    a state of another type, or in int8 (`mixers.kv_cache.Rounded`), and keys a pair that each hold a part of every key.
+    a state of another type, or in int8 (`Int8KVCache`), and keys a pair that each hold a part of every key.
 
     Args:
       kernel: `auto` or a registered `attention_kernel`, for passes whose queries are the keys' tokens; over a state
@@ -120,19 +121,14 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
     kernel_choice.note("attention", kernel)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if kernel != "ffi":
-        parts = [read(part, q_BTHK.dtype) for part in _parts(k_BSGK)]
+        parts = [as_array(part, q_BTHK.dtype) for part in _parts(k_BSGK)]
         k_BSGK = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
-        v_BSGV = read(v_BSGV, q_BTHK.dtype)
+        v_BSGV = as_array(v_BSGV, q_BTHK.dtype)
     return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
 
 
 def _parts(keys):
     return keys if isinstance(keys, tuple) else (keys,)
-
-
-def read(kept, dtype):
-    """Keys or values of a state, rounded or not, as an array of `dtype`."""
-    return kept.read(dtype) if hasattr(kept, "read") else kept.astype(dtype)
 
 
 def choose(q_BTHK, mask, bias=None):
@@ -173,10 +169,10 @@ def _ffi(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
             "config.model.attention_kernel = 'ffi' decodes one token a row on one CPU device, with positions that are "
             "no bias; 'auto' takes it wherever it can"
         )
-    kept, scales = [*_parts(k_BSGK), v_BSGV], None
-    if hasattr(v_BSGV, "read"):
-        kept, scales = zip(*((each.values, each.scale[..., 0]) for each in kept), strict=True)
-    *keys, values = kept
+    cached, scales = [*_parts(k_BSGK), v_BSGV], None
+    if isinstance(v_BSGV, Int8KVCache):
+        cached, scales = zip(*((leaf.values, leaf.scale[..., 0]) for leaf in cached), strict=True)
+    *keys, values = cached
     B, S = values.shape[:2]
     mask_B1S = jnp.broadcast_to(mask.dense(1, S), (B, 1, S))
     y_BHV = native.attention(q_BTHK[:, 0], keys, values, mask_B1S[:, 0], scale, scales)

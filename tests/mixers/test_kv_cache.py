@@ -8,7 +8,7 @@ import pytest
 import contract
 from efficientllm import model
 from efficientllm.errors import UserError
-from efficientllm.mixers import kv_cache
+from efficientllm.ops.int8_kv_cache import Int8KVCache, as_array
 
 BYTES = {  # a token: of 2 KV heads of 8, keys and values; of latents of 32 and keys of 4
     "gqa(kv_cache='int8')": 2 * 2 * (8 + 4),
@@ -23,10 +23,10 @@ BYTES = {  # a token: of 2 KV heads of 8, keys and values; of latents of 32 and 
 def test_each_vector_is_rounded_by_itself():
     vectors = np.random.default_rng(0).standard_normal((2, 3, 4, 8)).astype(np.float32)
     vectors[0, 0, 0] = 0
-    found = kv_cache.Rounded.of(jnp.asarray(vectors))
+    found = Int8KVCache.of(jnp.asarray(vectors))
     scale = np.abs(vectors).max(-1, keepdims=True) / np.float32(127)
     exact = np.round(vectors / np.where(scale > 0, scale, 1)) * scale
-    np.testing.assert_allclose(found.read(jnp.float32), exact, rtol=1e-6)
+    np.testing.assert_allclose(as_array(found, jnp.float32), exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize("spec", BYTES)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from efficientllm.errors import UserError
-from efficientllm.mixers.kv_cache import Rounded
 from efficientllm.ops import native
 from efficientllm.ops.attention import Mask, attend
+from efficientllm.ops.int8_kv_cache import Int8KVCache, as_array
 from efficientllm.runtime import kernel_choice
 
 pytestmark = [
@@ -73,10 +73,10 @@ def test_the_sum_is_that_of_the_formula(instructions, shape, dtype):
 @pytest.mark.parametrize("instructions", native.instruction_sets())
 def test_a_state_in_int8_is_read_as_it_lies(instructions):
     q, k, v, mask = a_state(2, 300, 6, 2, 40, 24, "float32")
-    k, v = Rounded.of(k), Rounded.of(v)
+    k, v = Int8KVCache.of(k), Int8KVCache.of(v)
     scales = k.scale[..., 0], v.scale[..., 0]
     found = native.attention(q, [k.values], v.values, mask, 0.2, scales, instructions)
-    read = k.read(jnp.float32), v.read(jnp.float32)
+    read = as_array(k, jnp.float32), as_array(v, jnp.float32)
     check(found, q, *read, mask, 0.2)
 
 
@@ -87,10 +87,10 @@ def test_keys_may_lie_in_two_parts(instructions):
     latent, rotated = k[..., :48], k[..., 48:]
     found = native.attention(q, [latent, rotated], latent, mask, 0.2, instructions=instructions)
     check(found, q, k, latent, mask, 0.2)
-    latent, rotated = Rounded.of(latent), Rounded.of(rotated)
+    latent, rotated = Int8KVCache.of(latent), Int8KVCache.of(rotated)
     scales = [each.scale[..., 0] for each in (latent, rotated, latent)]
     found = native.attention(q, [latent.values, rotated.values], latent.values, mask, 0.2, scales, instructions)
-    read = [each.read(jnp.float32) for each in (latent, rotated)]
+    read = [as_array(leaf, jnp.float32) for leaf in (latent, rotated)]
     check(found, q, jnp.concatenate(read, -1), read[0], mask, 0.2)
 
 
