@@ -98,10 +98,11 @@ class LM(nn.Module):
         return 2 * self.num_layers // half_layers(self.blocks)
 
     @nn.compact
-    def __call__(self, tokens_BT, ctx, states=None, readout=True):
+    def __call__(self, tokens_BT, ctx, states=None, readout=True, groups=True):
         """Returns float32 logits `[B, T, V]`, the new states (None without states) and aux stacked over groups.
 
-        Without `readout`, what the logits would be made of, `[B, T, D]`, in their place.
+        Without `readout`, the last hidden vectors `[B, T, D]` take the logits' place. Without `groups`, returns the
+        carry that the first group reads (`embed`).
         """
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         embedding_VD = parameter(self, "embedding", init, (self.vocab_size, self.dim))
@@ -109,7 +110,10 @@ class LM(nn.Module):
         x_BTD = build("position", self.position, name="position").embed(x_BTD, ctx.positions_BT)
         if self.embed_norm:
             x_BTD = build("norm", self.norm, name="embed_norm")(x_BTD)
-        x_BTD, states, aux = self._groups(x_BTD, ctx, states)
+        carry = x_BTD, self._init_memo(*tokens_BT.shape)
+        if not groups:
+            return carry
+        x_BTD, states, aux = self._groups(carry, ctx, states)
         x_BTD = build("norm", self.norm, name="norm")(x_BTD)
         if not readout:
             return x_BTD, states, aux
@@ -120,11 +124,10 @@ class LM(nn.Module):
             logits_BTV = head(x_BTD)
         return constrain(logits_BTV, "batch", "length", "vocab"), states, aux
 
-    def _groups(self, x_BTD, ctx, states):
+    def _groups(self, carry, ctx, states):
         kept = remat.kept(self.remat, [part for pair in parts(self) for part in pair], decoding=states is not None)
         group = Group if kept == remat.EVERYTHING else nn.remat(Group, policy=kept, prevent_cse=False)
         fields = (self.blocks, self.norm, self.residual)
-        carry = x_BTD, self._init_memo(*x_BTD.shape[:2])
         if self.scan:
             scanned = nn.scan(
                 group,
@@ -240,6 +243,16 @@ def _boxed(keys, leaf):
         path = "/".join(key.key for key in keys)
         raise UserError(f"parameter {path} of shape {value.shape}: {len(names)} logical axes are named, {names}")
     return nn.LogicallyPartitioned(value, names)
+
+
+def embed(lm, params, tokens_BT, ctx):
+    """The carry of the first group, `(x_BTD, memo)`: embedded tokens, and what mixers find in `ctx.memo`."""
+    return lm.apply({"params": params}, tokens_BT, ctx, groups=False)
+
+
+def apply_group(lm, params, carry, ctx):
+    """The carry after one group of layers; `params` are the group's own, of a model that is not scanned."""
+    return Group(lm.blocks, lm.norm, lm.residual).apply({"params": params}, carry, ctx, None)[0]
 
 
 def head_kernel(lm, params):

@@ -68,6 +68,14 @@ class Weight:
         """`x[..., in] @ self[in, out]`; overridden where the form has a product of its own. `axes` as in `matmul`."""
         return self.apply(x, lambda x, w: matmul(x, w, precision, out_dtype, axes), lambda v: v)
 
+    def has_vector_product(self, rows):
+        """Whether `matmul` with so few rows of x is one call of a kernel of ours that dequantizes nothing ahead."""
+        return False
+
+    def has_tiled_product(self):
+        """Whether `matmul` dequantizes tile by tile in a kernel of ours, on the one device that traces this."""
+        return False
+
     def together(self, x, others, precision):
         """`x` times this kernel and those of `others`, leaves of this type, in one call; None where there is none."""
         return None

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efficientllm.quant.matmul import is_native, is_tiled
 from efficientllm.registry import build, lookup, register
 from efficientllm.runtime import kernel_choice
 from efficientllm.weights import Weight, dense
@@ -62,7 +61,8 @@ def choose(w_EKN):
     experiments/moe_cost) and, as released, on GPUs (not measured). TPUs have one; but it would decompress all matrices
     that are rounded, where those with a product of their own (`quant.pallas_int4`) are taken one by one.
     """
-    return "ragged_dot" if kernel_choice.platform() == "tpu" and not is_tiled(w_EKN) else "blocked"
+    is_tiled = isinstance(w_EKN, Weight) and w_EKN.has_tiled_product()
+    return "ragged_dot" if kernel_choice.platform() == "tpu" and not is_tiled else "blocked"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -144,10 +144,11 @@ def _blocked_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
         # Without the barrier XLA converts all groups ahead of the loop, and a decoded token would pay for every expert.
         w, e = lax.optimization_barrier((w_EKN, e))
         w = jax.tree.map(lambda array: array[e], w)
-        if isinstance(w, Weight) and not transposed and is_native(rows):
+        is_product = isinstance(w, Weight) and not transposed  # one of the form's own
+        if is_product and w.has_vector_product(rows):
             mine = (jnp.arange(rows) >= start) & (jnp.arange(rows) < stop)
             return jnp.where(mine[:, None], w.matmul(x_AK, x_AK.dtype.name, out_dtype), y_AN)
-        if is_tiled(w) and not transposed:
+        if is_product and w.has_tiled_product():
             times = lambda x: w.matmul(x, x.dtype.name, out_dtype)  # noqa: E731
         else:
             w_KN = dense(w).astype(x_AK.dtype)

@@ -20,6 +20,7 @@ class Rows(Weight):
 
     name: typing.ClassVar[str | None] = None
     by_group = True
+    is_tileable = False  # whether `pallas_int4` multiplies with its rows
     x_scale = None  # `[1, K]`: what the activations are multiplied by
 
     def rows(self):
@@ -89,6 +90,12 @@ class Rows(Weight):
         if self.is_table or self.ndim > 2:
             return super().matmul(x, precision, out_dtype, axes)
         return products.product(x, self, precision, out_dtype, axes)
+
+    def has_vector_product(self, rows):
+        return products.is_native(rows)
+
+    def has_tiled_product(self):
+        return products.is_tiled(self)
 
     def together(self, x, others, precision):
         leaves = (self, *others)

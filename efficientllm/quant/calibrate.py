@@ -3,7 +3,6 @@
 import functools
 import typing
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -70,8 +69,8 @@ class Moments(typing.NamedTuple):
 
 
 @flax.struct.dataclass
-class _Watched(Weight):
-    """A kernel that hands on what it multiplies."""
+class _RecordingWeight(Weight):
+    """A kernel that calls `record` with each input it multiplies."""
 
     kernel: typing.Any
     record: typing.Callable = flax.struct.field(pytree_node=False)
@@ -99,50 +98,27 @@ def _moments(lm, params, inputs):
 
     def watch(keys, leaf):
         path = path_of(keys)
-        return _Watched(leaf, functools.partial(record, path)) if tree.KERNEL.search(path) else leaf
+        return _RecordingWeight(leaf, functools.partial(record, path)) if tree.KERNEL.search(path) else leaf
 
     def record(path, x):
         x_MK = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         outer_KK = jnp.matmul(x_MK.T, x_MK, precision="highest")
         found[path] = Moments(outer_KK, jnp.sum(jnp.abs(x_MK), 0), jnp.float32(len(x_MK)))
 
-    _run(lm, jax.tree_util.tree_map_with_path(watch, params), inputs)
+    models.apply_group(lm, jax.tree_util.tree_map_with_path(watch, params), *inputs)
     return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(lm, params, inputs):
     carry, ctx = inputs
-    return _run(lm, params, inputs), ctx
-
-
-def _run(lm, params, inputs):
-    carry, ctx = inputs
-    group = models.Group(lm.blocks, lm.norm, lm.residual)
-    carry, _ = group.apply({"params": params}, carry, ctx, None)
-    return carry
+    return models.apply_group(lm, params, carry, ctx), ctx
 
 
 def _first_input(lm, params, tokens_BT):
     """What the first group is called with, `(carry, ctx)`."""
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    ctx = Context.packed(positions_BT)
-
-    @jax.jit
-    def run(params):
-        seen = []
-
-        def intercept(call, args, kwargs, context):
-            if context.method_name == "_groups":  # around the groups: inside one that is made again it could not leave
-                x_BTD = args[0]
-                seen.append((x_BTD, context.module._init_memo(*x_BTD.shape[:2])))
-            return call(*args, **kwargs)
-
-        with nn.intercept_methods(intercept):
-            lm.apply({"params": params}, tokens_BT, ctx, readout=False)
-        return seen[0]
-
-    return run(params), ctx
+    ctx = Context.packed(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape))
+    return jax.jit(models.embed, static_argnums=0)(lm, params, tokens_BT, ctx), ctx
 
 
 def _compress(params, moments, choose):

@@ -34,6 +34,7 @@ class Int4(Grouped):
     is_table: bool = flax.struct.field(default=False, **STATIC)
 
     name = "int4"
+    is_tileable = True
 
     def rows(self):
         codes, scale = unpack(self.values, self.scale.shape[-1]), self.scale[..., None].astype(jnp.float32)

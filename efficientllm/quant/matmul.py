@@ -106,8 +106,8 @@ def is_native(rows):
 
 
 def has_tiles(leaf):
-    """Whether `tiled` multiplies with `leaf`, a Weight or an array: int4 on NVIDIA and TPU."""
-    if getattr(leaf, "name", None) != "int4":
+    """Whether `pallas_int4` multiplies with `leaf` on this platform: NVIDIA and TPU."""
+    if not leaf.is_tileable:
         return False
     return kernel_choice.platform() == "tpu" or (kernel_choice.platform() == "gpu" and has_triton())
 
