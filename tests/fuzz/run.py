@@ -19,13 +19,14 @@ import warnings
 
 from . import readers
 
-HUNG_S = 20  # of one input; the machine may be busy
+HUNG_S = 20  # CPU seconds of one input
+WAIT = 10  # times as many seconds of the clock, on a machine that others share
 MEMORY = 3 * 2**30  # bytes of addresses beyond those of the process
 GROWTH = 1 << 20  # KiB that one input may add to the most memory ever resident
 
 
 class Hung(BaseException):
-    """An input that takes longer than HUNG_S."""
+    """An input that computes for longer than HUNG_S, or waits for WAIT times as long."""
 
 
 class Outcome(Exception):
@@ -66,18 +67,23 @@ def _watched(seconds):
     def stop(*_):
         raise Hung
 
-    handler, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, seconds), signal.ITIMER_REAL: (signal.SIGALRM, WAIT * seconds)}
+    handlers = {number: signal.signal(number, stop) for number, _ in timers.values()}
+    limits = resource.getrlimit(resource.RLIMIT_AS)
     size = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again, where the first was lost in a callback
+    for timer, (_, limit) in timers.items():
+        signal.setitimer(timer, limit, 1)  # and again, where the first was lost in a callback
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in timers:
+            signal.setitimer(timer, 0)
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.signal(signal.SIGALRM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def outcomes(name, seed, folder, inputs=None, seconds=None):
