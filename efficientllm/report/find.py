@@ -7,6 +7,7 @@ import os
 import pathlib
 
 from efficientllm.errors import UserError
+from efficientllm.report import rows
 from efficientllm.untrusted import files as untrusted
 from efficientllm.untrusted import json_text
 
@@ -50,8 +51,6 @@ def collect(paths):
 
     Raises UserError where nothing is left, and for a file that was named itself and is no row.
     """
-    from efficientllm.report import rows
-
     files, orphans = find(paths)
     named, good, left_out = {os.path.realpath(path) for path in paths}, [], _tries(paths)
     for file in files:

@@ -14,9 +14,6 @@ from efficientllm.errors import UserError
 from efficientllm.record import notes
 from efficientllm.record.row import read_record
 from efficientllm.report import texts, valid
-from efficientllm.report.find import find, grids
-
-__all__ = ["Row", "find", "grids", "read", "read_row"]
 
 # Keys that say how a run is watched, saved or called, not what is compared.
 IGNORED = ("name", "seed", "sweep", "imports", "memory_gb", "checkpoint", "sample", "metrics", "train.log_every")

@@ -11,7 +11,7 @@ import jax
 
 from efficientllm import data
 from efficientllm.config.plain import config_hash, flatten, plain
-from efficientllm.cost import available_memory, device_peaks
+from efficientllm.cost import device_peaks
 from efficientllm.evaluation import held_out, lm_eval_tasks
 from efficientllm.infer import measure, row
 from efficientllm.infer import setup as serving
@@ -21,6 +21,7 @@ from efficientllm.metrics import memory
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.objectives import next_token
+from efficientllm.plan import memory_check
 from efficientllm.record import provenance
 from efficientllm.record import row as record
 from efficientllm.record.tensorboard import SummaryWriter
@@ -55,7 +56,7 @@ class Inference:
         """Returns the exit status."""
         lm_eval_tasks.check(self.config.quality)
         self.serving = serving.prepare(self.config)
-        available_memory.check_serving(self.serving)
+        memory_check.check_serving(self.serving)
         if self.config.infer.baseline.endswith(".json"):
             row.check_baseline(self.config, data.describe(self.config.data, self.serving.tokenizer))
         self.workdir.claim(self.config)

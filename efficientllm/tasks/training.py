@@ -8,13 +8,13 @@ import time
 import jax
 
 from efficientllm.config.plain import config_hash, flatten, plain
-from efficientllm.cost import available_memory
 from efficientllm.data.tokenizers import keep
 from efficientllm.evaluation import held_out
 from efficientllm.metrics import memory, timer
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Sampler
+from efficientllm.plan import memory_check
 from efficientllm.record import provenance
 from efficientllm.record import row as record
 from efficientllm.record.tensorboard import SummaryWriter
@@ -98,14 +98,14 @@ class Training:
 
     def _prepare(self):
         self.setup = setup.prepare(self.config, log)
-        available_memory.check_shapes(self.setup)
+        memory_check.check_shapes(self.setup)
         if self.main:
             self.workdir.claim(self.config)
 
     def _train(self):
         stopping.check()
         self.compiled, self.compiled_eval = setup.compile_steps(self.setup)
-        distributed.together(lambda: available_memory.check_compiled(self.setup))
+        distributed.together(lambda: memory_check.check_compiled(self.setup))
         self.token_bytes = setup.token_bytes(self.setup)
         state = self._restore_or_create()
         if self.main:

@@ -4,12 +4,12 @@ import argparse
 import pathlib
 
 from efficientllm.errors import exit_with
-from efficientllm.report import comparison, forecasts, rows
+from efficientllm.report import comparison, find, forecasts, rows
 
 
 def judged(out):
     """The claims that the plans below `out` say something of, each plan by its name."""
-    found = rows.read(rows.find([out])[0])
+    found = rows.read(find.find([out])[0])
     for row in found:
         row.variant = str(row.path.parent.relative_to(out))
     return forecasts.evaluate(comparison.groups(found))

@@ -375,7 +375,7 @@ def spoil_adapter(rng, sample, folder):
 
 def read_adapter(folder):
     from efficientllm.convert import peft as adapters
-    from efficientllm.convert.peft.merge import merged
+    from efficientllm.convert.peft.merged_weight import merged
     from efficientllm.registry import build
 
     tensors, base = _base(str(folder.with_name("base")))
@@ -407,9 +407,9 @@ def record(folder):
 
 
 def read_record(folder):
-    from efficientllm.report import rows
+    from efficientllm.report import find, rows
 
-    rows.read(rows.find([folder])[0])
+    rows.read(find.find([folder])[0])
 
 
 def events(folder):

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from efficientllm.report import board, claims, columns, comparison, forecasts, markdown, rows, study
+from efficientllm.report import board, claims, columns, comparison, find, forecasts, markdown, rows, study
 from efficientllm.report.statistics import Interval
 from report import made
 
 
 def evaluate(folder):
-    found = claims.evaluate(comparison.groups(rows.read(rows.find([folder])[0])))
+    found = claims.evaluate(comparison.groups(rows.read(find.find([folder])[0])))
     return {claim["name"]: claim for claim in found}
 
 
@@ -93,7 +93,7 @@ def test_plans_are_judged_apart_and_say_so(tmp_path):
     for seed in range(3):
         made.row(tmp_path / f"measured{seed}", seed=seed, amu_gb=1.0, devices=made.H100)
         made.row(tmp_path / f"mixture{seed}", seed=seed, amu_gb=1.2, devices=made.H100, changes=mixture)
-    found = comparison.groups(rows.read(rows.find([tmp_path])[0]))
+    found = comparison.groups(rows.read(find.find([tmp_path])[0]))
     measured = {claim["name"]: claim for claim in claims.evaluate(found)}
     planned = {claim["name"]: claim for claim in forecasts.evaluate(found)}
     assert [pair["ratio"] for pair in measured["moe-memory"]["pairs"]] == [pytest.approx(1.2)]
@@ -104,6 +104,6 @@ def test_plans_are_judged_apart_and_say_so(tmp_path):
     assert planned["lora-memory"]["pairs"][0]["ratio"] == pytest.approx(1 / 3)
     assert planned["mqa-memory"]["reason"].endswith("equal within ±2 %")
     assert "al_s" not in {claim["metric"] for claim in planned.values()}
-    text = markdown.text(board.build(rows.read(rows.find([tmp_path])[0])), {})
+    text = markdown.text(board.build(rows.read(find.find([tmp_path])[0])), {})
     sections = ("## The study's claims", "## What plans say", "does not hold, predicted")
     assert sorted(map(text.index, sections)) == [text.index(section) for section in sections]

@@ -1,19 +1,18 @@
 """GGUF files (llama.cpp's) through the `gguf` package: metadata as a config.json, tensors dequantised one at a time."""
 
 import functools
-import importlib.util
 import math
 import pathlib
 import re
 
 import numpy as np
 
-from efficientllm.convert.files import gguf_header, memory_map
+from efficientllm.convert.files import memory_map
 from efficientllm.convert.hf_config import value_limits
 from efficientllm.convert.tensors import name_tables
 from efficientllm.errors import UserError, shown
 from efficientllm.quant import consistency, foreign_layouts
-from efficientllm.untrusted import files
+from efficientllm.untrusted import files, gguf_header
 
 # general.architecture -> (model_type, name table).
 ARCHITECTURES = {
@@ -56,7 +55,7 @@ class GGUFFile:
     def __init__(self, file):
         headers = _headers(pathlib.Path(file))
         self.where, values = next((file, header.values) for file, header in headers.items())
-        kinds = package(self.where).GGMLQuantizationType
+        kinds = gguf_header.package(self.where).GGMLQuantizationType
         self.shapes, self._types, self._places, self._files = {}, {}, {}, {}
         for part, header in headers.items():
             for name, tensor in header.tensors.items():
@@ -185,7 +184,7 @@ class GGUFFile:
 def _headers(file):
     """`{file: Header}` of a file, or of all parts of one in their order. Raises UserError for a missing part."""
     found = _PART.fullmatch(file.name)
-    header = read_header(file)
+    header = gguf_header.read_header(file)
     if found is None or header.values.get("split.count", 1) in (0, 1):
         return {file: header}
     name, count = found[1], int(found[3])
@@ -195,22 +194,7 @@ def _headers(file):
     for part in parts:
         if not files.is_there(part):
             raise UserError(f"{part} is missing: {file.name} is one of {count} parts, which lie beside each other")
-    return {part: header if part == file else read_header(part) for part in parts}
-
-
-def read_header(path):
-    """The `gguf_header.Header` of a file. Raises UserError for one that is none."""
-    sizes = package(path).GGML_QUANT_SIZES
-    return gguf_header.read(path, {int(kind): size for kind, size in sizes.items()})
-
-
-def package(where):
-    """The `gguf` package. Raises UserError saying how to get it."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{where} is read with the package gguf; pip install gguf")
-    import gguf
-
-    return gguf
+    return {part: header if part == file else gguf_header.read_header(part) for part in parts}
 
 
 def _place(tensor, kind):

@@ -17,7 +17,7 @@ from efficientllm.convert.hf_config import families, to_hf
 from efficientllm.convert.hf_config.canonical import differences, facts
 from efficientllm.convert.hf_config.checked_keys import HARMLESS
 from efficientllm.convert.hf_config.class_defaults import BASES, DEFAULTS
-from efficientllm.convert.source import _complete
+from efficientllm.convert.source import complete
 from efficientllm.errors import UserError
 from tiers import slow_except
 
@@ -59,7 +59,7 @@ def meaning(config):
 
 def assert_same(ours, theirs):
     if ours != theirs:  # said in other words, or another model
-        models = [facts(from_config.from_config(_complete(model))) for model, _ in (ours, theirs)]
+        models = [facts(from_config.from_config(complete(model))) for model, _ in (ours, theirs)]
         assert ours[1] == theirs[1] and not differences(*models)
 
 
@@ -251,5 +251,5 @@ def test_what_scaling_is_for_can_be_used(scaling, most):
     config = with_scaling(rope_scaling=scaling, max_position_embeddings=32)
     model, found = meaning(config)
     assert found == most
-    lm = from_config.from_config(_complete(model))
+    lm = from_config.from_config(complete(model))
     assert meaning(to_hf.config_of("llama", lm, facts(lm), found))[1] == most

@@ -5,6 +5,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
+import importlib.util
 import math
 import mmap
 import struct
@@ -35,6 +36,21 @@ class Header:
 
     values: dict
     tensors: dict
+
+
+def read_header(path):
+    """The `Header` of a file. Raises UserError for one that is none."""
+    sizes = package(path).GGML_QUANT_SIZES
+    return read(path, {int(kind): size for kind, size in sizes.items()})
+
+
+def package(where):
+    """The `gguf` package. Raises UserError saying how to get it."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{where} is read with the package gguf; pip install gguf")
+    import gguf
+
+    return gguf
 
 
 def read(path, block_sizes):

@@ -5,8 +5,8 @@ import tracemalloc
 
 import pytest
 
-from efficientllm.convert.files import gguf_header
 from efficientllm.errors import UserError
+from efficientllm.untrusted import gguf_header
 
 pytestmark = pytest.mark.quick
 
