@@ -1,5 +1,7 @@
 """Every command, file, link and path of the README and of the packages' READMEs, as written."""
 
+import importlib
+import inspect
 import io
 import json
 import re
@@ -15,7 +17,7 @@ import runs
 from configs import base
 from convert import folders
 from data import kinds
-from efficientllm import chat, convert, main
+from efficientllm import chat, convert, main, registry
 from efficientllm.architecture import from_config
 from efficientllm.config.plain import plain
 from efficientllm.convert import __main__ as convert_command
@@ -86,6 +88,18 @@ def test_links_and_paths_exist(document):
     missing = [link for link in links if not link.exists()]
     missing += [path for path in paths if not (runs.ROOT / path).exists()]
     assert not missing
+
+
+@pytest.mark.quick
+def test_techniques_derive_from_the_base_classes_of_the_map():
+    text = (runs.ROOT / "efficientllm/README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)\.(\w+)` \| `([\w/]+\.py)` \|$", text, re.MULTILINE)
+    for kind, module, name, example in rows:
+        base_class = getattr(importlib.import_module(f"efficientllm.{module}"), name)
+        targets = [registry.lookup(kind, known) for known in catalogue.entries(kind)]
+        assert all(issubclass(target, base_class) for target in targets if inspect.isclass(target)), kind
+        assert (runs.ROOT / "efficientllm" / example).exists()
+    assert len(rows) == 5
 
 
 @pytest.mark.quick
