@@ -7,18 +7,13 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Arrows that close circles of files or of rooms, and that are about to end.
-ENDING_FILES = {
-    ("efficientllm.convert.peft.full_delta", "efficientllm.convert.peft.write"),
-}
+# Arrows that close circles of rooms, and that are about to end.
 ENDING = {
-    *(("config", name) for name in ("cost", "ops")),
-    *(("convert", name) for name in ("tasks", "train")),
-    ("cost", "train"),
+    ("convert", "train"),
     ("infer", "evaluation"),
     ("ops", "quant"),
-    ("quant", "data"),
-    *(("train", name) for name in ("evaluation", "infer")),
+    ("train", "evaluation"),
+    ("train", "infer"),
 }
 
 

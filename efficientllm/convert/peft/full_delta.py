@@ -14,17 +14,18 @@ PAIRS = {"LOHA": ("hada_w1_{}", "hada_w2_{}"), "GLORA": ("glora_A.X{}", "glora_B
 SIDES = {"LOHA": ("a", "b"), "GLORA": ("d", "u")}
 
 
-def write(method, leaves, found, folder, source):
-    """Writes the adapters `{our path: leaf}` of the modules `{module: OnDisk}` to `folder`; all processes take part."""
-    from efficientllm.convert.peft.write import common, save
+def peft_form(method, leaves, found):
+    """`(tensors, config)` of the adapters `{our path: leaf}` of the modules `{module: OnDisk}`.
 
+    All processes take part; None of all but the main one.
+    """
     kind = method.peft.kind
     arrays = {
         path: {field: np.asarray(distributed.on_host(getattr(leaf, field)), np.float32) for field in method.learnt}
         for path, leaf in leaves.items()
     }
     if not distributed.is_main():
-        return
+        return None
     ranks = {
         module: sum(_rank(arrays[path]) for path, *_ in tensor.parts if path in arrays)
         for module, tensor in found.items()
@@ -34,7 +35,7 @@ def write(method, leaves, found, folder, source):
     for module, tensor in found.items():
         parts = _kronecker(tensor, arrays) if kind == "LOKR" else _pairs(kind, tensor, arrays, ranks, rank)
         tensors |= {f"{PREFIX}{module}.{name}": np.ascontiguousarray(value) for name, value in parts.items()}
-    config = common(kind, found, source) | {"r": rank}
+    config = {"r": rank}
     if kind == "GLORA":
         config |= {"config_A_B": "lora", "config_C": "none", "config_D_E": "none", "bias": "none"}
     else:
@@ -42,7 +43,7 @@ def write(method, leaves, found, folder, source):
         others = {module: own for module, own in ranks.items() if own != rank}
         config |= {"alpha": round(scale * rank, 9), "rank_pattern": others}
         config["alpha_pattern"] = {module: round(scale * own, 9) for module, own in others.items()}
-    save(folder, tensors, config)
+    return tensors, config
 
 
 def _rank(arrays):

@@ -14,8 +14,7 @@ import typing
 import flax.traverse_util
 import numpy as np
 
-from efficientllm.convert.peft import full_delta as whole
-from efficientllm.convert.peft import unsupported
+from efficientllm.convert.peft import full_delta, unsupported
 from efficientllm.convert.peft.adapter_config import CONFIG, scale_divisor
 from efficientllm.convert.peft.read import NAMES, PREFIX, TENSORS, WEIGHT
 from efficientllm.convert.tensors import parameter_map
@@ -51,7 +50,9 @@ def write(lm, spec, params, folder, source):
     written = unsupported.written_method(method, found)
     unsupported.check(name, written, found, source.config["model_type"])
     if written.peft.kind != "LORA":
-        whole.write(written, leaves, found, pathlib.Path(folder), source)
+        if form := full_delta.peft_form(written, leaves, found):
+            tensors, config = form
+            _save(pathlib.Path(folder), tensors, _common(written.peft.kind, found, source) | config)
         return
     apart = method.splits_kernel and not written.splits_kernel
     leaves = {path: _on_host(leaf, apart) for path, leaf in leaves.items()}
@@ -63,7 +64,7 @@ def write(lm, spec, params, folder, source):
     tensors = {
         f"{PREFIX}{module}.{NAMES[part]}": value for module, found in arrays.items() for part, value in found.items()
     }
-    save(pathlib.Path(folder), tensors, _config(written, leaf, arrays, source))
+    _save(pathlib.Path(folder), tensors, _config(written, leaf, arrays, source))
 
 
 def _on_host(leaf, with_base):
@@ -125,7 +126,7 @@ def _config(method, leaf, arrays, source):
         return round(leaf.scale * scale_divisor(method.peft.options, rank), 9)
 
     others = {module: own for module, own in ranks.items() if own != rank}
-    return common("LORA", ranks, source) | {
+    return _common("LORA", ranks, source) | {
         "r": rank,
         "lora_alpha": alpha(rank),
         "rank_pattern": others,
@@ -136,7 +137,7 @@ def _config(method, leaf, arrays, source):
     }
 
 
-def common(kind, modules, source):
+def _common(kind, modules, source):
     """What every adapter_config.json says."""
     return {
         "peft_type": kind,
@@ -147,7 +148,7 @@ def common(kind, modules, source):
     }
 
 
-def save(folder, tensors, config):
+def _save(folder, tensors, config):
     """Writes an adapter's two files, whole or not at all."""
     from safetensors.numpy import save_file
 
