@@ -60,14 +60,14 @@ def parse(argv):
     flags, overrides = split(argv)
     if not flags["config"]:
         raise UserError("--config=FILE is missing; for example --config=configs/moe.py")
-    from efficientllm.config import files, schema, values
+    from efficientllm.config import files, schema, value_rules
     from efficientllm.config import overrides as overriding
 
-    config = schema.closed(files.load(flags["config"]), f"--config={flags['config']}")
+    config = schema.conform_config(files.load(flags["config"]), f"--config={flags['config']}")
     overriding.apply(config, overrides)
-    schema.check(config)
+    schema.check_values(config)
     if flags["workdir"] is not None:
-        values.path("--workdir", flags["workdir"])
+        value_rules.check_path("--workdir", flags["workdir"])
     return config.lock(), flags["workdir"], flags["overwrite"]
 
 

@@ -15,7 +15,6 @@ UNFINISHED = (
     "architecture",
     "base_config",
     "chat",
-    "config",
     "convert",
     "cost",
     "data",

@@ -1,4 +1,4 @@
-"""Config files: found by path or by the name of a preset, run, and written anew for a start."""
+"""Config files: finds one by path or preset name, runs it, and writes a new one to start from."""
 
 import importlib
 import importlib.util
@@ -8,12 +8,15 @@ import pathlib
 import re
 import sys
 import traceback
+import types
+import typing
 
 from efficientllm.config import presets
 from efficientllm.errors import UserError, did_you_mean, one_line
+from efficientllm.typing import Config
 from efficientllm.untrusted.files import is_file
 
-# What ml_collections says of a value of another type.
+# The message of ml_collections for a value of another type.
 _OTHER_TYPE = re.compile(
     r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*)'> and cannot be casted to "
     r"type <class '(.*)'>",
@@ -35,52 +38,52 @@ def get_config():
 '''
 
 
-def load(argument):
-    """What `get_config` of `FILE[:ARG]` returns; FILE is a Python file or the name of a preset. Raises UserError."""
-    file, name, is_preset = find(argument)
+def load(argument: str) -> Config:
+    """Calls `get_config` of `FILE[:ARG]`, where FILE is a Python file or the name of a preset. Raises UserError."""
+    file, variant, is_preset = find_config(argument)
     where = f"--config={argument}"
     if not is_preset:
-        _find_neighbours(file)
-    get_config = getattr(run(file, where), "get_config", None)
+        _make_neighbours_importable(file)
+    get_config = getattr(run_file(file, where), "get_config", None)
     if not callable(get_config):
         raise UserError(f"{where}: {file} has no function get_config()")
-    arguments = () if name is None else (name,)
+    arguments = () if variant is None else (variant,)
     _check_arguments(get_config, arguments, where)
     return guarded(file, where, lambda: get_config(*arguments))
 
 
-def find(argument):
-    """`(file, ARG or None, whether it is a preset)` of `FILE[:ARG]`. Raises UserError for a file that is not there."""
+def find_config(argument: str) -> tuple[pathlib.Path, str | None, bool]:
+    """Splits `FILE[:ARG]` into `(file, ARG or None, whether it is a preset)`. Raises UserError for a missing file."""
     if is_file(argument) and argument.endswith(".py"):  # a colon may be part of a path
         return pathlib.Path(argument), None, False
-    text, colon, name = argument.partition(":")
-    name = name if colon else None
+    text, colon, variant = argument.partition(":")
+    variant = variant if colon else None
     if is_file(text) and text.endswith(".py"):
-        return pathlib.Path(text), name, False
+        return pathlib.Path(text), variant, False
     path = pathlib.PurePath(text)
     is_named = path.parent.name in ("", "configs") and path.suffix in ("", ".py")
     if is_named and not path.is_absolute() and (preset := presets.find(path.stem)):
-        return preset, name, True
-    raise UserError(_missing(text, path))
+        return preset, variant, True
+    raise UserError(_why_missing(text, path))
 
 
-def _missing(text, path):
+def _why_missing(text, path):
     if is_file(text):
-        return f"--config={text}: is no Python file; its name must end in .py"
+        return f"--config={text}: is not a Python file; its name must end in .py"
     if os.path.isdir(text):
         return f"--config={text}: is a folder; name a Python file in it"
     if os.path.lexists(text) and not os.path.exists(text):
         return f"--config={text}: is a link to a file that is not there"
     try:
-        near = [str(file) for file in pathlib.Path(path.parent).glob("*.py")]
+        neighbours = [str(file) for file in pathlib.Path(path.parent).glob("*.py")]
     except (OSError, ValueError):
-        near = []
-    hint = did_you_mean(text, near) or did_you_mean(path.stem, presets.names())
+        neighbours = []
+    hint = did_you_mean(text, neighbours) or did_you_mean(path.stem, presets.names())
     return f"--config={text}: no such file{hint}; presets: {', '.join(presets.names())}"
 
 
-def _find_neighbours(file):
-    """Lets a config file import its neighbours from anywhere, and the presets as `configs` outside a checkout."""
+def _make_neighbours_importable(file):
+    """Lets a config file import its neighbours, and outside a checkout the presets as `configs`."""
     for folder in (str(file.resolve().parent.parent), os.getcwd()):
         if folder not in sys.path:
             sys.path.insert(0, folder)
@@ -88,12 +91,13 @@ def _find_neighbours(file):
         sys.modules["configs"] = presets
 
 
-def run(file, where):
-    """The module of a Python file, run anew. Raises UserError, `where: ...`, for whatever it raises."""
+def run_file(file: pathlib.Path, where: str) -> types.ModuleType:
+    """Runs a Python file as a new module. Raises UserError, `where: ...`, for whatever it raises."""
     spec = importlib.util.spec_from_file_location("efficientllm_config", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a file rewritten within a second is another one
+    # A file that is rewritten within a second would match the bytecode of its old text.
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         guarded(file, where, lambda: spec.loader.exec_module(module))
     finally:
@@ -101,8 +105,8 @@ def run(file, where):
     return module
 
 
-def guarded(file, where, function):
-    """`function()`, code of the config file `file`; what it raises is a UserError that names its line."""
+def guarded(file: pathlib.Path, where: str, function: typing.Callable[[], typing.Any]) -> typing.Any:
+    """Calls `function`, code of the config file `file`. Whatever it raises becomes a UserError that names the line."""
     try:
         return function()
     except UserError as error:
@@ -111,21 +115,21 @@ def guarded(file, where, function):
         line = "" if error.lineno is None else f", line {error.lineno}"
         raise UserError(f"{where}: {error.filename or file}{line}: SyntaxError: {error.msg}") from None
     except (Exception, SystemExit) as error:
-        raise UserError(f"{where}: {_place(error, file)}: {_described(error)}") from None
+        raise UserError(f"{where}: {_line_of(error, file)}: {_describe_error(error)}") from None
 
 
-def _place(error, file):
-    """The file and the line of the innermost frame that is no library's: the config file's, or a neighbour's."""
+def _line_of(error, file):
+    """The innermost line of the config file in an error's traceback."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     return f"{file}, line {frames[-1].lineno}" if frames else str(file)
 
 
-def _described(error):
+def _describe_error(error):
     if isinstance(error, SystemExit):
         return f"it ends the program (SystemExit: {error.code})"
     if match := _OTHER_TYPE.match(str(error)):
-        key, value, given, wanted = match.groups()
-        return f"{key} = {value}: must be {wanted}, not {given}"
+        key, value, actual_type, type_name = match.groups()
+        return f"{key} = {value}: must be {type_name}, not {actual_type}"
     return one_line(error)
 
 
@@ -136,19 +140,22 @@ def _check_arguments(get_config, arguments, where):
         if arguments:
             raise UserError(f"{where}: its get_config() takes no name; leave :{arguments[0]} out") from None
         raise UserError(f"{where}: its get_config needs a name; write {where}:NAME") from None
-    except ValueError:  # a callable without a signature
+    except ValueError:  # a callable that Python cannot inspect: it is called and may raise
         pass
 
 
-def write_start(folder):
-    """Writes a config to start from into `folder` -> its path; never over another. Raises UserError."""
+def write_start(folder: str) -> pathlib.Path:
+    """Writes `folder/config.py`, a config to start from, and returns its path.
+
+    Raises UserError if the file exists or cannot be written.
+    """
     file = pathlib.Path(folder) / "config.py"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "x", encoding="utf-8") as opened:
-            opened.write(START)
+        with open(file, "x", encoding="utf-8") as output:
+            output.write(START)
     except FileExistsError:
-        raise UserError(f"--init={folder}: {file} is there already; name another folder") from None
+        raise UserError(f"--init={folder}: {file} exists; name another folder") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--init={folder}: cannot be written ({one_line(error)})") from None
     return file

@@ -1,18 +1,22 @@
-"""A config as plain data: nested, as JSON holds it; flat, by dotted keys; and its hash."""
+"""Plain-data forms of a config: nested as JSON holds it, flat by dotted keys, and its hash."""
 
 import hashlib
 import json
 import math
+import typing
+
+from efficientllm.typing import Config
 
 
-def flatten(tree, prefix=""):
+def flatten(tree: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
     """`{"train.steps": 300, ...}` of a nested dict."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}.{key}".strip(".")).items()}
+    pairs = (flatten(value, f"{prefix}.{key}".strip(".")) for key, value in tree.items())
+    return {key: value for group in pairs for key, value in group.items()}
 
 
-def plain(config):
+def plain(config: Config) -> dict[str, typing.Any]:
     """The config as JSON holds it: dicts, lists, strings, numbers; a number that is not finite is a string."""
     return _finite(json.loads(json.dumps(config.to_dict())))
 
@@ -25,6 +29,6 @@ def _finite(value):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def config_hash(config):
+def config_hash(config: Config) -> str:
     """Twelve hex digits that name the config's content."""
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]

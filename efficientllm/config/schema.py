@@ -1,18 +1,21 @@
-"""The schema of a config: the keys of the base config and no others, their types, and what each value may be.
+"""Config schema: the keys of the base config and no others, their types, and the allowed values of each.
 
-Everything here is answered before jax is imported; names and fields of techniques come from the `catalogue`. What
-depends on a model, on data or on devices is checked by those who build them.
+Checked before JAX is imported: names and fields of techniques come from `registry.catalogue`. Values that depend on a
+model, on data or on devices are checked where those are built.
 """
+
+import typing
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from efficientllm import base_config
-from efficientllm.config import values
+from efficientllm.config import value_rules
 from efficientllm.config.plain import flatten
 from efficientllm.errors import UserError, did_you_mean, one_line, shown
 from efficientllm.registry import ranges
+from efficientllm.typing import Config
 
-# Where people look for what is part of another key.
+# Names of other programs for what is a key, or part of a key, here.
 ELSEWHERE = {
     **dict.fromkeys(
         ("lr", "learning_rate", "peak", "warmup", "warmup_steps", "min_lr"),
@@ -33,53 +36,53 @@ ELSEWHERE = {
     **dict.fromkeys(("top_k", "top_p", "min_p"), "it is a field of config.infer.sampler: 'sample(top_p=0.9)'"),
     **dict.fromkeys(("device", "gpus", "num_gpus"), "devices are those of config.mesh"),
 }
-KINDS = {bool: "True or False", str: "text", tuple: "a tuple"}
+TYPE_NAMES = {bool: "True or False", str: "text", tuple: "a tuple"}
 
 
-def checked(config, where="config"):
-    """A locked copy of `config` with all keys of the base config, each of its type and in its range.
+def validate_config(config: Config, where: str = "config") -> Config:
+    """Returns a locked copy of `config` with all keys of the base config, each of its type and in its range.
 
-    `where` comes before what is wrong with keys and types. Raises UserError.
+    Raises UserError, whose messages about keys and types begin with `where`.
     """
-    complete = closed(config, where)
-    check(complete)
-    return complete.lock()
+    conformed = conform_config(config, where)
+    check_values(conformed)
+    return conformed.lock()
 
 
-def closed(config, where="config"):
-    """A copy of `config` that has the keys and types of the base config. Raises UserError for any others."""
+def conform_config(config: Config, where: str = "config") -> ConfigDict:
+    """Returns a copy of `config` with exactly the keys and types of the base config. Raises UserError for others."""
     if not isinstance(config, ConfigDict | FrozenConfigDict):
         raise UserError(
             f"{where}: get_config() must return the ConfigDict of efficientllm.base_config.get_config(), changed; "
             f"it returns {'nothing' if config is None else f'a {type(config).__name__}'}"
         )
-    complete = base_config.get_config()
+    conformed = base_config.get_config()
     try:
         tree = config.to_dict()
     except Exception as error:  # a placeholder without a value, a reference that fails, a config in itself
         raise UserError(f"{where}: the config cannot be read ({one_line(error)})") from None
-    _fill(complete, tree, "config", where)
-    return complete
+    _fill(conformed, tree, "config", where)
+    return conformed
 
 
-def _fill(complete, tree, path, where):
-    """Sets the keys of `complete`, a group of the base config, to what `tree` has for them."""
+def _fill(group, tree, path, where):
+    """Sets the keys of `group`, a group of the base config, to their values in `tree`."""
     for key in tree:
-        if key not in complete:
-            raise UserError(f"{where}: {unknown(f'{path}.{key}')}")
-    for key, default in complete.items():
+        if key not in group:
+            raise UserError(f"{where}: {unknown_key(f'{path}.{key}')}")
+    for key, default in group.items():
         if key not in tree:
             raise UserError(f"{where}: {path}.{key} is missing; start from efficientllm.base_config.get_config()")
         if isinstance(default, ConfigDict):
             if not isinstance(tree[key], dict):
-                raise UserError(f"{where}: {path}.{key} = {shown(tree[key])}: is a group of keys, no value")
+                raise UserError(f"{where}: {path}.{key} = {shown(tree[key])}: is a group of keys, not a value")
             _fill(default, tree[key], f"{path}.{key}", where)
         else:
-            complete[key] = typed(f"{path}.{key}", tree[key], default)
+            group[key] = convert_type(f"{path}.{key}", tree[key], default)
 
 
-def unknown(path):
-    """What to say of a key that the config has not: `config.train.stps`."""
+def unknown_key(path: str) -> str:
+    """The message about a key that the config does not have, such as `config.train.stps`."""
     *parents, key = str(path).split(".")[1:]
     group = base_config.get_config()
     for parent in parents:
@@ -92,29 +95,29 @@ def unknown(path):
         return f"{path}: {says}; {ELSEWHERE[key]}"
     if hint := did_you_mean(key, group):
         return f"{path}: {says}{hint}"
-    elsewhere = [full for full in keys() if full.rpartition(".")[2] == key]
+    elsewhere = [full for full in default_values() if full.rpartition(".")[2] == key]
     hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known: {', '.join(group)}"
     return f"{path}: {says}{hint}"
 
 
-def keys():
+def default_values() -> dict[str, typing.Any]:
     """Every key of the base config with its default: `{"train.steps": 200}`."""
     return flatten(base_config.get_config().to_dict())
 
 
-def typed(where, value, default):
-    """`value`, a float where `default` is one. Raises UserError for a value of another type."""
-    wanted = type(default)
-    if wanted is float and type(value) is int:
+def convert_type(where: str, value: typing.Any, default: typing.Any) -> typing.Any:
+    """`value`, as a float where `default` is one. Raises UserError for a value of another type."""
+    key_type = type(default)
+    if key_type is float and type(value) is int:
         ranges.check_range(where, value, ranges.FINITE)
         return float(value)
-    if type(value) is not wanted:
-        allowed = ranges.KEYS.get(where.removeprefix("config.")) or KINDS[wanted]
-        raise UserError(f"{where} = {shown(value)}: must be {allowed}, not {_described(value)}")
+    if type(value) is not key_type:
+        allowed = ranges.KEYS.get(where.removeprefix("config.")) or TYPE_NAMES[key_type]
+        raise UserError(f"{where} = {shown(value)}: must be {allowed}, not {_describe_type(value)}")
     return value
 
 
-def _described(value):
+def _describe_type(value):
     if value is None or isinstance(value, bool):
         return str(value)
     name, module = type(value).__name__, type(value).__module__
@@ -122,14 +125,14 @@ def _described(value):
     return name if module == "builtins" else f"{name} of {module}"
 
 
-def check(config):
-    """Raises UserError for the first value that is out of its range, names no technique, or does not go with others."""
-    own = bool(config.imports)  # which may register names that are not known yet
+def check_values(config: Config) -> None:
+    """Raises UserError for the first value out of its range, unknown technique, or conflict of two values."""
+    has_plugins = bool(config.imports)  # they may register names that are not known yet
     for key, value in flatten(config.to_dict()).items():
         where = f"config.{key}"
         if key in ranges.KEYS:
             ranges.check_range(where, value, ranges.KEYS[key])
-        values.check(key, value, where, own)
+        value_rules.check_value(key, value, where, has_plugins)
     _check_together(config)
 
 
@@ -140,8 +143,8 @@ def _check_together(config):
             f"config.train.accumulate = {train.accumulate}: must divide config.train.batch_size = {train.batch_size}"
         )
     if config.task == "infer" and not config.infer.prompts:
-        raise UserError("config.infer.prompts = (): give one text at least, or a file of them")
+        raise UserError("config.infer.prompts = (): needs a text; give one, or a file of them")
     if config.task in ("pretrain", "tune") and config.sample.tokens and not config.sample.prompt:
         raise UserError(
-            "config.sample.prompt = '': a sample goes on from some text; give one, or set config.sample.tokens = 0"
+            "config.sample.prompt = '': a sample continues a prompt; give one, or set config.sample.tokens = 0"
         )

@@ -84,17 +84,17 @@ def _convert(argv):
 
 def _check_flags(given):
     """Refuses what no source could be converted with, before anything is opened."""
-    from efficientllm.config import values
+    from efficientllm.config import value_rules
 
     for flag in ("source", "out", "merge"):
         if (path := getattr(given, flag)) is not None:
-            values.path("SOURCE" if flag == "source" else f"--{flag}", path)
+            value_rules.check_path("SOURCE" if flag == "source" else f"--{flag}", path)
         if path == "":
             raise UserError(f"{'SOURCE' if flag == 'source' else f'--{flag}'} is empty")
     if given.quant is not None:
-        values.check_spec("quant", given.quant, "--quant")
+        value_rules.check_spec("quant", given.quant, "--quant")
     if given.data is not None:
-        values.check_spec("data", given.data, "--data")
+        value_rules.check_spec("data", given.data, "--data")
     if given.data and not given.quant:
         raise UserError("--data is the text that --quant is calibrated on; give --quant, or leave it")
     if given.quant and (given.merge or given.dtype):

@@ -75,7 +75,7 @@ def _parse(argv):
 
 def _flag(argument, name, value):
     """The value of a flag. Raises UserError for a switch with a value, or a flag without."""
-    from efficientllm.config import values
+    from efficientllm.config import value_rules
 
     if name == "dry_run":
         if "=" in argument:
@@ -84,7 +84,7 @@ def _flag(argument, name, value):
     if not value:
         raise UserError(f"--{name} needs a value: --{name}=...")
     if name in ("config", "out"):
-        values.path(f"--{name}", value)
+        value_rules.check_path(f"--{name}", value)
     return value
 
 

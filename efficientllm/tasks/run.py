@@ -18,7 +18,7 @@ from efficientllm.tasks import failures
 
 def run(config, path=None, overwrite=False):
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
-    config = schema.checked(config)
+    config = schema.validate_config(config)
     distributed.initialise()
     with distributed.leaving():
         return _run(config, path, overwrite)

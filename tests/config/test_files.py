@@ -127,7 +127,7 @@ def test_a_config_to_start_from_is_never_written_over_another(tmp_path, capsys):
 
 def test_a_wheel_holds_the_presets(tmp_path):
     """As `setup.py` copies them, used outside of a checkout."""
-    for folder in ("setup.py", "pyproject.toml", "efficientllm", "configs"):
+    for folder in ("setup.py", "pyproject.toml", "README.md", "efficientllm", "configs"):
         (tmp_path / "source").mkdir(exist_ok=True)
         (tmp_path / "source" / folder).symlink_to(runs.ROOT / folder)
     build = [sys.executable, "setup.py", "-q", "build_py", f"--build-lib={tmp_path / 'site'}"]

@@ -46,7 +46,7 @@ BAD_VALUES = [
     ("train.rates", ((".*", 1.0, 2),), "pairs of (regex, number)"),
     ("train.rates", ("x",), "pairs of (regex, number)"),
     ("infer.rules", (("x", "int5"),), "did you mean 'int8'?"),
-    ("infer.stop", ("",), "is empty"),
+    ("infer.stop", ("",), "holds an empty text"),
     ("infer.prompts", (3,), "a tuple of texts, not of int"),
     ("infer.prompts", (None,), "a tuple of texts, not of NoneType"),
     ("model.pattern", (1,), "a tuple of texts, not of int"),
@@ -66,11 +66,11 @@ BAD_VALUES = [
     ("model.parameters_of", "gqaa", "did you mean 'gqa'?"),
     ("model.kv_cache", "int7", "did you mean 'int8'?"),
     ("model.residual", "paralel", "did you mean 'parallel'?"),
-    ("model.pretrained", "x" * 300, "is no path"),
-    ("metrics.meter", "a\0b", "is no path"),
-    ("metrics.meter", "/dev/zero", "not a file"),
-    ("quality.results", "/", "not a file"),
-    ("data", "text(path='')", "path is empty"),
+    ("model.pretrained", "x" * 300, "is not a path"),
+    ("metrics.meter", "a\0b", "is not a path"),
+    ("metrics.meter", "/dev/zero", "name a regular file"),
+    ("quality.results", "/", "name a regular file"),
+    ("data", "text(path='')", "path = '': is empty"),
     ("plan.devices", 10**6, "at most 16,384"),
     ("train.optimizer", f"adamw(b2={LONG})", "below 1"),
     ("train.optimizer", "adamw(b2=0.999999999)", "below 1"),  # 1 as a float32
@@ -90,8 +90,8 @@ BAD_VALUES = [
     ("infer.sampler", "sample(top_p=0.0)", "above 0"),
     ("mesh", "data=0", "a whole number of devices"),
     ("mesh", "dat=1", "did you mean 'data'?"),
-    ("mesh", "data", "is no mesh; write sizes of axes"),
-    ("mesh", ")(", "is no mesh"),
+    ("mesh", "data", "is not a mesh; write sizes of axes"),
+    ("mesh", ")(", "is not a mesh"),
     ("adapter", "lora()(rank=8)", "is not a spec"),
     ("model.mixer", "GQA", "did you mean 'gqa'?"),
     ("mesh", "data=-1, fsdp=-1", "only one axis may be -1"),
@@ -103,7 +103,7 @@ BAD_VALUES = [
     ("name", "..", "names a folder"),
     ("name", "x" * 256, "at most 255"),
     ("sample.prompt", "", "set config.sample.tokens = 0"),
-    ("sample.prompt", "\udc80", "is no text"),
+    ("sample.prompt", "\udc80", "is not text"),
 ]
 
 
@@ -118,7 +118,7 @@ def changed(**values):
 
 @pytest.mark.parametrize("key, value, message", BAD_VALUES)
 def test_a_value_out_of_its_range_is_refused_wherever_it_is_set(key, value, message):
-    for check in (schema.checked, run.run):  # of a file or code, and of code that calls run alone
+    for check in (schema.validate_config, run.run):  # of a file or code, and of code that calls run alone
         with pytest.raises(UserError) as error:
             check(changed(**{key: value}))
         assert message in str(error.value) and str(error.value).startswith("config.") and len(str(error.value)) < 1000
@@ -128,9 +128,9 @@ def test_a_value_out_of_its_range_is_refused_wherever_it_is_set(key, value, mess
 
 
 def test_every_number_of_the_config_has_a_range():
-    numbers = {key for key, value in schema.keys().items() if type(value) in (int, float)}
+    numbers = {key for key, value in schema.default_values().items() if type(value) in (int, float)}
     assert numbers == ranges.KEYS.keys()
-    assert all(value in ranges.KEYS[key] for key, value in schema.keys().items() if key in numbers)
+    assert all(value in ranges.KEYS[key] for key, value in schema.default_values().items() if key in numbers)
 
 
 KINDS = [kind for kind in registry.kinds() if not kind.endswith("_kernel") and kind not in ("task", "planned")]
@@ -172,15 +172,15 @@ def test_the_catalogue_knows_what_the_registry_knows(kind):
 
 def test_every_text_that_names_something_is_checked():
     """The keys and fields that hold text of the user's, of which anything goes, are the exceptions."""
-    texts = {key for key, value in schema.keys().items() if isinstance(value, str | tuple)}
-    from efficientllm.config import values
+    texts = {key for key, value in schema.default_values().items() if isinstance(value, str | tuple)}
+    from efficientllm.config import value_rules
 
-    assert texts - values.KEYS.keys() == {"sample.prompt"}
+    assert texts - value_rules.KEYS.keys() == {"sample.prompt"}
     free = {"axis", "split", "name", "field", "messages", "prompt", "response", "system", "activations"}
     for kind in KINDS:
         for entry in catalogue.entries(kind).values():
             for key, field in (entry.fields or {}).items():
-                assert field.type != "str" or key in free or (kind, key) in values.FIELDS, (kind, key)
+                assert field.type != "str" or key in free or (kind, key) in value_rules.FIELDS, (kind, key)
 
 
 @pytest.mark.parametrize(
@@ -196,41 +196,44 @@ def test_every_text_that_names_something_is_checked():
 )
 def test_a_number_of_another_type_is_refused(value, message):
     with pytest.raises(UserError) as error:
-        schema.checked(changed(**{"train.steps": value}))
+        schema.validate_config(changed(**{"train.steps": value}))
     assert message in str(error.value) and "config.train.steps = " in str(error.value)
 
 
 def test_types_of_the_other_kinds():
     with pytest.raises(UserError, match="config.model.tied = 1: must be True or False, not an int"):
-        schema.checked(changed(**{"model.tied": 1}))
+        schema.validate_config(changed(**{"model.tied": 1}))
     config = base_config.get_config()
     config.quality = ConfigDict({**config.quality, "tasks": ["study"]})
     with pytest.raises(UserError, match="config.quality.tasks = .*: must be a tuple, not a list"):
-        schema.checked(config)
+        schema.validate_config(config)
     with pytest.raises(UserError, match="config.model.mixer = None: must be text, not None"):
-        schema.checked(changed(**{"model.mixer": None}))
+        schema.validate_config(changed(**{"model.mixer": None}))
     with pytest.raises(UserError, match=r"config.train = 3: is a group of keys"):
-        schema.checked(changed(train=3))
-    assert schema.checked(changed(**{"train.clip": 2})).train.clip == 2.0
+        schema.validate_config(changed(train=3))
+    assert schema.validate_config(changed(**{"train.clip": 2})).train.clip == 2.0
 
 
 def test_the_schema_is_closed():
     config = base_config.get_config()
     config.model.mixr = "mla"
     with pytest.raises(UserError, match="config.model.mixr: the config has no key 'mixr'; did you mean 'mixer'?"):
-        schema.checked(config)
+        schema.validate_config(config)
     config = base_config.get_config()
     del config.train["steps"]
     with pytest.raises(UserError, match="config.train.steps is missing"):
-        schema.checked(config)
+        schema.validate_config(config)
     config = base_config.get_config()
     config.train = ConfigDict({"steps": config_dict.placeholder(int, required=True)})
     with pytest.raises(UserError, match="cannot be read"):
-        schema.checked(config)
+        schema.validate_config(config)
     for other in (None, {}, [], base_config):
         with pytest.raises(UserError, match="must return the ConfigDict"):
-            schema.checked(other)
-    assert schema.checked(FrozenConfigDict(base_config.get_config())).to_dict() == base_config.get_config().to_dict()
+            schema.validate_config(other)
+    assert (
+        schema.validate_config(FrozenConfigDict(base_config.get_config())).to_dict()
+        == base_config.get_config().to_dict()
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,8 +291,8 @@ def test_other_spellings_of_flags():
         ("--overwrite=maybe", "is a switch"),
         ("--workdir=", "is empty"),
         ("--config.train.steps=1e3", "; write 1000"),
-        ("--config.train.decay=(a, b)", "is no tuple; write quotes"),
-        (f"--workdir={'x' * 300}", "is no path"),
+        ("--config.train.decay=(a, b)", "is not a tuple; write quotes"),
+        (f"--workdir={'x' * 300}", "is not a path"),
     ):
         with pytest.raises(UserError, match=message):
             main.parse([BASE, flag])
@@ -308,5 +311,5 @@ def test_names_are_answered_before_jax_is_imported():
 
 
 def test_an_inference_needs_a_prompt():
-    with pytest.raises(UserError, match="config.infer.prompts = .*: give one text"):
+    with pytest.raises(UserError, match="config.infer.prompts = .*: needs a text; give one"):
         main.parse([BASE, "--config.task=infer", "--config.infer.prompts="])
