@@ -9,11 +9,7 @@ import re
 ROOT = pathlib.Path(__file__).parents[1]
 # Arrows that close circles of rooms, and that are about to end.
 ENDING = {
-    ("convert", "train"),
-    ("infer", "evaluation"),
     ("ops", "quant"),
-    ("train", "evaluation"),
-    ("train", "infer"),
 }
 
 

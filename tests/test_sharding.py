@@ -22,7 +22,7 @@ from efficientllm.ffns.moe import Router
 from efficientllm.ops.attention import Context, Mask, attend
 from efficientllm.plan.hlo_cost import collectives
 from efficientllm.plan.hlo_text import Program as Text
-from efficientllm.train import setup, step
+from efficientllm.train import config_checks, step
 from tiers import slow_case
 
 # Sizes that no two kinds of array share, so that a shape tells what an array is.
@@ -282,7 +282,7 @@ def test_rows_that_the_sequence_does_not_divide_are_refused():
     train = base.get_config().train
     train.length = 30
     with pytest.raises(UserError, match="config.train.length = 30: .*sequence.* 4 devices; 32 would do"):
-        setup.check_train(train, sharding.make_mesh("fsdp=2, sequence=4"))
+        config_checks.check_train(train, sharding.make_mesh("fsdp=2, sequence=4"))
 
 
 def test_the_state_is_created_split_and_donated():

@@ -10,11 +10,9 @@ import numpy as np
 
 from efficientllm import data, sharding
 from efficientllm import model as models
-from efficientllm.architecture import from_config
 from efficientllm.convert.files import stored_form
 from efficientllm.cost import formulas
 from efficientllm.errors import UserError
-from efficientllm.evaluation import lm_eval_tasks
 from efficientllm.infer import prompts, random_weights
 from efficientllm.infer.engine import check_prompts
 from efficientllm.infer.row import baseline_of
@@ -23,8 +21,8 @@ from efficientllm.ops import rematerialization
 from efficientllm.quant import apply as quant
 from efficientllm.quant import calibrate
 from efficientllm.registry import build, parse_spec
+from efficientllm.run_description import describe_run
 from efficientllm.runtime.log import Countdown
-from efficientllm.train import setup
 from efficientllm.untrusted import patterns
 from efficientllm.weights import box, is_box, path_of, resident_bytes
 
@@ -163,12 +161,6 @@ def _is_calibrated(spec, rules):
     return any(getattr(form, "calibrated", False) for form in forms)
 
 
-def check(config):
-    """Raises UserError for values that no model could be measured with on the devices that are here."""
-    check_request(config)
-    make_mesh(config)
-
-
 def check_request(config):
     """Raises UserError for values that no model could be measured with."""
     for key in ("max_new_tokens", "batch_size", "prompt_length", "repeats"):
@@ -182,45 +174,51 @@ def check_request(config):
 def prepare(config, with_text=True):
     """Reads the prompts and describes the model; makes no array of it. Without `with_text` the held-out text is not
     looked at. Raises UserError."""
-    check(config)
-    ours = config.infer
-    _check_baseline(ours.baseline)
-    lm_eval_tasks.check(config.quality)
-    mesh = make_mesh(config)
-    sampler = build("sampler", ours.sampler, where="config.infer.sampler")
-    texts = prompts.read(ours.prompts)
+    asked = config.infer
+    check_request(config)
+    run = describe_run(config, devices_of(config))
+    check_mesh(config, run.mesh)
+    _check_baseline(asked.baseline)
+    sampler = build("sampler", asked.sampler, where="config.infer.sampler")
+    texts = prompts.read(asked.prompts)
     if with_text:
         data.check(config.data)  # before a checkpoint is read, which can take a minute
-    source = setup.open_pretrained(config.model.pretrained)
-    described = setup.described(config.model, source)
-    from_config.check(described)
-    tokenizer = setup.tokenizer_of(config, source)
-    lm = from_config.from_config(described, tokenizer.vocab_size).clone(scan=False, remat=rematerialization.SAVEABLE)
-    ids = prompts.encode(texts, tokenizer, ours.chat)
+    ids = prompts.encode(texts, run.lm and run.tokenizer, asked.chat)
     check_prompts(ids)
-    most = source.max_positions if source else None
-    prompts.check_lengths(ids, ours.max_new_tokens, most)
-    boxed = models.abstract_params(lm)
-    check_rules(boxed, ours.rules)
-    length = max(ours.prompt_length, *map(len, ids)) + ours.max_new_tokens
-    _check_length(lm, ours, length, most)
+    prompts.check_lengths(ids, asked.max_new_tokens, run.max_positions)
+    length = max(asked.prompt_length, *map(len, ids)) + asked.max_new_tokens
+    lm = serving_lm(run, length)
     return Serving(
         config=config,
-        source=source,
+        source=run.source,
         lm=lm,
-        boxed=boxed,
-        tokenizer=tokenizer,
+        boxed=models.abstract_params(lm),
+        tokenizer=run.tokenizer,
         sampler=sampler,
         texts=texts,
         prompts=ids,
         length=length,
-        mesh=mesh,
+        mesh=run.mesh,
         rss_before=host.rss_bytes(),
-        max_positions=most,
+        max_positions=run.max_positions,
     )
 
 
-def check_rules(boxed, rules):
+def serving_lm(run, length):
+    """The LM of a RunDescription as it serves rows of `length` tokens: layers apart, and nothing rematerialized.
+
+    Raises UserError for more tokens than it has positions, and for a rule that names no weight.
+    """
+    asked, lm = run.config.infer, run.lm.clone(scan=False, remat=rematerialization.SAVEABLE)
+    where = f"config.infer.prompt_length = {asked.prompt_length}, config.infer.max_new_tokens = {asked.max_new_tokens}"
+    if run.max_positions and length > run.max_positions:
+        raise UserError(f"{where}: {length} tokens; the model has {run.max_positions} positions")
+    models.check_length(lm, length, where)
+    _check_rules(models.abstract_params(lm), asked.rules)
+    return lm
+
+
+def _check_rules(boxed, rules):
     """Raises UserError for a rule that names no weight, which would change nothing."""
     paths = [path for path, _, _ in formulas.leaves(boxed) if quant.is_weight(path)]
     for pattern, form in rules:
@@ -231,15 +229,13 @@ def check_rules(boxed, rules):
             )
 
 
-def make_mesh(config):
-    """The mesh of as many devices as `config.mesh` names; -1 names one. Raises UserError for what cannot serve."""
+def devices_of(config):
+    """As many devices as `config.mesh` names, of which -1 names one. Raises UserError for several processes."""
     _, given = parse_spec(f"mesh({config.mesh})", "config.mesh")
     if jax.process_count() > 1:
         raise UserError("inference runs in one process, on as many of its devices as config.mesh names")
     named = [size for size in given.values() if isinstance(size, int) and size > 0]
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[: math.prod(named)])
-    check_mesh(config, mesh)
-    return mesh
+    return jax.devices()[: math.prod(named)]
 
 
 def check_mesh(config, mesh, batches=("infer", "train")):
@@ -254,13 +250,6 @@ def check_mesh(config, mesh, batches=("infer", "train")):
             raise UserError(
                 f"config.{key}.batch_size = {rows}: {where} divides rows over {ways} devices; take a multiple of {ways}"
             )
-
-
-def _check_length(lm, ours, length, most):
-    where = f"config.infer.prompt_length = {ours.prompt_length}, config.infer.max_new_tokens = {ours.max_new_tokens}"
-    if most and length > most:
-        raise UserError(f"{where}: {length} tokens; the model has {most} positions")
-    models.check_length(lm, length, where)
 
 
 def _check_baseline(baseline):

@@ -9,13 +9,13 @@ import jax
 
 from efficientllm import model, sharding
 from efficientllm.cost import formulas
-from efficientllm.errors import UserError
 from efficientllm.infer import setup as infer
 from efficientllm.infer.engine import Engine
 from efficientllm.metrics.reading import Reading
 from efficientllm.plan import remedies, training_step
 from efficientllm.quant import apply as quant
 from efficientllm.registry import build, register
+from efficientllm.run_description import describe_run
 from efficientllm.runtime import kernel_choice
 from efficientllm.weights import box_as, resident_bytes
 
@@ -170,30 +170,14 @@ def whole(config, mesh):
 
 def describe(config, devices, platform, capability=(0, 0)):
     """The Request of a config on `devices`, for the `platform` that it is compiled for."""
-    mesh = sharding.make_mesh(config.mesh, devices)
-    infer.check_mesh(config, mesh, ("infer",))
+    run = describe_run(config, devices, shapes_only=True)
+    infer.check_mesh(config, run.mesh, ("infer",))
     with training_step.target(platform, capability):
-        lm, most = _model_of(config)
+        lm = infer.serving_lm(run, config.infer.prompt_length + config.infer.max_new_tokens)
         boxed = model.abstract_params(lm)
-    _check_length(config.infer, lm, most)
-    infer.check_rules(boxed, config.infer.rules)
     rounded = quant.abstract(nn.unbox(boxed), config.quant, config.infer.rules)
-    shaped = sharding.on_shards(box_as(boxed, rounded), mesh)
-    return Request(config, lm, mesh, boxed, shaped, platform, capability)
-
-
-def _model_of(config):
-    """(lm with its layers apart, the most positions its checkpoint names or None)."""
-    source = training_step.source_of(config)
-    return training_step.lm_of(config, source).clone(scan=False), source and source.max_positions
-
-
-def _check_length(ours, lm, most):
-    length = ours.prompt_length + ours.max_new_tokens
-    where = f"config.infer.prompt_length = {ours.prompt_length}, config.infer.max_new_tokens = {ours.max_new_tokens}"
-    if most and length > most:
-        raise UserError(f"{where}: {length} tokens; the model has {most} positions")
-    model.check_length(lm, length, where)
+    shaped = sharding.on_shards(box_as(boxed, rounded), run.mesh)
+    return Request(config, lm, run.mesh, boxed, shaped, platform, capability)
 
 
 register("planned", "infer")(training_step.Planned(whole, describe, ("infer",)))

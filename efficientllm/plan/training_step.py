@@ -12,15 +12,16 @@ import typing
 import jax
 
 from efficientllm import model, sharding
-from efficientllm.architecture import from_config
 from efficientllm.cost import formulas, jaxpr_flops, step_memory
 from efficientllm.metrics import memory
 from efficientllm.metrics.reading import Reading
 from efficientllm.plan import collectives, cudnn, hlo_cost, hlo_text
 from efficientllm.plan import remedies as changes
-from efficientllm.registry import build, register
+from efficientllm.registry import register
+from efficientllm.run_description import describe_run
 from efficientllm.runtime import kernel_choice as kernels
-from efficientllm.train import setup, step
+from efficientllm.train import step
+from efficientllm.train.config_checks import check_rows, check_train, training_lm
 
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -187,36 +188,9 @@ def changed(config, changes):
     return copy
 
 
-def lm_of(config, source):
-    """The LM of a config. A size that names its vocabulary needs neither tokenizer nor checkpoint; a checkpoint is a
-    `convert.Source`, of which the description is enough, or None. Raises UserError as the run would."""
-    described = setup.described(config.model, source)
-    known = source is not None or from_config.has_vocabulary(described)
-    return from_config.from_config(described, None if known else setup.tokenizer_of(config, source).vocab_size)
-
-
-def source_of(config):
-    """The checkpoint that a config names, as far as it is described; None where the size names its own vocabulary."""
-    if from_config.has_vocabulary(config.model):
-        return None
-    return setup.open_pretrained(config.model.pretrained, weights=False)
-
-
-def model_of(config):
-    """(lm, method) of a training step. Raises UserError as the run would."""
-    method = build("adapter", config.adapter, where="config.adapter")
-    setup.check_form(config.quant, config.adapter, method)
-    source = source_of(config)
-    setup.check_positions(config, source)
-    lm = lm_of(config, source)
-    model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
-    method.check(lm)
-    return lm.clone(scan=False) if method.unrolled else lm, method
-
-
 def whole_rows(config, mesh):
     """The config with the least batch from its own upwards that divides over the mesh."""
-    setup.check_rows(config.train)
+    check_rows(config.train)
     parts = config.train.accumulate * sharding.row_ways(mesh)
     size = config.train.batch_size
     return config if size % parts == 0 else changed(config, {"train.batch_size": size + -size % parts})
@@ -224,17 +198,13 @@ def whole_rows(config, mesh):
 
 def describe(config, devices, platform, capability=(0, 0)):
     """The Step of a config on `devices`, for the `platform` that it is compiled for, a GPU of this capability."""
-    mesh = sharding.make_mesh(config.mesh, devices)
-    setup.check_train(config.train, mesh)
+    run = describe_run(config, devices, shapes_only=True)
+    check_train(config.train, run.mesh)
     with target(platform, capability):
-        lm, method = model_of(config)
-        boxed = model.abstract_params(lm)  # makes a small array: not on devices that are not here
-    with scope(mesh, platform, capability):
-        train = config.train
-        abstract = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method, config.quant))
-    shardings = sharding.shardings(abstract, mesh)
-    shaped = sharding.on_shards(abstract, mesh)
-    return Step(config, lm, method, mesh, boxed, shaped, shardings, platform, capability)
+        lm = training_lm(run)
+        shaped, shardings = step.abstract_state(lm, config, run.method, run.mesh)
+        boxed = model.abstract_params(lm)
+    return Step(config, lm, run.method, run.mesh, boxed, shaped, shardings, platform, capability)
 
 
 def traced(one):

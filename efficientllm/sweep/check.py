@@ -77,32 +77,34 @@ def _check_equal(sweep, found):
 
 
 def _cost(argv):
+    from efficientllm.registry.plugins import import_plugins
+
+    config, _, _ = main.parse(list(argv))
+    import_plugins(config.imports)
+    return _cost_of_inference(config) if config.task == "infer" else _cost_of_training(config)
+
+
+def _cost_of_training(config):
+    """Of all steps; memory is that of one at its height."""
     import flax.linen as nn
     import jax
 
     from efficientllm import model
     from efficientllm.cost import formulas, step_memory
-    from efficientllm.registry import build
-    from efficientllm.registry.plugins import import_plugins
-    from efficientllm.train import setup, step
+    from efficientllm.run_description import describe_run
+    from efficientllm.train import config_checks, step
 
-    config, _, _ = main.parse(list(argv))
-    import_plugins(config.imports)
-    if config.task == "infer":
-        return _cost_of_inference(config)
-    lm, method = _described(config), build("adapter", config.adapter, where="config.adapter")
-    setup.check_form(config.quant, config.adapter, method)
-    method.check(lm)
-    lm = lm.clone(scan=False) if method.unrolled else lm
-    train, boxed = config.train, model.abstract_params(lm)
-    setup.check_rows(train)
-    state = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, method, config.quant))
+    run, train = describe_run(config, shapes_only=True), config.train
+    config_checks.check_rows(train)
+    lm = config_checks.training_lm(run)
+    boxed = model.abstract_params(lm)
+    state = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, run.method, config.quant))
     params = formulas.parameters(lm, boxed)
     return Cost(
         parameters=params["total"],
         active=params["active"],
         tokens=train.steps * train.batch_size * train.length,
-        flops=train.steps * formulas.step_flops(lm, boxed, train.length, train.batch_size, method),
+        flops=train.steps * formulas.step_flops(lm, boxed, train.length, train.batch_size, run.method),
         memory_bytes=step_memory.predicted_bytes(
             lm, nn.unbox(state), train.batch_size // train.accumulate, train.length
         ),
@@ -117,39 +119,26 @@ def _cost_of_inference(config):
     from efficientllm.cost import formulas
     from efficientllm.infer import setup as serving
     from efficientllm.quant import apply
+    from efficientllm.run_description import describe_run
     from efficientllm.weights import resident_bytes
 
-    lm, ours = _described(config), config.infer
-    serving.check(config)
+    serving.check_request(config)
+    run, asked = describe_run(config, serving.devices_of(config), shapes_only=True), config.infer
+    serving.check_mesh(config, run.mesh)
+    length = asked.prompt_length + asked.max_new_tokens
+    lm = serving.serving_lm(run, length)
     boxed = model.abstract_params(lm)
-    serving.check_rules(boxed, ours.rules)
-    params, length = formulas.parameters(lm, boxed), ours.prompt_length + ours.max_new_tokens
-    model.check_length(lm, length, "config.infer.prompt_length and config.infer.max_new_tokens")
-    middle = ours.prompt_length + ours.max_new_tokens // 2
-    decode = ours.max_new_tokens * formulas.decode_flops(lm, boxed, middle)
-    rows = ours.repeats * ours.batch_size
-    weights = resident_bytes(apply.abstract(nn.unbox(boxed), config.quant, ours.rules))
+    params, middle = formulas.parameters(lm, boxed), asked.prompt_length + asked.max_new_tokens // 2
+    decode = asked.max_new_tokens * formulas.decode_flops(lm, boxed, middle)
+    rows = asked.repeats * asked.batch_size
+    weights = resident_bytes(apply.abstract(nn.unbox(boxed), config.quant, asked.rules))
     return Cost(
         parameters=params["total"],
         active=params["active"],
-        tokens=rows * ours.max_new_tokens,
-        flops=rows * (formulas.forward_flops(lm, boxed, ours.prompt_length) + decode),
-        memory_bytes=weights + ours.batch_size * formulas.state_bytes(lm, length),
+        tokens=rows * asked.max_new_tokens,
+        flops=rows * (formulas.forward_flops(lm, boxed, asked.prompt_length) + decode),
+        memory_bytes=weights + asked.batch_size * formulas.state_bytes(lm, length),
     )
-
-
-def _described(config):
-    from efficientllm import data
-    from efficientllm.architecture import from_config
-    from efficientllm.train import setup
-
-    source = setup.open_pretrained(config.model.pretrained, weights=False)
-    described = setup.described(config.model, source)
-    from_config.check(described)
-    size = None
-    if source is None and not from_config.has_vocabulary(described):
-        size = data.build_tokenizer(config.tokenizer, config.data).vocab_size
-    return from_config.from_config(described, size)
 
 
 def start_seconds():

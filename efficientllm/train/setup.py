@@ -8,18 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm import data, model, sharding
-from efficientllm.architecture import from_config
 from efficientllm.cost import device_peaks, jaxpr_flops, step_memory
-from efficientllm.errors import UserError
 from efficientllm.metrics import host, memory
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.objectives import next_token
-from efficientllm.optim import rules
 from efficientllm.quant import apply as quant
-from efficientllm.registry import build
+from efficientllm.run_description import describe_run
 from efficientllm.runtime import kernel_choice as kernels
 from efficientllm.runtime import malloc
-from efficientllm.train import step
+from efficientllm.train import config_checks, step
 from efficientllm.weights import activation_dtype, box_as
 
 
@@ -61,32 +58,22 @@ class Setup:
 
 def prepare(config, log):
     """Reads the data and describes the model; makes no array of it. Raises UserError."""
-    method = build("adapter", config.adapter, where="config.adapter")
-    check_form(config.quant, config.adapter, method)
+    run = describe_run(config)
+    config_checks.check_form(run)
     if config.model.pretrained:  # reading it can take a minute
         _check_data(config, log)
-    source = open_pretrained(config.model.pretrained)
-    model_config = described(config.model, source)
-    lm = from_config.check(model_config)  # a bad model is refused before any data is read
-    model.check_length(lm, config.train.length, f"config.train.length = {config.train.length}")
-    check_positions(config, source)
-    mesh = sharding.make_mesh(config.mesh)
-    check_train(config.train, mesh)
-    if source is None:
+    config_checks.check_length(run)  # of the model's outline: a bad model is refused before any data is read
+    config_checks.check_train(config.train, run.mesh)
+    if run.source is None:
         _check_data(config, log)
-    tokenizer = tokenizer_of(config, source)
-    lm = _for_method(from_config.from_config(model_config, tokenizer.vocab_size), method)
+    lm, mesh, tokenizer = config_checks.training_lm(run), run.mesh, run.tokenizer
     _check_sample(lm, config.sample, tokenizer)
     if config.train.accumulate > 1 and any(ffn is not None and ffn.has_batch_loss for _, ffn in model.parts(lm)):
         rows = config.train.batch_size // config.train.accumulate
         log.info(f"config.train.accumulate: load-balance losses are those of micro-batches of {rows} rows, averaged")
     share = dict(zip(("process_index", "process_count"), sharding.process_share(mesh), strict=True))
     rows = (config.data, tokenizer, config.train.batch_size, config.train.length)
-    with jax.set_mesh(mesh):
-        boxed = model.abstract_params(lm)
-        init = step.init_state(lm, config.train, config.seed, config.train.length, method, config.quant)
-        abstract = jax.eval_shape(init)
-    shardings = sharding.shardings(abstract, mesh)
+    shaped, shardings = step.abstract_state(lm, config, run.method, mesh)
     return Setup(
         config=config,
         mesh=mesh,
@@ -94,10 +81,10 @@ def prepare(config, log):
         lm=lm,
         batches=iter(data.train_iterator(*rows, seed=config.seed, **share)),
         eval_batches=data.eval_batches(*rows, limit=config.eval.batches or None, **share),
-        method=method,
-        source=source,
-        boxed=boxed,
-        shaped=sharding.on_shards(abstract, mesh),
+        method=run.method,
+        source=run.source,
+        boxed=model.abstract_params(lm),
+        shaped=shaped,
         shardings=shardings,
         data=_described_data(config, tokenizer, log),
         rss_before=host.rss_bytes(),
@@ -137,97 +124,11 @@ def create_state(run):
     return jax.jit(around, out_shardings=run.shardings, donate_argnums=0)(params)
 
 
-def check_form(form, adapter, method):
-    """Refuses weights that are rounded where nothing but them could learn. Raises UserError."""
-    found = quant.form_of(form)
-    if not hasattr(found, "leaf"):
-        return
-    if not method.learnt:
-        raise UserError(
-            f"config.quant = {form!r} with config.adapter = {adapter!r}: rounded weights cannot learn; take an adapter "
-            "such as 'lora(rank=8)', or config.quant = 'float32'"
-        )
-    if getattr(found, "calibrated", False):
-        raise UserError(f"config.quant = {form!r}: tuning rounds to the nearest; take 'nf4()', 'int4()' or 'int8()'")
-
-
-def check_positions(config, source):
-    """Refuses rows that are longer than what the checkpoint was made for."""
-    most = source.max_positions if source else None
-    if most and config.train.length > most:
-        raise UserError(
-            f"config.train.length = {config.train.length}: {config.model.pretrained} has {most} positions; take "
-            f"{most} tokens at most"
-        )
-
-
-def open_pretrained(pretrained, weights=True):
-    """The checkpoint `config.model.pretrained` names, or None for none; without `weights` it is only described."""
-    if not pretrained:
-        return None
-    from efficientllm import convert  # not needed by every run
-
-    return convert.open_source(pretrained, weights)
-
-
-def described(model, source):
-    """`config.model` with what a checkpoint's files say of it."""
-    if source is None:
-        return model
-    complete = model.copy_and_resolve_references()
-    complete.update(source.model | {"pattern": tuple(source.model.get("pattern", ())), "parameters_of": ""})
-    return complete
-
-
-def tokenizer_of(config, source):
-    """The tokenizer of `config.tokenizer`, within the checkpoint's vocabulary. Raises UserError."""
-    if config.tokenizer != "pretrained":
-        found = data.build_tokenizer(config.tokenizer, config.data)
-    elif source is None:
-        raise UserError("config.tokenizer = 'pretrained' needs config.model.pretrained, the checkpoint it belongs to")
-    else:
-        found = data.build_tokenizer(source.tokenizer(), config.data)
-    return found if source is None else found.within(source.lm().vocab_size)
-
-
-def _for_method(lm, method):
-    method.check(lm)
-    return lm.clone(scan=False) if method.unrolled else lm
-
-
 def _check_sample(lm, sample, tokenizer):
     """Refuses a sample that the model could not write at the end of the run."""
     prompt = len(tokenizer.encode_prompt(sample.prompt))
     where = f"config.sample.tokens = {sample.tokens} after a prompt of {prompt}"
     model.check_length(lm, prompt + sample.tokens, where)
-
-
-def check_rows(train):
-    """Refuses counts that cannot be. Raises UserError naming the key."""
-    for key in ("steps", "batch_size", "length", "accumulate", "log_every"):
-        if train[key] < 1:
-            raise UserError(f"config.train.{key} = {train[key]}: must be at least 1")
-    if train.batch_size % train.accumulate:
-        raise UserError(
-            f"config.train.accumulate = {train.accumulate}: must divide config.train.batch_size = {train.batch_size}"
-        )
-
-
-def check_train(train, mesh):
-    """Refuses what can't be trained. Raises UserError naming the key."""
-    check_rows(train)
-    rows, ways = train.batch_size // train.accumulate, sharding.row_ways(mesh)
-    if rows % ways:
-        raise UserError(
-            f"config.train.batch_size = {train.batch_size}: {rows} rows a micro-batch do not divide over the "
-            f"{ways} devices of the mesh axes data, fsdp and expert; {rows + -rows % ways} would"
-        )
-    if train.length % mesh.shape["sequence"]:
-        raise UserError(
-            f"config.train.length = {train.length}: the mesh axis sequence divides a row's tokens over "
-            f"{mesh.shape['sequence']} devices; {train.length + -train.length % mesh.shape['sequence']} would do"
-        )
-    rules.schedule(train)
 
 
 def compile_steps(setup):

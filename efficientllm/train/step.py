@@ -63,6 +63,14 @@ def init_state(lm, train, seed, length, method=FULL, form="float32"):
     return init
 
 
+def abstract_state(lm, config, method, mesh):
+    """`(abstract TrainState on its shards, its shardings)` of a run of `config` on `mesh`."""
+    init = init_state(lm, config.train, config.seed, config.train.length, method, config.quant)
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(init)
+    return sharding.on_shards(boxed, mesh), sharding.shardings(boxed, mesh)
+
+
 def jit_create(lm, train, seed, length, shardings, method=FULL, form="float32"):
     """A jitted function of no arguments: the TrainState on its shardings; no array is ever made unsharded."""
     init = init_state(lm, train, seed, length, method, form)

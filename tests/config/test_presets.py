@@ -17,7 +17,7 @@ from efficientllm.cost import formulas
 from efficientllm.ops.attention import Context
 from efficientllm.record.workdir import Workdir
 from efficientllm.registry.plugins import import_plugins
-from efficientllm.train import setup, step
+from efficientllm.train import config_checks, step
 from tiers import slow_except
 
 FILES = sorted(path for path in (runs.ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -138,4 +138,4 @@ def test_the_readme_config_is_the_study_s_mixture_in_small():
     config, _, _ = main.parse([f"--config={pathlib.Path(runs.ROOT, 'configs/moe.py')}"])
     ffn = registry.parse_spec(config.model.ffn)[1]
     assert (ffn["num_experts"], ffn["top_k"], ffn["load_balance"]) == (8, 2, 0.01)
-    setup.check_train(config.train, sharding.make_mesh("data=1", jax.devices()[:1]))
+    config_checks.check_train(config.train, sharding.make_mesh("data=1", jax.devices()[:1]))

@@ -166,16 +166,14 @@ def test_an_added_token_beyond_the_embedding_is_refused_where_a_text_asks_for_it
 def test_a_model_without_an_embedding_of_pad_is_served(tmp_path):
     from configs import base
     from convert import folders
-    from efficientllm import convert
-    from efficientllm.architecture import from_config
-    from efficientllm.train import setup
+    from efficientllm.run_description import describe_run
 
     theirs = kinds.save(tmp_path, eos_token="<eos>", pad_token="[PAD]")
     folders.llama(tmp_path, vocab_size=theirs.pad_token_id)
-    config, source = base.get_config(), convert.open_source(tmp_path)
-    config.tokenizer = "pretrained"
-    tokenizer = setup.tokenizer_of(config, source)
-    lm = from_config.from_config(setup.described(config.model, source), tokenizer.vocab_size)
+    config = base.get_config()
+    config.model.pretrained, config.tokenizer = str(tmp_path), "pretrained"
+    run = describe_run(config)
+    lm, tokenizer = run.lm, run.tokenizer
     assert lm.vocab_size == tokenizer.vocab_size == theirs.pad_token_id
     assert len(bytes_of(tokenizer, lm)) == lm.vocab_size
 

@@ -152,9 +152,8 @@ def _ours(method, model, options, host):
 
     from efficientllm import base_config, sharding
     from efficientllm import model as models
-    from efficientllm.architecture import from_config
     from efficientllm.cost import step_memory
-    from efficientllm.registry import build
+    from efficientllm.run_description import describe_run
     from efficientllm.runtime import malloc
     from efficientllm.train import setup, step
 
@@ -165,10 +164,9 @@ def _ours(method, model, options, host):
     config.train.schedule, config.train.decay = f"constant(peak={RATE})", ((".*", 0.0),)
     config.train.optimizer, config.train.length = "adamw(b1=0.9, b2=0.95)", options.length - 1
     config.train.batch_size = options.batch
-    source = setup.open_pretrained(model)
-    tuned = build("adapter", config.adapter)
-    lm = from_config.from_config(setup.described(config.model, source))
-    mesh = sharding.make_mesh("data=1", jax.devices()[:1])
+    config.mesh, config.tokenizer = "data=1", "bytes"  # no text is read
+    described = describe_run(config, jax.devices()[:1])
+    source, tuned, lm, mesh = described.source, described.method, described.lm, described.mesh
     jax.set_mesh(mesh)
     boxed = models.abstract_params(lm)
     abstract = jax.eval_shape(step.init_state(lm, config.train, 0, options.length - 1, tuned))
