@@ -18,8 +18,8 @@ from efficientllm.architecture import from_config
 from efficientllm.convert.files import own_quantized
 from efficientllm.convert.source import Source, is_run
 from efficientllm.errors import UserError
+from efficientllm.record import checkpoint_checksums
 from efficientllm.registry import build
-from efficientllm.train import checkpoint_checksums
 from efficientllm.untrusted import files, json_text
 from efficientllm.weights import Weight, box
 

@@ -30,9 +30,9 @@ def convert(source, spec, folder, data="python_docs()", length=256, shard=write.
     abstract = nn.unbox(models.abstract_params(lm))
     _check_memory(abstract, spec, getattr(form, "calibrated", False))
     if getattr(form, "calibrated", False):
-        from efficientllm.data import build_tokenizer
+        from efficientllm.data import build_tokenizer, calibration_rows
 
-        tokens_BT = calibrate.text(data, build_tokenizer(source.tokenizer(), data), length)
+        tokens_BT = calibration_rows(data, build_tokenizer(source.tokenizer(), data), length)
         params = calibrate.quantize(lm, source.load(abstract, lm=lm), spec, tokens_BT)
     else:
         params = source.load(abstract, lm=lm, each=apply.rounder(spec))

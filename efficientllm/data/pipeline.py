@@ -8,6 +8,7 @@ from efficientllm.data.corpus import Corpus
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 
+CALIBRATION_ROWS = 16
 _PREFETCHED = 2  # batches made while the device works; the state saved is that of the batch handed out
 
 
@@ -145,3 +146,14 @@ def _long_enough(corpus, tokenizer, side, length):
             f"{corpus.spec!r}; take a longer one"
         )
     return documents
+
+
+def calibration_rows(data_spec, tokenizer, length, seed=0):
+    """Rows of tokens `[CALIBRATION_ROWS, length]` to calibrate a quantised form on: train text, without padding."""
+    batches = train_iterator(data_spec, tokenizer, CALIBRATION_ROWS, length, seed=seed)
+    pieces, wanted = [], CALIBRATION_ROWS * length
+    while sum(map(len, pieces)) < wanted:
+        batch = next(batches)
+        pieces.append(batch["tokens"][batch["segments"] > 0])
+    batches.close()
+    return np.concatenate(pieces)[:wanted].reshape(CALIBRATION_ROWS, length)

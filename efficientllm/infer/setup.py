@@ -153,7 +153,7 @@ class Serving:
 
     def _calibration(self):
         """Rows of the text that is not held out."""
-        return calibrate.text(self.config.data, self.tokenizer, self.config.train.length, self.config.seed)
+        return data.calibration_rows(self.config.data, self.tokenizer, self.config.train.length, self.config.seed)
 
 
 def _is_calibrated(spec, rules):

@@ -6,6 +6,8 @@ import math
 from efficientllm import sharding
 from efficientllm.errors import UserError
 
+FORMS = ("bfloat16", "int8()", "int4()")  # of weights that do not fit, from the largest to the smallest
+
 
 @dataclasses.dataclass(frozen=True)
 class Try:

@@ -20,7 +20,6 @@ from efficientllm.runtime import kernel_choice
 from efficientllm.weights import box_as, resident_bytes
 
 FIRST = ("prefill", "first logits")  # the programs before the first token
-FORMS = ("bfloat16", "int8()", "int4()")  # tried, from the largest to the smallest, where weights do not fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Request:
         plain = nn.unbox(self.boxed)
         smaller = [
             form
-            for form in FORMS
+            for form in remedies.FORMS
             if resident_bytes(quant.abstract(plain, form, self.config.infer.rules)) < self.weights
         ]
         return remedies.of_serving(self.config, smaller)

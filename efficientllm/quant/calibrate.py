@@ -6,7 +6,6 @@ import typing
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from efficientllm import model as models
 from efficientllm.errors import UserError
@@ -17,24 +16,7 @@ from efficientllm.quant.gptq import gptq
 from efficientllm.runtime.log import Countdown
 from efficientllm.weights import Weight, path_of
 
-TEXT_ROWS = 16
 ROWS = 4  # rows of tokens that go through a layer at once
-
-
-def text(data_spec, tokenizer, length, seed=0):
-    """Rows of tokens `[B, length]` to calibrate on, of the text that is not held out, without padding."""
-    from efficientllm import data
-
-    batches, found, wanted = (
-        data.train_iterator(data_spec, tokenizer, TEXT_ROWS, length, seed=seed),
-        [],
-        TEXT_ROWS * length,
-    )
-    while sum(map(len, found)) < wanted:
-        batch = next(batches)
-        found.append(batch["tokens"][batch["segments"] > 0])
-    batches.close()
-    return np.concatenate(found)[:wanted].reshape(TEXT_ROWS, length)
 
 
 def quantize(lm, params, spec, tokens_BT, rules=()):

@@ -9,8 +9,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from efficientllm.errors import UserError
+from efficientllm.record import checkpoint_checksums
 from efficientllm.runtime import distributed, quiet_threads
-from efficientllm.train import checkpoint_checksums
 
 log = logging.getLogger("efficientllm")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # of a write that failed, here or elsewhere

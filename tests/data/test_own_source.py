@@ -93,10 +93,8 @@ def test_data_is_read_before_a_checkpoint_is(tmp_path, monkeypatch):
 
 
 def test_rows_to_calibrate_on_hold_no_padding(tmp_path):
-    from efficientllm.quant import calibrate
-
     rows = [f'{{"prompt": "question {i}", "response": "{"answer " * (i % 7 + 1)}"}}' for i in range(200)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     spec = f"pairs(path='{tmp_path}/rows.jsonl')"
-    found = calibrate.text(spec, data.build_tokenizer("bytes", spec), 64)
-    assert found.shape == (calibrate.TEXT_ROWS, 64) and (found > 0).all()
+    found = data.calibration_rows(spec, data.build_tokenizer("bytes", spec), 64)
+    assert found.shape == (data.pipeline.CALIBRATION_ROWS, 64) and (found > 0).all()

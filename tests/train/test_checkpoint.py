@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from efficientllm.errors import UserError
-from efficientllm.train import checkpoint_checksums, fingerprints
+from efficientllm.record import checkpoint_checksums
+from efficientllm.train import fingerprints
 from efficientllm.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.quick
