@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Arrows that close circles of rooms, and that are about to end.
 ENDING = {
     ("ops", "quant"),
+    ("ops", "quant"),
 }
 
 

@@ -7,6 +7,7 @@ import zlib
 import jax
 
 from efficientllm.errors import UserError
+from efficientllm.quant.apply import KEEP_TABLES, quantize
 from efficientllm.untrusted import patterns
 from efficientllm.weights import Weight, is_box, path_of
 
@@ -94,6 +95,12 @@ def attach(method, boxed, held, key):
         return method.wrap(leaf, box.names, jax.random.fold_in(key, zlib.crc32(path.encode())))
 
     return jax.tree_util.tree_map_with_path(one, boxed, held, is_leaf=is_box)
+
+
+def tuned(method, lm, boxed, held, key, form="float32"):
+    """`(trainable, frozen)` parameters of a tuning of `held`: its kernels in the quantised `form`, and the method's
+    leaves around those that it targets. Arguments as of `attach`."""
+    return split(method, lm, attach(method, boxed, quantize(held, form, KEEP_TABLES), key))
 
 
 def split(method, lm, params):

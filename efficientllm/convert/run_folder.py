@@ -14,6 +14,7 @@ import numpy as np
 
 from efficientllm import base_config
 from efficientllm import model as models
+from efficientllm.adapters.base import tuned
 from efficientllm.architecture import from_config
 from efficientllm.convert.files import own_quantized
 from efficientllm.convert.source import Source, is_run
@@ -21,7 +22,7 @@ from efficientllm.errors import UserError
 from efficientllm.record import checkpoint_checksums
 from efficientllm.registry import build
 from efficientllm.untrusted import files, json_text
-from efficientllm.weights import Weight, box
+from efficientllm.weights import Weight, box, path_of
 
 TASKS = ("pretrain", "tune")
 TOKENIZER = "tokenizer"  # a folder of the run's, written when it starts
@@ -159,11 +160,24 @@ class Parameters:
         is_stacked = any(path.startswith("groups/") for path in self._names)
         self._lm = source.lm(scan=is_stacked, precision=self._run.model.precision)
         self._boxes = flax.traverse_util.flatten_dict(models.abstract_params(self._lm), sep="/")
+        self._check()
         self.shapes = {}
         for path, boxed in self._boxes.items():
             shape, rest = boxed.unbox().shape, path.removeprefix("groups/")
             names = [path] if rest == path else [f"group_{i}/{rest}" for i in range(self._lm.num_groups)]
             self.shapes |= dict.fromkeys(names, tuple(shape[len(names) > 1 or rest != path :]))
+
+    def _check(self):
+        """Refuses a checkpoint whose parameters are not those that the run's config describes to this version."""
+        expected = trainable_shapes(self._lm, self._method, self._run.quant)
+        stored = {path: array.shape for path, array in self._learnt.items()}
+        for path in sorted(expected.keys() | stored.keys()):
+            if expected.get(path) != stored.get(path):
+                holds, asks = (f"{list(shapes[path])}" if path in shapes else "none" for shapes in (stored, expected))
+                raise UserError(
+                    f"{self.where}: the checkpoint's parameter {path!r} has shape {holds}, the run's model asks for "
+                    f"{asks}; serve the run with the version of efficientllm that wrote it"
+                )
 
     @property
     def _names(self):
@@ -193,9 +207,8 @@ class Parameters:
         if path in self._learnt:
             return self._learnt[path][layer]
         from efficientllm.quant import apply as quant
-        from efficientllm.train.step import AS_THEY_ARE
 
-        held = quant.rounder(self._run.quant, AS_THEY_ARE)(path, jnp.asarray(self._before(path, layer)))
+        held = quant.rounder(self._run.quant, quant.KEEP_TABLES)(path, jnp.asarray(self._before(path, layer)))
         start = len(path) + 1
         arrays = {name[start:]: array[layer] for name, array in self._learnt.items() if name.startswith(f"{path}/")}
         if arrays:
@@ -225,6 +238,18 @@ class Parameters:
     def _drawn(self):
         init = jax.jit(lambda key: nn.unbox(models.init_params(self._lm, key, self._run.train.length)))
         return flax.traverse_util.flatten_dict(init(jax.random.key(self._run.seed)), sep="/")
+
+
+def trainable_shapes(lm, method, form):
+    """`{path: shape}` of the parameters that a run's checkpoint holds: those of `lm` that learn, by `method`."""
+
+    def trainable():
+        key = jax.random.key(0)
+        boxed = models.init_params(lm, key, 8)
+        return nn.unbox(tuned(method, lm, boxed, boxed, key, form)[0])
+
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(trainable))
+    return {path_of(keys): leaf.shape for keys, leaf in leaves}
 
 
 def _steps(folder):

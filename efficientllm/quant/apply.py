@@ -13,6 +13,7 @@ from efficientllm.untrusted import patterns
 from efficientllm.weights import Weight, box, is_box, path_of
 
 TABLE = re.compile(r"(^|/)(embedding|head/kernel)$")
+KEEP_TABLES = ((TABLE.pattern, "float32"),)  # rules of a tuning: embeddings and the head (arXiv:2305.14314, Section 3)
 KERNEL = re.compile(r"^(?!.*\brouter/).*(^|/)kernel$")
 
 

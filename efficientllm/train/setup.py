@@ -116,7 +116,7 @@ def create_state(run):
     if run.source is None:
         return step.jit_create(run.lm, train, seed, run.length, run.shardings, method, form)()
     shaped = sharding.on_shards(run.boxed, run.mesh)
-    params = run.source.load(shaped, lm=run.lm, each=quant.rounder(form, step.AS_THEY_ARE))
+    params = run.source.load(shaped, lm=run.lm, each=quant.rounder(form, quant.KEEP_TABLES))
 
     def around(params):
         return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, box_as(run.boxed, params), form))

@@ -10,15 +10,13 @@ import optax
 
 from efficientllm import model as models
 from efficientllm import sharding
-from efficientllm.adapters.base import attach, join, split
+from efficientllm.adapters.base import join, split, tuned
 from efficientllm.adapters.freeze import Full
 from efficientllm.adapters.lora import seeded
 from efficientllm.objectives.next_token import eval_step, loss_fn
 from efficientllm.optim import rules
-from efficientllm.quant import apply as quant
 
 FULL = Full()
-AS_THEY_ARE = ((quant.TABLE.pattern, "float32"),)  # embeddings and the head (arXiv:2305.14314, Section 3)
 
 
 @flax.struct.dataclass
@@ -47,8 +45,7 @@ def create(lm, train, method, seed, boxed, held, form="float32"):
     Kernels are put into the quantised `form` before the method's leaves go around them.
     """
     key = jax.random.key(seed)
-    held = quant.quantize(held, form, AS_THEY_ARE)
-    learnt, frozen = split(method, lm, attach(method, boxed, held, jax.random.fold_in(key, 1)))
+    learnt, frozen = tuned(method, lm, boxed, held, jax.random.fold_in(key, 1), form)
     opt_state = rules.optimizer(train, nn.unbox(learnt), method.rates).init(learnt)
     return TrainState(jnp.zeros((), jnp.int32), learnt, opt_state, jax.random.key_data(key), frozen)
 

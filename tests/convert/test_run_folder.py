@@ -44,7 +44,7 @@ def trained(where):
         if name not in ended:
             with pytest.MonkeyPatch.context() as patch:
                 finish, mesh = Training._finish, sharding.make_mesh
-                patch.setattr(sharding, "make_mesh", lambda spec: mesh(spec, jax.devices()[:1]))  # compiles sooner
+                patch.setattr(sharding, "make_mesh", lambda spec, _: mesh(spec, jax.devices()[:1]))  # compiles sooner
                 patch.setattr(
                     Training,
                     "_finish",
@@ -171,6 +171,14 @@ def test_a_run_has_its_tokenizer_with_it(trained, where):
             lambda folder: edit(folder, model={"pretrained": "/gone"}),
             "the run began from cannot be opened: .*/gone",
         ),
+        (
+            lambda folder: edit_model(folder, embed_norm=True),
+            r"parameter 'embed_norm/scale' has shape none, the run's model asks for \[16\]; serve the run with",
+        ),
+        (
+            lambda folder: edit(folder, adapter="lora(rank=2)"),
+            r"parameter 'embedding' has shape \[\d+, \d+\], the run's model asks for none",
+        ),
     ],
 )
 def test_what_is_no_run_is_one_line(change, message, trained, tmp_path):
@@ -185,6 +193,11 @@ def test_what_is_no_run_is_one_line(change, message, trained, tmp_path):
 def edit(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_model(folder, **changes):
+    model = json.loads((folder / "config.json").read_text())["model"]
+    edit(folder, model=model | changes)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_changed(trained, tmp_path, capsys, caplog):

@@ -81,7 +81,7 @@ def test_data_is_read_before_a_checkpoint_is(tmp_path, monkeypatch):
     from efficientllm import base_config
     from efficientllm.infer import setup as serving
 
-    monkeypatch.setattr(setup, "open_pretrained", lambda *_, **__: pytest.fail("the checkpoint came first"))
+    monkeypatch.setattr("efficientllm.convert.open_source", lambda *_, **__: pytest.fail("the checkpoint came first"))
     (tmp_path / "bad.jsonl").write_text("{")
     config = base_config.get_config()
     config.model.pretrained, config.data = "smollm2-135m", f"pairs(path='{tmp_path}/bad.jsonl')"

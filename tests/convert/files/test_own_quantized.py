@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import folders
-from efficientllm import convert, model
+from efficientllm import convert, data, model
 from efficientllm.convert import write_quantized
 from efficientllm.convert.__main__ import main
 from efficientllm.errors import UserError
@@ -58,7 +58,7 @@ def test_several_files_and_calibrated(tmp_path):
     folders.llama(tmp_path / "plain", **SHAPE)
     source = convert.open_source(tmp_path / "plain")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write_quantized.calibrate, "text", lambda *_: tokens)
+        patch.setattr(data, "calibration_rows", lambda *_: tokens)
         patch.setattr(type(source), "tokenizer", lambda self: "bytes")
         write_quantized.convert(source, "int4(method='awq')", tmp_path / "rounded", shard=10_000)
     assert len(list((tmp_path / "rounded").glob("*.safetensors"))) > 2
