@@ -7,11 +7,6 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Arrows that close circles of rooms, and that are about to end.
-ENDING = {
-    ("ops", "quant"),
-    ("ops", "quant"),
-}
 
 
 def modules():
@@ -45,7 +40,7 @@ def rooms(graph):
     """`{room: {rooms it imports from}}` of the graph of modules."""
     arrows = {room(module): set() for module in graph if module != "efficientllm"}
     for module, target in ((module, target) for module, targets in graph.items() for target in targets):
-        if room(module) != room(target) and (room(module), room(target)) not in ENDING:
+        if room(module) != room(target):
             arrows[room(module)].add(room(target))
     return arrows
 

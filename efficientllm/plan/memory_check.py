@@ -6,6 +6,7 @@ import jax
 
 from efficientllm.cost import available_memory
 from efficientllm.errors import UserError
+from efficientllm.plan import remedies
 from efficientllm.registry import build, names
 from efficientllm.sharding import local_bytes
 
@@ -33,9 +34,6 @@ def check_compiled(run):
         raise _refusal(run, room, needed, "by the compiler's plan of a step", copies if room.shared else 1)
 
 
-FORMS = ("bfloat16", "int8()", "int4()")  # tried where weights do not fit, from the largest to the smallest
-
-
 def check_serving(run):
     """Refuses a `Serving` whose weights and states are too large, before one is read. Raises UserError."""
     config, room, weights = run.config, available_memory.of(run.config, run.devices), None
@@ -49,7 +47,7 @@ def check_serving(run):
     if not room.refuses(kept, most):
         return
     gb, remedy = most / 1e9, "no form of the weights is small enough"
-    for form in FORMS:
+    for form in remedies.FORMS:
         if not config.infer.rules and (size := run.weights_bytes(form)[1] + run.states_bytes) <= min(room.bytes, most):
             remedy = f"with --config.quant='{form}' it would need {size / 1e9:,.1f} GB"
             break
@@ -76,7 +74,7 @@ def _of(config):
 
 def _remedy(run, room, copies):
     """The first single change that would fit, by shapes, or the words that none does."""
-    from efficientllm.plan import remedies, training_step  # not needed by every run
+    from efficientllm.plan import training_step  # not needed by every run
 
     def total_of(change):
         one = training_step.describe(training_step.changed(run.config, change), jax.devices(), jax.default_backend())
