@@ -14,7 +14,7 @@ from efficientllm.architecture import from_config
 from efficientllm.convert.files.new_folder import new_folder
 from efficientllm.convert.files.safetensors_file import INDEX, SINGLE
 from efficientllm.convert.hf_config import families, rope_parameters, to_hf
-from efficientllm.convert.hf_config.canonical import differences, facts
+from efficientllm.convert.hf_config.canonical import canonical, differences
 from efficientllm.convert.source import Source
 from efficientllm.convert.tensors import parameter_map
 from efficientllm.cost import available_memory as room
@@ -144,7 +144,7 @@ def files_of(sizes, shard):
 
 def _config(lm, like, max_positions):
     """The config.json to write, read back and compared with the model."""
-    ours = facts(lm)
+    ours = canonical(lm)
     if isinstance(like, Source) and not like.config:  # a run from scratch, of no family but perhaps what one can say
         return _of_any_family(lm, like)
     if isinstance(like, Source):
@@ -158,7 +158,7 @@ def _config(lm, like, max_positions):
     config |= rope_parameters.older_keys(config)
     try:
         described = families.describe(config, "config.json")
-        theirs = facts(from_config.from_config(_model_config(described.model, lm)))
+        theirs = canonical(from_config.from_config(_model_config(described.model, lm)))
     except UserError as error:
         raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {error}") from None
     if different := differences(ours, theirs):

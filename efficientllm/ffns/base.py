@@ -1,13 +1,30 @@
 """The protocol of a feed-forward network: what the model, the cost formulas and training ask of it, with defaults."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 
 from efficientllm.ops.attention import Context
+from efficientllm.registry import settable
 
 State = Any  # a pytree of arrays whose first axis is the batch's rows
+
+
+class ExpertTraffic(NamedTuple):
+    """What experts send over a mesh, for each row of the batch.
+
+    Args:
+      rows: rows of all experts' inputs that a row of tokens becomes.
+      assignments: of a token to experts.
+      hidden: the width of an expert.
+      rounds_kernels: whether kernels are gathered in the dtype of products; else in float32.
+    """
+
+    rows: int
+    assignments: int
+    hidden: int
+    rounds_kernels: bool
 
 
 class FFN(nn.Module):
@@ -22,6 +39,10 @@ class FFN(nn.Module):
     state_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     # Whether recomputing its elementwise work in the backward pass is faster on CPUs than to save the results.
     recompute_elementwise: ClassVar[bool] = False
+    # The name of what it computes, where several classes compute the same; a subclass has its own name if it says none.
+    family: ClassVar[str]
+    # Whether the planner can count what it sends over a mesh: the collectives of its kernels, and `expert_traffic`.
+    has_counted_traffic: ClassVar[bool] = False
     # The share of its parameters with the logical axis "expert" that a token meets.
     active_fraction: ClassVar[float] = 1.0
     # Whether a loss of its own is of the whole batch, so that accumulated micro-batches have another.
@@ -55,6 +76,14 @@ class FFN(nn.Module):
     def kernel_rows(self, path: str, length: int) -> int:
         """How many rows the kernel at the parameter `path` multiplies for a row of `length` tokens: one a token."""
         return length
+
+    def expert_traffic(self, length: int) -> ExpertTraffic | None:
+        """What its experts send for a row of `length` tokens; None without experts."""
+        return None
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What its outputs depend on beside its parameters; see `Mixer.hyperparameters`."""
+        return {name: getattr(self, name) for name in settable(type(self))}
 
     def after_step(self, params: dict, stats: dict) -> dict:
         """Its parameters after a step's update that no gradient makes, given `aux["stats"]` of the step.

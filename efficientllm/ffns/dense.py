@@ -17,6 +17,8 @@ class SwiGLU(FFN):
     hidden: int
     precision: str
 
+    family = "swiglu"
+    has_counted_traffic = True
     recompute_elementwise = True
 
     @nn.compact
@@ -35,6 +37,8 @@ class GELU(FFN):
     precision: str
     use_bias: bool = True
 
+    family = "gelu"
+    has_counted_traffic = True
     recompute_elementwise = True
 
     @nn.compact

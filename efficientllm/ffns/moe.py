@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.ffns import dispatch, routing
-from efficientllm.ffns.base import FFN
+from efficientllm.ffns.base import FFN, ExpertTraffic
 from efficientllm.ffns.dense import SwiGLU
 from efficientllm.ffns.experts import Experts
 from efficientllm.layers import Linear
@@ -59,6 +59,9 @@ class MoE(FFN, kw_only=True):
     dispatch: str = "dropless"
     capacity_factor: float = 1.25
     kernel: str = "auto"
+
+    family = "moe"
+    has_counted_traffic = True
 
     def __post_init__(self):
         self._check()
@@ -141,6 +144,15 @@ class MoE(FFN, kw_only=True):
             assignments = batch * self.num_experts * places
         rows = assignments * (6 * self.hidden + 4 * dim) * activation_dtype(self.precision).itemsize
         return rows + 2 * 4 * dim * self.hidden
+
+    def expert_traffic(self, length):
+        places = dispatch.rows_per_expert(length, self.num_experts, self.top_k, self.capacity_factor)
+        return ExpertTraffic(self.num_experts * places, self.top_k, self.hidden, self.dispatch == "capacity")
+
+    def hyperparameters(self):
+        names = ("num_experts", "top_k", "hidden", "scores", "normalise", "scale", "groups", "shared_hidden")
+        fields = {name: getattr(self, name) for name in (*names, "shared_gate", "dispatch")}
+        return fields | {"router_bias": self.bias_rate > 0, "top_groups": self.top_groups if self.groups > 1 else 1}
 
     def _check(self):
         known = {

@@ -57,6 +57,14 @@ class Attention(Mixer, kw_only=True):
         y_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, self.attention_kernel, position.bias(H))
         return self.combine(y_BTHK, x_BTD), state
 
+    def gathered_heads(self):
+        return self.kv_heads, self.head_dim
+
+    def hyperparameters(self):
+        names = ("num_heads", "head_dim", "qkv_bias", "o_bias", "qk_norm", "position", *["norm"] * self.qk_norm)
+        fields = {name: getattr(self, name) for name in names}
+        return fields | {"num_kv_heads": self.kv_heads, "window": self.keys_read}
+
     def combine(self, y_BTHK, x_BTD):
         """The mixer's output from that of its heads; `x_BTD` is the mixer's input."""
         y_BTE = y_BTHK.reshape(*x_BTD.shape[:2], self.num_heads * self.head_dim)
@@ -94,6 +102,8 @@ class Attention(Mixer, kw_only=True):
 class MHA(Attention, kw_only=True):
     """Every query head has a KV head of its own."""
 
+    family = "attention"
+
     @property
     def kv_heads(self):
         return self.num_heads
@@ -102,6 +112,8 @@ class MHA(Attention, kw_only=True):
 @register("mixer", "mqa")
 class MQA(Attention, kw_only=True):
     """All query heads share one KV head."""
+
+    family = "attention"
 
     @property
     def kv_heads(self):
@@ -112,6 +124,7 @@ class MQA(Attention, kw_only=True):
 class GQA(Attention, kw_only=True):
     """`num_heads / num_kv_heads` query heads share a KV head."""
 
+    family = "attention"
     num_kv_heads: int
 
     def __post_init__(self):
@@ -127,6 +140,7 @@ class GQA(Attention, kw_only=True):
 class Window(GQA, kw_only=True):
     """A query reads the last `window` tokens, itself included; the state is a ring of as many slots."""
 
+    family = "attention"
     window: int
 
     @property

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from efficientllm.ops.attention import Context
+from efficientllm.registry import settable
 
 State = Any  # a pytree of arrays whose first axis is the batch's rows
 
@@ -25,6 +26,8 @@ class Mixer(nn.Module):
     state_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     # Whether recomputing its elementwise work in the backward pass is faster on CPUs than to save the results.
     recompute_elementwise: ClassVar[bool] = False
+    # The name of what it computes, where several classes compute the same; a subclass has its own name if it says none.
+    family: ClassVar[str]
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple:
         """Returns `(y_BTD, state)`, or `(y_BTD, state, memo)`.
@@ -59,6 +62,21 @@ class Mixer(nn.Module):
     def init_memo(self, batch: int, length: int, dim: int) -> dict[str, jax.Array]:
         """What the first layer finds in `ctx.memo`, for rows of `length` tokens and a model of width `dim`."""
         return {}
+
+    def gathered_heads(self) -> tuple[int, int] | None:
+        """The KV heads, and their width, of the keys and values that the mesh axis `sequence` all-gathers.
+
+        None where the planner is not to count what it sends: other collectives than these and those of its kernels.
+        """
+        return None
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What its outputs depend on beside its parameters, by which an exported model is compared with this one.
+
+        All fields, unless it is overridden: by a mixer with fields that change no output, or that stand for another
+        value. Two mixers of one `family` with equal hyperparameters compute the same.
+        """
+        return {name: getattr(self, name) for name in settable(type(self))}
 
     def head_counts(self) -> tuple[int, int]:
         """Query heads and KV heads, by which other programs order the rows of its kernels; zeros without heads."""

@@ -41,16 +41,25 @@ class Mamba(Mixer, kw_only=True):
     conv_bias: bool = True
     scan_kernel: str = "auto"
 
+    family = "mamba"
     state_axes = {"tail": (None, "channels"), "memory": ("channels",)}
 
     @property
     def channels(self):
         return self.inner or 2 * self.dim
 
+    @property
+    def rank(self):
+        return self.step_rank or -(-self.dim // 16)
+
+    def hyperparameters(self):
+        names = ("channels", "state_dim", "conv", "use_bias", "conv_bias")
+        return {"step_rank": self.rank} | {name: getattr(self, name) for name in names}
+
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):
         C, N, D = self.channels, self.state_dim, x_BTD.shape[-1]
-        R = self.step_rank or -(-D // 16)
+        R = self.rank
         project = lambda name: Linear(C, ("embed", "mlp"), self.precision, self.use_bias, name=name)  # noqa: E731
         x_BTC, gate_BTC = (constrain(project(name)(x_BTD), "batch", None, "channels") for name in ("x", "gate"))
         tail = None if state is None else state["tail"]

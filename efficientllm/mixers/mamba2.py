@@ -47,6 +47,8 @@ class Mamba2(Mixer, kw_only=True):
     use_bias: bool = False
     conv_bias: bool = True
 
+    family = "mamba2"
+
     @property
     def channels(self):
         return self.inner or 2 * self.dim
@@ -66,6 +68,10 @@ class Mamba2(Mixer, kw_only=True):
 
     def head_counts(self):
         return self.num_heads, self.num_heads
+
+    def hyperparameters(self):
+        names = ("channels", "width", "state_dim", "num_groups", "conv", "use_bias", "conv_bias", "eps")
+        return {name: getattr(self, name) for name in names}
 
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):

@@ -47,6 +47,7 @@ class MLA(Mixer, kw_only=True):
     v_dim: int = None
     kv_cache: str = "activation"
 
+    family = "mla"
     admits = ("heads", "scores", "embedding")
 
     @property
@@ -57,6 +58,10 @@ class MLA(Mixer, kw_only=True):
 
     def head_counts(self):
         return self.num_heads, self.num_heads
+
+    def hyperparameters(self):
+        ranks = dict(zip(("kv_rank", "head_dim", "rope_dim", "v_dim"), self.widths, strict=True))
+        return ranks | {"num_heads": self.num_heads, "q_rank": self.q_rank or None, "position": self.position}
 
     @nn.compact
     def __call__(self, x_BTD, ctx, state=None):

@@ -17,10 +17,6 @@ import numpy as np
 from efficientllm import model, sharding
 from efficientllm.adapters.freeze import Full
 from efficientllm.cost import formulas
-from efficientllm.ffns import dispatch
-from efficientllm.ffns.dense import GELU, SwiGLU
-from efficientllm.ffns.moe import MoE
-from efficientllm.mixers.attention import Attention
 from efficientllm.objectives import cross_entropy
 from efficientllm.plan.hlo_cost import Collective
 from efficientllm.registry import build
@@ -37,10 +33,18 @@ def _holds(one):
     lm, shape = one.lm, one.mesh.shape
     if not isinstance(one.method, Full) or one.config.quant != "float32" or lm.remat != "none" or not lm.scan:
         return False
-    experts = one.platform != "tpu" and shape["sequence"] == 1
-    ffns = SwiGLU | GELU | MoE if experts else SwiGLU | GELU
-    known = all(isinstance(mixer, Attention) and isinstance(ffn, ffns) for mixer, ffn in model.parts(lm))
-    return known and all(mixer.kv_heads % shape["tensor"] == 0 for mixer, _ in model.parts(lm))
+    with_experts = one.platform != "tpu" and shape["sequence"] == 1
+    return all(
+        _is_counted(mixer, shape["tensor"]) and _is_counted_ffn(ffn, with_experts) for mixer, ffn in model.parts(lm)
+    )
+
+
+def _is_counted(mixer, tensor):
+    return mixer.gathered_heads() is not None and mixer.gathered_heads()[0] % tensor == 0
+
+
+def _is_counted_ffn(ffn, with_experts):
+    return ffn is not None and ffn.has_counted_traffic and (with_experts or ffn.expert_traffic(1) is None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +107,7 @@ class _Sum:
         """Kernels as the layer's own program gathers them, those of one batched product rounded, and sums their
         gradients into parts on any platform."""
         if split:
-            width = self._product if ffn.dispatch == "capacity" else 4
+            width = self._product if ffn.expert_traffic(1).rounds_kernels else 4
             yield self._send("all-gather", split, count * width, times=2)
             yield self._send("reduce-scatter", split, count * 4)
         others = [axis for axis in ("data", "fsdp") if axis not in split]
@@ -161,15 +165,12 @@ class _Sum:
         which devices that hold parts of the experts' width have parts."""
         (B, T), lm = self._tokens, self.one.lm
         for _, ffn in model.parts(lm):
-            if isinstance(ffn, MoE):
-                size = self._width * ffn.num_experts * B * self._places(ffn)
+            if traffic := ffn.expert_traffic(self.one.config.train.length):
+                size = self._width * B * traffic.rows
                 yield self._send("all-to-all", ("expert",), size * lm.dim, 4 * lm.num_groups)
                 yield self._send("all-to-all", ("expert",), size, 2 * lm.num_groups)
-                if ffn.hidden % self.one.mesh.shape["tensor"] == 0:
-                    yield self._send("all-reduce", ("tensor",), 4 * B * T * ffn.top_k, lm.num_groups)
-
-    def _places(self, ffn):
-        return dispatch.rows_per_expert(self.one.config.train.length, ffn.num_experts, ffn.top_k, ffn.capacity_factor)
+                if traffic.hidden % self.one.mesh.shape["tensor"] == 0:
+                    yield self._send("all-reduce", ("tensor",), 4 * B * T * traffic.assignments, lm.num_groups)
 
     def _loss(self):
         """A vocabulary in parts: the greatest logit, the sum of exponentials, the target's logit, and dx."""
@@ -201,7 +202,7 @@ class _Sum:
         tokens = B * self.one.config.train.length
         yield self._send("all-gather", ("sequence",), 4 * tokens)
         for mixer, _ in model.parts(lm):
-            size = self._width * tokens * mixer.head_dim * mixer.kv_heads // shape["tensor"]
+            size = self._width * tokens * math.prod(mixer.gathered_heads()) // shape["tensor"]
             yield self._send("all-gather", ("sequence",), size, 2 * lm.num_groups)
             yield self._scatter(("sequence",), size, 2 * lm.num_groups)
 

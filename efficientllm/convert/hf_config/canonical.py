@@ -1,20 +1,15 @@
-"""What of a model its logits depend on, as plain values: two models of equal facts are one model, however described."""
+"""Canonical description of a language model: two models with equal descriptions compute the same function.
 
-import dataclasses
+It verifies that an exported config.json, read back, is the model that was exported.
+"""
 
 from efficientllm import model
-from efficientllm.ffns.dense import GELU, SwiGLU
-from efficientllm.ffns.moe import MoE
-from efficientllm.mixers.attention import GQA, MHA, MQA, Window
-from efficientllm.mixers.mamba import Mamba
-from efficientllm.mixers.mamba2 import Mamba2
-from efficientllm.mixers.mla import MLA
-from efficientllm.registry import build, parse_spec
+from efficientllm.registry import build, parse_spec, settable
 
 
-def facts(lm):
-    """`{fact: value}` of an LM; `layers` holds a pair of mixer's and ffn's facts for each block, in their order."""
-    blocks = tuple((_mixer(mixer), _ffn(ffn)) for mixer, ffn in model.parts(lm))
+def canonical(lm):
+    """`{property: value}` of an LM; `layers` holds a pair of mixer's and ffn's properties for each block, in order."""
+    blocks = tuple((_layer("mixer", mixer), _layer("ffn", ffn)) for mixer, ffn in model.parts(lm))
     return {
         "dim": lm.dim,
         "vocab_size": lm.vocab_size,
@@ -27,62 +22,35 @@ def facts(lm):
 
 
 def differences(a, b):
-    """`fact: value of a, not that of b` for each fact that differs; of layers, the first that does."""
-    found = [f"{key} is {a[key]!r}, not {b[key]!r}" for key in a if key != "layers" and a[key] != b[key]]
+    """`property is value of a, not that of b` for each that differs; of layers, those of the first that does."""
+    messages = [f"{key} is {a[key]!r}, not {b[key]!r}" for key in a if key != "layers" and a[key] != b[key]]
     if len(a["layers"]) != len(b["layers"]):
-        return [*found, f"there are {len(a['layers'])} blocks, not {len(b['layers'])}"]
-    for i, (ours, theirs) in enumerate(zip(a["layers"], b["layers"], strict=True)):
-        for one, other in zip(ours, theirs, strict=True):
-            for key in sorted(one.keys() | other.keys()):
-                if one.get(key) != other.get(key):
-                    found.append(f"{key} of layer {i} is {one.get(key)!r}, not {other.get(key)!r}")
-        if found:
+        return [*messages, f"there are {len(a['layers'])} blocks, not {len(b['layers'])}"]
+    for i, pairs in enumerate(zip(a["layers"], b["layers"], strict=True)):
+        for layer_a, layer_b in zip(*pairs, strict=True):
+            for key in sorted(layer_a.keys() | layer_b.keys(), key=lambda key: (key not in ("mixer", "ffn"), key)):
+                if layer_a.get(key) != layer_b.get(key):
+                    messages.append(f"{key} of layer {i} is {layer_a.get(key)!r}, not {layer_b.get(key)!r}")
+        if messages:
             break
-    return found
+    return messages
 
 
-def _mixer(mixer):
-    kind = type(mixer)
-    if kind in (MHA, MQA, GQA, Window):
-        fields = {"mixer": "attention", "num_kv_heads": mixer.kv_heads, "window": mixer.keys_read}
-        names = ("num_heads", "head_dim", "qkv_bias", "o_bias", "qk_norm")
-        fields |= {"qk_norm_as": parse_spec(mixer.norm)} if mixer.qk_norm else {}
-        return fields | _fields(mixer, names) | {"position": _position(mixer.position)}
-    if kind is MLA:
-        ranks = dict(zip(("kv_rank", "head_dim", "rope_dim", "v_dim"), mixer.widths, strict=True))
-        position = {"position": _position(mixer.position)}
-        return {"mixer": "mla", "num_heads": mixer.num_heads, "q_rank": mixer.q_rank or None} | ranks | position
-    if kind is Mamba:
-        names = ("channels", "state_dim", "conv", "use_bias", "conv_bias")
-        return {"mixer": "mamba", "step_rank": mixer.step_rank or -(-mixer.dim // 16)} | _fields(mixer, names)
-    if kind is Mamba2:
-        names = ("channels", "width", "state_dim", "num_groups", "conv", "use_bias", "conv_bias", "eps")
-        return {"mixer": "mamba2"} | _fields(mixer, names)
-    return {"mixer": kind.__name__}
-
-
-def _ffn(ffn):
-    if type(ffn) is SwiGLU:
-        return {"ffn": "swiglu", "hidden": ffn.hidden}
-    if type(ffn) is GELU:
-        return {"ffn": "gelu", "hidden": ffn.hidden, "ffn_bias": ffn.use_bias}
-    if type(ffn) is MoE:
-        names = ("num_experts", "top_k", "hidden", "scores", "normalise", "scale", "groups", "shared_hidden")
-        rest = {"router_bias": ffn.bias_rate > 0, "top_groups": ffn.top_groups if ffn.groups > 1 else 1}
-        return {"ffn": "moe"} | _fields(ffn, (*names, "shared_gate", "dispatch")) | rest
-    return {"ffn": None if ffn is None else type(ffn).__name__}
-
-
-def _fields(module, names):
-    return {name: getattr(module, name) for name in names}
+def _layer(kind, layer):
+    """`{kind: what the layer computes, hyperparameter: value}`; None computes nothing."""
+    if layer is None:
+        return {kind: None}
+    # Not inherited: a subclass may compute something else.
+    fields = {kind: vars(type(layer)).get("family", type(layer).__name__)} | layer.hyperparameters()
+    expanded = {"position": _position, "norm": parse_spec}
+    return {name: expanded[name](value) if name in expanded else value for name, value in fields.items()}
 
 
 def _position(spec):
     """A position's name and fields, those at their defaults too."""
     name, _ = parse_spec(spec)
     built = build("position", spec, parent=None)
-    names = [field.name for field in dataclasses.fields(built) if field.name not in ("parent", "name")]
-    values = _fields(built, names)
+    values = {field: getattr(built, field) for field in settable(type(built))}
     if "scaling" in values:
         values["scaling"] = build("rope_scaling", values["scaling"])
     return name, values

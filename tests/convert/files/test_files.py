@@ -12,7 +12,7 @@ from convert.peers import transformers
 from efficientllm import convert
 from efficientllm.architecture import from_config
 from efficientllm.convert.hf_config import families, rope_parameters, to_hf
-from efficientllm.convert.hf_config.canonical import differences, facts
+from efficientllm.convert.hf_config.canonical import canonical, differences
 from efficientllm.convert.source import complete
 from efficientllm.errors import UserError
 
@@ -137,12 +137,12 @@ def test_an_export_says_the_rotation_for_transformers_4_too(name, tmp_path):
     config = json.loads(json.dumps(getattr(transformers, f"{kind}Config")(**base | changes).to_dict()))
     described = families.describe(config, "config.json")
     lm = from_config.from_config(complete(described.model))
-    written = to_hf.config_of(config["model_type"], lm, facts(lm), described.max_positions)
+    written = to_hf.config_of(config["model_type"], lm, canonical(lm), described.max_positions)
     both = written | rope_parameters.older_keys(written)
     older = {key: value for key, value in both.items() if key != "rope_parameters"}
     for said in (both, older, written):
         model = from_config.from_config(complete(families.describe(said, "config.json").model))
-        assert not differences(facts(model), facts(lm))
+        assert not differences(canonical(model), canonical(lm))
     assert older["rotary_emb_base" if kind == "GPTNeoX" else "rope_theta"] == 500.0
     read = getattr(transformers, f"{kind}Config")(**{key: value for key, value in both.items() if key != "model_type"})
     found = {key: value for key, value in read.rope_parameters.items() if key in written["rope_parameters"]}

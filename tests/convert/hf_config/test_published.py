@@ -14,7 +14,7 @@ from convert import peers
 from convert.peers import transformers
 from efficientllm.architecture import from_config
 from efficientllm.convert.hf_config import families, to_hf
-from efficientllm.convert.hf_config.canonical import differences, facts
+from efficientllm.convert.hf_config.canonical import canonical, differences
 from efficientllm.convert.hf_config.checked_keys import HARMLESS
 from efficientllm.convert.hf_config.class_defaults import BASES, DEFAULTS
 from efficientllm.convert.source import complete
@@ -59,7 +59,7 @@ def meaning(config):
 
 def assert_same(ours, theirs):
     if ours != theirs:  # said in other words, or another model
-        models = [facts(from_config.from_config(complete(model))) for model, _ in (ours, theirs)]
+        models = [canonical(from_config.from_config(complete(model))) for model, _ in (ours, theirs)]
         assert ours[1] == theirs[1] and not differences(*models)
 
 
@@ -252,4 +252,4 @@ def test_what_scaling_is_for_can_be_used(scaling, most):
     model, found = meaning(config)
     assert found == most
     lm = from_config.from_config(complete(model))
-    assert meaning(to_hf.config_of("llama", lm, facts(lm), found))[1] == most
+    assert meaning(to_hf.config_of("llama", lm, canonical(lm), found))[1] == most
