@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from efficientllm.ops.attention import Context
-from efficientllm.registry import settable
+from efficientllm.registry import spec_parameters
 
 State = Any  # a pytree of arrays whose first axis is the batch's rows
 
@@ -83,7 +83,7 @@ class FFN(nn.Module):
 
     def hyperparameters(self) -> dict[str, Any]:
         """What its outputs depend on beside its parameters; see `Mixer.hyperparameters`."""
-        return {name: getattr(self, name) for name in settable(type(self))}
+        return {name: getattr(self, name) for name in spec_parameters(type(self))}
 
     def after_step(self, params: dict, stats: dict) -> dict:
         """Its parameters after a step's update that no gradient makes, given `aux["stats"]` of the step.

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from efficientllm.ops.attention import Context
-from efficientllm.registry import settable
+from efficientllm.registry import spec_parameters
 
 State = Any  # a pytree of arrays whose first axis is the batch's rows
 
@@ -76,7 +76,7 @@ class Mixer(nn.Module):
         All fields, unless it is overridden: by a mixer with fields that change no output, or that stand for another
         value. Two mixers of one `family` with equal hyperparameters compute the same.
         """
-        return {name: getattr(self, name) for name in settable(type(self))}
+        return {name: getattr(self, name) for name in spec_parameters(type(self))}
 
     def head_counts(self) -> tuple[int, int]:
         """Query heads and KV heads, by which other programs order the rows of its kernels; zeros without heads."""

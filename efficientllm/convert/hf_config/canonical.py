@@ -4,7 +4,7 @@ It verifies that an exported config.json, read back, is the model that was expor
 """
 
 from efficientllm import model
-from efficientllm.registry import build, parse_spec, settable
+from efficientllm.registry import build, parse_spec, spec_parameters
 
 
 def canonical(lm):
@@ -50,7 +50,7 @@ def _position(spec):
     """A position's name and fields, those at their defaults too."""
     name, _ = parse_spec(spec)
     built = build("position", spec, parent=None)
-    values = {field: getattr(built, field) for field in settable(type(built))}
+    values = {field: getattr(built, field) for field in spec_parameters(type(built))}
     if "scaling" in values:
         values["scaling"] = build("rope_scaling", values["scaling"])
     return name, values
