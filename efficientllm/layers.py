@@ -5,20 +5,24 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.registry import register
-from efficientllm.weights import matmul, matmul_together, parameter
+from efficientllm.weights import Precision, matmul, matmul_together, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
 class Linear(nn.Module):
-    """`x[..., in] -> [..., features]`; `axes` are the logical names of (in, out)."""
+    """`x[..., in] -> [..., features]`; `axes` are the logical names of (in, out), `precision` a policy or its spec."""
 
     features: int
     axes: tuple
-    precision: str
+    precision: str | Precision
     use_bias: bool = False
     out_dtype: jnp.dtype = None
     kernel_init: nn.initializers.Initializer = fan_in_normal
+
+    def __post_init__(self):
+        self.precision = Precision.of(self.precision)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x, y=None):

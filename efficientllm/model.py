@@ -12,7 +12,7 @@ from efficientllm.ops.embedding_lookup import look_up
 from efficientllm.registry import build, parse_spec
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh
-from efficientllm.weights import activation_dtype, matmul, parameter, turned
+from efficientllm.weights import Precision, matmul, parameter, turned
 
 HEAD = ("embed", "vocab")
 
@@ -104,9 +104,10 @@ class LM(nn.Module):
         Without `readout`, the last hidden vectors `[B, T, D]` take the logits' place. Without `groups`, returns the
         carry that the first group reads (`embed`).
         """
+        precision = Precision.of(self.precision)
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         embedding_VD = parameter(self, "embedding", init, (self.vocab_size, self.dim))
-        x_BTD = look_up(embedding_VD, tokens_BT, activation_dtype(self.precision))
+        x_BTD = look_up(embedding_VD, tokens_BT, precision.activation)
         x_BTD = build("position", self.position, name="position").embed(x_BTD, ctx.positions_BT)
         if self.embed_norm:
             x_BTD = build("norm", self.norm, name="embed_norm")(x_BTD)
@@ -118,9 +119,9 @@ class LM(nn.Module):
         if not readout:
             return x_BTD, states, aux
         if self.tied:
-            logits_BTV = matmul(x_BTD, turned(embedding_VD), self.precision, jnp.float32, HEAD)
+            logits_BTV = matmul(x_BTD, turned(embedding_VD), precision, jnp.float32, HEAD)
         else:
-            head = Linear(self.vocab_size, HEAD, self.precision, out_dtype=jnp.float32, name="head")
+            head = Linear(self.vocab_size, HEAD, precision, out_dtype=jnp.float32, name="head")
             logits_BTV = head(x_BTD)
         return constrain(logits_BTV, "batch", "length", "vocab"), states, aux
 

@@ -30,10 +30,20 @@ class Precision:
     every policy.
     """
 
-    activation: str
-    product: str
+    activation: jnp.dtype
+    product: jnp.dtype
+
+    def __post_init__(self):
+        for field in ("activation", "product"):
+            object.__setattr__(self, field, jnp.dtype(getattr(self, field)))
+
+    @classmethod
+    def of(cls, spec: "str | Precision") -> "Precision":
+        """The policy that a spec names, or the policy itself. Raises UserError for a spec that names none."""
+        return spec if isinstance(spec, cls) else _named(spec)
 
 
+FLOAT32 = Precision("float32", "float32")
 register("precision", "float32")(functools.partial(Precision, "float32", "float32"))
 register("precision", "bfloat16")(functools.partial(Precision, "bfloat16", "bfloat16"))
 # bfloat16 operands with float32 results in both passes: what CPUs with bfloat16 dot products run fastest, and the only
@@ -41,9 +51,14 @@ register("precision", "bfloat16")(functools.partial(Precision, "bfloat16", "bflo
 register("precision", "mixed")(functools.partial(Precision, "float32", "bfloat16"))
 
 
-def activation_dtype(precision):
-    """The dtype of activations under the policy named `precision`."""
-    return jnp.dtype(build("precision", precision, where="config.model.precision").activation)
+@functools.cache
+def _named(spec):
+    return build("precision", spec, where="precision")
+
+
+def activation_dtype(precision: str | Precision) -> jnp.dtype:
+    """The dtype of activations under a policy, or the one that a spec names."""
+    return Precision.of(precision).activation
 
 
 class Weight:
@@ -124,9 +139,8 @@ class Turned(Weight):
         return self.table.shape[::-1]
 
     def matmul(self, x, precision, out_dtype, axes=None):
-        product = jnp.dtype(build("precision", precision, where="config.model.precision").product)
-        if kernel_choice.platform() == "cpu" and x.dtype == product == jnp.float32:
-            return _product(x, self.table, product, jnp.dtype(out_dtype or x.dtype), True)
+        if kernel_choice.platform() == "cpu" and x.dtype == precision.product == jnp.float32:
+            return _product(x, self.table, precision.product, jnp.dtype(out_dtype or x.dtype), True)
         return matmul(x, self.table.T, precision, out_dtype)
 
     def dense(self):
@@ -203,11 +217,13 @@ def parameter(module, name, init, shape):
 def matmul(x, w, precision, out_dtype=None, axes=None):
     """`x[..., in] @ w[in, out]` -> `[..., out]` in `x.dtype` (or `out_dtype`).
 
-    `axes` are the logical names of (in, out), by which kernels that XLA did not write are divided over a mesh.
+    `precision` is a policy, or a spec that names one. `axes` are the logical names of (in, out), by which kernels that
+    XLA did not write are divided over a mesh.
     """
+    precision = Precision.of(precision)
     if isinstance(w, Weight):
         return w.matmul(x, precision, out_dtype, axes)
-    product = jnp.dtype(build("precision", precision, where="config.model.precision").product)
+    product = precision.product
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if product != x.dtype:
         return _product(x, w, product, jnp.dtype(jnp.float32)).astype(out_dtype)
@@ -220,7 +236,7 @@ def matmul_together(x, ws, precision):
     """`matmul` of x with each of `ws` in one call; None where they have none."""
     first, *others = ws
     alike = isinstance(first, Weight) and all(type(w) is type(first) for w in others)
-    return first.together(x, others, precision) if alike else None
+    return first.together(x, others, Precision.of(precision)) if alike else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -15,7 +15,7 @@ from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.ffns import dispatch
 from efficientllm.ops.grouped_matmul import grouped_matmul
-from efficientllm.weights import axes, cuts, divisible, parameter
+from efficientllm.weights import Precision, axes, cuts, divisible, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
 AXES = {
@@ -33,7 +33,7 @@ class Experts(nn.Module):
 
     num_experts: int
     hidden: int
-    precision: str
+    precision: Precision
     plan: typing.Callable
     kernel: str
 

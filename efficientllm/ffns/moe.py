@@ -13,7 +13,7 @@ from efficientllm.ffns.dense import SwiGLU
 from efficientllm.ffns.experts import Experts
 from efficientllm.layers import Linear
 from efficientllm.registry import names, register
-from efficientllm.weights import activation_dtype, matmul
+from efficientllm.weights import FLOAT32, Precision, activation_dtype, matmul
 
 DISPATCH = ("dropless", "capacity")
 
@@ -81,7 +81,8 @@ class MoE(FFN, kw_only=True):
             logits_BTE, self.top_k, self.scores, self.normalise, self.scale, bias_E, self.groups, self.top_groups
         )
         load_E = routing.load(routed.experts_BTk, self.num_experts, real_BT)
-        experts = Experts(self.num_experts, self.hidden, self.precision, self._plan(), self.kernel, name="experts")
+        precision = Precision.of(self.precision)
+        experts = Experts(self.num_experts, self.hidden, precision, self._plan(), self.kernel, name="experts")
         y_BTD, kept_BTk = experts(x_BTD, routed.experts_BTk, routed.weights_BTk, real_BT)
         if self.shared_hidden:
             y_BTD = y_BTD + self._shared(x_BTD)
@@ -190,7 +191,7 @@ class Router(nn.Module):
     def __call__(self, x_BTD):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", None))
         kernel_DE = self.param("kernel", init, (x_BTD.shape[-1], self.num_experts))
-        logits_BTE = matmul(x_BTD.astype(jnp.float32), kernel_DE, "float32")
+        logits_BTE = matmul(x_BTD.astype(jnp.float32), kernel_DE, FLOAT32)
         if not self.use_bias:
             return logits_BTE, None
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh, spec, ways
-from efficientllm.weights import axes, matmul
+from efficientllm.weights import Precision, axes, matmul
 
 CHUNK_BYTES = 2**26  # float32 logits a device holds at a time
 # On accelerators: every chunk reads the head and adds to its gradient, which at 2**25 bytes of a vocabulary of 151,936
@@ -23,6 +23,7 @@ def nll_sum(x_BTD, head_DV, batch, precision):
     Logits of more than CHUNK_BYTES are made, used and dropped a chunk of tokens at a time. The gradient is made in the
     same visit (as in Liger, arXiv:2410.10989, Section 3.2), so no product is done twice.
     """
+    precision = Precision.of(precision)
     x_BTD, targets_BT, weights_BT = map(_pieces, (x_BTD, batch["targets"], batch["weights"]))
     chunks = count_chunks(*x_BTD.shape[:2], head_DV.shape[1])
     kernel_choice.note("loss", "whole" if chunks == 1 else "chunked")

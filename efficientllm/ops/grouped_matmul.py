@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efficientllm.registry import build, lookup, register
+from efficientllm.registry import lookup, register
 from efficientllm.runtime import kernel_choice
-from efficientllm.weights import Weight, dense
+from efficientllm.weights import Precision, Weight, dense
 
 
 class Kernel(typing.NamedTuple):
@@ -31,19 +31,19 @@ def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
     """Multiplies the first `sizes[0]` rows of x with `w[0]`, the next `sizes[1]` with `w[1]`, ... -> `[A, N]`.
 
     The sizes sum to A; None stands for A / E rows each, which is a batched product. The result has x's dtype, and both
-    passes follow the policy `precision`. `kernel` is `auto` or a registered `grouped_kernel`. Raises UserError for a
-    kernel or a precision that does not exist.
+    passes follow `precision`, a policy or its spec. `kernel` is `auto` or a registered `grouped_kernel`. Raises
+    UserError for a kernel or a precision that does not exist.
     """
+    precision = Precision.of(precision)
     if isinstance(w_EKN, Weight) and not w_EKN.by_group:
         product = lambda x, w: grouped_matmul(x, w, sizes_E, precision, kernel)  # noqa: E731
         return w_EKN.apply(x_AK, product, lambda v_EN: _of_rows(v_EN, sizes_E, x_AK.shape[0]))
-    product = build("precision", precision, where="config.model.precision").product
     name = kernel if kernel != "auto" else choose(w_EKN)
     kernel = lookup("grouped_kernel", name, where="kernel")
     if sizes_E is None:
         name, kernel = "batched", Kernel(_batched_rows, _batched_weights)
     kernel_choice.note("grouped_matmul", name)
-    return _grouped(x_AK, w_EKN, sizes_E, jnp.dtype(product), kernel)
+    return _grouped(x_AK, w_EKN, sizes_E, precision.product, kernel)
 
 
 def _of_rows(v_EN, sizes_E, rows):
@@ -139,6 +139,7 @@ def _contract(x, y, axes):
 
 def _blocked_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
     rows, blocks = x_AK.shape[0], _block_sizes(x_AK.shape[0], w_EKN.shape[0])
+    operands = Precision(x_AK.dtype, x_AK.dtype)
 
     def group(e, start, stop, y_AN):
         # Without the barrier XLA converts all groups ahead of the loop, and a decoded token would pay for every expert.
@@ -147,9 +148,9 @@ def _blocked_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
         is_product = isinstance(w, Weight) and not transposed  # one of the form's own
         if is_product and w.has_vector_product(rows):
             mine = (jnp.arange(rows) >= start) & (jnp.arange(rows) < stop)
-            return jnp.where(mine[:, None], w.matmul(x_AK, x_AK.dtype.name, out_dtype), y_AN)
+            return jnp.where(mine[:, None], w.matmul(x_AK, operands, out_dtype), y_AN)
         if is_product and w.has_tiled_product():
-            times = lambda x: w.matmul(x, x.dtype.name, out_dtype)  # noqa: E731
+            times = lambda x: w.matmul(x, operands, out_dtype)  # noqa: E731
         else:
             w_KN = dense(w).astype(x_AK.dtype)
             times = lambda x: _contract(x, w_KN, (1, 1 if transposed else 0)).astype(out_dtype)  # noqa: E731

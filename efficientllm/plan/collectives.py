@@ -19,8 +19,7 @@ from efficientllm.adapters.freeze import Full
 from efficientllm.cost import formulas
 from efficientllm.objectives import cross_entropy
 from efficientllm.plan.hlo_cost import Collective
-from efficientllm.registry import build
-from efficientllm.weights import activation_dtype
+from efficientllm.weights import Precision, activation_dtype
 
 
 def closed(one):
@@ -75,7 +74,7 @@ class _Sum:
     @property
     def _product(self):
         """Bytes of an operand of a product: a kernel is rounded before it is sent, but not on CPUs."""
-        return 4 if self.one.platform == "cpu" else np.dtype(build("precision", self.one.lm.precision).product).itemsize
+        return 4 if self.one.platform == "cpu" else Precision.of(self.one.lm.precision).product.itemsize
 
     def _send(self, kind, axes, size, times=1, once=False):
         """A collective of `size` bytes in each micro-batch, among the devices that differ in `axes` alone.

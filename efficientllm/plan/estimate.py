@@ -8,7 +8,7 @@ import math
 
 from efficientllm.plan import roofline as rooflines
 from efficientllm.plan import training_step
-from efficientllm.registry import build
+from efficientllm.weights import Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _part(one, part, hardware, count):
         done = training_step.compile_step(one, part.trace)
         memory, seconds, refused = done.memory, done.seconds, done.refused
         sent, moved, calls, launched = training_step.read(done, count) if done.text else (None, None, {}, None)
-    dtype = str(build("precision", one.lm.precision).product)
+    dtype = str(Precision.of(one.lm.precision).product)
     work = part.model_flops if executed is None else executed
     return Estimate(
         source="compiler" if hardware.has_compiler else "shapes",

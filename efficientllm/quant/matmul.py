@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 from efficientllm import sharding
 from efficientllm.ops import native
-from efficientllm.registry import build
 from efficientllm.runtime import kernel_choice
 from efficientllm.weights import Axes
 
@@ -42,8 +41,7 @@ def together(x, leaves, precision):
 
 
 def _each(x, leaves, precision, out_dtype, layout):
-    operand = jnp.dtype(build("precision", precision, where="config.model.precision").product)
-    ys = _products(x.reshape(-1, x.shape[-1]), leaves, operand, layout)
+    ys = _products(x.reshape(-1, x.shape[-1]), leaves, precision.product, layout)
     return [y_MR.reshape(*x.shape[:-1], -1).astype(out_dtype or x.dtype) for y_MR in ys]
 
 

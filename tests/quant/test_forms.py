@@ -13,7 +13,7 @@ from efficientllm.quant.base import grouped
 from efficientllm.quant.int4 import Int4
 from efficientllm.quant.nf4 import TABLE
 from efficientllm.runtime import kernel_choice
-from efficientllm.weights import matmul, matmul_together, resident_bytes, take
+from efficientllm.weights import Precision, matmul, matmul_together, resident_bytes, take
 from tiers import slow_case, slow_except
 
 pytestmark = pytest.mark.quick
@@ -282,7 +282,7 @@ def test_accelerators_read_what_is_converted_and_no_more_as_it_lies(spec, platfo
     """Tied to the input, which keeps decompression where it is, they would be copied by a GPU's program."""
     held, x_MK = leaf(spec, normal(64, 8)), jnp.ones((products.FEW + 1, 64), jnp.bfloat16)
     with kernel_choice.compiling_for(platform):
-        made = str(jax.make_jaxpr(lambda x: products.product(x, held, "bfloat16", None))(x_MK))
+        made = str(jax.make_jaxpr(lambda x: products.product(x, held, Precision.of("bfloat16"), None))(x_MK))
     assert ("select_n" in made) == tied
 
 
