@@ -34,7 +34,6 @@ UNFINISHED = (
     "positions",
     "quant",
     "record",
-    "report",
     "runtime",
     "sharding",
     "sweep",

@@ -5,7 +5,7 @@
 
   RUNS, A, B            a record.json, a run's folder, or a folder of runs (such as a sweep's)
   --out=DIR             where index.html, report.md, rows.csv, leaderboard.json and figures/ are written
-  --baseline=VARIANT    what the others are compared with: a variant, its config's name, or values of its config
+  --baseline=VARIANT    the reference of all comparisons: a variant, its config's name, or values of its config
                         such as model.mixer=gqa (default: the sweep's, else the run that started first)
   --compare             tells whether B is worse than A: the 95 % interval of B/A lies on the worse side of equal.
                         Of one run a side the values are shown, and what is exact is judged: an interval needs two
@@ -15,8 +15,10 @@
 Exit status: 0 ok or no regression, 1 B regressed, 2 bad input or rows that may not be compared, 3 undecided.
 """
 
+import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.runtime import console
@@ -27,7 +29,7 @@ FLAGS = ("--out", "--baseline", "--compare", "--metric", "--margin", "--help")
 
 
 @stoppable
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` and returns the exit status."""
     console.print_all_letters()
     argv = sys.argv[1:] if argv is None else argv
@@ -36,7 +38,7 @@ def main(argv=None):
         return 0 if argv else 2
     try:
         options = parse(argv)
-        return compare(options) if options.compare else report(options)
+        return _print_comparison(options) if options.compare else _write_report(options)
     except UserError as error:
         print(f"efficientllm: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
@@ -46,7 +48,7 @@ def main(argv=None):
     return 2
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line. Raises UserError."""
     for argument in argv:
         name = argument.partition("=")[0]
@@ -76,37 +78,37 @@ def _check(options):
         raise UserError("--out=DIR is missing; for example --out=report")
 
 
-def compare(options):
-    """Prints B against A; returns 0 for no regression, 1 for one, 3 where there is no verdict."""
-    from efficientllm.report import find
-    from efficientllm.report.compare import compare
+def _print_comparison(options):
+    """Prints the comparison of B with A; returns 0 for no regression, 1 for a regression, 3 without a verdict."""
+    from efficientllm.report import find_rows
+    from efficientllm.report.regression import compare_runs
 
-    sides = [find.collect([path]) for path in options.runs]
-    lines, status = compare(*(side.rows for side in sides), options.metrics, options.margin)
-    for side in sides:
-        _print_left_out(side)
+    collections = [find_rows.collect_rows([path]) for path in options.runs]
+    lines, status = compare_runs(*(collection.rows for collection in collections), options.metrics, options.margin)
+    for collection in collections:
+        _print_left_out(collection)
     print("\n".join(lines))
     return status
 
 
-def report(options):
-    """Writes the report's files and says where."""
-    from efficientllm.report import find
+def _write_report(options):
+    """Writes the report's files and prints their folder."""
+    from efficientllm.report import find_rows
 
-    found = find.collect(options.runs)
-    _check_baseline(options.baseline, found.rows)
-    from efficientllm.report import board, write
+    collection = find_rows.collect_rows(options.runs)
+    _check_baseline(options.baseline, collection.rows)
+    from efficientllm.report import leaderboard, write_files
 
-    made = board.build(found.rows, found.orphans, options.baseline)
-    made |= {"grids": find.grids(options.runs), "left_out": found.left_out}
+    board = leaderboard.build_leaderboard(collection.rows, collection.orphans, options.baseline)
+    board |= {"grids": find_rows.read_grids(options.runs), "left_out": collection.left_out}
     try:
-        write.write(made, found.rows, _folder(options.out))
+        write_files.write_report(board, collection.rows, _folder(options.out))
     except OSError as error:
         raise UserError(f"--out={options.out} cannot be written: {error.strerror}: {error.filename}") from None
-    _print_left_out(found)
-    groups = made["groups"]
+    _print_left_out(collection)
+    groups = board["groups"]
     count = sum(len(group["variants"]) for group in groups)
-    print(f"rows {len(found.rows)}, variants {count}, rankings {len(groups)}, failed {len(made['failures'])}")
+    print(f"rows {len(collection.rows)}, variants {count}, rankings {len(groups)}, failed {len(board['failures'])}")
     print(f"report: {pathlib.Path(options.out) / 'index.html'}")
     return 0
 
@@ -118,8 +120,8 @@ def _check_baseline(baseline, rows):
         raise UserError(f"--baseline={baseline}: no such variant{near}; variants: {', '.join(variants)}")
 
 
-def _print_left_out(found):
-    for line in found.left_out:
+def _print_left_out(collection):
+    for line in collection.left_out:
         print(line, file=sys.stderr)
 
 

@@ -1,9 +1,9 @@
-"""The study's headline claims as named checks over whatever rows were measured; data/claims.json declares them.
+"""The study's headline claims, checked against measured rows; data/claims.json declares them.
 
-A claim compares a metric of the variants `of` with that of those `against`, pair by pair, where nothing else differs:
-it holds if every measured pair's 95 % interval lies on the claimed side of its bound, it does not hold if one lies
-wholly on the other side (or is equal within 2 % where a difference is claimed), and else it cannot be tested here. The
-reason names the pairs that decided nothing.
+A claim compares a metric of the variants `of` with that of the variants `against`, in pairs that differ in nothing
+else. It holds if the 95 % interval of every measured pair lies on the claimed side of the bound. It does not hold if
+one interval lies on the other side (or is equal within 2 % where a difference is claimed). Otherwise it cannot be
+tested here, and the reason names the undecided pairs.
 """
 
 import functools
@@ -11,64 +11,71 @@ import importlib.resources
 import json
 import operator
 import re
+import typing
+from collections.abc import Callable, Sequence
 
 from efficientllm.report import statistics
-from efficientllm.report.comparison import device
+from efficientllm.report.groups import Group, device
 from efficientllm.report.techniques import techniques
 
+Claim = dict[str, typing.Any]  # an entry of data/claims.json
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be tested here"
 _SIDES = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 @functools.cache
-def declared():
-    """The claims, as the file declares them."""
+def read_claims() -> list[Claim]:
+    """Reads the declared claims."""
     text = importlib.resources.files("efficientllm.report").joinpath("data/claims.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
-def evaluate(groups):
-    """Every claim with its `status`, `reason` and `pairs` (each with ratio and interval). Plans decide nothing here:
-    `forecasts` has what they say."""
+def evaluate_claims(groups: Sequence[Group]) -> list[dict[str, typing.Any]]:
+    """Every claim with its `status`, `reason` and `pairs` (each with ratio and interval).
+
+    Only measured rows count; `planned_claims` judges plans.
+    """
     measured = [group for group in groups if not any(row.predicted for row in group.rows)]
-    return [_evaluate(claim, measured) for claim in declared()]
+    return [_evaluate(claim, measured) for claim in read_claims()]
 
 
 def _evaluate(claim, groups):
-    found = pairs(claim, groups, _pair)
-    measured = [pair for pair in found if "ratio" in pair]
+    judged_pairs = judge_pairs(claim, groups, _judge_pair)
+    measured = [pair for pair in judged_pairs if "ratio" in pair]
     if any(pair["status"] == FAILS for pair in measured):
         status = FAILS
     else:
         status = HOLDS if measured and all(pair["status"] == HOLDS for pair in measured) else OPEN
-    reason = reasons(found) if found else _why_open(claim, groups)
-    return shown(claim) | {"status": status, "reason": reason, "pairs": found}
+    reason = join_reasons(judged_pairs) if judged_pairs else _why_open(claim, groups)
+    return describe_claim(claim) | {"status": status, "reason": reason, "pairs": judged_pairs}
 
 
-def shown(claim):
-    """What a report repeats of a declared claim."""
-    own = {key: claim[key] for key in ("name", "where", "metric", "ratio", "table")}
+def describe_claim(claim: Claim) -> dict[str, typing.Any]:
+    """The fields of a declared claim that a report shows."""
+    fields = {key: claim[key] for key in ("name", "where", "metric", "ratio", "table")}
     says = f"“{claim['quote']}”" if "quote" in claim else claim["says"]
-    return own | {"says": says, "note": claim.get("note", "")}
+    return fields | {"says": says, "note": claim.get("note", "")}
 
 
-def pairs(claim, groups, judged):
-    """`judged(claim, group, variant, other)` of every two variants that the claim compares, nothing else differing."""
-    return [judged(claim, group, *pair) for group in groups for pair in _pairs(claim, group)]
+def judge_pairs(
+    claim: Claim, groups: Sequence[Group], judge_pair: Callable[[Claim, Group, str, str], dict]
+) -> list[dict[str, typing.Any]]:
+    """Results of `judge_pair(claim, group, variant, other)` for every pair that the claim compares."""
+    return [judge_pair(claim, group, *pair) for group in groups for pair in _pairs(claim, group)]
 
 
 def _pairs(claim, group):
     leaders = {variant: (group.of(variant)[0], techniques(group.of(variant)[0])) for variant in group.variants}
-    others = {other: against for other, (_, against) in leaders.items() if _is(against, claim["against"])}
+    others = {other: against for other, (_, against) in leaders.items() if _uses(against, claim["against"])}
     for variant, (row, used) in leaders.items():
-        if _is(used, claim["of"]) and not _outside(claim, row):
+        if _uses(used, claim["of"]) and not _outside(claim, row):
             for other, against in others.items():
                 if _only_differ_in(used, against, claim["of"]):
                     yield variant, other
 
 
-def _is(used, asked):
-    return all(used[kind] in ([names] if isinstance(names, str) else names) for kind, names in asked.items())
+def _uses(used, required):
+    return all(used[kind] in ([names] if isinstance(names, str) else names) for kind, names in required.items())
 
 
 def _only_differ_in(used, against, kinds):
@@ -76,7 +83,7 @@ def _only_differ_in(used, against, kinds):
 
 
 def _outside(claim, row):
-    """Why a row lies outside of what the claim speaks of, or None."""
+    """Why the claim does not apply to a row, or None."""
     for bound, sign in (("at_least", 1), ("at_most", -1)):
         for key, limit in claim.get(bound, {}).items():
             value = row.values.get(key)
@@ -89,22 +96,22 @@ def _outside(claim, row):
     return None
 
 
-def _pair(claim, group, variant, other):
+def _judge_pair(claim, group, variant, other):
     interval, reason = group.between(claim["metric"], variant, other)
     pair = {"group": group.name, "variant": variant, "against": other}
     if interval is None:
         return pair | {"status": OPEN, "reason": reason}
     ratio = {"ratio": interval.ratio, "low": interval.low, "high": interval.high, "blocks": interval.blocks}
-    status, reason = judge(interval, claim["ratio"])
+    status, reason = judge_interval(interval, claim["ratio"])
     if status != OPEN and (withheld := group.withheld(claim["metric"], interval, float(claim["ratio"].split()[1]))):
         status, reason = OPEN, withheld
     return pair | ratio | {"status": status, "reason": reason}
 
 
-def judge(interval, bound):
-    """`(status, reason)` of an interval against a bound such as `< 1` or `>= 3.7`."""
-    sign, limit = bound.split()
-    inside, limit = _SIDES[sign], float(limit)
+def judge_interval(interval: statistics.Interval, bound: str) -> tuple[str, str]:
+    """`(status, reason)` of an interval for a bound such as `< 1` or `>= 3.7`."""
+    sign, number = bound.split()
+    inside, limit = _SIDES[sign], float(number)
     if interval.low is None:
         return OPEN, "one block: no interval"
     if inside(interval.low, limit) and inside(interval.high, limit):
@@ -118,17 +125,17 @@ def judge(interval, bound):
     return OPEN, f"the interval {interval.low:.3g} to {interval.high:.3g} holds {limit:g}: not decided"
 
 
-def reasons(pairs):
-    """Why pairs decided nothing, or that they are equal; each reason once."""
+def join_reasons(pairs: Sequence[dict]) -> str:
+    """Joins the reasons of the pairs, each once."""
     return "; ".join(dict.fromkeys(f"{p['variant']} / {p['against']}: {p['reason']}" for p in pairs if p["reason"]))
 
 
 def _why_open(claim, groups):
-    """Why not one pair was found."""
+    """Why the rows hold no pair that the claim compares."""
     rows = [row for group in groups for row in group.rows]
     for side in (claim["of"], claim["against"]):
-        if not any(_is(techniques(row), side) for row in rows):
+        if not any(_uses(techniques(row), side) for row in rows):
             ((kind, names),) = side.items()
             return f"no row with {kind} {names if isinstance(names, str) else ' or '.join(names)}"
-    of = [row for row in rows if _is(techniques(row), claim["of"])]
-    return next(filter(None, (_outside(claim, row) for row in of)), "no two rows differ in this alone")
+    candidates = [row for row in rows if _uses(techniques(row), claim["of"])]
+    return next(filter(None, (_outside(claim, row) for row in candidates)), "no two rows differ in this alone")

@@ -1,13 +1,15 @@
-"""What a report knows of a metric: its unit, which way is better, and how its numbers are printed."""
+"""Columns of a report: a metric's unit, its label, which direction is better, and number formatting."""
 
 import dataclasses
 import math
+import typing
+from collections.abc import Iterable
 
 from efficientllm.metrics.conditions import UNITS as CONDITIONS
 from efficientllm.record.row import PHYSICAL_UNITS, QUALITY_UNITS
 from efficientllm.record.study_metrics import UNITS
 
-# By the longest key that a metric's name starts with, so that `tpot_s_p95` is judged as `tpot_s`.
+# The longest key that is a prefix of the metric's name counts: `tpot_s_p95` is judged as `tpot_s`.
 BETTER = {
     **dict.fromkeys(("amu", "al_s", "aec_w", "energy_j", "j_per_token", "peak_memory", "resident_weight"), "lower"),
     **dict.fromkeys(
@@ -39,7 +41,7 @@ LABELS = {
 THROUGHPUT = {"pretrain": "tt_tokens_per_param_s", "tune": "st_samples_per_param_s", "infer": "it_tokens_per_s"}
 QUALITY = tuple(QUALITY_UNITS)
 ENERGY = ("aec_w", "energy_j", "j_per_token")
-# Facts of the config: the same in every process, so that one pair of rows shows a difference.
+# Determined by the config, equal in every process: one pair of rows suffices for a verdict.
 EXACT = (
     "flops_per_token",
     "program_flops",
@@ -49,7 +51,7 @@ EXACT = (
     "compiled_memory",
     "predicted_memory",
 )
-# What another program on the machine changes: times, what is divided by them, and power.
+# Affected by other programs on the machine: times, rates and power.
 TIMED: tuple[str, ...] = (
     "al_s",
     "tt_",
@@ -68,57 +70,57 @@ _SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A metric as a report shows it; `better` is `lower`, `higher` or None where neither is."""
+    """A metric in a report. `better` is `lower`, `higher`, or None where neither is better."""
 
     key: str
     unit: str
     better: str | None
-    group: str
+    group: str | None
 
     @property
-    def label(self):
+    def label(self) -> str:
         return LABELS.get(self.key, self.key.replace("_", " "))
 
 
-def column(key, unit, group):
-    """The column of a metric; estimates (`est_*`) have no better way, so that nothing ranks them."""
-    prefix = max((known for known in BETTER if key.startswith(known)), key=len, default=None)
+def column(key: str, unit: str, group: str | None) -> Column:
+    """Makes the column of a metric; estimates (`est_*`) have no better direction and are never ranked."""
+    prefix = max((candidate for candidate in BETTER if key.startswith(candidate)), key=len, default=None)
     return Column(key, unit, BETTER.get(prefix), group)
 
 
-def columns(rows):
-    """The columns of these rows: the known metrics in the order of the record, then those of other rows by name."""
-    known = {**dict.fromkeys(UNITS, "paper"), **dict.fromkeys(QUALITY_UNITS, "quality")}
-    known |= dict.fromkeys(PHYSICAL_UNITS, "physical")
+def list_columns(rows: Iterable[typing.Any]) -> list[Column]:
+    """Lists the columns of these rows: known metrics in the order of the record, then others by name."""
+    groups = {**dict.fromkeys(UNITS, "paper"), **dict.fromkeys(QUALITY_UNITS, "quality")}
+    groups |= dict.fromkeys(PHYSICAL_UNITS, "physical")
     units = {**UNITS, **QUALITY_UNITS, **PHYSICAL_UNITS}
-    extra = {key: row for row in rows for key in row.values if key not in known}
-    found = [column(key, units[key], group) for key, group in known.items()]
-    return found + [column(key, row.unit(key), row.group(key)) for key, row in sorted(extra.items())]
+    extra = {key: row for row in rows for key in row.values if key not in groups}
+    listed = [column(key, units[key], group) for key, group in groups.items()]
+    return listed + [column(key, row.unit(key), row.group(key)) for key, row in sorted(extra.items())]
 
 
-def six(task):
-    """The study's six metrics for a task, its own throughput among them."""
+def study_metrics(task: str) -> tuple[str, ...]:
+    """The study's six metrics for a task, with the task's throughput."""
     return ("amu_gb", "pcu", "al_s", THROUGHPUT.get(task, THROUGHPUT["pretrain"]), "aec_w", "mcr")
 
 
-def is_energy(key):
+def is_energy(key: str) -> bool:
     return key.startswith(ENERGY)
 
 
-def is_exact(key):
+def is_exact(key: str) -> bool:
     return key.startswith(EXACT)
 
 
-def is_condition(key):
+def is_condition(key: str) -> bool:
     return key in CONDITIONS
 
 
-def is_timed(key):
+def is_timed(key: str) -> bool:
     return key.startswith(TIMED) and not key.endswith("_roofline")
 
 
-def show(value, unit):
-    """`494 ms`, `1.31 M`, `–`: four digits, with the SI prefix that keeps them before the point."""
+def format_value(value: float | None, unit: str) -> str:
+    """Formats a value with four digits and an SI prefix: `494 ms`, `1.31 M`; `–` for None."""
     if value is None:
         return "–"
     unit = {"1": "", "bytes": "B", "1/s": "/s"}.get(unit, unit)
@@ -127,6 +129,6 @@ def show(value, unit):
     factor, prefix = next(((f, p) for f, p in _SI if abs(value) >= f * 0.99995), _SI[-1])
     if unit in ("", "nat", "bit", "GB") and 1e-3 <= abs(value) < 1e4:
         factor, prefix = 1, ""
-    if unit == "/s" and abs(value) < 1:  # 2 m/s would be a speed
+    if unit == "/s" and abs(value) < 1:  # `2 m/s` would read as a speed
         return f"{value:.3e} /s"
     return f"{value / factor:.4g} {prefix}{unit}".strip()

@@ -1,8 +1,12 @@
-"""The report's figures as PNG and SVG: ratios with intervals, a Pareto set, the six metrics, curves of the loss."""
+"""Figures of a report as PNG and SVG: ratios with intervals, a Pareto plot, the six metrics, loss curves."""
 
 import math
+import pathlib
+import typing
 import warnings
+from collections.abc import Sequence
 
+from efficientllm.report.curves import Curves
 from efficientllm.runtime.atomic_write import replacing
 
 _COLOURS = (
@@ -17,38 +21,45 @@ _COLOURS = (
     "#64748b",
     "#92400e",
 )
-_MOST, _LONGEST = 40, 40  # variants of a figure, letters of a name
+_MOST, _LONGEST = 40, 40  # variants in a figure, letters of a name
 
 
-def draw(board, curves, folder):
-    """Draws what there is of each group -> `{group name: [(title, path from the report), ...]}`."""
+def draw_figures(
+    board: dict[str, typing.Any], curves: dict[str, Curves], folder: pathlib.Path
+) -> dict[str, list[tuple[str, str]]]:
+    """Draws the figures of each group -> `{group name: [(title, path from the report), ...]}`."""
     import matplotlib
 
     matplotlib.use("Agg")
-    style = {"svg.hashsalt": "efficientllm", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style: typing.Any = {
+        "svg.hashsalt": "efficientllm",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     style |= {"text.parse_math": False}  # a name may hold dollars
     drawn = {}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for a letter that no font has
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a letter that no font has is drawn as a box
         for number, whole in enumerate(board["groups"], 1):
             group = _legible(whole)
             paths = {path: variant["variant"] for variant in group["variants"] for path in variant["paths"]}
-            made = {
+            candidates = {
                 "ratios": _ratios(group, board["columns"]),
                 "pareto": _pareto(group, board["columns"]),
                 "six": _radar(group),
                 "loss": _loss({path: curves[path] for path in paths}, paths),
             }
-            kept = [(kind, figure) for kind, figure in made.items() if figure]
+            figures = [(kind, figure) for kind, figure in candidates.items() if figure]
             if len(group["variants"]) < len(whole["variants"]):
-                for _, figure in kept:
+                for _, figure in figures:
                     figure.suptitle(f"the first {_MOST} of {len(whole['variants'])} variants", fontsize=8, y=1.02)
-            drawn[group["name"]] = [_save(figure, folder, f"{number}_{kind}") for kind, figure in kept]
+            drawn[group["name"]] = [_save(figure, folder, f"{number}_{kind}") for kind, figure in figures]
     return drawn
 
 
 def _legible(group):
-    """The group as figures show it: no more variants than can be told apart, and names that have room."""
+    """The group for figures: at most _MOST variants, names of at most _LONGEST letters."""
     shown, labels = group["variants"][:_MOST], {}
     for variant in shown:
         text = " ".join(variant["variant"].split()) or "?"
@@ -81,7 +92,7 @@ def _figure(width, height, **axes):
 
 
 def _ratios(group, columns):
-    """A dot and its interval a variant, one panel a metric; the band is what counts as equal."""
+    """Ratios to the baseline with intervals, one panel a metric; the band marks what counts as equal."""
     compared = [v for v in group["variants"] if v["variant"] != group["baseline"]]
     wanted = ("eval_loss", "al_s", "tpot_s", "amu_gb", "j_per_token", "flops_per_token")
     keys = [c["key"] for c in columns if c["key"] in wanted and any("ratio" in v["cells"][c["key"]] for v in compared)]
@@ -105,33 +116,33 @@ def _ratios(group, columns):
     return figure
 
 
-def pareto_pair(group, columns):
-    """The first pair that holds two variants or more: quality against time, energy or memory."""
+def pareto_pair(group: dict[str, typing.Any], columns: Sequence[dict]) -> tuple[str, str, list[dict]] | None:
+    """The first pair of quality and cost that two or more variants have -> `(x, y, variants)`, or None."""
     cost = ("j_per_token", "tpot_s", "al_s", "amu_gb", "flops_per_token")
     for y in ("eval_loss", "loss", "mcr"):
         for x in cost:
-            held = [v for v in group["variants"] if all(v["cells"][key]["mean"] is not None for key in (x, y))]
-            if len(held) > 1:
-                return x, y, held
+            variants = [v for v in group["variants"] if all(v["cells"][key]["mean"] is not None for key in (x, y))]
+            if len(variants) > 1:
+                return x, y, variants
     return None
 
 
 def _refused(group, variant, keys):
-    """Why a variant stands in this plot without being compared, or None."""
+    """Why a variant in this plot is not compared, or None."""
     if variant["variant"] == group["baseline"]:
         return None
     return next((variant["cells"][key]["reason"] for key in keys if variant["cells"][key]["reason"]), None)
 
 
 def _pareto(group, columns):
-    found = pareto_pair(group, columns)
-    if not found:
+    pair = pareto_pair(group, columns)
+    if not pair:
         return None
-    x, y, held = found
+    x, y, variants = pair
     units = {column["key"]: column["unit"] for column in columns}
     shares = group["pareto"].get(f"{x}|{y}") or group["pareto"].get(f"{y}|{x}") or {}
     figure, axes = _figure(5, 3.5)
-    for variant, colour in zip(held, _repeat(len(held)), strict=True):
+    for variant, colour in zip(variants, _repeat(len(variants)), strict=True):
         at = [variant["cells"][key]["mean"] for key in (x, y)]
         share, refused = shares.get(variant["variant"]), _refused(group, variant, (x, y))
         mark = (
@@ -151,32 +162,32 @@ def _pareto(group, columns):
 
 
 def _radar(group):
-    """The six metrics, normalised to 0.1..1 in the group; a metric that no variant has is left out and named."""
-    known = [key for key in group["six"] if any(v["normalised"][key] is not None for v in group["variants"])]
-    if len(known) < 3:
+    """Radar plot of the six metrics, normalised to 0.1..1; a metric that no variant has is named in the title."""
+    keys = [key for key in group["six"] if any(v["normalised"][key] is not None for v in group["variants"])]
+    if len(keys) < 3:
         return None
-    angles = [2 * math.pi * i / len(known) for i in range(len(known) + 1)]
+    angles = [2 * math.pi * i / len(keys) for i in range(len(keys) + 1)]
     figure, axes = _figure(4.5, 4.5, subplot_kw={"projection": "polar"})
     for variant, colour in zip(group["variants"], _repeat(len(group["variants"])), strict=True):
-        values = [variant["normalised"][key] for key in known]
+        values = [variant["normalised"][key] for key in keys]
         if None not in values:
             axes.plot(angles, [*values, values[0]], color=colour, lw=1.5, label=variant["variant"])
-    axes.set_xticks(angles[:-1], known)
+    axes.set_xticks(angles[:-1], keys)
     axes.set_ylim(0, 1)
-    missing = [key for key in group["six"] if key not in known]
+    missing = [key for key in group["six"] if key not in keys]
     axes.set_title(f"1 is best; not measured: {', '.join(missing)}" if missing else "1 is best", fontsize=9)
     axes.legend(loc="upper left", bbox_to_anchor=(1.05, 1), frameon=False)
     return figure
 
 
 def _loss(curves, variants):
-    held = {path: found["loss"] for path, found in curves.items() if "loss" in found}
-    if not held:
+    losses = {path: run_curves["loss"] for path, run_curves in curves.items() if "loss" in run_curves}
+    if not losses:
         return None
     names = list(dict.fromkeys(variants.values()))
     colours = dict(zip(names, _repeat(len(names)), strict=True))
     figure, axes = _figure(6, 3.5)
-    for path, curve in held.items():
+    for path, curve in losses.items():
         axes.plot(curve["steps"], curve["values"], color=colours[variants[path]], lw=1, label=variants[path])
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), frameon=False)

@@ -1,43 +1,45 @@
 """The report as Markdown."""
 
 import re
+import typing
+from collections.abc import Sequence
 
 from efficientllm.report import statistics
-from efficientllm.report.columns import show
+from efficientllm.report.columns import format_value
 
 _ALWAYS = ("eval_loss", "j_per_token", "tokens_per_s", "peak_memory_bytes")
 
 
-def text(board, figures):
-    """`report.md` of a leaderboard; `figures` are `{group name: [(title, file), ...]}` relative to it."""
-    board, figures = literal(board), {literal(name): shown for name, shown in figures.items()}
-    parts = ["# Report", _counts(board)]
+def markdown_report(board: dict[str, typing.Any], figures: dict[str, list[tuple[str, str]]]) -> str:
+    """Text of `report.md` for a leaderboard; `figures` is `{group name: [(title, file relative to it), ...]}`."""
+    board, figures = literal(board), {literal(name): paths for name, paths in figures.items()}
+    sections = ["# Report", _counts(board)]
     for group in board["groups"]:
-        parts += [f"## {group['name']}", _setting(group), _table(group, board["columns"]), _score(group)]
-        parts += [_notes(group), _noise(group), _ranks(group, board["columns"])]
-        parts += [f"![{title}]({file})" for title, file in figures.get(group["name"], ())]
-        parts += [_study(entry) for entry in group["study"]]
-    parts += [_grid(found) for found in board.get("grids", ())]
-    parts += ["## The study's claims\n\n" + _tested_first(board["claims"])]
-    parts += [board["forecasts"] and FORECASTS + _claims(board["forecasts"])]
-    parts += [_failures(board), _left_out(board), METHOD]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        sections += [f"## {group['name']}", _setting(group), _table(group, board["columns"]), _score(group)]
+        sections += [_notes(group), _noise(group), _ranks(group, board["columns"])]
+        sections += [f"![{title}]({file})" for title, file in figures.get(group["name"], ())]
+        sections += [_study(entry) for entry in group["study"]]
+    sections += [_grid(grid) for grid in board.get("grids", ())]
+    sections += ["## The study's claims\n\n" + _tested_first(board["claims"])]
+    sections += [board["forecasts"] and FORECASTS + _claims(board["forecasts"])]
+    sections += [_failures(board), _left_out(board), METHOD]
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
-# What Markdown would read as more than letters: marks of its own, tags, entities, links, emphasis at a word's edge.
+# Text that Markdown would interpret: its marks, tags, entities, links, emphasis at the edge of a word.
 _MARKS = re.compile(r"[\\`*]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=\()|(?<!\w)_|_(?!\w)")
 _ENTITIES = {"<": "&lt;", "&": "&amp;"}
 
 
-def literal(value):
-    """The texts in nested lists and dicts as Markdown that shows their letters; keys stay."""
+def literal(value: typing.Any) -> typing.Any:
+    """Escapes the texts in nested lists and dicts for Markdown; keys stay."""
     if isinstance(value, dict):
-        return {key: literal(each) for key, each in value.items()}
+        return {key: literal(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [literal(each) for each in value]
+        return [literal(item) for item in value]
     if not isinstance(value, str):
         return value
-    return " ".join(_MARKS.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), value).splitlines())
+    return " ".join(_MARKS.sub(lambda match: _ENTITIES.get(match[0], f"\\{match[0]}"), value).splitlines())
 
 
 METHOD = """## How to read it
@@ -66,43 +68,45 @@ def _setting(group):
     return f"Baseline: {group['baseline'] or 'no row of it is here'}. Blocks: {group['blocks']}."
 
 
-def table(head, rows):
-    """A Markdown table."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Formats a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
     )
 
 
-def chosen(group, columns):
-    """The columns shown at first: the study's six, and of some others those that hold a value."""
+def first_columns(group: dict[str, typing.Any], columns: Sequence[dict]) -> list[dict]:
+    """The columns of the main table: the study's six metrics, and some others if a variant has them."""
     shown = [*group["six"], *_ALWAYS]
-    held = {key for variant in group["variants"] for key, cell in variant["cells"].items() if cell["mean"] is not None}
-    return [c for key in shown for c in columns if c["key"] == key and (key in group["six"] or key in held)]
+    recorded = {
+        key for variant in group["variants"] for key, cell in variant["cells"].items() if cell["mean"] is not None
+    }
+    return [c for key in shown for c in columns if c["key"] == key and (key in group["six"] or key in recorded)]
 
 
 def _table(group, columns):
-    shown = chosen(group, columns)
+    shown = first_columns(group, columns)
     head = ["variant", "rows", *(f"{c['label']} ({c['unit']})" for c in shown)]
     rows = []
     for variant in group["variants"]:
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in variant["outcomes"].items())
         cells = [_cell(variant["cells"][c["key"]], c["unit"]) for c in shown]
         rows.append([f"**{variant['variant']}**", outcomes, *cells])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _cell(cell, unit):
-    value = show(cell["mean"], unit) + (" (starved)" if cell.get("starved") else "")
+    value = format_value(cell["mean"], unit) + (" (starved)" if cell.get("starved") else "")
     if "ratio" not in cell:
         return f"{value} (not compared)" if cell["mean"] is not None and cell["reason"] else value
-    said = ratio(cell)
-    said = said if said == statistics.WIDE else f"×{said}"
-    return f"{value} ({said}, within noise)" if cell["verdict"].startswith("withheld") else f"{value} ({said})"
+    text = format_ratio(cell)
+    text = text if text == statistics.WIDE else f"×{text}"
+    return f"{value} ({text}, within noise)" if cell["verdict"].startswith("withheld") else f"{value} ({text})"
 
 
-def ratio(entry):
-    """`1.24, 1.20–1.28`: a ratio and its interval."""
+def format_ratio(entry: dict[str, typing.Any]) -> str:
+    """Formats a ratio and its interval: `1.24, 1.20–1.28`."""
     if entry["low"] is None:
         return f"{entry['ratio']:.3f}, no interval"
     if statistics.is_wide(entry["low"], entry["high"]):
@@ -111,7 +115,7 @@ def ratio(entry):
 
 
 def _notes(group):
-    """What must be known of the rows, and why values are not compared; each once."""
+    """Notes on the rows, and reasons why values are not compared; each once."""
     lines = [f"- {variant['variant']}: {note}" for variant in group["variants"] for note in variant["notes"]]
     for variant in group["variants"]:
         cells = {key: cell for key, cell in variant["cells"].items() if cell["mean"] is not None and cell["reason"]}
@@ -127,8 +131,10 @@ def _score(group):
     if not of:
         return "Efficiency Score: null, no metric of Eq. 12 is known of every variant."
     scores = ", ".join(f"{v['variant']} {v['efficiency_score']:.3f}" for v in group["variants"] if v["variant"] in over)
-    part = "" if len(of) == 5 else f", {len(of)} of Eq. 12's five: not the study's score"
-    return f"Efficiency Score over the group {', '.join(over)} (mean of the ratios of {', '.join(of)}{part}): {scores}."
+    caveat = "" if len(of) == 5 else f", {len(of)} of Eq. 12's five: not the study's score"
+    return (
+        f"Efficiency Score over the group {', '.join(over)} (mean of the ratios of {', '.join(of)}{caveat}): {scores}."
+    )
 
 
 def _noise(group):
@@ -136,10 +142,10 @@ def _noise(group):
         return "Noise floor: unknown, no block holds the baseline twice."
     head = ["metric", "baseline / itself", "pairs", "smallest effect seen in 4 sweeps of 5", "blocks to see 3 %"]
     rows = []
-    for key, found in group["noise"].items():
-        smallest = "–" if found["smallest_effect"] is None else f"{found['smallest_effect']:.1%}"
-        rows.append([key, ratio(found), found["pairs"], smallest, found["blocks_for_3_percent"]])
-    return f"Noise floor, from the baseline against itself:\n\n{table(head, rows)}"
+    for key, noise in group["noise"].items():
+        smallest = "–" if noise["smallest_effect"] is None else f"{noise['smallest_effect']:.1%}"
+        rows.append([key, format_ratio(noise), noise["pairs"], smallest, noise["blocks_for_3_percent"]])
+    return f"Noise floor, from the baseline against itself:\n\n{markdown_table(head, rows)}"
 
 
 def _ranks(group, columns):
@@ -151,7 +157,7 @@ def _ranks(group, columns):
             ranked.sort(key=lambda pair: pair[0]["rank"])
             order = ", ".join(f"{name} {c['rank']:g} ({c['rank_low']:g}–{c['rank_high']:g})" for c, name in ranked)
             rows.append([key, units[key]["better"], order])
-    return rows and f"Ranks with 95 % intervals:\n\n{table(['metric', 'better', 'rank (interval)'], rows)}"
+    return rows and f"Ranks with 95 % intervals:\n\n{markdown_table(['metric', 'better', 'rank (interval)'], rows)}"
 
 
 def _study(entry):
@@ -161,33 +167,33 @@ def _study(entry):
             row["variant"],
             row["metric"],
             f"{row['study_ratio']:.3f}",
-            ratio(row) if "ratio" in row else f"– ({row['reason']})",
+            format_ratio(row) if "ratio" in row else f"– ({row['reason']})",
             row["agrees"],
         ]
         for row in entry["rows"]
     ]
     note = f" {entry['note']}." if entry["note"] else ""
-    return f"Beside the study, table `{entry['table']}` ({entry['trust']}).{note}\n\n{table(head, rows)}"
+    return f"Beside the study, table `{entry['table']}` ({entry['trust']}).{note}\n\n{markdown_table(head, rows)}"
 
 
 def _grid(grid):
     head = ["variant", f"{grid['key']}", "held-out loss", "", "tries, wall time"]
     rows = []
-    for variant, found in grid["variants"].items():
-        seconds = sum(each["seconds"] or 0 for each in found["tries"])
-        for each in found["tries"]:
-            loss = "–" if each["eval_loss"] is None else f"{each['eval_loss']:.4f}"
-            mark = "chosen" if each["value"] == found["chosen"] else each["outcome"]
-            rows.append([literal(variant), each["value"], loss, mark, f"{len(found['tries'])}, {seconds:.0f} s"])
+    for variant, search in grid["variants"].items():
+        seconds = sum(attempt["seconds"] or 0 for attempt in search["tries"])
+        for attempt in search["tries"]:
+            loss = "–" if attempt["eval_loss"] is None else f"{attempt['eval_loss']:.4f}"
+            mark = "chosen" if attempt["value"] == search["chosen"] else attempt["outcome"]
+            rows.append([literal(variant), attempt["value"], loss, mark, f"{len(search['tries'])}, {seconds:.0f} s"])
     return (
         f"## What sweep {grid['sweep']} chose before it compared\n\nThe value of the least held-out loss at the first "
         "seed, on the text that the rankings are scored on: losses are that much flattered, of every variant alike.\n\n"
-        f"{table(head, rows)}"
+        f"{markdown_table(head, rows)}"
     )
 
 
 def _tested_first(claims):
-    """The claims that these rows say something of, and the others folded."""
+    """The claims that these rows test; the others are folded."""
     tested = [claim for claim in claims if any("ratio" in pair for pair in claim["pairs"])]
     others = [claim for claim in claims if claim not in tested]
     folded = f"<details><summary>{len(others)} that cannot be tested here</summary>\n\n{_claims(others)}\n\n</details>"
@@ -197,12 +203,18 @@ def _tested_first(claims):
 def _claims(claims):
     rows = []
     for claim in claims:
-        found = "; ".join(f"{p['variant']} / {p['against']} {ratio(p)}" for p in claim["pairs"] if "ratio" in p)
-        said = f"{claim['metric']} ratio {claim['ratio']}"
+        ratios = "; ".join(f"{p['variant']} / {p['against']} {format_ratio(p)}" for p in claim["pairs"] if "ratio" in p)
+        condition = f"{claim['metric']} ratio {claim['ratio']}"
         rows.append(
-            [claim["name"], f"{claim['says']} ({claim['where']})", said, claim["status"], found or claim["reason"]]
+            [
+                claim["name"],
+                f"{claim['says']} ({claim['where']})",
+                condition,
+                claim["status"],
+                ratios or claim["reason"],
+            ]
         )
-    return table(["claim", "says", "checked as", "here", "ratios, or why not"], rows)
+    return markdown_table(["claim", "says", "checked as", "here", "ratios, or why not"], rows)
 
 
 def _left_out(board):
@@ -211,7 +223,9 @@ def _left_out(board):
 
 
 def _failures(board):
-    """Failed, running and stopped runs, each with the last that it said."""
+    """Failed, running and stopped runs, each with its last line of output."""
     lines = [[f["variant"], f["block"], f["outcome"], f["path"], f["said"]] for f in board["failures"]]
     lines += [["?", "", run["state"], run["path"], run["said"]] for run in board["without_row"]]
-    return lines and "## Failed and unfinished runs\n\n" + table(["variant", "block", "outcome", "row", "said"], lines)
+    return lines and "## Failed and unfinished runs\n\n" + markdown_table(
+        ["variant", "block", "outcome", "row", "said"], lines
+    )

@@ -1,34 +1,38 @@
-"""`index.html`: template, style, scripts, data and plotting library in one file that opens from disk."""
+"""`index.html`: template, style, scripts, data and plotting library in one self-contained file."""
 
 import base64
 import gzip
 import importlib.resources
 import json
+import typing
 
-from efficientllm.report import study, techniques
+from efficientllm.report import study_tables, techniques
+from efficientllm.report.curves import Curves
 
 SCRIPTS = ("format.js", "query.js", "table.js", "details.js", "charts.js", "sections.js", "address.js", "main.js")
 
 
-def html(board, curves, details=None):
-    """The page of a leaderboard, of `{path: curves}` and of `details.details`."""
+def page_html(
+    board: dict[str, typing.Any], curves: dict[str, Curves], details: dict[str, typing.Any] | None = None
+) -> str:
+    """Renders the page of a leaderboard, of `{path: curves}` and of `details.run_details`."""
     data = {"board": board, "curves": curves, "details": details or {"runs": {}, "texts": []}, "study": _study()}
     # A "<" inside a string could end the script element.
     embedded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    parts = {
+    sections = {
         "STYLE": _file("style.css"),
         "DATA": embedded,
         "SCRIPTS": "\n".join(_file(name) for name in SCRIPTS),
-        "PLOTLY": plotly(),
+        "PLOTLY": plotly_script(),
     }
     text = _file("index.html")
-    for name, part in parts.items():
-        text = text.replace(f"<!-- {name} -->", part)
+    for name, section in sections.items():
+        text = text.replace(f"<!-- {name} -->", section)
     return text
 
 
-def plotly():
-    """plotly.js as the Python package carries it, in gzip and base64: 2 MB, not 5; the page unpacks it."""
+def plotly_script() -> str:
+    """plotly.js from the Python package, gzipped and in base64 (2 MB instead of 5); the page unpacks it."""
     package = importlib.resources.files("plotly.package_data")
     return base64.b64encode(gzip.compress(package.joinpath("plotly.min.js").read_bytes(), mtime=0)).decode()
 
@@ -38,9 +42,9 @@ def _file(name):
 
 
 def _study():
-    """The study's tables that hold metrics of rows of ours, by axis."""
-    tables = study.tables()
+    """The study's tables by axis."""
+    tables = study_tables.read_tables()
     return {
-        axis: [{**tables[name], "table": name, "trust": study.TRUST[tables[name]["trust"]]} for name in names]
+        axis: [{**tables[name], "table": name, "trust": study_tables.TRUST[tables[name]["trust"]]} for name in names]
         for axis, names in techniques.TABLES.items()
     }

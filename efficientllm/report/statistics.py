@@ -1,17 +1,19 @@
-"""Ratios with intervals from few processes: paired in logs, replicated over blocks.
+"""Confidence intervals for ratios from few processes: log-ratios paired by block, t intervals and bootstrap.
 
-Everything takes natural logarithms of ratios, one a block, and is seeded: the same rows give the same numbers.
+Functions take natural logarithms of ratios, one a block. Random draws are seeded: the same rows give the same numbers.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from scipy.special import ndtr, stdtrit
 
 MARGIN = 0.02  # ratios from 1/1.02 to 1.02 count as equal
 WIDE = "cannot be told apart"
-_SAYS_NOTHING = 2.0  # an interval that holds equal, half and twice as much
+_WIDE_FACTOR = 2.0  # an interval around 1 that reaches half or twice is called wide
 FEWEST_FOR_BOOTSTRAP = 6
 DRAWS = 10_000
 _SEED = 2505_13840
@@ -19,7 +21,7 @@ _SEED = 2505_13840
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A geometric mean ratio and its 95 % interval; `low` and `high` are None where one block is all there is."""
+    """A geometric mean ratio and its 95 % interval; `low` and `high` are None for a single block."""
 
     ratio: float
     low: float | None
@@ -28,10 +30,10 @@ class Interval:
     method: str
 
 
-def centre(values):
-    """The geometric mean, so that ratios of what is shown are the ratios that are shown; None for no values.
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """The geometric mean: the ratio of two means is then the mean ratio. None for no values.
 
-    Of values that are not all positive it is the arithmetic mean.
+    The arithmetic mean if a value is not positive.
     """
     if not values:
         return None
@@ -42,11 +44,12 @@ def centre(values):
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def ratio_interval(logs_B, exact=False):
-    """The Interval of log-ratios, one a block; `None` for none. `exact` values need no second block.
+def ratio_interval(logs_B: npt.ArrayLike, exact: bool = False) -> Interval | None:
+    """The Interval of log-ratios, one a block; None for no blocks. `exact` values need no second block.
 
-    Bootstrap over blocks from six on, below that Student's t. The bootstrap's percentiles are widened as Hesterberg
-    (2015, "What teachers should know about the bootstrap", section 5.3) proposes: plain ones cover about 88 % at n = 6.
+    Student's t below six blocks, bootstrap over blocks from six on. The bootstrap's percentiles are widened after
+    Hesterberg (2015, "What teachers should know about the bootstrap", section 5.3): plain ones cover about 88 % at
+    n = 6.
     """
     logs_B = np.asarray(logs_B, float)
     n = len(logs_B)
@@ -67,24 +70,24 @@ def ratio_interval(logs_B, exact=False):
     return Interval(_exp(mean), _exp(low), _exp(high), n, method)
 
 
-def unpaired_interval(logs_a, logs_b):
+def unpaired_interval(logs_a: Sequence[float], logs_b: Sequence[float]) -> Interval | None:
     """The Interval of b over a for rows that share no block: Welch's t on logs; None below two rows a side."""
     a, b = np.asarray(logs_a, float), np.asarray(logs_b, float)
     if min(len(a), len(b)) < 2:
         return None
-    parts = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
-    mean, error = b.mean() - a.mean(), math.sqrt(sum(parts))
-    weights = sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
+    variances = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    mean, error = b.mean() - a.mean(), math.sqrt(sum(variances))
+    weights = sum(variance**2 / (len(x) - 1) for variance, x in zip(variances, (a, b), strict=True))
     half = stdtrit(error**4 / weights, 0.975) * error if error else 0.0
-    ends = (_exp(mean + sign * half) for sign in (0, -1, 1))
-    return Interval(*ends, min(len(a), len(b)), f"Welch t over {len(a)} and {len(b)} rows")
+    ratio, low, high = (_exp(mean + sign * half) for sign in (0, -1, 1))
+    return Interval(ratio, low, high, min(len(a), len(b)), f"Welch t over {len(a)} and {len(b)} rows")
 
 
-def draws(logs_VB, count=DRAWS):
-    """`means_RV`: means over blocks as they might have come out, the same blocks drawn for every variant.
+def draws(logs_VB: npt.ArrayLike, count: int = DRAWS) -> np.ndarray:
+    """Draws `means_RV`, plausible means over blocks; a draw uses the same blocks for every variant.
 
-    NaN marks a block that a variant lacks; each variant needs one block. From six blocks on, blocks are resampled;
-    below, draws are from the multivariate t with the variants' covariance, whose margins are the t intervals.
+    NaN marks a block that a variant lacks; each variant needs one block. From six blocks on, blocks are resampled.
+    Below, draws are from the multivariate t with the variants' covariance; its margins are the t intervals.
     """
     logs_VB = np.asarray(logs_VB, float)
     blocks = logs_VB.shape[1]
@@ -100,17 +103,17 @@ def draws(logs_VB, count=DRAWS):
         return mean_V + rng.standard_normal((count, blocks)) @ off_VB.T * scale_V / chi_R[:, None]
     times_RB = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=count)
     n_RV = times_RB @ have_VB.T.astype(float)
-    # A resample that leaves a variant without a block says nothing of it: its mean stands.
+    # A resample without any block of a variant keeps that variant's mean.
     return np.where(n_RV > 0, times_RB @ filled_VB.T / np.maximum(n_RV, 1), mean_V)
 
 
-def verdict(interval, better, margin=MARGIN):
-    """What an Interval says in words. "no difference seen" is not "equal", which needs an interval within +-2 %."""
+def verdict(interval: Interval | None, better: str | None, margin: float = MARGIN) -> str:
+    """The verdict on an Interval in words. "no difference seen" is not "equal": that needs an interval within ±2 %."""
     if interval is None or interval.low is None:
         return "not tested"
     sure = not interval.low <= 1 <= interval.high
-    ways = {"lower": ("worse", "better"), "higher": ("better", "worse")}.get(better, ("higher", "lower"))
-    word = ways[0] if interval.ratio > 1 else ways[1]
+    words = {"lower": ("worse", "better"), "higher": ("better", "worse")}.get(better, ("higher", "lower"))
+    word = words[0] if interval.ratio > 1 else words[1]
     if 1 / (1 + margin) <= interval.low and interval.high <= 1 + margin:
         return f"{word}, within ±{margin:.0%}" if sure else f"equal within ±{margin:.0%}"
     if is_wide(interval.low, interval.high):
@@ -118,36 +121,37 @@ def verdict(interval, better, margin=MARGIN):
     return word if sure else "no difference seen"
 
 
-def is_wide(low, high):
-    """Whether an interval says nothing: it holds 1, and on one side of it a factor of _SAYS_NOTHING."""
-    return low is not None and low <= 1 <= high and (low < 1 / _SAYS_NOTHING or high > _SAYS_NOTHING)
+def is_wide(low: float | None, high: float | None) -> bool:
+    """True if an interval is too wide for a verdict: it contains 1 and reaches a factor of _WIDE_FACTOR."""
+    return low is not None and low <= 1 <= high and (low < 1 / _WIDE_FACTOR or high > _WIDE_FACTOR)
 
 
 def _exp(log):
-    """exp, within what a float holds."""
+    """exp without overflow."""
     return math.exp(max(-700.0, min(700.0, log)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """What the baseline against itself shows: its ratio, the spread of a pair, and what a sweep can see with it.
+    """Noise of the baseline against itself, and the effects that a sweep can detect above it.
 
     spread:       standard deviation of the log-ratio of one pair of runs.
-    smallest:     the effect, as a ratio less 1, that this number of blocks sees in four sweeps of five.
-    blocks_for_3: blocks that an effect of 3 % needs to be seen so.
+    smallest:     the effect, as a ratio minus 1, that this number of blocks detects in four sweeps of five.
+    blocks_for_3: blocks needed to detect an effect of 3 % as often.
+    share:        spread of a comparison over the spread of a pair; see `estimate_noise`.
     """
 
     interval: Interval
     spread: float
     smallest: float | None
     blocks_for_3: int
-    share: float = 1.0  # of a pair's spread, that of a comparison with the mean of a block's baselines
+    share: float = 1.0
 
 
-def noise(pairs_B, baselines=1, blocks=None):
-    """The Noise of log-ratios of the baseline to itself, one pair a block; None below two pairs.
+def estimate_noise(pairs_B: npt.ArrayLike, baselines: int = 1, blocks: int | None = None) -> Noise | None:
+    """Estimates the Noise from log-ratios of the baseline to itself, one pair a block; None below two pairs.
 
-    A comparison divides by the mean of `baselines` runs, so that its spread is sqrt((1 + 1/baselines) / 2) of a pair's.
+    A comparison divides by the mean of `baselines` runs: its spread is sqrt((1 + 1/baselines) / 2) times a pair's.
     """
     pairs_B = np.asarray(pairs_B, float)
     if len(pairs_B) < 2:
@@ -158,16 +162,16 @@ def noise(pairs_B, baselines=1, blocks=None):
     return Noise(ratio_interval(pairs_B), spread, *effects, share)
 
 
-def reach(noise):
-    """How far from 1, in logs, noise takes a comparison: as far as the baseline may be from itself (95 % interval),
-    less what a comparison gains by dividing by the mean of a block's baselines."""
+def noise_reach(noise: Noise) -> float:
+    """The largest log-ratio that noise explains: the far end of the baseline's own 95 % interval, times `share`."""
     return noise.share * max(-math.log(noise.interval.low), math.log(noise.interval.high))
 
 
-def within_noise(interval, noise, limit=1.0):
-    """Whether a verdict on an interval against `limit` says no more than the baseline does against itself: it is on one
-    side of it, and no end of it is further away than the ends of that Noise's interval. An effect that a sweep can see
-    (`Noise.smallest`) reaches further. "Equal" is within noise only where the noise itself says nothing.
+def within_noise(interval: Interval, noise: Noise, limit: float = 1.0) -> bool:
+    """True if noise alone could explain the verdict on an interval against `limit`.
+
+    The interval lies on one side of `limit` but no further away than `noise_reach`. A verdict "equal" is within noise
+    only if the noise interval itself is too wide for a verdict.
     """
     if interval.low is None or interval.low <= limit <= interval.high:
         return (
@@ -175,19 +179,19 @@ def within_noise(interval, noise, limit=1.0):
             and verdict(interval, None).startswith("equal")
             and is_wide(noise.interval.low, noise.interval.high)
         )
-    return max(abs(math.log(end / limit)) for end in (interval.low, interval.high)) <= reach(noise)
+    return max(abs(math.log(end / limit)) for end in (interval.low, interval.high)) <= noise_reach(noise)
 
 
-def smallest_effect(spread, blocks):
-    """The ratio less 1 that a 95 % t interval over `blocks` tells from 1 with a probability of about 80 %."""
+def smallest_effect(spread: float, blocks: int) -> float | None:
+    """The effect, a ratio minus 1, that a 95 % t interval over `blocks` detects with a probability of about 80 %."""
     if blocks < 2:
         return None
-    reach = stdtrit(blocks - 1, 0.975) + stdtrit(blocks - 1, 0.8)
-    return math.expm1(reach * spread / math.sqrt(blocks))
+    quantiles = stdtrit(blocks - 1, 0.975) + stdtrit(blocks - 1, 0.8)
+    return math.expm1(quantiles * spread / math.sqrt(blocks))
 
 
-def blocks_needed(spread, effect, most=10_000):
-    """The fewest blocks (two at least) whose smallest effect is `effect`; `most` where it takes more."""
+def blocks_needed(spread: float, effect: float, most: int = 10_000) -> int:
+    """The fewest blocks (at least two) that detect `effect`; at most `most`."""
     low, high = 2, most
     while low < high:
         middle = (low + high) // 2

@@ -1,8 +1,10 @@
-"""Which of the study's techniques a row uses, and on which of its axes it lies."""
+"""The study's techniques and axes: which of them a row belongs to, and its name in the study's tables."""
+
+from efficientllm.report.rows import Row
 
 AXES = ("attention", "position", "moe", "attention_free", "tuning", "inference")
 _FREE = ("mamba", "mamba2", "rwkv")
-# The study's groups of rows by axis; a table's name for a technique of ours where it has another.
+# The study's tables by axis.
 TABLES = {
     "attention": ("attention_1.5b",),
     "position": ("position_1.5b",),
@@ -16,6 +18,7 @@ TABLES = {
         "quantization_qwen2.5-32b",
     ),
 }
+# The study's name of a technique, by axis, where it differs from the registered name.
 _STUDY_NAMES = {
     ("moe", "dense"): "dense-1.5b",
     ("moe", "moe"): "moe-1.5bx8-top2",
@@ -31,7 +34,7 @@ _KEYS = {
 }
 
 
-def techniques(row):
+def techniques(row: Row) -> dict[str, str | None]:
     """`{"attention": "mla", "position": "rope", "ffn": "dense", ...}` of a row's config."""
     text = f"{row.config.get('model.ffn')} {row.config.get('model.pattern')}"
     return {
@@ -52,13 +55,13 @@ def _tuning(row):
 
 
 def _is_pythia(row):
-    """GPT-NeoX's block, by what it is made of and not by what it is called."""
-    parts = {"mixer": "mha", "ffn": "gelu", "norm": "layernorm", "residual": "parallel"}
-    return all(row.spec(f"model.{key}") == name for key, name in parts.items())
+    """True for GPT-NeoX's block, recognised by its layers, not by the run's name."""
+    layers = {"mixer": "mha", "ffn": "gelu", "norm": "layernorm", "residual": "parallel"}
+    return all(row.spec(f"model.{key}") == name for key, name in layers.items())
 
 
-def axis(row):
-    """The study's axis of a row: its sweep's name where that is one, else what the config changes."""
+def study_axis(row: Row) -> str:
+    """The study's axis of a row: its sweep's name if that is an axis, else derived from the config."""
     if row.sweep.get("name") in AXES:
         return row.sweep["name"]
     if row.kind in ("tune", "infer"):
@@ -71,7 +74,7 @@ def axis(row):
     return "attention" if used["position"] in ("rope", None) else "position"
 
 
-def study_name(row, axis):
-    """What the study's tables of `axis` call this row's technique."""
+def study_name(row: Row, axis: str) -> str | None:
+    """The name of this row's technique in the study's tables of `axis`."""
     name = techniques(row)[_KEYS[axis]]
     return _STUDY_NAMES.get((axis, name), name)

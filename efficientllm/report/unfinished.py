@@ -1,11 +1,13 @@
-"""Runs without a row: which of them go on, and which were stopped or killed."""
+"""Runs without a row: still running, or stopped."""
 
 import contextlib
+import pathlib
 import time
+from collections.abc import Iterable
 
 from efficientllm.errors import UserError
 from efficientllm.record import lock
-from efficientllm.report import texts
+from efficientllm.report import file_excerpts
 from efficientllm.untrusted import json_text
 
 RECENT_S = 600.0  # a run that wrote within these seconds may still go on
@@ -13,8 +15,8 @@ _LINES = 12
 _LOGS = ("log.txt", "output.txt")
 
 
-def unfinished(folders, now=None):
-    """An entry a folder of a run: `path`, `state` (`running`, `stopped`), `said`, and the log's `tail`."""
+def list_unfinished(folders: Iterable[pathlib.Path], now: float | None = None) -> list[dict[str, str]]:
+    """An entry per run folder: `path`, `state` (`running`, `stopped`), `said` (last line), and the log's `tail`."""
     return [_entry(folder, time.time() if now is None else now) for folder in folders]
 
 
@@ -33,16 +35,16 @@ def _entry(folder, now):
 
 
 def _alive(folder):
-    """Whether the process that owns the folder lives; None where nobody owns it or the owner is on another machine."""
+    """Whether the process that owns the folder is alive; None without an owner, or if it is on another machine."""
     try:
-        found = json_text.parse(texts.beginning(folder / lock.FILE), folder / lock.FILE)
+        owner = json_text.parse(file_excerpts.read_beginning(folder / lock.FILE), folder / lock.FILE)
     except UserError:
         return None
-    return lock.is_alive(found) if isinstance(found, dict) and found else None
+    return lock.is_alive(owner) if isinstance(owner, dict) and owner else None
 
 
 def _times(folder):
-    """When each of the folder's files was written; a run that goes on may remove one meanwhile."""
+    """Modification times of the folder's files; a running process may remove files meanwhile."""
     for file in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
             if file.is_file():
@@ -55,7 +57,7 @@ def _last(lines):
 
 def _log(folder):
     for name in _LOGS:
-        if lines := texts.end(folder / name).splitlines():
+        if lines := file_excerpts.read_end(folder / name).splitlines():
             return lines
     return []
 

@@ -11,7 +11,7 @@ from efficientllm.config.plain import plain
 from efficientllm.errors import UserError
 from efficientllm.metrics import host
 from efficientllm.record import row as record
-from efficientllm.report import texts
+from efficientllm.report import file_excerpts
 from efficientllm.untrusted import json_text
 
 LONGEST = 300  # characters of what is said of a failed run
@@ -76,7 +76,7 @@ def why(folder):
 
 def _lines(file):
     """The last lines of a text that may be long."""
-    return texts.end(file).splitlines()[-TAIL:]
+    return file_excerpts.read_end(file).splitlines()[-TAIL:]
 
 
 def forget(folder):

@@ -4,15 +4,15 @@ import argparse
 import pathlib
 
 from efficientllm.errors import exit_with
-from efficientllm.report import comparison, find, forecasts, rows
+from efficientllm.report import find_rows, groups, planned_claims, rows
 
 
 def judged(out):
     """The claims that the plans below `out` say something of, each plan by its name."""
-    found = rows.read(find.find([out])[0])
+    found = rows.read_rows(find_rows.find_files([out])[0])
     for row in found:
         row.variant = str(row.path.parent.relative_to(out))
-    return forecasts.evaluate(comparison.groups(found))
+    return planned_claims.evaluate_plans(groups.group_rows(found))
 
 
 def shown(pair):

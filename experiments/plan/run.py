@@ -13,7 +13,7 @@ import traceback
 
 from efficientllm import main
 from efficientllm.errors import exit_with
-from efficientllm.report import study
+from efficientllm.report import study_tables
 
 HERE = pathlib.Path(__file__).parent
 # Models by their config.json alone; those that are tuned lie beside that study.
@@ -147,7 +147,7 @@ def make(name, config, overrides, out):
 def studied(where):
     """(AMU in GB, AL in s) of the study's row, None where it has none."""
     axis, row = where
-    tables = study.tables()
+    tables = study_tables.read_tables()
     table = tables.get(axis) or tables.get(f"{axis}_1.5b") or {"rows": ()}
     found = next((each for each in table["rows"] if each["name"] == row), {})
     return found.get("amu_gb"), found.get("al_s")

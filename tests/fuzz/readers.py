@@ -407,9 +407,9 @@ def record(folder):
 
 
 def read_record(folder):
-    from efficientllm.report import find, rows
+    from efficientllm.report import find_rows, rows
 
-    rows.read(find.find([folder])[0])
+    rows.read_rows(find_rows.find_files([folder])[0])
 
 
 def events(folder):
@@ -427,7 +427,7 @@ def spoil_events(rng, sample, folder):
 def read_events(folder):
     from efficientllm.report import curves, rows
 
-    curves.read(rows.read_row(folder / "record.json"))
+    curves.read_curves(rows.read_row(folder / "record.json"))
 
 
 def results(folder):

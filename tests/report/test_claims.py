@@ -4,13 +4,23 @@ import json
 
 import pytest
 
-from efficientllm.report import board, claims, columns, comparison, find, forecasts, markdown, rows, study
+from efficientllm.report import (
+    claims,
+    columns,
+    find_rows,
+    groups,
+    leaderboard,
+    markdown,
+    planned_claims,
+    rows,
+    study_tables,
+)
 from efficientllm.report.statistics import Interval
 from report import made
 
 
 def evaluate(folder):
-    found = claims.evaluate(comparison.groups(rows.read(find.find([folder])[0])))
+    found = claims.evaluate_claims(groups.group_rows(rows.read_rows(find_rows.find_files([folder])[0])))
     return {claim["name"]: claim for claim in found}
 
 
@@ -62,17 +72,17 @@ def test_a_claim_of_a_scale_or_device_is_not_tested_elsewhere(tmp_path):
     ],
 )
 def test_judgement(low, high, bound, status):
-    assert claims.judge(Interval(1.0, low, high, 6, ""), bound)[0] == status
+    assert claims.judge_interval(Interval(1.0, low, high, 6, ""), bound)[0] == status
 
 
 def test_what_is_declared_can_be_evaluated():
-    tables = study.tables()
-    for claim in claims.declared():
+    tables = study_tables.read_tables()
+    for claim in claims.read_claims():
         assert ("quote" in claim) != ("says" in claim) and claim["where"]
         assert claim["table"] in tables
         assert claim["metric"] == "fid" or columns.column(claim["metric"], "", "").better
-        assert claims.judge(Interval(1.0, 1.0, 1.0, 6, ""), claim["ratio"])[0] in (claims.HOLDS, claims.FAILS)
-    names = [claim["name"] for claim in claims.declared()]
+        assert claims.judge_interval(Interval(1.0, 1.0, 1.0, 6, ""), claim["ratio"])[0] in (claims.HOLDS, claims.FAILS)
+    names = [claim["name"] for claim in claims.read_claims()]
     assert len(set(names)) == len(names)
 
 
@@ -93,9 +103,9 @@ def test_plans_are_judged_apart_and_say_so(tmp_path):
     for seed in range(3):
         made.row(tmp_path / f"measured{seed}", seed=seed, amu_gb=1.0, devices=made.H100)
         made.row(tmp_path / f"mixture{seed}", seed=seed, amu_gb=1.2, devices=made.H100, changes=mixture)
-    found = comparison.groups(rows.read(find.find([tmp_path])[0]))
-    measured = {claim["name"]: claim for claim in claims.evaluate(found)}
-    planned = {claim["name"]: claim for claim in forecasts.evaluate(found)}
+    found = groups.group_rows(rows.read_rows(find_rows.find_files([tmp_path])[0]))
+    measured = {claim["name"]: claim for claim in claims.evaluate_claims(found)}
+    planned = {claim["name"]: claim for claim in planned_claims.evaluate_plans(found)}
     assert [pair["ratio"] for pair in measured["moe-memory"]["pairs"]] == [pytest.approx(1.2)]
     assert "no row with tuning lora" in measured["lora-memory"]["reason"]
     ratios = [pair.get("ratio") for pair in planned["moe-memory"]["pairs"]]
@@ -104,6 +114,8 @@ def test_plans_are_judged_apart_and_say_so(tmp_path):
     assert planned["lora-memory"]["pairs"][0]["ratio"] == pytest.approx(1 / 3)
     assert planned["mqa-memory"]["reason"].endswith("equal within ±2 %")
     assert "al_s" not in {claim["metric"] for claim in planned.values()}
-    text = markdown.text(board.build(rows.read(find.find([tmp_path])[0])), {})
+    text = markdown.markdown_report(
+        leaderboard.build_leaderboard(rows.read_rows(find_rows.find_files([tmp_path])[0])), {}
+    )
     sections = ("## The study's claims", "## What plans say", "does not hold, predicted")
     assert sorted(map(text.index, sections)) == [text.index(section) for section in sections]

@@ -7,7 +7,7 @@ import pytest
 
 from efficientllm import main
 from efficientllm.config.plain import flatten, plain
-from efficientllm.report import command, details, rows
+from efficientllm.report import details, rerun_command, rows
 from report import made
 
 COMMANDS = [
@@ -36,7 +36,7 @@ def config_of(argv):
 def test_the_command_is_parsed_back_to_the_rows_config(argv, tmp_path):
     config = config_of(argv)
     (row,) = _rows(tmp_path, config)
-    words = shlex.split(command.command(row))
+    words = shlex.split(rerun_command.rerun_command(row))
     assert words[:4] == ["python", "-m", "efficientllm.main", "--config=configs/base.py"]
     assert config_of(words[3:]) == config
     assert len(words) == 4 + sum(config[key] != value for key, value in config_of(COMMANDS[0]).items())
@@ -53,7 +53,7 @@ def _rows(folder, config):
             target = target.setdefault(part, {})
         target[last] = value
     file.write_text(json.dumps(record | {"config": nested}))
-    return rows.read([file])
+    return rows.read_rows([file])
 
 
 def test_a_sweeps_run_without_a_config_repeats_its_arguments(tmp_path):
@@ -61,8 +61,8 @@ def test_a_sweeps_run_without_a_config_repeats_its_arguments(tmp_path):
     record = json.loads(file.read_text())
     record["config"] = {"seed": 0, "command": ["--config=configs/moe.py", "--config.name=a b"]}
     file.write_text(json.dumps(record))
-    (row,) = rows.read([file])
-    assert command.command(row) == "python -m efficientllm.main --config=configs/moe.py '--config.name=a b'"
+    (row,) = rows.read_rows([file])
+    assert rerun_command.rerun_command(row) == "python -m efficientllm.main --config=configs/moe.py '--config.name=a b'"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"prompt": 1}', "\\x00"])
@@ -70,14 +70,14 @@ def test_a_damaged_sample_is_none(tmp_path, text):
     file = made.row(tmp_path / "runs", al_s=0.5)
     (file.parent / "samples").mkdir()
     (file.parent / "samples" / "generated.jsonl").write_text(text)
-    found = details.details(rows.read([file]), tmp_path)["runs"][str(file)]
+    found = details.run_details(rows.read_rows([file]), tmp_path)["runs"][str(file)]
     assert found["sample"] == "" and found["files"]["record.json"] == "runs/record.json"
 
 
 def test_links_are_relative_and_quoted_and_texts_are_shared(tmp_path):
     files = [made.row(tmp_path / "a #1?" / str(seed), seed=seed, al_s=0.5) for seed in range(2)]
     (files[0].parent / "log.txt").write_text("x\nsample: 'once upon'\n")
-    found = details.details(rows.read(files), tmp_path / "out")
+    found = details.run_details(rows.read_rows(files), tmp_path / "out")
     run = found["runs"][str(files[0])]
     assert run["files"]["record.json"] == "../a%20%231%3F/0/record.json" and run["sample"] == "'once upon'"
     assert len(found["texts"]) == len(set(found["texts"])) == 2

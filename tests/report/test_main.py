@@ -80,18 +80,18 @@ def test_the_page_is_one_file_that_loads_nothing(reported):
 
 def test_a_name_in_a_row_cannot_end_the_pages_script():
     name = "</script><script>alert(1)</script>"
-    text = page.html({"columns": [], "groups": [], "claims": [], "failures": [{"variant": name}]}, {})
+    text = page.page_html({"columns": [], "groups": [], "claims": [], "failures": [{"variant": name}]}, {})
     assert name not in text and "\\u003c/script>" in text
 
 
 def test_curves_are_read_back_and_thinned(swept):
     from efficientllm.report import rows
 
-    (row,) = rows.read([swept / "0-0-gqa" / "record.json"])
-    curve = curves.read(row)["loss"]
+    (row,) = rows.read_rows([swept / "0-0-gqa" / "record.json"])
+    curve = curves.read_curves(row)["loss"]
     assert len(curve["steps"]) == 200 and (curve["steps"][0], curve["steps"][-1]) == (1, 500)
     assert curve["values"][0] == 7.0 and curve["values"][-1] == pytest.approx(2.01)
-    assert curves.thin([1, 2, 3]) == [1, 2, 3]
+    assert curves.thin_steps([1, 2, 3]) == [1, 2, 3]
 
 
 def test_help_and_a_bad_flag_import_nothing_heavy():

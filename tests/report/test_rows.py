@@ -5,14 +5,14 @@ import json
 import pytest
 
 from efficientllm.errors import UserError
-from efficientllm.report import find, rows
+from efficientllm.report import find_rows, rows
 from report import made
 
 pytestmark = pytest.mark.quick
 
 
 def read(*paths):
-    return rows.read(find.find(paths)[0])
+    return rows.read_rows(find_rows.find_files(paths)[0])
 
 
 def test_rows_are_found_as_file_folder_and_tree_once(tmp_path):
@@ -21,7 +21,7 @@ def test_rows_are_found_as_file_folder_and_tree_once(tmp_path):
     killed = tmp_path / "runs" / "killed"
     killed.mkdir()
     (killed / "config.json").write_text("{}")
-    found, orphans = find.find([file, file.parent, tmp_path])
+    found, orphans = find_rows.find_files([file, file.parent, tmp_path])
     assert len(found) == 2 and orphans == [killed]
 
 
@@ -94,7 +94,7 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path):
 def test_a_missing_path_and_an_empty_folder_are_refused(tmp_path):
     for path, said in ((tmp_path / "no", "no such file"), (tmp_path, "no record.json")):
         with pytest.raises(UserError, match=said):
-            find.find([path])
+            find_rows.find_files([path])
 
 
 def test_the_tail_of_a_failed_rows_log(tmp_path):

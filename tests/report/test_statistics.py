@@ -22,8 +22,8 @@ def test_few_blocks_give_the_t_interval_on_logs():
 def test_the_values_shown_have_the_ratios_shown():
     a, b = [1.0, 2.0, 9.0], [2.0, 2.2, 7.0]
     paired = statistics.ratio_interval(np.log(b) - np.log(a)).ratio
-    assert statistics.centre(b) / statistics.centre(a) == pytest.approx(paired)
-    assert statistics.centre([-1.0, 3.0]) == 1 and statistics.centre([]) is None
+    assert statistics.geometric_mean(b) / statistics.geometric_mean(a) == pytest.approx(paired)
+    assert statistics.geometric_mean([-1.0, 3.0]) == 1 and statistics.geometric_mean([]) is None
 
 
 def test_one_block_has_no_interval_and_none_has_nothing():
@@ -112,35 +112,39 @@ def test_noise_floor_against_simulation():
 
 def test_two_baselines_a_block_make_the_comparison_quieter():
     pairs = [0.02, -0.02, 0.03, -0.03]
-    once, twice = (statistics.noise(pairs, baselines, 4).smallest for baselines in (1, 2))
+    once, twice = (statistics.estimate_noise(pairs, baselines, 4).smallest for baselines in (1, 2))
     assert np.log1p(twice) / np.log1p(once) == pytest.approx(np.sqrt(0.75))
-    assert statistics.noise([0.1]) is None
+    assert statistics.estimate_noise([0.1]) is None
 
 
 def test_ranks_and_wins_by_hand():
     draws_RV = np.array([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0], [1.0, 2.0, 3.0], [1.0, 1.0, 3.0]])
-    wins_VV = ranking.wins(draws_RV, "lower")
+    wins_VV = ranking.win_shares(draws_RV, "lower")
     assert wins_VV[0].tolist() == [0.5, 0.625, 1.0] and wins_VV[2, 0] == 0
     assert np.allclose(wins_VV + wins_VV.T, 1)
-    assert ranking.ranks([1.2, 1.4, 3.0], draws_RV, "lower") == [(1.0, 1.0, 2.0), (2.0, 1.0, 2.0), (3.0, 3.0, 3.0)]
-    assert ranking.ranks([1.2, 1.4, 3.0], draws_RV, "higher")[2][0] == 1
-    assert [rank for rank, *_ in ranking.ranks([1.0, 1.0, 2.0], draws_RV, "lower")] == [1.5, 1.5, 3.0]
+    assert ranking.rank_ranges([1.2, 1.4, 3.0], draws_RV, "lower") == [
+        (1.0, 1.0, 2.0),
+        (2.0, 1.0, 2.0),
+        (3.0, 3.0, 3.0),
+    ]
+    assert ranking.rank_ranges([1.2, 1.4, 3.0], draws_RV, "higher")[2][0] == 1
+    assert [rank for rank, *_ in ranking.rank_ranges([1.0, 1.0, 2.0], draws_RV, "lower")] == [1.5, 1.5, 3.0]
 
 
 def test_pareto_by_hand():
     x_RV = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
     y_RV = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
-    assert ranking.non_dominated(x_RV, y_RV, "lower", "lower").tolist() == [1.0, 0.5, 0.5]
-    assert ranking.non_dominated(x_RV, y_RV, "lower", "higher").tolist() == [1.0, 0.5, 0.5]
+    assert ranking.non_dominated_shares(x_RV, y_RV, "lower", "lower").tolist() == [1.0, 0.5, 0.5]
+    assert ranking.non_dominated_shares(x_RV, y_RV, "lower", "higher").tolist() == [1.0, 0.5, 0.5]
     same = np.ones((1, 2))
-    assert ranking.non_dominated(same, same, "lower", "lower").tolist() == [1.0, 1.0], "equals do not dominate"
+    assert ranking.non_dominated_shares(same, same, "lower", "lower").tolist() == [1.0, 1.0], "equals do not dominate"
 
 
 def test_normalisation_is_equations_10_and_11():
-    assert ranking.normalised([2.0, 4.0, 3.0, None], "lower") == pytest.approx([1.0, 0.1, 0.55, None], nan_ok=True)
-    assert ranking.normalised([2.0, 4.0], "higher") == pytest.approx([0.1, 1.0])
-    assert ranking.normalised([2.0, 2.0], "lower") == [1.0, 1.0]
-    assert ranking.normalised([None], "lower") == [None]
+    assert ranking.normalise([2.0, 4.0, 3.0, None], "lower") == pytest.approx([1.0, 0.1, 0.55, None], nan_ok=True)
+    assert ranking.normalise([2.0, 4.0], "higher") == pytest.approx([0.1, 1.0])
+    assert ranking.normalise([2.0, 2.0], "lower") == [1.0, 1.0]
+    assert ranking.normalise([None], "lower") == [None]
 
 
 BETTER = {"amu_gb": "lower", "al_s": "lower", "aec_w": "lower", "throughput": "higher", "pcu": "higher"}
@@ -172,7 +176,7 @@ def test_withholding_what_is_within_noise_takes_little_power(blocks):
             first, last, other = rng.normal(0, spread, (3, blocks))
             size = effect * np.log1p(statistics.smallest_effect(spread * np.sqrt(1.5), blocks))
             found = statistics.ratio_interval(other + size - (first + last) / 2)
-            noise = statistics.noise(last - first, 2, blocks)
+            noise = statistics.estimate_noise(last - first, 2, blocks)
             hidden = statistics.within_noise(found, noise)
             differs = not found.low <= 1 <= found.high
             seen[effect] += differs and not hidden

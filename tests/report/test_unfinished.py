@@ -7,7 +7,7 @@ import time
 import pytest
 
 from efficientllm.record import lock
-from efficientllm.report.unfinished import unfinished
+from efficientllm.report.unfinished import list_unfinished
 
 
 def state(folder, age=0.0, log="step 3/9\n", owned_by=None):
@@ -16,7 +16,7 @@ def state(folder, age=0.0, log="step 3/9\n", owned_by=None):
         (folder / lock.FILE).write_text(owned_by)
     for file in folder.iterdir():
         os.utime(file, (time.time() - age,) * 2)
-    (found,) = unfinished([folder])
+    (found,) = list_unfinished([folder])
     return found
 
 
@@ -49,5 +49,5 @@ def test_a_run_that_was_interrupted_says_so_itself(tmp_path):
 
 
 def test_an_empty_folder_is_stopped(tmp_path):
-    (found,) = unfinished([tmp_path])
+    (found,) = list_unfinished([tmp_path])
     assert found["state"] == "stopped" and found["said"].startswith("nothing is logged yet")

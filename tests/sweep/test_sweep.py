@@ -14,7 +14,7 @@ import pytest
 
 import runs as small
 from efficientllm.errors import UserError
-from efficientllm.report import find, markdown
+from efficientllm.report import find_rows, markdown
 from efficientllm.sweep import Sweep, check, execute, grid, launch, spec
 from efficientllm.sweep.__main__ import main, stoppable
 
@@ -147,9 +147,9 @@ def test_a_grid_gives_each_variant_the_value_of_its_least_loss(tmp_path):
     # A report ranks none of the tries, and says what they cost.
     for run in found:
         execute_program(run, tmp_path / run.folder)
-    files, _ = find.find([tmp_path])
+    files, _ = find_rows.find_files([tmp_path])
     assert len(files) == len(found)
-    (said,) = find.grids([tmp_path])
+    (said,) = find_rows.read_grids([tmp_path])
     text = markdown._grid(said)
     assert "| a | 1.5 | 1.5000 | chosen | 3, 21 s |" in text and "| c | 1.5 | – | nan |" in text
 

@@ -1,11 +1,14 @@
-"""The types that a row of others must have before anything is made of it."""
+"""Type checks of a record.json: rows of others are untrusted input."""
+
+import os
+import typing
 
 from efficientllm.errors import UserError, shown
 
 _NUMBER, _TEXT, _FLAG = (int, float), (str, type(None)), (bool, type(None))
 _WHOLE, _OBJECT, _LIST = (int, type(None)), (dict, type(None)), (list, type(None))
 _SCALAR = (str, int, float, type(None))
-# Paths with the types that may stand there; what is missing is null. `*` stands for every key.
+# Allowed types by path; a missing key is null. `*` stands for every key.
 TYPES = {
     **dict.fromkeys(("paper", "physical", "quality", "sources", "provenance", "config"), (dict,)),
     "outcome": (str,),
@@ -49,8 +52,8 @@ TYPES = {
 _NAMES = {str: "a text", dict: "an object", list: "a list", bool: "true or false", int: "a whole number"}
 
 
-def check(record, file):
-    """Raises UserError for a record in which something is not of its type."""
+def check_types(record: dict[str, typing.Any], file: str | os.PathLike[str]) -> None:
+    """Raises UserError for a record with a value of a wrong type."""
     for path, kinds in TYPES.items():
         _check(record, path.split("."), kinds, file, path)
 

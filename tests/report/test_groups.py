@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from efficientllm.metrics import conditions
-from efficientllm.report import board, comparison, find, markdown, ranking, rows, techniques
+from efficientllm.report import find_rows, leaderboard, markdown, ranking, rows, techniques
+from efficientllm.report import groups as comparison
 from report import made
 
 pytestmark = pytest.mark.quick
 
 
 def groups(*paths, baseline=None):
-    return comparison.groups(rows.read(find.find(paths)[0]), baseline)
+    return comparison.group_rows(rows.read_rows(find_rows.find_files(paths)[0]), baseline)
 
 
 def test_ratios_are_paired_with_the_mean_of_the_blocks_baselines(tmp_path):
@@ -94,7 +95,7 @@ def test_failed_rows_stay_typed_and_count_for_nothing(tmp_path):
     made.row(tmp_path / "oom", "mha", outcome="oom", sweep=told, params_total=5.0)
     (group,) = groups(tmp_path)
     assert group.refusal("mha", "params_total") == "no run ended well (oom)"
-    made_board = board.build(rows.read(find.find([tmp_path])[0]))
+    made_board = leaderboard.build_leaderboard(rows.read_rows(find_rows.find_files([tmp_path])[0]))
     (failure,) = made_board["failures"]
     assert (failure["variant"], failure["outcome"]) == ("mha", "oom")
     (mha,) = [v for v in made_board["groups"][0]["variants"] if v["variant"] == "mha"]
@@ -122,7 +123,10 @@ def test_noise_from_first_and_last_baseline_and_from_twins(tmp_path):
 
 def test_a_leaderboard_is_the_same_twice_and_plain_json(tmp_path):
     made.sweep(tmp_path, blocks=3)
-    first, second = (json.dumps(board.build(rows.read(find.find([tmp_path])[0])), allow_nan=False) for _ in range(2))
+    first, second = (
+        json.dumps(leaderboard.build_leaderboard(rows.read_rows(find_rows.find_files([tmp_path])[0])), allow_nan=False)
+        for _ in range(2)
+    )
     assert first == second
     group = json.loads(first)["groups"][0]
     assert group["score"]["over"] == ["gqa", "mqa", "mla"] and "aec_w" not in group["score"]["of"]
@@ -132,7 +136,7 @@ def test_a_leaderboard_is_the_same_twice_and_plain_json(tmp_path):
 
 def test_the_studys_rows_stand_beside_ours(tmp_path):
     made.sweep(tmp_path, blocks=6)
-    (entry,) = board.build(rows.read(find.find([tmp_path])[0]))["groups"][0]["study"]
+    (entry,) = leaderboard.build_leaderboard(rows.read_rows(find_rows.find_files([tmp_path])[0]))["groups"][0]["study"]
     of = {(row["variant"], row["metric"]): row for row in entry["rows"]}
     assert of["mla", "amu_gb"]["study_ratio"] == pytest.approx(52.93 / 44.87)
     assert of["mla", "al_s"]["agrees"] == "same side" and of["mqa", "al_s"]["agrees"] == "other side"
@@ -185,7 +189,9 @@ def test_a_row_of_longer_training_is_marked_and_neither_scored_nor_non_dominated
         made.row(tmp_path / f"m{seed}", "mla", seed=seed, al_s=0.6, eval_loss=6.4 + seed / 100)
         longer = {"train.steps": 200}
         made.row(tmp_path / f"b{seed}", "mqa", seed=seed, changes=longer, al_s=0.1, eval_loss=2.0 + seed / 100)
-    found = board.build(rows.read(find.find([tmp_path])[0]), baseline="model.mixer=gqa")
+    found = leaderboard.build_leaderboard(
+        rows.read_rows(find_rows.find_files([tmp_path])[0]), baseline="model.mixer=gqa"
+    )
     (group,) = found["groups"]
     assert group["baseline"].startswith("model.mixer=gqa")
     (longer,) = [v for v in group["variants"] if "mqa" in v["variant"]]
@@ -194,7 +200,7 @@ def test_a_row_of_longer_training_is_marked_and_neither_scored_nor_non_dominated
         assert "rank" not in cell and "ratio" not in cell and "number of tokens" in cell["reason"]
         assert longer["variant"] not in group["pareto"]["al_s|eval_loss"]
     assert longer["efficiency_score"] is None and longer["normalised"]["al_s"] is None
-    text = markdown.text(found, {})
+    text = markdown.markdown_report(found, {})
     assert "(not compared)" in text and "another number of tokens than the baseline's: 204800, not 102400" in text
 
 
@@ -218,10 +224,10 @@ def test_starved_rows_are_compared_in_time_within_blocks_only_and_marked(tmp_pat
     (group,) = groups(tmp_path / "sweep")
     cells, _ = group.compare("al_s", "lower")
     assert "ratio" in cells["mla"] and cells["mla"]["starved"] == 1 and "starved" not in cells["gqa"]
-    made_board = board.build(rows.read(find.find([tmp_path / "sweep"])[0]))
+    made_board = leaderboard.build_leaderboard(rows.read_rows(find_rows.find_files([tmp_path / "sweep"])[0]))
     (mla,) = [v for v in made_board["groups"][0]["variants"] if v["variant"] == "mla"]
     assert any("x 1: starved" in note for note in mla["notes"])
-    assert "(starved)" in markdown.text(made_board, {})
+    assert "(starved)" in markdown.markdown_report(made_board, {})
 
 
 def test_a_verdict_within_the_noise_floor_is_withheld_and_ties_in_rank(tmp_path):
@@ -245,7 +251,7 @@ def test_a_run_that_crashed_before_it_knew_its_device_stays_with_its_sweep(tmp_p
     told = {"name": "attention", "variant": "nsa", "baseline": "gqa", "block": 0, "order": 9, "seed": 0}
     made.row(tmp_path / "sweep" / "crash", "nsa", outcome="crash", sweep=told, devices={})
     made.row(tmp_path / "alone", "nsa", outcome="crash", devices={})
-    found = board.build(rows.read(find.find([tmp_path])[0]))
+    found = leaderboard.build_leaderboard(rows.read_rows(find_rows.find_files([tmp_path])[0]))
     (group,) = found["groups"]
     assert "unknown" not in group["name"] and len(found["failures"]) == 2
     (nsa,) = [v for v in group["variants"] if v["variant"] == "nsa"]
@@ -309,13 +315,13 @@ def test_a_technique_is_what_a_config_holds_and_not_its_name(tmp_path):
     named = made.row(tmp_path / "c", "mla", seed=3, task="tune", changes={"adapter": "rslora(rank=8)"})
     for path, name in ((tmp_path / "a" / "record.json", "pythia"), (named, "tune-full")):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"name": name}))
-    found = [techniques.techniques(row) for row in rows.read(find.find([tmp_path])[0])]
+    found = [techniques.techniques(row) for row in rows.read_rows(find_rows.find_files([tmp_path])[0])]
     assert [used["attention"] for used in found] == ["mla", "pythia", "mla"] and found[2]["tuning"] == "rslora"
 
 
 def test_a_resumed_run_says_whose_times_it_has(tmp_path):
     made.row(tmp_path, told={"resumed_from_step": 50}, al_s=0.5)
-    (row,) = rows.read(find.find([tmp_path])[0])
+    (row,) = rows.read_rows(find_rows.find_files([tmp_path])[0])
     assert "resumed from step 50" in row.notes()[0]
 
 
@@ -324,7 +330,7 @@ def test_many_variants_are_ranked_without_setting_every_two_beside_each_other(tm
         for seed in (0, 1):
             changes = {"model.ffn": f"swiglu(hidden={i + 1})"}
             made.row(tmp_path / f"{i}-{seed}", seed=seed, changes=changes, al_s=1.0 + i / 9 + seed / 99, eval_loss=3.0)
-    (group,) = board.build(rows.read(find.find([tmp_path])[0]))["groups"]
+    (group,) = leaderboard.build_leaderboard(rows.read_rows(find_rows.find_files([tmp_path])[0]))["groups"]
     ranks = [variant["cells"]["al_s"]["rank"] for variant in group["variants"]]
     assert sorted(ranks) == list(range(1, ranking.MANY + 2))
     assert group["wins"] == {} and group["pareto"] == {}

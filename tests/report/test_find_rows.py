@@ -10,7 +10,7 @@ import pytest
 
 from efficientllm.errors import UserError
 from efficientllm.report import __main__ as command
-from efficientllm.report import board, details, find, markdown, statistics, write
+from efficientllm.report import details, find_rows, leaderboard, markdown, statistics, write_files
 from report import made
 from tiers import slow_case
 
@@ -73,10 +73,10 @@ def test_one_that_was_named_itself_is_refused(tmp_path, name):
     file = made.row(tmp_path, al_s=0.5)
     file.write_text(spoil(file.read_text())[name])
     with pytest.raises(UserError) as refusal:
-        find.collect([file])
+        find_rows.collect_rows([file])
     assert "\n" not in str(refusal.value)
     with pytest.raises(UserError, match="no row is left"):
-        find.collect([tmp_path])
+        find_rows.collect_rows([tmp_path])
 
 
 def test_copies_are_one_run_and_runs_of_one_config_are_not(tmp_path):
@@ -85,7 +85,7 @@ def test_copies_are_one_run_and_runs_of_one_config_are_not(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     made.row(tmp_path / "d", al_s=0.5, told={"run": "d"})
     made.row(tmp_path / "e", al_s=0.52, told={"run": "d"})
-    found = find.collect([tmp_path])
+    found = find_rows.collect_rows([tmp_path])
     assert [row.path.parent.name for row in found.rows] == ["a", "b", "d"]
     assert [line.split(": ")[1].split("/")[-2] for line in found.left_out] == ["c", "e"]
 
@@ -93,17 +93,17 @@ def test_copies_are_one_run_and_runs_of_one_config_are_not(tmp_path):
 def test_a_folder_called_grid_is_left_out_for_what_it_holds_only(tmp_path):
     made.row(tmp_path / "grid" / "a", al_s=0.5)
     made.row(tmp_path / "grid" / "grid" / "b", "mqa", al_s=0.5)
-    assert len(find.collect([tmp_path]).rows) == 2
+    assert len(find_rows.collect_rows([tmp_path]).rows) == 2
     sweep = tmp_path / "sweep"
     made.row(sweep / "00", "mla", al_s=0.5)
     made.row(sweep / "grid" / "01", "mla", al_s=0.6)
     (sweep / "grid.json").write_text(json.dumps({"sweep": "x", "key": "k", "variants": {}}))
     told = {"name": "y", "variant": "mla", "baseline": "mla", "block": 0, "order": 0, "seed": 0, "grid": "--config.k=1"}
     made.row(tmp_path / "moved", "mla", sweep=told, al_s=0.7)
-    found = find.collect([tmp_path])
+    found = find_rows.collect_rows([tmp_path])
     assert len(found.rows) == 3 and len(found.left_out) == 2
     assert "1 tries" in found.left_out[0] and "grid of sweep y" in found.left_out[1]
-    assert len(find.collect([tmp_path / "moved"]).rows) == 1, "asked for by itself"
+    assert len(find_rows.collect_rows([tmp_path / "moved"]).rows) == 1, "asked for by itself"
 
 
 def test_a_cell_is_no_formula_and_a_number_stays_one(tmp_path):
@@ -111,9 +111,9 @@ def test_a_cell_is_no_formula_and_a_number_stays_one(tmp_path):
     for i, name in enumerate(names):
         told = {"name": name, "variant": name, "baseline": name, "block": 0, "order": i, "seed": i}
         made.row(tmp_path / str(i), sweep=told, told={"run": name}, al_s=0.5, loss=-2.5, **{"=1+1": 1.0})
-    found = find.collect([tmp_path])
-    shown = board.build(found.rows)
-    lines = list(csv.DictReader(write.rows_csv(found.rows, shown["columns"]).splitlines()))
+    found = find_rows.collect_rows([tmp_path])
+    shown = leaderboard.build_leaderboard(found.rows)
+    lines = list(csv.DictReader(write_files.rows_csv(found.rows, shown["columns"]).splitlines()))
     assert {line["variant"] for line in lines} == {f"'{name}" for name in names[:-1]} | {"plain"}
     assert all(line["loss [nat]"] == "-2.5" and "'=1+1 [nat]" in line for line in lines)
 
@@ -171,7 +171,7 @@ def mutate(record, rng):
 @pytest.mark.parametrize("count", [30, slow_case(2000)], ids=["some", "many"])
 def test_a_row_with_anything_in_it_is_reported_or_left_out(count, tmp_path, monkeypatch):
     monkeypatch.setattr(statistics.draws, "__defaults__", (20,))
-    monkeypatch.setattr(board, "_PARETO_DRAWS", 20)
+    monkeypatch.setattr(leaderboard, "_PARETO_DRAWS", 20)
     rng = random.Random(count)
     base = made.sweep(tmp_path / "sweep", blocks=2, techniques={"gqa": (1, 1, 1), "mqa": (2, 1, 1)})
     made.row(tmp_path / "alone", aec_w=300.0, al_s=0.5, conditions=None)
@@ -182,15 +182,15 @@ def test_a_row_with_anything_in_it_is_reported_or_left_out(count, tmp_path, monk
         folder.mkdir(exist_ok=True)
         (folder / "record.json").write_text(json.dumps(mutate(json.loads(rng.choice(texts)), rng)))
         try:
-            found = find.collect([tmp_path])
+            found = find_rows.collect_rows([tmp_path])
         except UserError as error:
             raise AssertionError(f"trial {trial}: nothing is left") from error
         try:
-            shown = board.build(found.rows, found.orphans) | {"left_out": found.left_out, "grids": []}
+            shown = leaderboard.build_leaderboard(found.rows, found.orphans) | {"left_out": found.left_out, "grids": []}
             json.dumps(shown, allow_nan=False)
-            write.rows_csv(found.rows, shown["columns"])
-            markdown.text(shown, {})
-            json.dumps(details.details(found.rows, tmp_path), allow_nan=False)
+            write_files.rows_csv(found.rows, shown["columns"])
+            markdown.markdown_report(shown, {})
+            json.dumps(details.run_details(found.rows, tmp_path), allow_nan=False)
         except Exception as error:
             raise AssertionError(f"trial {trial}: {error!r}") from error
 
@@ -259,7 +259,7 @@ def test_what_the_machine_lacks_is_one_line(tmp_path, error, said, monkeypatch, 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(write, "write", fail)
+    monkeypatch.setattr(write_files, "write_report", fail)
     made.row(tmp_path / "runs", al_s=0.5)
     assert command.main([str(tmp_path / "runs"), f"--out={tmp_path / 'report'}"]) == 2
     assert said in capsys.readouterr().err
@@ -268,5 +268,5 @@ def test_what_the_machine_lacks_is_one_line(tmp_path, error, said, monkeypatch, 
 def test_a_folder_whose_runs_have_not_ended_says_so(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="no record.json in it, 1 runs of which none has ended"):
-        find.find([tmp_path])
+    with pytest.raises(UserError, match="no record.json in it, 1 runs that have not ended"):
+        find_rows.find_files([tmp_path])
