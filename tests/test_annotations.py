@@ -12,7 +12,6 @@ ROOT = pathlib.Path(efficientllm.__file__).parent
 # Shrinks: a package leaves this list when its public functions are annotated, and cannot come back.
 UNFINISHED = (
     "adapters",
-    "architecture",
     "base_config",
     "chat",
     "convert",
@@ -20,7 +19,6 @@ UNFINISHED = (
     "data",
     "doctor",
     "errors",
-    "evaluation",
     "ffns",
     "infer",
     "layers",
@@ -29,7 +27,6 @@ UNFINISHED = (
     "model",
     "objectives",
     "ops",
-    "optim",
     "plan",
     "positions",
     "quant",

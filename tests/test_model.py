@@ -30,5 +30,5 @@ def test_untied_embeddings_and_a_hybrid_pattern():
     params = nn.unbox(boxed)
     assert params["head"]["kernel"].shape == (32, contract.VOCAB)
     assert params["groups"]["block_1"]["ffn"].keys() == {"up", "down"}
-    with pytest.raises(UserError, match="2 layers are no multiple"):
+    with pytest.raises(UserError, match="layers do not divide the 2 layers"):
         contract.build("mixer", "gqa", pattern=("mha", "mqa", "gqa"))

@@ -1,3 +1,3 @@
-"""From `config.model` to a language model: named sizes, specs completed from them, and equal parameter counts."""
+"""Language models from `config.model`: named sizes, and widths at which two architectures have equal parameters."""
 
 KINDS = {"size": "sizes"}

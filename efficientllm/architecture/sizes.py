@@ -1,18 +1,23 @@
-"""Model shapes by name. A technique inherits what it needs by the name of its field, unless its spec says otherwise.
+"""Named model sizes: layers, widths, heads and vocabulary.
 
-The study's shapes are Qwen2.5's (arXiv:2412.15115, Table 1; arXiv:2505.13840, Section 4).
+A field that a technique's spec leaves open takes the value of the size's field of the same name. The study's shapes are
+Qwen2.5's (arXiv:2412.15115, Table 1; arXiv:2505.13840, Section 4).
 """
 
 import dataclasses
 import functools
+import typing
 
 from efficientllm.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """`hidden` is the width of a dense ffn, `inner` that of a mixer without attention (None: twice `dim`);
-    `vocab_size` None means the tokenizer's."""
+    """Shape of a model.
+
+    `hidden` is the width of a dense ffn. `inner` is the width of a mixer without attention; None means twice `dim`.
+    A `vocab_size` of None means that of the tokenizer.
+    """
 
     num_layers: int
     dim: int
@@ -26,17 +31,17 @@ class Size:
     vocab_size: int = None
     inner: int = None
 
-    def defaults(self):
-        """What specs may inherit: the shape's own fields, and the names other techniques give two of them."""
+    def defaults(self) -> dict[str, typing.Any]:
+        """Values that specs inherit: all fields, with `rope_base` also as `base` and `norm_eps` also as `eps`."""
         return dataclasses.asdict(self) | {"base": self.rope_base, "eps": self.norm_eps}
 
 
-def preset(name, **shape):
-    """Registers a shape under `name`."""
+def preset(name: str, **shape: typing.Any) -> None:
+    """Registers a size under `name`."""
     register("size", name)(functools.partial(Size, **shape))
 
 
-register("size", "custom")(Size)  # every field of one's own
+register("size", "custom")(Size)  # the spec sets every field
 preset("tiny", num_layers=4, dim=128, num_heads=4, num_kv_heads=2, head_dim=32, hidden=384, rope_base=1e4)
 preset("small", num_layers=6, dim=256, num_heads=8, num_kv_heads=4, head_dim=32, hidden=768, rope_base=1e4)
 
@@ -45,7 +50,7 @@ preset("0.5b", num_layers=24, dim=896, num_heads=14, head_dim=64, hidden=4864, *
 preset("1.5b", num_layers=28, dim=1536, num_heads=12, head_dim=128, hidden=8960, **_qwen)
 preset("3b", num_layers=36, dim=2048, num_heads=16, head_dim=128, hidden=11008, **_qwen)
 
-_qwen |= {"head_dim": 128, "vocab_size": 152064}  # their heads are not tied: config.model.tied = False
+_qwen |= {"head_dim": 128, "vocab_size": 152064}  # these sizes do not tie the output head: config.model.tied = False
 preset("7b", **_qwen | {"num_layers": 28, "dim": 3584, "num_heads": 28, "num_kv_heads": 4, "hidden": 18944})
 _qwen |= {"num_kv_heads": 8}
 preset("14b", num_layers=48, dim=5120, num_heads=40, hidden=13824, **_qwen)

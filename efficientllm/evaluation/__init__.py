@@ -1,1 +1,1 @@
-"""Quality beyond held-out loss: tasks of EleutherAI's lm-evaluation-harness."""
+"""Evaluation: held-out loss, perplexity and bits per byte, and tasks of EleutherAI's lm-evaluation-harness."""

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness scored in our runs, and its results.json joined to a row.
+"""Tasks of EleutherAI's lm-evaluation-harness: scored in a run, or read from its results.json.
 
 https://github.com/EleutherAI/lm-evaluation-harness
 """
@@ -8,6 +8,9 @@ import importlib.util
 import json
 import logging
 import pathlib
+import typing
+
+from ml_collections import ConfigDict
 
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.metrics.reading import Reading
@@ -24,35 +27,39 @@ STUDY = {
     "leaderboard_math_hard": "exact_match",
     "leaderboard_musr": "acc_norm",
 }
-POSITIONS = 2048  # of a model that has no limit of its own
+POSITIONS = 2048  # for models without a largest position
+Results = dict[str, typing.Any]  # the harness's results.json
+
+if typing.TYPE_CHECKING:
+    from efficientllm.evaluation.lm_eval_model import Harness
 
 
-def check(ours):
-    """Raises UserError for what of `config.quality` cannot be: no lm-eval, an unknown task, no results."""
-    if ours.limit < 0 or ours.batch_size < 1:
+def check(quality: ConfigDict) -> None:
+    """Raises UserError for values of `config.quality` that cannot be used, and where lm-eval is not installed."""
+    if quality.limit < 0 or quality.batch_size < 1:
         raise UserError(
-            f"config.quality.limit = {ours.limit}, config.quality.batch_size = {ours.batch_size}: "
+            f"config.quality.limit = {quality.limit}, config.quality.batch_size = {quality.batch_size}: "
             "they must be at least 0 and 1"
         )
-    if ours.include and not pathlib.Path(ours.include).is_dir():
-        raise UserError(f"config.quality.include = {ours.include!r}: no such folder of tasks")
-    if ours.results:
-        readings_of_file(ours.results)
-    if ours.tasks:
-        _check_tasks(ours)
+    if quality.include and not pathlib.Path(quality.include).is_dir():
+        raise UserError(f"config.quality.include = {quality.include!r}: no such folder of tasks")
+    if quality.results:
+        readings_of_file(quality.results)
+    if quality.tasks:
+        _check_tasks(quality)
 
 
-def _check_tasks(ours):
+def _check_tasks(quality):
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"config.quality.tasks needs lm-eval: {optional_packages.remedy('quality')}")
-    known = set(_manager(ours.include).all_tasks)
-    for task in names(ours.tasks):
-        if task not in known:
-            raise UserError(f"config.quality.tasks: no task {task!r}{did_you_mean(task, known)}")
+    task_names = set(_manager(quality.include).all_tasks)
+    for task in names(quality.tasks):
+        if task not in task_names:
+            raise UserError(f"config.quality.tasks: no task {task!r}{did_you_mean(task, task_names)}")
 
 
-def names(tasks):
-    """The harness's names of `config.quality.tasks`, in which "study" stands for the study's six."""
+def names(tasks: typing.Iterable[str]) -> list[str]:
+    """Expands "study" in `config.quality.tasks` to the study's six tasks."""
     return list(dict.fromkeys(name for task in tasks for name in (STUDY if task == "study" else (task,))))
 
 
@@ -62,57 +69,60 @@ def _manager(include):
     return TaskManager(include_path=include or None)
 
 
-def score(model, ours, chat, seed, file):
-    """Readings of the tasks for `model`, an `interface.Harness`; all the harness says is written to `file`.
+def score(model: "Harness", quality: ConfigDict, chat: bool, seed: int, file: pathlib.Path) -> dict[str, Reading]:
+    """Scores `model` on `config.quality.tasks`, and writes the harness's results to `file`.
 
     With `chat`, contexts go through the model's chat template.
     """
     from lm_eval import evaluator, utils
 
-    found = evaluator.simple_evaluate(
+    results = evaluator.simple_evaluate(
         model,
-        tasks=names(ours.tasks),
-        limit=ours.limit or None,
+        tasks=names(quality.tasks),
+        limit=quality.limit or None,
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
-        task_manager=_manager(ours.include),
+        task_manager=_manager(quality.include),
         log_samples=False,
         random_seed=seed,
         numpy_random_seed=seed,
         fewshot_random_seed=seed,
-        torch_random_seed=None,  # what a seed is set in would be imported
+        torch_random_seed=None,  # a seed would import torch
     )
-    found["lm_eval_version"] = importlib.metadata.version("lm_eval")
-    logging.getLogger("efficientllm").info(utils.make_table(found))
-    write_atomically(file, json.dumps(found, indent=1, default=str) + "\n")
-    return readings(found, str(file.name))
+    results["lm_eval_version"] = importlib.metadata.version("lm_eval")
+    logging.getLogger("efficientllm").info(utils.make_table(results))
+    write_atomically(file, json.dumps(results, indent=1, default=str) + "\n")
+    return readings(results, str(file.name))
 
 
-def readings_of_file(file):
-    """Readings of a results.json that the harness has written. Raises UserError for what is none."""
+def readings_of_file(file: str) -> dict[str, Reading]:
+    """Reads a results.json of the harness. Raises UserError for any other file."""
     where = f"config.quality.results = {file!r}"
-    found = json_text.read(pathlib.Path(file).expanduser(), where=where, nan=True)
+    results = json_text.read(pathlib.Path(file).expanduser(), where=where, nan=True)
     for name in ("results", "groups", "n-samples"):
-        held = found.get(name, None if name == "results" else {})
-        if not isinstance(held, dict) or not all(isinstance(value, dict) for value in held.values()):
+        section = results.get(name, None if name == "results" else {})
+        if not isinstance(section, dict) or not all(isinstance(entry, dict) for entry in section.values()):
             raise UserError(f"{where}: no {name!r} in it; needed is a results.json of the lm-evaluation-harness")
-    return readings(found, pathlib.Path(file).name)
+    return readings(results, pathlib.Path(file).name)
 
 
-def readings(found, file):
-    """`{task_metric: Reading}` of the harness's results, and `study_quality`, the mean of the six, where all are."""
-    version = found.get("lm_eval_version", "of unknown version")
-    read = {}
-    for task, metrics in (found["results"] | found.get("groups", {})).items():
-        counts = found.get("n-samples", {}).get(task, {}).get("effective")
+def readings(results: Results, file: str) -> dict[str, Reading]:
+    """Converts the harness's results to `{task_metric: Reading}`.
+
+    `study_quality` is the unweighted mean of the study's six tasks, where all of them were scored.
+    """
+    version = results.get("lm_eval_version", "of unknown version")
+    by_name = {}
+    for task, metrics in (results["results"] | results.get("groups", {})).items():
+        counts = results.get("n-samples", {}).get(task, {}).get("effective")
         about = f"{file}: lm-eval {version}" + (f", {counts} examples" if counts else "")
         for key, value in metrics.items():
-            metric, _, chosen = key.partition(",")
-            if chosen and not metric.endswith("_stderr") and json_text.is_number(value):
-                name = f"{task}_{metric}" + ("" if chosen == "none" else f"_{chosen}")
-                read[name] = Reading(value, "1", about)
-    parts = [read.get(f"{task}_{metric}") for task, metric in STUDY.items()]
-    if all(parts):
-        mean = sum(part.value for part in parts) / len(parts)
-        read["study_quality"] = Reading(mean, "1", f"unweighted mean of {', '.join(STUDY)}")
-    return read
+            metric, _, answer_filter = key.partition(",")
+            if answer_filter and not metric.endswith("_stderr") and json_text.is_number(value):
+                name = f"{task}_{metric}" + ("" if answer_filter == "none" else f"_{answer_filter}")
+                by_name[name] = Reading(value, "1", about)
+    study = [by_name.get(f"{task}_{metric}") for task, metric in STUDY.items()]
+    if all(study):
+        mean = sum(reading.value for reading in study) / len(study)
+        by_name["study_quality"] = Reading(mean, "1", f"unweighted mean of {', '.join(STUDY)}")
+    return by_name

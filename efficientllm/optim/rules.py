@@ -1,75 +1,86 @@
-"""From `config.train` to one optax transformation: clipping, direction, decay and rates by parameter name."""
+"""Optimizer from `config.train`: clipping, descent direction, and weight decay and learning rates by parameter name."""
 
 import operator
+import typing
 
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 from efficientllm.untrusted import patterns
 from efficientllm.weights import path_of
 
+PyTree = typing.Any
+Rules = typing.Sequence[tuple[str, float]]  # (regex, value) pairs; the first that matches a path applies
 
-def match(rules, params, where):
-    """A tree of the value of the first (regex, value) rule found in each parameter's path.
 
-    Raises UserError for a rule that is no regex and for a parameter no rule covers.
+def match(rules: Rules, params: PyTree, where: str) -> PyTree:
+    """Gives each parameter the value of the first rule whose regex is found in its path.
+
+    `where` is the config key of the rules. Raises UserError for an invalid regex, and for a parameter that no rule
+    matches.
     """
     try:
         compiled = [(patterns.compile(pattern, where), float(value)) for pattern, value in rules]
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where} = {rules!r} must be pairs of (regex, number): {error}") from None
+        raise UserError(f"{where} = {rules!r}: must be pairs of (regex, number): {error}") from None
 
-    def first(keys, _):
+    def first_match(keys, _):
         path = path_of(keys)
         for pattern, value in compiled:
             if pattern.search(path):
                 return value
-        raise UserError(f"{where} covers no parameter {path!r}; end it with ('.*', value)")
+        raise UserError(f"{where}: no rule matches parameter {path!r}; end the rules with ('.*', value)")
 
-    return jax.tree_util.tree_map_with_path(first, params)
+    return jax.tree_util.tree_map_with_path(first_match, params)
 
 
-def schedule(train):
-    """Learning rate as a function of the step, from `config.train.schedule`."""
+def schedule(train: ConfigDict) -> optax.Schedule:
+    """Builds the learning rate as a function of the step from `config.train.schedule`."""
     return build("schedule", train.schedule, where="config.train.schedule", steps=train.steps)
 
 
-def optimizer(train, params, rates=()):
-    """The optax transformation of `config.train` for a parameter tree (abstract will do).
+def optimizer(train: ConfigDict, params: PyTree, rates: Rules = ()) -> optax.GradientTransformation:
+    """Builds the optax transformation of `config.train` for a parameter tree, which may be abstract.
 
-    The update of a parameter is `-rate * lr * (direction + decay * parameter)`, after clipping by the global norm. Its
-    rate is that of `config.train.rates`, times that of the rules `rates` if one of them finds it.
+    Gradients are clipped by their global norm. The update of a parameter is then
+    `-rate * lr * (direction + decay * parameter)`. `rate` comes from `config.train.rates`, and is multiplied by the
+    adapter's own rule in `rates` where one matches.
     """
     decay = match(train.decay, params, "config.train.decay")
-    own = match((*rates, (".*", 1.0)), params, "rates")
-    rates = jax.tree.map(operator.mul, own, match(train.rates, params, "config.train.rates"))
+    adapter_rates = match((*rates, (".*", 1.0)), params, "rates")
+    param_rates = jax.tree.map(operator.mul, adapter_rates, match(train.rates, params, "config.train.rates"))
     return optax.chain(
         _clip(train.clip) if train.clip else optax.identity(),
         build("optimizer", train.optimizer, where="config.train.optimizer"),
-        _stateless(lambda update, param, d, r: r * (update + d * param.astype(update.dtype)), decay, rates),
+        _stateless(_decayed, decay, param_rates),
         optax.scale_by_learning_rate(schedule(train)),
     )
 
 
-def _clip(most):
-    """Clipping by the global norm, as one factor of all gradients.
+def _decayed(update, param, decay, rate):
+    return rate * (update + decay * param.astype(update.dtype))
 
-    optax divides each gradient by the norm; XLA does a division once for all that use it, hence keeps a second copy of
-    all gradients (0.5 GB and a tenth of a step of 135 M parameters on a CPU).
-    """
+
+def _clip(max_norm):
+    """Clips by the global norm: all gradients are multiplied by one factor."""
+    # optax.clip_by_global_norm divides every gradient by the norm. XLA shares that division between its uses, and so
+    # keeps a second copy of all gradients: 0.5 GB and 10 % of a step at 135 M parameters on a CPU.
 
     def update(updates, params):
         norm = optax.tree.norm(updates)
-        factor = jnp.where(norm < most, 1.0, most / norm)
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
         return jax.tree.map(lambda update: update * factor.astype(update.dtype), updates)
 
     return optax.stateless(update)
 
 
 def _stateless(function, *trees):
+    """An optax transformation that applies `function(update, param, *leaves of trees)` to every parameter."""
+
     def update(updates, params):
         return jax.tree.map(function, updates, params, *trees)
 

@@ -69,7 +69,7 @@ def test_unreachable_is_one_line(mixer, ffn):
     message, wanted = str(refused.value), parameters(build("tiny", "gqa"))
     assert message == (
         f"config.model.parameters_of = 'gqa | swiglu': no width gives this model {wanted:,} parameters; "
-        "set it to '' and they stay as they are"
+        "set it to '' to keep the widths of the size"
     )
 
 

@@ -33,7 +33,7 @@ def test_optimizer_is_adamw_with_decay_and_rates_by_name():
 
 
 def test_rules_must_cover_every_parameter():
-    with pytest.raises(UserError, match="covers no parameter 'a/b'"):
+    with pytest.raises(UserError, match="no rule matches parameter 'a/b'"):
         rules.match((("c", 1.0),), {"a": {"b": 1.0}}, "config.train.decay")
     with pytest.raises(UserError, match="pairs of"):
         rules.match((("(", 1.0),), {"a": 1.0}, "config.train.decay")

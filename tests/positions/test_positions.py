@@ -40,7 +40,9 @@ def test_a_mixer_refuses_what_it_cannot_use(of_embeddings, position, acts_on):
         contract.build("mixer", "of_embeddings", position=position)
     message = str(refused.value)
     assert message.startswith(f"config.model.position = '{position}(") and "\n" not in message
-    assert message.endswith(f" acts on the {acts_on}; mixer 'of_embeddings' admits positions that act on the embedding")
+    assert message.endswith(
+        f": acts on the {acts_on}; mixer 'of_embeddings' admits positions that act on the embedding"
+    )
 
 
 @pytest.mark.parametrize("position", ["learned(max_length=256)", "sinusoidal", "none"])
@@ -49,7 +51,9 @@ def test_a_mixer_takes_what_it_admits(of_embeddings, position):
 
 
 def test_a_position_of_the_embeddings_is_the_whole_model_s():
-    with pytest.raises(UserError, match="a position of the embeddings is the whole model's: set config.model.position"):
+    with pytest.raises(
+        UserError, match="a position of the embeddings belongs to the whole model; set config.model.position"
+    ):
         contract.build("mixer", "gqa(position='sinusoidal')", position="rope")
 
 
