@@ -1,4 +1,4 @@
-"""Rooms and files import downwards only, and the drawing shows the imports there are."""
+"""Packages and files import downwards only, and the drawing shows the imports there are."""
 
 import re
 
