@@ -11,8 +11,6 @@ import typing
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from efficientllm import data, sharding
 from efficientllm.adapters.base import Method
@@ -20,13 +18,14 @@ from efficientllm.architecture import from_config
 from efficientllm.errors import UserError
 from efficientllm.model import LM
 from efficientllm.registry import build
+from efficientllm.typing import Config, Mesh
 
 if typing.TYPE_CHECKING:
     from efficientllm.convert.source import Source
 
 
 def describe_run(
-    config: ConfigDict, devices: Sequence[jax.Device] | None = None, shapes_only: bool = False
+    config: Config, devices: Sequence[jax.Device] | None = None, shapes_only: bool = False
 ) -> RunDescription:
     """The description of a config's run on `devices` (all of this machine where None).
 
@@ -52,7 +51,7 @@ class RunDescription:
     lm:             the LM, all of it; tasks adapt it (`train.config_checks.training_lm`, `infer.setup.serving_lm`).
     """
 
-    config: ConfigDict
+    config: Config
     devices: Sequence[jax.Device] | None
     shapes_only: bool
 
@@ -77,7 +76,7 @@ class RunDescription:
         return self.source.max_positions if self.source else None
 
     @functools.cached_property
-    def model_config(self) -> ConfigDict:
+    def model_config(self) -> Config:
         if self.source is None:
             return self.config.model
         complete = self.config.model.copy_and_resolve_references()

@@ -45,6 +45,21 @@ def rooms(graph):
     return arrows
 
 
+def directories(graph):
+    """`{directory: {directories it imports from}}` of the graph of modules; a top module is a directory of its own."""
+    packages = {name for name, path in modules().items() if path.name == "__init__.py"}
+    arrows = {}
+    for module, targets in graph.items():
+        own, *others = (_directory(name, packages) for name in (module, *targets))
+        arrows.setdefault(own, set()).update(set(others) - {own})
+    return arrows
+
+
+def _directory(module, packages):
+    parent = module.rpartition(".")[0]
+    return module if module in packages or parent == "efficientllm" else parent
+
+
 def cycle(graph):
     """A cycle as a list of names, empty without one."""
     try:

@@ -15,6 +15,10 @@ def test_rooms_import_in_no_circle():
     assert import_graph.cycle(import_graph.rooms(import_graph.imports())) == []
 
 
+def test_directories_import_in_no_circle():
+    assert import_graph.cycle(import_graph.directories(import_graph.imports())) == []
+
+
 def test_files_import_in_no_circle():
     assert import_graph.cycle(import_graph.imports()) == []
 

@@ -8,7 +8,7 @@ config.json and a name table (`families`, `tables`).
 import importlib
 
 # The package is imported to answer --help too, which needs no jax.
-_HOMES = {"Source": "source", "open_source": "resolve", "convert": "write", "export": "write"}
+_HOMES = {"Source": "source", "open_source": "resolve", "convert": "write", "export": "write", "merge_into": "merge"}
 __all__ = sorted(_HOMES)
 
 

@@ -71,8 +71,7 @@ def _convert(argv):
     if given.quant:
         return _round(source, given)
     if given.merge:
-        from efficientllm.convert import run_folder
-        from efficientllm.convert.peft import merge_into
+        from efficientllm.convert import merge_into, run_folder
 
         merge_into(source, run_folder.latest(pathlib.Path(given.merge)), given.out, given.dtype)
     else:

@@ -115,7 +115,7 @@ class Corpus:
 
     @property
     def is_stream(self):
-        """Whether training reads on without end (`data.rows.streaming`)."""
+        """Whether training reads on without end (`data.streaming`)."""
         return self._attribute("streaming")
 
     def _attribute(self, name):

@@ -37,7 +37,7 @@ def train_iterator(data_spec, tokenizer, batch_size, length, seed, process_index
     corpus = Corpus(data_spec, cache_dir)
     documents_seed, rows_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
     if corpus.is_stream:
-        from efficientllm.data.rows.streaming import Stream
+        from efficientllm.data.streaming import Stream
 
         documents = Stream(corpus, tokenizer, process_index, process_count)
         rows = packing.mix(packing.pack(documents, length), length, rows_seed)

@@ -21,7 +21,7 @@ from efficientllm.ops import rematerialization
 from efficientllm.quant import apply as quant
 from efficientllm.quant import calibrate
 from efficientllm.registry import build, parse_spec
-from efficientllm.run_description import describe_run
+from efficientllm.run_description import RunDescription, describe_run
 from efficientllm.runtime.log import Countdown
 from efficientllm.untrusted import patterns
 from efficientllm.weights import box, is_box, path_of, resident_bytes
@@ -204,7 +204,7 @@ def prepare(config, with_text=True):
     )
 
 
-def serving_lm(run, length):
+def serving_lm(run: RunDescription, length: int) -> models.LM:
     """The LM of a RunDescription as it serves rows of `length` tokens: layers apart, and nothing rematerialized.
 
     Raises UserError for more tokens than it has positions, and for a rule that names no weight.

@@ -4,9 +4,11 @@ from efficientllm import model, sharding
 from efficientllm.errors import UserError
 from efficientllm.optim import rules
 from efficientllm.quant import apply as quant
+from efficientllm.run_description import RunDescription
+from efficientllm.typing import Config, Mesh
 
 
-def check_form(run):
+def check_form(run: RunDescription) -> None:
     """Refuses a RunDescription with rounded weights where nothing but them could learn."""
     form, adapter = run.config.quant, run.config.adapter
     quantizer = quant.form_of(form)
@@ -21,7 +23,7 @@ def check_form(run):
         raise UserError(f"config.quant = {form!r}: tuning rounds to the nearest; take 'nf4()', 'int4()' or 'int8()'")
 
 
-def check_length(run):
+def check_length(run: RunDescription) -> None:
     """Refuses rows of more tokens than the model of a RunDescription has positions, or its checkpoint was made for."""
     length, most = run.config.train.length, run.max_positions
     model.check_length(run.outline, length, f"config.train.length = {length}")
@@ -32,7 +34,7 @@ def check_length(run):
         )
 
 
-def check_rows(train):
+def check_rows(train: Config) -> None:
     """Refuses counts that cannot be. Raises UserError naming the key."""
     for key in ("steps", "batch_size", "length", "accumulate", "log_every"):
         if train[key] < 1:
@@ -43,7 +45,7 @@ def check_rows(train):
         )
 
 
-def check_train(train, mesh):
+def check_train(train: Config, mesh: Mesh) -> None:
     """Refuses what can't be trained. Raises UserError naming the key."""
     check_rows(train)
     rows, ways = train.batch_size // train.accumulate, sharding.row_ways(mesh)
@@ -60,7 +62,7 @@ def check_train(train, mesh):
     rules.schedule(train)
 
 
-def training_lm(run):
+def training_lm(run: RunDescription) -> model.LM:
     """The LM of a RunDescription as it is trained: its layers apart where the method says so.
 
     Raises UserError for rounded weights that cannot learn, rows that are too long, and what the method does not admit.

@@ -233,12 +233,11 @@ MERGED = """
     import sys
     import jax
     from convert.test_source import convert, resident
-    from efficientllm.convert import peft
 
     source = convert.open_source(sys.argv[1])
     jax.block_until_ready(jax.numpy.zeros(2) + 1)
     before = resident("VmRSS")
-    peft.merge_into(source, sys.argv[2], sys.argv[3], shard=32 * 2**20)
+    convert.merge_into(source, sys.argv[2], sys.argv[3], shard=32 * 2**20)
     print(resident("VmHWM") - before)
 """
 

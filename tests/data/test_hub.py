@@ -8,7 +8,7 @@ import pytest
 from efficientllm import data
 from efficientllm.data.corpus import Corpus
 from efficientllm.data.hub import Hub
-from efficientllm.data.rows.streaming import Stream
+from efficientllm.data.streaming import Stream
 from efficientllm.errors import UserError
 
 pytestmark = pytest.mark.quick

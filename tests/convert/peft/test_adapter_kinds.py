@@ -47,7 +47,7 @@ def test_what_peft_writes_is_read_and_merged(source, kind, tmp_path):
     tuned.save_pretrained(tmp_path / "adapter")
     expected = peers.their_logits(tuned, ids)
     peers.close(read(tmp_path / "adapter", ids), expected, 1e-5)
-    folder.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
+    convert.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
     peers.close(read(tmp_path / "merged", ids), expected, 1e-5)
 
 
@@ -61,7 +61,7 @@ def test_a_resized_vocabulary(source, tmp_path):
     expected = peers.their_logits(tuned, ids)
     assert expected.shape[-1] == peers.VOCAB + 8
     peers.close(read(tmp_path / "adapter", ids), expected, 1e-5)
-    folder.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
+    convert.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
     peers.close(read(tmp_path / "merged", ids), expected, 1e-5)
 
 

@@ -27,7 +27,7 @@ def test_a_folder_may_adapt_some_of_the_kernels(source, name, tmp_path):
     assert sum(isinstance(leaf, np.ndarray | jax.Array) for _, _, leaf, _ in kernels(lm, source, params)) == 5 * 2
     expected = peers.their_logits(tuned, ids)
     peers.close(peers.our_logits(lm, params, ids), expected, 1e-5)
-    peft.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
+    convert.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
     merged = convert.open_source(tmp_path / "merged").load(peers.abstract(lm))
     peers.close(peers.our_logits(lm, merged, ids), expected, 1e-5)
 
@@ -48,7 +48,7 @@ def test_a_folder_may_have_several_ranks(source, tmp_path):
         tuned = theirs(source, "lora", target_modules=r".*(q_proj|up_proj)", **ranks)
         tuned.save_pretrained(where)
         expected = peers.their_logits(tuned, ids)
-        peft.merge_into(source, where, tmp_path / f"{pattern}-merged")
+        convert.merge_into(source, where, tmp_path / f"{pattern}-merged")
         merged = convert.open_source(tmp_path / f"{pattern}-merged").load(peers.abstract(lm))
         peers.close(peers.our_logits(lm, merged, ids), expected, 1e-5)
         if pattern.startswith("mlp"):
@@ -100,7 +100,7 @@ def test_numbers_that_are_none_are_not_merged(part, value, tmp_path):
     save_file(tensors | {name: np.full_like(tensors[name], value)}, tmp_path / "adapter" / peft.TENSORS)
     said = "makes NaN or infinity of its weight" if value == 3e38 else f"tensor '{name}' holds NaN or infinity"
     with pytest.raises(UserError, match=said):
-        peft.merge_into(convert.open_source(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
+        convert.merge_into(convert.open_source(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -79,7 +79,7 @@ def test_we_read_what_peft_writes(sources, family, name, tmp_path):
     params = folder.around(source, lm, source.load(peers.abstract(lm)), tmp_path / "adapter")
     peers.close(peers.our_logits(lm, params, ids), expected, 1e-5)
 
-    folder.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
+    convert.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
     merged = peers.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     peers.close(peers.their_logits(merged.eval(), ids), expected, 1e-5)
 

@@ -119,7 +119,7 @@ def test_peft_loads_what_we_write(source, name, tmp_path):
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     peers.close(peers.our_logits(lm, params, ids), peers.their_logits(loaded, ids), 1e-5)
 
-    folder.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
+    convert.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
     merged = convert.open_source(tmp_path / "merged")
     found = peers.our_logits(lm, merged.load(peers.abstract(lm)), ids)
     peers.close(found, peers.their_logits(loaded, ids), 1e-5)
