@@ -1,23 +1,23 @@
-"""The base config: every key there is, with the defaults that train a dense `tiny` model on any machine.
+"""Base config: every config key, with defaults that train a dense `tiny` model on any machine.
 
-A config file calls `get_config()` and changes what differs. `schema` refuses keys that are not here.
+A config file calls `get_config()` and changes some values. `config.schema` refuses keys that are not here.
 """
+
+import typing
 
 from ml_collections import ConfigDict
 
 from efficientllm.errors import UserError, did_you_mean
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "base"
     config.task = "pretrain"
     config.seed = 0
     config.imports = ()  # files or modules that register techniques of your own
-    config.mesh = "data=-1"  # sizes of the axes data, fsdp, expert, tensor, sequence; -1 is all devices that are left
-    config.memory_gb = (
-        0.0  # GB that a run may take, on accelerators of each; 0 is what is free. More goes on regardless
-    )
+    config.mesh = "data=-1"  # sizes of the axes data, fsdp, expert, tensor, sequence; -1 is all remaining devices
+    config.memory_gb = 0.0  # memory a run may take, in GB per accelerator; 0 is what is free
 
     config.model = ConfigDict()
     config.model.pretrained = ""  # a folder, a GGUF file, a hub id or smollm2-135m: where the model comes from
@@ -25,7 +25,7 @@ def get_config():
     config.model.mixer = "gqa"
     config.model.ffn = "swiglu"
     config.model.pattern = ()  # for hybrids: ("gqa", "mqa | moe(...)"), repeated over the layers
-    config.model.parameters_of = ""  # "mixer | ffn": widths are chosen so that the parameters are those of this block
+    config.model.parameters_of = ""  # "mixer | ffn": chooses widths so that a block has as many parameters as this one
     config.model.residual = "sequential"  # or parallel: mixer and ffn read the same input
     config.model.position = "rope"
     config.model.norm = "rmsnorm"
@@ -33,38 +33,36 @@ def get_config():
     config.model.embed_norm = False  # a norm after the embedding
     config.model.precision = "float32"  # float32, bfloat16, mixed
     config.model.attention_kernel = "auto"
-    config.model.kv_cache = "activation"  # the state of attention: activation (its own type), bfloat16, float16, int8
+    config.model.kv_cache = "activation"  # dtype of the KV cache: activation, bfloat16, float16, int8
     config.model.remat = "none"  # none, full, or a policy of jax.checkpoint_policies
     config.model.scan = True
 
-    config.adapter = "full"  # what learns: full, freeze(last=2), lora(rank=8), dora, pissa...
+    config.adapter = "full"  # trainable parameters: full, freeze(last=2), lora(rank=8), dora, pissa...
 
-    config.quant = (
-        "float32"  # the form of weights that do not learn: bfloat16, int8(...), int4(...), nf4(...), stored...
-    )
+    config.quant = "float32"  # format of frozen weights: bfloat16, int8(...), int4(...), nf4(...), stored...
 
     config.data = "python_docs()"
-    config.tokenizer = "bpe(vocab_size=2048)"  # or pretrained: the checkpoint's own
+    config.tokenizer = "bpe(vocab_size=2048)"  # or pretrained: that of the checkpoint
 
     config.train = ConfigDict()
     config.train.steps = 200
-    config.train.batch_size = 8  # sequences a step, over all devices and accumulated micro-batches
-    config.train.length = 128  # tokens a sequence
-    config.train.accumulate = 1  # micro-batches; each has a load-balance loss of its own, of fewer tokens
+    config.train.batch_size = 8  # sequences per step, over all devices and micro-batches
+    config.train.length = 128  # tokens per sequence
+    config.train.accumulate = 1  # micro-batches per step; the load-balance loss is computed within each
     config.train.log_every = 10
     config.train.optimizer = "adamw(b1=0.9, b2=0.95)"
-    config.train.schedule = "cosine(peak=0.003, warmup=0.1, final=0.1)"  # warm-up and final as shares of steps and peak
+    config.train.schedule = "cosine(peak=0.003, warmup=0.1, final=0.1)"  # warmup as a share of steps, final of peak
     config.train.clip = 1.0  # global gradient norm; 0 does not clip
     config.train.decay = (("kernel$", 0.1), (".*", 0.0))  # weight decay: first match wins, all must match
-    config.train.rates = ((".*", 1.0),)  # learning-rate factors: likewise
+    config.train.rates = ((".*", 1.0),)  # learning-rate factors, matched likewise
 
     config.eval = ConfigDict()
     config.eval.every = 100
-    config.eval.batches = 16  # 0 is the whole of the held-out text
+    config.eval.batches = 16  # 0 is all of the held-out text
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100
-    config.checkpoint.keep = 2  # the last n, and the best by held-out loss; 0 removes them at the end
+    config.checkpoint.keep = 2  # keeps the last n and the best by held-out loss; 0 removes all at the end
 
     config.sample = ConfigDict()
     config.sample.prompt = "The function returns"
@@ -76,34 +74,34 @@ def get_config():
     config.infer.chat = False  # prompts go through the tokenizer's chat template
     config.infer.max_new_tokens = 64
     config.infer.sampler = "greedy"  # or sample(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05)
-    config.infer.stop = ()  # texts that end an answer
-    config.infer.batch_size = 1  # prompts measured together
+    config.infer.stop = ()  # texts that end a completion
+    config.infer.batch_size = 1  # prompts per measured batch
     config.infer.prompt_length = 128  # tokens of a measured prompt
     config.infer.repeats = 5  # measured batches
-    config.infer.rules = ()  # (regex, form) pairs, before config.quant: kernels and tables that get another form
-    config.infer.baseline = "float32"  # what MCR compares with: a form scored in the same run, or a record.json
+    config.infer.rules = ()  # (regex, format) pairs that override config.quant for matching kernels and tables
+    config.infer.baseline = "float32"  # baseline of MCR: a weight format scored in the same run, or a record.json
 
-    config.plan = ConfigDict()  # of the task plan
+    config.plan = ConfigDict()  # for task = plan
     config.plan.hardware = "cpu"  # or h100, gh200_96, v5e... of cost/data/hardware.json
     config.plan.devices = 1
     config.plan.of = "pretrain"  # or tune, infer: the task whose step or request is planned
-    config.plan.calibration = ""  # a folder of measured runs on that hardware, or the file made from one
+    config.plan.calibration = ""  # a folder of runs measured on that hardware, or the file made from one
 
     config.quality = ConfigDict()
     config.quality.tasks = ()  # of the lm-evaluation-harness; "study" is the study's six and their mean
     config.quality.limit = 0  # examples a task; 0 is all of them
     config.quality.batch_size = 8
-    config.quality.include = ""  # a folder with tasks of your own
-    config.quality.results = ""  # a results.json of the harness, joined to the row
+    config.quality.include = ""  # a folder with your own tasks
+    config.quality.results = ""  # a results.json of the harness, added to the row
 
     config.metrics = ConfigDict()
-    config.metrics.meter = ""  # a CSV of (unix time in s, W) that a meter of yours writes meanwhile
+    config.metrics.meter = ""  # a CSV of (unix time in s, W) that a power meter writes during the run
     config.metrics.interval_s = 0.1  # seconds between samples of power, memory and utilisation
     return config
 
 
-def variant(variants, name):
-    """What a config file holds under the name after its colon. Raises UserError that lists the known ones."""
+def variant(variants: dict[str, typing.Any], name: str) -> typing.Any:
+    """Selects the variant of a config file, `--config=FILE:NAME`. Raises UserError that lists the names."""
     if name not in variants:
         raise UserError(f"no variant {name!r}; known: {', '.join(variants)}{did_you_mean(name, variants)}")
     return variants[name]

@@ -1,15 +1,16 @@
-"""Talks with a model in the terminal.
+"""Chat with a model in the terminal.
 
   python -m efficientllm.chat MODEL [--system=TEXT] [--config=infer:FORM] [--config.key=value ...]
 
-  MODEL            what config.model.pretrained takes: a folder, a GGUF file, owner/name of the hub, smollm2-135m, the
+  MODEL            a value of config.model.pretrained: a folder, a GGUF file, owner/name of the hub, smollm2-135m, the
                    folder of a run that trained or tuned (runs/NAME/HASH), or one of an adapter (.../adapter)
-  --system=TEXT    what the model is told before you speak
-  --config=infer:FORM   the form of its weights: bfloat16 (default), float32, float16, int8, int4, nf4, stored
+  --system=TEXT    the system message
+  --config=infer:FORM   the format of its weights: bfloat16 (default), float32, float16, int8, int4, nf4, stored
   --config.key=value    as for infer: --config.infer.sampler='sample(temperature=0.7)' --config.infer.max_new_tokens=256
 
-/reset forgets what was said, /exit or the end of input leaves; Ctrl-C stops an answer, and twice leaves. Lines of a
-pipe are answered one after the other. Answers go to standard output, all else to standard error. Nothing is written.
+/reset forgets the conversation. /exit or the end of input leaves. Ctrl-C stops an answer, a second one leaves. Lines
+of a pipe are answered one after the other. Answers go to standard output, all else to standard error. Nothing is
+written to disk.
 """
 
 import contextlib
@@ -18,11 +19,12 @@ import sys
 
 from efficientllm.errors import UserError
 from efficientllm.runtime import console, malloc
+from efficientllm.typing import Config
 
-NEW = 512  # tokens of an answer at most, unless config.infer.max_new_tokens is given
+MAX_NEW_TOKENS = 512  # of an answer, unless config.infer.max_new_tokens is set on the command line
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` and returns the exit status."""
     console.print_all_letters()
     argv = sys.argv[1:] if argv is None else argv
@@ -31,7 +33,7 @@ def main(argv=None):
         return 0 if argv else 2
     try:
         config, system, new_tokens = parse(argv)
-        from efficientllm.registry.plugins import import_plugins  # the first import of jax
+        from efficientllm.registry.plugins import import_plugins  # imports JAX: not before the command line is checked
 
         import_plugins(config.imports)
         return Chat(config, system, new_tokens).run()
@@ -40,42 +42,42 @@ def main(argv=None):
         return 2
 
 
-def parse(argv):
-    """`(config, system message, tokens of an answer or None)` of a command line. Raises UserError."""
+def parse(argv: list[str]) -> tuple[Config, str, int | None]:
+    """Parses a command line into `(config, system message, max_new_tokens or None)`. Raises UserError."""
     from efficientllm import main as command
 
     models = [argument for argument in argv if not argument.startswith("-")]
     system = [argument.partition("=")[2] for argument in argv if argument.startswith("--system=")]
     rest = [argument for argument in argv if argument.startswith("-") and not argument.startswith("--system=")]
     if len(models) != 1:
-        raise UserError(f"one MODEL is needed, there are {len(models)}: python -m efficientllm.chat smollm2-135m")
+        raise UserError(f"MODEL: one is needed, not {len(models)}; try python -m efficientllm.chat smollm2-135m")
     for argument in rest:
         if argument.lstrip("-").split("=")[0] in ("workdir", "overwrite", "init", "system"):
-            raise UserError(f"{argument}: a chat takes --system=TEXT, --config=infer:FORM and --config.key=value")
+            raise UserError(f"{argument}: no such flag; flags: --system=TEXT, --config=infer:FORM, --config.key=value")
     preset = [] if any(argument.startswith("--config=") for argument in rest) else ["--config=infer:bfloat16"]
     config, _, _ = command.parse([*preset, *rest, f"--config.model.pretrained={models[0]}"])
-    given = any(argument.startswith("--config.infer.max_new_tokens") for argument in rest)
-    new_tokens = config.infer.max_new_tokens if given else None
+    sets_length = any(argument.startswith("--config.infer.max_new_tokens") for argument in rest)
+    new_tokens = config.infer.max_new_tokens if sets_length else None
     if config.task != "infer":
-        raise UserError(f"--config: a config of task {config.task!r}; a chat takes one of infer, such as infer:int4")
+        raise UserError(f"config.task = {config.task!r}: a chat needs infer; take a preset such as --config=infer:int4")
     return config, "".join(system[-1:]), new_tokens
 
 
 class Chat:
-    """One conversation, from loading the model to the numbers at its end."""
+    """A conversation, from loading the model to the summary at its end."""
 
-    def __init__(self, config, system, new_tokens):
-        self.config, self.system, self._given = config, system, new_tokens
+    def __init__(self, config: Config, system: str, new_tokens: int | None):
+        self.config, self.system, self._max_new_tokens = config, system, new_tokens
         self._interrupts = 0
 
-    def run(self):
-        """Returns the exit status."""
+    def run(self) -> int:
+        """Loads the model, answers until the input ends, and returns the exit status."""
         import jax
 
         from efficientllm.infer import setup
 
         try:
-            self.serving = setup.prepare(self._least(), with_text=False)
+            self.serving = setup.prepare(self._smallest_request(), with_text=False)
             with jax.set_mesh(self.serving.mesh):
                 self._load()
                 return self._talk()
@@ -85,8 +87,8 @@ class Chat:
             sys.stdout = None
             return 0
 
-    def _least(self):
-        """The config of the smallest request, which is what can be checked before anything is asked."""
+    def _smallest_request(self):
+        """The config with a prompt of one token: what can be checked before the first question."""
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.infer.update({"prompts": ("a",), "chat": False, "max_new_tokens": 1, "prompt_length": 1})
@@ -100,24 +102,24 @@ class Chat:
 
         run = self.serving
         self.dialogue = Dialogue(run.tokenizer, self.system, getattr(run.source, "learnt_records", False))
-        self.dialogue.ask("a")  # a template that refuses the system message does so now
+        self.dialogue.ask("a")  # raises now if the template refuses the system message
         self.dialogue.reset()
         params = run.load(self.config.quant, self.config.infer.rules)
         self.weights = f"weights {resident_bytes(params) / 1e6:,.1f} MB as {self.config.quant}"
         most = min(run.max_positions or LONGEST, LONGEST * 16)
         self.session = Session(run.lm, params, run.sampler, self.dialogue.end_ids, most)
-        self.new_tokens = self._given or min(NEW, most // 2)
+        self.new_tokens = self._max_new_tokens or min(MAX_NEW_TOKENS, most // 2)
         _say(f"{self.config.model.pretrained}: {self.weights}, {most:,} tokens of conversation; compiling")
         self.session.warm_up()
         self.times = Times()
         if self.dialogue.form == "text":
-            _say("no chat template: the model goes on with the text, what you write is put behind it")
+            _say("no chat template: the model continues the text, and what you write is appended to it")
 
     def _talk(self):
         is_terminal = sys.stdin.isatty()
         if is_terminal:
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  what edits a line
+                import readline  # noqa: F401  line editing for input()
             _say("/reset forgets, /exit leaves, Ctrl-C stops an answer")
         status = 0
         for line in _lines(is_terminal):
@@ -128,7 +130,7 @@ class Chat:
                 break
             if line.strip() == "/reset":
                 self.dialogue.reset()
-                _say("what was said is forgotten")
+                _say("the conversation is forgotten")
             elif line.strip() and self._answer(line):
                 status = 130
                 break
@@ -142,34 +144,34 @@ class Chat:
         return formulas.state_bytes(self.serving.lm, self.session.length)
 
     def _answer(self, text):
-        """Answers on standard output -> whether to leave."""
+        """Answers on standard output. Returns whether to leave."""
         from efficientllm.infer.streaming import Stream, cut
 
         try:
-            ids = self._fitting(self.dialogue.ask(text))
+            ids = self._fit_context(self.dialogue.ask(text))
         except UserError as error:
             _say(f"efficientllm: {error}")
             return False
         tokenizer, stops = self.serving.tokenizer, self.config.infer.stop
-        stream, found, shown = Stream(_write, stops), [], ""
+        stream, answer_ids, shown = Stream(_write, stops), [], ""
         with self._interruptible():
-            for found in self.times.watched(self.session.answer(ids, self.new_tokens, self._stopped)):
-                ended = found[-1] in self.dialogue.end_ids
-                shown = tokenizer.decode(found[:-1] if ended else found)
+            for answer_ids in self.times.watched(self.session.answer(ids, self.new_tokens, self._stopped)):
+                has_ended = answer_ids[-1] in self.dialogue.end_ids
+                shown = tokenizer.decode(answer_ids[:-1] if has_ended else answer_ids)
                 stream.show(shown)
         stream.show(shown, finished=True)
         _write("\n")
-        self.dialogue.answered(found, cut(shown, stops))
+        self.dialogue.answered(answer_ids, cut(shown, stops))
         return self._interrupts > 1
 
-    def _fitting(self, ids):
-        """The ids, without the oldest turns if there is no room for all. Raises UserError where there is none."""
+    def _fit_context(self, ids):
+        """`ids` without the oldest turns that have no room. Raises UserError if the last turn has none."""
         room = self.session.most - self.new_tokens
         ids, dropped = self.dialogue.within(ids, room)
         if ids is None:
             raise UserError(
-                f"{dropped} tokens and config.infer.max_new_tokens = {self.new_tokens}: the model has "
-                f"{self.session.most} positions; say less, or take fewer"
+                f"config.infer.max_new_tokens = {self.new_tokens}: more than the model's {self.session.most} "
+                f"positions, after a prompt of {dropped} tokens; write less, or set fewer"
             )
         if dropped:
             _say(f"the context is full: the oldest {dropped} question(s) and answer(s) are forgotten")
@@ -181,7 +183,7 @@ class Chat:
 
     @contextlib.contextmanager
     def _interruptible(self):
-        """Ctrl-C ends the answer after the tokens that are under way; a second one leaves."""
+        """Ctrl-C ends the answer after the step that is running; a second one leaves."""
 
         def count(signum, frame):
             self._interrupts += 1
@@ -191,7 +193,7 @@ class Chat:
         self._interrupts = 0
         try:
             before = signal.signal(signal.SIGINT, count)
-        except ValueError:  # not the main thread, which alone may listen
+        except ValueError:  # only the main thread may set handlers
             yield
             return
         try:
@@ -201,22 +203,22 @@ class Chat:
 
 
 def _lines(is_terminal):
-    """Lines of standard input; None where Ctrl-C was pressed twice."""
+    """Yields the lines of standard input, and None when Ctrl-C was pressed twice."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
-    interrupted = False
+    was_interrupted = False
     while True:
         try:
             line = input("> " if is_terminal else "")
-            interrupted = False
+            was_interrupted = False
             yield line
         except EOFError:
             return
         except KeyboardInterrupt:
-            if interrupted or not is_terminal:
+            if was_interrupted or not is_terminal:
                 yield None
                 return
-            interrupted = True
+            was_interrupted = True
             _say("\nCtrl-C once more, or /exit, leaves")
 
 

@@ -1,4 +1,4 @@
-"""What this machine can measure and run, why not, and what would help.
+"""Diagnoses a machine: what it can measure and run, what it lacks, and how to mend that.
 
   python -m efficientllm.doctor [--json]
 
@@ -12,10 +12,11 @@ import os
 import pathlib
 import shutil
 import sys
+import typing
 
 from efficientllm.runtime import console, optional_packages
 
-# What each extra of setup.py brings, by the module that shows it is there.
+# Extras of setup.py: a module that shows that one is installed, and what it adds.
 EXTRAS = {
     "report": ("plotly", "figures and pages of `python -m efficientllm.report`"),
     "sweep": ("submitit", "sweeps on Slurm"),
@@ -32,7 +33,7 @@ EXTRAS = {
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: whether it is there, what was found, and the one-line remedy where it is not."""
+    """Result of one check: whether the thing is available, details, and a one-line remedy if it is not."""
 
     name: str
     ok: bool
@@ -40,7 +41,7 @@ class Finding:
     fix: str = ""
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Prints the findings and returns the exit status."""
     console.print_all_letters()
     argv = sys.argv[1:] if argv is None else argv
@@ -62,8 +63,8 @@ def main(argv=None):
     return 0
 
 
-def examine():
-    """All findings, in the order of reading."""
+def examine() -> list[Finding]:
+    """Runs all checks, in the order they are printed."""
     import jax
 
     devices = jax.local_devices()
@@ -88,9 +89,9 @@ def _device(devices):
 
 
 def _accelerator(devices):
-    """A GPU that the driver shows and JAX does not use is the commonest of mistakes."""
-    driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
-    if devices[0].platform == "cpu" and driver:
+    """Whether JAX uses an accelerator. A GPU with a driver that JAX does not use is the most common mistake."""
+    has_driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
+    if devices[0].platform == "cpu" and has_driver:
         return Finding(
             "accelerator", False, "an NVIDIA driver is here, and JAX runs on the CPU", optional_packages.remedy("gpu")
         )
@@ -98,7 +99,7 @@ def _accelerator(devices):
 
 
 def _energy(devices):
-    """Every rung of the ladder, and which one a run would take."""
+    """The energy reader that a run would use, the ones tried before it, and each source by itself."""
     from efficientllm.metrics.energy import nvml
     from efficientllm.metrics.energy import reader as energy
 
@@ -121,17 +122,17 @@ def _energy(devices):
     yield Finding("  meter", False, "none is given", meter)
 
 
-def gpu_findings(gpu):
-    """What of an `nvml.Gpu` would void a row or make it drift."""
+def gpu_findings(gpu: typing.Any) -> typing.Iterator[Finding]:
+    """Conditions of an `nvml.Gpu` that would make energy null or let it drift."""
     name = f"  {gpu.pci_bus_id}"
-    kept = gpu.persistence()
+    persistence = gpu.persistence()
     yield Finding(
         f"{name} persistence",
-        bool(kept),
+        bool(persistence),
         {True: "on", False: "off: the driver unloads between processes, and counters start anew"}.get(
-            kept, gpu.refusals.get("persistence mode", "")
+            persistence, gpu.refusals.get("persistence mode", "")
         ),
-        "" if kept else "sudo nvidia-smi -pm 1",
+        "" if persistence else "sudo nvidia-smi -pm 1",
     )
     others = gpu.other_processes()
     yield Finding(
@@ -140,12 +141,12 @@ def gpu_findings(gpu):
         f"{others} other process(es) compute on it: energy is null" if others else "no other process computes on it",
         "nvidia-smi --query-compute-apps=pid,name --format=csv shows whose they are" if others else "",
     )
-    sliced = gpu.mig()
+    is_mig = gpu.mig()
     yield Finding(
         f"{name} whole",
-        not sliced,
-        "cut into MIG slices: energy is null" if sliced else "not cut into MIG slices",
-        "sudo nvidia-smi -mig 0" if sliced else "",
+        not is_mig,
+        "split into MIG slices: energy is null" if is_mig else "not split into MIG slices",
+        "sudo nvidia-smi -mig 0" if is_mig else "",
     )
     slow = gpu.slowdowns()
     yield Finding(f"{name} clocks", not slow, ", ".join(slow) or "no slowdown now")
@@ -162,7 +163,7 @@ def _rapl():
 
     zones = energy.rapl_zones()
     if not zones:
-        return Finding("  rapl", False, "no powercap zones: a virtual machine, or no Intel or AMD CPU")
+        return Finding("  rapl", False, "no powercap zones: a virtual machine, or not an Intel or AMD CPU")
     if not all(os.access(zone, os.R_OK) for zone in zones):
         return Finding("  rapl", False, "readable by root only", f"sudo chmod a+r {' '.join(zones)}")
     return Finding("  rapl", True, f"{len(zones)} zones")
@@ -175,14 +176,14 @@ def _memory(devices):
     if devices[0].platform == "cpu":
         yield Finding("memory", True, f"resident memory of the process, of {host.memory_total_bytes() / 1e9:.0f} GB")
         return
-    found = "no allocator statistics" if stats is None else f"allocator's own peak, of {stats / 1e9:.0f} GB"
-    yield Finding("memory", stats is not None, found)
-    taken = memory.preallocates(devices)
+    detail = "no allocator statistics" if stats is None else f"peak of the allocator, of {stats / 1e9:.0f} GB"
+    yield Finding("memory", stats is not None, detail)
+    preallocates = memory.preallocates(devices)
     yield Finding(
         "  preallocation",
-        not taken,
-        "JAX takes most of the memory at start: what NVML shows is a setting" if taken else "off",
-        "XLA_PYTHON_CLIENT_PREALLOCATE=false" if taken else "",
+        not preallocates,
+        "JAX reserves most of the memory at start: what NVML shows is that reservation" if preallocates else "off",
+        "XLA_PYTHON_CLIENT_PREALLOCATE=false" if preallocates else "",
     )
 
 
@@ -190,12 +191,12 @@ def _peaks(devices):
     from efficientllm.cost import device_peaks
 
     kind = devices[0].device_kind
-    known = device_peaks.PEAKS.get(kind)
-    found = f"{kind}: {known.source}" if known else f"no datasheet figures for {kind!r}: mfu is null"
-    yield Finding("peaks", known is not None, found)
+    peaks = device_peaks.PEAKS.get(kind)
+    detail = f"{kind}: {peaks.source}" if peaks else f"no datasheet figures for {kind!r}: mfu is null"
+    yield Finding("peaks", peaks is not None, detail)
     gemm = device_peaks.measure_gemm_peak("float32")
     yield Finding(
-        "  measured", True, f"{gemm.value / 1e9:,.0f} GFLOP/s: {gemm.source}, kept in {device_peaks.cache_folder()}"
+        "  measured", True, f"{gemm.value / 1e9:,.0f} GFLOP/s: {gemm.source}, cached in {device_peaks.cache_folder()}"
     )
     copy = device_peaks.measure_copy_bandwidth()
     yield Finding("  measured copy", True, f"{copy.value / 1e9:,.1f} GB/s: {copy.source}")
@@ -209,37 +210,37 @@ def _kernels():
 
     names = ", ".join(registry.names("attention_kernel"))
     q_BTHK = jnp.zeros((1, 2048, 1, 64), jnp.bfloat16)
-    chosen = attention.choose(q_BTHK, attention.Mask())
-    return Finding("attention kernels", True, f"{names}; for 2048 tokens in bfloat16 here: {chosen}")
+    kernel = attention.choose(q_BTHK, attention.Mask())
+    return Finding("attention kernels", True, f"{names}; for 2048 tokens in bfloat16 here: {kernel}")
 
 
 def _compiler():
-    found = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
     fix = (
         ""
-        if found
-        else "install a C++ compiler (g++ or clang++) and reinstall: compressed weights are then fast on CPUs"
+        if compiler
+        else "install a C++ compiler (g++ or clang++) and reinstall: quantized weights are then fast on CPUs"
     )
-    return Finding("C++ compiler", found is not None, found or "none", fix)
+    return Finding("C++ compiler", compiler is not None, compiler or "none", fix)
 
 
 def _native():
-    """The library of products in C++, which an installation without a compiler lacks."""
+    """The C++ matmul library, which an installation without a compiler lacks."""
     from efficientllm.ops import native
 
     if sets := native.instruction_sets():
         return Finding("native products", True, f"built, for {', '.join(sets)}")
-    built = any(pathlib.Path(native.__file__).parent.glob("_products*.so"))
-    found = "built, but cannot be loaded here" if built else "not built: no compiler was found at installation"
+    is_built = any(pathlib.Path(native.__file__).parent.glob("_products*.so"))
+    detail = "built, but cannot be loaded here" if is_built else "not built: no compiler was found at installation"
     return Finding(
-        "native products", False, found, f"{optional_packages.reinstall()}: compressed weights are then fast on CPUs"
+        "native products", False, detail, f"{optional_packages.reinstall()}: quantized weights are then fast on CPUs"
     )
 
 
 def _extras():
-    for extra, (module, what) in EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
-        yield Finding(f"extra {extra}", there, what, "" if there else optional_packages.remedy(extra))
+    for extra, (module, use) in EXTRAS.items():
+        is_installed = importlib.util.find_spec(module) is not None
+        yield Finding(f"extra {extra}", is_installed, use, "" if is_installed else optional_packages.remedy(extra))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,33 @@
-"""The one error a user is meant to read: one line that names the key, the value and what would be right."""
+"""UserError, the one error a user is meant to read: a line `KEY = VALUE: what is wrong; what to do`."""
 
 import difflib
 import pathlib
 import sys
+import typing
 
 WIDEST = 240  # characters of a value in a message
+_LONGEST = 4000  # characters of a message
 
 
 class UserError(ValueError):
     """Bad config or input. `main` prints the message and exits with status 2.
 
-    The message is one line that a terminal shows as it is, whatever names and values of others stand in it.
+    The message is one printable line, whatever file names and values it quotes.
     """
 
-    def __init__(self, message):
-        super().__init__(_printable(" ".join(str(message).splitlines())))
+    def __init__(self, message: object):
+        super().__init__(_escape(" ".join(str(message).splitlines())))
 
 
-_LONGEST = 4000
-
-
-def _printable(text):
-    """The text with control characters and halves of surrogate pairs escaped, and its middle left out if it is long."""
+def _escape(text):
+    """Escapes control characters and lone surrogates, and cuts the middle out of a long text."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     return "".join(char if char.isprintable() or char == " " else ascii(char)[1:-1] for char in text)
 
 
-def exit_with(command):
-    """Ends the process with the status that `command()` returns; a UserError is one line and status 2."""
+def exit_with(command: typing.Callable[[], typing.Any]) -> typing.NoReturn:
+    """Ends the process with the status that `command()` returns, or 2 after printing its UserError."""
     try:
         sys.exit(command())
     except UserError as error:
@@ -36,25 +35,25 @@ def exit_with(command):
         sys.exit(2)
 
 
-def did_you_mean(word, known):
-    """Returns `"; did you mean 'x'?"` for the closest of `known`, or an empty string."""
-    word, known = str(word)[:WIDEST], list(known)
-    close = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(word.lower(), known, n=1)
+def did_you_mean(word: object, choices: typing.Iterable[str]) -> str:
+    """Returns `"; did you mean 'x'?"` for the closest of `choices`, or an empty string."""
+    word, choices = str(word)[:WIDEST], list(choices)
+    close = difflib.get_close_matches(word, choices, n=1) or difflib.get_close_matches(word.lower(), choices, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def shown(value):
-    """`repr(value)` on one line, cut where it is longer than a message should be."""
+def shown(value: object) -> str:
+    """`repr(value)` for a message: on one line, and cut to WIDEST characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an int of more digits than Python prints
+    except (ValueError, RecursionError):  # Python refuses to print an int of thousands of digits
         text = f"a {type(value).__name__} too large to print"
     text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 20]}... ({len(text):,} characters)"
 
 
-def one_line(error):
-    """The type and the message of an exception on one line."""
+def one_line(error: BaseException) -> str:
+    """The type and the message of an exception, on one line."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 2 * WIDEST else f"{text[: 2 * WIDEST]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

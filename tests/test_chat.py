@@ -155,7 +155,7 @@ def test_the_oldest_turns_make_room(model, monkeypatch, capsys):
     third = generated(theirs, tokenizer, [{"role": role, "content": content} for role, content in roles])
     assert status == 0 and answers == f"{first}\n{second}\n{third}\n"
     assert said.count("the oldest 1 question(s) and answer(s) are forgotten") == 1
-    assert said.count("the model has 256 positions; say less, or take fewer") == 2 and "3 answers" in said
+    assert said.count("write less, or set fewer") == 2 and "3 answers" in said
 
 
 def test_without_a_template_the_text_goes_on(model, monkeypatch, capsys, tmp_path):
@@ -169,7 +169,7 @@ def test_without_a_template_the_text_goes_on(model, monkeypatch, capsys, tmp_pat
     ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=NEW, pad_token_id=0)[0, len(inputs[0]) :].tolist()
     ids = ids[:-1] if ids[-1] in theirs.generation_config.eos_token_id else ids
     assert status == 0 and answers == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
-    assert "no chat template: the model goes on with the text" in said
+    assert "no chat template: the model continues the text" in said
 
 
 def test_a_turn_ends_where_the_template_ends_it(tmp_path):
@@ -212,10 +212,10 @@ def test_times_are_those_of_first_tokens_and_of_the_rest():
     "argv, message",
     [
         (["/nowhere"], "config.model.pretrained = '/nowhere': no such file or folder"),
-        (["--system=a"], "one MODEL is needed, there are 0"),
-        (["a", "b"], "one MODEL is needed, there are 2"),
-        (["a", "--workdir=x"], "--workdir=x: a chat takes --system=TEXT"),
-        (["a", "--config=moe"], "a chat takes one of infer"),
+        (["--system=a"], "MODEL: one is needed, not 0"),
+        (["a", "b"], "MODEL: one is needed, not 2"),
+        (["a", "--workdir=x"], "--workdir=x: no such flag; flags: --system=TEXT"),
+        (["a", "--config=moe"], "config.task = 'pretrain': a chat needs infer"),
         (["a", "--config.infer.smapler=greedy"], "did you mean"),
         (["a", "--config=infer:int3"], "int3"),
     ],

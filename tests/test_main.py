@@ -19,15 +19,15 @@ MOE = f"--config={runs.ROOT}/configs/moe.py"
     [
         (
             ["--confg=x"],
-            "no flag --confg; flags: --config, --config.key, --workdir, --overwrite, --init; did you mean",
+            "--confg: no such flag; flags: --config, --config.key, --workdir, --overwrite, --init; did you mean",
         ),
         ([f"--config={runs.ROOT}/configs/mo.py"], "no such file; did you mean"),
         ([MOE, "--config.train.stps=3"], "--config.train.stps=3: the config has no key 'stps'; did you mean 'steps'?"),
         ([MOE, "--config.trai.steps=3"], "the config has no key 'trai'; did you mean 'train'?"),
         ([MOE, "--config.train.steps=many"], "config.train.steps = 'many': must be at least 1"),
         ([f"{MOE}:big"], "its get_config() takes no name; leave :big out"),
-        ([MOE, "extra"], "'extra' is not a flag"),
-        (["--workdir=x"], "--config=FILE is missing"),
+        ([MOE, "extra"], "extra: is not a flag"),
+        (["--workdir=x"], "--config: is missing; write --config=FILE"),
     ],
 )
 def test_a_slip_is_one_line_and_status_2(argv, message, capsys):

@@ -118,7 +118,7 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
             f"config.model.attention_kernel = {kernel!r} needs whole rows, and the mesh axis sequence divides them; "
             "take 'auto'"
         )
-    kernel_choice.note("attention", kernel)
+    kernel_choice.record_kernel("attention", kernel)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if kernel != "ffi":
         parts = [as_array(part, q_BTHK.dtype) for part in _parts(k_BSGK)]

@@ -52,7 +52,7 @@ def attend_blocks(q_BTHK, k_BSGK, v_BSGV, chosen, kernel="auto"):
     if kernel == "auto":
         kernel = choose(q_BTHK, k_BSGK, chosen)
     compute = lookup("block_kernel", kernel, where="block_kernel")
-    kernel_choice.note("block_attention", kernel)
+    kernel_choice.record_kernel("block_attention", kernel)
     choosers = chosen.start_BTCn.shape[2]
     k_BSCK, v_BSCV = (jnp.repeat(x, choosers // x.shape[2], axis=2) for x in (k_BSGK, v_BSGV))
     return compute(q_BTHK, k_BSCK, v_BSCV, chosen)

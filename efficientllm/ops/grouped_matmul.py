@@ -42,7 +42,7 @@ def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
     kernel = lookup("grouped_kernel", name, where="kernel")
     if sizes_E is None:
         name, kernel = "batched", Kernel(_batched_rows, _batched_weights)
-    kernel_choice.note("grouped_matmul", name)
+    kernel_choice.record_kernel("grouped_matmul", name)
     return _grouped(x_AK, w_EKN, sizes_E, precision.product, kernel)
 
 

@@ -49,7 +49,7 @@ def recur(tokens, starts_BT, memory_BHKV=None, kernel="auto"):
     if kernel == "auto":
         kernel = choose(T)
     compute = lookup("rwkv_kernel", kernel, where="rwkv_kernel")
-    kernel_choice.note("rwkv", kernel)
+    kernel_choice.record_kernel("rwkv", kernel)
     if memory_BHKV is None:
         memory_BHKV = jnp.zeros((B, H, K, tokens.v.shape[-1]), jnp.float32)
     with exact_products():

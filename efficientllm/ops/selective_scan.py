@@ -22,7 +22,7 @@ def selective_scan(x_BTC, step_BTC, A_CN, b_BTN, c_BTN, keep_BT, h_BCN, kernel="
     if kernel == "auto":
         kernel = "sequential" if kernel_choice.platform() == "cpu" else "associative"
     within = lookup("scan_kernel", kernel, where="scan_kernel")
-    kernel_choice.note("scan", kernel)
+    kernel_choice.record_kernel("scan", kernel)
     T = x_BTC.shape[1]
     size = min(T, CHUNK[kernel])  # one token, in decoding, is one step
     chunks = -(-T // size)

@@ -70,9 +70,9 @@ class Request:
         """
         ours, middle = self.config.infer, self.config.infer.prompt_length + self.config.infer.max_new_tokens // 2
         engine = Engine(self.lm, self.shaped, build("sampler", ours.sampler), 0, self.length)
-        with self.scope(), kernel_choice.recording() as of_prefill:
+        with self.scope(), kernel_choice.recording_kernels() as of_prefill:
             prefill, read_out = engine.trace_prefill(self.samples, ours.prompt_length)
-        with self.scope(), kernel_choice.recording() as of_decode:
+        with self.scope(), kernel_choice.recording_kernels() as of_decode:
             decode = engine.trace_decode(self.samples)
         head = 2 * self.samples * self.lm.dim * self.lm.vocab_size
         passed = self.samples * formulas.forward_flops(self.lm, self.boxed, ours.prompt_length)

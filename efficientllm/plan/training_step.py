@@ -213,7 +213,7 @@ def traced(one):
         one.config.train.batch_size, one.config.train.length, sharding.batch_sharding(one.mesh)
     )
     jitted = step.jit_train_step(one.lm, one.config.train, one.mesh, one.shardings, one.method)
-    with one.scope(), kernels.recording() as used:
+    with one.scope(), kernels.recording_kernels() as used:
         return jitted.trace(one.shaped, batch), {operation: sorted(kinds) for operation, kinds in used.items()}
 
 

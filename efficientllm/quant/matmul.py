@@ -68,10 +68,10 @@ def _products(x_MK, leaves, operand, layout):
     if rows is None and len(leaves) == 1:
         return [_product(x_MK, leaves[0], operand, layout)]
     if rows is None:
-        kernel_choice.note(f"matmul_{leaves[0].name}", "pallas")
+        kernel_choice.record_kernel(f"matmul_{leaves[0].name}", "pallas")
         return _tiles().products(x_MK, leaves, operand, kernel_choice.platform())
     for leaf in leaves:
-        kernel_choice.note(f"matmul_{leaf.name}", "ffi")
+        kernel_choice.record_kernel(f"matmul_{leaf.name}", "ffi")
     x_scale = leaves[0].x_scale
     return native.products(x_MK if x_scale is None else x_MK.astype(jnp.float32) * x_scale, rows)
 
@@ -92,9 +92,9 @@ def _joins(leaves):
 def _product(x_MK, leaf, operand, layout):
     y_MR = _divided(x_MK, leaf, operand, layout) if layout else _tiled(x_MK, leaf, operand) if is_tiled(leaf) else None
     if y_MR is not None:
-        kernel_choice.note(f"matmul_{leaf.name}", "pallas")
+        kernel_choice.record_kernel(f"matmul_{leaf.name}", "pallas")
         return y_MR
-    kernel_choice.note(f"matmul_{leaf.name}", "xla")
+    kernel_choice.record_kernel(f"matmul_{leaf.name}", "xla")
     return leaf.product(x_MK, operand)
 
 

@@ -1,4 +1,7 @@
-"""Several processes as one run: found by jax's own cluster detection, or named by three environment variables."""
+"""Multi-process runs: joins the processes, exchanges values between them, and ends them together.
+
+The processes are found by JAX's cluster detection, or named by three environment variables.
+"""
 
 import contextlib
 import importlib.util
@@ -6,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+import typing
 
 import jax
 import numpy as np
@@ -14,58 +18,60 @@ from jax.experimental import multihost_utils
 from efficientllm.errors import UserError, shown
 from efficientllm.registry import ranges
 from efficientllm.runtime import stopping
+from efficientllm.typing import PyTree
 
-# Set by the launchers whose environment jax.distributed reads by itself.
+# Environment variables of launchers that jax.distributed detects by itself.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-# Seconds without a sign of life after which a process counts as dead, where its death breaks no connection.
+# Heartbeat timeout in seconds: after it a process counts as dead, if its death breaks no connection before.
 SILENT_S = 30
-# Exit status where another process has died and the same command would go on: EX_TEMPFAIL of sysexits.h.
+# Exit status after another process has died, when the same command would resume: EX_TEMPFAIL of sysexits.h.
 LOST = 75
 
 
-def initialise():
-    """Joins the other processes, if the environment tells of any. Call before the first use of a device.
+def initialise() -> None:
+    """Joins the other processes of the run, if the environment names any. Call before the first use of a device.
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them by hand.
-    Raises UserError for a launcher whose environment jax does not know.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them explicitly. Raises UserError for a launcher
+    that JAX does not detect.
     """
-    # It would swallow a SIGTERM that comes before the loop listens; the loop has its own way of stopping all.
+    # JAX's preemption service would swallow a SIGTERM before training starts; the training loop stops all processes.
     jax.config.update("jax_enable_preemption_service", False)
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        _join(**_named())
+        _join(**_processes_from_environment())
     elif launcher := _launcher():
         try:
             _join()
         except ValueError as error:
             raise UserError(
-                f"{launcher} = {os.environ[launcher]}, but jax finds no cluster in the environment ({error}); "
-                "name the processes by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+                f"{launcher} = {os.environ[launcher]}: JAX finds no cluster in the environment ({error}); "
+                "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
             ) from None
 
 
 def _launcher():
-    """The variable that tells of several processes which jax.distributed can find by itself, or None."""
-    found = next((name for name in LAUNCHERS if _number(name, 1) > 1), None)
-    # Kubernetes tells jax of the others through a package that not every image has.
-    asked = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
-    return found or ("JOB_COMPLETION_INDEX" if asked and importlib.util.find_spec("kubernetes") else None)
+    """The environment variable of a launcher of several processes that jax.distributed detects, or None."""
+    variable = next((name for name in LAUNCHERS if _number(name, 1) > 1), None)
+    # JAX reads a Kubernetes job through a package that not every image has.
+    is_kubernetes_job = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
+    return variable or (
+        "JOB_COMPLETION_INDEX" if is_kubernetes_job and importlib.util.find_spec("kubernetes") else None
+    )
 
 
-def _join(**named):
+def _join(**processes):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(heartbeat_timeout_seconds=SILENT_S, **_bind_address(), **named)
+    jax.distributed.initialize(heartbeat_timeout_seconds=SILENT_S, **_bind_address(), **processes)
 
 
 def _bind_address():
-    """What the coordinator listens on: its own address where that is this machine's alone, else jax's choice, which is
-    all interfaces."""
+    """Binds the coordinator to a loopback address if that is its address; JAX would listen on all interfaces."""
     host, _, port = os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
-    local = host == "localhost" or host.startswith("127.") or host == "[::1]"
-    return {"coordinator_bind_address": f"{'127.0.0.1' if host == 'localhost' else host}:{port}"} if local else {}
+    is_loopback = host == "localhost" or host.startswith("127.") or host == "[::1]"
+    return {"coordinator_bind_address": f"{'127.0.0.1' if host == 'localhost' else host}:{port}"} if is_loopback else {}
 
 
-def _named():
-    """The processes that the environment names by hand. Raises UserError for what cannot be."""
+def _processes_from_environment():
+    """Process count and index from the JAX_* variables. Raises UserError for values that cannot be."""
     address = os.environ["JAX_COORDINATOR_ADDRESS"]
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
@@ -73,14 +79,14 @@ def _named():
     count, index = _number("JAX_NUM_PROCESSES", least=1), _number("JAX_PROCESS_ID")
     if None in (count, index):
         missing = "JAX_NUM_PROCESSES" if count is None else "JAX_PROCESS_ID"
-        raise UserError(f"JAX_COORDINATOR_ADDRESS = {shown(address)}: needs {missing} too")
+        raise UserError(f"JAX_COORDINATOR_ADDRESS = {shown(address)}: {missing} is missing; set it")
     if index >= count:
         raise UserError(f"JAX_PROCESS_ID = {index}: must be below JAX_NUM_PROCESSES = {count}; the first is 0")
     return {"num_processes": count, "process_id": index}
 
 
 def _number(name, default=None, least=0):
-    """The whole number in an environment variable. Raises UserError for what is none."""
+    """The whole number in an environment variable. Raises UserError for anything else."""
     if name not in os.environ:
         return default
     text, allowed = os.environ[name].strip(), ranges.whole(least, 2**20)
@@ -89,78 +95,83 @@ def _number(name, default=None, least=0):
     return int(text)
 
 
-def leave(status):
-    """Ends this process at once if it is one of several: at exit jax waits for the others, and they wait for it in a
-    collective. Returns `status` if it is alone."""
-    if several():
+def exit_process(status: int) -> int:
+    """Exits at once with `status` if this process is one of several; returns `status` if it is alone.
+
+    A normal exit would hang: JAX waits at exit for the other processes, and they wait for this one in a collective.
+    """
+    if is_multi_process():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
 
 
-def several():
-    """True if this process is one of several of a run."""
+def is_multi_process() -> bool:
+    """Whether this process is one of several of a run."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 @contextlib.contextmanager
-def leaving():
-    """An exception that the other processes may not share ends this one at once, and with it the job."""
+def exits_with_job() -> typing.Iterator[None]:
+    """Context in which an exception that may be this process's alone ends it at once, and with it the job."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        if several():  # at exit jax would wait for the others
-            leave(stopping.said(stop))
+        if is_multi_process():
+            exit_process(stopping.report_stop(stop))
         raise
     except UserError as error:
-        if not getattr(error, "shared", False) and several():
+        if not getattr(error, "shared", False) and is_multi_process():
             print(f"efficientllm: {error}", file=sys.stderr)
-            leave(2)
+            exit_process(2)
         raise
     except Exception as error:
-        if several():
+        if is_multi_process():
             traceback.print_exc()
-            leave(LOST if isinstance(error, jax.errors.JaxRuntimeError) else 1)
+            exit_process(LOST if isinstance(error, jax.errors.JaxRuntimeError) else 1)
         raise
 
 
-def is_main():
-    """True in the one process that writes rows, logs and samples."""
+def is_main() -> bool:
+    """Whether this is the process that writes rows, logs and samples."""
     return jax.process_index() == 0
 
 
-def gather(value):
-    """The value each process calls this with, anything JSON holds, as a list in their order; all wait for all."""
-    if not jax.distributed.is_initialized():  # jax.process_count() would start the devices
+def gather(value: typing.Any) -> list:
+    """All-gathers a JSON value: the list of every process's `value`, in process order. Blocks until all call it."""
+    if not jax.distributed.is_initialized():  # asked first, since jax.process_count() would initialise the devices
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     longest = int(multihost_utils.process_allgather(np.int32(text.size)).max())
-    width = 1 << (longest - 1).bit_length()  # few widths, few programs
+    width = 1 << (longest - 1).bit_length()  # powers of two, so that few programs are compiled
     rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size)))
     return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows.reshape(-1, width)]
 
 
-def on_host(tree):
-    """The arrays of `tree` as numpy's, whole in every process, all of which take part."""
+def to_host(tree: PyTree) -> PyTree:
+    """Copies the arrays of `tree` to numpy, unsharded, in every process. All processes must call it."""
 
-    def whole(array):
-        here = getattr(array, "is_fully_addressable", True)
-        return np.asarray(array if here else multihost_utils.process_allgather(array, tiled=True))
+    def to_numpy(array):
+        is_local = getattr(array, "is_fully_addressable", True)
+        return np.asarray(array if is_local else multihost_utils.process_allgather(array, tiled=True))
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(to_numpy, tree)
 
 
-def together(function):
-    """`function()` in every process; a UserError in one is a UserError in all, so that none waits for it forever."""
+def call_in_all(function: typing.Callable[[], typing.Any]) -> typing.Any:
+    """Calls `function` in every process and returns its result. A UserError in one process raises in all of them.
+
+    Otherwise the others would wait forever for the one that stopped.
+    """
     result = error = None
     try:
         result = function()
     except UserError as raised:
         error = raised
-    refusing = [index for index, refuses in enumerate(gather(error is not None)) if refuses]
-    if refusing:
-        error = error or UserError(f"process {refusing[0]} cannot go on; it says why")
-        error.shared = True
+    failed = [index for index, has_failed in enumerate(gather(error is not None)) if has_failed]
+    if failed:
+        error = error or UserError(f"process {failed[0]} cannot continue; its own message says why")
+        error.shared = True  # type: ignore[attr-defined]
         raise error
     return result

@@ -1,4 +1,4 @@
-"""Tracebacks that other libraries' threads print of errors which they also raise, kept off the console."""
+"""Suppresses tracebacks that threads of orbax print about errors which orbax also raises."""
 
 import functools
 import logging
@@ -6,11 +6,11 @@ import sys
 
 
 @functools.cache
-def silence_orbax():
-    """From now on orbax's threads do not print the errors of writes: `save` and `wait` raise them.
+def silence_orbax() -> None:
+    """Stops threads of orbax from printing write errors, which `save` and `wait` raise anyway.
 
-    Its threads log each with a traceback, and tensorstore hands one for each array still in flight to
-    `sys.unraisablehook`, also after the manager is closed (391 lines for one full disk).
+    Each thread logs a traceback, and tensorstore passes one for each array in flight to `sys.unraisablehook`, even
+    after the manager is closed (391 lines for one full disk).
     """
     hook = sys.unraisablehook
 
@@ -18,14 +18,14 @@ def silence_orbax():
         if not is_of_orbax(unraisable.exc_value):
             hook(unraisable)
 
-    logging.getLogger("absl").addFilter(_keep)
+    logging.getLogger("absl").addFilter(_is_not_from_orbax)
     sys.unraisablehook = unraisablehook
 
 
-def is_of_orbax(error):
-    """Whether an error that nobody can catch is what a failed write leaves of orbax's event loop."""
+def is_of_orbax(error: BaseException | None) -> bool:
+    """Whether an unraisable error comes from orbax's event loop after a failed write."""
     return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
 
 
-def _keep(record):
+def _is_not_from_orbax(record):
     return not (record.exc_info and "orbax" in record.pathname)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at any moment of a command: one line and the exit status 128 + signal, no traceback."""
+"""Signal handling: Ctrl-C or SIGTERM ends a command with one line and exit status 128 + signal, without a traceback."""
 
 import functools
 import os
@@ -6,17 +6,20 @@ import signal
 import sys
 import threading
 import time
+import typing
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LOOK_S = 0.02
-PATIENCE_S = 2.0  # for Python to get its turn: a compiler runs for minutes without
+POLL_S = 0.02
+PATIENCE_S = 2.0  # how long Python has to run its handler; XLA compiles for minutes without returning to Python
+Main = typing.Callable[..., int]
 
 
-def stoppable(main):
-    """Decorates a command's `main(argv)`, which then returns 130 or 143 where it is stopped.
+def stoppable(main: Main) -> Main:
+    """Decorator that makes a command's `main(argv)` return 130 or 143 when a signal stops it.
 
-    Python sees a signal between two of its own instructions only. While a compiler runs there are none, and after
-    `PATIENCE_S` the process ends at once. Where others listen, as the training loop does, nothing is done here.
+    Python runs a handler between two of its own instructions only. If none runs within `PATIENCE_S`, because a
+    compiler holds the thread, the process ends at once. A handler that is installed later, such as the training
+    loop's, takes precedence.
     """
 
     @functools.wraps(main)
@@ -25,14 +28,14 @@ def stoppable(main):
             return main(argv)
         before = {signum: signal.signal(signum, _raise) for signum in SIGNALS}
         try:
-            with _Watch():
+            with _SignalWatcher():
                 return main(argv)
         except KeyboardInterrupt as stop:
-            return said(stop)
+            return report_stop(stop)
         except Exception as error:
             if (cause := _cause(error)) is None:
                 raise
-            return said(cause)
+            return report_stop(cause)
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
@@ -40,77 +43,80 @@ def stoppable(main):
     return wrapped
 
 
-def said(stop):
-    """Prints why a command stopped -> its exit status."""
+def report_stop(stop: BaseException) -> int:
+    """Prints which signal stopped a command and returns the exit status."""
     signum = signal.SIGTERM if stop.args else signal.SIGINT
-    print(f"efficientllm: stopped by {signum.name}; the same command goes on", file=sys.stderr)
-    exec("")  # Python ends by SIGINT after one that came inside an exec, caught or not, until the next exec begins
+    print(f"efficientllm: stopped by {signum.name}; the same command resumes", file=sys.stderr)
+    # After a SIGINT inside an exec(), Python kills itself at exit even if it was caught. A new exec() clears that.
+    exec("")
     return 128 + signum
 
 
-def heard():
-    """Tells that Python had its turn for a signal that came: called by every handler that stands before `_raise`, so
-    that the process is not ended in the middle of what that handler's owner does next, such as saving."""
-    _Watch.heard += 1
+def note_handled() -> None:
+    """Records that Python handled a signal. Every handler that takes precedence over `_raise` must call it.
+
+    Otherwise the process would be ended in the middle of what that handler starts, such as saving.
+    """
+    _SignalWatcher.handled_count += 1
 
 
-def check():
-    """Raises KeyboardInterrupt if a signal came whose exception was lost, as in a callback or a destructor."""
-    if _Watch.seen.is_set():
-        _raise(_Watch.signum, None)
+def raise_if_stopped() -> None:
+    """Raises KeyboardInterrupt if a signal's exception was lost, as in a callback or a destructor."""
+    if _SignalWatcher.seen.is_set():
+        _raise(_SignalWatcher.signum, None)
 
 
 def _cause(error):
-    """The KeyboardInterrupt that an exception was made of, as by a C extension in the middle of its import, or None."""
+    """The KeyboardInterrupt behind an exception, or None. A C extension interrupted during its import wraps it."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _raise(signum, _):
-    heard()
-    _Watch.signum = signum
-    _Watch.seen.set()
+    note_handled()
+    _SignalWatcher.signum = signum
+    _SignalWatcher.seen.set()
     raise KeyboardInterrupt(*(["SIGTERM"] if signum == signal.SIGTERM else []))
 
 
-class _Watch:
-    """A thread that reads which signals came, and ends the process if Python never gets to `_raise`."""
+class _SignalWatcher:
+    """Thread that reads arriving signals, and ends the process if Python never gets to run `_raise`."""
 
-    seen, signum, heard = threading.Event(), None, 0
+    seen, signum, handled_count = threading.Event(), None, 0
 
     def __enter__(self):
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        _Watch.seen.clear()
-        self._over, self._heard = False, _Watch.heard
+        _SignalWatcher.seen.clear()
+        self._is_over, self._handled_before = False, _SignalWatcher.handled_count
         self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        self._over = True
-        _Watch.seen.clear()
+        self._is_over = True
+        _SignalWatcher.seen.clear()
         signal.set_wakeup_fd(self._before)
         os.close(self._write)  # ends the thread, which closes the other end
 
-    def _is_heard(self, count):
-        """Whether Python comes to the handler of as many signals before PATIENCE_S are over, or the command ends."""
+    def _wait_until_handled(self, count):
+        """Waits until Python has handled `count` signals or the command ends; False after PATIENCE_S."""
         end = time.monotonic() + PATIENCE_S
-        while not self._over and _Watch.heard < self._heard + count:
+        while not self._is_over and _SignalWatcher.handled_count < self._handled_before + count:
             if time.monotonic() > end:
                 return False
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
         return True
 
-    def _look(self):
-        came = 0
+    def _watch(self):
+        count = 0
         while number := os.read(self._read, 1):
             signum = signal.Signals(number[0])
             if signum not in SIGNALS or signal.getsignal(signum) is not _raise:
                 continue
-            came += 1
-            if not self._is_heard(came):
-                print(f"efficientllm: stopped by {signum.name}; the same command goes on", file=sys.stderr, flush=True)
+            count += 1
+            if not self._wait_until_handled(count):
+                print(f"efficientllm: stopped by {signum.name}; the same command resumes", file=sys.stderr, flush=True)
                 os._exit(128 + signum)
         os.close(self._read)

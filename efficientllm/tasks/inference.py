@@ -81,7 +81,7 @@ class Inference:
             return self._fail("oom", f"out of device memory: {str(error).splitlines()[0]}")
 
     def _serve(self):
-        stopping.check()
+        stopping.raise_if_stopped()
         run, ours = self.serving, self.config.infer
         parts = len(run.devices)
         log.info(
@@ -93,10 +93,10 @@ class Inference:
         )  # at most once a host, and not between steps
         device_peaks.measure_copy_bandwidth()
         self.params = run.load(self.config.quant, ours.rules)
-        malloc.give_back()  # what rounding, and calibrating more so, has freed is no memory of serving
+        malloc.trim()  # what rounding, and calibrating more so, has freed is no memory of serving
         self._say_weights(self.config.quant, self.params)
         engine = Engine(run.lm, self.params, run.sampler, run.tokenizer.end_ids, run.length)
-        with kernel_choice.recording() as used:
+        with kernel_choice.recording_kernels() as used:
             self._generate(engine)
             self.measured = measure.measure(
                 engine,

@@ -20,21 +20,23 @@ def run(config, path=None, overwrite=False):
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
     config = schema.validate_config(config)
     distributed.initialise()
-    with distributed.leaving():
+    with distributed.exits_with_job():
         return _run(config, path, overwrite)
 
 
 def _run(config, path, overwrite):
-    task = distributed.together(lambda: _task(config))
+    task = distributed.call_in_all(lambda: _task(config))
     if hasattr(task, "before_devices"):
         task.before_devices(config)
     # The main process makes the folder, and owns it, before another looks at it.
-    made = distributed.together(lambda: Workdir(config, path, overwrite).acquire() if distributed.is_main() else None)
+    made = distributed.call_in_all(
+        lambda: Workdir(config, path, overwrite).acquire() if distributed.is_main() else None
+    )
     refused = True
     try:
-        workdir = distributed.together(lambda: made or Workdir(config, path, overwrite))
+        workdir = distributed.call_in_all(lambda: made or Workdir(config, path, overwrite))
         workdir.code = code_of(config.imports)
-        answers = distributed.gather(distributed.together(lambda: workdir.answer(config) if made else None))
+        answers = distributed.gather(distributed.call_in_all(lambda: workdir.answer(config) if made else None))
         status = _say(answers[0]) if answers[0] else _guarded(task, config, workdir)
         refused = False
         return status
@@ -52,16 +54,16 @@ def _say(answer):
 def _guarded(task, config, workdir):
     """The task's exit status; an exception that it does not know is a row and one line, and its status 3."""
     started = time.time()
-    stopping.check()
+    stopping.raise_if_stopped()
     try:
         return task(config, workdir)
     except UserError:
         raise
     except Exception as error:
-        stopping.check()  # of which it may have been made
-        if distributed.several() and isinstance(error, jax.errors.JaxRuntimeError):
+        stopping.raise_if_stopped()  # of which it may have been made
+        if distributed.is_multi_process() and isinstance(error, jax.errors.JaxRuntimeError):
             raise  # as where another process has died
-        return distributed.leave(failures.end(error, config, workdir, started))
+        return distributed.exit_process(failures.end(error, config, workdir, started))
 
 
 def _task(config):

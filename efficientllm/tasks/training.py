@@ -60,7 +60,7 @@ class Training:
 
     def run(self):
         """Returns the exit status."""
-        distributed.together(self._prepare)
+        distributed.call_in_all(self._prepare)
         self.reader = reader.open_reader(jax.local_devices(), meter=self.config.metrics.meter)
         self.idle = reader.idle_power(self.reader)
         self.checkpoints = Checkpoints(self.workdir.checkpoints, self.config.checkpoint.keep)
@@ -103,9 +103,9 @@ class Training:
             self.workdir.claim(self.config)
 
     def _train(self):
-        stopping.check()
+        stopping.raise_if_stopped()
         self.compiled, self.compiled_eval = setup.compile_steps(self.setup)
-        distributed.together(lambda: memory_check.check_compiled(self.setup))
+        distributed.call_in_all(lambda: memory_check.check_compiled(self.setup))
         self.token_bytes = setup.token_bytes(self.setup)
         state = self._restore_or_create()
         if self.main:
@@ -114,7 +114,7 @@ class Training:
             self.writer.text("config", _markdown(self.config))
         log.info(self._headline())
         self.progress = Progress(self.config.train.steps)
-        stopping.check()
+        stopping.raise_if_stopped()
         hooks = loop.Hooks(self._log, self._evaluate, self._save, self.checkpoints.saving)
         batches = self.setup.batches
         state = loop.train(
@@ -265,7 +265,7 @@ class Training:
         if outcome == "nan":  # as all processes see
             return FAILED
         self._close_writer()
-        return distributed.leave(status)
+        return distributed.exit_process(status)
 
     def _last_good(self):
         step_saved = self.checkpoints.latest_step()

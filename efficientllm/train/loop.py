@@ -59,7 +59,7 @@ def catch_signals(names=("SIGINT", "SIGTERM")):
     caught = collections.deque()
 
     def handler(signum, _):
-        stopping.heard()
+        stopping.note_handled()
         caught.append(signum)
         signal.signal(signum, before[signum])
 

@@ -138,7 +138,7 @@ def compile_steps(setup):
     train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, setup.shardings, setup.method)
     evaluate = step.jit_eval_step(setup.lm, setup.mesh, setup.shardings.all_params)
     begin = time.perf_counter()
-    with kernels.recording() as used:
+    with kernels.recording_kernels() as used:
         traced = train.trace(setup.shaped, batch)
         lowered = traced.lower()
     lowered_at = time.perf_counter()
@@ -152,7 +152,7 @@ def compile_steps(setup):
     setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
     token_bytes = jax.ShapeDtypeStruct((setup.lm.vocab_size,), jnp.float32, sharding=sharding.replicated(setup.mesh))
     compiled_eval = evaluate.lower(setup.shaped.all_params, batch, token_bytes).compile()
-    malloc.give_back()
+    malloc.trim()
     return compiled, compiled_eval
 
 

@@ -80,7 +80,7 @@ def _program(kind, spec):
     lm = build(kind, spec, size=SIZE.replace("num_layers=2", "num_layers=1"), scan=False)
     packed = batch()
     ctx = Context.packed(packed["positions"], packed["segments"])
-    with kernel_choice.recording() as used:
+    with kernel_choice.recording_kernels() as used:
         traced = jax.make_jaxpr(lambda key: nn.unbox(lm.init_with_output(key, packed["tokens"], ctx)))(
             jax.random.key(0)
         )

@@ -59,7 +59,7 @@ def test_values_and_gradients(monkeypatch, precision, T, chunks):
     """Rows that chunks of 8 tokens divide and do not; and tokens larger than a chunk."""
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * B * V * (0.5 if chunks == T else 8))
     x_BTD, head_DV, batch = inputs(T, activation_dtype(precision))
-    with kernel_choice.recording() as used:
+    with kernel_choice.recording_kernels() as used:
         found = jax.jit(jax.value_and_grad(ours, (0, 1)), static_argnums=3)(x_BTD, head_DV, batch, precision)
     assert used == {"loss": {"chunked" if chunks > 1 else "whole"}}
     assert cross_entropy.count_chunks(B, T, V) == chunks
@@ -138,7 +138,7 @@ def _train_step(monkeypatch, chunk_bytes):
         name: jax.ShapeDtypeStruct((2, length), np.int32) for name in ("tokens", "targets", "segments", "positions")
     }
     batch["weights"] = jax.ShapeDtypeStruct((2, length), np.float32)
-    with jax.set_mesh(mesh), kernel_choice.recording() as used:
+    with jax.set_mesh(mesh), kernel_choice.recording_kernels() as used:
         abstract = jax.eval_shape(step.init_state(lm, config.train, 0, length))
         shardings = sharding.shardings(abstract, mesh)
         lowered = step.jit_train_step(lm, config.train, mesh, shardings).lower(nn.unbox(abstract), batch)

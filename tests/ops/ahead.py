@@ -44,7 +44,7 @@ def main():
     config.model.precision, config.model.mixer = "bfloat16", sys.argv[2]
     lm = from_config.from_config(config.model, 1024)
     mesh = sharding.make_mesh("data=2, fsdp=2, tensor=2", list(devices()))
-    with jax.set_mesh(mesh), kernel_choice.compiling_for(TARGET), kernel_choice.recording() as used:
+    with jax.set_mesh(mesh), kernel_choice.compiling_for(TARGET), kernel_choice.recording_kernels() as used:
         abstract = jax.eval_shape(step.init_state(lm, config.train, 0, 256))
         where = sharding.shardings(abstract, mesh)
         train = step.jit_train_step(lm, config.train, mesh, where)

@@ -53,7 +53,7 @@ def main():
     config.model.precision, config.model.ffn = "bfloat16", (sys.argv[4:] or ["swiglu"])[0]
     alone = sys.argv[3] == "data=1"
     mesh = sharding.make_mesh(sys.argv[3], list(ahead.devices())[: 1 if alone else None])
-    with kernel_choice.compiling_for(ahead.TARGET), kernel_choice.recording() as used:
+    with kernel_choice.compiling_for(ahead.TARGET), kernel_choice.recording_kernels() as used:
         lm = from_config.from_config(config.model, VOCABULARY).clone(scan=False)
         boxed = model.abstract_params(lm)
         shapes = nn.unbox(boxed)

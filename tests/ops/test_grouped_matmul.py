@@ -64,7 +64,7 @@ def test_kernel_is_the_loop_over_groups(kernel, case):
 
 def test_equal_groups_need_no_sizes():
     x, w, dy = operands((8, 8, 8))
-    with kernel_choice.recording() as used:
+    with kernel_choice.recording_kernels() as used:
         result = found(x, w, dy, None, "float32", "auto")
     close(result, expected(x, w, dy, (8, 8, 8)), 1e-6)
     assert used == {"grouped_matmul": {"batched"}}
@@ -119,7 +119,7 @@ def test_few_rows_touch_few_matrices():
 def test_platform_chooses(platform, kernel, monkeypatch):
     monkeypatch.setattr(kernel_choice, "platform", lambda: platform)
     x, w, _ = operands((4, 4))
-    with kernel_choice.recording() as used:
+    with kernel_choice.recording_kernels() as used:
         jax.eval_shape(lambda: grouped_matmul(x, w, jnp.array((4, 4)), "float32"))
     assert used == {"grouped_matmul": {kernel}}
 

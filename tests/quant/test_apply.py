@@ -93,7 +93,7 @@ def test_one_device_equals_eight(mesh_spec, moe):
     packed = quantize(contract.parameters(lm), "int4", rules)
     exact = contract.logits(lm, contract.tokens(), packed)
     mesh = sharding.make_mesh(mesh_spec)
-    with jax.set_mesh(mesh), kernel_choice.recording() as used:
+    with jax.set_mesh(mesh), kernel_choice.recording_kernels() as used:
         where = sharding.shardings(jax.eval_shape(lambda params: quantize(params, "int4", rules), boxed(lm)), mesh)
         ctx = contract.Context.packed(contract.positions())
         run = jax.jit(lambda params, ids: lm.apply({"params": params}, ids, ctx)[0], in_shardings=(where, None))
@@ -137,7 +137,7 @@ def test_state_is_donated_beside_native_products():
 
     ids = contract.tokens()[:, :1]
     states = jax.tree.map(jnp.copy, model.init_states(lm, contract.B, 4))
-    with kernel_choice.recording() as used:
+    with kernel_choice.recording_kernels() as used:
         kept, _ = jax.jit(step)(packed, ids, states)
     given, _ = jax.jit(step, donate_argnums=2)(packed, ids, states)
     assert used["matmul_int4"] in ({"ffi"}, {"xla"})

@@ -93,7 +93,7 @@ def test_each_device_multiplies_its_part(kind, mesh_spec, form, monkeypatch):
 @pytest.mark.skipif(not native.instruction_sets(), reason="no native products were built")
 @pytest.mark.parametrize("mesh_spec", ["data=2, tensor=4", slow_case("fsdp=4, tensor=2")])
 def test_native_products_are_each_devices_own(mesh_spec):
-    with kernel_choice.recording() as used:
+    with kernel_choice.recording_kernels() as used:
         alone, found, _ = on_mesh("dropless", "int4", sharding.make_mesh(mesh_spec))
     assert used["matmul_int4"] == {"ffi"}
     for a, b in zip(alone, found, strict=True):

@@ -196,7 +196,7 @@ def test_what_does_not_multiply_together(monkeypatch):
 def test_the_kernel_is_chosen_and_noted(monkeypatch):
     one = leaf("int4", normal(64, 32))
     few, many = jnp.ones((products.FEW, 64)), jnp.ones((products.FEW + 1, 64))
-    with kernel_choice.recording() as used:
+    with kernel_choice.recording_kernels() as used:
         jax.eval_shape(lambda: matmul(many, one, "float32"))
         assert used.pop("matmul_int4") == {"xla"}
         jax.eval_shape(lambda: matmul(few, one, "float32"))

@@ -121,7 +121,7 @@ def test_experts_are_multiplied_one_by_one(platform, monkeypatch):
     experts = experts.replace(values=jnp.arange(4, dtype=jnp.uint8)[:, None, None] * 17 ^ experts.values)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((40, 128)), jnp.float32)
     sizes = jnp.array([7, 0, 30, 3])
-    with kernel_choice.compiling_for(platform), kernel_choice.recording() as used:
+    with kernel_choice.compiling_for(platform), kernel_choice.recording_kernels() as used:
         found = grouped_matmul(x, experts, sizes, "float32")
     assert used == {"grouped_matmul": {"blocked"}, "matmul_int4": {"pallas"}}
     of_rows = np.repeat(np.asarray(experts.dense(), np.float64), sizes, axis=0)
@@ -131,7 +131,7 @@ def test_experts_are_multiplied_one_by_one(platform, monkeypatch):
 def test_it_is_chosen_on_one_device_of_its_platform():
     one = jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((64, 128)), False))
     for target, kind in (("gpu", "pallas"), ("tpu", "pallas"), ("cpu", "xla")):
-        with kernel_choice.compiling_for(target), kernel_choice.recording() as used:
+        with kernel_choice.compiling_for(target), kernel_choice.recording_kernels() as used:
             jax.eval_shape(lambda one, x: matmul(x, one, "bfloat16"), one, jnp.ones((products.FEW + 1, 128)))
         assert used["matmul_int4"] == {kind}
 
@@ -142,7 +142,7 @@ def test_without_triton_a_gpu_multiplies_through_xla(monkeypatch):
     monkeypatch.setattr(products, "has_triton", lambda: False)
     one, x = Int4Form().leaf(jnp.ones((64, 128)), False), jnp.ones((products.FEW + 1, 128))
     for target, kind in (("gpu", "xla"), ("tpu", "pallas")):
-        with kernel_choice.compiling_for(target), kernel_choice.recording() as used:
+        with kernel_choice.compiling_for(target), kernel_choice.recording_kernels() as used:
             jax.eval_shape(lambda one, x: matmul(x, one, "bfloat16"), one, x)
         assert used["matmul_int4"] == {kind}
 
@@ -163,7 +163,7 @@ def test_each_device_multiplies_its_part(mesh_spec, form, rows, width, axes, pla
     one = leaf(form, 256, width, 32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 5, width)), jnp.float32)
     mesh = sharding.make_mesh(mesh_spec)
-    with jax.set_mesh(mesh), kernel_choice.compiling_for(platform), kernel_choice.recording() as used:
+    with jax.set_mesh(mesh), kernel_choice.compiling_for(platform), kernel_choice.recording_kernels() as used:
         placed = jax.tree.map(
             lambda array, names: jax.device_put(array, NamedSharding(mesh, sharding.spec(names, array.shape, mesh))),
             *(one, one.axes(axes)),

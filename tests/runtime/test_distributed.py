@@ -271,7 +271,7 @@ def test_a_launcher_that_jax_does_not_know_is_named(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setattr(distributed.jax.config, "update", lambda *_: None)
     monkeypatch.setattr(distributed.jax.distributed, "initialize", unknown)
-    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE = 2, but jax finds no cluster.*JAX_COORDINATOR_ADDRESS"):
+    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE = 2: JAX finds no cluster.*JAX_COORDINATOR_ADDRESS"):
         distributed.initialise()
 
 
@@ -305,5 +305,5 @@ def test_what_stops_one_process_stops_all(texts, tmp_path):
     good = runs.arguments(texts, tmp_path / "run")
     statuses, outputs = finish(start(good, [*good, "--config.data=text(path='/nowhere/*.txt')"]))
     assert statuses == [2, 2]
-    assert outputs[0][-1] == "efficientllm: process 1 cannot go on; it says why"
+    assert outputs[0][-1] == "efficientllm: process 1 cannot continue; its own message says why"
     assert len(outputs[1]) == 1 and "/nowhere" in outputs[1][0]

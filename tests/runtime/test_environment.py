@@ -13,8 +13,8 @@ pytestmark = pytest.mark.quick
     [
         ({"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS = 'here': must be HOST:PORT"),
         ({"JAX_COORDINATOR_ADDRESS": "here:99999"}, "must be HOST:PORT"),
-        ({}, "needs JAX_NUM_PROCESSES too"),
-        ({"JAX_NUM_PROCESSES": "2"}, "needs JAX_PROCESS_ID too"),
+        ({}, "JAX_NUM_PROCESSES is missing; set it"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is missing; set it"),
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES = 'two': must be at least 1"),
         ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES = '0': must be at least 1"),
         ({"JAX_NUM_PROCESSES": "9" * 5000}, "JAX_NUM_PROCESSES"),

@@ -26,7 +26,7 @@ def stop(signum):
 def test_a_signal_is_a_status_and_one_line(signum, capsys):
     before = signal.getsignal(signum)
     assert stopping.stoppable(lambda argv: stop(signum))() == 128 + signum
-    assert capsys.readouterr().err == f"efficientllm: stopped by {signum.name}; the same command goes on\n"
+    assert capsys.readouterr().err == f"efficientllm: stopped by {signum.name}; the same command resumes\n"
     assert signal.getsignal(signum) is before
 
 
@@ -44,11 +44,11 @@ def test_one_that_was_lost_is_found_at_the_next_check():
     def main(argv):
         with contextlib.suppress(KeyboardInterrupt):
             stop(signal.SIGTERM)
-        stopping.check()
+        stopping.raise_if_stopped()
         raise AssertionError
 
     assert stopping.stoppable(main)() == 143
-    stopping.check()  # that of an earlier command is no longer one
+    stopping.raise_if_stopped()  # that of an earlier command is no longer one
 
 
 def test_other_errors_and_threads_are_left_alone():
@@ -90,7 +90,7 @@ def test_stopped_while_python_has_no_turn(work, signum):
         process.send_signal(signum)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
-    assert error == f"efficientllm: stopped by {signum.name}; the same command goes on\n"
+    assert error == f"efficientllm: stopped by {signum.name}; the same command resumes\n"
 
 
 SAVES = """

@@ -180,7 +180,7 @@ def _ours(method, model, options, host):
     batch = step_memory.batch_shapes(options.batch, options.length - 1, sharding.batch_sharding(mesh))
     # In the order of a run: compiled from shapes before a weight is read.
     train = step.jit_train_step(lm, config.train, mesh, where, tuned).lower(shaped, batch).compile()
-    malloc.give_back()
+    malloc.trim()
     state = setup.create_state(run)
 
     def one(tokens):

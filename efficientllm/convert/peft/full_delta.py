@@ -21,7 +21,7 @@ def peft_form(method, leaves, found):
     """
     kind = method.peft.kind
     arrays = {
-        path: {field: np.asarray(distributed.on_host(getattr(leaf, field)), np.float32) for field in method.learnt}
+        path: {field: np.asarray(distributed.to_host(getattr(leaf, field)), np.float32) for field in method.learnt}
         for path, leaf in leaves.items()
     }
     if not distributed.is_main():

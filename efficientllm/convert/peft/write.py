@@ -69,8 +69,8 @@ def write(lm, spec, params, folder, source):
 
 def _on_host(leaf, with_base):
     """The leaf with its factors, and on demand what they are around, in every process's memory."""
-    whole = {name: distributed.on_host(getattr(leaf, name)) for name in ("a", "b", "m") if hasattr(leaf, name)}
-    return leaf.replace(base=distributed.on_host(leaf.base) if with_base else None, **whole)
+    whole = {name: distributed.to_host(getattr(leaf, name)) for name in ("a", "b", "m") if hasattr(leaf, name)}
+    return leaf.replace(base=distributed.to_host(leaf.base) if with_base else None, **whole)
 
 
 def _module(tensor, held):

@@ -104,12 +104,12 @@ def test_large_scores_and_rows_that_may_read_nothing():
 def test_it_is_chosen_for_decoding_one_token_on_one_cpu_device():
     q, k, v, _ = a_state(2, 33, 4, 2, 16, 16, "float32")
     at_B1 = jnp.asarray([[7], [32]])
-    with kernel_choice.recording() as used:
+    with kernel_choice.recording_kernels() as used:
         one = attend(q[:, None], k, v, Mask(query_index_BT=at_B1, window=9))
         two = attend(jnp.repeat(q[:, None], 2, 1), k, v, Mask(query_index_BT=jnp.repeat(at_B1, 2, 1), window=9))
     assert used["attention"] == {"ffi", "xla"}
     np.testing.assert_allclose(one[:, 0], two[:, 0], atol=2e-6)
-    with kernel_choice.compiling_for("tpu"), kernel_choice.recording() as used:
+    with kernel_choice.compiling_for("tpu"), kernel_choice.recording_kernels() as used:
         attend(q[:, None], k, v, Mask(query_index_BT=at_B1))
     assert used["attention"] == {"xla"}
 
