@@ -187,7 +187,7 @@ def check_hardware(where: str, value: typing.Any, has_plugins: bool = False) -> 
     """A device of the planner's hardware table."""
     from efficientllm.cost import hardware_table
 
-    hardware_table.entry(value)
+    hardware_table.find_hardware(value)
 
 
 def check_baseline(where: str, value: typing.Any, has_plugins: bool = False) -> None:

@@ -1,6 +1,6 @@
-"""What a device could do at best: datasheet figures by exact device name, and a matrix product measured on this host.
+"""Peak FLOP/s and bandwidth of devices: datasheet figures, rates measured on this host, and MFU, HFU, MBU.
 
-Figures are dense (without structured sparsity), per device as JAX counts devices, in FLOP/s and byte/s.
+Datasheet figures are dense (without structured sparsity), per JAX device, in FLOP/s and byte/s.
 """
 
 import dataclasses
@@ -10,38 +10,41 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from efficientllm.cost.hardware_table import table
+from efficientllm.cost.hardware_table import read_table
 from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.runtime.atomic_write import write_atomically
 
 log = logging.getLogger("efficientllm")
 CONVENTION = "matmul FLOPs of the model (causal half, lookup 0, router counted, optimiser not)"
-EXECUTED = "matmul FLOPs of the program, with all that it masks, drops and computes twice"
+EXECUTED = "matmul FLOPs of the program, with masked, dropped and rematerialized ones"
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Datasheet peaks of one device; `flops` by compute dtype, where `tf32` is float32 on NVIDIA's tensor cores.
+    """Datasheet peaks of a device; `flops` by compute dtype, where `tf32` is float32 on NVIDIA's tensor cores.
 
-    Of GeForces they are of products that accumulate in float32, as JAX's do, at half of the rate in the headlines.
+    GeForce figures are for products that accumulate in float32, as JAX's do: half of the headline rate.
     """
 
-    flops: dict
+    flops: dict[str, float]
     bandwidth: float
     source: str
 
 
-# Keyed by what JAX calls `device_kind`. A device that is not here has no MFU: a near name may be half as fast.
-PEAKS = {facts["device_kind"]: Peak(**facts["peaks"]) for facts in table()["hardware"].values() if "peaks" in facts}
+# By JAX's `device_kind`. An unknown device has no MFU: one with a similar name may be half as fast.
+PEAKS = {
+    facts["device_kind"]: Peak(**facts["peaks"]) for facts in read_table()["hardware"].values() if "peaks" in facts
+}
 
 
-def peak_flops(device_kind, dtype):
+def peak_flops(device_kind: str, dtype: str) -> Reading:
     """Dense peak of one device at a compute dtype (`"bfloat16"`, `"tf32"`, ...) in FLOP/s, as a Reading."""
     peak = PEAKS.get(device_kind)
     if peak is None:
@@ -51,7 +54,7 @@ def peak_flops(device_kind, dtype):
     return Reading(peak.flops[dtype], "FLOP/s", peak.source)
 
 
-def peak_bandwidth(device_kind):
+def peak_bandwidth(device_kind: str) -> Reading:
     """Peak memory bandwidth of one device in byte/s, as a Reading."""
     peak = PEAKS.get(device_kind)
     if peak is None:
@@ -59,18 +62,22 @@ def peak_bandwidth(device_kind):
     return Reading(peak.bandwidth, "byte/s", peak.source)
 
 
-def model_flops_utilisation(flops, seconds, devices, dtype):
-    """`{"mfu": Reading, "mfu_gemm": Reading}`: model FLOPs done in `seconds` on `devices` over what they could do.
+def model_flops_utilisation(
+    flops: float, seconds: float, devices: Sequence[jax.Device], dtype: jax.typing.DTypeLike
+) -> dict[str, Reading]:
+    """`{"mfu": Reading, "mfu_gemm": Reading}`: rate of model FLOPs over the peak rate of `devices`.
 
-    `mfu` is against the datasheet, `mfu_gemm` against the best matrix product measured on this host. The CPU devices
-    of one process share its cores and count as one. float32 on an NVIDIA GPU is held against TF32, as which JAX runs
+    The peak of `mfu` is the datasheet's, that of `mfu_gemm` the best matrix product measured on this host. CPU devices
+    of a process share its cores and count as one. For float32 on an NVIDIA GPU the peak is TF32's, as which JAX runs
     it at its default precision.
     """
     return _utilisation(("mfu", "mfu_gemm"), CONVENTION, flops, seconds, devices, dtype)
 
 
-def hardware_flops_utilisation(flops, seconds, devices, dtype):
-    """`{"hfu": Reading, "hfu_gemm": Reading}`: as `model_flops_utilisation`, of the FLOPs that a program executes.
+def hardware_flops_utilisation(
+    flops: Reading, seconds: float, devices: Sequence[jax.Device], dtype: jax.typing.DTypeLike
+) -> dict[str, Reading]:
+    """`{"hfu": Reading, "hfu_gemm": Reading}`: like `model_flops_utilisation`, for the FLOPs that a program executes.
 
     `flops` is a Reading: None where a program's FLOPs cannot be counted.
     """
@@ -80,7 +87,7 @@ def hardware_flops_utilisation(flops, seconds, devices, dtype):
 
 
 def _utilisation(keys, convention, flops, seconds, devices, dtype):
-    kind, count = devices[0].device_kind, parallel(devices)
+    kind, count = devices[0].device_kind, count_parallel(devices)
     dtype = jnp.dtype(dtype).name
     peaks = (
         peak_flops(kind, "tf32" if dtype == "float32" and kind.startswith("NVIDIA") else dtype),
@@ -90,8 +97,8 @@ def _utilisation(keys, convention, flops, seconds, devices, dtype):
     return {key: _share(peak, rate, convention) for key, peak in zip(keys, peaks, strict=True)}
 
 
-def parallel(devices):
-    """How many of the devices can be busy at a time: the CPU devices of a process are one machine."""
+def count_parallel(devices: Sequence[jax.Device]) -> int:
+    """Counts the devices that can be busy at once: all CPU devices of a process count as one."""
     on_cpu = devices[0].platform == "cpu"
     return len({device.process_index for device in devices}) if on_cpu else len(devices)
 
@@ -103,33 +110,35 @@ def _share(peak, rate, convention):
 
 
 @functools.cache
-def measure_gemm_peak(dtype):
+def measure_gemm_peak(dtype: str) -> Reading:
     """Best rate of a square matrix product on one local device in FLOP/s, as a Reading; takes seconds, once a host.
 
-    Kept in `$EFFICIENTLLM_CACHE/gemm_peaks.json` (`~/.cache/efficientllm`) under host, cores, device, dtype and jax
-    version; removing the file measures again, as one should if the host was busy at the first time.
+    Cached in `$EFFICIENTLLM_CACHE/gemm_peaks.json` (`~/.cache/efficientllm`) by host, cores, device, dtype and jax
+    version. If the host was busy at the first measurement, remove the file.
     """
-    best = _once("gemm_peaks.json", dtype, lambda: _best_gemm(dtype))
+    best = _cached("gemm_peaks.json", dtype, lambda: _best_gemm(dtype))
     return Reading(best, "FLOP/s", f"best {dtype} matrix product measured on this host")
 
 
 @functools.cache
-def measure_copy_bandwidth():
-    """Best rate at which one local device copies a large array in byte/s, read and written, as a Reading.
+def measure_copy_bandwidth() -> Reading:
+    """Best rate of a copy of a large array on one local device in byte/s, read and written, as a Reading.
 
-    Kept as `measure_gemm_peak`'s is, in `copy_bandwidths.json`.
+    Cached like `measure_gemm_peak`, in `copy_bandwidths.json`.
     """
-    best = _once("copy_bandwidths.json", "copy", best_copy)
+    best = _cached("copy_bandwidths.json", "copy", measure_copy)
     return Reading(best, "byte/s", "best copy of a large array measured on this host, read and written")
 
 
-def bandwidth_utilisation(bytes_, seconds, devices, what="weights and state read"):
-    """`{"mbu": Reading, "mbu_copy": Reading}`: bytes that had to move in `seconds` over what `devices` could move.
+def bandwidth_utilisation(
+    bytes_: float, seconds: float, devices: Sequence[jax.Device], what: str = "weights and state read"
+) -> dict[str, Reading]:
+    """`{"mbu": Reading, "mbu_copy": Reading}`: rate of the necessary memory traffic over the bandwidth of `devices`.
 
-    `mbu` is against the datasheet, `mbu_copy` against a copy measured on this host.
+    The peak of `mbu` is the datasheet's, that of `mbu_copy` a copy measured on this host.
     """
-    count = parallel(devices)
-    found = {"mbu": peak_bandwidth(devices[0].device_kind), "mbu_copy": measure_copy_bandwidth()}
+    count = count_parallel(devices)
+    peaks = {"mbu": peak_bandwidth(devices[0].device_kind), "mbu_copy": measure_copy_bandwidth()}
     return {
         key: missing("1", peak.reason)
         if peak.value is None
@@ -138,41 +147,41 @@ def bandwidth_utilisation(bytes_, seconds, devices, what="weights and state read
             "1",
             f"{what} over {peak.value / 1e9:.4g} GB/s: {peak.source}",
         )
-        for key, peak in found.items()
+        for key, peak in peaks.items()
     }
 
 
-def measured_roofline(flops, bytes_, devices, dtype):
-    """The time in s below which `devices` cannot do `flops` and move `bytes_`, as a Reading: the longer of the two, at
-    the rates measured on this host."""
-    flops_s = flops / (parallel(devices) * measure_gemm_peak(jnp.dtype(dtype).name).value)
-    bytes_s = bytes_ / (parallel(devices) * measure_copy_bandwidth().value)
+def measured_roofline(
+    flops: float, bytes_: float, devices: Sequence[jax.Device], dtype: jax.typing.DTypeLike
+) -> Reading:
+    """Roofline time in s as a Reading: the longer of `flops` and `bytes_`, at the rates measured on this host."""
+    flops_s = flops / (count_parallel(devices) * measure_gemm_peak(jnp.dtype(dtype).name).value)
+    bytes_s = bytes_ / (count_parallel(devices) * measure_copy_bandwidth().value)
     bound = f"max({flops_s:.3g} s of FLOPs at the best matrix product, {bytes_s:.3g} s of bytes at the best copy)"
     return Reading(max(flops_s, bytes_s), "s", f"{bound}, both measured on this host")
 
 
-def _once(file, what, measure):
-    """`measure()`, kept in a file of the cache. A damaged file is measured again; one that cannot be written is not
-    kept, since a rate is not worth a run."""
-    path, key = cache_folder() / file, _host_key(what)
-    known = _rates(path)
-    if key not in known:
-        known[key] = measure()
+def _cached(file, quantity, measure):
+    """`measure()`, cached in a file. Failing to read or write the cache is only a warning."""
+    path, key = cache_folder() / file, _host_key(quantity)
+    rates = _rates(path)
+    if key not in rates:
+        rates[key] = measure()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(known, indent=2))
+            write_atomically(path, json.dumps(rates, indent=2))
         except OSError as error:
             log.warning(f"{path} cannot be written ({error.strerror}): the next run measures this machine again")
-    return known[key]
+    return rates[key]
 
 
 def _rates(path):
-    """The rates that a file holds: positive numbers by host and what was measured."""
+    """Reads the cached rates of a file: positive numbers by host and quantity."""
     try:
-        known = json.loads(path.read_text())
-        if not all(isinstance(rate, float) and 0 < rate < math.inf for rate in known.values()):
+        rates = json.loads(path.read_text())
+        if not all(isinstance(rate, float) and 0 < rate < math.inf for rate in rates.values()):
             raise ValueError("not a rate")
-        return known
+        return rates
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
@@ -180,8 +189,8 @@ def _rates(path):
         return {}
 
 
-def cache_folder():
-    """Where measurements of this host are kept."""
+def cache_folder() -> Path:
+    """Folder of the measurements cached for this host."""
     return Path(os.environ.get("EFFICIENTLLM_CACHE") or Path.home() / ".cache" / "efficientllm")
 
 
@@ -205,9 +214,12 @@ def _best_gemm(dtype, sizes=None, repeats=8):
     return best
 
 
-def best_copy(size=None, repeats=8, apart=False):
-    """Best byte/s of a copy of `size` floats, far beyond the caches, each element read and written: `x + 1` where x
-    lies; or `apart`, from one array into another, whose lines a CPU reads too before it writes them, uncounted."""
+def measure_copy(size: int | None = None, repeats: int = 8, apart: bool = False) -> float:
+    """Measures the best byte/s of a copy of `size` floats, which exceed the caches; reads and writes both count.
+
+    The copy is `x + 1` in place; with `apart` it goes from one array into another. A CPU reads the target's cache
+    lines before it writes them, which is not counted.
+    """
     size = size or (2**26 if jax.default_backend() == "cpu" else 2**28)
     copy = jax.jit(lambda x, source: x.at[:].set(source) if apart else x + 1, donate_argnums=0)
     x, source = jnp.zeros(size, jnp.float32), jnp.ones(size if apart else 1, jnp.float32)
@@ -220,8 +232,8 @@ def best_copy(size=None, repeats=8, apart=False):
     return best
 
 
-def best_read(size=2**26, repeats=8):
-    """Best byte/s at which an array of `size` floats, far beyond the caches, is read and nothing like it written."""
+def measure_read(size: int = 2**26, repeats: int = 8) -> float:
+    """Measures the best byte/s of reading `size` floats, which exceed the caches, with little written."""
     largest = jax.jit(lambda x: jnp.max(x.reshape(-1, 1024), 0))
     x = jnp.ones(size, jnp.float32)
     jax.block_until_ready(largest(x))

@@ -1,43 +1,46 @@
-"""The package's table of hardware: `{"gpu": facts common to GPUs, "hardware": {name: facts}}`."""
+"""Hardware table, data/hardware.json: `{"gpu": facts common to GPUs, "hardware": {name: facts}}`."""
 
 import functools
 import importlib.resources
 import json
+import typing
 
 from efficientllm.errors import UserError, did_you_mean, shown
 from efficientllm.registry.ranges import POSITIVE, check_range, real, whole
 from efficientllm.untrusted import json_text
 
+Facts = dict[str, typing.Any]
 BYTES = real(2**20)
 
 
 @functools.cache
-def table():
-    """The whole table."""
+def read_table() -> dict[str, typing.Any]:
+    """Reads the whole table."""
     return json.loads(importlib.resources.files("efficientllm.cost").joinpath("data/hardware.json").read_text("utf-8"))
 
 
-def plannable():
-    """`{name: facts}` of the hardware that can be planned for: of some devices only the peaks are known."""
-    return {name: facts for name, facts in table()["hardware"].items() if "sources" in facts}
+def plannable_hardware() -> dict[str, Facts]:
+    """`{name: facts}` of hardware that can be planned for; of other devices only the peaks are known."""
+    return {name: facts for name, facts in read_table()["hardware"].items() if "sources" in facts}
 
 
-def entry(name):
-    """`(name in the table, facts)` of `config.plan.hardware`: a name, a beginning that only one has, or a .json file.
+def find_hardware(name: str) -> tuple[str, Facts]:
+    """Looks up `config.plan.hardware` -> `(name in the table, facts)`.
 
-    Case, dashes, blanks and the maker's name do not matter: `RTX 4090`, `NVIDIA H100`. Raises UserError.
+    `name` is a name, a unique prefix of one, or a .json file of the user's. Case, dashes, blanks and the maker's name
+    do not matter: `RTX 4090`, `NVIDIA H100`. Raises UserError.
     """
     if name.endswith(".json"):
-        return name, _own(name)
-    known, wanted = plannable(), _plain(name)
-    exact = [full for full, facts in known.items() if wanted in map(_plain, (full, *facts.get("also", ())))]
-    near = exact or [full for full in known if wanted and _plain(full).startswith(wanted)]
-    if len(near) != 1:
+        return name, _read_file(name)
+    hardware, wanted = plannable_hardware(), _plain(name)
+    exact = [full for full, facts in hardware.items() if wanted in map(_plain, (full, *facts.get("also", ())))]
+    matches = exact or [full for full in hardware if wanted and _plain(full).startswith(wanted)]
+    if len(matches) != 1:
         raise UserError(
-            f"config.plan.hardware = {shown(name)}: no such hardware; known: {', '.join(known)}, or a .json file of "
-            f"your own{did_you_mean(name.lower(), known)}"
+            f"config.plan.hardware = {shown(name)}: no such hardware; known: {', '.join(hardware)}, or a .json file of "
+            f"your own{did_you_mean(name.lower(), hardware)}"
         )
-    return near[0], {key: value for key, value in known[near[0]].items() if key != "also"}
+    return matches[0], {key: value for key, value in hardware[matches[0]].items() if key != "also"}
 
 
 def _plain(name):
@@ -45,13 +48,13 @@ def _plain(name):
     return text.replace("nvidia", "").replace("geforce", "").removeprefix("rtx")
 
 
-# What a file of one's own hardware must say, and what it may.
+# Required and optional facts in a file of the user's hardware.
 NEEDED = {"device_kind": str, "memory_bytes": BYTES, "bandwidth": POSITIVE, "flops": dict}
 ALSO = {"platform": str, "tdp_w": POSITIVE, "per_host": whole(1, 2**16), "link": POSITIVE, "network": POSITIVE}
 
 
-def _own(path):
-    """The facts in a JSON file of the user's: those of the table, and `flops` by dtype. Raises UserError."""
+def _read_file(path):
+    """Reads the user's JSON file, with the facts of a table entry and `flops` by dtype. Raises UserError."""
     where = f"config.plan.hardware = {path!r}"
     facts = json_text.read(path, where=where)
     if missing := [key for key in NEEDED if key not in facts]:

@@ -1,38 +1,40 @@
-"""Exact matmul FLOPs of a function, from its jaxpr: the check of every analytic FLOP model.
+"""Exact matmul FLOPs of a function from its jaxpr; tests check the formulas against them.
 
-XLA's own `cost_analysis` counts the body of a scan once, however long the scan. Here a scan counts its length, a
-`cond` its dearest branch, a `shard_map` every shard; a multiply-add is two FLOPs. Zeros are multiplied like anything
-else: causal masks are not halved, and padding of a convolution counts.
+XLA's `cost_analysis` counts the body of a scan once, whatever its length. Here a scan counts its length, a `cond` its
+most expensive branch, a `shard_map` every shard; a multiply-add is two FLOPs. Products with zeros count too: causal
+masks are not halved, and padding of a convolution counts.
 """
 
 import math
+import typing
+from collections.abc import Callable
 
 import jax
 from jax.interpreters import partial_eval
 
-# A kernel of its own says nothing of its products: count the plain form of the same function instead.
+# The jaxpr of a custom kernel does not show its products: count the reference form of the same function instead.
 OPAQUE = ("pallas_call", "ffi_call", "custom_call", "dot_product_attention", "triton_kernel_call")
 
 
-def count_matmul_flops(fn, *args, **kwargs):
+def count_matmul_flops(fn: Callable, *args, **kwargs) -> float:
     """FLOPs of every matrix product, ragged product and convolution in one call of `fn`.
 
     `args` may be arrays or `jax.ShapeDtypeStruct`; nothing is computed. Raises ValueError for products inside a
-    `while` loop, whose trip count no jaxpr knows, and for opaque kernels.
+    `while` loop, whose trip count is not in the jaxpr, and for opaque kernels.
     """
     return _count(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
 
 
-def count_needed_flops(fn, *args):
-    """`count_matmul_flops` of what some result depends on; the rest is left out, as the compiler leaves it out."""
+def count_needed_flops(fn: Callable, *args) -> float:
+    """`count_matmul_flops` without dead code, which the compiler removes as well."""
     return count_program_flops(jax.make_jaxpr(fn)(*args))
 
 
-def count_program_flops(closed_jaxpr, turns=None):
-    """`count_needed_flops` of a program that is traced already (`jax.jit(fn).trace(...).jaxpr`).
+def count_program_flops(closed_jaxpr: typing.Any, turns: int | None = None) -> float:
+    """`count_needed_flops` of a traced program (`jax.jit(fn).trace(...).jaxpr`).
 
-    `turns` is how often its outer `while` loops run, of a program that is such a loop; those inside of them and all
-    others raise ValueError if they hold products.
+    `turns` is the trip count of its outermost `while` loops. Nested `while` loops, and all of them without `turns`,
+    raise ValueError if they hold products.
     """
     jaxpr = closed_jaxpr.jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -65,13 +67,13 @@ def _count_equation(equation, turns):
 
 
 def _shards(params):
-    """Shards of a shard_map: its body has the shapes of one."""
+    """Number of shards of a shard_map, whose body has the shapes of one shard."""
     axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]  # renamed in jax 0.10
     return math.prod(params["mesh"].shape[axis] for axis in axes)
 
 
 def _subjaxprs(params):
-    """Every jaxpr among an equation's parameters: bodies, branches, the primal function of a custom derivative."""
+    """Yields the jaxprs among an equation's parameters: bodies, branches, primal functions of custom derivatives."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(item, "eqns"):
@@ -87,7 +89,7 @@ def _dot_general(equation):
 
 
 def _ragged_dot_general(equation):
-    """Each row of the left side meets one group of the right side, so groups cost nothing beyond their rows."""
+    """Each row of the left side multiplies one group of the right side: the number of groups does not matter."""
     lhs, rhs = (operand.aval.shape for operand in equation.invars[:2])
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batched) = numbers.dot_dimension_numbers

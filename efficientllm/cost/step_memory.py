@@ -1,16 +1,17 @@
-"""What a training step holds in memory, from its shapes alone: no array is made and nothing is compiled.
+"""Memory estimate of a training step from shapes: no array is made and nothing is compiled.
 
-Parameters and optimiser, gradients of what learns, and what the forward pass leaves for the backward pass. The last is
-the closure of the loss's vector-Jacobian product, as JAX would keep it: every architecture, method and remat policy
-says for itself what it keeps, and no formula has to follow them.
+It sums parameters, optimiser state, gradients of trainable parameters, and residuals. Residuals are the arrays in the
+closure of `jax.vjp` of the loss, so they follow every architecture, method and remat policy without a formula.
 """
 
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
 
 from efficientllm.adapters.base import join
+from efficientllm.model import LM
 from efficientllm.objectives.next_token import loss_fn
 from efficientllm.sharding import local_bytes
 
@@ -23,48 +24,54 @@ FIELDS = {
 }
 
 
-def batch_shapes(rows, length, sharding=None):
-    """A batch's abstract arrays, `[rows, length]` each."""
+def batch_shapes(
+    rows: int, length: int, sharding: jax.sharding.Sharding | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Abstract arrays of a batch, `[rows, length]` each."""
     return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in FIELDS.items()}
 
 
-def predicted_bytes(lm, state, rows, length, ways=1):
-    """Bytes of one device at the height of a step of `rows` rows (a micro-batch's) of `length` tokens.
+def predicted_bytes(lm: LM, state: typing.Any, rows: int, length: int, shards: int = 1) -> int:
+    """Peak bytes per device of a step of `rows` rows (of a micro-batch) of `length` tokens.
 
-    `state` is the abstract TrainState (with shardings, of one device's shards), unboxed; the rows are dealt out to
-    `ways` devices, and what tensor parallelism splits further is not taken off. Gradients are as the parameters.
+    state:  the abstract TrainState, unboxed; if it has shardings, one device's shards count.
+    shards: devices over which the rows are sharded. Tensor parallelism is not subtracted from the residuals.
+    Gradients take the bytes of the parameters.
     """
-    return local_bytes((state, state.params)) + math.ceil(activation_bytes(lm, state, rows, length) / ways)
+    return local_bytes((state, state.params)) + math.ceil(activation_bytes(lm, state, rows, length) / shards)
 
 
-def moved_bytes(lm, state, rows, length, accumulate=1):
-    """The bytes that a step moves over all devices, were every array to pass through memory once for each use.
+def moved_bytes(lm: LM, state: typing.Any, rows: int, length: int, accumulate: int = 1) -> int:
+    """Memory traffic of a step over all devices in bytes, if every use of an array passes through memory once.
 
     Each of `accumulate` micro-batches of `rows` rows reads the parameters forward and backward, and writes and reads
-    what the forward pass leaves. The optimiser reads the gradients, and reads and writes moments and what learns.
+    the residuals. The optimiser reads the gradients, and reads and writes moments and trainable parameters.
     """
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
-    learnt, frozen, moments = size(state.params), size(state.frozen), size(state.opt_state)
-    passes = 2 * (learnt + frozen) + 2 * activation_bytes(lm, state, rows, length)
-    return accumulate * (passes + learnt) + 3 * learnt + 2 * moments
+    trainable, frozen, moments = map(_tree_bytes, (state.params, state.frozen, state.opt_state))
+    passes = 2 * (trainable + frozen) + 2 * activation_bytes(lm, state, rows, length)
+    return accumulate * (passes + trainable) + 3 * trainable + 2 * moments
 
 
-def activation_bytes(lm, state, rows, length):
-    """Bytes that the forward pass leaves for the backward pass, and those of the group that is being remade."""
-    kept = _kept_bytes(lm, state, rows, length)
-    everything = _kept_bytes(lm.clone(remat="everything_saveable"), state, rows, length)
-    return kept + max(0, everything - kept) // lm.num_groups
+def activation_bytes(lm: LM, state: typing.Any, rows: int, length: int) -> int:
+    """Bytes of the residuals, and of the activations of the one group that is being rematerialized."""
+    residuals = _residual_bytes(lm, state, rows, length)
+    all_activations = _residual_bytes(lm.clone(remat="everything_saveable"), state, rows, length)
+    return residuals + max(0, all_activations - residuals) // lm.num_groups
 
 
-def _kept_bytes(lm, state, rows, length):
-    def closure(learnt, frozen, batch):
-        given = {id(leaf) for leaf in jax.tree.leaves((learnt, frozen, batch))}
+def _residual_bytes(lm, state, rows, length):
+    def closure(trainable, frozen, batch):
+        inputs = {id(leaf) for leaf in jax.tree.leaves((trainable, frozen, batch))}
 
-        def loss(learnt):
-            return loss_fn(lm, join(learnt, frozen), batch, 1.0)[0]
+        def loss(trainable):
+            return loss_fn(lm, join(trainable, frozen), batch, 1.0)[0]
 
-        backward = jax.vjp(loss, learnt)[1]
-        return [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given]
+        backward = jax.vjp(loss, trainable)[1]
+        return [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in inputs]
 
-    kept = jax.eval_shape(closure, state.params, state.frozen, batch_shapes(rows, length))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+    residuals = jax.eval_shape(closure, state.params, state.frozen, batch_shapes(rows, length))
+    return _tree_bytes(residuals)
+
+
+def _tree_bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

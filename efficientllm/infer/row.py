@@ -91,7 +91,7 @@ def study(lm, boxed, found, compared):
         "infer",
         tuple(found.requests_s),
         sum(found.requests_s),
-        formulas.parameters(lm, boxed)["active"],
+        formulas.count_parameters(lm, boxed)["active"],
         generated=found.rows * found.new_tokens * len(found.requests_s),
     )
     return study_metrics.paper_metrics(work, found.averages, _window(found), compared)
@@ -139,7 +139,7 @@ def times(found):
 
 def physical(lm, boxed, params, found, idle, mesh):
     """Everything physical but the peak of memory; `mesh` is that of the devices that serve."""
-    counts, of_weights = formulas.parameters(lm, boxed), "arrays of the parameter tree"
+    counts, of_weights = formulas.count_parameters(lm, boxed), "arrays of the parameter tree"
     length = found.prompt + found.new_tokens
     tree = {key: Reading(value, "1", "parameter tree") for key, value in counts.items()}
     decoded = found.rows * found.new_tokens * found.decodes

@@ -8,7 +8,7 @@ import os
 import jax
 
 from efficientllm.cost import device_peaks
-from efficientllm.cost.hardware_table import entry, table
+from efficientllm.cost.hardware_table import find_hardware, read_table
 from efficientllm.errors import UserError
 from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
@@ -101,7 +101,7 @@ def find(name, count):
 
     `count` devices share the memory of a CPU's host. Raises UserError listing the known names.
     """
-    name, facts = entry(name)
+    name, facts = find_hardware(name)
     if facts["platform"] == "cpu":
         facts |= {"memory_bytes": host.memory_total_bytes() // count}
     fields = [field.name for field in dataclasses.fields(Hardware) if field.name not in ("name", "facts", "link")]
@@ -169,7 +169,7 @@ def devices(hardware, count):
 
 def target_config(hardware):
     """A GPU as XLA wants it described: the text form of its `GpuTargetConfigProto`."""
-    own, common = hardware.facts, table()["gpu"]
+    own, common = hardware.facts, read_table()["gpu"]
     x, y, z = common["block_dim_limit"]
     major, minor = own["compute_capability"]
     feature = "feature_extension: ACCELERATED_FEATURES" if own["accelerated_features"] else ""

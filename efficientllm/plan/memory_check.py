@@ -13,7 +13,7 @@ from efficientllm.sharding import local_bytes
 
 def check_shapes(run):
     """Refuses a `train.setup.Setup` whose state alone is too large: before it is compiled. Raises UserError."""
-    room = available_memory.of(run.config, jax.local_devices())
+    room = available_memory.measure_available(run.config, jax.local_devices())
     if room is None:
         return
     copies = jax.local_device_count() if room.shared else 1
@@ -25,7 +25,7 @@ def check_shapes(run):
 
 def check_compiled(run):
     """Refuses a step for which the compiler plans too much: before its state is made. Raises UserError."""
-    room, planned = available_memory.of(run.config, jax.local_devices()), run.program_memory.value
+    room, planned = available_memory.measure_available(run.config, jax.local_devices()), run.program_memory.value
     if room is None or planned is None:
         return
     copies = jax.local_device_count()
@@ -36,7 +36,7 @@ def check_compiled(run):
 
 def check_serving(run):
     """Refuses a `Serving` whose weights and states are too large, before one is read. Raises UserError."""
-    config, room, weights = run.config, available_memory.of(run.config, run.devices), None
+    config, room, weights = run.config, available_memory.measure_available(run.config, run.devices), None
     if room is not None:
         weights = run.weights_bytes(config.quant, config.infer.rules)
     if weights is None:

@@ -102,7 +102,7 @@ _REASONS = {
 
 def physical(one, found):
     """What is known of the model without a clock, as readings."""
-    params = formulas.parameters(one.lm, one.boxed)
+    params = formulas.count_parameters(one.lm, one.boxed)
     executed = found.program_flops
     return {
         "params_total": Reading(params["total"], "1", "parameter tree"),

@@ -118,7 +118,7 @@ class Step:
 
     def rates(self, seconds):
         """The study's throughputs of a step that takes so long."""
-        rate = self.samples / seconds / formulas.parameters(self.lm, self.boxed)["active"]
+        rate = self.samples / seconds / formulas.count_parameters(self.lm, self.boxed)["active"]
         return {"tt_tokens_per_param_s": rate * self.config.train.length, "st_samples_per_param_s": rate}
 
     def latencies(self, parts):

@@ -2,7 +2,6 @@
 
 import shlex
 import typing
-from collections.abc import Mapping
 
 from efficientllm.config.differences import differences
 from efficientllm.report.rows import Row
@@ -17,7 +16,7 @@ def rerun_command(row: Row) -> str:
     return shlex.join(["python", "-m", "efficientllm.main", *map(str, arguments)])
 
 
-def flags(config: Mapping[str, typing.Any]) -> list[str]:
+def flags(config: dict[str, typing.Any]) -> list[str]:
     """`--config.key=value` for each value of a flat config that differs from the base config."""
     return [f"--config.{key}={literal(config[key])}" for key in differences(config)]
 

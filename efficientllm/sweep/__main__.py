@@ -6,12 +6,12 @@
   --config=FILE         a Python file whose get_config() returns an efficientllm.sweep.Sweep
   --config.key=value    replaces one value in every run: --config.model.size=1.5b
   --out=DIR             where runs and report go (default: runs/sweeps/<name>)
-  --dry_run             prints every run with what it costs, and runs nothing
-  --retry=LIST          runs those again whose outcome is in the list: oom, crash, error, nan, timeout, invalid
+  --dry_run             prints every run with its estimated cost, and runs nothing
+  --retry=LIST          reruns the runs whose outcome is in the list: oom, crash, error, nan, timeout, invalid
   --launcher            local: one after another; slurm: one job array, a run an allocation
-  --partition           Slurm's
+  --partition           Slurm's partition
 
-The same command goes on with an interrupted sweep; what has a row is not run again.
+The same command resumes an interrupted sweep; runs that have a row are not repeated.
 Exit status: 0 all runs are ok, 1 some failed (their rows say how), 2 bad input, 130 stopped.
 """
 
@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.runtime import console, optional_packages
@@ -29,7 +30,7 @@ STOPPED = 130
 FLAGS = ("config", "out", "dry_run", "retry", "launcher", "partition")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` and returns the exit status."""
     console.print_all_letters()
     argv = sys.argv[1:] if argv is None else argv
@@ -49,8 +50,8 @@ def main(argv=None):
 
 
 @contextlib.contextmanager
-def stoppable():
-    """SIGTERM stops as Ctrl-C does: the run that is going is told, saves, and is waited for."""
+def stoppable() -> Iterator[None]:
+    """Handles SIGTERM like Ctrl-C: the current run is told to stop, saves, and is waited for."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -74,7 +75,7 @@ def _parse(argv):
 
 
 def _flag(argument, name, value):
-    """The value of a flag. Raises UserError for a switch with a value, or a flag without."""
+    """The value of a flag. Raises UserError for a switch with a value, or a flag without one."""
     from efficientllm.config import value_rules
 
     if name == "dry_run":
@@ -92,37 +93,37 @@ def _main(flags, extra):
     from efficientllm.sweep import check, execute, grid, launch, spec
 
     retry = _retry(flags.get("retry"))
-    launch.check(flags.get("launcher", "local"))
-    sweep = spec.load(flags["config"])
-    costs = check.costs(sweep, extra)
-    runs = [] if sweep.search else list(spec.runs(sweep, extra))
+    launch.check_launcher(flags.get("launcher", "local"))
+    sweep = spec.load_sweep(flags["config"])
+    costs = check.estimate_costs(sweep, extra)
+    runs = [] if sweep.search else list(spec.list_runs(sweep, extra))
     out = pathlib.Path(flags.get("out") or pathlib.Path("runs/sweeps") / sweep.name)
-    print(check.table(sweep, costs, runs, out))
+    print(check.format_costs(sweep, costs, runs, out))
     if "dry_run" in flags:
         return 0
     if sweep.search:
         return _search(sweep, flags, extra, out, retry)
-    launcher = launch.launcher(flags.get("launcher", "local"), out, flags.get("partition"))
+    launcher = launch.open_launcher(flags.get("launcher", "local"), out, flags.get("partition"))
     began = time.time()
 
     def run_all(runs, out):
         for run in runs:
-            if execute.outcome(out / run.folder) in retry:
-                execute.forget(out / run.folder)
+            if execute.read_outcome(out / run.folder) in retry:
+                execute.set_row_aside(out / run.folder)
         return launcher(runs, out, sweep, costs)
 
-    if sweep.grid and run_all(list(grid.runs(sweep, extra)), out / grid.FOLDER) is not None:
-        runs = list(spec.runs(sweep, extra, grid.choose(sweep, out, extra)))
-        print(grid.table(sweep, out))
+    if sweep.grid and run_all(list(grid.list_tries(sweep, extra)), out / grid.FOLDER) is not None:
+        runs = list(spec.list_runs(sweep, extra, grid.choose_values(sweep, out, extra)))
+        print(grid.format_choices(sweep, out))
     elif sweep.grid:
         return _stopped(began)
     outcomes = run_all(runs, out)
     if outcomes is None:
         return _stopped(began)
     _report(out)
-    failed = {run.folder: found for run, found in zip(runs, outcomes, strict=True) if found != "ok"}
-    for folder, found in failed.items():
-        print(f"{found:10} {out / folder}: {execute.why(out / folder)}")
+    failed = {run.folder: ended_as for run, ended_as in zip(runs, outcomes, strict=True) if ended_as != "ok"}
+    for folder, ended_as in failed.items():
+        print(f"{ended_as:10} {out / folder}: {execute.last_message(out / folder)}")
     return 1 if failed else 0
 
 
@@ -136,12 +137,12 @@ def _search(sweep, flags, extra, out, retry):
 
     if flags.get("launcher", "local") != "local":
         raise UserError(f"--launcher={flags['launcher']}: a search asks one run after another: --launcher=local")
-    found = search.search(sweep, out, extra, retry)
-    if found is None:
+    results = search.search_all(sweep, out, extra, retry)
+    if results is None:
         print("stopped; the same command goes on")
         return STOPPED
-    print(search.table(sweep, found))
-    return 0 if all(each.largest for each in found.values()) else 1
+    print(search.format_results(sweep, results))
+    return 0 if all(result.largest for result in results.values()) else 1
 
 
 def _retry(text):
@@ -150,13 +151,15 @@ def _retry(text):
     names = tuple(text.split(",")) if text else ()
     for name in names:
         if name not in OUTCOMES or name == "ok":
-            known = [each for each in OUTCOMES if each != "ok"]
-            raise UserError(f"--retry={text}: {name!r} is none of {', '.join(known)}{did_you_mean(name, known)}")
+            retryable = [outcome for outcome in OUTCOMES if outcome != "ok"]
+            raise UserError(
+                f"--retry={text}: {name!r} is none of {', '.join(retryable)}{did_you_mean(name, retryable)}"
+            )
     return names
 
 
 def _report(out):
-    """The report, in a process of its own: it needs the extra `report`."""
+    """Writes the report, in its own process: it needs the extra `report`."""
     done = subprocess.run([sys.executable, "-m", "efficientllm.report", str(out), f"--out={out / 'report'}"])
     if done.returncode:
         remedy = optional_packages.remedy("report")

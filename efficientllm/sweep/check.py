@@ -1,25 +1,27 @@
-"""What is known of a sweep before anything runs: what each variant costs, whether it fits, whether it is fair."""
+"""Checks of a sweep before it runs: the cost of each variant, whether it fits, and whether variants are equal."""
 
 import collections
 import contextlib
 import dataclasses
+import pathlib
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from efficientllm import main
 from efficientllm.errors import UserError
 from efficientllm.sweep import execute, spec
 
-MFU = 0.3  # of the host's best matrix product: what a training step of a small model reaches at the least
+MFU = 0.3  # share of the host's best matrix product that training steps of small models reach, at least
 IMPORTS = "import jax, flax, optax, orbax.checkpoint, tensorboard.summary, efficientllm.registry; jax.devices()"
 COMPILE_S = 20.0  # of a step and of an evaluation, on two cores: 4 to 23 s in the rows of experiments/
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a variant's run costs by closed formula; times are guesses of their order."""
+    """Cost of a variant's run by closed formula; times are estimates of their order of magnitude."""
 
     parameters: int
     active: int
@@ -27,14 +29,13 @@ class Cost:
     flops: float
     memory_bytes: float
 
-    def seconds(self, peak):
-        """At MFU of `peak` FLOP/s."""
+    def seconds(self, peak: float) -> float:
+        """Seconds at the share MFU of `peak` FLOP/s."""
         return self.flops / (MFU * peak)
 
 
-def costs(sweep, extra=()):
-    """`{variant: Cost}`. Raises UserError naming the variant whose config is wrong, or that is not equal to the
-    baseline in what the sweep says must be."""
+def estimate_costs(sweep: spec.Sweep, extra: Sequence[str] = ()) -> dict[str, Cost]:
+    """Estimates `{variant: Cost}`. Raises UserError for a wrong config, or one outside the sweep's `equal`."""
     found, argv = {}, {variant: spec.argv_of(sweep, variant, extra) for variant in sweep.variants}
     for variant in sweep.variants:  # all command lines first: that takes no time
         with _named(sweep, variant):
@@ -49,7 +50,7 @@ def costs(sweep, extra=()):
 
 @contextlib.contextmanager
 def _named(sweep, variant):
-    """A UserError within says of which variant it is."""
+    """Adds the variant's name to a UserError."""
     try:
         yield
     except UserError as error:
@@ -99,7 +100,7 @@ def _cost_of_training(config):
     lm = config_checks.training_lm(run)
     boxed = model.abstract_params(lm)
     state = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, run.method, config.quant))
-    params = formulas.parameters(lm, boxed)
+    params = formulas.count_parameters(lm, boxed)
     return Cost(
         parameters=params["total"],
         active=params["active"],
@@ -128,7 +129,7 @@ def _cost_of_inference(config):
     length = asked.prompt_length + asked.max_new_tokens
     lm = serving.serving_lm(run, length)
     boxed = model.abstract_params(lm)
-    params, middle = formulas.parameters(lm, boxed), asked.prompt_length + asked.max_new_tokens // 2
+    params, middle = formulas.count_parameters(lm, boxed), asked.prompt_length + asked.max_new_tokens // 2
     decode = asked.max_new_tokens * formulas.decode_flops(lm, boxed, middle)
     rows = asked.repeats * asked.batch_size
     weights = resident_bytes(apply.abstract(nn.unbox(boxed), config.quant, asked.rules))
@@ -141,8 +142,8 @@ def _cost_of_inference(config):
     )
 
 
-def start_seconds():
-    """What a run takes beside its steps: a process that imports what a run does, timed here, and compilation."""
+def start_seconds() -> float:
+    """Seconds of a run beside its steps: imports, measured here in a process, and compilation."""
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-c", IMPORTS], check=False, capture_output=True)
     return time.perf_counter() - begin + COMPILE_S
@@ -151,7 +152,9 @@ def start_seconds():
 def _minutes(runs, costs, peak, start, out):
     """`about 19 minutes`, of what: steps by FLOPs, start and compilation by run; runs that have rows take none, and
     tell how long the others of their variant take."""
-    known = {run: execute.seconds(out / run.folder) for run in runs if out and execute.outcome(out / run.folder)}
+    known = {
+        run: execute.run_seconds(out / run.folder) for run in runs if out and execute.read_outcome(out / run.folder)
+    }
     took = collections.defaultdict(list)
     for run, seconds in known.items():
         if seconds is not None:
@@ -169,8 +172,10 @@ def _minutes(runs, costs, peak, start, out):
     return ", ".join(parts) + (f" ({len(known)} have rows)" if known else "")
 
 
-def table(sweep, costs, runs, out=None):
-    """Every variant's cost, and every run, as text; `out` holds the rows of those that have run before."""
+def format_costs(
+    sweep: spec.Sweep, costs: dict[str, Cost], runs: Sequence[spec.Run], out: pathlib.Path | None = None
+) -> str:
+    """Formats the cost of every variant and the list of runs; `out` holds the rows of earlier runs."""
     from efficientllm.cost import device_peaks
     from efficientllm.metrics import host
 

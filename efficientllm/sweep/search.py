@@ -1,58 +1,69 @@
-"""The largest batch, or the longest context, that each variant of a sweep still runs with on this machine.
+"""Search for the largest batch or longest context with which each variant runs on this machine.
 
-Doubling until a run fails, then bisection between. Every try is a run of its own with a row of its own: what is out of
-memory, or refused, is data like what is not.
+The value doubles until a run fails; then the search bisects. Every trial is a run with a row: a trial that is out of
+memory or refused is a result like any other.
 """
 
 import dataclasses
 import json
+import pathlib
+from collections.abc import Callable, Sequence
 
 from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.sweep import execute, spec
 
-RUNS = ("ok", "nan")  # a loss that is not a number has had its memory
-SHARPNESS = 16  # the search ends when what fails is within a sixteenth of what runs, or one least value above it
+RUNS = ("ok", "nan")  # a run that ended with a NaN loss did fit into memory
+SHARPNESS = 16  # the search ends when the failing value is within a sixteenth of the running one, or one step above it
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """`largest` value that runs (None: not even the least), the outcome that `bounded` it (None: nothing did), and all
-    `tries` as `(value, outcome)` in their order."""
+class SearchResult:
+    """Result of a search.
+
+    largest: the largest value that runs; None if not even the least does.
+    bounded: the outcome of the trial above it; None if the search reached its end.
+    tries:   `(value, outcome)` of all trials in order.
+    """
 
     largest: int | None
     bounded: str | None
-    tries: tuple
+    tries: tuple[tuple[int, str], ...]
 
 
-def search(sweep, out, extra=(), retry=(), run=execute.execute):
-    """`{variant: Found}`, also written to `search.json` in `out`; None if it was told to stop.
+def search_all(
+    sweep: spec.Sweep,
+    out: pathlib.Path,
+    extra: Sequence[str] = (),
+    retry: Sequence[str] = (),
+    run: Callable[..., str] = execute.execute_run,
+) -> dict[str, SearchResult] | None:
+    """Searches for every variant -> `{variant: SearchResult}`, also written to `search.json`; None if stopped.
 
-    The same call goes on with an interrupted search: tries that have rows are not repeated, unless they ended as one
-    of `retry`.
+    The same call resumes an interrupted search: trials with rows are not repeated, unless their outcome is in `retry`.
     """
-    found = {}
+    results = {}
     for variant in sweep.variants:
-        tries = []
+        tries: list[tuple[int, str]] = []
 
         def outcome(value, variant=variant, tries=tries):
             probe = _probe(sweep, variant, value, len(tries), extra)
             folder = out / probe.folder
-            if execute.outcome(folder) in retry:
-                execute.forget(folder)
-            known = execute.outcome(folder)
-            tries.append((value, known or run(probe, folder, sweep.timeout_s, sweep.memory_gb * 1e9)))
+            if execute.read_outcome(folder) in retry:
+                execute.set_row_aside(folder)
+            earlier = execute.read_outcome(folder)
+            tries.append((value, earlier or run(probe, folder, sweep.timeout_s, sweep.memory_gb * 1e9)))
             print(f"{variant}: {sweep.search[0]} = {value:,}: {tries[-1][1]}", flush=True)
             return tries[-1][1]
 
         _, least, most = sweep.search
-        largest, bounded = find(outcome, least, most)
+        largest, bounded = find_largest(outcome, least, most)
         if bounded == "interrupted":
             return None
-        found[variant] = Found(largest, bounded, tuple(tries))
+        results[variant] = SearchResult(largest, bounded, tuple(tries))
     out.mkdir(parents=True, exist_ok=True)
-    text = {variant: dataclasses.asdict(each) for variant, each in found.items()}
+    text = {variant: dataclasses.asdict(result) for variant, result in results.items()}
     write_atomically(out / "search.json", json.dumps({"key": sweep.search[0], "variants": text}, indent=2))
-    return found
+    return results
 
 
 def _probe(sweep, variant, value, order, extra):
@@ -61,35 +72,35 @@ def _probe(sweep, variant, value, order, extra):
     return spec.Run(sweep.name, variant, sweep.baseline, 0, order, seed, argv, search=flag)
 
 
-def find(outcome, least, most):
-    """`(largest, bounded)`: the largest multiple of `least` up to `most` whose `outcome(value)` is one of RUNS, to
-    within SHARPNESS, and the outcome above it; `(None, outcome)` where not even `least` runs."""
-    good, bad, bounded = 0, None, None
+def find_largest(outcome: Callable[[int], str], least: int, most: int) -> tuple[int | None, str | None]:
+    """`(largest, bounded)`: the largest multiple of `least` up to `most` whose `outcome(value)` is in RUNS, within
+    SHARPNESS, and the outcome above it; `(None, outcome)` if not even `least` runs."""
+    running, failing, bounded = 0, None, None
     value = least
     while value is not None:
         ended = outcome(value)
         if ended == "interrupted":
             return None, ended
         if ended in RUNS:
-            good = value
+            running = value
         else:
-            bad, bounded = value, ended
-        value = _next(good, bad, least, most // least * least)
-    return good or None, bounded
+            failing, bounded = value, ended
+        value = _next(running, failing, least, most // least * least)
+    return running or None, bounded
 
 
-def _next(good, bad, least, most):
-    if bad is None:
-        return min(2 * good, most) if good < most else None
-    if bad - good <= max(least, good / SHARPNESS):
+def _next(running, failing, least, most):
+    if failing is None:
+        return min(2 * running, most) if running < most else None
+    if failing - running <= max(least, running / SHARPNESS):
         return None
-    return (good + bad) // 2 // least * least
+    return (running + failing) // 2 // least * least
 
 
-def table(sweep, found):
-    """The searches' results as text."""
+def format_results(sweep: spec.Sweep, results: dict[str, SearchResult]) -> str:
+    """Formats the results of the searches."""
     lines = [f"{'variant':24}{sweep.search[0]:>18}  ended by"]
-    for variant, each in found.items():
-        largest = "none" if each.largest is None else f"{each.largest:,}"
-        lines.append(f"{variant:24}{largest:>18}  {each.bounded or f'the largest asked for, {sweep.search[2]:,}'}")
+    for variant, result in results.items():
+        largest = "none" if result.largest is None else f"{result.largest:,}"
+        lines.append(f"{variant:24}{largest:>18}  {result.bounded or f'the largest asked for, {sweep.search[2]:,}'}")
     return "\n".join(lines)

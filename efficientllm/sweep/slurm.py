@@ -1,20 +1,24 @@
-"""A sweep as a job array of Slurm: one run an allocation, alone on its nodes; through `submitit`."""
+"""Slurm launcher, through `submitit`: a job array with one run per allocation, alone on its nodes."""
 
+import pathlib
 import subprocess
 import time
+import typing
+from collections.abc import Sequence
 
 from efficientllm.errors import UserError
 from efficientllm.runtime import optional_packages
 from efficientllm.sweep import execute
+from efficientllm.sweep.spec import Run, Sweep
 
-POLL_S = 5.0  # between two questions to the controller
-start = execute.execute  # what a job calls
-# What Slurm's accounting calls the end of a job that left no row; everything else is a crash.
+POLL_S = 5.0  # between two queries of the controller
+start = execute.execute_run  # what a job calls
+# Outcome of a job without a row, by its state in Slurm's accounting; any other state is a crash.
 STATES = {"OUT_OF_MEMORY": "oom", "TIMEOUT": "timeout", "DEADLINE": "timeout"}
 
 
-def open_executor(out, partition=None):
-    """submitit's executor, whose scripts and logs are in `out`. Raises UserError without submitit or Slurm."""
+def open_executor(out: pathlib.Path, partition: str | None = None) -> typing.Any:
+    """Opens submitit's executor, with scripts and logs in `out`. Raises UserError without submitit or Slurm."""
     try:
         import submitit
     except ImportError:
@@ -23,20 +27,22 @@ def open_executor(out, partition=None):
         executor = submitit.AutoExecutor(folder=(out / "slurm").absolute(), cluster="slurm")
     except RuntimeError as error:
         raise UserError(f"--launcher=slurm: {error}") from None
-    # Two runs that are measured must not share a node.
+    # Measured runs must not share a node.
     executor.update_parameters(name=out.name, slurm_exclusive=True)
     if partition:
         executor.update_parameters(slurm_partition=partition)
     return executor
 
 
-def submit(executor, runs, out, sweep, poll_s=POLL_S):
-    """Submits those of `runs` that have no row, waits -> the outcomes of all, or None if it was told to stop.
+def submit_runs(
+    executor: typing.Any, runs: Sequence[Run], out: pathlib.Path, sweep: Sweep, poll_s: float = POLL_S
+) -> list[str] | None:
+    """Submits the runs without a row and waits -> the outcomes of all, or None if stopped.
 
-    A job that Slurm starts again finds its row, or its checkpoints. A job that Slurm kills leaves a row made here.
-    Raises UserError where Slurm refuses the array.
+    A job that Slurm restarts finds its row or its checkpoints. For a job that Slurm kills the row is made here.
+    Raises UserError if Slurm refuses the array.
     """
-    todo = [run for run in runs if execute.outcome(out / run.folder) is None]
+    todo = [run for run in runs if execute.read_outcome(out / run.folder) is None]
     if todo:
         jobs = _submit(executor, todo, out, sweep)
         try:
@@ -44,7 +50,7 @@ def submit(executor, runs, out, sweep, poll_s=POLL_S):
         except KeyboardInterrupt:
             print(f"the jobs go on (scancel {_array(jobs)} ends them); the same command finds what they leave")
             return None
-    return [execute.outcome(out / run.folder) for run in runs]
+    return [execute.read_outcome(out / run.folder) for run in runs]
 
 
 def _submit(executor, runs, out, sweep):
@@ -66,24 +72,24 @@ def _array(jobs):
 
 
 def _wait(jobs, runs, out, poll_s):
-    """Returns when every run has a row. Rows rather than accounting say what is done: not every cluster accounts."""
+    """Waits until every run has a row. Rows decide, not Slurm's accounting: not every cluster has it."""
     waiting = dict(zip([job.job_id for job in jobs], zip(jobs, runs, strict=True), strict=True))
     while waiting:
-        queued = _queued(_array(jobs))  # asked first: a job that leaves the queue has written its row before
+        queued = _queued(_array(jobs))  # queried before the rows: a job writes its row before it leaves the queue
         for job_id, (job, run) in list(waiting.items()):
-            found = execute.outcome(out / run.folder)
-            if found is None and queued is not None and job_id not in queued:
+            outcome = execute.read_outcome(out / run.folder)
+            if outcome is None and queued is not None and job_id not in queued:
                 execute.write_row(run, out / run.folder, STATES.get(_state(job), "crash"))
-                found = execute.outcome(out / run.folder)
-            if found is not None:
+                outcome = execute.read_outcome(out / run.folder)
+            if outcome is not None:
                 del waiting[job_id]
-                print(f"{len(jobs) - len(waiting)}/{len(jobs)} {found:8} {run.folder}", flush=True)
+                print(f"{len(jobs) - len(waiting)}/{len(jobs)} {outcome:8} {run.folder}", flush=True)
         if waiting:
             time.sleep(poll_s)
 
 
 def _queued(array):
-    """Ids of the array's jobs that wait or run, or None if the controller does not answer."""
+    """Ids of the array's jobs that are pending or running; None if the controller does not answer."""
     command = ["squeue", "--noheader", "--array", f"--jobs={array}", "--format=%i"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
@@ -92,7 +98,7 @@ def _queued(array):
 
 
 def _state(job):
-    """What accounting says of a job, in one word: `CANCELLED by 0` is CANCELLED; empty where nobody accounts."""
+    """State of a job in Slurm's accounting, its first word (`CANCELLED by 0`); empty without accounting."""
     done = subprocess.run(
         ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job.job_id}", "--format=State"],
         capture_output=True,

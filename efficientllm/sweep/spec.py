@@ -1,46 +1,49 @@
-"""What a sweep compares, and the runs that makes: variants in randomised blocks around a baseline."""
+"""`Sweep`, the description of a comparison, and its runs: variants in randomised blocks around a baseline."""
 
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
 import random
 import traceback
+import typing
+from collections.abc import Iterator, Sequence
 
 from efficientllm.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """One comparison. A sweep config's `get_config()` returns one.
+    """A comparison of variants; returned by a sweep config's `get_config()`.
 
     Args:
       name: of the sweep.
       variants: `{name: "configs/attention.py:mla"}`, or `{name: ("configs/base.py", {"model.mixer": "mla"})}` with
         overrides of `config`.
-      baseline: the variant that every ratio is taken to; it runs first and last in each block.
-      seeds: a block has a seed, each of these in turn.
+      baseline: the variant that the others are compared with; it runs first and last in each block.
+      seeds: one block for each.
       repeats: blocks of each seed.
       overrides: of `config`, for every variant.
-      equal: what must be equal, `{"tokens": 0.0, "parameters": 0.02}`: the relative difference from the baseline that
-        is allowed of `tokens`, `parameters`, `active` (parameters) or `flops` (a step's).
-      twice: whether the baseline runs at both ends of a block; its drift within the block is then seen.
+      equal: `{"tokens": 0.0, "parameters": 0.02}`: the allowed relative difference from the baseline of `tokens`,
+        `parameters`, `active` (parameters) or `flops` (of a step).
+      twice: run the baseline at both ends of a block, which shows drift within the block.
       timeout_s: of a run, in seconds.
-      memory_gb: a run that is resident with more is stopped as out of memory; 0 is nine tenths of the machine's.
-      search: `("train.batch_size", 1, 4096)` or `("train.length", 128, 1048576)`: instead of blocks, the largest value
-        between the two that each variant still runs with.
-      grid: `("train.schedule", ("constant(peak=1e-4)", "constant(peak=1e-3)"))`: before the blocks, every variant is
-        run with every value at the first seed, and takes the one of the least held-out loss into the blocks.
+      memory_gb: a run with more resident memory is stopped as out of memory; 0 is nine tenths of the machine's.
+      search: `("train.batch_size", 1, 4096)` or `("train.length", 128, 1048576)`: instead of blocks, find the
+        largest value between the two with which each variant runs.
+      grid: `("train.schedule", ("constant(peak=1e-4)", "constant(peak=1e-3)"))`: before the blocks, every variant runs
+        with every value at the first seed, and keeps the value with the least held-out loss.
     """
 
     name: str
-    variants: dict
+    variants: dict[str, str | tuple[str, dict]]
     baseline: str
-    seeds: tuple = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
     repeats: int = 1
-    overrides: dict = dataclasses.field(default_factory=dict)
-    equal: dict = dataclasses.field(default_factory=dict)
+    overrides: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
+    equal: dict[str, float] = dataclasses.field(default_factory=dict)
     twice: bool = True
     timeout_s: float = 3600.0
     memory_gb: float = 0.0
@@ -52,8 +55,8 @@ class Sweep:
         if self.baseline not in self.variants:
             hint = did_you_mean(self.baseline, self.variants)
             raise UserError(f"sweep {self.name}: baseline = {self.baseline!r} is none of its variants{hint}")
-        if known := set(self.equal) - set(EQUAL):
-            raise UserError(f"sweep {self.name}: equal = {sorted(known)}: known are {', '.join(EQUAL)}")
+        if unknown := set(self.equal) - set(EQUAL):
+            raise UserError(f"sweep {self.name}: equal = {sorted(unknown)}: known are {', '.join(EQUAL)}")
         if not self.seeds or self.repeats < 1 or self.timeout_s <= 0:
             raise UserError(f"sweep {self.name}: it needs a seed, repeats of at least 1 and a timeout_s above 0")
         if self.search:
@@ -62,7 +65,7 @@ class Sweep:
             self._check_grid()
 
     def _check_types(self):
-        """Raises UserError for a field that is of another kind than its comment says."""
+        """Raises UserError for a field of a wrong type."""
         for key, (is_right, wanted) in FIELDS.items():
             if not is_right(getattr(self, key)):
                 raise UserError(f"sweep {self.name}: {key} = {getattr(self, key)!r}: needed is {wanted}")
@@ -89,7 +92,7 @@ def _is_number(value):
 
 
 def _is_name(value):
-    """Whether runs and reports can have it as a folder: no path, no separator."""
+    """True for a name that can be a folder's: no path, no separator."""
     return isinstance(value, str) and value.strip() not in ("", ".", "..") and not set(value) & set("/\\\0\n")
 
 
@@ -109,7 +112,7 @@ def _are_variants(variants):
 
 _DICT = (lambda value: isinstance(value, dict), "a dict")
 _TUPLE = (lambda value: isinstance(value, tuple | list), "a tuple")
-# What each field of a Sweep must be, and how to say so; what holds between fields is checked after.
+# Check of each field of a Sweep, and its description; conditions between fields are checked later.
 FIELDS = {
     "name": (_is_name, "a name that can be a folder's, without a slash"),
     "variants": (_are_variants, "a dict of names (no slash in them) to 'configs/FILE.py:ARG' or (that, {key: value})"),
@@ -132,7 +135,7 @@ EQUAL = ("tokens", "parameters", "active", "flops")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One process: a variant in its place of a block."""
+    """A run, one process: a variant at its place in a block."""
 
     sweep: str
     variant: str
@@ -140,19 +143,19 @@ class Run:
     block: int
     order: int
     seed: int
-    argv: tuple
-    grid: str = ""  # the flag that a try of the sweep's grid tries
-    search: str = ""  # and that of a search: what is tried is no block either
+    argv: tuple[str, ...]
+    grid: str = ""  # the flag under trial in a grid search
+    search: str = ""  # the flag under trial in a search for the largest value
 
     @property
-    def folder(self):
-        """Its folder's name: readable, and another one as soon as anything in it is another."""
+    def folder(self) -> str:
+        """Name of the run's folder; a hash makes it different for any other run."""
         content = json.dumps([self.block, self.order, self.seed, self.argv])
         return f"{self.block:02}-{self.order:02}-{self.variant}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     @property
-    def place(self):
-        """What its row says of it."""
+    def place(self) -> dict[str, typing.Any]:
+        """The `sweep` entry of the run's row."""
         return {
             "name": self.sweep,
             "variant": self.variant,
@@ -164,17 +167,21 @@ class Run:
         }
 
 
-def argv_of(sweep, variant, extra=()):
-    """The command line of a variant, but for its seed and workdir; `extra` are flags that replace any value."""
+def argv_of(sweep: Sweep, variant: str, extra: Sequence[str] = ()) -> tuple[str, ...]:
+    """The command line of a variant without seed and workdir; flags in `extra` override any value."""
     entry = sweep.variants[variant]
-    file, own = (entry, {}) if isinstance(entry, str) else entry
-    values = {**sweep.overrides, **own}
+    file, overrides = (entry, {}) if isinstance(entry, str) else entry
+    values = {**sweep.overrides, **overrides}
     return (f"--config={file}", *(f"--config.{key}={value}" for key, value in values.items()), *extra)
 
 
-def runs(sweep, extra=(), chosen=None):
-    """Every run in the order of running: blocks in which the baseline comes first (and last) and the others between in
-    a random order that depends on the sweep's name and the block alone. `chosen` are flags by variant."""
+def list_runs(
+    sweep: Sweep, extra: Sequence[str] = (), chosen: dict[str, tuple[str, ...]] | None = None
+) -> Iterator[Run]:
+    """Lists the runs in order. In each block the baseline is first (and last), the others between in random order.
+
+    The order depends only on the sweep's name and the block. `chosen` are additional flags by variant.
+    """
     blocks = [seed for _ in range(sweep.repeats) for seed in sweep.seeds]
     for block, seed in enumerate(blocks):
         others = [name for name in sweep.variants if name != sweep.baseline]
@@ -185,14 +192,14 @@ def runs(sweep, extra=(), chosen=None):
             yield Run(sweep.name, variant, sweep.baseline, block, place, seed, argv)
 
 
-def _said(error, path):
-    """An error's own words on one line, and where in the user's file it arose."""
+def _error_text(error, path):
+    """An error's message on one line, with its line in the user's file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return " ".join(str(error).split()) + (f" (line {lines[-1]})" if lines else "")
 
 
-def load(file):
-    """The Sweep that the Python file `file` describes. Raises UserError."""
+def load_sweep(file: str | os.PathLike[str]) -> Sweep:
+    """Loads the Sweep of a Python file. Raises UserError."""
     from efficientllm.registry.plugins import import_file
     from efficientllm.untrusted.files import is_file
 
@@ -200,13 +207,13 @@ def load(file):
     if not is_file(path):
         raise UserError(f"--config={file}: no such file")
     try:
-        found = import_file(path).get_config()
+        sweep = import_file(path).get_config()
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # of the user's own code
-        raise UserError(f"--config={file}: {type(error).__name__}: {_said(error, path)}") from None
-    if not isinstance(found, Sweep):
+        raise UserError(f"--config={file}: {type(error).__name__}: {_error_text(error, path)}") from None
+    if not isinstance(sweep, Sweep):
         raise UserError(
-            f"--config={file}: get_config() must return an efficientllm.sweep.Sweep, not a {type(found).__name__}"
+            f"--config={file}: get_config() must return an efficientllm.sweep.Sweep, not a {type(sweep).__name__}"
         )
-    return found
+    return sweep

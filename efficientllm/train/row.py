@@ -56,7 +56,7 @@ def conditions_of(measurement, everywhere):
 def readings(run, measurement, window, idle):
     """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`); `window` is its energy, `idle`
     the power at rest."""
-    params = formulas.parameters(run.lm, run.boxed)
+    params = formulas.count_parameters(run.lm, run.boxed)
     if reason := _spoilt(measurement):
         nothing = {key: missing(unit, reason) for key, unit in study_metrics.UNITS.items()}
         timed = {key: missing(row.PHYSICAL_UNITS[key], reason) for key in TIMED}

@@ -127,7 +127,7 @@ def _row(name, length, contestant, seconds, bandwidth):
     return {
         "mixer": name,
         "length": length,
-        "parameters": formulas.parameters(lm, boxed)["total"],
+        "parameters": formulas.count_parameters(lm, boxed)["total"],
         "step_s": seconds,
         "state_bytes": contestant.state_bytes,
         "state_bytes_model": formulas.state_bytes(lm, length),

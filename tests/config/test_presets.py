@@ -51,10 +51,10 @@ def test_config_initialises_with_the_parameters_of_its_comparison(name):
     assert flatten(config.to_dict()).keys() == flatten(base.get_config().to_dict()).keys()
     lm = from_config.from_config(config.model, 2048)
     state = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
-    counts = {"tiny": formulas.parameters(lm, state.params)["total"]}
+    counts = {"tiny": formulas.count_parameters(lm, state.params)["total"]}
     config.model.size = "small"
     lm = from_config.from_config(config.model, 2048)
-    counts["small"] = formulas.parameters(lm, model.abstract_params(lm))["total"]
+    counts["small"] = formulas.count_parameters(lm, model.abstract_params(lm))["total"]
     for size, count in counts.items():
         assert not config.model.parameters_of or abs(count / BASE[size] - 1) <= 0.02, f"{size}: {count:,}"
 
@@ -88,7 +88,7 @@ def test_study_sizes_have_the_published_parameter_counts(size):
     lm = from_config.from_config(config)
     tokens = jnp.zeros((1, 8), jnp.int32)
     boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens, Context.packed(tokens)))["params"]
-    assert formulas.parameters(lm, boxed)["total"] == STUDY[size]
+    assert formulas.count_parameters(lm, boxed)["total"] == STUDY[size]
 
 
 def test_moe_counts_active_parameters_by_closed_formula():
@@ -99,7 +99,7 @@ def test_moe_counts_active_parameters_by_closed_formula():
     boxed = jax.eval_shape(lambda: lm.init(jax.random.key(0), tokens, Context.packed(tokens)))["params"]
     D, N, expert = 128, 4, 3 * 128 * 384
     rest = 512 * D + N * (2 * D + D * (128 + 64 + 64 + 128) + D * 8) + D
-    assert formulas.parameters(lm, boxed) == {"total": rest + N * 8 * expert, "active": rest + N * 2 * expert}
+    assert formulas.count_parameters(lm, boxed) == {"total": rest + N * 8 * expert, "active": rest + N * 2 * expert}
 
 
 class Watched:

@@ -80,11 +80,11 @@ def test_a_damaged_file_of_rates_is_measured_again(tmp_path, monkeypatch, conten
     monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(device_peaks, "_host_key", lambda what: "key")
     (tmp_path / "rates.json").write_text(content)
-    assert device_peaks._once("rates.json", "x", lambda: 2.0) == 2.0
-    assert device_peaks._once("rates.json", "x", lambda: pytest.fail("measured twice")) == 2.0
+    assert device_peaks._cached("rates.json", "x", lambda: 2.0) == 2.0
+    assert device_peaks._cached("rates.json", "x", lambda: pytest.fail("measured twice")) == 2.0
 
 
 def test_rates_that_cannot_be_kept_are_measured(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "file"))
-    assert device_peaks._once("rates.json", "x", lambda: 2.0) == 2.0
+    assert device_peaks._cached("rates.json", "x", lambda: 2.0) == 2.0

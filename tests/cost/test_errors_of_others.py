@@ -43,7 +43,7 @@ def test_a_step_costs_what_its_architecture_costs_at_its_length(mixer, grows):
 
 def test_experts_that_a_token_never_meets_cost_and_count_nothing():
     few, many = (contract.build("ffn", f"moe(num_experts={count}, top_k=2)") for count in (4, 16))
-    counted = [formulas.parameters(lm, model.abstract_params(lm)) for lm in (few, many)]
+    counted = [formulas.count_parameters(lm, model.abstract_params(lm)) for lm in (few, many)]
     assert counted[1]["total"] > 2 * counted[0]["total"]
     router = LAYERS * WIDTH * (16 - 4)
     assert counted[1]["active"] - counted[0]["active"] == router

@@ -74,7 +74,7 @@ def test_a_segment_with_a_compilation_has_no_energy_and_no_times(program):
 def test_a_spoilt_run_keeps_what_needs_no_clock(program, monkeypatch):
     double, x = program
     spoilt = measured(lambda: double(x).block_until_ready())
-    monkeypatch.setattr(row.formulas, "parameters", lambda lm, boxed: {"total": 3, "active": 3})
+    monkeypatch.setattr(row.formulas, "count_parameters", lambda lm, boxed: {"total": 3, "active": 3})
     monkeypatch.setattr(row, "physical_of_model", lambda run, params: {"params_total": row.Reading(3, "1", "tree")})
     study, physical = row.readings(types.SimpleNamespace(lm=None, boxed=None), spoilt, None, None)
     assert all(reading.value is None and "compiled" in reading.reason for reading in study.values())

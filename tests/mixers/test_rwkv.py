@@ -288,7 +288,7 @@ def test_parameters_are_the_released_models(layers, dim, mixer, released):
     boxed = model.abstract_params(lm)
     v_rank = boxed["groups"]["block_0"]["mixer"]["v_share"]["down"]["kernel"].value.shape[-1]
     unread = 2 * dim * v_rank + dim  # the first layer's share of v_first
-    assert formulas.parameters(lm, boxed)["total"] == released + unread
+    assert formulas.count_parameters(lm, boxed)["total"] == released + unread
 
 
 def test_the_state_does_not_grow():

@@ -11,7 +11,7 @@ from efficientllm.plan.hlo_cost import Collective
 
 pytestmark = pytest.mark.quick
 
-NAMES = sorted(hardware_table.plannable())
+NAMES = sorted(hardware_table.plannable_hardware())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -70,7 +70,7 @@ def test_serving_is_refused_with_the_form_that_would_fit(texts, tmp_path, free, 
 
 
 def test_what_is_said_of_the_future_has_slack_and_what_is_certain_has_none():
-    found = available_memory.Room(100, True, "here")
+    found = available_memory.AvailableMemory(100, True, "here")
     assert not found.refuses(100, 120) and found.refuses(101, 101) and found.refuses(0, 121)
 
 

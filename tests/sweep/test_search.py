@@ -21,7 +21,7 @@ def test_the_limit_is_found_to_a_sixteenth_in_few_tries(limit, least):
         tried.append(value)
         return "ok" if value <= limit * least else "oom"
 
-    largest, bounded = search.find(outcome, least, 4096 * least)
+    largest, bounded = search.find_largest(outcome, least, 4096 * least)
     assert largest % least == 0 and largest <= limit * least
     assert limit * least - largest <= max(least - 1, largest / search.SHARPNESS)
     assert bounded == (None if limit == 4096 else "oom")
@@ -29,9 +29,9 @@ def test_the_limit_is_found_to_a_sixteenth_in_few_tries(limit, least):
 
 
 def test_nothing_runs_and_everything_runs():
-    assert search.find(lambda value: "oom", 4, 64) == (None, "oom")
-    assert search.find(lambda value: "ok", 4, 67) == (64, None)
-    assert search.find(lambda value: "nan" if value < 8 else "invalid", 1, 64) == (7, "invalid")
+    assert search.find_largest(lambda value: "oom", 4, 64) == (None, "oom")
+    assert search.find_largest(lambda value: "ok", 4, 67) == (64, None)
+    assert search.find_largest(lambda value: "nan" if value < 8 else "invalid", 1, 64) == (7, "invalid")
 
 
 SWEEP = Sweep(
@@ -66,40 +66,40 @@ def run_up_to(limits, calls):
 def test_every_try_is_a_row_and_none_is_made_twice(tmp_path, capsys):
     calls = []
     limits = {"a": 700, "b": 5000}
-    found = search.search(SWEEP, tmp_path, run=run_up_to(limits, calls))
+    found = search.search_all(SWEEP, tmp_path, run=run_up_to(limits, calls))
     assert (found["a"].largest, found["a"].bounded) == (640, "oom") and found["b"].largest == 1024
     assert len(list(tmp_path.glob("*/record.json"))) == len(calls)
     assert json.loads((tmp_path / "search.json").read_text())["variants"]["a"]["tries"][-1] == [704, "oom"]
     again = []
-    assert search.search(SWEEP, tmp_path, run=run_up_to(limits, again)) == found and not again
-    text = search.table(SWEEP, found)
+    assert search.search_all(SWEEP, tmp_path, run=run_up_to(limits, again)) == found and not again
+    text = search.format_results(SWEEP, found)
     assert "640  oom" in text and "the largest asked for, 1,024" in text
 
 
 def test_a_retried_outcome_runs_again(tmp_path, capsys):
-    search.search(SWEEP, tmp_path, run=run_up_to({"a": 64, "b": 64}, []))
+    search.search_all(SWEEP, tmp_path, run=run_up_to({"a": 64, "b": 64}, []))
     calls = []
 
     def run(probe, folder, *limits):
         calls.append(probe.variant)
         return "ok"
 
-    found = search.search(SWEEP, tmp_path, retry=("oom",), run=run)
+    found = search.search_all(SWEEP, tmp_path, retry=("oom",), run=run)
     assert calls and found["a"].largest == 1024
 
 
 def test_an_interrupted_search_says_nothing(tmp_path, capsys):
-    assert search.search(SWEEP, tmp_path, run=lambda *_: "interrupted") is None
+    assert search.search_all(SWEEP, tmp_path, run=lambda *_: "interrupted") is None
     assert not (tmp_path / "search.json").exists()
 
 
 def test_the_command_searches_here_only(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(search.search, "__defaults__", (*search.search.__defaults__[:-1], lambda *_: "ok"))
+    monkeypatch.setattr(search.search_all, "__defaults__", (*search.search_all.__defaults__[:-1], lambda *_: "ok"))
     assert command._search(SWEEP, {}, (), tmp_path, ()) == 0
     assert "1,024" in capsys.readouterr().out
     with pytest.raises(UserError, match="one run after another"):
         command._search(SWEEP, {"launcher": "slurm"}, (), tmp_path, ())
-    assert execute.outcome(tmp_path) is None
+    assert execute.read_outcome(tmp_path) is None
 
 
 def test_a_value_that_no_run_could_have_is_refused_before_any(monkeypatch):
@@ -112,7 +112,7 @@ def test_a_value_that_no_run_could_have_is_refused_before_any(monkeypatch):
         ({"search": (), "overrides": {"seed": -1}}, "config.seed = -1"),
     ):
         with pytest.raises(UserError) as error:
-            check.costs(dataclasses.replace(SWEEP, **changes))
+            check.estimate_costs(dataclasses.replace(SWEEP, **changes))
         assert message in str(error.value) and "variant a: " in str(error.value)
 
 

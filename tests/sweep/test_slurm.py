@@ -53,10 +53,10 @@ def sweep(**whats):
 
 
 def submit(compared, out, monkeypatch):
-    program = functools.partial(execute.execute, command=(sys.executable, "-c", PROGRAM))
+    program = functools.partial(execute.execute_run, command=(sys.executable, "-c", PROGRAM))
     with monkeypatch.context() as patch:
         patch.setattr(slurm, "start", program)
-        return slurm.submit(slurm.open_executor(out), list(spec.runs(compared)), out, compared, poll_s=0.5)
+        return slurm.submit_runs(slurm.open_executor(out), list(spec.list_runs(compared)), out, compared, poll_s=0.5)
 
 
 def ran(out):
@@ -65,7 +65,7 @@ def ran(out):
 
 def test_every_end_is_a_row_and_runs_are_alone(slurm_conf, tmp_path, monkeypatch):
     out, compared = tmp_path / "out", sweep(a="ok", b="nan", c="crash", d="kill")
-    runs = list(spec.runs(compared))
+    runs = list(spec.list_runs(compared))
     found = dict(zip([run.variant for run in runs], submit(compared, out, monkeypatch), strict=True))
     assert found == {"a": "ok", "b": "nan", "c": "crash", "d": "crash"}
     for run in runs:
@@ -80,16 +80,16 @@ def test_every_end_is_a_row_and_runs_are_alone(slurm_conf, tmp_path, monkeypatch
     assert submit(compared, out, monkeypatch) == [found[run.variant] for run in runs]
     assert len(ran(out)) == len(runs)
     (failed,) = (run for run in runs if run.variant == "c")
-    execute.forget(out / failed.folder)
+    execute.set_row_aside(out / failed.folder)
     submit(compared, out, monkeypatch)
     assert [name for name, *_ in ran(out)][len(runs) :] == [failed.folder]
 
 
 def test_what_slurm_refuses_is_one_line(slurm_conf, tmp_path):
     executor = slurm.open_executor(tmp_path / "out", partition="nowhere")
-    runs = list(spec.runs(sweep(a="ok")))
+    runs = list(spec.list_runs(sweep(a="ok")))
     with pytest.raises(UserError, match="--launcher=slurm: .*Invalid partition"):
-        slurm.submit(executor, runs, tmp_path / "out", sweep(a="ok"))
+        slurm.submit_runs(executor, runs, tmp_path / "out", sweep(a="ok"))
 
 
 def test_the_command_runs_a_sweep_on_the_cluster(slurm_conf, tmp_path):

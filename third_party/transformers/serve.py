@@ -90,8 +90,8 @@ def compare(options, folder):
         pages = malloc.huge_pages() if name in OURS else {}  # as efficientllm.main
         sides[name] = race.Process(_server, name, folder, options, environment=pages)
         sizes[name] = sides[name].ask("bytes")  # answered once it has read its model: the next one may start
-    apart = functools.partial(device_peaks.best_copy, apart=True)
-    measure = {"copy in place": device_peaks.best_copy, "copy": apart, "read": device_peaks.best_read}
+    apart = functools.partial(device_peaks.measure_copy, apart=True)
+    measure = {"copy in place": device_peaks.measure_copy, "copy": apart, "read": device_peaks.measure_read}
     rates = {kind: [] for kind in measure}
 
     def measure_memory(block, results):
