@@ -5,12 +5,10 @@ import logging
 import math
 import signal
 import sys
-import time
 
 import jax
 
 from efficientllm import data
-from efficientllm.config.plain import config_hash, flatten, plain
 from efficientllm.cost import device_peaks
 from efficientllm.evaluation import held_out, lm_eval_tasks
 from efficientllm.infer import measure, row
@@ -22,35 +20,29 @@ from efficientllm.metrics.energy import reader
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.objectives import next_token
 from efficientllm.plan import memory_check
-from efficientllm.record import provenance
-from efficientllm.record import row as record
-from efficientllm.record.tensorboard import SummaryWriter
+from efficientllm.record.row import format_table
 from efficientllm.registry import register
 from efficientllm.runtime import kernel_choice, malloc, stopping
-from efficientllm.runtime.log import Countdown, close_log, open_log
+from efficientllm.runtime.log import Countdown
 from efficientllm.tasks import failures
+from efficientllm.tasks.base import FAILED, Run
 from efficientllm.weights import activation_dtype, resident_bytes
 
 log = logging.getLogger("efficientllm")
-FAILED = failures.FAILED
 
 
 @register("task", "infer")
 def infer(config, workdir):
     """Generates for `config.infer.prompts`, measures, scores -> exit status. Raises UserError."""
-    open_log(workdir.path / "log.txt")
-    try:
-        return Inference(config, workdir).run()
-    finally:
-        close_log()
+    return Inference.execute(config, workdir)
 
 
-class Inference:
-    """One run from start to row, on devices of one process."""
+class Inference(Run):
+    """One run on devices of one process."""
 
     def __init__(self, config, workdir):
-        self.config, self.workdir, self.started = config, workdir, time.time()
-        self.kernels, self.notes, self.measured = {}, [], None
+        super().__init__(config, workdir)
+        self.kernels, self.measured = {}, None
 
     def run(self):
         """Returns the exit status."""
@@ -76,9 +68,9 @@ class Inference:
         except serving.OutOfMemory as error:
             return self._fail("oom", str(error))
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not (message := failures.out_of_memory(error)):
                 raise
-            return self._fail("oom", f"out of device memory: {str(error).splitlines()[0]}")
+            return self._fail("oom", message)
 
     def _serve(self):
         stopping.raise_if_stopped()
@@ -190,52 +182,38 @@ class Inference:
         if outcome == "nan":
             log.error(f"held-out loss {self.quality['eval_loss']}: not a number, of {self.config.quant} weights")
             return FAILED
-        log.info(f"\n{record.format_table(found)}\n\nrow: {self.workdir.shown / 'record.json'}")
+        log.info(f"\n{format_table(found)}\n")
         with failures.optional("TensorBoard has no table of the row"):
-            self._write_charts(found)
-        log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
+            self.open_charts()
+            self.add_to_table(found)
+            physical = {f"_row_physical/{key}": value for key, value in found["physical"].items() if value is not None}
+            self.writer.scalars(0, physical)
+        self.say_where()
         return 0
 
-    def _write_charts(self, found):
-        config = flatten(plain(self.config))
-        with contextlib.closing(SummaryWriter(self.workdir.path)) as writer:
-            writer.text("config", "\n".join(f"    {key} = {value!r}" for key, value in config.items()))
-            writer.hparams(config, found["paper"] | found["quality"])
-            physical = {f"_row_physical/{key}": value for key, value in found["physical"].items() if value is not None}
-            writer.scalars(0, physical)
-
     def _write_row(self, outcome, study=None, physical=None, quality=None):
-        found = record.build_record(
-            outcome=outcome,
-            name=self.config.name,
-            task="infer",
-            config=plain(self.config),
-            provenance=provenance.provenance(
-                reader=self.reader,
-                started=self.started,
-                ended=time.time(),
-                config_hash=config_hash(self.config),
-                seed=self.config.seed,
-                mesh=self.serving.mesh,
-                kernels=self.kernels,
-            ),
+        record = self.build_row(
+            outcome,
+            reader=self.reader,
+            mesh=self.serving.mesh,
+            kernels=self.kernels,
+            facts=self._facts(outcome),
             paper_readings=study,
             physical=physical,
             quality=quality,
             **(row.warm_up_and_conditions(self.measured) if self.measured else {}),
         )
-        found["provenance"]["end_tokens"] = [
-            self.serving.tokenizer.text_of(id) for id in self.serving.tokenizer.end_ids
-        ]
+        return self.write_row(record)
+
+    def _facts(self, outcome):
+        """What the provenance of an inference adds."""
+        tokenizer = self.serving.tokenizer
+        facts = {"end_tokens": [tokenizer.text_of(id) for id in tokenizer.end_ids]}
         if outcome == "ok":
-            found["provenance"]["data"] = data.describe(self.config.data, self.serving.tokenizer)
+            facts["data"] = data.describe(self.config.data, tokenizer)
         if not self.config.model.pretrained:
-            found["provenance"]["weights"] = f"random, of size {self.config.model.size}: quality means nothing"
-        found["provenance"] |= self.workdir.code_provenance()
-        if self.notes:
-            found["notes"] = self.notes
-        self.workdir.write_row(found)
-        return found
+            facts["weights"] = f"random, of size {self.config.model.size}: quality means nothing"
+        return facts
 
     def _fail(self, outcome, message):
         log.error(message)

@@ -1,19 +1,15 @@
 """Planning: a config's step of training or request, compiled for hardware that is not here, and a row of its cost."""
 
 import logging
-import time
 
 import jax
 
 from efficientllm import sharding
-from efficientllm.config.plain import config_hash, plain
 from efficientllm.errors import UserError
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.plan import calibration, estimate, hardware, remedies, row, training_step
-from efficientllm.record import provenance
-from efficientllm.record import row as record
 from efficientllm.registry import lookup, register
-from efficientllm.runtime.log import close_log, open_log
+from efficientllm.tasks.base import Run
 
 log = logging.getLogger("efficientllm")
 
@@ -23,11 +19,7 @@ def plan(config, workdir):
     """Plans what `config.plan.of` names -> exit status, 0 whether it fits or not. Raises UserError."""
     if jax.distributed.is_initialized():
         raise UserError("config.task = 'plan': one process plans for any number of devices; start it alone")
-    open_log(workdir.path / "log.txt")
-    try:
-        return Planning(config, workdir).run()
-    finally:
-        close_log()
+    return Planning.execute(config, workdir)
 
 
 def before_devices(config):
@@ -45,11 +37,11 @@ def _asked(asked):
     return found, asked.devices
 
 
-class Planning:
+class Planning(Run):
     """One plan from config to row."""
 
     def __init__(self, config, workdir):
-        self.workdir, self.started = workdir, time.time()
+        super().__init__(config, workdir)
         self.hardware, self.count = _asked(config.plan)
         self.calibration_of = config.plan.calibration
         self.devices = hardware.devices(self.hardware, self.count)
@@ -97,29 +89,17 @@ class Planning:
         return remedies.attempt(one.candidates(), room, total_of)
 
     def _write(self, one, found, made):
-        written = record.build_record(
-            outcome="ok",
-            name=self.config.name,
-            task="plan",
-            config=plain(self.config),
-            provenance=self._provenance(one, found),
+        """Writes the row: its devices are those that were planned for, in the place of those that are here."""
+        reader = EnergyReader("a plan reads no energy")
+        record = self.build_row(
+            "ok",
+            reader=reader,
+            mesh=one.mesh,
+            kernels=found.kernels,
             physical=row.physical(one, found),
             predicted=made,
         )
-        written["provenance"] |= self.workdir.code_provenance()
-        self.workdir.write_row(written)
-        log.info(f"row: {self.workdir.shown / 'record.json'}")
-
-    def _provenance(self, one, found):
-        """As a run's, with the devices that were planned for in the place of those that are here."""
-        said = provenance.provenance(
-            reader=EnergyReader("a plan reads no energy"),
-            started=self.started,
-            ended=time.time(),
-            config_hash=config_hash(self.config),
-            seed=self.config.seed,
-            mesh=one.mesh,
-            kernels=found.kernels,
-        )
         planned = {"platform": self.hardware.platform, "kind": self.hardware.device_kind, "count": self.count}
-        return said | {"devices": {**dict.fromkeys(said["devices"]), **planned}}
+        record["provenance"]["devices"] = dict.fromkeys(record["provenance"]["devices"]) | planned
+        self.write_row(record)
+        log.info(f"row: {self.workdir.shown / 'record.json'}")

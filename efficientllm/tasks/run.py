@@ -3,7 +3,6 @@
 import hashlib
 import pathlib
 import sys
-import time
 
 import jax
 
@@ -13,7 +12,7 @@ from efficientllm.errors import UserError
 from efficientllm.record.workdir import Workdir
 from efficientllm.registry.plugins import import_plugins
 from efficientllm.runtime import distributed, stopping
-from efficientllm.tasks import failures
+from efficientllm.tasks.base import Run
 
 
 def run(config, path=None, overwrite=False):
@@ -53,7 +52,7 @@ def _say(answer):
 
 def _guarded(task, config, workdir):
     """The task's exit status; an exception that it does not know is a row and one line, and its status 3."""
-    started = time.time()
+    failed = Run(config, workdir)
     stopping.raise_if_stopped()
     try:
         return task(config, workdir)
@@ -63,7 +62,7 @@ def _guarded(task, config, workdir):
         stopping.raise_if_stopped()  # of which it may have been made
         if distributed.is_multi_process() and isinstance(error, jax.errors.JaxRuntimeError):
             raise  # as where another process has died
-        return distributed.exit_process(failures.end(error, config, workdir, started))
+        return distributed.exit_process(failed.end(error))
 
 
 def _task(config):

@@ -1,13 +1,10 @@
 """Pre-training and tuning: from a config to a trained model, its charts, its checkpoints and its row."""
 
-import contextlib
 import logging
 import math
-import time
 
 import jax
 
-from efficientllm.config.plain import config_hash, flatten, plain
 from efficientllm.data.tokenizers import keep
 from efficientllm.evaluation import held_out
 from efficientllm.metrics import memory, timer
@@ -15,21 +12,18 @@ from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.plan import memory_check
-from efficientllm.record import provenance
-from efficientllm.record import row as record
-from efficientllm.record.tensorboard import SummaryWriter
+from efficientllm.record.row import format_table
 from efficientllm.registry import register
 from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed, stopping
-from efficientllm.runtime.log import close_log, open_log
-from efficientllm.tasks import failures
-from efficientllm.train import charts, exports, fingerprints, loop, row, setup
+from efficientllm.tasks import exports, failures
+from efficientllm.tasks.base import FAILED, Run
+from efficientllm.train import charts, fingerprints, loop, row, setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
 from efficientllm.train.progress import Progress
 
 log = logging.getLogger("efficientllm")
-FAILED = failures.FAILED
 
 
 @register("task", "pretrain")
@@ -40,22 +34,16 @@ def train(config, workdir):
     Tuning is training that starts from `config.model.pretrained`; its row counts samples where pre-training's counts
     tokens.
     """
-    run = Training(config, workdir)
-    try:
-        return run.run()
-    finally:
-        run.close()
+    return Training.execute(config, workdir)
 
 
-class Training:
-    """One run from start to row. Only the main process writes logs, charts, samples and the row."""
+class Training(Run):
+    """A training, or a part of one that is resumed."""
 
     def __init__(self, config, workdir):
-        self.config, self.workdir, self.started = config, workdir, time.time()
-        self.main = distributed.is_main()
-        open_log(workdir.path / "log.txt" if self.main else None)
+        super().__init__(config, workdir)
         self.loss, self.evaluation, self.first_step = None, None, 0
-        self.checkpoints = self.writer = self.sampler = None
+        self.checkpoints = self.sampler = None
         self.counts_flops = True
 
     def run(self):
@@ -75,11 +63,11 @@ class Training:
             self._distrust(error.state_step)
             return self._fail("nan", f"{error}: not a number; {self._last_good()}")
         except jax.errors.JaxRuntimeError as error:
-            first = str(error).splitlines()[0]
-            if "RESOURCE_EXHAUSTED" in str(error):
-                return self._fail("oom", f"out of device memory: {first}")
+            if message := failures.out_of_memory(error):
+                return self._fail("oom", message)
             if jax.process_count() == 1:
                 raise
+            first = str(error).splitlines()[0]
             message = f"a step failed, as it does where another process has died: {first}; {self._last_good()}"
             return self._fail("crash", message, distributed.LOST)
         except (CheckpointError, OSError) as error:  # a full disk stops checkpoints, charts or the row
@@ -99,7 +87,7 @@ class Training:
     def _prepare(self):
         self.setup = setup.prepare(self.config, log)
         memory_check.check_shapes(self.setup)
-        if self.main:
+        if self.is_main:
             self.workdir.claim(self.config)
 
     def _train(self):
@@ -108,10 +96,9 @@ class Training:
         distributed.call_in_all(lambda: memory_check.check_compiled(self.setup))
         self.token_bytes = setup.token_bytes(self.setup)
         state = self._restore_or_create()
-        if self.main:
+        if self.is_main:
             keep(self.setup.tokenizer, self.workdir.path / "tokenizer")
-            self.writer = SummaryWriter(self.workdir.path, first_step=self.first_step + 1)
-            self.writer.text("config", _markdown(self.config))
+            self.open_charts(self.first_step + 1)
         log.info(self._headline())
         self.progress = Progress(self.config.train.steps)
         stopping.raise_if_stopped()
@@ -184,26 +171,22 @@ class Training:
         """The row, and then what may fail without taking it away."""
         self.idle = row.all_idle(self.idle.compared(reader.idle_power(self.reader)))
         found = self._write_row("ok", row.all_energy(self.measurement))
-        if self.main:
-            log.info(f"\n{record.format_table(found)}")
+        if self.is_main:
+            log.info(f"\n{format_table(found)}")
         with failures.optional("no adapter was written"):
             exports.write_adapter(self.setup, self.workdir, state)
         with failures.optional("no sample was drawn"):
             if sample := exports.sample(self.setup, state.all_params):
                 log.info(f"\nsample: {sample!r}\n")
         with failures.optional("TensorBoard has no table of the row"):
-            self._write_hparams(found)
+            if self.writer:
+                self.add_to_table(found)
         with failures.optional("checkpoints stay as they are"):
             exports.keep_checkpoints(self.checkpoints, self.config.checkpoint.keep)
-        if self.main:
+        if self.is_main:
             if note := memory.disagreement(found["physical"]):
                 log.warning(note)
-            log.info(f"row: {self.workdir.shown / 'record.json'}")
-            log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
-
-    def _write_hparams(self, found):
-        if self.writer:
-            self.writer.hparams(flatten(plain(self.config)), found["paper"] | found["quality"])
+            self.say_where()
 
     def _write_row(self, outcome, energy_window, message=None):
         study, physical = self._readings(energy_window)
@@ -211,23 +194,20 @@ class Training:
             physical["checkpoint_bytes"] = Reading(
                 stored, "bytes", "files of the newest checkpoint: what learns, moments"
             )
-        found = record.build_record(
-            outcome=outcome,
-            name=self.config.name,
-            task=self.config.task,
-            config=plain(self.config),
-            provenance=self._provenance(),
+        record = self.build_row(
+            outcome,
+            reader=self.reader,
+            mesh=self.setup.mesh,
+            kernels=self.setup.kernels,
+            facts=self._facts(),
+            error=message,
             paper_readings=study,
             physical=physical,
             quality=row.quality(self.evaluation, self.loss),
             warm_up=row.warm_up(self.measurement),
             conditions=row.conditions_of(self.measurement, everywhere=outcome == "ok"),
         )
-        if message:
-            found["error"] = message
-        if self.main:
-            self.workdir.write_row(found)
-        return found
+        return self.write_row(record)
 
     def _readings(self, energy_window):
         """The row's `(paper, physical)`; null, with the reason, where costs cannot be computed."""
@@ -237,22 +217,14 @@ class Training:
             failures.warn("the row has no costs", error)
             return row.unknown(f"could not be computed: {one_line_with_location(error)}")
 
-    def _provenance(self):
-        return provenance.provenance(
-            reader=self.reader,
-            started=self.started,
-            ended=time.time(),
-            config_hash=config_hash(self.config),
-            seed=self.config.seed,
-            mesh=self.setup.mesh,
-            kernels=self.setup.kernels,
-        ) | {
+    def _facts(self):
+        """What the provenance of a training adds."""
+        return {
             "resumed_from_step": self.first_step,
             "sampler_cost_fraction": self.sampler.cost_fraction,
             "data": self.setup.data,
             "fingerprints": self.checkpoints.facts.get("fingerprints"),
             "schedules": self.checkpoints.facts.get("schedules"),
-            **self.workdir.code_provenance(),
         }
 
     def _fail(self, outcome, message, status=FAILED):
@@ -264,7 +236,7 @@ class Training:
             log.error(f"no row could be written: {error}")
         if outcome == "nan":  # as all processes see
             return FAILED
-        self._close_writer()
+        super().close()
         return distributed.exit_process(status)
 
     def _last_good(self):
@@ -283,16 +255,9 @@ class Training:
         """Stops threads and closes files."""
         if self.sampler:
             self.sampler.stop()
-        self._close_writer()
+        super().close()
         if self.checkpoints:
             self.checkpoints.close()
-        close_log()
-
-    def _close_writer(self):
-        if self.writer:
-            with contextlib.suppress(OSError):  # a full disk has been said
-                self.writer.close()
-        self.writer = None
 
     def _headline(self):
         devices = jax.devices()
@@ -300,7 +265,3 @@ class Training:
             f"{self.config.name}: {self.config.train.steps} steps of {self.setup.batch_size} x {self.setup.length} "
             f"tokens on {len(devices)} x {devices[0].device_kind}; compiled in {self.setup.compile_s['compile']:.1f} s"
         )
-
-
-def _markdown(config):
-    return "\n".join(f"    {key} = {value!r}" for key, value in flatten(plain(config)).items())

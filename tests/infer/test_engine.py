@@ -141,3 +141,29 @@ def test_filters_keep_what_their_definitions_keep(seed):
     found = np.asarray(Sample(repetition_penalty=1.5).filtered(logits[None], seen[None]))[0]
     expected = np.where(seen, np.where(logits > 0, logits / 1.5, logits * 1.5), logits)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_generation_is_the_argmax_of_the_full_pass_and_stops_at_the_end_of_text():
+    lm = contract.build("mixer", "gqa")
+    params, prompt = contract.parameters(lm), contract.tokens()[:2, :5]
+    found = np.asarray(answers(Engine(lm, params, Greedy(), -1, 11), prompt.tolist(), 6))
+    text = prompt
+    for _ in range(6):
+        text = np.concatenate([text, np.argmax(contract.logits(lm, text)[:, -1:], -1)], 1)
+    np.testing.assert_array_equal(found, text[:, 5:])
+    eos = int(found[0, 2])
+    (stopped,) = answers(Engine(lm, params, Greedy(), eos, 11), prompt[:1].tolist(), 6)
+    assert stopped == found[0].tolist()[: 1 + found[0].tolist().index(eos)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["gqa", "window(window=5)"])
+def test_a_kernel_for_training_does_not_change_what_is_generated(mixer):
+    prompt = contract.tokens()[:2, :7]
+    texts = []
+    for kernel in ("auto", "chunked", "splash"):
+        lm = contract.build("mixer", mixer, attention_kernel=kernel)
+        params = contract.parameters(contract.build("mixer", mixer))
+        texts.append(answers(Engine(lm, params, Greedy(), -1, 13), prompt.tolist(), 6))
+    assert texts[0] == texts[1] == texts[2]

@@ -1,7 +1,6 @@
 """Positions that a model or a length cannot have are refused in one line."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -9,7 +8,8 @@ import contract
 import runs
 from efficientllm import main, model, registry
 from efficientllm.errors import UserError
-from efficientllm.infer.generate import generate
+from efficientllm.infer.engine import Engine
+from efficientllm.infer.samplers import Greedy
 from efficientllm.mixers.base import Mixer
 from efficientllm.registry import build
 
@@ -82,9 +82,9 @@ def test_a_run_longer_than_the_learned_table(tmp_path, capsys, overrides, messag
 def test_generating_beyond_the_learned_table():
     lm = contract.build("position", LEARNED)
     with pytest.raises(UserError) as refused:
-        generate(lm, {}, contract.tokens()[:2, :5], 12, 0, jax.random.key(0), eos_id=-1)
+        Engine(lm, {}, Greedy(), -1, 17)
     assert str(refused.value) == (
-        "new_tokens = 12 after a prompt of 5: 17 tokens, but config.model.position = 'learned(max_length=16)' has 16 "
+        "prompts and answers of 17 tokens: 17 tokens, but config.model.position = 'learned(max_length=16)' has 16 "
         "positions; give it 17, or take 16 tokens at most"
     )
     model.init_states(lm, 1, 16)

@@ -15,7 +15,8 @@ from efficientllm.evaluation import held_out
 from efficientllm.record import lock
 from efficientllm.record import row as record
 from efficientllm.registry import plugins
-from efficientllm.train import exports, fingerprints, loop
+from efficientllm.tasks import exports
+from efficientllm.train import fingerprints, loop
 from tiers import slow_case
 
 pytestmark = pytest.mark.xdist_group("runs")

@@ -2,10 +2,9 @@
 
 import logging
 
-import jax
-
-from efficientllm.convert import peft as adapter_folder
-from efficientllm.infer.generate import generate
+from efficientllm.convert import peft
+from efficientllm.infer.engine import Engine
+from efficientllm.infer.samplers import Sample
 from efficientllm.runtime import distributed
 
 log = logging.getLogger("efficientllm")
@@ -18,11 +17,11 @@ def write_adapter(run, workdir, state):
     """
     if run.source is None:
         return
-    if not adapter_folder.is_writable(run.config.adapter):
+    if not peft.is_writable(run.config.adapter):
         if run.method.learnt and distributed.is_main():
             log.info(f"adapter: peft has no format for {run.config.adapter!r}; what was learnt is in the checkpoint")
         return
-    adapter_folder.write(run.lm, run.config.adapter, state.all_params, workdir.path / "adapter", run.source)
+    peft.write(run.lm, run.config.adapter, state.all_params, workdir.path / "adapter", run.source)
     if distributed.is_main():
         log.info(f"adapter: {workdir.shown / 'adapter'}, in peft's format")
 
@@ -32,10 +31,10 @@ def sample(run, params):
     asked = run.config.sample
     if not asked.tokens:
         return None
-    key = jax.random.key(run.config.seed)
-    prompt = run.tokenizer.encode_prompt(asked.prompt)
-    new = generate(run.lm, params, [prompt], asked.tokens, asked.temperature, key, run.tokenizer.end_ids)
-    return asked.prompt + run.tokenizer.decode(jax.device_get(new)[0].tolist())
+    prompt, sampler = run.tokenizer.encode_prompt(asked.prompt), Sample(asked.temperature)
+    engine = Engine(run.lm, params, sampler, run.tokenizer.end_ids, len(prompt) + asked.tokens)
+    *_, (new_ids,) = engine.generate([prompt], asked.tokens, run.config.seed)
+    return asked.prompt + run.tokenizer.decode(new_ids)
 
 
 def keep_checkpoints(checkpoints, keep):

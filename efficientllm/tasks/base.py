@@ -1,0 +1,106 @@
+"""What training, inference and planning share: log, charts, row with provenance, outcomes of failures, exit status."""
+
+import contextlib
+import logging
+import sys
+import time
+import traceback
+
+from efficientllm.config.plain import config_hash, flatten, plain
+from efficientllm.metrics.energy.window import EnergyReader
+from efficientllm.record import provenance, row
+from efficientllm.record.tensorboard import SummaryWriter
+from efficientllm.registry.plugins import one_line_with_location
+from efficientllm.runtime import distributed
+from efficientllm.runtime.log import close_log, open_log
+
+log = logging.getLogger("efficientllm")
+FAILED = 3  # exit status of a run whose row says how it failed
+
+
+class Run:
+    """One run of a task, from its config to its row; `run()` of a subclass does the work and returns the exit status.
+
+    Only the main process writes the log, the charts and the row. `notes` are lines that the row keeps.
+    """
+
+    def __init__(self, config, workdir):
+        self.config, self.workdir, self.started = config, workdir, time.time()
+        self.is_main = distributed.is_main()
+        self.writer, self.notes = None, []
+
+    @classmethod
+    def execute(cls, config, workdir):
+        """Runs the task with its log open -> exit status. Raises UserError."""
+        open_log(workdir.path / "log.txt" if distributed.is_main() else None)
+        try:
+            with contextlib.closing(cls(config, workdir)) as run:
+                return run.run()
+        finally:
+            close_log()
+
+    def close(self):
+        """Closes the charts."""
+        if self.writer:
+            with contextlib.suppress(OSError):  # a full disk has been said
+                self.writer.close()
+        self.writer = None
+
+    def build_row(self, outcome, *, reader, mesh=None, kernels=None, facts=None, error=None, **groups):
+        """The row: `facts` are added to its provenance, `groups` are those of `record.row.build_record`."""
+        source = provenance.provenance(
+            reader=reader,
+            started=self.started,
+            ended=time.time(),
+            config_hash=config_hash(self.config),
+            seed=self.config.seed,
+            mesh=mesh,
+            kernels=kernels,
+        )
+        record = row.build_record(
+            outcome=outcome,
+            name=self.config.name,
+            task=self.config.task,
+            config=plain(self.config),
+            provenance=source | (facts or {}) | self.workdir.code_provenance(),
+            **groups,
+        )
+        if error:
+            record["error"] = error
+        if self.notes:
+            record["notes"] = self.notes
+        return record
+
+    def write_row(self, record):
+        """Writes `record.json` in the main process -> the row."""
+        if self.is_main:
+            self.workdir.write_row(record)
+        return record
+
+    def open_charts(self, first_step=0):
+        """Opens TensorBoard's event file, whose first text is the config."""
+        self.writer = SummaryWriter(self.workdir.path, first_step=first_step)
+        values = flatten(plain(self.config)).items()
+        self.writer.text("config", "\n".join(f"    {key} = {value!r}" for key, value in values))
+
+    def add_to_table(self, record):
+        """Adds the run to TensorBoard's HParams table."""
+        self.writer.hparams(flatten(plain(self.config)), record["paper"] | record["quality"])
+
+    def say_where(self):
+        """Logs where the row is, and how to compare runs."""
+        log.info(f"row: {self.workdir.shown / 'record.json'}")
+        log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
+
+    def end(self, error):
+        """Ends a run whose task raised: one line on stderr, the traceback in `log.txt`, and a row -> exit status."""
+        line = one_line_with_location(error)
+        print(f"efficientllm: {line}; the traceback is in {self.workdir.shown / 'log.txt'}", file=sys.stderr)
+        if self.is_main:
+            try:
+                with open(self.workdir.path / "log.txt", "a", encoding="utf-8", errors="replace") as file:
+                    file.write("".join(traceback.format_exception(error)))
+                self.write_row(self.build_row("error", reader=EnergyReader("the run ended as error"), error=line))
+            except OSError as unwritable:
+                print(f"efficientllm: no row could be written: {unwritable}", file=sys.stderr)
+        return FAILED
