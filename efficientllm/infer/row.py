@@ -11,8 +11,8 @@ from efficientllm.errors import UserError
 from efficientllm.metrics import conditions
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
-from efficientllm.record import row as record
 from efficientllm.record import study_metrics
+from efficientllm.record.row import read_record
 from efficientllm.weights import activation_dtype, resident_bytes
 
 LIKELIHOOD = "likelihood a byte of held-out text"  # 2^-bits_per_byte: 1 is certainty, and more is better
@@ -64,7 +64,7 @@ def check_baseline(config, described):
 
 def _row_of(file):
     try:
-        return record.read_record(file)
+        return read_record(file)
     except UserError as error:
         raise UserError(f"config.infer.baseline = {error}") from None
 

@@ -6,7 +6,7 @@ import shutil
 import textwrap
 
 from efficientllm.errors import UserError
-from efficientllm.metrics import conditions as machine
+from efficientllm.metrics.conditions import unmeasured
 from efficientllm.metrics.reading import missing
 from efficientllm.record import notes, study_metrics
 from efficientllm.runtime.atomic_write import write_atomically
@@ -96,7 +96,7 @@ def build_record(
         "physical": _complete(physical, PHYSICAL_UNITS, absent),
         "quality": _complete(quality, QUALITY_UNITS, absent),
     }
-    met = dict(conditions or machine.unmeasured(absent))
+    met = dict(conditions or unmeasured(absent))
     starved = {key: met.pop(key) for key in ("starved", "reasons")}
     groups["conditions"] = met
     keys = [key for group in groups.values() for key in group]

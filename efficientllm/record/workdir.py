@@ -10,8 +10,8 @@ import pathlib
 from efficientllm.config.plain import config_hash, plain
 from efficientllm.errors import UserError
 from efficientllm.record import resume_check, run_files
-from efficientllm.record import row as record
 from efficientllm.record.lock import Lock
+from efficientllm.record.row import write_record
 from efficientllm.runtime.atomic_write import write_atomically
 
 log = logging.getLogger("efficientllm")
@@ -150,7 +150,7 @@ class Workdir:
         """Writes `record.json` -> its path; beside a row that is ok, one that is not goes into `record.failed.json`."""
         keeps = row["outcome"] != "ok" and self.finished() is not None
         file = self.path / (run_files.FAILED_ROW if keeps else run_files.ROW)
-        record.write_record(row, file)
+        write_record(row, file)
         if row["outcome"] == "ok":
             (self.path / run_files.FAILED_ROW).unlink(missing_ok=True)
         return file

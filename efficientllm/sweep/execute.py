@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from efficientllm.config.plain import plain
 from efficientllm.errors import UserError
 from efficientllm.metrics import host
-from efficientllm.record import row as record
+from efficientllm.record.row import OUTCOMES, build_record, read_record, write_record
 from efficientllm.report import file_excerpts
 from efficientllm.sweep.spec import Run
 from efficientllm.untrusted import json_text
@@ -52,7 +52,7 @@ def execute_run(
 def read_outcome(folder: str | os.PathLike[str]) -> str | None:
     """Reads the outcome in a folder's row; None without a row that a sweep has marked."""
     try:
-        row = record.read_record(pathlib.Path(folder) / "record.json")
+        row = read_record(pathlib.Path(folder) / "record.json")
     except UserError:
         return None
     return row["outcome"] if "sweep" in row else None
@@ -61,7 +61,7 @@ def read_outcome(folder: str | os.PathLike[str]) -> str | None:
 def run_seconds(folder: str | os.PathLike[str]) -> float | None:
     """Wall time of the run whose row is in a folder; None if it did not end by itself."""
     try:
-        provenance = record.read_record(pathlib.Path(folder) / "record.json")["provenance"]
+        provenance = read_record(pathlib.Path(folder) / "record.json")["provenance"]
         begin, end = (datetime.datetime.fromisoformat(provenance[key]) for key in ("started", "ended"))
     except (UserError, KeyError, TypeError, ValueError):
         return None
@@ -72,7 +72,7 @@ def last_message(folder: str | os.PathLike[str]) -> str:
     """The last message of a failed run: its row's error, or the last line of its log or output."""
     folder = pathlib.Path(folder)
     try:
-        row = record.read_record(folder / "record.json")
+        row = read_record(folder / "record.json")
     except UserError:
         row = {}
     for output in (row.get("error"), row.get("log_tail"), _lines(folder / "log.txt"), _lines(folder / "output.txt")):
@@ -127,7 +127,7 @@ def _stop(process, signum):
 
 def outcome_of_exit(ended: str | int) -> str:
     """The outcome of a process without a row. Signals are negative, or 128 + signal from a shell."""
-    if ended in record.OUTCOMES:
+    if ended in OUTCOMES:
         return ended
     if ended in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return "oom"  # an unexplained SIGKILL is almost always the kernel's out-of-memory killer
@@ -139,12 +139,12 @@ def write_row(run: Run, folder: pathlib.Path, ended: str | int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "record.json"
     try:
-        row = record.read_record(file)
+        row = read_record(file)
     except UserError:
         row = _failed(run, folder, ended)
     if ended == "timeout":
         row["outcome"] = "timeout"
-    record.write_record(row | {"sweep": run.place}, file)
+    write_record(row | {"sweep": run.place}, file)
 
 
 def _config(run, folder):
@@ -163,7 +163,7 @@ def _config(run, folder):
 
 def _failed(run, folder, ended):
     config = _config(run, folder)
-    row = record.build_record(
+    row = build_record(
         outcome=outcome_of_exit(ended),
         name=run.variant,
         task=config.get("task", "unknown"),

@@ -8,7 +8,8 @@ import traceback
 
 from efficientllm.config.plain import config_hash, flatten, plain
 from efficientllm.metrics.energy.window import EnergyReader
-from efficientllm.record import provenance, row
+from efficientllm.record import provenance
+from efficientllm.record.row import build_record
 from efficientllm.record.tensorboard import SummaryWriter
 from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed
@@ -57,7 +58,7 @@ class Run:
             mesh=mesh,
             kernels=kernels,
         )
-        record = row.build_record(
+        record = build_record(
             outcome=outcome,
             name=self.config.name,
             task=self.config.task,

@@ -203,7 +203,7 @@ class Training(Run):
             error=message,
             paper_readings=study,
             physical=physical,
-            quality=row.quality(self.evaluation, self.loss),
+            quality=_quality(self.evaluation, self.loss),
             warm_up=row.warm_up(self.measurement),
             conditions=row.conditions_of(self.measurement, everywhere=outcome == "ok"),
         )
@@ -265,3 +265,9 @@ class Training(Run):
             f"{self.config.name}: {self.config.train.steps} steps of {self.setup.batch_size} x {self.setup.length} "
             f"tokens on {len(devices)} x {devices[0].device_kind}; compiled in {self.setup.compile_s['compile']:.1f} s"
         )
+
+
+def _quality(evaluation, loss):
+    """Readings of the last evaluation and the last training loss; null with the reason where a value is not finite."""
+    found = held_out.readings(evaluation or {})
+    return found if loss is None else {"loss": Reading(loss, "nat", "last logged training step"), **found}

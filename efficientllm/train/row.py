@@ -5,7 +5,6 @@ import dataclasses
 import jax
 
 from efficientllm.cost import device_peaks, formulas, step_memory
-from efficientllm.evaluation import held_out
 from efficientllm.metrics import conditions, memory, sampler
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
@@ -175,9 +174,3 @@ def _per_token(run, counted):
     if counted.value is None:
         return counted
     return dataclasses.replace(counted, value=counted.value / (run.length * run.batch_size))
-
-
-def quality(evaluation, loss):
-    """Readings of the last evaluation and the last training loss; null with the reason where a value is not finite."""
-    found = held_out.readings(evaluation or {})
-    return found if loss is None else {"loss": Reading(loss, "nat", "last logged training step"), **found}

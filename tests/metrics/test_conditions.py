@@ -12,7 +12,7 @@ from efficientllm.metrics import conditions, cpu_counters
 from efficientllm.metrics.conditions import Span
 from efficientllm.metrics.pauses import PauseDetector
 from efficientllm.record import notes
-from efficientllm.record import row as record
+from efficientllm.record.row import build_record, format_table
 
 pytestmark = pytest.mark.quick
 
@@ -152,7 +152,7 @@ def test_a_process_that_was_stopped_knows_it():
 
 
 def test_a_row_says_all_of_it():
-    row = record.build_record(
+    row = build_record(
         outcome="ok",
         name="x",
         task="pretrain",
@@ -165,6 +165,6 @@ def test_a_row_says_all_of_it():
     said = " ".join(notes.notes(row))
     for words in ("starved", "other programs", "stopped for 20.0 s", "not settled", "2 were set aside", "1 step(s)"):
         assert words in said
-    table = record.format_table(row)
+    table = format_table(row)
     assert table.count("note:") == 4 and max(map(len, table.splitlines())) <= 100
     assert notes.notes({"outcome": "ok"}) == []

@@ -7,7 +7,7 @@ import pytest
 
 from efficientllm.errors import UserError
 from efficientllm.metrics.reading import Reading
-from efficientllm.record import row as rows
+from efficientllm.record.row import build_record, format_table, read_record, write_record
 from efficientllm.record.study_metrics import UNITS, paper_metrics
 from record.test_study_metrics import AVERAGES, ENERGY, VOID, pretraining
 
@@ -24,7 +24,7 @@ def build(energy=ENERGY, **changes):
         "paper_readings": paper_metrics(pretraining(), AVERAGES, energy),
         "physical": {"tokens_per_s": Reading(500.0, "1/s", "wall clock")},
     }
-    return rows.build_record(**{**fields, **changes})
+    return build_record(**{**fields, **changes})
 
 
 def test_every_number_has_a_unit_and_a_source_and_every_null_a_reason():
@@ -56,24 +56,24 @@ def test_unknown_outcomes_and_doubled_keys_are_refused():
 def test_a_row_is_read_back_as_written(tmp_path):
     record = build(physical={"params_total": Reading(jnp.int32(7), "1", "shapes")})
     path = tmp_path / "record.json"
-    rows.write_record(record, path)
-    assert rows.read_record(path) == record
+    write_record(record, path)
+    assert read_record(path) == record
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_a_write_that_fails_leaves_the_old_row_whole(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
-    rows.write_record(build(), path)
+    write_record(build(), path)
     before = path.read_text()
     with pytest.raises(TypeError):
-        rows.write_record(build(config={"array": object()}), path)
+        write_record(build(config={"array": object()}), path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
         patch.setattr(pathlib.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
-        rows.write_record(build(name="new"), path)
+        write_record(build(name="new"), path)
     assert path.read_text() == before
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        rows.write_record(build(name="new"), path)
+        write_record(build(name="new"), path)
     assert path.read_text() == before
 
 
@@ -82,12 +82,12 @@ def test_what_is_no_row_of_this_schema_is_one_clear_line(tmp_path, text):
     path = tmp_path / "record.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"record\.json") as caught:
-        rows.read_record(path)
+        read_record(path)
     assert "\n" not in str(caught.value)
 
 
 def test_the_table_shows_units_sources_and_reasons_within_100_columns():
-    table = rows.format_table(build(energy=VOID))
+    table = format_table(build(energy=VOID))
     lines = table.splitlines()
     assert max(map(len, lines)) <= 100
     power = next(line for line in lines if line.startswith("AEC"))
@@ -100,7 +100,7 @@ def test_the_table_shows_units_sources_and_reasons_within_100_columns():
 def test_long_reasons_wrap_under_their_column():
     record = build()
     record["sources"]["mcr"]["reason"] = "a reason " * 20
-    lines = rows.format_table(record).splitlines()
+    lines = format_table(record).splitlines()
     assert max(map(len, lines)) <= 100 and len(lines) > 10
 
 
@@ -111,7 +111,7 @@ def test_the_table_fits_the_terminal_and_of_serving_holds_latencies_and_bytes(mo
         record["sources"][key] = {"source": "a long story of where it comes from", "reason": None, "unit": "s"}
     for columns, widest in ((90, 90), (20, 80), (300, 100)):
         monkeypatch.setenv("COLUMNS", str(columns))
-        lines = rows.format_table(record).splitlines()
+        lines = format_table(record).splitlines()
         assert max(map(len, lines)) == widest
     told = {line.split()[0]: line.split() for line in lines if line}
     assert "250" in told["TTFT"] and "ms" in told["TTFT"] and "12.3" in told["TPOT"]

@@ -33,9 +33,9 @@ if what == "kill":  # the allocation and everything in it
     time.sleep(60)
 if what == "crash":
     sys.exit(1)
-from efficientllm.record import row as record
-row = record.build_record(outcome=what, name="x", task="pretrain", config={}, provenance={})
-record.write_record(row, folder / "record.json")
+from efficientllm.record.row import build_record, write_record
+row = build_record(outcome=what, name="x", task="pretrain", config={}, provenance={})
+write_record(row, folder / "record.json")
 """
 
 

@@ -37,14 +37,14 @@ if what == "sleep":
 if what in ("crash", "invalid", "stopped"):
     sys.exit({"crash": 1, "invalid": 2, "stopped": 143}[what])
 from efficientllm.metrics import reading
-from efficientllm.record import row as record
+from efficientllm.record.row import build_record, write_record
 loss = float(argv.get("config.loss", "nan"))
 quality = {"eval_loss": reading.Reading(loss, "nat", "made up")} if "config.loss" in argv else None
-row = record.build_record(
+row = build_record(
     outcome=what, name="x", task="pretrain", config={"what": what}, quality=quality,
     provenance={"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:00:07+00:00"},
 )
-record.write_record(row, folder / "record.json")
+write_record(row, folder / "record.json")
 sys.exit(0 if what == "ok" else 3)
 """
 

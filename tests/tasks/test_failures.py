@@ -13,7 +13,7 @@ import runs
 from efficientllm import main
 from efficientllm.evaluation import held_out
 from efficientllm.record import lock
-from efficientllm.record import row as record
+from efficientllm.record.row import read_record, write_record
 from efficientllm.registry import plugins
 from efficientllm.tasks import exports
 from efficientllm.train import fingerprints, loop
@@ -83,7 +83,7 @@ def test_the_place_is_of_the_user_s_code_else_of_ours():
             return error
 
     assert "test_failures.py" in plugins.error_location(raised(lambda: json.loads("{")))
-    assert "efficientllm/" in plugins.error_location(raised(lambda: record.read_record(3.5)))
+    assert "efficientllm/" in plugins.error_location(raised(lambda: read_record(3.5)))
     assert plugins.error_location(ValueError("never raised")) == "no traceback"
 
 
@@ -217,7 +217,7 @@ def test_a_second_process_is_one_line_and_touches_nothing(texts, tmp_path, capsy
 
 def test_numbers_that_are_not_finite_are_null_with_the_reason(tmp_path):
     text = {"a": {"b": [1.0, math.inf]}, "c": math.nan, "d": 2.5}
-    record.write_record(text, tmp_path / "record.json")
+    write_record(text, tmp_path / "record.json")
     found = json.loads((tmp_path / "record.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert found == {"a": {"b": [1.0, None]}, "c": None, "d": 2.5, "not_finite": {"a.b[1]": "inf", "c": "nan"}}
 
