@@ -5,15 +5,18 @@ import logging
 import sys
 import time
 import traceback
+import typing
 
 from efficientllm.config.plain import config_hash, flatten, plain
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.record import provenance
 from efficientllm.record.row import build_record
 from efficientllm.record.tensorboard import SummaryWriter
+from efficientllm.record.workdir import Workdir
 from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed
 from efficientllm.runtime.log import close_log, open_log
+from efficientllm.typing import Config, Mesh, Record
 
 log = logging.getLogger("efficientllm")
 FAILED = 3  # exit status of a run whose row says how it failed
@@ -25,13 +28,14 @@ class Run:
     Only the main process writes the log, the charts and the row. `notes` are lines that the row keeps.
     """
 
-    def __init__(self, config, workdir):
+    def __init__(self, config: Config, workdir: Workdir) -> None:
         self.config, self.workdir, self.started = config, workdir, time.time()
         self.is_main = distributed.is_main()
-        self.writer, self.notes = None, []
+        self.writer: SummaryWriter | None = None
+        self.notes: list[str] = []
 
     @classmethod
-    def execute(cls, config, workdir):
+    def execute(cls, config: Config, workdir: Workdir) -> int:
         """Runs the task with its log open -> exit status. Raises UserError."""
         open_log(workdir.path / "log.txt" if distributed.is_main() else None)
         try:
@@ -40,15 +44,29 @@ class Run:
         finally:
             close_log()
 
-    def close(self):
+    def run(self) -> int:
+        """Does the work -> exit status."""
+        raise NotImplementedError
+
+    def close(self) -> None:
         """Closes the charts."""
         if self.writer:
             with contextlib.suppress(OSError):  # a full disk has been said
                 self.writer.close()
         self.writer = None
 
-    def build_row(self, outcome, *, reader, mesh=None, kernels=None, facts=None, error=None, **groups):
-        """The row: `facts` are added to its provenance, `groups` are those of `record.row.build_record`."""
+    def build_row(
+        self,
+        outcome: str,
+        *,
+        reader: EnergyReader,
+        mesh: Mesh | None = None,
+        kernels: dict[str, list[str]] | None = None,
+        facts: Record | None = None,
+        error: str | None = None,
+        **groups: typing.Any,
+    ) -> Record:
+        """The row: `facts` are added to its provenance, `groups` are those of `build_record`."""
         source = provenance.provenance(
             reader=reader,
             started=self.started,
@@ -72,28 +90,28 @@ class Run:
             record["notes"] = self.notes
         return record
 
-    def write_row(self, record):
+    def write_row(self, record: Record) -> Record:
         """Writes `record.json` in the main process -> the row."""
         if self.is_main:
             self.workdir.write_row(record)
         return record
 
-    def open_charts(self, first_step=0):
+    def open_charts(self, first_step: int = 0) -> None:
         """Opens TensorBoard's event file, whose first text is the config."""
         self.writer = SummaryWriter(self.workdir.path, first_step=first_step)
         values = flatten(plain(self.config)).items()
         self.writer.text("config", "\n".join(f"    {key} = {value!r}" for key, value in values))
 
-    def add_to_table(self, record):
+    def add_to_table(self, record: Record) -> None:
         """Adds the run to TensorBoard's HParams table."""
         self.writer.hparams(flatten(plain(self.config)), record["paper"] | record["quality"])
 
-    def say_where(self):
+    def log_locations(self) -> None:
         """Logs where the row is, and how to compare runs."""
         log.info(f"row: {self.workdir.shown / 'record.json'}")
         log.info(f"compare runs: tensorboard --logdir={self.workdir.siblings}")
 
-    def end(self, error):
+    def end(self, error: BaseException) -> int:
         """Ends a run whose task raised: one line on stderr, the traceback in `log.txt`, and a row -> exit status."""
         line = one_line_with_location(error)
         print(f"efficientllm: {line}; the traceback is in {self.workdir.shown / 'log.txt'}", file=sys.stderr)

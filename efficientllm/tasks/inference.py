@@ -188,7 +188,7 @@ class Inference(Run):
             self.add_to_table(found)
             physical = {f"_row_physical/{key}": value for key, value in found["physical"].items() if value is not None}
             self.writer.scalars(0, physical)
-        self.say_where()
+        self.log_locations()
         return 0
 
     def _write_row(self, outcome, study=None, physical=None, quality=None):

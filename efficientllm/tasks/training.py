@@ -186,7 +186,7 @@ class Training(Run):
         if self.is_main:
             if note := memory.disagreement(found["physical"]):
                 log.warning(note)
-            self.say_where()
+            self.log_locations()
 
     def _write_row(self, outcome, energy_window, message=None):
         study, physical = self._readings(energy_window)
