@@ -11,11 +11,12 @@ import numpy as np
 from efficientllm import model as models
 from efficientllm.convert import write
 from efficientllm.convert.files.new_folder import new_folder
-from efficientllm.convert.files.own_quantized import LEAVES, METHOD
+from efficientllm.convert.files.own_quantized import METHOD, leaf_types
 from efficientllm.convert.files.safetensors_file import INDEX
 from efficientllm.cost import available_memory
 from efficientllm.errors import UserError
 from efficientllm.quant import apply, calibrate
+from efficientllm.quant.base import Rows, rounds
 
 
 def convert(source, spec, folder, data="python_docs()", length=256, shard=write.SHARD):
@@ -24,12 +25,14 @@ def convert(source, spec, folder, data="python_docs()", length=256, shard=write.
     Calibrated forms see text of `data`. Raises UserError for a form that rounds nothing.
     """
     form = apply.form_of(spec)
-    if not hasattr(form, "leaf") or spec == "stored":
+    if not rounds(form) or spec == "stored":
         raise UserError(f"--quant={spec}: rounds nothing; take int4(...), int8(...), nf4(...), bfloat16 or float16")
+    if form.leaf_type not in leaf_types().values():
+        raise UserError(f"--quant={spec}: {type(form).__name__} names no leaf_type, by which files would be read again")
     lm = source.lm(scan=False)
     abstract = nn.unbox(models.abstract_params(lm))
-    _check_memory(abstract, spec, getattr(form, "calibrated", False))
-    if getattr(form, "calibrated", False):
+    _check_memory(abstract, spec, form.calibrated)
+    if form.calibrated:
         from efficientllm.data import build_tokenizer, calibration_rows
 
         tokens_BT = calibration_rows(data, build_tokenizer(source.tokenizer(), data), length)
@@ -74,7 +77,7 @@ def _write(params, folder, config, spec, shard):
 
 def _parts(leaf):
     """`({field: array}, {field: value that is none})`; of an array itself, `({"": it}, None)`."""
-    if type(leaf) not in LEAVES.values():
+    if not isinstance(leaf, Rows):
         return {"": leaf}, None
     fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
     arrays = {name: value for name, value in fields.items() if hasattr(value, "dtype")}

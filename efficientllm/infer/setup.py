@@ -158,7 +158,7 @@ class Serving:
 
 def _is_calibrated(spec, rules):
     forms = [quant.form_of(each) for each in (spec, *(form for _, form in rules))]
-    return any(getattr(form, "calibrated", False) for form in forms)
+    return any(form.calibrated for form in forms)
 
 
 def check_request(config):

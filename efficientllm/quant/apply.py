@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError
+from efficientllm.quant.base import rounds
 from efficientllm.registry import build
 from efficientllm.untrusted import patterns
 from efficientllm.weights import Weight, box, is_box, path_of
@@ -31,9 +32,9 @@ def quantize(params, spec, rules=(), learn=None):
     def one(keys, held):
         path = path_of(keys)
         form = choose(path)
-        if not hasattr(form, "leaf") or isinstance(held, Weight):
+        if not rounds(form) or isinstance(held, Weight):
             return held
-        if getattr(form, "calibrated", False):
+        if form.calibrated:
             if learn is None:
                 raise UserError(f"quant = {spec!r} is calibrated: give it text to calibrate on")
             found = learn(path, form)
@@ -52,7 +53,7 @@ def rounder(spec, rules=()):
 
     def one(path, array):
         form = choose(path)
-        if not hasattr(form, "leaf"):
+        if not rounds(form):
             return array
         found = leaf(form, path == "embedding", array)
         check_finite(found, path, spec)

@@ -9,10 +9,35 @@ import typing
 import jax
 import jax.numpy as jnp
 
+from efficientllm.quant import consistency
 from efficientllm.quant import matmul as products
 from efficientllm.weights import Axes, Weight
 
 STATIC = {"pytree_node": False}
+
+
+class Form:
+    """The form of rounded weights: subclasses are frozen dataclasses registered as ("quant", name).
+
+    They have a field or a property `embedding`, the spec of the form of tables.
+    """
+
+    # The class of the leaves that `leaf` makes, by whose name they are written to files and read; None rounds nothing.
+    leaf_type: typing.ClassVar[typing.Any]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether leaves are made with text (`calibrate`); `leaf` then makes none."""
+        return False
+
+    def leaf(self, rows: jax.Array, is_table: bool) -> "Rows":
+        """The leaf of float32 rows `[..., R, K]`, the weights of one output each; `is_table` as in `Rows`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no leaf(rows, is_table)")
+
+
+def rounds(form: Form | None) -> bool:
+    """Whether a form makes leaves; None, that of a parameter that has none, does not."""
+    return form is not None and form.leaf_type is not None
 
 
 class Rows(Weight):
@@ -83,6 +108,10 @@ class Rows(Weight):
 
         return jax.tree.map(tie, leaf)
 
+    def check(self) -> None:
+        """Raises UserError where arrays read from a file do not fit each other; reads their shapes and dtypes alone."""
+        consistency.check_flag(self)
+
     def apply(self, x, product, of_rows):
         return product(x, self.after(x).dense())
 
@@ -114,6 +143,13 @@ class Grouped(Rows):
 
     The last group may be filled up, and a value may be two codes (`pack`).
     """
+
+    # (dtype of values, dtype of scale, codes in a value)
+    layout: typing.ClassVar[tuple]
+
+    def check(self):
+        super().check()
+        consistency.check_groups(self, *self.layout)
 
     @property
     def width(self):

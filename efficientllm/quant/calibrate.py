@@ -12,6 +12,7 @@ from efficientllm.errors import UserError
 from efficientllm.ops.attention import Context
 from efficientllm.quant import apply as tree
 from efficientllm.quant.awq import awq
+from efficientllm.quant.base import rounds
 from efficientllm.quant.gptq import gptq
 from efficientllm.runtime.log import Countdown
 from efficientllm.weights import Weight, path_of
@@ -107,9 +108,9 @@ def _compress(params, moments, choose):
     def one(keys, leaf):
         path = path_of(keys)
         form = choose(path)
-        if path not in moments or not hasattr(form, "leaf"):
+        if path not in moments or not rounds(form):
             return leaf
-        if not getattr(form, "calibrated", False):
+        if not form.calibrated:
             return tree.leaf(form, False, leaf)
         return _calibrated(form, leaf, moments[path])
 

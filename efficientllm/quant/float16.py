@@ -7,11 +7,14 @@ import typing
 import flax.struct
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 from efficientllm.errors import UserError
 from efficientllm.ops import native
 from efficientllm.quant import matmul
-from efficientllm.quant.base import STATIC, Rows
+from efficientllm.quant.base import STATIC, Form, Rows
+from efficientllm.quant.consistency import check_array
 from efficientllm.registry import register
 from efficientllm.runtime import kernel_choice
 
@@ -26,6 +29,10 @@ class Half(Rows):
     @property
     def name(self):
         return self.values.dtype.name
+
+    def check(self):
+        super().check()
+        check_array("values", self.values, (np.float16, ml_dtypes.bfloat16))
 
     def divisible(self, ways):
         return self
@@ -56,8 +63,10 @@ class Half(Rows):
 
 
 @dataclasses.dataclass(frozen=True)
-class HalfForm:
+class HalfForm(Form):
     dtype: str
+
+    leaf_type = Half
 
     @property
     def embedding(self):
@@ -70,17 +79,19 @@ class HalfForm:
 
 @register("quant", "float32")
 @dataclasses.dataclass(frozen=True)
-class Plain:
+class Plain(Form):
     """Arrays as they are."""
 
+    leaf_type = None
     embedding: typing.ClassVar[str] = "float32"
 
 
 @register("quant", "stored")
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class Stored(Form):
     """The rounded weights of a checkpoint (AWQ, GPTQ, GGUF) as its files hold them, at inference."""
 
+    leaf_type = Rows
     embedding: typing.ClassVar[str] = "float32"
 
     def leaf(self, rows, is_table):

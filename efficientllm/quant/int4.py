@@ -5,10 +5,13 @@ import typing
 
 import flax.struct
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.ops import native
-from efficientllm.quant.base import STATIC, Grouped, grouped, pack, unpack
+from efficientllm.quant.base import STATIC, Form, Grouped, grouped, pack, unpack
+from efficientllm.quant.consistency import check_array, require
 from efficientllm.registry import register
 from efficientllm.weights import Axes
 
@@ -34,6 +37,7 @@ class Int4(Grouped):
     is_table: bool = flax.struct.field(default=False, **STATIC)
 
     name = "int4"
+    layout = (np.uint8, np.float16, 2)
     is_tileable = True
 
     def rows(self):
@@ -41,6 +45,21 @@ class Int4(Grouped):
         weights = decode(codes, scale, *(None if x is None else x[..., None] for x in (self.zero, self.minimum)))
         rows = weights.reshape(*weights.shape[:-2], -1)[..., : self.width]
         return rows if self.x_scale is None else rows * self.x_scale
+
+    def check(self):
+        super().check()
+        require(self.x_bits in (8, 16), f"x_bits = {self.x_bits!r} is neither 8 nor 16")
+        require(self.zero is None or self.minimum is None, "zero and minimum both")
+        for name, dtype in (("zero", np.uint8), ("minimum", np.float16)):
+            array = getattr(self, name)
+            if array is not None:
+                check_array(name, array, (dtype,))
+                shapes = f"{name} {list(array.shape)} is not of the shape of scale {list(self.scale.shape)}"
+                require(array.shape == self.scale.shape, shapes)
+        if self.x_scale is not None:
+            check_array("x_scale", self.x_scale, (np.float16, ml_dtypes.bfloat16, np.float32))
+            expected = (*self.values.shape[:-2], 1, self.columns)
+            require(self.x_scale.shape == expected, f"x_scale {list(self.x_scale.shape)} is not {list(expected)}")
 
     def native(self):
         groups = self.scale.shape[-1]
@@ -100,7 +119,7 @@ def nearest(rows, group, symmetric):
 
 @register("quant", "int4")
 @dataclasses.dataclass(frozen=True)
-class Int4Form:
+class Int4Form(Form):
     """Groups of `group` inputs share a scale, and a zero point where they are not `symmetric`.
 
     Args:
@@ -115,6 +134,8 @@ class Int4Form:
     symmetric: bool = True
     activations: str = "float"
     embedding: str = "int8"
+
+    leaf_type = Int4
 
     def __post_init__(self):
         for field, known in (("method", METHODS), ("activations", ("float", "int8"))):

@@ -5,11 +5,12 @@ import typing
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 
 from efficientllm.errors import UserError
 from efficientllm.ops import native
 from efficientllm.quant import matmul
-from efficientllm.quant.base import STATIC, Grouped, grouped
+from efficientllm.quant.base import STATIC, Form, Grouped, grouped
 from efficientllm.registry import register
 from efficientllm.runtime import kernel_choice
 
@@ -24,6 +25,7 @@ class Int8(Grouped):
     is_table: bool = flax.struct.field(default=False, **STATIC)
 
     name = "int8"
+    layout = (np.int8, np.float32, 1)
 
     def rows(self):
         codes = self.values.reshape(*self.scale.shape, -1).astype(jnp.float32)
@@ -46,11 +48,13 @@ class Int8(Grouped):
 
 @register("quant", "int8")
 @dataclasses.dataclass(frozen=True)
-class Int8Form:
+class Int8Form(Form):
     """Round to nearest, symmetric: scale = amax / 127 of `group` weights, or of an output's all where it is 0."""
 
     group: int = 0
     embedding: str = "int8"
+
+    leaf_type = Int8
 
     def __post_init__(self):
         if self.group < 0 or self.group % 32:

@@ -9,7 +9,7 @@ import numpy as np
 
 from efficientllm.errors import UserError
 from efficientllm.ops import native
-from efficientllm.quant.base import STATIC, Grouped, grouped, pack, unpack
+from efficientllm.quant.base import STATIC, Form, Grouped, grouped, pack, unpack
 from efficientllm.registry import register
 
 # Quantiles of a normal distribution, scaled to -1..1, zero among them: the table that QLoRA and bitsandbytes print.
@@ -34,6 +34,7 @@ class NF4(Grouped):
     is_table: bool = flax.struct.field(default=False, **STATIC)
 
     name = "nf4"
+    layout = (np.uint8, np.float32, 2)
 
     def rows(self):
         weights = jnp.asarray(TABLE)[unpack(self.values, self.scale.shape[-1])] * self.scale[..., None]
@@ -48,12 +49,14 @@ class NF4(Grouped):
 
 @register("quant", "nf4")
 @dataclasses.dataclass(frozen=True)
-class NF4Form:
+class NF4Form(Form):
     """The nearest of 16 values, times the largest of `block` weights. Blocks run along the inputs of each output: those
     of bitsandbytes where `block` divides the inputs."""
 
     block: int = 64
     embedding: str = "int8"
+
+    leaf_type = NF4
 
     def __post_init__(self):
         if self.block < 32 or self.block & (self.block - 1):

@@ -4,6 +4,7 @@ from efficientllm import model, sharding
 from efficientllm.errors import UserError
 from efficientllm.optim import rules
 from efficientllm.quant import apply as quant
+from efficientllm.quant.base import rounds
 from efficientllm.run_description import RunDescription
 from efficientllm.typing import Config, Mesh
 
@@ -12,14 +13,14 @@ def check_form(run: RunDescription) -> None:
     """Refuses a RunDescription with rounded weights where nothing but them could learn."""
     form, adapter = run.config.quant, run.config.adapter
     quantizer = quant.form_of(form)
-    if not hasattr(quantizer, "leaf"):
+    if not rounds(quantizer):
         return
     if not run.method.learnt:
         raise UserError(
             f"config.quant = {form!r} with config.adapter = {adapter!r}: rounded weights cannot learn; take an adapter "
             "such as 'lora(rank=8)', or config.quant = 'float32'"
         )
-    if getattr(quantizer, "calibrated", False):
+    if quantizer.calibrated:
         raise UserError(f"config.quant = {form!r}: tuning rounds to the nearest; take 'nf4()', 'int4()' or 'int8()'")
 
 

@@ -6,7 +6,7 @@ import typing
 import flax.struct
 import jax.numpy as jnp
 
-from efficientllm.quant.base import STATIC, Rows
+from efficientllm.quant.base import STATIC, Form, Rows
 from efficientllm.registry import register
 
 GREATEST = 448.0  # of E4M3
@@ -28,8 +28,10 @@ class Float8(Rows):
 
 @register("quant", "fp8")
 @dataclasses.dataclass(frozen=True)
-class Float8Form:
+class Float8Form(Form):
     embedding: str = "bfloat16"
+
+    leaf_type = Float8
 
     def leaf(self, rows, is_table):
         scale = jnp.max(jnp.abs(rows), -1, keepdims=True) / GREATEST

@@ -74,10 +74,7 @@ def main(argv=None):
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     for spec in options.specs:
         start = time.perf_counter()
-        if getattr(form_of(spec), "calibrated", False):
-            packed = calibrate.quantize(lm, params, spec, text)
-        else:
-            packed = quantize(params, spec)
+        packed = calibrate.quantize(lm, params, spec, text) if form_of(spec).calibrated else quantize(params, spec)
         taken = time.perf_counter() - start
         size = resident_bytes(jax.block_until_ready(packed))
         value = perplexity(lm, packed, ids)

@@ -14,13 +14,19 @@ from efficientllm import model as models
 from efficientllm.convert.files.safetensors_file import SafetensorsFolder
 from efficientllm.errors import UserError, shown
 from efficientllm.quant import consistency
-from efficientllm.quant.float16 import Half
-from efficientllm.quant.int4 import Int4
-from efficientllm.quant.int8 import Int8
-from efficientllm.quant.nf4 import NF4
+from efficientllm.quant.base import Rows
+from efficientllm.registry import lookup, names
 
 METHOD = "efficientllm"
-LEAVES = {kind.__name__: kind for kind in (Int4, Int8, NF4, Half)}
+
+
+def leaf_types():
+    """`{name: class}` of the leaves that registered forms make."""
+    forms = [getattr(form, "func", form) for form in (lookup("quant", name) for name in names("quant"))]
+    kinds = {
+        form.leaf_type for form in forms if form.leaf_type is not None and dataclasses.is_dataclass(form.leaf_type)
+    }
+    return {kind.__name__: kind for kind in kinds}
 
 
 class Folder:
@@ -28,9 +34,10 @@ class Folder:
 
     def __init__(self, path, said):
         self.where, self._files, self._said = path, SafetensorsFolder(path), said.get("leaves")
+        self._kinds = leaf_types()
         kinds = self._said.values() if isinstance(self._said, dict) else [None]
         for each in kinds:
-            if not isinstance(each, dict) or str(each.get("leaf")) not in LEAVES:
+            if not isinstance(each, dict) or str(each.get("leaf")) not in self._kinds:
                 raise UserError(
                     f"{path / 'config.json'}: quantization_config.leaves holds {shown(each)}, no leaf of ours"
                 )
@@ -46,11 +53,11 @@ class Folder:
         if path not in self._said:
             return self._files.read(path)
         said = dict(self._said[path])
-        kind = LEAVES[said.pop("leaf")]
+        kind = self._kinds[said.pop("leaf")]
         held = {name.rpartition(".")[2] for name in self._files.shapes if name.rpartition(".")[0] == path}
         try:
             leaf = kind(**said, **{name: self._files.read(f"{path}.{name}") for name in held})
-            consistency.check(leaf)
+            leaf.check()
         except (TypeError, UserError) as error:
             raise UserError(f"{self.where}: {path!r} is no {kind.__name__}: {error}") from None
         return leaf
@@ -120,4 +127,4 @@ class Leaf:
     def stored(self, tensors):
         """The rounded leaf, or None where it is none, or one of stacked layers."""
         leaf = tensors.finite_leaf(self.path) if self.names == [self.path] else None
-        return leaf if type(leaf) in LEAVES.values() else None
+        return leaf if isinstance(leaf, Rows) else None
