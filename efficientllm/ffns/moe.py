@@ -18,7 +18,12 @@ from efficientllm.weights import FLOAT32, Precision, activation_dtype, matmul
 DISPATCH = ("dropless", "capacity")
 
 
-@register("ffn", "moe", example="moe(num_experts=8, top_k=2, hidden=32, shared_hidden=16, groups=4, top_groups=2)")
+@register(
+    "ffn",
+    "moe",
+    example="moe(num_experts=8, top_k=2, hidden=32, shared_hidden=16, groups=4, top_groups=2)",
+    choices={"scores": tuple(routing.SCORES), "dispatch": DISPATCH},
+)
 class MoE(FFN, kw_only=True):
     """`sum over the top_k chosen experts e of weight_e * swiglu_e(x)`, plus a shared expert that every token passes.
 

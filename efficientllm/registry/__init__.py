@@ -28,16 +28,24 @@ Key = tuple[str, str]  # (kind, name)
 _REGISTRY: dict[Key, Target] = {}
 _EXAMPLES: dict[Key, str] = {}
 _RANGES: dict[Key, ranges.Ranges] = {}
+Choices = dict[str, tuple[str, ...]]  # the allowed texts by field
+_CHOICES: dict[Key, Choices] = {}
 
 
 def register(
-    kind: str, name: str, example: str | None = None, ranges: ranges.Ranges | None = None
+    kind: str,
+    name: str,
+    example: str | None = None,
+    ranges: ranges.Ranges | None = None,
+    choices: Choices | None = None,
 ) -> typing.Callable[[Target], Target]:
     """Decorator that makes a class or function available as the spec `name` of `kind`.
 
     Args:
       example: a complete spec, for a technique with fields that no model fills in. The contract suite builds it.
       ranges: the allowed numbers by field, `{"window": ranges.whole(1)}`. Specs outside of them are refused.
+      choices: the allowed texts by field, `{"gate": ("sigmoid", "tanh")}`. Specs with another are refused, and the
+        contract suite tries all.
     """
 
     def add(target):
@@ -47,6 +55,7 @@ def register(
             raise KeyError(f"{kind} {name!r} is registered twice: {_origin(registered)} and {_origin(target)}")
         _EXAMPLES[key] = example or name
         _RANGES[key] = ranges or {}
+        _CHOICES[key] = choices or {}
         return target
 
     return add
@@ -56,6 +65,12 @@ def example_spec(kind: str, name: str) -> str:
     """A spec of the technique `name` that a model can build."""
     lookup(kind, name)
     return _EXAMPLES[kind, name]
+
+
+def choices(kind: str, name: str) -> Choices:
+    """The allowed texts of the fields of the technique `name`, as it is registered with them."""
+    lookup(kind, name)
+    return _CHOICES[kind, name]
 
 
 def names(kind: str) -> list[str]:
@@ -129,6 +144,10 @@ def _resolve(kind, spec, where):
     target = lookup(kind, name, where)
     types = {key: type_name(field.annotation) for key, field in spec_parameters(target).items()}
     check_fields(kind, name, values, types, f"{where} = {shown(spec)}", _field_ranges(kind, name, target))
+    for field, known in _CHOICES[kind, name].items():
+        if field in values and values[field] not in known:
+            hint = f"{', '.join(known)}{did_you_mean(values[field], known)}"
+            raise UserError(f"{where} = {shown(spec)}: {field} = {shown(values[field])} is none of {hint}")
     return name, target, values
 
 

@@ -20,8 +20,8 @@ def check_fields(kind, spec):
     for field, annotation in fields.items():
         changes = (
             _changes(kind, name, {**given, **context}, field, value)
-            for context in _contexts(fields, field)
-            for value in _alternatives(field, annotation)
+            for context in _contexts(kind, name, fields, field)
+            for value in _alternatives(kind, name, field, annotation)
         )
         assert any(changes), f"{kind} {name}: no value of {field!r} that it takes changes anything"
 
@@ -40,8 +40,6 @@ OTHER_VALUES = {
     "norm": "rmsnorm(eps=0.1)",
     "precision": "bfloat16",
     "attention_kernel": "chunked",
-    "scores": "sigmoid",
-    "dispatch": "capacity",
     "kernel": "ragged_dot",
     "block_kernel": "grouped",
     "scaling": "linear(factor=3.0)",
@@ -51,19 +49,23 @@ OTHER_VALUES = {
 }
 
 
-def _contexts(fields, name):
+def _contexts(kind, name, fields, tried):
     """Settings under which a field may matter: none, then every other switch switched."""
     yield {}
     for other, annotation in fields.items():
-        if other != name and annotation in (bool, str):
-            yield {other: True if annotation is bool else OTHER_VALUES[other]}
+        if other != tried and annotation in (bool, str):
+            yield {other: True if annotation is bool else _alternatives(kind, name, other, str)[-1]}
 
 
-def _alternatives(name, annotation):
-    if name in OTHER_VALUES:
-        return [OTHER_VALUES[name]]
+def _alternatives(kind, name, field, annotation):
+    choices = registry.choices(kind, name)
+    if field in choices:
+        return choices[field]
+    if field in OTHER_VALUES:
+        return [OTHER_VALUES[field]]
     others = {bool: [True, False], float: [0.37, 7.0], int: [4, 8, 64]}
-    assert annotation in others, f"the contract suite knows no other value for {name!r}: add one"
+    why = f"{kind} {name}: register it with choices={{{field!r}: (...)}}, or give {field!r} a type such as int"
+    assert annotation in others, why
     return others[annotation]
 
 
