@@ -144,7 +144,7 @@ def _resolve(kind, spec, where):
     target = lookup(kind, name, where)
     types = {key: type_name(field.annotation) for key, field in spec_parameters(target).items()}
     check_fields(kind, name, values, types, f"{where} = {shown(spec)}", _field_ranges(kind, name, target))
-    for field, known in _CHOICES[kind, name].items():
+    for field, known in _CHOICES.get((kind, name), {}).items():
         if field in values and values[field] not in known:
             hint = f"{', '.join(known)}{did_you_mean(values[field], known)}"
             raise UserError(f"{where} = {shown(spec)}: {field} = {shown(values[field])} is none of {hint}")
