@@ -43,12 +43,13 @@ class Precision:
         return spec if isinstance(spec, cls) else _named(spec)
 
 
-FLOAT32 = Precision("float32", "float32")
-register("precision", "float32")(functools.partial(Precision, "float32", "float32"))
-register("precision", "bfloat16")(functools.partial(Precision, "bfloat16", "bfloat16"))
+_F32, _BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+FLOAT32 = Precision(_F32, _F32)
+register("precision", "float32")(functools.partial(Precision, _F32, _F32))
+register("precision", "bfloat16")(functools.partial(Precision, _BF16, _BF16))
 # bfloat16 operands with float32 results in both passes: what CPUs with bfloat16 dot products run fastest, and the only
 # bfloat16 product they run natively.
-register("precision", "mixed")(functools.partial(Precision, "float32", "bfloat16"))
+register("precision", "mixed")(functools.partial(Precision, _F32, _BF16))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ def base() -> dict[str, typing.Any]:
     return flatten(plain(base_config.get_config()))
 
 
-def differences(config: dict[str, typing.Any]) -> dict[str, typing.Any]:
+def differences(config: typing.Mapping[str, typing.Any]) -> dict[str, typing.Any]:
     """`{key: the base config's value}` of the keys of a flat config whose values differ; None for a key it lacks."""
     defaults = base()
     return {key: defaults.get(key) for key, value in config.items() if key not in defaults or defaults[key] != value}

@@ -1,16 +1,18 @@
-"""Where a row comes from: code, versions, devices, settings and time, null where the machine does not say."""
+"""Provenance of a row: code, versions, devices, settings and time; null where the machine does not tell."""
 
 import datetime
 import importlib.metadata
 import os
 import platform
 import subprocess
+import typing
 import uuid
 from pathlib import Path
 
 import jax
 
 from efficientllm.metrics import cpu_counters, host, memory
+from efficientllm.typing import Mesh, PathLike
 
 PACKAGES = (
     "efficientllm",
@@ -26,7 +28,16 @@ PACKAGES = (
 )
 
 
-def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None, kernels=None):
+def provenance(
+    *,
+    reader: typing.Any,
+    started: float,
+    ended: float,
+    config_hash: str | None = None,
+    seed: int | None = None,
+    mesh: Mesh | None = None,
+    kernels: dict[str, typing.Any] | None = None,
+) -> dict[str, typing.Any]:
     """Provenance of a run as plain data.
 
     `reader` is the energy reader (it knows UUIDs, driver, clocks and power limit); `started` and `ended` are Unix
@@ -34,7 +45,7 @@ def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None
     """
     devices = jax.devices()
     return {
-        "run": uuid.uuid4().hex,  # a copy of the row is known by it
+        "run": uuid.uuid4().hex,  # identifies copies of the row
         "config_hash": config_hash,
         "seed": seed,
         "git": git_state(),
@@ -64,8 +75,8 @@ def provenance(*, reader, started, ended, config_hash=None, seed=None, mesh=None
     }
 
 
-def summary():
-    """When, with which code and on what a script measures that writes no row, and the machine's load by then."""
+def summary() -> dict[str, typing.Any]:
+    """Short provenance for scripts that write no row: date, code, device, versions and the machine's load."""
     host_processor = processor()
     return {
         "date": datetime.date.today().isoformat(),
@@ -78,10 +89,10 @@ def summary():
     }
 
 
-def git_state(folder=None):
+def git_state(folder: PathLike | None = None) -> dict[str, typing.Any]:
     """`{"commit": hash, "dirty": bool}` of the repository that holds `folder` (this package); nulls outside of one.
 
-    A file that git does not track makes no state dirty: a run writes such files itself.
+    Untracked files do not count as dirty: a run writes such files itself.
     """
     folder = folder or Path(__file__).parent
     commit = _git(folder, "rev-parse", "HEAD")
@@ -97,7 +108,7 @@ def _git(folder, *arguments):
     return run.stdout.strip() if run.returncode == 0 else None
 
 
-def versions():
+def versions() -> dict[str, str | None]:
     """Version of Python and of each of PACKAGES, null for one that is not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
@@ -109,15 +120,17 @@ def _version(package):
         return None
 
 
-def processor():
-    """The CPU's name as the system gives it, the cores of it that this process may use, and its `model`: virtual
-    machines call every one of a maker's by one name, and tell vendor, family, model and stepping all the same."""
+def processor() -> dict[str, typing.Any]:
+    """Name and model of the CPU, and the cores that this process may use.
+
+    `model` is vendor, family, model and stepping: on virtual machines many CPUs have the same name.
+    """
     info = Path("/proc/cpuinfo")
     lines = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
     facts = {key.strip(): value.strip() for key, _, value in reversed(lines)}
-    parts = [facts[key] for key in ("vendor_id", "cpu family", "model", "stepping") if key in facts]
+    ids = [facts[key] for key in ("vendor_id", "cpu family", "model", "stepping") if key in facts]
     name = facts.get("model name") or platform.processor()
-    return {"name": name or None, "model": "/".join(parts) or None, "cores": host.usable_cores()}
+    return {"name": name or None, "model": "/".join(ids) or None, "cores": host.usable_cores()}
 
 
 def _iso(unix_s):

@@ -1,17 +1,20 @@
-"""The row of one run: `record.json`, and the table that is printed at its end."""
+"""Row of a run: builds it, writes and reads `record.json`, and formats the table printed at the end."""
 
 import json
 import math
 import shutil
 import textwrap
+import typing
 
 from efficientllm.errors import UserError
 from efficientllm.metrics.conditions import unmeasured
-from efficientllm.metrics.reading import missing
+from efficientllm.metrics.reading import Reading, missing
 from efficientllm.record import notes, study_metrics
 from efficientllm.runtime.atomic_write import write_atomically
+from efficientllm.typing import PathLike, Record
 from efficientllm.untrusted import json_text
 
+Readings = dict[str, Reading]
 SCHEMA_VERSION = 1
 OUTCOMES = ("ok", "nan", "oom", "timeout", "crash", "error", "invalid", "interrupted")
 PHYSICAL_UNITS = {
@@ -57,7 +60,7 @@ _TABLE = (
     ("AEC  mean power", "aec_w", "lower"),
     ("MCR  compression rate", "mcr", "higher"),
 )
-# What serving is judged by besides: label, key, unit and how many of the row's units it is.
+# Latencies and bytes of inference: label, key, shown unit, and its size in the unit of the row.
 _SERVING = (
     ("TTFT first token", "ttft_s", "ms", 1e-3),
     ("TPOT each token after it", "tpot_s", "ms", 1e-3),
@@ -69,23 +72,23 @@ _SHOWN_BY_TASK = {"pretrain": "tt_tokens_per_param_s", "tune": "st_samples_per_p
 
 def build_record(
     *,
-    outcome,
-    name,
-    task,
-    config,
-    provenance,
-    paper_readings=None,
-    physical=None,
-    quality=None,
-    predicted=None,
-    warm_up=None,
-    conditions=None,
-):
-    """The row as plain data, ready for JSON.
+    outcome: str,
+    name: str,
+    task: str,
+    config: dict[str, typing.Any],
+    provenance: dict[str, typing.Any],
+    paper_readings: Readings | None = None,
+    physical: Readings | None = None,
+    quality: Readings | None = None,
+    predicted: dict[str, typing.Any] | None = None,
+    warm_up: dict[str, typing.Any] | None = None,
+    conditions: Readings | None = None,
+) -> Record:
+    """Builds the row as plain data, ready for JSON.
 
-    `paper_readings`, `physical` and `quality` are `{key: Reading}`; known keys that are absent become null, so that
-    every row has the same columns. `predicted` holds plain numbers of a plan, `warm_up` the times that were set aside,
-    `conditions` what `conditions.row` says of the measured windows. Raises ValueError for an unknown outcome or a key
+    `paper_readings`, `physical` and `quality` are `{key: Reading}`. Keys of the schema that are absent become null, so
+    that every row has the same columns. `predicted` holds numbers of a plan, `warm_up` the discarded times, and
+    `conditions` the state of the machine in the measured windows. Raises ValueError for an unknown outcome or a key
     given in two groups.
     """
     if outcome not in OUTCOMES:
@@ -96,13 +99,13 @@ def build_record(
         "physical": _complete(physical, PHYSICAL_UNITS, absent),
         "quality": _complete(quality, QUALITY_UNITS, absent),
     }
-    met = dict(conditions or unmeasured(absent))
-    starved = {key: met.pop(key) for key in ("starved", "reasons")}
-    groups["conditions"] = met
+    machine_readings = dict(conditions or unmeasured(absent))
+    starved = {key: machine_readings.pop(key) for key in ("starved", "reasons")}
+    groups["conditions"] = machine_readings
     keys = [key for group in groups.values() for key in group]
     if len(set(keys)) < len(keys):
         raise ValueError(f"given in two groups: {sorted({key for key in keys if keys.count(key) > 1})}")
-    values = {group: {key: each.value for key, each in readings.items()} for group, readings in groups.items()}
+    values = {group: {key: reading.value for key, reading in readings.items()} for group, readings in groups.items()}
     return {
         "schema_version": SCHEMA_VERSION,
         "outcome": outcome,
@@ -112,23 +115,23 @@ def build_record(
         "conditions": starved | values["conditions"],
         "predicted": predicted or {},
         "warm_up": warm_up or {},
-        "sources": {key: _source(each) for readings in groups.values() for key, each in readings.items()},
+        "sources": {key: _source(reading) for readings in groups.values() for key, reading in readings.items()},
         "provenance": provenance,
         "config": config,
     }
 
 
 def _complete(readings, units, absent):
-    known = {key: missing(unit, absent) for key, unit in units.items()}
-    return {**known, **(readings or {})}
+    nulls = {key: missing(unit, absent) for key, unit in units.items()}
+    return {**nulls, **(readings or {})}
 
 
 def _source(reading):
     return {"source": reading.source, "reason": reading.reason, "unit": reading.unit}
 
 
-def finite(record):
-    """The row with null for each number that is not finite, and in `not_finite` what stood there, by place."""
+def finite(record: Record) -> Record:
+    """Replaces each number that is not finite by null. `not_finite` tells what it was, by its place in the row."""
     lost = {}
 
     def plain(value, place):
@@ -136,7 +139,7 @@ def finite(record):
             return {key: plain(item, f"{place}.{key}".lstrip(".")) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
-        if getattr(value, "shape", None) == ():  # of numpy or jax
+        if getattr(value, "shape", None) == ():  # a scalar of numpy or JAX
             value = value.item()
         if isinstance(value, float) and not math.isfinite(value):
             lost[place] = str(float(value))
@@ -147,30 +150,29 @@ def finite(record):
     return cleared | {"not_finite": lost | record.get("not_finite", {})} if lost else cleared
 
 
-def write_record(record, path):
-    """Writes the row so that a reader sees the old file or the new one, never a part of one.
-
-    Numbers that are not finite are null in it (see `finite`).
-    """
+def write_record(record: Record, path: PathLike) -> None:
+    """Writes the row atomically, with null for numbers that are not finite (see `finite`)."""
     write_atomically(path, json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
 
 
-def read_record(path):
-    """The row at `path`. Raises UserError if it is no row of this schema. A NaN is taken: readers make it null."""
+def read_record(path: PathLike) -> Record:
+    """Reads the row at `path`, NaN included. Raises UserError if it is not a row of this schema."""
     try:
         record = json_text.read(path, kind=None, nan=True)
     except UserError as error:
-        said = str(error).removeprefix(f"{path}: ")
-        raise UserError(f"{path}: no readable row: {said}") from None
+        reason = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: no readable row: {reason}") from None
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(f"{path}: schema_version is {version!r}; this program reads {SCHEMA_VERSION}")
     return record
 
 
-def format_table(record, width=None):
-    """The study's metrics of a row as text: value, unit, and the source or why there is no value; of serving also
-    latencies and bytes. As wide as the terminal, from 80 to 100 columns."""
+def format_table(record: Record, width: int | None = None) -> str:
+    """Formats the study's metrics of a row: value, unit, and the source or why there is no value.
+
+    Rows of inference also show latencies and bytes. By default as wide as the terminal, from 80 to 100 columns.
+    """
     width = width or min(100, max(80, shutil.get_terminal_size((100, 24)).columns))
     shown = _SHOWN_BY_TASK.get(record["task"])
     hidden = set(_SHOWN_BY_TASK.values()) - {shown} if shown else set()

@@ -1,4 +1,4 @@
-"""The files of a run's folder: which a run writes, whether a folder is a run at all, and how its files are removed."""
+"""Files of a run's folder: which ones a run writes, whether a folder holds a run, and how its files are removed."""
 
 import pathlib
 import re
@@ -17,8 +17,8 @@ _CONFIG_KEYS = {
     "train",
     "eval",
     "checkpoint",
-}  # other programs' config.json has not all
-# What a run must not find in a folder that is none: it would read or replace them.
+}  # config.json files of other programs lack some of these
+# A new run must not find these in a folder that is not a run: it would read or replace them.
 _CLAIMED = (
     "config.json",
     ROW,
@@ -55,56 +55,61 @@ _PARTIAL = (  # of writes that were cut off
     r"\.tokenizer-\d+",
     r"adapter/\.adapter_(model\.safetensors|config\.json)-\d+",
 )
-_KEPT = (MARKER, "owner.json", "log.txt", "output.txt")  # the first three are the running process's, the last a sweep's
+_NOT_REMOVED = (
+    MARKER,
+    "owner.json",
+    "log.txt",
+    "output.txt",
+)  # the first three are the running process's, the last a sweep's
 _FOLDERS = ("checkpoints", "samples", "adapter", "tokenizer", "plugins")
 
 
-def read_object(file, where=None):
-    """The JSON object in a file, None where there is no file. Raises UserError for anything else."""
+def read_object(file: pathlib.Path, where: str | None = None) -> dict | None:
+    """Reads the JSON object in a file; None if there is no file. Raises UserError for anything else."""
     return json_text.read(file, where=where) if files.is_there(file) else None
 
 
-def is_run(folder):
+def is_run(folder: pathlib.Path) -> bool:
     """Whether the files prove that the folder is a run of this program: its marker, config or row."""
 
-    def holds(name, proves):
+    def holds(name, is_proof):
         try:
-            found = read_object(folder / name)
+            content = read_object(folder / name)
         except UserError:
             return False
-        return found is not None and proves(found)
+        return content is not None and is_proof(content)
 
     return (
-        holds(MARKER, lambda found: found.get("program") == "efficientllm")
-        or holds("config.json", lambda found: found.keys() >= _CONFIG_KEYS and isinstance(found["train"], dict))
-        or holds(ROW, lambda found: found.keys() >= {"schema_version", "outcome", "task", "sources", "provenance"})
+        holds(MARKER, lambda marker: marker.get("program") == "efficientllm")
+        or holds("config.json", lambda config: config.keys() >= _CONFIG_KEYS and isinstance(config["train"], dict))
+        or holds(ROW, lambda row: row.keys() >= {"schema_version", "outcome", "task", "sources", "provenance"})
     )
 
 
-def check_free(folder):
-    """Refuses a folder in which a new run would replace files that are not its own. Raises UserError."""
+def check_free(folder: pathlib.Path) -> None:
+    """Raises UserError for a folder in which a new run would replace files of something else."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--workdir={folder} cannot be written: it is a file; take another workdir")
-    found = [name for name in _CLAIMED if (folder / name).exists() or (folder / name).is_symlink()]
-    if found and not is_run(folder):
+        raise UserError(f"--workdir={folder}: cannot be written, it is a file; take another workdir")
+    occupied = [name for name in _CLAIMED if (folder / name).exists() or (folder / name).is_symlink()]
+    if occupied and not is_run(folder):
         raise UserError(
-            f"--workdir={folder} holds {found[0]} and is no run of this program; nothing is touched, take another "
-            "workdir"
+            f"--workdir={folder} holds {occupied[0]} and is not a run of this program; nothing was changed, take "
+            "another workdir"
         )
 
 
-def check_removable(folder):
-    """Refuses to empty what can hardly be meant. Raises UserError."""
+def check_removable(folder: pathlib.Path) -> None:
+    """Raises UserError for --overwrite of a link, a home folder or a root folder."""
     if folder.is_symlink():
         raise UserError(f"--workdir={folder} --overwrite: it is a link to {folder.resolve()}; name that folder itself")
     if folder.resolve() in (pathlib.Path(folder.anchor), pathlib.Path.home().resolve()):
         raise UserError(f"--workdir={folder} --overwrite: the run's files lie in a home or root folder; take another")
 
 
-def remove(folder):
-    """Removes what a run writes, from a folder that is one -> names that stay, because no run writes them.
+def remove(folder: pathlib.Path) -> list[str]:
+    """Removes the files of a run from its folder. Returns the names that stay, because no run writes them.
 
-    Links are removed, never what they lead to. The marker stays, so that a removal that is cut off can be repeated.
+    Links are removed, never their targets. The marker stays, so that an interrupted removal can be repeated.
     """
     for file in _matching(folder, (*_FILES, *_PARTIAL)):
         _remove(file)
@@ -114,11 +119,11 @@ def remove(folder):
             inner.unlink()
         elif inner.is_dir() and not any(inner.iterdir()):
             inner.rmdir()
-    return sorted(entry.name for entry in folder.iterdir() if entry.name not in _KEPT)
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in _NOT_REMOVED)
 
 
-def remove_partial(folder):
-    """Removes what writes left behind that were cut off, by a kill for example."""
+def remove_partial(folder: pathlib.Path) -> None:
+    """Removes temporary files of writes that were interrupted, by a kill for example."""
     for file in _matching(folder, _PARTIAL):
         _remove(file)
 
@@ -131,8 +136,8 @@ def _remove(path):
 
 
 def _matching(folder, patterns):
-    """Entries of the folder, and of the folders in it that a run makes, whose relative path is in `patterns`."""
-    known = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    """Entries of the folder, and of its subfolders that a run makes, whose relative path matches a pattern."""
+    pattern = re.compile("|".join(f"(?:{name})" for name in patterns))
     inner = [folder / name for name in _FOLDERS if (folder / name).is_dir() and not (folder / name).is_symlink()]
     entries = [entry for base in (folder, *inner) for entry in base.iterdir()]
-    return [entry for entry in entries if known.fullmatch(entry.relative_to(folder).as_posix())]
+    return [entry for entry in entries if pattern.fullmatch(entry.relative_to(folder).as_posix())]

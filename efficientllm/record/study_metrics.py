@@ -1,6 +1,7 @@
 """The study's metrics (EfficientLLM, arXiv:2505.13840, Eq. 1-9) from measured inputs, as the study defines them."""
 
 import dataclasses
+import typing
 
 from efficientllm.metrics.energy.window import EnergyWindow
 from efficientllm.metrics.reading import Reading, missing, reading_or_missing
@@ -22,7 +23,7 @@ TASKS = ("pretrain", "tune", "infer")
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """What Eq. 9 compares. Sizes in measured bytes, quality as a score of which more is better.
+    """Inputs of the compression rate, Eq. 9: measured bytes, and a quality score of which higher is better.
 
     A baseline is compared with itself.
     """
@@ -36,20 +37,20 @@ class Compression:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Finished work of one measured window.
+    """Work finished in one measured window.
 
     task:           `pretrain`, `tune` or `infer`.
-    iterations_s:   wall time of each iteration or request in s, compute and communication, each blocked on.
+    iterations_s:   wall time of each iteration or request in s, with compute and communication, after blocking on it.
     duration_s:     wall time of the window in s; throughput divides by it, not by the sum of `iterations_s`.
-    params_active:  parameters that a token meets: for a mixture of experts fewer than all.
+    params_active:  parameters used per token: fewer than all in a mixture of experts.
     tokens:         tokens trained on (pretrain), None elsewhere.
     samples:        samples trained on (tune), None elsewhere.
     generated:      tokens generated (infer), prompts not included, None elsewhere.
-    Raises ValueError where counts do not belong to the task, so that none is reported under another's name.
+    Raises ValueError if a count belongs to another task, so that it is never reported under the wrong name.
     """
 
     task: str
-    iterations_s: tuple
+    iterations_s: tuple[float, ...]
     duration_s: float
     params_active: int
     tokens: int | None = None
@@ -60,12 +61,14 @@ class Work:
         counts = {"pretrain": self.tokens, "tune": self.samples, "infer": self.generated}
         if self.task not in counts:
             raise ValueError(f"task {self.task!r} is none of {', '.join(TASKS)}")
-        given = [task for task, count in counts.items() if count is not None]
-        if given != [self.task]:
-            raise ValueError(f"{self.task} counts its own work only, not that of {', '.join(given) or 'nothing'}")
+        counted = [task for task, count in counts.items() if count is not None]
+        if counted != [self.task]:
+            raise ValueError(f"{self.task} counts its own work only, not that of {', '.join(counted) or 'nothing'}")
 
 
-def paper_metrics(work, averages: Averages, energy: EnergyWindow, compression: Compression | None = None):
+def paper_metrics(
+    work: Work, averages: Averages, energy: EnergyWindow, compression: Compression | None = None
+) -> dict[str, Reading]:
     """The study's metrics as `{key: Reading}`, every key of UNITS, null with a reason where nothing was measured.
 
     Memory is per device and power is of all devices. Per-parameter throughputs divide by active parameters.
@@ -103,8 +106,8 @@ def _throughput(key, task, work, count):
     rate = count / work.duration_s
     if task == "infer":
         return Reading(rate, UNITS[key], "generated tokens over wall time (Eq. 6)")
-    what = "tokens (Eq. 4)" if task == "pretrain" else "samples (Eq. 5)"
-    return Reading(rate / work.params_active, UNITS[key], f"{what} over wall time and active parameters")
+    unit = "tokens (Eq. 4)" if task == "pretrain" else "samples (Eq. 5)"
+    return Reading(rate / work.params_active, UNITS[key], f"{unit} over wall time and active parameters")
 
 
 def _energy_source(energy):
@@ -116,12 +119,12 @@ def _compression_rate(compression):
     """Eq. 9: (original size / compressed size) x (compressed quality / original quality)."""
     if compression is None:
         return missing("1", "nothing is compressed in this run")
-    smaller = compression.original_bytes / compression.compressed_bytes
-    kept = compression.compressed_quality / compression.original_quality
-    return Reading(smaller * kept, "1", f"measured bytes and {compression.quality_name} (Eq. 9)")
+    size_ratio = compression.original_bytes / compression.compressed_bytes
+    quality_ratio = compression.compressed_quality / compression.original_quality
+    return Reading(size_ratio * quality_ratio, "1", f"measured bytes and {compression.quality_name} (Eq. 9)")
 
 
-def energy_metrics(energy: EnergyWindow, tokens, idle=None):
+def energy_metrics(energy: EnergyWindow, tokens: int, idle: typing.Any = None) -> dict[str, Reading]:
     """`energy_j`, `j_per_token` (gross) and `j_per_token_net` (less idle power) as `{key: Reading}`.
 
     `tokens` were processed in the window; `idle` (`energy.Idle`) was measured in the same process, devices at rest.

@@ -1,33 +1,34 @@
 """TensorBoard event files through TensorBoard's own writer, without TensorFlow or torch."""
 
 import time
+import typing
 
 import numpy as np
 
 from efficientllm.record import trial
+from efficientllm.typing import PathLike
 
 
 class SummaryWriter:
     """Writes one event file into `folder`.
 
-    `first_step`: the first step that this writer will write. TensorBoard then forgets what earlier files of the folder
-    say of it and of later ones (its rule for a session that starts anew), so that a run that was killed and resumed
-    from an older checkpoint has one value a step. (The server does so; the `EventAccumulator` that scripts use keeps
-    both values, the later one last.)
+    `first_step` is the first step that this writer will write. TensorBoard then drops the values that earlier files of
+    the folder have for it and later steps, so that a run that was killed and resumed from an older checkpoint has one
+    value per step. (The server does so; the `EventAccumulator` of scripts keeps both values, the later one last.)
     """
 
-    def __init__(self, folder, first_step=0):
+    def __init__(self, folder: PathLike, first_step: int = 0):
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event = event_pb2.Event
         self._file = EventFileWriter(str(folder), max_queue_size=1000, flush_secs=10)
-        # The very first session start of a folder purges nothing and is what makes the later ones do it.
+        # TensorBoard drops values at a session start only if the folder has an earlier one: this may be the first.
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._file.add_event(self._event(wall_time=time.time(), step=first_step, session_log=session))
 
-    def scalars(self, step, values):
-        """`{tag: number}` at one step."""
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes `{tag: number}` at one step."""
         from tensorboard.compat.proto import summary_pb2
         from tensorboard.plugins.scalar import metadata
 
@@ -35,8 +36,8 @@ class SummaryWriter:
         scalar.data_class = summary_pb2.DATA_CLASS_SCALAR
         self._add(step, [(tag, np.float32(value), scalar) for tag, value in values.items()])
 
-    def text(self, tag, markdown, step=0):
-        """A text in Markdown."""
+    def text(self, tag: str, markdown: str, step: int = 0) -> None:
+        """Writes a Markdown text."""
         from tensorboard.compat.proto import summary_pb2
         from tensorboard.plugins.text import metadata
 
@@ -44,8 +45,8 @@ class SummaryWriter:
         text.data_class = summary_pb2.DATA_CLASS_TENSOR
         self._add(step, [(tag, np.array(markdown.encode(), dtype=object), text)])
 
-    def hparams(self, config, row):
-        """One line of TensorBoard's HParams table: what a run compares and its row's numbers; see `trial`.
+    def hparams(self, config: dict[str, typing.Any], row: dict[str, float | None]) -> None:
+        """Writes a line of TensorBoard's HParams table: compared keys of the config (see `trial`), numbers of the row.
 
         `config` is flat, `{dotted key: number, string, bool or None}`, `row` `{key: number or None}`. The numbers
         become scalars at step 0 under `_row/`, which sorts before all other tags; a null is left out, as the table
@@ -53,8 +54,8 @@ class SummaryWriter:
         """
         from tensorboard.plugins.hparams import summary_v2
 
-        told = {key: _plain(value) for key, value in trial.told(config).items()}
-        summary = summary_v2.hparams_pb(told, trial_id=trial.name(config))
+        hparams = {key: _plain(value) for key, value in trial.compared_keys(config).items()}
+        summary = summary_v2.hparams_pb(hparams, trial_id=trial.name(config))
         self._file.add_event(self._event(wall_time=time.time(), step=0, summary=summary))
         self.scalars(0, {f"_row/{key}": value for key, value in row.items() if value is not None})
 
@@ -66,11 +67,11 @@ class SummaryWriter:
             event.summary.value.add(tag=tag, tensor=make_tensor_proto(value), metadata=metadata)
         self._file.add_event(event)
 
-    def flush(self):
+    def flush(self) -> None:
         """Waits until everything is in the file."""
         self._file.flush()
 
-    def close(self):
+    def close(self) -> None:
         """Flushes and closes the file."""
         self._file.close()
 

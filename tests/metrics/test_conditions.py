@@ -163,7 +163,7 @@ def test_a_row_says_all_of_it():
     )
     assert row["conditions"]["starved"] is True and row["sources"]["stopped_s"]["unit"] == "s"
     said = " ".join(notes.notes(row))
-    for words in ("starved", "other programs", "stopped for 20.0 s", "not settled", "2 were set aside", "1 step(s)"):
+    for words in ("starved", "other programs", "stopped for 20.0 s", "not settled", "2 were discarded", "1 step(s)"):
         assert words in said
     table = format_table(row)
     assert table.count("note:") == 4 and max(map(len, table.splitlines())) <= 100

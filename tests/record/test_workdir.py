@@ -70,7 +70,7 @@ def test_a_folder_of_others_is_never_touched(files, overwrite, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="no run of this program; nothing is touched") as caught:
+    with pytest.raises(UserError, match="not a run of this program; nothing was changed") as caught:
         Workdir(config(), tmp_path, overwrite)
     assert contents(tmp_path) == before and str(tmp_path) in str(caught.value)
 
@@ -222,7 +222,7 @@ def test_a_key_that_is_newer_than_the_run_compares_with_nothing():
 
 def test_more_steps_than_a_run_without_checkpoints_can_have(tmp_path):
     run = claimed(tmp_path / "run", "ok")
-    with pytest.raises(UserError, match="none of its checkpoints.*--overwrite starts anew"):
+    with pytest.raises(UserError, match="no checkpoint to continue from; --overwrite starts anew"):
         Workdir(config(), run).answer(config(train__steps=300))
 
 

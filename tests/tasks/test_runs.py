@@ -49,8 +49,8 @@ def test_the_hparams_table_holds_what_is_compared_and_every_metric_of_the_row(wh
     columns, sessions, metrics = hparams_table(whole.parent)
     found = row(whole)
     config = flatten(found["config"])
-    assert {info.name for info in columns} == set(trial.told(config)) < set(config)
-    assert "model.mixer" in trial.told(config) and "checkpoint.every" not in trial.told(config)
+    assert {info.name for info in columns} == set(trial.compared_keys(config)) < set(config)
+    assert "model.mixer" in trial.compared_keys(config) and "checkpoint.every" not in trial.compared_keys(config)
     values = sessions["run"]
     assert values["model.mixer"].string_value == "gqa" and values["train.steps"].number_value == runs.STEPS
     held = {f"_row/{key}" for group in ("paper", "quality") for key, value in found[group].items() if value is not None}
