@@ -88,13 +88,13 @@ def attach(method, boxed, held, key):
         kernels = ", ".join(filter(KERNEL.search, paths))
         raise UserError(f"config.adapter: target = {method.target!r} finds none of the kernels {kernels}")
 
-    def one(keys, box, leaf):
+    def wrap_kernel(keys, box, leaf):
         path = path_of(keys)
         if not method.targets(path):
             return leaf
         return method.wrap(leaf, box.names, jax.random.fold_in(key, zlib.crc32(path.encode())))
 
-    return jax.tree_util.tree_map_with_path(one, boxed, held, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(wrap_kernel, boxed, held, is_leaf=is_box)
 
 
 def tuned(method, lm, boxed, held, key, form="float32"):
@@ -106,12 +106,12 @@ def tuned(method, lm, boxed, held, key, form="float32"):
 def split(method, lm, params):
     """`(learnt, frozen)`: the tree twice, with None in the place of what is in the other. Boxed trees will do."""
 
-    def part(wanted):
+    def select(trainable):
         return jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: leaf if method.trains(path_of(keys), lm) == wanted else None, params, is_leaf=is_box
+            lambda keys, leaf: leaf if method.trains(path_of(keys), lm) == trainable else None, params, is_leaf=is_box
         )
 
-    return part(True), part(False)
+    return select(True), select(False)
 
 
 def join(learnt, frozen):

@@ -1,4 +1,4 @@
-"""Methods that make no leaf: which of the model's own parameters learn."""
+"""Full fine-tuning and layer freezing: no adapter weights, only a choice of trainable parameters."""
 
 import dataclasses
 import re

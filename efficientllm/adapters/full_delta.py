@@ -1,4 +1,4 @@
-"""Adapters that are no two products: their change is made whole and added to the kernel.
+"""Adapters that materialise a full weight delta: LoHa, LoKr and GLoRA.
 
 LoHa: Hyeon-Woo et al. 2022, arXiv:2108.06098, Eq. 3. LoKr: Yeh et al. 2024 (LyCORIS), arXiv:2309.14859, Section 3.
 GLoRA: Chavan et al. 2023, arXiv:2306.07967, Eq. 10. Initial values are peft's, or the paper's for GLoRA.
@@ -19,8 +19,8 @@ from efficientllm.registry import register
 from efficientllm.weights import Weight, box, dense
 
 
-class _Changed(Weight):
-    """A kernel with a change of the same shape."""
+class _FullDelta(Weight):
+    """A kernel and a delta of its shape, `delta()`, that is added to it."""
 
     @property
     def shape(self):
@@ -31,7 +31,7 @@ class _Changed(Weight):
 
 
 @flax.struct.dataclass
-class LoHa(_Changed):
+class LoHa(_FullDelta):
     """`W + scale (A1 B1) * (A2 B2)`, an elementwise product of two low-rank ones: `a*` `[..., in, R]`, `b*`
     `[..., R, out]`."""
 
@@ -47,7 +47,7 @@ class LoHa(_Changed):
 
 
 @flax.struct.dataclass
-class LoKr(_Changed):
+class LoKr(_FullDelta):
     """`W + scale C kron (A B)`: `c` `[..., in1, out1]`, `a` `[..., in2, R]`, `b` `[..., R, out2]`."""
 
     base: typing.Any
@@ -63,7 +63,7 @@ class LoKr(_Changed):
 
 
 @flax.struct.dataclass
-class GLoRA(_Changed):
+class GLoRA(_FullDelta):
     """`W + W * (A1 B1) + A2 B2`: the kernel scaled elementwise and shifted.
 
     The paper's other three terms change a bias (C W, D b, E); a kernel has none.
@@ -95,15 +95,15 @@ class _LowRank(Method):
     def _delta_flops(self, shape):
         return 2 * 6 * math.prod(shape) * self.rank
 
-    def _pairs(self, held, names, key, deviations):
+    def _pairs(self, kernel, names, key, deviations):
         """`(a1, b1, a2, b2)` boxed, normal with the given standard deviations."""
-        *stack, width_in, width_out = nn.unbox(held).shape
+        *stack, width_in, width_out = nn.unbox(kernel).shape
         shapes = ((*stack, width_in, self.rank), (*stack, self.rank, width_out)) * 2
         *outer, axis_in, axis_out = names
         axes = ((*outer, axis_in, None), (*outer, None, axis_out)) * 2
         keys = jax.random.split(key, 4)
-        parts = zip(keys, shapes, deviations, axes, strict=True)
-        return [box(deviation * jax.random.normal(own, shape), axis) for own, shape, deviation, axis in parts]
+        arrays = zip(keys, shapes, deviations, axes, strict=True)
+        return [box(deviation * jax.random.normal(subkey, shape), axis) for subkey, shape, deviation, axis in arrays]
 
 
 @register("adapter", "loha")
@@ -117,8 +117,8 @@ class LoHaMethod(_LowRank):
     leaf_type = LoHa
     peft = PeftFormat("LOHA", experts=False)
 
-    def wrap(self, held, names, key):
-        return LoHa(held, *self._pairs(held, names, key, (1.0, 0.1, 1.0, 0.0)), scale=self.alpha / self.rank)
+    def wrap(self, kernel, names, key):
+        return LoHa(kernel, *self._pairs(kernel, names, key, (1.0, 0.1, 1.0, 0.0)), scale=self.alpha / self.rank)
 
 
 @register("adapter", "glora")
@@ -130,9 +130,9 @@ class GLoRAMethod(_LowRank):
     leaf_type = GLoRA
     peft = PeftFormat("GLORA", experts=False)
 
-    def wrap(self, held, names, key):
-        deviation = 1 / math.sqrt(nn.unbox(held).shape[-2])
-        return GLoRA(held, *self._pairs(held, names, key, (deviation, 0.0, deviation, 0.0)))
+    def wrap(self, kernel, names, key):
+        deviation = 1 / math.sqrt(nn.unbox(kernel).shape[-2])
+        return GLoRA(kernel, *self._pairs(kernel, names, key, (deviation, 0.0, deviation, 0.0)))
 
 
 @register("adapter", "lokr")
@@ -146,8 +146,8 @@ class LoKrMethod(_LowRank):
     leaf_type = LoKr
     peft = PeftFormat("LOKR", experts=False, parts=False)
 
-    def wrap(self, held, names, key):
-        *stack, width_in, width_out = nn.unbox(held).shape
+    def wrap(self, kernel, names, key):
+        *stack, width_in, width_out = nn.unbox(kernel).shape
         (in1, in2), (out1, out2) = _factors(width_in), _factors(width_out)
         shapes = {"c": (*stack, in1, out1), "a": (*stack, in2, self.rank), "b": (*stack, self.rank, out2)}
         keys = dict(zip(shapes, jax.random.split(key, 3), strict=True))
@@ -158,7 +158,7 @@ class LoKrMethod(_LowRank):
             name: box(jax.random.uniform(keys[name], shape, jnp.float32, -bounds[name], bounds[name]), outer)
             for name, shape in shapes.items()
         }
-        return LoKr(held, **leaves, scale=self.alpha / self.rank)
+        return LoKr(kernel, **leaves, scale=self.alpha / self.rank)
 
     def _delta_flops(self, shape):
         *stack, width_in, width_out = shape

@@ -1,4 +1,4 @@
-"""Compressed forms put into a model's parameters, by name."""
+"""Quantization of a parameter tree: which leaves are quantized, and in which form."""
 
 import dataclasses
 import functools
@@ -29,21 +29,23 @@ def quantize(params, spec, rules=(), learn=None):
     """
     choose = chooser(spec, rules)
 
-    def one(keys, held):
+    def quantize_leaf(keys, kernel):
         path = path_of(keys)
         form = choose(path)
-        if not rounds(form) or isinstance(held, Weight):
-            return held
+        if not rounds(form) or isinstance(kernel, Weight):
+            return kernel
         if form.calibrated:
             if learn is None:
                 raise UserError(f"quant = {spec!r} is calibrated: give it text to calibrate on")
-            found = learn(path, form)
+            quantized = learn(path, form)
         else:
-            found = leaf(form, path == "embedding", held.unbox() if is_box(held) else held)
-        check_finite(found, path, spec)
-        return box(found, held.names) if is_box(held) else found
+            quantized = leaf(form, path == "embedding", kernel.unbox() if is_box(kernel) else kernel)
+        check_finite(quantized, path, spec)
+        return box(quantized, kernel.names) if is_box(kernel) else quantized
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda leaf: is_box(leaf) or isinstance(leaf, Weight))
+    return jax.tree_util.tree_map_with_path(
+        quantize_leaf, params, is_leaf=lambda leaf: is_box(leaf) or isinstance(leaf, Weight)
+    )
 
 
 def rounder(spec, rules=()):
@@ -51,20 +53,20 @@ def rounder(spec, rules=()):
     for parameters that come one by one, of which the memory then never holds more than one as it was."""
     choose = chooser(spec, rules)
 
-    def one(path, array):
+    def quantize_array(path, array):
         form = choose(path)
         if not rounds(form):
             return array
-        found = leaf(form, path == "embedding", array)
-        check_finite(found, path, spec)
-        return found
+        quantized = leaf(form, path == "embedding", array)
+        check_finite(quantized, path, spec)
+        return quantized
 
-    return one
+    return quantize_array
 
 
-def check_finite(found, path, spec):
+def check_finite(quantized, path, spec):
     """Raises UserError for a leaf of numbers that are not finite: of weights that were not, or are too large for it."""
-    arrays = [array for array in jax.tree.leaves(found) if jnp.issubdtype(array.dtype, jnp.floating)]
+    arrays = [array for array in jax.tree.leaves(quantized) if jnp.issubdtype(array.dtype, jnp.floating)]
     if any(isinstance(array, jax.core.Tracer) or not hasattr(array, "addressable_shards") for array in arrays):
         return  # abstract
     if not all(bool(_all_finite(array)) for array in arrays):
@@ -86,11 +88,11 @@ def abstract(params, spec, rules=()):
         arrays = {path_of(keys): array for keys, array in jax.tree_util.tree_flatten_with_path(params)[0]}
 
         def learn(path, form):
-            found = leaf(dataclasses.replace(form, method="rtn"), path == "embedding", arrays[path])
+            rounded = leaf(dataclasses.replace(form, method="rtn"), path == "embedding", arrays[path])
             if form.method != "awq":
-                return found
+                return rounded
             *stack, K, _ = arrays[path].shape
-            return found.replace(x_scale=jnp.ones((*stack, 1, K), jnp.float16))
+            return rounded.replace(x_scale=jnp.ones((*stack, 1, K), jnp.float16))
 
         return quantize(params, spec, rules, learn)
 

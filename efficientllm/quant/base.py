@@ -1,7 +1,8 @@
-"""What compressed leaves have in common: they hold rows `[..., R, K]`, each the weights of one output or one entry.
+"""Base classes of quantized weights: a form makes leaves, which hold rows `[..., R, K]`.
 
-Rows lie as a product of few vectors reads them. `is_table` says what they stand for: a table `[..., R, K]`, whose rows
-are looked up, or the kernel `[..., K, R]`; a tied head is the table's arrays under the other reading.
+A row is the weights of one output or one entry, and lies as a product of few vectors reads it. `is_table` says what
+they stand for: a table `[..., R, K]`, whose rows are looked up, or the kernel `[..., K, R]`; a tied head is the table's
+arrays under the other reading.
 """
 
 import typing

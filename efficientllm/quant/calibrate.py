@@ -33,11 +33,11 @@ def quantize(lm, params, spec, tokens_BT, rules=()):
     for i in range(lm_apart.num_groups):
         name = f"group_{i}"
         moments = None
-        for each in inputs:
-            new = _moments(lm_apart, apart[name], each)
+        for carry in inputs:
+            new = _moments(lm_apart, apart[name], carry)
             moments = new if moments is None else jax.tree.map(jnp.add, moments, new)
         compressed = _compress(apart[name], moments, lambda path, name=name: choose(f"{name}/{path}"))
-        inputs = [_forward(lm_apart, compressed, each) for each in inputs]
+        inputs = [_forward(lm_apart, compressed, carry) for carry in inputs]
         found |= {f"{name}/{path}": leaf for path, leaf in _kernels(compressed)}
         countdown.add()
     return tree.quantize(params, spec, rules, functools.partial(_pick, found, lm.num_groups))
@@ -105,7 +105,7 @@ def _first_input(lm, params, tokens_BT):
 
 
 def _compress(params, moments, choose):
-    def one(keys, leaf):
+    def compress(keys, leaf):
         path = path_of(keys)
         form = choose(path)
         if path not in moments or not rounds(form):
@@ -114,7 +114,7 @@ def _compress(params, moments, choose):
             return tree.leaf(form, False, leaf)
         return _calibrated(form, leaf, moments[path])
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(compress, params)
 
 
 def _calibrated(form, kernel, moments):
@@ -143,11 +143,11 @@ def _kernels(params):
     return [(path_of(keys), leaf) for keys, leaf in flat[0]]
 
 
-def _pick(found, groups, path, form):
+def _pick(leaves, groups, path, form):
     """The leaf at `path`, or the stack of those of all groups where layers are stacked."""
     if not path.startswith("group"):
         raise UserError(f"{path} is not in a layer: only kernels of layers are calibrated; give it another form")
     if path.startswith("groups/"):
-        each = [found[f"group_{i}/{path.removeprefix('groups/')}"] for i in range(groups)]
-        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *each)
-    return found[path]
+        layers = [leaves[f"group_{i}/{path.removeprefix('groups/')}"] for i in range(groups)]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    return leaves[path]

@@ -1,4 +1,4 @@
-"""Weights that others have compressed, as leaves: AutoGPTQ's, AutoAWQ's and llama.cpp's layouts, bit for bit.
+"""GPTQ, AWQ and GGUF weights (AutoGPTQ's, AutoAWQ's, llama.cpp's layouts) converted to quantized leaves, bit for bit.
 
 Letters: K inputs, N outputs, G groups of inputs.
 """

@@ -23,7 +23,7 @@ def gptq(rows_RK, hessian_KK, group, symmetric, damp=0.01):
     upper_KK, dead_K = _upper(_padded(hessian_KK, width), K, damp)
     w_RK = jnp.where(dead_K, 0, jnp.pad(rows_RK, [(0, 0), (0, width - K)]))
 
-    def one(w_RK, start):
+    def round_group(w_RK, start):
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group, axis=1)
         upper_BK = jax.lax.dynamic_slice_in_dim(upper_KK, start, group, 0)
         scale_R, zero_R = int4.scales(cut(w_RK), symmetric)
@@ -32,7 +32,7 @@ def gptq(rows_RK, hessian_KK, group, symmetric, damp=0.01):
         w_RK -= jnp.matmul(errors_RB, jnp.where(later_K, upper_BK, 0), **HIGHEST)
         return w_RK, (codes_RB, scale_R, zero_R)
 
-    _, groups = jax.lax.scan(one, w_RK, jnp.arange(0, width, group))
+    _, groups = jax.lax.scan(round_group, w_RK, jnp.arange(0, width, group))
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), groups)
 
 

@@ -138,10 +138,10 @@ class Int4Form(Form):
     leaf_type = Int4
 
     def __post_init__(self):
-        for field, known in (("method", METHODS), ("activations", ("float", "int8"))):
-            if (value := getattr(self, field)) not in known:
-                hint = did_you_mean(value, known)
-                raise UserError(f"quant int4: {field} = {value!r} is none of {', '.join(known)}{hint}")
+        for field, allowed in (("method", METHODS), ("activations", ("float", "int8"))):
+            if (value := getattr(self, field)) not in allowed:
+                hint = did_you_mean(value, allowed)
+                raise UserError(f"quant int4: {field} = {value!r} is none of {', '.join(allowed)}{hint}")
         if self.group < 32 or self.group & (self.group - 1):
             raise UserError(f"quant int4: group = {self.group} must be a power of two and at least 32")
 
