@@ -1,8 +1,8 @@
-"""One decoder, seven kinds of attention: --config=configs/attention.py:mla. All have gqa's number of parameters."""
+"""Attention variants of one decoder: --config=configs/attention.py:mla. All have gqa's number of parameters."""
 
 from efficientllm import base_config
 
-# Blocks and windows that fit rows of 128 tokens. At a model's lengths the defaults are the papers':
+# Blocks and windows fit rows of 128 tokens. The defaults of the specs are the papers', for longer rows:
 # --config.model.mixer=nsa --config.train.length=8192
 VARIANTS = {
     "mha": "mha",

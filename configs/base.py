@@ -1,4 +1,4 @@
-"""The base config as it is, and where configs that say `from configs import base` find it."""
+"""The base config, and the module that a config imports with `from configs import base`."""
 
 from efficientllm.base_config import get_config, variant
 

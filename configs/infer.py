@@ -1,4 +1,4 @@
-"""Generation from a pretrained model, its weights in one form: configs/infer.py:int4."""
+"""Inference with a pretrained model in a quantized form: --config=configs/infer.py:int4."""
 
 from efficientllm import base_config
 
@@ -22,7 +22,7 @@ def get_config(name="bfloat16"):
     config.quant = base_config.variant(FORMS, name)
     config.tokenizer = "pretrained"
     config.infer.chat = True
-    config.train.batch_size = 1  # of the held-out text, for quality
+    config.train.batch_size = 1  # rows of held-out text, for the quality readings
     config.train.length = 256
     config.eval.batches = 8
     return config

@@ -1,9 +1,9 @@
-"""Architectures beside the Llama-like one: --config=configs/mixers.py:mamba. All have gqa's number of parameters."""
+"""Mamba, RWKV and Pythia variants: --config=configs/mixers.py:mamba. All have gqa's number of parameters."""
 
 from efficientllm import base_config
 
 VARIANTS = {
-    # Blocks without an ffn are half a layer: twice as many stand in a model of one size.
+    # A block without an ffn is half a layer: a model of the same size has twice as many.
     "mamba": {"mixer": "mamba", "ffn": "none", "position": "none"},
     "mamba2": {"mixer": "mamba2(state_dim=64)", "ffn": "none", "position": "none"},
     "rwkv": {

@@ -1,4 +1,4 @@
-"""A sparse mixture of experts, 8 experts and 2 a token, on the Python documentation: the main job."""
+"""Mixture of experts on the Python documentation: 8 experts, 2 per token."""
 
 from efficientllm import base_config
 

@@ -1,4 +1,4 @@
-"""One decoder, seven kinds of position: --config=configs/position.py:alibi. All have the same number of parameters."""
+"""Position encodings of one decoder: --config=configs/position.py:alibi. All have equal parameters."""
 
 from efficientllm import base_config
 

@@ -1,4 +1,4 @@
-"""Fine-tuning of a pretrained model by one method: configs/tune.py:rslora.
+"""Fine-tuning of a pretrained model by one method: --config=configs/tune.py:rslora.
 
 Batch, tokens and evaluation are the same for every method.
 """
@@ -18,8 +18,8 @@ ADAPTERS = {
     "freeze": "freeze(last=4)",
     "full": "full()",
 }
-FORMS = {"qlora": "nf4(block=64)"}  # of the kernels beside which an adapter learns
-# Where everything learns, a step that suits an adapter would destroy what was learnt before.
+FORMS = {"qlora": "nf4(block=64)"}  # of the frozen kernels
+# Pretrained weights that are trained themselves need smaller steps than adapters.
 RATES = {"full": 2e-5, "freeze": 5e-5}
 
 

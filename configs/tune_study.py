@@ -1,7 +1,7 @@
-"""The study's fine-tuning (arXiv:2505.13840, Section 4.2): configs/tune_study.py:lora, or :lora+medical.
+"""The study's fine-tuning (arXiv:2505.13840, Section 4.2): --config=configs/tune_study.py:lora, or :lora+medical.
 
 Rank, alpha, dropout and LoRA+'s ratio are those of its released code. Its effective batches differ by method (96, 32
-and 64); here every method has the same.
+and 64). Here they are equal.
 """
 
 from efficientllm.config.presets import tune

@@ -27,7 +27,7 @@ SMALLEST = {
     "experiments/architectures/attention_crossover.py": "--lengths=64,128 --blocks=2",
     "experiments/architectures/linear_time.py": "--lengths=64,128 --blocks=2",
     "experiments/architectures/state.py": "--size=tiny --precision=float32",
-    "experiments/inference/tiles.py": (2, "JAX runs on cpu here"),
+    "experiments/inference/tiles.py": (2, "JAX runs on cpu"),
     "experiments/kv_cache/run.py": "--size=tiny --lengths=64,128 --blocks=3 --steps=4 --out=rows.jsonl",
     "experiments/moe_cost/run.py": "--shapes=token --forward --blocks=2",
     "experiments/plan/claims.py": (2, "holds no plans"),

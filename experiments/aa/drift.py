@@ -1,10 +1,10 @@
-"""Where a machine's noise comes from: three kinds of work in turn, and how far their speed strays over what time.
+"""Drift of a machine's speed: three kinds of work in turn, and the spread of their speeds over time.
 
   python experiments/aa/drift.py --seconds=180
 
-A Python loop uses one core and no memory, a matrix product all cores and the caches, a copy the memory. White noise
-averages out: the spread of means over n times as long is that divided by sqrt(n). What does not shrink is drift, and no
-length of run helps against it; runs close to each other in time do.
+A Python loop uses one core, a matrix product all cores and their caches, a copy the memory. White noise averages out:
+the spread of means over a window n times as long is smaller by sqrt(n). Spread that does not shrink is drift. Longer
+runs do not help against drift; runs close to each other in time do.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from efficientllm.errors import exit_with
 
-WINDOWS = (1, 5, 20)  # of rounds: the lengths whose means are compared
+WINDOWS = (1, 5, 20)  # rounds per mean
 
 
 def main():
@@ -44,7 +44,7 @@ def loop():
 
 
 def product():
-    """Products of matrices of 1 MB, which stay in a core's cache."""
+    """Products of 1 MB matrices, which fit a core's cache."""
     x = jnp.ones((512, 512), jnp.float32) / 512
 
     def run(x):
@@ -55,27 +55,27 @@ def product():
 
 
 def copy():
-    """A sum of two arrays of 256 MB, which stay in no cache."""
+    """Copies of an array of 256 MB, which fits no cache."""
     x = jnp.ones(64 * 2**20, jnp.float32)
     compiled = jax.jit(lambda x: x + 1).lower(x).compile()
     return lambda: jax.block_until_ready(compiled(x))
 
 
 def table(rates, seconds):
-    """Spread (standard deviation over mean) of means over windows, and the slowest and fastest twentieth."""
+    """Formats the spread (standard deviation / mean) of means over windows, and the 5th and 95th percentile."""
     head = "".join(f"{f'over {count * seconds:.1f} s':>14}" for count in WINDOWS)
     lines = [f"{'work':10}{head}{'5 % to 95 % of the median':>30}"]
-    for name, found in rates.items():
-        spreads = (spread(found, count) for count in WINDOWS)
+    for name, speeds in rates.items():
+        spreads = (spread(speeds, count) for count in WINDOWS)
         cells = "".join(f"{'too short':>14}" if value is None else f"{value:14.1%}" for value in spreads)
-        ordered, middle = sorted(found), statistics.median(found)
+        ordered, middle = sorted(speeds), statistics.median(speeds)
         low, high = (ordered[int(share * (len(ordered) - 1))] / middle for share in (0.05, 0.95))
         lines.append(f"{name:10}{cells}{f'{low:.2f} to {high:.2f}':>30}")
     return "\n".join(lines)
 
 
 def spread(values, count):
-    """Standard deviation over mean of the means of `count` values that follow each other; None of fewer than two."""
+    """Standard deviation / mean of the means of `count` consecutive values. None for fewer than two means."""
     means = [statistics.mean(values[i : i + count]) for i in range(0, len(values) - count + 1, count)]
     return statistics.stdev(means) / statistics.mean(means) if len(means) > 1 else None
 

@@ -1,4 +1,4 @@
-"""The baseline against itself: what this machine calls a difference where there is none."""
+"""A/A test of the harness: the baseline against itself, so that every difference is noise."""
 
 from efficientllm.sweep import SHORT_RUNS, Sweep
 

@@ -1,4 +1,4 @@
-"""LoRA against RSLoRA, which differ by one constant and so cost the same: a second control of the harness."""
+"""A/A test of the harness for adapters: LoRA against RSLoRA, which differ by a constant and so cost the same."""
 
 from efficientllm.sweep import SHORT_RUNS, Sweep
 

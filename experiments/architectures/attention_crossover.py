@@ -1,10 +1,10 @@
-"""From which context on sparse attention is cheaper than dense attention: time and memory, forward and backward.
+"""Crossover of sparse and dense attention: the context from which sparse is cheaper, in time and in FLOPs.
 
   python experiments/architectures/attention_crossover.py --lengths=1024,2048,4096,8192,16384 --blocks=7
 
-All contestants live in one process; a block holds one pass of each in random order, and ratios are of medians. They are
-whole layers with their projections, which a narrow model (`--dim`) keeps small beside the attention. The predicted
-crossover is where the layers' FLOPs are equal, the measured one where their times are, both interpolated.
+All contestants run in one process. A block is one forward and backward pass of each, in random order. Ratios are of
+medians. Contestants are whole layers with their projections; a narrow model (`--dim`) keeps the projections small.
+The predicted crossover is where FLOPs are equal, the measured one where times are equal, both interpolated.
 """
 
 import argparse
@@ -39,12 +39,12 @@ def main(argv=None):
 def parse_options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384", help="tokens of the row")
-    parser.add_argument("--sparse", default="nsa=nsa", help="name=spec of the contestants, separated by ;")
+    parser.add_argument("--sparse", default="nsa=nsa", help="contestants, name=spec separated by ;")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv_heads", type=int, default=1)
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--documents", type=int, default=0, help="of the packed row; 0 is one, without packing")
+    parser.add_argument("--documents", type=int, default=0, help="documents of the packed row; 0: one, without packing")
     parser.add_argument("--blocks", type=int, default=5, help="timed passes of each contestant")
     parser.add_argument("--precision", default="float32", help="float32, mixed or bfloat16")
     return parser.parse_args(argv)
@@ -73,15 +73,17 @@ class Step:
         index = jnp.arange(length)[None]
         ctx = Context.packed(index)
         if options.documents:
-            each = -(-length // options.documents)
-            ctx = Context.packed(index % each, index // each)
+            document_length = -(-length // options.documents)
+            ctx = Context.packed(index % document_length, index // document_length)
         x = jax.random.normal(jax.random.key(0), (1, length, options.dim))
         short = Context.packed(index[:, :64])
-        if hasattr(mixer, "init_memo"):
-            ctx = ctx.replace(memo=mixer.init_memo(1, length, options.dim))
-            short = short.replace(memo=mixer.init_memo(1, 64, options.dim))
+        ctx = ctx.replace(memo=mixer.init_memo(1, length, options.dim))
+        short = short.replace(memo=mixer.init_memo(1, 64, options.dim))
         params = nn.unbox(jax.jit(mixer.init)(jax.random.key(1), x[:, :64], short))
-        loss = lambda params, x: jnp.mean(jnp.square(mixer.apply(params, x, ctx)[0]))  # noqa: E731
+
+        def loss(params, x):
+            return jnp.mean(jnp.square(mixer.apply(params, x, ctx)[0]))
+
         self._inputs = params, x
         self._run = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile()
         self.temporary_bytes = self._run.memory_analysis().temp_size_in_bytes
@@ -92,14 +94,13 @@ class Step:
 
 
 def _linear_flops(mixer, params, length):
-    rows = getattr(mixer, "kernel_rows", lambda path, length: length)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = ((jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in leaves)
-    return sum(2 * rows(path, length) * leaf.size for path, leaf in paths if path.endswith("kernel"))
+    return sum(2 * mixer.kernel_rows(path, length) * leaf.size for path, leaf in paths if path.endswith("kernel"))
 
 
 def crossover(rows, name, quantity):
-    """The length from which on `name` has less of a quantity than dense: a straight line between logarithms."""
+    """The length from which `name` has less of a quantity than dense, interpolated linearly between logarithms."""
     points = [(math.log(row["length"]), math.log(row[quantity][name] / row[quantity][DENSE])) for row in rows]
     for (x, y), (x_next, y_next) in zip(points, points[1:], strict=False):
         if y > 0 >= y_next:
@@ -108,7 +109,7 @@ def crossover(rows, name, quantity):
 
 
 def table(rows, specs):
-    """All lengths as Markdown, and the crossovers."""
+    """Formats all lengths and the crossovers as Markdown."""
     lines = ["| tokens | layer | s | time / dense | FLOPs / dense | temporaries MB |", "|---|---|---|---|---|---|"]
     for row in rows:
         for name in specs:
@@ -119,8 +120,8 @@ def table(rows, specs):
             )
     for name in specs:
         if name != DENSE:
-            found, predicted = crossover(rows, name, "seconds"), crossover(rows, name, "gflops")
-            lines.append(f"\n{name} is cheaper than dense from {found} tokens on; by FLOPs from {predicted}.")
+            measured, predicted = crossover(rows, name, "seconds"), crossover(rows, name, "gflops")
+            lines.append(f"\n{name} is cheaper than dense from {measured} tokens on; by FLOPs from {predicted}.")
     return "\n".join(lines)
 
 

@@ -1,9 +1,9 @@
-"""How the time of one layer grows with the length of the row, forward and backward.
+"""Growth of one layer's time with sequence length, forward and backward.
 
   python experiments/architectures/linear_time.py --specs="gqa;mamba;mamba2;rwkv(head_dim=64)"
 
-As attention_crossover.py measures, all in one process and in turn. A layer's time grows with the power of the length
-that is printed: 1 is linear, 2 quadratic; fitted over the last four lengths.
+Measured as in attention_crossover.py. The printed power is fitted over the last four lengths: 1 is linear, 2 is
+quadratic.
 """
 
 import argparse
@@ -23,12 +23,12 @@ def main(argv=None):
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192", help="tokens of the row")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=5, help="timed passes of each contestant")
-    ours = parser.parse_args(argv)
-    arguments = [f"--dim={ours.dim}", f"--blocks={ours.blocks}", "--heads=4", "--kv_heads=2"]
-    options = attention_crossover.parse_options(arguments)
-    specs = {spec.partition("(")[0]: spec for spec in ours.specs.split(";")}
-    lengths = [int(length) for length in ours.lengths.split(",")]
-    rows = [attention_crossover.measure(specs, length, options) for length in lengths]
+    options = parser.parse_args(argv)
+    arguments = [f"--dim={options.dim}", f"--blocks={options.blocks}", "--heads=4", "--kv_heads=2"]
+    shared_options = attention_crossover.parse_options(arguments)
+    specs = {spec.partition("(")[0]: spec for spec in options.specs.split(";")}
+    lengths = [int(length) for length in options.lengths.split(",")]
+    rows = [attention_crossover.measure(specs, length, shared_options) for length in lengths]
     print("| layer | " + " | ".join(f"{length}" for length in lengths) + " | power | temporaries MB |")
     print("|---" * (len(lengths) + 3) + "|")
     for name in specs:
@@ -38,7 +38,7 @@ def main(argv=None):
             + " | ".join(f"{value:.3f}" for value in seconds)
             + f" | {power(lengths[-4:], seconds[-4:]):.2f} | {rows[-1]['temporary_mb'][name]:.0f} |"
         )
-    print(json.dumps(provenance.summary() | vars(ours)))
+    print(json.dumps(provenance.summary() | vars(options)))
 
 
 def power(lengths, seconds):

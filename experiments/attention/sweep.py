@@ -1,4 +1,4 @@
-"""Seven kinds of attention with the parameters of one, on the same tokens."""
+"""Seven kinds of attention at equal parameters and tokens."""
 
 from efficientllm.sweep import SHORT_RUNS, Sweep
 

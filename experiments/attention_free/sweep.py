@@ -1,4 +1,4 @@
-"""Models without attention, and Pythia, beside the Llama-like one of as many parameters."""
+"""Mamba, Mamba-2, RWKV and Pythia beside the Llama-like baseline of equal parameters."""
 
 from efficientllm.sweep import SHORT_RUNS, Sweep
 

@@ -1,8 +1,8 @@
-"""The study's sizes, 1.5B to 72B, in its forms of the weights and int8: random weights of the published shapes."""
+"""Inference at the study's sizes, 1.5B to 72B, in its quantized forms and int8, with random weights."""
 
 from efficientllm.sweep import Sweep
 
-SIZES = {"1.5b": True, "7b": False, "14b": False, "32b": False, "72b": False}  # whether the head is the embedding
+SIZES = {"1.5b": True, "7b": False, "14b": False, "32b": False, "72b": False}  # whether the head is tied
 FORMS = ("bfloat16", "float16", "int8", "int4")
 
 

@@ -1,11 +1,11 @@
-"""Time of a step of decoding and bytes of state for each kind of mixer, at contexts of 512 to 16,384 tokens.
+"""Time of a decode step and bytes of decode state for each mixer, at contexts of 512 to 16,384 tokens.
 
   python experiments/kv_cache/run.py --out=runs/kv_cache.jsonl
   python experiments/kv_cache/run.py --size=tiny --lengths=64,128 --blocks=2 --steps=4
 
-Random weights of one size, one row. A context's contestants live in one process; a block decodes `--steps` tokens with
-each in random order, from a state that already has room for the context. The state holds zeros, which cost what any
-numbers do. A context that the file has is not measured again, so that the same command goes on after a stop.
+Weights are random, and the batch is one row. The contestants of a context run in one process. A block decodes
+`--steps` tokens with each in random order, from a state with room for the context. The state is zeros; values do not
+change the time. Contexts that are already in the file are skipped, so that the same command resumes after a stop.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from efficientllm.record import provenance
 from efficientllm.runtime.atomic_write import write_atomically
 
 MIXERS = ("mha", "gqa", "mqa", "mla", "nsa", "mamba", "rwkv")
-VOCABULARY = 2048  # of sizes that name none
+VOCABULARY = 2048  # for sizes without a vocabulary
 
 
 def main(argv=None):
@@ -65,18 +65,18 @@ def _options(argv):
 
 
 def _read(file, settings):
-    """The rows of `file`. Exits with one line where they are of other settings."""
+    """Reads the rows of `file`. Raises UserError where they were measured with other settings."""
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     if any(row[key] != value for row in rows for key, value in settings.items()):
-        raise UserError(f"{file} holds rows of other settings than {settings}: give another --out")
+        raise UserError(f"--out = {file}: has rows of other settings than {settings}; give another file")
     return rows
 
 
 def described(name, size, precision):
-    """The model of one mixer, all with as many parameters as gqa."""
+    """The model with one mixer and as many parameters as with gqa."""
     config = (mixers if name in mixers.VARIANTS else attention).get_config(name)
-    if name == "nsa" and size != "tiny":  # whose parameters the paper's blocks would exceed
-        config.model.mixer = "nsa"  # the paper's blocks
+    if name == "nsa" and size != "tiny":  # with the paper's blocks, tiny cannot match the parameters
+        config.model.mixer = "nsa"
     config.model.size, config.model.precision = size, precision
     return from_config.from_config(config.model, VOCABULARY)
 
@@ -90,7 +90,7 @@ class Contestant:
         self.params = jax.jit(lambda: nn.unbox(model.init_params(self.lm, jax.random.key(0), 8)))()
         self._engine = engines.Engine(self.lm, self.params, Greedy(), -1, length)
         self._length, self._steps = length, options.steps
-        states = jax.jit(lambda: models.init_states(self._engine.lm, 1, length))()  # no leaf twice: all are donated
+        states = jax.jit(lambda: models.init_states(self._engine.lm, 1, length))()  # separate arrays: each is donated
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(states))
         keys_B = jax.random.split(jax.random.key(0), 1)
         at_B, done_B, seen_BV = jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), jnp.zeros((1, 1), bool)
@@ -98,8 +98,8 @@ class Contestant:
         self._carry = engines.Carry(logits_BV, states, at_B, done_B, seen_BV, keys_B)
 
     def __call__(self, block):
-        """Seconds of a step, of `steps` in one call."""
-        # A new array: the one before was donated.
+        """Seconds per step, from one call of `steps` steps."""
+        # A new array, because the last call donated the old one.
         carry = self._carry.replace(positions_B=jnp.array(np.array([self._length - self._steps], np.int32)))
         jax.block_until_ready(carry)
         begin = time.perf_counter()
@@ -109,7 +109,7 @@ class Contestant:
 
 
 def measure(length, options, bandwidth):
-    """A row for each mixer at one context."""
+    """Measures every mixer at one context: a row each."""
     if options.steps >= length:
         raise UserError(f"--steps={options.steps} must be below the {length} tokens of context")
     contestants = {}
@@ -138,9 +138,9 @@ def _row(name, length, contestant, seconds, bandwidth):
 
 
 def table(rows):
-    """The rows as Markdown; gqa of the same context is 1."""
+    """Formats the rows as Markdown, with times relative to gqa at the same context."""
     lines = [
-        "| tokens | mixer | parameters | state bytes | of the model | ms a token | of gqa | bytes model's share |",
+        "| tokens | mixer | parameters | state bytes | / formula | ms per token | / gqa | share of the memory bound |",
         "|---|---|---|---|---|---|---|---|",
     ]
     medians = {(row["length"], row["mixer"]): statistics.median(row["step_s"]) for row in rows}

@@ -1,8 +1,8 @@
-"""A sparse mixture beside dense models of its active and of its total parameters."""
+"""Mixture of experts beside dense models of equal active and of equal total parameters."""
 
 from efficientllm.sweep import SHORT_RUNS, Sweep
 
-HIDDEN = 512  # of the dense model: two experts of half of it are as wide
+HIDDEN = 512  # of the dense ffn; the two active experts have half of it each
 
 
 def get_config():

@@ -1,11 +1,11 @@
-"""What a sparse layer costs beside a dense one of the same active parameters: time and memory of a training step.
+"""Cost of a mixture of experts beside a dense ffn of equal active parameters: time and memory of a training step.
 
   python experiments/moe_cost/run.py --shapes=tiny,medium --blocks=30
   python experiments/moe_cost/run.py --shapes=token --forward
 
-All contestants live in one process. A block holds one forward and backward pass of each in random order; ratios are of
-medians over blocks, with a 95 % bootstrap interval over blocks. Before anything is timed, the sparse contestants that
-compute the same function must agree.
+All contestants run in one process. A block is one forward and backward pass of each, in random order. Ratios are of
+medians over blocks, with a 95 % bootstrap interval. Before anything is timed, the sparse contestants that compute the
+same function must agree.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main(argv=None):
 def _options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="tiny,medium,fine", help=f"of {','.join(SHAPES)} (default: %(default)s)")
-    parser.add_argument("--forward", action="store_true", help="no backward pass, as in decoding")
+    parser.add_argument("--forward", action="store_true", help="time the forward pass alone, as in decoding")
     parser.add_argument("--blocks", type=int, default=30, help="timed steps of each contestant")
     parser.add_argument("--precision", default="float32", help="float32, mixed or bfloat16 (default: %(default)s)")
     parser.add_argument("--json", help="file for every number")
@@ -114,9 +114,9 @@ def layers(shape, precision, forward):
     dense = build("ffn", f"swiglu(hidden={shape.top_k * shape.hidden})", {"precision": precision})
     steps = {"dense": Step(dense.apply, dense.init(key, x), x, forward)}
     spec = f"moe(num_experts={shape.experts}, top_k={shape.top_k}, hidden={shape.hidden}, {{}})"
-    models = {}  # of a training step
-    for name, given in SPARSE.items():
-        moe = build("ffn", spec.format(given), {"precision": precision})
+    models = {}  # the formula is for a training step
+    for name, options in SPARSE.items():
+        moe = build("ffn", spec.format(options), {"precision": precision})
         params = moe.init(key, x)
         steps[name] = Step(moe.apply, params, x, forward)
         models[name] = None if forward else moe.temporary_bytes(shape.rows, shape.length, shape.dim)
@@ -125,7 +125,7 @@ def layers(shape, precision, forward):
 
 
 def _all_experts(params, x, shape):
-    """The same function with every expert computed for every token."""
+    """The same function computed with every expert on every token. The reference for `check_agreement`."""
     tree = params["params"]
     logits = x.astype(jnp.float32) @ tree["router"]["kernel"]
     routed = routing.route(logits, shape.top_k, "softmax", True, 1.0)
@@ -140,22 +140,22 @@ def _all_experts(params, x, shape):
 
 
 def check_agreement(steps, precision):
-    """Raises RuntimeError if contestants that should be one function have other outputs or gradients."""
+    """Raises RuntimeError if contestants of the same function differ in outputs or gradients."""
     results = {name: jax.tree.leaves(step()) for name, step in steps.items()}
-    for name, found in results.items():
-        for one, other in zip(found, results["all experts"], strict=True):
-            one, other = one.astype(jnp.float32), other.astype(jnp.float32)
-            error = float(jnp.linalg.norm(one - other) / jnp.maximum(jnp.linalg.norm(other), 1e-30))
+    for name, arrays in results.items():
+        for array, reference in zip(arrays, results["all experts"], strict=True):
+            array, reference = array.astype(jnp.float32), reference.astype(jnp.float32)
+            error = float(jnp.linalg.norm(array - reference) / jnp.maximum(jnp.linalg.norm(reference), 1e-30))
             if error > (1e-4 if precision == "float32" else 5e-2):
-                raise RuntimeError(f"{name} differs from all experts by {error:.1e} in an array of {one.shape}")
+                raise RuntimeError(f"{name} differs from all experts by {error:.1e} in an array of {array.shape}")
 
 
 def table(name, shape, report):
-    """One shape's report as Markdown."""
+    """Formats one shape's report as Markdown."""
     tokens = shape.rows * shape.length
     lines = [
         f"\n**{name}**: {tokens} tokens, D={shape.dim}, E={shape.experts}, k={shape.top_k}, F={shape.hidden}\n",
-        "| layer | ms | time / dense | CPU time / dense | temporaries MB | of the model |",
+        "| layer | ms | time / dense | CPU time / dense | temporaries MB | / formula |",
         "|---|---|---|---|---|---|",
     ]
     for contestant, row in report.items():

@@ -1,4 +1,4 @@
-"""The base model with gated attention, beside a baseline of as many parameters (configs/attention.py:gqa)."""
+"""The base model with gated attention, at the parameters of its baseline (configs/attention.py:gqa)."""
 
 import os
 

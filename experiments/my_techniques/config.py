@@ -1,4 +1,4 @@
-"""The base model with a part of one's own, by its file's name: experiments/my_techniques/config.py:ffn."""
+"""The base model with one technique of this folder, by file name: experiments/my_techniques/config.py:ffn."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Floats of eight bits, E4M3 (Micikevicius et al. 2022, arXiv:2209.05433), with a scale for each output."""
+"""Quantized form: 8-bit floats, E4M3 (Micikevicius et al. 2022, arXiv:2209.05433), with a scale per output."""
 
 import dataclasses
 import typing

@@ -1,4 +1,4 @@
-"""A learned slope for each head, over the logarithm of the distance (KERPLE: Chi et al. 2022, arXiv:2205.09921)."""
+"""Position bias KERPLE (Chi et al. 2022, arXiv:2205.09921): a learned slope per head over the log distance."""
 
 import flax.linen as nn
 import jax

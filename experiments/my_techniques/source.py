@@ -1,4 +1,4 @@
-"""The sections of Markdown files, and a tokenizer of a token for each character."""
+"""Data source and tokenizer: sections of Markdown files, and a token per character."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ from efficientllm.registry import register
 @register("data", "sections", example="sections(path='README.md')")
 @dataclasses.dataclass(frozen=True)
 class Sections(Source):
-    """Documents are what lies between two headings."""
+    """Documents are the texts between two headings."""
 
     path: str
     held_out: float = 0.1
@@ -21,20 +21,20 @@ class Sections(Source):
         for path in paths.find(self.path, (".md",)):
             yield from filter(str.strip, streams.whole(path).split("\n## "))
 
-    def key(self):  # not needed; with it, files that have not changed are not read again
+    def key(self):  # optional: unchanged files are then not read again
         return f"{self} {cache.stat_key(paths.find(self.path, ('.md',)))}"
 
 
 @register("tokenizer", "characters")
 class Characters:
-    """The recipe: `fit` learns the characters of the training text."""
+    """`fit` collects the characters of the training text."""
 
     def fit(self, corpus):
         return Alphabet(sorted(set().union(*corpus.texts("train"))))
 
 
 class Alphabet:
-    """A token for each character, one for those that training never saw, and eos, the last."""
+    """A token per character, then one for unknown characters, then eos."""
 
     chat, lead_ids = None, ()
 

@@ -1,6 +1,6 @@
-"""Plans the study's configurations and writes the table: `python experiments/plan/run.py [--only=REGEX] [--out=DIR]`.
+"""Plans of the study's configurations, and rows.csv: `python experiments/plan/run.py [--only=REGEX] [--out=DIR]`.
 
-Plans that are done stay done: the same command goes on where it was stopped.
+Finished plans are kept: the same command resumes after a stop.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from efficientllm.errors import exit_with
 from efficientllm.report import study_tables
 
 HERE = pathlib.Path(__file__).parent
-# Models by their config.json alone; those that are tuned lie beside that study.
+# Folders with a config.json per model. Those of tuned models are beside the tuning experiment.
 FOLDERS = (HERE.parent / "tuning" / "models", HERE / "models")
-# One row of 8,192 tokens a device, parameters and optimiser sharded over all devices, everything kept for the way back.
+# One row of 8,192 tokens per device, parameters and optimizer state sharded over all devices, no rematerialization.
 PRETRAIN = {
     "plan.hardware": "gh200_96",
     "plan.devices": 48,
@@ -30,20 +30,20 @@ PRETRAIN = {
 # The study's rank, dropout, precision and remat, and one batch for all methods: configs/tune_study.py.
 TUNE = {"plan.hardware": "h200", "plan.devices": 8}
 METHODS = ("lora", "rslora", "lora_plus", "pissa", "dora", "freeze", "full")
-# Other constants and other initial values in the same program: tests/plan/test_methods.py.
+# The same program as LoRA's with other constants and initial values: tests/plan/test_methods.py.
 AS_LORA = re.compile(r"^(tune/.*)/(rslora|lora_plus|pissa)$")
 TUNED = (
     *("llama-3.2-1b", "llama-3.2-3b", "mistral-7b", "qwen2.5-7b"),
     *("llama-3.1-8b", "qwen2.5-14b", "mistral-small-24b"),
 )
-# A request of the sweep experiments/inference: one prompt of 512 tokens, and 128 after it.
+# The request of the sweep experiments/inference: a prompt of 512 tokens and a completion of 128.
 SERVE = {
     "plan.hardware": "gh200_96",
     "model.precision": "bfloat16",
     "infer.prompt_length": 512,
     "infer.max_new_tokens": 128,
 }
-# Of 14B, DeepSeek's distillation of the study has Qwen2.5's shape.
+# The study's distillation of DeepSeek at 14B has the shape of qwen2.5-14b.
 SERVED = {
     "deepseek-r1-distill-qwen-1.5b": None,
     "qwen2.5-7b": None,
@@ -59,34 +59,38 @@ CAPACITY = MOE.replace("(", "(dispatch='capacity', capacity_factor=1.25, ")
 
 
 def pretraining():
-    """`{name: (config file, overrides, the study's table and row)}` of the axes of pre-training."""
+    """Pre-training plans: `{name: (config file, overrides, (the study's table, its row))}`."""
     plans = {}
     for size in ("1.5b", "0.5b", "3b"):
-        # 48 ways divide the width of 1.5b, and none of the others'.
-        own = {**PRETRAIN, "model.size": size, "mesh": "fsdp=-1" if size == "1.5b" else "data=3, fsdp=16"}
+        # The width of 1.5b is divisible by 48. Those of 0.5b and 3b are not.
+        overrides = {**PRETRAIN, "model.size": size, "mesh": "fsdp=-1" if size == "1.5b" else "data=3, fsdp=16"}
         for mixer in ("gqa", "mqa", "mla", "nsa", "mha"):
-            # The paper's blocks rather than the demonstration's.
+            # With the blocks of the paper instead of the config's, which fit short rows.
             change = {"model.mixer": "nsa"} if mixer == "nsa" else {}
-            plans[f"attention/{size}/{mixer}"] = (f"attention.py:{mixer}", own | change, ("attention", mixer))
+            plans[f"attention/{size}/{mixer}"] = (f"attention.py:{mixer}", overrides | change, ("attention", mixer))
         for position in ("sinusoidal", "learned", "none", "relative"):
             change = {"model.position": "learned(max_length=8192)"} if position == "learned" else {}
-            plans[f"position/{size}/{position}"] = (f"position.py:{position}", own | change, ("position", position))
+            plans[f"position/{size}/{position}"] = (
+                f"position.py:{position}",
+                overrides | change,
+                ("position", position),
+            )
         for mixer in ("mamba", "pythia", "rwkv"):
-            plans[f"attention_free/{size}/{mixer}"] = (f"mixers.py:{mixer}", own, ("attention_free", mixer))
+            plans[f"attention_free/{size}/{mixer}"] = (f"mixers.py:{mixer}", overrides, ("attention_free", mixer))
         if size != "3b":
-            # 48 divides neither 8 experts nor, of 0.5b, a width of 896; experts on their own devices need a capacity.
+            # Neither 8 experts nor 0.5b's width of 896 are divisible by 48. Expert parallelism needs a capacity.
             for ending, mesh, ffn in (
                 ("", "fsdp=-1", MOE),
                 (", data=3, fsdp=16", "data=3, fsdp=16", MOE),
                 (", expert=8, fsdp=6, capacity 1.25", "expert=8, fsdp=6", CAPACITY),
             ):
                 change = {"model.ffn": ffn, "mesh": mesh}
-                plans[f"moe/{size}x8/top2{ending}"] = ("base.py", own | change, ("moe", f"moe-{size}x8-top2"))
+                plans[f"moe/{size}x8/top2{ending}"] = ("base.py", overrides | change, ("moe", f"moe-{size}x8-top2"))
     for model in ("llama-3-70b", "qwen2.5-72b"):
-        own = PRETRAIN | {"model.pretrained": folder(model), "model.remat": "full"}
+        overrides = PRETRAIN | {"model.pretrained": folder(model), "model.remat": "full"}
         for devices, mesh in ((48, "fsdp=-1"), (48, "data=3, fsdp=16"), (64, "fsdp=-1")):
             change = {"plan.devices": devices, "train.batch_size": devices, "mesh": mesh}
-            plans[f"pretrain/{model}/{devices} by {mesh}"] = ("base.py", own | change, (None, None))
+            plans[f"pretrain/{model}/{devices} by {mesh}"] = ("base.py", overrides | change, (None, None))
     return plans
 
 
@@ -103,29 +107,29 @@ def tuning():
 
 
 def inference():
-    """A request on one device, four of which serve four; and on four that hold a quarter of each kernel."""
+    """Serving plans: a request on one device, and on four devices by tensor parallelism."""
     plans = {}
     for kind, mesh in (("infer", {}), ("infer_by_four", {"plan.devices": 4, "mesh": "tensor=4"})):
         for model, table in SERVED.items():
-            own = SERVE | mesh | {"model.pretrained": folder(model)}
+            overrides = SERVE | mesh | {"model.pretrained": folder(model)}
             for form in FORMS:
                 where = (None, None) if mesh else (table, form)
-                plans[f"{kind}/{model}/{form}"] = (f"infer.py:{form}", own, where)
+                plans[f"{kind}/{model}/{form}"] = (f"infer.py:{form}", overrides, where)
     return plans
 
 
 def folder(model):
-    """Where its config.json is."""
+    """The folder with the model's config.json."""
     return next(str(parent / model) for parent in FOLDERS if (parent / model).is_dir())
 
 
 def program_of(name):
-    """The plan that has the same program."""
+    """The name of the plan that is computed for `name`: plans of the same program are computed once."""
     return AS_LORA.sub(r"\1/lora", name)
 
 
 def make(name, config, overrides, out):
-    """Plans one configuration into `out/name`; what fails is said and left for the next time."""
+    """Plans one configuration into `out/name`. A failure is printed, written to error.txt and tried again next time."""
     folder = out / name
     if (folder / "record.json").exists():
         return
@@ -138,19 +142,19 @@ def make(name, config, overrides, out):
                 *flags,
             ]
         )
-    except Exception:  # one configuration that the compiler cannot take does not stop the others
+    except Exception:  # a configuration that cannot be compiled does not stop the others
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(traceback.format_exc())
         print(f"{name}: {traceback.format_exc().splitlines()[-1]}")
 
 
-def studied(where):
-    """(AMU in GB, AL in s) of the study's row, None where it has none."""
+def study_values(where):
+    """`(AMU in GB, AL in s)` of the study's row. None where the study has no number."""
     axis, row = where
     tables = study_tables.read_tables()
     table = tables.get(axis) or tables.get(f"{axis}_1.5b") or {"rows": ()}
-    found = next((each for each in table["rows"] if each["name"] == row), {})
-    return found.get("amu_gb"), found.get("al_s")
+    study_row = next((table_row for table_row in table["rows"] if table_row["name"] == row), {})
+    return study_row.get("amu_gb"), study_row.get("al_s")
 
 
 COLUMNS = (
@@ -162,40 +166,46 @@ COLUMNS = (
 
 
 def line(name, where, record):
-    """A plan's line of the table."""
+    """A row of rows.csv."""
     plan, train = record["predicted"], record["config"]["train"]
     size = lambda key: _round(plan["memory_bytes"].get(key), 1e9)  # noqa: E731
-    ours, parts = record["config"]["infer"], plan["parts"]
-    served = f"{ours['batch_size']} x {ours['prompt_length']} and {ours['max_new_tokens']} after"
-    first = (parts[key]["step_s"] for key in ("prefill", "first logits") if parts)
-    sent = None if plan["collectives"] is None else sum(each["wire_bytes"] for each in plan["collectives"].values())
-    sides = {f"{side}_ms": _round(seconds, 1e-3) for side, seconds in plan["roofline_s"].items()}
-    amu, al = studied(where) if "0.5b/" not in name and "3b/" not in name else (None, None)
+    request, phases = record["config"]["infer"], plan["parts"]
+    tokens = f"{request['batch_size']} x {request['prompt_length']} and {request['max_new_tokens']} after"
+    first_token_phases = (phases[key]["step_s"] for key in ("prefill", "first logits") if phases)
+    sent = (
+        None
+        if plan["collectives"] is None
+        else sum(collective["wire_bytes"] for collective in plan["collectives"].values())
+    )
+    limits = {f"{side}_ms": _round(seconds, 1e-3) for side, seconds in plan["roofline_s"].items()}
+    amu, al = study_values(where) if "0.5b/" not in name and "3b/" not in name else (None, None)
     values = {
         "plan": name,
         "devices": f"{plan['devices']} x {plan['hardware']}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1),
         "parameters": record["physical"]["params_total"],
-        "tokens": served if parts else f"{train['batch_size']} x {train['length']} a step",
+        "tokens": tokens if phases else f"{train['batch_size']} x {train['length']} a step",
         "arguments_gb": size("argument_bytes"),
         "temporaries_gb": size("temp_bytes"),
         "peak_gb": _round(plan["peak_bytes"], 1e9),
         "fits": "yes" if plan["fits"] else "no",
-        "fits_with": "; ".join(each["flags"].replace("--config.", "") for each in plan["changes"] if each["fits"]),
+        "fits_with": "; ".join(
+            collective["flags"].replace("--config.", "") for collective in plan["changes"] if collective["fits"]
+        ),
         "by_shapes_gb": _round(plan["by_shapes_bytes"], 1e9),
         "model_tflop": _round(plan["model_flops"], 1e12),
         "program_tflop": _round(plan["program_flops"], 1e12),
         "moved_gb": _round(plan["moved_bytes"], 1e9),
         "sent_gb": _round(sent, 1e9),
         "bound": plan["bound"],
-        "ttft_ms": _round(sum(first), 1e-3) if parts else None,
-        "tpot_ms": _round(parts["decode"]["step_s"], 1e-3) if parts else None,
+        "ttft_ms": _round(sum(first_token_phases), 1e-3) if phases else None,
+        "tpot_ms": _round(phases["decode"]["step_s"], 1e-3) if phases else None,
         "study_amu_gb": amu,
         "study_al_ms": _round(al, 1e-3),
         "compile_s": _round(record["physical"]["compile_s"], 1),
         "kernels": "; ".join(f"{key}: {', '.join(kinds)}" for key, kinds in plan["kernels"].items()),
     }
-    return {key: values.get(key, sides.get(key)) for key in COLUMNS}
+    return {key: values.get(key, limits.get(key)) for key in COLUMNS}
 
 
 def _round(value, unit, digits=4):
@@ -209,15 +219,15 @@ def _round(value, unit, digits=4):
 
 
 def table(plans, out):
-    """The lines of all plans that are there, as rows.csv; of the rest those that it holds already."""
+    """Writes rows.csv: plans below `out`, and for the others the rows that it already has."""
     with open(HERE / "rows.csv", newline="", encoding="utf-8") as file:
-        held = {each["plan"]: each for each in csv.DictReader(file)}
-    made = {
+        stored = {row["plan"]: row for row in csv.DictReader(file)}
+    planned = {
         name: line(name, where, json.loads(file.read_text()))
         for name, (_, _, where) in plans.items()
         if (file := out / program_of(name) / "record.json").exists()
     }
-    lines = [(held | made)[name] for name in plans if name in held | made]
+    lines = [(stored | planned)[name] for name in plans if name in stored | planned]
     with open(HERE / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -226,7 +236,7 @@ def table(plans, out):
 
 def run():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="plans whose name this regular expression finds")
+    parser.add_argument("--only", default="", help="regular expression: plans whose name it matches")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/plan"))
     options = parser.parse_args()
     logging.getLogger("jax").setLevel(logging.ERROR)

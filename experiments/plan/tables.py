@@ -1,4 +1,4 @@
-"""The README's tables, from rows.csv: `python experiments/plan/tables.py`."""
+"""Tables of the README from rows.csv: `python experiments/plan/tables.py`."""
 
 import argparse
 import csv
@@ -14,36 +14,36 @@ FORMS = ("bfloat16", "float16", "int4")
 
 def markdown(header, lines):
     cells = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(map(str, each)) + " |" for each in cells)
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
 
 
 def trained(rows):
-    """A line for each step of pre-training."""
+    """Formats the plans of pre-training, a line each."""
     lines = [[name, *(row[key] for key in TRAINED)] for name, row in rows.items() if name.split("/")[0] != "tune"]
     return markdown(["plan", *(key.replace("_", " ") for key in TRAINED)], lines)
 
 
 def tuned(rows):
-    """A line for each model: the peak of each method and its least time, and the study's AMU in brackets."""
+    """Formats the plans of tuning, a line per model: peak memory, the study's AMU in brackets, least step time."""
 
     def cell(row):
         if not row:
             return ""
-        least = max(float(row[f"{side}_ms"] or 0) for side in ("compute", "memory", "network"))
-        known = f" ({row['study_amu_gb']})" if row["study_amu_gb"] else ""
-        return f"{row['peak_gb']}{known}, {least / 1e3:.3g} s"
+        slowest_ms = max(float(row[f"{side}_ms"] or 0) for side in ("compute", "memory", "network"))
+        study_peak = f" ({row['study_amu_gb']})" if row["study_amu_gb"] else ""
+        return f"{row['peak_gb']}{study_peak}, {slowest_ms / 1e3:.3g} s"
 
     return by_model(rows, "tune", METHODS, cell)
 
 
 def served(rows, kind):
-    """A line for each model: a device's weights in each form, its peak (the study's AMU), the least time of a token."""
+    """Formats the plans of serving, a line per model: bytes of weights, peak (the study's AMU), time per token."""
 
     def cell(row):
         if not row:
             return ""
-        known = f" ({row['study_amu_gb']})" if row["study_amu_gb"] else ""
-        return f"{row['arguments_gb']}, {row['peak_gb']}{known}, {row['tpot_ms']} ms"
+        study_peak = f" ({row['study_amu_gb']})" if row["study_amu_gb"] else ""
+        return f"{row['arguments_gb']}, {row['peak_gb']}{study_peak}, {row['tpot_ms']} ms"
 
     return by_model(rows, kind, FORMS, cell)
 

@@ -1,4 +1,4 @@
-"""Seven positions in the same model, on the same tokens."""
+"""Seven position encodings in one model, on the same tokens."""
 
 from efficientllm.sweep import SHORT_RUNS, Sweep
 

@@ -1,10 +1,10 @@
-"""Times of products of M rows with a matrix in every form, against float32 in XLA, torch's int4 and the copy bandwidth.
+"""Times of quantized matrix products of M rows, beside float32 in XLA, torch's int4 and the copy bandwidth.
 
   python experiments/quantization/products.py 1 8
 
-Prints a Markdown table: microseconds a product, median of turns in which all run in random order, each over enough
-copies of the matrix that no cache holds them; in brackets GB/s of weights read. Shapes are SmolLM2-135M's, inputs x
-outputs.
+Prints a Markdown table: microseconds per product, with GB/s of weights in brackets. Times are medians of blocks in
+which all contestants run in random order, each over so many copies of the matrix that they exceed the caches. Shapes
+are SmolLM2-135M's, inputs x outputs.
 """
 
 import argparse
@@ -32,31 +32,34 @@ FORMS = {
     "int4, int8 activations": "int4(activations='int8')",
     "nf4": "nf4",
 }
-BYTES = 64 * 2**20  # that a turn reads in float32
-TURNS = 15
+BYTES = 64 * 2**20  # read per block in float32
+BLOCKS = 15
 
 
 def medians(contestants):
-    """Seconds of each contestant, by name."""
-    wall, _ = race.race_calls(contestants, TURNS)
+    """Median seconds of each contestant."""
+    wall, _ = race.race_calls(contestants, BLOCKS)
     return {name: statistics.median(seconds) for name, seconds in wall.items()}
 
 
-def ours(spec, kernels, x):
-    """A run of `x` times each kernel in the form `spec`, and the bytes of one kernel."""
+def package_product(spec, kernels, x):
+    """`(function that multiplies x with every kernel in the form `spec`, bytes of one kernel)`."""
     leaves = [quantize({"kernel": kernel}, spec)["kernel"] for kernel in kernels]
     run = jax.jit(lambda x, leaves: [matmul(x, leaf, "float32") for leaf in leaves])
     return lambda: jax.block_until_ready(run(x, leaves)), resident_bytes(leaves[0])
 
 
-def torchs(K, N, rows, copies):
-    """The same with torch's int4 kernel, whose activations and scales are bfloat16; None where torch is not there."""
+def torch_product(K, N, rows, copies):
+    """The same with torch's int4 kernel and bfloat16 activations and scales. None where torch is not installed."""
     try:
         import torch
     except ImportError:
         return None
     ops = torch.ops.aten
-    pack = lambda: ops._convert_weight_to_int4pack_for_cpu(torch.randint(0, 15, (N, K), dtype=torch.int32), 1)  # noqa: E731
+
+    def pack():
+        return ops._convert_weight_to_int4pack_for_cpu(torch.randint(0, 15, (N, K), dtype=torch.int32), 1)
+
     kernels, scales = [pack() for _ in range(copies)], torch.ones(K // 32, N, 2, dtype=torch.bfloat16)
     x = torch.ones(rows, K, dtype=torch.bfloat16)
 
@@ -70,8 +73,8 @@ def torchs(K, N, rows, copies):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=int, nargs="*", default=[1], metavar="M", help="rows of x (default: 1)")
-    parser.add_argument("--native", action="store_true", help="C++ products however many rows there are")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes (default: all)")
+    parser.add_argument("--native", action="store_true", help="use the C++ products for any number of rows")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="number of shapes (default: all)")
     options = parser.parse_args(argv)
     if min(options.rows) < 1 or not 1 <= options.shapes <= len(SHAPES):
         parser.error(f"M must be at least 1, and --shapes between 1 and {len(SHAPES)}")
@@ -86,12 +89,12 @@ def main(argv=None):
         kernels = [jnp.asarray(rng.standard_normal((K, N), np.float32)) for _ in range(copies)]
         for M in options.rows:
             x = jnp.asarray(rng.standard_normal((M, K), np.float32))
-            made = {name: ours(spec, kernels, x) for name, spec in FORMS.items()}
-            made |= {"torch int4": torchs(K, N, M, copies)}
-            taken = medians({name: each[0] for name, each in made.items() if each})
+            contestants = {name: package_product(spec, kernels, x) for name, spec in FORMS.items()}
+            contestants |= {"torch int4": torch_product(K, N, M, copies)}
+            seconds = medians({name: contestant[0] for name, contestant in contestants.items() if contestant})
             cells = [
-                f"{1e6 * taken[name] / copies:.0f} ({made[name][1] * copies / taken[name] / 1e9:.1f})"
-                if name in taken
+                f"{1e6 * seconds[name] / copies:.0f} ({contestants[name][1] * copies / seconds[name] / 1e9:.1f})"
+                if name in seconds
                 else ""
                 for name in names
             ]

@@ -1,9 +1,9 @@
-"""Bytes and perplexity of SmolLM2-135M in every form, on 8 x 512 tokens of Python's own documentation.
+"""Bytes and perplexity of quantized SmolLM2-135M, on 8 x 512 tokens of the Python documentation.
 
   python experiments/quantization/quality.py float32 "int4(method='gptq')"
 
-Prints a Markdown table. Calibrated forms see 16 x 512 tokens of the sources of Python's standard library, none of which
-is scored.
+Prints a Markdown table. Calibrated forms read 16 x 512 tokens of the sources of the standard library, which are not
+scored.
 """
 
 import argparse
@@ -34,14 +34,14 @@ SPECS = (
 TOKENS = 512
 
 
-def scored(tokenizer, rows):
+def scored_tokens(tokenizer, rows):
     """The first `rows` x 512 tokens of the sorted, joined topics."""
     text = "\n\n".join(topics[key] for key in sorted(topics))
     return np.asarray(tokenizer.encode(text)[: rows * TOKENS], np.int32).reshape(rows, TOKENS)
 
 
-def calibration(tokenizer):
-    """512 tokens of the start of each of 16 modules."""
+def calibration_tokens(tokenizer):
+    """The first 512 tokens of each of the 16 largest modules."""
     files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda path: path.stat().st_size)[-16:]
     return np.asarray([tokenizer.encode(path.read_text()[:8192])[:TOKENS] for path in files], np.int32)
 
@@ -64,12 +64,12 @@ def main(argv=None):
     parser.add_argument("--rows", type=int, default=8, help="rows of 512 tokens that are scored (default: %(default)s)")
     options = parser.parse_args(argv)
     for spec in options.specs:
-        form_of(spec)  # a misspelt one is said before the model is read
+        form_of(spec)  # a wrong spec is refused before the model is read
     source = convert.open_source(options.model)
     tokenizer = build("tokenizer", source.tokenizer()).fit(None)
     lm = source.lm(precision="float32", scan=False)
     params = source.load(nn.unbox(model.abstract_params(lm)))
-    ids, text = scored(tokenizer, options.rows), calibration(tokenizer)
+    ids, text = scored_tokens(tokenizer, options.rows), calibration_tokens(tokenizer)
     print("| form | MB | bits a parameter | perplexity | seconds to make |\n|---|---|---|---|---|")
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     for spec in options.specs:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M in every form of its weights: bytes, latency, throughput, held-out loss, MCR."""
+"""Quantized forms of SmolLM2-135M: bytes, latency, throughput, held-out loss and compression rate (MCR)."""
 
 from efficientllm.sweep import Sweep
 

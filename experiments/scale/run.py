@@ -1,10 +1,10 @@
-"""How compile time, step time and host memory grow with layers, devices, experts and sequence length.
+"""Growth of compile time, step time and host memory with layers, devices, experts and sequence length.
 
   python experiments/scale/run.py --out=experiments/scale/results
 
-Each point is a process of its own, with CPU devices that do not exist where more than one is asked for: it lowers and
-compiles the training step of the config, runs it, and prints what that took. One axis grows at a time. Points that are
-done stay done: the same command goes on where it was stopped. Writes points.csv, scale.png and report.md.
+Each point is a process of its own, with simulated CPU devices where it needs more than one. It compiles and runs the
+training step of the config. One axis grows at a time. Finished points are kept: the same command resumes after a
+stop. Writes points.csv, scale.png and report.md.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from efficientllm.errors import exit_with
 
 SIZE = {"num_layers": 4, "dim": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "hidden": 384}
 BASE = {"layers": 4, "unrolled": 0, "devices": 1, "experts": 0, "length": 128}
-# `unrolled` are layers too, compiled one after another in place of a loop.
+# `unrolled` counts layers too: they are compiled one after another instead of in a loop.
 GROWN = {
     "layers": (2, 4, 8, 16, 32, 64),
     "unrolled": (2, 4, 8, 16, 32),
@@ -37,25 +37,27 @@ STEPS = 3
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/scale")
-    parser.add_argument("--point", help="one point as JSON, printed as JSON (what the processes are called with)")
+    parser.add_argument("--point", help="measure one point, given as JSON, and print JSON (for the processes)")
     parser.add_argument("--most", type=int, default=64, help="largest value of layers, devices and experts, 2 or more")
     parser.add_argument("--longest", type=int, default=2048, help="largest length")
-    ours = parser.parse_args()
-    if ours.point:
-        print(json.dumps(measure(json.loads(ours.point))))
+    options = parser.parse_args()
+    if options.point:
+        print(json.dumps(measure(json.loads(options.point))))
         return
-    if ours.most < 2 or ours.longest < BASE["length"]:
-        parser.error(f"--most must be at least 2, and --longest at least {BASE['length']}, the other points' length")
-    out = pathlib.Path(ours.out)
+    if options.most < 2 or options.longest < BASE["length"]:
+        parser.error(
+            f"--most must be at least 2, and --longest at least {BASE['length']}, the length of the other points"
+        )
+    out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = collect(out / "points.csv", ours.most, ours.longest)
+    rows = collect(out / "points.csv", options.most, options.longest)
     draw(rows, out / "scale.png")
     (out / "report.md").write_text(report(rows))
     print(f"{len(rows)} points: {', '.join(str(out / name) for name in ('points.csv', 'scale.png', 'report.md'))}")
 
 
 def points(most, longest):
-    """Every axis at each of its values, up to the largest asked for."""
+    """`(axis, value)` of every point up to the largest values."""
     return [
         (axis, value)
         for axis, values in GROWN.items()
@@ -65,13 +67,13 @@ def points(most, longest):
 
 
 def collect(file, most, longest):
-    """The rows of all points, those missing measured and added to the file one by one."""
+    """Measures the points that the file lacks, appends each, and returns the rows of all."""
     rows = list(csv.DictReader(file.open())) if file.exists() else []
     done = {(row["axis"], int(row["value"])) for row in rows}
     todo = [point for point in points(most, longest) if point not in done]
     begin = time.monotonic()
     for index, (axis, value) in enumerate(todo):
-        row = {"axis": axis, "value": value} | in_its_process(BASE | {axis: value})
+        row = {"axis": axis, "value": value} | measure_in_process(BASE | {axis: value})
         new = not file.exists()
         with file.open("a", newline="") as opened:
             writer = csv.DictWriter(opened, KEYS, lineterminator="\n")
@@ -87,7 +89,7 @@ def collect(file, most, longest):
     return rows
 
 
-def in_its_process(point):
+def measure_in_process(point):
     flags = f"--xla_force_host_platform_device_count={point['devices']}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     argv = [sys.executable, __file__, f"--point={json.dumps(point)}"]
@@ -98,7 +100,7 @@ def in_its_process(point):
 
 
 def measure(point):
-    """What the step of one point took, in this process."""
+    """Measures the training step of one point in this process."""
     import jax
     import numpy as np
 
@@ -110,7 +112,7 @@ def measure(point):
     from efficientllm.train import step
 
     layers = point["unrolled"] or point["layers"]
-    model.UNROLLED = point["unrolled"]  # of itself a CPU unrolls few layers, and no other platform any
+    model.UNROLLED = point["unrolled"]  # else a CPU would unroll a few layers
     config = base_config.get_config()
     size = ", ".join(f"{key}={value}" for key, value in (SIZE | {"num_layers": layers}).items())
     config.model.size = f"custom({size}, rope_base=1e4, vocab_size=2048)"
@@ -145,13 +147,13 @@ def measure(point):
     }
 
 
-def along(rows, axis):
-    """`(value, row)` of an axis, growing."""
+def rows_of_axis(rows, axis):
+    """`(value, row)` of an axis, in ascending order."""
     return sorted(((int(row["value"]), row) for row in rows if row["axis"] == axis), key=lambda pair: pair[0])
 
 
 def draw(rows, file):
-    """Each axis a column, each quantity a row, values logarithmic."""
+    """Draws a column of panels per axis and a row per quantity. The horizontal axes are logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,8 +166,8 @@ def draw(rows, file):
         for line, (key, label, unit) in enumerate(shown):
             place = axes[line][column]
             for name, source in lines.items():
-                values, found = zip(*along(rows, source), strict=True)
-                place.plot(values, [float(row[key]) / unit for row in found], "o-", label=name)
+                values, measured = zip(*rows_of_axis(rows, source), strict=True)
+                place.plot(values, [float(row[key]) / unit for row in measured], "o-", label=name)
             place.set_xscale("log", base=2)
             place.xaxis.set_major_formatter("{x:.0f}")
             place.set_ylim(0, 1.1 * place.get_ylim()[1])
@@ -179,7 +181,7 @@ def draw(rows, file):
 
 
 def report(rows):
-    """Where it was measured, what grew by how much, and every point, as Markdown."""
+    """Formats the machine, the growth of each axis and every point as Markdown."""
     from efficientllm.record import provenance
 
     commit, processor = provenance.git_state()["commit"], provenance.processor()
@@ -188,7 +190,7 @@ def report(rows):
     columns = ("axis", "value", "lower s", "compile s", "step ms", "peak MB", "program kB")
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for axis in GROWN:
-        for value, row in along(rows, axis):
+        for value, row in rows_of_axis(rows, axis):
             seconds = f"{float(row['lower_s']):.2f} | {float(row['compile_s']):.2f} | {1e3 * float(row['step_s']):.1f}"
             peak, program = float(row["peak_rss_bytes"]) / 1e6, float(row["program_bytes"]) / 1e3
             lines.append(f"| {axis} | {value} | {seconds} | {peak:.0f} | {program:.0f} |")
@@ -196,13 +198,13 @@ def report(rows):
 
 
 def growth(rows):
-    """A line for each axis: its last point as a multiple of its first."""
+    """Yields a line per axis: its last point as a multiple of its first."""
     for axis in GROWN:
-        if len(found := along(rows, axis)) > 1:
-            (least, first), (most, last) = found[0], found[-1]
+        if len(axis_rows := rows_of_axis(rows, axis)) > 1:
+            (smallest, first), (largest, last) = axis_rows[0], axis_rows[-1]
             ratios = {key: float(last[key]) / float(first[key]) for key in ("compile_s", "step_s", "peak_rss_bytes")}
-            compiling, step, peak = ratios.values()
-            yield f"- {axis} {least} to {most}: compile x{compiling:.2f}, step x{step:.2f}, peak memory x{peak:.2f}"
+            growths = "compile x{:.2f}, step x{:.2f}, peak memory x{:.2f}".format(*ratios.values())
+            yield f"- {axis} {smallest} to {largest}: {growths}"
 
 
 if __name__ == "__main__":

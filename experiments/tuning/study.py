@@ -1,6 +1,6 @@
-"""The study's comparison of tuning methods, with one effective batch for all and a learning rate chosen for each.
+"""The study's comparison of tuning methods: one effective batch, and a learning rate chosen for each method.
 
-`models/` describes the study's seven models by their config.json alone, for --dry_run; to run, name weights:
+`models/` has the config.json of the study's seven models, which is enough for --dry_run. A run needs weights:
 `--config.model.pretrained=meta-llama/Llama-3.2-1B`.
 """
 

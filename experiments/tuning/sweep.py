@@ -1,4 +1,4 @@
-"""Every tuning method on SmolLM2-135M: the same records, batches and evaluation."""
+"""Tuning methods on SmolLM2-135M, with the same records, batches and evaluation."""
 
 from efficientllm.sweep import Sweep
 

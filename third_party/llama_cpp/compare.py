@@ -1,9 +1,9 @@
-"""Prefill and greedy decoding of one GGUF file by llama.cpp and by efficientllm in int4, in turn.
+"""Speed of prefill and greedy decoding of a GGUF file with llama.cpp and with efficientllm in int4.
 
   python third_party/llama_cpp/compare.py --gguf=model-q4_1.gguf --prompt=512 --new=128
 
-Each contestant has a process of its own and only one works at a time, in random order within a block; prompts are the
-same random tokens, fresh in each block. Ratios are of medians over blocks, with a 95 % bootstrap interval.
+Each contestant has a process of its own. Only one works at a time, in random order within a block. Prompts are the same
+random tokens for both, new ones in each block. Ratios are of medians over blocks, with a 95 % bootstrap interval.
 """
 
 import argparse
@@ -47,20 +47,26 @@ def main(argv=None):
 
 def _options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gguf", required=True, help="a Q4_1 file: 32 weights, a scale and a minimum a group")
+    parser.add_argument("--gguf", required=True, help="a Q4_1 file: groups of 32 weights with a scale and a minimum")
     parser.add_argument("--prompt", type=int, default=512, help="tokens (default: %(default)s)")
     parser.add_argument("--new", type=int, default=128, help="tokens after them (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores and threads of each")
-    parser.add_argument("--quant", default="int4(symmetric=False)", help="ours; stored: the file's codes (%(default)s)")
-    parser.add_argument("--kv_cache", default="float16", help="ours; llama.cpp keeps float16 (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores and threads per contestant")
+    parser.add_argument(
+        "--quant",
+        default="int4(symmetric=False)",
+        help="form of efficientllm's weights; stored: those of the file (%(default)s)",
+    )
+    parser.add_argument(
+        "--kv_cache", default="float16", help="of efficientllm; llama.cpp has float16 (default: %(default)s)"
+    )
     parser.add_argument("--json", help="file for every number")
     return parser.parse_args(argv)
 
 
 def _contestant(name, options):
-    """A function from the seed of a prompt to `(prefill s, decode s)`, in a process of its own."""
-    if hasattr(os, "sched_setaffinity"):  # both size their thread pools by the cores they may use
+    """Builds a contestant in its process: a function from a prompt's seed to `(prefill s, decode s)`."""
+    if hasattr(os, "sched_setaffinity"):  # both libraries size their thread pools by the allowed cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
     measured = (_llama_cpp if name == "llama.cpp" else _ours)(options)
     return lambda seed: measured(np.random.default_rng(seed).integers(1000, 20_000, options.prompt).tolist())
@@ -112,13 +118,13 @@ def _ours(options):
 
 
 def table(times, options):
-    """The race as text."""
+    """Formats the race as text."""
     lines = [f"{options.gguf}, {options.threads} threads, ours {options.quant}"]
-    for part, tokens in (("prefill", options.prompt), ("decode", options.new)):
+    for phase, tokens in (("prefill", options.prompt), ("decode", options.new)):
         for name in NAMES:
-            lines.append(f"{part:8}{name:12}{tokens / statistics.median(times[part][name]):10.1f} tokens/s")
-        speed = race.ratio_of_medians(*(times[part][name] for name in NAMES))
-        lines.append(f"{part:8}ours over llama.cpp {speed}")
+            lines.append(f"{phase:8}{name:12}{tokens / statistics.median(times[phase][name]):10.1f} tokens/s")
+        speed = race.ratio_of_medians(*(times[phase][name] for name in NAMES))
+        lines.append(f"{phase:8}ours over llama.cpp {speed}")
     return "\n".join(lines)
 
 

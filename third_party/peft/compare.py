@@ -1,11 +1,11 @@
-"""Tunes one pretrained model with transformers + peft and with efficientllm, in turn: ratios of step time and memory.
+"""Step time and memory of fine-tuning with transformers + peft and with efficientllm.
 
   python third_party/peft/compare.py --model=smollm2-135m --methods=lora,dora,full --steps=5
 
-Each contestant is a process that holds one model; only one works at a time. A block holds a step of each in random
-order; ratios are of medians over blocks, with a 95 % bootstrap interval. Both sides read the same weights, start from
-the same factors (B = 0) and see the same batches; their first losses must agree before anything is timed. Memory is the
-peak of a process's resident memory less what it held before the model was there. Methods run one after another.
+Each contestant is a process with one model. Only one works at a time. A block is a step of each, in random order.
+Ratios are of medians over blocks, with a 95 % bootstrap interval. Both read the same weights, start from B = 0 and see
+the same batches; their first losses must agree before anything is timed. Memory is the peak of a process's resident
+memory less that before the model was read. Methods run one after another.
 """
 
 import argparse
@@ -30,10 +30,10 @@ def main(argv=None):
     options = _options(argv)
     with tempfile.TemporaryDirectory() as folder:
         model = _folder(options.model, pathlib.Path(folder) / "model")
-        found = {method: compare(method, model, options) for method in options.methods.split(",")}
-    print(table(found))
+        results = {method: compare(method, model, options) for method in options.methods.split(",")}
+    print(table(results))
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        pathlib.Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _options(argv):
@@ -44,7 +44,7 @@ def _options(argv):
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--precision", default="float32", help="of ours: float32 or mixed")
+    parser.add_argument("--precision", default="float32", help="of efficientllm: float32 or mixed")
     parser.add_argument("--json", help="file for every number")
     return parser.parse_args(argv)
 
@@ -61,19 +61,19 @@ def _folder(model, folder):
 
 
 def compare(method, model, options):
-    """`{contestant: {"step_s": [...], "peak_bytes", "first_loss"}}` and the ratios theirs / ours."""
+    """Runs the race of one method: losses, seconds and peaks by contestant, and the ratios peft / efficientllm."""
     pages = {"ours": malloc.huge_pages()}  # as efficientllm.main
-    sides = {
+    processes = {
         name: race.Process(_trainer, name, method, model, options, environment=pages.get(name))
         for name in ("peft", "ours")
     }
-    first = {name: process.ask(0)[1] for name, process in sides.items()}
+    first = {name: process.ask(0)[1] for name, process in processes.items()}
     if abs(first["peft"] - first["ours"]) > TOLERANCE:
         raise SystemExit(f"{method}: the first losses differ: {first}")
-    steppers = {name: functools.partial(_step, process) for name, process in sides.items()}
+    steppers = {name: functools.partial(_step, process) for name, process in processes.items()}
     seconds, _ = race.columns(race.race(steppers, options.steps))
-    peaks = {name: process.ask("peak") for name, process in sides.items()}
-    for process in sides.values():
+    peaks = {name: process.ask("peak") for name, process in processes.items()}
+    for process in processes.values():
         process.close()
     return {
         "first_loss": first,
@@ -89,7 +89,7 @@ def _step(process, block):
 
 
 def _trainer(name, method, model, options):
-    """A function of "peak" (bytes) or of the number of a step (its seconds and loss), in a process of its own."""
+    """Builds a contestant in its process: a function of "peak" (bytes) or of a step's number (seconds, loss)."""
     from efficientllm.metrics import host
 
     trainer, before = (_peft if name == "peft" else _ours)(method, model, options, host)
@@ -106,7 +106,7 @@ def _trainer(name, method, model, options):
 
 
 def _batch(step, options):
-    """Bytes of the Python documentation as token ids: the same for both, and no tokenizer's work."""
+    """Token ids of a step, equal for both: bytes of the Python documentation, so that no tokenizer is needed."""
     import numpy as np
 
     text = "".join(pydoc_data.topics.topics.values()).encode()
@@ -131,7 +131,7 @@ def _peft(method, model, options, host):
     optimiser = torch.optim.AdamW(learnt, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step(tokens):
-        # The same positions on both sides: transformers would else run the last token through the model for nothing.
+        # Both train on the same positions. Else transformers would run the last token too, which has no target.
         ids = torch.from_numpy(tokens).long()
         inputs, targets = ids[:, :-1], ids[:, 1:].contiguous()
         loss = plain(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
@@ -175,15 +175,16 @@ def _ours(method, model, options, host):
         config=config, mesh=mesh, tokenizer=None, lm=lm, batches=None, eval_batches=None, method=tuned, source=source,
         boxed=boxed, shaped=None, shardings=where, data={}, rss_before=before,
     )  # fmt: skip
-    placed = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)  # noqa: E731
-    shaped = jax.tree.map(placed, nn.unbox(abstract), where)
+    shaped = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), nn.unbox(abstract), where
+    )
     batch = step_memory.batch_shapes(options.batch, options.length - 1, sharding.batch_sharding(mesh))
-    # In the order of a run: compiled from shapes before a weight is read.
+    # As in a run, the step is compiled from shapes before weights are read.
     train = step.jit_train_step(lm, config.train, mesh, where, tuned).lower(shaped, batch).compile()
     malloc.trim()
     state = setup.create_state(run)
 
-    def one(tokens):
+    def step_once(tokens):
         nonlocal state
         rows, length = tokens.shape[0], tokens.shape[1] - 1
         batch = {
@@ -197,19 +198,19 @@ def _ours(method, model, options, host):
         jax.block_until_ready(state.params)
         return float(metrics["loss"])
 
-    return one, before
+    return step_once, before
 
 
-def table(found):
+def table(results):
     lines = [
         f"{'method':8}{'peft s':>9}{'ours s':>9}{'time ratio (95 %)':>24}{'peft GB':>10}{'ours GB':>10}{'ratio':>8}"
     ]
-    for method, each in found.items():
-        theirs, ours = (statistics.median(each["step_s"][name]) for name in ("peft", "ours"))
-        sizes = [each["peak_bytes"][name] / 1e9 for name in ("peft", "ours")]
+    for method, result in results.items():
+        theirs, ours = (statistics.median(result["step_s"][name]) for name in ("peft", "ours"))
+        sizes = [result["peak_bytes"][name] / 1e9 for name in ("peft", "ours")]
         lines.append(
-            f"{method:8}{theirs:9.2f}{ours:9.2f}{str(each['time_ratio']):>24}{sizes[0]:10.2f}"
-            f"{sizes[1]:10.2f}{each['memory_ratio']:8.2f}"
+            f"{method:8}{theirs:9.2f}{ours:9.2f}{str(result['time_ratio']):>24}{sizes[0]:10.2f}"
+            f"{sizes[1]:10.2f}{result['memory_ratio']:8.2f}"
         )
     return "\n".join(lines)
 

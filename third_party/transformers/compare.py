@@ -1,10 +1,10 @@
-"""Trains one dense shape with transformers + torch and with efficientllm, in turn, and prints the ratios of step time.
+"""Step time of training with transformers + torch and with efficientllm, on one dense shape.
 
   python third_party/transformers/compare.py --shape=10m --steps=20
 
-Each contestant lives in a process of its own, so that no thread pool or allocator of one is inside the other; only one
-works at a time, and the others sleep. A block holds one step of each in random order. Ratios are of medians over
-blocks, with a 95 % bootstrap interval over blocks. The first losses must agree before anything is timed.
+Each contestant has a process of its own, so that thread pools and allocators are not shared. Only one works at a time.
+A block is one step of each, in random order. Ratios are of medians over blocks, with a 95 % bootstrap interval. The
+first losses must agree before anything is timed.
 """
 
 import argparse
@@ -66,17 +66,17 @@ def _options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=work.SHAPES, default="10m")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each contestant")
-    parser.add_argument("--batch", type=int, default=4, help="rows a step")
-    parser.add_argument("--length", type=int, default=256, help="tokens a row")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores and threads of each")
+    parser.add_argument("--batch", type=int, default=4, help="rows per step")
+    parser.add_argument("--length", type=int, default=256, help="tokens per row")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores and threads per contestant")
     parser.add_argument("--contestants", default=DEFAULT, help=f"of {DEFAULT},torch-bfloat16 (default: %(default)s)")
     parser.add_argument("--json", help="file for every number")
     return parser.parse_args(argv)
 
 
 def _trainer(name, options):
-    """A function of a question and its details, in a process of its own."""
-    if hasattr(os, "sched_setaffinity"):  # both size their thread pools by the cores they may use
+    """Builds a contestant in its process: a function of a question and its arguments."""
+    if hasattr(os, "sched_setaffinity"):  # both libraries size their thread pools by the allowed cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
     side, precision, *variant = name.split("-")
     shape = work.SHAPES[options.shape]
@@ -103,7 +103,7 @@ def _trainer(name, options):
 
 
 def check_first_losses(losses):
-    """The largest difference among the float32 contestants' first losses (nats); raises if they do other work."""
+    """Largest difference of the float32 contestants' first losses (nats). Raises RuntimeError beyond TOLERANCE."""
     exact = [loss for name, loss in losses.items() if "float32" in name]
     difference = max(exact, default=0.0) - min(exact, default=0.0)
     if difference > TOLERANCE:
@@ -112,16 +112,16 @@ def check_first_losses(losses):
 
 
 def measure(contestants, steps):
-    """`({name: wall s of each timed step}, {name: CPU s likewise}, {name: loss of every step})`."""
+    """Runs the race: `({name: wall s per step}, {name: CPU s per step}, {name: loss per step})`."""
     curves = {name: [] for name in contestants}
 
     def note(block, results):
         for name, (_, _, loss) in results.items():
             curves[name].append(loss)
-        said = ", ".join(f"{name} {curve[-1]:.4f}" for name, curve in curves.items())
-        print(f"step {block + 1}: {said}", file=sys.stderr)
+        losses = ", ".join(f"{name} {curve[-1]:.4f}" for name, curve in curves.items())
+        print(f"step {block + 1}: {losses}", file=sys.stderr)
 
-    # The first loss was a step too: compilation, and the allocators' first.
+    # The first loss was step 0: it compiled, and warmed the allocators.
     steppers = {name: functools.partial(_step, process) for name, process in contestants.items()}
     wall, cpu, _ = race.columns(race.race(steppers, steps, discarded=1, after_block=note))
     return wall, cpu, curves
@@ -132,16 +132,16 @@ def _step(process, block):
 
 
 def ratios(seconds):
-    """`{name: ratio to the baseline}`, empty without a baseline."""
+    """`{name: ratio to the baseline}`. Empty if the baseline does not take part."""
     return {
-        name: race.ratio_of_medians(seconds[BASELINE], found)._asdict()
-        for name, found in seconds.items()
+        name: race.ratio_of_medians(seconds[BASELINE], contestant_seconds)._asdict()
+        for name, contestant_seconds in seconds.items()
         if BASELINE in seconds
     }
 
 
 def provenance():
-    """Where and when this was measured."""
+    """Date, commit and machine of the measurement."""
     from efficientllm.record.provenance import git_state, processor
 
     host, commit = processor(), git_state(pathlib.Path(__file__).parent)["commit"]
@@ -155,7 +155,7 @@ def provenance():
 
 
 def table(report):
-    """The report as text."""
+    """Formats the report as text."""
     head = (
         f"{report['shape']}: {report['parameters'] / 1e6:.1f} M parameters, {report['batch']} x {report['length']} "
         f"tokens, {report['provenance']['cpu']}, {report['provenance']['cores']} cores, load {report['load_before']}"

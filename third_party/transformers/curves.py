@@ -1,9 +1,9 @@
-"""Loss curves of "mixed" and float32 training, beside what another seed of the weights changes.
+"""Loss curves of mixed-precision and float32 training, beside the spread between seeds.
 
   python third_party/transformers/curves.py --steps=200 --seeds=3
 
-The text is a random walk on a fixed graph: every token has four successors, so that there is something to learn and
-the best loss is ln 4 = 1.386 nats. All runs see the same batches; a run differs by precision or by initial weights.
+The text is a random walk on a fixed graph. Every token has four successors, so that the best loss is ln 4 = 1.386 nats.
+All runs see the same batches. They differ in precision or in initial weights.
 """
 
 import argparse
@@ -26,16 +26,14 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     if options.steps < 1 or options.seeds < 2:
-        parser.error("--steps must be at least 1, and --seeds at least 2: seeds are compared with one another")
+        parser.error("--steps must be at least 1, and --seeds at least 2, because seeds are compared")
     curves = {
         precision: [curve(precision, seed, options.steps) for seed in range(options.seeds)]
         for precision in ("float32", "mixed")
     }
     last = max(1, options.steps // 10)
-    for precision, found in curves.items():
-        print(
-            f"{precision:8} final loss (mean of the last {last} steps):", *(f"{tail(run, last):.4f}" for run in found)
-        )
+    for precision, runs in curves.items():
+        print(f"{precision:8} final loss (mean of the last {last} steps):", *(f"{tail(run, last):.4f}" for run in runs))
     precision_gap = [abs(tail(a, last) - tail(b, last)) for a, b in zip(*curves.values(), strict=True)]
     seed_gap = [abs(tail(a, last) - tail(b, last)) for a, b in itertools.combinations(curves["float32"], 2)]
     print(f"mixed against float32, same seed: mean {statistics.mean(precision_gap):.4f} nats")
@@ -43,7 +41,7 @@ def main():
 
 
 def curve(precision, seed, steps):
-    """The losses (nats) of a run, from initial weights of `seed`."""
+    """Losses (nats) of a run from the initial weights of `seed`."""
     trainer = ours.Trainer(SHAPE, precision, LENGTH, seed=seed)
     return [trainer.step(walk(step)) for step in range(steps)]
 

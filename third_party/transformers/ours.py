@@ -1,4 +1,4 @@
-"""efficientllm: the same model from a config, and the package's own training step on one CPU device."""
+"""Trainer with efficientllm: the model from a config, and the package's training step on one CPU device."""
 
 import flax.linen as nn
 import jax
@@ -11,9 +11,9 @@ from efficientllm.train import step
 
 
 class Trainer:
-    """`step(tokens)` trains on one batch and returns its loss (nats a target) before the update.
+    """`step(tokens)` trains on one batch and returns its loss (nats per target) before the update.
 
-    `unrolled` compiles every layer apart (`config.model.scan = False`); the default scans over them.
+    `unrolled` compiles every layer on its own (`config.model.scan = False`). The default scans over layers.
     """
 
     def __init__(self, shape, precision, length, unrolled=False, seed=0):
@@ -60,7 +60,7 @@ def _config(shape, precision):
 
 
 def _parameters(weights, shape):
-    """Our tree from transformers' names: kernels turned to [in, out], layers stacked."""
+    """Converts weights by transformers' names to the package's tree: transposed kernels, stacked layers."""
 
     def stack(name):
         layers = np.stack([weights[f"model.layers.{i}.{name}"] for i in range(shape.layers)])
@@ -81,13 +81,13 @@ def _parameters(weights, shape):
     }
 
 
-def _same_shape(expected, found):
-    if expected.shape != found.shape:
-        raise RuntimeError(f"a weight has shape {found.shape}, the model wants {expected.shape}")
+def _same_shape(expected, given):
+    if expected.shape != given.shape:
+        raise RuntimeError(f"a weight has shape {given.shape}, the model wants {expected.shape}")
 
 
 def _batch(tokens):
-    """One document a row; as in transformers, the last position of a row has no target."""
+    """One document per row. As in transformers, the last position of a row has no target."""
     rows, length = tokens.shape
     weights = np.ones((rows, length), np.float32)
     weights[:, -1] = 0

@@ -1,4 +1,4 @@
-"""transformers + torch: a training step as its documentation writes it (sdpa attention, eager mode, fused AdamW)."""
+"""Trainer with transformers + torch, as their documentation writes it: sdpa attention, eager mode, fused AdamW."""
 
 import contextlib
 
@@ -8,12 +8,12 @@ import work
 
 
 class Trainer:
-    """`step(tokens)` trains on one batch and returns its loss (nats a target) before the update."""
+    """`step(tokens)` trains on one batch and returns its loss (nats per target) before the update."""
 
     def __init__(self, shape, precision, threads):
         torch.set_num_threads(threads)
         self.model = _model(shape)
-        # The Trainer's default: the fastest AdamW torch has on a CPU.
+        # The default of transformers.Trainer, and torch's fastest AdamW on a CPU.
         self.optimiser = torch.optim.AdamW(self.model.parameters(), fused=True, **work.OPTIMISER)
         self.precision = precision
 

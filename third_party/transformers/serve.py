@@ -1,14 +1,13 @@
-"""Serves one model with transformers and with efficientllm, in turn; llama.cpp has a runner of its own beside this one.
+"""Speed of prefill and decode with transformers and with efficientllm. llama.cpp has its own script, ../llama_cpp.
 
   python third_party/transformers/serve.py --model=smollm2-135m --prefill=512 --new=128 --blocks=5
 
-Each contestant is a process that holds one model in one form; only one works at a time, in random order within a block.
-A block is a prefill of fresh tokens and a greedy decoding of `--new` tokens after a short prompt, timed apart: decoding
-from its first token to its last, by the times at which each contestant hands them out; of a batch, which transformers
-hands out at its end, the pass over its short prompts too. Ratios are of medians over
-blocks, with a 95 % bootstrap interval. Where two contestants hold the same weights in float32 their tokens must agree.
-What each of ours must read for a token is set against memory, timed between the blocks: a copy in place, as a row's
-`mbu_copy` has it, a copy from one array into another, and a read.
+Each contestant is a process with one model in one form. Only one works at a time, in random order within a block.
+A block is a prefill of fresh tokens, then greedy decoding of `--new` tokens after a short prompt. Decoding is timed
+from the first token to the last. For batches it includes the prefill of the short prompts, because transformers
+streams one row alone. Ratios are of medians over blocks, with a 95 % bootstrap interval. Contestants with the same
+float32 weights must give the same tokens. The bytes that efficientllm reads per token are compared with the memory's
+speed, measured between blocks: a copy in place (a row's `mbu_copy`), a copy from one array into another, and a read.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from efficientllm.errors import exit_with
 from efficientllm.metrics import race
 from efficientllm.runtime import malloc
 
-PROMPT = 32  # tokens before what is decoded
+PROMPT = 32  # tokens of the prompt before decoding
 OURS = {
     "ours float32": "float32",
     "ours bfloat16": "bfloat16",
@@ -40,10 +39,10 @@ TORCH = {"transformers float32": "float32", "transformers bfloat16": "bfloat16"}
 def main(argv=None):
     options = _options(argv)
     with tempfile.TemporaryDirectory() as folder:
-        found, rates = compare(options, _folder(options.model, pathlib.Path(folder) / "model"))
-    print(table(found, rates, options))
+        results, rates = compare(options, _folder(options.model, pathlib.Path(folder) / "model"))
+    print(table(results, rates, options))
     if options.json:
-        numbers = {name: each | {"memory": rates} for name, each in found.items()}
+        numbers = {name: result | {"memory": rates} for name, result in results.items()}
         pathlib.Path(options.json).write_text(json.dumps(numbers, indent=1) + "\n")
 
 
@@ -72,24 +71,27 @@ def _folder(model, folder):
 
 
 def contestants(options):
-    """Names of those that can work here: those asked for, or all."""
+    """Names of the contestants to run: those of --contestants, or all."""
     names = [*TORCH, *OURS]
     asked = [name.strip() for name in options.contestants.split(";") if name.strip()]
     if unknown := set(asked) - set(names):
-        raise SystemExit(f"--contestants: {', '.join(sorted(unknown))}: known are {'; '.join(names)}")
+        raise SystemExit(f"--contestants: {', '.join(sorted(unknown))}: choose from {'; '.join(names)}")
     return asked or names
 
 
 def compare(options, folder):
-    """`{contestant: {"prefill_s": [...], "token_s": [...], "tokens": [...], "bytes": what a step of decoding reads}}`,
-    and of memory `{"copy in place": [...], "copy": [...], "read": [...]}` in byte/s."""
+    """Runs the race: `(results, memory rates)`.
+
+    Results are `{contestant: {"prefill_s": [...], "token_s": [...], "tokens": [...], "bytes": per decode step}}`,
+    memory rates `{"copy in place": [...], "copy": [...], "read": [...]}` in byte/s.
+    """
     from efficientllm.cost import device_peaks
 
-    sides, sizes = {}, {}
+    processes, sizes = {}, {}
     for name in contestants(options):
         pages = malloc.huge_pages() if name in OURS else {}  # as efficientllm.main
-        sides[name] = race.Process(_server, name, folder, options, environment=pages)
-        sizes[name] = sides[name].ask("bytes")  # answered once it has read its model: the next one may start
+        processes[name] = race.Process(_server, name, folder, options, environment=pages)
+        sizes[name] = processes[name].ask("bytes")  # waits: models are read one at a time
     apart = functools.partial(device_peaks.measure_copy, apart=True)
     measure = {"copy in place": device_peaks.measure_copy, "copy": apart, "read": device_peaks.measure_read}
     rates = {kind: [] for kind in measure}
@@ -99,22 +101,22 @@ def compare(options, folder):
             measured.append(measure[kind](repeats=3))
         print(f"block {block + 1}/{1 + options.blocks}", flush=True)
 
-    asked = {name: process.ask for name, process in sides.items()}
+    asked = {name: process.ask for name, process in processes.items()}
     prefill, token, tokens = race.columns(race.race(asked, options.blocks, discarded=1, after_block=measure_memory))
-    for process in sides.values():
+    for process in processes.values():
         process.close()
-    found = {
+    results = {
         name: {"prefill_s": prefill[name], "token_s": token[name], "tokens": tokens[name][-1], "bytes": sizes[name]}
-        for name in sides
+        for name in processes
     }
-    exact = [found[name]["tokens"] for name in ("transformers float32", "ours float32") if name in found]
+    exact = [results[name]["tokens"] for name in ("transformers float32", "ours float32") if name in results]
     if len(exact) == 2 and exact[0] != exact[1]:
         raise SystemExit(f"the greedy tokens differ: {exact}")
-    return found, rates
+    return results, rates
 
 
 def _server(name, folder, options):
-    """A function of "bytes" (that a step of decoding reads) or of the number of a block, in a process of its own."""
+    """Builds a contestant in its process: a function of "bytes" (read per decode step) or of a block's number."""
     run, size = (
         (_transformers(TORCH[name], folder, options), None) if name in TORCH else _ours(OURS[name], folder, options)
     )
@@ -128,7 +130,7 @@ def _server(name, folder, options):
 
 
 def _prompts(block, length, batch):
-    """`batch` rows of token ids, the same for all: bytes of the Python documentation, another place each block."""
+    """`batch` rows of token ids, equal for all contestants: bytes of the Python documentation, other ones per block."""
     text = "".join(pydoc_data.topics.topics.values()).encode()
     starts = [(block * batch + row) * 1009 for row in range(batch)]
     return [[3 + byte for byte in text[start : start + length]] for start in starts]
@@ -160,13 +162,13 @@ def _transformers(dtype, folder, options):
         streamer = clock if options.batch == 1 else None  # transformers streams one row alone
         settings = {"max_new_tokens": options.new, "min_new_tokens": options.new, "do_sample": False}
         begin = time.perf_counter()
-        made = lm.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)
+        generated = lm.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)
         whole_s = time.perf_counter() - begin
-        token_s = whole_s / options.new  # of a batch: its short prefill is in it, on every side
+        token_s = whole_s / options.new  # for batches this includes the short prefill, for all contestants
         if streamer:
             times = clock.times[1:]  # the first put is the prompt
             token_s = (times[-1] - times[0]) / (len(times) - 1)
-        return prefill_s, token_s, made[0, len(short[0]) :].tolist()
+        return prefill_s, token_s, generated[0, len(short[0]) :].tolist()
 
     return run
 
@@ -185,11 +187,11 @@ def _ours(form, folder, options):
     config.infer.prompts, config.infer.baseline = ("x",), ""
     config.infer.batch_size, config.infer.prompt_length = options.batch, max(options.prefill, PROMPT)
     config.infer.max_new_tokens = options.new + 1
-    made = setup.prepare(config)
-    jax.set_mesh(made.mesh)
-    params = made.load(form)
-    engine = Engine(made.lm, params, samplers.Greedy(), -1, max(options.prefill, PROMPT) + options.new + 1)
-    middle = PROMPT + options.new // 2  # the state grows by a token a step
+    prepared = setup.prepare(config)
+    jax.set_mesh(prepared.mesh)
+    params = prepared.load(form)
+    engine = Engine(prepared.lm, params, samplers.Greedy(), -1, max(options.prefill, PROMPT) + options.new + 1)
+    middle = PROMPT + options.new // 2  # the cache grows by a token per step; bytes are those at half its growth
 
     def run(long, short):
         begin = time.perf_counter()
@@ -204,31 +206,31 @@ def _ours(form, folder, options):
         token_s = (time.perf_counter() - begin) / (options.new - (options.batch == 1))
         return prefill_s, token_s, [int(first[0, 0]), *rest[0].tolist()]
 
-    return run, formulas.decode_bytes(made.lm, made.boxed, params, options.batch, middle)
+    return run, formulas.decode_bytes(prepared.lm, prepared.boxed, params, options.batch, middle)
 
 
-def table(found, rates, options):
-    """Tokens a second of all, and how many times the bfloat16 of transformers (or the first contestant) that is."""
-    against = "transformers bfloat16" if "transformers bfloat16" in found else next(iter(found))
+def table(results, rates, options):
+    """Formats tokens/s of all, and ratios to transformers in bfloat16 or to the first contestant."""
+    against = "transformers bfloat16" if "transformers bfloat16" in results else next(iter(results))
     lines = [
         f"| {options.batch} x {options.prefill} prefilled, {options.new} decoded | prefill tokens/s | x {against} "
         f"| decode tokens/s | x {against} | GB/s read | of a copy in place | of a copy | of a read |",
         "|---" * 9 + "|",
     ]
-    memory = {kind: statistics.median(each) for kind, each in rates.items()}
-    for name, each in found.items():
+    memory = {kind: statistics.median(result) for kind, result in rates.items()}
+    for name, result in results.items():
         cells = [name]
         for key, count in (("prefill_s", options.batch * options.prefill), ("token_s", options.batch)):
-            speed = race.ratio_of_medians(found[against][key], each[key])
-            cells += [f"{count / statistics.median(each[key]):.1f}", str(speed)]
-        if each["bytes"] is None or options.batch > 1:  # whose time is not of its steps alone
+            speed = race.ratio_of_medians(results[against][key], result[key])
+            cells += [f"{count / statistics.median(result[key]):.1f}", str(speed)]
+        if result["bytes"] is None or options.batch > 1:  # the time of a batch includes a prefill
             cells += [""] * 4
         else:
-            rate = each["bytes"] / statistics.median(each["token_s"])
+            rate = result["bytes"] / statistics.median(result["token_s"])
             cells += [f"{rate / 1e9:.1f}", *(f"{rate / memory[kind]:.0%}" for kind in memory)]
         lines.append("| " + " | ".join(cells) + " |")
-    said = "; ".join(f"{kind} {rate / 1e9:.1f}" for kind, rate in memory.items())
-    return "\n".join([*lines, "", f"Memory, medians of {len(rates['copy'])}, GB/s: {said}"])
+    bandwidths = "; ".join(f"{kind} {rate / 1e9:.1f}" for kind, rate in memory.items())
+    return "\n".join([*lines, "", f"Memory, medians of {len(rates['copy'])}, GB/s: {bandwidths}"])
 
 
 if __name__ == "__main__":

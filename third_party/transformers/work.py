@@ -1,4 +1,4 @@
-"""The work both sides do: one shape, one set of initial weights, one stream of batches, one optimiser setting."""
+"""Shared workload: one shape, one set of initial weights, one stream of batches and one optimizer setting."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def weight_shapes(shape):
 
 
 def initial_weights(shape, seed=0):
-    """Random float32 weights by transformers' names, biases and norms too, so that a mix-up shows in the loss."""
+    """Random float32 weights by transformers' names. Biases and norms are random too, so that a mix-up shows."""
     noise = np.random.default_rng(seed)
     weights = {}
     for name, size in weight_shapes(shape).items():
@@ -69,5 +69,5 @@ def initial_weights(shape, seed=0):
 
 
 def batch_tokens(shape, batch, length, step):
-    """Random tokens `[batch, length]` of step `step`; position t is trained to predict token t + 1 of its row."""
+    """Random tokens `[batch, length]` of a step. Position t predicts token t + 1 of its row."""
     return np.random.default_rng(step).integers(0, shape.vocab, (batch, length))
