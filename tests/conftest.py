@@ -31,20 +31,20 @@ if "EFFICIENTLLM_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["EFFICIENTLLM_CACHE"], ignore_errors=True)
 
 
-def _programs():
+def _compilation_cache():
     """A folder that outlives the tests, in which only the user can have put anything: what is in it is run."""
     folder = pathlib.Path(tempfile.gettempdir()) / f"efficientllm-tests-{os.getuid()}"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
             folder.chmod(0o700)
             return folder
     return pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
 
 
 # A program that one test has compiled is not compiled again by the next, nor by the processes that tests start.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_programs())
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_compilation_cache())
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 

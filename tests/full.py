@@ -101,8 +101,8 @@ class Progress:
 
     def seconds_left(self, files: list[str]) -> float | None:
         """An estimate for the files without a result: unknown ones take the mean of the known; None if none is."""
-        known = self.seconds.values()
-        mean = sum(known) / len(known) if known else None
+        measured = self.seconds.values()
+        mean = sum(measured) / len(measured) if measured else None
         left = [self.seconds.get(file, mean) for file in files if file not in self.results]
         return None if None in left else sum(left)
 

@@ -20,9 +20,9 @@ def instructions(text):
     """Every instruction of a module that makes an array."""
     program = hlo_text.Program(text)
     return [
-        Instruction(each.op, _shapes(each), name in program.in_loops, each.text)
+        Instruction(instruction.op, _shapes(instruction), name in program.in_loops, instruction.text)
         for name, computation in program.computations.items()
-        for each in computation.values()
+        for instruction in computation.values()
     ]
 
 
@@ -30,9 +30,9 @@ def _shapes(instruction):
     return tuple(array.shape for array in instruction.arrays if array.shape and array.dtype != "pred")
 
 
-def made(jaxpr):
+def array_shapes(jaxpr):
     """The shape of every array that a program makes, in whatever it calls."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.shape for variable in equation.outvars)
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from made(inner)
+            yield from array_shapes(inner)

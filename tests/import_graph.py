@@ -18,17 +18,19 @@ def modules():
 
 def imports():
     """`{module: {modules that it imports, anywhere in its file}}`."""
-    known = modules()
-    return {name: set(_imported(ast.parse(path.read_text()), known)) - {name} for name, path in known.items()}
+    module_names = modules()
+    return {
+        name: set(_imported(ast.parse(path.read_text()), module_names)) - {name} for name, path in module_names.items()
+    }
 
 
-def _imported(tree, known):
+def _imported(tree, module_names):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom) and node.module in known:
+            yield from (alias.name for alias in node.names if alias.name in module_names)
+        elif isinstance(node, ast.ImportFrom) and node.module in module_names:
             full = (f"{node.module}.{alias.name}" for alias in node.names)
-            yield from (name if name in known else node.module for name in full)
+            yield from (name if name in module_names else node.module for name in full)
 
 
 def room(module):
@@ -50,8 +52,8 @@ def directories(graph):
     packages = {name for name, path in modules().items() if path.name == "__init__.py"}
     arrows = {}
     for module, targets in graph.items():
-        own, *others = (_directory(name, packages) for name in (module, *targets))
-        arrows.setdefault(own, set()).update(set(others) - {own})
+        source, *others = (_directory(name, packages) for name in (module, *targets))
+        arrows.setdefault(source, set()).update(set(others) - {source})
     return arrows
 
 

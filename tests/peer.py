@@ -112,8 +112,8 @@ def check(reference, ours, to_tree, ids, tolerance):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    (our_loss, found), gradients = run(params, batch(ids))
-    close(found, theirs.detach(), tolerance)
+    (our_loss, our_logits), gradients = run(params, batch(ids))
+    close(our_logits, theirs.detach(), tolerance)
     np.testing.assert_allclose(our_loss, loss.item(), rtol=tolerance)
     expected = to_tree({name: parameter.grad for name, parameter in reference.named_parameters()})
     jax.tree_util.tree_map_with_path(lambda path, a, b: close(a, b, tolerance, path), gradients, expected)
@@ -125,9 +125,9 @@ def unfuse(tensors, num_heads, fused="query_key_value"):
     apart = {}
     for name, tensor in tensors.items():
         if fused in name:
-            parts = tensor.unflatten(0, (num_heads, 3, -1)).unbind(1)
-            names = (name.replace(fused, part) for part in ("query", "key", "value"))
-            apart |= {part: tensor.flatten(0, 1) for part, tensor in zip(names, parts, strict=True)}
+            kernels = tensor.unflatten(0, (num_heads, 3, -1)).unbind(1)
+            names = (name.replace(fused, kernel_name) for kernel_name in ("query", "key", "value"))
+            apart |= {kernel_name: tensor.flatten(0, 1) for kernel_name, tensor in zip(names, kernels, strict=True)}
     return tensors | apart
 
 

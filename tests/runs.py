@@ -64,10 +64,10 @@ def losses(workdir):
 
     events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
     events.Reload()
-    found = {}
+    by_step = {}
     for event in sorted(events.Tensors("loss"), key=lambda event: event.wall_time):
-        found[event.step] = event.tensor_proto.tensor_content or tuple(event.tensor_proto.float_val)
-    return found
+        by_step[event.step] = event.tensor_proto.tensor_content or tuple(event.tensor_proto.float_val)
+    return by_step
 
 
 def when(workdir, text, act, deadline=120):

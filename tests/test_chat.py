@@ -72,19 +72,21 @@ def talk(monkeypatch, capsys, folder, text, *flags):
 def test_answers_are_those_of_transformers_turn_for_turn(model, monkeypatch, capsys):
     folder, theirs, tokenizer = model
     questions = ["the cat", "a dog?", "caf\u00e9 \U0001f469\u200d\U0001f467"]
-    status, answers, said = talk(monkeypatch, capsys, folder, "".join(f"{q}\n" for q in questions), "--system=Be brief")
+    status, answers, printed = talk(
+        monkeypatch, capsys, folder, "".join(f"{q}\n" for q in questions), "--system=Be brief"
+    )
     assert status == 0 and answers == "".join(
         f"{text}\n" for text in expected(theirs, tokenizer, questions, "Be brief")
     )
-    assert "3 answers: TTFT" in said and "tokens/s; weights" in said and "as float32, state" in said
-    assert "for 256 tokens" in said
+    assert "3 answers: TTFT" in printed and "tokens/s; weights" in printed and "as float32, state" in printed
+    assert "for 256 tokens" in printed
 
 
 def test_what_was_said_is_forgotten_and_left(model, monkeypatch, capsys):
     folder, theirs, tokenizer = model
     first, *_ = expected(theirs, tokenizer, ["the cat"])
-    status, answers, said = talk(monkeypatch, capsys, folder, "the cat\n\n/reset\nthe cat\n/exit\nnever\n")
-    assert (status, answers) == (0, f"{first}\n{first}\n") and "2 answers" in said
+    status, answers, printed = talk(monkeypatch, capsys, folder, "the cat\n\n/reset\nthe cat\n/exit\nnever\n")
+    assert (status, answers) == (0, f"{first}\n{first}\n") and "2 answers" in printed
 
 
 def test_an_adapter_of_peft_answers_as_in_peft(model, monkeypatch, capsys, tmp_path):
@@ -149,13 +151,13 @@ def test_an_answer_ends_where_it_is_told_to(session):
 def test_the_oldest_turns_make_room(model, monkeypatch, capsys):
     folder, theirs, tokenizer = model
     long = "the cat sat on the mat and the dog ran home " * 5
-    status, answers, said = talk(monkeypatch, capsys, folder, f"{long * 9}\n{long}\n{long}\n{long * 9}\n{long}\n")
+    status, answers, printed = talk(monkeypatch, capsys, folder, f"{long * 9}\n{long}\n{long}\n{long * 9}\n{long}\n")
     first, second = expected(theirs, tokenizer, [long, long])
     roles = [("user", long), ("assistant", second), ("user", long)]
     third = generated(theirs, tokenizer, [{"role": role, "content": content} for role, content in roles])
     assert status == 0 and answers == f"{first}\n{second}\n{third}\n"
-    assert said.count("the oldest 1 question(s) and answer(s) are forgotten") == 1
-    assert said.count("write less, or set fewer") == 2 and "3 answers" in said
+    assert printed.count("the oldest 1 question(s) and answer(s) are forgotten") == 1
+    assert printed.count("write less, or set fewer") == 2 and "3 answers" in printed
 
 
 def test_without_a_template_the_text_goes_on(model, monkeypatch, capsys, tmp_path):
@@ -164,12 +166,12 @@ def test_without_a_template_the_text_goes_on(model, monkeypatch, capsys, tmp_pat
     folder, theirs, tokenizer = model
     shutil.copytree(folder, tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
-    status, answers, said = talk(monkeypatch, capsys, tmp_path / "plain", "the cat\n")
+    status, answers, printed = talk(monkeypatch, capsys, tmp_path / "plain", "the cat\n")
     inputs = tokenizer("the cat", return_tensors="pt")
     ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=NEW, pad_token_id=0)[0, len(inputs[0]) :].tolist()
     ids = ids[:-1] if ids[-1] in theirs.generation_config.eos_token_id else ids
     assert status == 0 and answers == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
-    assert "no chat template: the model continues the text" in said
+    assert "no chat template: the model continues the text" in printed
 
 
 def test_a_turn_ends_where_the_template_ends_it(tmp_path):
@@ -193,8 +195,8 @@ def test_records_without_a_template_are_spoken_as_they_are_tuned_on(tmp_path):
     dialogue.ask("Q1")
     dialogue.answered([*ours.encode("A1"), ours.eos_id], "A1")
     ids = dialogue.ask("Q2")
-    said = [("system", "S"), ("user", "Q1"), ("assistant", "A1"), ("user", "Q2")]
-    text = conversation.dump([{"role": role, "content": content} for role, content in said])
+    turns = [("system", "S"), ("user", "Q1"), ("assistant", "A1"), ("user", "Q2")]
+    text = conversation.dump([{"role": role, "content": content} for role, content in turns])
     assert ids == conversation.encode(ours, text)[0]
 
 

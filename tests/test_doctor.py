@@ -13,16 +13,16 @@ from metrics.energy import fake_nvml
 
 def test_every_finding_that_is_wanting_says_why(capsys):
     assert doctor.main(["--json"]) == 0
-    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert {"device", "accelerator", "energy", "  rapl", "memory", "peaks", "attention kernels", "C++ compiler"} <= set(
-        found
+        findings
     )
-    assert found["device"]["found"].startswith("8 x cpu") and not found["accelerator"]["ok"]
-    assert not found["energy"]["ok"] and "meter" in found["energy"]["fix"]
-    assert "mfu is null" in found["peaks"]["found"] and "GFLOP/s" in found["  measured"]["found"]
-    for extra in (each for name, each in found.items() if name.startswith("extra")):
+    assert findings["device"]["found"].startswith("8 x cpu") and not findings["accelerator"]["ok"]
+    assert not findings["energy"]["ok"] and "meter" in findings["energy"]["fix"]
+    assert "mfu is null" in findings["peaks"]["found"] and "GFLOP/s" in findings["  measured"]["found"]
+    for extra in (finding for name, finding in findings.items() if name.startswith("extra")):
         assert extra["ok"] or extra["fix"].startswith("pip install")
-    assert {"extra gpu", "extra tpu", "extra quality", "native products"} <= set(found)
+    assert {"extra gpu", "extra tpu", "extra quality", "native products"} <= set(findings)
 
 
 def test_every_extra_of_setup_py_is_looked_for():
@@ -52,13 +52,13 @@ def test_a_gpu_that_is_shared_sliced_or_let_go_is_told_with_its_remedy():
     gpu = nvml.Gpu(fake_nvml.FakeNvml(board), board.bus_id)
     assert all(finding.ok and not finding.fix for finding in doctor.gpu_findings(gpu))
     board.persistence, board.mig, board.processes, board.throttle = False, True, [1, 2, 3], 0x40
-    found = {finding.name.split()[-1]: finding for finding in doctor.gpu_findings(gpu)}
-    assert not any(finding.ok for finding in found.values())
-    assert found["persistence"].fix == "sudo nvidia-smi -pm 1" and found["whole"].fix == "sudo nvidia-smi -mig 0"
-    assert found["alone"].found.startswith("2 other") and found["clocks"].found == "hardware thermal slowdown"
+    findings = {finding.name.split()[-1]: finding for finding in doctor.gpu_findings(gpu)}
+    assert not any(finding.ok for finding in findings.values())
+    assert findings["persistence"].fix == "sudo nvidia-smi -pm 1" and findings["whole"].fix == "sudo nvidia-smi -mig 0"
+    assert findings["alone"].found.startswith("2 other") and findings["clocks"].found == "hardware thermal slowdown"
     board.lacks["persistence"] = "Not Supported"
-    found = {finding.name.split()[-1]: finding for finding in doctor.gpu_findings(gpu)}
-    assert found["persistence"].found == "Not Supported"
+    findings = {finding.name.split()[-1]: finding for finding in doctor.gpu_findings(gpu)}
+    assert findings["persistence"].found == "Not Supported"
 
 
 def test_it_fits_a_screen(capsys):

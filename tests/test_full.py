@@ -77,9 +77,13 @@ def test_it_goes_on_after_an_interruption_and_writes_the_table(repository):
 
 def test_a_part_writes_no_table_and_changes_must_be_committed(repository):
     (repository / "go").touch()
-    part = start(repository, "tests/test_2.py")
-    output, _ = part.communicate(timeout=120)
-    assert part.returncode == 0 and "0 failed of 1" in output and (repository / "CONTRIBUTING.md").read_text() == HEADER
+    partial_run = start(repository, "tests/test_2.py")
+    output, _ = partial_run.communicate(timeout=120)
+    assert (
+        partial_run.returncode == 0
+        and "0 failed of 1" in output
+        and (repository / "CONTRIBUTING.md").read_text() == HEADER
+    )
     (repository / "pyproject.toml").write_text("")
     refused = start(repository)
     assert "commit them" in refused.communicate(timeout=60)[0] and refused.returncode == 2

@@ -68,13 +68,13 @@ def compiled(family, mesh):
 
 def batches(mesh):
     """Rows of two documents, whose later half weighs less."""
-    found = []
+    packed = []
     for seed in range(STEPS):
         ids = np.random.default_rng(seed).integers(0, contract.VOCAB // 4, (B, T + 1), np.int32)
         batch = contract.batch() | {"tokens": ids[:, :-1], "targets": ids[:, 1:]}
         batch["weights"] = np.where(batch["segments"] == 1, 1.0, np.linspace(0.2, 1.0, B)[:, None]).astype(np.float32)
-        found.append(jax.device_put(batch, sharding.batch_sharding(mesh)))
-    return found
+        packed.append(jax.device_put(batch, sharding.batch_sharding(mesh)))
+    return packed
 
 
 @functools.cache
@@ -89,11 +89,11 @@ def run(family, mesh, state=None, steps=range(STEPS)):
     train_step, shaped = compiled(family, mesh)
     if state is None:
         state = jax.device_put(start(family), jax.tree.map(lambda leaf: leaf.sharding, shaped))
-    found = []
+    losses = []
     for index in steps:
         state, metrics = train_step(state, batches(mesh)[index])
-        found.append([float(metrics[key]) for key in ("loss", "total_loss", "grad_norm")])
-    return np.array(found), state
+        losses.append([float(metrics[key]) for key in ("loss", "total_loss", "grad_norm")])
+    return np.array(losses), state
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def test_every_mesh_gives_the_curve_of_one_device(family, mesh_spec):
 def test_a_checkpoint_goes_on_on_another_mesh(family, before, after, tmp_path):
     """Of as many devices, fewer or more."""
     first, second = (
-        sharding.make_mesh(spec, jax.devices()[: np.prod([int(part.split("=")[1]) for part in spec.split(",")])])
+        sharding.make_mesh(spec, jax.devices()[: np.prod([int(axis.split("=")[1]) for axis in spec.split(",")])])
         for spec in (before, after)
     )
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)

@@ -45,7 +45,7 @@ def test_a_part_runs(command, tmp_path, monkeypatch):
         short += ["data=text(path='README.md')"]
     if config.tokenizer in (base_config.get_config().tokenizer, "pretrained"):
         short += ["tokenizer=bytes"]
-    assert main.main([*argv, *[f"--config.{each}" for each in short]]) == 0
+    assert main.main([*argv, *[f"--config.{override}" for override in short]]) == 0
     assert list((tmp_path / "runs").glob("my_*/*/record.json"))
 
 

@@ -53,7 +53,9 @@ def test_they_are_counted_sharded_and_learnt(axes):
     lm = contract.build("ffn", f"plainly_shifted(axes={axes!r})")
     plain = contract.build("ffn", "swiglu")
     boxed = model.abstract_params(lm)
-    counts = [formulas.count_parameters(each, model.abstract_params(each))["total"] for each in (lm, plain)]
+    counts = [
+        formulas.count_parameters(model_form, model.abstract_params(model_form))["total"] for model_form in (lm, plain)
+    ]
     assert counts[0] == counts[1] + 2 * lm.dim
     mesh = sharding.make_mesh("fsdp=8")
     where = sharding.shardings(boxed, mesh)["groups"]["block_0"]["ffn"]["shift"]

@@ -96,7 +96,7 @@ def test_techniques_derive_from_the_base_classes_of_the_map():
     rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)\.(\w+)` \| `([\w/]+\.py)` \|$", text, re.MULTILINE)
     for kind, module, name, example in rows:
         base_class = getattr(importlib.import_module(f"efficientllm.{module}"), name)
-        targets = [registry.lookup(kind, known) for known in catalogue.entries(kind)]
+        targets = [registry.lookup(kind, technique) for technique in catalogue.entries(kind)]
         assert all(issubclass(target, base_class) for target in targets if inspect.isclass(target)), kind
         assert (runs.ROOT / "efficientllm" / example).exists()
     assert len(rows) == 5
@@ -114,8 +114,8 @@ def test_the_table_names_every_technique():
     rows = re.findall(r"^\| [^|]+ \| `([\w.]+)` \| (`.*`) \|$", README, re.MULTILINE)
     for key, listed in rows:
         kind = key.rpartition(".")[2]
-        known = kv_cache.KINDS if kind == "kv_cache" else catalogue.entries(kind)
-        assert set(re.findall(r"`([\w.]+)`", listed)) == set(known), key
+        registered = kv_cache.KINDS if kind == "kv_cache" else catalogue.entries(kind)
+        assert set(re.findall(r"`([\w.]+)`", listed)) == set(registered), key
     assert len(rows) == 11
 
 

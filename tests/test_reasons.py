@@ -26,7 +26,7 @@ class LargerThanSaid(GQA, kw_only=True):
 
 
 @pytest.mark.parametrize(
-    "check, kind, spec, said",
+    "check, kind, spec, message",
     [
         (
             contract.check_flops,
@@ -45,6 +45,6 @@ class LargerThanSaid(GQA, kw_only=True):
         ),
     ],
 )
-def test_what_is_said(check, kind, spec, said):
-    with pytest.raises(AssertionError, match=said):
+def test_what_is_said(check, kind, spec, message):
+    with pytest.raises(AssertionError, match=message):
         check(kind, spec)

@@ -77,7 +77,7 @@ def program(ffn, mesh_spec, accumulate):
 def batches(mesh):
     """Rows of two documents; a third of the targets weigh nothing, unevenly over the rows."""
     random, index = np.random.default_rng(0), np.arange(T, dtype=np.int32)
-    found = []
+    packed = []
     for _ in range(STEPS):
         ids = random.integers(0, V // 4, (B, T + 1), np.int32)
         second = index >= random.integers(1, T, (B, 1))
@@ -89,8 +89,8 @@ def batches(mesh):
             "positions": np.where(second, index - first_of_second, index).astype(np.int32),
             "weights": (random.random((B, T)) < np.linspace(0.2, 1.0, B)[:, None]).astype(np.float32),
         }
-        found.append(jax.device_put(batch, sharding.batch_sharding(mesh)))
-    return found
+        packed.append(jax.device_put(batch, sharding.batch_sharding(mesh)))
+    return packed
 
 
 @functools.cache
@@ -167,11 +167,11 @@ def is_clear(ffn, step):
     ],
 )
 def test_every_mesh_gives_the_curve_of_one_device(ffn, mesh_spec, accumulate):
-    one, many = curve(ffn, "data=1", 1), curve(ffn, mesh_spec, accumulate)
-    assert abs(one[-1, 0] - one[0, 0]) > 0.05  # it trains
+    on_one_device, on_mesh = curve(ffn, "data=1", 1), curve(ffn, mesh_spec, accumulate)
+    assert abs(on_one_device[-1, 0] - on_one_device[0, 0]) > 0.05  # it trains
     clear = [step for step in range(STEPS) if is_clear(ffn, step)]
     assert len(clear) >= STEPS // 2
-    np.testing.assert_allclose(many[clear], one[clear], rtol=5e-6)
+    np.testing.assert_allclose(on_mesh[clear], on_one_device[clear], rtol=5e-6)
 
 
 def stacks(made):
@@ -197,8 +197,8 @@ def test_no_device_ever_holds_a_whole_stack_of_layers(ffn):
     text = made.compiled.as_text()
     assert makes(text, stacks(made)) == []
     kernels = {shape[1:] for shape in stacks(made) if len(shape) > 2}
-    gathered = [found for found in makes(text, kernels) if found.op == "all-gather"]
-    assert len(gathered) >= 2 * 5 and all(found.in_loop for found in gathered), gathered
+    gathered = [instruction for instruction in makes(text, kernels) if instruction.op == "all-gather"]
+    assert len(gathered) >= 2 * 5 and all(instruction.in_loop for instruction in gathered), gathered
 
 
 @pytest.mark.slow
@@ -207,9 +207,9 @@ def test_a_gathered_stack_would_be_seen():
     whole = sharding.replicated(made.mesh)
     gather = jax.jit(lambda kernels: jax.lax.with_sharding_constraint(kernels, whole) * 2.0, out_shardings=whole)
     kernels = made.shaped.params["groups"]["block_0"]["ffn"]["up"]["kernel"]
-    found = makes(gather.lower(kernels).compile().as_text(), stacks(made))
-    assert "all-gather" in [instruction.op for instruction in found]
-    assert not any(instruction.in_loop for instruction in found)
+    instructions = makes(gather.lower(kernels).compile().as_text(), stacks(made))
+    assert "all-gather" in [instruction.op for instruction in instructions]
+    assert not any(instruction.in_loop for instruction in instructions)
 
 
 @pytest.mark.parametrize("mesh_spec, accumulate", [slow_case("fsdp=8", 1), (CUBE, 1), slow_case("fsdp=4, tensor=2", 2)])
@@ -219,13 +219,18 @@ def test_the_embedding_look_up_moves_tokens_and_not_the_table(mesh_spec, accumul
         for instruction in hlo.instructions(program("dense", mesh_spec, accumulate).compiled.as_text())
         if "_take" in instruction.text and instruction.op in ("all-gather", "collective-permute")
     ]
-    assert all(len(shape) == 2 and D not in shape for found in look_ups for shape in found.shapes), look_ups
+    assert all(len(shape) == 2 and D not in shape for look_up in look_ups for shape in look_up.shapes), look_ups
 
 
 def test_a_router_chooses_where_its_tokens_are():
     """No layer gathers the scores of the whole batch."""
-    found = hlo.instructions(program("moe", "fsdp=8", 1).compiled.as_text())
-    gathered = [shape for each in found if each.op == "all-gather" and each.in_loop for shape in each.shapes]
+    instructions = hlo.instructions(program("moe", "fsdp=8", 1).compiled.as_text())
+    gathered = [
+        shape
+        for instruction in instructions
+        if instruction.op == "all-gather" and instruction.in_loop
+        for shape in instruction.shapes
+    ]
     assert gathered and not any(shape[0] in (B, B * T) for shape in gathered), gathered
 
 
@@ -233,41 +238,45 @@ def test_a_step_sends_rows_to_their_experts_and_nothing_else():
     """Each layer: rows there and back, forward and backward, and with them their weights; no kernels of experts over
     the axis."""
     made = program("capacity", EXPERTS, 1)
-    found = collectives(Text(made.compiled.as_text()), 8)
+    sent_collectives = collectives(Text(made.compiled.as_text()), 8)
     axis = {(0, 1, 2, 3), (4, 5, 6, 7)}
-    over_experts = [one for one in found if {tuple(sorted(group)) for group in one.groups} == axis]
+    over_experts = [
+        collective for collective in sent_collectives if {tuple(sorted(group)) for group in collective.groups} == axis
+    ]
     rows = 8 * (B // 8) * dispatch.rows_per_expert(T, 8, 2, 1.25)
-    sent = sum(one.times * one.bytes for one in over_experts if one.kind == "all-to-all")
+    sent = sum(collective.times * collective.bytes for collective in over_experts if collective.kind == "all-to-all")
     assert sent == N * 4 * rows * (4 * D + 2)
     kernel = 4 * 2 * D * 40  # of a device's two experts, whole after the gather over fsdp
-    text = [each for each in hlo.instructions(made.compiled.as_text()) if each.op == "all-gather"]
-    assert kernel in {one.bytes for one in found if one.kind == "all-gather"}
-    assert not [each for each in text for shape in each.shapes if {8, D, 40} <= set(shape)], text
+    text = [instruction for instruction in hlo.instructions(made.compiled.as_text()) if instruction.op == "all-gather"]
+    assert kernel in {collective.bytes for collective in sent_collectives if collective.kind == "all-gather"}
+    assert not [instruction for instruction in text for shape in instruction.shapes if {8, D, 40} <= set(shape)], text
 
 
 def test_only_keys_and_values_of_a_row_are_gathered_over_the_sequence():
     """What is as long as a row on a device: keys and values, in the loop over layers or their gradients; no activation
     of the model's width, no hidden layer, no logits."""
     rows, whole = B // 4, []
-    for found in hlo.instructions(program("dense", LONG, 2).compiled.as_text()):
-        if found.op in ("all-gather", "all-to-all"):
-            sizes = [tuple(size for size in shape if size > 1) for shape in found.shapes]  # 2 are of documents' ids
+    for instruction in hlo.instructions(program("dense", LONG, 2).compiled.as_text()):
+        if instruction.op in ("all-gather", "all-to-all"):
+            sizes = [
+                tuple(size for size in shape if size > 1) for shape in instruction.shapes
+            ]  # 2 are of documents' ids
             whole += [shape for shape in sizes if T in shape and rows // 2 in shape and len(shape) > 2]
     assert whole and all(set(shape) >= {4, 8} for shape in whole), whole  # KV heads, and their width
 
 
 def test_a_kernel_that_needs_whole_rows_is_refused_by_name():
-    q_BTHK, said = jnp.zeros((2, 8, 4, 8)), "attention_kernel = 'chunked' needs whole rows.*sequence.*take 'auto'"
-    with jax.set_mesh(sharding.make_mesh("fsdp=2, sequence=4")), pytest.raises(UserError, match=said):
+    q_BTHK, message = jnp.zeros((2, 8, 4, 8)), "attention_kernel = 'chunked' needs whole rows.*sequence.*take 'auto'"
+    with jax.set_mesh(sharding.make_mesh("fsdp=2, sequence=4")), pytest.raises(UserError, match=message):
         jax.eval_shape(lambda q: attend(q, q, q, Mask(), "chunked"), q_BTHK)
 
 
 def test_processes_that_hold_the_same_rows_read_the_same_part():
     assert sharding.process_share(sharding.make_mesh(LONG)) == (0, 1)
-    held = {"fsdp=8": [0, 1, 2, 3], "fsdp=4, sequence=2": [0, 1, 2, 3], "data=2, sequence=4": [0, 0, 1, 1]}
-    held["sequence=8"] = [0, 0, 0, 0]
-    held["fsdp=2, expert=4"], held["expert=2, tensor=4"] = [0, 1, 2, 3], [0, 0, 1, 1]
-    for mesh_spec, expected in held.items():
+    row_shards = {"fsdp=8": [0, 1, 2, 3], "fsdp=4, sequence=2": [0, 1, 2, 3], "data=2, sequence=4": [0, 0, 1, 1]}
+    row_shards["sequence=8"] = [0, 0, 0, 0]
+    row_shards["fsdp=2, expert=4"], row_shards["expert=2, tensor=4"] = [0, 1, 2, 3], [0, 0, 1, 1]
+    for mesh_spec, expected in row_shards.items():
         mesh = sharding.make_mesh(mesh_spec)
         owner = {device: index // 2 for index, device in enumerate(mesh.devices.flat)}  # two devices a process
         assert [sharding.share_of(mesh, process, owner.get) for process in range(4)] == [
@@ -307,7 +316,7 @@ def test_moments_lie_where_their_parameters_lie():
     made = program("moe", CUBE, 1)
     params = jax.tree.leaves(made.shardings.params)
     assert sum(where.spec != P() for where in params) == len(params)
-    adam = next(part for part in made.shardings.opt_state if hasattr(part, "mu"))
+    adam = next(state for state in made.shardings.opt_state if hasattr(state, "mu"))
     assert jax.tree.leaves(adam.mu) == jax.tree.leaves(adam.nu) == params
 
 

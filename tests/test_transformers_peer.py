@@ -31,13 +31,13 @@ def compare():
 @pytest.mark.slow  # imports torch and jax in three processes, and compiles two steps
 def test_equal_work(tmp_path):
     pytest.importorskip("torch")
-    found = tmp_path / "found.json"
+    output = tmp_path / "found.json"
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     environment["PYTHONPATH"] = str(REPOSITORY)
     command = [sys.executable, str(PEER / "compare.py"), "--shape=tiny", "--steps=2", "--batch=2", "--length=16"]
-    done = subprocess.run([*command, f"--json={found}"], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, f"--json={output}"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    report = json.loads(found.read_text())
+    report = json.loads(output.read_text())
     losses = report["first_loss_nats"]
     assert abs(losses["torch-float32"] - losses["ours-float32"]) < 1e-4
     assert losses["ours-mixed"] != losses["ours-float32"]  # the precision reached the model
@@ -72,16 +72,16 @@ def test_ratio(compare):
 def test_served_tokens_are_the_same(tmp_path):
     pytest.importorskip("torch")
     folders.llama(tmp_path / "model", vocab_size=300)
-    found = tmp_path / "found.json"
+    output = tmp_path / "found.json"
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     environment["PYTHONPATH"] = str(REPOSITORY)
     command = [sys.executable, str(PEER / "serve.py"), f"--model={tmp_path / 'model'}", "--prefill=40", "--new=6"]
-    command += ["--blocks=2", "--contestants=transformers float32;ours float32;ours int8", f"--json={found}"]
+    command += ["--blocks=2", "--contestants=transformers float32;ours float32;ours int8", f"--json={output}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    report = json.loads(found.read_text())
+    report = json.loads(output.read_text())
     # serve.py itself refuses tokens that differ in float32.
     assert report["ours float32"]["tokens"] == report["transformers float32"]["tokens"]
-    for each in report.values():
-        assert len(each["tokens"]) == 6 and len(each["prefill_s"]) == len(each["token_s"]) == 2
+    for result in report.values():
+        assert len(result["tokens"]) == 6 and len(result["prefill_s"]) == len(result["token_s"]) == 2
     assert "| ours int8 |" in done.stdout

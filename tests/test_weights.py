@@ -27,8 +27,8 @@ def test_product_and_gradients(precision, tied):
     y = jax.jit(lambda x, w: matmul(x, w, precision))(jnp.asarray(x, low), jnp.asarray(w, jnp.float32))
     grads = jax.jit(jax.grad(product, (0, 1)))(jnp.asarray(x, low), jnp.asarray(kernel, jnp.float32))
     dw = np.einsum("bti,bto->io", x, dy)
-    for found, exact in ((y, x @ w), (grads[0], dy @ w.T), (grads[1], dw.T if tied else dw)):
-        error = np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
+    for actual, exact in ((y, x @ w), (grads[0], dy @ w.T), (grads[1], dw.T if tied else dw)):
+        error = np.linalg.norm(np.asarray(actual, np.float64) - exact) / np.linalg.norm(exact)
         assert error < TOLERANCE[precision], error
     assert y.dtype == grads[0].dtype == low and grads[1].dtype == jnp.float32
 
@@ -36,11 +36,11 @@ def test_product_and_gradients(precision, tied):
 def test_mixed_rounds_both_passes():
     """A value that bfloat16 cannot hold is rounded in the product, and the cotangent in its gradients."""
     fine = jnp.array([[1.0 + 2.0**-10]])  # bfloat16 has 8 bits of precision
-    one = jnp.ones((1, 1))
-    y, pull = jax.vjp(lambda x, w: matmul(x, w, "mixed"), fine, one)
+    ones = jnp.ones((1, 1))
+    y, pull = jax.vjp(lambda x, w: matmul(x, w, "mixed"), fine, ones)
     dx, dw = pull(fine)
     assert y == 1.0 and dx == 1.0 and dw == 1.0
-    assert matmul(fine, one, "float32") == fine
+    assert matmul(fine, ones, "float32") == fine
 
 
 def test_mixed_products_round_their_operands_and_nothing_else():

@@ -47,16 +47,16 @@ def expected(leaf, x, group):
 def test_experts_adapters_drop_their_inputs(kind, kernel, sizes):
     x, sizes = np.random.default_rng(9).standard_normal((A, K), np.float32), SIZES[sizes]
     group = np.repeat(np.arange(E), (A // E,) * E if sizes is None else sizes)
-    given = leaf(kind, (E,))
-    found = grouped_matmul(x, given, None if sizes is None else jnp.array(sizes), "float32", kernel)
-    np.testing.assert_allclose(found, expected(given, x, group), atol=2e-5)
+    adapter = leaf(kind, (E,))
+    product = grouped_matmul(x, adapter, None if sizes is None else jnp.array(sizes), "float32", kernel)
+    np.testing.assert_allclose(product, expected(adapter, x, group), atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", [LoRA, DoRA])
 def test_a_kernels_adapter_drops_its_input(kind):
     x = np.random.default_rng(9).standard_normal((A, K), np.float32)
-    given = leaf(kind, ())
-    np.testing.assert_allclose(matmul(x, given, "float32"), expected(given, x, [()] * A), atol=2e-5)
+    adapter = leaf(kind, ())
+    np.testing.assert_allclose(matmul(x, adapter, "float32"), expected(adapter, x, [()] * A), atol=2e-5)
 
 
 def test_every_device_drops_its_own():
@@ -65,9 +65,9 @@ def test_every_device_drops_its_own():
     key = jax.random.key_data(jax.random.key(0))
     with jax.set_mesh(mesh):
         drop = jax.shard_map(lambda x: dropped(x, key, RATE), in_specs=rows("data"), out_specs=rows("data"))
-        found = np.asarray(jax.jit(drop)(jnp.ones((8, 64))))
-    assert set(np.unique(found)) == {0, 2} and len(np.unique(found, axis=0)) == 8
-    assert 0.4 < (found == 0).mean() < 0.6
+        inputs = np.asarray(jax.jit(drop)(jnp.ones((8, 64))))
+    assert set(np.unique(inputs)) == {0, 2} and len(np.unique(inputs, axis=0)) == 8
+    assert 0.4 < (inputs == 0).mean() < 0.6
 
 
 @pytest.mark.slow
@@ -97,8 +97,8 @@ def test_experts_over_devices_drop(spec):
             jax.eval_shape(step.init_state(lm, base.get_config().train, 0, contract.T, method)), mesh
         )
         many, placed = jax.jit(run, in_shardings=(where, None)), jax.device_put(state, where)
-        found = [jax.device_get(many(placed, jax.random.key(seed))) for seed in (0, 0, 1)]
-    flat = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in found]
+        products = [jax.device_get(many(placed, jax.random.key(seed))) for seed in (0, 0, 1)]
+    flat = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in products]
     assert np.isfinite(flat[0]).all() and np.array_equal(flat[0], flat[1]) and not np.allclose(flat[0], flat[2])
 
 

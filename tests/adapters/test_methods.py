@@ -41,13 +41,13 @@ MOE = "moe(num_experts=8, top_k=2, hidden=32, bias_rate=0.01)"
 
 def cases(*techniques, default):
     """Every method with every technique; those of the ids `default` run by default."""
-    found = []
+    specs = []
     for name in SPECS:
         for kind, technique in techniques:
             case = f"{name}-{technique.partition('(')[0]}"
             marks = [] if case in default else [pytest.mark.slow]
-            found.append(pytest.param(name, kind, technique, marks=marks, id=case))
-    return found
+            specs.append(pytest.param(name, kind, technique, marks=marks, id=case))
+    return specs
 
 
 def test_every_method_is_here():
@@ -77,8 +77,8 @@ def tuned(spec, kind="mixer", technique="gqa", form="float32"):
 def start(method, lm, params, form="float32"):
     config = base.get_config()
     boxed = model.abstract_params(lm)
-    held = box_as(boxed, params)
-    return nn.unbox(step.create(lm, config.train, method, 0, boxed, held, form))
+    boxed_params = box_as(boxed, params)
+    return nn.unbox(step.create(lm, config.train, method, 0, boxed, boxed_params, form))
 
 
 def logits(lm, params):
@@ -98,9 +98,9 @@ def test_the_model_is_the_same_at_step_0(spec):
 )
 def test_leaves_multiply_as_their_dense_kernels_do(spec, kind, technique):
     _, lm, params, state = tuned(spec, kind, technique)
-    found = logits(lm, state.all_params)
-    np.testing.assert_allclose(found, logits(lm, merge(state.all_params)), atol=1e-4)
-    assert jnp.abs(found - logits(lm, params)).max() > 1e-2
+    logits_BTV = logits(lm, state.all_params)
+    np.testing.assert_allclose(logits_BTV, logits(lm, merge(state.all_params)), atol=1e-4)
+    assert jnp.abs(logits_BTV - logits(lm, params)).max() > 1e-2
 
 
 ADAPTERS = [name for name in SPECS if build("adapter", SPECS[name]).learnt and name != "pissa"]
@@ -211,13 +211,15 @@ def test_one_device_equals_eight(spec, technique, mesh_spec, form):
     """Experts on an axis of their own too, with adapters, rounded, and both."""
     method, lm, _, state = tuned(spec, "mixer" if technique == "gqa" else "ffn", technique, form)
     run = lambda s: step.gradients(lm, s.params, contract.batch(), 1, s.frozen)[0]  # noqa: E731
-    one = jax.jit(run)(state)
+    on_one_device = jax.jit(run)(state)
     mesh = sharding.make_mesh(mesh_spec)
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(step.init_state(lm, base.get_config().train, 0, contract.T, method, form))
         where = sharding.shardings(abstract, mesh)
         many = jax.jit(run, in_shardings=(where,))(jax.device_put(state, where))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), one, jax.device_get(many))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), on_one_device, jax.device_get(many)
+    )
 
 
 def test_layers_apart_are_the_layers_stacked():

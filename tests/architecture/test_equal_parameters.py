@@ -39,14 +39,16 @@ def test_as_many_parameters_as_the_reference(size, mixer):
     wanted = parameters(build(size, "gqa"))
     lm = build(size, mixer, REFERENCE)
     assert parameters(lm) == pytest.approx(wanted, rel=0.02)
-    own = build(size, mixer)
-    if parameters(own) == wanted:
-        assert lm == own
+    unmatched = build(size, mixer)
+    if parameters(unmatched) == wanted:
+        assert lm == unmatched
     else:  # what the mixer saves goes to the ffn, what it costs is taken from there; in multiples of 8
-        assert (hidden(lm) > hidden(own)) == (parameters(own) < wanted)
-        assert abs(parameters(lm) - wanted) < abs(parameters(own) - wanted)
+        assert (hidden(lm) > hidden(unmatched)) == (parameters(unmatched) < wanted)
+        assert abs(parameters(lm) - wanted) < abs(parameters(unmatched) - wanted)
         assert hidden(lm) % 8 == 0
-    assert lm.num_layers == own.num_layers and lm.dim == own.dim and lm.blocks[0][0] == own.blocks[0][0]
+    assert (
+        lm.num_layers == unmatched.num_layers and lm.dim == unmatched.dim and lm.blocks[0][0] == unmatched.blocks[0][0]
+    )
 
 
 @pytest.mark.slow

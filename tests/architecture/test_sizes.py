@@ -51,11 +51,11 @@ def test_attention(size):
         "mla": latent,
         "nsa": D * (2 * H * K + 6 * G * K + 3 * H) + 2 * compressor,
     }
-    for name, each in mixer.items():
+    for name, spec in mixer.items():
         config = attention.get_config(name)
         config.model.mixer = name if name == "nsa" else config.model.mixer  # the paper's blocks
-        found = total(config, size)
-        assert found == around(shape, swiglu(shape)) + N * each, name
+        count = total(config, size)
+        assert count == around(shape, swiglu(shape)) + N * spec, name
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -102,8 +102,8 @@ def test_a_file_is_read_anew_and_its_neighbours_are_found(tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", presets.names())
 def test_presets_are_the_files_of_configs(name):
     file = runs.ROOT / "configs" / f"{name}.py"
-    ours = [main.parse([f"--config={each}"])[0] for each in (name, f"configs/{name}.py", f"{name}.py", file)]
-    assert all(plain(each) == plain(ours[0]) for each in ours)
+    ours = [main.parse([f"--config={spelling}"])[0] for spelling in (name, f"configs/{name}.py", f"{name}.py", file)]
+    assert all(plain(spelling) == plain(ours[0]) for spelling in ours)
 
 
 def test_a_config_to_start_from_is_never_written_over_another(tmp_path, capsys):

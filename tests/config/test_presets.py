@@ -63,7 +63,7 @@ def test_config_initialises_with_the_parameters_of_its_comparison(name):
 def test_methods_of_tuning_differ_by_the_method_alone(method):
     """One batch, one count of tokens and one evaluation for all, with the data of the study and without."""
     for name in (f"tune.py:{method}", f"tune_study.py:{method}", f"tune_study.py:{method}+medical"):
-        config, plain = (flatten(parse(f"{runs.ROOT}/configs/{each}").to_dict()) for each in (name, _as_lora(name)))
+        config, plain = (flatten(parse(f"{runs.ROOT}/configs/{preset}").to_dict()) for preset in (name, _as_lora(name)))
         assert {key for key in config if config[key] != plain[key]} <= {"name", "adapter", "quant", "train.schedule"}
         registry.build("adapter", config["adapter"])
         assert registry.build("data", config["data"]).records

@@ -148,9 +148,9 @@ def test_every_number_of_a_technique_has_a_range(kind):
     table = ranges.FIELDS.get(kind, {})
     fields = set()
     for name in _packaged(kind):
-        given = registry.spec_parameters(registry.lookup(kind, name))
-        fields |= {key for key, field in given.items() if field.annotation in (int, float, tuple)}
-        for key, field in given.items():
+        parameters = registry.spec_parameters(registry.lookup(kind, name))
+        fields |= {key for key, field in parameters.items() if field.annotation in (int, float, tuple)}
+        for key, field in parameters.items():
             if type(field.default) in (int, float):
                 assert field.default in table[key], (name, key)
     assert fields == table.keys()

@@ -115,10 +115,10 @@ def check_dtypes(kind, spec):
     exact = logits(build(kind, spec), tokens())
     for precision, tolerance in (("float32", 0), ("mixed", 0.05), ("bfloat16", 0.1)):
         lm = build(kind, spec, precision=precision)
-        found = logits(lm, tokens(), parameters(build(kind, spec)))
-        of_type = found.dtype == jnp.float32 and found.shape == (B, T, VOCAB)
-        assert of_type, reasons.of("dtype", kind, spec, f"{precision}: {found.dtype} {found.shape}")
-        error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+        logits_BTV = logits(lm, tokens(), parameters(build(kind, spec)))
+        of_type = logits_BTV.dtype == jnp.float32 and logits_BTV.shape == (B, T, VOCAB)
+        assert of_type, reasons.of("dtype", kind, spec, f"{precision}: {logits_BTV.dtype} {logits_BTV.shape}")
+        error = jnp.linalg.norm(logits_BTV - exact) / jnp.linalg.norm(exact)
         assert error <= tolerance, reasons.of("precision", kind, spec, f"{precision}: {error:.3g} from float32's")
 
 
@@ -150,13 +150,13 @@ def check_decode(kind, spec):
     full = logits(lm, tokens())
     for prefill, decoder, params in ((7, lm, parameters(lm)), (1, *model.unroll(lm, parameters(lm)))):
         run = jax.jit(lambda p, t, c, s, m=decoder: m.apply({"params": p}, t, c, s)[:2])
-        states, found = model.init_states(decoder, B, T), []
+        states, pieces = model.init_states(decoder, B, T), []
         for start, stop in [(0, prefill)] + [(t, t + 1) for t in range(prefill, T)]:
             ctx = Context.decoding(positions()[:, start:stop])
-            part, states = run(params, tokens()[:, start:stop], ctx, states)
-            found.append(part)
+            piece, states = run(params, tokens()[:, start:stop], ctx, states)
+            pieces.append(piece)
         why = reasons.of("decode", kind, spec, f"after {prefill} at once, {'stacked' if decoder.scan else 'unrolled'}")
-        np.testing.assert_allclose(jnp.concatenate(found, 1), full, atol=2e-5, err_msg=why)
+        np.testing.assert_allclose(jnp.concatenate(pieces, 1), full, atol=2e-5, err_msg=why)
 
 
 def loss_and_gradients(lm, params):
@@ -244,8 +244,8 @@ def check_leaves(kind, spec):
     method = registry.build("adapter", "lora(rank=2, alpha=4)")
 
     def wrapped(params):
-        held = quant.quantize(box_as(boxed, params), "int4(group=32)")
-        return nn.unbox(adapters.attach(method, boxed, held, jax.random.key(0)))
+        packed = quant.quantize(box_as(boxed, params), "int4(group=32)")
+        return nn.unbox(adapters.attach(method, boxed, packed, jax.random.key(0)))
 
     params = jax.jit(wrapped)(parameters(lm))
     noise = np.random.default_rng(0)

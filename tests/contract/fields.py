@@ -15,21 +15,21 @@ from efficientllm.runtime import kernel_choice
 @check(*LAYERS, "position", quick=TYPICAL)
 def check_fields(kind, spec):
     """Every field of the technique changes the program: one that nobody reads is a bug."""
-    name, given = registry.parse_spec(spec)
+    name, values = registry.parse_spec(spec)
     fields = {key: field.annotation for key, field in registry.spec_parameters(registry.lookup(kind, name)).items()}
     for field, annotation in fields.items():
         changes = (
-            _changes(kind, name, {**given, **context}, field, value)
+            _changes(kind, name, {**values, **context}, field, value)
             for context in _contexts(kind, name, fields, field)
             for value in _alternatives(kind, name, field, annotation)
         )
         assert any(changes), f"{kind} {name}: no value of {field!r} that it takes changes anything"
 
 
-def _changes(kind, name, given, field, value):
+def _changes(kind, name, values, field, value):
     """Whether the value changes the program; one that the technique refuses is no value."""
     try:
-        return _program(kind, _spec(name, given)) != _program(kind, _spec(name, {**given, field: value}))
+        return _program(kind, _spec(name, values)) != _program(kind, _spec(name, {**values, field: value}))
     except UserError:
         return False
 

@@ -33,16 +33,16 @@ def check_form(kind, spec):
     error = np.linalg.norm(dense - stack) / np.linalg.norm(stack)
     assert error < 0.3, say(f"of normal numbers it keeps too little: {error:.3g} of their norm is lost")
     assert resident_bytes(packed) < stack.nbytes, say("it takes no less memory than float32")
-    one = jax.tree.map(lambda leaf: leaf[1], packed)
+    kernel = jax.tree.map(lambda leaf: leaf[1], packed)
     np.testing.assert_array_equal(
-        one.dense(), dense[1], say("its arrays have the stack's leading axes, as the kernel has")
+        kernel.dense(), dense[1], say("its arrays have the stack's leading axes, as the kernel has")
     )
     x = noise.standard_normal((ROWS, K)).astype(np.float32)
-    found, exact = matmul(x, one, "float32"), x @ dense[1]
-    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    product, exact = matmul(x, kernel, "float32"), x @ dense[1]
+    error = np.linalg.norm(product - exact) / np.linalg.norm(exact)
     assert error < 5e-3, say(f"matmul is not the product with dense(): {error:.3g} off")
-    names = axes(one, ("embed", "mlp"))
-    jax.tree.map(lambda leaf, of: sharding.spec(of, leaf.shape, sharding.make_mesh("fsdp=4, tensor=2")), one, names)
+    names = axes(kernel, ("embed", "mlp"))
+    jax.tree.map(lambda leaf, of: sharding.spec(of, leaf.shape, sharding.make_mesh("fsdp=4, tensor=2")), kernel, names)
     table = apply.leaf(apply.form_of(spec), True, jnp.asarray(stack[0]))
     np.testing.assert_array_equal(take(table, jnp.array([3, 0])), table.dense()[jnp.array([3, 0])], say("take()"))
 
@@ -53,9 +53,9 @@ def check_model(kind, spec):
     lm = contract.build("ffn", "swiglu")
     packed = apply.quantize(contract.parameters(lm), spec)
     exact = contract.logits(lm, contract.tokens(), adapters.merge(packed))
-    for each, params in ((lm, packed), model.unroll(lm, packed)):
-        found = contract.logits(each, contract.tokens(), params)
-        error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+    for form_of_lm, params in ((lm, packed), model.unroll(lm, packed)):
+        logits_BTV = contract.logits(form_of_lm, contract.tokens(), params)
+        error = jnp.linalg.norm(logits_BTV - exact) / jnp.linalg.norm(exact)
         assert error < 5e-3, f"{kind} {spec}: logits are {error:.3g} from those of the same numbers as arrays"
 
 
@@ -84,12 +84,12 @@ def check_optimizer(kind, spec):
 @contract.check("schedule")
 def check_schedule(kind, spec):
     """A rate for every step, traced or not; it may rise from zero, and is no more than its peak."""
-    given = {"peak": 0.25} if "peak" in spec_parameters(_target(kind, spec)) else {}
-    rate = build(kind, spec, given, steps=40)
+    defaults = {"peak": 0.25} if "peak" in spec_parameters(_target(kind, spec)) else {}
+    rate = build(kind, spec, defaults, steps=40)
     rates = jnp.array([rate(step) for step in range(40)])
     np.testing.assert_allclose(rates, jax.jit(jax.vmap(rate))(jnp.arange(40)), rtol=1e-6, atol=1e-7)
     assert jnp.isfinite(rates).all() and (rates >= 0).all() and rates.max() > 0, f"{kind} {spec}: rates are {rates}"
-    assert not given or rates.max() <= 0.25 * (1 + 1e-6), f"{kind} {spec}: above its peak: {rates.max()}"
+    assert not defaults or rates.max() <= 0.25 * (1 + 1e-6), f"{kind} {spec}: above its peak: {rates.max()}"
 
 
 def _target(kind, spec):
@@ -142,18 +142,18 @@ def check_sampler(kind, spec):
     logits_BV = jnp.asarray(noise.standard_normal((4, 16)), jnp.float32)
     seen_BV, keys_B = jnp.zeros((4, 16 if sampler.remembers else 1), bool), jax.random.split(jax.random.key(0), 4)
     run = jax.jit(functools.partial(sampler))
-    found = run(logits_BV, seen_BV, keys_B)
-    assert found.shape == (4,) and found.dtype == jnp.int32, (
-        f"{kind} {spec}: gives {found.dtype} {found.shape}, not int32 (4,)"
+    ids_B = run(logits_BV, seen_BV, keys_B)
+    assert ids_B.shape == (4,) and ids_B.dtype == jnp.int32, (
+        f"{kind} {spec}: gives {ids_B.dtype} {ids_B.shape}, not int32 (4,)"
     )
-    assert found.min() >= 0 and found.max() < 16, f"{kind} {spec}: ids lie outside the vocabulary"
+    assert ids_B.min() >= 0 and ids_B.max() < 16, f"{kind} {spec}: ids lie outside the vocabulary"
     np.testing.assert_array_equal(
-        found, run(logits_BV, seen_BV, keys_B), f"{kind} {spec}: what is drawn is in the key alone"
+        ids_B, run(logits_BV, seen_BV, keys_B), f"{kind} {spec}: what is drawn is in the key alone"
     )
     only = jnp.where(jnp.arange(16) == 7, 1.0, -jnp.inf) * jnp.ones((4, 1))
     np.testing.assert_array_equal(run(only, seen_BV, keys_B), 7, f"{kind} {spec}: an id of logit -inf is drawn")
     alone = [run(logits_BV[i : i + 1], seen_BV[i : i + 1], keys_B[i : i + 1])[0] for i in range(4)]
-    np.testing.assert_array_equal(found, alone, f"{kind} {spec}: a row's id depends on the rows beside it")
+    np.testing.assert_array_equal(ids_B, alone, f"{kind} {spec}: a row's id depends on the rows beside it")
 
 
 # What tests of its own or of transformers' cover, what is no form of its own, and what needs a file.

@@ -107,6 +107,6 @@ def abstract(lm):
     return nn.unbox(model.abstract_params(lm))
 
 
-def close(found, expected, tolerance):
-    error = np.abs(found - expected).max() / np.abs(expected).max()
+def close(actual, expected, tolerance):
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
     assert error <= tolerance, f"relative error {error}"

@@ -24,11 +24,11 @@ def test_an_adapter_merged(tmp_path, capsys):
     added = folders.adapter(tmp_path / "adapter", {f"{module}.weight": tensors[f"{module}.weight"].shape}, rank=2)
     argv = [str(tmp_path / "in"), f"--out={tmp_path / 'out'}", f"--merge={tmp_path / 'adapter'}"]
     assert command.main(argv) == 0
-    found = convert.open_source(tmp_path / "out").tensors
-    a, b = (added[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+    merged_tensors = convert.open_source(tmp_path / "out").tensors
+    a, b = (added[f"base_model.model.{module}.lora_{factor}.weight"] for factor in "AB")
     for name, value in tensors.items():
         expected = value + 2 * b @ a if name.startswith(module) else value
-        np.testing.assert_allclose(found.read(name), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(merged_tensors.read(name), expected, rtol=1e-5, atol=1e-5)
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 4}')
     assert command.main([*argv[:1], f"--out={tmp_path / 'not'}", argv[2]]) == 2
     assert "another model or rank" in capsys.readouterr().err and not (tmp_path / "not").exists()
@@ -38,15 +38,17 @@ def test_check(tmp_path, capsys):
     pytest.importorskip("torch")
     folders.llama(tmp_path / "in")
     assert command.main(["check", str(tmp_path / "in")]) == 0
-    found = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert float(found["max logit difference"]) < 1e-4 * float(found["max logit"]) and float(found["tokens"]) == 64
+    printed = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (
+        float(printed["max logit difference"]) < 1e-4 * float(printed["max logit"]) and float(printed["tokens"]) == 64
+    )
 
 
 def test_check_finds_what_is_more_than_rounding(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch")
     folders.llama(tmp_path / "in")
     ours = check._ours
-    monkeypatch.setattr(check, "_ours", lambda *given: 1.01 * ours(*given))
+    monkeypatch.setattr(check, "_ours", lambda *arguments: 1.01 * ours(*arguments))
     assert command.main(["check", str(tmp_path / "in")]) == 1
     assert "max logit difference" in capsys.readouterr().out
 
@@ -59,7 +61,7 @@ def test_check_without_torch(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, message",
     [
         (["gone/x/y", "--out=z"], "no such file"),
         (["x"], "--out"),
@@ -72,10 +74,10 @@ def test_check_without_torch(tmp_path, capsys, monkeypatch):
         (["gone", "--out="], "--out is empty"),
     ],
 )
-def test_bad_input(argv, said, capsys):
+def test_bad_input(argv, message, capsys):
     assert command.main(argv) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 def test_help_imports_no_jax(capsys):

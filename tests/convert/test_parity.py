@@ -27,8 +27,8 @@ def test_both_directions(name, tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", attn_implementation="eager", experts_implementation="eager"
     )
-    found = peers.their_logits(loaded.eval(), ids)
-    peers.close(found, expected, 1e-6)  # the chunks that it is computed in are no fact of a model
+    loaded_logits = peers.their_logits(loaded.eval(), ids)
+    peers.close(loaded_logits, expected, 1e-6)  # the chunks that it is computed in are no fact of a model
     back = convert.open_source(tmp_path / "ours")
     jax.tree.map(np.testing.assert_array_equal, back.load(peers.abstract(lm)), params)
 
@@ -39,8 +39,8 @@ def test_longrope_within_its_original_length(tmp_path):
     theirs.save_pretrained(tmp_path)
     source, ids = convert.open_source(tmp_path), peers.tokens(length=12)
     lm = source.lm()
-    found = peers.our_logits(lm, source.load(peers.abstract(lm)), ids)
-    peers.close(found, peers.their_logits(theirs, ids), 1e-5)
+    our_logits = peers.our_logits(lm, source.load(peers.abstract(lm)), ids)
+    peers.close(our_logits, peers.their_logits(theirs, ids), 1e-5)
 
 
 def test_several_files_in_bfloat16(tmp_path):
@@ -53,5 +53,5 @@ def test_several_files_in_bfloat16(tmp_path):
     source, ids = convert.open_source(tmp_path), peers.tokens()
     assert source.stored_dtype == "bfloat16"
     lm = source.lm()
-    found = peers.our_logits(lm, source.load(peers.abstract(lm)), ids)
-    peers.close(found, peers.their_logits(theirs.eval(), ids), 1e-5)
+    our_logits = peers.our_logits(lm, source.load(peers.abstract(lm)), ids)
+    peers.close(our_logits, peers.their_logits(theirs.eval(), ids), 1e-5)

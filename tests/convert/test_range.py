@@ -23,8 +23,8 @@ def folder(path, value):
 def test_a_weight_beyond_the_dtype(tmp_path, value, dtype, capsys):
     source = folder(tmp_path / "in", value)
     assert main([source, f"--out={tmp_path / 'out'}", f"--dtype={dtype}"]) == 2
-    said = capsys.readouterr().err
-    assert NAME in said and dtype in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+    printed = capsys.readouterr().err
+    assert NAME in printed and dtype in printed and printed.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_what_it_can_hold_is_written(tmp_path):
@@ -48,8 +48,8 @@ def test_rounding_them(tmp_path, value, form, capsys):
     holds = value == 1e6 and form in ("int8()", "bfloat16", "nf4()")
     assert main([source, f"--out={tmp_path / 'out'}", f"--quant={form}"]) == (0 if holds else 2)
     if not holds:
-        said = capsys.readouterr().err
-        assert "ffn/up/kernel" in said and form in said and said.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert "ffn/up/kernel" in printed and form in printed and printed.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
 

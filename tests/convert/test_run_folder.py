@@ -67,10 +67,10 @@ def loaded(folder, **changes):
     return flat(source.load(nn.unbox(model.abstract_params(lm)), lm=lm))
 
 
-def assert_equal(found, expected, tolerance=1e-6):
-    assert found.keys() == expected.keys()
+def assert_equal(actual, expected, tolerance=1e-6):
+    assert actual.keys() == expected.keys()
     for path, array in expected.items():
-        np.testing.assert_allclose(found[path], array, atol=tolerance, rtol=tolerance, err_msg=path)
+        np.testing.assert_allclose(actual[path], array, atol=tolerance, rtol=tolerance, err_msg=path)
 
 
 def tuned(where, **overrides):
@@ -113,10 +113,10 @@ def test_a_run_from_scratch_is_what_it_ended_with(name, trained):
 @pytest.mark.parametrize("name", slow_except(TUNED, "lora"))
 def test_a_tuned_run_is_what_it_ended_with(name, trained, where):
     folder, expected = trained(name, **tuned(where, **TUNED[name]))
-    found = loaded(folder, scan=any(path.startswith("groups/") for path in expected))
-    assert_equal(found, expected, 1e-5)
+    params = loaded(folder, scan=any(path.startswith("groups/") for path in expected))
+    assert_equal(params, expected, 1e-5)
     assert not name.startswith("lora") or any(
-        not np.allclose(found[path], array) for path, array in loaded(where / "model").items()
+        not np.allclose(params[path], array) for path, array in loaded(where / "model").items()
     )
 
 
@@ -216,15 +216,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_changed(trained, tmp
 @pytest.mark.slow
 def test_infer_takes_both(trained, where, tmp_path, capsys):
     folder, _ = trained("lora", **tuned(where, **TUNED["lora"]))
-    said = {}
+    completions = {}
     for name, source in (("run", folder), ("adapter", folder / "adapter")):
         flags = {"model.pretrained": source, "data": f"text(path='{where}/texts/*.txt')", "infer.chat": False}
         flags |= {"infer.max_new_tokens": 4, "infer.prompt_length": 4, "infer.repeats": 1, "train.length": 16}
         flags |= {"eval.batches": 1, "infer.prompts": "('Hi',)", "tokenizer": "bytes"}
         argv = [f"--config={runs.ROOT}/configs/infer.py:float32", f"--workdir={tmp_path / name}"]
         assert main.main([*argv, *(f"--config.{key}={value}" for key, value in flags.items())]) == 0
-        said[name] = (tmp_path / name / "samples" / "generated.jsonl").read_text()
-    assert said["run"] == said["adapter"]
+        completions[name] = (tmp_path / name / "samples" / "generated.jsonl").read_text()
+    assert completions["run"] == completions["adapter"]
     jax.clear_caches()
 
 

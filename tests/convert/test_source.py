@@ -34,7 +34,7 @@ def loaded(folder):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
@@ -59,12 +59,12 @@ def loaded(folder):
         ({"num_key_value_heads": 3}, "no multiple of num_kv_heads = 3"),
     ],
 )
-def test_what_ours_cannot_honour_is_refused_by_name(tmp_path, change, said):
+def test_what_ours_cannot_honour_is_refused_by_name(tmp_path, change, message):
     tmp_path.joinpath("config.json").write_text(json.dumps(folders.LLAMA | change))
     with pytest.raises(UserError) as error:
         source = convert.open_source(tmp_path)
         source.lm()
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 FAMILY_REFUSALS = [
@@ -80,19 +80,19 @@ FAMILY_REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("family, change, said", FAMILY_REFUSALS, ids=[case[0] for case in FAMILY_REFUSALS])
-def test_families_refuse_theirs(tmp_path, family, change, said):
+@pytest.mark.parametrize("family, change, message", FAMILY_REFUSALS, ids=[case[0] for case in FAMILY_REFUSALS])
+def test_families_refuse_theirs(tmp_path, family, change, message):
     shape = {"state_size": 4, "conv_kernel": 4} if family.startswith("mamba") else {}
     plain = {key: value for key, value in folders.LLAMA.items() if key not in ("architectures", "model_type")}
     if shape:
         plain = {"num_hidden_layers": 2, "vocab_size": 40}
     tmp_path.joinpath("config.json").write_text(json.dumps(plain | shape | {"model_type": family} | change))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         convert.open_source(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "'model.layers.1.mlp.up_proj.weight' of shape [24, 16]"),
         (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t["lm_head.weight"]}), "belongs to nothing"),
@@ -103,11 +103,11 @@ def test_families_refuse_theirs(tmp_path, family, change, said):
         ),
     ],
 )
-def test_tensors_that_do_not_fit_the_config(tmp_path, change, said):
+def test_tensors_that_do_not_fit_the_config(tmp_path, change, message):
     folders.llama(tmp_path, change)
     with pytest.raises(UserError) as error:
         loaded(tmp_path)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_buffers_of_older_files_are_passed_over(tmp_path):
@@ -164,10 +164,10 @@ def test_export_in_several_files(tmp_path):
     for name in ("a", "b"):
         files = sorted((tmp_path / name).glob("*.safetensors"))
         assert len(files) > 2
-        found = {key: value for file in files for key, value in load_file(file).items()}
-        assert found.keys() == tensors.keys()
+        exported = {key: value for file in files for key, value in load_file(file).items()}
+        assert exported.keys() == tensors.keys()
         for key, value in tensors.items():
-            np.testing.assert_array_equal(found[key], value)
+            np.testing.assert_array_equal(exported[key], value)
         assert convert.open_source(tmp_path / name).config["dtype"] == "float32"
 
 
@@ -189,15 +189,15 @@ def test_export_refuses_what_a_family_cannot_say(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, message",
     [
         ("nowhere/at/all", "no such file or folder"),
         ("./gone.gguf", "no such file or folder"),
         ("nobody/nothing", "hub cannot be asked"),
     ],
 )
-def test_no_source(name, said):
-    with pytest.raises(UserError, match=said):
+def test_no_source(name, message):
+    with pytest.raises(UserError, match=message):
         convert.open_source(name)
 
 

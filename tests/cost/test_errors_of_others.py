@@ -54,9 +54,9 @@ def test_experts_that_a_token_never_meets_cost_and_count_nothing():
 def test_a_latent_cache_holds_the_latent_and_no_keys_and_values():
     lm, length = contract.build("mixer", "mla(kv_rank=16)"), 40
     states = jax.eval_shape(lambda: model.init_states(lm, 1, length))
-    held = sum(leaf.size for leaf in jax.tree.leaves(states) if leaf.dtype == np.float32)
-    assert held == LAYERS * length * (16 + 4)
-    assert held < LAYERS * length * 2 * 4 * 8  # keys and values of all heads
+    elements = sum(leaf.size for leaf in jax.tree.leaves(states) if leaf.dtype == np.float32)
+    assert elements == LAYERS * length * (16 + 4)
+    assert elements < LAYERS * length * 2 * 4 * 8  # keys and values of all heads
 
 
 @dataclasses.dataclass

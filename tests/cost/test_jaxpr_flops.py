@@ -57,10 +57,10 @@ def test_a_scan_counts_its_length():
     def layers(x, w):
         return jax.lax.scan(lambda h, wi: (h @ wi, None), x, w)[0]
 
-    one = 2 * T * D * D
-    assert count_matmul_flops(layers, shape(T, D), shape(24, D, D)) == 24 * one
+    product_flops = 2 * T * D * D
+    assert count_matmul_flops(layers, shape(T, D), shape(24, D, D)) == 24 * product_flops
     nested = jax.jit(lambda x, w: jax.lax.map(lambda _: layers(x, w), jnp.arange(3)))
-    assert count_matmul_flops(nested, shape(T, D), shape(24, D, D)) == 3 * 24 * one
+    assert count_matmul_flops(nested, shape(T, D), shape(24, D, D)) == 3 * 24 * product_flops
 
 
 def test_rematerialised_products_count_twice():
@@ -75,10 +75,10 @@ def test_rematerialised_products_count_twice():
 def test_ragged_products_cost_rows_not_groups():
     """Forward, and both ragged forms of the backward."""
     x, w, sizes = shape(12, D), shape(8, D, K), jax.ShapeDtypeStruct((8,), jnp.int32)
-    one = 2 * 12 * D * K
-    assert count_matmul_flops(jax.lax.ragged_dot, x, w, sizes) == one
+    product_flops = 2 * 12 * D * K
+    assert count_matmul_flops(jax.lax.ragged_dot, x, w, sizes) == product_flops
     step = jax.grad(lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes).sum(), argnums=(0, 1))
-    assert count_matmul_flops(step, x, w, sizes) == 3 * one
+    assert count_matmul_flops(step, x, w, sizes) == 3 * product_flops
 
 
 @pytest.mark.parametrize("groups", [1, D])

@@ -48,10 +48,10 @@ CASES += [slow_case({"method": method}) for method in METHODS]
 
 @pytest.mark.parametrize("changes", CASES, ids=str)
 def test_memory_is_the_compilers(changes):
-    found = described(**changes)
-    lm, _, state, _ = found
+    description = described(**changes)
+    lm, _, state, _ = description
     predicted = step_memory.predicted_bytes(lm, state, ROWS, LENGTH)
-    assert predicted == pytest.approx(planned(*found), rel=memory.AGREE)
+    assert predicted == pytest.approx(planned(*description), rel=memory.AGREE)
 
 
 def test_what_is_frozen_has_no_gradient_and_no_moments():
@@ -69,14 +69,17 @@ def test_bytes_that_a_step_moves():
     """Without activations: a closed formula of weights, gradients and two moments; micro-batches read weights again."""
     for method, frozen_too in (("full()", False), ("lora(rank=4)", True)):
         lm, _, state, _ = described(method)
-        kept = step_memory.activation_bytes(lm, state, ROWS, LENGTH)
+        activation_bytes = step_memory.activation_bytes(lm, state, ROWS, LENGTH)
         size = lambda tree: sum(leaf.size * 4 for leaf in jax.tree.leaves(tree))  # noqa: E731
         learnt, frozen = size(state.params), size(state.frozen)
         assert bool(frozen) == frozen_too
-        moved = step_memory.moved_bytes(lm, state, ROWS, LENGTH) - 2 * kept
+        moved = step_memory.moved_bytes(lm, state, ROWS, LENGTH) - 2 * activation_bytes
         assert moved == pytest.approx(2 * (learnt + frozen) + 4 * learnt + 4 * learnt, abs=100)
         twice = step_memory.moved_bytes(lm, state, ROWS, LENGTH, accumulate=2)
-        assert twice - step_memory.moved_bytes(lm, state, ROWS, LENGTH) == 2 * (learnt + frozen) + learnt + 2 * kept
+        assert (
+            twice - step_memory.moved_bytes(lm, state, ROWS, LENGTH)
+            == 2 * (learnt + frozen) + learnt + 2 * activation_bytes
+        )
 
 
 def test_a_program_executes_what_the_model_needs_and_what_remat_computes_twice():

@@ -10,24 +10,24 @@ def backend(kind):
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if kind == "byte_level":
-        found = Tokenizer(models.BPE())
-        found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        found.decoder = decoders.ByteLevel()
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
         options = {"initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
         specials = []
     else:
-        found = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-        found.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
         strip = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        found.decoder = decoders.Sequence(strip)
+        tokenizer.decoder = decoders.Sequence(strip)
         options, specials = {}, ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False, **options)
-    found.train_from_iterator(TEXT, trainer)
+    tokenizer.train_from_iterator(TEXT, trainer)
     if kind != "byte_level":  # its bytes are no special tokens
-        state = json.loads(found.to_str())
+        state = json.loads(tokenizer.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
-        found = Tokenizer.from_str(json.dumps(state))
-    return found
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer
 
 
 def save(folder, kind="byte_level", add=(), bos=None, adds_bos=False, template=None, **tokens):

@@ -75,8 +75,8 @@ def test_a_batch_has_the_promised_arrays(train):
 
 
 def test_no_segment_leaves_its_document(train, spec, tokenizer):
-    known = [list(text.encode()) for text in split(spec, "train")]
-    joined = [bytes(ids).decode() for ids in known]
+    documents = [list(text.encode()) for text in split(spec, "train")]
+    joined = [bytes(ids).decode() for ids in documents]
     for tokens, targets, positions in segments(take(train(), 50)):
         assert positions == list(range(len(tokens)))
         assert targets[:-1] == tokens[1:]
@@ -122,7 +122,8 @@ def test_processes_share_the_batch_of_one(train):
     whole = take(train(batch_size=8, seed=3), 10)
     shares = [take(train(batch_size=8, seed=3, process_index=index, process_count=4), 10) for index in range(4)]
     joined = [
-        {key: np.concatenate([part[key] for part in parts]) for key in KEYS} for parts in zip(*shares, strict=True)
+        {key: np.concatenate([share[key] for share in step_shares]) for key in KEYS}
+        for step_shares in zip(*shares, strict=True)
     ]
     assert same(whole, joined)
 
@@ -166,12 +167,12 @@ def test_held_out_documents_come_once_and_alike_for_every_process(spec, tokenize
         for index in range(processes)
     ]
     batches = [list(view) for view in views]
-    assert {len(part) for part in batches} == {len(view) for view in views} and len(views[0]) == len(batches[0])
-    assert all(batch["tokens"].shape == (batch_size // processes, length) for part in batches for batch in part)
+    assert {len(share) for share in batches} == {len(view) for view in views} and len(views[0]) == len(batches[0])
+    assert all(batch["tokens"].shape == (batch_size // processes, length) for share in batches for batch in share)
     ids = [[*text.encode(), tokenizer.eos_id] for text in split(spec, "held_out")]
     expected = collections.Counter(pair for document in ids for pair in itertools.pairwise(document))
     assert pairs(itertools.chain(*batches)) == expected
-    assert all(((b["segments"] > 0) == (b["weights"] > 0)).all() for part in batches for b in part)
+    assert all(((b["segments"] > 0) == (b["weights"] > 0)).all() for share in batches for b in share)
     assert same(batches[0], list(views[0]))
 
 
@@ -191,9 +192,9 @@ def test_held_out_and_train_are_apart_and_complete(spec, texts):
 def test_describe_counts_what_is_there(spec, tokenizer, texts):
     summary = data.describe(spec, tokenizer)
     sides = {side: split(spec, side) for side in ("train", "held_out")}
-    for side, kept in sides.items():
-        size = sum(len(text.encode()) for text in kept)
-        assert summary[f"{side}_documents"] == len(kept)
+    for side, documents in sides.items():
+        size = sum(len(text.encode()) for text in documents)
+        assert summary[f"{side}_documents"] == len(documents)
         assert summary[f"{side}_bytes"] == summary[f"{side}_tokens"] == size
     assert summary["source"] == spec and len(summary["fingerprint"]) == 64 and not summary["sampled"]
 
@@ -225,13 +226,13 @@ def test_another_process_with_another_hash_seed_makes_the_same_batches(spec, tmp
         "PYTHONPATH": os.getcwd(),
     }
     run = subprocess.run([sys.executable, "-c", script, spec], env=env, capture_output=True, text=True, check=True)
-    tokenizer, found = data.build_tokenizer("bpe(vocab_size=300)", spec), hashlib.sha256()
+    tokenizer, digest = data.build_tokenizer("bpe(vocab_size=300)", spec), hashlib.sha256()
     iterator = data.train_iterator(spec, tokenizer, 4, 32, 0)
     for batch in take(iterator, 20):
         for key in sorted(batch):
-            found.update(batch[key].tobytes())
+            digest.update(batch[key].tobytes())
     iterator.close()
-    assert run.stdout.strip() == found.hexdigest()
+    assert run.stdout.strip() == digest.hexdigest()
     assert run.stderr == ""  # nor does an iterator that nobody closed say anything on the way out
 
 

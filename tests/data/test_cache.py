@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 
 def test_two_at_once_leave_one_whole_entry(tmp_path):
-    barrier, found = threading.Barrier(2, timeout=20), []
+    barrier, entries_read = threading.Barrier(2, timeout=20), []
 
     def fill(folder):
         (folder / "first").write_text("one")
@@ -25,16 +25,16 @@ def test_two_at_once_leave_one_whole_entry(tmp_path):
         (folder / "second").write_text("two")
 
     def work():
-        found.append(cache.entry(tmp_path, "thing", fill))
+        entries_read.append(cache.entry(tmp_path, "thing", fill))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [tmp_path / "thing"] * 2
+    assert entries_read == [tmp_path / "thing"] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
-    assert sorted(path.name for path in found[0].iterdir()) == ["checksums.json", "first", "second"]
+    assert sorted(path.name for path in entries_read[0].iterdir()) == ["checksums.json", "first", "second"]
 
 
 def test_a_broken_fill_leaves_nothing(tmp_path):
@@ -97,8 +97,8 @@ def test_tokens_are_memory_mapped_and_small(spec):
 
 
 def entries(folder, kind):
-    (found,) = folder.glob(f"{kind}-*")
-    return found
+    (entry,) = folder.glob(f"{kind}-*")
+    return entry
 
 
 DAMAGE = {
@@ -165,13 +165,15 @@ def test_a_damaged_entry_that_cannot_be_replaced_says_what_to_set(tmp_path, monk
 def test_several_that_find_it_damaged_end_with_one_whole_entry(tmp_path):
     fill = lambda folder: (folder / "a").write_text("a")  # noqa: E731
     (cache.entry(tmp_path, "thing", fill) / "a").write_text("")
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(cache.entry(tmp_path, "thing", fill))) for _ in range(8)]
+    entries_read = []
+    threads = [
+        threading.Thread(target=lambda: entries_read.append(cache.entry(tmp_path, "thing", fill))) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8 and (tmp_path / "thing" / "a").read_text() == "a"
+    assert len(entries_read) == 8 and (tmp_path / "thing" / "a").read_text() == "a"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "thing"]
 
 

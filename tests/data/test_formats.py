@@ -69,10 +69,10 @@ def test_one_folder_of_every_format(tmp_path):
     write(tmp_path / "notes.md", "no rows")
     write(tmp_path / ".hidden.jsonl", "no rows")
     for source in ("jsonl", "csv", "parquet"):
-        found, notes = read(f"{source}(path={str(tmp_path)!r})")
-        assert sorted(found) == sorted(6 * TEXTS) and notes == ["read 18 documents of 6 files"]
-    found, notes = read(f"pairs(path={str(tmp_path)!r})")
-    assert len(found) == 18 and notes == ["read 18 records of 6 files: 'prompt', 'response'"]
+        texts, notes = read(f"{source}(path={str(tmp_path)!r})")
+        assert sorted(texts) == sorted(6 * TEXTS) and notes == ["read 18 documents of 6 files"]
+    texts, notes = read(f"pairs(path={str(tmp_path)!r})")
+    assert len(texts) == 18 and notes == ["read 18 records of 6 files: 'prompt', 'response'"]
 
 
 def test_only_the_fields_that_are_named_are_read(tmp_path):
@@ -133,7 +133,7 @@ def turns(text):
 def test_alpaca_keeps_its_input_and_its_history(tmp_path):
     row = {"instruction": "Add", "input": "1 2", "output": "3", "history": [["Hi", "Hello"]]}
     path = write(tmp_path / "rows.json", json.dumps([row]))
-    found, notes = read(f"pairs(path={path!r}, system='Be brief')")
+    conversations, notes = read(f"pairs(path={path!r}, system='Be brief')")
     expected = [
         ("system", "Be brief"),
         ("user", "Hi"),
@@ -141,14 +141,14 @@ def test_alpaca_keeps_its_input_and_its_history(tmp_path):
         ("user", "Add\n1 2"),
         ("assistant", "3"),
     ]
-    assert [turns(text) for text in found] == [expected]
+    assert [turns(text) for text in conversations] == [expected]
     assert notes == ["read 1 record of 1 file: Alpaca's 'instruction', 'input', 'output', 'history'"]
 
 
 def test_fields_that_are_named_win(tmp_path):
     path = write(tmp_path / "rows.csv", "instruction,output,frage,antwort\na,b,c,d\n")
-    (found,) = documents(f"pairs(path={path!r}, prompt='frage', response='antwort')")
-    assert turns(found) == [("user", "c"), ("assistant", "d")]
+    (conversation,) = documents(f"pairs(path={path!r}, prompt='frage', response='antwort')")
+    assert turns(conversation) == [("user", "c"), ("assistant", "d")]
 
 
 @pytest.mark.parametrize("chosen", ["C", [("assistant", "C")], [("user", "P"), ("assistant", "C")]])
@@ -158,16 +158,16 @@ def test_of_preferences_the_chosen_answer_is_learnt_if_asked(tmp_path, chosen):
     path = write(tmp_path / "rows.jsonl", json.dumps(row))
     with pytest.raises(UserError, match=r"write pairs\(path=..., response='chosen'\)"):
         documents(f"pairs(path={path!r})")
-    (found,) = documents(f"pairs(path={path!r}, response='chosen')")
-    assert turns(found) == [("user", "P"), ("assistant", "C")]
+    (conversation,) = documents(f"pairs(path={path!r}, response='chosen')")
+    assert turns(conversation) == [("user", "P"), ("assistant", "C")]
 
 
 def test_records_without_an_answer_are_counted_and_passed_over(tmp_path):
     rows = [("a", "b"), ("a", ""), (None, "b"), ("a", None), ("c", "d")]
     lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in rows]
     path = write(tmp_path / "rows.jsonl", "\n".join(lines))
-    found, notes = read(f"pairs(path={path!r})")
-    assert len(found) == 2 and notes[0] == "read 2 records of 1 file: 'prompt', 'response'"
+    conversations, notes = read(f"pairs(path={path!r})")
+    assert len(conversations) == 2 and notes[0] == "read 2 records of 1 file: 'prompt', 'response'"
     assert notes[1:] == [
         f"skipped 2: records without an answer (the first: {path}, line 2)",
         f"skipped 1: records without a prompt (the first: {path}, line 3)",
@@ -184,8 +184,8 @@ def test_a_turn_that_calls_a_tool_says_nothing_else(tmp_path):
         {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "A"}]},
     ]
     path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
-    (found,), notes = read(f"chat(path={path!r})")
-    assert json.loads(found)[1] == {"role": "assistant", "content": "", "tool_calls": call}
+    (conversation,), notes = read(f"chat(path={path!r})")
+    assert json.loads(conversation)[1] == {"role": "assistant", "content": "", "tool_calls": call}
     assert "skipped 1: records with a turn of no text" in notes[1]
 
 
@@ -194,8 +194,8 @@ def test_tools_go_with_their_conversation(tmp_path, spell):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     rows = [{"messages": CONVERSATION, "tools": spell(tools)}, {"messages": CONVERSATION, "tools": None}]
     path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
-    found = documents(f"chat(path={path!r})")
-    assert found == [conversation.dump(CONVERSATION, tools), conversation.dump(CONVERSATION)]
+    conversations = documents(f"chat(path={path!r})")
+    assert conversations == [conversation.dump(CONVERSATION, tools), conversation.dump(CONVERSATION)]
     write(tmp_path / "rows.jsonl", json.dumps({"messages": CONVERSATION, "tools": 3}))
     with pytest.raises(UserError, match="line 1: field 'tools' holds 3; it is a list of functions"):
         documents(f"chat(path={path!r})")
@@ -210,16 +210,16 @@ def test_a_table_is_not_read_as_text(tmp_path):
 def test_answers_that_are_labelled_as_bad_are_not_learnt(tmp_path):
     rows = [{"prompt": "U", "completion": text, "label": text == "good"} for text in ("good", "bad")]
     path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
-    (found,), notes = read(f"pairs(path={path!r})")
-    assert turns(found)[1] == ("assistant", "good")
+    (conversation,), notes = read(f"pairs(path={path!r})")
+    assert turns(conversation)[1] == ("assistant", "good")
     assert "skipped 1: records labelled as answers that are not wanted" in notes[1]
 
 
 def test_a_dialogue_in_a_text_is_its_turns(tmp_path):
     text = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: More\n\nAssistant: No"
     path = write(tmp_path / "rows.jsonl", json.dumps({"chosen": text, "rejected": "x"}))
-    (found,) = documents(f"pairs(path={path!r}, response='chosen')")
-    assert turns(found) == [("user", "Hi"), ("assistant", "Hello"), ("user", "More"), ("assistant", "No")]
+    (conversation,) = documents(f"pairs(path={path!r}, response='chosen')")
+    assert turns(conversation) == [("user", "Hi"), ("assistant", "Hello"), ("user", "More"), ("assistant", "No")]
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ def test_tables_as_spreadsheets_and_others_write_them(tmp_path, name, content, e
 def test_an_empty_file_is_no_reason_to_refuse_a_folder(tmp_path):
     for name, content in (("__init__.py", ""), ("blank.py", " \n"), ("a.py", "a = 1\n")):
         write(tmp_path / "package" / name, content)
-    found, notes = read(f"text(path='{tmp_path}/**/*.py')")
-    assert found == ["a = 1\n"] and notes[0] == "read 1 document of 2 files"
+    texts, notes = read(f"text(path='{tmp_path}/**/*.py')")
+    assert texts == ["a = 1\n"] and notes[0] == "read 1 document of 2 files"
     assert [note.partition(" (")[0] for note in notes[1:]] == [
         "skipped 1: empty files",
         "skipped 1: files of white space alone",
@@ -335,7 +335,7 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path, name, content, message)
     path = write(tmp_path / name, content)
     with pytest.raises(UserError) as error:
         documents(f"jsonl(path={path!r})")
-    assert any(each in str(error.value) for each in message.split("|")), error.value
+    assert any(alternative in str(error.value) for alternative in message.split("|")), error.value
     assert path in str(error.value) and "\n" not in str(error.value)
 
 
@@ -397,8 +397,8 @@ def test_the_fingerprint_follows_every_byte_that_is_used_and_no_path(tmp_path):
 def test_a_conversation_in_a_parquet_file(tmp_path):
     rows = [{"messages": CONVERSATION, "extra": 1}, {"messages": CONVERSATION[1:], "extra": 2}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = documents(f"chat(path='{tmp_path}/a.parquet')")
-    assert found == [conversation.dump(CONVERSATION), conversation.dump(CONVERSATION[1:])]
+    conversations = documents(f"chat(path='{tmp_path}/a.parquet')")
+    assert conversations == [conversation.dump(CONVERSATION), conversation.dump(CONVERSATION[1:])]
 
 
 def test_rows_of_a_table_have_the_columns_that_were_chosen(tmp_path):

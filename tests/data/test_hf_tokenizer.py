@@ -68,8 +68,8 @@ def test_a_document_opens_with_what_transformers_puts_before_a_text(both, tmp_pa
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     corpus = Corpus(f"jsonl(path='{tmp_path}/texts.jsonl', held_out=0.4)", cache_dir)
     sides = corpus.documents(ours)
-    found = [side[index] for side in sides.values() for index in range(len(side))]
-    whole = sorted([*document["tokens"], document["targets"][-1]] for document in found)
+    ids = [side[index] for side in sides.values() for index in range(len(side))]
+    whole = sorted([*document["tokens"], document["targets"][-1]] for document in ids)
     assert whole == sorted([*theirs(text)["input_ids"], theirs.eos_token_id] for text in texts)
 
 
@@ -96,9 +96,9 @@ def test_a_record_without_a_template_opens_likewise(both):
 )
 def test_generation_stops_at_any_of_the_tokens_that_the_files_name(generation, config, ends, tmp_path):
     theirs = kinds.save(tmp_path, eos_token="<eos>")
-    for name, found in (("generation_config.json", generation), ("config.json", config)):
-        if found is not None:
-            (tmp_path / name).write_text(json.dumps({"model_type": "llama"} | found))
+    for name, fields in (("generation_config.json", generation), ("config.json", config)):
+        if fields is not None:
+            (tmp_path / name).write_text(json.dumps({"model_type": "llama"} | fields))
     assert kinds.ours(tmp_path).end_ids == (ends or (theirs.eos_token_id,))
 
 
@@ -127,8 +127,8 @@ def test_ids_may_have_holes(tmp_path):
     assert ids[-1] == 1000 and ours.token_bytes[ids].sum() == len("the cat") and ours.decode(ids) == "the cat"
 
 
-@pytest.mark.parametrize("kept", ["tokenizer.json", "vocab.json"])
-def test_an_id_that_would_be_numbered_anew_is_refused_by_name(kept, tmp_path):
+@pytest.mark.parametrize("kept_ids", ["tokenizer.json", "vocab.json"])
+def test_an_id_that_would_be_numbered_anew_is_refused_by_name(kept_ids, tmp_path):
     """Of a token behind a hole that no vocabulary holds."""
     kinds.save(tmp_path, eos_token="<eos>")
     state = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -140,7 +140,7 @@ def test_an_id_that_would_be_numbered_anew_is_refused_by_name(kept, tmp_path):
     for id in (size, 1000):
         added = state | {"added_tokens": [token | {"id": id}]}
         (tmp_path / "tokenizer.json").write_text(json.dumps(added, indent=2))
-        if kept == "vocab.json":
+        if kept_ids == "vocab.json":
             (tmp_path / "tokenizer.json").unlink()
             changed = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": {str(id): token}}
             (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | changed))
@@ -209,9 +209,9 @@ def test_a_word_piece_vocabulary_is_read_and_spelt_as_transformers_does(key, val
         assert ours.encode_prompt(text) == ours.encode_template(text) == ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     ours.save(tmp_path / "kept")
-    kept = kinds.ours(tmp_path / "kept")
-    assert kept.encode_prompt("a [SEP] .") == ours.encode_prompt("a [SEP] .")
-    assert kept.decode([2, 3, 5]) == ours.decode([2, 3, 5])
+    cased = kinds.ours(tmp_path / "kept")
+    assert cased.encode_prompt("a [SEP] .") == ours.encode_prompt("a [SEP] .")
+    assert cased.decode([2, 3, 5]) == ours.decode([2, 3, 5])
 
 
 def test_several_templates_by_name_without_a_default_are_named(tmp_path):

@@ -43,12 +43,12 @@ def take(iterator, count):
 
 
 def first_epoch(corpus, tokenizer, index, count):
-    iterator, found = iter(Stream(corpus, tokenizer, index, count)), []
+    iterator, texts = iter(Stream(corpus, tokenizer, index, count)), []
     while True:
         tokens = next(iterator)["tokens"]
         if iterator.get_state()["epoch"] > 0:
-            return found
-        found.append(tokenizer.decode(tokens))
+            return texts
+        texts.append(tokenizer.decode(tokens))
 
 
 def test_whole_and_streamed_are_the_same_corpus(folder, tokenizer):

@@ -50,8 +50,8 @@ class NoSource:
 @pytest.mark.parametrize("spec", ["least_source", "stranger_source"])
 def test_documents_are_enough(spec):
     tokenizer = data.build_tokenizer("bpe(vocab_size=300)", spec)
-    found = data.describe(spec, tokenizer)
-    assert found["train_documents"] + found["held_out_documents"] == 40 and found["held_out_documents"] > 0
+    summary = data.describe(spec, tokenizer)
+    assert summary["train_documents"] + summary["held_out_documents"] == 40 and summary["held_out_documents"] > 0
     assert sorted([*Corpus(spec).texts("train"), *Corpus(spec).texts("held_out")]) == sorted(TEXTS)
     batches = data.train_iterator(spec, tokenizer, 2, 16, seed=0)
     assert next(batches)["tokens"].shape == (2, 16)
@@ -96,5 +96,5 @@ def test_rows_to_calibrate_on_hold_no_padding(tmp_path):
     rows = [f'{{"prompt": "question {i}", "response": "{"answer " * (i % 7 + 1)}"}}' for i in range(200)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     spec = f"pairs(path='{tmp_path}/rows.jsonl')"
-    found = data.calibration_rows(spec, data.build_tokenizer("bytes", spec), 64)
-    assert found.shape == (data.pipeline.CALIBRATION_ROWS, 64) and (found > 0).all()
+    calibration_rows = data.calibration_rows(spec, data.build_tokenizer("bytes", spec), 64)
+    assert calibration_rows.shape == (data.pipeline.CALIBRATION_ROWS, 64) and (calibration_rows > 0).all()

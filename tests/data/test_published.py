@@ -27,8 +27,8 @@ TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 def added(entry):
     """Added tokens as files list them, by id."""
-    given = {int(id): token for id, token in entry["added_tokens"].items()}
-    return {id: ATTRIBUTES | (token if isinstance(token, dict) else {"content": token}) for id, token in given.items()}
+    tokens = {int(id): token for id, token in entry["added_tokens"].items()}
+    return {id: ATTRIBUTES | (token if isinstance(token, dict) else {"content": token}) for id, token in tokens.items()}
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +119,11 @@ def ends(folder):
 
     config = transformers.AutoConfig.from_pretrained(folder)
     if (folder / GENERATION).exists():
-        found = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+        ids = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
     else:
-        found = transformers.GenerationConfig.from_model_config(config).eos_token_id
-    found = config.eos_token_id if found is None else found
-    return tuple(found if isinstance(found, list) else [found])
+        ids = transformers.GenerationConfig.from_model_config(config).eos_token_id
+    ids = config.eos_token_id if ids is None else ids
+    return tuple(ids if isinstance(ids, list) else [ids])
 
 
 @pytest.fixture
@@ -143,9 +143,9 @@ def test_it_is_read_as_transformers_reads_it(entry, folder):
     compare(place, entry)
     ours = kinds.ours(place)
     assert ours.end_ids == ends(place)
-    given = {name: content(entry["tokenizer_config"].get(f"{name}_token")) for name in ("bos", "eos")}
+    special_tokens = {name: content(entry["tokenizer_config"].get(f"{name}_token")) for name in ("bos", "eos")}
     ids = {token["content"]: id for id, token in added(entry).items()}
-    assert (ours.bos_id, ours.eos_id) == (ids.get(given["bos"]), ids[given["eos"]])
+    assert (ours.bos_id, ours.eos_id) == (ids.get(special_tokens["bos"]), ids[special_tokens["eos"]])
     assert ours.lead_ids == ((ours.bos_id,) if entry["opens_with_bos"] else ())
     assert {ours.text_of(id) for id in ids.values()} == set(ids)
 

@@ -40,15 +40,15 @@ def test_docstrings_stay_on_the_side_of_their_source(documents):
 def test_docstrings_read_like_help():
     source = '"""Top."""\nclass A:\n    """Class."""\n'
     source += '    async def f(self, x=1):\n        """Deep."""\n        def g(): "In."\n'
-    found = list(python_docs._docstrings(ast.parse(source), "m"))
-    assert found == ["m\n\nTop.", "m.A\n\nClass.", "m.A.f(self, x=1)\n\nDeep.", "m.A.f.g()\n\nIn."]
+    docstrings = list(python_docs._docstrings(ast.parse(source), "m"))
+    assert docstrings == ["m\n\nTop.", "m.A\n\nClass.", "m.A.f(self, x=1)\n\nDeep.", "m.A.f.g()\n\nIn."]
 
 
 def test_paths_are_sorted_and_hold_no_tests_and_no_tables():
     paths = python_docs._modules()
     assert paths == sorted(paths) and len(paths) > 300
-    parts = {part for path in paths for part in path.parts[len(sys.prefix.split("/")) :]}
-    assert not parts & {"test", "tests", "idlelib", "turtledemo", "encodings", "site-packages", "pydoc_data"}
+    names = {name for path in paths for name in path.parts[len(sys.prefix.split("/")) :]}
+    assert not names & {"test", "tests", "idlelib", "turtledemo", "encodings", "site-packages", "pydoc_data"}
     assert not any(path.name.startswith("_sysconfigdata") for path in paths)
 
 

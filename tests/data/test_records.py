@@ -46,9 +46,9 @@ def test_only_answers_and_their_end_are_learnt_and_no_record_is_cut_or_crossed(r
         for tokens, targets, learnt in rows(batch):
             prompt, answer = decode(tokens).split("\n\n")
             assert prompt.startswith("Question ") and (answer.startswith("Answer") or len(tokens) == LENGTH)
-            said = targets[learnt > 0]
+            answers = targets[learnt > 0]
             if len(tokens) < LENGTH:
-                assert decode(said) == answer and said[-1] == tokenizer.eos_id
+                assert decode(answers) == answer and answers[-1] == tokenizer.eos_id
             assert list(targets[:-1]) == list(tokens[1:])
             seen += 1
     assert seen == len(Corpus(records).documents(tokenizer)["held_out"])
@@ -64,8 +64,8 @@ def test_training_rows_hold_every_record_and_resume(records, tokenizer):
     again = data.train_iterator(records, tokenizer, 4, LENGTH, seed=0)
     again.set_state(state)
     for batch in after:
-        found = next(again)
-        assert all(np.array_equal(batch[key], found[key]) for key in batch)
+        resumed_batch = next(again)
+        assert all(np.array_equal(batch[key], resumed_batch[key]) for key in batch)
     for opened in (iterator, again):
         opened.close()
 
@@ -109,7 +109,7 @@ def test_a_chat_template_frames_the_turns_and_every_answer_is_learnt():
     ids, learnt = conversation.encode(tokenizer, text)
     spelt = "".join(chr(id) if id > 32 else " \n"[id] for id in ids).replace(chr(127), "|")
     assert spelt == "[system]S|\n[user]U1|\n[assistant]A1|\n[user]U2|\n[assistant]A2|"
-    assert "".join(c for c, said in zip(spelt, learnt, strict=True) if said) == "A1|A2|"
+    assert "".join(c for c, is_learnt in zip(spelt, learnt, strict=True) if is_learnt) == "A1|A2|"
 
 
 TEMPLATE = (
@@ -145,7 +145,7 @@ def test_a_conversation_has_the_ids_that_transformers_gives_it(templated):
     expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert ids == expected[: len(ids)] and theirs.decode(expected[len(ids) :]) == "\n"
     answer = theirs.encode("A 1<eos>") + theirs.encode("A 2<eos>")
-    assert [id for id, said in zip(ids, learnt, strict=True) if said] == answer
+    assert [id for id, is_learnt in zip(ids, learnt, strict=True) if is_learnt] == answer
 
 
 def test_a_conversation_that_the_template_refuses_is_named(templated):
@@ -178,14 +178,17 @@ def test_parquet_and_a_hub_s_folder_hold_the_same_records(records, tokenizer, tm
     (tmp_path / "set" / "part.jsonl").write_bytes((tmp_path / "rows.jsonl").read_bytes())
     specs = [records, records.replace(".jsonl", ".parquet"), f"pairs(path='{tmp_path}/set', hub=True, held_out=0.2)"]
     assert len(set(specs)) == 3
-    found = [[list(Corpus(spec).texts(side)) for side in ("train", "held_out")] for spec in specs]
-    assert found[0] == found[1] == found[2] and len(found[0][0]) + len(found[0][1]) == 120
+    texts = [[list(Corpus(spec).texts(side)) for side in ("train", "held_out")] for spec in specs]
+    assert texts[0] == texts[1] == texts[2] and len(texts[0][0]) + len(texts[0][1]) == 120
 
 
 def test_questions_from_the_documentation_stay_with_their_module(tokenizer):
     corpus = Corpus("doc_pairs(max_bytes=200000)")
     sides = {side: [json.loads(text) for text in corpus.texts(side)] for side in ("train", "held_out")}
-    modules = {side: {turns[0]["content"].partition(".")[0] for turns in found} for side, found in sides.items()}
+    modules = {
+        side: {turns[0]["content"].partition(".")[0] for turns in conversations}
+        for side, conversations in sides.items()
+    }
     assert sides["held_out"] and not modules["train"] & modules["held_out"]
     assert all([turn["role"] for turn in turns] == ["user", "assistant"] for turns in sides["train"])
 
@@ -233,7 +236,7 @@ def test_an_answer_of_weight_0_is_read_and_not_learnt(tmp_path, templated, token
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}))
     (text,) = Corpus(f"chat(path='{tmp_path}/rows.jsonl')").source.documents()
     with_template = data.build_tokenizer(f"hf(path={str(templated)!r})", "doc_pairs()")
-    for each in (tokenizer, with_template):
-        ids, learnt = conversation.encode(each, text)
-        assert each.decode([id for id, said in zip(ids, learnt, strict=True) if said]) == "A2"
-        assert "A1" in each.decode(ids)
+    for either in (tokenizer, with_template):
+        ids, learnt = conversation.encode(either, text)
+        assert either.decode([id for id, is_learnt in zip(ids, learnt, strict=True) if is_learnt]) == "A2"
+        assert "A1" in either.decode(ids)

@@ -40,9 +40,9 @@ def test_text_files_come_in_the_order_of_their_names(tmp_path):
 def test_a_single_big_file_becomes_documents_and_has_a_held_out_part(tmp_path):
     text = "".join(f"line {number} \u00e9\n" for number in range(3000)) + "x" * 5000
     spec = f"text(path={write(tmp_path / 'big.txt', text)!r}, document_size=2000)"
-    parts = documents(spec)
-    assert "".join(parts) == text and max(map(len, parts)) <= 2000
-    assert all(part.endswith("\n") for part in parts if "x" not in part)
+    pieces = documents(spec)
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 2000
+    assert all(piece.endswith("\n") for piece in pieces if "x" not in piece)
     assert list(Corpus(spec).texts("held_out")) and list(Corpus(spec).texts("train"))
 
 

@@ -94,7 +94,7 @@ def load(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "template, messages, said",
+    "template, messages, answers",
     [
         (CHATML, turns("Q", "A"), ["A<|im_end|><eos>"]),
         (CHATML, turns("Q", "A", "Q", "A"), ["A<|im_end|>", "A<|im_end|><eos>"]),
@@ -121,19 +121,19 @@ def load(tmp_path_factory):
         (CHATML, [{"role": "system", "content": "S"}, *turns("Q", "A")], ["A<|im_end|><eos>"]),
     ],
 )
-def test_ids_are_those_of_transformers_and_the_answers_are_learnt(template, messages, said, load):
+def test_ids_are_those_of_transformers_and_the_answers_are_learnt(template, messages, answers, load):
     ours, theirs = load(template)
     ids, learnt = conversation.encode(ours, conversation.dump(messages))
     expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
-    own = ids[:-1] if ids[-1] == theirs.eos_token_id != expected[-1] else ids
-    assert own == expected[: len(own)]
-    assert messages[-1]["role"] != "assistant" or not theirs.decode(expected[len(own) :]).strip()
+    compared_ids = ids[:-1] if ids[-1] == theirs.eos_token_id != expected[-1] else ids
+    assert compared_ids == expected[: len(compared_ids)]
+    assert messages[-1]["role"] != "assistant" or not theirs.decode(expected[len(compared_ids) :]).strip()
     runs, before = [], False
     for id, is_learnt in zip(ids, learnt, strict=True):
         runs += [[]] if is_learnt and not before else []
         runs[-1].append(id) if is_learnt else None
         before = is_learnt
-    assert [theirs.decode(run) for run in runs] == said
+    assert [theirs.decode(run) for run in runs] == answers
 
 
 @pytest.mark.parametrize("messages", [turns("Q", "A"), SAME, ODD, [*turns("Q", "A"), {"role": "user", "content": "x"}]])
@@ -144,7 +144,7 @@ def test_what_a_template_marks_itself_is_learnt_as_transformers_masks_it(message
     expected = theirs.apply_chat_template(messages, tokenize=True, **how)
     count = len(ids) - (ids[-1] == theirs.eos_token_id)
     assert ids[:count] == expected["input_ids"][:count]
-    assert learnt[:count] == [bool(said) for said in expected["assistant_masks"][:count]]
+    assert learnt[:count] == [bool(mask) for mask in expected["assistant_masks"][:count]]
     assert not any(expected["assistant_masks"][count:])
     if messages is ODD:  # reading special tokens in a template leaves documents as they were
         assert ours.eos_id not in ours.encode("<eos>")
@@ -160,13 +160,13 @@ def test_a_last_message_is_continued_as_in_transformers(template, final, load):
 
 
 def test_thinking_that_a_template_leaves_out_is_said_once(load, monkeypatch):
-    said, (ours, _) = [], load(OPENED)
+    notes, (ours, _) = [], load(OPENED)
     conversation._say_dropped.cache_clear()
-    monkeypatch.setattr(conversation.log, "warning", said.append)
+    monkeypatch.setattr(conversation.log, "warning", notes.append)
     for messages in (turns("Q", "A"), THOUGHT, THOUGHT):
         conversation.encode(ours, conversation.dump(messages))
     conversation.encode(load(LATER)[0], conversation.dump(THOUGHT))
-    assert said == ["the chat template leaves out the thinking of answers, as in transformers: it is not learnt"]
+    assert notes == ["the chat template leaves out the thinking of answers, as in transformers: it is not learnt"]
 
 
 def test_tools_reach_the_template(load):
@@ -196,13 +196,13 @@ def test_what_cannot_be_told_apart_is_one_line(template, why, load):
 
 
 def test_messages_become_what_transformers_takes():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    given = [
-        {"role": "user", "content": parts, "name": None},
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [
+        {"role": "user", "content": content, "name": None},
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": {"x": None}}}]},
         {"role": "assistant", "content": "c", "tool_calls": None},
     ]
-    assert conversation.check(given, "here") == [
+    assert conversation.check(messages, "here") == [
         {"role": "user", "content": "ab"},
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "w", "arguments": {}}}]},
         {"role": "assistant", "content": "c"},

@@ -70,7 +70,7 @@ def both(folder):
 def asked(kind, *arguments):
     from lm_eval.api.instance import Instance
 
-    return [Instance(kind, {}, each, index) for index, each in enumerate(arguments)]
+    return [Instance(kind, {}, request, index) for index, request in enumerate(arguments)]
 
 
 @pytest.mark.slow
@@ -78,20 +78,20 @@ def test_log_likelihoods_are_the_harness_s_own(both):
     long = TEXT * 3  # more than the model's positions: its start is lost
     pairs = [("A dog is", " an animal"), ("", "The sky"), ("A dog is ", "a"), (long, " cold"), ("<s>The sea", " is")]
     pairs += [("The sky", TEXT[7:60])]
-    found, expected = (each.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True) for each in both)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-4)
+    actual, expected = (model.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True) for model in both)
+    assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
+    assert [value for value, _ in actual] == pytest.approx([value for value, _ in expected], rel=1e-4)
     # Of all tokens one is the likeliest.
     every = [(None, both[0].tok_encode("A dog"), [id]) for id in range(300)]
-    ours, theirs = ([greedy for _, greedy in each._loglikelihood_tokens(every, disable_tqdm=True)] for each in both)
+    ours, theirs = ([greedy for _, greedy in model._loglikelihood_tokens(every, disable_tqdm=True)] for model in both)
     assert ours == theirs and sum(ours) == 1
 
 
 @pytest.mark.slow
 def test_whole_texts_are_scored_as_the_harness_does(both):
     texts = [(TEXT,), (TEXT * 4,)]
-    found, expected = (each.loglikelihood_rolling(asked("loglikelihood_rolling", *texts)) for each in both)
-    assert found == pytest.approx(expected, rel=1e-4)
+    actual, expected = (model.loglikelihood_rolling(asked("loglikelihood_rolling", *texts)) for model in both)
+    assert actual == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -99,8 +99,8 @@ def test_answers_are_the_harness_s_own(both):
     settings = {"until": ["e"], "max_gen_toks": 12}
     free = {"max_gen_toks": 12}
     prompts = [("A dog", free), ("The sea is cold", settings), ("Two", settings), (TEXT * 4, free), ("<s>The", free)]
-    found, expected = (each.generate_until(asked("generate_until", *prompts)) for each in both)
-    assert found == expected and len(set(found)) > 2
+    actual, expected = (model.generate_until(asked("generate_until", *prompts)) for model in both)
+    assert actual == expected and len(set(actual)) > 2
 
 
 @pytest.mark.slow
@@ -135,16 +135,16 @@ def test_a_row_holds_the_tasks_that_its_config_names(folder, both, tmp_path):
 
 def results(file, **values):
     """A results.json of the study's six, whose metrics are 0.1, 0.2..."""
-    found = {task: {f"{metric},none": (i + 1) / 10} for i, (task, metric) in enumerate(lm_eval_tasks.STUDY.items())}
-    found["leaderboard_mmlu_pro"] |= {"acc_stderr,none": 0.01, "alias": "mmlu"}
-    file.write_text(json.dumps({"results": found, "lm_eval_version": "0.4.13"} | values))
+    scores = {task: {f"{metric},none": (i + 1) / 10} for i, (task, metric) in enumerate(lm_eval_tasks.STUDY.items())}
+    scores["leaderboard_mmlu_pro"] |= {"acc_stderr,none": 0.01, "alias": "mmlu"}
+    file.write_text(json.dumps({"results": scores, "lm_eval_version": "0.4.13"} | values))
     return str(file)
 
 
 def test_the_study_s_mean_has_six_tasks_and_no_weights(tmp_path):
-    found = lm_eval_tasks.readings_of_file(results(tmp_path / "results.json"))
-    assert found["study_quality"].value == pytest.approx(0.35) and len(found) == 7
-    assert found["leaderboard_mmlu_pro_acc"] == Reading(0.1, "1", "results.json: lm-eval 0.4.13")
+    readings = lm_eval_tasks.readings_of_file(results(tmp_path / "results.json"))
+    assert readings["study_quality"].value == pytest.approx(0.35) and len(readings) == 7
+    assert readings["leaderboard_mmlu_pro_acc"] == Reading(0.1, "1", "results.json: lm-eval 0.4.13")
     five = json.loads((tmp_path / "results.json").read_text())
     five["results"].pop("leaderboard_musr")
     assert "study_quality" not in lm_eval_tasks.readings(five, "x")

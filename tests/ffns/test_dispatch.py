@@ -20,26 +20,26 @@ def random_experts(seed=0):
 
 def dropped_in_order(experts, capacity):
     """First choices before second ones, earlier tokens before later ones; `[B, T, k]`, True where kept."""
-    kept = np.zeros(experts.shape, bool)
+    mask = np.zeros(experts.shape, bool)
     for b in range(experts.shape[0]):
         taken = np.zeros(E, int)
         for choice in range(experts.shape[2]):
             for t in range(experts.shape[1]):
                 expert = experts[b, t, choice]
-                kept[b, t, choice] = taken[expert] < capacity
+                mask[b, t, choice] = taken[expert] < capacity
                 taken[expert] += 1
-    return kept
+    return mask
 
 
 def check_rows(plan, experts, rows_of_expert):
     """Each kept assignment lies in one row of its own, in the range of its expert, and the row names it."""
     N = experts.shape[0] * experts.shape[1]
-    kept = np.ones((N, K), bool) if plan.kept_Nk is None else np.asarray(plan.kept_Nk)
-    rows, assignments = np.asarray(plan.row_Nk)[kept], np.arange(N * K).reshape(N, K)[kept]
+    mask = np.ones((N, K), bool) if plan.kept_Nk is None else np.asarray(plan.kept_Nk)
+    rows, assignments = np.asarray(plan.row_Nk)[mask], np.arange(N * K).reshape(N, K)[mask]
     assert len(set(rows)) == len(rows)
     np.testing.assert_array_equal(np.asarray(plan.assignment_R)[rows], assignments)
     starts = np.concatenate([[0], np.cumsum(rows_of_expert)])
-    expert = experts.reshape(N, K)[kept]
+    expert = experts.reshape(N, K)[mask]
     assert (starts[expert] <= rows).all() and (rows < starts[expert + 1]).all()
     if plan.filled_R is not None:
         np.testing.assert_array_equal(np.flatnonzero(plan.filled_R), np.sort(rows))
@@ -59,9 +59,9 @@ def test_capacity_drops_in_the_stated_order(seed, factor):
     experts = random_experts(seed)
     plan = dispatch.capacity(experts, E, factor)
     C = int(np.ceil(T * K / E * factor))
-    kept = dropped_in_order(experts, C)
-    assert kept.all() == (factor == E / K)
-    np.testing.assert_array_equal(plan.kept_Nk, kept.reshape(B * T, K))
+    mask = dropped_in_order(experts, C)
+    assert mask.all() == (factor == E / K)
+    np.testing.assert_array_equal(plan.kept_Nk, mask.reshape(B * T, K))
     check_rows(plan, experts, np.full(E, B * C))
 
 
@@ -78,8 +78,8 @@ def test_capacity_rounds_up_and_never_exceeds_the_row():
 def test_a_later_first_choice_drops_an_earlier_second_one():
     """Why capacity with k > 1 is not causal: only the last token differs, and the first one's second choice goes."""
     wants_other, wants_same = np.array([[[0, 1], [2, 0]]]), np.array([[[0, 1], [1, 0]]])
-    kept = [dispatch.capacity(experts.astype(np.int32), 3, 0.75).kept_Nk[0] for experts in (wants_other, wants_same)]
-    np.testing.assert_array_equal(kept, [[True, True], [True, False]])
+    masks = [dispatch.capacity(experts.astype(np.int32), 3, 0.75).kept_Nk[0] for experts in (wants_other, wants_same)]
+    np.testing.assert_array_equal(masks, [[True, True], [True, False]])
 
 
 @pytest.mark.parametrize("seed", [slow_case(0), 1, 2])
@@ -97,14 +97,14 @@ def test_gathers_and_their_gradients(plan_of):
     plan = plan_of(random_experts(), E)
     rng = np.random.default_rng(0)
     x_ND, weights_Nk = rng.standard_normal((B * T, D), np.float32), rng.standard_normal((B * T, K), np.float32)
-    kept = np.ones((B * T, K)) if plan.kept_Nk is None else plan.kept_Nk
+    mask = np.ones((B * T, K)) if plan.kept_Nk is None else plan.kept_Nk
 
     def ours(x_ND, weights_Nk):
         y_RD = dispatch.to_experts(x_ND, plan) ** 2 * dispatch.weights_of_rows(weights_Nk, plan)
         return dispatch.from_experts(y_RD, plan)
 
     def plain(x_ND, weights_Nk):
-        return x_ND**2 * jnp.sum(weights_Nk * kept, 1, keepdims=True)
+        return x_ND**2 * jnp.sum(weights_Nk * mask, 1, keepdims=True)
 
     np.testing.assert_allclose(ours(x_ND, weights_Nk), plain(x_ND, weights_Nk), atol=1e-6)
     total = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1))(x_ND, weights_Nk) for f in (ours, plain)]

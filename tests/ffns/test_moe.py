@@ -14,8 +14,8 @@ B, T, D, E, F = 2, 12, 16, 8, 24
 X = np.random.default_rng(0).standard_normal((B, T, D), np.float32)
 
 
-def layer(precision="float32", **given):
-    fields = {"num_experts": E, "top_k": 2, "hidden": F} | given
+def layer(precision="float32", **values):
+    fields = {"num_experts": E, "top_k": 2, "hidden": F} | values
     return build(
         "ffn", f"moe({', '.join(f'{key}={value!r}' for key, value in fields.items())})", {"precision": precision}
     )
@@ -37,11 +37,11 @@ def swiglu(x, kernels, e):
     return (hidden / (1 + np.exp(-hidden)) * (x @ up)) @ down
 
 
-def expected(params, routed, kept=None):
+def expected(params, routed, mask=None):
     """The sum over each token's kept experts, one token and one expert at a time."""
     y, weights = np.zeros(X.shape, np.float32), np.asarray(routed.weights_BTk)
     for b, t, choice in np.ndindex(*routed.experts_BTk.shape):
-        if kept is None or kept[b, t, choice]:
+        if mask is None or mask[b, t, choice]:
             expert = int(routed.experts_BTk[b, t, choice])
             y[b, t] += weights[b, t, choice] * swiglu(X[b, t], params["experts"], expert)
     return y
@@ -67,13 +67,13 @@ def test_capacity_leaves_dropped_assignments_out():
     params = parameters(moe)
     y, aux = run(moe, params)
     routed = routing.route(X @ params["router"]["kernel"], 2, "softmax", True, 1.0)
-    kept, taken = np.zeros((B, T, 2), bool), np.zeros((B, E), int)
+    mask, taken = np.zeros((B, T, 2), bool), np.zeros((B, E), int)
     for b, choice, t in np.ndindex(B, 2, T):
         expert = int(routed.experts_BTk[b, t, choice])
-        kept[b, t, choice] = taken[b, expert] < 3  # ceil(12 * 2 / 8 * 0.7)
+        mask[b, t, choice] = taken[b, expert] < 3  # ceil(12 * 2 / 8 * 0.7)
         taken[b, expert] += 1
-    np.testing.assert_allclose(y, expected(params, routed, kept), atol=1e-5)
-    np.testing.assert_allclose(aux["stats"]["drop_rate"], 1 - kept.mean(), rtol=1e-6)
+    np.testing.assert_allclose(y, expected(params, routed, mask), atol=1e-5)
+    np.testing.assert_allclose(aux["stats"]["drop_rate"], 1 - mask.mean(), rtol=1e-6)
     assert 0.05 < aux["stats"]["drop_rate"] < 0.6
 
 
@@ -127,9 +127,9 @@ def test_bias_update_moves_towards_the_mean_load():
     moe = layer(num_experts=4, bias_rate=0.5)
     params = {"router": {"kernel": np.ones((D, 4)), "bias": np.zeros(4)}, "experts": {}}
     loads = np.array([[0.5, 0.3, 0.2, 0.0], [0.25, 0.25, 0.25, 0.25]], np.float32)
-    one = moe.after_step(params, {"load": loads[0]})
-    np.testing.assert_array_equal(one["router"]["bias"], [-0.5, -0.5, 0.5, 0.5])
-    assert one["router"]["kernel"] is params["router"]["kernel"]
+    updated = moe.after_step(params, {"load": loads[0]})
+    np.testing.assert_array_equal(updated["router"]["bias"], [-0.5, -0.5, 0.5, 0.5])
+    assert updated["router"]["kernel"] is params["router"]["kernel"]
     stacked = {"router": {"bias": np.zeros((2, 4))}}
     both = moe.after_step(stacked, {"load": loads})["router"]["bias"]
     np.testing.assert_array_equal(both, [[-0.5, -0.5, 0.5, 0.5], [0, 0, 0, 0]])
@@ -149,9 +149,9 @@ def test_bias_update_balances_a_skewed_router():
     assert stats["load"].max() < 1.7 / E
 
 
-@pytest.mark.parametrize("given", [{}, {"dispatch": "capacity"}])
-def test_memory_is_what_the_formula_says(given):
-    moe = layer(hidden=128, load_balance=0.0, **given)
+@pytest.mark.parametrize("fields", [{}, {"dispatch": "capacity"}])
+def test_memory_is_what_the_formula_says(fields):
+    moe = layer(hidden=128, load_balance=0.0, **fields)
     x = jax.ShapeDtypeStruct((4, 128, 64), jnp.float32)
     params = jax.eval_shape(lambda x: nn.unbox(moe.init(jax.random.key(0), x)["params"]), x)
     step = jax.jit(jax.grad(lambda p, x: jnp.sum(moe.apply({"params": p}, x)[0] ** 2), (0, 1)))
@@ -164,7 +164,7 @@ def test_active_fraction():
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "fields, message",
     [
         ({"top_k": 9}, "top_k = 9 must lie between 1 and num_experts = 8"),
         ({"top_k": 0}, "top_k = 0: must be at least 1"),
@@ -179,6 +179,6 @@ def test_active_fraction():
         ({"shared_gate": True}, "shared_gate = True needs a shared expert"),
     ],
 )
-def test_values_that_do_not_fit_are_refused(given, message):
+def test_values_that_do_not_fit_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
-        layer(**given)
+        layer(**fields)

@@ -22,23 +22,23 @@ def mixtral(rng, E, k, hidden, shared):
 
 
 def qwen2_moe(rng, E, k, hidden, shared):
-    given = {"num_experts": E, "moe_intermediate_size": hidden, "shared_expert_intermediate_size": shared}
+    config = {"num_experts": E, "moe_intermediate_size": hidden, "shared_expert_intermediate_size": shared}
     ours = f"normalise=False, shared_hidden={shared}, shared_gate=True"
-    return "qwen2_moe", "Qwen2Moe", given | {"norm_topk_prob": False}, ours
+    return "qwen2_moe", "Qwen2Moe", config | {"norm_topk_prob": False}, ours
 
 
 def qwen3_moe(rng, E, k, hidden, shared):
     normalise = bool(rng.integers(2))
-    given = {"num_experts": E, "moe_intermediate_size": hidden, "norm_topk_prob": normalise}
-    return "qwen3_moe", "Qwen3Moe", given, f"normalise={normalise}"
+    config = {"num_experts": E, "moe_intermediate_size": hidden, "norm_topk_prob": normalise}
+    return "qwen3_moe", "Qwen3Moe", config, f"normalise={normalise}"
 
 
 def deepseek_v3(rng, E, k, hidden, shared):
     """Without its groups of experts, which one group of all is."""
-    given = {"n_routed_experts": E, "moe_intermediate_size": hidden, "n_shared_experts": 2, "n_group": 1}
-    given |= {"topk_group": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
+    config = {"n_routed_experts": E, "moe_intermediate_size": hidden, "n_shared_experts": 2, "n_group": 1}
+    config |= {"topk_group": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
     ours = f"scores='sigmoid', scale=2.5, shared_hidden={2 * hidden}, bias_rate=0.001"
-    return "deepseek_v3", "DeepseekV3", given, ours
+    return "deepseek_v3", "DeepseekV3", config, ours
 
 
 def pair(family, seed):
@@ -46,8 +46,8 @@ def pair(family, seed):
     rng = np.random.default_rng(seed)
     E, dim, hidden, shared = (int(rng.choice(sizes)) for sizes in ((4, 7, 16), (24, 40), (20, 36), (12, 28)))
     k = int(rng.integers(2, 5))  # one normalised expert has no router gradient to compare
-    module, name, given, ours = family(rng, E, k, hidden, shared)
-    config = getattr(transformers, f"{name}Config")(hidden_size=dim, num_experts_per_tok=k, **given)
+    module, name, settings, ours = family(rng, E, k, hidden, shared)
+    config = getattr(transformers, f"{name}Config")(hidden_size=dim, num_experts_per_tok=k, **settings)
     config._experts_implementation = "eager"
     modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     block = getattr(modeling, f"{name}SparseMoeBlock", None) or getattr(modeling, f"{name}MoE")
@@ -109,8 +109,8 @@ def test_block(family, seed):
 def test_load_balance_loss(E, k):
     reference = importlib.import_module("transformers.models.mixtral.modeling_mixtral").load_balancing_loss_func
     logits = np.random.default_rng(E).standard_normal((B, T, E), np.float32)
-    given = torch.tensor(logits.reshape(-1, E), requires_grad=True)
-    expected = reference((given,), E, k)
+    router_logits = torch.tensor(logits.reshape(-1, E), requires_grad=True)
+    expected = reference((router_logits,), E, k)
     expected.backward()
 
     def ours(logits):
@@ -119,4 +119,4 @@ def test_load_balance_loss(E, k):
 
     loss, gradient = jax.value_and_grad(ours)(jnp.asarray(logits))
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
-    np.testing.assert_allclose(gradient.reshape(-1, E), given.grad.numpy(), atol=1e-7)
+    np.testing.assert_allclose(gradient.reshape(-1, E), router_logits.grad.numpy(), atol=1e-7)

@@ -63,11 +63,14 @@ def test_eight_devices_are_one(name, mesh_spec):
     mesh = sharding.make_mesh(mesh_spec)
     with jax.set_mesh(mesh):
         compiled, inputs = on_mesh(moe, boxed, x, mesh)
-        found = compiled(*inputs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(found))
+        results = compiled(*inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(results))
     tokens = {(8, T, size) for size in (D, 6, 8)} | {(8 * T, size) for size in (D, 6, 8)}
     gathered = [
-        shape for found in hlo.instructions(compiled.as_text()) if found.op == "all-gather" for shape in found.shapes
+        shape
+        for results in hlo.instructions(compiled.as_text())
+        if results.op == "all-gather"
+        for shape in results.shapes
     ]
     assert not tokens & set(gathered), "tokens or their logits are gathered over devices"
 
@@ -78,8 +81,8 @@ def test_rows_that_no_mesh_divides():
     mesh = sharding.make_mesh(CUBE)
     with jax.set_mesh(mesh):
         compiled, inputs = on_mesh(moe, boxed, x, mesh)
-        found = compiled(*inputs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(found))
+        results = compiled(*inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(results))
 
 
 @pytest.mark.parametrize(
@@ -93,14 +96,14 @@ def test_tokens_travel_to_their_experts(mesh_spec):
     mesh = sharding.make_mesh(mesh_spec)
     with jax.set_mesh(mesh):
         compiled, inputs = on_mesh(moe, boxed, x, mesh)
-        found = compiled(*inputs)
+        results = compiled(*inputs)
     assert expected[0][1]["stats"]["drop_rate"] > 0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(found))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(results))
     sent, others = travel(compiled, mesh)
     rows = 8 * (len(x) // sharding.row_ways(mesh)) * rows_per_expert(T, 8, 2, 0.7)
     assert sent == 4 * rows * (4 * D + 2)
-    own = 4 * D * F * 8 // mesh.shape["expert"] // mesh.shape["tensor"]
-    assert max(one.bytes for one in others) <= own, others
+    kernel_bytes = 4 * D * F * 8 // mesh.shape["expert"] // mesh.shape["tensor"]
+    assert max(collective.bytes for collective in others) <= kernel_bytes, others
 
 
 def travel(compiled, mesh):
@@ -108,23 +111,27 @@ def travel(compiled, mesh):
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     alike = np.moveaxis(ids, mesh.axis_names.index("expert"), -1).reshape(-1, mesh.shape["expert"])
     groups = {tuple(sorted(group)) for group in alike.tolist()}
-    found = hlo_cost.collectives(Program(compiled.as_text()), mesh.size)
-    exchanges = [one for one in found if one.kind == "all-to-all"]
-    assert exchanges and all({tuple(sorted(group)) for group in one.groups} == groups for one in exchanges), exchanges
-    return sum(one.times * one.bytes for one in exchanges), [one for one in found if one.kind != "all-to-all"]
+    collectives = hlo_cost.collectives(Program(compiled.as_text()), mesh.size)
+    exchanges = [collective for collective in collectives if collective.kind == "all-to-all"]
+    assert exchanges and all(
+        {tuple(sorted(group)) for group in collective.groups} == groups for collective in exchanges
+    ), exchanges
+    return sum(collective.times * collective.bytes for collective in exchanges), [
+        collective for collective in collectives if collective.kind != "all-to-all"
+    ]
 
 
 @pytest.mark.parametrize(
-    "name, mesh_spec, said",
+    "name, mesh_spec, message",
     [
         ("dropless", "fsdp=2, expert=4", "expert = 4 .* dispatch = 'dropless' .* dispatch = 'capacity'"),
         ("six", "fsdp=2, expert=4", "expert = 4 does not divide moe's num_experts = 6; 2 would"),
     ],
 )
-def test_what_the_axis_does_not_take_is_refused_by_name(name, mesh_spec, said):
+def test_what_the_axis_does_not_take_is_refused_by_name(name, mesh_spec, message):
     layers = LAYERS | {"six": "num_experts=6, top_k=2, dispatch='capacity'"}
     moe = build("ffn", f"moe(hidden={F}, {layers[name]})", {"precision": "float32"})
-    with jax.set_mesh(sharding.make_mesh(mesh_spec)), pytest.raises(UserError, match=said):
+    with jax.set_mesh(sharding.make_mesh(mesh_spec)), pytest.raises(UserError, match=message):
         jax.eval_shape(moe.init, jax.random.key(0), jnp.zeros((8, T, D)))
 
 
@@ -133,5 +140,5 @@ def test_rows_that_the_axis_does_not_divide_travel_too():
     mesh = sharding.make_mesh("fsdp=2, expert=4")
     with jax.set_mesh(mesh):
         compiled, inputs = on_mesh(moe, boxed, x, mesh)
-        found = compiled(*inputs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(found))
+        results = compiled(*inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(results))

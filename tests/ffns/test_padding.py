@@ -57,9 +57,9 @@ def compiled(name, accumulate):
     return jax.jit(functools.partial(step.gradients, model(name)[0], accumulate=accumulate))
 
 
-def gradients(name, given, accumulate=1):
+def gradients(name, packed, accumulate=1):
     """`(gradients, metrics)` of a step."""
-    return jax.device_get(compiled(name, accumulate)(model(name)[1], given))
+    return jax.device_get(compiled(name, accumulate)(model(name)[1], packed))
 
 
 def same(a, b, rtol=1e-5, atol=1e-7):
@@ -92,16 +92,16 @@ def test_eight_devices_leave_the_same_padding_out(name, mesh_spec):
         where = sharding.shardings(boxed, mesh)
         rows = sharding.batch_sharding(mesh)
         run = jax.jit(functools.partial(step.gradients, lm, accumulate=1), in_shardings=(where, rows))
-        found = [jax.device_get(run(jax.device_put(params, where), batch(seed=seed, fill=seed))) for seed in (0, 1)]
-    jax.tree.map(np.testing.assert_array_equal, *found)
-    same(gradients(name, batch()), found[0], rtol=1e-4, atol=2e-5)
+        results = [jax.device_get(run(jax.device_put(params, where), batch(seed=seed, fill=seed))) for seed in (0, 1)]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    same(gradients(name, batch()), results[0], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["dropless", "capacity"])
 def test_micro_batches_of_unequal_padding_count_by_their_tokens(name):
     """Statistics and the z-loss are those of the whole batch; a balance loss is a product, and each's own."""
-    whole, parts = (gradients(name, batch(), accumulate)[1] for accumulate in (1, 4))
-    for a, b in zip(whole["aux"], parts["aux"], strict=True):
+    whole, accumulated = (gradients(name, batch(), accumulate)[1] for accumulate in (1, 4))
+    for a, b in zip(whole["aux"], accumulated["aux"], strict=True):
         same(a["stats"], b["stats"])
         same(a["losses"]["z_loss"], b["losses"]["z_loss"])
 
@@ -136,5 +136,5 @@ def test_an_ffn_is_given_the_context_if_it_asks():
     moe = build("ffn", MIXTURES["dropless"], {"precision": "float32"})
     params = nn.unbox(moe.init(jax.random.key(0), x_BTD)["params"])
     ctx = Context.packed(jnp.arange(4)[None], jnp.array([[1, 1, 0, 0]]))
-    losses = [moe.apply({"params": params}, *given)[1]["losses"] for given in ((x_BTD[:, :2],), (x_BTD, ctx))]
+    losses = [moe.apply({"params": params}, *arguments)[1]["losses"] for arguments in ((x_BTD[:, :2],), (x_BTD, ctx))]
     same(*losses)

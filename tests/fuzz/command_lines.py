@@ -35,11 +35,11 @@ def outcome(function, argv, seconds):
     def stop(signum, frame):
         raise Hang
 
-    said, before = io.StringIO(), {kind: signal.signal(kind, stop) for kind in (signal.SIGPROF, signal.SIGALRM)}
+    printed, before = io.StringIO(), {kind: signal.signal(kind, stop) for kind in (signal.SIGPROF, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_PROF, seconds)  # of the processors: other work is no hang
     signal.setitimer(signal.ITIMER_REAL, WALL * seconds)  # and something that waits is one
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
             status = function(argv)
     except Hang:
         return "hang", ""
@@ -51,9 +51,9 @@ def outcome(function, argv, seconds):
         for kind, handler in before.items():
             signal.signal(kind, handler)
     if status != 2:
-        return ("ok" if status == 0 else "status"), f"{status} {said.getvalue()}"
-    last = said.getvalue().strip().splitlines()
-    return ("line" if last and last[-1].startswith("efficientllm: ") else "traceback"), said.getvalue()
+        return ("ok" if status == 0 else "status"), f"{status} {printed.getvalue()}"
+    last = printed.getvalue().strip().splitlines()
+    return ("line" if last and last[-1].startswith("efficientllm: ") else "traceback"), printed.getvalue()
 
 
 def parsed(argv):
@@ -82,7 +82,7 @@ def described(argv):
     return 0
 
 
-def known():
+def fields_and_keys():
     """`(fields by name by kind, keys with their defaults)` of the package, read from what is registered."""
     from efficientllm import base_config, registry
     from efficientllm.config.plain import flatten
@@ -112,7 +112,7 @@ def tiny(folder, index):
 
 def work(folder, start, count, seed, mode, seconds):
     """Prints a JSON line for each of the command lines from `start` on."""
-    drawn = lines(seed, *known())
+    drawn = lines(seed, *fields_and_keys())
     function = described if mode == "describe" else parsed
     if mode == "run":
         from efficientllm.main import main as function
@@ -122,30 +122,30 @@ def work(folder, start, count, seed, mode, seconds):
             continue
         argv = [*tiny(folder, index), *line] if mode != "parse" else [BASE, *line]
         print(json.dumps({"index": index, "begins": line}), flush=True)
-        kind, said = outcome(function, argv, seconds)
-        print(json.dumps({"index": index, "outcome": kind, "line": line, "said": said[-600:]}), flush=True)
+        kind, printed = outcome(function, argv, seconds)
+        print(json.dumps({"index": index, "outcome": kind, "line": line, "said": printed[-600:]}), flush=True)
 
 
 def survey(count, seed, mode, seconds):
     """`[{"outcome": ..., "line": ..., "said": ...}]`; a process that hangs or dies is started again after its line."""
-    found, start = [], 0
+    outcomes, start = [], 0
     with tempfile.TemporaryDirectory() as folder:
         while start < count:
-            given = map(str, (folder, start, count, seed, mode, seconds))
+            arguments = map(str, (folder, start, count, seed, mode, seconds))
             process = subprocess.Popen(
-                [sys.executable, "-m", "fuzz.command_lines", "work", *given],
+                [sys.executable, "-m", "fuzz.command_lines", "work", *arguments],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join([f"{ROOT}/tests", str(ROOT)])},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 stdin=subprocess.DEVNULL,
             )
-            start, ended = _follow(process, found, start, (WALL + 2) * seconds + 60)
+            start, ended = _follow(process, outcomes, start, (WALL + 2) * seconds + 60)
             if ended:
                 break
-    return found
+    return outcomes
 
 
-def _follow(process, found, start, patience):
+def _follow(process, outcomes, start, patience):
     """Collects what `process` prints -> `(where to go on, whether it came to its end)`."""
     begun = None
     while True:
@@ -158,14 +158,16 @@ def _follow(process, found, start, patience):
         if "begins" in entry:
             begun = entry
         else:
-            found.append(entry)
+            outcomes.append(entry)
             start, begun = entry["index"] + 1, None
     process.stdout.close()
     process.wait()
     if begun is None:
         return start, True
     kind = "hang" if process.returncode == -signal.SIGKILL else "died"
-    found.append({"index": begun["index"], "outcome": kind, "line": begun["begins"], "said": f"{process.returncode}"})
+    outcomes.append(
+        {"index": begun["index"], "outcome": kind, "line": begun["begins"], "said": f"{process.returncode}"}
+    )
     return begun["index"] + 1, False
 
 
@@ -180,14 +182,14 @@ def main():
         folder, start, count, seed, mode, seconds = sys.argv[2:]
         work(pathlib.Path(folder), int(start), int(count), int(seed), mode, float(seconds))
         return
-    given = sys.argv[1:]
-    count, seed, mode = (*given, *("200", "0", "parse")[len(given) :])
+    arguments = sys.argv[1:]
+    count, seed, mode = (*arguments, *("200", "0", "parse")[len(arguments) :])
     os.environ["JAX_PLATFORMS"] = "cpu"
-    found = survey(int(count), int(seed), mode, 5.0 if mode == "parse" else 60.0)
-    for entry in found:
+    outcomes = survey(int(count), int(seed), mode, 5.0 if mode == "parse" else 60.0)
+    for entry in outcomes:
         if entry["outcome"] in ("traceback", "hang", "died"):
             print(json.dumps(entry, ensure_ascii=True)[:900])
-    print(json.dumps({"tried": len(found), **collections.Counter(entry["outcome"] for entry in found)}))
+    print(json.dumps({"tried": len(outcomes), **collections.Counter(entry["outcome"] for entry in outcomes)}))
 
 
 if __name__ == "__main__":

@@ -124,11 +124,11 @@ def _override(draw, key, techniques, keys):
     return f"--config.{key}={value}"
 
 
-def _spec(draw, known):
-    name = draw.choice(sorted(known))
+def _spec(draw, techniques):
+    name = draw.choice(sorted(techniques))
     if draw.random() < 0.2:
         return draw.choice([name[:-1], name + "x", name.upper(), name]) + draw.choice(ARGUMENTS)
-    fields = draw.sample(sorted(known[name]), min(len(known[name]), draw.choice((0, 1, 1, 2))))
+    fields = draw.sample(sorted(techniques[name]), min(len(techniques[name]), draw.choice((0, 1, 1, 2))))
     return f"{name}({', '.join(f'{field}={_value(draw)}' for field in fields)})"
 
 

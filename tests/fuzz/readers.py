@@ -122,9 +122,9 @@ def sharded(folder):
     tensors = folders.llama(folder, num_hidden_layers=1)
     (folder / "model.safetensors").unlink()
     names, files = sorted(tensors), {}
-    for i, part in enumerate((names[::2], names[1::2])):
-        save_file({name: tensors[name] for name in part}, folder / f"part-{i}.safetensors")
-        files |= dict.fromkeys(part, f"part-{i}.safetensors")
+    for i, shard in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in shard}, folder / f"part-{i}.safetensors")
+        files |= dict.fromkeys(shard, f"part-{i}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return bytes_of(folder)
 
@@ -202,8 +202,8 @@ def rounded(folder):
 def gptq(folder):
     from convert.files import test_quantized
 
-    _, said = test_quantized.WRITERS["gptq"](folder, folders.llama(folder, **SHAPE))
-    (folder / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": said}))
+    _, config = test_quantized.WRITERS["gptq"](folder, folders.llama(folder, **SHAPE))
+    (folder / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": config}))
     return bytes_of(folder)
 
 
@@ -259,10 +259,10 @@ def tokenizer(folder):
 def read_tokenizer(folder):
     from efficientllm.registry import build
 
-    found = build("tokenizer", f"hf(path={str(folder)!r})").fit(None)
-    found.decode(found.encode("the cat \u00e9"))
-    if found.chat is not None:
-        found.chat([{"role": "user", "content": "hi"}])
+    tokenizer = build("tokenizer", f"hf(path={str(folder)!r})").fit(None)
+    tokenizer.decode(tokenizer.encode("the cat \u00e9"))
+    if tokenizer.chat is not None:
+        tokenizer.chat([{"role": "user", "content": "hi"}])
 
 
 PIECES = [
@@ -342,12 +342,12 @@ def _loaded(folder):
 def chat_of(loaded, text):
     for module in ("hf_tokenizer", "tokenizers"):
         try:
-            found = importlib.import_module(f"efficientllm.data.{module}")
+            module_of_data = importlib.import_module(f"efficientllm.data.{module}")
         except ImportError:
             continue
-        if hasattr(found, "from_transformers"):
+        if hasattr(module_of_data, "from_transformers"):
             loaded.chat_template = text
-            chat = found.from_transformers(loaded).chat
+            chat = module_of_data.from_transformers(loaded).chat
             return chat and chat([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\u00e9"}])
     raise LookupError("no from_transformers")
 
@@ -368,9 +368,9 @@ def spoil_adapter(rng, sample, folder):
     if rng.random() < 0.7:
         return spoil_files(["adapter_config.json"])(rng, sample, folder)
     rest = {name: data for name, data in sample.items() if name.endswith(".safetensors")}
-    said = spoil_safetensors(rng, rest, folder)
+    change = spoil_safetensors(rng, rest, folder)
     (folder / "adapter_config.json").write_bytes(sample["adapter_config.json"])
-    return said
+    return change
 
 
 def read_adapter(folder):
@@ -383,8 +383,8 @@ def read_adapter(folder):
     opened = importlib.import_module("efficientllm.convert.peft.read").Adapter(folder, tensors)
     with np.errstate(all="ignore"):
         for module in opened.modules:
-            found = merged(opened, module, np.asarray(base.tensors.read(f"{module}.weight"), np.float32))
-            if not np.isfinite(found).all():
+            kernel = merged(opened, module, np.asarray(base.tensors.read(f"{module}.weight"), np.float32))
+            if not np.isfinite(kernel).all():
                 raise ValueError(f"NaN or infinity out of merging {module}")
 
 
@@ -432,11 +432,11 @@ def read_events(folder):
 
 def results(folder):
     folder.mkdir(exist_ok=True)
-    said = {
+    contents = {
         "results": {"a": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "a"}},
         "n-samples": {"a": {"effective": 9}},
     }
-    (folder / "results.json").write_text(json.dumps(said | {"groups": {}, "lm_eval_version": "0.4"}))
+    (folder / "results.json").write_text(json.dumps(contents | {"groups": {}, "lm_eval_version": "0.4"}))
     return bytes_of(folder)
 
 

@@ -107,12 +107,12 @@ def main(argv=None):
     parser.add_argument("--inputs", type=int)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--seed", default="0")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     failed = False
-    for name in given.readers.split(","):
+    for name in options.readers.split(","):
         counts, first = collections.Counter(), {}
         with tempfile.TemporaryDirectory() as folder:
-            for outcome in outcomes(name, given.seed, pathlib.Path(folder), given.inputs, given.seconds):
+            for outcome in outcomes(name, options.seed, pathlib.Path(folder), options.inputs, options.seconds):
                 kind = {True: "read", False: "one line"}.get(outcome) if isinstance(outcome, bool) else outcome.kind
                 counts[kind] += 1
                 if isinstance(outcome, Outcome):

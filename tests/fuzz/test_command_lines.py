@@ -12,19 +12,19 @@ SEED = 20250
 
 
 def _failures(lines, seconds):
-    found = ((line, *command_lines.outcome(command_lines.parsed, [*BASE, *line], seconds)) for line in lines)
-    return [(line, kind, said[-500:]) for line, kind, said in found if kind not in ("ok", "line")]
+    outcomes = ((line, *command_lines.outcome(command_lines.parsed, [*BASE, *line], seconds)) for line in lines)
+    return [(line, kind, printed[-500:]) for line, kind, printed in outcomes if kind not in ("ok", "line")]
 
 
 def test_a_command_line_is_read_or_refused_in_one_line():
-    lines = drawn.lines(SEED, *command_lines.known())
+    lines = drawn.lines(SEED, *command_lines.fields_and_keys())
     assert _failures(itertools.islice(lines, 300), 5.0) == []
 
 
 @pytest.mark.slow  # half of --fuzz-seconds, or a minute
 def test_many_command_lines_are_read_or_refused_in_one_line(fuzz_seconds):
     end = time.monotonic() + (fuzz_seconds or 60) / 2
-    lines = drawn.lines(time.time_ns(), *command_lines.known())
+    lines = drawn.lines(time.time_ns(), *command_lines.fields_and_keys())
     while time.monotonic() < end:
         assert _failures(itertools.islice(lines, 100), 5.0) == []
 
@@ -32,8 +32,8 @@ def test_many_command_lines_are_read_or_refused_in_one_line(fuzz_seconds):
 @pytest.mark.slow  # what is read is described, or run for two steps, in processes of their own
 @pytest.mark.parametrize("mode, each_s", [("describe", 3), ("run", 20)])
 def test_what_is_read_ends_in_one_line_or_well(fuzz_seconds, mode, each_s):
-    found = command_lines.survey(int(max(60, fuzz_seconds / 2) / each_s), SEED, mode, 60.0)
-    assert [entry for entry in found if entry["outcome"] in ("traceback", "hang", "died")] == []
+    outcomes = command_lines.survey(int(max(60, fuzz_seconds / 2) / each_s), SEED, mode, 60.0)
+    assert [entry for entry in outcomes if entry["outcome"] in ("traceback", "hang", "died")] == []
 
 
 def test_each_outcome_is_told_apart():

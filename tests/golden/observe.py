@@ -181,5 +181,5 @@ def observed(name, folder):
 if __name__ == "__main__":
     out, *names = sys.argv[1:]
     with tempfile.TemporaryDirectory(prefix="efficientllm-golden-") as folder:
-        found = {name: observed(name, pathlib.Path(folder)) for name in names}
-    pathlib.Path(out).write_text(json.dumps(found))
+        observations = {name: observed(name, pathlib.Path(folder)) for name in names}
+    pathlib.Path(out).write_text(json.dumps(observations))

@@ -62,11 +62,11 @@ def _finish(process, out):
     printed, _ = process.communicate(timeout=900)
     if process.returncode:
         raise RuntimeError(f"the golden cases ended with status {process.returncode}:\n{printed[-4000:]}")
-    found = json.loads(out.read_text())
-    for name, case in found.items():
+    numbers = json.loads(out.read_text())
+    for name, case in numbers.items():
         if "failed" in case:
             case["failed"] += printed.partition(f"{MARK}{name}\n")[2].partition(MARK)[0][-4000:]
-    return found
+    return numbers
 
 
 def stored(name):

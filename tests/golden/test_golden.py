@@ -66,8 +66,8 @@ def test_a_case_gives_what_it_gave(name, observed):
         check(name, differences(stored["numbers"][conditions], case["numbers"], is_same))
     else:  # another CPU or another jax: near every set of numbers that is stored
         assert bool(stored["numbers"]) == bool(case["numbers"])
-        for known, numbers in stored["numbers"].items():
-            check(f"{name} ({known})", differences(losses(numbers), losses(case["numbers"]), is_near))
+        for version, numbers in stored["numbers"].items():
+            check(f"{name} ({version})", differences(losses(numbers), losses(case["numbers"]), is_near))
 
 
 def test_a_difference_is_named_by_its_path():

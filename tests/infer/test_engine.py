@@ -78,8 +78,8 @@ def test_a_batch_of_prompts_of_any_length_is_each_alone(spec, monkeypatch):
     prompts = [contract.tokens()[0, :length].tolist() for length in (11, 5, 16)]
     together = answers(engine, prompts, chunk=4)
     assert [len(ids) for ids in together] == [NEW] * 3
-    for prompt, found in zip(prompts, together, strict=True):
-        assert answers(engine, [prompt]) == [found]
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert answers(engine, [prompt]) == [answer]
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_rows_end_at_the_end_of_text_or_where_they_are_told_to(small):
     prompts = [contract.tokens()[row, :6].tolist() for row in range(3)]
     free = answers(Engine(*small, Greedy(), -1, 40), prompts)
     end = free[0][3]
-    for found, whole in zip(answers(Engine(*small, Greedy(), end, 40), prompts, chunk=2), free, strict=True):
-        assert found == (whole[: whole.index(end) + 1] if end in whole else whole)
+    for answer, whole in zip(answers(Engine(*small, Greedy(), end, 40), prompts, chunk=2), free, strict=True):
+        assert answer == (whole[: whole.index(end) + 1] if end in whole else whole)
     stopped = answers(Engine(*small, Greedy(), -1, 40), prompts, chunk=1, stop=lambda ids: len(ids) == 2)
     assert stopped == [ids[:2] for ids in free]
 
@@ -129,32 +129,32 @@ def softmax(logits):
 def test_filters_keep_what_their_definitions_keep(seed):
     logits = np.random.default_rng(seed).normal(size=20).astype(np.float32) * 3
     order = np.argsort(-logits)
-    kept = lambda sampler: set(np.flatnonzero(np.isfinite(np.asarray(sampler.filtered(logits[None]))[0])))  # noqa: E731
-    assert kept(Sample(top_k=5)) == set(order[:5]) and kept(Sample()) == set(range(20))
+    kept_ids = lambda sampler: set(np.flatnonzero(np.isfinite(np.asarray(sampler.filtered(logits[None]))[0])))  # noqa: E731
+    assert kept_ids(Sample(top_k=5)) == set(order[:5]) and kept_ids(Sample()) == set(range(20))
     probabilities = softmax(logits)[order]
     nucleus = int(np.searchsorted(np.cumsum(probabilities), 0.7)) + 1
-    assert kept(Sample(top_p=0.7)) == set(order[:nucleus])
-    assert kept(Sample(min_p=0.1)) == set(np.flatnonzero(softmax(logits) >= 0.1 * softmax(logits).max()))
+    assert kept_ids(Sample(top_p=0.7)) == set(order[:nucleus])
+    assert kept_ids(Sample(min_p=0.1)) == set(np.flatnonzero(softmax(logits) >= 0.1 * softmax(logits).max()))
     hot = np.asarray(Sample(temperature=2.0).filtered(logits[None]))[0]
     np.testing.assert_allclose(hot, logits / 2, rtol=1e-6)
     seen = np.arange(20) < 10
-    found = np.asarray(Sample(repetition_penalty=1.5).filtered(logits[None], seen[None]))[0]
+    penalized = np.asarray(Sample(repetition_penalty=1.5).filtered(logits[None], seen[None]))[0]
     expected = np.where(seen, np.where(logits > 0, logits / 1.5, logits * 1.5), logits)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(penalized, expected, rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_generation_is_the_argmax_of_the_full_pass_and_stops_at_the_end_of_text():
     lm = contract.build("mixer", "gqa")
     params, prompt = contract.parameters(lm), contract.tokens()[:2, :5]
-    found = np.asarray(answers(Engine(lm, params, Greedy(), -1, 11), prompt.tolist(), 6))
+    completions = np.asarray(answers(Engine(lm, params, Greedy(), -1, 11), prompt.tolist(), 6))
     text = prompt
     for _ in range(6):
         text = np.concatenate([text, np.argmax(contract.logits(lm, text)[:, -1:], -1)], 1)
-    np.testing.assert_array_equal(found, text[:, 5:])
-    eos = int(found[0, 2])
+    np.testing.assert_array_equal(completions, text[:, 5:])
+    eos = int(completions[0, 2])
     (stopped,) = answers(Engine(lm, params, Greedy(), eos, 11), prompt[:1].tolist(), 6)
-    assert stopped == found[0].tolist()[: 1 + found[0].tolist().index(eos)]
+    assert stopped == completions[0].tolist()[: 1 + completions[0].tolist().index(eos)]
 
 
 @pytest.mark.slow

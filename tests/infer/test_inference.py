@@ -57,20 +57,22 @@ def test_weights_that_a_file_holds_rounded_are_said_to_be_so(monkeypatch, base, 
     """Of a GGUF's Q4_1: dequantised for float32, rounded twice for int8; in the log and in the row's sources."""
     monkeypatch.setattr(stored_form, "stored_form", lambda source: "Q4_1")
     assert main.main(arguments(base, tmp_path / "run")) == 0
-    row, said = json.loads((tmp_path / "run" / "record.json").read_text()), capsys.readouterr().out
+    row, printed = json.loads((tmp_path / "run" / "record.json").read_text()), capsys.readouterr().out
     twice = "rounded twice: Q4_1 in the file, then int8()"
     for key in ("resident_weight_bytes", "eval_loss", "bits_per_byte"):
         assert row["sources"][key]["source"].endswith(twice)
     assert "against float32 (dequantised from Q4_1)" in row["sources"]["mcr"]["source"]
-    assert f"{twice}; config.quant='stored' keeps the file's" in said
-    assert "TTFT" in said and "TPOT" in said and "state of a token" in said
+    assert f"{twice}; config.quant='stored' keeps the file's" in printed
+    assert "TTFT" in printed and "TPOT" in printed and "state of a token" in printed
 
 
 def test_what_is_done_is_said_before_it_is_done(base, tmp_path, capsys):
     assert main.main(arguments(base, tmp_path / "run")) == 0
-    said = capsys.readouterr().out
-    order = [said.index(text) for text in ("as int8() on 1 x cpu", "weights of", "compiling and measuring", "held out")]
-    assert order == sorted(order) and "\x1b" not in said and "\r" not in said
+    printed = capsys.readouterr().out
+    order = [
+        printed.index(text) for text in ("as int8() on 1 x cpu", "weights of", "compiling and measuring", "held out")
+    ]
+    assert order == sorted(order) and "\x1b" not in printed and "\r" not in printed
 
 
 @pytest.mark.slow

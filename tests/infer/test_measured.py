@@ -72,21 +72,21 @@ def test_a_repeat_that_was_stopped_is_made_again(number):
     def stop():
         sampler.stopped += 20.0
 
-    found = measured(number, stop, sampler)
-    assert found.interrupted == 1 and found.span.stopped_s == 20.0
-    assert len(found.prefill_s) == len(found.decode_s) == 3 and max(found.requests_s) < 10
-    again = row.warm_up_and_conditions(found)
+    repeats = measured(number, stop, sampler)
+    assert repeats.interrupted == 1 and repeats.span.stopped_s == 20.0
+    assert len(repeats.prefill_s) == len(repeats.decode_s) == 3 and max(repeats.requests_s) < 10
+    again = row.warm_up_and_conditions(repeats)
     assert again["warm_up"]["interrupted_steps"] == 1 and again["conditions"]["stopped_s"].value == 20.0
 
 
 def test_a_repeat_that_compiled_is_made_again():
     compiles.count_programs()
-    found = measured(5, lambda: jax.jit(lambda x: x * 3.25 + 1.5)(np.ones(3)), Sampler())
-    assert found.interrupted == 1 and len(found.prefill_s) == 3
+    repeats = measured(5, lambda: jax.jit(lambda x: x * 3.25 + 1.5)(np.ones(3)), Sampler())
+    assert repeats.interrupted == 1 and len(repeats.prefill_s) == 3
 
 
 @pytest.mark.parametrize(
-    ("told", "changes", "said"),
+    ("told", "changes", "message"),
     [
         ({"data": {"fingerprint": "a"}}, {}, None),
         ({"data": {"fingerprint": "b"}}, {}, "its data is b, and here it is a"),
@@ -94,15 +94,15 @@ def test_a_repeat_that_compiled_is_made_again():
         ({"data": {"fingerprint": "a"}}, {"eval.batches": 3}, "its eval.batches is 3"),
     ],
 )
-def test_a_baseline_that_was_scored_on_other_text_is_refused(tmp_path, told, changes, said):
+def test_a_baseline_that_was_scored_on_other_text_is_refused(tmp_path, told, changes, message):
     config = preset.get_config("int4")
     same = {"data": config.data, "eval.batches": config.eval.batches}
     values = {"resident_weight_bytes": 10.0, "bits_per_byte": 1.5}
     file = made.row(tmp_path, told=told, changes=same | changes, **values)
     config.infer.baseline = str(file)
     assert row.baseline_of(str(file)).bytes == 10
-    if said is None:
+    if message is None:
         row.check_baseline(config, {"fingerprint": "a"})
     else:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             row.check_baseline(config, {"fingerprint": "a"})

@@ -21,8 +21,8 @@ CASES += [("ffn", "moe(num_experts=4, top_k=2, hidden=64)", form) for form in (*
 
 def placed(lm, params, mesh):
     """Parameters, rounded or not, on the shards that their axes name."""
-    held = box_as(model.abstract_params(lm), params)
-    return jax.device_put(nn.unbox(held), sharding.shardings(held, mesh))
+    boxed_params = box_as(model.abstract_params(lm), params)
+    return jax.device_put(nn.unbox(boxed_params), sharding.shardings(boxed_params, mesh))
 
 
 def answers(engine, prompts):

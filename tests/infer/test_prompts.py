@@ -72,10 +72,10 @@ def test_raw_prompts_are_read_as_transformers_reads_them(tokenizers):
 
 
 def test_a_beginning_that_is_spelt_besides_is_said(tokenizers, monkeypatch):
-    (ours, theirs), said = tokenizers, []
-    monkeypatch.setattr(prompts.log, "warning", said.append)
+    (ours, theirs), notes = tokenizers, []
+    monkeypatch.setattr(prompts.log, "warning", notes.append)
     assert prompts.encode(["a", "<s>a"], ours, False)[1] == theirs("<s>a")["input_ids"]
-    assert said == ["prompt 1 spells <s>, which the tokenizer puts before it: it is there twice"]
+    assert notes == ["prompt 1 spells <s>, which the tokenizer puts before it: it is there twice"]
 
 
 def test_an_answer_says_what_ended_it(tokenizers, tmp_path):

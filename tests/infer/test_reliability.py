@@ -35,8 +35,8 @@ def test_stopped_in_mid_answer(name, status, base, tmp_path, monkeypatch, capsys
     first, second = map(json.loads, (tmp_path / "run" / "samples" / "generated.jsonl").read_text().splitlines())
     assert first["complete"] and first["tokens"] == NEW and first["answer"]
     assert not second["complete"] and 0 < second["tokens"] < NEW and second["answer"]
-    said = capsys.readouterr()
-    assert f"\n{name}: what was generated is in" in said.out + said.err
+    captured = capsys.readouterr()
+    assert f"\n{name}: what was generated is in" in captured.out + captured.err
     assert not (tmp_path / "run" / "record.json").exists()  # the same command runs it
 
 
@@ -49,8 +49,8 @@ def test_a_batch_beyond_memory_is_a_row_of_its_own_kind(base, tmp_path, capsys):
     beyond = wide | {"infer__batch_size": 2**20, "infer__prompt_length": 100, "memory_gb": 10**6}
     assert main.main(arguments(base, tmp_path / "run", **beyond)) == 3
     assert json.loads((tmp_path / "run" / "record.json").read_text())["outcome"] == "oom"
-    said = capsys.readouterr()
-    lines = [line for line in (said.out + said.err).splitlines() if "memory" in line]
+    captured = capsys.readouterr()
+    lines = [line for line in (captured.out + captured.err).splitlines() if "memory" in line]
     assert len(lines) == 1 and "out of device memory" in lines[0], lines
 
 

@@ -60,10 +60,10 @@ def prompts(lengths):
 def test_prompts_of_several_lengths(both, pieces, chunk):
     """Each as it would be alone, short of the original length, across it and beyond."""
     theirs, lm, params = both
-    given = prompts(LENGTHS)
+    rows = prompts(LENGTHS)
     engine = Engine(lm, params, Greedy(), -1, max(LENGTHS) + NEW, pieces=pieces)
-    *_, found = engine.generate(given, NEW, chunk=chunk)
-    assert found == [generated(theirs, prompt) for prompt in given]
+    *_, completions = engine.generate(rows, NEW, chunk=chunk)
+    assert completions == [generated(theirs, prompt) for prompt in rows]
 
 
 @pytest.mark.parametrize("length", [33, 100])

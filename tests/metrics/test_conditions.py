@@ -39,7 +39,7 @@ def span(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "starved", "said"),
+    ("changes", "starved", "expected"),
     [
         ({}, False, ""),  # its own threads waited for each other, and nobody else had the cores
         ({"busy_s": 22.0}, True, "other programs"),
@@ -57,17 +57,17 @@ def span(**changes):
         ({"wall_s": 0.05}, None, "too coarse"),
     ],
 )
-def test_verdict(changes, starved, said):
-    found, reasons = conditions.verdict(span(**changes))
-    assert found is starved and said in "; ".join(reasons)
+def test_verdict(changes, starved, expected):
+    verdict, reasons = conditions.verdict(span(**changes))
+    assert verdict is starved and expected in "; ".join(reasons)
 
 
 def test_what_cannot_be_read_is_null_with_a_reason_and_nothing_is_a_guess():
-    found = conditions.readings(span(busy_s=None, throttled_s=None, clock_mhz=None))
-    assert found.keys() == conditions.UNITS.keys()
+    readings = conditions.readings(span(busy_s=None, throttled_s=None, clock_mhz=None))
+    assert readings.keys() == conditions.UNITS.keys()
     for key in ("others_fraction", "throttled_fraction", "cpu_clock_mhz", "lost_fraction", "device_clock_mhz"):
-        assert found[key].value is None and found[key].reason
-    assert found["cores_used"].value == pytest.approx(1.8) and found["switches_involuntary_per_s"].value == 1.0
+        assert readings[key].value is None and readings[key].reason
+    assert readings["cores_used"].value == pytest.approx(1.8) and readings["switches_involuntary_per_s"].value == 1.0
     assert conditions.row(None)["starved"] is None
 
 
@@ -94,13 +94,13 @@ def test_a_competitor_on_our_core_is_seen():
     try:
         begin = cpu_counters.read_counters()
         work(1.5)
-        found = conditions.span_between(begin, cpu_counters.read_counters())
+        span_of_test = conditions.span_between(begin, cpu_counters.read_counters())
     finally:
         other.kill()
         other.wait()
         os.sched_setaffinity(0, before)
-    assert conditions.lost_fraction(found) > 0.3 and conditions.verdict(found)[0] is True
-    assert found.involuntary > 5
+    assert conditions.lost_fraction(span_of_test) > 0.3 and conditions.verdict(span_of_test)[0] is True
+    assert span_of_test.involuntary > 5
 
 
 class Times:
@@ -162,9 +162,9 @@ def test_a_row_says_all_of_it():
         conditions=conditions.row(span(busy_s=22.0, stopped_s=20.0)),
     )
     assert row["conditions"]["starved"] is True and row["sources"]["stopped_s"]["unit"] == "s"
-    said = " ".join(notes.notes(row))
+    text = " ".join(notes.notes(row))
     for words in ("starved", "other programs", "stopped for 20.0 s", "not settled", "2 were discarded", "1 step(s)"):
-        assert words in said
+        assert words in text
     table = format_table(row)
     assert table.count("note:") == 4 and max(map(len, table.splitlines())) <= 100
     assert notes.notes({"outcome": "ok"}) == []

@@ -50,7 +50,7 @@ def test_results_keep_the_contestants_order():
 
 def test_every_block_is_told_discarded_ones_too():
     told = []
-    race.race(contestants([], "ab"), blocks=1, discarded=1, after_block=lambda *said: told.append(said))
+    race.race(contestants([], "ab"), blocks=1, discarded=1, after_block=lambda *arguments: told.append(arguments))
     assert told == [(0, {"a": 0, "b": 0}), (1, {"a": 10, "b": 10})]
 
 
@@ -100,9 +100,9 @@ def test_columns_split_tuples():
 
 
 def test_a_ratio_is_of_medians():
-    found = race.ratio_of_medians([2.0, 4.0, 90.0], [1.0, 8.0, 2.0])
-    assert found.ratio == statistics.median([2.0, 4.0, 90.0]) / statistics.median([1.0, 8.0, 2.0])
-    assert found.low <= found.ratio <= found.high
+    ratio = race.ratio_of_medians([2.0, 4.0, 90.0], [1.0, 8.0, 2.0])
+    assert ratio.ratio == statistics.median([2.0, 4.0, 90.0]) / statistics.median([1.0, 8.0, 2.0])
+    assert ratio.low <= ratio.ratio <= ratio.high
 
 
 def test_equal_ratios_in_every_block_leave_an_interval_of_no_width():
@@ -123,8 +123,8 @@ def test_the_interval_is_the_bootstrap_s_by_another_way():
     a, b = np.random.default_rng(1).lognormal(0, 0.2, (2, 9))
     rows = np.random.default_rng(2).integers(0, 9, (4000, 9))
     ratios = sorted(statistics.median(a[row]) / statistics.median(b[row]) for row in rows)
-    found = race.ratio_of_medians(a, b)
-    assert found.low == pytest.approx(ratios[100], rel=0.03) and found.high == pytest.approx(ratios[3900], rel=0.03)
+    ratio = race.ratio_of_medians(a, b)
+    assert ratio.low == pytest.approx(ratios[100], rel=0.03) and ratio.high == pytest.approx(ratios[3900], rel=0.03)
 
 
 @pytest.mark.parametrize("blocks", [5, 11, 30])
@@ -133,8 +133,8 @@ def test_the_interval_covers(blocks):
     for _ in range(trials):
         drift = rng.lognormal(0, 0.3, blocks)  # of the machine: the same for both
         a, b = drift * 1.5 * rng.lognormal(0, 0.1, blocks), drift * rng.lognormal(0, 0.1, blocks)
-        found = race.ratio_of_medians(a, b, draws=1000)
-        covered += found.low <= 1.5 <= found.high
+        ratio = race.ratio_of_medians(a, b, draws=1000)
+        covered += ratio.low <= 1.5 <= ratio.high
     # 300 trials at 0.95 have a standard error of 0.013. Medians of few blocks take few values: intervals err wide.
     assert covered / trials >= 0.92
 

@@ -43,7 +43,7 @@ def test_warm_up_ends_at_the_cap_and_says_that_it_did_not_settle():
 
 def test_the_rule_is_relative_and_so_the_same_at_every_scale():
     times = [5.0, 1.03, 1.0, 1.01, 1.0, 1.0, 1.0]
-    counts = [len(run([scale * each for each in times]).discarded) for scale in (1e-5, 1.0, 1e4)]
+    counts = [len(run([scale * seconds for seconds in times]).discarded) for scale in (1e-5, 1.0, 1e4)]
     assert counts == [6, 6, 6]
 
 

@@ -50,15 +50,15 @@ def logits(model, weights, tokens):
 def run(path):
     model = package.RWKV(str(path.with_suffix("")), "cpu fp32")
     batch = np.load(path.with_suffix(".npz"))
-    found = {"logits": model.forward(batch["tokens"].tolist(), None, full_output=True)[0].numpy()}
+    arrays = {"logits": model.forward(batch["tokens"].tolist(), None, full_output=True)[0].numpy()}
     raw = torch.load(path)
     weights = model.z | {"emb.weight": raw["emb.weight"]}
     weights = {name: leaf.clone().requires_grad_() for name, leaf in weights.items()}
     loss = torch.nn.functional.cross_entropy(logits(model, weights, batch["tokens"]), torch.tensor(batch["targets"]))
     loss.backward()
-    found["loss"] = loss.detach().numpy()
-    found |= {f"grad/{name}": leaf.grad.numpy() for name, leaf in weights.items() if leaf.grad is not None}
-    np.savez(path.with_suffix(".out.npz"), **found)
+    arrays["loss"] = loss.detach().numpy()
+    arrays |= {f"grad/{name}": leaf.grad.numpy() for name, leaf in weights.items() if leaf.grad is not None}
+    np.savez(path.with_suffix(".out.npz"), **arrays)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ BYTES = {  # a token: of 2 KV heads of 8, keys and values; of latents of 32 and 
 def test_each_vector_is_rounded_by_itself():
     vectors = np.random.default_rng(0).standard_normal((2, 3, 4, 8)).astype(np.float32)
     vectors[0, 0, 0] = 0
-    found = Int8KVCache.of(jnp.asarray(vectors))
+    cache = Int8KVCache.of(jnp.asarray(vectors))
     scale = np.abs(vectors).max(-1, keepdims=True) / np.float32(127)
     exact = np.round(vectors / np.where(scale > 0, scale, 1)) * scale
-    np.testing.assert_allclose(as_array(found, jnp.float32), exact, rtol=1e-6)
+    np.testing.assert_allclose(as_array(cache, jnp.float32), exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize("spec", BYTES)
@@ -41,13 +41,13 @@ def states_after(lm, pieces):
     """`(logits of all tokens, states)` of a pass a piece."""
     params = contract.parameters(lm)
     run = jax.jit(lambda t, c, s: lm.apply({"params": params}, t, c, s)[:2])
-    states, found, start = model.init_states(lm, contract.B, contract.T), [], 0
+    states, pieces_of_logits, start = model.init_states(lm, contract.B, contract.T), [], 0
     for size in pieces:
         ctx = contract.Context.decoding(contract.positions()[:, start : start + size])
         logits, states = run(contract.tokens()[:, start : start + size], ctx, states)
-        found.append(logits)
+        pieces_of_logits.append(logits)
         start += size
-    return jnp.concatenate(found, 1), states
+    return jnp.concatenate(pieces_of_logits, 1), states
 
 
 @pytest.mark.parametrize("spec", BYTES)
@@ -57,8 +57,8 @@ def test_logits_are_near_and_do_not_depend_on_the_pieces(spec):
     pieces, states = states_after(lm, [7, 9, *[1] * (contract.T - 16)])
     exact = contract.logits(lm, contract.tokens())
     # A number that float rounding moves over an edge is a step of its scale away, an eighth of what is allowed here.
-    for found in (whole, pieces):
-        assert 0 < jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact) < 0.02
+    for logits in (whole, pieces):
+        assert 0 < jnp.linalg.norm(logits - exact) / jnp.linalg.norm(exact) < 0.02
     assert jnp.linalg.norm(whole - pieces) / jnp.linalg.norm(exact) < 0.0025
     assert any(leaf.dtype == spec.split("'")[1] for leaf in jax.tree.leaves(states))
 

@@ -101,19 +101,19 @@ def _mamba2(rng):
 def _mamba2_mixer(bias, conv_bias, inner, states, get):
     names, edges = ("gate", "x", "bc", "step"), np.cumsum([inner, inner, 2 * states])
     mixer = {
-        name: {"kernel": part} for name, part in zip(names, np.split(get("in_proj.weight").T, edges, 1), strict=True)
+        name: {"kernel": piece} for name, piece in zip(names, np.split(get("in_proj.weight").T, edges, 1), strict=True)
     }
     for name, taps in zip(("x", "bc"), np.split(get("conv1d.weight")[:, 0].T, [inner], 1), strict=True):
         mixer[f"conv_{name}"] = {"taps": taps}
     mixer |= {"step_bias": get("dt_bias"), "A_log": get("A_log"), "skip": get("D"), "scale": get("norm.weight")}
     mixer["o"] = {"kernel": get("out_proj.weight").T}
     if bias:
-        for name, part in zip(names, np.split(get("in_proj.bias"), edges), strict=True):
-            mixer[name]["bias"] = part
+        for name, piece in zip(names, np.split(get("in_proj.bias"), edges), strict=True):
+            mixer[name]["bias"] = piece
         mixer["o"]["bias"] = get("out_proj.bias")
     if conv_bias:
-        for name, part in zip(("x", "bc"), np.split(get("conv1d.bias"), [inner]), strict=True):
-            mixer[f"conv_{name}"]["bias"] = part
+        for name, piece in zip(("x", "bc"), np.split(get("conv1d.bias"), [inner]), strict=True):
+            mixer[f"conv_{name}"]["bias"] = piece
     return mixer
 
 
@@ -123,18 +123,18 @@ def _keywords(fields):
 
 def _params(tensors, convert):
     """Our tree from transformers' names, of weights or of their gradients."""
-    found = {name: leaf.detach().numpy() for name, leaf in tensors.items()}
+    arrays = {name: leaf.detach().numpy() for name, leaf in tensors.items()}
 
     def layer(i):
-        mixer = convert(lambda name: found[f"backbone.layers.{i}.mixer.{name}"])
-        return {"mixer": mixer, "mixer_norm": {"scale": found[f"backbone.layers.{i}.norm.weight"]}}
+        mixer = convert(lambda name: arrays[f"backbone.layers.{i}.mixer.{name}"])
+        return {"mixer": mixer, "mixer_norm": {"scale": arrays[f"backbone.layers.{i}.norm.weight"]}}
 
     blocks = jax.tree.map(lambda *leaves: np.stack(leaves), layer(0), layer(1))
     names = {"embedding": "backbone.embeddings.weight", "norm": "backbone.norm_f.weight"}
     return {
-        "embedding": found[names["embedding"]],
+        "embedding": arrays[names["embedding"]],
         "groups": {"block_0": blocks},
-        "norm": {"scale": found[names["norm"]]},
+        "norm": {"scale": arrays[names["norm"]]},
     }
 
 
@@ -168,9 +168,9 @@ def test_logits_loss_and_gradients(family, seed):
     jax.tree.map(_close, grads, _params({k: v.grad for k, v in reference.named_parameters()}, convert))
 
 
-def _close(found, expected, tolerance=1e-4):
+def _close(actual, expected, tolerance=1e-4):
     """Within the tolerance of the array's largest value."""
-    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def _documents(rng, length):
@@ -206,7 +206,7 @@ def test_one_token_is_one_step(kernel):
     shapes = (B, 1, C), (B, 1, C), (C, N), (B, 1, N), (B, 1, N), (B, 1), (B, C, N)
     operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     program = jax.make_jaxpr(functools.partial(selective_scan, kernel=kernel))(*operands).jaxpr
-    assert max(map(math.prod, hlo.made(program))) == B * C * N
+    assert max(map(math.prod, hlo.array_shapes(program))) == B * C * N
 
 
 @pytest.mark.parametrize("length", [1, slow_case(16), slow_case(43)])
@@ -263,11 +263,11 @@ def test_released_sizes(name):
     config = base.get_config().model
     config.size = f"tiny(num_layers={blocks // 2}, dim={dim}, vocab_size={vocab})"
     config.mixer, config.ffn = family, "none"
-    found = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(from_config.from_config(config))))
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(from_config.from_config(config))))
     shape = {"vocab_size": vocab, "hidden_size": dim, "num_hidden_layers": blocks}
     if family == "mamba2":
         shape |= {"head_dim": 64, "num_heads": dim // 32, "n_groups": 1, "tie_word_embeddings": True}
     kind = {"mamba": "Mamba", "mamba2": "Mamba2"}[family]
     with torch.device("meta"):
         theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape))
-    assert found == theirs.num_parameters()
+    assert count == theirs.num_parameters()

@@ -97,8 +97,8 @@ def test_absorbed_decode(family, seed):
     ids, T = peer.tokens(seed, 29), 29
     expected = reference(peer.torch.tensor(ids).long()).logits.detach().numpy()
     states = model.init_states(ours, peer.B, T)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(states))
-    assert held == peer.B * T * LAYERS * (R + P) * 4
+    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(states))
+    assert state_bytes == peer.B * T * LAYERS * (R + P) * 4
 
     @jax.jit
     def step(states, token_B1, positions_B1):
@@ -124,7 +124,7 @@ def test_decode_expands_no_latent(new_tokens):
     def step(variables, states):
         return ours.apply(variables, positions, Context.decoding(positions), states)[:2]
 
-    made = list(hlo.made(jax.make_jaxpr(step)(variables, states).jaxpr))
+    made = list(hlo.array_shapes(jax.make_jaxpr(step)(variables, states).jaxpr))
     assert any(S in shape and R in shape for shape in made)
     expanded = [shape for shape in made if S in shape and np.prod(shape) >= wide]
     assert bool(expanded) == (new_tokens > 1), expanded

@@ -77,9 +77,9 @@ def nsa_by_loops(p, x_TD, l, d, size, n, window):  # noqa: E741
     q = heads(x_TD, kernel("q"), True)
     k, v = ({b: heads(x_TD, kernel(f"{b}_{c}"), c + b != "kcompressed" and c == "k") for b in BRANCHES} for c in "kv")
     begins = range(0, T - l + 1, d)
-    part = lambda x, i, g: x["compressed"][i : i + l, g]  # noqa: E731
-    small_k = [[rotate(compress(p["compress_k"], part(k, i, g)), i) for g in range(G)] for i in begins]
-    small_v = [[compress(p["compress_v"], part(v, i, g)) for g in range(G)] for i in begins]
+    compressed_block = lambda x, i, g: x["compressed"][i : i + l, g]  # noqa: E731
+    small_k = [[rotate(compress(p["compress_k"], compressed_block(k, i, g)), i) for g in range(G)] for i in begins]
+    small_v = [[compress(p["compress_v"], compressed_block(v, i, g)) for g in range(G)] for i in begins]
     gates = 1 / (1 + np.exp(-(x_TD @ kernel("gate")))).reshape(T, H, 3)
     y = np.zeros((T, H, K))
     for t in range(T):
@@ -121,11 +121,11 @@ def moba_by_loops(p, x_TD, size, n):
 
 def check_loops(mixer, params, x_BTD, lengths, by_loops):
     """Each document of a packed row is what the loops give for it alone."""
-    found = jax.jit(mixer.apply)({"params": params}, x_BTD, Context.packed(*documents(lengths)))[0]
+    outputs = jax.jit(mixer.apply)({"params": params}, x_BTD, Context.packed(*documents(lengths)))[0]
     exact = jax.tree.map(np.float64, params)
     pieces = np.split(np.float64(x_BTD[0]), np.cumsum(lengths)[:-1])
     expected = np.concatenate([by_loops(exact, piece) for piece in pieces])
-    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(outputs[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [slow_case("masked"), "grouped", "gathered"])

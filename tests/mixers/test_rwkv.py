@@ -81,9 +81,9 @@ def _params(weights, layers):
 
     def low_rank(att, letter):
         owner = att if f"{att}{letter}1" in weights else "blocks.1.att."
-        parts = {"down": {"kernel": weights[f"{owner}{letter}1"]}, "up": {"kernel": weights[f"{owner}{letter}2"]}}
-        parts |= {} if letter == "g" else {"bias": flat(f"{owner}{letter}0")}
-        return parts if owner == att else jax.tree.map(np.zeros_like, parts)
+        products = {"down": {"kernel": weights[f"{owner}{letter}1"]}, "up": {"kernel": weights[f"{owner}{letter}2"]}}
+        products |= {} if letter == "g" else {"bias": flat(f"{owner}{letter}0")}
+        return products if owner == att else jax.tree.map(np.zeros_like, products)
 
     def layer(i):
         block, att, ffn = f"blocks.{i}.", f"blocks.{i}.att.", f"blocks.{i}.ffn."
@@ -151,12 +151,12 @@ def test_gradients_are_the_packages(reference, case):
     batch |= {"segments": np.ones((1, T), np.int32), "weights": np.ones((1, T), np.float32)}
     (loss, _), grads = jax.jit(jax.value_and_grad(lambda p: loss_fn(lm, p, batch, T), has_aux=True))(params)
     np.testing.assert_allclose(loss, theirs["loss"], rtol=1e-6)
-    found = {name.removeprefix("grad/"): leaf for name, leaf in theirs.items() if name.startswith("grad/")}
+    gradients = {name.removeprefix("grad/"): leaf for name, leaf in theirs.items() if name.startswith("grad/")}
     stored = ("key.weight", "value.weight", "receptance.weight", "output.weight", "head.weight")
-    found = {
-        name: leaf.T if name.endswith(stored) else leaf for name, leaf in found.items()
+    gradients = {
+        name: leaf.T if name.endswith(stored) else leaf for name, leaf in gradients.items()
     }  # it keeps them transposed
-    expected = _params(found, shape[0])
+    expected = _params(gradients, shape[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-4), grads, expected)
 
 
@@ -254,14 +254,14 @@ def test_kernels_are_stable_where_every_key_is_the_same(kernel):
 
 
 def test_what_the_gradient_keeps_is_linear_in_the_tokens():
-    def kept(length, kernel):
+    def residual_bytes(length, kernel):
         tokens = _random(np.random.default_rng(0), 1, length, 2, 32, 32)
         starts = np.zeros((1, length), bool)
         run = lambda tokens: jax.vjp(lambda t: rwkv_recurrence.recur(t, starts, kernel=kernel), tokens)[1]  # noqa: E731
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(run, tokens)))
 
-    assert kept(1024, "split") < 2.05 * kept(512, "split")
-    assert kept(1024, "split") < kept(1024, "sequential") / 2
+    assert residual_bytes(1024, "split") < 2.05 * residual_bytes(512, "split")
+    assert residual_bytes(1024, "split") < residual_bytes(1024, "sequential") / 2
 
 
 @pytest.mark.parametrize("kernel", slow_except(KERNELS, "chunked"))

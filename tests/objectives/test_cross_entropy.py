@@ -44,10 +44,10 @@ def ours(x_BTD, head_DV, batch, precision):
     return SCALE * cross_entropy.nll_sum(x_BTD, head_DV, batch, precision)
 
 
-def close(found, expected, tolerance):
+def close(actual, expected, tolerance):
     """The greatest error is within `tolerance` of the greatest value."""
-    found, expected = (np.asarray(leaf, np.float32) for leaf in (found, expected))
-    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+    actual, expected = (np.asarray(leaf, np.float32) for leaf in (actual, expected))
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
 CASES = [("float32", 24, 3), ("float32", 23, 3), ("float32", 5, 5), ("float32", 8, 1)]
@@ -60,17 +60,17 @@ def test_values_and_gradients(monkeypatch, precision, T, chunks):
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * B * V * (0.5 if chunks == T else 8))
     x_BTD, head_DV, batch = inputs(T, activation_dtype(precision))
     with kernel_choice.recording_kernels() as used:
-        found = jax.jit(jax.value_and_grad(ours, (0, 1)), static_argnums=3)(x_BTD, head_DV, batch, precision)
+        actual = jax.jit(jax.value_and_grad(ours, (0, 1)), static_argnums=3)(x_BTD, head_DV, batch, precision)
     assert used == {"loss": {"chunked" if chunks > 1 else "whole"}}
     assert cross_entropy.count_chunks(B, T, V) == chunks
     value, (dx_BTD, dhead_DV) = jax.jit(jax.value_and_grad(whole, (0, 1)), static_argnums=3)(
         x_BTD, head_DV, batch, precision
     )
-    close(found[0], value, 1e-6)
-    assert (found[1][0].dtype, found[1][1].dtype) == (x_BTD.dtype, jnp.float32)
-    close(found[1][0], dx_BTD, 2**-8 if precision == "bfloat16" else 1e-6)
+    close(actual[0], value, 1e-6)
+    assert (actual[1][0].dtype, actual[1][1].dtype) == (x_BTD.dtype, jnp.float32)
+    close(actual[1][0], dx_BTD, 2**-8 if precision == "bfloat16" else 1e-6)
     # Rounded to bfloat16 once in the whole form, once a chunk in the other.
-    close(found[1][1], dhead_DV, 2**-7 if precision == "bfloat16" else 1e-6)
+    close(actual[1][1], dhead_DV, 2**-7 if precision == "bfloat16" else 1e-6)
     close(ours(x_BTD, head_DV, batch, precision), value, 1e-6)  # as evaluation takes it, without a gradient
 
 
@@ -112,9 +112,9 @@ def test_eight_devices_equal_one(monkeypatch, mesh_spec, T, vocab):
         )
         args = jax.device_put((x_BTD, head_DV, batch), (*where, sharding.batch_sharding(mesh)))
         compiled = run.lower(*args).compile()
-        found_value, found = compiled(*args)
+        found_value, sharded_gradients = compiled(*args)
     close(found_value, value, 1e-6)
-    jax.tree.map(lambda a, b: close(a, b, 2e-6), found, gradients)
+    jax.tree.map(lambda a, b: close(a, b, 2e-6), sharded_gradients, gradients)
     program = hlo.instructions(compiled.as_text())
     made = [(item.in_loop, shape) for item in program for shape in item.shapes]
     tokens = -(-T // mesh.shape["sequence"])

@@ -36,15 +36,21 @@ def programs(lm, params, rows):
 
 def floats(program, sizes):
     """Arrays of floats of one of `sizes`, within fusions too, as `dtype[shape]`."""
-    arrays = [array for each in hlo_text.Program(program.as_text()).instructions() for array in each.arrays]
+    arrays = [
+        array for instruction in hlo_text.Program(program.as_text()).instructions() for array in instruction.arrays
+    ]
     large = {(x.dtype, x.shape) for x in arrays if "f" in x.dtype and math.prod(x.shape) in sizes}
     return sorted(f"{dtype}{list(shape)}" for dtype, shape in large)
 
 
 def gathered(program):
     """Elements of the largest array that an all-gather makes."""
-    made = (each for each in hlo_text.Program(program.as_text()).instructions() if each.op.startswith("all-gather"))
-    return max((math.prod(array.shape) for each in made for array in each.arrays), default=0)
+    all_gathers = (
+        instruction
+        for instruction in hlo_text.Program(program.as_text()).instructions()
+        if instruction.op.startswith("all-gather")
+    )
+    return max((math.prod(array.shape) for instruction in all_gathers for array in instruction.arrays), default=0)
 
 
 def main():
@@ -60,7 +66,7 @@ def main():
         rounded = jax.eval_shape(lambda params: apply.quantize(params, sys.argv[2]), shapes)
         params = sharding.on_shards(box_as(boxed, rounded), mesh)
         with jax.set_mesh(mesh):
-            found = programs(lm, params, mesh.shape["data"])
+            compiled = programs(lm, params, mesh.shape["data"])
     leaves = jax.tree.leaves(rounded["group_0"], is_leaf=lambda leaf: isinstance(leaf, Weight))
     shapes = [kernel.shape for kernel in leaves if isinstance(kernel, Weight)]
     whole = {math.prod(shape) for shape in shapes} | {math.prod(shape[-2:]) for shape in shapes}  # an expert's, too
@@ -69,10 +75,12 @@ def main():
         json.dumps(
             {
                 "used": {operation: sorted(kinds) for operation, kinds in used.items()},
-                "floats": {name: floats(program, sizes) for name, program in found.items()},
-                "side_by_side": floats(found["prefill"], {2 * max(whole)}),
-                "gathered": {name: gathered(program) for name, program in found.items()},
-                "temporaries": {name: program.memory_analysis().temp_size_in_bytes for name, program in found.items()},
+                "floats": {name: floats(program, sizes) for name, program in compiled.items()},
+                "side_by_side": floats(compiled["prefill"], {2 * max(whole)}),
+                "gathered": {name: gathered(program) for name, program in compiled.items()},
+                "temporaries": {
+                    name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()
+                },
             }
         )
     )

@@ -27,14 +27,14 @@ def compiled(target, *what, script="ahead.py"):
 
 @pytest.mark.parametrize("mixer", ["gqa", "window(window=100)", "mla"])
 def test_tpus_run_attention_in_the_splash_kernel(mixer):
-    found = compiled("tpu", mixer)
-    assert found["used"]["attention"] == ["splash"] and found["calls"] == ["tpu_custom_call"]
+    report = compiled("tpu", mixer)
+    assert report["used"]["attention"] == ["splash"] and report["calls"] == ["tpu_custom_call"]
 
 
 @pytest.mark.parametrize("mixer", ["gqa", "window(window=100)", "mla"])
 def test_gpus_run_attention_in_cudnn(mixer):
-    found = compiled("gpu", mixer)
-    assert found["used"]["attention"] == ["cudnn"] and found["calls"] == ["__cudnn$fmha"]
+    report = compiled("gpu", mixer)
+    assert report["used"]["attention"] == ["cudnn"] and report["calls"] == ["__cudnn$fmha"]
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=2, tensor=4"])
@@ -42,8 +42,8 @@ def test_gpus_run_attention_in_cudnn(mixer):
 def test_int4_is_never_decompressed_in_memory(target, mesh):
     """No array of floats as large as some kernel, neither in prefill nor in decoding; nf4, which XLA multiplies, has
     one."""
-    found = compiled(target, "int4(group=64)", mesh, script="ahead_rounded.py")
-    assert found["used"]["matmul_int4"] == ["pallas"] and found["floats"] == {"prefill": [], "decode": []}
+    report = compiled(target, "int4(group=64)", mesh, script="ahead_rounded.py")
+    assert report["used"]["matmul_int4"] == ["pallas"] and report["floats"] == {"prefill": [], "decode": []}
     by_xla = compiled(target, "nf4", mesh, script="ahead_rounded.py")
     assert by_xla["used"]["matmul_nf4"] == ["xla"] and by_xla["floats"]["prefill"] and by_xla["floats"]["decode"]
 
@@ -60,17 +60,17 @@ EXPERTS = {  # elements of the largest array that a token gathers: vectors, or t
 @pytest.mark.parametrize("target", PLUGINS)
 def test_int4_experts_are_multiplied_compressed_on_every_mesh(target, mesh, hidden):
     ffn = f"moe(num_experts=6, top_k=2, hidden={hidden})"
-    found = compiled(target, "int4(group=32)", mesh, ffn, script="ahead_rounded.py")
-    assert found["used"]["matmul_int4"] == ["pallas"] and found["floats"]["decode"] == []
-    assert found["gathered"]["decode"] <= EXPERTS[mesh, hidden]
+    report = compiled(target, "int4(group=32)", mesh, ffn, script="ahead_rounded.py")
+    assert report["used"]["matmul_int4"] == ["pallas"] and report["floats"]["decode"] == []
+    assert report["gathered"]["decode"] <= EXPERTS[mesh, hidden]
 
 
 @pytest.mark.parametrize("target", PLUGINS)
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])
 def test_a_token_is_looked_up_where_its_row_lies(target, form):
     """No table is gathered for the token of one prompt, as the partitioner does by itself on GPUs; vectors are."""
-    found = compiled(target, form, "tensor=8", script="ahead_rounded.py")
-    assert found["gathered"]["decode"] < 8 * 1024
+    report = compiled(target, form, "tensor=8", script="ahead_rounded.py")
+    assert report["gathered"]["decode"] < 8 * 1024
 
 
 def test_gpus_convert_int8_where_they_multiply_it():

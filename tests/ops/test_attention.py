@@ -21,5 +21,5 @@ def test_attention_kernels_against_plain_numpy(kernel, length, monkeypatch):
     scores = np.where(visible[:, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = np.einsum("bhts,bshk->bthk", weights / weights.sum(-1, keepdims=True), np.repeat(v, 2, 2))
-    found = attend(q, k, v, Mask(segments_BT=jnp.asarray(segments)), kernel)
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    outputs = attend(q, k, v, Mask(segments_BT=jnp.asarray(segments)), kernel)
+    np.testing.assert_allclose(outputs, expected, atol=2e-6)

@@ -42,7 +42,7 @@ def test_each_device_does_its_own_rows_and_choosers(mesh_spec):
     with jax.set_mesh(mesh):
         args = jax.device_put(arrays(), where)
         compiled = jax.jit(grad, in_shardings=where).lower(*args).compile()
-        found = compiled(*args)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
-    moved = {each.op for each in hlo.instructions(compiled.as_text())} & {"all-gather", "all-to-all"}
+        results = compiled(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), results, expected)
+    moved = {instruction.op for instruction in hlo.instructions(compiled.as_text())} & {"all-gather", "all-to-all"}
     assert not moved, moved

@@ -40,7 +40,7 @@ def expected(x, w, dy, sizes):
     return y, dx, np.stack([x[rows].T @ dy[rows] for rows in groups])
 
 
-def found(x, w, dy, sizes, precision, kernel):
+def value_and_gradients(x, w, dy, sizes, precision, kernel):
     def run(x, w):
         y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, precision, kernel), x, w)
         return (y, *pullback(dy.astype(y.dtype)))
@@ -48,9 +48,9 @@ def found(x, w, dy, sizes, precision, kernel):
     return jax.jit(run)(x, w)
 
 
-def close(found, expected, tolerance):
-    for one, other in zip(found, expected, strict=True):
-        error = np.abs(np.asarray(one, np.float64) - other).max() / max(1e-30, np.abs(other).max())
+def close(arrays, expected, tolerance):
+    for array, exact in zip(arrays, expected, strict=True):
+        error = np.abs(np.asarray(array, np.float64) - exact).max() / max(1e-30, np.abs(exact).max())
         assert error <= tolerance, error
 
 
@@ -59,13 +59,13 @@ def close(found, expected, tolerance):
 def test_kernel_is_the_loop_over_groups(kernel, case):
     sizes = SIZES[case]
     x, w, dy = operands(sizes)
-    close(found(x, w, dy, jnp.array(sizes), "float32", kernel), expected(x, w, dy, sizes), 1e-6)
+    close(value_and_gradients(x, w, dy, jnp.array(sizes), "float32", kernel), expected(x, w, dy, sizes), 1e-6)
 
 
 def test_equal_groups_need_no_sizes():
     x, w, dy = operands((8, 8, 8))
     with kernel_choice.recording_kernels() as used:
-        result = found(x, w, dy, None, "float32", "auto")
+        result = value_and_gradients(x, w, dy, None, "float32", "auto")
     close(result, expected(x, w, dy, (8, 8, 8)), 1e-6)
     assert used == {"grouped_matmul": {"batched"}}
 
@@ -77,10 +77,10 @@ def test_operands_are_rounded_and_sums_are_not(kernel, precision):
     sizes = (64, 64, 64)
     x, w, dy = operands(sizes)
     rounded = [np.asarray(jnp.asarray(array, jnp.bfloat16), np.float32) for array in (x, w, dy)]
-    given = jnp.asarray(x, jnp.bfloat16) if precision == "bfloat16" else x
+    operand = jnp.asarray(x, jnp.bfloat16) if precision == "bfloat16" else x
     sizes_E, name = (None, "auto") if kernel == "batched" else (jnp.array(sizes), kernel)
-    y, dx, dw = found(given, w, dy, sizes_E, precision, name)
-    assert (y.dtype, dx.dtype, dw.dtype) == (given.dtype, given.dtype, jnp.float32)
+    y, dx, dw = value_and_gradients(operand, w, dy, sizes_E, precision, name)
+    assert (y.dtype, dx.dtype, dw.dtype) == (operand.dtype, operand.dtype, jnp.float32)
     exact = expected(*rounded, sizes)
     close((y, dx), exact[:2], 2**-8 if precision == "bfloat16" else 1e-6)
     close((dw,), exact[2:], 1e-6)

@@ -33,11 +33,11 @@ def test_splash_is_the_plain_kernel(window, mesh):
     mask = Mask(segments_BT=segments, window=window)
     expected = _value_and_gradients("xla", operands, mask)
     if mesh is None:
-        found = _value_and_gradients("splash", operands, mask)
+        actual = _value_and_gradients("splash", operands, mask)
     else:
         with jax.set_mesh(sharding.make_mesh(mesh)):  # tensor=4 splits query heads and leaves KV heads whole
-            found = _value_and_gradients("splash", operands, mask)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-5), expected, found)
+            actual = _value_and_gradients("splash", operands, mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-5), expected, actual)
 
 
 def test_values_need_not_be_as_wide_as_keys():

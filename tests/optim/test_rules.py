@@ -23,11 +23,11 @@ def test_optimizer_is_adamw_with_decay_and_rates_by_name():
         "kernel": optax.adamw(lr, b1=0.9, b2=0.95, weight_decay=0.1),
         "b": optax.adamw(lambda count: 0.5 * lr(count), b1=0.9, b2=0.95, weight_decay=0.0),
     }
-    state, states = tx.init(params), {name: each.init(params[name]) for name, each in reference.items()}
+    state, states = tx.init(params), {name: optimizer.init(params[name]) for name, optimizer in reference.items()}
     for _ in range(40):
         updates, state = tx.update(grads, state, params)
-        for name, each in reference.items():
-            expected, states[name] = each.update(grads[name], states[name], params[name])
+        for name, optimizer in reference.items():
+            expected, states[name] = optimizer.update(grads[name], states[name], params[name])
             np.testing.assert_allclose(updates[name], expected, rtol=1e-6, atol=1e-9)
         params = optax.apply_updates(params, updates)
 

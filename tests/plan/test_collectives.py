@@ -54,27 +54,32 @@ def described(mesh="fsdp=8", platform="cpu", **changes):
     return training_step.describe(config, jax.devices()[:8], platform)
 
 
-def sent(found):
+def sent(collectives):
     """Bytes that a device sends in a step, by kind."""
-    return {kind: total["wire_bytes"] for kind, total in hlo_cost.by_kind(found).items()}
+    return {kind: total["wire_bytes"] for kind, total in hlo_cost.by_kind(collectives).items()}
 
 
-def compiled(one):
-    done = training_step.compile_step(one, training_step.traced(one)[0])
+def compiled(described_step):
+    done = training_step.compile_step(described_step, training_step.traced(described_step)[0])
     return sent(hlo_cost.collectives(hlo_text.Program(done.text), 8))
 
 
-def scalars(one):
+def scalars(described_step):
     """Bytes at most of what the formula leaves out: two norms of every gradient over each axis, a few counts, and
     each router's loads, probabilities and three scalars."""
-    axes = sum(size > 1 for size in one.mesh.shape.values())
-    routers = sum(2 * ffn.num_experts + 3 for _, ffn in model.parts(one.lm) if isinstance(ffn, MoE))
-    return axes * 2 * 4 * (2 * len(jax.tree.leaves(one.shaped.params)) + 8 + one.lm.num_groups * routers)
+    axes = sum(size > 1 for size in described_step.mesh.shape.values())
+    routers = sum(2 * ffn.num_experts + 3 for _, ffn in model.parts(described_step.lm) if isinstance(ffn, MoE))
+    return (
+        axes
+        * 2
+        * 4
+        * (2 * len(jax.tree.leaves(described_step.shaped.params)) + 8 + described_step.lm.num_groups * routers)
+    )
 
 
-def norms(one, width):
+def norms(described_step, width):
     """Bytes of the norms' scales: of those of each layer, and the last."""
-    return width * one.lm.dim * (2 * one.lm.num_layers + 1)
+    return width * described_step.lm.dim * (2 * described_step.lm.num_layers + 1)
 
 
 @pytest.mark.parametrize(
@@ -90,20 +95,20 @@ def norms(one, width):
     ],
 )
 def test_a_step_sends_what_the_formula_says(mesh, changes):
-    one = described(mesh, **changes)
-    ours, theirs = sent(collectives.closed(one)), compiled(one)
+    described_step = described(mesh, **changes)
+    ours, theirs = sent(collectives.closed(described_step)), compiled(described_step)
     assert ours.keys() == theirs.keys()
     more = {kind: theirs[kind] - ours[kind] for kind in theirs}
-    assert 0 <= more.pop("all-reduce") <= scalars(one) < 0.01 * sum(theirs.values())
+    assert 0 <= more.pop("all-reduce") <= scalars(described_step) < 0.01 * sum(theirs.values())
     assert set(more.values()) <= {0}, (ours, theirs)
 
 
 @pytest.mark.slow
 def test_over_a_wide_tensor_axis_xla_sends_the_routers_gradients_too():
     """It divides a router's product among the axis's devices, who put it together again: its bytes, and no more."""
-    one = described("fsdp=2, tensor=4", **{"model.ffn": DROPLESS})
-    ours, theirs = sent(collectives.closed(one)), compiled(one)
-    routers = 4 * one.lm.num_layers * one.lm.dim * 8
+    described_step = described("fsdp=2, tensor=4", **{"model.ffn": DROPLESS})
+    ours, theirs = sent(collectives.closed(described_step)), compiled(described_step)
+    routers = 4 * described_step.lm.num_layers * described_step.lm.dim * 8
     assert all(abs(theirs.get(kind, 0) - ours.get(kind, 0)) <= routers for kind in ours | theirs), (ours, theirs)
 
 
@@ -111,12 +116,12 @@ def test_over_a_wide_tensor_axis_xla_sends_the_routers_gradients_too():
 def test_keys_and_values_are_sent_once_for_all_chunks_of_queries(chunk, monkeypatch):
     """And so are their gradients."""
     monkeypatch.setattr(attention, "GATHERED_CHUNK", chunk)
-    one = described("fsdp=4, sequence=2")
-    ours, theirs = sent(collectives.closed(one)), compiled(one)
+    described_step = described("fsdp=4, sequence=2")
+    ours, theirs = sent(collectives.closed(described_step)), compiled(described_step)
     assert ours["all-gather"] == theirs["all-gather"] and ours["all-to-all"] == theirs["all-to-all"]
     # The norms' gradients are summed over the sequence, then over the rows, whole each time.
-    apart = norms(one, 4) * (2 * 1 / 2 + 2 * 3 / 4 - 2 * 7 / 8)
-    assert 0 <= theirs["all-reduce"] - ours["all-reduce"] - apart <= scalars(one)
+    apart = norms(described_step, 4) * (2 * 1 / 2 + 2 * 3 / 4 - 2 * 7 / 8)
+    assert 0 <= theirs["all-reduce"] - ours["all-reduce"] - apart <= scalars(described_step)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +162,8 @@ def planned(plugin, folder, **changes):
     argv = [sys.executable, "-m", "efficientllm.main", *argv]
     done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "record.json").read_text())["predicted"]["collectives"]
-    return {kind: each["wire_bytes"] for kind, each in found.items()}
+    collectives = json.loads((folder / "record.json").read_text())["predicted"]["collectives"]
+    return {kind: collective["wire_bytes"] for kind, collective in collectives.items()}
 
 
 WIDE_DROPLESS = DROPLESS.replace("40", "256")
@@ -185,9 +190,9 @@ def test_gradients_are_reduce_scattered_where_the_platform_can(hardware, mesh, f
     changes = {"mesh": mesh, "model.size": WIDE, "model.precision": "bfloat16", "model.ffn": ffn}
     changes |= {"train.batch_size": 8, "train.length": 256}
     theirs = planned(plugin, tmp_path, **{"plan.hardware": hardware}, **changes)
-    one = described(platform="gpu" if hardware == "h100" else "tpu", **changes)
+    described_step = described(platform="gpu" if hardware == "h100" else "tpu", **changes)
     # A norm's scale may be summed whole, and on TPUs be gathered as a sum in both passes: twice its bytes each time.
-    ours, small = sent(collectives.closed(one)), scalars(one) + 6 * norms(one, 2)
+    ours, small = sent(collectives.closed(described_step)), scalars(described_step) + 6 * norms(described_step, 2)
     assert small < 0.005 * sum(ours.values()) and ours["reduce-scatter"] > sum(ours.values()) / 10
     for kind in ours | theirs:
         more = theirs.get(kind, 0) - ours.get(kind, 0)

@@ -16,13 +16,13 @@ NAMES = sorted(hardware_table.plannable_hardware())
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_figure_has_a_source(name):
-    found = hardware.find(name, 1)
-    assert set(found.sources) >= {"memory"} | ({"link", "power"} if found.plugin else set())
-    assert found.network is None or "network" in found.sources
-    if found.plugin:
-        assert found.device_kind in device_peaks.PEAKS and found.memory_bytes > 1e10
-        half = "float16" if found.capability == (7, 5) else "bfloat16"  # Turing has none of the latter
-        assert found.peak_flops(half).value and found.bandwidth().value
+    device = hardware.find(name, 1)
+    assert set(device.sources) >= {"memory"} | ({"link", "power"} if device.plugin else set())
+    assert device.network is None or "network" in device.sources
+    if device.plugin:
+        assert device.device_kind in device_peaks.PEAKS and device.memory_bytes > 1e10
+        half = "float16" if device.capability == (7, 5) else "bfloat16"  # Turing has none of the latter
+        assert device.peak_flops(half).value and device.bandwidth().value
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ OWN = {"device_kind": "My Card", "memory_bytes": 2e10, "bandwidth": 1e12, "flops
 def test_hardware_of_one_s_own_is_a_file(tmp_path):
     file = tmp_path / "card.json"
     file.write_text(json.dumps(OWN))
-    found = hardware.find(str(file), 1)
-    assert (found.peak_flops("bfloat16").value, found.bandwidth().value, found.memory_bytes) == (1e14, 1e12, 2e10)
-    assert found.peak_flops("float16").value is None and not found.has_compiler and found.capability == (0, 0)
-    assert roofline.roofline(found, 1, "bfloat16", 1e14, 1e12, []).seconds == pytest.approx(1.0)
-    for change, said in (
+    device = hardware.find(str(file), 1)
+    assert (device.peak_flops("bfloat16").value, device.bandwidth().value, device.memory_bytes) == (1e14, 1e12, 2e10)
+    assert device.peak_flops("float16").value is None and not device.has_compiler and device.capability == (0, 0)
+    assert roofline.roofline(device, 1, "bfloat16", 1e14, 1e12, []).seconds == pytest.approx(1.0)
+    for change, message in (
         ({"bandwidth": -1}, "bandwidth = -1: must be above 0 and finite"),
         ({"flops": {"bfloat16": "fast"}}, "flops of bfloat16 = 'fast'"),
         ({"flops": 3}, "flops = 3: must be a dict"),
@@ -71,14 +71,14 @@ def test_hardware_of_one_s_own_is_a_file(tmp_path):
         file.write_text(json.dumps(OWN | change))
         with pytest.raises(UserError) as error:
             hardware.find(str(file), 1)
-        assert said in str(error.value) and "config.plan.hardware = " in str(error.value)
+        assert message in str(error.value) and "config.plan.hardware = " in str(error.value)
     file.write_text("[]")
     with pytest.raises(UserError):
         hardware.find(str(file), 1)
 
 
 @pytest.mark.parametrize(
-    "name, count, said",
+    "name, count, message",
     [
         ("v5e", 6, "4, 8, 16"),
         ("h200", 12, "16 would do"),
@@ -87,8 +87,8 @@ def test_hardware_of_one_s_own_is_a_file(tmp_path):
         ("cpu", 2000, "at most 1,024"),
     ],
 )
-def test_numbers_that_hardware_does_not_come_in(name, count, said):
-    with pytest.raises(UserError, match=said):
+def test_numbers_that_hardware_does_not_come_in(name, count, message):
+    with pytest.raises(UserError, match=message):
         hardware.check_count(hardware.find(name, 1), count)
 
 
@@ -105,11 +105,11 @@ def test_a_group_over_hosts_is_held_up_by_the_network():
 def test_the_sides_of_a_roofline():
     h200 = hardware.find("h200", 8)
     sum_of_gradients = Collective("all-reduce", 2, 8e9, (tuple(range(8)),))
-    found = roofline.roofline(h200, 8, "bfloat16", 8 * 989e12, 9.6e9, [sum_of_gradients])
-    assert found.compute == pytest.approx(1.0)
-    assert found.memory == pytest.approx(0.002)
-    assert found.network == pytest.approx(2 * 8e9 * 2 * 7 / 8 / 450e9)
-    assert (found.bound, found.seconds) == ("compute", found.compute)
+    seconds = roofline.roofline(h200, 8, "bfloat16", 8 * 989e12, 9.6e9, [sum_of_gradients])
+    assert seconds.compute == pytest.approx(1.0)
+    assert seconds.memory == pytest.approx(0.002)
+    assert seconds.network == pytest.approx(2 * 8e9 * 2 * 7 / 8 / 450e9)
+    assert (seconds.bound, seconds.seconds) == ("compute", seconds.compute)
     many = roofline.roofline(h200, 8, "bfloat16", 8 * 989e9, 9.6e9, [], launches=5000)
     assert many.launches == pytest.approx(0.005) and many.bound == "launches" and "H100" in many.sources["kernel"]
     unknown = roofline.roofline(hardware.find("b200", 1), 1, "float32", 1e12, None, None, launches=5000)

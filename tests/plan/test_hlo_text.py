@@ -51,10 +51,10 @@ def test_the_body_of_a_loop_counts_its_turns_and_its_slices():
         return jax.lax.scan(lambda total, x: (total + jnp.sin(x), None), jnp.zeros(xs.shape[1:]), xs)[0]
 
     turns, n = 12, 1 << 14
-    found = read(summed, (turns, n))
-    assert turns in {times for times, _ in found.runs.values()}
+    moved = read(summed, (turns, n))
+    assert turns in {times for times, _ in moved.runs.values()}
     least = 4 * n * (3 * turns)  # of each turn: a slice, and the sum read and written
-    assert least <= hlo_cost.moved_bytes(found) <= 2 * least  # and not the whole of xs each turn, 13 times more
+    assert least <= hlo_cost.moved_bytes(moved) <= 2 * least  # and not the whole of xs each turn, 13 times more
 
 
 def test_what_starts_a_kernel_counts_each_turn():
@@ -92,9 +92,14 @@ def test_the_collectives_of_a_product_over_devices():
     mesh = sharding.make_mesh("fsdp=4", jax.devices()[:4])
     split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
     gathered = read(lambda x: x * 2, (64, 8), in_shardings=split, out_shardings=whole)
-    (one,) = hlo_cost.collectives(gathered, 4)
-    assert (one.kind, one.times, one.bytes, one.groups) == ("all-gather", 1, 64 * 8 * 4, ((0, 1, 2, 3),))
-    assert one.wire_bytes == 64 * 8 * 4 * 3 / 4
+    (collective,) = hlo_cost.collectives(gathered, 4)
+    assert (collective.kind, collective.times, collective.bytes, collective.groups) == (
+        "all-gather",
+        1,
+        64 * 8 * 4,
+        ((0, 1, 2, 3),),
+    )
+    assert collective.wire_bytes == 64 * 8 * 4 * 3 / 4
     summed = read(lambda x: jnp.sum(x, 0), (64, 8), in_shardings=split, out_shardings=whole)
     assert hlo_cost.by_kind(hlo_cost.collectives(summed, 4)) == {
         "all-reduce": {"count": 1, "bytes": 8 * 4, "wire_bytes": 2 * 8 * 4 * 3 // 4}
@@ -123,8 +128,8 @@ ENTRY main (p: s32[]) -> s32[] {
   %p = s32[] parameter(0)
   ROOT %loop = s32[] while(%p), condition=%cond, body=%body
 }"""
-    found = hlo_cost.collectives(hlo_text.Program(text), 2)
-    assert hlo_cost.by_kind(found) == {"all-gather": {"count": 28, "bytes": 28 * 32, "wire_bytes": 28 * 16}}
+    collectives = hlo_cost.collectives(hlo_text.Program(text), 2)
+    assert hlo_cost.by_kind(collectives) == {"all-gather": {"count": 28, "bytes": 28 * 32, "wire_bytes": 28 * 16}}
 
 
 def test_a_sum_and_a_slice_in_one_fusion_are_a_tpu_s_reduce_scatter():
@@ -139,5 +144,5 @@ ENTRY main (p: f32[64]) -> f32[32] {
   %p = f32[64]{0:T(128)} parameter(0)
   ROOT %fusion = f32[32]{0:T(128)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.7
 }"""
-    found = hlo_cost.by_kind(hlo_cost.collectives(hlo_text.Program(text), 2))
-    assert found == {"reduce-scatter": {"count": 1, "bytes": 256, "wire_bytes": 128}}
+    by_kind = hlo_cost.by_kind(hlo_cost.collectives(hlo_text.Program(text), 2))
+    assert by_kind == {"reduce-scatter": {"count": 1, "bytes": 256, "wire_bytes": 128}}

@@ -70,8 +70,8 @@ def test_serving_is_refused_with_the_form_that_would_fit(texts, tmp_path, free, 
 
 
 def test_what_is_said_of_the_future_has_slack_and_what_is_certain_has_none():
-    found = available_memory.AvailableMemory(100, True, "here")
-    assert not found.refuses(100, 120) and found.refuses(101, 101) and found.refuses(0, 121)
+    room = available_memory.AvailableMemory(100, True, "here")
+    assert not room.refuses(100, 120) and room.refuses(101, 101) and room.refuses(0, 121)
 
 
 @pytest.mark.parametrize("flags", [[], ["--quant=int8()"]])

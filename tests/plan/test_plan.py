@@ -70,19 +70,19 @@ def test_measured_rows_scale_a_plan_and_say_how_well(measured, tmp_path, capsys)
         (tmp_path / "rows" / name).mkdir(parents=True)
         (tmp_path / "rows" / name / "record.json").write_text(json.dumps(record | {"paper": paper}))
     options = {"plan__devices": 8, "mesh": "data=2, fsdp=4"}
-    found = plan(tmp_path / "first", plan__calibration=tmp_path / "rows", **options)[1]["predicted"]
-    assert found["calibration"] == pytest.approx(
+    predicted = plan(tmp_path / "first", plan__calibration=tmp_path / "rows", **options)[1]["predicted"]
+    assert predicted["calibration"] == pytest.approx(
         {"rows": 2, "factor": 3.0, "median_error": (1.25 + 5 / 9) / 2, "worst_error": 1.25}
     )
-    assert (found["al_s"], found["aec_w"], found["pcu"]) == pytest.approx((3 * least, 200.0, 0.5))
-    assert found["step_s"] == least
-    kept = plan(tmp_path / "again", plan__calibration=tmp_path / "first" / "calibration.json", **options)[1]
-    assert kept["predicted"]["al_s"] == found["al_s"]
+    assert (predicted["al_s"], predicted["aec_w"], predicted["pcu"]) == pytest.approx((3 * least, 200.0, 0.5))
+    assert predicted["step_s"] == least
+    replanned = plan(tmp_path / "again", plan__calibration=tmp_path / "first" / "calibration.json", **options)[1]
+    assert replanned["predicted"]["al_s"] == predicted["al_s"]
     capsys.readouterr()
     refused = {tmp_path / "none": "no such file", run / "config.json": "no calibration", tmp_path / "least": "no timed"}
-    for given, said in refused.items():
-        assert plan(tmp_path / "bad", plan__calibration=given, **options)[0] == 2
-        assert said in capsys.readouterr().err
+    for options_given, message in refused.items():
+        assert plan(tmp_path / "bad", plan__calibration=options_given, **options)[0] == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -91,9 +91,9 @@ def test_what_does_not_fit_says_which_change_would_do(monkeypatch, tmp_path, cap
     fitting = plan(tmp_path / "a", **options)[1]["predicted"]
     monkeypatch.setattr(host, "memory_total_bytes", lambda: 2 * int(0.8 * fitting["peak_bytes"]))
     status, row = plan(tmp_path / "b", **options)
-    found = row["predicted"]
-    assert status == 0 and not found["fits"]
-    tried = {each["flags"]: each for each in found["changes"]}
+    predicted = row["predicted"]
+    assert status == 0 and not predicted["fits"]
+    tried = {remedy["flags"]: remedy for remedy in predicted["changes"]}
     assert list(tried) == ["--config.mesh=fsdp=2", "--config.train.accumulate=2"]
     assert tried["--config.train.accumulate=2"]["fits"]
     assert "would fit" in capsys.readouterr().out
@@ -122,13 +122,13 @@ def test_a_tuning_plan_needs_no_weights(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="the compiler is installed")
 def test_without_its_compiler_the_plan_is_of_shapes_and_says_so(tmp_path, capsys):
     status, row = plan(tmp_path / "plan", plan__hardware="h100", plan__devices=8)
-    said = capsys.readouterr().out
-    assert status == 0 and "[gpu]'" in said and "from shapes alone" in said
-    found = row["predicted"]
-    assert found["source"] == "shapes" and found["peak_bytes"] == found["by_shapes_bytes"]
-    assert found["moved_bytes"] is None and found["roofline_s"].keys() == {"compute", "network"}
-    assert found["collectives"].keys() == {"all-reduce"} and found["roofline_s"]["network"] > 0
-    assert "all-reduce         by formula" in said
+    printed = capsys.readouterr().out
+    assert status == 0 and "[gpu]'" in printed and "from shapes alone" in printed
+    predicted = row["predicted"]
+    assert predicted["source"] == "shapes" and predicted["peak_bytes"] == predicted["by_shapes_bytes"]
+    assert predicted["moved_bytes"] is None and predicted["roofline_s"].keys() == {"compute", "network"}
+    assert predicted["collectives"].keys() == {"all-reduce"} and predicted["roofline_s"]["network"] > 0
+    assert "all-reduce         by formula" in printed
     assert row["provenance"]["devices"]["kind"] == "NVIDIA H100 80GB HBM3"
 
 
@@ -140,14 +140,14 @@ def test_without_its_compiler_the_kernels_are_still_the_hardware_s(tmp_path):
 
 
 def test_what_cannot_be_planned_is_one_line(tmp_path, capsys):
-    for overrides, said in (
+    for overrides, message in (
         ({"plan__hardware": "h201"}, "did you mean 'h200'"),
         ({"plan__hardware": "v5e", "plan__devices": 5}, "4, 8, 16"),
         ({"plan__devices": 64}, "8 CPU devices already"),
     ):
         status, row = plan(tmp_path / "plan", **overrides)
         assert (status, row) == (2, None)
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, plugin, devices", [("gh200_96", "jax_cuda13_plugin", 8), ("v5e", "libtpu", 8)])
@@ -160,8 +160,8 @@ def test_hardware_that_is_not_here(name, plugin, devices, tmp_path):
         [sys.executable, "-m", "efficientllm.main", *argv], cwd=runs.ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "plan" / "record.json").read_text())["predicted"]
-    assert found["source"] == "compiler" and found["fits"]
-    assert found["kernels"]["attention"] == ["cudnn" if name == "gh200_96" else "splash"]
-    assert any("fmha" in call or "tpu" in call for call in found["custom_calls"])
-    assert found["collectives"]["all-gather"]["bytes"] > 0 and found["roofline_s"]["network"] > 0
+    predicted = json.loads((tmp_path / "plan" / "record.json").read_text())["predicted"]
+    assert predicted["source"] == "compiler" and predicted["fits"]
+    assert predicted["kernels"]["attention"] == ["cudnn" if name == "gh200_96" else "splash"]
+    assert any("fmha" in call or "tpu" in call for call in predicted["custom_calls"])
+    assert predicted["collectives"]["all-gather"]["bytes"] > 0 and predicted["roofline_s"]["network"] > 0

@@ -8,9 +8,9 @@ from efficientllm.plan import remedies
 
 
 def config(**values):
-    found = base.get_config()
-    found.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
-    return found
+    config_of_plan = base.get_config()
+    config_of_plan.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+    return config_of_plan
 
 
 SHAPE = {"data": 8, "fsdp": 1, "expert": 1, "tensor": 2}
@@ -28,8 +28,8 @@ def test_of_each_kind_the_smallest_change_that_fits():
             return meshes[value.removesuffix(", tensor=2")]
         return 120 if key == "model.remat" else 100 - value
 
-    found = remedies.attempt(remedies.of_training(config(train__batch_size=32), SHAPE), 100, total_of)
-    assert [(each.flags, each.total_bytes, each.fits) for each in found] == [
+    changes = remedies.attempt(remedies.of_training(config(train__batch_size=32), SHAPE), 100, total_of)
+    assert [(remedy.flags, remedy.total_bytes, remedy.fits) for remedy in changes] == [
         ("--config.model.remat=full", 120, False),
         ("--config.mesh='data=2, fsdp=4, tensor=2'", 90, True),
         ("--config.train.accumulate=2", 98, True),
@@ -45,13 +45,13 @@ def test_what_cannot_be_changed_is_not_tried():
 
 def test_ways_that_divide_no_width_may_be_fewer():
     shape = {"data": 1, "fsdp": 48, "expert": 1, "tensor": 1}
-    found = remedies.of_training(config(model__remat="full", train__batch_size=48), shape)
-    assert found == [[{"mesh": "data=3, fsdp=16"}]]
+    changes = remedies.of_training(config(model__remat="full", train__batch_size=48), shape)
+    assert changes == [[{"mesh": "data=3, fsdp=16"}]]
 
 
 def test_a_request_s_weights_may_be_smaller_or_its_rows_fewer():
-    found = remedies.of_serving(config(infer__batch_size=6), ["int8()", "int4()"])
-    assert found == [
+    changes = remedies.of_serving(config(infer__batch_size=6), ["int8()", "int4()"])
+    assert changes == [
         [{"quant": "int8()"}, {"quant": "int4()"}],
         [{"infer.batch_size": 3}, {"infer.batch_size": 2}, {"infer.batch_size": 1}],
     ]
@@ -62,14 +62,14 @@ def test_a_change_that_is_refused_says_why():
         raise UserError("no such thing")
 
     asked = remedies.of_training(config(train__batch_size=1), ONE)
-    (one,) = remedies.attempt(asked, 1, refuse)
-    assert not one.fits and one.reason == "no such thing"
-    (one,) = remedies.attempt(asked, 1, lambda change: None)
-    assert not one.fits and "does not say" in one.reason
+    (refused,) = remedies.attempt(asked, 1, refuse)
+    assert not refused.fits and refused.reason == "no such thing"
+    (refused,) = remedies.attempt(asked, 1, lambda change: None)
+    assert not refused.fits and "does not say" in refused.reason
 
 
 @pytest.mark.parametrize("fits_from", [1, 2, 3, 4, 9])
 def test_halving_finds_the_smallest(fits_from):
     steps = [{"train.accumulate": size} for size in (1, 2, 3)]
-    found = remedies._smallest(steps, None, 0, lambda change: int(change["train.accumulate"] < fits_from))
-    assert (found and found.change["train.accumulate"]) == (fits_from if fits_from <= 3 else None)
+    smallest = remedies._smallest(steps, None, 0, lambda change: int(change["train.accumulate"] < fits_from))
+    assert (smallest and smallest.change["train.accumulate"]) == (fits_from if fits_from <= 3 else None)

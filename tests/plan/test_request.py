@@ -35,9 +35,9 @@ def described(form="bfloat16", devices=1, **changes):
     return planned.describe(planned.whole(config, None), jax.devices()[:devices], cpu.platform, cpu.capability)
 
 
-def weights(one):
+def weights(request):
     """Random ones in the form of the plan."""
-    return quant.quantize(nn.unbox(model.init_params(one.lm, jax.random.key(0), 8)), one.config.quant)
+    return quant.quantize(nn.unbox(model.init_params(request.lm, jax.random.key(0), 8)), request.config.quant)
 
 
 def size(tree):
@@ -47,37 +47,37 @@ def size(tree):
 @pytest.mark.parametrize("form, mesh", [("bfloat16", "data=1"), ("bfloat16", "data=2, tensor=2"), ("int8", "tensor=2")])
 def test_the_program_is_the_engine_s(form, mesh):
     devices = math.prod(int(size) for size in re.findall(r"\d", mesh))
-    one = described(form, devices, mesh=mesh, **{"infer.batch_size": 2})
-    placed = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), weights(one), one.shaped)
-    with jax.set_mesh(one.mesh):
-        engine = Engine(one.lm, placed, Greedy(), 0, one.length)
+    request = described(form, devices, mesh=mesh, **{"infer.batch_size": 2})
+    placed = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), weights(request), request.shaped)
+    with jax.set_mesh(request.mesh):
+        engine = Engine(request.lm, placed, Greedy(), 0, request.length)
         prompts = [[1] * 24] * 2
         carry = engine.prefill(prompts)
-        tables = np.zeros((2, one.length), np.int32), np.array([24, 24], np.int32), np.int32(4)
+        tables = np.zeros((2, request.length), np.int32), np.array([24, 24], np.int32), np.int32(4)
         real = engine._decode.trace(engine.params, carry, *tables)
-        held = sharding.local_bytes((engine.params, carry)) + size(tables)
+        engine_bytes = sharding.local_bytes((engine.params, carry)) + size(tables)
         theirs = memory.compiled_memory(real.lower().compile())
-    prefill, first, decode = one.programs()
-    ours = training_step.compile_step(one, decode.trace).memory
-    assert ours == theirs and ours["argument_bytes"] == pytest.approx(held, abs=64)
-    assert one.by_shapes() == sharding.local_bytes((engine.params, carry.states))
-    assert [part.times for part in (prefill, first, decode)] == [1, 1, 4]
+    prefill, first, decode = request.programs()
+    ours = training_step.compile_step(request, decode.trace).memory
+    assert ours == theirs and ours["argument_bytes"] == pytest.approx(engine_bytes, abs=64)
+    assert request.by_shapes() == sharding.local_bytes((engine.params, carry.states))
+    assert [phase.times for phase in (prefill, first, decode)] == [1, 1, 4]
 
 
 def test_flops_are_those_of_the_engine_s_products():
-    one = described("float32")
-    prefill, first, decode = one.programs()
-    with one.plain().scope():  # no kernel of its own hides products
-        plain = Engine(one.lm, nn.unbox(one.boxed), Greedy(), 0, one.length)
+    request = described("float32")
+    prefill, first, decode = request.programs()
+    with request.plain().scope():  # no kernel of its own hides products
+        plain = Engine(request.lm, nn.unbox(request.boxed), Greedy(), 0, request.length)
         loop = jaxpr_flops.count_program_flops(plain.trace_decode(1).jaxpr, turns=1)
-        passed, read = (jaxpr_flops.count_program_flops(each.jaxpr) for each in plain.trace_prefill(1, 24))
-    found = [training_step.program_flops(one, part) for part in (prefill, first, decode)]
-    assert found == [passed, read, loop]
+        passed, read = (jaxpr_flops.count_program_flops(engine.jaxpr) for engine in plain.trace_prefill(1, 24))
+    planned = [training_step.program_flops(request, phase) for phase in (prefill, first, decode)]
+    assert planned == [passed, read, loop]
     assert first.model_flops == read
     # A mask drops half of the pairs of the prompt, and slots of the state that are not filled yet.
     heads, layers, filled, K = 2, 2, 24 + 4 // 2, 16
-    assert passed - prefill.model_flops == layers * heads * 4 * K * (24 * one.length - 24 * 24 / 2)
-    assert loop - decode.model_flops == pytest.approx(layers * heads * 4 * K * (one.length - filled), abs=4 * K * 4)
+    assert passed - prefill.model_flops == layers * heads * 4 * K * (24 * request.length - 24 * 24 / 2)
+    assert loop - decode.model_flops == pytest.approx(layers * heads * 4 * K * (request.length - filled), abs=4 * K * 4)
 
 
 def plan(workdir, form="int8", **overrides):
@@ -91,9 +91,9 @@ def plan(workdir, form="int8", **overrides):
 
 def test_a_plan_is_of_the_request_that_a_run_measures(tmp_path, capsys):
     texts = runs.corpus(tmp_path / "texts")
-    own = {"tokenizer": "bytes", "data": f"text(path='{texts}/*.txt')", "infer.chat": False, "infer.repeats": 2}
-    own |= {"train.length": 32, "eval.batches": 1, "infer.prompts": "('Hello',)", "task": "infer"}
-    assert plan(tmp_path / "run", **own)[0] == 0
+    overrides = {"tokenizer": "bytes", "data": f"text(path='{texts}/*.txt')", "infer.chat": False, "infer.repeats": 2}
+    overrides |= {"train.length": 32, "eval.batches": 1, "infer.prompts": "('Hello',)", "task": "infer"}
+    assert plan(tmp_path / "run", **overrides)[0] == 0
     measured = json.loads((tmp_path / "run" / "record.json").read_text())
     capsys.readouterr()
     status, row = plan(tmp_path / "plan", plan__calibration=tmp_path / "run")
@@ -115,14 +115,17 @@ def test_a_plan_is_of_the_request_that_a_run_measures(tmp_path, capsys):
 def test_what_does_not_fit_may_in_another_form(tmp_path, monkeypatch, capsys):
     fitting = plan(tmp_path / "a")[1]["predicted"]
     monkeypatch.setattr("efficientllm.metrics.host.memory_total_bytes", lambda: int(0.8 * fitting["peak_bytes"]))
-    found = plan(tmp_path / "b", infer__batch_size=2)[1]["predicted"]
-    assert not found["fits"]
-    assert [each["flags"] for each in found["changes"]] == ["--config.quant=int4()", "--config.infer.batch_size=1"]
+    predicted = plan(tmp_path / "b", infer__batch_size=2)[1]["predicted"]
+    assert not predicted["fits"]
+    assert [change["flags"] for change in predicted["changes"]] == [
+        "--config.quant=int4()",
+        "--config.infer.batch_size=1",
+    ]
     assert "does not fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "overrides, said",
+    "overrides, message",
     [
         ({"plan__devices": 2}, "config.infer.batch_size = 1: config.mesh = 'data=-1' divides rows over 2 devices"),
         ({"quant": "stored"}, "config.quant = 'stored' takes what a checkpoint's files hold"),
@@ -130,9 +133,9 @@ def test_what_does_not_fit_may_in_another_form(tmp_path, monkeypatch, capsys):
         ({"plan__of": "serve"}, "no planned of that name; known: infer, pretrain, tune"),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(overrides, said, tmp_path, capsys):
+def test_what_cannot_be_planned_is_one_line(overrides, message, tmp_path, capsys):
     assert plan(tmp_path / "plan", **overrides) == (2, None)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 PEAK = """

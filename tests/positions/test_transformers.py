@@ -77,8 +77,8 @@ def test_partial_rotation_of_scaled_frequencies(kind, fraction, base):
     for length in (ORIGINAL // 2, 3 * ORIGINAL):
         frequency, amplitude = init(config, device="cpu", seq_len=length)
         positions = jnp.arange(length)[None]
-        found, grown = build("rope_scaling", ours).frequencies(base, int(32 * fraction), positions)
-        np.testing.assert_allclose(found, frequency.numpy(), rtol=1e-6)
+        frequencies, grown = build("rope_scaling", ours).frequencies(base, int(32 * fraction), positions)
+        np.testing.assert_allclose(frequencies, frequency.numpy(), rtol=1e-6)
         assert grown == pytest.approx(amplitude, rel=1e-7)
         head = np.random.default_rng(0).standard_normal((1, length, 2, 32), np.float32)
         rope = build("position", f"rope(base={base}, fraction={fraction}, scaling={ours!r})")
@@ -199,8 +199,8 @@ def test_sinusoidal(D, base):
     for i in range(D // 2):
         angle = positions / base ** (2 * i / D)
         wave[..., 2 * i], wave[..., 2 * i + 1] = np.sin(angle), np.cos(angle)
-    found = build("position", f"sinusoidal(wave_base={base})").apply({}, x, jnp.asarray(positions), method="embed")
-    np.testing.assert_allclose(found, x * np.sqrt(D) + wave, atol=1e-5)
+    embedded = build("position", f"sinusoidal(wave_base={base})").apply({}, x, jnp.asarray(positions), method="embed")
+    np.testing.assert_allclose(embedded, x * np.sqrt(D) + wave, atol=1e-5)
 
 
 GPT2_TOP = {"embedding": "transformer.wte.weight", "position/table": "transformer.wpe.weight"} | peer.named(
@@ -241,8 +241,8 @@ def test_learned_in_gpt2():
         apart = {}
         for name, tensor in tensors.items():
             if "c_attn" in name:
-                parts = zip(("query", "key", "value"), tensor.chunk(3, -1), strict=True)
-                apart |= {name.replace("c_attn", part): piece for part, piece in parts}
+                kernels = zip(("query", "key", "value"), tensor.chunk(3, -1), strict=True)
+                apart |= {name.replace("c_attn", name_of_part): piece for name_of_part, piece in kernels}
         return peer.tree(tensors | apart, LAYERS, GPT2_LAYER, GPT2_TOP)
 
     peer.check(reference, ours, to_tree, peer.tokens(1, 41), 1e-5)

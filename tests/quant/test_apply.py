@@ -37,32 +37,32 @@ def forms(params):
 
 def test_kernels_get_the_form_and_embeddings_theirs():
     lm = contract.build("ffn", MOE, tied=False)
-    found = forms(jax.eval_shape(lambda params: quantize(params, "int4"), nn.unbox(boxed(lm))))
-    assert found.pop("embedding") is Int8 and found.pop("head/kernel") is Int8
-    others = {path for path, form in found.items() if form is not Int4}
+    names = forms(jax.eval_shape(lambda params: quantize(params, "int4"), nn.unbox(boxed(lm))))
+    assert names.pop("embedding") is Int8 and names.pop("head/kernel") is Int8
+    others = {path for path, form in names.items() if form is not Int4}
     router = "groups/block_0/ffn/router/kernel"
-    assert others == {path for path in found if path.endswith(("scale", "bias"))} | {router}
-    assert found["groups/block_0/ffn/experts/down/kernel"] is Int4
+    assert others == {path for path in names if path.endswith(("scale", "bias"))} | {router}
+    assert names["groups/block_0/ffn/experts/down/kernel"] is Int4
 
 
 def test_rules_come_first():
     lm = contract.build("mixer", "gqa")
     rules = [("mixer/[qk]/", "float32"), ("embedding", "bfloat16"), ("ffn/down", "nf4")]
-    found = forms(quantize(contract.parameters(lm), "int8(group=32)", rules))
-    assert found["groups/block_0/mixer/q/kernel"] is not Int8 and found["groups/block_0/mixer/v/kernel"] is Int8
-    assert found["embedding"].__name__ == "Half" and found["groups/block_0/ffn/down/kernel"].__name__ == "NF4"
+    names = forms(quantize(contract.parameters(lm), "int8(group=32)", rules))
+    assert names["groups/block_0/mixer/q/kernel"] is not Int8 and names["groups/block_0/mixer/v/kernel"] is Int8
+    assert names["embedding"].__name__ == "Half" and names["groups/block_0/ffn/down/kernel"].__name__ == "NF4"
     for bad in ([("(", "int8")], ["int8"]):
         with pytest.raises(UserError, match=r"pairs of \(regex, spec\)"):
             quantize({}, "int8", bad)
 
 
 def test_boxes_name_the_axes_of_each_array():
-    found = jax.eval_shape(lambda params: quantize(params, "int4"), boxed(contract.build("mixer", "gqa")))
-    kernel = found["groups"]["block_0"]["mixer"]["q"]["kernel"]
+    packed = jax.eval_shape(lambda params: quantize(params, "int4"), boxed(contract.build("mixer", "gqa")))
+    kernel = packed["groups"]["block_0"]["mixer"]["q"]["kernel"]
     assert kernel.values.names == kernel.scale.names == ("layers", "heads", "embed")
-    assert found["embedding"].values.names == ("vocab", "embed")
+    assert packed["embedding"].values.names == ("vocab", "embed")
     mesh = sharding.make_mesh("data=2, fsdp=2, tensor=2")
-    where = sharding.shardings(found, mesh)["groups"]["block_0"]["mixer"]["q"]["kernel"]
+    where = sharding.shardings(packed, mesh)["groups"]["block_0"]["mixer"]["q"]["kernel"]
     assert where.values.spec == jax.sharding.PartitionSpec(None, "tensor", "fsdp")
     assert where.scale.spec == jax.sharding.PartitionSpec(None, "tensor", None)  # one group: left whole
 
@@ -97,9 +97,9 @@ def test_one_device_equals_eight(mesh_spec, moe):
         where = sharding.shardings(jax.eval_shape(lambda params: quantize(params, "int4", rules), boxed(lm)), mesh)
         ctx = contract.Context.packed(contract.positions())
         run = jax.jit(lambda params, ids: lm.apply({"params": params}, ids, ctx)[0], in_shardings=(where, None))
-        found = run(jax.device_put(packed, where), contract.tokens())
+        logits = run(jax.device_put(packed, where), contract.tokens())
     assert used["matmul_int8"] == used["matmul_bfloat16"] == {"xla"}
-    np.testing.assert_allclose(found, exact, atol=2e-5)
+    np.testing.assert_allclose(logits, exact, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -109,16 +109,16 @@ def test_adapters_learn_around_compressed_kernels():
     method = build("adapter", "lora(rank=2)")
     packed = quantize(contract.parameters(lm), "nf4")
     grads = []
-    for held in (packed, base.merge(packed)):
-        params = nn.unbox(base.attach(method, boxed(lm), held, jax.random.key(0)))
+    for base_params in (packed, base.merge(packed)):
+        params = nn.unbox(base.attach(method, boxed(lm), base_params, jax.random.key(0)))
         params = jax.tree_util.tree_map_with_path(
             lambda keys, leaf: leaf + 0.1 if path_of(keys).endswith("/b") else leaf, params
         )
         learnt, frozen = base.split(method, lm, params)
         grads.append(jax.jit(jax.grad(functools.partial(_loss, lm)))(learnt, frozen))
     assert len(jax.tree.leaves(grads[0])) == 14
-    for found, exact in zip(*map(jax.tree.leaves, grads), strict=True):
-        np.testing.assert_allclose(found, exact, atol=1e-5, rtol=1e-4)
+    for grad, exact in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(grad, exact, atol=1e-5, rtol=1e-4)
 
 
 def _loss(lm, learnt, frozen):
@@ -138,10 +138,10 @@ def test_state_is_donated_beside_native_products():
     ids = contract.tokens()[:, :1]
     states = jax.tree.map(jnp.copy, model.init_states(lm, contract.B, 4))
     with kernel_choice.recording_kernels() as used:
-        kept, _ = jax.jit(step)(packed, ids, states)
-    given, _ = jax.jit(step, donate_argnums=2)(packed, ids, states)
+        undonated, _ = jax.jit(step)(packed, ids, states)
+    donated, _ = jax.jit(step, donate_argnums=2)(packed, ids, states)
     assert used["matmul_int4"] in ({"ffi"}, {"xla"})
-    np.testing.assert_array_equal(kept, given)
+    np.testing.assert_array_equal(undonated, donated)
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")

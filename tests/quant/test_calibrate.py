@@ -32,9 +32,9 @@ def group_scales(w, symmetric):
     """(scale, zero) of each weight, from its group as it is."""
     scale, zero = np.zeros_like(w), np.full_like(w, 8)
     for g in range(0, w.shape[1], GROUP):
-        part = w[:, g : g + GROUP]
-        low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
-        s = np.abs(part).max(1) / 7.5 if symmetric else (high - low) / 15
+        group = w[:, g : g + GROUP]
+        low, high = np.minimum(group.min(1), 0), np.maximum(group.max(1), 0)
+        s = np.abs(group).max(1) / 7.5 if symmetric else (high - low) / 15
         scale[:, g : g + GROUP] = s.astype(np.float16)[:, None]
         if not symmetric:
             zero[:, g : g + GROUP] = np.clip(np.round(-low / s.astype(np.float16).astype(float)), 0, 15)[:, None]
@@ -73,13 +73,13 @@ def test_gptq_is_the_loop_and_beats_rounding(symmetric):
     w, x = layer()
     codes, scale, zero = gptq(jnp.asarray(w, jnp.float32), moments(x), GROUP, symmetric)
     zero = None if zero is None else zero[..., None]
-    found = np.asarray(decode(codes, scale[..., None], zero), np.float64).reshape(w.shape)
+    decoded = np.asarray(decode(codes, scale[..., None], zero), np.float64).reshape(w.shape)
     exact = gptq_by_loop(w, x.T @ x / len(x), symmetric)
     # A float32 factor may round a weight at the edge to the other side, which later columns then make up for.
-    assert np.mean(np.isclose(found, exact, rtol=1e-4, atol=1e-6)) > 0.99
+    assert np.mean(np.isclose(decoded, exact, rtol=1e-4, atol=1e-6)) > 0.99
     error = lambda q: np.mean((x @ (w - q).T) ** 2)  # noqa: E731
-    assert error(found) < 0.85 * error(rtn(w, symmetric))
-    assert error(found) < 1.01 * error(exact)
+    assert error(decoded) < 0.85 * error(rtn(w, symmetric))
+    assert error(decoded) < 1.01 * error(exact)
 
 
 def awq_by_loop(w, x, symmetric):
@@ -106,8 +106,8 @@ def test_awq_is_the_search_and_beats_rounding(symmetric):
     s = awq(rows, hessian, jnp.mean(jnp.abs(jnp.asarray(x, jnp.float32)), 0), GROUP, symmetric)
     error, *_, exact = awq_by_loop(w, x, symmetric)
     np.testing.assert_allclose(s, exact, rtol=2e-3)
-    found = output_error(rounded(rows * s, GROUP, symmetric) / s - rows, hessian)
-    np.testing.assert_allclose(found, error, rtol=1e-2)
+    awq_error = output_error(rounded(rows * s, GROUP, symmetric) / s - rows, hessian)
+    np.testing.assert_allclose(awq_error, error, rtol=1e-2)
     assert error < 0.9 * np.mean((x @ (rtn(w, symmetric) - w).T) ** 2)
 
 
@@ -129,23 +129,23 @@ def small():
 def test_calibration_of_a_model_beats_rounding(small, method):
     lm, params, ids, change = small
     spec = f"int4(method='{method}')"
-    found = calibrate.quantize(lm, params, spec, ids)
-    assert 0 < change(found) < change(quantize(params, "int4"))
-    leaves = jax.tree.leaves(found, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    calibrated = calibrate.quantize(lm, params, spec, ids)
+    assert 0 < change(calibrated) < change(quantize(params, "int4"))
+    leaves = jax.tree.leaves(calibrated, is_leaf=lambda leaf: isinstance(leaf, Weight))
     assert sum(isinstance(leaf, Int4) for leaf in leaves) == 7
     # Stacked layers and layers apart are calibrated alike.
     apart = calibrate.quantize(*models.unroll(lm, params), spec, ids)
-    jax.tree.map(np.testing.assert_array_equal, models.unroll(lm, found)[1], apart)
+    jax.tree.map(np.testing.assert_array_equal, models.unroll(lm, calibrated)[1], apart)
 
 
 @pytest.mark.slow
 def test_experts_are_calibrated():
     one_layer = contract.SIZE.replace("num_layers=2", "num_layers=1")
     lm = contract.build("ffn", "moe(num_experts=4, top_k=2, hidden=32)", size=one_layer)
-    found = calibrate.quantize(lm, contract.parameters(lm), "int4(method='gptq')", contract.tokens())
-    experts = found["groups"]["block_0"]["ffn"]["experts"]["gate"]["kernel"]
+    calibrated = calibrate.quantize(lm, contract.parameters(lm), "int4(method='gptq')", contract.tokens())
+    experts = calibrated["groups"]["block_0"]["ffn"]["experts"]["gate"]["kernel"]
     assert experts.shape == (1, 4, 32, 32) and experts.scale.shape == (1, 4, 32, 1)
-    assert jnp.isfinite(contract.logits(lm, contract.tokens(), found)).all()
+    assert jnp.isfinite(contract.logits(lm, contract.tokens(), calibrated)).all()
 
 
 @pytest.mark.slow

@@ -39,8 +39,10 @@ def step(moe, params, x):
 
 def placed(boxed, params, x, mesh):
     """Parameters in the place of those of `boxed`, and the input, on the shards that their axes name."""
-    held = box_as(boxed, params)
-    return jax.device_put((nn.unbox(held), x), (sharding.shardings(held, mesh), sharding.batch_sharding(mesh)))
+    boxed_params = box_as(boxed, params)
+    return jax.device_put(
+        (nn.unbox(boxed_params), x), (sharding.shardings(boxed_params, mesh), sharding.batch_sharding(mesh))
+    )
 
 
 def on_mesh(kind, form, mesh):
@@ -57,10 +59,10 @@ def on_mesh(kind, form, mesh):
 def floats(program):
     """The elements of the largest float32 array in the program, and of the largest that is gathered."""
     large, gathered = 0, 0
-    for each in hlo_text.Program(program.as_text()).instructions():
-        found = max((math.prod(array.shape) for array in each.arrays if array.dtype == "f32"), default=0)
-        large = max(large, found)
-        gathered = max(gathered, found if each.op.startswith("all-gather") else 0)
+    for instruction in hlo_text.Program(program.as_text()).instructions():
+        largest = max((math.prod(array.shape) for array in instruction.arrays if array.dtype == "f32"), default=0)
+        large = max(large, largest)
+        gathered = max(gathered, largest if instruction.op.startswith("all-gather") else 0)
     return large, gathered
 
 
@@ -82,8 +84,8 @@ MORE = [
 @pytest.mark.parametrize("kind, mesh_spec, form", CASES + [slow_case(*case) for case in MORE])
 def test_each_device_multiplies_its_part(kind, mesh_spec, form, monkeypatch):
     monkeypatch.setattr(native, "is_usable", lambda: False)
-    alone, found, program = on_mesh(kind, form, sharding.make_mesh(mesh_spec))
-    for a, b in zip(alone, found, strict=True):
+    alone, sharded, program = on_mesh(kind, form, sharding.make_mesh(mesh_spec))
+    for a, b in zip(alone, sharded, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     large, gathered = floats(program)
     if kind == "dropless" and form != "bfloat16":  # never more floats than one expert's kernel has; tokens have fewer
@@ -94,9 +96,9 @@ def test_each_device_multiplies_its_part(kind, mesh_spec, form, monkeypatch):
 @pytest.mark.parametrize("mesh_spec", ["data=2, tensor=4", slow_case("fsdp=4, tensor=2")])
 def test_native_products_are_each_devices_own(mesh_spec):
     with kernel_choice.recording_kernels() as used:
-        alone, found, _ = on_mesh("dropless", "int4", sharding.make_mesh(mesh_spec))
+        alone, sharded, _ = on_mesh("dropless", "int4", sharding.make_mesh(mesh_spec))
     assert used["matmul_int4"] == {"ffi"}
-    for a, b in zip(alone, found, strict=True):
+    for a, b in zip(alone, sharded, strict=True):
         assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(a)  # activations of 16 bits of a group's largest
 
 
@@ -109,10 +111,10 @@ def test_adapters_around_them_learn_what_they_learn_on_one_device(mesh_spec, for
     params = apply.quantize(nn.unbox(boxed), form)
     draw = np.random.default_rng(1)
     weights = draw.standard_normal(x.shape, np.float32)
-    for held in params["experts"].values():
-        E, K, N = held["kernel"].shape
+    for expert in params["experts"].values():
+        E, K, N = expert["kernel"].shape
         a, b = draw.standard_normal((E, K, 4), np.float32), draw.standard_normal((E, 4, N), np.float32)
-        held["kernel"] = LoRA(held["kernel"], 0.1 * a, 0.1 * b)
+        expert["kernel"] = LoRA(expert["kernel"], 0.1 * a, 0.1 * b)
 
     def gradients(params, x):
         """Of `a` and `b` of each kernel."""
@@ -121,7 +123,7 @@ def test_adapters_around_them_learn_what_they_learn_on_one_device(mesh_spec, for
             experts = {name: {"kernel": around[name].replace(**both)} for name, both in factors.items()}
             return jnp.vdot(moe.apply({"params": params | {"experts": experts}}, x)[0], weights)
 
-        around = {name: held["kernel"] for name, held in params["experts"].items()}
+        around = {name: expert["kernel"] for name, expert in params["experts"].items()}
         return jax.grad(loss)({name: {"a": leaf.a, "b": leaf.b} for name, leaf in around.items()})
 
     alone = jax.jit(gradients)(params, x)
@@ -129,7 +131,7 @@ def test_adapters_around_them_learn_what_they_learn_on_one_device(mesh_spec, for
     with jax.set_mesh(mesh):
         there = placed(boxed, params, x, mesh)
         program = jax.jit(gradients).lower(*there).compile()
-        found = program(*there)
-    for a, b in zip(*map(jax.tree.leaves, jax.device_get((alone, found))), strict=True):
+        sharded = program(*there)
+    for a, b in zip(*map(jax.tree.leaves, jax.device_get((alone, sharded))), strict=True):
         assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(a)
     assert floats(program)[0] <= D * F

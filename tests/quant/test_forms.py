@@ -30,30 +30,30 @@ def leaf(spec, kernel):
     return quantize({"kernel": jnp.asarray(kernel)}, spec)["kernel"]
 
 
-def relative(found, exact):
-    return np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
+def relative(actual, exact):
+    return np.linalg.norm(np.asarray(actual, np.float64) - exact) / np.linalg.norm(exact)
 
 
 def test_int4_by_formula():
     """Symmetric: amax / 7.5 in float16, half to even, -8..7 (compressed-tensors, torchao, qwix)."""
     kernel = normal(64, 3)
     kernel[32:, 1] = 0
-    found = np.asarray(leaf("int4", kernel).dense())
+    dense = np.asarray(leaf("int4", kernel).dense())
     for r in range(3):
         for g in (0, 32):
             w = kernel[g : g + 32, r]
             scale = np.float32(np.float16(np.abs(w).max() / np.float32(7.5)))
             exact = np.clip(np.round(w / (scale or 1)), -8, 7) * scale
-            np.testing.assert_array_equal(found[g : g + 32, r], exact)
+            np.testing.assert_array_equal(dense[g : g + 32, r], exact)
 
 
 def test_asymmetric_int4_by_formula():
     kernel = normal(32, 4) + np.array([0, 3, -3, 0.5], np.float32)
-    found = np.asarray(leaf("int4(symmetric=False)", kernel).dense())
+    dense = np.asarray(leaf("int4(symmetric=False)", kernel).dense())
     low, high = np.minimum(kernel.min(0), 0), np.maximum(kernel.max(0), 0)
     scale = np.float32(np.float16((high - low) / np.float32(15)))
     zero = np.clip(np.round(-low / scale), 0, 15)
-    np.testing.assert_array_equal(found, (np.clip(np.round(kernel / scale) + zero, 0, 15) - zero) * scale)
+    np.testing.assert_array_equal(dense, (np.clip(np.round(kernel / scale) + zero, 0, 15) - zero) * scale)
 
 
 def test_int8_by_formula():
@@ -64,10 +64,10 @@ def test_int8_by_formula():
 
 def test_nf4_takes_the_nearest_value_of_the_table():
     kernel = normal(64, 6)
-    found = np.asarray(leaf("nf4", kernel).dense())
+    dense = np.asarray(leaf("nf4", kernel).dense())
     amax = np.abs(kernel).max(0)
     nearest = TABLE[np.abs((kernel / amax)[..., None] - TABLE).argmin(-1)]
-    np.testing.assert_array_equal(found, nearest * amax)
+    np.testing.assert_array_equal(dense, nearest * amax)
 
 
 def test_packing_is_two_codes_a_byte_a_half_of_the_group_apart():
@@ -88,9 +88,9 @@ def test_a_leaf_stands_for_its_kernel_and_its_table(spec, width=83):
     kernel, x = normal(2, width, 5), jnp.asarray(normal(3, width))
     stacked = leaf(spec, kernel)
     assert stacked.shape == kernel.shape and relative(stacked.dense(), kernel) < 0.15
-    one = jax.tree.map(lambda array: array[1], stacked)
-    np.testing.assert_array_equal(one.dense(), stacked.dense()[1])
-    assert relative(matmul(x, one, "float32"), np.asarray(x) @ np.asarray(one.dense())) < 3e-5
+    unstacked = jax.tree.map(lambda array: array[1], stacked)
+    np.testing.assert_array_equal(unstacked.dense(), stacked.dense()[1])
+    assert relative(matmul(x, unstacked, "float32"), np.asarray(x) @ np.asarray(unstacked.dense())) < 3e-5
     table = quantize({"embedding": jnp.asarray(kernel[0].T)}, "float32", [("embedding", spec)])["embedding"]
     assert table.shape == (5, width)
     np.testing.assert_array_equal(table.dense(), stacked.dense()[0].T)
@@ -101,9 +101,9 @@ def test_a_leaf_stands_for_its_kernel_and_its_table(spec, width=83):
 @pytest.mark.parametrize("spec", slow_except(SPECS, *(spec for spec in SPECS if "symmetric" not in spec)))
 def test_gradient_of_the_input(spec):
     """Of one that no native product has, and of one that it has."""
-    one, x, dy = leaf(spec, normal(64, 6)), jnp.asarray(normal(3, 64)), jnp.asarray(normal(3, 6))
-    _, pull = jax.vjp(lambda x: matmul(x, one, "float32"), x)
-    assert relative(pull(dy)[0], np.asarray(dy) @ np.asarray(one.dense()).T) < 1e-5
+    kernel, x, dy = leaf(spec, normal(64, 6)), jnp.asarray(normal(3, 64)), jnp.asarray(normal(3, 6))
+    _, pull = jax.vjp(lambda x: matmul(x, kernel, "float32"), x)
+    assert relative(pull(dy)[0], np.asarray(dy) @ np.asarray(kernel.dense()).T) < 1e-5
 
 
 def native_cases():
@@ -138,29 +138,29 @@ def native_leaf(form, rng, width, group):
 def test_native_products(instructions, form, rows, width, group):
     """Every instruction set this machine has, on odd sizes; int4 and int8 round x to 16 bits of its group."""
     rng = np.random.default_rng(width)
-    one = native_leaf(form, rng, width, group)
+    kernel = native_leaf(form, rng, width, group)
     x = jnp.asarray(rng.standard_normal((rows, width)) * np.exp(3 * rng.standard_normal(width)), jnp.float32)
-    if one.native() is None:
+    if kernel.native() is None:
         assert width % 2 or width % 4  # left to XLA
         return
-    (found,) = native.products(x, [one.native()], instructions)
-    exact = np.asarray(x, np.float64) @ np.asarray(one.rows(), np.float64).T
-    bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(one.rows(), axis=-1)
-    if one.name in ("int4", "int8"):  # half a step of a group's activations, times its weights
+    (product,) = native.products(x, [kernel.native()], instructions)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel.rows(), np.float64).T
+    bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(kernel.rows(), axis=-1)
+    if kernel.name in ("int4", "int8"):  # half a step of a group's activations, times its weights
         # Of int8 a vector's bytes are a group: at most these.
-        size = 64 if one.name == "int8" else one.values.shape[-1] * 2 // one.scale.shape[-1]
+        size = 64 if kernel.name == "int8" else kernel.values.shape[-1] * 2 // kernel.scale.shape[-1]
         largest_MG = jnp.max(jnp.abs(grouped(x, size)), -1)
-        sizes_RG = jnp.sum(jnp.abs(grouped(one.rows(), size)), -1)
+        sizes_RG = jnp.sum(jnp.abs(grouped(kernel.rows(), size)), -1)
         bound += largest_MG / 32767 / 2 @ sizes_RG.T
-    assert (np.abs(found - exact) <= bound).all()
+    assert (np.abs(product - exact) <= bound).all()
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
 def test_eight_bit_activations():
-    one = leaf("int4(activations='int8')", normal(576, 64))
+    kernel = leaf("int4(activations='int8')", normal(576, 64))
     x = jnp.asarray(normal(4, 576, seed=1))
-    (found,) = native.products(x, [one.native()])
-    assert one.x_bits == 8 and 1e-4 < relative(found, x @ one.dense()) < 1e-2
+    (product,) = native.products(x, [kernel.native()])
+    assert kernel.x_bits == 8 and 1e-4 < relative(product, x @ kernel.dense()) < 1e-2
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
@@ -174,38 +174,38 @@ def test_products_together_are_those_alone(form, width=320):
     alone = lambda x: [matmul(x, leaf, "float32") for leaf in leaves]  # noqa: E731
     ys, pull = jax.vjp(lambda x: matmul_together(x, leaves, "float32"), x)
     expected, pull_alone = jax.vjp(alone, x)
-    for y, one in zip(ys, expected, strict=True):
-        np.testing.assert_array_equal(y, one)
+    for y, product_alone in zip(ys, expected, strict=True):
+        np.testing.assert_array_equal(y, product_alone)
     assert relative(pull(ys)[0], np.asarray(pull_alone(expected)[0])) < 1e-6
     assert str(jax.make_jaxpr(lambda x: matmul_together(x, leaves, "float32"))(x)).count("ffi_call[") == 1
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
 def test_what_does_not_multiply_together(monkeypatch):
-    x, one, other = jnp.ones((1, 64)), leaf("int4", normal(64, 6)), leaf("int4(group=64)", normal(64, 6))
+    x, kernel, other = jnp.ones((1, 64)), leaf("int4", normal(64, 6)), leaf("int4(group=64)", normal(64, 6))
     together = lambda *leaves: matmul_together(x, leaves, "float32")  # noqa: E731
-    assert together(one, one) is not None
-    assert together(one, other) is None  # groups of another size
-    assert together(one, leaf("int8", normal(64, 6))) is None
-    assert together(one, one.replace(x_scale=jnp.ones((1, 64)))) is None
-    assert together(one, one.dense()) is None
+    assert together(kernel, kernel) is not None
+    assert together(kernel, other) is None  # groups of another size
+    assert together(kernel, leaf("int8", normal(64, 6))) is None
+    assert together(kernel, kernel.replace(x_scale=jnp.ones((1, 64)))) is None
+    assert together(kernel, kernel.dense()) is None
     monkeypatch.setattr(native, "instruction_sets", tuple)
-    assert together(one, one) is None
+    assert together(kernel, kernel) is None
 
 
 def test_the_kernel_is_chosen_and_noted(monkeypatch):
-    one = leaf("int4", normal(64, 32))
+    kernel = leaf("int4", normal(64, 32))
     few, many = jnp.ones((products.FEW, 64)), jnp.ones((products.FEW + 1, 64))
     with kernel_choice.recording_kernels() as used:
-        jax.eval_shape(lambda: matmul(many, one, "float32"))
+        jax.eval_shape(lambda: matmul(many, kernel, "float32"))
         assert used.pop("matmul_int4") == {"xla"}
-        jax.eval_shape(lambda: matmul(few, one, "float32"))
+        jax.eval_shape(lambda: matmul(few, kernel, "float32"))
         assert used.pop("matmul_int4") == ({"ffi"} if native.instruction_sets() else {"xla"})
         with kernel_choice.compiling_for("gpu"):
-            jax.eval_shape(lambda: matmul(few, one, "float32"))
+            jax.eval_shape(lambda: matmul(few, kernel, "float32"))
         assert used.pop("matmul_int4") == {"pallas"}
         monkeypatch.setattr(native, "instruction_sets", tuple)
-        jax.eval_shape(lambda: matmul(few, one, "float32"))
+        jax.eval_shape(lambda: matmul(few, kernel, "float32"))
         assert used.pop("matmul_int4") == {"xla"}
 
 
@@ -219,8 +219,8 @@ def test_a_loop_keeps_the_weights_compressed(spec, has_native, monkeypatch):
 
     def decode(layers, x):
         def step(_, x):
-            for one in layers:
-                x = jnp.tanh(matmul(x, one, "float32"))
+            for kernel in layers:
+                x = jnp.tanh(matmul(x, kernel, "float32"))
             return x
 
         return jax.lax.fori_loop(0, 4, step, x)
@@ -228,8 +228,8 @@ def test_a_loop_keeps_the_weights_compressed(spec, has_native, monkeypatch):
     compiled = jax.jit(decode, donate_argnums=1).lower(layers, jnp.ones((1, 128))).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 128 * 128 * 4
     exact = jnp.ones((1, 128))
-    for one in layers * 4:
-        exact = jnp.tanh(exact @ one.dense())
+    for kernel in layers * 4:
+        exact = jnp.tanh(exact @ kernel.dense())
     assert relative(compiled(layers, jnp.ones((1, 128))), np.asarray(exact)) < 1e-3  # int4: 32 times rounded to 16 bits
 
 
@@ -249,16 +249,16 @@ def test_threads_share_no_state():
     """Products that XLA runs at the same time, from several threads, are what they are alone."""
     import concurrent.futures
 
-    one, x = leaf("int4", normal(512, 1024)), jnp.asarray(normal(2, 512))
-    run = jax.jit(lambda x, one: sum(matmul(x * i, one, "float32") for i in range(1, 9)))
-    alone = run(x, one)
+    kernel, x = leaf("int4", normal(512, 1024)), jnp.asarray(normal(2, 512))
+    run = jax.jit(lambda x, kernel: sum(matmul(x * i, kernel, "float32") for i in range(1, 9)))
+    alone = run(x, kernel)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda _: run(x, one), range(24)):
-            np.testing.assert_array_equal(found, alone)
+        for product in pool.map(lambda _: run(x, kernel), range(24)):
+            np.testing.assert_array_equal(product, alone)
 
 
 @pytest.mark.parametrize(
-    "spec, said",
+    "spec, message",
     [
         ("int5", "no quant of that name"),
         ("int4(group=48)", "power of two"),
@@ -269,8 +269,8 @@ def test_threads_share_no_state():
         ("int4(method='awq')", "text to calibrate"),
     ],
 )
-def test_bad_specs(spec, said):
-    with pytest.raises(UserError, match=said):
+def test_bad_specs(spec, message):
+    with pytest.raises(UserError, match=message):
         quantize({"kernel": jnp.ones((32, 4))}, spec)
 
 
@@ -280,9 +280,9 @@ def test_bad_specs(spec, said):
 )
 def test_accelerators_read_what_is_converted_and_no_more_as_it_lies(spec, platform, tied):
     """Tied to the input, which keeps decompression where it is, they would be copied by a GPU's program."""
-    held, x_MK = leaf(spec, normal(64, 8)), jnp.ones((products.FEW + 1, 64), jnp.bfloat16)
+    kernel, x_MK = leaf(spec, normal(64, 8)), jnp.ones((products.FEW + 1, 64), jnp.bfloat16)
     with kernel_choice.compiling_for(platform):
-        made = str(jax.make_jaxpr(lambda x: products.product(x, held, Precision.of("bfloat16"), None))(x_MK))
+        made = str(jax.make_jaxpr(lambda x: products.product(x, kernel, Precision.of("bfloat16"), None))(x_MK))
     assert ("select_n" in made) == tied
 
 

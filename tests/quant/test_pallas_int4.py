@@ -52,23 +52,23 @@ def interpreted(platform):
 @pytest.mark.parametrize("form", ["symmetric", "zero", "minimum", "awq"])
 @pytest.mark.parametrize("rows, outputs, width, group", SIZES)
 def test_it_is_the_decompressed_product(platform, form, rows, outputs, width, group):
-    one = leaf(form, outputs, width, group)
+    kernel = leaf(form, outputs, width, group)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, width)), jnp.float32)
-    found = pallas_int4.product(x, one, jnp.float32, platform, interpret=interpreted(platform))
-    exact = np.asarray(x, np.float64) @ np.asarray(one.rows(), np.float64).T
-    bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(one.rows(), axis=-1)
-    assert found.dtype == jnp.float32 and (np.abs(found - exact) <= bound).all()
+    product = pallas_int4.product(x, kernel, jnp.float32, platform, interpret=interpreted(platform))
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel.rows(), np.float64).T
+    bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(kernel.rows(), axis=-1)
+    assert product.dtype == jnp.float32 and (np.abs(product - exact) <= bound).all()
 
 
 @pytest.mark.parametrize("platform, rows, both", [("gpu", 16, True), ("gpu", 3, False), ("tpu", 3, True)])
 def test_operands_are_rounded_to_bfloat16(platform, rows, both):
     """Of vectors only x is: no tensor core multiplies the weights."""
-    one = leaf("symmetric", 64, 256, 32)
+    kernel = leaf("symmetric", 64, 256, 32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 256)), jnp.float32)
-    found = pallas_int4.product(x, one, jnp.bfloat16, platform, interpret=interpreted(platform))
-    weights = one.rows().astype(jnp.bfloat16) if both else one.rows()
-    x, weights = (np.asarray(each, np.float64) for each in (x.astype(jnp.bfloat16), weights))
-    np.testing.assert_allclose(found, x @ weights.T, rtol=1e-5, atol=1e-4)
+    product = pallas_int4.product(x, kernel, jnp.bfloat16, platform, interpret=interpreted(platform))
+    weights = kernel.rows().astype(jnp.bfloat16) if both else kernel.rows()
+    x, weights = (np.asarray(operand, np.float64) for operand in (x.astype(jnp.bfloat16), weights))
+    np.testing.assert_allclose(product, x @ weights.T, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["symmetric", "zero", "minimum"])
@@ -79,10 +79,10 @@ def test_kernels_of_one_input_are_multiplied_together(form, rows, width, parts, 
     leaves = [leaf(form, outputs, width, 32) for outputs in (200, 40, 37)]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, width)), jnp.float32)
     assert pallas_int4.joins(leaves, "gpu")
-    found = pallas_int4.products(x, leaves, jnp.float32, "gpu", interpret=interpreted("gpu"))
-    for one, y in zip(leaves, found, strict=True):
-        exact = np.asarray(x, np.float64) @ np.asarray(one.rows(), np.float64).T
-        bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(one.rows(), axis=-1)
+    products = pallas_int4.products(x, leaves, jnp.float32, "gpu", interpret=interpreted("gpu"))
+    for kernel, y in zip(leaves, products, strict=True):
+        exact = np.asarray(x, np.float64) @ np.asarray(kernel.rows(), np.float64).T
+        bound = 2e-6 * np.linalg.norm(x, axis=-1)[:, None] * np.linalg.norm(kernel.rows(), axis=-1)
         assert y.shape == exact.shape and (np.abs(y - exact) <= bound).all()
 
 
@@ -107,10 +107,10 @@ def test_a_block_calls_it_once_for_kernels_of_one_input():
 )
 def test_tiles_fill_the_processors_or_as_far_as_parts_go(M, R, W):
     """One program multiplied the whole of the 8,960 inputs of `down` for each of its few tiles: 7 times slower."""
-    found = pallas_int4.tile(M, R, W, 16)
-    programs = -(-M // 128) * -(-R // found.rows) * found.parts
-    assert 2 * programs >= pallas_int4.PROCESSORS or found.parts == 4
-    assert found.width * found.parts <= max(W, 1024) and found.width % 16 == 0
+    tile = pallas_int4.tile(M, R, W, 16)
+    programs = -(-M // 128) * -(-R // tile.rows) * tile.parts
+    assert 2 * programs >= pallas_int4.PROCESSORS or tile.parts == 4
+    assert tile.width * tile.parts <= max(W, 1024) and tile.width % 16 == 0
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
@@ -122,17 +122,17 @@ def test_experts_are_multiplied_one_by_one(platform, monkeypatch):
     x = jnp.asarray(np.random.default_rng(1).standard_normal((40, 128)), jnp.float32)
     sizes = jnp.array([7, 0, 30, 3])
     with kernel_choice.compiling_for(platform), kernel_choice.recording_kernels() as used:
-        found = grouped_matmul(x, experts, sizes, "float32")
+        product = grouped_matmul(x, experts, sizes, "float32")
     assert used == {"grouped_matmul": {"blocked"}, "matmul_int4": {"pallas"}}
     of_rows = np.repeat(np.asarray(experts.dense(), np.float64), sizes, axis=0)
-    np.testing.assert_allclose(found, np.einsum("ak,akn->an", x, of_rows), rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(product, np.einsum("ak,akn->an", x, of_rows), rtol=1e-5, atol=2e-5)
 
 
 def test_it_is_chosen_on_one_device_of_its_platform():
-    one = jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((64, 128)), False))
+    kernel = jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((64, 128)), False))
     for target, kind in (("gpu", "pallas"), ("tpu", "pallas"), ("cpu", "xla")):
         with kernel_choice.compiling_for(target), kernel_choice.recording_kernels() as used:
-            jax.eval_shape(lambda one, x: matmul(x, one, "bfloat16"), one, jnp.ones((products.FEW + 1, 128)))
+            jax.eval_shape(lambda kernel, x: matmul(x, kernel, "bfloat16"), kernel, jnp.ones((products.FEW + 1, 128)))
         assert used["matmul_int4"] == {kind}
 
 
@@ -140,10 +140,10 @@ def test_without_triton_a_gpu_multiplies_through_xla(monkeypatch):
     """As with a JAX that has removed it; TPU kernels stay."""
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     monkeypatch.setattr(products, "has_triton", lambda: False)
-    one, x = Int4Form().leaf(jnp.ones((64, 128)), False), jnp.ones((products.FEW + 1, 128))
+    kernel, x = Int4Form().leaf(jnp.ones((64, 128)), False), jnp.ones((products.FEW + 1, 128))
     for target, kind in (("gpu", "xla"), ("tpu", "pallas")):
         with kernel_choice.compiling_for(target), kernel_choice.recording_kernels() as used:
-            jax.eval_shape(lambda one, x: matmul(x, one, "bfloat16"), one, x)
+            jax.eval_shape(lambda kernel, x: matmul(x, kernel, "bfloat16"), kernel, x)
         assert used["matmul_int4"] == {kind}
 
 
@@ -160,38 +160,38 @@ def test_without_triton_a_gpu_multiplies_through_xla(monkeypatch):
 )
 def test_each_device_multiplies_its_part(mesh_spec, form, rows, width, axes, platform, monkeypatch):
     monkeypatch.setattr(products, "_tiled", functools.partial(pallas_int4.product, platform=platform, interpret=True))
-    one = leaf(form, 256, width, 32)
+    kernel = leaf(form, 256, width, 32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 5, width)), jnp.float32)
     mesh = sharding.make_mesh(mesh_spec)
     with jax.set_mesh(mesh), kernel_choice.compiling_for(platform), kernel_choice.recording_kernels() as used:
         placed = jax.tree.map(
             lambda array, names: jax.device_put(array, NamedSharding(mesh, sharding.spec(names, array.shape, mesh))),
-            *(one, one.axes(axes)),
+            *(kernel, kernel.axes(axes)),
         )
         multiply = jax.jit(lambda x, w: matmul(x, w, "float32", axes=axes))
-        found = multiply(x, placed)
+        product = multiply(x, placed)
     assert used["matmul_int4"] == {"pallas"}
-    np.testing.assert_allclose(found, np.asarray(x) @ np.asarray(one.dense(), np.float64), rtol=1e-5, atol=5e-5)
+    np.testing.assert_allclose(product, np.asarray(x) @ np.asarray(kernel.dense(), np.float64), rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # has_triton says more
 def test_nvidia_s_is_lowered_to_triton_and_no_weight_to_floats():
     """Lowered without the platform: what XLA is given to compile."""
-    one = jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((1536, 576)), False))
+    kernel = jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((1536, 576)), False))
     device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     x = jax.ShapeDtypeStruct((1, 576), jnp.float32)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
-        traced = jax.jit(lambda x, one: pallas_int4.product(x, one, jnp.bfloat16, "gpu")).trace(x, one)
+        traced = jax.jit(lambda x, kernel: pallas_int4.product(x, kernel, jnp.bfloat16, "gpu")).trace(x, kernel)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     shapes = re.findall(r"tensor<([\dx]+)x(?:bf16|f16|f32)>", text)
-    assert "triton" in text and max(math.prod(map(int, shape.split("x"))) for shape in shapes) == one.scale.size
+    assert "triton" in text and max(math.prod(map(int, shape.split("x"))) for shape in shapes) == kernel.scale.size
 
 
 @pytest.mark.parametrize("batch, rows", [(1, None), (2, "data")])
 def test_rows_are_divided_as_the_batch_and_not_by_tokens(batch, rows, monkeypatch):
     """One prompt of many tokens lies whole on each device of `data`, as its activations do."""
-    found = []
-    monkeypatch.setattr(products, "_products", lambda x, leaves, operand, layout: found.append(layout) or [x])
+    shapes = []
+    monkeypatch.setattr(products, "_products", lambda x, leaves, operand, layout: shapes.append(layout) or [x])
     with jax.set_mesh(sharding.make_mesh("data=2, tensor=4")), kernel_choice.compiling_for("gpu"):
         matmul(jnp.ones((batch, 64, 1024)), leaf("", 1024, 1024, 64), "bfloat16", axes=("embed", "mlp"))
-    assert found[0].rows == rows and found[0].across == "tensor"
+    assert shapes[0].rows == rows and shapes[0].across == "tensor"

@@ -138,9 +138,9 @@ def test_trials_have_readable_names_and_seeds_are_told_apart(tmp_path):
         "b": {"name": "attention-mla", "model.mixer": "mla", "seed": 1},
         "c": {"name": "attention-mla", "model.mixer": "mla", "seed": 1, "checkpoint.every": 7},
     }
-    for run, own in changes.items():
+    for run, overrides in changes.items():
         writer = SummaryWriter(tmp_path / run)
-        writer.hparams(base | own, {"al_s": 0.5})
+        writer.hparams(base | overrides, {"al_s": 0.5})
         writer.close()
     names = groups(tmp_path)
     assert [names[run].partition(" #")[0] for run in "abc"] == [

@@ -20,9 +20,9 @@ HUGGING_FACE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "h
 
 
 def config(**changes):
-    found = get_config()
-    found.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return found
+    config_of_run = get_config()
+    config_of_run.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config_of_run
 
 
 def row(outcome="ok", **changes):
@@ -84,8 +84,8 @@ def test_any_of_a_run_s_own_files_proves_it(proof, tmp_path):
 
 
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path, capsys):
-    run, kept = claimed(tmp_path / "run", "ok", steps=8), tmp_path / "elsewhere"
-    kept.mkdir()
+    run, elsewhere = claimed(tmp_path / "run", "ok", steps=8), tmp_path / "elsewhere"
+    elsewhere.mkdir()
     for name in (
         "log.txt",
         "record.json.77.partial",
@@ -102,15 +102,15 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path, capsys):
     ):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("x")
-    (kept / "precious").write_text("x")
-    (run / "checkpoints" / "12").symlink_to(kept)
+    (elsewhere / "precious").write_text("x")
+    (run / "checkpoints" / "12").symlink_to(elsewhere)
     workdir = Workdir(config(seed=1), run, overwrite=True).acquire()
     assert (run / "record.json").exists(), "nothing is removed before the new config has been checked"
     workdir.claim(config(seed=1))
     workdir.release()
     left = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert left == {"run.json", "config.json", "log.txt", "notes.txt", "adapter/README.md"}
-    assert (kept / "precious").exists() and not (run / "log.txt").read_text()
+    assert (elsewhere / "precious").exists() and not (run / "log.txt").read_text()
     assert "left in place, as no run writes them: adapter, notes.txt" in capsys.readouterr().out
     assert json.loads((run / "config.json").read_text())["seed"] == 1
 

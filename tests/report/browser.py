@@ -46,19 +46,19 @@ class Browser:
         self._id += 1
         self._socket.send(json.dumps({"id": self._id, "method": method, "params": parameters}))
         while True:
-            said = json.loads(self._socket.recv())
-            self._note(said)
-            if said.get("id") == self._id:
-                assert "error" not in said, said["error"]
-                return said["result"]
+            message = json.loads(self._socket.recv())
+            self._note(message)
+            if message.get("id") == self._id:
+                assert "error" not in message, message["error"]
+                return message["result"]
 
-    def _note(self, said):
-        event = said.get("params", {})
-        if said.get("method") == "Runtime.exceptionThrown":
+    def _note(self, message):
+        event = message.get("params", {})
+        if message.get("method") == "Runtime.exceptionThrown":
             self.problems.append(event["exceptionDetails"].get("exception", {}).get("description"))
-        if said.get("method") == "Runtime.consoleAPICalled" and event["type"] in ("error", "warning"):
+        if message.get("method") == "Runtime.consoleAPICalled" and event["type"] in ("error", "warning"):
             self.problems.append([argument.get("value") for argument in event["args"]])
-        if said.get("method") == "Log.entryAdded" and event["entry"]["level"] in ("error", "warning"):
+        if message.get("method") == "Log.entryAdded" and event["entry"]["level"] in ("error", "warning"):
             self.problems.append(event["entry"]["text"])
 
     def run(self, script):
@@ -82,9 +82,9 @@ class Browser:
 
     def press(self, key, code=None, text=None):
         """A key of the keyboard, down and up."""
-        known = {"key": key, "code": code or key, "windowsVirtualKeyCode": {"Tab": 9, "Enter": 13}.get(key, 0)}
-        self.call("Input.dispatchKeyEvent", type="keyDown", **known, **({"text": text} if text else {}))
-        self.call("Input.dispatchKeyEvent", type="keyUp", **known)
+        key_event = {"key": key, "code": code or key, "windowsVirtualKeyCode": {"Tab": 9, "Enter": 13}.get(key, 0)}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **key_event, **({"text": text} if text else {}))
+        self.call("Input.dispatchKeyEvent", type="keyUp", **key_event)
 
     def screenshot(self, file, whole=False):
         """A PNG of the window, or of the whole page."""
@@ -112,10 +112,10 @@ def _page(port):
     return pages[0]["webSocketDebuggerUrl"] if pages else None
 
 
-def _wait(found, deadline=60):
+def _wait(condition, deadline=60):
     end = time.monotonic() + deadline
     while time.monotonic() < end:
-        value = found()
+        value = condition()
         if value:
             return value
         time.sleep(0.05)

@@ -28,8 +28,8 @@ def config(mixer="gqa", seed=0, **changes):
     for key, value in changes.items():
         *path, last = key.split(".")
         target = made
-        for part in path:
-            target = target.setdefault(part, {})
+        for group in path:
+            target = target.setdefault(group, {})
         target[last] = value
     return made
 
@@ -103,9 +103,9 @@ def sweep(folder, blocks=6, noise=0.01, seed=1, techniques=TRUE, event_files=Fal
                 "order": place,
                 "seed": block,
             }
-            own = folder / f"{block}-{place}-{mixer}"
+            run_folder = folder / f"{block}-{place}-{mixer}"
             row(
-                own,
+                run_folder,
                 mixer,
                 seed=block,
                 sweep=told,
@@ -121,5 +121,5 @@ def sweep(folder, blocks=6, noise=0.01, seed=1, techniques=TRUE, event_files=Fal
                 **more,
             )
             if event_files:
-                curves(own)
+                curves(run_folder)
     return folder

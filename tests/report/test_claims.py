@@ -20,24 +20,27 @@ from report import made
 
 
 def evaluate(folder):
-    found = claims.evaluate_claims(groups.group_rows(rows.read_rows(find_rows.find_files([folder])[0])))
-    return {claim["name"]: claim for claim in found}
+    evaluated = claims.evaluate_claims(groups.group_rows(rows.read_rows(find_rows.find_files([folder])[0])))
+    return {claim["name"]: claim for claim in evaluated}
 
 
 def test_claims_hold_fail_and_stay_open(tmp_path):
-    found = evaluate(made.sweep(tmp_path, blocks=6))
-    assert found["mqa-latency"]["status"] == claims.HOLDS and len(found["mqa-latency"]["pairs"]) == 2
-    assert found["mla-perplexity"]["status"] == claims.HOLDS
-    assert (found["moe-memory"]["status"], found["moe-memory"]["reason"]) == (claims.OPEN, "no row with ffn moe")
-    nulls = found["mqa-memory"], found["nsa-power"]
+    claims_by_name = evaluate(made.sweep(tmp_path, blocks=6))
+    assert claims_by_name["mqa-latency"]["status"] == claims.HOLDS and len(claims_by_name["mqa-latency"]["pairs"]) == 2
+    assert claims_by_name["mla-perplexity"]["status"] == claims.HOLDS
+    assert (claims_by_name["moe-memory"]["status"], claims_by_name["moe-memory"]["reason"]) == (
+        claims.OPEN,
+        "no row with ffn moe",
+    )
+    nulls = claims_by_name["mqa-memory"], claims_by_name["nsa-power"]
     assert nulls[0]["status"] == claims.HOLDS and nulls[1]["reason"] == "no row with attention nsa"
 
 
 def test_a_claim_that_is_wrong_here_does_not_hold(tmp_path):
     worse = {"gqa": (1.0, 1.0, 1.0), "mqa": (1.2, 1.0, 1.0), "mla": (0.9, 1.0, 1.0)}
-    found = evaluate(made.sweep(tmp_path, blocks=6, techniques=worse))
-    assert found["mqa-latency"]["status"] == claims.FAILS
-    assert found["mqa-memory"]["status"] == claims.FAILS, "equal within 2 % is not less"
+    claims_by_name = evaluate(made.sweep(tmp_path, blocks=6, techniques=worse))
+    assert claims_by_name["mqa-latency"]["status"] == claims.FAILS
+    assert claims_by_name["mqa-memory"]["status"] == claims.FAILS, "equal within 2 % is not less"
 
 
 def test_moe_is_compared_with_dense_only_where_nothing_else_differs(tmp_path):
@@ -45,17 +48,17 @@ def test_moe_is_compared_with_dense_only_where_nothing_else_differs(tmp_path):
         made.row(tmp_path / f"d{seed}", seed=seed, amu_gb=1.0 + seed / 1e3)
         made.row(tmp_path / f"m{seed}", seed=seed, amu_gb=1.7 + seed / 1e4, changes={"model.ffn": "moe(num_experts=8)"})
         made.row(tmp_path / f"x{seed}", "mla", seed=seed, amu_gb=1.0)
-    found = evaluate(tmp_path)["moe-memory"]
-    assert found["status"] == claims.FAILS and len(found["pairs"]) == 1
-    assert found["pairs"][0]["ratio"] == pytest.approx(1.7, abs=0.01)
+    claim = evaluate(tmp_path)["moe-memory"]
+    assert claim["status"] == claims.FAILS and len(claim["pairs"]) == 1
+    assert claim["pairs"][0]["ratio"] == pytest.approx(1.7, abs=0.01)
 
 
 def test_a_claim_of_a_scale_or_device_is_not_tested_elsewhere(tmp_path):
     for name in ("lora", "rslora"):
         made.row(tmp_path / name, task="tune", changes={"adapter": f"{name}(rank=8)"}, loss=1.0, params_total=1e9)
-    found = evaluate(tmp_path)
-    assert "at least 1.35e+10; here it is 1e+09" in found["rslora-large"]["reason"]
-    assert found["rslora-small"]["pairs"][0]["reason"] == "one block: no interval"
+    claims_by_name = evaluate(tmp_path)
+    assert "at least 1.35e+10; here it is 1e+09" in claims_by_name["rslora-large"]["reason"]
+    assert claims_by_name["rslora-small"]["pairs"][0]["reason"] == "one block: no interval"
 
 
 @pytest.mark.parametrize(
@@ -103,9 +106,9 @@ def test_plans_are_judged_apart_and_say_so(tmp_path):
     for seed in range(3):
         made.row(tmp_path / f"measured{seed}", seed=seed, amu_gb=1.0, devices=made.H100)
         made.row(tmp_path / f"mixture{seed}", seed=seed, amu_gb=1.2, devices=made.H100, changes=mixture)
-    found = groups.group_rows(rows.read_rows(find_rows.find_files([tmp_path])[0]))
-    measured = {claim["name"]: claim for claim in claims.evaluate_claims(found)}
-    planned = {claim["name"]: claim for claim in planned_claims.evaluate_plans(found)}
+    row_groups = groups.group_rows(rows.read_rows(find_rows.find_files([tmp_path])[0]))
+    measured = {claim["name"]: claim for claim in claims.evaluate_claims(row_groups)}
+    planned = {claim["name"]: claim for claim in planned_claims.evaluate_plans(row_groups)}
     assert [pair["ratio"] for pair in measured["moe-memory"]["pairs"]] == [pytest.approx(1.2)]
     assert "no row with tuning lora" in measured["lora-memory"]["reason"]
     ratios = [pair.get("ratio") for pair in planned["moe-memory"]["pairs"]]

@@ -49,8 +49,8 @@ def _rows(folder, config):
     for key, value in config.items():
         *path, last = key.split(".")
         target = nested
-        for part in path:
-            target = target.setdefault(part, {})
+        for group in path:
+            target = target.setdefault(group, {})
         target[last] = value
     file.write_text(json.dumps(record | {"config": nested}))
     return rows.read_rows([file])
@@ -70,15 +70,15 @@ def test_a_damaged_sample_is_none(tmp_path, text):
     file = made.row(tmp_path / "runs", al_s=0.5)
     (file.parent / "samples").mkdir()
     (file.parent / "samples" / "generated.jsonl").write_text(text)
-    found = details.run_details(rows.read_rows([file]), tmp_path)["runs"][str(file)]
-    assert found["sample"] == "" and found["files"]["record.json"] == "runs/record.json"
+    details_of_run = details.run_details(rows.read_rows([file]), tmp_path)["runs"][str(file)]
+    assert details_of_run["sample"] == "" and details_of_run["files"]["record.json"] == "runs/record.json"
 
 
 def test_links_are_relative_and_quoted_and_texts_are_shared(tmp_path):
     files = [made.row(tmp_path / "a #1?" / str(seed), seed=seed, al_s=0.5) for seed in range(2)]
     (files[0].parent / "log.txt").write_text("x\nsample: 'once upon'\n")
-    found = details.run_details(rows.read_rows(files), tmp_path / "out")
-    run = found["runs"][str(files[0])]
+    details_of_runs = details.run_details(rows.read_rows(files), tmp_path / "out")
+    run = details_of_runs["runs"][str(files[0])]
     assert run["files"]["record.json"] == "../a%20%231%3F/0/record.json" and run["sample"] == "'once upon'"
-    assert len(found["texts"]) == len(set(found["texts"])) == 2
-    assert found["texts"][run["numbers"]["al_s"][1]] == "test"
+    assert len(details_of_runs["texts"]) == len(set(details_of_runs["texts"])) == 2
+    assert details_of_runs["texts"][run["numbers"]["al_s"][1]] == "test"

@@ -29,7 +29,7 @@ def test_strange_names_are_drawn_and_tabled(tmp_path):
         assert longest(tmp_path / "out" / "figures" / f"1_{kind}.png") < 4000
     text = (tmp_path / "out" / "report.md").read_text()
     assert "<b>" not in text, "GitHub shows the name, and no bold text"
-    for table in [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]:
+    for table in [paragraph.splitlines() for paragraph in text.split("\n\n") if paragraph.startswith("|")]:
         pipes = {line.replace("\\|", "").count("|") for line in table}
         assert len(pipes) == 1, "every line of a table has as many cells"
 

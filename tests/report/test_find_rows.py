@@ -85,9 +85,9 @@ def test_copies_are_one_run_and_runs_of_one_config_are_not(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     made.row(tmp_path / "d", al_s=0.5, told={"run": "d"})
     made.row(tmp_path / "e", al_s=0.52, told={"run": "d"})
-    found = find_rows.collect_rows([tmp_path])
-    assert [row.path.parent.name for row in found.rows] == ["a", "b", "d"]
-    assert [line.split(": ")[1].split("/")[-2] for line in found.left_out] == ["c", "e"]
+    collected = find_rows.collect_rows([tmp_path])
+    assert [row.path.parent.name for row in collected.rows] == ["a", "b", "d"]
+    assert [line.split(": ")[1].split("/")[-2] for line in collected.left_out] == ["c", "e"]
 
 
 def test_a_folder_called_grid_is_left_out_for_what_it_holds_only(tmp_path):
@@ -100,9 +100,9 @@ def test_a_folder_called_grid_is_left_out_for_what_it_holds_only(tmp_path):
     (sweep / "grid.json").write_text(json.dumps({"sweep": "x", "key": "k", "variants": {}}))
     told = {"name": "y", "variant": "mla", "baseline": "mla", "block": 0, "order": 0, "seed": 0, "grid": "--config.k=1"}
     made.row(tmp_path / "moved", "mla", sweep=told, al_s=0.7)
-    found = find_rows.collect_rows([tmp_path])
-    assert len(found.rows) == 3 and len(found.left_out) == 2
-    assert "1 tries" in found.left_out[0] and "grid of sweep y" in found.left_out[1]
+    collected = find_rows.collect_rows([tmp_path])
+    assert len(collected.rows) == 3 and len(collected.left_out) == 2
+    assert "1 tries" in collected.left_out[0] and "grid of sweep y" in collected.left_out[1]
     assert len(find_rows.collect_rows([tmp_path / "moved"]).rows) == 1, "asked for by itself"
 
 
@@ -111,9 +111,9 @@ def test_a_cell_is_no_formula_and_a_number_stays_one(tmp_path):
     for i, name in enumerate(names):
         told = {"name": name, "variant": name, "baseline": name, "block": 0, "order": i, "seed": i}
         made.row(tmp_path / str(i), sweep=told, told={"run": name}, al_s=0.5, loss=-2.5, **{"=1+1": 1.0})
-    found = find_rows.collect_rows([tmp_path])
-    shown = leaderboard.build_leaderboard(found.rows)
-    lines = list(csv.DictReader(write_files.rows_csv(found.rows, shown["columns"]).splitlines()))
+    collected = find_rows.collect_rows([tmp_path])
+    shown = leaderboard.build_leaderboard(collected.rows)
+    lines = list(csv.DictReader(write_files.rows_csv(collected.rows, shown["columns"]).splitlines()))
     assert {line["variant"] for line in lines} == {f"'{name}" for name in names[:-1]} | {"plain"}
     assert all(line["loss [nat]"] == "-2.5" and "'=1+1 [nat]" in line for line in lines)
 
@@ -182,15 +182,18 @@ def test_a_row_with_anything_in_it_is_reported_or_left_out(count, tmp_path, monk
         folder.mkdir(exist_ok=True)
         (folder / "record.json").write_text(json.dumps(mutate(json.loads(rng.choice(texts)), rng)))
         try:
-            found = find_rows.collect_rows([tmp_path])
+            collected = find_rows.collect_rows([tmp_path])
         except UserError as error:
             raise AssertionError(f"trial {trial}: nothing is left") from error
         try:
-            shown = leaderboard.build_leaderboard(found.rows, found.orphans) | {"left_out": found.left_out, "grids": []}
+            shown = leaderboard.build_leaderboard(collected.rows, collected.orphans) | {
+                "left_out": collected.left_out,
+                "grids": [],
+            }
             json.dumps(shown, allow_nan=False)
-            write_files.rows_csv(found.rows, shown["columns"])
+            write_files.rows_csv(collected.rows, shown["columns"])
             markdown.markdown_report(shown, {})
-            json.dumps(details.run_details(found.rows, tmp_path), allow_nan=False)
+            json.dumps(details.run_details(collected.rows, tmp_path), allow_nan=False)
         except Exception as error:
             raise AssertionError(f"trial {trial}: {error!r}") from error
 
@@ -211,8 +214,8 @@ def test_a_row_with_anything_in_it_is_compared_or_refused(count, tmp_path, capsy
             statuses.add(command.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]))
         except Exception as error:
             raise AssertionError(f"trial {trial}: {error!r}") from error
-        said = capsys.readouterr()
-        assert said.out.strip() or len(said.err.strip().splitlines()) <= 2
+        captured = capsys.readouterr()
+        assert captured.out.strip() or len(captured.err.strip().splitlines()) <= 2
     assert statuses >= {0, 2}
 
 
@@ -249,20 +252,20 @@ def test_a_path_that_no_report_can_hold_is_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (OSError(28, "No space left on device", "x.json"), "cannot be written: No space left on device: x.json"),
         (ModuleNotFoundError("no", name="scipy.special"), "pip install -e '.[report]'"),
     ],
 )
-def test_what_the_machine_lacks_is_one_line(tmp_path, error, said, monkeypatch, capsys):
+def test_what_the_machine_lacks_is_one_line(tmp_path, error, message, monkeypatch, capsys):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(write_files, "write_report", fail)
     made.row(tmp_path / "runs", al_s=0.5)
     assert command.main([str(tmp_path / "runs"), f"--out={tmp_path / 'report'}"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_folder_whose_runs_have_not_ended_says_so(tmp_path):

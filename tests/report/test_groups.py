@@ -42,8 +42,8 @@ def test_devices_batches_and_tasks_never_share_a_group(tmp_path):
     made.row(tmp_path / "b", "mla", devices=made.H100, al_s=0.5)
     made.row(tmp_path / "c", "mla", changes={"train.batch_size": 16}, al_s=0.5)
     made.row(tmp_path / "d", "mla", task="infer", al_s=0.5)
-    found = groups(tmp_path)
-    assert len(found) == 4 and all(len(group.variants) == 1 for group in found)
+    row_groups = groups(tmp_path)
+    assert len(row_groups) == 4 and all(len(group.variants) == 1 for group in row_groups)
 
 
 def test_energy_of_another_scope_is_shown_and_not_ranked(tmp_path):
@@ -59,7 +59,7 @@ def test_energy_of_another_scope_is_shown_and_not_ranked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "metric", "said"),
+    ("changes", "metric", "message"),
     [
         ({"train.steps": 200}, "eval_loss", "number of tokens"),
         ({"data": "text(path='x')"}, "bits_per_byte", "data"),
@@ -71,12 +71,12 @@ def test_energy_of_another_scope_is_shown_and_not_ranked(tmp_path):
         ({"eval.batches": 3}, "al_s", None),
     ],
 )
-def test_what_is_measured_is_compared_at_equal_tokens_data_and_tokenizer(tmp_path, changes, metric, said):
+def test_what_is_measured_is_compared_at_equal_tokens_data_and_tokenizer(tmp_path, changes, metric, message):
     made.row(tmp_path / "a", "gqa", seed=0, **{metric: 2.0})
     made.row(tmp_path / "b", "mla", seed=0, changes=changes, **{metric: 3.0})
     (group,) = groups(tmp_path)
     reason = group.refusal(group.variants[1], metric)
-    assert reason is None if said is None else said in reason
+    assert reason is None if message is None else message in reason
 
 
 def test_predicted_rows_are_a_group_of_their_own_and_never_ranked(tmp_path):
@@ -111,8 +111,8 @@ def test_a_baseline_without_rows_leaves_values_without_ratios(tmp_path):
 
 def test_noise_from_first_and_last_baseline_and_from_twins(tmp_path):
     (group,) = groups(made.sweep(tmp_path / "sweep", blocks=6, noise=0.02))
-    found = group.noise("al_s")
-    assert found.interval.blocks == 6 and 0.01 < found.spread < 0.06
+    noise = group.noise("al_s")
+    assert noise.interval.blocks == 6 and 0.01 < noise.spread < 0.06
     for seed in range(4):
         for name in ("a", "b"):
             told = {"name": "aa", "variant": name, "baseline": "a", "block": seed, "order": 0, "seed": seed}
@@ -147,7 +147,7 @@ DATA = {"source": "text(path='x')", "fingerprint": "a" * 64, "train_tokens": 100
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "metric", "said"),
+    ("a", "b", "metric", "message"),
     [
         ({"data": DATA}, {"data": {**DATA, "fingerprint": "b" * 64}}, "al_s", "another data"),
         ({"data": DATA}, {"data": {**DATA, "fingerprint": "b" * 64}}, "bits_per_byte", "another data"),
@@ -166,12 +166,12 @@ DATA = {"source": "text(path='x')", "fingerprint": "a" * 64, "train_tokens": 100
         ({"host": {"power_source": "mains"}}, {"host": {"power_source": "battery"}}, "al_s", "source of power"),
     ],
 )
-def test_content_and_conditions_decide_and_not_names(tmp_path, a, b, metric, said):
+def test_content_and_conditions_decide_and_not_names(tmp_path, a, b, metric, message):
     for name, mixer, told in (("a", "gqa", a), ("b", "mla", b)):
         made.row(tmp_path / name, mixer, told=told, **{metric: 2.0})
     (group,) = groups(tmp_path)
     reason = group.refusal(group.variants[1], metric)
-    assert reason is None if said is None else said in reason
+    assert reason is None if message is None else message in reason
 
 
 def test_a_path_whose_files_have_changed_is_no_replicate(tmp_path):
@@ -189,10 +189,10 @@ def test_a_row_of_longer_training_is_marked_and_neither_scored_nor_non_dominated
         made.row(tmp_path / f"m{seed}", "mla", seed=seed, al_s=0.6, eval_loss=6.4 + seed / 100)
         longer = {"train.steps": 200}
         made.row(tmp_path / f"b{seed}", "mqa", seed=seed, changes=longer, al_s=0.1, eval_loss=2.0 + seed / 100)
-    found = leaderboard.build_leaderboard(
+    board = leaderboard.build_leaderboard(
         rows.read_rows(find_rows.find_files([tmp_path])[0]), baseline="model.mixer=gqa"
     )
-    (group,) = found["groups"]
+    (group,) = board["groups"]
     assert group["baseline"].startswith("model.mixer=gqa")
     (longer,) = [v for v in group["variants"] if "mqa" in v["variant"]]
     for key in ("al_s", "eval_loss"):
@@ -200,13 +200,13 @@ def test_a_row_of_longer_training_is_marked_and_neither_scored_nor_non_dominated
         assert "rank" not in cell and "ratio" not in cell and "number of tokens" in cell["reason"]
         assert longer["variant"] not in group["pareto"]["al_s|eval_loss"]
     assert longer["efficiency_score"] is None and longer["normalised"]["al_s"] is None
-    text = markdown.markdown_report(found, {})
+    text = markdown.markdown_report(board, {})
     assert "(not compared)" in text and "another number of tokens than the baseline's: 204800, not 102400" in text
 
 
 def conditions_of(starved):
-    said = conditions.row(None)
-    return said | {"starved": starved, "reasons": ["84% of the CPU time went to others"] if starved else []}
+    conditions_row = conditions.row(None)
+    return conditions_row | {"starved": starved, "reasons": ["84% of the CPU time went to others"] if starved else []}
 
 
 def test_starved_rows_are_compared_in_time_within_blocks_only_and_marked(tmp_path):
@@ -251,9 +251,9 @@ def test_a_run_that_crashed_before_it_knew_its_device_stays_with_its_sweep(tmp_p
     told = {"name": "attention", "variant": "nsa", "baseline": "gqa", "block": 0, "order": 9, "seed": 0}
     made.row(tmp_path / "sweep" / "crash", "nsa", outcome="crash", sweep=told, devices={})
     made.row(tmp_path / "alone", "nsa", outcome="crash", devices={})
-    found = leaderboard.build_leaderboard(rows.read_rows(find_rows.find_files([tmp_path])[0]))
-    (group,) = found["groups"]
-    assert "unknown" not in group["name"] and len(found["failures"]) == 2
+    board = leaderboard.build_leaderboard(rows.read_rows(find_rows.find_files([tmp_path])[0]))
+    (group,) = board["groups"]
+    assert "unknown" not in group["name"] and len(board["failures"]) == 2
     (nsa,) = [v for v in group["variants"] if v["variant"] == "nsa"]
     assert nsa["outcomes"] == {"crash": 1}
 
@@ -315,8 +315,10 @@ def test_a_technique_is_what_a_config_holds_and_not_its_name(tmp_path):
     named = made.row(tmp_path / "c", "mla", seed=3, task="tune", changes={"adapter": "rslora(rank=8)"})
     for path, name in ((tmp_path / "a" / "record.json", "pythia"), (named, "tune-full")):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"name": name}))
-    found = [techniques.techniques(row) for row in rows.read_rows(find_rows.find_files([tmp_path])[0])]
-    assert [used["attention"] for used in found] == ["mla", "pythia", "mla"] and found[2]["tuning"] == "rslora"
+    names_by_row = [techniques.techniques(row) for row in rows.read_rows(find_rows.find_files([tmp_path])[0])]
+    assert [used["attention"] for used in names_by_row] == ["mla", "pythia", "mla"] and names_by_row[2][
+        "tuning"
+    ] == "rslora"
 
 
 def test_a_resumed_run_says_whose_times_it_has(tmp_path):

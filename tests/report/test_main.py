@@ -55,8 +55,8 @@ def test_the_files_and_that_they_agree(swept, reported):
     assert len(lines) == board["rows"] == 9 and [line["outcome"] for line in lines].count("oom") == 1
     (group,) = board["groups"]
     (mla,) = [variant for variant in group["variants"] if variant["variant"] == "mla"]
-    own = [float(line["al_s [s]"]) for line in lines if line["variant"] == "mla"]
-    assert mla["cells"]["al_s"]["mean"] == pytest.approx((own[0] * own[1]) ** 0.5), "the geometric mean"
+    latencies = [float(line["al_s [s]"]) for line in lines if line["variant"] == "mla"]
+    assert mla["cells"]["al_s"]["mean"] == pytest.approx((latencies[0] * latencies[1]) ** 0.5), "the geometric mean"
     assert all(line["aec_w [W]"] == "" for line in lines), "null is an empty field"
     text = (reported / "report.md").read_text()
     assert f"×{mla['cells']['al_s']['ratio']:.3f}" in text and "| mha | attention 0 | oom |" in text
@@ -73,9 +73,9 @@ def test_figures_are_drawn_in_both_formats(reported):
 
 def test_the_page_is_one_file_that_loads_nothing(reported):
     text = (reported / "index.html").read_text()
-    own = text[: text.index('<script id="plotly"')]
-    assert "http://" not in own and "https://" not in own and "src=" not in own
-    assert len(text) < 3e6 and "<!-- " not in own
+    page = text[: text.index('<script id="plotly"')]
+    assert "http://" not in page and "https://" not in page and "src=" not in page
+    assert len(text) < 3e6 and "<!-- " not in page
 
 
 def test_a_name_in_a_row_cannot_end_the_pages_script():
@@ -100,7 +100,7 @@ def test_help_and_a_bad_flag_import_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--ot=x", "a"], "did you mean '--out'"),
         (["a"], "--out=DIR is missing"),
@@ -116,10 +116,10 @@ def test_help_and_a_bad_flag_import_nothing_heavy():
         (["--compare", "{swept}", "{swept}", "--metric=aec_w"], "A's is null: not measured"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_status_2(argv, said, swept, capsys):
+def test_bad_input_is_one_line_and_exit_status_2(argv, message, swept, capsys):
     assert command.main([argument.replace("{swept}", str(swept)) for argument in argv]) == 2
     error = capsys.readouterr().err
-    assert said in error and len(error.strip().splitlines()) == 1
+    assert message in error and len(error.strip().splitlines()) == 1
 
 
 def test_no_arguments_print_the_help(capsys):
@@ -141,7 +141,7 @@ def sides(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "more", "status", "said"),
+    ("a", "b", "more", "status", "message"),
     [
         ("a", "same", [], 0, "no regression seen"),
         ("a", "slower", [], 1, "B regressed against A"),
@@ -153,21 +153,21 @@ def sides(tmp_path_factory):
         ("a", "single", ["--metric=al_s"], 3, "3 and 1 rows: an interval needs two a side"),
     ],
 )
-def test_compare(sides, a, b, more, status, said, capsys):
+def test_compare(sides, a, b, more, status, message, capsys):
     assert command.main(["--compare", str(sides / a), str(sides / b), *more]) == status
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "said"),
+    ("a", "b", "message"),
     [
         ("a", "gpu", "the device of"),
         ("heavier", "single", "A's is null"),
     ],
 )
-def test_what_cannot_be_compared_is_said_and_exits_2(sides, a, b, said, capsys):
+def test_what_cannot_be_compared_is_said_and_exits_2(sides, a, b, message, capsys):
     assert command.main(["--compare", str(sides / a), str(sides / b), "--metric=al_s"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_sides_without_a_common_metric_are_no_success(tmp_path, capsys):

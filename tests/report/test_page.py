@@ -110,15 +110,15 @@ WRONG = {
 
 
 def test_queries(page):
-    for query, said in QUERIES.items():
+    for query, expected in QUERIES.items():
         (first, *_) = ask(page, query).split("do not fit")
-        assert said in first, query
+        assert expected in first, query
     assert "×" in ask(page, "least AL") and "with a probability of 100 %" in ask(page, "least AL")
 
 
 def test_a_wrong_query_is_told_what_would_be_right(page):
-    for query, said in WRONG.items():
-        assert said in ask(page, query), query
+    for query, message in WRONG.items():
+        assert message in ask(page, query), query
         assert page.run("byId('query').getAttribute('aria-invalid')") == "true"
     assert "mqa" in ask(page, "least al_s") and page.run("byId('query').hasAttribute('aria-invalid')") is False
 

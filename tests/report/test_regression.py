@@ -32,7 +32,7 @@ OTHER_CPU = {"platform": "cpu", "kind": "cpu", "count": 2}
 
 
 @pytest.mark.parametrize(
-    ("last", "said"),
+    ("last", "message"),
     [
         ({"devices": made.H100}, "the device of"),
         ({"devices": OTHER_CPU}, "the device of"),
@@ -49,7 +49,7 @@ OTHER_CPU = {"platform": "cpu", "kind": "cpu", "count": 2}
     ],
 )
 @pytest.mark.parametrize("where", ["a", "b"])
-def test_whatever_row_differs_exits_2_and_is_named(tmp_path, last, where, said, capsys):
+def test_whatever_row_differs_exits_2_and_is_named(tmp_path, last, where, message, capsys):
     """Not the first row of a side but its last, of either side."""
     alike = {
         "versions": {"jax": "0.10.2"},
@@ -68,7 +68,7 @@ def test_whatever_row_differs_exits_2_and_is_named(tmp_path, last, where, said, 
             file.write_text(json.dumps(row))
     assert compare(tmp_path / "a", tmp_path / "b") == 2
     error = capsys.readouterr().err
-    assert said in error and len(error.strip().splitlines()) == 1
+    assert message in error and len(error.strip().splitlines()) == 1
 
 
 def test_two_specs_of_one_content_are_one_data_set_and_without_content_specs_decide(tmp_path):
@@ -149,8 +149,8 @@ def test_copies_are_one_run(tmp_path, capsys):
         side(tmp_path / name, 1, mixer, al_s=al_s, told={"run": name})
         shutil.copytree(tmp_path / name / "0", tmp_path / name / "copy")
     assert compare(tmp_path / "a", tmp_path / "b", "--metric=al_s") == 3
-    found = capsys.readouterr()
-    assert "no interval" in found.out and found.err.count("a copy of") == 2
+    captured = capsys.readouterr()
+    assert "no interval" in captured.out and captured.err.count("a copy of") == 2
     assert compare(tmp_path / "a", tmp_path / "a") == 2
     assert "is the run" in capsys.readouterr().err
 

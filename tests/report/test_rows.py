@@ -21,8 +21,8 @@ def test_rows_are_found_as_file_folder_and_tree_once(tmp_path):
     killed = tmp_path / "runs" / "killed"
     killed.mkdir()
     (killed / "config.json").write_text("{}")
-    found, orphans = find_rows.find_files([file, file.parent, tmp_path])
-    assert len(found) == 2 and orphans == [killed]
+    files, orphans = find_rows.find_files([file, file.parent, tmp_path])
+    assert len(files) == 2 and orphans == [killed]
 
 
 def test_variants_are_what_the_configs_differ_in_and_blocks_the_seeds(tmp_path):
@@ -30,9 +30,9 @@ def test_variants_are_what_the_configs_differ_in_and_blocks_the_seeds(tmp_path):
         for mixer in ("gqa", "mla"):
             made.row(tmp_path / f"{mixer}{seed}", mixer, seed=seed, al_s=0.5)
     made.row(tmp_path / "again", "mla", seed=1, al_s=0.5, changes={"checkpoint.every": 7})
-    found = read(tmp_path)
-    assert {row.variant for row in found} == {"model.mixer=gqa", "model.mixer=mla"}
-    blocks = sorted(row.block for row in found if row.variant == "model.mixer=mla")
+    rows_read = read(tmp_path)
+    assert {row.variant for row in rows_read} == {"model.mixer=gqa", "model.mixer=mla"}
+    blocks = sorted(row.block for row in rows_read if row.variant == "model.mixer=mla")
     assert blocks == ["seed 0", "seed 1", "seed 1, repeat 2"]
 
 
@@ -46,9 +46,9 @@ def test_a_single_variant_has_the_configs_name_and_long_labels_too(tmp_path):
 
 
 def test_a_sweeps_own_words_are_taken(tmp_path):
-    found = read(made.sweep(tmp_path, blocks=2))
-    assert {(row.variant, row.baseline) for row in found} == {("gqa", "gqa"), ("mqa", "gqa"), ("mla", "gqa")}
-    assert sorted({row.block for row in found}) == ["attention 0", "attention 1"]
+    rows_read = read(made.sweep(tmp_path, blocks=2))
+    assert {(row.variant, row.baseline) for row in rows_read} == {("gqa", "gqa"), ("mqa", "gqa"), ("mla", "gqa")}
+    assert sorted({row.block for row in rows_read}) == ["attention 0", "attention 1"]
 
 
 def test_two_configs_of_one_sweep_variant_are_told_apart(tmp_path):
@@ -69,7 +69,7 @@ def test_null_has_its_reason_and_nan_is_null(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "no readable row"),
         ('{"schema_version": 99}', "schema_version is 99"),
@@ -77,9 +77,9 @@ def test_null_has_its_reason_and_nan_is_null(tmp_path):
         ("[1]", "schema_version is None"),
     ],
 )
-def test_a_file_that_is_no_row_is_refused_in_one_line(tmp_path, text, said):
+def test_a_file_that_is_no_row_is_refused_in_one_line(tmp_path, text, message):
     (tmp_path / "record.json").write_text(text)
-    with pytest.raises(UserError, match=said) as refusal:
+    with pytest.raises(UserError, match=message) as refusal:
         read(tmp_path)
     assert "\n" not in str(refusal.value)
 
@@ -92,8 +92,8 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path):
 
 
 def test_a_missing_path_and_an_empty_folder_are_refused(tmp_path):
-    for path, said in ((tmp_path / "no", "no such file"), (tmp_path, "no record.json")):
-        with pytest.raises(UserError, match=said):
+    for path, message in ((tmp_path / "no", "no such file"), (tmp_path, "no record.json")):
+        with pytest.raises(UserError, match=message):
             find_rows.find_files([path])
 
 

@@ -13,10 +13,10 @@ LOGS = np.log([1.10, 1.14, 1.08, 1.16])
 
 
 def test_few_blocks_give_the_t_interval_on_logs():
-    found = statistics.ratio_interval(LOGS)
+    interval = statistics.ratio_interval(LOGS)
     expected = np.exp(stats.t.interval(0.95, 3, loc=LOGS.mean(), scale=stats.sem(LOGS)))
-    assert found.ratio == pytest.approx(np.exp(LOGS.mean()))
-    assert (found.low, found.high) == pytest.approx(tuple(expected))
+    assert interval.ratio == pytest.approx(np.exp(LOGS.mean()))
+    assert (interval.low, interval.high) == pytest.approx(tuple(expected))
 
 
 def test_the_values_shown_have_the_ratios_shown():
@@ -39,8 +39,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(blocks, monkeypatch):
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
-        found = statistics.ratio_interval(rng.normal(0.05, 0.03, blocks))
-        covered += found.low <= np.exp(0.05) <= found.high
+        interval = statistics.ratio_interval(rng.normal(0.05, 0.03, blocks))
+        covered += interval.low <= np.exp(0.05) <= interval.high
     # 400 trials at 0.95 have a standard error of 0.011; plain percentiles cover 0.88 at six blocks.
     assert 0.915 <= covered / 400 <= 0.985
 
@@ -73,13 +73,13 @@ def test_a_missing_block_is_left_out():
 def test_unpaired_rows_give_welchs_interval():
     a, b = np.log([1.0, 1.1, 0.9]), np.log([1.2, 1.3, 1.25, 1.28])
     expected = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    found = statistics.unpaired_interval(a, b)
-    assert (found.low, found.high) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
+    interval = statistics.unpaired_interval(a, b)
+    assert (interval.low, interval.high) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
     assert statistics.unpaired_interval(a[:1], b) is None
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "better", "said"),
+    ("low", "high", "better", "verdict"),
     [
         (1.10, 1.20, "lower", "worse"),
         (1.10, 1.20, "higher", "better"),
@@ -91,9 +91,9 @@ def test_unpaired_rows_give_welchs_interval():
         (None, None, "lower", "not tested"),
     ],
 )
-def test_verdict(low, high, better, said):
+def test_verdict(low, high, better, verdict):
     ratio = 1.05 if low is None else (low + high) / 2
-    assert statistics.verdict(Interval(ratio, low, high, 6, ""), better) == said
+    assert statistics.verdict(Interval(ratio, low, high, 6, ""), better) == verdict
 
 
 def test_noise_floor_against_simulation():
@@ -103,8 +103,8 @@ def test_noise_floor_against_simulation():
     effect = np.log1p(statistics.smallest_effect(spread, blocks))
     seen = 0
     for _ in range(2000):
-        found = statistics.ratio_interval(rng.normal(effect, spread, blocks))
-        seen += found.low > 1
+        interval = statistics.ratio_interval(rng.normal(effect, spread, blocks))
+        seen += interval.low > 1
     assert 0.77 < seen / 2000 < 0.85
     n = statistics.blocks_needed(spread, 0.03)
     assert statistics.smallest_effect(spread, n) <= 0.03 < statistics.smallest_effect(spread, n - 1)
@@ -152,16 +152,16 @@ BETTER = {"amu_gb": "lower", "al_s": "lower", "aec_w": "lower", "throughput": "h
 
 def test_efficiency_score_is_equation_12_with_the_better_way_up():
     table = {"amu_gb": [2, 4], "al_s": [1, 2], "aec_w": [10, 5], "throughput": [3, 6], "pcu": [0.5, 0.25]}
-    scores, parts = ranking.efficiency_scores(table, BETTER)
-    assert scores == pytest.approx([0.2 * (1 + 1 + 0.5 + 0.5 + 1), 0.2 * (0.5 + 0.5 + 1 + 1 + 0.5)]) and len(parts) == 5
+    scores, terms = ranking.efficiency_scores(table, BETTER)
+    assert scores == pytest.approx([0.2 * (1 + 1 + 0.5 + 0.5 + 1), 0.2 * (0.5 + 0.5 + 1 + 1 + 0.5)]) and len(terms) == 5
     faster = ranking.efficiency_scores({**table, "al_s": [0.5, 2]}, BETTER)[0]
     assert faster[0] == scores[0] and faster[1] < scores[1], "a slow run is not rewarded"
 
 
 def test_a_score_says_which_metrics_it_lacks():
     table = {"amu_gb": [2, 4], "al_s": [1, 2], "aec_w": [None, 5], "throughput": [3, 6], "pcu": [0.5, 0.5]}
-    scores, parts = ranking.efficiency_scores(table, BETTER)
-    assert "aec_w" not in parts and len(parts) == 4 and scores[0] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+    scores, terms = ranking.efficiency_scores(table, BETTER)
+    assert "aec_w" not in terms and len(terms) == 4 and scores[0] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
     assert ranking.efficiency_scores({}, BETTER) == ([], [])
 
 
@@ -175,10 +175,10 @@ def test_withholding_what_is_within_noise_takes_little_power(blocks):
         for _ in range(trials):
             first, last, other = rng.normal(0, spread, (3, blocks))
             size = effect * np.log1p(statistics.smallest_effect(spread * np.sqrt(1.5), blocks))
-            found = statistics.ratio_interval(other + size - (first + last) / 2)
+            interval = statistics.ratio_interval(other + size - (first + last) / 2)
             noise = statistics.estimate_noise(last - first, 2, blocks)
-            hidden = statistics.within_noise(found, noise)
-            differs = not found.low <= 1 <= found.high
+            hidden = statistics.within_noise(interval, noise)
+            differs = not interval.low <= 1 <= interval.high
             seen[effect] += differs and not hidden
             withheld += differs and hidden
     assert 0.7 < seen[1.0] / trials < 0.88 and seen[0.0] / trials < 0.07

@@ -16,8 +16,8 @@ def state(folder, age=0.0, log="step 3/9\n", owned_by=None):
         (folder / lock.FILE).write_text(owned_by)
     for file in folder.iterdir():
         os.utime(file, (time.time() - age,) * 2)
-    (found,) = list_unfinished([folder])
-    return found
+    (unfinished,) = list_unfinished([folder])
+    return unfinished
 
 
 LIVING = json.dumps(lock.identity())
@@ -44,10 +44,10 @@ def test_a_run_goes_on_while_its_owner_lives_or_else_while_it_writes(tmp_path, a
 
 
 def test_a_run_that_was_interrupted_says_so_itself(tmp_path):
-    found = state(tmp_path, log="step 3/9\nSIGINT at step 3: saved in x; the same command resumes\n")
-    assert found["state"] == "stopped" and found["said"].startswith("SIGINT at step 3")
+    unfinished = state(tmp_path, log="step 3/9\nSIGINT at step 3: saved in x; the same command resumes\n")
+    assert unfinished["state"] == "stopped" and unfinished["said"].startswith("SIGINT at step 3")
 
 
 def test_an_empty_folder_is_stopped(tmp_path):
-    (found,) = list_unfinished([tmp_path])
-    assert found["state"] == "stopped" and found["said"].startswith("nothing is logged yet")
+    (unfinished,) = list_unfinished([tmp_path])
+    assert unfinished["state"] == "stopped" and unfinished["said"].startswith("nothing is logged yet")

@@ -56,32 +56,32 @@ def finish(processes, timeout=120):
 
 def losses(workdir):
     """The losses of steps 1, 2... as numbers."""
-    found = runs.losses(workdir)
-    assert sorted(found) == list(range(1, STEPS + 1))
-    return [loss for at in sorted(found) for loss in found[at]]
+    by_step = runs.losses(workdir)
+    assert sorted(by_step) == list(range(1, STEPS + 1))
+    return [loss for at in sorted(by_step) for loss in by_step[at]]
 
 
 @pytest.fixture(scope="module")
-def one(texts, tmp_path_factory):
+def single_process(texts, tmp_path_factory):
     """A run of one process."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     assert main.main(runs.arguments(texts, workdir, **OPTIONS)) == 0
     return workdir
 
 
-def same(two, one):
+def same(several_processes, single_process):
     """The run of two processes ended as that of one: its losses, its held-out loss."""
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
-    rows = [json.loads((workdir / "record.json").read_text()) for workdir in (one, two)]
+    np.testing.assert_allclose(losses(several_processes), losses(single_process), rtol=1e-5)
+    rows = [json.loads((workdir / "record.json").read_text()) for workdir in (single_process, several_processes)]
     np.testing.assert_allclose(*(row["quality"]["eval_loss"] for row in rows), rtol=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(texts, one, tmp_path):
+def test_two_processes_give_the_losses_of_one(texts, single_process, tmp_path):
     argv = runs.arguments(texts, tmp_path / "two", mesh="fsdp=4", **OPTIONS)
     statuses, outputs = finish(start(argv, argv))
     assert statuses == [0, 0], outputs
     assert outputs[1] == []  # the first process speaks
-    same(tmp_path / "two", one)
+    same(tmp_path / "two", single_process)
 
 
 @pytest.mark.slow
@@ -109,14 +109,16 @@ def test_an_adapter_that_lies_on_two_processes_is_written_whole(tmp_path):
     assert main.main(argv("one", "data=-1")) == 0
     statuses, outputs = finish(start(*[argv("two", "fsdp=4")] * 2))
     assert statuses == [0, 0], outputs
-    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, array in one.items():
-        np.testing.assert_allclose(two[name], array, atol=1e-5, err_msg=name)
+    single_adapter, joint_adapter = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
+    )
+    assert single_adapter.keys() == joint_adapter.keys()
+    for name, array in single_adapter.items():
+        np.testing.assert_allclose(joint_adapter[name], array, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
-def test_killed_and_stopped_two_processes_give_the_losses_of_one(texts, one, tmp_path):
+def test_killed_and_stopped_two_processes_give_the_losses_of_one(texts, single_process, tmp_path):
     two = tmp_path / "two"
     argv = runs.arguments(texts, two, mesh="fsdp=4", **OPTIONS)
 
@@ -134,20 +136,20 @@ def test_killed_and_stopped_two_processes_give_the_losses_of_one(texts, one, tmp
     statuses, outputs = finish(start(argv, argv))
     assert statuses == [0, 0], outputs
     assert any("resuming from step" in line for line in outputs[0]) and outputs[1] == []
-    same(two, one)
+    same(two, single_process)
 
 
 @pytest.mark.slow
-def test_four_processes_whose_rows_lie_on_two_of_them(texts, one, tmp_path):
+def test_four_processes_whose_rows_lie_on_two_of_them(texts, single_process, tmp_path):
     """Two processes read the same rows, and each puts its quarter of their tokens on its devices."""
     argv = runs.arguments(texts, tmp_path / "four", mesh="fsdp=2, sequence=4", **OPTIONS)
     statuses, outputs = finish(start(argv, argv, argv, argv), timeout=400)
     assert statuses == [0] * 4, outputs
-    same(tmp_path / "four", one)
+    same(tmp_path / "four", single_process)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_devices_and_processes(texts, one, tmp_path):
+def test_a_run_goes_on_with_other_devices_and_processes(texts, single_process, tmp_path):
     """Eight devices of one process, four of two, then four of one with rows divided."""
     folder = tmp_path / "run"
 
@@ -163,7 +165,7 @@ def test_a_run_goes_on_with_other_devices_and_processes(texts, one, tmp_path):
     argv = runs.arguments(texts, folder, mesh="fsdp=2, sequence=2", **OPTIONS)
     statuses, outputs = finish(start(argv, devices=4))
     assert statuses == [0] and any("resuming from step" in line for line in outputs[0]), outputs
-    same(folder, one)
+    same(folder, single_process)
 
 
 @pytest.mark.slow
@@ -189,7 +191,7 @@ def test_a_run_with_an_axis_of_experts_goes_on_with_other_devices_and_processes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_job_and_the_same_command_resumes(victim, texts, one, tmp_path):
+def test_a_killed_process_ends_the_job_and_the_same_command_resumes(victim, texts, single_process, tmp_path):
     """The first process, which coordinates and writes, or another. The one that is left says so and ends at once."""
     two = tmp_path / "two"
     argv = runs.arguments(texts, two, mesh="fsdp=4", **OPTIONS)
@@ -207,11 +209,11 @@ def test_a_killed_process_ends_the_job_and_the_same_command_resumes(victim, text
     statuses, outputs = finish(start(argv, argv))
     assert statuses == [0, 0], outputs
     assert any("resuming from step" in line for line in outputs[0])
-    same(two, one)
+    same(two, single_process)
 
 
 @pytest.mark.slow
-def test_processes_that_mpirun_has_started_find_each_other(texts, one, tmp_path):
+def test_processes_that_mpirun_has_started_find_each_other(texts, single_process, tmp_path):
     """By the environment of Open MPI 4."""
     argv = runs.arguments(texts, tmp_path / "two", mesh="fsdp=4", **OPTIONS)
     job = os.getpid() % 4096 * 4096  # of which jax makes a port
@@ -227,7 +229,7 @@ def test_processes_that_mpirun_has_started_find_each_other(texts, one, tmp_path)
         for rank in range(2)
     ]
     assert finish(processes)[0] == [0, 0]
-    same(tmp_path / "two", one)
+    same(tmp_path / "two", single_process)
 
 
 @pytest.mark.parametrize(

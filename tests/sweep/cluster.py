@@ -104,6 +104,6 @@ def _until(holds, message, seconds=30):
 def _free_ports(count):
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for one_socket in sockets:
+            one_socket.bind(("127.0.0.1", 0))
+        return [one_socket.getsockname()[1] for one_socket in sockets]

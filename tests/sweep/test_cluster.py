@@ -30,9 +30,9 @@ def job():
 def test_the_pods_of_a_jobset_are_the_processes_of_a_run(job):
     name, worker, spec = job
     (container,) = spec["template"]["spec"]["containers"]
-    given = {variable["name"]: variable.get("value") for variable in container["env"]}
-    assert int(given["JAX_NUM_PROCESSES"]) == spec["parallelism"] == spec["completions"]
-    assert given["JAX_COORDINATOR_ADDRESS"].partition(":")[0] == f"{name}-{worker}-0-0.{name}"
+    environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert int(environment["JAX_NUM_PROCESSES"]) == spec["parallelism"] == spec["completions"]
+    assert environment["JAX_COORDINATOR_ADDRESS"].partition(":")[0] == f"{name}-{worker}-0-0.{name}"
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in spec["template"]["spec"]["volumes"]
     }
@@ -151,11 +151,11 @@ def test_a_process_that_dies_ends_the_job(slurm, tmp_path):
 
 def _kill(folder, rank):
     """Kills the process of this rank, the one of its command line and Slurm's number."""
-    for found in pathlib.Path("/proc").glob("[0-9]*"):
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            argv, environment = ((found / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            argv, environment = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
         except OSError:  # it has ended meanwhile
             continue
         ours = argv[1:3] == [b"-m", b"efficientllm.main"] and f"--workdir={folder}".encode() in argv
         if ours and f"SLURM_PROCID={rank}".encode() in environment:
-            os.kill(int(found.name), signal.SIGKILL)
+            os.kill(int(process.name), signal.SIGKILL)

@@ -49,7 +49,7 @@ def run_up_to(limits, calls):
         (length,) = (int(flag.partition("=")[2]) for flag in probe.argv if flag.startswith("--config.train.length="))
         assert "--config.seed=3" in probe.argv and memory_bytes == 2e9
         calls.append((probe.variant, length))
-        found = row.build_record(
+        record = row.build_record(
             outcome="ok" if length <= limits[probe.variant] else "oom",
             name="x",
             task="pretrain",
@@ -57,8 +57,8 @@ def run_up_to(limits, calls):
             provenance={},
         )
         folder.mkdir(parents=True)
-        row.write_record(found | {"sweep": probe.place}, folder / "record.json")
-        return found["outcome"]
+        row.write_record(record | {"sweep": probe.place}, folder / "record.json")
+        return record["outcome"]
 
     return run
 
@@ -66,13 +66,13 @@ def run_up_to(limits, calls):
 def test_every_try_is_a_row_and_none_is_made_twice(tmp_path, capsys):
     calls = []
     limits = {"a": 700, "b": 5000}
-    found = search.search_all(SWEEP, tmp_path, run=run_up_to(limits, calls))
-    assert (found["a"].largest, found["a"].bounded) == (640, "oom") and found["b"].largest == 1024
+    result = search.search_all(SWEEP, tmp_path, run=run_up_to(limits, calls))
+    assert (result["a"].largest, result["a"].bounded) == (640, "oom") and result["b"].largest == 1024
     assert len(list(tmp_path.glob("*/record.json"))) == len(calls)
     assert json.loads((tmp_path / "search.json").read_text())["variants"]["a"]["tries"][-1] == [704, "oom"]
     again = []
-    assert search.search_all(SWEEP, tmp_path, run=run_up_to(limits, again)) == found and not again
-    text = search.format_results(SWEEP, found)
+    assert search.search_all(SWEEP, tmp_path, run=run_up_to(limits, again)) == result and not again
+    text = search.format_results(SWEEP, result)
     assert "640  oom" in text and "the largest asked for, 1,024" in text
 
 
@@ -84,8 +84,8 @@ def test_a_retried_outcome_runs_again(tmp_path, capsys):
         calls.append(probe.variant)
         return "ok"
 
-    found = search.search_all(SWEEP, tmp_path, retry=("oom",), run=run)
-    assert calls and found["a"].largest == 1024
+    result = search.search_all(SWEEP, tmp_path, retry=("oom",), run=run)
+    assert calls and result["a"].largest == 1024
 
 
 def test_an_interrupted_search_says_nothing(tmp_path, capsys):

@@ -66,8 +66,8 @@ def ran(out):
 def test_every_end_is_a_row_and_runs_are_alone(slurm_conf, tmp_path, monkeypatch):
     out, compared = tmp_path / "out", sweep(a="ok", b="nan", c="crash", d="kill")
     runs = list(spec.list_runs(compared))
-    found = dict(zip([run.variant for run in runs], submit(compared, out, monkeypatch), strict=True))
-    assert found == {"a": "ok", "b": "nan", "c": "crash", "d": "crash"}
+    outcomes = dict(zip([run.variant for run in runs], submit(compared, out, monkeypatch), strict=True))
+    assert outcomes == {"a": "ok", "b": "nan", "c": "crash", "d": "crash"}
     for run in runs:
         assert json.loads((out / run.folder / "record.json").read_text())["sweep"] == run.place
     # One array, an allocation for each run, and no two at a time on the node.
@@ -77,7 +77,7 @@ def test_every_end_is_a_row_and_runs_are_alone(slurm_conf, tmp_path, monkeypatch
     assert len(list((out / "slurm").glob("*_submission.sh"))) == 1
 
     # The same command submits nothing that has a row, and one that failed after it was asked for.
-    assert submit(compared, out, monkeypatch) == [found[run.variant] for run in runs]
+    assert submit(compared, out, monkeypatch) == [outcomes[run.variant] for run in runs]
     assert len(ran(out)) == len(runs)
     (failed,) = (run for run in runs if run.variant == "c")
     execute.set_row_aside(out / failed.folder)

@@ -65,17 +65,17 @@ def execute_program(run, folder, timeout_s=20, memory_bytes=0):
 
 
 def test_a_block_holds_every_variant_once_between_two_baselines_in_a_random_order_of_its_own():
-    found = collections.defaultdict(list)
+    orders_by_block = collections.defaultdict(list)
     variants = dict.fromkeys("abcdefgh", "configs/base.py")
     for run in spec.list_runs(sweep(variants=variants, repeats=2)):
-        found[run.block].append(run)
-    assert len(found) == 6 and [block[0].seed for block in found.values()] == [0, 1, 2, 0, 1, 2]
-    orders = {tuple(run.variant for run in block) for block in found.values()}
+        orders_by_block[run.block].append(run)
+    assert len(orders_by_block) == 6 and [block[0].seed for block in orders_by_block.values()] == [0, 1, 2, 0, 1, 2]
+    orders = {tuple(run.variant for run in block) for block in orders_by_block.values()}
     assert len(orders) == 6
     for order in orders:
         assert order[0] == order[-1] == "a" and sorted(order[1:-1]) == list("bcdefgh")
     again = list(spec.list_runs(sweep(variants=variants, repeats=2)))
-    assert again == [run for block in found.values() for run in block]
+    assert again == [run for block in orders_by_block.values() for run in block]
     assert len({run.folder for run in again}) == len(again)
 
 
@@ -122,7 +122,11 @@ def test_failures_stop_nothing_and_the_command_goes_on(tmp_path, monkeypatch, ca
     costs = {name: check.Cost(1, 1, 1, 1.0, 1.0) for name in "abc"}
     execute_program(runs[0], tmp_path / runs[0].folder)
     outcomes = launch.run_locally(runs, tmp_path, sweep(), costs)
-    assert {run.variant: found for run, found in zip(runs, outcomes, strict=True)} == {"a": "ok", "b": "ok", "c": "nan"}
+    assert {run.variant: outcome for run, outcome in zip(runs, outcomes, strict=True)} == {
+        "a": "ok",
+        "b": "ok",
+        "c": "nan",
+    }
     shown = capsys.readouterr().out
     (failed,) = [run for run in runs if run.variant == "c"]
     assert f"this is nan\n  {tmp_path / failed.folder}" in shown, "the reason, and where its row is"
@@ -139,26 +143,26 @@ def test_a_grid_gives_each_variant_the_value_of_its_least_loss(tmp_path):
         execute_program(run, tmp_path / grid.FOLDER / run.folder)
     chosen = grid.choose_values(ours, tmp_path)
     assert chosen == {"a": ("--config.loss=1.5",), "b": ("--config.loss=1.5",), "c": ()}
-    found = [run for run in spec.list_runs(ours, (), chosen) if run.variant != "c"]
-    assert all(run.argv[-2:] == ("--config.loss=1.5", f"--config.seed={run.seed}") for run in found)
-    said = {line.split()[0]: line.split()[1:] for line in grid.format_choices(ours, tmp_path).splitlines()}
-    assert said["a"] == ["1.5000", "3", "21", "s", "-", "1.5"]
+    chosen_runs = [run for run in spec.list_runs(ours, (), chosen) if run.variant != "c"]
+    assert all(run.argv[-2:] == ("--config.loss=1.5", f"--config.seed={run.seed}") for run in chosen_runs)
+    cells = {line.split()[0]: line.split()[1:] for line in grid.format_choices(ours, tmp_path).splitlines()}
+    assert cells["a"] == ["1.5000", "3", "21", "s", "-", "1.5"]
     assert "its own: no try ended well" in grid.format_choices(ours, tmp_path)
     # A report ranks none of the tries, and says what they cost.
-    for run in found:
+    for run in chosen_runs:
         execute_program(run, tmp_path / run.folder)
     files, _ = find_rows.find_files([tmp_path])
-    assert len(files) == len(found)
-    (said,) = find_rows.read_grids([tmp_path])
-    text = markdown._grid(said)
+    assert len(files) == len(chosen_runs)
+    (cells,) = find_rows.read_grids([tmp_path])
+    text = markdown._grid(cells)
     assert "| a | 1.5 | 1.5000 | chosen | 3, 21 s |" in text and "| c | 1.5 | – | nan |" in text
 
 
 def test_equality_is_checked_before_anything_runs():
     wide = {"a": "configs/base.py", "b": ("configs/base.py", {"model.ffn": "swiglu(hidden=512)"})}
     base = {"tokenizer": "bytes"}
-    found = check.estimate_costs(sweep(variants=wide, overrides=base, equal={"tokens": 0.0}))
-    assert found["b"].parameters > found["a"].parameters and found["b"].tokens == found["a"].tokens
+    costs = check.estimate_costs(sweep(variants=wide, overrides=base, equal={"tokens": 0.0}))
+    assert costs["b"].parameters > costs["a"].parameters and costs["b"].tokens == costs["a"].tokens
     with pytest.raises(UserError, match="parameters of variant b is .* more than 2.0% apart"):
         check.estimate_costs(sweep(variants=wide, overrides=base, equal={"parameters": 0.02}))
     with pytest.raises(UserError, match="variant b: config.model.mixer = 'gqqa'"):
@@ -248,16 +252,16 @@ def test_inference_costs_its_form_of_the_weights_and_the_states():
     base = {"model.pretrained": "", "tokenizer": "bytes", "infer.prompt_length": 24, "infer.max_new_tokens": 8}
     forms = {name: (f"configs/infer.py:{name}", base) for name in ("float32", "bfloat16", "int4")}
     forms["awq"] = ("configs/infer.py:int4", base | {"quant": "int4(method='awq')"})
-    found = check.estimate_costs(sweep(variants=forms, baseline="float32", equal={"parameters": 0.0, "flops": 0.0}))
+    costs = check.estimate_costs(sweep(variants=forms, baseline="float32", equal={"parameters": 0.0, "flops": 0.0}))
     state = 32 * 4 * 2 * 2 * 32 * 4  # tokens, layers, k and v, KV heads, width, bytes
     parameters = 4 * (3 * 128 * 384 + 2 * 128 * 128 + 2 * 128 * 64 + 2 * 128) + 128 * (257 + 1)
-    assert found["float32"].parameters == parameters
-    assert found["float32"].memory_bytes == 4 * parameters + state
-    assert found["bfloat16"].memory_bytes == 2 * parameters + 2 * 9 * 128 + state  # norms stay float32
-    assert found["int4"].memory_bytes < found["bfloat16"].memory_bytes
+    assert costs["float32"].parameters == parameters
+    assert costs["float32"].memory_bytes == 4 * parameters + state
+    assert costs["bfloat16"].memory_bytes == 2 * parameters + 2 * 9 * 128 + state  # norms stay float32
+    assert costs["int4"].memory_bytes < costs["bfloat16"].memory_bytes
     factors = 4 * (6 * 128 + 384) * 2  # layers, a float16 for each input of a kernel
-    assert found["awq"].memory_bytes == found["int4"].memory_bytes + factors
-    assert found["int4"].tokens == 5 * 8
+    assert costs["awq"].memory_bytes == costs["int4"].memory_bytes + factors
+    assert costs["int4"].tokens == 5 * 8
     with pytest.raises(UserError, match="config.mesh = 'sequence=2'.*take tensor or data"):
         check.estimate_costs(sweep(variants=forms, baseline="float32", overrides={"mesh": "sequence=2"}))
 
@@ -311,18 +315,18 @@ def test_a_crash_has_a_reason_a_path_and_a_place_in_its_ranking(tmp_path):
 def test_minutes_count_starting_and_what_runs_took_before(tmp_path):
     runs = list(spec.list_runs(sweep(seeds=(0, 1))))
     costs = {name: check.Cost(1, 1, 1, 0.0, 1.0) for name in "abc"}
-    said = check._minutes(runs, costs, 1e9, 60.0, tmp_path)
-    assert said.startswith(f"about {len(runs)} minutes, 0 of steps") and "60 s a run" in said
+    minutes = check._minutes(runs, costs, 1e9, 60.0, tmp_path)
+    assert minutes.startswith(f"about {len(runs)} minutes, 0 of steps") and "60 s a run" in minutes
     (first, *_) = [run for run in runs if run.variant == "a"]
     execute_program(first, tmp_path / first.folder)
-    said = check._minutes(runs, costs, 1e9, 60.0, tmp_path)
+    minutes = check._minutes(runs, costs, 1e9, 60.0, tmp_path)
     others = sum(run.variant != "a" for run in runs)
-    assert f"{others} of starting" in said and "as runs of the same variants took (1 have rows)" in said
+    assert f"{others} of starting" in minutes and "as runs of the same variants took (1 have rows)" in minutes
     assert check.start_seconds() > check.COMPILE_S + 1
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("return Sweep(name='x', baseline='a', variants={'a': 'configs/base.py'}, seeds=2)", "seeds = 2"),
         ("return Sweep(nam='x')", "unexpected keyword argument 'nam'"),
@@ -331,9 +335,9 @@ def test_minutes_count_starting_and_what_runs_took_before(tmp_path):
         ("return None", "must return an efficientllm.sweep.Sweep, not a NoneType"),
     ],
 )
-def test_a_sweeps_file_with_an_error_is_one_line(body, said, tmp_path, capsys):
+def test_a_sweeps_file_with_an_error_is_one_line(body, message, tmp_path, capsys):
     file = tmp_path / "sweep.py"
     file.write_text(f"from efficientllm.sweep import Sweep\ndef get_config():\n    {body}\n")
     assert main([f"--config={file}", "--dry_run"]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1

@@ -61,8 +61,8 @@ def test_a_technique_s_exception_is_a_row_and_one_line_with_its_place(line, kind
     error = capsys.readouterr().err.strip()
     assert status == 3 and error.count("\n") == 0, error
     assert kind in error and f"{mine}:10, in __call__" in error
-    found = row(tmp_path / "run")
-    assert found["outcome"] == "error" and found["error"] in error and found["provenance"]["code"]
+    record = row(tmp_path / "run")
+    assert record["outcome"] == "error" and record["error"] in error and record["provenance"]["code"]
     assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -108,9 +108,9 @@ def test_costs_that_cannot_be_computed_are_null_with_the_reason(texts, tmp_path,
     monkeypatch.setattr(train_row, "_utilisation", fails)
     monkeypatch.setattr(train_row, "readings", fails)
     assert run(texts, tmp_path / "run") == 0
-    found = row(tmp_path / "run")
-    assert found["outcome"] == "ok" and found["quality"]["eval_loss"] > 0 and found["paper"]["al_s"] is None
-    assert "could not be computed: AttributeError: no mix_flops (" in found["sources"]["al_s"]["reason"]
+    record = row(tmp_path / "run")
+    assert record["outcome"] == "ok" and record["quality"]["eval_loss"] > 0 and record["paper"]["al_s"] is None
+    assert "could not be computed: AttributeError: no mix_flops (" in record["sources"]["al_s"]["reason"]
     assert capsys.readouterr().out.count("no FLOPs are counted") == 1
 
 
@@ -120,16 +120,16 @@ def test_a_held_out_loss_that_is_no_number_is_an_outcome(value, texts, tmp_path,
 
     def broken(*arguments):
         calls.append(1)
-        found = real(*arguments)
-        return found | {"eval_loss": value, "perplexity": value, "bits_per_byte": value} if len(calls) == 2 else found
+        losses = real(*arguments)
+        return losses | {"eval_loss": value, "perplexity": value, "bits_per_byte": value} if len(calls) == 2 else losses
 
     monkeypatch.setattr(held_out, "evaluate", broken)
     workdir = tmp_path / "run"
     assert run(texts, workdir, eval__every=2) == 3
-    found = row(workdir)
-    assert found["outcome"] == "nan" and found["quality"]["eval_loss"] is None
-    assert found["sources"]["eval_loss"]["reason"] == f"not finite: {value}"
-    assert f"held-out loss {value} at step 4: not a number; the last good checkpoint is step 2" in found["error"]
+    record = row(workdir)
+    assert record["outcome"] == "nan" and record["quality"]["eval_loss"] is None
+    assert record["sources"]["eval_loss"]["reason"] == f"not finite: {value}"
+    assert f"held-out loss {value} at step 4: not a number; the last good checkpoint is step 2" in record["error"]
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2"]
     assert run(texts, workdir, eval__every=2) == 0  # a fault that does not come again
     assert "resuming from step 2" in capsys.readouterr().out and row(workdir)["outcome"] == "ok"
@@ -162,14 +162,14 @@ def test_more_steps_go_on_and_the_old_row_stays_until_the_new_one(texts, tmp_pat
     assert row(workdir)["outcome"] == "ok" and row(workdir)["config"]["train"]["steps"] == 4
     assert row(workdir, "record.failed.json")["outcome"] == "nan"
     assert run(texts, workdir, train__steps=6) == 0
-    found = row(workdir)
-    assert found["config"]["train"]["steps"] == 6 and not (workdir / "record.failed.json").exists()
-    assert found["provenance"]["schedules"] == [{"from_step": 0, "steps": 4}, {"from_step": 4, "steps": 6}]
+    record = row(workdir)
+    assert record["config"]["train"]["steps"] == 6 and not (workdir / "record.failed.json").exists()
+    assert record["provenance"]["schedules"] == [{"from_step": 0, "steps": 4}, {"from_step": 4, "steps": 6}]
     assert "the learning rate is that of 4 steps up to step 4, of 6 steps from there on" in capsys.readouterr().out
     assert run(texts, workdir, train__steps=6) == 0
     assert run(texts, workdir, train__steps=4) == 2
     assert "config.train.steps = 4: " in capsys.readouterr().err
-    assert row(workdir) == found
+    assert row(workdir) == record
 
 
 def test_a_corpus_that_has_changed_is_refused(tmp_path, capsys):
@@ -218,17 +218,19 @@ def test_a_second_process_is_one_line_and_touches_nothing(texts, tmp_path, capsy
 def test_numbers_that_are_not_finite_are_null_with_the_reason(tmp_path):
     text = {"a": {"b": [1.0, math.inf]}, "c": math.nan, "d": 2.5}
     write_record(text, tmp_path / "record.json")
-    found = json.loads((tmp_path / "record.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert found == {"a": {"b": [1.0, None]}, "c": None, "d": 2.5, "not_finite": {"a.b[1]": "inf", "c": "nan"}}
+    written = json.loads((tmp_path / "record.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert written == {"a": {"b": [1.0, None]}, "c": None, "d": 2.5, "not_finite": {"a.b[1]": "inf", "c": "nan"}}
 
 
 @pytest.mark.parametrize("nats", [math.nan, math.inf, -math.inf])
 def test_sums_of_what_is_not_finite_do_not_raise(nats, monkeypatch):
     monkeypatch.setattr(held_out, "to_device", lambda batch, mesh: batch)
-    found = held_out.evaluate(lambda params, batch, table: batch, None, [(nats, 2.0, 3.0), (1.0, 2.0, 3.0)], None, None)
-    assert not math.isfinite(found["eval_loss"])
-    assert held_out.readings(found)["eval_loss"].reason == f"not finite: {nats}"
-    assert "eval_loss" in held_out.line(found)
+    losses = held_out.evaluate(
+        lambda params, batch, table: batch, None, [(nats, 2.0, 3.0), (1.0, 2.0, 3.0)], None, None
+    )
+    assert not math.isfinite(losses["eval_loss"])
+    assert held_out.readings(losses)["eval_loss"].reason == f"not finite: {nats}"
+    assert "eval_loss" in held_out.line(losses)
 
 
 def test_infinities_that_cancel_do_not_raise():

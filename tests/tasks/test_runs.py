@@ -36,25 +36,27 @@ def row(workdir):
 
 
 def test_row_and_charts_of_a_whole_run(whole):
-    found = row(whole)
-    assert (found["schema_version"], found["outcome"], found["task"]) == (1, "ok", "pretrain")
+    record = row(whole)
+    assert (record["schema_version"], record["outcome"], record["task"]) == (1, "ok", "pretrain")
     assert sorted(runs.losses(whole)) == list(range(1, runs.STEPS + 1))
-    assert found["quality"]["eval_loss"] > 0 and found["quality"]["bits_per_byte"] > 0
-    assert found["provenance"]["kernels"] == {"attention": ["xla"], "loss": ["whole"]}
-    assert found["paper"]["aec_w"] is None and found["sources"]["aec_w"]["reason"]
-    assert found["config"] == json.loads((whole / "config.json").read_text())
+    assert record["quality"]["eval_loss"] > 0 and record["quality"]["bits_per_byte"] > 0
+    assert record["provenance"]["kernels"] == {"attention": ["xla"], "loss": ["whole"]}
+    assert record["paper"]["aec_w"] is None and record["sources"]["aec_w"]["reason"]
+    assert record["config"] == json.loads((whole / "config.json").read_text())
 
 
 def test_the_hparams_table_holds_what_is_compared_and_every_metric_of_the_row(whole):
     columns, sessions, metrics = hparams_table(whole.parent)
-    found = row(whole)
-    config = flatten(found["config"])
+    record = row(whole)
+    config = flatten(record["config"])
     assert {info.name for info in columns} == set(trial.compared_keys(config)) < set(config)
     assert "model.mixer" in trial.compared_keys(config) and "checkpoint.every" not in trial.compared_keys(config)
     values = sessions["run"]
     assert values["model.mixer"].string_value == "gqa" and values["train.steps"].number_value == runs.STEPS
-    held = {f"_row/{key}" for group in ("paper", "quality") for key, value in found[group].items() if value is not None}
-    assert {tag for tag in metrics if tag.startswith("_row/")} == held and "_row/eval_loss" in held
+    row_metrics = {
+        f"_row/{key}" for group in ("paper", "quality") for key, value in record[group].items() if value is not None
+    }
+    assert {tag for tag in metrics if tag.startswith("_row/")} == row_metrics and "_row/eval_loss" in row_metrics
 
 
 @pytest.mark.slow
@@ -131,8 +133,8 @@ def test_a_full_disk_is_one_clear_line_and_older_checkpoints_stay(texts, tmp_pat
     # A process of its own: orbax's threads die of the error after they have handed it on.
     status, output = runs.finish(runs.start(argv, devices=8, file_kib=size // 2048, JAX_ENABLE_COMPILATION_CACHE="0"))
     assert status == 3 and "Traceback" not in output, output
-    said = [line for line in output.splitlines() if line.startswith("cannot write a checkpoint to ")]
-    assert len(said) == 1 and said[0].endswith("the last good checkpoint is step 4")
+    messages = [line for line in output.splitlines() if line.startswith("cannot write a checkpoint to ")]
+    assert len(messages) == 1 and messages[0].endswith("the last good checkpoint is step 4")
     assert main.main(argv) == 0
 
 

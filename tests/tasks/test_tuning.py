@@ -192,13 +192,13 @@ def test_a_learning_rate_is_chosen_for_each_method_and_its_cost_told(base, tmp_p
     overrides = {key: value for key, value in flags if key not in ("adapter",)} | {"train.steps": 6}
     (tmp_path / "sweep.py").write_text(SWEEP.format(overrides=overrides))
     assert sweep.main([f"--config={tmp_path}/sweep.py", f"--out={tmp_path}/out"]) == 0
-    found = json.loads((tmp_path / "out" / "grid.json").read_text())["variants"]
-    said = capsys.readouterr().out
-    for name, each in found.items():
-        small, large = each["tries"]
-        assert large["eval_loss"] < small["eval_loss"] and each["chosen"] == large["value"]
+    variants = json.loads((tmp_path / "out" / "grid.json").read_text())["variants"]
+    printed = capsys.readouterr().out
+    for name, variant in variants.items():
+        small, large = variant["tries"]
+        assert large["eval_loss"] < small["eval_loss"] and variant["chosen"] == large["value"]
         assert min(small["seconds"], large["seconds"]) > 0
-        (line,) = (line for line in said.splitlines() if line.startswith(name) and line.endswith(each["chosen"]))
+        (line,) = (line for line in printed.splitlines() if line.startswith(name) and line.endswith(variant["chosen"]))
         assert line.split()[2:5] == ["2", f"{small['seconds'] + large['seconds']:.0f}", "s"]
     rows = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*/record.json")]
     assert {row["config"]["train"]["rates"][0][1] for row in rows} == {1.0} and len(rows) == 2

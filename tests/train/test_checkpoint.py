@@ -44,8 +44,8 @@ def save(folder, losses, keep=2):
 
 def restore(folder):
     with opened(folder) as checkpoints:
-        found = checkpoints.restore_newest(state(0))
-        return found and (int(found[0]["step"]), found[1], checkpoints.restored_facts)
+        restored = checkpoints.restore_newest(state(0))
+        return restored and (int(restored[0]["step"]), restored[1], checkpoints.restored_facts)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])

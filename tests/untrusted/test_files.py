@@ -64,7 +64,7 @@ def test_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("[" * 100_000, "nested deeper than 64"),
         ('{"a":' * 100_000, "nested deeper than 64"),
@@ -83,10 +83,10 @@ def test_text(tmp_path):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_json_that_is_refused(text, said):
+def test_json_that_is_refused(text, message):
     with pytest.raises(UserError) as error:
         json_text.parse(text, "config.json", unique=True)
-    assert str(error.value).startswith("config.json: ") and said in str(error.value)
+    assert str(error.value).startswith("config.json: ") and message in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 

@@ -79,10 +79,10 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_header_that_lies_is_one_line(name, tmp_path):
-    data, said = WRONG[name]
+    data, message = WRONG[name]
     (tmp_path / "m.gguf").write_bytes(data)
     tracemalloc.start()
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         gguf_header.read(tmp_path / "m.gguf", BLOCKS)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -95,8 +95,8 @@ def test_what_is_said_is_read(tmp_path):
     names = [key("names", 9, array(8, 2, text("x") + text("\u00e9")))]
     tensors = [tensor("w", (2, 4), 0, 0), tensor("q", (3, 64), 2, 32)]
     (tmp_path / "m.gguf").write_bytes(file([ARCHITECTURE, *numbers, *arrays, *names], tensors, room=32 + 6 * 18))
-    found = gguf_header.read(tmp_path / "m.gguf", BLOCKS)
-    assert found.values == {
+    header = gguf_header.read(tmp_path / "m.gguf", BLOCKS)
+    assert header.values == {
         "general.architecture": "llama",
         "u": 2**64 - 1,
         "f": 0.5,
@@ -105,9 +105,9 @@ def test_what_is_said_is_read(tmp_path):
         "long": None,
         "names": ["x", "\u00e9"],
     }
-    assert [found.tensors[name].shape for name in "wq"] == [(2, 4), (3, 64)]
-    assert [found.tensors[name].size for name in "wq"] == [32, 108]
-    assert found.tensors["q"].offset - found.tensors["w"].offset == 32
+    assert [header.tensors[name].shape for name in "wq"] == [(2, 4), (3, 64)]
+    assert [header.tensors[name].size for name in "wq"] == [32, 108]
+    assert header.tensors["q"].offset - header.tensors["w"].offset == 32
 
 
 def test_it_reads_what_the_package_reads(tmp_path):

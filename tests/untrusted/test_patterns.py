@@ -39,7 +39,7 @@ def test_some_do_backtrack():
 
 
 @pytest.mark.parametrize(
-    "expression, said",
+    "expression, message",
     [
         ("(", "is no regex: missing"),
         ("*", "is no regex: nothing to repeat"),
@@ -54,10 +54,10 @@ def test_some_do_backtrack():
     ],
     ids=str,
 )
-def test_what_is_none_is_one_line(expression, said):
+def test_what_is_none_is_one_line(expression, message):
     with pytest.raises(UserError) as error:
         patterns.compile(expression, "config.adapter: target")
-    assert said in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250
 
 
 @pytest.mark.filterwarnings("ignore:Possible nested set")
@@ -75,8 +75,8 @@ def test_matching_is_that_of_re():
         ours = patterns.compile(expression, "here")
         for method in ("search", "match", "fullmatch"):
             expected = getattr(re.compile(expression), method)(PATH)
-            found = getattr(ours, method)(PATH)
-            assert (found and found.span()) == (expected and expected.span()), expression
+            actual = getattr(ours, method)(PATH)
+            assert (actual and actual.span()) == (expected and expected.span()), expression
 
 
 def test_quick_ones_never_run_out():

@@ -33,8 +33,8 @@ def bring_code(folder, marker, names):
     auto |= {"AutoTokenizer": ["foreign.Tokenizer", "foreign.Tokenizer"]}
     for name in names:
         file = folder / name
-        found = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps(found | {"auto_map": auto}))
+        config = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(config | {"auto_map": auto}))
 
 
 @pytest.mark.parametrize("kind", ["known", "foreign"])

@@ -101,15 +101,15 @@ def test_the_text_is_that_of_transformers(name, add):
     values = {"bos_token": "<s>", "eos_token": "</s>", "enable_thinking": False}
     plain = [{key: value for key, value in message.items() if value is not None} for message in MESSAGES]
     (expected,), _ = render_jinja_template([plain], TOOLS, None, GOOD[name], add_generation_prompt=add, **values)
-    found = template.render(GOOD[name], MESSAGES, tools=TOOLS, add_generation_prompt=add, **values)
-    assert found == expected and len(found) > 80
+    text = template.render(GOOD[name], MESSAGES, tools=TOOLS, add_generation_prompt=add, **values)
+    assert text == expected and len(text) > 80
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_template_that_fails_is_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text, said = REFUSED[name]
-    with pytest.raises(UserError, match=f"^the chat template .*{said}") as error:
+    text, message = REFUSED[name]
+    with pytest.raises(UserError, match=f"^the chat template .*{message}") as error:
         template.render(text, [USER])
     assert "\n" not in str(error.value) and not os.listdir(tmp_path)
     assert isinstance(error.value, template.Refusal) == (name == "said")

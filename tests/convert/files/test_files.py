@@ -68,13 +68,13 @@ def half_of_it(folder, tensors):
 def test_the_files_that_transformers_takes(tmp_path, change):
     tensors = folders.llama(tmp_path)
     change(tmp_path, tensors)
-    found = logits(tmp_path)
+    our_logits = logits(tmp_path)
     if change is half_of_it:
         source = convert.open_source(tmp_path)
         up = source.load(peers.abstract(source.lm()))["groups"]["block_0"]["ffn"]["up"]["kernel"]
         np.testing.assert_array_equal(up[1], tensors["model.layers.1.mlp.up_proj.weight"].T)
         return
-    peers.close(found, their_logits(tmp_path), 1e-4)
+    peers.close(our_logits, their_logits(tmp_path), 1e-4)
 
 
 def test_weights_saved_without_a_head(tmp_path):
@@ -114,8 +114,8 @@ def test_layers_behind_the_last_predict_further_tokens(tmp_path):
     save_file(tensors | extra | {"model.layers.2.eh_proj.weight": np.zeros((48, 96), np.float32)}, file)
     source = convert.open_source(tmp_path)
     lm = source.lm()
-    found = peers.our_logits(lm, source.load(peers.abstract(lm)), peers.tokens())
-    peers.close(found, peers.their_logits(theirs, peers.tokens()), 1e-5)
+    our_logits = peers.our_logits(lm, source.load(peers.abstract(lm)), peers.tokens())
+    peers.close(our_logits, peers.their_logits(theirs, peers.tokens()), 1e-5)
 
 
 def test_code_that_is_not_copied_is_not_named(tmp_path):
@@ -140,14 +140,14 @@ def test_an_export_says_the_rotation_for_transformers_4_too(name, tmp_path):
     written = to_hf.config_of(config["model_type"], lm, canonical(lm), described.max_positions)
     both = written | rope_parameters.older_keys(written)
     older = {key: value for key, value in both.items() if key != "rope_parameters"}
-    for said in (both, older, written):
-        model = from_config.from_config(complete(families.describe(said, "config.json").model))
+    for description in (both, older, written):
+        model = from_config.from_config(complete(families.describe(description, "config.json").model))
         assert not differences(canonical(model), canonical(lm))
     assert older["rotary_emb_base" if kind == "GPTNeoX" else "rope_theta"] == 500.0
     read = getattr(transformers, f"{kind}Config")(**{key: value for key, value in both.items() if key != "model_type"})
-    found = {key: value for key, value in read.rope_parameters.items() if key in written["rope_parameters"]}
-    expected = {key: value for key, value in written["rope_parameters"].items() if key in found}
-    assert found == expected
+    parameters = {key: value for key, value in read.rope_parameters.items() if key in written["rope_parameters"]}
+    expected = {key: value for key, value in written["rope_parameters"].items() if key in parameters}
+    assert parameters == expected
 
 
 REPOSITORY = [

@@ -80,14 +80,14 @@ def test_against_transformers(tmp_path, architecture, kind):
     write(tmp_path / "m.gguf", architecture, kind)
     ids = np.random.default_rng(1).integers(0, 40, (2, 20), np.int32)
     source = convert.open_source(tmp_path / "m.gguf")
-    lm, params, found = ours(source, ids)
+    lm, params, our_logits = ours(source, ids)
     expected = theirs(tmp_path / "m.gguf", ids)
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(our_logits - expected).max() <= 1e-5 * np.abs(expected).max()
     assert lm.tied and source.max_positions == 128
 
 
 @pytest.mark.parametrize(
-    "further, said",
+    "further, message",
     [
         (lambda w: w.add_expert_count(8), "llama.expert_count = 8"),
         (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count = 8"),
@@ -101,9 +101,9 @@ def test_against_transformers(tmp_path, architecture, kind):
         (lambda w: w.add_tensor("blk.0.attn_sinks.weight", np.ones(4, np.float32)), "attn_sinks"),
     ],
 )
-def test_what_ours_cannot_honour_is_refused_by_name(tmp_path, further, said):
+def test_what_ours_cannot_honour_is_refused_by_name(tmp_path, further, message):
     write(tmp_path / "m.gguf", further=further)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         source = convert.open_source(tmp_path / "m.gguf")
         source.bind(source.lm())
 
@@ -118,7 +118,7 @@ def test_a_number_for_each_block_is_the_number_where_all_are_the_same(name, tmp_
 
 
 @pytest.mark.parametrize(
-    "value, said",
+    "value, message",
     [
         ([4, 2], r" = \[4, 2\] is not supported: every block of ours has the same"),
         ([4, 4, 4], " has 3 entries for 2 blocks"),
@@ -127,9 +127,9 @@ def test_a_number_for_each_block_is_the_number_where_all_are_the_same(name, tmp_
         ([4.5, 4.5], "num_attention_heads = 4.5: must be a whole number"),
     ],
 )
-def test_numbers_of_blocks_that_differ_are_refused_by_name(value, said, tmp_path):
+def test_numbers_of_blocks_that_differ_are_refused_by_name(value, message, tmp_path):
     write(tmp_path / "m.gguf", head_count=value)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         convert.open_source(tmp_path / "m.gguf")
     assert "\n" not in str(error.value)
 
@@ -146,7 +146,7 @@ def scaled(writer, kind, factor, further, factors=False):
 
 
 @pytest.mark.parametrize(
-    "kind, found",
+    "kind, expected",
     [
         (None, "rope(scaling='linear(factor=4.0)')"),
         (gguf.RopeScalingType.LINEAR, "rope(scaling='linear(factor=4.0)')"),
@@ -154,9 +154,9 @@ def scaled(writer, kind, factor, further, factors=False):
         (gguf.RopeScalingType.YARN, "rope(scaling='yarn(factor=4.0, original_length=128)')"),
     ],
 )
-def test_scaling_of_positions(tmp_path, kind, found):
+def test_scaling_of_positions(tmp_path, kind, expected):
     write(tmp_path / "m.gguf", further=lambda writer: scaled(writer, kind, 4.0, {}))
-    assert convert.open_source(tmp_path / "m.gguf").model["position"].replace('"', "'") == found
+    assert convert.open_source(tmp_path / "m.gguf").model["position"].replace('"', "'") == expected
 
 
 def test_a_tensor_of_a_type_that_is_not_known_is_named(tmp_path):
@@ -199,11 +199,11 @@ def test_smollm2_reads_real_text_as_transformers_does():
     tokenizer = build("tokenizer", source.tokenizer()).fit(None)
     assert "<|im_start|>" in tokenizer.template == source.chat_template()
     ids = np.asarray(tokenizer.encode(_topics())[: 8 * 512], np.int32).reshape(8, 512)
-    _, _, found = ours(source, ids)
+    _, _, our_logits = ours(source, ids)
     expected = theirs(source.path, ids)
-    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
-    assert _perplexity(found, ids) == pytest.approx(_perplexity(expected, ids), rel=1e-3)
-    assert _perplexity(found, ids) == pytest.approx(14.70, rel=2e-3)
+    assert np.abs(our_logits - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert _perplexity(our_logits, ids) == pytest.approx(_perplexity(expected, ids), rel=1e-3)
+    assert _perplexity(our_logits, ids) == pytest.approx(14.70, rel=2e-3)
 
 
 def _topics():
@@ -225,8 +225,8 @@ def test_blocks_are_kept_as_they_are(kind, tmp_path):
     lm = source.lm(scan=False)
     abstract = nn.unbox(model.abstract_params(lm))
     stored, dense = source.load_stored(abstract, lm), source.load(abstract)
-    held = jax.tree.leaves(stored, is_leaf=lambda leaf: isinstance(leaf, Rows))
-    assert sum(isinstance(leaf, Rows) for leaf in held) == 1 + 2 * 7  # the embedding, and a layer's matrices
+    leaves = jax.tree.leaves(stored, is_leaf=lambda leaf: isinstance(leaf, Rows))
+    assert sum(isinstance(leaf, Rows) for leaf in leaves) == 1 + 2 * 7  # the embedding, and a layer's matrices
     jax.tree.map(np.testing.assert_array_equal, merge(stored), dense)
 
 
@@ -255,23 +255,23 @@ def test_its_tokenizer_is_converted_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", counted)
     for _ in range(2):
-        found = build("tokenizer", f"hf(path={str(file)!r})").fit(None)
-        assert list(found.encode("abcab")) == direct.encode("abcab") == [4, 3, 4]
-        assert found.eos_id == 0 and found.chat([{"role": "user", "content": "abc"}]) == "abc"
+        tokenizer = build("tokenizer", f"hf(path={str(file)!r})").fit(None)
+        assert list(tokenizer.encode("abcab")) == direct.encode("abcab") == [4, 3, 4]
+        assert tokenizer.eos_id == 0 and tokenizer.chat([{"role": "user", "content": "abc"}]) == "abc"
     assert converted == [True, False, False]  # and read from the cache each time
     write(file, further=lambda writer: vocabulary(writer) or writer.add_string("changed", "by this"))
     build("tokenizer", f"hf(path={str(file)!r})").fit(None)
     assert converted[3:] == [True, False]
 
 
-def split(folder, parts):
+def split(folder, count):
     """A model of one file in parts, as llama.cpp's gguf-split makes them: the first has the metadata."""
     write(folder / "whole.gguf")
     reader, names = gguf.GGUFReader(folder / "whole.gguf"), []
-    for part in range(parts):
-        file = folder / f"m-{part + 1:05}-of-{parts:05}.gguf"
+    for index in range(count):
+        file = folder / f"m-{index + 1:05}-of-{count:05}.gguf"
         writer = gguf.GGUFWriter(file, "llama")
-        if part == 0:
+        if index == 0:
             for field in ("block_count", "context_length", "embedding_length", "feed_forward_length"):
                 writer.add_uint32(f"llama.{field}", int(reader.fields[f"llama.{field}"].contents()))
             writer.add_head_count(4)
@@ -279,9 +279,9 @@ def split(folder, parts):
             writer.add_rope_freq_base(500.0)
             writer.add_layer_norm_rms_eps(1e-5)
             writer.add_vocab_size(40)
-        writer.add_uint16("split.no", part)
-        writer.add_uint16("split.count", parts)
-        for tensor in reader.tensors[part::parts]:
+        writer.add_uint16("split.no", index)
+        writer.add_uint16("split.count", count)
+        for tensor in reader.tensors[index::count]:
             writer.add_tensor(tensor.name, np.array(tensor.data))
         for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
             step()

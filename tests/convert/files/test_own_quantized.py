@@ -75,7 +75,7 @@ def spoil(folder, change):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda c: c["quantization_config"].update(leaves=3), "no leaf of ours"),
         (lambda c: c["quantization_config"]["leaves"]["embedding"].update(leaf="os.system"), "no leaf of ours"),
@@ -86,11 +86,11 @@ def spoil(folder, change):
         (lambda c: c.update(intermediate_size=64), r"of shape \[96, 64\], the config asks for \[64, 64\]"),
     ],
 )
-def test_what_does_not_fit_is_named(change, said, tmp_path):
+def test_what_does_not_fit_is_named(change, message, tmp_path):
     folders.llama(tmp_path / "plain", **SHAPE)
     write_quantized.convert(convert.open_source(tmp_path / "plain"), "int4", tmp_path / "rounded")
     spoil(tmp_path / "rounded", change)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         source = convert.open_source(tmp_path / "rounded")
         source.bind(source.lm(scan=False))
 

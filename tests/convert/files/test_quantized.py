@@ -144,28 +144,28 @@ GPTQ = {
 @pytest.mark.parametrize("case", GPTQ)
 def test_gptq_of_every_kind(case, tmp_path):
     """Read as float32, and where groups are runs of inputs, kept as they are."""
-    said, keys = GPTQ[case]
-    exact = gptq(tmp_path, folders.llama(tmp_path, **SHAPE), **said)
+    config, keys = GPTQ[case]
+    exact = gptq(tmp_path, folders.llama(tmp_path, **SHAPE), **config)
     keys = {"quant_method": "gptq", "bits": 4, "group_size": GROUP} | keys
     (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": keys}))
     source, lm, abstract = loaded(tmp_path, scan=False)
     params = source.load(abstract, lm=lm)
     kernels = [("mlp.up_proj", "ffn", "up"), ("mlp.down_proj", "ffn", "down"), ("self_attn.q_proj", "mixer", "q")]
-    for disk, part, ours in kernels:
+    for disk, kernel_name, ours in kernels:
         expected = exact[f"model.layers.1.{disk}.weight"].T
-        np.testing.assert_array_equal(params["group_1"]["block_0"][part][ours]["kernel"], expected)
+        np.testing.assert_array_equal(params["group_1"]["block_0"][kernel_name][ours]["kernel"], expected)
     if case == "ordered by activation":
         with pytest.raises(UserError, match="desc_act"):
             source.load_stored(abstract, lm)
         return
     stored = source.load_stored(abstract, lm)
-    for disk, part, ours in kernels:
+    for disk, kernel_name, ours in kernels:
         expected = exact[f"model.layers.1.{disk}.weight"].T
-        np.testing.assert_array_equal(stored["group_1"]["block_0"][part][ours]["kernel"].dense(), expected)
+        np.testing.assert_array_equal(stored["group_1"]["block_0"][kernel_name][ours]["kernel"].dense(), expected)
 
 
 @pytest.mark.parametrize(
-    "said, keys, message",
+    "config, keys, message",
     [
         ({"bias": 1.0}, {}, "proj.bias' belongs to nothing"),
         ({}, {"sym": True}, "sym is true, but its zeros are not all 8"),
@@ -175,8 +175,8 @@ def test_gptq_of_every_kind(case, tmp_path):
         ({"zero": 8}, {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
     ],
 )
-def test_gptq_that_says_two_things_is_refused(said, keys, message, tmp_path):
-    gptq(tmp_path, folders.llama(tmp_path, **SHAPE), **said)
+def test_gptq_that_says_two_things_is_refused(config, keys, message, tmp_path):
+    gptq(tmp_path, folders.llama(tmp_path, **SHAPE), **config)
     keys = {"quant_method": "gptq", "bits": 4, "group_size": GROUP} | keys
     (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": keys}))
     with pytest.raises(UserError, match=message) as error:
@@ -193,8 +193,8 @@ def both(request, tmp_path):
     """`(kind, folder that is rounded, folder of the exact weights)`."""
     rounded, plain = tmp_path / "rounded", tmp_path / "plain"
     tensors = folders.llama(rounded, **SHAPE)
-    exact, said = WRITERS[request.param](rounded, tensors)
-    (rounded / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": said}))
+    exact, config = WRITERS[request.param](rounded, tensors)
+    (rounded / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": config}))
     folders.llama(plain, lambda tensors: tensors.update(exact), **SHAPE)
     return request.param, rounded, plain
 
@@ -228,7 +228,7 @@ def test_stored_kernels_are_kept_and_multiply(both):
 
 
 @pytest.mark.parametrize(
-    "kind, change, said",
+    "kind, change, message",
     [
         slow_case("fp8", {"weight_block_size": None}, "weight_block_size must be two numbers"),
         ("gptq", {"bits": 8}, "bits must be 4"),
@@ -236,11 +236,11 @@ def test_stored_kernels_are_kept_and_multiply(both):
         ("gptq", {"quant_method": "aqlm"}, "known are quant_method fp8"),
     ],
 )
-def test_other_roundings_are_refused_by_name(kind, change, said, tmp_path):
+def test_other_roundings_are_refused_by_name(kind, change, message, tmp_path):
     _, config = WRITERS[kind](tmp_path, folders.llama(tmp_path, **SHAPE))
     folder = folders.LLAMA | SHAPE | {"quantization_config": config | change}
     (tmp_path / "config.json").write_text(json.dumps(folder))
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         convert.open_source(tmp_path)
     assert "quantization_config" in str(error.value) and "\n" not in str(error.value)
 
@@ -260,17 +260,17 @@ INDICES = [
 
 
 @pytest.mark.parametrize(
-    "kind, part, value",
-    [*(("gptq", *part) for part in PARTS + INDICES), *(slow_case("awq", *part) for part in PARTS)],
+    "kind, tensor, value",
+    [*(("gptq", *tensor) for tensor in PARTS + INDICES), *(slow_case("awq", *tensor) for tensor in PARTS)],
     ids=lambda value: (
         f"{value.dtype}{list(value.shape)}{value.flat[0] if value.size else ''}" if hasattr(value, "dtype") else value
     ),
 )
-def test_parts_that_do_not_fit_are_refused(kind, part, value, tmp_path):
+def test_parts_that_do_not_fit_are_refused(kind, tensor, value, tmp_path):
     _, config = WRITERS[kind](tmp_path, folders.llama(tmp_path, **SHAPE))
     (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": config}))
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {f"model.layers.0.self_attn.q_proj.{part}": value}, tmp_path / "model.safetensors")
+    save_file(tensors | {f"model.layers.0.self_attn.q_proj.{tensor}": value}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="q_proj") as error:
         source, lm, abstract = loaded(tmp_path)
         source.load(abstract)
@@ -294,21 +294,21 @@ def test_blocks_larger_than_a_weight_take_no_memory_of_their_size(tmp_path):
         if is_linear(name):
             stored[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
     write_raw(tmp_path / "model.safetensors", stored)
-    said = {"quant_method": "fp8", "weight_block_size": [60_000, 60_000]}
-    (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": said}))
+    config = {"quant_method": "fp8", "weight_block_size": [60_000, 60_000]}
+    (tmp_path / "config.json").write_text(json.dumps(folders.LLAMA | SHAPE | {"quantization_config": config}))
     source, _, _ = loaded(tmp_path)
     name = "model.layers.0.self_attn.q_proj.weight"
     np.testing.assert_array_equal(source.tensors.read(name), stored[name].astype(np.float32))
 
 
 @pytest.mark.parametrize(
-    "kind, broken, said",
+    "kind, broken, message",
     [
         slow_case("fp8", "_scale_inv", "q_proj.weight_scale_inv' is missing"),
         ("gptq", "qzeros", "q_proj.qzeros' is missing"),
     ],
 )
-def test_a_missing_part_is_named(kind, broken, said, tmp_path, monkeypatch):
+def test_a_missing_part_is_named(kind, broken, message, tmp_path, monkeypatch):
     from efficientllm.convert.files.safetensors_file import SafetensorsFolder
 
     _, config = WRITERS[kind](tmp_path, folders.llama(tmp_path, **SHAPE))
@@ -323,6 +323,6 @@ def test_a_missing_part_is_named(kind, broken, said, tmp_path, monkeypatch):
         self.shapes = {name: shape for name, shape in self.shapes.items() if not name.endswith(f"q_proj.{broken}")}
 
     monkeypatch.setattr(SafetensorsFolder, "__init__", without)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         source, lm, abstract = loaded(tmp_path)
         source.load(abstract)

@@ -22,7 +22,7 @@ def write(folder, header, room=64, name="model.safetensors"):
 
 
 @pytest.mark.parametrize(
-    "header, said",
+    "header, message",
     [
         pytest.param({"a": F4 | {"data_offsets": [52, 68]}}, "ends 4 bytes behind the end", id="outside"),
         pytest.param({"a": F4, "b": F4 | {"data_offsets": [12, 28]}}, "'a' and 'b' overlap", id="overlap"),
@@ -46,11 +46,11 @@ def write(folder, header, room=64, name="model.safetensors"):
         pytest.param(b"[" * 100_000, "cannot be read", id="deep"),
     ],
 )
-def test_header(tmp_path, header, said):
+def test_header(tmp_path, header, message):
     write(tmp_path, header)
     with pytest.raises(UserError) as error:
         SafetensorsFolder(tmp_path)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"1234", struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 100) + b"{}"])
@@ -71,7 +71,7 @@ def test_index_stays_in_its_folder(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "index, said",
+    "index, message",
     [
         ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors is missing"),
         ({"weight_map": {"b": "part.safetensors"}}, "'b' is not in it"),
@@ -80,10 +80,10 @@ def test_index_stays_in_its_folder(tmp_path, name):
         ([], "where an object is needed"),
     ],
 )
-def test_index(tmp_path, index, said):
+def test_index(tmp_path, index, message):
     write(tmp_path, {"a": F4}, name="part.safetensors")
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         SafetensorsFolder(tmp_path)
 
 
@@ -98,8 +98,8 @@ def test_what_the_library_writes_is_read(tmp_path):
     kinds = [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.int64]
     written = {np.dtype(kind).name: rng.normal(0, 20, (5, 3)).astype(kind) for kind in kinds} | {"e": np.zeros((0, 3))}
     save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    found = SafetensorsFolder(tmp_path)
-    assert found.shapes == {name: value.shape for name, value in written.items()}
+    tensors = SafetensorsFolder(tmp_path)
+    assert tensors.shapes == {name: value.shape for name, value in written.items()}
     for name, value in written.items():
-        assert found.read(name).dtype == value.dtype == found.dtype(name)
-        np.testing.assert_array_equal(found.read(name), value)
+        assert tensors.read(name).dtype == value.dtype == tensors.dtype(name)
+        np.testing.assert_array_equal(tensors.read(name), value)

@@ -14,7 +14,7 @@ def source(config=None, **forms):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("dtypes", "expected"),
     [
         (source(embedding=("Q6_K", 10), mlp=("Q4_1", 90), norm=("F32", 1)), "Q4_1"),
         (source(embedding=("F16", 900), mlp=("Q4_0", 90)), "Q4_0"),
@@ -23,12 +23,12 @@ def source(config=None, **forms):
         (types.SimpleNamespace(config={}, tensors=object()), None),
     ],
 )
-def test_the_form_of_most_rounded_weights(given, expected):
-    assert stored_form(given) == expected
+def test_the_form_of_most_rounded_weights(dtypes, expected):
+    assert stored_form(dtypes) == expected
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "expected"),
     [
         ("float32", "dequantised from Q4_1"),
         ("bfloat16", "dequantised from Q4_1"),
@@ -37,6 +37,6 @@ def test_the_form_of_most_rounded_weights(given, expected):
         ("stored", "as the file holds them, Q4_1"),
     ],
 )
-def test_what_weights_went_through(spec, said):
-    assert history(source(mlp=("Q4_1", 90)), spec) == said
+def test_what_weights_went_through(spec, expected):
+    assert history(source(mlp=("Q4_1", 90)), spec) == expected
     assert history(source(mlp=("F16", 90)), spec) == history(None, spec) == ""

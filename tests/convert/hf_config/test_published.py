@@ -81,22 +81,24 @@ def test_an_omitted_key_takes_the_default_of_the_class(entry):
         except Exception:  # what transformers cannot read either
             continue
         try:
-            found = meaning(less)
+            description = meaning(less)
         except UserError as error:
             assert key in str(error) or "multiple" in str(error), f"{key} omitted: {error}"
             continue
-        assert_same(found, meaning(theirs))
+        assert_same(description, meaning(theirs))
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
 def test_defaults_are_those_of_the_class(model_type):
     """All fields but those that change nothing, and the base of the rotation."""
-    found = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
+    config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
     common = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
-    values = {field.name: field.default for field in dataclasses.fields(found) if field.name not in common | HARMLESS}
+    values = {
+        field.name: field.default for field in dataclasses.fields(config_class) if field.name not in common | HARMLESS
+    }
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     assert {key: value for key, value in values.items() if value is not None} == DEFAULTS[model_type]
-    assert BASES.get(model_type, 10_000.0) == found.default_theta
+    assert BASES.get(model_type, 10_000.0) == config_class.default_theta
 
 
 OTHER = {
@@ -161,8 +163,8 @@ def test_harmless_keys_change_no_logit(name):
     """Of transformers' own model, in inference."""
     theirs = peers.reference(name)
     fields = {field.name for field in dataclasses.fields(theirs.config)} & HARMLESS
-    given = {key: getattr(theirs.config, key) for key in fields}
-    numbers = {key: other(value) for key, value in given.items() if isinstance(value, bool | int | float)}
+    values = {key: getattr(theirs.config, key) for key in fields}
+    numbers = {key: other(value) for key, value in values.items() if isinstance(value, bool | int | float)}
     changed = {key: value for key, value in numbers.items() if key not in ("output_attentions", "return_dict")}
     changed |= {key: 0.5 for key in changed if key.endswith(("dropout", "pdrop", "range", "noise"))}
     read = type(theirs.config)(**theirs.config.to_dict() | changed)
@@ -215,7 +217,7 @@ BOTH = {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"rope_theta": 500.0
 
 def test_a_key_in_two_places_is_refused_only_where_they_differ():
     assert meaning(with_scaling(**BOTH)) == meaning(with_scaling(rope_scaling={"type": "linear", "factor": 2.0}))
-    for change, said in [
+    for change, message in [
         ({"rope_theta": 501.0}, "rope_theta = 501.0"),
         ({"rope_scaling": LINEAR | {"factor": 3.0}}, "factor = 3.0 in rope_scaling"),
         (
@@ -223,7 +225,7 @@ def test_a_key_in_two_places_is_refused_only_where_they_differ():
             "num_local_experts",
         ),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             meaning(with_scaling(**BOTH | change))
 
 
@@ -249,7 +251,7 @@ def test_the_base_of_gpt_neox_has_a_name_of_its_own():
 def test_what_scaling_is_for_can_be_used(scaling, most):
     """And an export says the same of the positions that it is given."""
     config = with_scaling(rope_scaling=scaling, max_position_embeddings=32)
-    model, found = meaning(config)
-    assert found == most
+    model, max_positions = meaning(config)
+    assert max_positions == most
     lm = from_config.from_config(complete(model))
-    assert meaning(to_hf.config_of("llama", lm, canonical(lm), found))[1] == most
+    assert meaning(to_hf.config_of("llama", lm, canonical(lm), max_positions))[1] == most

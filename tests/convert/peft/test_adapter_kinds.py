@@ -69,8 +69,8 @@ def written(source, spec, where):
     """What we write of random factors, and our parameters."""
     lm, method = source.lm(), build("adapter", spec)
     boxed = model.abstract_params(lm)
-    held = box_as(boxed, source.load(peers.abstract(lm)))
-    state = nn.unbox(step.create(lm, base.get_config().train, method, 0, boxed, held))
+    boxed_params = box_as(boxed, source.load(peers.abstract(lm)))
+    state = nn.unbox(step.create(lm, base.get_config().train, method, 0, boxed, boxed_params))
     noise = np.random.default_rng(0)
     learnt = jax.tree.map(lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape, np.float32), state.params)
     params = step.join(learnt, state.frozen)
@@ -96,8 +96,8 @@ def test_what_we_write_peft_reads_and_so_do_we(source, spec, tmp_path):
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     peers.close(expected, peers.their_logits(loaded, ids), 1e-5)
     peers.close(read(tmp_path / "adapter", ids), expected, 1e-5)
-    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] == source.name
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == source.name
 
 
 @pytest.mark.parametrize("spec", ["loha(rank=2)", "glora(rank=2, target='/(q|up)/')"])
@@ -117,8 +117,8 @@ def test_the_hub_s_name_is_written_and_not_a_path(source, tmp_path, monkeypatch)
     monkeypatch.chdir(source.path.parent)
     near = convert.open_source(source.path.name)
     written(near, "lora(rank=2)", tmp_path / "adapter")
-    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] == source.path.name
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == source.path.name
 
 
 def tied(tmp_path):
@@ -129,17 +129,17 @@ def tied(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings")
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         ({"target_modules": ["embed_tokens"]}, "ties"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "ties"),
         ({"target_modules": ["q_proj"], "bias": "all"}, "bias = 'all'|bias = \"all\""),
     ],
 )
-def test_what_one_model_cannot_be_is_refused_by_name(tmp_path, options, said):
+def test_what_one_model_cannot_be_is_refused_by_name(tmp_path, options, message):
     source = tied(tmp_path)
     moved(source, peft.LoraConfig(r=2, **options)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         convert.open_source(tmp_path / "adapter")
     assert "\n" not in str(error.value)
 
@@ -149,10 +149,10 @@ def test_parts_that_do_not_fit_are_named(source, tmp_path):
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("hada_w2_b"))
-    for change, said in ((tensors[name][:, :-1].copy(), "of shape"), (None, "hada_w2_b is missing")):
+    for change, message in ((tensors[name][:, :-1].copy(), "of shape"), (None, "hada_w2_b is missing")):
         changed = {key: value for key, value in (tensors | {name: change}).items() if value is not None}
         save_file(changed, file)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             read(tmp_path / "adapter", peers.tokens())
 
 

@@ -90,16 +90,16 @@ def test_a_config_that_we_do_not_compute_is_refused(change, message, tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
-@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_numbers_that_are_none_are_not_merged(part, value, tmp_path):
+@pytest.mark.parametrize("suffix", ["lora_A", "lora_B"])
+def test_numbers_that_are_none_are_not_merged(suffix, value, tmp_path):
     """3e38 is a number; its product with others is none."""
     base = folders.llama(tmp_path / "base")
     shapes = {name: w.shape for name, w in base.items() if "q_proj" in name}
     tensors = folders.adapter(tmp_path / "adapter", shapes, 2)
-    name = next(name for name in tensors if part in name)
+    name = next(name for name in tensors if suffix in name)
     save_file(tensors | {name: np.full_like(tensors[name], value)}, tmp_path / "adapter" / peft.TENSORS)
-    said = "makes NaN or infinity of its weight" if value == 3e38 else f"tensor '{name}' holds NaN or infinity"
-    with pytest.raises(UserError, match=said):
+    message = "makes NaN or infinity of its weight" if value == 3e38 else f"tensor '{name}' holds NaN or infinity"
+    with pytest.raises(UserError, match=message):
         convert.merge_into(convert.open_source(tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -54,8 +54,8 @@ def tuned_by_us(source, spec):
     """`(lm, parameters)` around the checkpoint, what learns moved from its initial value."""
     lm, method = source.lm(), build("adapter", spec)
     boxed = model.abstract_params(lm)
-    held = box_as(boxed, source.load(peers.abstract(lm)))
-    state = nn.unbox(step.create(lm, base.get_config().train, method, 0, boxed, held))
+    boxed_params = box_as(boxed, source.load(peers.abstract(lm)))
+    state = nn.unbox(step.create(lm, base.get_config().train, method, 0, boxed, boxed_params))
     noise = np.random.default_rng(0)
     learnt = jax.tree.map(lambda leaf: leaf + 0.05 * noise.standard_normal(leaf.shape, np.float32), state.params)
     return lm, step.join(learnt, state.frozen)
@@ -118,7 +118,7 @@ def test_peft_reads_what_we_write_of_experts(sources, family, target, name, tmp_
 
 
 @pytest.mark.parametrize(
-    "family, spec, said",
+    "family, spec, message",
     [
         ("mamba", "lora(rank=4, target='mixer/')", "mixer.out_proj: peft has no adapter of it"),
         ("mamba", "lora(rank=4, target='mixer/step/')", "mixer.dt_proj: transformers takes its weight past"),
@@ -129,9 +129,9 @@ def test_peft_reads_what_we_write_of_experts(sources, family, target, name, tmp_
         ),
     ],
 )
-def test_what_peft_refuses_is_not_written(sources, family, spec, said, tmp_path):
+def test_what_peft_refuses_is_not_written(sources, family, spec, message, tmp_path):
     source = sources(family)
     lm, params = tuned_by_us(source, spec)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         folder.write(lm, spec, params, tmp_path / "adapter", source)
     assert "\n" not in str(error.value) and not (tmp_path / "adapter").exists()

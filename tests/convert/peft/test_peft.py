@@ -85,9 +85,9 @@ def kernels(lm, source, params):
 
 def same_kernels(lm, source, params, merged):
     tensors = dict(merged.named_parameters())
-    found = list(kernels(lm, source, params))
-    assert len(found) == 7 * peers.LAYERS
-    for name, _, kernel, position in found:
+    our_kernels = list(kernels(lm, source, params))
+    assert len(our_kernels) == 7 * peers.LAYERS
+    for name, _, kernel, position in our_kernels:
         np.testing.assert_allclose(kernel[position], tensors[name].detach().numpy().T, atol=1e-5, err_msg=name)
 
 
@@ -109,8 +109,8 @@ def test_peft_loads_what_we_write(source, name, tmp_path):
     spec, ids = f"{name}(rank=4, alpha=6)", peers.tokens(1)
     lm, method = source.lm(), build("adapter", f"{name}(rank=4, alpha=6)")
     boxed = model.abstract_params(lm)
-    held = box_as(boxed, source.load(peers.abstract(lm)))
-    state = nn.unbox(step.create(lm, base.get_config().train, method, 0, boxed, held))
+    boxed_params = box_as(boxed, source.load(peers.abstract(lm)))
+    state = nn.unbox(step.create(lm, base.get_config().train, method, 0, boxed, boxed_params))
     noise = np.random.default_rng(0)
     learnt = jax.tree.map(lambda leaf: leaf + 0.05 * noise.standard_normal(leaf.shape, np.float32), state.params)
     params = step.join(learnt, state.frozen)
@@ -121,8 +121,8 @@ def test_peft_loads_what_we_write(source, name, tmp_path):
 
     convert.merge_into(source, tmp_path / "adapter", tmp_path / "merged")
     merged = convert.open_source(tmp_path / "merged")
-    found = peers.our_logits(lm, merged.load(peers.abstract(lm)), ids)
-    peers.close(found, peers.their_logits(loaded, ids), 1e-5)
+    our_logits = peers.our_logits(lm, merged.load(peers.abstract(lm)), ids)
+    peers.close(our_logits, peers.their_logits(loaded, ids), 1e-5)
 
 
 # Of methods that peft has no LoRA folder of: its config, our spec, and our arrays' names there.
@@ -158,12 +158,12 @@ FURTHER = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FURTHER)
 def test_methods_without_a_lora_folder_are_pefts(source, name):
-    make, spec, parts = FURTHER[name]
+    make, spec, suffixes = FURTHER[name]
     if name == "glora" and not hasattr(peft, "GloraConfig"):
         pytest.skip("this peft has no GLoRA")
     tuned, ids = moved(source, make(target_modules=r".*_proj")), peers.tokens()
     lm, method = source.lm(), build("adapter", spec)
-    params = with_factors(lm, source, method, dict(tuned.named_parameters()), parts)
+    params = with_factors(lm, source, method, dict(tuned.named_parameters()), suffixes)
     peers.close(peers.our_logits(lm, params, ids), peers.their_logits(tuned, ids), 1e-5)
 
     labels = torch.tensor(ids).long()
@@ -172,7 +172,7 @@ def test_methods_without_a_lora_folder_are_pefts(source, name):
 
         step_of = create_loraplus_optimizer(tuned, torch.optim.SGD, lr=RATE, loraplus_lr_ratio=8)
     else:
-        step_of = torch.optim.SGD([each for each in tuned.parameters() if each.requires_grad], lr=RATE)
+        step_of = torch.optim.SGD([tensor for tensor in tuned.parameters() if tensor.requires_grad], lr=RATE)
     tuned(labels, labels=labels).loss.backward()
     step_of.step()
     train = base.get_config().train
@@ -185,18 +185,18 @@ def test_methods_without_a_lora_folder_are_pefts(source, name):
     same_kernels(lm, source, merge(stepped), tuned.merge_and_unload())
 
 
-def with_factors(lm, source, method, tensors, parts):
+def with_factors(lm, source, method, tensors, suffixes):
     """A checkpoint's parameters with the method's leaves around them, holding peft's factors."""
     boxed = model.abstract_params(lm)
-    held = box_as(boxed, source.load(peers.abstract(lm)))
-    params = nn.unbox(attach(method, boxed, held, jax.random.key(0)))
+    boxed_params = box_as(boxed, source.load(peers.abstract(lm)))
+    params = nn.unbox(attach(method, boxed, boxed_params, jax.random.key(0)))
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     for name, path, leaf, position in kernels(lm, source, params):
         module = folder.PREFIX + name.removesuffix(".weight")
-        given = {ours: tensors[f"{module}.{suffix}"].detach().numpy().T for ours, suffix in parts.items()}
-        put = {ours: getattr(flat[path], ours).at[position].set(value) for ours, value in given.items()}
+        factors = {ours: tensors[f"{module}.{suffix}"].detach().numpy().T for ours, suffix in suffixes.items()}
+        put = {ours: getattr(flat[path], ours).at[position].set(value) for ours, value in factors.items()}
         flat[path] = flat[path].replace(**put)
-        assert all(getattr(leaf, ours)[position].shape == value.shape for ours, value in given.items())
+        assert all(getattr(leaf, ours)[position].shape == value.shape for ours, value in factors.items())
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -215,7 +215,7 @@ def test_changes_of_the_kernel_are_pefts(name):
     get = lambda key: getattr(adapter, key)["default"].detach().numpy()  # noqa: E731
     base_kernel = np.zeros((24, 40), np.float32)
     if name == "loha":
-        a1, b1, a2, b2 = (get(f"hada_w{i}_{part}").T for i in (1, 2) for part in ("b", "a"))
+        a1, b1, a2, b2 = (get(f"hada_w{i}_{factor}").T for i in (1, 2) for factor in ("b", "a"))
         leaf = full_delta.LoHa(base_kernel, a1, b1, a2, b2, scale=5 / 3)
     else:
         leaf = full_delta.LoKr(base_kernel, get("lokr_w1").T, get("lokr_w2_b").T, get("lokr_w2_a").T, scale=5 / 3)

@@ -42,8 +42,8 @@ def start(source, spec, form="float32"):
     method = build("adapter", spec)
     lm = source.lm(scan=not method.unrolled)
     boxed = model.abstract_params(lm)
-    held = box_as(boxed, source.load(peers.abstract(lm)))
-    return lm, nn.unbox(step.create(lm, train(), method, 0, boxed, held, form))
+    boxed_params = box_as(boxed, source.load(peers.abstract(lm)))
+    return lm, nn.unbox(step.create(lm, train(), method, 0, boxed, boxed_params, form))
 
 
 def ours_after(lm, state, ids):
@@ -80,14 +80,14 @@ def test_a_step_of_what_makes_no_leaf_is_torchs(source, spec):
     for name, tensor in theirs.named_parameters():
         tensor.requires_grad_(name.startswith(chosen))
     step_theirs(theirs, ids)
-    found = ours_after(lm, state, ids)
-    peers.close(peers.our_logits(lm, found, ids), peers.their_logits(theirs, ids), 1e-5)
+    our_params = ours_after(lm, state, ids)
+    peers.close(peers.our_logits(lm, our_params, ids), peers.their_logits(theirs, ids), 1e-5)
 
-    flat, after = flax.traverse_util.flatten_dict(found, sep="/"), dict(theirs.named_parameters())
+    flat, after = flax.traverse_util.flatten_dict(our_params, sep="/"), dict(theirs.named_parameters())
     for path, bound in source.bind(lm).items():
         for position, name in bound.tensors():
             there, was = (
-                bound.layout.take(each[name].detach().numpy(), 0, bound.shapes, None) for each in (after, before)
+                bound.layout.take(tensors[name].detach().numpy(), 0, bound.shapes, None) for tensors in (after, before)
             )
             np.testing.assert_allclose(flat[path][position], there, atol=1e-5, err_msg=name)
             if not name.startswith(chosen):
@@ -111,11 +111,11 @@ def test_qlora_is_pefts_around_the_weights_that_are_rounded(source, spec, tmp_pa
     peers.close(peers.our_logits(lm, state.all_params, ids), peers.their_logits(theirs, ids), 1e-5)
     assert np.abs(peers.their_logits(theirs, ids) - peers.their_logits(load(source), ids)).max() > 1e-2
     step_theirs(theirs, ids)
-    found = ours_after(lm, state, ids)
-    peers.close(peers.our_logits(lm, found, ids), peers.their_logits(theirs, ids), 1e-5)
+    our_params = ours_after(lm, state, ids)
+    peers.close(peers.our_logits(lm, our_params, ids), peers.their_logits(theirs, ids), 1e-5)
 
 
 def bare(params):
     """The kernels that adapters are around."""
-    leaf = lambda each: hasattr(each, "a")  # noqa: E731
-    return jax.tree.map(lambda each: each.base if leaf(each) else each, params, is_leaf=leaf)
+    is_adapter = lambda node: hasattr(node, "a")  # noqa: E731
+    return jax.tree.map(lambda node: node.base if is_adapter(node) else node, params, is_leaf=is_adapter)

@@ -259,12 +259,12 @@ def test_windows_of_all_processes_are_summed_over_the_longest():
 def test_combined_windows_add_energy_and_one_void_part_voids_the_whole(clock):
     gpu = FakeGpu(clock, watts=200.0)
     reader = open_fake(clock, gpu)
-    parts = [measure(reader, clock, seconds) for seconds in (1.0, 3.0)]
-    whole = energy.combine_windows(parts)
+    windows = [measure(reader, clock, seconds) for seconds in (1.0, 3.0)]
+    whole = energy.combine_windows(windows)
     assert whole.duration_s == pytest.approx(4.0) and whole.energy_j == pytest.approx(800.0, rel=0.02)
-    assert parts[1].error_bound < whole.error_bound < parts[0].error_bound
+    assert windows[1].error_bound < whole.error_bound < windows[0].error_bound
     gpu.processes = [os.getpid(), 7]
-    assert energy.combine_windows([*parts, measure(reader, clock, 1.0)]).energy_j is None
+    assert energy.combine_windows([*windows, measure(reader, clock, 1.0)]).energy_j is None
     assert energy.combine_windows([]).reason == "no finished work was measured"
 
 
@@ -276,11 +276,11 @@ def test_a_cpu_has_no_reading_and_says_why():
     assert reader.sample() == {"power_w": None, "memory_bytes": None, "utilisation": None}
 
 
-@pytest.mark.parametrize("readable, said", [(True, "zeus"), (False, "sudo chmod a+r")])
-def test_rapl_gives_the_one_line_fix(monkeypatch, readable, said):
+@pytest.mark.parametrize("readable, message", [(True, "zeus"), (False, "sudo chmod a+r")])
+def test_rapl_gives_the_one_line_fix(monkeypatch, readable, message):
     monkeypatch.setattr(energy.glob, "glob", lambda _: ["/sys/class/powercap/intel-rapl:0/energy_uj"])
     monkeypatch.setattr(energy.os, "access", lambda *_: readable)
-    assert said in energy.open_reader(jax.local_devices()).reason
+    assert message in energy.open_reader(jax.local_devices()).reason
 
 
 def test_without_a_driver_the_reader_says_so():

@@ -62,12 +62,12 @@ SHAPES = [(1, 641, 9, 3, 64, 64), (3, 130, 4, 4, 7, 5), (2, 128, 20, 1, 96, 33),
 def test_the_sum_is_that_of_the_formula(instructions, shape, dtype):
     q, k, v, mask = a_state(*shape, dtype)
     scale = shape[4] ** -0.5
-    found = jax.jit(lambda *a: native.attention(a[0], a[1:-2], *a[-2:], scale, instructions=instructions))(
+    actual = jax.jit(lambda *a: native.attention(a[0], a[1:-2], *a[-2:], scale, instructions=instructions))(
         q, k, v, mask
     )
-    check(found, q, k, v, mask, scale)
+    check(actual, q, k, v, mask, scale)
     with pytest.raises(AssertionError):  # the bound sees what a rounding to bfloat16 would do
-        check(found.astype(jnp.bfloat16), q, k, v, mask, scale)
+        check(actual.astype(jnp.bfloat16), q, k, v, mask, scale)
 
 
 @pytest.mark.parametrize("instructions", native.instruction_sets())
@@ -75,9 +75,9 @@ def test_a_state_in_int8_is_read_as_it_lies(instructions):
     q, k, v, mask = a_state(2, 300, 6, 2, 40, 24, "float32")
     k, v = Int8KVCache.of(k), Int8KVCache.of(v)
     scales = k.scale[..., 0], v.scale[..., 0]
-    found = native.attention(q, [k.values], v.values, mask, 0.2, scales, instructions)
+    actual = native.attention(q, [k.values], v.values, mask, 0.2, scales, instructions)
     read = as_array(k, jnp.float32), as_array(v, jnp.float32)
-    check(found, q, *read, mask, 0.2)
+    check(actual, q, *read, mask, 0.2)
 
 
 @pytest.mark.parametrize("instructions", native.instruction_sets())
@@ -85,30 +85,30 @@ def test_keys_may_lie_in_two_parts(instructions):
     """As MLA's latent and the key that all heads share, whose value is the latent."""
     q, k, _, mask = a_state(2, 150, 6, 1, 48 + 10, 1, "float32")
     latent, rotated = k[..., :48], k[..., 48:]
-    found = native.attention(q, [latent, rotated], latent, mask, 0.2, instructions=instructions)
-    check(found, q, k, latent, mask, 0.2)
+    actual = native.attention(q, [latent, rotated], latent, mask, 0.2, instructions=instructions)
+    check(actual, q, k, latent, mask, 0.2)
     latent, rotated = Int8KVCache.of(latent), Int8KVCache.of(rotated)
-    scales = [each.scale[..., 0] for each in (latent, rotated, latent)]
-    found = native.attention(q, [latent.values, rotated.values], latent.values, mask, 0.2, scales, instructions)
+    scales = [operand.scale[..., 0] for operand in (latent, rotated, latent)]
+    actual = native.attention(q, [latent.values, rotated.values], latent.values, mask, 0.2, scales, instructions)
     read = [as_array(leaf, jnp.float32) for leaf in (latent, rotated)]
-    check(found, q, jnp.concatenate(read, -1), read[0], mask, 0.2)
+    check(actual, q, jnp.concatenate(read, -1), read[0], mask, 0.2)
 
 
 def test_large_scores_and_rows_that_may_read_nothing():
     q, k, v, mask = a_state(2, 200, 2, 1, 16, 16, "float32")
-    found = native.attention(q * 40, [k], v, mask.at[1].set(False), 1.0)
-    check(found[:1], q[:1] * 40, k[:1], v[:1], mask[:1], 1.0)
-    np.testing.assert_array_equal(found[1], 0)
+    actual = native.attention(q * 40, [k], v, mask.at[1].set(False), 1.0)
+    check(actual[:1], q[:1] * 40, k[:1], v[:1], mask[:1], 1.0)
+    np.testing.assert_array_equal(actual[1], 0)
 
 
 def test_it_is_chosen_for_decoding_one_token_on_one_cpu_device():
     q, k, v, _ = a_state(2, 33, 4, 2, 16, 16, "float32")
     at_B1 = jnp.asarray([[7], [32]])
     with kernel_choice.recording_kernels() as used:
-        one = attend(q[:, None], k, v, Mask(query_index_BT=at_B1, window=9))
+        single_token = attend(q[:, None], k, v, Mask(query_index_BT=at_B1, window=9))
         two = attend(jnp.repeat(q[:, None], 2, 1), k, v, Mask(query_index_BT=jnp.repeat(at_B1, 2, 1), window=9))
     assert used["attention"] == {"ffi", "xla"}
-    np.testing.assert_allclose(one[:, 0], two[:, 0], atol=2e-6)
+    np.testing.assert_allclose(single_token[:, 0], two[:, 0], atol=2e-6)
     with kernel_choice.compiling_for("tpu"), kernel_choice.recording_kernels() as used:
         attend(q[:, None], k, v, Mask(query_index_BT=at_B1))
     assert used["attention"] == {"xla"}

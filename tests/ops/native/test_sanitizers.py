@@ -27,10 +27,10 @@ pytestmark = pytest.mark.slow
 
 
 def compiler():
-    found = shutil.which("g++")
-    if found is None:
+    path = shutil.which("g++")
+    if path is None:
         pytest.skip("no g++")
-    return found
+    return path
 
 
 def build(sources, library, *flags):
@@ -82,4 +82,4 @@ def test_the_sanitizers_are_awake(index, status, tmp_path):
     command = [sys.executable, "-c", OVERRUN, str(tmp_path / "overrun.so"), str(index)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == status, done.stderr[-2000:]
-    assert any(said in done.stderr for said in ("heap-buffer-overflow", "runtime error")) == (status != 0)
+    assert any(message in done.stderr for message in ("heap-buffer-overflow", "runtime error")) == (status != 0)

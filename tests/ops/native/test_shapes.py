@@ -18,27 +18,27 @@ R, K, G = 8, 64, 2
 def operands(form):
     """`{name: array}` of a product of three rows with R weights of K that fits."""
     rng = np.random.default_rng(0)
-    found = {"x": rng.standard_normal((3, K), np.float32), "table": np.zeros(0, np.float32)}
+    arrays = {"x": rng.standard_normal((3, K), np.float32), "table": np.zeros(0, np.float32)}
     empty = {"scale": np.zeros((0, 0), np.float32)}
     empty |= {"minimum": np.zeros((0, 0), np.float16), "zero": np.zeros((0, 0), np.uint8)}
     if form in ("bfloat16", "float16"):
-        return found | {"weights": rng.standard_normal((R, K)).astype(jnp.dtype(form))} | empty
+        return arrays | {"weights": rng.standard_normal((R, K)).astype(jnp.dtype(form))} | empty
     width, kind = (K, np.int8) if form == "int8" else (K // 2, np.uint8)
-    found |= {"weights": rng.integers(0, 127, (R, width)).astype(kind)} | empty
-    found["scale"] = rng.random((R, G)).astype(np.float16 if form == "int4" else np.float32)
+    arrays |= {"weights": rng.integers(0, 127, (R, width)).astype(kind)} | empty
+    arrays["scale"] = rng.random((R, G)).astype(np.float16 if form == "int4" else np.float32)
     if form == "nf4":
-        found["table"] = np.linspace(-1, 1, 16, dtype=np.float32)
-    return found
+        arrays["table"] = np.linspace(-1, 1, 16, dtype=np.float32)
+    return arrays
 
 
 def multiply(form, arrays, result=None, x_bits=16, instructions="best"):
     native._library()
     shape = jax.ShapeDtypeStruct(result or (arrays["x"].shape[0], arrays["weights"].shape[0]), jnp.float32)
     call = jax.ffi.ffi_call(native.TARGETS[0], [shape])
-    given = [arrays[name] for name in ("x", "table", "weights", "scale", "minimum", "zero")]
+    inputs = [arrays[name] for name in ("x", "table", "weights", "scale", "minimum", "zero")]
     index = native.FORMATS.index(form) if isinstance(form, str) else form
     attributes = {"format": np.int32(index), "x_bits": np.int32(x_bits), "instructions": instructions}
-    return np.asarray(call(*map(jnp.asarray, given), **attributes)[0])
+    return np.asarray(call(*map(jnp.asarray, inputs), **attributes)[0])
 
 
 def f16(*shape):
@@ -115,10 +115,10 @@ B, S, H, HEADS, WIDTH = 2, 5, 4, 2, 8
 
 def state(kind="float32"):
     """`{name: array}` of an attention that fits."""
-    kept = np.ones((B, S, HEADS, WIDTH), kind)
+    cached = np.ones((B, S, HEADS, WIDTH), kind)
     scale = np.ones((B, S, HEADS) if kind == "int8" else (0, 0, 0), np.float32)
-    found = {"q": f32(B, H, WIDTH), "k": kept, "more": kept[..., :0], "v": kept}
-    return found | {"k_scale": scale, "more_scale": scale, "v_scale": scale, "mask": np.ones((B, S), bool)}
+    arrays = {"q": f32(B, H, WIDTH), "k": cached, "more": cached[..., :0], "v": cached}
+    return arrays | {"k_scale": scale, "more_scale": scale, "v_scale": scale, "mask": np.ones((B, S), bool)}
 
 
 def attend(arrays, result=None, instructions="best"):
