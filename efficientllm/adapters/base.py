@@ -33,19 +33,21 @@ class PeftFormat(typing.NamedTuple):
 
 
 class Method:
-    """A tuning method; subclasses are frozen dataclasses, and those with `learnt` have a field `target`, a regex.
+    """A tuning method; subclasses are frozen dataclasses, and those with `learnt` have a field `target`, a regex."""
 
-    Class attributes: `learnt` are the names of the arrays of the leaf that learn, empty where no leaf is made;
-    `leaf_type` is the class of that leaf; `rates` are (regex, factor) pairs that come before `config.train.rates`;
-    `unrolled` is True where layers must be apart; `splits_kernel` where the frozen kernel is not the checkpoint's, but
-    what `frozen` leaves of it; `peft` is its PeftFormat, None where PEFT has none.
-    """
-
+    # Names of the leaf's arrays that are trained; empty where no leaf is made.
     learnt: typing.ClassVar[tuple[str, ...]] = ()
+    # The class of the leaf that `wrap` makes, by which adapters are found in a model's parameters.
     leaf_type: typing.ClassVar[type[Weight] | None] = None
+    # (regex, factor) pairs of learning rates, which come before `config.train.rates`.
     rates: typing.ClassVar[tuple[tuple[str, float], ...]] = ()
+    # Whether layers must be apart, not stacked.
     unrolled: typing.ClassVar[bool] = False
+    # Whether the frozen kernel is not the checkpoint's, but what `frozen` leaves of it.
     splits_kernel: typing.ClassVar[bool] = False
+    # Whether every parameter of the model is trained.
+    trains_all: typing.ClassVar[bool] = False
+    # How PEFT saves its adapters; None where PEFT has no format for them.
     peft: typing.ClassVar[PeftFormat | None] = None
 
     def wrap(self, held, names, key):

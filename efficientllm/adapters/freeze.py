@@ -14,6 +14,8 @@ from efficientllm.registry import register
 class Full(Method):
     """Every parameter learns."""
 
+    trains_all = True
+
     def trains(self, path, lm):
         return True
 

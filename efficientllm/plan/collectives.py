@@ -15,7 +15,6 @@ import math
 import numpy as np
 
 from efficientllm import model, sharding
-from efficientllm.adapters.freeze import Full
 from efficientllm.cost import formulas
 from efficientllm.objectives import cross_entropy
 from efficientllm.plan.hlo_cost import Collective
@@ -30,7 +29,7 @@ def closed(one):
 
 def _holds(one):
     lm, shape = one.lm, one.mesh.shape
-    if not isinstance(one.method, Full) or one.config.quant != "float32" or lm.remat != "none" or not lm.scan:
+    if not one.method.trains_all or one.config.quant != "float32" or lm.remat != "none" or not lm.scan:
         return False
     with_experts = one.platform != "tpu" and shape["sequence"] == 1
     return all(
