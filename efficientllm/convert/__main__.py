@@ -49,7 +49,7 @@ def _check(argv):
     given = parser.parse_args(argv)
     from efficientllm.convert import check, open_source
 
-    found = check.compare(open_source(given.source))
+    found = check.compare_logits(open_source(given.source))
     for name, value in found.items():
         print(f"{name.replace('_', ' '):24}{value:.6g}")
     return 0 if found["max_logit_difference"] <= TOLERANCE * found["max_logit"] else 1
@@ -73,7 +73,7 @@ def _convert(argv):
     if given.merge:
         from efficientllm.convert import merge_into, run_folder
 
-        merge_into(source, run_folder.latest(pathlib.Path(given.merge)), given.out, given.dtype)
+        merge_into(source, run_folder.newest_run(pathlib.Path(given.merge)), given.out, given.dtype)
     else:
         convert(source, given.out, given.dtype)
     family = json.loads((pathlib.Path(given.out) / "config.json").read_text())["model_type"]
@@ -103,7 +103,7 @@ def _check_flags(given):
 def _round(source, given):
     from efficientllm.convert import write_quantized
 
-    size = write_quantized.convert(source, given.quant, given.out, given.data or "python_docs()")
+    size = write_quantized.convert_quantized(source, given.quant, given.out, given.data or "python_docs()")
     print(f"{given.source} -> {given.out}: {given.quant}, weights of {size / 1e6:,.1f} MB")
     return 0
 

@@ -42,19 +42,19 @@ def open_adapter(path, where, weights, open_source):
     if base.config.get("model_type") not in families.FAMILIES:
         raise UserError(f"{where}: an adapter of peft's is around a model of transformers; {base.path} is none")
     if weights:
-        return put_around(base, path)
+        return adapt_source(base, path)
     return AdaptedSource(path, base.config, base.model, base.max_positions, None, None, base=base)
 
 
-def put_around(base, path):
+def adapt_source(base, path):
     """The AdaptedSource of the folder `path` around the Source `base`. Raises UserError for an adapter of another."""
     table = families.FAMILIES[base.config["model_type"]].table
-    tensors = Merged(base, path, table)
+    tensors = MergedTensors(base, path, table)
     config, model = base.config, base.model
     if tensors.vocab_size is not None:
         config = config | {"vocab_size": tensors.vocab_size}
         plain = {key: value for key, value in config.items() if key != quantized.KEY}
-        model = families.describe(plain, path).model
+        model = families.describe_config(plain, path).model
     return AdaptedSource(path, config, model, base.max_positions, tensors, table, base=base)
 
 
@@ -82,7 +82,7 @@ def _base(path, where, weights, open_source):
     )
 
 
-class Merged:
+class MergedTensors:
     """The tensors of a Source under transformers' names, with an adapter of peft's added to those it adapts."""
 
     def __init__(self, base, folder, table):
@@ -91,7 +91,7 @@ class Merged:
         lm = base.lm()
         self._source, self._plain = base, base.table is table and not hasattr(base.tensors, "bind")
         self._bound = base.bind(lm)
-        self._tensors = parameter_map.on_disk(parameter_map.bind(lm, table))
+        self._tensors = parameter_map.disk_tensors(parameter_map.bind_parameters(lm, table))
         self._adapter = Adapter(folder, self._tensors)
         self._check(lm)
         self.shapes = base.tensors.shapes if self._plain else {name: t.shape for name, t in self._tensors.items()}

@@ -15,7 +15,7 @@ from efficientllm.runtime import optional_packages
 TEXT = "The function returns a list of all the names in the module, sorted, or raises ValueError if there are none. "
 
 
-def compare(source, length=64):
+def compare_logits(source, length=64):
     """`{"tokens", "max_logit_difference", "max_logit", "mean_kl", "same_first_choice"}` in float32 on `length` tokens.
 
     KL is theirs from ours, KL(theirs || ours), in nats a token. Raises UserError where torch is not installed.

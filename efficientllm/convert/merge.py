@@ -13,5 +13,5 @@ def merge_into(source, folder, out, dtype=None, shard=SHARD):
     `dtype` is None for that of the source; sums are float32. Raises UserError before anything is written.
     """
     unsupported.table_of(source)
-    adapted_source = adapter_folder.put_around(source, pathlib.Path(folder))
+    adapted_source = adapter_folder.adapt_source(source, pathlib.Path(folder))
     convert(adapted_source, out, dtype or source.stored_dtype, shard)

@@ -43,14 +43,14 @@ def open_source(pretrained, weights=True):
         config, table, tensors = read_json(path / "config.json"), None, None
         if is_run(config):
             return run_folder.open_run(path, config, weights, open_source)
-    value_limits.check(config, path if tensors else path / "config.json")
+    value_limits.check_values(config, path if tensors else path / "config.json")
     plain = {key: value for key, value in config.items() if key != quantized.KEY}
-    described = families.describe(plain, path if tensors else path / "config.json")
+    described = families.describe_config(plain, path if tensors else path / "config.json")
     from_config.check(complete(described.model))
     table = table or families.FAMILIES[described.model_type].table
     if tensors is None and weights:
-        tensors = quantized.folder(path, config)
-        tensors = tensors if hasattr(tensors, "bind") else headless_names.with_prefix(tensors, table, HEADS)
+        tensors = quantized.open_folder(path, config)
+        tensors = tensors if hasattr(tensors, "bind") else headless_names.add_prefix(tensors, table, HEADS)
     name = _SMOLLM2_HUB if pretrained == SMOLLM2 else str(pretrained)
     return Source(path, config, described.model, described.max_positions, tensors, table, name)
 
@@ -62,7 +62,7 @@ def _locate(pretrained, where, wanted):
         path = pathlib.Path(pretrained).expanduser()
     except RuntimeError:  # of a user that there is none of
         path = pathlib.Path(pretrained)
-    path = run_folder.latest(path)
+    path = run_folder.newest_run(path)
     if files.is_there(path):
         if not path.is_dir():
             files.open_file(path, where).close()

@@ -61,7 +61,7 @@ class RunSource(Source):
         return self.base.chat_template() if self.base else None
 
 
-def latest(path):
+def newest_run(path):
     """The newest run in a folder of runs, such as `runs/NAME`, and of `runs/NAME/adapter` that run's; else the path."""
     folder = path.parent if path.name == "adapter" and not files.is_there(path) else path
     if (
@@ -109,7 +109,7 @@ def open_run(path, config, weights, open_source):
     if base is None:  # its widths are in the size
         model["parameters_of"] = ""
         model["size"] = _with_vocabulary(run, source)
-    tensors = Parameters(source) if weights else None
+    tensors = RunParameters(source) if weights else None
     return dataclasses.replace(source, tensors=tensors)
 
 
@@ -150,12 +150,12 @@ def _with_vocabulary(run, source):
     return f"custom({', '.join(f'{key}={value!r}' for key, value in fields.items() if value is not None)})"
 
 
-class Parameters:
+class RunParameters:
     """What reads a run's parameters, one at a time, as float32 arrays of layers apart (`rounded.Folder` likewise)."""
 
     def __init__(self, source):
         self.where, self._run, self._base = source.path, source.run, source.base
-        self._learnt = newest(source.path / "checkpoints")
+        self._learnt = newest_parameters(source.path / "checkpoints")
         self._method = build("adapter", self._run.adapter, where="config.adapter")
         is_stacked = any(path.startswith("groups/") for path in self._names)
         self._lm = source.lm(scan=is_stacked, precision=self._run.model.precision)
@@ -200,7 +200,7 @@ class Parameters:
 
     def bind(self, lm):
         """`{path: Leaf}` of all parameters of `lm`. Raises UserError as `rounded.Folder` does."""
-        return own_quantized.bind(self, lm)
+        return own_quantized.bind_parameters(self, lm)
 
     def _value(self, path, layer):
         """What the run has at `path` of its own layout, of one `layer` of a stack, with its adapter added."""
@@ -257,7 +257,7 @@ def _steps(folder):
     return sorted((int(each.name) for each in pathlib.Path(folder).glob("*") if each.name.isdecimal()), reverse=True)
 
 
-def newest(folder):
+def newest_parameters(folder):
     """`{path: array}` of what learns, of the newest checkpoint in a run's folder that can be read; nothing is changed
     there, where a run may be under way. Raises UserError where there is none."""
     steps = _steps(folder)

@@ -86,12 +86,12 @@ class Source:
         """`{our path: binding.Leaf}`, checked against the files. Raises UserError naming the tensor that is wrong."""
         if hasattr(self.tensors, "bind"):  # under our own paths
             return self.tensors.bind(lm)
-        leaves = parameter_map.bind(lm, self.table)
-        ignored = (*families.ignored(self.config), f"^{ROPE_FACTORS}$")
+        leaves = parameter_map.bind_parameters(lm, self.table)
+        ignored = (*families.ignored_patterns(self.config), f"^{ROPE_FACTORS}$")
         if lm.tied and (twin := next((name for name in HEADS if name in self.tensors.shapes), None)):
             self._check_twin(twin, leaves["embedding"].template)
             ignored = (*ignored, f"^{twin}$")
-        parameter_map.check(leaves, self.tensors.shapes, ignored, self.path, self._adds_nothing)
+        parameter_map.check_tensors(leaves, self.tensors.shapes, ignored, self.path, self._adds_nothing)
         return leaves
 
     def _adds_nothing(self, name):
@@ -119,7 +119,7 @@ class Source:
         Raises UserError naming the tensor that is missing, extra, or of another shape.
         """
         leaves = self.bind(lm or self.lm(scan="groups" in abstract))
-        return load.load(leaves, self.tensors, abstract, dtype, each)
+        return load.load_parameters(leaves, self.tensors, abstract, dtype, each)
 
     def load_stored(self, abstract, lm):
         """The parameters of `lm`, whose layers are apart, with the kernels that the files hold rounded as they are.
@@ -131,7 +131,7 @@ class Source:
         if not found:
             raise UserError(f"config.quant = 'stored': {self.path} {self._why_none_is_stored()}")
         rest = flax.traverse_util.unflatten_dict({path: flat[path] for path in flat if path not in found}, sep="/")
-        loaded = flax.traverse_util.flatten_dict(load.load(leaves, self.tensors, rest), sep="/")
+        loaded = flax.traverse_util.flatten_dict(load.load_parameters(leaves, self.tensors, rest), sep="/")
         return flax.traverse_util.unflatten_dict(loaded | jax.tree.map(jnp.asarray, found), sep="/")
 
     def _why_none_is_stored(self):

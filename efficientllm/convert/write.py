@@ -86,7 +86,9 @@ def write_model(lm, folder, config, get, dtype_of, shard, change=lambda name, re
     """config.json and the tensors of `get(path, leading position)` in `dtype_of(path)`, each of them `change`d."""
     from safetensors.numpy import save_file
 
-    tensors = parameter_map.on_disk(parameter_map.bind(lm, families.FAMILIES[config["model_type"]].table))
+    tensors = parameter_map.disk_tensors(
+        parameter_map.bind_parameters(lm, families.FAMILIES[config["model_type"]].table)
+    )
     dtypes = {name: dtype_of(tensor.parts[0][0]) for name, tensor in tensors.items()}
     sizes = {name: math.prod(tensor.shape) * dtypes[name].itemsize for name, tensor in tensors.items()}
     files = files_of(sizes, shard)
@@ -150,14 +152,16 @@ def _config(lm, like, max_positions):
     if isinstance(like, Source):
         config = {key: value for key, value in like.config.items() if key not in _LEFT}
         config |= (
-            {"max_position_embeddings": rope_parameters.named(lm.position, max_positions)} if max_positions else {}
+            {"max_position_embeddings": rope_parameters.named_positions(lm.position, max_positions)}
+            if max_positions
+            else {}
         )
     else:
         config = _of_family(lm, ours, like, max_positions)
     config["architectures"] = [families.FAMILIES[config["model_type"]].architecture]
     config |= rope_parameters.older_keys(config)
     try:
-        described = families.describe(config, "config.json")
+        described = families.describe_config(config, "config.json")
         theirs = canonical(from_config.from_config(_model_config(described.model, lm)))
     except UserError as error:
         raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {error}") from None

@@ -19,7 +19,7 @@ from efficientllm.quant import apply, calibrate
 from efficientllm.quant.base import Rows, rounds
 
 
-def convert(source, spec, folder, data="python_docs()", length=256, shard=write.SHARD):
+def convert_quantized(source, spec, folder, data="python_docs()", length=256, shard=write.SHARD):
     """Writes what `source` holds in the form `spec` to a new folder; returns its bytes of weights.
 
     Calibrated forms see text of `data`. Raises UserError for a form that rounds nothing.

@@ -238,8 +238,8 @@ def test_of_several_runs_the_newest_is_taken(trained, tmp_path):
         edit(tmp_path / "runs" / name, task="plan" if name == "planned" else "pretrain")
         os.utime(tmp_path / "runs" / name / "config.json", (stamp, stamp))
     assert convert.open_source(tmp_path / "runs").path == tmp_path / "runs" / "new"
-    assert run_folder.latest(tmp_path / "runs" / "adapter") == tmp_path / "runs" / "new" / "adapter"
-    assert run_folder.latest(folder) == folder and run_folder.latest(tmp_path / "none") == tmp_path / "none"
+    assert run_folder.newest_run(tmp_path / "runs" / "adapter") == tmp_path / "runs" / "new" / "adapter"
+    assert run_folder.newest_run(folder) == folder and run_folder.newest_run(tmp_path / "none") == tmp_path / "none"
 
 
 def test_a_run_from_scratch_becomes_a_folder_of_transformers(trained, tmp_path, capsys):

@@ -195,7 +195,7 @@ def rounded(folder):
 
     with tempfile.TemporaryDirectory() as plain:
         folders.llama(pathlib.Path(plain), **SHAPE)
-        write_quantized.convert(_convert().open_source(plain), "int4(symmetric=False)", folder)
+        write_quantized.convert_quantized(_convert().open_source(plain), "int4(symmetric=False)", folder)
     return bytes_of(folder)
 
 
@@ -394,8 +394,8 @@ def _base(folder):
     from efficientllm.convert.tensors import parameter_map
 
     base = _convert().open_source(folder)
-    bound = parameter_map.bind(base.lm(), families.FAMILIES[base.config["model_type"]].table)
-    return {name: tensor for name, tensor in parameter_map.on_disk(bound).items() if "proj" in name}, base
+    bound = parameter_map.bind_parameters(base.lm(), families.FAMILIES[base.config["model_type"]].table)
+    return {name: tensor for name, tensor in parameter_map.disk_tensors(bound).items() if "proj" in name}, base
 
 
 # Rows and event files.

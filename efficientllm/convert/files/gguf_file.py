@@ -87,7 +87,7 @@ class GGUFFile:
             if key == "attention.value_length" and value == given.get("attention.key_length"):
                 continue
             config[KEYS.get(key, f"{prefix}{key}")] = value  # an unknown one is refused as unknown keys are
-        value_limits.check(config, self.where)
+        value_limits.check_values(config, self.where)
         config.setdefault("num_key_value_heads", config["num_attention_heads"])  # where llama.cpp has other defaults
         config.setdefault("head_dim", config["hidden_size"] // max(config["num_attention_heads"], 1))
         config.setdefault("vocab_size", self.shapes.get("token_embd.weight", (None,))[0])
@@ -121,7 +121,7 @@ class GGUFFile:
     def _rope(self, given):
         """`rope_scaling` of a config.json; takes its keys out of `given`."""
         factor = given.pop("rope.scaling.factor", None)
-        value_limits.check({"factor": factor}, f"{self.where}: rope.scaling")
+        value_limits.check_values({"factor": factor}, f"{self.where}: rope.scaling")
         kind = given.pop("rope.scaling.type", "linear" if factor else "none")  # as llama.cpp takes a factor alone
         original = given.pop("rope.scaling.original_context_length", None)
         if ROPE_FACTORS in self.shapes:
@@ -161,7 +161,7 @@ class GGUFFile:
         if kind not in FORMS:
             return None
         offset, dtype, shape = self._places[name]
-        blocks = memory_map.array(self._files[name], offset, dtype, shape)
+        blocks = memory_map.map_array(self._files[name], offset, dtype, shape)
         leaf = foreign_layouts.from_gguf(kind, blocks.reshape(shape[0], self.shapes[name][1] // 32, -1))
         try:
             consistency.check_finite(leaf)
@@ -174,7 +174,7 @@ class GGUFFile:
         import gguf
 
         offset, dtype, shape = self._places[name]
-        stored = memory_map.array(self._files[name], offset, dtype, shape)
+        stored = memory_map.map_array(self._files[name], offset, dtype, shape)
         try:
             return gguf.dequantize(stored, self._types[name]).reshape(self.shapes[name])
         except NotImplementedError as error:

@@ -5,7 +5,7 @@ import mmap
 import numpy as np
 
 
-def array(file, offset, dtype, shape):
+def map_array(file, offset, dtype, shape):
     """`shape` values of `dtype` from `offset` on, read-only. The mapping ends with the last reference to the array."""
     count = int(np.prod(shape, dtype=np.int64))
     if not count:

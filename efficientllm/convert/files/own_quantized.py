@@ -29,7 +29,7 @@ def leaf_types():
     return {kind.__name__: kind for kind in kinds}
 
 
-class Folder:
+class OwnQuantizedFolder:
     """The leaves of such a folder, by path. Raises UserError naming what `quantization_config` or the files lack."""
 
     def __init__(self, path, said):
@@ -80,14 +80,14 @@ class Folder:
 
     def bind(self, lm):
         """`bind` below, of these files."""
-        leaves = bind(self, lm)
+        leaves = bind_parameters(self, lm)
         for name in self._files.shapes:
             if (of := name.rpartition(".")[0]) and of not in self._said:
                 raise UserError(f"{self.where}: {name!r} is of {of!r}, which is none of quantization_config.leaves")
         return leaves
 
 
-def bind(tensors, lm):
+def bind_parameters(tensors, lm):
     """`{path: Leaf}` of all parameters of `lm`, read from `tensors` under our own paths. Raises UserError for one that
     is missing, of another shape, or of nothing in the model."""
     shapes = flax.traverse_util.flatten_dict(nn.unbox(models.abstract_params(lm)), sep="/")

@@ -22,18 +22,18 @@ _LARGEST_BLOCK = 1 << 16
 SCALES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 
 
-def folder(path, config):
+def open_folder(path, config):
     """What reads the tensors of a folder with this config.json. Raises UserError for a rounding that is not known."""
     said = config.get(KEY)
     if not said:
         return SafetensorsFolder(path)
     kind = said.get("quant_method") if isinstance(said, dict) else None
     if kind == "fp8":
-        return BlockFloat8(path, said)
+        return BlockFloat8Folder(path, said)
     if kind in ("gptq", "awq"):
-        return Packed(path, said)
+        return PackedInt4Folder(path, said)
     if kind == own_quantized.METHOD:
-        return own_quantized.Folder(path, said)
+        return own_quantized.OwnQuantizedFolder(path, said)
     raise _refusal(path, said, "known are quant_method fp8 (with weight_block_size), gptq, awq and efficientllm")
 
 
@@ -41,7 +41,7 @@ def _refusal(path, said, because):
     return UserError(f"{path / 'config.json'}: {KEY} = {json.dumps(said)} is not supported: {because}")
 
 
-class BlockFloat8:
+class BlockFloat8Folder:
     """DeepSeek-V3's files: float8 weights `[N, K]` and a factor for each block of them in `weight_scale_inv`
     (arXiv:2412.19437, Section 3.3.2)."""
 
@@ -87,7 +87,7 @@ class BlockFloat8:
         return None
 
 
-class Packed:
+class PackedInt4Folder:
     """AutoGPTQ's and AutoAWQ's files: `qweight`, `qzeros` and `scales` in the place of a kernel's `weight`."""
 
     def __init__(self, path, said):

@@ -63,7 +63,7 @@ class SafetensorsFolder:
     def read(self, name):
         """The tensor, mapped: no copy is made."""
         file, dtype, shape, offset = self._entries[name]
-        return memory_map.array(file, offset, dtype, shape)
+        return memory_map.map_array(file, offset, dtype, shape)
 
     def stored(self, name):
         """None: nothing is rounded here."""

@@ -1,18 +1,20 @@
-"""A config.json whose every key is accounted for: honoured, known to change no logit, or refused by name.
+"""Strict reader of a config.json: every key is honoured, harmless (it changes no logit), or refused by name.
 
-A key that is missing has the value that the class of transformers gives it (`defaults`), one that is null has none. A
-key that the class does not have is passed over, as transformers passes it over, unless its name speaks of what a model
-computes (`SPEAKING`): another program would compute something else then, and which of them is right is not ours to say.
+A missing key has the default of its class in transformers (`class_defaults`); a null key has no value. transformers
+ignores keys that its class does not have, and so does this reader, unless the name suggests that the model computes
+something else (`SPEAKING`): then another program may have honoured the key.
 """
 
 import json
+import os
 import re
+import typing
 
 from efficientllm.convert.hf_config.class_defaults import BASES, DEFAULTS
 from efficientllm.errors import UserError
 
-# Keys of the classes that no forward pass reads: book-keeping, training and generation. Dropouts act in training alone,
-# where runs of ours have none.
+# Keys that no forward pass reads: book-keeping, training and generation. Dropout acts in training only, and our
+# training has none.
 # fmt: off
 HARMLESS = frozenset({
     "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "dtype",
@@ -25,8 +27,8 @@ HARMLESS = frozenset({
     "time_step_init_scheme", "time_step_scale", "rescale_prenorm_residual", "residual_in_fp32", "use_mambapy",
     "use_associative_scan", "num_nextn_predict_layers", "num_mtp_layers", "unsloth_version", "unsloth_fixed",
 })
-# Of published files, in which they say what the class does anyway (mamba-130m-hf, Mamba-Codestral), how the original
-# program computed it, or how it was trained.
+# Keys of published files that state what the class does anyway (mamba-130m-hf, Mamba-Codestral), or how the model was
+# computed or trained originally.
 PUBLISHED = frozenset({
     "fused_add_norm", "rms_norm", "norm_before_gate", "n_layer", "moe_aux_loss_coeff", "router_z_loss_coef",
 })
@@ -41,76 +43,76 @@ _NEUTRAL_AT_ONE = frozenset({"multiplier", "scale", "scaling", "scaler"})
 _MISSING = object()
 
 
-class Keys:
-    """The keys of a config.json, taken one by one; what is left at the end is checked by `finish`."""
+class CheckedKeys:
+    """The keys of a config.json, taken one by one; `finish` checks the rest."""
 
-    def __init__(self, config, where):
+    def __init__(self, config: dict[str, typing.Any], where: str | os.PathLike[str]):
         self.where = where
         self._left = dict(config)
         self._type = config.get("model_type")
         self._defaults = DEFAULTS.get(self._type, {})
 
     @property
-    def base(self):
-        """The base of rotary positions that the class takes where no key says it."""
+    def base(self) -> float:
+        """The class's default base of rotary positions."""
         return BASES.get(self._type, 10_000.0)
 
     @property
-    def keeps_keys(self):
-        """Whether the class leaves cached keys as they are where longrope changes its factors: all but Phi-3's."""
+    def keeps_keys(self) -> bool:
+        """True if cached keys keep their rotation when longrope switches factors: all classes but Phi-3's."""
         return self._type != "phi3"
 
-    def has(self, name):
-        """Whether the file says a key that is not taken yet."""
+    def has(self, name: str) -> bool:
+        """True if the file has a value for a key that is not taken yet."""
         return self._left.get(name) is not None
 
-    def take(self, *names, default=_MISSING):
-        """The value of a key that has several names; `default` where it is null, or missing and the class has none.
+    def take(self, *names: str, default: typing.Any = _MISSING) -> typing.Any:
+        """Takes the value of a key with several names; `default` if it is null, or missing without a class default.
 
-        Raises UserError where two of the names are there and differ, and for no value without a default.
+        Raises UserError if two names are present and differ, or if there is neither value nor default.
         """
-        given = {name: value for name in names if (value := self._left.get(name)) is not None}
-        there = any(name in self._left for name in names)
+        values = {name: value for name in names if (value := self._left.get(name)) is not None}
+        present = any(name in self._left for name in names)
         for name in names:
             self._left.pop(name, None)
-        if len(set(map(repr, given.values()))) > 1 and not _all_equal(given.values()):
-            said = ", ".join(f"{name} = {json.dumps(value)}" for name, value in given.items())
-            raise UserError(f"{self.where}: {said}: names of one key that differ; keep one of them")
-        found = next(iter(given.values()), None)
-        if found is None and not there:
-            found = next((self._defaults[name] for name in names if self._defaults.get(name) is not None), None)
-        if found is None and default is _MISSING:
+        if len(set(map(repr, values.values()))) > 1 and not _all_equal(values.values()):
+            listed = ", ".join(f"{name} = {json.dumps(value)}" for name, value in values.items())
+            raise UserError(f"{self.where}: {listed}: names of one key that differ; keep one of them")
+        chosen = next(iter(values.values()), None)
+        if chosen is None and not present:
+            chosen = next((self._defaults[name] for name in names if self._defaults.get(name) is not None), None)
+        if chosen is None and default is _MISSING:
             raise UserError(f"{self.where}: key {names[0]!r} is missing")
-        return default if found is None else found
+        return default if chosen is None else chosen
 
-    def number(self, *names, kind=int, default=_MISSING):
-        """A value that must be a number of `kind`, and more than zero."""
+    def number(self, *names: str, kind: type = int, default: typing.Any = _MISSING) -> typing.Any:
+        """Takes a positive number of `kind`."""
         value = self.take(*names, default=default)
         right = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
         if value is not default and not (right and value > 0):
             raise UserError(f"{self.where}: {names[0]} = {value!r} must be a positive {kind.__name__}")
         return value
 
-    def expect(self, name, *known, because):
-        """Takes a key that has one value only here, the first of `known` where it is missing. Raises UserError."""
+    def expect(self, name: str, *supported: typing.Any, because: str) -> None:
+        """Takes a key for which only the values `supported` are. Raises UserError, with the reason `because`."""
         value = self._left.pop(name, None)
-        if value is not None and value not in known:
+        if value is not None and value not in supported:
             raise self.refusal(name, value, because)
 
-    def refusal(self, name, value, because):
-        """The error that refuses a key by name."""
+    def refusal(self, name: str, value: typing.Any, because: str) -> UserError:
+        """The UserError that refuses a key by name."""
         return UserError(f"{self.where}: {name} = {json.dumps(value)} is not supported: {because}")
 
-    def finish(self):
-        """Raises UserError for a key that is neither taken nor harmless, and whose name speaks of what is computed."""
+    def finish(self) -> None:
+        """Raises UserError for a remaining key that may change what the model computes."""
         for name, value in self._left.items():
             if name in HARMLESS or name in PUBLISHED or not speaks(name, value):
                 continue
             raise self.refusal(name, value, "this family is not known to have that key")
 
 
-def speaks(name, value):
-    """Whether a key that no class has says of a model that it computes something else."""
+def speaks(name: str, value: typing.Any) -> bool:
+    """True if the name of an unknown key suggests that the model computes something else."""
     if name.startswith("_") or value in (None, False, "") or value == [] or value == {}:
         return False
     words = SPEAKING.intersection(re.split(r"[^a-z0-9]+", name.lower()))

@@ -1,7 +1,7 @@
-"""What each class of transformers takes for a key that a config.json does not have; a test compares them.
+"""Defaults of transformers' config classes for missing keys; a test compares them with transformers.
 
-Keys that change no logit, and those that are null by default, are not in it. What older files omit because their
-class's default said so (DeepSeek-V3's routing, Mistral's window) has its value here.
+Keys that change no logit, and keys that are null by default, are left out. Older files rely on such defaults for
+DeepSeek-V3's routing and Mistral's window, for example.
 """
 
 _SILU = {"hidden_act": "silu", "tie_word_embeddings": False}

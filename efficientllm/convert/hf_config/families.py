@@ -1,14 +1,14 @@
-"""Families of checkpoints: what a config.json means in our words, and which table names its tensors.
+"""Checkpoint families: from a config.json to overrides of `config.model`, and the name table of its tensors.
 
-A description is the overrides of `config.model` that make the model of the config.json. A key that would change a logit
-is honoured or refused by name (`keys.Keys`).
+A key that would change a logit is honoured, or refused by name (`checked_keys`).
 """
 
 import dataclasses
+import os
 import typing
 
 from efficientllm.convert.hf_config import dense_decoders, moe_decoders, rope_parameters, state_space
-from efficientllm.convert.hf_config.checked_keys import Keys
+from efficientllm.convert.hf_config.checked_keys import CheckedKeys
 from efficientllm.convert.tensors import name_tables
 from efficientllm.errors import UserError, did_you_mean
 
@@ -20,41 +20,41 @@ class Family:
     """A `model_type` of transformers.
 
     Args:
-      architecture: the class that loads it there.
-      describe: from `Keys` and max_positions to the overrides of `config.model`, its specs and its size.
-      table: names of its tensors (`tables`).
-      ignored: tensors that older files carry and no model needs, as regular expressions.
+      architecture: its class in transformers.
+      describe: maps `CheckedKeys` and max_positions to overrides of `config.model`.
+      table: names of its tensors (`name_tables`).
+      ignored: regular expressions of tensors in older files that no model needs.
     """
 
     architecture: str
-    describe: typing.Callable
-    table: dict
-    ignored: tuple = _BUFFERS
+    describe: typing.Callable[[CheckedKeys, int | None], dict]
+    table: dict[str, tuple]
+    ignored: tuple[str, ...] = _BUFFERS
 
     @property
-    def backbone(self):
-        """The class without a head, whose files have the same tensors behind no prefix."""
+    def backbone(self) -> str:
+        """The class without a head; its files name the same tensors without a prefix."""
         return self.architecture.replace("ForCausalLM", "Model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a config.json says: `model`, overrides of `config.model`; the most positions, scaled where they are."""
+    """Description of a config.json: overrides of `config.model`, and the most positions after rope scaling."""
 
-    model: dict
-    max_positions: int
+    model: dict[str, typing.Any]
+    max_positions: int | None
     model_type: str
 
 
-def describe(config, where):
-    """The Description of a config.json, a dict. Raises UserError naming the key that ours cannot honour."""
+def describe_config(config: dict[str, typing.Any], where: str | os.PathLike[str]) -> Description:
+    """Describes a config.json (a dict). Raises UserError naming a key that cannot be honoured."""
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(
             f"{where}: model_type = {model_type!r} is none of {', '.join(FAMILIES)}"
             f"{did_you_mean(str(model_type), FAMILIES)}"
         )
-    keys = Keys(config, where)
+    keys = CheckedKeys(config, where)
     keys.expect("is_encoder_decoder", False, because="ours is a decoder")
     max_positions = keys.number("max_position_embeddings", default=None)
     family = FAMILIES[model_type]
@@ -64,35 +64,35 @@ def describe(config, where):
     model = family.describe(keys, max_positions)
     model["tied"] = keys.take("tie_word_embeddings", default=False)
     keys.finish()
-    return Description(_complete(model), rope_parameters.usable(model["position"], max_positions), model_type)
+    return Description(_complete(model), rope_parameters.usable_positions(model["position"], max_positions), model_type)
 
 
-def ignored(config):
+def ignored_patterns(config: dict[str, typing.Any]) -> tuple[str, ...]:
     """Patterns of tensors that the model of a config.json does not need.
 
-    Layers behind the last are DeepSeek-V3's prediction of further tokens, which transformers does not load.
+    DeepSeek-V3 stores its multi-token prediction as layers after the last; transformers does not load them.
     """
-    found = FAMILIES[config["model_type"]].ignored
+    patterns = FAMILIES[config["model_type"]].ignored
     if config["model_type"] != "deepseek_v3":
-        return found
-    depth, further = config.get("num_hidden_layers", 61), config.get("num_nextn_predict_layers") or 1
-    numbers = "|".join(str(depth + i) for i in range(min(further, 16)))
-    return (*found, rf"^model\.layers\.({numbers})\.")
+        return patterns
+    depth, predicted = config.get("num_hidden_layers", 61), config.get("num_nextn_predict_layers") or 1
+    numbers = "|".join(str(depth + i) for i in range(min(predicted, 16)))
+    return (*patterns, rf"^model\.layers\.({numbers})\.")
 
 
 def _complete(model):
-    """Every key of `config.model` that says what the model is, so that none keeps another config's value."""
+    """Adds every architecture key of `config.model`, so that none keeps another config's value."""
     plain = {"ffn": "swiglu", "residual": "sequential", "norm": "rmsnorm", "embed_norm": False, "pattern": ()}
-    found = plain | model | {"parameters_of": ""}
-    pattern = _period(found["pattern"])
+    complete = plain | model | {"parameters_of": ""}
+    pattern = _period(complete["pattern"])
     if len(pattern) == 1:
         mixer, _, ffn = pattern[0].partition("|")
-        found |= {"mixer": mixer.strip(), "ffn": ffn.strip() or found["ffn"]}
-    return found | {"pattern": pattern if len(pattern) > 1 else ()}
+        complete |= {"mixer": mixer.strip(), "ffn": ffn.strip() or complete["ffn"]}
+    return complete | {"pattern": pattern if len(pattern) > 1 else ()}
 
 
 def _period(layers):
-    """The shortest pattern that repeated makes all layers."""
+    """The shortest pattern whose repetition gives all layers."""
     for length in range(1, len(layers) + 1):
         if len(layers) % length == 0 and layers == layers[:length] * (len(layers) // length):
             return layers[:length]

@@ -1,21 +1,24 @@
-"""Decoders with experts, as `dense` describes those without."""
+"""Mixture-of-experts families (Mixtral, Qwen MoE, DeepSeek): from config.json keys to `config.model`."""
+
+import typing
 
 from efficientllm.convert.hf_config import rope_parameters
-from efficientllm.convert.hf_config.dense_decoders import decoder, fields_of, shape_of, silu_only
-from efficientllm.convert.hf_config.rope_parameters import spec
+from efficientllm.convert.hf_config.checked_keys import CheckedKeys
+from efficientllm.convert.hf_config.dense_decoders import decoder, shape_of, silu_only, spec_fields
+from efficientllm.convert.hf_config.rope_parameters import format_spec
 
 
-def mixtral(keys, max_positions):
+def mixtral(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any]:
     model = decoder(keys, max_positions, bias=(False, False))
     moe = {
         "num_experts": keys.number("num_local_experts", "num_experts"),
         "top_k": keys.number("num_experts_per_tok"),
-        "hidden": fields_of(model["size"])["hidden"],
+        "hidden": spec_fields(model["size"])["hidden"],
     }
-    return model | {"ffn": spec("moe", moe)}
+    return model | {"ffn": format_spec("moe", moe)}
 
 
-def qwen2_moe(keys, max_positions):
+def qwen2_moe(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any]:
     keys.expect("use_sliding_window", False, because="windows of some layers are not, in this family")
     for name in ("sliding_window", "max_window_layers"):
         keys.take(name, default=None)
@@ -25,7 +28,7 @@ def qwen2_moe(keys, max_positions):
     return _sparse_layers(keys, model, _qwen_experts(keys) | shared)
 
 
-def qwen3_moe(keys, max_positions):
+def qwen3_moe(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any]:
     on = keys.take("use_sliding_window", default=False)
     if not on:
         keys.take("sliding_window", default=None)
@@ -46,27 +49,27 @@ def _qwen_experts(keys):
 
 
 def _sparse_layers(keys, model, moe):
-    """Every decoder_sparse_step-th layer has experts but those of mlp_only_layers, which are dense."""
+    """Every decoder_sparse_step-th layer has experts, except those in mlp_only_layers."""
     step, dense = keys.take("decoder_sparse_step"), set(keys.take("mlp_only_layers", default=()))
-    depth = fields_of(model["size"])["num_layers"]
+    depth = spec_fields(model["size"])["num_layers"]
     sparse = [i not in dense and step > 0 and (i + 1) % step == 0 for i in range(depth)]
     return _dense_and_sparse(model, sparse, moe)
 
 
 def _dense_and_sparse(model, sparse, moe):
-    ffns = (spec("moe", moe) if is_sparse else "swiglu" for is_sparse in sparse)
+    ffns = (format_spec("moe", moe) if is_sparse else "swiglu" for is_sparse in sparse)
     return model | {"pattern": tuple(f"{model['mixer']} | {ffn}" for ffn in ffns)}
 
 
 def _deepseek(keys, max_positions, interleaved):
-    """What V2 and V3 share but the router: latent attention, and experts after some dense layers."""
+    """What DeepSeek V2 and V3 share: latent attention, and experts after the first dense layers."""
     keys.expect("attention_bias", False, because="mla of ours has no bias")
     keys.expect("mlp_bias", False, because="swiglu of ours has no bias")
     keys.expect("moe_layer_freq", 1, because="every layer after the dense ones has experts")
     silu_only(keys)
-    keys.take("head_dim", default=None)  # the rotated part's width once more
+    keys.take("head_dim", default=None)  # repeats qk_rope_head_dim
     shape = shape_of(keys) | {"head_dim": keys.number("qk_nope_head_dim")}
-    base, position_spec = rope_parameters.position(keys, max_positions, interleaved=interleaved)
+    base, position_spec = rope_parameters.read_position(keys, max_positions, interleaved=interleaved)
     latent = {
         "kv_rank": keys.number("kv_lora_rank"),
         "q_rank": keys.number("q_lora_rank", default=None),
@@ -76,8 +79,8 @@ def _deepseek(keys, max_positions, interleaved):
     width = shape["head_dim"] + latent["rope_dim"]
     keys.expect("qk_head_dim", width, because=f"qk_nope_head_dim and qk_rope_head_dim make {width}")
     model = {
-        "size": spec("custom", shape | {"rope_base": base}),
-        "mixer": spec("mla", {key: value for key, value in latent.items() if value}),
+        "size": format_spec("custom", shape | {"rope_base": base}),
+        "mixer": format_spec("mla", {key: value for key, value in latent.items() if value}),
         "position": position_spec,
     }
     hidden = keys.number("moe_intermediate_size")
@@ -97,7 +100,7 @@ def _groups(keys):
     return {"groups": groups, "top_groups": chosen} if groups > 1 else {}
 
 
-def deepseek_v2(keys, max_positions):
+def deepseek_v2(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any]:
     keys.expect("rope_interleave", True, because="the class of this family always turns neighbours")
     model, sparse, moe = _deepseek(keys, max_positions, interleaved=True)
     method = keys.take("topk_method")
@@ -110,7 +113,7 @@ def deepseek_v2(keys, max_positions):
     return _dense_and_sparse(model, sparse, moe | {"normalise": False} | limited)
 
 
-def deepseek_v3(keys, max_positions):
+def deepseek_v3(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any]:
     interleaved = keys.take("rope_interleave", default=False)
     model, sparse, moe = _deepseek(keys, max_positions, interleaved)
     keys.expect("topk_method", "noaux_tc", because="V3 routes by biased scores (noaux_tc)")

@@ -1,34 +1,37 @@
-"""Mamba and Mamba-2, as `dense` describes decoders of attention."""
+"""State-space families (Mamba, Mamba-2): from config.json keys to `config.model`."""
 
-from efficientllm.convert.hf_config.dense_decoders import fields_of
-from efficientllm.convert.hf_config.rope_parameters import spec
+import typing
+
+from efficientllm.convert.hf_config.checked_keys import CheckedKeys
+from efficientllm.convert.hf_config.dense_decoders import spec_fields
+from efficientllm.convert.hf_config.rope_parameters import format_spec
 
 
-def mamba(keys, max_positions):
+def mamba(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any]:
     size, fields = _state_space(keys)
-    fields["step_rank"] = _auto(keys.take("time_step_rank"), -(-fields_of(size)["dim"] // 16))
-    return _stack(size, spec("mamba", fields))
+    fields["step_rank"] = _auto(keys.take("time_step_rank"), -(-spec_fields(size)["dim"] // 16))
+    return _stack(size, format_spec("mamba", fields))
 
 
-def mamba2(keys, max_positions):
+def mamba2(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any]:
     size, fields = _state_space(keys)
     fields |= {"ssm_head_dim": keys.number("head_dim"), "num_groups": keys.number("n_groups")}
     heads, inner = keys.number("num_heads"), fields["inner"]
     if heads * fields["ssm_head_dim"] != inner:
         raise keys.refusal("num_heads", heads, f"heads of {fields['ssm_head_dim']} make {inner} channels")
-    for name in ("chunk_size", "time_step_rank"):  # how it is computed, and a width that nothing has
+    for name in ("chunk_size", "time_step_rank"):  # a choice of algorithm, and a width that Mamba-2 does not use
         keys.take(name, default=None)
     limit = keys.take("time_step_limit")
     if list(limit) not in _UNBOUNDED:
         raise keys.refusal("time_step_limit", limit, "steps of ours have no bounds")
-    return _stack(size, spec("mamba2", fields))
+    return _stack(size, format_spec("mamba2", fields))
 
 
-_UNBOUNDED = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])  # as JSON has it, and as transformers writes it
+_UNBOUNDED = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])  # in JSON, and as transformers writes it
 
 
 def _state_space(keys):
-    """`(size, fields)` that both Mambas have. A block without an ffn is half a layer of ours."""
+    """`(size, fields)` of both Mambas. Two of their blocks, which have no ffn, count as one of our layers."""
     keys.expect("hidden_act", "silu", because="mamba of ours has silu")
     dim, blocks = keys.number("hidden_size"), keys.number("num_hidden_layers")
     if blocks % 2:
@@ -44,7 +47,7 @@ def _state_space(keys):
     shape = {"num_layers": blocks // 2, "dim": dim, "vocab_size": keys.number("vocab_size")}
     shape["norm_eps"] = keys.number("layer_norm_epsilon", kind=float)
     shape |= {"num_heads": 1, "num_kv_heads": 1, "head_dim": dim, "hidden": dim, "rope_base": 1e4}
-    return spec("custom", shape), fields
+    return format_spec("custom", shape), fields
 
 
 def _auto(value, derived):

@@ -1,35 +1,42 @@
-"""The config.json of a model of ours in the words of a family: the inverse of `families`.
+"""Writes the config.json of one of our models for a family: the inverse of `families`.
 
-What is written is read back and compared, so that a family that cannot say what a model is refuses it.
+The caller reads it back and compares (`canonical`), so a family that cannot express a model refuses it.
 """
 
+import typing
+
 from efficientllm.convert.hf_config import rope_parameters
+from efficientllm.model import LM
 
 _FURTHER = {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"}
 
 
-def config_of(model_type, lm, facts, max_positions):
-    """A config.json, a dict, that says of `model_type` what `facts` say of `lm`, as far as the family has words."""
+def config_of(
+    model_type: str, lm: LM, facts: dict[str, typing.Any], max_positions: int | None
+) -> dict[str, typing.Any]:
+    """A config.json (a dict) of `model_type` with the `facts` of `lm` that the family has keys for."""
     (mixer, _), *_ = facts["layers"]
-    config = {
+    config: dict[str, typing.Any] = {
         "model_type": model_type,
         "vocab_size": lm.vocab_size,
         "hidden_size": lm.dim,
         "num_hidden_layers": len(facts["layers"]),
         "tie_word_embeddings": lm.tied,
-        # Not given, a family's own would stand for tokens that this vocabulary need not have.
+        # Without these keys the family's defaults apply, which may not be tokens of this vocabulary.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
     if mixer["mixer"] in ("mamba", "mamba2"):
         return config | _state_space(mixer, facts)
-    most = rope_parameters.named(lm.position, max_positions)
+    most = rope_parameters.named_positions(lm.position, max_positions)
     config |= {"max_position_embeddings": most, "num_attention_heads": mixer.get("num_heads")}
-    config |= {"rope_parameters": rope_parameters.parameters(lm.position) if lm.position.startswith("rope(") else {}}
-    if model_type == "gpt_neox" and config["rope_parameters"]:  # whose class turns a quarter where none is said
+    config |= {
+        "rope_parameters": rope_parameters.write_parameters(lm.position) if lm.position.startswith("rope(") else {}
+    }
+    if model_type == "gpt_neox" and config["rope_parameters"]:  # its class rotates a quarter of a head by default
         config["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
-    if model_type == "phi3":  # which has it beside, and its class's own otherwise
+    if model_type == "phi3":  # it reads the key at the top level, and has a default for it
         original = config["rope_parameters"].get("original_max_position_embeddings", most)
         config["original_max_position_embeddings"] = original
     config["hidden_act"] = "gelu" if model_type == "gpt_neox" else "silu"

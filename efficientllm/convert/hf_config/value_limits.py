@@ -1,19 +1,21 @@
 """Types and ranges of a config.json's values, checked before anything is computed from them.
 
-A million layers, a width of 10^30 or a list where a number belongs is a line at once, in whatever family it stands.
-What the keys mean, and which of them a family has, is `families`'.
+A million layers, a width of 10^30 or a list in place of a number fails at once with one line, for every family.
+`families` gives the keys their meaning.
 """
 
 import math
+import os
+import typing
 
 from efficientllm.errors import UserError, shown
 
 LAYERS, WIDTH, VOCABULARY, POSITIONS, EXPERTS = 2048, 1 << 20, 1 << 25, 1 << 31, 1 << 14
-EXPERTS_IN_ALL = 1 << 18  # of all layers: each has tensors of its own
+EXPERTS_IN_ALL = 1 << 18  # over all layers; each has its own tensors
 LONGEST = 1 << 16  # entries of a list
-_ANY = 1e18  # of a number that no range is known of
+_ANY = 1e18  # bound of numbers without a known range
 
-# Whole numbers: key -> the largest. What may be 0 says so itself.
+# Whole numbers: key -> largest value; the least is 0, and `families` refuses a 0 that cannot be.
 # fmt: off
 _WHOLE = {
     "num_hidden_layers": LAYERS, "max_window_layers": LAYERS, "first_k_dense_replace": LAYERS,
@@ -52,8 +54,8 @@ _LISTS = {
 # fmt: on
 
 
-def check(config, where):
-    """Raises UserError, beginning with `where`, naming the first key whose value is of no type or range that it has."""
+def check_values(config: dict[str, typing.Any], where: str | os.PathLike[str]) -> None:
+    """Raises UserError, beginning with `where`, naming the first key with a value of a wrong type or range."""
     for key, value in config.items():
         _check(where, key, value)
     for key in ("rope_scaling", "rope_parameters"):
@@ -74,7 +76,7 @@ def _check(where, key, value, prefix=""):
 
 
 def _problem(key, value):
-    """What a value that is not null should be, where it is something else."""
+    """Describes what a non-null value should be; None if it is right."""
     if key in _WHOLE:
         right = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _WHOLE[key]
         return None if right else f"a whole number of at most {_WHOLE[key]:,}"
@@ -93,15 +95,15 @@ def _problem(key, value):
 def _list_problem(value, kind):
     if not isinstance(value, list) or len(value) > LONGEST:
         return f"a list of at most {LONGEST:,}"
-    if kind is float and not all(_is_number(one) and 1e-6 < one < 1e6 for one in value):
+    if kind is float and not all(_is_number(item) and 1e-6 < item < 1e6 for item in value):
         return "a list of numbers from 1e-6 to 1e6"
-    if kind in (int, str) and not all(isinstance(one, kind) and not isinstance(one, bool) for one in value):
+    if kind in (int, str) and not all(isinstance(item, kind) and not isinstance(item, bool) for item in value):
         return f"a list of {'whole numbers' if kind is int else 'texts'}"
     return None
 
 
 def _plain_problem(value):
-    """Of keys that nothing is known of: numbers that can be computed with."""
+    """Like `_problem`, for keys without a known type: numbers and sizes must be reasonable."""
     if isinstance(value, int | float) and not abs(value) <= _ANY and not math.isinf(value):
         return f"a number of at most {_ANY:g}"
     if isinstance(value, list | dict | str) and len(value) > VOCABULARY:

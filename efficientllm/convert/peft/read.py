@@ -84,7 +84,7 @@ class Adapter:
 
     def _array(self, name):
         dtype, shape, offset = self._entries[name]
-        found = np.asarray(memory_map.array(self.file, offset, dtype, shape), np.float32)
+        found = np.asarray(memory_map.map_array(self.file, offset, dtype, shape), np.float32)
         if not np.isfinite(found).all():
             raise UserError(f"{self.file}: tensor {name!r} holds NaN or infinity")
         return found
@@ -148,10 +148,10 @@ def around(source, lm, params, folder):
 
     A layer that the folder does not adapt, of a stack that it does, gets an adapter that changes nothing.
     """
-    leaves = parameter_map.bind(lm, unsupported.table_of(source))
+    leaves = parameter_map.bind_parameters(lm, unsupported.table_of(source))
     tensors = {
         name: tensor
-        for name, tensor in parameter_map.on_disk(leaves).items()
+        for name, tensor in parameter_map.disk_tensors(leaves).items()
         if all(KERNEL.search(path) for path, _, _ in tensor.parts)
     }
     adapter = Adapter(folder, tensors)

@@ -41,10 +41,10 @@ def write(lm, spec, params, folder, source):
     (name, _), method = parse_spec(spec), build("adapter", spec)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     leaves = {path: leaf for path, leaf in flat.items() if isinstance(leaf, method.leaf_type)}
-    bound = parameter_map.bind(lm, unsupported.table_of(source))
+    bound = parameter_map.bind_parameters(lm, unsupported.table_of(source))
     found = {
         tensor_name.removesuffix(WEIGHT): tensor
-        for tensor_name, tensor in parameter_map.on_disk(bound).items()
+        for tensor_name, tensor in parameter_map.disk_tensors(bound).items()
         if any(path in leaves for path, _, _ in tensor.parts)
     }
     written = unsupported.written_method(method, found)

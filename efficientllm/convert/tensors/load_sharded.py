@@ -1,10 +1,12 @@
-"""Tensors of a checkpoint placed straight onto the shards of our parameters.
+"""Loads checkpoint tensors directly onto shards.
 
 The host holds one piece at a time: a slice of one shard of one parameter. Shards larger than `PIECE` are filled on the
-device, so that neither a model nor a stack of layers ever lies whole in host memory.
+device, so host memory never holds a whole model or a whole stack of layers.
 """
 
 import functools
+import typing
+from collections.abc import Callable, Mapping
 
 import flax.traverse_util
 import jax
@@ -15,15 +17,21 @@ from jax.sharding import SingleDeviceSharding
 PIECE = 128 * 2**20  # bytes
 
 
-def load(leaves, tensors, abstract, dtype=None, each=None):
-    """The parameters, on the shardings of `abstract`.
+def load_parameters(
+    leaves: Mapping[str, typing.Any],
+    tensors: typing.Any,
+    abstract: typing.Any,
+    dtype: jax.typing.DTypeLike | None = None,
+    each: Callable[[str, jax.Array], typing.Any] | None = None,
+) -> typing.Any:
+    """Loads the parameters onto the shardings of `abstract`.
 
     Args:
-      leaves: `binding.bind`'s.
-      tensors: what they are read from.
+      leaves: from `parameter_map.bind_parameters`.
+      tensors: the open checkpoint.
       abstract: a tree of `jax.ShapeDtypeStruct` with `sharding`; without one, the first device holds all.
-      dtype: of every parameter; None is each one's of `abstract`.
-      each: what is kept of a parameter, `each(path, array)`, called before the next one is read.
+      dtype: of all parameters; None keeps the dtypes of `abstract`.
+      each: `each(path, array)` returns what replaces a loaded parameter, before the next one is read.
     """
     each = each or (lambda path, array: array)
     flat = flax.traverse_util.flatten_dict(abstract, sep="/")
@@ -45,7 +53,7 @@ def _place(leaf, read, dtype):
 
 
 def _shards(key, devices, read, dtype):
-    """The same shard on each of `devices`; `key` holds its (start, stop) along each axis."""
+    """Copies of one shard on each of `devices`; `key` holds its (start, stop) along each axis."""
     shape = tuple(stop - start for start, stop in key)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size <= PIECE or not shape or shape[0] == 1:

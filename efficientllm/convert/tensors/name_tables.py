@@ -1,35 +1,36 @@
-"""Name tables, one a family: `{name on disk: (our parameters in it, layout)}`; names are those of files, not of a
-module's state.
+"""Tensor name tables of checkpoint families: `{name in the file: (our parameters in it, layout)}`.
 
-`{layer}` stands for a layer's number and makes our path one of a block; `{expert}` for an expert's, of those that ours
-stacks. What a model does not have of a table (a bias, a router) is not looked for. Layouts are those of `layouts`.
+`{layer}` stands for a layer's number, and our paths are then relative to a block; `{expert}` for an expert's number (we
+stack experts). Entries that a model does not have (a bias, a router) are skipped. `layouts` defines the layouts.
 """
 
 
-def _linear(disk, *ours, layout="rows"):
+def _linear(disk, *paths, layout="rows"):
     """A linear map: weight and, if the model has it, bias."""
     return {
-        f"{disk}.weight": (tuple(f"{path}/kernel" for path in ours), layout),
-        f"{disk}.bias": (tuple(f"{path}/bias" for path in ours), layout),
+        f"{disk}.weight": (tuple(f"{path}/kernel" for path in paths), layout),
+        f"{disk}.bias": (tuple(f"{path}/bias" for path in paths), layout),
     }
 
 
-def _norm(disk, ours):
-    return {f"{disk}.weight": ((f"{ours}/scale",), "same"), f"{disk}.bias": ((f"{ours}/bias",), "same")}
+def _norm(disk, path):
+    return {f"{disk}.weight": ((f"{path}/scale",), "same"), f"{disk}.bias": ((f"{path}/bias",), "same")}
 
 
-def _plain(disk, ours):
-    return {disk: ((ours,), "same")}
+def _plain(disk, path):
+    return {disk: ((path,), "same")}
 
 
 def _within(prefix, *tables):
-    """The tables' entries with their names on disk behind `prefix`."""
+    """The tables' entries with `prefix` before their names in the file."""
     return {f"{prefix}{disk}": entry for table in tables for disk, entry in table.items()}
 
 
-def _swiglu(prefix, ours, names=("gate_proj", "up_proj", "down_proj")):
-    parts = zip(names, ("gate", "up", "down"), strict=True)
-    return {disk: entry for name, part in parts for disk, entry in _linear(f"{prefix}{name}", f"{ours}/{part}").items()}
+def _swiglu(prefix, path, names=("gate_proj", "up_proj", "down_proj")):
+    pairs = zip(names, ("gate", "up", "down"), strict=True)
+    return {
+        disk: entry for name, kernel in pairs for disk, entry in _linear(f"{prefix}{name}", f"{path}/{kernel}").items()
+    }
 
 
 _TOP = _plain("model.embed_tokens.weight", "embedding") | _norm("model.norm", "norm") | _linear("lm_head", "head")
@@ -133,7 +134,7 @@ MAMBA2 = _BACKBONE | _within(
     _linear("mixer.out_proj", "mixer/o"),
 )
 
-# llama.cpp's names, of GGUF files. Llama's queries and keys are stored for a rotation of neighbours, others' are not.
+# llama.cpp's names in GGUF files. Only Llama's queries and keys are stored in interleaved rotary order.
 _GGUF_TOP = _plain("token_embd.weight", "embedding") | _norm("output_norm", "norm") | _linear("output", "head")
 _GGUF_REST = (
     _norm("attn_norm", "mixer_norm")

@@ -1,9 +1,11 @@
-"""A model's parameters bound to the tensors of a file: which tensors make a leaf, in what layout, slice by slice."""
+"""Mapping between a model's parameters and the tensors of a checkpoint, and lazy reads of slices."""
 
 import dataclasses
 import itertools
+import os
 import re
 import typing
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import flax.traverse_util
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 
 from efficientllm import model
-from efficientllm.convert.tensors.layouts import LAYOUTS, Heads, flipped
+from efficientllm.convert.tensors.layouts import LAYOUTS, Heads, Same, transpose
 from efficientllm.errors import UserError, did_you_mean
 
 _BLOCK = re.compile(r"(groups|group_(\d+))/block_(\d+)/(.*)")
@@ -19,27 +21,28 @@ _BLOCK = re.compile(r"(groups|group_(\d+))/block_(\d+)/(.*)")
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of our parameters as it stands on disk.
+    """A parameter and the checkpoint tensors that hold it.
 
     Args:
-      path: ours, joined by slashes.
-      shape: ours.
-      template: names of the tensors, with `{layer}` and `{expert}` where ours is stacked over them.
-      loops: what each leading axis of ours runs over: `(("layer", (0, 1, ...)), ("expert", (0, 1, ...)))`, or less.
-      part: which part of those tensors it is; `shapes` are those of all parts.
+      path: of the parameter, joined by slashes.
+      shape: of the parameter.
+      template: tensor names, with `{layer}` and `{expert}` where the parameter is stacked over them.
+      layout: of the tensors (`layouts`).
+      loops: the stacked leading axes: `(("layer", (0, 1, ...)), ("expert", (0, 1, ...)))`, one of them, or ().
+      part: the parameter's index among those that share a tensor; `shapes` has the shapes of all of them.
     """
 
     path: str
-    shape: tuple
+    shape: tuple[int, ...]
     template: str
-    layout: object
-    loops: tuple
+    layout: Same
+    loops: tuple[tuple[str, tuple[int, ...]], ...]
     part: int
-    shapes: tuple
+    shapes: tuple[tuple[int, ...], ...]
     heads: Heads
 
-    def tensors(self, index=None):
-        """Yields `(position in what is read, name)` of the tensors under a slice of ours."""
+    def tensors(self, index: tuple[slice, ...] | None = None) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Yields `(position in the slice, tensor name)` for a slice of the parameter."""
         index = index or (slice(None),) * len(self.loops)
         chosen = [values[where] for (_, values), where in zip(self.loops, index, strict=True)]
         names = [name for name, _ in self.loops]
@@ -48,11 +51,12 @@ class Leaf:
             yield position, self.template.format(**at)
 
     @property
-    def disk_shape(self):
+    def disk_shape(self) -> tuple[int, ...]:
+        """Shape of the tensors in the file."""
         return self.layout.shape(self.shapes, self.heads)
 
-    def read(self, tensors, index, dtype):
-        """The slice `index` of ours in `dtype`, a numpy array; only the tensors under it are touched."""
+    def read(self, tensors: typing.Any, index: tuple[slice, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+        """Reads the slice `index` of the parameter in `dtype`, as numpy; opens only the tensors that it needs."""
         index = tuple(slice(*where.indices(size)) for where, size in zip(index, self.shape, strict=True))
         depth = len(self.loops)
         out = np.empty([len(range(where.start, where.stop)) for where in index], dtype)
@@ -61,52 +65,53 @@ class Leaf:
             out[position] = whole[index[depth:]]
         return out
 
-    def stored(self, tensors):
-        """The leaf that the files hold rounded, in numpy; None where one is not, or layers are stacked."""
+    def stored(self, tensors: typing.Any) -> typing.Any:
+        """The quantized leaf in the files, in numpy; None if a tensor is not quantized or layers are stacked."""
         if any(name == "layer" for name, _ in self.loops):
             return None
-        found = [tensors.stored(name) for _, name in self.tensors()]
-        if any(each is None for each in found):
+        leaves = [tensors.stored(name) for _, name in self.tensors()]
+        if any(leaf is None for leaf in leaves):
             return None
         if self.path == "embedding":
-            return found[0].T
-        rows = lambda array: flipped(self.layout.take(array, self.part, self.shapes, self.heads))  # noqa: E731
-        parts = [jax.tree.map(rows, each) for each in found]
-        return jax.tree.map(lambda *arrays: np.stack(arrays) if self.loops else arrays[0], *parts)
+            return leaves[0].T
+        rows = lambda array: transpose(self.layout.take(array, self.part, self.shapes, self.heads))  # noqa: E731
+        rows_of_leaves = [jax.tree.map(rows, leaf) for leaf in leaves]
+        return jax.tree.map(lambda *arrays: np.stack(arrays) if self.loops else arrays[0], *rows_of_leaves)
 
 
-class OnDisk(typing.NamedTuple):
-    """A tensor of a file: `parts` are `(our path, its shape there, position in our leading axes)`, in their order."""
+class DiskTensor(typing.NamedTuple):
+    """A tensor of a checkpoint; `parts` are `(parameter path, shape, position in its stacked axes)`, in order."""
 
-    parts: list
-    layout: object
+    parts: list[typing.Any]
+    layout: Same
     heads: Heads
 
-    def join(self, arrays):
-        """The tensor that arrays of the parts make."""
+    def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Joins arrays of the parts into the tensor."""
         return self.layout.join(arrays, self.heads)
 
-    def take(self, tensor, part):
-        """Part number `part` of the tensor."""
+    def take(self, tensor: np.ndarray, part: int) -> np.ndarray:
+        """Takes part number `part` of the tensor."""
         return self.layout.take(tensor, part, [shape for _, shape, _ in self.parts], self.heads)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
         return self.layout.shape([shape for _, shape, _ in self.parts], self.heads)
 
 
-def on_disk(leaves):
-    """`{name of a tensor: OnDisk}` of what `bind` gives."""
-    found = {}
+def disk_tensors(leaves: dict[str, Leaf]) -> dict[str, DiskTensor]:
+    """`{tensor name: DiskTensor}` of the leaves of `bind_parameters`."""
+    tensors: dict[str, DiskTensor] = {}
     for leaf in leaves.values():
         for position, name in leaf.tensors():
-            tensor = found.setdefault(name, OnDisk([None] * len(leaf.shapes), leaf.layout, leaf.heads))
+            tensor = tensors.setdefault(name, DiskTensor([None] * len(leaf.shapes), leaf.layout, leaf.heads))
             tensor.parts[leaf.part] = (leaf.path, leaf.shapes[leaf.part], position)
-    return found
+    return tensors
 
 
-def bind(lm, table):
-    """`{our path: Leaf}` for every parameter of `lm`. Raises UserError for one that the table does not know."""
+def bind_parameters(lm: model.LM, table: dict[str, tuple]) -> dict[str, Leaf]:
+    """Maps every parameter of `lm` to its tensors, `{path: Leaf}`. Raises UserError for one that is not in `table`."""
     shapes = {
         "/".join(path): leaf.shape
         for path, leaf in flax.traverse_util.flatten_dict(nn.unbox(model.abstract_params(lm))).items()
@@ -128,38 +133,44 @@ def bind(lm, table):
     return leaves
 
 
-def check(leaves, found, ignored, where, passed=lambda name: False):
-    """Raises UserError naming the first tensor that is missing, has another shape, or belongs to nothing.
+def check_tensors(
+    leaves: dict[str, Leaf],
+    shapes: dict[str, tuple[int, ...]],
+    ignored: Sequence[str],
+    where: str | os.PathLike[str],
+    harmless: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Raises UserError naming the first tensor that is missing, has a wrong shape, or is unknown.
 
     Args:
-      found: `{name: shape}` of the file.
+      shapes: `{name: shape}` of the file.
       ignored: regular expressions of tensors that the model does not need.
-      passed: whether a tensor of another name changes nothing.
+      harmless: whether an unknown tensor changes nothing.
     """
     wanted = {name: leaf.disk_shape for leaf in leaves.values() for _, name in leaf.tensors()}
     for name, shape in wanted.items():
-        if name not in found:
-            raise UserError(f"{where}: tensor {name!r} of shape {list(shape)} is missing{did_you_mean(name, found)}")
-        if tuple(found[name]) != shape:
+        if name not in shapes:
+            raise UserError(f"{where}: tensor {name!r} of shape {list(shape)} is missing{did_you_mean(name, shapes)}")
+        if tuple(shapes[name]) != shape:
             raise UserError(
-                f"{where}: tensor {name!r} has shape {list(found[name])}, the config asks for {list(shape)}"
+                f"{where}: tensor {name!r} has shape {list(shapes[name])}, the config asks for {list(shape)}"
             )
-    for name in found:
-        if name not in wanted and not any(re.search(pattern, name) for pattern in ignored) and not passed(name):
+    for name in shapes:
+        if name not in wanted and not any(re.search(pattern, name) for pattern in ignored) and not harmless(name):
             raise UserError(f"{where}: tensor {name!r} belongs to nothing in the model that the config describes")
 
 
 def _by_parameter(table):
-    """`{our path: (name on disk, all parts of that tensor, layout)}`."""
+    """`{path: (tensor name, all parameters in that tensor, layout)}`."""
     return {path: (disk, parts, layout) for disk, (parts, layout) in table.items() for path in parts}
 
 
 def _place(path, lm):
-    """`(prefix, path within the block or the model, leading loops)` of a parameter."""
-    found = _BLOCK.fullmatch(path)
-    if found is None:
+    """`(prefix, path within the block or the model, loops)` of a parameter."""
+    match = _BLOCK.fullmatch(path)
+    if match is None:
         return "", path, ()
-    stack, _, block, inside = found.groups()
+    stack, _, block, inside = match.groups()
     prefix = path[: len(path) - len(inside)]
     if stack != "groups":
         return prefix, inside, ()
@@ -168,16 +179,16 @@ def _place(path, lm):
 
 
 def _at_layer(disk, path, lm):
-    found = _BLOCK.fullmatch(path)
-    if found is None:
+    match = _BLOCK.fullmatch(path)
+    if match is None:
         return disk
-    layer = int(found[2]) * len(lm.blocks) + int(found[3])
+    layer = int(match[2]) * len(lm.blocks) + int(match[3])
     return disk.replace("{layer}", str(layer))
 
 
 def _heads(lm, path):
-    found = _BLOCK.fullmatch(path)
-    if found is None:
+    match = _BLOCK.fullmatch(path)
+    if match is None:
         return Heads()
-    mixer, _ = model.parts(lm)[int(found[3])]
+    mixer, _ = model.parts(lm)[int(match[3])]
     return Heads(*mixer.head_counts())

@@ -135,13 +135,13 @@ def test_an_export_says_the_rotation_for_transformers_4_too(name, tmp_path):
     base = peers.ATTENTION | {"rope_parameters": dict(peers.ROPE), "vocab_size": 96, "num_hidden_layers": 2}
     base = {key: value for key, value in base.items() if kind != "GPTNeoX" or key != "num_key_value_heads"}
     config = json.loads(json.dumps(getattr(transformers, f"{kind}Config")(**base | changes).to_dict()))
-    described = families.describe(config, "config.json")
+    described = families.describe_config(config, "config.json")
     lm = from_config.from_config(complete(described.model))
     written = to_hf.config_of(config["model_type"], lm, canonical(lm), described.max_positions)
     both = written | rope_parameters.older_keys(written)
     older = {key: value for key, value in both.items() if key != "rope_parameters"}
     for description in (both, older, written):
-        model = from_config.from_config(complete(families.describe(description, "config.json").model))
+        model = from_config.from_config(complete(families.describe_config(description, "config.json").model))
         assert not differences(canonical(model), canonical(lm))
     assert older["rotary_emb_base" if kind == "GPTNeoX" else "rope_theta"] == 500.0
     read = getattr(transformers, f"{kind}Config")(**{key: value for key, value in both.items() if key != "model_type"})

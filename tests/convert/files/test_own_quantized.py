@@ -60,7 +60,7 @@ def test_several_files_and_calibrated(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "calibration_rows", lambda *_: tokens)
         patch.setattr(type(source), "tokenizer", lambda self: "bytes")
-        write_quantized.convert(source, "int4(method='awq')", tmp_path / "rounded", shard=10_000)
+        write_quantized.convert_quantized(source, "int4(method='awq')", tmp_path / "rounded", shard=10_000)
     assert len(list((tmp_path / "rounded").glob("*.safetensors"))) > 2
     again, lm, abstract = loaded(tmp_path / "rounded")
     kernel = again.load_stored(abstract, lm)["group_0"]["block_0"]["mixer"]["q"]["kernel"]
@@ -88,7 +88,7 @@ def spoil(folder, change):
 )
 def test_what_does_not_fit_is_named(change, message, tmp_path):
     folders.llama(tmp_path / "plain", **SHAPE)
-    write_quantized.convert(convert.open_source(tmp_path / "plain"), "int4", tmp_path / "rounded")
+    write_quantized.convert_quantized(convert.open_source(tmp_path / "plain"), "int4", tmp_path / "rounded")
     spoil(tmp_path / "rounded", change)
     with pytest.raises(UserError, match=message):
         source = convert.open_source(tmp_path / "rounded")
@@ -132,7 +132,7 @@ UNFIT = [
 def rounded(tmp_path, form, **arrays):
     """A checkpoint in a form, of whose kernel Q arrays and fields are replaced."""
     folders.llama(tmp_path / "plain", **SHAPE)
-    write_quantized.convert(convert.open_source(tmp_path / "plain"), form, tmp_path / "rounded")
+    write_quantized.convert_quantized(convert.open_source(tmp_path / "plain"), form, tmp_path / "rounded")
     tensors = load_file(tmp_path / "rounded" / "model.safetensors")
     tensors |= {f"{Q}.{name}": value for name, value in arrays.items() if isinstance(value, np.ndarray)}
     save_file(tensors, tmp_path / "rounded" / "model.safetensors")

@@ -53,7 +53,7 @@ def as_transformers_reads_it(config):
 
 def meaning(config):
     """What our logits depend on: the overrides of `config.model`, and the most positions."""
-    described = families.describe(config, "config.json")
+    described = families.describe_config(config, "config.json")
     return described.model, described.max_positions
 
 
