@@ -1,4 +1,4 @@
-"""Eight fake devices for every test, and no progress of other people's libraries.
+"""Test session: eight simulated CPU devices, an own cache folder, and the options of the contract and fuzz tests.
 
 On a machine with a GPU, tests whose subject is one device run there too: JAX_PLATFORMS=cuda pytest tests/quant.
 """
@@ -25,14 +25,14 @@ else:  # a share of the GPU for each worker, and float32 products as tests bound
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-# Nothing of the user's is read, nothing is kept; workers and the processes that tests start share it.
+# Not the user's cache. Workers and the processes that tests start share it.
 if "EFFICIENTLLM_CACHE" not in os.environ:
     os.environ["EFFICIENTLLM_CACHE"] = tempfile.mkdtemp(prefix="efficientllm-cache-")
     atexit.register(shutil.rmtree, os.environ["EFFICIENTLLM_CACHE"], ignore_errors=True)
 
 
 def _compilation_cache():
-    """A folder that outlives the tests, in which only the user can have put anything: what is in it is run."""
+    """A compilation cache that outlives the session. It must be writable by the user alone: its programs are run."""
     folder = pathlib.Path(tempfile.gettempdir()) / f"efficientllm-tests-{os.getuid()}"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -68,7 +68,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """A test of more devices than a machine has is skipped on its GPU; the CPU's are fakes, and always enough."""
+    """Skips a test that needs more GPUs than the machine has. The simulated CPU devices are always enough."""
     from efficientllm.errors import UserError
 
     try:

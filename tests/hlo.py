@@ -1,4 +1,4 @@
-"""Programs as tests look at them: which arrays they make, and whether in a loop."""
+"""Arrays that a compiled program or a jaxpr makes, and whether in a loop."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from efficientllm.plan import hlo_text
 
 
 class Instruction(NamedTuple):
-    """`shapes` are those of the arrays it makes; `in_loop` says whether it stands in the body of a while loop."""
+    """An HLO instruction. `shapes` are those of its results; `in_loop`: whether it is in the body of a while loop."""
 
     op: str
     shapes: tuple
@@ -31,7 +31,7 @@ def _shapes(instruction):
 
 
 def array_shapes(jaxpr):
-    """The shape of every array that a program makes, in whatever it calls."""
+    """Yields the shape of every array that a jaxpr makes, in the jaxprs that it calls too."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.shape for variable in equation.outvars)
         for inner in jax.extend.core.jaxprs_in_params(equation.params):

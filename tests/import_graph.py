@@ -34,7 +34,7 @@ def _imported(tree, module_names):
 
 
 def room(module):
-    """The package or the top module that `module` lies in."""
+    """The package or the top module of `module`."""
     return module.split(".")[1] if "." in module else module
 
 

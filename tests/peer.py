@@ -25,7 +25,7 @@ def randomise(reference, seed, size=0.1):
 
 
 def lm(size, **changes):
-    """Ours, of a size given by its fields."""
+    """Builds our model of a size given by its fields."""
     config = base.get_config().model
     config.size = f"tiny({', '.join(f'{key}={value!r}' for key, value in size.items())})"
     config.tied = False
@@ -34,7 +34,7 @@ def lm(size, **changes):
 
 
 def tree(tensors, num_layers, layer, top):
-    """Our parameters from theirs, or gradients from gradients.
+    """Converts their parameters (or gradients) to our tree.
 
     Args:
       tensors: theirs by name.
@@ -91,7 +91,7 @@ def logits(ours, params, ids):
 
 
 def close(ours, theirs, tolerance, path=()):
-    """The greatest error is within `tolerance` of the greatest value, or of 0.001: keys' biases have no gradient."""
+    """Asserts an error within `tolerance` of the largest value, or of 0.001: biases of keys have no gradient."""
     theirs = np.asarray(theirs)
     error = np.abs(np.asarray(ours) - theirs).max() / max(np.abs(theirs).max(), 1e-3)
     assert error <= tolerance, f"{jax.tree_util.keystr(path)}: relative error {error}"

@@ -1,4 +1,4 @@
-"""Small runs of the command line for tests: a corpus, a config's overrides, and what a run left behind."""
+"""Small command-line runs for tests: a corpus, arguments, processes, and the losses of a run."""
 
 import os
 import pathlib
@@ -40,7 +40,7 @@ def arguments(folder, workdir, config="configs/base.py", **overrides):
 
 
 def start(argv, devices=1, file_kib="unlimited", **environment):
-    """The command line as a process of its own on `devices` fake devices that writes no file beyond `file_kib`."""
+    """The command line as a process with `devices` simulated devices that writes no file beyond `file_kib`."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     return subprocess.Popen(
         ["bash", "-c", f'ulimit -f {file_kib}; exec "$@"', "-", sys.executable, "-m", "efficientllm.main", *argv],
@@ -59,7 +59,7 @@ def finish(process, timeout=300):
 
 
 def losses(workdir):
-    """`{step: loss}`, bit for bit: the last one written for a step, as TensorBoard shows it."""
+    """`{step: loss}`, bit for bit. The last loss written for a step counts, as in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})

@@ -1,4 +1,4 @@
-"""The doctor says what is there, and a remedy for what is not."""
+"""The doctor's findings, and a remedy for each that is wanting."""
 
 import ast
 import importlib.metadata

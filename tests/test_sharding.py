@@ -1,4 +1,4 @@
-"""A mesh changes where arrays lie, not what is computed; and no device ever holds a whole stack of layers."""
+"""Sharding: a mesh does not change results, and no device ever holds a whole stack of layers."""
 
 import dataclasses
 import functools

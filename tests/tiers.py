@@ -1,4 +1,4 @@
-"""Cases of a test that only the full tier runs."""
+"""Parametrized cases of the full tier: `slow_case` and `slow_except`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Dropout of adapters' inputs: what is dropped, around a kernel and around experts, in training only."""
+"""Dropout of adapter inputs, around kernels and experts, in training only."""
 
 import jax
 import jax.numpy as jnp

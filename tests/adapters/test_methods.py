@@ -1,4 +1,4 @@
-"""What every tuning method does to a model: what learns, what stays, what it costs, on one device and on eight."""
+"""Tuning methods on a model: trainable and frozen parameters and their cost, on one device and on eight."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Equal parameters: another mixer at the width that gives it those of a reference block, within 2 %."""
+"""Equal parameter counts: another mixer at the width that matches a reference block within 2 %."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""A model from its config."""
+"""Models from a config."""
 
 import pytest
 

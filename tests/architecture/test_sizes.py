@@ -1,4 +1,4 @@
-"""The study's shapes: the parameters of every architecture, by a formula written here and by the model's own tree."""
+"""Parameter counts of the study's sizes, by formula and by the model's tree, for every architecture."""
 
 import math
 

@@ -1,6 +1,6 @@
-"""What every registered technique must do, whoever wrote it: run over the registry by test_contract.py.
+"""Contract suite: checks that every registered technique must pass. test_contract.py runs them over the registry.
 
-A technique is put into a two-layer model of a tiny shape, with nothing else changed.
+A technique is tested in a tiny two-layer model in which nothing else is changed.
 """
 
 import functools
@@ -31,15 +31,15 @@ from efficientllm.weights import box_as
 SIZE = "tiny(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, hidden=48)"
 VOCAB, B, T = 64, 8, 24
 LAYERS = ("mixer", "ffn")
-# Techniques for which a check that compiles something is in the quick tier: those with code of their own, for a forward
-# pass; one of each kind, for a step.
+# Techniques whose compiled checks are in the quick tier: for forward passes those with code of their own, for training
+# steps one of each kind.
 DISTINCT = ("gqa", "mla", "mamba", "rwkv", "swiglu", "moe", "rope", "relative")
 TYPICAL = ("gqa", "swiglu", "rope", "relative")
 CHECKS = []
 
 
 class Check(typing.NamedTuple):
-    """A check of the techniques of `kinds`: quick for the names in `quick` (None: all), else of the full tier."""
+    """A check of the techniques of `kinds`. It is quick for the names in `quick` (None: all), else of the full tier."""
 
     run: typing.Callable[[str, str], None]
     kinds: tuple[str, ...]
@@ -47,7 +47,7 @@ class Check(typing.NamedTuple):
 
 
 def check(*kinds, quick=None):
-    """Declares a function of `(kind, spec)` as a check of the contract suite."""
+    """Registers a function of `(kind, spec)` as a check of the contract suite."""
 
     def declare(function):
         CHECKS.append(Check(function, kinds, quick))
@@ -57,7 +57,7 @@ def check(*kinds, quick=None):
 
 
 def build(kind, spec, **changes):
-    """A model with `spec` in the place of `kind`."""
+    """Builds a model with the technique `spec` as its `kind`."""
     config = base.get_config().model
     config.size = SIZE
     config[kind] = spec
@@ -68,7 +68,7 @@ def build(kind, spec, **changes):
 
 @functools.cache
 def parameters(lm, seed=0):
-    """Random parameters, unboxed; biases and scales too, so that none of them hides at its initial value."""
+    """Random unboxed parameters. Noise is added to biases and scales too: zeros and ones would hide mistakes."""
     init = jax.jit(lambda: lm.init(jax.random.key(seed), tokens(), Context.packed(positions())))
     noise = np.random.default_rng(seed)
     return jax.tree.map(
@@ -111,7 +111,7 @@ def batch():
 
 @check(*LAYERS, quick=TYPICAL)
 def check_dtypes(kind, spec):
-    """Logits are float32 and finite under every precision; bfloat16 stays near float32."""
+    """Logits are float32 under every precision, and near those in float32."""
     exact = logits(build(kind, spec), tokens())
     for precision, tolerance in (("float32", 0), ("mixed", 0.05), ("bfloat16", 0.1)):
         lm = build(kind, spec, precision=precision)
@@ -124,7 +124,7 @@ def check_dtypes(kind, spec):
 
 @check(*LAYERS, quick=DISTINCT)
 def check_causality(kind, spec):
-    """No output changes when a later token does, and the outputs from that token on do."""
+    """Outputs depend on earlier tokens alone, and on the token itself."""
     lm, before = build(kind, spec), tokens()
     after = before.copy()
     after[:, 15] = (before[:, 15] + 1) % VOCAB
@@ -135,7 +135,7 @@ def check_causality(kind, spec):
 
 @check(*LAYERS, "position", quick=DISTINCT)
 def check_segments(kind, spec):
-    """A document packed behind another gives what it gives alone."""
+    """A document packed behind another has the logits that it has alone."""
     lm = build(kind, spec)
     packed = batch()
     together = logits(lm, packed["tokens"], ctx=Context.packed(packed["positions"], packed["segments"]))
@@ -145,7 +145,7 @@ def check_segments(kind, spec):
 
 @check(*LAYERS, "position", quick=DISTINCT)
 def check_decode(kind, spec):
-    """Prefill, then one token at a time, gives the logits of the full forward pass; stacked or unrolled."""
+    """Prefill and decoding token by token give the logits of the full forward pass, scanned and unrolled."""
     lm = build(kind, spec)
     full = logits(lm, tokens())
     for prefill, decoder, params in ((7, lm, parameters(lm)), (1, *model.unroll(lm, parameters(lm)))):
@@ -175,7 +175,7 @@ def unsharded(lm):
 
 @check(*LAYERS, "position", quick=TYPICAL)
 def check_gradients(kind, spec):
-    """Every parameter's gradient is finite, and none is all zero."""
+    """Gradients are finite, and none is all zero."""
     lm = build(kind, spec)
     _, grads = unsharded(lm)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
@@ -186,7 +186,7 @@ def check_gradients(kind, spec):
 
 @check(*LAYERS, quick=TYPICAL)
 def check_scan(kind, spec):
-    """Scanned layers, unrolled layers and rematerialised layers are one function, gradients included."""
+    """Scanned, unrolled and rematerialized layers give equal losses and gradients."""
     lm = build(kind, spec)
     loop, loop_params = model.unroll(lm, parameters(lm))
     loss, grads = unsharded(lm)
@@ -202,8 +202,10 @@ def check_scan(kind, spec):
 
 @check(*LAYERS, quick=TYPICAL)
 def check_compressed(kind, spec):
-    """With its kernels in int4 and int8 a model gives what it gives with the same weights as plain arrays: scanned, and
-    unrolled through the products for few rows, where those of int4 round activations to 16 bits."""
+    """Quantized kernels (int4 and int8) give the logits of their dequantized arrays, scanned and unrolled.
+
+    Unrolled, the products for few rows are used. Those of int4 round activations to 16 bits.
+    """
     lm = build(kind, spec)
     packed = quantize(parameters(lm), "int8", [("(mixer|experts)/", "int4")])
     plain = adapters.merge(packed)
@@ -219,10 +221,10 @@ def check_compressed(kind, spec):
 
 @check(*LAYERS)
 def check_flops(kind, spec):
-    """The closed formula gives the FLOPs of the program, with every pair that the kernel computes.
+    """The FLOP formulas equal the count over the jaxpr, including pairs that are computed and masked.
 
-    Experts run as ragged products here, and chosen blocks as masked ones: how often other kernels' loops run is not to
-    be seen in a program.
+    Experts are ragged products here, and selected blocks masked ones. The loops of other kernels have trip counts that
+    a jaxpr does not show.
     """
     spec = registry.complete_spec(kind, spec, {"kernel": "ragged_dot", "block_kernel": "masked"})
     for kernel in ("xla", "chunked"):
@@ -238,7 +240,7 @@ def check_flops(kind, spec):
 
 @check(*LAYERS, quick=TYPICAL)
 def check_leaves(kind, spec):
-    """An adapter over four-bit kernels multiplies as the dense kernels that both stand for."""
+    """An adapter around int4 kernels gives the logits of the merged kernels."""
     lm = build(kind, spec)
     boxed = model.abstract_params(lm)
     method = registry.build("adapter", "lora(rank=2, alpha=4)")
@@ -259,7 +261,7 @@ def check_leaves(kind, spec):
 
 @check(*LAYERS)
 def check_state_bytes(kind, spec):
-    """The closed formula gives the bytes of the state there is."""
+    """The formula for the decode state gives the bytes of its arrays."""
     for precision in ("float32", "bfloat16"):
         lm = build(kind, spec, precision=precision)
         states = jax.eval_shape(lambda m=lm: model.init_states(m, 3, 40))

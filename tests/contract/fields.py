@@ -1,4 +1,4 @@
-"""What the contract suite asks of the fields of a technique: each is read."""
+"""Contract check that every field of a technique is read."""
 
 import functools
 
@@ -14,7 +14,7 @@ from efficientllm.runtime import kernel_choice
 
 @check(*LAYERS, "position", quick=TYPICAL)
 def check_fields(kind, spec):
-    """Every field of the technique changes the program: one that nobody reads is a bug."""
+    """Every field changes the program. A field that is not read is a bug."""
     name, values = registry.parse_spec(spec)
     fields = {key: field.annotation for key, field in registry.spec_parameters(registry.lookup(kind, name)).items()}
     for field, annotation in fields.items():
@@ -27,7 +27,7 @@ def check_fields(kind, spec):
 
 
 def _changes(kind, name, values, field, value):
-    """Whether the value changes the program; one that the technique refuses is no value."""
+    """Whether the value changes the program. A value that the technique refuses does not count."""
     try:
         return _program(kind, _spec(name, values)) != _program(kind, _spec(name, {**values, field: value}))
     except UserError:

@@ -1,4 +1,4 @@
-"""What the contract suite asks of a technique on several devices."""
+"""Contract checks on meshes of several devices."""
 
 import functools
 
@@ -13,7 +13,7 @@ from efficientllm import model, sharding
 
 
 def assert_sharded(kind, spec, mesh_spec):
-    """One device and eight give the same loss and gradients."""
+    """Asserts that one device and eight give the same loss and gradients."""
     lm = contract.build(kind, spec)
     params = contract.parameters(lm)
     loss, grads = contract.unsharded(lm)
@@ -32,17 +32,17 @@ def assert_sharded(kind, spec, mesh_spec):
 
 @contract.check(*contract.LAYERS, "position", quick=contract.TYPICAL)
 def check_sharded(kind, spec):
-    """On a mesh of three axes; test_sharding.py has one axis at a time."""
+    """A mesh of three axes gives the loss and gradients of one device. test_sharding.py has one axis at a time."""
     assert_sharded(kind, spec, "data=2, fsdp=2, tensor=2")
 
 
 @contract.check(*contract.LAYERS, "position", quick=("gqa",))
 def check_sharded_rows(kind, spec):
-    """Tokens of a row on several devices."""
+    """Sequence parallelism gives the loss and gradients of one device."""
     assert_sharded(kind, spec, "fsdp=2, sequence=4")
 
 
 @contract.check(*contract.LAYERS, "position", quick=())
 def check_sharded_again(kind, spec):
-    """On a mesh that divides what the first does not."""
+    """A mesh of other axis sizes gives the loss and gradients of one device."""
     assert_sharded(kind, spec, "data=1, fsdp=4, tensor=2")

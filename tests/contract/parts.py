@@ -1,4 +1,4 @@
-"""What quantised forms, optimisers, schedules, data sources, tokenizers and samplers must do, whoever wrote them."""
+"""Contract checks of quantized forms, optimizers, schedules, data sources, tokenizers and samplers."""
 
 import functools
 import json
@@ -16,12 +16,12 @@ from efficientllm.quant import apply
 from efficientllm.registry import build, spec_parameters
 from efficientllm.weights import Weight, axes, matmul, resident_bytes, take
 
-ROWS, K, N = 5, 96, 40  # of an input, and the width of a kernel and of what it gives
+ROWS, K, N = 5, 96, 40  # rows of the input, inputs and outputs of the kernel
 
 
 @contract.check("quant", quick=("int8",))
 def check_form(kind, spec):
-    """A kernel in the form multiplies, stacks, shards and looks up as the array that it stands for; it takes less."""
+    """A quantized kernel multiplies, stacks, shards and looks up like its dequantized array, and is smaller."""
     say = lambda what: f"{kind} {spec}: {what}"  # noqa: E731
     noise = np.random.default_rng(0)
     stack = noise.standard_normal((3, K, N)).astype(np.float32)
@@ -49,7 +49,7 @@ def check_form(kind, spec):
 
 @contract.check("quant", quick=("int8",))
 def check_model(kind, spec):
-    """A model whose kernels are in the form is the model of the numbers that they stand for."""
+    """A model with quantized kernels gives the logits of the dequantized kernels."""
     lm = contract.build("ffn", "swiglu")
     packed = apply.quantize(contract.parameters(lm), spec)
     exact = contract.logits(lm, contract.tokens(), adapters.merge(packed))
@@ -61,7 +61,7 @@ def check_model(kind, spec):
 
 @contract.check("optimizer")
 def check_optimizer(kind, spec):
-    """What it gives is a direction to be subtracted, of every parameter's shape, and leads down."""
+    """An optimizer gives a direction per parameter; subtracting it reduces the loss."""
     optimizer, goal = build(kind, spec), {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(4)}
     loss = lambda params: sum(jnp.sum((params[name] - goal[name]) ** 2) for name in goal)  # noqa: E731
     params = jax.tree.map(jnp.zeros_like, goal)
@@ -83,7 +83,7 @@ def check_optimizer(kind, spec):
 
 @contract.check("schedule")
 def check_schedule(kind, spec):
-    """A rate for every step, traced or not; it may rise from zero, and is no more than its peak."""
+    """A schedule gives a rate for every step, traced or not, between zero and its peak."""
     defaults = {"peak": 0.25} if "peak" in spec_parameters(_target(kind, spec)) else {}
     rate = build(kind, spec, defaults, steps=40)
     rates = jnp.array([rate(step) for step in range(40)])
@@ -100,7 +100,7 @@ def _target(kind, spec):
 
 @contract.check("data", quick=("python_docs",))
 def check_data(kind, spec):
-    """The same documents each time, which can be divided; conversations if they are records."""
+    """A data source gives the same documents each time, with a held-out part. Records are conversations."""
     corpus = Corpus(spec)
     sides = [[list(Corpus(spec).texts(side)) for side in ("train", "held_out")] for _ in range(2)]
     assert sides[0] == sides[1], f"{kind} {spec}: documents() gives other documents, or another order, the second time"
@@ -114,7 +114,7 @@ def check_data(kind, spec):
 
 @contract.check("tokenizer")
 def check_tokenizer(kind, spec):
-    """Ids below vocab_size that spell the text again, alone and in a batch; eos is spelt by none."""
+    """A tokenizer's ids are below vocab_size, decode to the text, are equal in batches, and never include eos."""
     corpus = Corpus("python_docs(max_bytes=50000)")
     tokenizer = build(kind, spec).fit(corpus)
     texts = ["def f(x):\n    return x", "a b", *list(corpus.texts("train"))[:3]]
@@ -136,7 +136,7 @@ def check_tokenizer(kind, spec):
 
 @contract.check("sampler")
 def check_sampler(kind, spec):
-    """An id a row, int32; the only one that can be; the same of the same key, and of the rows beside it none of all."""
+    """A sampler gives an int32 id per row that depends on the row's logits and key alone."""
     sampler = build(kind, spec)
     noise = np.random.default_rng(0)
     logits_BV = jnp.asarray(noise.standard_normal((4, 16)), jnp.float32)
@@ -156,5 +156,5 @@ def check_sampler(kind, spec):
     np.testing.assert_array_equal(ids_B, alone, f"{kind} {spec}: a row's id depends on the rows beside it")
 
 
-# What tests of its own or of transformers' cover, what is no form of its own, and what needs a file.
+# Not checked here: those with tests of their own, those without a form of their own, and those that need a file.
 EXEMPT = ("float32", "stored", "hf", "text", "jsonl", "csv", "parquet", "pairs", "chat")

@@ -1,4 +1,4 @@
-"""What the contract suite says where a technique fails: what was compared, and where to look."""
+"""Failure messages of the contract suite: what was compared, and where to look."""
 
 from efficientllm import model
 from efficientllm.cost import formulas
@@ -34,7 +34,7 @@ def of(name, kind, spec, detail=""):
 
 
 def flops(kind, spec, lm, boxed, length, counted):
-    """Why the products of a program are not those of the formulas: all that the formulas have."""
+    """The message for a FLOP count that differs from the formulas, with all terms of the formulas."""
     claimed = formulas.forward_flops(lm, boxed, length, executed=True)
     mixers = sum(mixer.mix_flops(length, True) for mixer, _ in model.parts(lm)) * lm.num_groups
     kernels = dict(formulas._kernel_flops(lm, boxed, length))

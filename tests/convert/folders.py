@@ -1,4 +1,4 @@
-"""Folders of checkpoints made by hand: a config.json and tensors, without torch."""
+"""Checkpoint folders written without torch: a config.json and tensors."""
 
 import json
 

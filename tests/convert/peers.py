@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, one or more a family, saved as folders; and logits of both sides."""
+"""Tiny random models of transformers, one or more per family, saved as folders, and the logits of both packages."""
 
 import flax.linen as nn
 import jax

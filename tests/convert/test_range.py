@@ -1,4 +1,4 @@
-"""Numbers that what is written cannot hold: refused by the tensor's name, never written as inf or NaN."""
+"""Weights beyond the range of the written dtype: refused by tensor name, never written as inf or NaN."""
 
 import numpy as np
 import pytest

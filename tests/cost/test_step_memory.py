@@ -1,4 +1,4 @@
-"""What a step holds in memory, from its shapes, beside the compiler's plan; and what its program computes."""
+"""Memory estimates of a training step against the compiler's plan, and the FLOPs of its program."""
 
 import functools
 

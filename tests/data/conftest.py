@@ -1,4 +1,4 @@
-"""A cache of its own for every test, and a small corpus whose documents can be told apart."""
+"""Fixtures of data tests: a cache folder per test, and a small corpus of distinguishable documents."""
 
 import json
 import random

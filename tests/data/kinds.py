@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the kinds that published models have, saved by transformers, whose own reading is the oracle."""
+"""Tiny tokenizers of the kinds that published models have, saved by transformers, which is the oracle."""
 
 import json
 
@@ -49,7 +49,7 @@ def save(folder, kind="byte_level", add=(), bos=None, adds_bos=False, template=N
 
 
 def ours(folder):
-    """The tokenizer of a folder as runs have it."""
+    """The tokenizer that a run loads from the folder."""
     from efficientllm import data
 
     return data.build_tokenizer(f"hf(path={str(folder)!r})", "python_docs()")

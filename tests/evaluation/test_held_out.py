@@ -1,4 +1,4 @@
-"""Held-out losses of text that is hardly any."""
+"""Held-out losses without text targets."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Plans: every row holds what it says, capacity drops in the stated order, the two gathers are transposes."""
+"""Expert dispatch plans: rows, the order in which capacity drops, and gathers that are transposes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The mixture as a layer: what it computes, says of itself and refuses."""
+"""Mixture-of-experts layer: outputs, metrics and refused specs."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Padding is nobody's token: what stands in it, and how much of it there is, changes nothing of a mixture."""
+"""Padding in mixtures of experts: its values and amount change no output, loss or gradient."""
 
 import functools
 

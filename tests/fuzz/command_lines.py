@@ -1,8 +1,8 @@
-"""What becomes of random command lines: `python -m fuzz.command_lines [COUNT] [SEED] [MODE]`, from tests/.
+"""Fuzzing of command lines: `python -m fuzz.command_lines [COUNT] [SEED] [MODE]`, from tests/.
 
-MODE `parse` looks at each line alone. `describe` makes what it names of shapes, as a sweep does beforehand. `run`
-starts what it names, a tiny model for two steps. Processes that take too long are ended. Prints the lines that ended
-in a traceback or not at all, and one JSON object of counts.
+MODE `parse` reads each line only. `describe` builds its model, method and optimizer from shapes, as a sweep does. `run`
+runs a tiny model for two steps. Processes that take too long are ended. Prints the lines that ended in a traceback or
+not at all, and one JSON object of counts.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Seeded mutations of a valid sample: of its JSON, its bytes, and what kind of file it is."""
+"""Seeded mutations of a valid sample: of its JSON, its bytes and its kind of file."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Every reader of files that others wrote: a valid sample, how it is spoiled, and how it is read.
+"""Fuzz targets: every reader of foreign files, with a valid sample and its mutations.
 
 A reader has `make(folder)`, which writes the sample and gives what `spoil` needs; `spoil(rng, sample, folder)`, which
 writes a spoiled one; and `read(folder)`, which may raise UserError and nothing else.

@@ -1,4 +1,4 @@
-"""Feeds spoiled files to readers; from tests/: python -m fuzz.run [--readers=a,b] [--inputs=N] [--seconds=S] [--seed=N]
+"""Fuzzing of file readers; from tests/: python -m fuzz.run [--readers=a,b] [--inputs=N] [--seconds=S] [--seed=N]
 
 Prints for each reader how many inputs were tried, read, refused in one line, how many ended in a traceback, hung, or
 took too much memory; and the first of each kind of those, with the seed that makes it again.

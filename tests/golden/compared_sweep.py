@@ -1,4 +1,4 @@
-"""The sweep of which a golden case makes a dry run."""
+"""Sweep for the golden case of a dry run."""
 
 from efficientllm.sweep import Sweep
 from golden.cases import WITH_VOCABULARY

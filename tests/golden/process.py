@@ -1,4 +1,4 @@
-"""The process in which the golden cases run, and what their numbers depend on."""
+"""Runs golden cases in a process of fixed flags, and reads their stored values."""
 
 import json
 import os

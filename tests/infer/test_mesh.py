@@ -1,4 +1,4 @@
-"""Serving on eight devices: the tokens of one, with weights and states in parts."""
+"""Inference on eight devices: the tokens of one device, with sharded weights and caches."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Random weights, drawn by groups of layers."""
+"""Random initialization by groups of layers."""
 
 import re
 

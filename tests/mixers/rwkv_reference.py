@@ -1,4 +1,4 @@
-"""Logits and gradients of the authors' package `rwkv`, in a process of its own: its switches are set at import.
+"""Reference logits and gradients of the authors' package `rwkv`. A script, because its switches are set at import.
 
     python rwkv_reference.py folder
 

@@ -1,4 +1,4 @@
-"""Attention's state in fewer bits: arithmetic and bytes, logits near those of the plain state, and what is refused."""
+"""Quantized KV caches: arithmetic and bytes, logits near those of the plain cache, and refused kinds."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The loss in chunks: the whole form's values and gradients, on any mesh, without the logits of a row."""
+"""Chunked cross-entropy: values and gradients of the plain form on any mesh, without the logits of a row."""
 
 import functools
 

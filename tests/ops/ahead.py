@@ -1,4 +1,4 @@
-"""Compiles a training step for hardware that is not here and says what it chose: `python ahead.py tpu|gpu MIXER`."""
+"""Ahead-of-time compilation of a training step for absent hardware: `python ahead.py tpu|gpu MIXER`."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Compiles prefill and decoding with rounded weights for hardware that is not here.
+"""Ahead-of-time compilation of prefill and decode with quantized weights for absent hardware.
 
 `ahead_rounded.py tpu|gpu FORM MESH [FFN]`
 

@@ -1,4 +1,4 @@
-"""What is chosen and compiled for hardware that is not here. Each needs the platform's plugin, none needs a device."""
+"""Ahead-of-time compilation for absent hardware: chosen kernels and collectives. Needs plugins but no devices."""
 
 import importlib.util
 import json

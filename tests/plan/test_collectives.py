@@ -1,4 +1,4 @@
-"""What a compiled step sends is what the closed formula says, on every kind of mesh."""
+"""Collectives of compiled steps against the closed formula, on every kind of mesh."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What is read off compiled programs, beside programs whose costs are known by hand."""
+"""HLO text parsing and costs, on programs whose costs are known by hand."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Compressed forms in a whole model: which parameters get one, their axes, and programs over eight devices."""
+"""Quantization of a whole model: chosen parameters, their axes, and programs on eight devices."""
 
 import functools
 

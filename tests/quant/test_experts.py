@@ -1,4 +1,4 @@
-"""Rounded experts on a mesh: they lie, travel and are multiplied compressed, each device with its part of them."""
+"""Quantized experts on a mesh: sharded, gathered and multiplied without dequantization."""
 
 import functools
 import math

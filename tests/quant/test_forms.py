@@ -1,4 +1,4 @@
-"""Compressed leaves: their arithmetic by formula, their bytes, and their products on every kernel there is."""
+"""Quantized forms: arithmetic by formula, bytes, and products on every kernel."""
 
 import jax
 import jax.numpy as jnp

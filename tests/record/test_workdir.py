@@ -1,4 +1,4 @@
-"""A workdir: which folder is a run, what is removed of it, who owns it, and what may be asked of it."""
+"""Workdirs: recognition, overwriting, ownership by one process, and refused combinations."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A real headless Chromium, driven over the DevTools protocol."""
+"""Headless Chromium, driven over the DevTools protocol."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ _FLAGS = (
 
 
 class Browser:
-    """One page. `problems` gathers what the console says of errors and warnings, and exceptions nobody caught."""
+    """A page. `problems` collects errors and warnings of the console, and uncaught exceptions."""
 
     def __init__(self, profile):
         argv = [CHROMIUM, *_FLAGS, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]

@@ -1,4 +1,4 @@
-"""Rows and run folders made for tests: what a sweep leaves behind, without running one."""
+"""Rows, run folders and sweep folders for tests of reports, written without a run."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What a row opens to: its command gives its own config, and a damaged folder takes nothing away."""
+"""Details of a report's row: the command that repeats it, and damaged folders."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""What may be compared, and what a group says of it."""
+"""Groups of comparable rows, and their notes."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What becomes of files: rows, variants and blocks."""
+"""Rows, variants and blocks read from files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which runs without a row go on."""
+"""Unfinished runs: running, stopped or interrupted."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A Slurm of one node on this machine: Debian's munged, slurmctld and slurmd, with files and ports of its own."""
+"""Slurm cluster of one node on this machine: Debian's munged, slurmctld and slurmd on their own files and ports."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 def missing():
-    """What this machine lacks to run one, in words; empty if nothing."""
+    """Names what this machine lacks for a cluster; empty if nothing."""
     lacks = [name for name in PROGRAMS if _which(name) is None]
     if lacks:
         return f"no {', '.join(lacks)}: apt-get install slurm-wlm munge"

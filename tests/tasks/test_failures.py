@@ -1,4 +1,4 @@
-"""What goes wrong in or after a run: its row is there, its line names the place, its exit status says which kind."""
+"""Failures in or after a run: the row, the line that names the place, and the exit status."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Scalars of a step as TensorBoard shows them."""
+"""TensorBoard scalars of a training step."""
 
 import numpy as np
 import pytest

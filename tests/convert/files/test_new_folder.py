@@ -1,4 +1,4 @@
-"""A folder that is whole or not there, and what killed processes leave beside it."""
+"""Folders written atomically: whole or absent, also after a killed process."""
 
 import os
 import signal

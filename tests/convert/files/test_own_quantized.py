@@ -1,4 +1,4 @@
-"""Checkpoints of ours with rounded weights: written, of the bytes claimed, read back bit for bit; damaged ones."""
+"""Our quantized checkpoints: written at the claimed size, read back bit for bit, and refused when damaged."""
 
 import json
 import pathlib

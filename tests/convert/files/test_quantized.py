@@ -1,4 +1,4 @@
-"""Folders that others have rounded: block-wise float8, GPTQ and AWQ, against the weights that they stand for."""
+"""Foreign quantized checkpoints: block-wise float8, GPTQ and AWQ against their dequantized weights."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""What is said of weights that a checkpoint holds rounded."""
+"""Names of the quantized form of a checkpoint's weights."""
 
 import types
 

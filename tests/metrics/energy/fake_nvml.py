@@ -1,4 +1,4 @@
-"""A pynvml that meters simulated GPUs on a simulated clock: each draws `watts` and ticks every `tick_s`."""
+"""Fake pynvml with simulated GPUs on a simulated clock. A GPU draws `watts` and updates its counter every `tick_s`."""
 
 import itertools
 import math
