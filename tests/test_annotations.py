@@ -27,7 +27,6 @@ UNFINISHED = (
     "sharding",
     "tasks",
     "train",
-    "untrusted",
     "weights",
 )
 

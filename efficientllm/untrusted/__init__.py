@@ -1,1 +1,1 @@
-"""Files, JSON, regular expressions and templates of others: read within limits of kind, size, depth and time."""
+"""Safe readers of untrusted files, JSON, regular expressions and templates: limits of size, depth, time and memory."""

@@ -1,6 +1,6 @@
-"""The header of a GGUF file, read by ourselves: every count, length and offset against the bytes that there are.
+"""Safe GGUF header reader: checks every count, length and offset against the size of the file.
 
-The package `gguf` reads past the end in silence: a claimed count of 2^60 is a loop and a list that long.
+The package `gguf` reads past the end silently: a claimed count of 2^60 is a loop and a list that long.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -9,8 +9,10 @@ import importlib.util
 import math
 import mmap
 import struct
+import types
 
 from efficientllm.errors import UserError, shown
+from efficientllm.typing import PathLike
 from efficientllm.untrusted import files
 
 VERSIONS = (2, 3)
@@ -38,13 +40,13 @@ class Header:
     tensors: dict
 
 
-def read_header(path):
+def read_header(path: PathLike) -> Header:
     """The `Header` of a file. Raises UserError for one that is none."""
     sizes = package(path).GGML_QUANT_SIZES
     return read(path, {int(kind): size for kind, size in sizes.items()})
 
 
-def package(where):
+def package(where: PathLike) -> types.ModuleType:
     """The `gguf` package. Raises UserError saying how to get it."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{where} is read with the package gguf; pip install gguf")
@@ -53,7 +55,7 @@ def package(where):
     return gguf
 
 
-def read(path, block_sizes):
+def read(path: PathLike, block_sizes: dict) -> Header:
     """The Header of a file; `block_sizes` are `{kind: (weights of a block, its bytes)}`.
 
     Raises UserError for a file that is no GGUF, and for one that its own bytes do not bear out.

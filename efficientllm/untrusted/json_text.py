@@ -1,37 +1,49 @@
-"""JSON that others wrote: of limited size, depth and digits, and of text that can be printed.
+"""Safe JSON parser: limits size, depth and digits, and refuses strings that cannot be encoded.
 
-Python's own reader raises RecursionError for a deep nest and ValueError for a number of many digits, takes NaN, and
-makes strings of half a surrogate pair, which no file can hold; others' readers (pyarrow's, pandas') crash on a nest.
+Python's parser raises RecursionError for deep nesting and ValueError for a number of many digits, accepts NaN, and
+returns strings with lone surrogates, which no file can hold. The parsers of pyarrow and pandas crash on deep nesting.
 """
 
 import json
 import math
 import re
+import typing
 
 from efficientllm.errors import UserError, shown
+from efficientllm.typing import PathLike
 from efficientllm.untrusted import files
 
 DEPTH = 64
-DIGITS = 40  # of a whole number: any of 64 bits has 20
+DIGITS = 40  # of a whole number; 64 bits have 20
 _STRING_OR_BRACKET = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]'
-_TOKENS = {
+_TOKENS: dict[type, re.Pattern] = {
     str: re.compile(_STRING_OR_BRACKET, re.DOTALL),
     bytes: re.compile(_STRING_OR_BRACKET.encode(), re.DOTALL),
 }
-_BRACKETS, _CLOSING = {str: ("[", "{"), bytes: (b"[", b"{")}, {str: ("]", "}"), bytes: (b"]", b"}")}
-_NAMES = {dict: "an object", list: "a list", str: "a text"}
+_BRACKETS: dict[type, tuple] = {str: ("[", "{"), bytes: (b"[", b"{")}
+_CLOSING: dict[type, tuple] = {str: ("]", "}"), bytes: (b"]", b"}")}
+_NAMES: dict[typing.Any, str] = {dict: "an object", list: "a list", str: "a text"}
 
 
-def read(path, kind=dict, where=None, most=files.MOST, unique=False, nan=False):
-    """What a JSON file holds, of type `kind` (None: any). Raises UserError beginning with `where`, or the path."""
+def read(
+    path: PathLike,
+    kind: type | None = dict,
+    where: str | None = None,
+    most: int = files.MOST,
+    unique: bool = False,
+    nan: bool = False,
+) -> typing.Any:
+    """Reads a JSON file whose value is of type `kind` (None: any). Raises UserError, `where: ...`."""
     return parse(files.read_text(path, most, where), where or str(path), kind, unique, nan)
 
 
-def parse(text, where, kind=dict, unique=False, nan=False):
-    """What a JSON text, str or bytes, holds: of type `kind` (None: any).
+def parse(
+    text: str | bytes, where: str, kind: type | None = dict, unique: bool = False, nan: bool = False
+) -> typing.Any:
+    """Parses a JSON text whose value is of type `kind` (None: any).
 
-    Infinity is taken, which config.json files of Mamba hold; NaN is not, but for `nan`. With `unique`, an object that
-    names a key twice is refused. Raises UserError beginning with `where`.
+    Accepts Infinity, which config.json files of Mamba hold, and NaN only with `nan`. With `unique`, refuses an object
+    with a repeated key. Raises UserError that begins with `where`.
     """
     try:
         value = json.loads(
@@ -45,47 +57,45 @@ def parse(text, where, kind=dict, unique=False, nan=False):
         raise UserError(f"{where}: not JSON ({error.msg}: line {error.lineno}, column {error.colno})") from None
     except RecursionError:
         raise UserError(f"{where}: JSON nested deeper than {DEPTH}") from None
-    except ValueError as error:  # of ours, and bytes that are not UTF-8
+    except ValueError as error:  # raised by the hooks above, or for bytes that are not UTF-8
         raise UserError(f"{where}: not JSON that can be read ({error})") from None
     if kind is not None and not isinstance(value, kind):
-        raise UserError(f"{where}: holds {shown(value)}, where {_NAMES.get(kind, kind)} is needed")
+        raise UserError(f"{where}: holds {shown(value)}; {_NAMES.get(kind, kind)} is needed")
     return value
 
 
-def field(value, path, kind, where):
-    """What `path`, "a.b", names in an object of objects. `kind` is a type, or "number": finite, and no bool.
+def field(value: typing.Any, path: str, kind: typing.Any, where: str) -> typing.Any:
+    """The value at `path`, such as "a.b", in nested objects. `kind` is a type, or "number": finite, and not a bool.
 
-    Raises UserError beginning with `where` for what is not there or of another type.
+    Raises UserError that begins with `where` for a missing value or another type.
     """
-    found = value
     for name in path.split("."):
-        found = found.get(name) if isinstance(found, dict) else None
-    right = is_number(found) if kind == "number" else isinstance(found, kind)
-    if not right:
-        wanted = "a finite number" if kind == "number" else _NAMES.get(kind, kind.__name__)
-        raise UserError(f"{where}: {path} = {shown(found)}, where {wanted} is needed")
-    return found
+        value = value.get(name) if isinstance(value, dict) else None
+    if not (is_number(value) if kind == "number" else isinstance(value, kind)):
+        type_name = "a finite number" if kind == "number" else _NAMES.get(kind, kind.__name__)
+        raise UserError(f"{where}: {path} = {shown(value)}: {type_name} is needed")
+    return value
 
 
-def is_number(value):
-    """Whether a value is a finite number that a float holds, and no bool."""
+def is_number(value: typing.Any) -> bool:
+    """Whether a value is a finite number within the range of a float, and not a bool."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False
 
 
-def is_deep(text, most=DEPTH):
-    """Whether a JSON text, str or bytes, nests deeper than `most`; one that is no JSON, as far as its brackets say so.
+def is_deep(text: str | bytes, most: int = DEPTH) -> bool:
+    """Whether a JSON text nests deeper than `most`, judged by its brackets outside of strings.
 
-    Fast where there are few brackets in all.
+    Fast if there are few brackets. The text need not be valid JSON.
     """
     kind = type(text)
     if text.count(_BRACKETS[kind][0]) + text.count(_BRACKETS[kind][1]) <= most:
         return False
     depth = 0
-    for found in _TOKENS[kind].finditer(text):
-        first = found[0][:1]
+    for token in _TOKENS[kind].finditer(text):
+        first = token[0][:1]
         depth += (first in _BRACKETS[kind]) - (first in _CLOSING[kind])
         if depth > most:
             return True
@@ -105,29 +115,29 @@ def _constant(name):
 
 
 def _unique(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} stands in it twice")
-    return found
+        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is a repeated key")
+    return value
 
 
 def _check(value):
-    """Raises ValueError for a nest that is too deep, and for text that is none."""
+    """Raises ValueError for nesting that is too deep, and for strings with lone surrogates."""
     level = [value]
     for _ in range(DEPTH + 1):
-        inner = []
-        for held in level:
-            if isinstance(held, dict):
-                inner += held.keys()
-                inner += held.values()
-            elif isinstance(held, list):
-                inner += held
-            elif isinstance(held, str) and not held.isascii():
-                _check_text(held)
-        if not inner:
+        next_level = []
+        for item in level:
+            if isinstance(item, dict):
+                next_level += item.keys()
+                next_level += item.values()
+            elif isinstance(item, list):
+                next_level += item
+            elif isinstance(item, str) and not item.isascii():
+                _check_text(item)
+        if not next_level:
             return
-        level = inner
+        level = next_level
     raise ValueError(f"nested deeper than {DEPTH}")
 
 

@@ -1,7 +1,7 @@
-"""Regular expressions that others wrote, or a user in a config: with a limit on the time that they take.
+"""Safe regular expressions of users and files: with a limit on the matching time.
 
-Python's `re` backtracks without end and cannot be interrupted. `regex`, which transformers needs too, has the same
-syntax and a timeout; what `re` does not compile is refused, so that no expression means something of regex's own.
+Python's `re` can backtrack without end and cannot be interrupted. `regex`, which transformers needs too, has a timeout.
+An expression that `re` does not compile is refused, so that none uses syntax that only `regex` has.
 """
 
 import functools
@@ -12,37 +12,37 @@ import warnings
 
 from efficientllm.errors import UserError
 
-SECONDS = 2.0  # for all that one expression is matched with, quick ones apart
+SECONDS = 2.0  # for all matches of one expression together, except those shorter than _QUICK
 _QUICK = 1e-3
 LONGEST = 10_000  # characters of an expression
-_REPEATS = 10_000  # counted ones, multiplied: regex unrolls them, and takes their product of memory
+_REPEATS = 10_000  # product of counted repeats: `regex` unrolls them in memory
 _COUNT = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 
 
 class Pattern:
-    """A compiled expression. `search`, `match` and `fullmatch` raise UserError once all together took SECONDS.
+    """Compiled expression whose methods raise UserError after SECONDS of matching in all.
 
-    Raises UserError for what is no regular expression; messages are `where: ...`.
+    Raises UserError, `where: ...`, for an invalid expression.
     """
 
-    def __init__(self, expression, where):
+    def __init__(self, expression: str, where: str):
         self._where = f"{where}: {_shown(expression)}"
         if not isinstance(expression, str):
-            raise UserError(f"{self._where} is no regex, which is a text")
+            raise UserError(f"{self._where} is no regex; write a text")
         self.pattern = expression
         self._compiled = self._compile(expression)
         self._left = SECONDS
 
-    def search(self, text):
-        """As of `re.Pattern`."""
+    def search(self, text: str) -> re.Match | None:
+        """As `re.Pattern.search`."""
         return self._timed(self._compiled.search, text)
 
-    def match(self, text):
-        """As of `re.Pattern`."""
+    def match(self, text: str) -> re.Match | None:
+        """As `re.Pattern.match`."""
         return self._timed(self._compiled.match, text)
 
-    def fullmatch(self, text):
-        """As of `re.Pattern`."""
+    def fullmatch(self, text: str) -> re.Match | None:
+        """As `re.Pattern.fullmatch`."""
         return self._timed(self._compiled.fullmatch, text)
 
     def __repr__(self):
@@ -58,7 +58,7 @@ class Pattern:
             raise UserError(f"{self._where} repeats more than {_REPEATS} times what it counts; write * or +")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of sets that other languages would nest
+                warnings.simplefilter("ignore")  # FutureWarning of nested sets
                 re.compile(expression)
                 return regex.compile(expression, regex.VERSION0)
         except (re.error, regex.error, OverflowError, ValueError, RecursionError) as error:
@@ -66,31 +66,31 @@ class Pattern:
 
     def _timed(self, method, text):
         if self._left <= 0:
-            raise self._endless()
+            raise self._timeout_error()
         start = time.thread_time()
         try:
             return method(text, timeout=self._left)
         except TimeoutError:
-            self._left = 0
-            raise self._endless() from None
+            self._left = 0.0
+            raise self._timeout_error() from None
         except (MemoryError, RecursionError) as error:
             raise UserError(f"{self._where} cannot be matched: {type(error).__name__}") from None
         finally:
-            took = time.thread_time() - start
-            self._left -= took if took > _QUICK else 0
+            elapsed = time.thread_time() - start
+            self._left -= elapsed if elapsed > _QUICK else 0
 
-    def _endless(self):
+    def _timeout_error(self):
         return UserError(
             f"{self._where} takes more than {SECONDS:g} s to match: it backtracks; write it without nested repeats"
         )
 
 
-def compile(expression, where):
-    """The Pattern of a regular expression. Raises UserError, `where: ...`, for what is none."""
+def compile(expression: str, where: str) -> Pattern:
+    """Compiles a regular expression. Raises UserError, `where: ...`, for an invalid one."""
     return _compiled(expression, where) if isinstance(expression, str) else Pattern(expression, where)
 
 
-@functools.lru_cache(maxsize=256)  # one that took too long once is refused at once
+@functools.lru_cache(maxsize=256)  # so that an expression that timed out once is refused at once
 def _compiled(expression, where):
     return Pattern(expression, where)
 

@@ -1,8 +1,8 @@
-"""A process that renders Jinja templates of others, with limits of time and memory: run by `template`.
+"""Worker process that renders untrusted Jinja templates with limits of time and memory; started by `template`.
 
 The environment is transformers' (its `chat_template_utils`): immutable sandbox, loop controls, `generation` blocks,
-`tojson`, `raise_exception`, `strftime_now`. It must be a process: one instruction makes a string of 10^10 characters or
-a power of 10^8 digits, and nothing inside Python interrupts that.
+`tojson`, `raise_exception`, `strftime_now`. It must be a process: one instruction can make a string of 10^10 characters
+or a power of 10^8 digits, and nothing inside Python interrupts that.
 
 A message is eight bytes of length and JSON: `{"template", "values"}`, answered by `{"text", "marked"}` or
 `{"error", "refused"}`.
@@ -14,31 +14,32 @@ import json
 import os
 import resource
 import signal
-import sys
+import typing
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import jinja2.utils
 
-SECONDS = 3.0  # of the CPU, for one text
-MEMORY = 2**29  # bytes of addresses
+SECONDS = 3.0  # CPU time per text
+MEMORY = 2**29  # bytes of address space
 LONGEST = 2**25  # characters of a text
 _NAME = "<template>"  # as Jinja calls what it compiles from a string
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}`: what transformers counts as the assistant's, and renders as it is.
+    """The block `{% generation %}`, which transformers renders unchanged and counts as the assistant's.
 
-    `blocks` are the pieces of the text so far, `marked` the `(start, end)` of the assistant's.
+    `blocks` are the rendered pieces of the text so far, `marked` the `(start, end)` of the assistant's.
     """
 
     tags = {"generation"}
-    blocks, marked = (), ()
+    blocks: list[str] = []
+    marked: list[tuple[int, int]] = []
 
-    def parse(self, parser):
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
     def _body(self, caller):
@@ -48,9 +49,9 @@ class Generation(jinja2.ext.Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """`namespace()`, without names that begin with an underscore."""
+    """`namespace()` that refuses names with a leading underscore."""
 
-    def __init__(*args, **kwargs):
+    def __init__(*args: typing.Any, **kwargs: typing.Any):
         self, args = args[0], args[1:]
         values = dict(*args, **kwargs)
         for name in values:
@@ -68,12 +69,12 @@ def _check_name(name):
 
 
 class Dict:
-    """`dict()`, of which nothing can be reached."""
+    """`dict()` without access to the attributes of the type."""
 
     def __call__(self, *args, **kwargs):
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args, **kwargs):
+    def fromkeys(self, *args: typing.Any, **kwargs: typing.Any) -> dict:
         return dict.fromkeys(*args, **kwargs)
 
 
@@ -100,20 +101,22 @@ def _compiled(template):
     return environment.from_string(template)
 
 
-def answer(template, values):
-    """`{"text", "marked"}` of a template, or `{"error", "refused"}`: refused is True where the template itself said
-    no."""
+def answer(template: str, values: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """Renders a template to `{"text", "marked"}`, or `{"error", "refused"}`.
+
+    `refused` is True if the template itself called `raise_exception`.
+    """
     Generation.blocks, Generation.marked = [], []
     try:
         for block in _compiled(template).generate(values):
             Generation.blocks.append(block)
         text = "".join(Generation.blocks)
     except BaseException as error:  # whatever the template's code raises is an error of the template
-        said = " ".join(str(error).split())[:300]
+        message = " ".join(str(error).split())[:300]
         refused = type(error) is jinja2.exceptions.TemplateError
         kind = "" if refused else f"{type(error).__name__}: "
         where = "" if refused else _line(error)
-        return {"error": f"{kind}{said}{where}", "refused": refused}
+        return {"error": f"{kind}{message}{where}", "refused": refused}
     if len(text) > LONGEST:
         return {"error": f"a text of {len(text):,} characters; at most {LONGEST:,} are taken", "refused": False}
     return {"text": text, "marked": Generation.marked}
@@ -129,15 +132,15 @@ def _line(error):
 
 
 def _limit():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's, which closes the pipe
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the run, which then closes the pipe
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default action ends the process
     for name, most in (("RLIMIT_AS", MEMORY), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-def main():
-    """Answers until the other end of the pipe is closed."""
-    # What a template might print must not come between the answers.
+def main() -> None:
+    """Answers requests until the other end of the pipe is closed."""
+    # Whatever a template prints must not come between the answers.
     source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _limit()
@@ -151,4 +154,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -45,8 +45,8 @@ def test_some_do_backtrack():
         ("*", "is no regex: nothing to repeat"),
         ("a{2,1}", "is no regex: min repeat greater"),
         (r"\p{L}", "is no regex: bad escape"),  # regex's own syntax
-        (3, "is no regex, which is a text"),
-        (["a"], "is no regex, which is a text"),
+        (3, "is no regex; write a text"),
+        (["a"], "is no regex; write a text"),
         ("(((a{1000}){1000}){1000}){1000}", "repeats more than"),
         ("a{99999999999999999999}", "repeats more than"),
         ("(" * 3000 + "a" + ")" * 3000, "is no regex"),

@@ -132,7 +132,7 @@ def test_one_that_does_not_end_is_ended(text, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("value", [None, 3, ["x"], {"default": "x"}])
 def test_what_is_no_text_is_refused(value):
-    with pytest.raises(UserError, match="where a template's text is needed"):
+    with pytest.raises(UserError, match="the text of a template is needed"):
         template.render(value, [USER])
 
 

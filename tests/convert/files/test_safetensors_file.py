@@ -77,7 +77,7 @@ def test_index_stays_in_its_folder(tmp_path, name):
         ({"weight_map": {"b": "part.safetensors"}}, "'b' is not in it"),
         ({"weights": {}}, "no index of tensors"),
         ({"weight_map": []}, "no index of tensors"),
-        ([], "where an object is needed"),
+        ([], "an object is needed"),
     ],
 )
 def test_index(tmp_path, index, message):

@@ -72,7 +72,7 @@ def test_a_folder_may_have_several_ranks(source, tmp_path):
         ({"peft_type": []}, "peft_type = []; only"),
         ({"peft_type": {"": 0}}, "only LORA"),
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
-        (None, "holds [], where an object is needed"),
+        (None, "holds []; an object is needed"),
         ({"lora_alpha": float("inf")}, "lora_alpha = inf is too large"),
         ({"lora_alpha": float("nan")}, "NaN is no number"),
         ({"r": 10**9}, "r = 1000000000 is too large"),
