@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.quant import int4
-from efficientllm.quant.base import grouped
+from efficientllm.quant.base import into_groups
 
 GRID = 20
 
@@ -55,6 +55,6 @@ def output_error(change_RK, hessian_KK):
 
 
 def _sizes(rows_RK, group):
-    groups = jnp.abs(grouped(rows_RK, group))
+    groups = jnp.abs(into_groups(rows_RK, group))
     relative = groups / (jnp.max(groups, -1, keepdims=True) + 1e-6)
     return jnp.mean(relative.reshape(rows_RK.shape[0], -1), 0)[: rows_RK.shape[1]]

@@ -139,7 +139,7 @@ class Rows(Weight):
         return jax.tree.map(lambda array: Axes((*stack, row, along)), self)
 
 
-class Grouped(Rows):
+class GroupedRows(Rows):
     """Rows in groups that share a scale: subclasses have `scale` `[..., R, G]`, and `columns`, which is K.
 
     The last group may be filled up, and a value may be two codes (`pack`).
@@ -168,7 +168,7 @@ class Grouped(Rows):
         return self.replace(columns=self.columns // ways) if self.cuts(ways) else self.dense()
 
 
-def grouped(rows, group):
+def into_groups(rows, group):
     """`[..., K]` -> `[..., G, group]`, padded with zeros to whole groups."""
     K = rows.shape[-1]
     padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -K % group)])

@@ -28,7 +28,7 @@ def check_array(name: str, array, dtypes: tuple) -> None:
 
 
 def check_groups(leaf, values_dtype, scale_dtype, codes_per_value: int) -> None:
-    """Raises UserError unless the values, scales and columns of a `base.Grouped` fit each other."""
+    """Raises UserError unless the values, scales and columns of a `base.GroupedRows` fit each other."""
     check_array("values", leaf.values, (values_dtype,))
     check_array("scale", leaf.scale, (scale_dtype,))
     rows, groups, width = leaf.values.shape[:-1], leaf.scale.shape[-1], leaf.values.shape[-1]

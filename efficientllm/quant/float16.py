@@ -79,7 +79,7 @@ class HalfForm(Form):
 
 @register("quant", "float32")
 @dataclasses.dataclass(frozen=True)
-class Plain(Form):
+class Float32Form(Form):
     """Arrays as they are."""
 
     leaf_type = None
@@ -88,7 +88,7 @@ class Plain(Form):
 
 @register("quant", "stored")
 @dataclasses.dataclass(frozen=True)
-class Stored(Form):
+class AsStoredForm(Form):
     """The rounded weights of a checkpoint (AWQ, GPTQ, GGUF) as its files hold them, at inference."""
 
     leaf_type = Rows

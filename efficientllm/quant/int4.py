@@ -10,7 +10,7 @@ import numpy as np
 
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.ops import native
-from efficientllm.quant.base import STATIC, Form, Grouped, grouped, pack, unpack
+from efficientllm.quant.base import STATIC, Form, GroupedRows, into_groups, pack, unpack
 from efficientllm.quant.consistency import check_array, require
 from efficientllm.registry import register
 from efficientllm.weights import Axes
@@ -19,7 +19,7 @@ METHODS = ("rtn", "awq", "gptq")
 
 
 @flax.struct.dataclass
-class Int4(Grouped):
+class Int4(GroupedRows):
     """`code * scale + minimum`, or `(code - zero) * scale`, or where both are None `(code - 8) * scale`.
 
     Codes 0..15 are packed as `rows.pack` does, uint8 `[..., R, K / 2]`; scale is float16 `[..., R, G]`, as is minimum;
@@ -112,7 +112,7 @@ def encode(weights, scale, zero=None):
 
 def nearest(rows, group, symmetric):
     """Round to nearest: `(codes [..., G, group], scale, zero)` of rows `[..., K]`."""
-    groups = grouped(rows.astype(jnp.float32), group)
+    groups = into_groups(rows.astype(jnp.float32), group)
     scale, zero = scales(groups, symmetric)
     return encode(groups, scale[..., None], None if zero is None else zero[..., None]), scale, zero
 

@@ -10,13 +10,13 @@ import numpy as np
 from efficientllm.errors import UserError
 from efficientllm.ops import native
 from efficientllm.quant import matmul
-from efficientllm.quant.base import STATIC, Form, Grouped, grouped
+from efficientllm.quant.base import STATIC, Form, GroupedRows, into_groups
 from efficientllm.registry import register
 from efficientllm.runtime import kernel_choice
 
 
 @flax.struct.dataclass
-class Int8(Grouped):
+class Int8(GroupedRows):
     """`values * scale`: int8 `[..., R, K]`, padded to whole groups, and float32 `[..., R, G]`."""
 
     values: typing.Any
@@ -62,7 +62,7 @@ class Int8Form(Form):
 
     def leaf(self, rows, is_table):
         K = rows.shape[-1]
-        rows = grouped(rows.astype(jnp.float32), self.group or K)
+        rows = into_groups(rows.astype(jnp.float32), self.group or K)
         scale = jnp.max(jnp.abs(rows), -1) / 127
         codes = jnp.round(rows / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8)
         return Int8(codes.reshape(*rows.shape[:-2], -1), scale, K, is_table)

@@ -9,7 +9,7 @@ import numpy as np
 
 from efficientllm.errors import UserError
 from efficientllm.ops import native
-from efficientllm.quant.base import STATIC, Form, Grouped, grouped, pack, unpack
+from efficientllm.quant.base import STATIC, Form, GroupedRows, into_groups, pack, unpack
 from efficientllm.registry import register
 
 # Quantiles of a normal distribution, scaled to -1..1, zero among them: the table that QLoRA and bitsandbytes print.
@@ -25,7 +25,7 @@ TABLE = np.array(
 
 
 @flax.struct.dataclass
-class NF4(Grouped):
+class NF4(GroupedRows):
     """`TABLE[code] * scale`: codes packed as `rows.pack` does, `[..., R, K / 2]`, and float32 `[..., R, G]`."""
 
     values: typing.Any
@@ -64,7 +64,7 @@ class NF4Form(Form):
 
     def leaf(self, rows, is_table):
         K = rows.shape[-1]
-        rows = grouped(rows.astype(jnp.float32), self.block)
+        rows = into_groups(rows.astype(jnp.float32), self.block)
         scale = jnp.max(jnp.abs(rows), -1)
         normal = rows / jnp.where(scale > 0, scale, 1)[..., None]
         codes = jnp.searchsorted(jnp.asarray((TABLE[1:] + TABLE[:-1]) / 2), normal, side="left")

@@ -9,7 +9,7 @@ from efficientllm.errors import UserError
 from efficientllm.ops import native
 from efficientllm.quant import matmul as products
 from efficientllm.quant.apply import form_of, quantize
-from efficientllm.quant.base import grouped
+from efficientllm.quant.base import into_groups
 from efficientllm.quant.int4 import Int4
 from efficientllm.quant.nf4 import TABLE
 from efficientllm.runtime import kernel_choice
@@ -149,8 +149,8 @@ def test_native_products(instructions, form, rows, width, group):
     if kernel.name in ("int4", "int8"):  # half a step of a group's activations, times its weights
         # Of int8 a vector's bytes are a group: at most these.
         size = 64 if kernel.name == "int8" else kernel.values.shape[-1] * 2 // kernel.scale.shape[-1]
-        largest_MG = jnp.max(jnp.abs(grouped(x, size)), -1)
-        sizes_RG = jnp.sum(jnp.abs(grouped(kernel.rows(), size)), -1)
+        largest_MG = jnp.max(jnp.abs(into_groups(x, size)), -1)
+        sizes_RG = jnp.sum(jnp.abs(into_groups(kernel.rows(), size)), -1)
         bound += largest_MG / 32767 / 2 @ sizes_RG.T
     assert (np.abs(product - exact) <= bound).all()
 
