@@ -1,8 +1,8 @@
-"""Checkpoints of others, in both directions.
+"""Checkpoint conversion: reading and writing Hugging Face, GGUF, PEFT and quantized checkpoints.
 
-`open_source(pretrained)` describes a checkpoint and loads it onto shardings; `export(...)` writes a folder that
-transformers loads, and `convert(source, folder)` one straight from a source. A family is a description of its
-config.json and a name table (`families`, `tables`).
+`open_source(pretrained)` describes a checkpoint and loads it onto shardings. `export(...)` writes a folder that
+transformers loads; `convert(source, folder)` does so directly from a checkpoint. A family is a description of its
+config.json and a tensor name table (`hf_config.families`, `tensors.name_tables`).
 """
 
 import importlib

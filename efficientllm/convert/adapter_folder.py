@@ -1,4 +1,4 @@
-"""The folder of an adapter of peft's as a checkpoint: its base model, with the adapter added as tensors are read."""
+"""A PEFT adapter folder as a checkpoint: its base model, with the adapter merged as tensors are read."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ CONFIG, WEIGHT = "adapter_config.json", ".weight"
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedSource(Source):
-    """An adapter's folder. `base` is the Source it is put around; its tokenizer is taken unless the folder has one."""
+    """Source of an adapter folder around `base`, whose tokenizer is used unless the folder has one."""
 
     base: Source = None
 
@@ -36,8 +36,7 @@ class AdaptedSource(Source):
 
 
 def open_adapter(path, where, weights, open_source):
-    """The AdaptedSource of the folder `path`. Raises UserError for an adapter that cannot be read, or without its base
-    model."""
+    """Opens an adapter folder and its base model. Raises UserError if either cannot be read."""
     base = _base(path, where, weights, open_source)
     if base.config.get("model_type") not in families.FAMILIES:
         raise UserError(f"{where}: an adapter of peft's is around a model of transformers; {base.path} is none")
@@ -47,7 +46,7 @@ def open_adapter(path, where, weights, open_source):
 
 
 def adapt_source(base, path):
-    """The AdaptedSource of the folder `path` around the Source `base`. Raises UserError for an adapter of another."""
+    """The AdaptedSource of an adapter folder around `base`. Raises UserError if the adapter does not fit it."""
     table = families.FAMILIES[base.config["model_type"]].table
     tensors = MergedTensors(base, path, table)
     config, model = base.config, base.model
@@ -59,8 +58,7 @@ def adapt_source(base, path):
 
 
 def _base(path, where, weights, open_source):
-    """What the run above the folder began from; where there is none, or it is gone, what `base_model_name_or_path`
-    names."""
+    """Opens the base model: that of the run around the folder if there is one, else `base_model_name_or_path`."""
     named = json_text.read(path / CONFIG).get("base_model_name_or_path")
     above = path.parent / "config.json"
     config = json_text.read(above) if above.is_file() else {}
@@ -83,7 +81,7 @@ def _base(path, where, weights, open_source):
 
 
 class MergedTensors:
-    """The tensors of a Source under transformers' names, with an adapter of peft's added to those it adapts."""
+    """The tensors of a Source under transformers' names, with a PEFT adapter merged."""
 
     def __init__(self, base, folder, table):
         from efficientllm.convert.peft.read import Adapter
@@ -104,7 +102,7 @@ class MergedTensors:
         self.vocab_size = rows if rows != lm.vocab_size else None
 
     def _check(self, lm):
-        """Refuses what would part an embedding from the head that is tied to it."""
+        """Raises UserError for an adapter that changes an embedding or its tied head alone."""
         adapter = self._adapter
         if not lm.tied:
             return
@@ -119,13 +117,13 @@ class MergedTensors:
             )
 
     def dtype(self, name):
-        """The base's; float32 of what is adapted or read through our own layout."""
+        """The base's dtype; float32 for adapted tensors and those converted from our layout."""
         adapted = name.removesuffix(WEIGHT) in self._adapter.modules or name in self._adapter.saved
         return self._source.tensors.dtype(name) if self._plain and not adapted else np.dtype(np.float32)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 a leaf's shards are read one after another
     def read(self, name):
-        """The tensor, with what the adapter adds."""
+        """Reads a tensor with the adapter merged."""
         module = name.removesuffix(WEIGHT)
         whole = self._adapter.whole(name) if name in self._adapter.saved else self._base(name)
         if module not in self._adapter.modules:
@@ -135,7 +133,7 @@ class MergedTensors:
         return merged(self._adapter, module, np.asarray(whole, np.float32))
 
     def stored(self, name):
-        """The rounded leaf of a tensor that is not adapted, or None."""
+        """The quantized leaf of a tensor without adapter, or None."""
         adapted = name.removesuffix(WEIGHT) in self._adapter.modules or name in self._adapter.saved
         return self._source.tensors.stored(name) if self._plain and not adapted else None
 

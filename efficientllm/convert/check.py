@@ -1,4 +1,4 @@
-"""A checkpoint read by us and by transformers: how far their logits lie apart."""
+"""Comparison of a checkpoint's logits here and in transformers."""
 
 import importlib.util
 
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import model
+from efficientllm.convert.source import Source
 from efficientllm.errors import UserError
 from efficientllm.ops.attention import Context
 from efficientllm.runtime import optional_packages
@@ -15,27 +16,28 @@ from efficientllm.runtime import optional_packages
 TEXT = "The function returns a list of all the names in the module, sorted, or raises ValueError if there are none. "
 
 
-def compare_logits(source, length=64):
-    """`{"tokens", "max_logit_difference", "max_logit", "mean_kl", "same_first_choice"}` in float32 on `length` tokens.
+def compare_logits(source: Source, length: int = 64) -> dict[str, float]:
+    """Compares float32 logits on `length` tokens.
 
-    KL is theirs from ours, KL(theirs || ours), in nats a token. Raises UserError where torch is not installed.
+    Returns `{"tokens", "max_logit_difference", "max_logit", "mean_kl", "same_first_choice"}`; the KL divergence is
+    KL(transformers || ours) in nats a token. Raises UserError without torch.
     """
     if importlib.util.find_spec("torch") is None:
         raise UserError(f"check compares with transformers on torch: {optional_packages.remedy('peers')}")
     ids = _ids(source, min(length, source.max_positions or length))
-    theirs, ours = _theirs(source, ids), _ours(source, ids)
-    p, q = jax.nn.log_softmax(theirs), jax.nn.log_softmax(ours)
+    expected, actual = _theirs(source, ids), _ours(source, ids)
+    p, q = jax.nn.log_softmax(expected), jax.nn.log_softmax(actual)
     return {
         "tokens": ids.shape[1],
-        "max_logit_difference": float(jnp.max(jnp.abs(theirs - ours))),
-        "max_logit": float(jnp.max(jnp.abs(theirs))),
+        "max_logit_difference": float(jnp.max(jnp.abs(expected - actual))),
+        "max_logit": float(jnp.max(jnp.abs(expected))),
         "mean_kl": float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))),
-        "same_first_choice": float(jnp.mean(jnp.argmax(theirs, -1) == jnp.argmax(ours, -1))),
+        "same_first_choice": float(jnp.mean(jnp.argmax(expected, -1) == jnp.argmax(actual, -1))),
     }
 
 
 def _ids(source, length):
-    """Tokens `[1, length]` of a text, or random ones where the source has no tokenizer."""
+    """Tokens `[1, length]` of a text; random tokens if the source has no tokenizer."""
     from efficientllm.registry import build
 
     vocab_size = source.lm().vocab_size
@@ -66,7 +68,7 @@ def _theirs(source, ids):
         dtype=torch.float32,
         attn_implementation="eager",
         trust_remote_code=False,
-        **({} if source.path.is_file() else {"use_safetensors": True}),  # a pickle beside them is not read
+        **({} if source.path.is_file() else {"use_safetensors": True}),  # never read a pickle beside them
     )
     with torch.no_grad():
         return jnp.asarray(loaded.eval()(torch.tensor(ids).long()).logits.numpy())

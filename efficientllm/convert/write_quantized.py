@@ -1,7 +1,8 @@
-"""Writes a checkpoint whose weights are rounded, as `rounded` reads it."""
+"""Writes quantized checkpoints in our own format, which `files.own_quantized` reads."""
 
 import dataclasses
 import json
+import os
 
 import flax.linen as nn
 import flax.traverse_util
@@ -13,16 +14,24 @@ from efficientllm.convert import write
 from efficientllm.convert.files.new_folder import new_folder
 from efficientllm.convert.files.own_quantized import METHOD, leaf_types
 from efficientllm.convert.files.safetensors_file import INDEX
+from efficientllm.convert.source import Source
 from efficientllm.cost import available_memory
 from efficientllm.errors import UserError
 from efficientllm.quant import apply, calibrate
 from efficientllm.quant.base import Rows, rounds
 
 
-def convert_quantized(source, spec, folder, data="python_docs()", length=256, shard=write.SHARD):
-    """Writes what `source` holds in the form `spec` to a new folder; returns its bytes of weights.
+def convert_quantized(
+    source: Source,
+    spec: str,
+    folder: str | os.PathLike[str],
+    data: str = "python_docs()",
+    length: int = 256,
+    shard: int = write.SHARD,
+) -> int:
+    """Quantizes `source` as `spec` into a new folder; returns the bytes of its weights.
 
-    Calibrated forms see text of `data`. Raises UserError for a form that rounds nothing.
+    Calibrated methods use text of `data`. Raises UserError for a `spec` that does not quantize.
     """
     form = apply.form_of(spec)
     if not rounds(form) or spec == "stored":
@@ -46,7 +55,7 @@ def convert_quantized(source, spec, folder, data="python_docs()", length=256, sh
 
 
 def _check_memory(abstract, spec, calibrated):
-    """Rounded weights are held whole, and of those before them the largest; calibrated forms begin with all."""
+    """Memory: all quantized weights plus the largest original one; calibration holds all originals."""
     whole, rounded = (_sizes(params) for params in (abstract, apply.abstract(abstract, spec)))
     available_memory.check_conversion(sum(whole) if calibrated else sum(rounded) + max(whole), f"--quant={spec}")
 
@@ -70,13 +79,13 @@ def _write(params, folder, config, spec, shard):
     if len(files) > 1:
         index = {"weight_map": {name: file for file, names in files.items() for name in names}}
         (folder / INDEX).write_text(json.dumps(index))
-    said = {"quant_method": METHOD, "form": spec, "leaves": leaves}
+    description = {"quant_method": METHOD, "form": spec, "leaves": leaves}
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    (folder / "config.json").write_text(json.dumps(plain | {"quantization_config": said}, indent=1))
+    (folder / "config.json").write_text(json.dumps(plain | {"quantization_config": description}, indent=1))
 
 
 def _parts(leaf):
-    """`({field: array}, {field: value that is none})`; of an array itself, `({"": it}, None)`."""
+    """Splits a leaf into `({field: array}, {field: other value})`; a plain array gives `({"": array}, None)`."""
     if not isinstance(leaf, Rows):
         return {"": leaf}, None
     fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}

@@ -1,9 +1,11 @@
-"""GGUF files (llama.cpp's) through the `gguf` package: metadata as a config.json, tensors dequantised one at a time."""
+"""GGUF files (llama.cpp) through the `gguf` package: metadata as a config.json, tensors dequantized one at a time."""
 
 import functools
 import math
+import os
 import pathlib
 import re
+import typing
 
 import numpy as np
 
@@ -20,7 +22,7 @@ ARCHITECTURES = {
     "qwen2": ("qwen2", name_tables.GGUF_QWEN),
     "qwen3": ("qwen3", name_tables.GGUF_QWEN),
 }
-# Keys behind `<architecture>.` and those of a config.json that they stand for.
+# GGUF keys without their prefix `<architecture>.` -> keys of a config.json.
 KEYS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -36,35 +38,36 @@ KEYS = {
 }
 SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 NUMBERS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
-FORMS = ("Q4_0", "Q4_1", "Q8_0")  # that products here multiply as they are
+FORMS = ("Q4_0", "Q4_1", "Q8_0")  # formats that our matrix products use without conversion
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _MOST_PARTS = 10_000
 _PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")  # a number, or one per block
 _NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
-ROPE_FACTORS = "rope_freqs.weight"  # what each pair's frequency is divided by (llama3 scaling, worked out)
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (llama3 scaling, precomputed)
 
 
 class GGUFFile:
-    """The tensors and the metadata of one file, or of all parts of one (`NAME-00001-of-00003.gguf`), whichever is
-    named; `where` is then the first, which has the metadata.
+    """Tensors and metadata of a GGUF file, or of all parts of a split one (`NAME-00001-of-00003.gguf`).
 
-    `config` is what its config.json would be, `table` the name table. Raises UserError for a file that is no GGUF, or
-    of an architecture that is not known.
+    `where` is the first part, which has the metadata; `config` is the equivalent config.json, `table` the name table.
+    Raises UserError for a file that is no GGUF or has an unknown architecture.
     """
 
-    def __init__(self, file):
+    def __init__(self, file: str | os.PathLike[str]):
         headers = _headers(pathlib.Path(file))
         self.where, values = next((file, header.values) for file, header in headers.items())
         kinds = gguf_header.package(self.where).GGMLQuantizationType
-        self.shapes, self._types, self._places, self._files = {}, {}, {}, {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, pathlib.Path] = {}
+        self._types, self._places = {}, {}
         for part, header in headers.items():
             for name, tensor in header.tensors.items():
                 if name in self.shapes:
                     raise UserError(f"{part}: tensor {shown(name)} is in {self._files[name].name} too")
                 self.shapes[name], self._types[name], self._files[name] = tensor.shape, kinds(tensor.kind), part
                 self._places[name] = _place(tensor, self._types[name].name)
-        said = values.get("tokenizer.chat_template")
-        self.chat_template = said if isinstance(said, str) else None
+        template = values.get("tokenizer.chat_template")
+        self.chat_template = template if isinstance(template, str) else None
         self.config, self.table = self._describe(values)
 
     def _describe(self, values):
@@ -75,16 +78,16 @@ class GGUFFile:
         model_type, table = ARCHITECTURES[architecture]
         prefix = f"{architecture}."
         config = {"model_type": model_type, "tie_word_embeddings": "output.weight" not in self.shapes}
-        given = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-        if missing := [key for key in _NEEDED if key not in given]:
+        entries = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+        if missing := [key for key in _NEEDED if key not in entries]:
             raise UserError(f"{self.where}: key {prefix}{missing[0]} is missing")
-        if longest := [key for key, value in given.items() if value is None]:
+        if longest := [key for key, value in entries.items() if value is None]:
             raise UserError(f"{self.where}: {prefix}{longest[0]} is an array of 1,024 entries or more; none is known")
-        given |= {key: self._of_all(given, key, prefix) for key in _PER_LAYER if key in given}
-        rotated = given.pop("rope.dimension_count", None)
-        config |= self._rope(given)
-        for key, value in given.items():
-            if key == "attention.value_length" and value == given.get("attention.key_length"):
+        entries |= {key: self._of_all(entries, key, prefix) for key in _PER_LAYER if key in entries}
+        rotated = entries.pop("rope.dimension_count", None)
+        config |= self._rope(entries)
+        for key, value in entries.items():
+            if key == "attention.value_length" and value == entries.get("attention.key_length"):
                 continue
             config[KEYS.get(key, f"{prefix}{key}")] = value  # an unknown one is refused as unknown keys are
         value_limits.check_values(config, self.where)
@@ -105,9 +108,9 @@ class GGUFFile:
         }
         return config, table
 
-    def _of_all(self, given, key, prefix):
-        """The number of every block, where a key has one for each as llama.cpp takes it. Raises UserError."""
-        value, layers = given[key], given["block_count"]
+    def _of_all(self, entries, key, prefix):
+        """The common value of a key with one entry per block. Raises UserError if blocks differ."""
+        value, layers = entries[key], entries["block_count"]
         if not isinstance(value, list):
             return value
         if len(value) != layers or not value:
@@ -118,12 +121,12 @@ class GGUFFile:
             )
         return value[0]
 
-    def _rope(self, given):
-        """`rope_scaling` of a config.json; takes its keys out of `given`."""
-        factor = given.pop("rope.scaling.factor", None)
+    def _rope(self, entries):
+        """`rope_scaling` of a config.json; removes its keys from `entries`."""
+        factor = entries.pop("rope.scaling.factor", None)
         value_limits.check_values({"factor": factor}, f"{self.where}: rope.scaling")
-        kind = given.pop("rope.scaling.type", "linear" if factor else "none")  # as llama.cpp takes a factor alone
-        original = given.pop("rope.scaling.original_context_length", None)
+        kind = entries.pop("rope.scaling.type", "linear" if factor else "none")  # as llama.cpp takes a factor alone
+        original = entries.pop("rope.scaling.original_context_length", None)
         if ROPE_FACTORS in self.shapes:
             if kind != "none" and factor not in (None, 1.0):
                 raise UserError(
@@ -138,25 +141,25 @@ class GGUFFile:
                 "long_factor": factors,
                 "attention_factor": 1.0,
             }
-            return {"rope_scaling": scaling | {"original_max_position_embeddings": given.get("context_length")}}
+            return {"rope_scaling": scaling | {"original_max_position_embeddings": entries.get("context_length")}}
         if kind == "none":
             return {}
         return {"rope_scaling": {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}}
 
-    def dtype(self, name):
-        """float32: what every tensor is dequantised to."""
+    def dtype(self, name: str) -> np.dtype:
+        """float32: every tensor is dequantized."""
         return np.dtype(np.float32)
 
-    def form(self, name):
-        """How the file holds a tensor: `Q4_1`, `F16`."""
+    def form(self, name: str) -> str:
+        """The stored format of a tensor: `Q4_1`, `F16`."""
         return self._types[name].name
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """The tensor in float32."""
         return self._dequantised(name)
 
-    def stored(self, name):
-        """The leaf of a tensor whose blocks ours can multiply as they are, in numpy, or None."""
+    def stored(self, name: str) -> typing.Any:
+        """The quantized leaf of a tensor in one of FORMS, in numpy, or None."""
         kind = self.form(name)
         if kind not in FORMS:
             return None
@@ -182,23 +185,23 @@ class GGUFFile:
 
 
 def _headers(file):
-    """`{file: Header}` of a file, or of all parts of one in their order. Raises UserError for a missing part."""
-    found = _PART.fullmatch(file.name)
+    """`{file: Header}` of a file, or of all its parts in order. Raises UserError for a missing part."""
+    match = _PART.fullmatch(file.name)
     header = gguf_header.read_header(file)
-    if found is None or header.values.get("split.count", 1) in (0, 1):
+    if match is None or header.values.get("split.count", 1) in (0, 1):
         return {file: header}
-    name, count = found[1], int(found[3])
+    name, count = match[1], int(match[3])
     if header.values["split.count"] != count or count > _MOST_PARTS:
         raise UserError(f"{file}: it says that it is one of {shown(header.values['split.count'])} parts, not {count}")
-    parts = [file.with_name(f"{name}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
-    for part in parts:
-        if not files.is_there(part):
-            raise UserError(f"{part} is missing: {file.name} is one of {count} parts, which lie beside each other")
-    return {part: header if part == file else gguf_header.read_header(part) for part in parts}
+    paths = [file.with_name(f"{name}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    for path in paths:
+        if not files.is_there(path):
+            raise UserError(f"{path} is missing: {file.name} is one of {count} parts, which lie beside each other")
+    return {path: header if path == file else gguf_header.read_header(path) for path in paths}
 
 
 def _place(tensor, kind):
-    """`(offset, dtype, shape)` of what a tensor is stored in: numbers, or the bytes of blocks."""
+    """`(offset, dtype, shape)` of a tensor's stored numbers, or of the bytes of its blocks."""
     if kind in NUMBERS:
         return tensor.offset, NUMBERS[kind], tensor.shape
     *rows, _ = tensor.shape

@@ -1,12 +1,15 @@
-"""Bytes of a file as numpy arrays, mapped one tensor at a time: what is not read is not in memory, nor is what was."""
+"""Memory-mapped numpy arrays, one mapping a tensor: only tensors in use take memory."""
 
 import mmap
+import os
 
 import numpy as np
 
 
-def map_array(file, offset, dtype, shape):
-    """`shape` values of `dtype` from `offset` on, read-only. The mapping ends with the last reference to the array."""
+def map_array(
+    file: str | os.PathLike[str], offset: int, dtype: np.typing.DTypeLike, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Maps `shape` values of `dtype` at `offset`, read-only, until the last reference to the array is gone."""
     count = int(np.prod(shape, dtype=np.int64))
     if not count:
         return np.empty(shape, dtype)

@@ -1,4 +1,4 @@
-"""A folder that stands under its name once it is whole; what a killed process left of one is removed by the next."""
+"""Atomic creation of a folder: it appears under its name once complete; leftovers of killed processes are removed."""
 
 import contextlib
 import fcntl
@@ -7,18 +7,19 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 
 from efficientllm.errors import UserError
 from efficientllm.untrusted import files
 
-OWNER = ".being-written"  # locked for as long as its folder is written
+OWNER = ".being-written"  # locked while its folder is written
 
 
 @contextlib.contextmanager
-def new_folder(folder):
-    """A hidden folder beside `folder` that is renamed to it at the end. Raises UserError for one that holds something.
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields a hidden folder that is renamed to `folder` at the end. Raises UserError if `folder` is not empty.
 
-    Hidden folders of the same name whose process is gone are removed first: each may be as large as a model.
+    Hidden folders that dead processes left for the same name are removed first: each may be as large as a model.
     """
     folder = pathlib.Path(folder)
     try:
@@ -48,15 +49,17 @@ def _check_free(folder):
 
 
 def _remove_abandoned(folder):
-    """Removes what processes that are gone have left: no other has their lock."""
+    """Removes hidden folders of dead processes: their lock is free."""
     for draft in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
-        is_ours = re.fullmatch(r"-\d+", draft.name.removeprefix(f".{folder.name}")) and files.is_file(draft / OWNER)
-        if not is_ours or draft.is_symlink():
+        has_our_name = re.fullmatch(r"-\d+", draft.name.removeprefix(f".{folder.name}")) and files.is_file(
+            draft / OWNER
+        )
+        if not has_our_name or draft.is_symlink():
             continue
         with open(draft / OWNER) as owner:
             try:
                 fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # it is being written
+            except OSError:  # another process is writing it
                 continue
             shutil.rmtree(draft, ignore_errors=True)
 

@@ -1,6 +1,7 @@
-"""Checkpoints of ours whose weights are rounded: the leaves' own arrays in safetensors, bit for bit.
+"""Our own quantized checkpoints: the arrays of quantized leaves in safetensors, bit for bit.
 
-Tensors bear our paths, of layers apart; `quantization_config` of config.json says which leaf the arrays of a path make.
+Tensors have our parameter paths with unrolled layers; config.json's `quantization_config` states the leaf class of each
+path.
 """
 
 import dataclasses
@@ -30,42 +31,42 @@ def leaf_types():
 
 
 class OwnQuantizedFolder:
-    """The leaves of such a folder, by path. Raises UserError naming what `quantization_config` or the files lack."""
+    """Reader of such a folder, by path. Raises UserError naming what `quantization_config` or the files lack."""
 
-    def __init__(self, path, said):
-        self.where, self._files, self._said = path, SafetensorsFolder(path), said.get("leaves")
+    def __init__(self, path, quantization):
+        self.where, self._files, self._leaves = path, SafetensorsFolder(path), quantization.get("leaves")
         self._kinds = leaf_types()
-        kinds = self._said.values() if isinstance(self._said, dict) else [None]
-        for each in kinds:
-            if not isinstance(each, dict) or str(each.get("leaf")) not in self._kinds:
+        kinds = self._leaves.values() if isinstance(self._leaves, dict) else [None]
+        for description in kinds:
+            if not isinstance(description, dict) or str(description.get("leaf")) not in self._kinds:
                 raise UserError(
-                    f"{path / 'config.json'}: quantization_config.leaves holds {shown(each)}, no leaf of ours"
+                    f"{path / 'config.json'}: quantization_config.leaves holds {shown(description)}, no leaf of ours"
                 )
         self.shapes = {name: shape for name, shape in self._files.shapes.items() if name.rpartition(".")[0] == ""}
-        self.shapes |= {path: self.leaf(path).shape for path in self._said}
+        self.shapes |= {path: self.leaf(path).shape for path in self._leaves}
 
     def dtype(self, name):
-        """float32 for what is rounded."""
-        return np.dtype(np.float32) if name in self._said else self._files.dtype(name)
+        """The stored dtype; float32 for quantized leaves."""
+        return np.dtype(np.float32) if name in self._leaves else self._files.dtype(name)
 
     def leaf(self, path):
-        """The leaf at a path, in numpy; an array where nothing is rounded."""
-        if path not in self._said:
+        """Reads the leaf at a path, in numpy; a plain array if it is not quantized."""
+        if path not in self._leaves:
             return self._files.read(path)
-        said = dict(self._said[path])
-        kind = self._kinds[said.pop("leaf")]
-        held = {name.rpartition(".")[2] for name in self._files.shapes if name.rpartition(".")[0] == path}
+        statics = dict(self._leaves[path])
+        kind = self._kinds[statics.pop("leaf")]
+        fields = {name.rpartition(".")[2] for name in self._files.shapes if name.rpartition(".")[0] == path}
         try:
-            leaf = kind(**said, **{name: self._files.read(f"{path}.{name}") for name in held})
+            leaf = kind(**statics, **{name: self._files.read(f"{path}.{name}") for name in fields})
             leaf.check()
         except (TypeError, UserError) as error:
             raise UserError(f"{self.where}: {path!r} is no {kind.__name__}: {error}") from None
         return leaf
 
     def finite_leaf(self, path):
-        """The leaf at a path, whose scales have been read. Raises UserError where one is not finite."""
+        """Reads the leaf at a path and its scales. Raises UserError for a scale that is not finite."""
         leaf = self.leaf(path)
-        if path in self._said:
+        if path in self._leaves:
             try:
                 consistency.check_finite(leaf)
             except UserError as error:
@@ -74,29 +75,31 @@ class OwnQuantizedFolder:
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 a leaf's shards are read one after another
     def read(self, path):
-        """The array that a path stands for, float32 where it is rounded."""
+        """Reads the array at a path, dequantized to float32."""
         leaf = self.finite_leaf(path)
-        return np.asarray(leaf.dense()) if path in self._said else leaf
+        return np.asarray(leaf.dense()) if path in self._leaves else leaf
 
     def bind(self, lm):
-        """`bind` below, of these files."""
+        """Like `bind_parameters`, for these files; also checks that every array belongs to a leaf."""
         leaves = bind_parameters(self, lm)
         for name in self._files.shapes:
-            if (of := name.rpartition(".")[0]) and of not in self._said:
+            if (of := name.rpartition(".")[0]) and of not in self._leaves:
                 raise UserError(f"{self.where}: {name!r} is of {of!r}, which is none of quantization_config.leaves")
         return leaves
 
 
 def bind_parameters(tensors, lm):
-    """`{path: Leaf}` of all parameters of `lm`, read from `tensors` under our own paths. Raises UserError for one that
-    is missing, of another shape, or of nothing in the model."""
+    """`{path: Leaf}` of all parameters of `lm` in `tensors`, under our own paths.
+
+    Raises UserError for a parameter that is missing, has a wrong shape, or is unknown.
+    """
     shapes = flax.traverse_util.flatten_dict(nn.unbox(models.abstract_params(lm)), sep="/")
     leaves = {path: Leaf(path, leaf.shape, _names(path, lm.num_groups)) for path, leaf in shapes.items()}
     wanted = {name: leaf.shape[name != leaf.path :] for leaf in leaves.values() for name in leaf.names}
     for name, shape in wanted.items():
-        found = tensors.shapes.get(name)
-        if found is None or tuple(found) != tuple(shape):
-            shown = "missing" if found is None else f"of shape {list(found)}"
+        stored = tensors.shapes.get(name)
+        if stored is None or tuple(stored) != tuple(shape):
+            shown = "missing" if stored is None else f"of shape {list(stored)}"
             raise UserError(f"{tensors.where}: {name!r} is {shown}, the config asks for {list(shape)}")
     if extra := sorted(tensors.shapes.keys() - wanted.keys()):
         raise UserError(f"{tensors.where}: {extra[0]!r} belongs to nothing in the model that the config describes")
@@ -104,27 +107,27 @@ def bind_parameters(tensors, lm):
 
 
 def _names(path, groups):
-    """The paths of layers apart that make one of layers that may be stacked."""
+    """The unrolled paths that a path of stacked layers stands for."""
     rest = path.removeprefix("groups/")
     return [path] if rest == path else [f"group_{i}/{rest}" for i in range(groups)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What `binding.Leaf` is for the files of others."""
+    """A parameter in our own files; the counterpart of `parameter_map.Leaf`."""
 
     path: str
-    shape: tuple
-    names: list
+    shape: tuple[int, ...]
+    names: list[str]
 
     def read(self, tensors, index, dtype):
-        """The slice `index` of the parameter in `dtype`."""
+        """Reads the slice `index` of the parameter in `dtype`."""
         if self.names == [self.path]:
             return np.asarray(tensors.read(self.path)[index], dtype)
         chosen = self.names[index[0]]
         return np.stack([np.asarray(tensors.read(name)[index[1:]], dtype) for name in chosen])
 
     def stored(self, tensors):
-        """The rounded leaf, or None where it is none, or one of stacked layers."""
+        """The quantized leaf; None if it is not quantized or layers are stacked."""
         leaf = tensors.finite_leaf(self.path) if self.names == [self.path] else None
         return leaf if isinstance(leaf, Rows) else None

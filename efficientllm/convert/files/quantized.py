@@ -1,7 +1,6 @@
-"""Folders whose weights others have rounded, read as if they had not been: block-wise float8, GPTQ, AWQ, ours.
+"""Quantized Hugging Face folders: block-wise float8, GPTQ, AWQ, and our own format.
 
-A tensor is decoded when it is read, one at a time; `stored` gives the codes themselves as a leaf. Letters: K inputs, N
-outputs.
+`read` dequantizes one tensor at a time; `stored` returns the codes as a quantized leaf. Letters: K inputs, N outputs.
 """
 
 import contextlib
@@ -23,97 +22,100 @@ SCALES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float3
 
 
 def open_folder(path, config):
-    """What reads the tensors of a folder with this config.json. Raises UserError for a rounding that is not known."""
-    said = config.get(KEY)
-    if not said:
+    """Opens the tensors of a folder with this config.json. Raises UserError for an unknown quantization."""
+    quantization = config.get(KEY)
+    if not quantization:
         return SafetensorsFolder(path)
-    kind = said.get("quant_method") if isinstance(said, dict) else None
+    kind = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if kind == "fp8":
-        return BlockFloat8Folder(path, said)
+        return BlockFloat8Folder(path, quantization)
     if kind in ("gptq", "awq"):
-        return PackedInt4Folder(path, said)
+        return PackedInt4Folder(path, quantization)
     if kind == own_quantized.METHOD:
-        return own_quantized.OwnQuantizedFolder(path, said)
-    raise _refusal(path, said, "known are quant_method fp8 (with weight_block_size), gptq, awq and efficientllm")
+        return own_quantized.OwnQuantizedFolder(path, quantization)
+    raise _refusal(
+        path, quantization, "known are quant_method fp8 (with weight_block_size), gptq, awq and efficientllm"
+    )
 
 
-def _refusal(path, said, because):
-    return UserError(f"{path / 'config.json'}: {KEY} = {json.dumps(said)} is not supported: {because}")
+def _refusal(path, quantization, because):
+    return UserError(f"{path / 'config.json'}: {KEY} = {json.dumps(quantization)} is not supported: {because}")
 
 
 class BlockFloat8Folder:
-    """DeepSeek-V3's files: float8 weights `[N, K]` and a factor for each block of them in `weight_scale_inv`
-    (arXiv:2412.19437, Section 3.3.2)."""
+    """DeepSeek-V3's float8 weights `[N, K]` with a scale per block in `weight_scale_inv` (arXiv:2412.19437, 3.3.2)."""
 
     suffix = "_scale_inv"
 
-    def __init__(self, path, said):
+    def __init__(self, path, quantization):
         self._files = SafetensorsFolder(path)
-        self._block = said.get("weight_block_size")
+        self._block = quantization.get("weight_block_size")
         sizes = self._block if isinstance(self._block, list) else []
         if len(sizes) != 2 or not all(type(size) is int and 0 < size <= _LARGEST_BLOCK for size in sizes):
-            raise _refusal(path, said, "weight_block_size must be two numbers")
-        held = self._files.shapes
-        self.shapes = {name: shape for name, shape in held.items() if not name.endswith(self.suffix)}
+            raise _refusal(path, quantization, "weight_block_size must be two numbers")
+        shapes = self._files.shapes
+        self.shapes = {name: shape for name, shape in shapes.items() if not name.endswith(self.suffix)}
         for name, shape in self.shapes.items():
             if self._files.dtype(name) in FLOAT8:
-                self._check(path, name, shape, held.get(name + self.suffix))
+                self._check(path, name, shape, shapes.get(name + self.suffix))
 
-    def _check(self, path, name, shape, found):
+    def _check(self, path, name, shape, stored):
         if len(shape) != 2:
             raise UserError(f"{path}: tensor {name!r} has shape {list(shape)}; blocks of float8 are of two axes")
         wanted = tuple(-(-size // block) for size, block in zip(shape, self._block, strict=True))
-        if found != wanted:
-            shown = "missing" if found is None else f"of shape {list(found)}"
+        if stored != wanted:
+            shown = "missing" if stored is None else f"of shape {list(stored)}"
             raise UserError(f"{path}: tensor {name + self.suffix!r} is {shown}; {name!r} needs {list(wanted)}")
 
     def dtype(self, name):
-        """What the weights were before: bfloat16."""
-        found = self._files.dtype(name)
-        return np.dtype(ml_dtypes.bfloat16) if found in FLOAT8 else found
+        """The dtype before quantization: bfloat16."""
+        dtype = self._files.dtype(name)
+        return np.dtype(ml_dtypes.bfloat16) if dtype in FLOAT8 else dtype
 
     def read(self, name):
-        """The tensor, float32 where it was rounded."""
-        found = self._files.read(name)
-        if found.dtype not in FLOAT8:
-            return found
+        """Reads a tensor, dequantized to float32."""
+        codes = self._files.read(name)
+        if codes.dtype not in FLOAT8:
+            return codes
         factors = self._files.read(name + self.suffix).astype(np.float32)
         for axis, block in enumerate(self._block):
-            factors = factors.repeat(min(block, found.shape[axis]), axis)
-        return found.astype(np.float32) * factors[: found.shape[0], : found.shape[1]]
+            factors = factors.repeat(min(block, codes.shape[axis]), axis)
+        return codes.astype(np.float32) * factors[: codes.shape[0], : codes.shape[1]]
 
     def stored(self, name):
-        """No leaf of ours holds blocks of float8."""
+        """None: we have no leaf for block-wise float8."""
         return None
 
 
 class PackedInt4Folder:
-    """AutoGPTQ's and AutoAWQ's files: `qweight`, `qzeros` and `scales` in the place of a kernel's `weight`."""
+    """AutoGPTQ's and AutoAWQ's files: `qweight`, `qzeros` and `scales` instead of a kernel's `weight`."""
 
-    def __init__(self, path, said):
-        self._files, self._where, self._kind = SafetensorsFolder(path), path, said["quant_method"]
-        if said.get("bits") != 4:
-            raise _refusal(path, said, "bits must be 4")
-        if self._kind == "awq" and (version := str(said.get("version", "gemm")).lower()) != "gemm":
-            raise _refusal(path, said, f"version {version!r}; only gemm's layout is known")
-        self._version = self._version_of(path, said)
-        self._symmetric, group = said.get("sym"), said.get("group_size")
+    def __init__(self, path, quantization):
+        self._files, self._where, self._kind = SafetensorsFolder(path), path, quantization["quant_method"]
+        if quantization.get("bits") != 4:
+            raise _refusal(path, quantization, "bits must be 4")
+        if self._kind == "awq" and (version := str(quantization.get("version", "gemm")).lower()) != "gemm":
+            raise _refusal(path, quantization, f"version {version!r}; only gemm's layout is known")
+        self._version = self._version_of(path, quantization)
+        self._symmetric, group = quantization.get("sym"), quantization.get("group_size")
         if group is not None and not (type(group) is int and (group == -1 or group > 0)):
-            raise _refusal(path, said, "group_size must be a positive number, or -1 for one group")
-        self._group, self._ordered = group, self._kind == "gptq" and bool(said.get("desc_act"))
-        held = self._files.shapes
-        self._packed = {name.removesuffix(".qweight") + WEIGHT for name in held if name.endswith(".qweight")}
+            raise _refusal(path, quantization, "group_size must be a positive number, or -1 for one group")
+        self._group, self._ordered = group, self._kind == "gptq" and bool(quantization.get("desc_act"))
+        shapes = self._files.shapes
+        self._packed = {name.removesuffix(".qweight") + WEIGHT for name in shapes if name.endswith(".qweight")}
         parts = ("qweight", "qzeros", "scales", "g_idx")
-        own = {f"{name.removesuffix(WEIGHT)}.{part}" for name in self._packed for part in parts}
-        self.shapes = {name: shape for name, shape in held.items() if name not in own}
+        packed_parts = {f"{name.removesuffix(WEIGHT)}.{part}" for name in self._packed for part in parts}
+        self.shapes = {name: shape for name, shape in shapes.items() if name not in packed_parts}
         self.shapes |= {name: self._shape(name) for name in self._packed}
 
-    def _version_of(self, path, said):
-        """AutoGPTQ's first format stores zero - 1; gptqmodel's second one does not."""
-        found = said.get("checkpoint_format") or said.get("format") or "gptq"
-        if self._kind == "gptq" and (found not in ("gptq", "gptq_v2") or said.get("is_marlin_format")):
-            raise _refusal(path, said, f"checkpoint_format {found!r}; only those of gptq and gptq_v2 are known")
-        return 2 if found == "gptq_v2" else 1
+    def _version_of(self, path, quantization):
+        """Format version: AutoGPTQ's first format stores zero - 1, gptqmodel's second does not."""
+        version = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
+        if self._kind == "gptq" and (version not in ("gptq", "gptq_v2") or quantization.get("is_marlin_format")):
+            raise _refusal(
+                path, quantization, f"checkpoint_format {version!r}; only those of gptq and gptq_v2 are known"
+            )
+        return 2 if version == "gptq_v2" else 1
 
     def _part(self, name, part, needed=True):
         full = f"{name.removesuffix(WEIGHT)}.{part}"
@@ -134,11 +136,11 @@ class PackedInt4Folder:
         return (columns, rows * 8) if self._kind == "gptq" else (columns * 8, rows)
 
     def dtype(self, name):
-        """float16 for what is packed, as its scales are."""
+        """The stored dtype; float16, the scales' dtype, for packed kernels."""
         return np.dtype(np.float16) if name in self._packed else self._files.dtype(name)
 
     def read(self, name):
-        """The tensor; `[N, K]` float32 where it was packed."""
+        """Reads a tensor; packed kernels as `[N, K]` float32."""
         if name not in self._packed:
             return self._files.read(name)
         words, g_idx = self._words(name)
@@ -159,7 +161,7 @@ class PackedInt4Folder:
             return foreign_layouts.from_gptq(*words, g_idx, self._version, group, self._symmetric)
 
     def _words(self, name):
-        """`((qweight, qzeros, scales), g_idx or None)`, whose shapes fit each other."""
+        """`((qweight, qzeros, scales), g_idx or None)`, with checked shapes."""
         words = [self._part(name, part) for part in ("qweight", "qzeros", "scales")]
         self._check_parts(name, *words)
         g_idx = self._part(name, "g_idx", needed=False) if self._kind == "gptq" else None
@@ -172,7 +174,7 @@ class PackedInt4Folder:
         return words, g_idx
 
     def _inputs(self, name, groups):
-        """Inputs of a group."""
+        """Group size: inputs that share a scale."""
         K = self._shape(name)[1]
         return K if groups == 1 or self._group == -1 else self._group or K // groups
 

@@ -1,6 +1,6 @@
-"""Folders of safetensors, read lazily: headers are checked as a whole before a byte of a tensor is.
+"""Lazy reader of safetensors folders; all headers are checked before any tensor is read.
 
-The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, data_offsets), the tensors.
+Format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, data_offsets), the tensors.
 """
 
 import os
@@ -29,11 +29,11 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 MOST_AXES = 8
-_LARGEST = 1 << 48  # of an axis or an offset, also beside an axis of none
+_LARGEST = 1 << 48  # bound of an axis or an offset, even if another axis is 0
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Files that stand beside a model's: of Mistral's own program, under its own names, and an adapter's.
+# Prefixes of files that may lie beside a model's: Mistral's own format, and an adapter.
 OTHERS = ("consolidated", "adapter_model")
 
 
@@ -43,45 +43,45 @@ class SafetensorsFolder:
     Opening it reads and checks all headers. Raises UserError naming the file, and the tensor, that is wrong.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike[str]):
         self.where = pathlib.Path(folder)
-        self._entries = {}
+        self._entries: dict[str, tuple] = {}
         for file, expected in _files(self.where).items():
-            held = read_header(file)
-            if missing := [name for name in expected or () if name not in held]:
+            header = read_header(file)
+            if missing := [name for name in expected or () if name not in header]:
                 raise UserError(f"{file}: tensor {missing[0]!r} is not in it, though {INDEX} says so")
-            for name, entry in held.items():
+            for name, entry in header.items():
                 if name in self._entries:
                     raise UserError(f"{file}: tensor {name!r} is in {self._entries[name][0].name} too")
                 self._entries[name] = (file, *entry)
         self.shapes = {name: shape for name, (_, _, shape, _) in self._entries.items()}
 
-    def dtype(self, name):
-        """The dtype that a tensor is stored in."""
+    def dtype(self, name: str) -> np.dtype:
+        """The stored dtype of a tensor."""
         return np.dtype(self._entries[name][1])
 
-    def read(self, name):
-        """The tensor, mapped: no copy is made."""
+    def read(self, name: str) -> np.ndarray:
+        """Maps a tensor, without a copy."""
         file, dtype, shape, offset = self._entries[name]
         return memory_map.map_array(file, offset, dtype, shape)
 
-    def stored(self, name):
-        """None: nothing is rounded here."""
+    def stored(self, name: str) -> None:
+        """None: plain safetensors hold no quantized leaves."""
         return None
 
 
 def _files(folder):
-    """`{file: the tensors it must hold, or None}`; of several, those that transformers takes."""
+    """`{file: the tensors it must hold, or None}`, chosen like transformers does."""
     index = folder / INDEX
     if files.is_there(folder / SINGLE):
         return {folder / SINGLE: None}
     if files.is_there(index):
         return _indexed(folder, index)
-    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(OTHERS))
-    if len(found) == 1:
-        return {found[0]: None}
-    if found:
-        raise UserError(f"{folder}: {len(found)} safetensors files and no {INDEX} that says what is where")
+    candidates = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(OTHERS))
+    if len(candidates) == 1:
+        return {candidates[0]: None}
+    if candidates:
+        raise UserError(f"{folder}: {len(candidates)} safetensors files and no {INDEX} that says what is where")
     pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
     if pickled:
         raise UserError(
@@ -97,14 +97,14 @@ def _indexed(folder, index):
     names = json_text.read(index, most=LONGEST_HEADER).get("weight_map")
     if not isinstance(names, dict):
         raise UserError(f"{index}: no index of tensors: weight_map = {shown(names)}")
-    found = {}
+    tensors_by_file = {}
     for tensor, name in names.items():
-        found.setdefault(_inside(folder, name, index), set()).add(tensor)
-    return found
+        tensors_by_file.setdefault(_inside(folder, name, index), set()).add(tensor)
+    return tensors_by_file
 
 
 def _inside(folder, name, index):
-    """A file of the folder itself. Raises UserError for a name that leads elsewhere, be it over a link in the name."""
+    """Path of a file in the folder itself. Raises UserError for a name that leads out of the folder."""
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\\" in name or name in ("", ".", ".."):
         raise UserError(f"{index}: {shown(name)} leads out of the folder; an index names files beside itself")
     if not files.is_there(folder / name):
@@ -112,8 +112,8 @@ def _inside(folder, name, index):
     return folder / name
 
 
-def read_header(file):
-    """`{tensor: (dtype, shape, offset in the file)}`. Raises UserError for a header that its file does not bear out."""
+def read_header(file: str | os.PathLike[str]) -> dict[str, tuple[type, tuple[int, ...], int]]:
+    """Reads `{tensor: (dtype, shape, offset in the file)}`. Raises UserError for a header that contradicts its file."""
     with files.open_file(file) as opened:
         size = os.fstat(opened.fileno()).st_size
         first = opened.read(8)
@@ -130,7 +130,7 @@ def read_header(file):
 
 
 def _entry(file, name, entry, room):
-    """`(dtype, shape, begin, end)`, checked against each other and the bytes there are."""
+    """`(dtype, shape, begin, end)`, checked against each other and the size of the file."""
     where = f"{file}: tensor {shown(name)}"
     entry = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))

@@ -1,7 +1,8 @@
-"""In which form a checkpoint's files hold its weights, and what becomes of them in another one."""
+"""The quantization of a checkpoint's stored weights, and the effect of converting it to another."""
 
 import collections
 import math
+import typing
 
 from efficientllm.convert.files import quantized
 from efficientllm.registry import parse_spec
@@ -10,22 +11,22 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 _PLAIN = ("float32", "bfloat16", "float16")
 
 
-def stored_form(source):
-    """`Q4_1` or `gptq`: how the files hold most of the weights that are rounded; None where all are floats."""
-    said = source.config.get(quantized.KEY)
-    if isinstance(said, dict):
-        return said.get("quant_method")
+def stored_form(source: typing.Any) -> str | None:
+    """The format of most quantized weights, such as `Q4_1` or `gptq`; None if all are floats."""
+    quantization = source.config.get(quantized.KEY)
+    if isinstance(quantization, dict):
+        return quantization.get("quant_method")
     if not hasattr(source.tensors, "form"):
         return None
-    sizes = collections.Counter()
+    sizes: collections.Counter[str] = collections.Counter()
     for name, shape in source.tensors.shapes.items():
         if len(shape) > 1 and source.tensors.form(name) not in _FLOATS:
             sizes[source.tensors.form(name)] += math.prod(shape)
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def history(source, spec):
-    """What a form `spec` of this checkpoint's weights went through, or "" where its files hold floats."""
+def history(source: typing.Any, spec: str) -> str:
+    """Describes how weights of form `spec` derive from quantized files; "" if the files hold floats."""
     stored = source and stored_form(source)
     if not stored:
         return ""
