@@ -13,7 +13,6 @@ ROOT = pathlib.Path(efficientllm.__file__).parent
 UNFINISHED = (
     "adapters",
     "convert",
-    "data",
     "ffns",
     "infer",
     "layers",

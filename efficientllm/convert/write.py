@@ -38,7 +38,7 @@ def export(lm, params, folder, like, tokenizer=None, dtype=None, max_positions=N
 
     Args:
       like: the Source that they came from, or the name of a family (`families.FAMILIES`).
-      tokenizer: a fitted tokenizer (`data.tokenizers.Backed`); None takes the Source's.
+      tokenizer: a fitted tokenizer (`data.tokenizers.FastTokenizer`); None takes the Source's.
       dtype: of the tensors; None is each parameter's own.
       max_positions: what config.json shall say; None is the Source's. A family needs one where it rotates.
       shard: bytes of a file, of which there are several, with an index, where one is not enough.

@@ -1,4 +1,4 @@
-"""Text to batches: sources, tokenizers, packing.
+"""Data pipeline: sources of documents, tokenizers, and packing into batches.
 
 A data spec names where documents come from, a tokenizer spec how they become ids, and one iterator, whose state goes
 into the checkpoint, yields rows packed from them.

@@ -1,4 +1,4 @@
-"""Where the assistant's turns stand in the text that a chat template makes of a conversation.
+"""Assistant spans: finds the assistant's turns in a conversation that a chat template has rendered.
 
 A template may mark them itself, by `{% generation %}`, as TRL's assistant_only_loss reads. Otherwise a turn is what the
 template adds to the conversation before it and its opening of the turn (the generation prompt). Where that is no prefix
@@ -8,13 +8,17 @@ open and close. Each place is checked against the whole; what cannot be told apa
 """
 
 import itertools
+import typing
 
 from efficientllm.errors import UserError
 
+Message = dict[str, typing.Any]
 _WORD = "zqx{}xqz"
 
 
-def find(tokenizer, messages, tools=None):
+def find(
+    tokenizer: typing.Any, messages: list[Message], tools: list | None = None
+) -> tuple[str, list[tuple[int, int]]]:
     """`(text, [(start, end)])`: the conversation as the template makes it, without white space behind its end, and the
     characters of each of the assistant's turns. Raises UserError where those cannot be told."""
     how = {"tools": tools} if tools else {}
@@ -24,8 +28,8 @@ def find(tokenizer, messages, tools=None):
         if not spans:
             raise UserError(f"{_named(messages)}: the chat template's {{% generation %}} marks no turn of it")
     else:
-        found = _Turns(tokenizer, messages, how)
-        text, spans = found.whole, found.all()
+        turns = _Turns(tokenizer, messages, how)
+        text, spans = turns.whole, turns.spans()
     end = len(text.rstrip())
     return text[:end], [(min(first, end), min(last, end)) for first, last in spans]
 
@@ -47,18 +51,18 @@ class _Turns:
         """The conversation before an answer with the template's opening of it; None where there is none before."""
         return self._chat(self._messages[:index], add_generation_prompt=True) if index else None
 
-    def all(self):
+    def spans(self):
         """`[(start, end)]` of the turns, in order."""
-        found, before = [], 0
+        spans, before = [], 0
         for index in self._answers:
             start, end = self._turn(index)
             if end < start and not self.whole[end:start].strip():  # white space alone, or nothing
                 end = start
             if not before <= start <= end:
                 raise self._lost(index)
-            found.append((start, end))
+            spans.append((start, end))
             before = end
-        return found
+        return spans
 
     def _turn(self, index):
         opened, closed = self._opened[index], self._chat(self._messages[: index + 1])

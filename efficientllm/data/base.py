@@ -1,7 +1,8 @@
-"""What a source of documents is, with defaults for all but the documents, and the count of what it read."""
+"""Source, the base class of data sources, and Tally, the count of what a source read and skipped."""
 
 import collections
 import dataclasses
+import typing
 
 
 class Source:
@@ -28,18 +29,18 @@ class Source:
     streaming = False
     records = False
 
-    def documents(self):
+    def documents(self) -> typing.Iterator[typing.Any]:
         """Yields every document in a fixed order: a text, or `(text, group)`.
 
         Documents of one group (by default of the same text) are never divided between training and held-out text.
         """
         raise NotImplementedError(f"{type(self).__name__} needs documents(), which yields texts")
 
-    def key(self):
+    def key(self) -> str | None:
         """A string that changes when the documents do and is cheap to make, or None: all is read at every start."""
         return None
 
-    def notes(self):
+    def notes(self) -> list[str]:
         """Lines for the log about what `documents()` read, once it has ended."""
         return []
 
@@ -55,16 +56,16 @@ class Tally:
     skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     first: dict = dataclasses.field(default_factory=dict)
 
-    def reset(self):
+    def reset(self) -> None:
         self.files = self.read = 0
         for counts in (self.layouts, self.skipped, self.first):
             counts.clear()
 
-    def skip(self, reason, where):
+    def skip(self, reason: object, where: str) -> None:
         self.skipped[reason] += 1
         self.first.setdefault(reason, where)
 
-    def lines(self):
+    def lines(self) -> typing.Iterator[str]:
         files = f"{self.files} file" + "s" * (self.files != 1)
         unit = self.unit.removesuffix("s") if self.read == 1 else self.unit
         layouts = "; ".join(name if count == self.read else f"{count} {name}" for name, count in self.layouts.items())

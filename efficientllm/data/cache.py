@@ -1,4 +1,4 @@
-"""Folders that are made once and read by every later run: the trained BPE, the tokenised corpus."""
+"""Data cache: folders that are made once and reused by later runs, such as a trained BPE or a tokenized corpus."""
 
 import contextlib
 import errno
@@ -9,10 +9,12 @@ import logging
 import os
 import shutil
 import time
+import typing
 import uuid
 from pathlib import Path
 
 from efficientllm.errors import UserError
+from efficientllm.typing import PathLike
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 CHECKSUMS = "checksums.json"
@@ -21,12 +23,12 @@ log = logging.getLogger("efficientllm")
 _checked: dict[Path, str] = {}  # folder: what its files were like when their checksums were right
 
 
-def root(cache_dir=None):
+def root(cache_dir: PathLike | None = None) -> Path:
     """Where cached folders live: `cache_dir`, else $EFFICIENTLLM_CACHE, else ~/.cache/efficientllm."""
     return Path(cache_dir or os.environ.get("EFFICIENTLLM_CACHE") or "~/.cache/efficientllm").expanduser()
 
 
-def entry(cache_root, name, fill):
+def entry(cache_root: Path, name: str, fill: typing.Callable[[Path], typing.Any]) -> Path:
     """Path of the folder `name`; if absent or damaged, `fill(folder)` writes it first.
 
     The folder appears whole or not at all: it is filled under another name and renamed, and of several processes that
@@ -61,12 +63,12 @@ def entry(cache_root, name, fill):
 
 def _checksums(folder):
     """`{name: sha256}` of a folder's files."""
-    found = {}
+    checksums = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != CHECKSUMS:
             with open(path, "rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return checksums
 
 
 def _damage(folder):
@@ -75,13 +77,13 @@ def _damage(folder):
         stats = stat_key(sorted(folder.iterdir()))
         if _checked.get(folder) == stats:
             return None
-        stored, found = json.loads((folder / CHECKSUMS).read_text()), _checksums(folder)
+        written, actual = json.loads((folder / CHECKSUMS).read_text()), _checksums(folder)
     except FileNotFoundError:
         return "it has no checksums"
     except (OSError, ValueError) as error:
         return " ".join(str(error).split())
-    if stored != found:
-        names = sorted(set(found) ^ set(stored)) or [name for name in found if found[name] != stored[name]]
+    if written != actual:
+        names = sorted(set(actual) ^ set(written)) or [name for name in actual if actual[name] != written[name]]
         return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not what was written"
     _checked[folder] = stats
     return None
@@ -108,12 +110,12 @@ def _remove_abandoned(cache_root, name):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def digest(*parts):
+def digest(*parts: object) -> str:
     """Sixteen hexadecimal digits that name an entry by everything its content depends on."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def stat_key(paths):
+def stat_key(paths: typing.Iterable[PathLike]) -> str:
     """One string that changes when a file of `paths` is added, removed, replaced or written to, without reading any.
 
     A time of modification can be set back, as `cp -p` and archives do; the time of the last change cannot.

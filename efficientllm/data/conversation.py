@@ -1,22 +1,24 @@
-"""A conversation as tokens, and which of them are to be learnt: what the assistant says, and where it ends."""
+"""Conversation to tokens, with a loss mask: only the assistant's turns and their ends are trained on."""
 
 import functools
 import json
 import logging
+import typing
 
 from efficientllm.data import assistant_spans
 from efficientllm.errors import UserError
 
+Message = dict[str, typing.Any]
 log = logging.getLogger("efficientllm")
 
 
-def dump(messages, tools=None):
+def dump(messages: list[Message], tools: list | None = None) -> str:
     """A conversation as the text of a document, in JSON: `[{"role": ..., "content": ...}, ...]`, or with `tools`, as
     transformers takes them, `{"messages": ..., "tools": ...}`."""
     return json.dumps({"messages": messages, "tools": tools} if tools else messages, ensure_ascii=False)
 
 
-def encode(tokenizer, text):
+def encode(tokenizer: typing.Any, text: str) -> tuple[list[int], list[bool]]:
     """`(ids, learnt)` of a document that `dump` made, its end included; `learnt` has a bool a token.
 
     An answer with `"weight": 0` is read and not learnt, as OpenAI's files have it.
@@ -25,8 +27,9 @@ def encode(tokenizer, text):
     of the assistant (`data.assistant_spans`); eos follows where the template ends without an end token. Without one,
     turns are set apart by a blank line and the assistant's end with eos.
     """
-    found = json.loads(text)
-    messages, tools = (found["messages"], found["tools"]) if isinstance(found, dict) else (found, None)
+    document = json.loads(text)
+    has_tools = isinstance(document, dict)
+    messages, tools = (document["messages"], document["tools"]) if has_tools else (document, None)
     return _plain(tokenizer, messages) if tokenizer.chat is None else _templated(tokenizer, messages, tools)
 
 
@@ -56,7 +59,7 @@ def _templated(tokenizer, messages, tools):
     ids, offsets = tokenizer.encode_spans(text)
     learnt = _overlapping(offsets, [(start, end) for start, end in spans if start < end])
     if messages[-1]["role"] != "assistant":  # nothing is learnt of what follows the last answer
-        count = max((index + 1 for index, said in enumerate(learnt) if said), default=0)
+        count = max((index + 1 for index, is_learnt in enumerate(learnt) if is_learnt), default=0)
         return ids[:count], learnt[:count]
     if ids[-1] not in (tokenizer.eos_id, *tokenizer.end_ids):
         ids, learnt = [*ids, tokenizer.eos_id], [*learnt, weights[-1] != 0]
@@ -87,7 +90,7 @@ def _overlapping(offsets, spans):
     return learnt
 
 
-def check(messages, where):
+def check(messages: typing.Any, where: str) -> list[Message]:
     """The messages, if they are a conversation with an answer, in transformers' form: parts of text joined, and no key
     without a value. Raises UserError that says what is wrong."""
     if not isinstance(messages, list) or not all(

@@ -1,10 +1,11 @@
-"""The documents a data spec names, divided into train and held-out, and their tokens; read once, then cached."""
+"""Corpus of a data spec: documents split into train and held-out, tokenized once and cached."""
 
 import array
 import dataclasses
 import functools
 import hashlib
 import json
+import typing
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from efficientllm.data.base import Source
 from efficientllm.data.streams import pieces
 from efficientllm.errors import UserError
 from efficientllm.registry import build
+from efficientllm.typing import PathLike
 
 SIDES = ("train", "held_out")
 _ALL = 1 << 64
@@ -50,15 +52,15 @@ class Documents:
         return {**shifted(ids & ~LEARNT), "weights": (ids[1:] >= LEARNT).astype(np.float32)}
 
     @property
-    def size(self):
+    def size(self) -> int:
         """Tokens with a target, which is all of them but eos."""
         return len(self.ids) - len(self.ends)
 
-    def longer_than(self, length):
+    def longer_than(self, length: int) -> int:
         """How many documents have more than `length` tokens with a target."""
         return int(np.sum(np.diff(self.ends, prepend=0) - 1 > length))
 
-    def teaches(self, length):
+    def teaches(self, length: int) -> bool:
         """Whether a document has a target to learn among its first `length`."""
         return not self.records or any(self[index]["weights"][:length].any() for index in range(len(self)))
 
@@ -66,7 +68,7 @@ class Documents:
 class Corpus:
     """What `spec` names, as seen by one cache. Building it reads nothing."""
 
-    def __init__(self, spec, cache_dir=None):
+    def __init__(self, spec: str, cache_dir: PathLike | None = None):
         self.spec = spec
         self.source = build("data", spec, where="config.data")
         self.cache = cache.root(cache_dir)
@@ -78,7 +80,7 @@ class Corpus:
             raise UserError(f"config.data = {spec!r}: held_out must be at least 0 and below 1")
 
     @functools.cached_property
-    def summary(self):
+    def summary(self) -> dict[str, typing.Any]:
         """Counts of both sides, the sha256 of all documents and of what divides them, the hash below which one is held
         out, into how many pieces a corpus of one document is cut (else 1), and notes for the log."""
         key = self._attribute("key")()
@@ -91,17 +93,17 @@ class Corpus:
         )
         return json.loads((folder / "summary.json").read_text())
 
-    def texts(self, side):
+    def texts(self, side: str) -> typing.Iterator[str]:
         """Yields the documents of one side in their fixed order."""
         for text, group in self._documents(self.summary["cut"]):
             if self.side(group) == side:
                 yield text
 
-    def side(self, group):
+    def side(self, group: str) -> str:
         """The side of a document whose side is decided by the text `group`."""
         return SIDES[_hash(group) < self.summary["threshold"]]
 
-    def documents(self, tokenizer):
+    def documents(self, tokenizer: typing.Any) -> dict[str, Documents]:
         """{side: Documents}, tokenised at the first call."""
         form = "record" if self.has_records else "text"
         name = f"tokens-{cache.digest(self.summary['fingerprint'], tokenizer.fingerprint, form)}"
@@ -109,19 +111,19 @@ class Corpus:
         return {side: _load(folder, side, self.has_records) for side in SIDES}
 
     @property
-    def has_records(self):
+    def has_records(self) -> bool:
         """Whether a document is a conversation (`data.conversation`), of which the answers are learnt."""
         return self._attribute("records")
 
     @property
-    def is_stream(self):
+    def is_stream(self) -> bool:
         """Whether training reads on without end (`data.streaming`)."""
         return self._attribute("streaming")
 
     def _attribute(self, name):
-        """What the source says of itself, else the default: a source need not be derived from Source."""
-        own = getattr(self.source, name, None)
-        return getattr(Source(), name) if own is None else own
+        """An attribute of the source, else its default: a source need not be derived from Source."""
+        value = getattr(self.source, name, None)
+        return getattr(Source(), name) if value is None else value
 
     def _documents(self, cut):
         """Yields (text, group) of every document, or of the `cut` pieces of the only one. Raises UserError."""
@@ -143,18 +145,18 @@ class Corpus:
         first = self._summary_of(1)
         cut = min(CUT, first["train_bytes"] // LEAST_CUT) if first["train_documents"] == 1 else 1
         if first["distinct"] < 2 and cut > 1 and not self.has_records:
-            found = self._summary_of(cut)
-            if found["distinct"] > 1:
-                what = f"one document of {first['train_bytes']:,} bytes, cut into {found['distinct']} pieces so that"
-                found["notes"].append(f"{what} {found['held_out_documents']} can be held out")
-                return found
+            summary = self._summary_of(cut)
+            if summary["distinct"] > 1:
+                what = f"one document of {first['train_bytes']:,} bytes, cut into {summary['distinct']} pieces so that"
+                summary["notes"].append(f"{what} {summary['held_out_documents']} can be held out")
+                return summary
         if first["distinct"] < 2:
             documents = first["train_documents"]
             notes = f" ({'; '.join(first['notes'])})" if first["notes"] else ""
-            there = f"none{notes}" if documents == 0 else "one" if documents == 1 else f"one, {documents} times"
+            count = f"none{notes}" if documents == 0 else "one" if documents == 1 else f"one, {documents} times"
             raise UserError(
                 f"config.data = {self.spec!r}: training and held-out text need two different documents, there is "
-                f"{there}{'' if self.has_records else ', of too little text to be cut into two' * (documents == 1)}"
+                f"{count}{'' if self.has_records else ', of too little text to be cut into two' * (documents == 1)}"
             )
         return first
 
@@ -179,9 +181,9 @@ class Corpus:
         # Of few documents chance might hold out none, or all: then the one that came closest changes its side.
         threshold = int(self._attribute("held_out") * _ALL) if distinct > 1 else 0
         threshold = min(max(threshold, int(hashes.min()) + 1), int(hashes.max())) if threshold else 0
-        held = hashes < threshold
+        is_held_out = hashes < threshold
         content.update(threshold.to_bytes(9, "little"))
-        counts = {"train": ~held, "held_out": held}
+        counts = {"train": ~is_held_out, "held_out": is_held_out}
         return {
             "fingerprint": content.hexdigest(),
             "threshold": threshold,
@@ -242,7 +244,7 @@ class _Writer:
         np.lib.format.write_array_header_1_0(self.file, header)
 
 
-def shifted(ids):
+def shifted(ids: typing.Any) -> dict[str, np.ndarray]:
     """{"tokens", "targets"} of a document that closes with eos."""
     ids = np.asarray(ids, np.int32)
     return {"tokens": ids[:-1], "targets": ids[1:]}

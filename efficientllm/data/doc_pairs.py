@@ -1,7 +1,8 @@
-"""Questions and answers made from the Python documentation and library: tuning without a download."""
+"""Question-answer pairs from the Python documentation and library, for tuning without a download."""
 
 import ast
 import dataclasses
+import typing
 
 from efficientllm.data import conversation, python_docs
 from efficientllm.registry import register
@@ -19,7 +20,7 @@ class DocPairs(python_docs.PythonDocs):
 
     records = True
 
-    def documents(self):
+    def documents(self) -> typing.Iterator[tuple[str, str]]:
         """Yields (conversation as JSON text, what decides its side of the split) in a fixed order."""
         size = 0
         for question, answer, group in _pairs():

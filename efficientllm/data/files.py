@@ -1,4 +1,4 @@
-"""The user's files as documents: text, and the text in a field of JSON, CSV or Parquet rows."""
+"""File data sources: text files, and a text field of JSON, CSV or Parquet rows."""
 
 import dataclasses
 import os
@@ -22,11 +22,11 @@ class Files(Source):
 
     endings: typing.ClassVar[tuple[str, ...]] = ()  # of the files that a folder stands for; none: all
 
-    def key(self):
+    def key(self) -> str | None:
         """Changes when a file or a field does."""
         return f"{self} {cache.stat_key(self._paths())}"
 
-    def notes(self):
+    def notes(self) -> list[str]:
         return list(self.tally.lines())
 
     def _paths(self):
@@ -35,8 +35,8 @@ class Files(Source):
     def _files(self):
         """Yields the paths of files that are not empty, counting them. Raises UserError if all are."""
         self.tally.reset()
-        found = self._paths()
-        for path in found:
+        files = self._paths()
+        for path in files:
             with streams.reading(path):
                 empty = os.path.getsize(path) == 0
             if empty:
@@ -45,7 +45,7 @@ class Files(Source):
                 self.tally.files += 1
                 yield path
         if not self.tally.files:
-            what = f"{found[0]} is empty" if len(found) == 1 else f"all {len(found)} files are empty"
+            what = f"{files[0]} is empty" if len(files) == 1 else f"all {len(files)} files are empty"
             raise UserError(f"data path={self.path!r}: {what}")
 
 
@@ -58,7 +58,7 @@ class Text(Files):
     held_out: float = 0.05
     document_size: int = 65_536
 
-    def documents(self):
+    def documents(self) -> typing.Iterator[str]:
         """Yields documents. Raises UserError for what is not UTF-8."""
         if self.document_size < 1:
             raise UserError(f"data text(document_size={self.document_size}): must be at least 1 character")
@@ -82,7 +82,7 @@ class Rows(Files):
 
     endings, fallback = tables.ENDINGS, "json"
 
-    def documents(self):
+    def documents(self) -> typing.Iterator[str]:
         """Yields the texts. Raises UserError that names the file and the line of what is none."""
         for path in self._files():
             for where, row in tables.rows(path, self.fallback, self._column):

@@ -1,4 +1,4 @@
-"""The tokenizers that transformers loads, with their chat templates and the tokens at which generation stops."""
+"""Hugging Face tokenizers loaded by transformers, with their chat templates and end tokens."""
 
 import dataclasses
 import functools
@@ -7,12 +7,14 @@ import json
 import os
 import pathlib
 import re
+import typing
 import warnings
 
 from efficientllm.data import cache
-from efficientllm.data.tokenizers import Backed
+from efficientllm.data.tokenizers import FastTokenizer
 from efficientllm.errors import UserError
 from efficientllm.registry import register
+from efficientllm.typing import PathLike
 from efficientllm.untrusted import files, gguf_header, json_text, template
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
@@ -31,7 +33,7 @@ class HuggingFace:
 
     path: str
 
-    def fit(self, corpus):
+    def fit(self, corpus: typing.Any) -> FastTokenizer:
         """Raises UserError if there is no such tokenizer, or if it lacks eos or a fast implementation."""
         where, folder = f"config.tokenizer: hf(path={self.path!r})", self._folder()
         loaded = _load(folder, where)
@@ -113,12 +115,12 @@ def _added(folder):
     return [(int(id), token["content"] if isinstance(token, dict) else token) for id, token in tokens.items()]
 
 
-def end_ids(folder):
+def end_ids(folder: PathLike) -> tuple[int, ...]:
     """The ids at which transformers ends generation: those of generation_config.json, else those of config.json; none
     where neither names any. Raises UserError for what are no ids."""
     for name in (GENERATION, CONFIG):
-        if found := _ids(_json(folder, name).get("eos_token_id"), f"{folder}/{name}"):
-            return found
+        if ids := _ids(_json(folder, name).get("eos_token_id"), f"{folder}/{name}"):
+            return ids
     return ()
 
 
@@ -154,13 +156,13 @@ def _gguf_ends(file):
     return list(dict.fromkeys(value for value in found if isinstance(value, int)))
 
 
-def from_transformers(loaded, end_ids=()):
-    """The tokenizer that `transformers` has loaded, with its chat template if it has one; `end_ids` as in `Backed`."""
+def from_transformers(loaded: typing.Any, end_ids: typing.Iterable[int] = ()) -> FastTokenizer:
+    """Wraps a tokenizer that `transformers` has loaded, with its chat template; `end_ids` as in `FastTokenizer`."""
     text = loaded.chat_template or ""
     if not isinstance(text, str):  # several by name
         text = json.dumps(text)
     chat = functools.partial(_chat, loaded) if text else None
-    return Backed(
+    return FastTokenizer(
         loaded.backend_tokenizer,
         loaded.eos_token_id,
         chat=chat,
@@ -189,8 +191,8 @@ def _chat(loaded, messages, **how):
     final, mark = messages[-1]["content"], "CONTINUED "
     messages = [*messages[:-1], messages[-1] | {"content": final + mark}]
     text = template.render(chosen, messages, _WHERE, **loaded.special_tokens_map | how)
-    before, found, after = text.rpartition(mark.strip())
-    if not found:
+    before, marker, after = text.rpartition(mark.strip())
+    if not marker:
         raise UserError(f"{_WHERE} leaves out the last message, which is to be continued")
     return before if after.startswith(" ") else before.rstrip()  # as transformers: a template may trim
 

@@ -1,9 +1,10 @@
-"""Data sets of the Hugging Face hub, or of a folder laid out as one, whole or streamed."""
+"""Datasets of the Hugging Face hub, or of a folder laid out as one, whole or streamed."""
 
 import dataclasses
 import functools
 import itertools
 import os
+import typing
 
 from efficientllm.data import cache, paths, tables
 from efficientllm.data.base import Source
@@ -28,20 +29,20 @@ class Hub(Source):
     held_out: float = 0.05
     sample: int = 2000
 
-    def key(self):
+    def key(self) -> str | None:
         """Changes with the stored files or a field; None for a stream, which has to be read to be known."""
         if self.streaming:
             return None
         return f"{self} {cache.stat_key(file['filename'] for file in self.rows().cache_files)}"
 
-    def documents(self):
+    def documents(self) -> typing.Iterator[str]:
         """Yields all documents, or the first `sample` of a stream.
 
         Raises UserError if the data set cannot be reached or has no such field.
         """
         yield from _sample(self) if self.streaming else self.texts(self.rows())
 
-    def rows(self):
+    def rows(self) -> typing.Any:
         """The `datasets` data set. Raises UserError with the reason if there is none."""
         datasets = library()
         if os.path.isdir(self.path):
@@ -54,21 +55,21 @@ class Hub(Source):
                 "network, use python_docs() or files of your own through text(), jsonl(), csv() or parquet()"
             ) from error
 
-    def iterate(self, rows=None, batch_size=None):
+    def iterate(self, rows: typing.Any = None, batch_size: int | None = None) -> typing.Iterator[typing.Any]:
         """Yields the rows, or with `batch_size` batches of them as dicts of columns. Raises UserError for data that
         `datasets` cannot read."""
         rows = self.rows() if rows is None else rows
         iterator = iter(rows if batch_size is None else rows.iter(batch_size))
         while True:
             try:
-                found = next(iterator, None)
+                item = next(iterator, None)
             except (OSError, ValueError, TypeError, library().exceptions.DatasetsError) as error:
                 raise UserError(f"{self._where()}: `datasets` cannot read it ({_reason(error)})") from error
-            if found is None:
+            if item is None:
                 return
-            yield found
+            yield item
 
-    def texts(self, rows, batch_size=64):
+    def texts(self, rows: typing.Any, batch_size: int = 64) -> typing.Iterator[str]:
         """Yields the documents among `rows`, read `batch_size` at a time; null and blank ones are none."""
         for batch in self.iterate(rows, batch_size):
             if self.field not in batch:
@@ -82,7 +83,7 @@ class Hub(Source):
         return f"data hf(path={self.path!r}, name={self.name!r}, split={self.split!r})"
 
 
-def library():
+def library() -> typing.Any:
     """`datasets`, which is not to look for torch: a stream would import it, a second and 200 MB that a run would be
     measured with, to share its epoch number with workers that there are none of."""
     import datasets

@@ -1,7 +1,8 @@
-"""The messages that a field of a record holds, however it spells them."""
+"""Chat messages of a record's field, normalized from the spellings in use (OpenAI, ShareGPT, dialogues as text)."""
 
 import json
 import re
+import typing
 
 from efficientllm.data import tables
 from efficientllm.errors import UserError
@@ -19,11 +20,11 @@ class Skipped(Exception):
     """A record that teaches nothing; the message says why."""
 
 
-def messages_of(value, role, name, where):
+def messages_of(value: typing.Any, role: str, name: str, where: str) -> list[dict]:
     """The messages that a field holds: a text is one of `role`, null is none. Raises UserError."""
     if not isinstance(value, list | tuple):
-        said = tables.text(value, name, where)
-        return [] if said is None else _dialogue(said) or [{"role": role, "content": said}]
+        text = tables.text(value, name, where)
+        return [] if text is None else _dialogue(text) or [{"role": role, "content": text}]
     return [_turn(turn, f"{where}: field {name!r}, turn {index}") for index, turn in enumerate(value, 1)]
 
 
@@ -31,13 +32,17 @@ def _dialogue(text):
     """The turns of a text that is a whole dialogue (Bai et al. 2022, arXiv:2204.05862); none of any other."""
     if not text.startswith("\n\nHuman:") or "\n\nAssistant:" not in text:
         return []
-    _, *parts = _DIALOGUE.split(text)
-    return [
-        {"role": ROLES[who.lower()], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    _, *turns = _DIALOGUE.split(text)  # speaker, content, speaker, content, ...
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    return [{"role": ROLES[speaker.lower()], "content": content.strip()} for speaker, content in pairs]
 
 
-def as_list(value, key, where, wanted="a conversation is a list of {'role': ..., 'content': ...}"):
+def as_list(
+    value: typing.Any,
+    key: str,
+    where: str,
+    wanted: str = "a conversation is a list of {'role': ..., 'content': ...}",
+) -> list | tuple:
     """The list that a field holds, which a table may spell as JSON. Raises UserError."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:

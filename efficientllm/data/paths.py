@@ -1,4 +1,4 @@
-"""The files that a path names: a file, a folder, or a glob. Each file counts once, by identity rather than by name."""
+"""Path resolution: the files of a path, a folder or a glob. Each file counts once, by identity, not by name."""
 
 import errno
 import fnmatch
@@ -9,7 +9,7 @@ import stat
 from efficientllm.errors import UserError
 
 
-def find(path, endings=()):
+def find(path: str, endings: tuple[str, ...] = ()) -> list[str]:
     """Sorted paths of the regular files that `path` names.
 
     `**` crosses folders; names that begin with a dot have to be named; of links to the same file or folder the first by
@@ -21,21 +21,21 @@ def find(path, endings=()):
         raise UserError(f"{where}: name a file, a folder or a glob such as 'texts/**/*.txt'")
     pattern = os.path.abspath(os.path.expanduser(path))
     is_folder = os.path.isdir(pattern)
-    found = sorted(set(_match(os.sep, [*pattern.split(os.sep)[1:], *(["**"] if is_folder else [])])))
+    matches = sorted(set(_match(os.sep, [*pattern.split(os.sep)[1:], *(["**"] if is_folder else [])])))
     if is_folder and endings:
-        found = [name for name in found if name.lower().endswith(endings)]
-    files = _distinct(found)
+        matches = [name for name in matches if name.lower().endswith(endings)]
+    files = _distinct(matches)
     if not files:
-        raise UserError(f"{where}: {_reason(path, pattern, found, endings if is_folder else ())}")
+        raise UserError(f"{where}: {_reason(path, pattern, matches, endings if is_folder else ())}")
     return files
 
 
-def _match(folder, parts):
-    """Paths below `folder` whose components match `parts`; what exists by that very name is no pattern."""
-    if not parts:
+def _match(folder, patterns):
+    """Paths below `folder` whose components match `patterns`. A component that exists literally is not a pattern."""
+    if not patterns:
         yield folder
         return
-    head, *rest = parts
+    head, *rest = patterns
     if head == "**":
         for below in _folders(folder):
             yield from _match(below, rest or ["*"])
@@ -77,10 +77,10 @@ def _is_folder(entry):
 
 def _identity(path):
     try:
-        found = os.stat(path)
+        stats = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return stats.st_dev, stats.st_ino
 
 
 def _distinct(paths):
@@ -92,14 +92,14 @@ def _distinct(paths):
     return sorted(files.values())
 
 
-def _reason(path, pattern, found, endings):
+def _reason(path, pattern, matches, endings):
     """Why there is no file."""
-    if len(found) == 1 and found[0] == pattern and os.path.lexists(pattern):
+    if len(matches) == 1 and matches[0] == pattern and os.path.lexists(pattern):
         return _kind(pattern)
     if endings:
         plain = [ending for ending in endings if ending.count(".") == 1]
         return f"the folder has no file of the names *{', *'.join(plain)}"
-    if any(map(os.path.isdir, found)):
+    if any(map(os.path.isdir, matches)):
         return f"only folders match; write {os.path.join(path, '**')!r} for what is in them"
     return "the folder has no file" if os.path.isdir(pattern) else "no file matches"
 

@@ -1,29 +1,40 @@
-"""What the training loop asks of the data: a tokenizer, an endless iterator of batches, held-out batches, a summary."""
+"""Data pipeline of the training loop: the tokenizer, an endless iterator of batches, held-out batches, a summary."""
 
 import dataclasses
+import typing
 
 import numpy as np
 
 from efficientllm.data.corpus import Corpus
 from efficientllm.errors import UserError
 from efficientllm.registry import build
+from efficientllm.typing import PathLike
 
 CALIBRATION_ROWS = 16
 _PREFETCHED = 2  # batches made while the device works; the state saved is that of the batch handed out
 
 
-def build_tokenizer(tokenizer_spec, data_spec, cache_dir=None):
+def build_tokenizer(tokenizer_spec: str, data_spec: str, cache_dir: PathLike | None = None) -> typing.Any:
     """The tokenizer that `tokenizer_spec` names (see `data.tokenizers`), trained on `data_spec` if it has to be."""
     return build("tokenizer", tokenizer_spec, where="config.tokenizer").fit(Corpus(data_spec, cache_dir))
 
 
-def check(data_spec, cache_dir=None):
+def check(data_spec: str, cache_dir: PathLike | None = None) -> list[str]:
     """Reads the data, or what is cached of it, and returns lines about what was read. Raises UserError for what is
     wrong with it, before anything that takes longer."""
     return Corpus(data_spec, cache_dir).summary["notes"]
 
 
-def train_iterator(data_spec, tokenizer, batch_size, length, seed, process_index=0, process_count=1, cache_dir=None):
+def train_iterator(
+    data_spec: str,
+    tokenizer: typing.Any,
+    batch_size: int,
+    length: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    cache_dir: PathLike | None = None,
+) -> typing.Any:
     """Endless grain iterator over this process's rows of batches of `batch_size` (global) rows of `length` tokens.
 
     A batch is a dict of arrays [batch_size / process_count, length]: `tokens`, `targets`, `segments` (from 1 in each
@@ -51,8 +62,15 @@ def train_iterator(data_spec, tokenizer, batch_size, length, seed, process_index
 
 
 def eval_batches(
-    data_spec, tokenizer, batch_size, length, process_index=0, process_count=1, limit=None, cache_dir=None
-):
+    data_spec: str,
+    tokenizer: typing.Any,
+    batch_size: int,
+    length: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    limit: int | None = None,
+    cache_dir: PathLike | None = None,
+) -> "EvalBatches":
     """The held-out documents as batches like `train_iterator`'s, every token once and in a fixed order; at most `limit`
     of them. A re-iterable with a length, the same for every process. Raises UserError as `train_iterator` does."""
     _share(batch_size, process_count)
@@ -67,7 +85,9 @@ def eval_batches(
     return EvalBatches(documents, batch_size, length, process_index, process_count, limit)
 
 
-def describe(data_spec, tokenizer, length=None, cache_dir=None):
+def describe(
+    data_spec: str, tokenizer: typing.Any, length: int | None = None, cache_dir: PathLike | None = None
+) -> dict[str, typing.Any]:
     """What a row says of the data: source, sha256 of the corpus, and documents, bytes and tokens of both sides; of
     records also how many are cut at the end of rows of `length` tokens.
 
@@ -148,12 +168,13 @@ def _long_enough(corpus, tokenizer, side, length):
     return documents
 
 
-def calibration_rows(data_spec, tokenizer, length, seed=0):
+def calibration_rows(data_spec: str, tokenizer: typing.Any, length: int, seed: int = 0) -> np.ndarray:
     """Rows of tokens `[CALIBRATION_ROWS, length]` to calibrate a quantised form on: train text, without padding."""
     batches = train_iterator(data_spec, tokenizer, CALIBRATION_ROWS, length, seed=seed)
-    pieces, wanted = [], CALIBRATION_ROWS * length
-    while sum(map(len, pieces)) < wanted:
+    pieces: list[np.ndarray] = []
+    tokens = CALIBRATION_ROWS * length
+    while sum(len(piece) for piece in pieces) < tokens:
         batch = next(batches)
         pieces.append(batch["tokens"][batch["segments"] > 0])
     batches.close()
-    return np.concatenate(pieces)[:wanted].reshape(CALIBRATION_ROWS, length)
+    return np.concatenate(pieces)[:tokens].reshape(CALIBRATION_ROWS, length)

@@ -1,4 +1,4 @@
-"""The documentation and sources that every Python installation carries: English and Python text without a download."""
+"""Documentation and sources of the Python installation: English and Python text without a download."""
 
 import ast
 import dataclasses
@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 import sysconfig
+import typing
 from pathlib import Path
 
 from efficientllm.data import cache
@@ -35,29 +36,31 @@ class PythonDocs(Source):
     held_out: float = 0.05
     max_bytes: int = 16_000_000
 
-    def key(self):
+    def key(self) -> str:
         """Changes with the Python version, a file of its library, or a field."""
         return f"{self} {sys.version} {cache.stat_key(_modules())}"
 
-    def documents(self):
+    def documents(self) -> typing.Iterator[tuple[str, str]]:
         """Yields (text, what decides its side of the split) in a fixed order. Raises UserError if there is no text."""
         yield from _documents(self.max_bytes)
 
 
 @functools.lru_cache(maxsize=1)
 def _documents(max_bytes):
-    found = [(topic, None) for topic in _topics()]
-    found += [(path.read_text(encoding="utf-8"), _module_name(path)) for path in _modules()]
-    if not found:
+    sources = [(topic, None) for topic in _topics()]
+    sources += [(path.read_text(encoding="utf-8"), _module_name(path)) for path in _modules()]
+    if not sources:
         raise UserError("data python_docs: this Python carries neither pydoc_data nor module sources; use text(path=)")
-    kept, total = {}, 0
-    for index in sorted(range(len(found)), key=lambda index: _rank(found[index][0])):
-        texts = _texts(*found[index])
+    texts_by_index, total = {}, 0
+    for index in sorted(range(len(sources)), key=lambda index: _rank(sources[index][0])):
+        texts = _texts(*sources[index])
         total += sum(len(text.encode()) for text in texts)
         if total > max_bytes:
             break
-        kept[index] = texts
-    return [(text, found[index][0]) for index in sorted(kept) for text in kept[index] if text.strip()]
+        texts_by_index[index] = texts
+    return [
+        (text, sources[index][0]) for index, texts in sorted(texts_by_index.items()) for text in texts if text.strip()
+    ]
 
 
 def _rank(text):
@@ -80,11 +83,11 @@ def _topics():
 def _modules():
     """Sources of the standard library in the order of their paths."""
     library = Path(sysconfig.get_path("stdlib"))
-    found = []
+    modules = []
     for folder, folders, files in os.walk(library):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS and not _generated(name)]
-        found += [Path(folder, name) for name in files if name.endswith(".py") and not _generated(name)]
-    return sorted(path for path in found if path.relative_to(library).as_posix() not in _SKIPPED_FILES)
+        modules += [Path(folder, name) for name in files if name.endswith(".py") and not _generated(name)]
+    return sorted(path for path in modules if path.relative_to(library).as_posix() not in _SKIPPED_FILES)
 
 
 def _generated(name):

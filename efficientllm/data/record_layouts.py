@@ -1,4 +1,4 @@
-"""Layouts of records that people have, told apart by their fields, and the conversation that each is.
+"""Record layouts: recognises the layout of instruction and chat data by its fields, and converts it to messages.
 
 | layout | fields |
 |---|---|
@@ -47,11 +47,11 @@ class Layout:
     messages: typing.Callable  # (row, where) -> messages
 
     @property
-    def columns(self):
+    def columns(self) -> tuple[str, ...]:
         """The fields, and that of the tools that a conversation may call, which need not be there."""
         return (*self.fields, TOOLS)
 
-    def document(self, row, where):
+    def document(self, row: dict, where: str) -> str:
         """The text of the conversation that a row is. Raises Skipped, UserError."""
         messages = self.messages(row, where)
         tools = row.get(TOOLS)
@@ -62,7 +62,7 @@ class Layout:
         return conversation.dump(messages, tools)
 
 
-def recognise(names, where, wanted=(), system=""):
+def recognise(names: typing.Iterable[str], where: str, wanted: tuple[str, ...] = (), system: str = "") -> Layout:
     """The layout of rows with the fields `names`; `wanted` are those that the user names: (messages,) or (prompt,
     response), an empty string where the default is meant. Raises UserError that says what is missing."""
     names = Names(names)
@@ -89,12 +89,13 @@ def recognise(names, where, wanted=(), system=""):
 class Names(tuple):
     """Names of fields, of which those that are known are found whatever the case of their letters."""
 
-    def first(self, wanted):
+    def first(self, wanted: str | typing.Iterable[str]) -> str | None:
         """The name that the first of `wanted`, a name or several, has here; None if there is none of them."""
-        known = {name.lower().strip(): name for name in reversed(self)}
-        return next((known[name] for name in ((wanted,) if isinstance(wanted, str) else wanted) if name in known), None)
+        originals = {name.lower().strip(): name for name in reversed(self)}
+        candidates = (wanted,) if isinstance(wanted, str) else wanted
+        return next((originals[name] for name in candidates if name in originals), None)
 
-    def beside(self, wanted, *taken):
+    def beside(self, wanted: str | typing.Iterable[str], *taken: str) -> str | None:
         """As above, of the names that are not taken."""
         return Names(name for name in self if name not in taken).first(wanted)
 
@@ -168,11 +169,11 @@ def _earlier(history, where):
 
 
 def _with_system(messages, row, beside, system, where):
-    own = tables.text(row.get(beside), beside, where) if beside else None
-    said = own if own and own.strip() else system
-    if not said or (messages and messages[0]["role"] == "system"):
+    row_system = tables.text(row.get(beside), beside, where) if beside else None
+    content = row_system if row_system and row_system.strip() else system
+    if not content or (messages and messages[0]["role"] == "system"):
         return messages
-    return [{"role": "system", "content": said}, *messages]
+    return [{"role": "system", "content": content}, *messages]
 
 
 def _answered(messages, where):

@@ -1,6 +1,7 @@
-"""Records to tune on: prompts with responses, or conversations, from the user's files or the hub."""
+"""Tuning records: prompts with responses, or conversations, from the user's files or the hub."""
 
 import dataclasses
+import typing
 
 from efficientllm.data import record_layouts, tables
 from efficientllm.data.base import Tally
@@ -25,22 +26,22 @@ class Records(Files):
     records = True
     endings = tables.ENDINGS
 
-    def key(self):
+    def key(self) -> str | None:
         """Changes when a file or a field does."""
         return f"{self} {self._hub().key()}" if self.hub else super().key()
 
-    def documents(self):
+    def documents(self) -> typing.Iterator[str]:
         """Yields conversations as JSON text. Records without an answer are passed over, and counted.
 
         Raises UserError naming the file and line for a missing field or one of another type, and where no record is
         left.
         """
-        known = {}
+        layouts: dict[tuple, record_layouts.Layout] = {}
         for where, row in self._rows():
             row = {"messages": row} if isinstance(row, list) else row
             names = tuple(row)
             try:
-                layout = known.get(names) or known.setdefault(names, self._layout(names, where))
+                layout = layouts.get(names) or layouts.setdefault(names, self._layout(names, where))
                 text = layout.document(row, where)
             except Skipped as reason:
                 self.tally.skip(f"records {reason}", where)

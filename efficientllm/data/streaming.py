@@ -1,10 +1,11 @@
-"""Documents of a stream as a grain dataset whose state is the stream's own."""
+"""Streamed documents as a grain dataset, resumable by the state of the stream."""
 
 import copy
+import typing
 
 import grain
 
-from efficientllm.data.corpus import shifted
+from efficientllm.data.corpus import Corpus, shifted
 from efficientllm.errors import UserError
 
 
@@ -14,7 +15,7 @@ class Stream(grain.IterDataset):
     The documents of one process: `datasets` gives each its own shards where their number allows, else its own examples.
     """
 
-    def __init__(self, corpus, tokenizer, process_index, process_count):
+    def __init__(self, corpus: Corpus, tokenizer: typing.Any, process_index: int, process_count: int):
         super().__init__()
         self._corpus, self._tokenizer = corpus, tokenizer
         self._process = process_index, process_count
@@ -31,7 +32,7 @@ class _StreamIterator(grain.DatasetIterator):
         self._corpus, self._tokenizer = corpus, tokenizer
         self._rows = split_dataset_by_node(corpus.source.rows(), process_index, process_count)
         self._texts = None
-        self._found = True
+        self._has_documents = True
 
     def __next__(self):
         while True:
@@ -40,7 +41,7 @@ class _StreamIterator(grain.DatasetIterator):
             for text in self._texts:
                 ids = self._tokenizer.encode(text)
                 if ids:
-                    self._found = True
+                    self._has_documents = True
                     return shifted([*self._tokenizer.lead_ids, *ids, self._tokenizer.eos_id])
             self._next_epoch()
 
@@ -50,14 +51,14 @@ class _StreamIterator(grain.DatasetIterator):
     def set_state(self, state):
         self._rows.set_epoch(state["epoch"])
         self._rows.load_state_dict(copy.deepcopy(state))
-        self._texts, self._found = None, True
+        self._texts, self._has_documents = None, True
 
     def _train_texts(self):
         texts = self._corpus.source.texts(self._rows, batch_size=1)
         return (text for text in texts if self._corpus.side(text) == "train")
 
     def _next_epoch(self):
-        if not self._found:
+        if not self._has_documents:
             raise UserError(f"config.data = {self._corpus.spec!r}: a whole epoch of the stream held no train document")
         self._rows.set_epoch(self._rows.epoch + 1)
-        self._texts, self._found = None, False
+        self._texts, self._has_documents = None, False

@@ -1,4 +1,4 @@
-"""Files as text: decompressed by what they hold rather than by their names, UTF-8, in lines or in pieces."""
+"""Text streams: files decompressed by content rather than by name, decoded as UTF-8, in lines or pieces."""
 
 import bz2
 import codecs
@@ -6,9 +6,11 @@ import contextlib
 import gzip
 import io
 import lzma
+import typing
 import zlib
 
 from efficientllm.errors import UserError
+from efficientllm.typing import PathLike
 
 LINE_BYTES = 1 << 28  # of a record; a longer line is no record
 CHUNK = 1 << 20
@@ -22,7 +24,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # as names end; what counts
 
 
 @contextlib.contextmanager
-def opened(path):
+def opened(path: PathLike) -> typing.Iterator[io.BufferedReader]:
     """The file, decompressed if it is gzip, bzip2, xz, zstd or lz4, for reading bytes.
 
     Raises UserError that names the file for one that cannot be read, is damaged, or is an archive of several.
@@ -39,7 +41,7 @@ def opened(path):
 
 
 @contextlib.contextmanager
-def reading(path):
+def reading(path: PathLike) -> typing.Iterator[None]:
     """Makes one line of what goes wrong while reading the file."""
     try:
         yield
@@ -63,7 +65,7 @@ def _decompressed(file, head):
     return file
 
 
-def lines(path):
+def lines(path: PathLike) -> typing.Iterator[tuple[int, str]]:
     """Yields (number from 1, text with its line end) of every line. Only a line feed ends one: U+2028 and the like are
     characters of a text. Raises UserError for what is not UTF-8, or too long to be a record."""
     with opened(path) as stream:
@@ -76,13 +78,13 @@ def lines(path):
             offset += len(line)
 
 
-def whole(path):
+def whole(path: PathLike) -> str:
     """The file's text. Raises UserError for what is not UTF-8."""
     with opened(path) as stream:
         return _decode(stream.read(), path, 0)
 
 
-def documents(path, size):
+def documents(path: PathLike, size: int) -> typing.Iterator[str]:
     """Yields the file's text in `pieces`. Every line end is a line feed, however the file writes it. Raises UserError
     for what is not UTF-8."""
     with opened(path) as stream:
@@ -96,14 +98,14 @@ def documents(path, size):
         yield rest
 
 
-def pieces(text, size):
+def pieces(text: str, size: int) -> list[str]:
     """A list of the text in pieces of at most `size` characters, which end at line ends where they can."""
-    found, start = [], 0
+    cuts, start = [], 0
     while len(text) - start > size:
         stop = text.rfind("\n", start, start + size) + 1 or start + size
-        found.append(text[start:stop])
+        cuts.append(text[start:stop])
         start = stop
-    return [*found, text[start:]] if start < len(text) else found
+    return [*cuts, text[start:]] if start < len(text) else cuts
 
 
 def _decoded(path):

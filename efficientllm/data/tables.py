@@ -1,10 +1,11 @@
-"""Rows of JSON, CSV and Parquet files, each with the place it came from; of Parquet only the columns asked for."""
+"""Row readers of JSON, CSV and Parquet files. Each row comes with its place in the file, for error messages."""
 
 import csv
 import io
 import itertools
 import json
 import re
+import typing
 
 from efficientllm.data import streams
 from efficientllm.errors import UserError, did_you_mean
@@ -20,7 +21,7 @@ _RETURN = re.compile(r"(?<=\r)(?!\n)(?=.)", re.DOTALL)
 _HUGE = 1 << 30
 
 
-def rows(path, fallback, choose):
+def rows(path: str, fallback: str, choose: typing.Any) -> typing.Iterator[tuple[str, typing.Any]]:
     """Yields `(where, row)` of a file of the format that its name ends in, else of `fallback`.
 
     `choose(names, where)` gives the columns of a CSV or Parquet file to read. Rows are dicts; in JSON they are what the
@@ -38,7 +39,7 @@ def rows(path, fallback, choose):
     return _json(path) if kind == "json" else _csv(path, kind, choose)
 
 
-def field(row, name, where):
+def field(row: typing.Any, name: str, where: str) -> typing.Any:
     """The value of a row's field. Raises UserError that lists the fields there are."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON object is needed, not {type(row).__name__}")
@@ -47,12 +48,12 @@ def field(row, name, where):
     return row[name]
 
 
-def missing(name, names, where):
+def missing(name: str, names: typing.Collection[str], where: str) -> str:
     """What is said of a field that is none of `names`."""
     return f"{where}: no field {name!r}; there are: {', '.join(names) or 'none'}{did_you_mean(name, names)}"
 
 
-def text(value, name, where):
+def text(value: typing.Any, name: str, where: str) -> str | None:
     """The text of a field, None for null. Raises UserError for another type and for what is no Unicode."""
     if value is None:
         return None
@@ -80,8 +81,8 @@ def _values(path):
     for number, line in streams.lines(path):
         if not line.strip():
             continue
-        if blank and (found := _whole(path, line)) is not None:
-            yield from found
+        if blank and (rows_of_value := _whole(path, line)) is not None:
+            yield from rows_of_value
             return
         blank = False
         yield f"{path}, line {number}", _parsed(lambda line=line: json.loads(line), path, number)
@@ -149,7 +150,7 @@ def _array(path, content):
 def _object(path, content):
     """The object that the file is: its only list of objects if it has one, else a record by itself."""
     value = _parsed(lambda: json.loads(content), path)
-    lists = [found for found in value.values() if isinstance(found, list) and found and isinstance(found[0], dict)]
+    lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
     is_conversation = "role" in lists[0][0] or "from" in lists[0][0] if len(lists) == 1 else False
     if len(lists) == 1 and not is_conversation:
         yield from ((f"{path}, record {index}", record) for index, record in enumerate(lists[0], 1))
@@ -206,7 +207,7 @@ def _csv(path, kind, choose):
 def _csv_lines(path):
     """The lines of a file whose lines may end in a carriage return alone, as spreadsheets on a Macintosh write them."""
     for number, line in streams.lines(path):
-        yield from ((number, part) for part in (_RETURN.split(line) if "\r" in line[:-2] else [line]))
+        yield from ((number, piece) for piece in (_RETURN.split(line) if "\r" in line[:-2] else [line]))
 
 
 def _quoting(path, kind):

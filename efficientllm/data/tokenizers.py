@@ -1,6 +1,7 @@
-"""Tokenizers: bytes, a byte-level BPE trained on the corpus, and what those of transformers become.
+"""Tokenizers: bytes, a byte-level BPE trained on the corpus, and FastTokenizer, which wraps the `tokenizers` library.
 
-What `tokenizer` names in the registry is a recipe; `recipe.fit(corpus)` gives the tokenizer:
+The registry's kind `tokenizer` holds recipes; `recipe.fit(corpus)` returns a tokenizer with
+
 `vocab_size` (every id is below it), `eos_id`, which closes a document, `end_ids`, at any of which generation stops,
 `lead_ids`, which open a document (BOS, where the tokenizer adds it), `encode(text)`, `encode_prompt(text)`,
 `encode_batch(texts)`, `decode(ids)`, `fingerprint`, and `token_bytes`, int32 [V]: the UTF-8 bytes of text that each id
@@ -11,7 +12,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import pathlib
 import shutil
+import typing
 
 import numpy as np
 
@@ -34,34 +37,34 @@ class Bytes:
     def __init__(self):
         self.token_bytes = np.array([1] * 256 + [0], np.int32)
 
-    def fit(self, corpus):
+    def fit(self, corpus: typing.Any) -> "Bytes":
         """Itself: there is nothing to learn."""
         return self
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_prompt(self, text):
+    def encode_prompt(self, text: str) -> list[int]:
         return self.encode(text)
 
-    def encode_context(self, text, special=True):
+    def encode_context(self, text: str, special: bool = True) -> list[int]:
         return self.encode(text)
 
-    def within(self, vocab_size):
+    def within(self, vocab_size: int) -> "Bytes":
         """Itself: of a model's vocabulary that holds it."""
         return self
 
-    def save(self, folder):
+    def save(self, folder: pathlib.Path) -> None:
         """Nothing: bytes need no file."""
 
-    def text_of(self, id):
+    def text_of(self, id: int) -> str:
         """What the token `id` is called."""
         return "<eos>" if id == self.eos_id else repr(bytes([id]))
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
-    def decode(self, ids):
+    def decode(self, ids: typing.Iterable[int]) -> str:
         return bytes(id for id in ids if id < 256).decode(errors="replace")
 
 
@@ -75,7 +78,7 @@ class BPE:
     vocab_size: int = 4096
     sample_bytes: int = 2_000_000
 
-    def fit(self, corpus):
+    def fit(self, corpus: typing.Any) -> "FastTokenizer":
         """The tokenizer trained on `corpus`, or its cached copy. Raises UserError below 257 ids: the bytes and eos."""
         import tokenizers
 
@@ -83,10 +86,10 @@ class BPE:
             raise UserError(
                 f"config.tokenizer: bpe(vocab_size={self.vocab_size}) must be at least 257: the bytes and eos"
             )
-        parts = (corpus.summary["fingerprint"], self.vocab_size, self.sample_bytes, tokenizers.__version__)
-        folder = cache.entry(corpus.cache, f"bpe-{cache.digest(*parts)}", lambda new: self._train(corpus, new))
+        inputs = (corpus.summary["fingerprint"], self.vocab_size, self.sample_bytes, tokenizers.__version__)
+        folder = cache.entry(corpus.cache, f"bpe-{cache.digest(*inputs)}", lambda new: self._train(corpus, new))
         trained = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return Backed(trained, trained.get_vocab_size(), trained.get_vocab_size() + 1)
+        return FastTokenizer(trained, trained.get_vocab_size(), trained.get_vocab_size() + 1)
 
     def _train(self, corpus, folder):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -107,7 +110,7 @@ class BPE:
         tokenizer.save(str(folder / "tokenizer.json"))
 
 
-class Backed:
+class FastTokenizer:
     """A tokenizer of the `tokenizers` library with an eos of its own or of ours.
 
     Special tokens that a text spells out are read as text: a document cannot end itself. `encode_template`,
@@ -131,17 +134,17 @@ class Backed:
 
     def __init__(
         self,
-        backend,
-        eos_id,
-        vocab_size=0,
-        chat=None,
-        template="",
-        bos_id=None,
-        end_ids=(),
-        marked=None,
-        save=None,
-        splits=False,
-        clean=str,
+        backend: typing.Any,
+        eos_id: int,
+        vocab_size: int = 0,
+        chat: typing.Callable | None = None,
+        template: str = "",
+        bos_id: int | None = None,
+        end_ids: typing.Iterable[int] = (),
+        marked: typing.Callable | None = None,
+        save: typing.Callable | None = None,
+        splits: bool = False,
+        clean: typing.Callable[[str], str] = str,
     ):
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -153,14 +156,15 @@ class Backed:
         self.backend, self.eos_id, self.vocab_size = backend, eos_id, max(vocab_size, largest + 1, eos_id + 1)
         self.chat, self.template, self.bos_id = chat, template, bos_id
         self.end_ids, self.lead_ids = tuple(end_ids) or (eos_id,), _lead(backend)
-        told = f"{eos_id} {self.end_ids} {template} {backend.to_str()}{' splits' if splits else ''}"
-        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+        identity = f"{eos_id} {self.end_ids} {template} {backend.to_str()}{' splits' if splits else ''}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self.token_bytes = _token_bytes(backend, self.vocab_size)
         self.marked = marked or (lambda messages, **how: None)
-        self._limit, self._save = None, save or self._save_own
+        self._limit: int | None = None
+        self._save = save or self._save_own
         self._splits, self._clean = splits, clean
 
-    def within(self, vocab_size):
+    def within(self, vocab_size: int) -> "FastTokenizer":
         """The tokenizer for a model with an embedding of `vocab_size` ids, which added tokens may lie beyond: a text
         that asks for one of them is refused then. Itself where more than those do."""
         added = self.backend.get_added_tokens_decoder()
@@ -173,7 +177,7 @@ class Backed:
         self.end_ids = tuple(id for id in self.end_ids if id < vocab_size) or (self.eos_id,)
         return self
 
-    def save(self, folder):
+    def save(self, folder: pathlib.Path) -> None:
         """Writes it to a new folder, which `hf(path=...)` and transformers load, with eos among the end tokens."""
         folder.mkdir(parents=True)
         self._save(folder)
@@ -190,11 +194,11 @@ class Backed:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
-    def text_of(self, id):
+    def text_of(self, id: int) -> str:
         """What the token `id` is called."""
         return self.backend.id_to_token(int(id)) or ("<eos>" if id == self.eos_id else f"<id {id}>")
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return self._inside(self._encoded(self.backend.encode, text, False).ids)
 
     def _encoded(self, encode, text, add):
@@ -205,21 +209,21 @@ class Backed:
         except Exception as error:  # the only class that it raises
             raise UserError(f"the tokenizer cannot encode this text: {error}") from None
 
-    def encode_template(self, text):
+    def encode_template(self, text: str) -> list[int]:
         """Ids of a text that a chat template made: special tokens are special."""
         return self._inside(self._special(text, False).ids)
 
-    def encode_spans(self, text):
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode_template`'s ids, and for each the `(start, end)` of the characters that it stands for."""
         encoding = self._special(text, False)
         return self._inside(encoding.ids), encoding.offsets
 
-    def encode_prompt(self, text):
+    def encode_prompt(self, text: str) -> list[int]:
         """Ids as transformers gives them: what the text spells out is special, and the tokens that the tokenizer puts
         around a text are there."""
         return self._inside(self._special(text, True).ids)
 
-    def encode_context(self, text, special=True):
+    def encode_context(self, text: str, special: bool = True) -> list[int]:
         """As `encode_prompt` with `special`, unless the text begins with BOS itself: as the harness does."""
         plain = self.encode_template(text)
         if not special:
@@ -234,7 +238,7 @@ class Backed:
         finally:
             self.backend.encode_special_tokens = True
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._encoded(self.backend.encode_batch_fast, texts, False)
         return [np.array(self._inside(encoding.ids), np.uint32) for encoding in encodings]
 
@@ -247,12 +251,12 @@ class Backed:
             )
         return ids
 
-    def decode(self, ids):
-        known = [int(id) for id in ids if id != self.eos_id]
-        return self._clean(self.backend.decode(known, skip_special_tokens=True))
+    def decode(self, ids: typing.Iterable[int]) -> str:
+        text_ids = [int(id) for id in ids if id != self.eos_id]
+        return self._clean(self.backend.decode(text_ids, skip_special_tokens=True))
 
 
-def keep(tokenizer, folder):
+def keep(tokenizer: typing.Any, folder: pathlib.Path) -> None:
     """Writes a run's tokenizer to `folder`, whole or not at all, for those who take the run as a checkpoint; what is
     there stays. One without `save` is named by the run's config alone."""
     if folder.exists() or not hasattr(tokenizer, "save"):

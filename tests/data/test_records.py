@@ -8,7 +8,7 @@ import pytest
 from efficientllm import data
 from efficientllm.data import conversation
 from efficientllm.data.corpus import Corpus
-from efficientllm.data.tokenizers import Backed
+from efficientllm.data.tokenizers import FastTokenizer
 from efficientllm.errors import UserError
 
 pytestmark = pytest.mark.quick
@@ -99,7 +99,7 @@ def chat_tokenizer():
         turns = "".join(f"[{message['role']}]{message['content']}<end>\n" for message in messages)
         return turns + ("[assistant]" if add_generation_prompt else "")
 
-    return Backed(backend, 127, 128, chat, "turns")
+    return FastTokenizer(backend, 127, 128, chat, "turns")
 
 
 def test_a_chat_template_frames_the_turns_and_every_answer_is_learnt():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from efficientllm import data
-from efficientllm.data.tokenizers import Backed
+from efficientllm.data.tokenizers import FastTokenizer
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 
@@ -118,7 +118,7 @@ def test_sentencepiece_spelling_is_counted_as_text():
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    assert Backed(backend, 3, 4).token_bytes[:3].tolist() == [2, 2, 1]
+    assert FastTokenizer(backend, 3, 4).token_bytes[:3].tolist() == [2, 2, 1]
 
 
 def test_what_cannot_be_a_tokenizer_is_refused(tmp_path, spec, folder):
@@ -136,4 +136,4 @@ def test_an_id_without_bound_makes_no_array_of_its_size():
     from tokenizers import Tokenizer, models
 
     with pytest.raises(UserError, match="a token of the id 4000000000; ids below 33554432"):
-        Backed(Tokenizer(models.WordLevel({"a": 4_000_000_000, "b": 0}, unk_token="b")), 0)
+        FastTokenizer(Tokenizer(models.WordLevel({"a": 4_000_000_000, "b": 0}, unk_token="b")), 0)

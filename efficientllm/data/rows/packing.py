@@ -1,6 +1,7 @@
-"""Documents to rows of one length, with grain: packed, shuffled, batched, and resumed to the same batch."""
+"""Packing of documents into rows of one length with grain: shuffled, batched, and resumable to the same batch."""
 
 import atexit
+import typing
 import weakref
 
 import grain
@@ -11,17 +12,17 @@ SHUFFLED_ROWS, SHUFFLED_TOKENS = 512, 1 << 22  # whichever is less: the window i
 _IN_THIS_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # memory maps gain nothing from threads
 
 
-def in_order(documents):
+def in_order(documents: typing.Any) -> grain.IterDataset:
     """The documents once, as they come."""
     return grain.MapDataset.source(documents).to_iter_dataset(_IN_THIS_THREAD)
 
 
-def endless(documents, seed):
+def endless(documents: typing.Any, seed: int) -> grain.IterDataset:
     """The documents again and again, in another order each epoch."""
     return grain.MapDataset.source(documents).shuffle(seed).repeat().to_iter_dataset(_IN_THIS_THREAD)
 
 
-def pack(documents, length):
+def pack(documents: grain.IterDataset, length: int) -> grain.IterDataset:
     """Rows of `length` tokens from an IterDataset of {"tokens", "targets"}.
 
     Documents are concatenated and cut, which wastes nothing: only the last row of a finite corpus holds padding, where
@@ -34,7 +35,7 @@ def pack(documents, length):
     return _Restorable(rows)
 
 
-def fit(documents, length, bins=BINS):
+def fit(documents: grain.IterDataset, length: int, bins: int = BINS) -> grain.IterDataset:
     """Rows of `length` tokens from an IterDataset of {"tokens", "targets", "weights"}: whole documents side by side.
 
     Each goes into the first row with room for it, of `bins` that are filled at a time; what is longer than a row is cut
@@ -47,7 +48,7 @@ def fit(documents, length, bins=BINS):
     )
 
 
-def mix(rows, length, seed, epoch=SHUFFLED_ROWS):
+def mix(rows: grain.IterDataset, length: int, seed: int, epoch: int = SHUFFLED_ROWS) -> grain.IterDataset:
     """Rows in random order within windows of 512 (of 4M tokens, if rows are long), so that the rows of a long document
     do not share a batch. A window is filled before the first step: it holds no more than the rows of an `epoch`.
     """
@@ -55,21 +56,23 @@ def mix(rows, length, seed, epoch=SHUFFLED_ROWS):
     return grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=seed)
 
 
-def batch(rows, batch_size, process_index=0, process_count=1):
+def batch(
+    rows: grain.IterDataset, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> grain.IterDataset:
     """Batches of `batch_size` rows, of which each process keeps its own consecutive share.
 
     Every process packs every row: the global batch then depends on the seed alone, not on how many processes train.
     A last batch that is not full is filled with rows of padding.
     """
     share = batch_size // process_count
-    own = slice(process_index * share, (process_index + 1) * share)
+    rows_of_process = slice(process_index * share, (process_index + 1) * share)
     filled = rows.batch(
         batch_size, batch_fn=lambda values: grain.experimental.batch_and_pad(values, batch_size=batch_size)
     )
-    return filled.map(lambda values: _named({key: value[own] for key, value in values.items()}))
+    return filled.map(lambda values: _named({key: value[rows_of_process] for key, value in values.items()}))
 
 
-def prefetch(batches, count):
+def prefetch(batches: grain.IterDataset, count: int) -> grain.DatasetIterator:
     """Iterator over the same batches, up to `count` of them made ahead in a thread. Its state is that of the batch
     handed out last, not of the last one made; `close()` ends the thread."""
     return _Prefetched(batches.__iter__(), count)
