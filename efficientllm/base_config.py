@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.model.kv_cache = "activation"  # dtype of the KV cache: activation, bfloat16, float16, int8
     config.model.remat = "none"  # none, full, or a policy of jax.checkpoint_policies
     config.model.scan = True
+    config.model.unroll = 12  # a CPU compiles up to so many groups of layers one after another; 0 is always a loop
 
     config.adapter = "full"  # trainable parameters: full, freeze(last=2), lora(rank=8), dora, pissa...
 

@@ -77,7 +77,8 @@ class LM(nn.Module):
       embed_norm: a norm follows the embedding (RWKV, BLOOM).
       remat: `none`, `full`, or the name of a policy of `jax.checkpoint_policies`: what the backward pass keeps.
         `none` is everything, on CPUs less what is cheap (`remat.kept`); `everything_saveable` is everything there too.
-      scan: compile one group and scan over the stacked rest; False unrolls (debugging, decoding).
+      scan: stack the groups' parameters and scan over them; False keeps them apart (debugging, decoding).
+      unroll: a scan over at most so many groups is compiled one group after another on CPUs; 0 is always a loop.
     """
 
     blocks: tuple
@@ -92,6 +93,7 @@ class LM(nn.Module):
     embed_norm: bool
     remat: str
     scan: bool
+    unroll: int
 
     @property
     def num_groups(self):
@@ -136,7 +138,7 @@ class LM(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=self.num_groups,
-                unroll=_unroll(self.num_groups),
+                unroll=_scan_unroll(self.num_groups, self.unroll),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             (x_BTD, _), (states, aux) = scanned(*fields, name="groups")(carry, ctx, states)
@@ -157,16 +159,13 @@ class LM(nn.Module):
         return memo
 
 
-UNROLLED = 12  # groups; on CPUs
-
-
-def _unroll(length):
-    """How many turns of the scan over groups are compiled one after another.
+def _scan_unroll(num_groups, most):
+    """How many turns of the scan over groups are compiled one after another, where `most` may be.
 
     Measured on CPUs: a loop costs 8 to 20 % of a step, for it copies all that its backward pass keeps, while compiling
     8 layers apart takes no longer.
     """
-    return length if kernel_choice.platform() == "cpu" and length <= UNROLLED else 1
+    return num_groups if kernel_choice.platform() == "cpu" and num_groups <= most else 1
 
 
 def half_layers(blocks):

@@ -77,16 +77,3 @@ def pytest_runtest_call(item):
         if os.environ["JAX_PLATFORMS"] != "cpu" and re.search(r"makes \d+ devices; there (are|is) \d", str(error)):
             pytest.skip(str(error))
         raise
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _scanned_layers():
-    """Layers in a loop, as on accelerators: half the compilation; test_model.py has the unrolled form.
-
-    Of the whole session: the runs that fixtures of a module make must be of the same program as those of its tests.
-    """
-    from efficientllm import model
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "UNROLLED", 0)
-        yield

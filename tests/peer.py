@@ -27,6 +27,7 @@ def randomise(reference, seed, size=0.1):
 def lm(size, **changes):
     """Builds our model of a size given by its fields."""
     config = base.get_config().model
+    config.unroll = 0
     config.size = f"tiny({', '.join(f'{key}={value!r}' for key, value in size.items())})"
     config.tied = False
     config.update(changes)

@@ -47,6 +47,7 @@ def cases():
 @functools.cache
 def trained(family):
     config = base.get_config()
+    config.model.unroll = 0
     config.model.size = SIZE
     config.model.update(FAMILIES[family])
     config.train.steps, config.train.schedule = STEPS, "constant(peak=0.01)"

@@ -55,6 +55,7 @@ class Program:
 @functools.cache
 def program(ffn, mesh_spec, accumulate):
     config = base.get_config()
+    config.model.unroll = 0
     config.model.size, config.model.ffn = SIZE, FFNS[ffn]
     config.train.steps, config.train.accumulate, config.train.schedule = STEPS, accumulate, "constant(peak=0.01)"
     # Adam divides by the gradient's own size: where that is rounding alone, 1e-10, an eps of 1e-8 makes a step of it.

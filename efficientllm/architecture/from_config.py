@@ -103,6 +103,7 @@ def _describe(model, size, tokenizer_size=None):
         embed_norm=model.embed_norm,
         remat=model.remat,
         scan=model.scan,
+        unroll=model.unroll,
     )
 
 

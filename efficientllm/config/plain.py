@@ -16,9 +16,21 @@ def flatten(tree: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
     return {key: value for group in pairs for key, value in group.items()}
 
 
+# Keys that version 0.1 had not, with their defaults, which do what it did: left out of what a run leaves where they
+# have that value, so that its hash, its folder and its row are those of a run before them.
+ADDED = {"model": {"unroll": 12}}
+
+
 def plain(config: Config) -> dict[str, typing.Any]:
-    """The config as JSON holds it: dicts, lists, strings, numbers; a number that is not finite is a string."""
-    return _finite(json.loads(json.dumps(config.to_dict())))
+    """The config as JSON holds it: dicts, lists, strings, numbers; a number that is not finite is a string.
+
+    Keys of `ADDED` are left out at their defaults.
+    """
+    tree = _finite(json.loads(json.dumps(config.to_dict())))
+    for group, added in ADDED.items():
+        if group in tree:
+            tree[group] = {key: value for key, value in tree[group].items() if (key, value) not in added.items()}
+    return tree
 
 
 def _finite(value):

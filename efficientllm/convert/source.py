@@ -144,7 +144,8 @@ class Source:
         )
 
 
-_PLAIN = {"precision": "float32", "attention_kernel": "auto", "kv_cache": "activation", "remat": "none", "scan": True}
+_PLAIN = {"precision": "float32", "attention_kernel": "auto", "kv_cache": "activation", "remat": "none"}
+_PLAIN |= {"scan": True, "unroll": 12}
 
 
 def complete(model):

@@ -194,7 +194,7 @@ def _of_family(lm, ours, name, max_positions):
 def _model_config(model, lm):
     from ml_collections import ConfigDict
 
-    plain = {"attention_kernel": "auto", "kv_cache": "activation", "remat": "none", "scan": True}
+    plain = {"attention_kernel": "auto", "kv_cache": "activation", "remat": "none", "scan": True, "unroll": 12}
     return ConfigDict(model | plain | {"precision": lm.precision})
 
 

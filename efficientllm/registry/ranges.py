@@ -92,6 +92,7 @@ KEYS: Ranges = {
     "train.batch_size": whole(1, 2**20),
     "train.length": WIDTH,
     "train.accumulate": whole(1, 2**20),
+    "model.unroll": whole(0, 10_000, "0 is a loop"),
     "train.log_every": whole(1),
     "train.clip": real(0, note="0 does not clip"),
     "eval.every": whole(0, note="0 evaluates at the end alone"),

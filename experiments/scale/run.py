@@ -104,7 +104,7 @@ def measure(point):
     import jax
     import numpy as np
 
-    from efficientllm import base_config, model, sharding
+    from efficientllm import base_config, sharding
     from efficientllm.adapters.freeze import Full
     from efficientllm.architecture import from_config
     from efficientllm.cost import step_memory
@@ -112,8 +112,8 @@ def measure(point):
     from efficientllm.train import step
 
     layers = point["unrolled"] or point["layers"]
-    model.UNROLLED = point["unrolled"]  # else a CPU would unroll a few layers
     config = base_config.get_config()
+    config.model.unroll = point["unrolled"]
     size = ", ".join(f"{key}={value}" for key, value in (SIZE | {"num_layers": layers}).items())
     config.model.size = f"custom({size}, rope_base=1e4, vocab_size=2048)"
     if point["experts"]:

@@ -76,6 +76,7 @@ def tuned(spec, kind="mixer", technique="gqa", form="float32"):
 
 def start(method, lm, params, form="float32"):
     config = base.get_config()
+    config.model.unroll = 0
     boxed = model.abstract_params(lm)
     boxed_params = box_as(boxed, params)
     return nn.unbox(step.create(lm, config.train, method, 0, boxed, boxed_params, form))
@@ -127,6 +128,7 @@ def test_beside_rounded_kernels_it_learns_as_beside_what_they_stand_for(spec):
 @pytest.mark.parametrize("spec", slow_except(SPECS, "lora", "freeze"))
 def test_what_is_frozen_stays_and_what_learns_moves(spec):
     config = base.get_config()
+    config.model.unroll = 0
     method, lm, _, state = tuned(spec, "mixer", "gqa")
     run = jax.jit(functools.partial(step.train_step, lm, config.train, method))
     after = state.replace(step=state.step + 1)  # past the first step of the warm-up, whose rate is zero

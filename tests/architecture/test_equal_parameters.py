@@ -19,6 +19,7 @@ VOCAB = 2048
 
 def build(size, mixer, reference="", **changes):
     config = base.get_config().model
+    config.unroll = 0
     config.update({"size": size, "mixer": mixer, "parameters_of": reference, **changes})
     return from_config.from_config(config, VOCAB)
 

@@ -86,6 +86,7 @@ def test_published_parameters(num_layers, dim, num_heads, published):
     shape = {"num_layers": num_layers, "dim": dim, "num_heads": num_heads, "head_dim": dim // num_heads}
     shape |= {"hidden": 4 * dim, "vocab_size": 50304}
     config = base.get_config().model
+    config.unroll = 0
     config.update(BLOCK | {"position": "rope(fraction=0.25)", "residual": "parallel"})
     config.size = f"tiny({', '.join(f'{key}={value}' for key, value in shape.items())})"
     shapes = nn.unbox(model.abstract_params(from_config.from_config(config)))

@@ -49,6 +49,7 @@ def _reference(family, changes, rng, tied):
 
 def _ours(config, mixer, tied):
     ours = base.get_config().model
+    ours.unroll = 0
     ours.size = (
         f"tiny(num_layers=2, dim=48, num_heads=4, num_kv_heads={config.num_key_value_heads}, "
         f"head_dim={config.head_dim}, hidden={config.intermediate_size}, "

@@ -22,6 +22,7 @@ SIZE = "tiny(num_layers=4, dim=128, num_heads=4, num_kv_heads=2, head_dim=32, hi
 def described(method="full()", form="float32", **model):
     """(lm, method, abstract state, config.train) of a model whose activations outweigh its parameters."""
     config = base.get_config()
+    config.model.unroll = 0
     config.train.batch_size, config.train.length = ROWS, LENGTH
     lm, method = contract.build("mixer", "gqa", size=SIZE, **model), build("adapter", method)
     lm = lm.clone(scan=False) if method.unrolled else lm

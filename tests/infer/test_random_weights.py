@@ -18,6 +18,7 @@ from tiers import slow_except
 
 def described(**changes):
     config = base.get_config()
+    config.model.unroll = 0
     config.model.update({"size": "tiny(num_layers=2, dim=64, hidden=96)"} | changes)
     return from_config.from_config(config.model, 320).clone(scan=False)
 

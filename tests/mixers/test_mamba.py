@@ -146,6 +146,7 @@ def test_logits_loss_and_gradients(family, seed):
     rng = np.random.default_rng(seed)
     spec, reference, convert = family(rng)
     config = base.get_config().model
+    config.unroll = 0
     config.size = "tiny(num_layers=1, dim=48, norm_eps=1e-5)"  # two blocks without an ffn
     config.mixer, config.ffn = spec, "none"
     lm, params = from_config.from_config(config, VOCAB), _params(dict(reference.named_parameters()), convert)
@@ -261,6 +262,7 @@ def test_released_sizes(name):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     family, blocks, dim, vocab = RELEASED[name]
     config = base.get_config().model
+    config.unroll = 0
     config.size = f"tiny(num_layers={blocks // 2}, dim={dim}, vocab_size={vocab})"
     config.mixer, config.ffn = family, "none"
     count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(from_config.from_config(config))))

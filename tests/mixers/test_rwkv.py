@@ -32,6 +32,7 @@ LOW_RANK = {"decay": ("w", "decay_rank"), "a": ("a", "a_rank"), "v_share": ("v",
 
 def _lm(layers, dim, head_dim, hidden, vocab=VOCAB, mixer="", **changes):
     config = base.get_config().model
+    config.unroll = 0
     config.size = (
         f"tiny(num_layers={layers}, dim={dim}, head_dim={head_dim}, num_heads={dim // head_dim}, hidden={hidden})"
     )

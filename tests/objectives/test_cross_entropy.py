@@ -130,6 +130,7 @@ def _train_step(monkeypatch, chunk_bytes):
     """A compiled step of a small model of a large vocabulary, on one device; and what its loss runs on."""
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_bytes)
     config = base.get_config()
+    config.model.unroll = 0
     config.model.size = "tiny(num_layers=1, dim=8, num_heads=1, num_kv_heads=1, head_dim=8, hidden=8)"
     lm = from_config.from_config(config.model, 151_936)
     mesh = sharding.make_mesh("data=1", jax.devices()[:1])

@@ -48,6 +48,7 @@ pytestmark = pytest.mark.xdist_group("collectives")
 
 def described(mesh="fsdp=8", platform="cpu", **changes):
     config = base.get_config()
+    config.model.unroll = 0
     config.mesh, config.model.size = mesh, SMALL
     config.train.batch_size, config.train.length = 16, 26
     config.update_from_flattened_dict(changes)

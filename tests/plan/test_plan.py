@@ -56,6 +56,7 @@ def test_a_plan_says_beforehand_what_the_run_s_program_needs(measured, tmp_path,
 
 def test_a_run_s_folder_is_not_a_plan_s(tmp_path, capsys):
     config = base.get_config()
+    config.model.unroll = 0
     Workdir(config, tmp_path).claim(config)
     assert plan(tmp_path) == (2, None)
     assert "holds a run; a plan needs a folder of its own" in capsys.readouterr().err
