@@ -12,7 +12,7 @@ from efficientllm.ops.embedding_lookup import look_up
 from efficientllm.registry import build, parse_spec
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh
-from efficientllm.weights import Precision, matmul, parameter, turned
+from efficientllm.weights import Precision, matmul, parameter, transposed_kernel
 
 HEAD = ("embed", "vocab")
 
@@ -121,7 +121,7 @@ class LM(nn.Module):
         if not readout:
             return x_BTD, states, aux
         if self.tied:
-            logits_BTV = matmul(x_BTD, turned(embedding_VD), precision, jnp.float32, HEAD)
+            logits_BTV = matmul(x_BTD, transposed_kernel(embedding_VD), precision, jnp.float32, HEAD)
         else:
             head = Linear(self.vocab_size, HEAD, precision, out_dtype=jnp.float32, name="head")
             logits_BTV = head(x_BTD)
@@ -257,7 +257,7 @@ def apply_group(lm, params, carry, ctx):
 
 def head_kernel(lm, params):
     """The output projection `[D, V]`."""
-    return turned(params["embedding"]) if lm.tied else params["head"]["kernel"]
+    return transposed_kernel(params["embedding"]) if lm.tied else params["head"]["kernel"]
 
 
 def read_out(lm, params, x_BTD):

@@ -100,20 +100,20 @@ class Weight:
         """The kernel as one float32 array."""
         raise NotImplementedError(type(self).__name__)
 
-    def after(self, x):
-        """This leaf, which is not made dense before `x` is known: not ahead of a loop, say."""
+    def dequantize_after(self, x):
+        """This leaf, tied to `x` so that XLA cannot hoist its dequantization out of the loop that makes `x`."""
         return self
 
     def axes(self, names):
         """This leaf with the logical axes of each array in its place, for a kernel with the axes `names`."""
         raise NotImplementedError(type(self).__name__)
 
-    def cuts(self, ways):
-        """False for a form that is divisible so only when made dense, and better left whole."""
+    def can_shard_inputs(self, shards):
+        """Whether the kernel's input dimension can be split into so many shards without dequantizing it."""
         return True
 
-    def divisible(self, ways):
-        """A form whose arrays may be cut, the kernel's inputs into `ways` parts, each then multiplying alone."""
+    def as_input_sharded(self, shards):
+        """A form whose arrays can be sharded over the kernel's input dimension; dense where this one cannot be."""
         return self.dense()
 
     def take(self, index):
@@ -127,10 +127,11 @@ class Weight:
 
 
 @flax.struct.dataclass
-class Turned(Weight):
+class TransposedKernel(Weight):
     """A table `[out, in]` that multiplies as the kernel `[in, out]`: the embedding as the head of a tied model.
 
-    CPUs multiply it as it lies. XLA turns it for a product in a loop, and its gradient back: four passes over a table.
+    CPUs multiply it without a transpose. XLA would transpose it for a product in a loop, and its gradient back: four
+    passes over the table.
     """
 
     table: jax.Array
@@ -148,19 +149,19 @@ class Turned(Weight):
         return self.table.T
 
     def axes(self, names):
-        return Turned(Axes(names[::-1]))
+        return TransposedKernel(Axes(names[::-1]))
 
 
-def turned(table):
+def transposed_kernel(table):
     """The kernel `[in, out]` of a table `[out, in]`."""
-    return table.T if isinstance(table, Weight) else Turned(table)
+    return table.T if isinstance(table, Weight) else TransposedKernel(table)
 
 
 def dense(w, after=None):
     """The kernel as an array, whatever form it has; not made before the array `after` is known, if one is given."""
     if not isinstance(w, Weight):
         return w
-    return w.dense() if after is None else w.after(after).dense()
+    return w.dense() if after is None else w.dequantize_after(after).dense()
 
 
 def axes(w, names):
@@ -172,14 +173,14 @@ class Axes(tuple):
     """Logical axis names of one array: a leaf of trees, unlike other tuples."""
 
 
-def cuts(w, ways):
-    """Whether the inputs of a kernel are better cut into `ways` parts than left whole."""
-    return not isinstance(w, Weight) or w.cuts(ways)
+def can_shard_inputs(w, shards):
+    """Whether a kernel's input dimension can be split into so many shards without dequantizing it."""
+    return not isinstance(w, Weight) or w.can_shard_inputs(shards)
 
 
-def divisible(w, ways):
-    """The kernel, or the form of it that may be cut, the inputs into `ways` parts."""
-    return w.divisible(ways) if isinstance(w, Weight) else w
+def as_input_sharded(w, shards):
+    """The kernel, in a form whose input dimension can be split into so many shards."""
+    return w.as_input_sharded(shards) if isinstance(w, Weight) else w
 
 
 def take(table, index):
@@ -241,34 +242,34 @@ def matmul_together(x, ws, precision):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x, w, operand, result, turned=False):
+def _product(x, w, operand, result, transposed=False):
     """A product of operands rounded to `operand`, accumulated to `result`; so are the two of the backward pass.
 
     Autodiff of a mixed product would multiply the float32 cotangent with an upcast copy of the other operand. With
-    `turned`, w is `[out, in]`.
+    `transposed`, w is `[out, in]`.
     """
     w = w.astype(operand)
-    return jnp.matmul(x.astype(operand), w.T if turned else w, preferred_element_type=result)
+    return jnp.matmul(x.astype(operand), w.T if transposed else w, preferred_element_type=result)
 
 
-def _product_forward(x, w, operand, result, turned):
+def _product_forward(x, w, operand, result, transposed):
     low = x.astype(operand), w.astype(operand)
     # Zero-size arrays carry the operands' dtypes: a residual must be an array.
-    return _product(*low, operand, result, turned), (*low, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
+    return _product(*low, operand, result, transposed), (*low, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
 
 
-def _product_backward(operand, result, turned, residuals, dy):
+def _product_backward(operand, result, transposed, residuals, dy):
     x, w, like_x, like_w = residuals
     dy = dy.astype(operand)
-    dx = jnp.matmul(dy, w if turned else w.T, preferred_element_type=result)
+    dx = jnp.matmul(dy, w if transposed else w.T, preferred_element_type=result)
     if x.ndim > 2 and sharding.ways("length", x.shape[1]) > 1:
         # Rows and tokens that lie on several devices are no one axis: made one, they would be gathered first.
         leading = tuple(range(x.ndim - 1))
-        pair = (dy, x) if turned else (x, dy)
+        pair = (dy, x) if transposed else (x, dy)
         dw = jax.lax.dot_general(*pair, ((leading, leading), ((), ())), preferred_element_type=result)
     else:
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dw = jnp.matmul(dy.T, x, preferred_element_type=result) if turned else _weight_gradient(x, dy, result)
+        dw = jnp.matmul(dy.T, x, preferred_element_type=result) if transposed else _weight_gradient(x, dy, result)
     return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from efficientllm.adapters.base import PeftFormat
 from efficientllm.adapters.lora import STATIC, LoRA, LoRAMethod, dropped
 from efficientllm.registry import register
-from efficientllm.weights import Axes, Weight, box, cuts, dense
+from efficientllm.weights import Axes, Weight, box, can_shard_inputs, dense
 
 
 @flax.struct.dataclass
@@ -42,13 +42,13 @@ class DoRA(Weight):
     def apply(self, x, product, of_rows):
         return self._scaled().apply(x, product, of_rows)
 
-    def cuts(self, ways):
-        return cuts(self.base, ways)
+    def can_shard_inputs(self, shards):
+        return can_shard_inputs(self.base, shards)
 
-    def divisible(self, ways):
+    def as_input_sharded(self, shards):
         """With each output's factor known: the norm of a part of a column is not that of the column."""
         scaled = self._scaled()
-        return scaled.replace(direction=scaled.direction.divisible(ways))
+        return scaled.replace(direction=scaled.direction.as_input_sharded(shards))
 
     def dense(self):
         return self._scaled().dense()

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from efficientllm.adapters.base import Method, PeftFormat
 from efficientllm.errors import UserError
 from efficientllm.registry import register
-from efficientllm.weights import Axes, Weight, axes, box, cuts, dense, divisible
+from efficientllm.weights import Axes, Weight, as_input_sharded, axes, box, can_shard_inputs, dense
 
 STATIC = {"pytree_node": False}
 
@@ -53,11 +53,11 @@ class LoRA(Weight):
             key=None if self.key is None else Axes((*names[:-2], None)),
         )
 
-    def cuts(self, ways):
-        return cuts(self.base, ways)
+    def can_shard_inputs(self, shards):
+        return can_shard_inputs(self.base, shards)
 
-    def divisible(self, ways):
-        return self.replace(base=divisible(self.base, ways))
+    def as_input_sharded(self, shards):
+        return self.replace(base=as_input_sharded(self.base, shards))
 
     def dense(self):
         return dense(self.base) + self.delta()

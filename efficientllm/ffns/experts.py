@@ -15,7 +15,7 @@ from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.ffns import dispatch
 from efficientllm.ops.grouped_matmul import grouped_matmul
-from efficientllm.weights import Precision, axes, cuts, divisible, parameter
+from efficientllm.weights import Precision, as_input_sharded, axes, can_shard_inputs, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
 AXES = {
@@ -53,9 +53,10 @@ class Experts(nn.Module):
             _check(mesh, E, self.plan)
             split = sharding.spec(AXES["down"], shapes["down"], mesh)[AXES["down"].index("mlp")]
             ways = sharding.count(mesh, split)
-            if not cuts(kernels["down"], ways):  # it stays whole
+            if not can_shard_inputs(kernels["down"], ways):  # it stays whole
                 compute, split, ways = functools.partial(compute, hidden=split), None, 1
-            kernels = {name: divisible(kernel, ways if name == "down" else 1) for name, kernel in kernels.items()}
+            shards = {"gate": 1, "up": 1, "down": ways}
+            kernels = {name: as_input_sharded(kernel, shards[name]) for name, kernel in kernels.items()}
             compute = _per_device(compute, kernels, x_BTD.shape, mesh, split, self.plan is dispatch.dropless)
         return compute(x_BTD, experts_BTk, weights_BTk, kernels, real_BT)
 
@@ -123,12 +124,12 @@ def _return(y_RD, num_experts, ways):
 
 
 def _per_device(compute, kernels, x_shape, mesh, split, divided):
-    """`compute` on each device's own tokens; of whole rows, unless they may be `divided`.
+    """`compute` under shard_map, each device on its own tokens: a part of each row if `divided`, else whole rows.
 
-    This layer's kernels, compressed if they are, are gathered over the axes they lie on, but for the hidden width,
-    which stays divided over the mesh axes `split`: each device computes its share of every expert, and the shares are
-    summed; where a compressed `down` cannot be cut so, `split` is None and the hidden vectors are gathered instead. Nor
-    are experts gathered over the axis `expert`, to whose devices the tokens go.
+    All-gathers this layer's kernels, still quantized, over every mesh axis that shards them but two. The hidden width
+    stays sharded over the mesh axes `split`: each device computes its share of every expert, and the shares are summed.
+    Where a quantized `down` cannot be sharded so, `split` is None and the hidden vectors are gathered instead. Experts
+    stay sharded over the axis `expert`, to whose devices the tokens are sent.
     """
     kernels_axes = {name: axes(kernel, AXES[name]) for name, kernel in kernels.items()}
     layouts = jax.tree.map(lambda kernel, names: sharding.spec(names, kernel.shape, mesh), kernels, kernels_axes)

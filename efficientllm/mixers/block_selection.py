@@ -20,8 +20,8 @@ def document_starts(mask, length):
 
 
 @flax.struct.dataclass
-class Pieces:
-    """The whole pieces of `size` tokens of each document, in order: at most T / size, however the row is packed.
+class DocumentPieces:
+    """The complete pieces of `size` tokens of each document, in order: at most T / size, however the row is packed.
 
     first_BT: the place among them of the first piece of a token's document; None where a row is one document.
     last_BP: the token each piece ends at; T or more for places that hold none.

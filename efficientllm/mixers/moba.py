@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from efficientllm.layers import Linear
 from efficientllm.mixers import block_selection, heads, kv_cache
 from efficientllm.mixers.base import Mixer
-from efficientllm.ops.block_sparse_attention import Chosen, attend_blocks
+from efficientllm.ops.block_sparse_attention import SelectedBlocks, attend_blocks
 from efficientllm.registry import build, register
 from efficientllm.weights import activation_dtype
 
@@ -57,7 +57,7 @@ class MoBA(Mixer, kw_only=True):
         v_BTGK = heads.project(x_BTD, G, K, "kv_heads", self.precision, "v")
         if state is None:
             start_BT, index_BT = block_selection.document_starts(ctx.mask, T), jnp.arange(T)[None]
-            pieces = block_selection.Pieces.of(ctx.mask, T, self.block)
+            pieces = block_selection.DocumentPieces.of(ctx.mask, T, self.block)
             sum_BPGK = jnp.sum(pieces.of_tokens(k_BTGK).astype(jnp.float32), 2)
             k_BSGK, v_BSGK = k_BTGK, v_BTGK
         else:
@@ -66,9 +66,9 @@ class MoBA(Mixer, kw_only=True):
             old, new = {name: state[name] for name in "kv"}, {"k": k_BTGK, "v": v_BTGK}
             (k_BSGK, v_BSGK), _, state = kv_cache.extend(old, new, ctx.mask, ctx.positions_BT)
             state = state | {"sum": sum_BPGK}
-            pieces = block_selection.Pieces.of(ctx.mask, k_BSGK.shape[1], self.block)
+            pieces = block_selection.DocumentPieces.of(ctx.mask, k_BSGK.shape[1], self.block)
         block_BTHn = self._choose(q_BTHK, sum_BPGK, pieces, index_BT - start_BT, k_BSGK.shape[1])
-        chosen = Chosen(block_selection.key_starts(block_BTHn, start_BT, self.block), index_BT, self.block)
+        chosen = SelectedBlocks(block_selection.key_starts(block_BTHn, start_BT, self.block), index_BT, self.block)
         y_BTE = attend_blocks(q_BTHK, k_BSGK, v_BSGK, chosen, self.block_kernel).reshape(B, T, H * K)
         return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTE), state
 

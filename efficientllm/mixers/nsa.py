@@ -12,7 +12,7 @@ from efficientllm.layers import Linear
 from efficientllm.mixers import block_selection, heads, kv_cache, nsa_compression
 from efficientllm.mixers.base import Mixer
 from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
-from efficientllm.ops.block_sparse_attention import Chosen, attend_blocks
+from efficientllm.ops.block_sparse_attention import SelectedBlocks, attend_blocks
 from efficientllm.registry import build, register
 from efficientllm.weights import activation_dtype
 
@@ -92,7 +92,7 @@ class NSA(Mixer, kw_only=True):
         q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
         y_BTGRK, block_BTGn = nsa_compression.attend(q_BTGRK, k_BMGK, v_BMGV, layout, self.select_count)
         start_BTGn = block_selection.key_starts(block_BTGn, layout.start_BT, self.select_block)
-        chosen = Chosen(start_BTGn, layout.index_BT, self.select_block)
+        chosen = SelectedBlocks(start_BTGn, layout.index_BT, self.select_block)
         found = [y_BTGRK.reshape(q_BTHK.shape), attend_blocks(q_BTHK, k, v, chosen, self.block_kernel)]
         mask = ctx.mask.replace(window=self.window)
         (k, v), mask, states["recent"] = kv_cache.extend(old["recent"], new["recent"], mask, ctx.positions_BT)
@@ -118,7 +118,7 @@ class NSA(Mixer, kw_only=True):
 
         if old["compressed"] is None:
             T = num_keys
-            pieces = block_selection.Pieces.of(ctx.mask, T, stride, at_least=block // stride)
+            pieces = block_selection.DocumentPieces.of(ctx.mask, T, stride, at_least=block // stride)
             start_BT, index_BT = block_selection.document_starts(ctx.mask, T), jnp.arange(T)[None]
             end_BM = pieces.last_BP[:, block // stride - 1 :]
             begin_BM = pieces.last_BP[:, : end_BM.shape[1]] - stride + 1
@@ -128,7 +128,7 @@ class NSA(Mixer, kw_only=True):
         else:
             state = nsa_compression.extend(old["compressed"], new["compressed"], finish, ctx.positions_BT, stride)
             k, v = state["k"], state["v"]
-            pieces = block_selection.Pieces.of(ctx.mask, num_keys, stride)
+            pieces = block_selection.DocumentPieces.of(ctx.mask, num_keys, stride)
             start_BT, index_BT = jnp.zeros_like(ctx.positions_BT), ctx.positions_BT
             begin_BM = jnp.arange(k.shape[1])[None] * stride
             end_BM = begin_BM + block - 1

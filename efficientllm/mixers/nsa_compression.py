@@ -52,7 +52,7 @@ class Layout:
     end_BM: jax.Array
     start_BT: jax.Array
     index_BT: jax.Array
-    pieces: block_selection.Pieces
+    pieces: block_selection.DocumentPieces
     compress: int = flax.struct.field(pytree_node=False)
     select: int = flax.struct.field(pytree_node=False)
     keys: int = flax.struct.field(pytree_node=False)

@@ -218,16 +218,16 @@ def _chunked(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
 def _gathered(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     """Queries stay where their tokens are; each device gathers the row's keys and values and reads all of them.
 
-    A chunk of every device's queries at a time, whose scores the backward pass makes again: no device holds scores of
-    more than `GATHERED_CHUNK` queries. What is masked is computed, so that all devices do as much. Letters: n devices
-    of a row, m chunks of L tokens on each.
+    A chunk of each device's queries at a time, whose scores the backward pass recomputes: no device holds scores of
+    more than `GATHERED_CHUNK` queries. Masked pairs are computed. Letters: n devices, m chunks of L tokens on each.
     """
     (B, T, H, _), V, n = q_BTHK.shape, v_BSGV.shape[-1], sharding.ways("length", q_BTHK.shape[1])
-    k_nBSGK, v_nBSGV = _gather(k_BSGK, n), _gather(v_BSGV, n)
+    k_nBSGK, v_nBSGV = _gather(k_BSGK, n), _gather(v_BSGV, n)  # a copy of the row's keys and values on each device
     segments_mnBL = None
     L = next(size for size in range(min(T // n, GATHERED_CHUNK), 0, -1) if T // n % size == 0)
 
     def split(x_BT):
+        """`[B, T, ...]` -> `[m, n, B, L, ...]`: `map` runs over m chunks, the devices hold n."""
         return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], n, -1, L, *x_BT.shape[2:]), 0, 2).swapaxes(0, 1)
 
     if mask.segments_BT is not None:
@@ -243,7 +243,7 @@ def _gathered(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     q_mnBLHK = sharding.constrain(split(q_BTHK), None, "length", "batch", None, "heads", None)
     chunks = q_mnBLHK, split(jnp.arange(T)[None]), segments_mnBL
     y_mnBLHV = jax.lax.map(lambda chunk: on_devices(chunk, k_nBSGK, v_nBSGV), chunks)
-    y_BTHV = jnp.moveaxis(y_mnBLHV, 2, 0).swapaxes(1, 2).reshape(B, T, H, V)
+    y_BTHV = jnp.moveaxis(y_mnBLHV, 2, 0).swapaxes(1, 2).reshape(B, T, H, V)  # by way of [B, n, m, L, H, V]
     return sharding.constrain(y_BTHV, "batch", "length", "heads", None)
 
 

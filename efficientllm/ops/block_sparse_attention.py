@@ -17,8 +17,8 @@ from efficientllm.runtime import kernel_choice
 
 
 @flax.struct.dataclass
-class Chosen:
-    """The blocks that queries read, as far as they do not lie after the query.
+class SelectedBlocks:
+    """The blocks of keys that each query reads, up to the key it stands at.
 
     start_BTCn: the key a block starts at; negative where a query reads fewer than n blocks. A query's are distinct.
     index_BT: the key each query stands at.

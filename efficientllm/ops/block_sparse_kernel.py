@@ -186,11 +186,13 @@ def _chunk_forward(q_QRK, start_Qn, index_Q, k_SK, v_SV, size):
     q_QRK = q_QRK * K**-0.5
 
     def read(at_W, start_W, mine_WP, carry):
+        # M = P R: the rows of a tile, one for each of its queries and each query head.
         y_A, top_A, sum_A = carry
-        query_WP = _stack(query_A, at_W, tile)
+        query_WP = _stack(query_A, at_W, tile)  # the queries whose pairs stand at the tile's places
         q_WMK = _rows(q_QRK.reshape(Q, R * K), query_WP).reshape(len(at_W), tile * R, K)
         k_WLK, v_WLV = _stack(k_SK, start_W, size), _stack(v_SV, start_W, size)
         readable = _readable(start_W, mine_WP, _rows(index_Q, query_WP), size, R)
+        # One softmax a pair of query and block, not yet normalised: `_merge` joins those of a query.
         scores_WML = jnp.where(readable, _dot(q_WMK, k_WLK, (2, 2)), LOWEST)
         top_WM = jnp.max(scores_WML, -1)
         weights_WML = jnp.exp(scores_WML - top_WM[..., None])
@@ -223,6 +225,10 @@ def _merge(y_A, top_A, sum_A, place_Qn, read_Qn, dtype):
 
 
 def _chunk_backward(carry, chunk, k_SK, v_SV, size):
+    """Adds a chunk's gradients of k and v to `carry` -> `((dk, dv), dq)`, as FlashAttention's backward pass does.
+
+    Weights are recomputed from the log of the softmax's sum, `lse`; `delta` is `sum(dy * y)` of each query and head.
+    """
     q_QRK, start_Qn, index_Q, dy_QRV, lse_QR, delta_QR = chunk
     (Q, R, K), S = q_QRK.shape, k_SK.shape[0] - size
     tile, scale = _tile(q_QRK, start_Qn, S, size), K**-0.5
@@ -231,16 +237,21 @@ def _chunk_backward(carry, chunk, k_SK, v_SV, size):
     def read(at_W, start_W, mine_WP, carry):
         dq_A, dk_SK, dv_SV = carry
         W, query_WP = len(at_W), _stack(query_A, at_W, tile)
+        # Gather what belongs to the tile's queries: [Q, R, x] -> [W, P R, x], a row for each query and head.
         q_WMK, dy_WMV, lse_WM1, delta_WM1 = (
             _rows(x.reshape(Q, -1), query_WP).reshape(W, tile * R, -1)
             for x in (q_QRK * scale, dy_QRV, lse_QR, delta_QR)
         )
+        # The block of keys and values that each tile reads.
         k_WLK, v_WLV = _stack(k_SK, start_W, size), _stack(v_SV, start_W, size)
         readable = _readable(start_W, mine_WP, _rows(index_Q, query_WP), size, R)
+        # weights = exp(scores - lse), and the softmax's gradient: dscores = weights * (dy v^T - delta).
         weights_WML = jnp.where(readable, jnp.exp(_dot(q_WMK, k_WLK, (2, 2)) - lse_WM1), 0)
         dweights_WML = _dot(dy_WMV, v_WLV, (2, 2))
         dscores_WML = (weights_WML * (dweights_WML - delta_WM1)).astype(k_SK.dtype)
+        # dq = dscores k, one row of E = R K numbers a query.
         dq_WPE = (_dot(dscores_WML, k_WLK, (2, 1)) * scale).reshape(W, tile, R * K)
+        # A query's dq comes from several tiles, so it is put at the pair's place; dk and dv are added to the block's.
         return (
             _put(dq_A, dq_WPE, at_W),
             _add(dk_SK, _dot(dscores_WML, q_WMK, (1, 1)), start_W),
@@ -249,6 +260,7 @@ def _chunk_backward(carry, chunk, k_SK, v_SV, size):
 
     dq_A = jnp.zeros((start_A.shape[0], R * K))
     dq_A, dk_SK, dv_SV = _for_tiles(start_A, S, tile, read, (dq_A, *carry))
+    # Sum the pairs of each query: one gather for each of its n blocks.
     dq_QE = 0
     for i in range(start_Qn.shape[1]):
         dq_QE += jnp.where(start_Qn[:, i, None] >= 0, _rows(dq_A, place_Qn[:, i]), 0)

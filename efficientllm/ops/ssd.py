@@ -26,28 +26,34 @@ def chunked(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, keep_BT, memory_BHPN, chunk):
         filled = jnp.pad(leaf, ((0, 0), (0, Z * Q - T)) + ((0, 0),) * (leaf.ndim - 2))
         return filled.reshape(B, Z, Q, *leaf.shape[2:])
 
-    # Tokens that fill the last chunk have a step of 0 and start no document: they leave the memory as it is.
+    # Time in Z chunks of Q tokens, [B, T, ...] -> [B, Z, Q, ...]. Tokens that fill the last chunk have a step of 0 and
+    # start no document: they leave the memory as it is.
     starts_BZQ = split(~keep_BT).astype(jnp.int32)
     input_BZQJRP = split(step_BTH[..., None] * x_BTHP).reshape(B, Z, Q, J, H // J, P)
     b_BZQJN, c_BZQJN = split(b_BTJN), split(c_BTJN)
-    log_BZQH = jnp.cumsum(split(step_BTH * A_H), 2)
+    log_BZQH = jnp.cumsum(split(step_BTH * A_H), 2)  # log of the decay since the chunk's start
     document_BZQ = jnp.cumsum(starts_BZQ, 2)
 
+    # 1. Within a chunk: y_q = sum over s <= q of (c_q . b_s) decay(s -> q) input_s, as attention of Q tokens.
     within = _within(log_BZQH, document_BZQ).reshape(B, Z, J, H // J, Q, Q)
     scores_BZJQS = jnp.einsum("bzqjn,bzsjn->bzjqs", c_BZQJN, b_BZQJN)
     y = jnp.einsum("bzjrqs,bzsjrp->bzqjrp", scores_BZJQS[:, :, :, None] * within, input_BZQJRP)
 
+    # 2. What each chunk adds to the memory by its end: of its last document alone, decayed from token q to the end.
     last = document_BZQ[:, :, -1:]
     to_end = jnp.exp(log_BZQH[:, :, -1:] - log_BZQH) * (document_BZQ == last)[..., None]
     added = jnp.einsum("bzqjrp,bzqjn->bzjrpn", input_BZQJRP * to_end.reshape(B, Z, Q, J, -1, 1), b_BZQJN)
+    # 3. What is left at the chunk's end of the memory before it: nothing if a document starts in the chunk.
     kept_BZH = jnp.exp(log_BZQH[:, :, -1]) * (last == 0)
 
+    # 4. The memory before each chunk, one after the other.
     def carry_on(memory, chunk):
         kept_BH, added_BHPN = chunk
         return kept_BH[..., None, None] * memory + added_BHPN, memory
 
     chunks = jnp.moveaxis(kept_BZH, 1, 0), jnp.moveaxis(added.reshape(B, Z, H, P, N), 1, 0)
     memory_BHPN, before_ZBHPN = jax.lax.scan(carry_on, memory_BHPN, chunks)
+    # 5. What tokens of the chunk's first document read of it, decayed from the chunk's start.
     before = jnp.moveaxis(before_ZBHPN, 0, 1).reshape(B, Z, J, H // J, P, N)
     from_start = jnp.exp(log_BZQH) * (document_BZQ == 0)[..., None]
     y += jnp.einsum("bzqjn,bzjrpn->bzqjrp", c_BZQJN, before) * from_start.reshape(B, Z, Q, J, -1, 1)

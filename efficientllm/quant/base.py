@@ -64,7 +64,7 @@ class Rows(Weight):
 
     def product(self, x_MK, operand):
         """float32 `x @ rows.T` through XLA, of operands rounded to `operand`."""
-        return products.contract(x_MK.astype(operand), self.after(x_MK).rows().astype(operand))
+        return products.contract(x_MK.astype(operand), self.dequantize_after(x_MK).rows().astype(operand))
 
     @property
     def shape(self):
@@ -90,7 +90,7 @@ class Rows(Weight):
         """The same leaf, not to be converted ahead of a loop in which `x` is made."""
         return jax.lax.optimization_barrier((x, self))[1]
 
-    def after(self, x):
+    def dequantize_after(self, x):
         """The same leaf, to be decompressed once `x` is known and not before; NaN if its first number is.
 
         XLA would else decompress all weights ahead of a loop, or of the first layer, and keep them so. The barrier
@@ -114,7 +114,7 @@ class Rows(Weight):
         consistency.check_flag(self)
 
     def apply(self, x, product, of_rows):
-        return product(x, self.after(x).dense())
+        return product(x, self.dequantize_after(x).dense())
 
     def matmul(self, x, precision, out_dtype, axes=None):
         if self.is_table or self.ndim > 2:
@@ -156,16 +156,16 @@ class GroupedRows(Rows):
     def width(self):
         return self.columns
 
-    def cuts(self, ways):
+    def can_shard_inputs(self, shards):
         """Whether so many parts of the inputs are of whole groups, or of the one group that an output has."""
         size, groups = self.values.shape[-1], self.scale.shape[-1]
         full = self.columns in (size, 2 * size)
-        between = groups % ways == 0 or (groups == 1 and size == self.columns and size % ways == 0)
-        return ways == 1 or (full and between)
+        between = groups % shards == 0 or (groups == 1 and size == self.columns and size % shards == 0)
+        return shards == 1 or (full and between)
 
-    def divisible(self, ways):
+    def as_input_sharded(self, shards):
         """As wide as a part of the inputs."""
-        return self.replace(columns=self.columns // ways) if self.cuts(ways) else self.dense()
+        return self.replace(columns=self.columns // shards) if self.can_shard_inputs(shards) else self.dense()
 
 
 def into_groups(rows, group):

@@ -34,7 +34,7 @@ class Half(Rows):
         super().check()
         check_array("values", self.values, (np.float16, ml_dtypes.bfloat16))
 
-    def divisible(self, ways):
+    def as_input_sharded(self, shards):
         return self
 
     def rows(self):
@@ -47,16 +47,16 @@ class Half(Rows):
         index, values = jax.lax.optimization_barrier((index, self.values))
         return jnp.take(values, index, axis=0).astype(jnp.float32)
 
-    def after(self, x):
+    def dequantize_after(self, x):
         """On accelerators products read it as it lies; tied to `x`, a program would copy every kernel first."""
         if kernel_choice.platform() == "cpu":
-            return super().after(x)
+            return super().dequantize_after(x)
         return self if self.values.dtype == x.dtype else self.behind(x)
 
     def product(self, x_MK, operand):
         if kernel_choice.platform() == "cpu":
             return super().product(x_MK, operand)
-        return matmul.contract(x_MK.astype(operand), self.after(x_MK).values.astype(operand))
+        return matmul.contract(x_MK.astype(operand), self.dequantize_after(x_MK).values.astype(operand))
 
     def native(self):
         return native.Rows(self.name, self.values) if self.width % 2 == 0 else None

@@ -42,7 +42,7 @@ class Int8(GroupedRows):
             return super().product(x_MK, operand)
         # Floats of 16 bits hold the codes, which compilers for accelerators convert where they multiply them; tied to
         # x, or scaled, they would be written to memory first.
-        leaf = self.after(x_MK) if kernel_choice.platform() == "cpu" else self.behind(x_MK)
+        leaf = self.dequantize_after(x_MK) if kernel_choice.platform() == "cpu" else self.behind(x_MK)
         return matmul.contract(x_MK.astype(operand), leaf.values.astype(operand)) * leaf.scale[:, 0]
 
 

@@ -161,7 +161,7 @@ def _backward(operand, layout, residuals, dys):
     # Decompressed again: kept, all layers' rows would lie in memory at once.
     leaves, like_x = residuals
     dx_MK = sum(
-        contract(dy_MR.astype(operand), leaf.after(dy_MR).rows().astype(operand), 0)
+        contract(dy_MR.astype(operand), leaf.dequantize_after(dy_MR).rows().astype(operand), 0)
         for leaf, dy_MR in zip(leaves, dys, strict=True)
     )
     return dx_MK.astype(like_x.dtype), None

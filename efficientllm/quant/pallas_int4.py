@@ -111,7 +111,8 @@ def _gpu(x_MG2H, leaves, tokens, interpret):
     rows, width, warps, stages, parts = tile(M, sum(sizes), W, H)
     rows = min(rows, *(1 << (R.bit_length() - 1) for R in sizes))
     groups, turns = width // H, pl.cdiv(pl.cdiv(W, width), parts)
-    masked = turns * parts * width > W
+    masked = turns * parts * width > W  # the last bytes of the last part lie beyond the row
+    # The three phases of a program: sums of zero, a tile's contribution to them, what is written of them.
     start, multiply, finish = _vectors(M, rows, groups) if M <= VECTORS else _matrices(tokens, rows)
     tokens = M if M <= VECTORS else tokens
     tiles = [pl.cdiv(R, rows) for R in sizes]
@@ -130,9 +131,10 @@ def _gpu(x_MG2H, leaves, tokens, interpret):
 
         def multiply_tile(first, R, above, values_ref, named_refs):
             """Rows from `first` of a leaf's R, which are `above` that many in the output."""
-            of_rows = pl.ds(jnp.minimum(first, R - rows), rows)
+            of_rows = pl.ds(jnp.minimum(first, R - rows), rows)  # the last tile overlaps the one before it
 
             def step(turn, y):
+                # Bytes and groups that this turn reads: codes [rows, groups, H], scales [rows, groups].
                 byte, group = (part * turns + turn) * width, (part * turns + turn) * groups
                 of_bytes, of_groups = pl.ds(byte, width), pl.ds(group, groups)
                 codes = read(values_ref.at[of_rows, of_bytes], byte, W).astype(jnp.int32).reshape(rows, groups, H)

@@ -10,7 +10,7 @@ import pytest
 
 from efficientllm.ops import block_sparse_kernel
 from efficientllm.ops.attention import Context
-from efficientllm.ops.block_sparse_attention import Chosen, attend_blocks
+from efficientllm.ops.block_sparse_attention import SelectedBlocks, attend_blocks
 from efficientllm.registry import build
 from tiers import slow_case, slow_except
 
@@ -154,7 +154,7 @@ def test_moba_is_what_the_paper_writes(lengths, sizes, kernel):
 
 
 def random_choice(rng, lengths, choosers, size, n):
-    """`Chosen` of rows of documents: a query's own block and others at random, fewer where there are fewer."""
+    """`SelectedBlocks` of rows of documents: a query's own block and others at random, fewer where there are fewer."""
     positions, _ = documents(lengths)
     T = positions.shape[1]
     start_BTCn = np.full((1, T, choosers, n), -1, np.int32)
@@ -162,7 +162,7 @@ def random_choice(rng, lengths, choosers, size, n):
         for c in range(choosers):
             blocks = [position // size, *rng.permutation(position // size)][: rng.integers(1, n + 1)]
             start_BTCn[0, t, c, : len(blocks)] = t - position + size * np.array(blocks)
-    return Chosen(jnp.array(start_BTCn), jnp.arange(T)[None], size)
+    return SelectedBlocks(jnp.array(start_BTCn), jnp.arange(T)[None], size)
 
 
 CASES = {  # documents, choosers, query heads a chooser, KV heads, size, n
@@ -199,7 +199,7 @@ def test_grouped_and_masked_are_one_function(name, chunk_bytes, tile_rows, tiles
 
 
 def test_queries_without_a_block_get_zeros():
-    nothing = Chosen(jnp.full((1, 5, 1, 2), -1), jnp.arange(5)[None], 4)
+    nothing = SelectedBlocks(jnp.full((1, 5, 1, 2), -1), jnp.arange(5)[None], 4)
     q, k = jnp.ones((1, 5, 2, 8)), jnp.ones((1, 5, 1, 8))
     for kernel in ("masked", "grouped", "gathered"):
         np.testing.assert_array_equal(attend_blocks(q, k, k, nothing, kernel), 0)
@@ -211,7 +211,7 @@ def temporary_bytes(length, kernel):
     x = jax.ShapeDtypeStruct((1, length, 1, 32), jnp.float32)
 
     def loss(arrays, start):
-        return jnp.sum(attend_blocks(*arrays, Chosen(start, jnp.arange(length)[None], 16), kernel))
+        return jnp.sum(attend_blocks(*arrays, SelectedBlocks(start, jnp.arange(length)[None], 16), kernel))
 
     return jax.jit(jax.grad(loss)).lower((x, x, x), start).compile().memory_analysis().temp_size_in_bytes
 

@@ -27,7 +27,7 @@ def arrays():
 
 
 def loss(q, k, v, start, index, kernel):
-    chosen = block_sparse_attention.Chosen(start, index, SIZE)
+    chosen = block_sparse_attention.SelectedBlocks(start, index, SIZE)
     return jnp.sum(jnp.sin(block_sparse_attention.attend_blocks(q, k, v, chosen, kernel)))
 
 
