@@ -1,4 +1,4 @@
-"""Checkpoints through orbax: asynchronous, the last n and the best, with checksums, and never half of one."""
+"""Checkpoints through orbax: asynchronous, atomic and with checksums; the newest n and the best are retained."""
 
 import contextlib
 import errno
@@ -13,21 +13,21 @@ from efficientllm.record import checkpoint_checksums
 from efficientllm.runtime import distributed, quiet_threads
 
 log = logging.getLogger("efficientllm")
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # of a write that failed, here or elsewhere
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # disk full or failing
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written (a full disk, say); those before it are whole."""
+    """A checkpoint could not be written, for example to a full disk; earlier checkpoints are intact."""
 
 
 class Checkpoints:
-    """The checkpoints of a run: train state (sharded) and the data iterators' states, together under one step.
+    """The checkpoints of a run: for each step the sharded train state and every process's data iterator state.
 
     Args:
-      folder: an absolute folder, made if it is not there.
-      keep: how many of the newest stay, 1 at least; the best by `loss` stays besides.
+      folder: an absolute path, created if missing.
+      keep: number of newest checkpoints to retain, at least 1; the one with the lowest held-out loss is also retained.
 
-    `facts` is plain data that each checkpoint holds besides, `restored_facts` what the one restored holds.
+    `facts` is plain data to store in each checkpoint; `restored_facts` is that of the restored checkpoint.
     """
 
     def __init__(self, folder, keep):
@@ -39,7 +39,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._args = ocp.args
         self._folder = folder
@@ -49,9 +49,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
 
     def save(self, step, state, data_state, loss=None):
-        """Starts writing; returns as soon as the arrays are copied off the device. Raises CheckpointError.
+        """Starts to write; returns when the arrays are copied off the device. Raises CheckpointError.
 
-        A state whose held-out `loss` is no number is not saved: nothing good could be resumed from it.
+        A state whose held-out `loss` is NaN or infinite is not saved: a run must not resume from it.
         """
         if loss is not None and not math.isfinite(loss):
             log.warning(f"no checkpoint at step {step}: its held-out loss is {loss}")
@@ -64,52 +64,52 @@ class Checkpoints:
             self._saved_step = int(step)
             self._manager.save(int(step), args=args, metrics=metrics, force=True)
 
-    def _sum_up(self):
-        """Called by orbax when all files of a checkpoint are written, before it gets its name."""
+    def _write_checksums(self):
+        """Callback of orbax, between writing a checkpoint's files and renaming its temporary folder."""
         if jax.process_index() == 0:
-            drafts = list(self._folder.glob(f"{self._saved_step}.orbax-checkpoint-tmp*"))
-            checkpoint_checksums.write(drafts[0] if drafts else self._folder / str(self._saved_step))
+            unfinished = list(self._folder.glob(f"{self._saved_step}.orbax-checkpoint-tmp*"))
+            checkpoint_checksums.write(unfinished[0] if unfinished else self._folder / str(self._saved_step))
 
     def saving(self):
-        """True until what was saved last is on disk."""
+        """True while a checkpoint is being written."""
         return self._manager.is_saving_in_progress()
 
     def latest_step(self):
-        """The newest step there is a checkpoint of, or None."""
+        """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def newest_bytes(self):
-        """Bytes on disk of the newest checkpoint, or None if there is none; `wait` first."""
+        """Size of the newest checkpoint in bytes, or None; call `wait` first."""
         step = self.latest_step()
         return None if step is None else _bytes(self._folder / str(step))
 
     def stored(self):
-        """`(steps, bytes on disk of all of them)`; `wait` first."""
+        """`(steps, total bytes)` of the checkpoints on disk; call `wait` first."""
         steps = sorted(self._manager.all_steps())
         return steps, sum(_bytes(self._folder / str(step)) for step in steps)
 
     def restore_newest(self, shaped_like):
-        """`(state, data_state)` of the newest checkpoint that is whole, or None if there is none at all.
+        """Restores `(state, data_state)` of the newest readable checkpoint; None where no checkpoint exists.
 
-        Newer ones that are damaged or cannot be read are set aside as `unreadable-STEP` with a warning, once an older
-        one is loaded. Raises UserError if none can be read.
+        `shaped_like` is the abstract state, with shardings. After an older checkpoint is restored, newer ones that are
+        damaged or unreadable are renamed `unreadable-STEP` with a warning. Raises UserError if all are unreadable.
         """
         unreadable = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            restored = self._try(step, shaped_like)
+            restored = self._restore(step, shaped_like)
             if not all(distributed.gather(restored is not None)):
                 unreadable.append(step)
                 continue
             self._set_aside(unreadable, "unreadable")
             state, data = restored
             self.restored_facts = data.get("facts") or {}
-            return state, _own(data["processes"])
+            return state, _data_state_here(data["processes"])
         if unreadable:
             raise UserError(f"none of the checkpoints in {self._folder} can be read; move that folder to start anew")
         return None
 
-    def _try(self, step, shaped_like):
-        """What the checkpoint holds, or None with a warning if it is damaged or cannot be read."""
+    def _restore(self, step, shaped_like):
+        """Restores `(state, data)` of one checkpoint; None, with a warning, if it is damaged or cannot be read."""
         folder = self._folder / str(step)
         damage, *_ = distributed.gather(checkpoint_checksums.damage(folder) if distributed.is_main() else None)
         if damage:
@@ -124,39 +124,41 @@ class Checkpoints:
         return restored["state"], restored["data"]
 
     def _set_aside(self, steps, why):
+        """Renames the folders of `steps` to `WHY-STEP`, so that orbax no longer sees them."""
         for step in steps:
             if jax.process_index() == 0:
-                (self._folder / str(step)).rename(_free(self._folder / f"{why}-{step}"))
+                (self._folder / str(step)).rename(_unused_path(self._folder / f"{why}-{step}"))
         if steps:
             multihost_utils.sync_global_devices("set aside")
             self._manager.reload()
 
     def distrust(self, step):
-        """Sets the checkpoint of `step` aside, if there is one: the loss of its parameters is no number."""
+        """Renames the checkpoint of `step`, if any, to `diverged-STEP`: its loss is NaN or infinite."""
         if step in self._manager.all_steps():
             self._set_aside([step], "diverged")
 
     def discard(self):
-        """Removes all checkpoints; `wait` first."""
+        """Deletes all checkpoints; call `wait` first."""
         for step in self._manager.all_steps():
             self._manager.delete(step)
 
     def wait(self):
-        """Blocks until what was saved is on disk. Raises CheckpointError."""
+        """Waits until the last checkpoint is on disk. Raises CheckpointError."""
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     @contextlib.contextmanager
     def _writing(self):
+        """Raises every error of orbax as CheckpointError."""
         try:
             yield
         except Exception as error:  # orbax raises whatever its storage backends raise
             raise CheckpointError(f"cannot write a checkpoint to {self._folder} ({_first_line(error)})") from error
 
     def close(self):
-        """Waits and releases orbax's threads."""
-        with contextlib.suppress(CheckpointError), self._writing():  # said once already, by save or wait
+        """Waits for the last write and stops orbax's threads."""
+        with contextlib.suppress(CheckpointError), self._writing():  # `save` or `wait` has raised the same error
             self._manager.close()
 
 
@@ -164,18 +166,18 @@ def _bytes(folder):
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _free(path):
-    """The path, or one with a number after it where something stands already."""
-    number, free = 2, path
-    while free.exists():
-        number, free = number + 1, path.with_name(f"{path.name}.{number}")
-    return free
+def _unused_path(path):
+    """`path`, or where it exists `path.2`, `path.3`, ..."""
+    number, unused = 2, path
+    while unused.exists():
+        number, unused = number + 1, path.with_name(f"{path.name}.{number}")
+    return unused
 
 
-def _own(states):
-    """This process's data state of those that were saved, by as many processes or fewer or more.
+def _data_state_here(states):
+    """Picks this process's data iterator state from the `states` saved by all processes.
 
-    Raises UserError if each had data of its own and their number is another now.
+    The number of processes may have changed only if all of them read the same data. Raises UserError otherwise.
     """
     if len(states) == jax.process_count():
         return states[jax.process_index()]

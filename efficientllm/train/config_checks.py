@@ -1,4 +1,4 @@
-"""Checks of a training config before anything is compiled, and the model that it trains. They raise UserError."""
+"""Checks of a training config before compilation, and the LM that is trained. All raise UserError naming the key."""
 
 from efficientllm import model, sharding
 from efficientllm.errors import UserError
@@ -10,7 +10,7 @@ from efficientllm.typing import Config, Mesh
 
 
 def check_form(run: RunDescription) -> None:
-    """Refuses a RunDescription with rounded weights where nothing but them could learn."""
+    """Raises UserError where quantized weights would have to be trained, and for a form that needs calibration."""
     form, adapter = run.config.quant, run.config.adapter
     quantizer = quant.form_of(form)
     if not rounds(quantizer):
@@ -25,18 +25,18 @@ def check_form(run: RunDescription) -> None:
 
 
 def check_length(run: RunDescription) -> None:
-    """Refuses rows of more tokens than the model of a RunDescription has positions, or its checkpoint was made for."""
-    length, most = run.config.train.length, run.max_positions
+    """Raises UserError for rows longer than the positions of the model, or of the checkpoint it starts from."""
+    length, max_positions = run.config.train.length, run.max_positions
     model.check_length(run.outline, length, f"config.train.length = {length}")
-    if most and length > most:
+    if max_positions and length > max_positions:
         raise UserError(
-            f"config.train.length = {length}: {run.config.model.pretrained} has {most} positions; take {most} tokens "
-            "at most"
+            f"config.train.length = {length}: {run.config.model.pretrained} has {max_positions} positions; "
+            f"take {max_positions} tokens at most"
         )
 
 
 def check_rows(train: Config) -> None:
-    """Refuses counts that cannot be. Raises UserError naming the key."""
+    """Raises UserError for counts below 1, and for a batch that `accumulate` does not divide."""
     for key in ("steps", "batch_size", "length", "accumulate", "log_every"):
         if train[key] < 1:
             raise UserError(f"config.train.{key} = {train[key]}: must be at least 1")
@@ -47,13 +47,13 @@ def check_rows(train: Config) -> None:
 
 
 def check_train(train: Config, mesh: Mesh) -> None:
-    """Refuses what can't be trained. Raises UserError naming the key."""
+    """Raises UserError for a batch, length or schedule that cannot be trained on `mesh`."""
     check_rows(train)
-    rows, ways = train.batch_size // train.accumulate, sharding.row_ways(mesh)
-    if rows % ways:
+    rows, shards = train.batch_size // train.accumulate, sharding.row_ways(mesh)
+    if rows % shards:
         raise UserError(
             f"config.train.batch_size = {train.batch_size}: {rows} rows a micro-batch do not divide over the "
-            f"{ways} devices of the mesh axes data, fsdp and expert; {rows + -rows % ways} would"
+            f"{shards} devices of the mesh axes data, fsdp and expert; {rows + -rows % shards} would"
         )
     if train.length % mesh.shape["sequence"]:
         raise UserError(
@@ -64,9 +64,9 @@ def check_train(train: Config, mesh: Mesh) -> None:
 
 
 def training_lm(run: RunDescription) -> model.LM:
-    """The LM of a RunDescription as it is trained: its layers apart where the method says so.
+    """The LM that is trained: that of the RunDescription, unrolled (no scan over layers) where the method asks for it.
 
-    Raises UserError for rounded weights that cannot learn, rows that are too long, and what the method does not admit.
+    Raises UserError as `check_form` and `check_length` do, and for a model that the tuning method does not support.
     """
     check_form(run)
     check_length(run)

@@ -1,4 +1,4 @@
-"""What a checkpoint was trained on, and by which schedule: kept in it, and compared when a run goes on."""
+"""Fingerprints of a run's inputs, and its learning-rate schedules: stored in checkpoints, compared on resume."""
 
 import hashlib
 import pathlib
@@ -6,21 +6,25 @@ import pathlib
 from efficientllm.errors import UserError
 from efficientllm.optim import rules
 
-# What the content of each is called where it has changed.
+# The config key that a message names where the content has changed.
 _NAMES = {"data": "config.data", "tokenizer": "config.tokenizer", "pretrained": "config.model.pretrained"}
-_WEIGHTS = ("*.safetensors", "config.json", "checkpoints/*/checksums.json")  # the last of a run's folder
+_WEIGHTS = (
+    "*.safetensors",
+    "config.json",
+    "checkpoints/*/checksums.json",
+)  # checksums.json: in folders of our own runs
 _SAMPLES, _PIECE = 64, 1 << 14
 
 
 def of(run):
-    """The facts of a `train.setup.Setup`: fingerprints of what was read, and which steps each schedule was for."""
+    """The facts of a new run (a `train.setup.Setup`): its fingerprints, and the number of steps of its schedule."""
     train = run.config.train
     return {"fingerprints": fingerprints(run), "schedules": [{"from_step": 0, "steps": train.steps}]}
 
 
 def fingerprints(run):
-    """`{"data", "tokenizer", "pretrained"}`: what names the content, None where that is not known."""
-    sampled = run.data.get("sampled")  # of a stream only what was read ahead
+    """`{"data", "tokenizer", "pretrained"}`: a fingerprint of each content, None where unknown."""
+    sampled = run.data.get("sampled")  # a stream: only its first documents have been read
     return {
         "data": None if sampled else run.data.get("fingerprint"),
         "tokenizer": getattr(run.tokenizer, "fingerprint", None),
@@ -29,20 +33,21 @@ def fingerprints(run):
 
 
 def of_weights(path):
-    """Sixteen hex digits of a checkpoint's files: their names, sizes, and `_SAMPLES` pieces of each, spread over it."""
-    path, found = pathlib.Path(path), hashlib.sha256()
-    for file in sorted(each for kind in _WEIGHTS for each in path.glob(kind)) if path.is_dir() else [path]:
+    """Hashes a checkpoint to 16 hex digits: name, size and `_SAMPLES` evenly spaced pieces of each file."""
+    path, digest = pathlib.Path(path), hashlib.sha256()
+    files = sorted(file for pattern in _WEIGHTS for file in path.glob(pattern)) if path.is_dir() else [path]
+    for file in files:
         size = file.stat().st_size
-        found.update(f"{file.name} {size} ".encode())
+        digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as opened:
             for index in range(_SAMPLES):
                 opened.seek(index * max(0, size - _PIECE) // (_SAMPLES - 1))
-                found.update(opened.read(_PIECE))
-    return found.hexdigest()[:16]
+                digest.update(opened.read(_PIECE))
+    return digest.hexdigest()[:16]
 
 
 def check(before, now, config):
-    """Refuses to go on from a checkpoint of other content. Raises UserError."""
+    """Raises UserError where the checkpoint to resume from was trained on other data, tokenizer or base weights."""
     old, new = before.get("fingerprints") or {}, now["fingerprints"]
     for key, name in _NAMES.items():
         if None not in (old.get(key), new.get(key)) and old[key] != new[key]:
@@ -54,26 +59,26 @@ def check(before, now, config):
 
 
 def joined(before, now, step, config):
-    """The facts of a run that goes on from `step`: the schedules of its parts, where their rates differ."""
+    """The facts of a run resumed at `step`: a schedule is appended if it changes the learning rate of earlier steps."""
     steps, schedules = config.train.steps, before.get("schedules") or []
-    if not schedules or _alike(config.train, schedules[-1]["steps"], step):
+    if not schedules or _same_rates(config.train, schedules[-1]["steps"], step):
         return now | {"schedules": [*schedules[:-1], {**(schedules or [{"from_step": 0}])[-1], "steps": steps}]}
     return now | {"schedules": [*schedules, {"from_step": step, "steps": steps}]}
 
 
-def _alike(train, steps, step):
-    """Whether the schedule for `steps` gave the rates up to `step` that the one for `train.steps` gives."""
+def _same_rates(train, steps, step):
+    """Whether the schedules for `steps` and for `train.steps` have equal rates before `step`, at 17 sampled steps."""
     before = train.copy_and_resolve_references()
     before.steps = steps
     old, new = rules.schedule(before), rules.schedule(train)
-    looked_at = {*(step * part // 16 for part in range(16)), step - 1}
-    return all(float(old(at)) == float(new(at)) for at in looked_at)
+    sampled_steps = {*(step * index // 16 for index in range(16)), step - 1}
+    return all(float(old(at)) == float(new(at)) for at in sampled_steps)
 
 
 def line(schedules):
-    """`the learning rate is that of 200 steps up to step 100, of 400 from there on`, or None of one schedule."""
+    """`the learning rate is that of 200 steps up to step 100, of 400 from there on`, or None for a single schedule."""
     if len(schedules) < 2:
         return None
-    ends = [part["from_step"] for part in schedules[1:]]
-    parts = [f"of {part['steps']} steps up to step {end}" for part, end in zip(schedules, ends, strict=False)]
-    return f"the learning rate is that {', '.join(parts)}, of {schedules[-1]['steps']} steps from there on"
+    ends = [schedule["from_step"] for schedule in schedules[1:]]
+    spans = [f"of {schedule['steps']} steps up to step {end}" for schedule, end in zip(schedules, ends, strict=False)]
+    return f"the learning rate is that {', '.join(spans)}, of {schedules[-1]['steps']} steps from there on"

@@ -1,4 +1,4 @@
-"""The training loop: the one place where a run's state changes."""
+"""Training loop: dispatches steps, fetches their metrics one step behind, evaluates, saves and stops."""
 
 import collections
 import contextlib
@@ -16,13 +16,14 @@ from efficientllm import sharding
 from efficientllm.runtime import stopping
 
 log = logging.getLogger("efficientllm")
-ASK_EVERY = 10  # steps between two questions to the other processes whether one of them was told to stop
+ASK_EVERY = 10  # steps between two all-gathers of the processes' stop signals
 
 
 class Diverged(RuntimeError):
-    """A loss or the gradient is no number any more; `step` is the first such step.
+    """The loss or the gradient norm is NaN or infinite; `step` is the first such step.
 
-    `state_step` is the step of the state whose loss it was, which no run should go on from; None if the loss is finite.
+    `state_step` is the step of the parameters with that loss, from which no run should resume; None where only the
+    gradient norm is not finite.
     """
 
     def __init__(self, step, value, what="loss", state_step=None):
@@ -31,7 +32,7 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """A signal asked the run to stop, and it has: everything up to `step` is saved."""
+    """The run was stopped by a signal; a checkpoint of `step` has been started."""
 
     def __init__(self, step, signum):
         super().__init__(f"{signal.Signals(signum).name} at step {step}")
@@ -40,11 +41,11 @@ class Interrupted(RuntimeError):
 
 @dataclasses.dataclass
 class Hooks:
-    """What the loop calls between steps; `state` is the finished TrainState.
+    """Callbacks of the loop; `state` is the TrainState after `step`.
 
-    log(step, metrics, seconds):    after a step that is due for `log_every`, metrics on the host.
-    evaluate(step, state) -> loss:  held-out loss; raises Diverged if it is no number.
-    save(step, state, loss):        starts a checkpoint; `saving()` is True until it is on disk.
+    log(step, metrics, seconds):    called every `log_every` steps, with metrics on the host.
+    evaluate(step, state) -> loss:  the held-out loss; raises Diverged if it is NaN or infinite.
+    save(step, state, loss):        starts to write a checkpoint; `saving()` is True until it is on disk.
     """
 
     log: typing.Callable
@@ -55,35 +56,35 @@ class Hooks:
 
 @contextlib.contextmanager
 def catch_signals(names=("SIGINT", "SIGTERM")):
-    """Collects the signals that ask for a stop; a second one of a kind acts as it always does."""
-    caught = collections.deque()
+    """Yields a deque that collects signals; a second signal of the same kind gets the default handling."""
+    signals = collections.deque()
 
     def handler(signum, _):
         stopping.note_handled()
-        caught.append(signum)
+        signals.append(signum)
         signal.signal(signum, before[signum])
 
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield signals
         return
     before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
     for signum in before:
         signal.signal(signum, handler)
     try:
-        yield caught
+        yield signals
     finally:
         for signum, old in before.items():
             signal.signal(signum, old)
 
 
 def train(config, state, compiled, batches, mesh, measurement, progress, hooks):
-    """Runs from `state.step` to `config.train.steps` and returns the last TrainState.
+    """Trains from `state.step` to `config.train.steps` -> the last TrainState.
 
     A step's outputs are fetched after the next step is dispatched, so that the device never waits for the host.
     Raises Diverged, Interrupted.
     """
     loop = _Loop(config, measurement, progress, hooks)
-    with catch_signals() as caught:
+    with catch_signals() as signals:
         step = int(state.step)
         measurement.restart_clock()
         while step < config.train.steps:
@@ -92,7 +93,7 @@ def train(config, state, compiled, batches, mesh, measurement, progress, hooks):
             step += 1
             loop.collect()
             loop.pending = (step, metrics)
-            stop = _agreed(caught, step)
+            stop = _agree_on_signal(signals, step)
             if stop or loop.is_due(step):
                 loop.collect(last=True)
                 loop.between_steps(step, state, stop)
@@ -103,18 +104,20 @@ def train(config, state, compiled, batches, mesh, measurement, progress, hooks):
 
 
 class _Loop:
+    """The host's part of the loop. `pending` is `(step, metrics)` of the dispatched step, or None."""
+
     def __init__(self, config, measurement, progress, hooks):
         self._config, self._measurement, self._progress, self._hooks = config, measurement, progress, hooks
         self.pending = None
 
     def begin_segment_if_steady(self):
-        """Opens a measured segment as soon as the times have settled and no checkpoint is being written."""
+        """Opens a measured segment once step times have settled and no checkpoint is being written."""
         if self._measurement.steady and not self._measurement.running and not self._hooks.saving():
             self.collect()
             self._measurement.start()
 
     def collect(self, last=False):
-        """Waits for the step in flight and takes note of it, as the segment's `last` where it is. Raises Diverged."""
+        """Waits for the pending step, records and logs it. `last` closes the measured segment. Raises Diverged."""
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
@@ -125,7 +128,7 @@ class _Loop:
             raise Diverged(step, loss, state_step=step - 1)
         if not np.isfinite(grad_norm):
             raise Diverged(step, grad_norm, "gradient norm")
-        if last:  # what is logged now has no next step to run beside
+        if last:  # before logging, which here overlaps with no step
             self._measurement.stop()
         if step % self._config.train.log_every == 0 or step == self._config.train.steps:
             self._hooks.log(step, jax.device_get(metrics), seconds)
@@ -135,14 +138,14 @@ class _Loop:
         return self._eval_due(step) or self._save_due(step)
 
     def between_steps(self, step, state, stop):
-        """Evaluates and saves what is due after `step`; a stop saves and does not evaluate."""
+        """Evaluates and saves where due after `step`. A stop saves without evaluating."""
         loss = None
         try:
             if self._eval_due(step) and not stop:
                 loss = self._hooks.evaluate(step, state)
         except Diverged:
             raise
-        except Exception:  # what was trained is not lost with what could not be evaluated
+        except Exception:  # save the trained state although its evaluation failed
             if self._save_due(step):
                 self._hooks.save(step, state, None)
             raise
@@ -160,9 +163,9 @@ def _every(interval, step):
     return bool(interval) and step % interval == 0
 
 
-def _agreed(caught, step):
-    """The signal to stop for, or 0; all processes stop at the same step, whichever of them was told to."""
-    signum = caught[0] if caught else 0
+def _agree_on_signal(signals, step):
+    """The signal to stop for, or 0. All processes get the same answer at the same step, whichever had the signal."""
+    signum = signals[0] if signals else 0
     if jax.process_count() == 1:
         return signum
     if step % ASK_EVERY:

@@ -1,4 +1,4 @@
-"""What the steady part of training takes: step times, energy, memory, utilisation; nothing but training inside."""
+"""Measurement of steady training steps: times, energy, memory and utilisation, without evaluation and checkpoints."""
 
 import time
 
@@ -8,13 +8,15 @@ from efficientllm.metrics.timer import CAP, StepTimer
 
 
 class Measurement:
-    """Segments of finished, steady steps. Evaluation, checkpoints and compilation lie between segments.
+    """Segments of steady steps; evaluation, checkpoints and compilation happen between segments.
 
-    At most `warm_up` steps are set aside first. `start` and `stop` are called with no work in flight; `step_done` when
-    a step's outputs have arrived. `compiled` counts programs that were compiled inside segments, whose times and energy
-    then mean nothing. Steps within which the process was stopped (by a signal, with its container or its machine) are
-    `interrupted` and count for nothing, and their segment has no energy. `seconds` is the time of the `steps`, from the
-    first step's begin to the last one's end: the same that the mean of the timer's samples speaks of.
+    Up to `warm_up` steps are discarded first. Call `start` and `stop` with no step in flight, and `step_done` when the
+    outputs of a step have arrived.
+
+    steps, tokens, samples, seconds:  totals over all segments.
+    compiled:     programs compiled inside segments; if any, times and energy are invalid.
+    interrupted:  steps during which the process was paused (by a signal, its container or its machine). They are not
+                  counted, and their segment has no energy.
     """
 
     def __init__(self, reader, sampler, clock=time.perf_counter, warm_up=CAP):
@@ -32,7 +34,7 @@ class Measurement:
 
     @property
     def steady(self):
-        """True once the times of steps have settled, or the cap on waiting for that is reached."""
+        """True once step times have settled, or `warm_up` steps have been discarded."""
         return not self.timer.warming
 
     def start(self):
@@ -45,7 +47,7 @@ class Measurement:
         self.restart_clock()
 
     def restart_clock(self):
-        """The next step's time counts from now."""
+        """Starts the next step's time now."""
         self._stopped = self._sampler.stopped_s()
         self._last = self._clock()
 
@@ -80,7 +82,7 @@ class Measurement:
             self._mark = None
 
     def abandon(self):
-        """Closes a segment that failed in the middle, and counts none of it."""
+        """Closes the open segment and subtracts its steps from the totals."""
         if self.running:
             self._sampler.since(self._mark)
             self._reader.stop()

@@ -1,4 +1,4 @@
-"""The line of a training step: step, loss, tokens/s, time left."""
+"""Progress line of a training step: step, loss, tokens/s, time left."""
 
 import collections
 import time
@@ -7,18 +7,18 @@ from efficientllm.runtime.log import clock_time
 
 
 class Progress:
-    """Rate and time left over the last steps."""
+    """Rate and remaining time, from the last `window` steps."""
 
     def __init__(self, steps, clock=time.monotonic, window=20):
         self._steps, self._clock = steps, clock
         self._recent = collections.deque(maxlen=window)
 
     def add(self, tokens):
-        """A step of `tokens` tokens has finished."""
+        """Adds a finished step of `tokens` tokens."""
         self._recent.append((self._clock(), tokens))
 
     def tokens_per_s(self):
-        """Over the last steps, pauses for evaluation and checkpoints included; None before the second step."""
+        """Rate including pauses for evaluation and checkpoints; None before the second step."""
         if len(self._recent) < 2:
             return None
         seconds = self._recent[-1][0] - self._recent[0][0]

@@ -1,4 +1,4 @@
-"""From what a training run measured to its row."""
+"""Readings of a training run for its row: the study's metrics, physical metrics and conditions."""
 
 import dataclasses
 
@@ -29,37 +29,39 @@ TIMED = (
 
 
 def all_energy(measurement):
-    """The energy of the steady part over the devices of all processes; every process calls it, or none."""
-    own = dataclasses.asdict(reader.combine_windows(measurement.windows))
-    return reader.sum_over_processes([reader.EnergyWindow(**window) for window in distributed.gather(own)])
+    """Energy of the measured steps, summed over all processes. Collective: every process must call it."""
+    local = dataclasses.asdict(reader.combine_windows(measurement.windows))
+    return reader.sum_over_processes([reader.EnergyWindow(**window) for window in distributed.gather(local)])
 
 
 def all_idle(idle):
-    """The power at rest of all processes' devices; every process calls it, or none."""
-    found = [reader.IdlePower(**each) for each in distributed.gather(dataclasses.asdict(idle))]
-    if reason := next((each.reason for each in found if each.power_w is None), None):
+    """Idle power, summed over all processes. Collective: every process must call it."""
+    powers = [reader.IdlePower(**fields) for fields in distributed.gather(dataclasses.asdict(idle))]
+    if reason := next((power.reason for power in powers if power.power_w is None), None):
         return reader.IdlePower(None, reason)
-    drifts = [each.drift for each in found if each.drift is not None]
-    return reader.IdlePower(sum(each.power_w for each in found), None, max(drifts, key=abs, default=None))
+    drifts = [power.drift for power in powers if power.drift is not None]
+    return reader.IdlePower(sum(power.power_w for power in powers), None, max(drifts, key=abs, default=None))
 
 
 def conditions_of(measurement, everywhere):
-    """The row's group of conditions: of all processes where every one of them calls it (`everywhere`), else of this."""
+    """The row's `conditions`: the worst of all processes if `everywhere` (a collective call), else of this process."""
     span = conditions.combine_spans(measurement.spans)
     if everywhere:
-        found = distributed.gather(None if span is None else dataclasses.asdict(span))
-        span = conditions.worst_span([None if each is None else conditions.Span(**each) for each in found])
+        spans = distributed.gather(None if span is None else dataclasses.asdict(span))
+        span = conditions.worst_span([None if fields is None else conditions.Span(**fields) for fields in spans])
     return conditions.row(span, sampler.combine_averages(measurement.averages))
 
 
 def readings(run, measurement, window, idle):
-    """`(paper, physical)` readings of the steady part of `run` (a `train.setup.Setup`); `window` is its energy, `idle`
-    the power at rest."""
+    """`(paper, physical)` readings of the measured steps of `run` (a `train.setup.Setup`).
+
+    `window` is their energy, `idle` the idle power. Timed readings are null where no steps could be measured.
+    """
     params = formulas.count_parameters(run.lm, run.boxed)
-    if reason := _spoilt(measurement):
-        nothing = {key: missing(unit, reason) for key, unit in study_metrics.UNITS.items()}
+    if reason := _why_unmeasured(measurement):
+        unmeasured = {key: missing(unit, reason) for key, unit in study_metrics.UNITS.items()}
         timed = {key: missing(row.PHYSICAL_UNITS[key], reason) for key in TIMED}
-        return nothing, {**physical_of_model(run, params), **timed}
+        return unmeasured, {**physical_of_model(run, params), **timed}
     work = study_metrics.Work(
         task=run.config.task,
         iterations_s=tuple(measurement.timer.samples),
@@ -73,8 +75,8 @@ def readings(run, measurement, window, idle):
         **physical_of_model(run, params),
         **study_metrics.energy_metrics(window, measurement.tokens, idle),
         **_utilisation(run, measurement.steps, measurement.seconds),
-        **_executed(run, measurement.steps, measurement.seconds),
-        **_moved(run, measurement.seconds / measurement.steps),
+        **_hardware_utilisation(run, measurement.steps, measurement.seconds),
+        **_bandwidth_utilisation(run, measurement.seconds / measurement.steps),
         **{f"step_s_{key}": steps[key] for key in ("p50", "p90", "p95", "p99")},
         "tokens_per_s": Reading(
             measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"
@@ -90,14 +92,13 @@ def unknown(reason):
 
 
 def warm_up(measurement):
-    """The times of the steps that were set aside, in s, and whether they had settled by the last of them; how many
-    steps count for nothing, as the process was stopped within them."""
-    found = measurement.timer.statistics()
-    return {key: found[key] for key in ("discarded_s", "settled")} | {"interrupted_steps": measurement.interrupted}
+    """The row's `warm_up`: seconds of the discarded steps, whether times had settled, and the interrupted steps."""
+    statistics = measurement.timer.statistics()
+    return {key: statistics[key] for key in ("discarded_s", "settled")} | {"interrupted_steps": measurement.interrupted}
 
 
-def _spoilt(measurement):
-    """Why nothing that has to do with time can be said of the run; None if all is well."""
+def _why_unmeasured(measurement):
+    """Why no time could be measured; None where times are valid."""
     if not measurement.steps and measurement.interrupted:
         return f"the process was stopped within all {measurement.interrupted} of the steps that were to be measured"
     if not measurement.steps:
@@ -108,9 +109,9 @@ def _spoilt(measurement):
 
 
 def utilisation(run, step_seconds):
-    """MFU of one step as numbers, `mfu` where the device's peak is known and `mfu_gemm` anywhere."""
-    found = _utilisation(run, 1, step_seconds)
-    return {key: reading.value for key, reading in found.items() if reading.value is not None}
+    """MFU of one step as numbers: `mfu` if the device's peak is known, and `mfu_gemm`."""
+    readings = _utilisation(run, 1, step_seconds)
+    return {key: reading.value for key, reading in readings.items() if reading.value is not None}
 
 
 def _utilisation(run, steps, seconds):
@@ -118,27 +119,27 @@ def _utilisation(run, steps, seconds):
     return device_peaks.model_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(run.lm.precision))
 
 
-def _executed(run, steps, seconds):
-    counted = run.program_flops
-    whole = counted if counted.value is None else dataclasses.replace(counted, value=counted.value * steps)
-    return device_peaks.hardware_flops_utilisation(whole, seconds, jax.devices(), activation_dtype(run.lm.precision))
+def _hardware_utilisation(run, steps, seconds):
+    flops = run.program_flops
+    flops = flops if flops.value is None else dataclasses.replace(flops, value=flops.value * steps)
+    return device_peaks.hardware_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(run.lm.precision))
 
 
-def _moved(run, step_seconds):
-    """How much of the memory's bandwidth a step uses, and the time it cannot fall below."""
+def _bandwidth_utilisation(run, step_seconds):
+    """MBU of a step, and its least time by roofline."""
     train, devices = run.config.train, jax.devices()
     rows = run.batch_size // train.accumulate
     moved = step_memory.moved_bytes(run.lm, run.shaped, rows, run.length, train.accumulate)
     flops = formulas.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
-    what = "parameters, moments, gradients and activations, each passing once for each use,"
+    description = "parameters, moments, gradients and activations, each passing once for each use,"
     return {
-        **device_peaks.bandwidth_utilisation(moved, step_seconds, devices, what),
+        **device_peaks.bandwidth_utilisation(moved, step_seconds, devices, description),
         "step_s_roofline": device_peaks.measured_roofline(flops, moved, devices, activation_dtype(run.lm.precision)),
     }
 
 
 def memory_of(run):
-    """The three columns of memory: what was seen, what the compiler planned, what the shapes say."""
+    """Memory of a step: measured peak, the compiler's plan, and the estimate from shapes."""
     return {
         "peak_memory_bytes": memory.peak_bytes(jax.local_devices(), run.rss_before),
         "compiled_memory_bytes": run.program_memory,
@@ -147,16 +148,16 @@ def memory_of(run):
 
 
 def physical_of_model(run, params):
-    """What is known of the model without a clock: parameters, FLOPs, bytes."""
+    """Readings that need no time: parameters, FLOPs, bytes."""
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.shaped.all_params))
     flops = formulas.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
     flops /= run.length * run.batch_size
-    learnt = sum(leaf.size for leaf in jax.tree.leaves(run.shaped.params))
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(run.shaped.params))
     formula = f"closed formula ({formulas.FLOP_CONVENTION})"
     return {
         "params_total": Reading(params["total"], "1", "parameter tree"),
         "params_active": Reading(params["active"], "1", "parameter tree, experts as far as a token is sent to them"),
-        "params_trainable": Reading(learnt, "1", "parameter tree"),
+        "params_trainable": Reading(trainable, "1", "parameter tree"),
         "flops_per_token": Reading(flops, "FLOP", f"{formula}, forward and backward, row of {run.length}"),
         "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
         **memory_of(run),
@@ -170,7 +171,7 @@ def physical_of_model(run, params):
     }
 
 
-def _per_token(run, counted):
-    if counted.value is None:
-        return counted
-    return dataclasses.replace(counted, value=counted.value / (run.length * run.batch_size))
+def _per_token(run, flops):
+    if flops.value is None:
+        return flops
+    return dataclasses.replace(flops, value=flops.value / (run.length * run.batch_size))

@@ -1,4 +1,4 @@
-"""Everything a training run needs before its first step, built from the config in the order that finds errors first."""
+"""Setup of a training run: data, abstract state and compiled steps. Cheap checks of the config come first."""
 
 import dataclasses
 import time
@@ -22,11 +22,16 @@ from efficientllm.weights import activation_dtype, box_as
 
 @dataclasses.dataclass
 class Setup:
-    """The parts of a run.
+    """Everything that a training run needs before its first step. `compile_steps` sets the fields with defaults.
 
-    `shaped` is the abstract TrainState on its shardings; `boxed` are the plain model's abstract parameters with their
-    axes; `method` says what learns; `source` is the checkpoint the model comes from, or None; `data` is what the row
-    says of the data.
+    method:        the tuning method: which parameters are trainable.
+    source:        the checkpoint that training starts from, or None.
+    boxed:         abstract parameters of the model without adapters, boxed with their logical axes.
+    shaped:        the abstract TrainState, each leaf with its sharding.
+    shardings:     the shardings alone, for `jax.jit`.
+    data:          the row's description of the data.
+    rss_before:    resident bytes of the process before any array of the model is made.
+    program_*:     FLOPs and memory of the compiled step.
     """
 
     config: object
@@ -57,12 +62,12 @@ class Setup:
 
 
 def prepare(config, log):
-    """Reads the data and describes the model; makes no array of it. Raises UserError."""
+    """Builds the Setup of a config: reads the data, makes no array of the model. Raises UserError."""
     run = describe_run(config)
     config_checks.check_form(run)
-    if config.model.pretrained:  # reading it can take a minute
+    if config.model.pretrained:  # check the data before opening a checkpoint, which can take a minute
         _check_data(config, log)
-    config_checks.check_length(run)  # of the model's outline: a bad model is refused before any data is read
+    config_checks.check_length(run)  # builds `run.outline`: a bad model is refused before any data is read
     config_checks.check_train(config.train, run.mesh)
     if run.source is None:
         _check_data(config, log)
@@ -86,54 +91,54 @@ def prepare(config, log):
         boxed=model.abstract_params(lm),
         shaped=shaped,
         shardings=shardings,
-        data=_described_data(config, tokenizer, log),
+        data=_describe_data(config, tokenizer, log),
         rss_before=host.rss_bytes(),
     )
 
 
 def _check_data(config, log):
-    """Reads the data, and says what was read. Raises UserError for what is wrong with it."""
+    """Reads and logs the data. Raises UserError for bad data."""
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
     for note in data.check(config.data):
         log.info(f"data: {note}")
 
 
-def _described_data(config, tokenizer, log):
-    found = data.describe(config.data, tokenizer, config.train.length)
-    for side in ("train", "held_out"):
-        if found.get(f"{side}_cut"):
-            total = found[f"{side}_documents"]
+def _describe_data(config, tokenizer, log):
+    """The row's description of the data; logs how many records are truncated."""
+    summary = data.describe(config.data, tokenizer, config.train.length)
+    for split in ("train", "held_out"):
+        if summary.get(f"{split}_cut"):
+            total = summary[f"{split}_documents"]
             log.info(
-                f"{side.replace('_', ' ')}: {found[f'{side}_cut']} of {total} records are longer than "
+                f"{split.replace('_', ' ')}: {summary[f'{split}_cut']} of {total} records are longer than "
                 f"{config.train.length} tokens, and cut there"
             )
-    return found
+    return summary
 
 
 def create_state(run):
-    """The TrainState before the first step, on its shardings: of a new model, or around a checkpoint's parameters."""
+    """Makes the sharded TrainState before the first step: of a new model, or from a checkpoint's parameters."""
     train, seed, method, form = run.config.train, run.config.seed, run.method, run.config.quant
     if run.source is None:
         return step.jit_create(run.lm, train, seed, run.length, run.shardings, method, form)()
-    shaped = sharding.on_shards(run.boxed, run.mesh)
-    params = run.source.load(shaped, lm=run.lm, each=quant.rounder(form, quant.KEEP_TABLES))
+    abstract_params = sharding.on_shards(run.boxed, run.mesh)
+    params = run.source.load(abstract_params, lm=run.lm, each=quant.rounder(form, quant.KEEP_TABLES))
 
-    def around(params):
+    def create_from(params):
         return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, box_as(run.boxed, params), form))
 
-    return jax.jit(around, out_shardings=run.shardings, donate_argnums=0)(params)
+    return jax.jit(create_from, out_shardings=run.shardings, donate_argnums=0)(params)
 
 
 def _check_sample(lm, sample, tokenizer):
-    """Refuses a sample that the model could not write at the end of the run."""
+    """Raises UserError for a sample longer than the model's positions, before the run instead of at its end."""
     prompt = len(tokenizer.encode_prompt(sample.prompt))
     where = f"config.sample.tokens = {sample.tokens} after a prompt of {prompt}"
     model.check_length(lm, prompt + sample.tokens, where)
 
 
 def compile_steps(setup):
-    """The compiled (train, eval) steps. Fills in the setup's compile times and kernels, and what the program of a
-    step costs."""
+    """Compiles the train and eval steps -> both; sets the setup's compile times, kernels, program FLOPs and memory."""
     batch = step_memory.batch_shapes(setup.batch_size, setup.length, sharding.batch_sharding(setup.mesh))
     train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, setup.shardings, setup.method)
     evaluate = step.jit_eval_step(setup.lm, setup.mesh, setup.shardings.all_params)
@@ -144,9 +149,8 @@ def compile_steps(setup):
     lowered_at = time.perf_counter()
     compiled = lowered.compile()
     setup.compile_s = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
-    device_peaks.measure_gemm_peak(
-        activation_dtype(setup.lm.precision).name
-    )  # at most once a host, and not between steps
+    # The result is cached on the host; measured here so that it never runs between steps.
+    device_peaks.measure_gemm_peak(activation_dtype(setup.lm.precision).name)
     device_peaks.measure_copy_bandwidth()
     setup.program_flops, setup.program_memory = _program_flops(traced.jaxpr), _program_memory(compiled)
     setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
@@ -173,14 +177,15 @@ def _program_memory(compiled):
 
 
 def predicted_memory(setup):
-    """Bytes of a step by `cost.step_memory`, over this process's devices, as a Reading."""
+    """Memory of a step estimated from shapes (`cost.step_memory`), over this process's devices, as a Reading."""
     config = setup.config.train
     rows = config.batch_size // config.accumulate
-    ways = sharding.row_ways(setup.mesh) * setup.mesh.shape["sequence"]
-    found = step_memory.predicted_bytes(setup.lm, setup.shaped, rows, setup.length, ways) * jax.local_device_count()
-    return Reading(found, "bytes", "shapes: parameters, optimiser, gradients, activations; over this process's devices")
+    token_shards = sharding.row_ways(setup.mesh) * setup.mesh.shape["sequence"]
+    device_bytes = step_memory.predicted_bytes(setup.lm, setup.shaped, rows, setup.length, token_shards)
+    total = device_bytes * jax.local_device_count()
+    return Reading(total, "bytes", "shapes: parameters, optimiser, gradients, activations; over this process's devices")
 
 
 def token_bytes(setup):
-    """UTF-8 bytes of each token of the vocabulary, on the devices."""
+    """Number of UTF-8 bytes of each token of the vocabulary, replicated on the mesh."""
     return jax.device_put(next_token.bytes_of(setup.tokenizer, setup.lm), sharding.replicated(setup.mesh))

@@ -1,4 +1,4 @@
-"""The pure functions of training: state, loss, step, evaluation. Nothing here reads a clock or a file."""
+"""Pure functions of training: TrainState, gradients, train step, and their jitted forms with shardings."""
 
 import functools
 
@@ -21,10 +21,12 @@ FULL = Full()
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes, and the parameters it only reads. `step` counts finished steps; `key` is folded with it,
-    never split.
+    """State of training.
 
-    `params` holds what learns, `frozen` the rest, each with None in the place of what is in the other.
+    step:    number of finished steps.
+    params:  trainable parameters, with None in place of frozen ones.
+    frozen:  frozen parameters, with None in place of trainable ones.
+    key:     random key data; a step folds `step` into it, so it never changes.
     """
 
     step: jax.Array
@@ -35,23 +37,23 @@ class TrainState:
 
     @property
     def all_params(self):
-        """The model's parameters."""
+        """Trainable and frozen parameters in one tree."""
         return join(self.params, self.frozen)
 
 
-def create(lm, train, method, seed, boxed, held, form="float32"):
-    """The TrainState of parameters `held`, all boxed; `boxed` is the plain model's tree (see `adapters.attach`).
+def create(lm, train, method, seed, boxed, params, form="float32"):
+    """Creates the boxed TrainState of boxed `params`; `boxed` is the tree without adapters, whose axes they take.
 
-    Kernels are put into the quantised `form` before the method's leaves go around them.
+    Kernels are quantized to `form` first, then the tuning method wraps them in its adapters.
     """
     key = jax.random.key(seed)
-    learnt, frozen = tuned(method, lm, boxed, held, jax.random.fold_in(key, 1), form)
-    opt_state = rules.optimizer(train, nn.unbox(learnt), method.rates).init(learnt)
-    return TrainState(jnp.zeros((), jnp.int32), learnt, opt_state, jax.random.key_data(key), frozen)
+    trainable, frozen = tuned(method, lm, boxed, params, jax.random.fold_in(key, 1), form)
+    opt_state = rules.optimizer(train, nn.unbox(trainable), method.rates).init(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jax.random.key_data(key), frozen)
 
 
 def init_state(lm, train, seed, length, method=FULL, form="float32"):
-    """A function of no arguments that makes a new model's TrainState, boxed."""
+    """A function of no arguments that creates the boxed TrainState of a new model."""
 
     def init():
         boxed = models.init_params(lm, jax.random.key(seed), length)
@@ -61,7 +63,7 @@ def init_state(lm, train, seed, length, method=FULL, form="float32"):
 
 
 def abstract_state(lm, config, method, mesh):
-    """`(abstract TrainState on its shards, its shardings)` of a run of `config` on `mesh`."""
+    """`(abstract TrainState with shardings, the shardings alone)` of a run of `config` on `mesh`."""
     init = init_state(lm, config.train, config.seed, config.train.length, method, config.quant)
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(init)
@@ -69,42 +71,44 @@ def abstract_state(lm, config, method, mesh):
 
 
 def jit_create(lm, train, seed, length, shardings, method=FULL, form="float32"):
-    """A jitted function of no arguments: the TrainState on its shardings; no array is ever made unsharded."""
+    """`init_state` jitted with `shardings`: no array is ever made unsharded."""
     init = init_state(lm, train, seed, length, method, form)
     return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)
 
 
-def gradients(lm, learnt, batch, accumulate, frozen=None, key=None):
-    """Gradients of what learns and metrics of a step's batch, over `accumulate` micro-batches of its rows.
+def gradients(lm, trainable, batch, accumulate, frozen=None, key=None):
+    """`(gradients of the trainable parameters, metrics)` of a batch, accumulated over micro-batches of its rows.
 
-    With a `key`, leaves that drop do so.
+    With a `key`, adapters apply dropout.
     """
     targets = jnp.sum(batch["weights"]) / accumulate
     tokens = None if accumulate == 1 else jnp.sum(batch["segments"] > 0) / accumulate
 
-    def loss(learnt, micro, index):
-        params = learnt if frozen is None else join(learnt, frozen)
+    def loss(trainable, micro, index):
+        params = trainable if frozen is None else join(trainable, frozen)
         params = params if key is None else seeded(params, jax.random.fold_in(key, index))
         return loss_fn(lm, params, micro, targets, tokens)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
-        (_, metrics), grads = value_and_grad(learnt, batch, 0)
+        (_, metrics), grads = value_and_grad(trainable, batch, 0)
         return grads, metrics
 
-    # Rows are dealt out in turn, so that every micro-batch lies on all devices without moving a row.
+    # Row i goes to micro-batch i % accumulate: each micro-batch then has rows on every device, and no row moves.
     def split_rows(leaf):
         micro = leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
         return sharding.constrain(micro, None, "batch", "length")
 
-    def one(micro, index):
-        (_, metrics), grads = value_and_grad(learnt, micro, index)
+    def micro_gradients(micro, index):
+        (_, metrics), grads = value_and_grad(trainable, micro, index)
         return grads, metrics
 
     micros = jax.tree.map(split_rows, batch), jnp.arange(accumulate)
-    shapes = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], micros))
+    shapes = jax.eval_shape(micro_gradients, *jax.tree.map(lambda leaf: leaf[0], micros))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(*micro)), None), zeros, micros)
+    total, _ = jax.lax.scan(
+        lambda total, micro: (jax.tree.map(jnp.add, total, micro_gradients(*micro)), None), zeros, micros
+    )
     return jax.tree.map(lambda leaf: leaf / accumulate, total)
 
 
@@ -128,7 +132,7 @@ def train_step(lm, train, method, state, batch):
 
 
 def jit_train_step(lm, train, mesh, state_shardings, method=FULL):
-    """`train_step` with explicit shardings; the state is donated, the batch split over rows and tokens."""
+    """Jits `train_step` with explicit shardings; the state is donated, the batch is sharded by rows and tokens."""
     return jax.jit(
         functools.partial(train_step, lm, train, method),
         in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
@@ -138,10 +142,10 @@ def jit_train_step(lm, train, mesh, state_shardings, method=FULL):
 
 
 def jit_eval_step(lm, mesh, params_shardings):
-    """`eval_step` with explicit shardings."""
-    whole = sharding.replicated(mesh)
+    """Jits `eval_step` with explicit shardings."""
+    replicated = sharding.replicated(mesh)
     return jax.jit(
         functools.partial(eval_step, lm),
-        in_shardings=(params_shardings, sharding.batch_sharding(mesh), whole),
-        out_shardings=whole,
+        in_shardings=(params_shardings, sharding.batch_sharding(mesh), replicated),
+        out_shardings=replicated,
     )

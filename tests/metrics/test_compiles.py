@@ -66,9 +66,9 @@ def test_a_segment_with_a_compilation_has_no_energy_and_no_times(program):
     double, x = program
     spoilt = measured(lambda: double(x).block_until_ready())
     assert spoilt.compiled == 1 and spoilt.windows[0].energy_j is None and "compiled" in spoilt.windows[0].reason
-    assert "1 program(s) were compiled" in row._spoilt(spoilt)
+    assert "1 program(s) were compiled" in row._why_unmeasured(spoilt)
     clean = measured(lambda: double(x).block_until_ready())
-    assert clean.compiled == 0 and clean.windows[0].energy_j == 100.0 and row._spoilt(clean) is None
+    assert clean.compiled == 0 and clean.windows[0].energy_j == 100.0 and row._why_unmeasured(clean) is None
 
 
 def test_a_spoilt_run_keeps_what_needs_no_clock(program, monkeypatch):
