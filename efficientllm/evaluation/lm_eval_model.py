@@ -149,7 +149,7 @@ class Harness(TemplateLM):
         prompts = {index: self.tok_encode(requests[index].args[0])[-(self.max_length - new) :] for index in group}
         group = sorted(group, key=lambda index: -len(prompts[index]))
         length = min(self.max_length, _bucket(len(prompts[group[0]]) + new))
-        engine = Engine(self.lm, self.params, _sampler(settings), self.own_tokenizer.end_ids, length, pieces=True)
+        engine = Engine(self.lm, self.params, _sampler(settings), self.own_tokenizer.end_ids, length, chunked=True)
         reach = (
             4 * max(map(len, stops), default=0) + 4
         )  # more tokens than a stop string has: up to four bytes a character

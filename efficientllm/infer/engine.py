@@ -1,7 +1,7 @@
-"""Generation for prompts of any lengths: prefill, then a compiled loop of steps over a donated state.
+"""Generation engine: prefill of prompts of any lengths, then a compiled decode loop with a donated carry.
 
-No row is padded and each has its own positions and random numbers, so that states of every kind (caches, rings,
-recurrences) and what is drawn are what they would be alone.
+Rows are not padded, and each has its own positions and random key. A row's states (KV caches, rings, recurrences) and
+sampled tokens are therefore the same as without the rows beside it.
 """
 
 import functools
@@ -18,16 +18,23 @@ from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh, shapes
 from efficientllm.weights import activation_dtype
 
-# XLA for GPUs would put gate and up side by side to multiply them at once, by a copy of both for every pass: 38 us a
-# layer of 1.5B on an H100, an eighth of the time to the first token.
-APART = {"xla_gpu_dot_merger_threshold_mb": "0"}
-PIECES = (256, 64, 16)  # tokens of prompts of several lengths that are prefilled together; each compiles a program
+# XLA for GPUs would merge the products with the gate and up kernels, copying both in every pass: 38 us a layer of 1.5B
+# on an H100, an eighth of the time to the first token.
+NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": "0"}
+PREFILL_CHUNKS = (256, 64, 16)  # tokens; each size compiles a program
 
 
 @flax.struct.dataclass
 class Carry:
-    """What a step hands to the next: logits of the next token, states, the positions the next tokens take, which rows
-    have ended, which tokens a row holds (`seen_BV`, one column for samplers that do not ask), a random key a row."""
+    """Carry of the decode loop.
+
+    logits_BV:    of the next token.
+    states:       decode states of all blocks, such as KV caches.
+    positions_B:  of the next token.
+    done_B:       rows that have generated an end token.
+    seen_BV:      tokens that a row contains; one column if the sampler does not `remember` them.
+    keys_B:       a random key a row.
+    """
 
     logits_BV: jax.Array
     states: tuple
@@ -38,25 +45,31 @@ class Carry:
 
 
 class Engine:
-    """Generates with `lm` (its layers are taken apart) and its parameters, prompts and answers within `length` tokens.
+    """Generates completions with `lm` and its parameters.
 
-    Prompts of one length are prefilled in one pass. Of others, as many tokens as are in whole PIECES, a piece at a time
-    in all rows that still have one; the rest are given to the first steps of the loop, in which a row whose prompt has
-    ended chooses its own. With `pieces` it is so for prompts of one length too: few programs for many lengths.
+    Prompts of equal length are prefilled in one pass. Those of different lengths are prefilled in PREFILL_CHUNKS, each
+    for all rows with enough tokens left. The last tokens of a prompt are fed to the first steps of the decode loop,
+    while rows with shorter prompts already generate.
 
-    On the mesh in scope rows, heads and channels of states are divided as those of activations are. `sampler` is a
-    registered `sampler`. `end_ids` is the token at which a row ends, or several; -1 is none. Raises UserError for more
-    tokens than the model has positions.
+    Args:
+      lm: the model; a scanned one is unrolled.
+      sampler: an object registered as `sampler`.
+      end_ids: the token or tokens that end a row; -1 for none.
+      length: cache length: tokens of a prompt and its completion.
+      chunked: prefill prompts of equal length in chunks too, so that many lengths need few programs.
+
+    States are sharded on the mesh in scope like activations. Raises UserError for a `length` beyond the model's
+    positions.
     """
 
-    def __init__(self, lm, params, sampler, end_ids, length, pieces=False):
+    def __init__(self, lm, params, sampler, end_ids, length, chunked=False):
         models.check_length(lm, length, f"prompts and answers of {length} tokens")
         self.lm, self.params = models.unroll(lm, params) if lm.scan else (lm, params)
         self.end_ids = tuple(np.atleast_1d(end_ids).tolist())
-        self.sampler, self.length, self.pieces = sampler, length, pieces
-        self._by_length, self._switch = models.depends_on_length(lm)
+        self.sampler, self.length, self.chunked = sampler, length, chunked
+        self._by_length, self._switch_length = models.depends_on_length(lm)
         self._empty = jax.jit(functools.partial(_empty, self.lm, length), static_argnums=0)
-        options = APART if kernel_choice.platform() == "gpu" else None
+        options = NO_DOT_MERGER if kernel_choice.platform() == "gpu" else None
         self._prefill = jax.jit(functools.partial(_prefill, self.lm), donate_argnums=(1, 2), compiler_options=options)
         self._begin = jax.jit(functools.partial(_begin, self.lm), donate_argnums=1)
         self._decode = jax.jit(functools.partial(_decode, self.lm, sampler, self.end_ids, length), donate_argnums=1)
@@ -64,80 +77,85 @@ class Engine:
 
     @property
     def extends(self):
-        """Whether a carry can go on with a longer prompt: not where keys are rotated by a prompt's length."""
+        """Whether `prefill` can continue from a carry: not where RoPE scaling depends on the length of the prompt."""
         return not self._by_length
 
     def prefill(self, prompts, seed=0, first=0, carry=None):
-        """A Carry after the prompts, lists of ids, or as far as they are in whole pieces.
+        """Prefills `prompts` (lists of ids), up to their last whole chunks where they are chunked -> Carry.
 
-        `first` is the number of the first prompt: what is drawn depends on the seed and a prompt's number, not on the
-        rows beside it. `carry`, which is donated, is one after the beginnings of the prompts, where the engine
-        `extends`. Raises UserError for an empty prompt.
+        A row samples by `seed` and the index of its prompt; `first` is the index of the first prompt. `carry` (donated)
+        continues from prefixes of the prompts, where the engine `extends`. Raises UserError for an empty prompt.
         """
         check_prompts(prompts)
         rows = len(prompts)
-        at_B = np.zeros(rows, np.int32) if carry is None else np.array(carry.positions_B)
+        positions_B = np.zeros(rows, np.int32) if carry is None else np.array(carry.positions_B)
         if carry is None:
             states, hidden_BD = self._empty(rows)
         else:
             states, hidden_BD = carry.states, jnp.zeros((rows, self.lm.dim), activation_dtype(self.lm.precision))
-        for who, size in self._passes([len(prompt) - at for prompt, at in zip(prompts, at_B, strict=True)]):
-            ids_BT = np.array([prompts[row][at_B[row] : at_B[row] + size] for row in who], np.int32)
-            some = None if len(who) == rows else np.array(who)
-            reach_B = np.array([len(prompts[row]) for row in who], np.int32) if self._by_length else None
-            states, hidden_BD = self._prefill(self.params, states, hidden_BD, ids_BT, some, at_B[who], reach_B)
-            at_B[who] += size
+        for indices, size in self._passes(
+            [len(prompt) - position for prompt, position in zip(prompts, positions_B, strict=True)]
+        ):
+            ids_BT = np.array([prompts[row][positions_B[row] : positions_B[row] + size] for row in indices], np.int32)
+            rows_B = None if len(indices) == rows else np.array(indices)
+            reach_B = np.array([len(prompts[row]) for row in indices], np.int32) if self._by_length else None
+            states, hidden_BD = self._prefill(
+                self.params, states, hidden_BD, ids_BT, rows_B, positions_B[indices], reach_B
+            )
+            positions_B[indices] += size
         seen_BV = np.zeros((rows, self.lm.vocab_size if self.sampler.remembers else 1), bool)
         if self.sampler.remembers:
             for row, prompt in enumerate(prompts):
                 seen_BV[row, prompt] = True
-        return self._begin(self.params, states, hidden_BD, at_B, seen_BV, np.int32(seed), first + np.arange(rows))
+        return self._begin(
+            self.params, states, hidden_BD, positions_B, seen_BV, np.int32(seed), first + np.arange(rows)
+        )
 
     def _passes(self, lengths):
-        """Yields `(rows, tokens)` of each pass of prefill."""
-        if len(set(lengths)) == 1 and not self.pieces:
+        """Yields `(rows, number of tokens)` of each pass of prefill, for rows with `lengths` tokens left."""
+        if len(set(lengths)) == 1 and not self.chunked:
             yield list(range(len(lengths))), lengths[0]
             return
-        left = list(lengths)
-        for size in PIECES:
-            while who := [row for row, count in enumerate(left) if count >= size]:
-                yield who, size
-                for row in who:
-                    left[row] -= size
+        remaining = list(lengths)
+        for size in PREFILL_CHUNKS:
+            while rows := [row for row, count in enumerate(remaining) if count >= size]:
+                yield rows, size
+                for row in rows:
+                    remaining[row] -= size
 
     def decode(self, carry, prompts, steps):
-        """`steps` further tokens of each row, those of its prompt included -> `(Carry, int32 [B, steps])`.
+        """Decodes `steps` tokens of each row, counting remaining prompt tokens -> `(Carry, tokens int32 [B, steps])`.
 
-        The carry is donated. Steps end early where all rows have; what follows an end is the first of `end_ids`.
+        The carry is donated. The loop stops when all rows are done; tokens after a row's end are `end_ids[0]`.
         """
-        table_BT = np.zeros((len(prompts), self.length), np.int32)
+        prompts_BT = np.zeros((len(prompts), self.length), np.int32)
         for row, prompt in enumerate(prompts):
-            table_BT[row, : len(prompt)] = prompt
+            prompts_BT[row, : len(prompt)] = prompt
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-        carry, tokens_BT = self._decode(self.params, carry, table_BT, lengths_B, np.int32(steps))
+        carry, tokens_BT = self._decode(self.params, carry, prompts_BT, lengths_B, np.int32(steps))
         return carry, tokens_BT[:, :steps]
 
     def lower_decode(self, rows):
-        """The loop for `rows` rows, lowered: what compiling it takes and needs can be looked at ahead of time."""
+        """Lowers the decode loop for `rows` rows, to compile it ahead of time."""
         return self.trace_decode(rows).lower()
 
     def trace_decode(self, rows):
-        """The loop for `rows` rows, traced. The parameters may be abstract, here and in `trace_prefill`."""
+        """Traces the decode loop for `rows` rows. The parameters may be abstract, as in `trace_prefill`."""
         carry = self._abstract_carry(rows)
-        table_BT = jax.ShapeDtypeStruct((rows, self.length), jnp.int32)
+        prompts_BT = jax.ShapeDtypeStruct((rows, self.length), jnp.int32)
         lengths_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        return self._decode.trace(self.params, carry, table_BT, lengths_B, jax.ShapeDtypeStruct((), jnp.int32))
+        return self._decode.trace(self.params, carry, prompts_BT, lengths_B, jax.ShapeDtypeStruct((), jnp.int32))
 
     def trace_prefill(self, rows, tokens):
-        """`(the pass over so many tokens of each of `rows` prompts, what makes the first carry of it)`, traced."""
+        """Traces prefill of `rows` prompts of `tokens` tokens -> `(the pass over the prompts, the first logits)`."""
         carry = self._abstract_carry(rows)
         _, hidden_BD = jax.eval_shape(functools.partial(_empty, self.lm, self.length, rows))
         states, hidden_BD = carry.states, shapes(hidden_BD, ("batch", None))
-        ids_BT, numbers_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
-        reach_B = numbers_B if self._by_length else None
-        passed = self._prefill.trace(self.params, states, hidden_BD, ids_BT, None, numbers_B, reach_B)
+        ids_BT, indices_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
+        reach_B = indices_B if self._by_length else None
+        prefill = self._prefill.trace(self.params, states, hidden_BD, ids_BT, None, indices_B, reach_B)
         seed = jax.ShapeDtypeStruct((), jnp.int32)
-        return passed, self._begin.trace(self.params, states, hidden_BD, numbers_B, carry.seen_BV, seed, numbers_B)
+        return prefill, self._begin.trace(self.params, states, hidden_BD, indices_B, carry.seen_BV, seed, indices_B)
 
     def _abstract_carry(self, rows):
         carry = jax.eval_shape(lambda: _empty_carry(self.lm, self.sampler, rows, self.length))
@@ -145,50 +163,57 @@ class Engine:
         return shapes(carry, axes.replace(states=models.state_axes(self.lm, carry.states)))
 
     def generate(self, prompts, new_tokens, seed=0, chunk=None, stop=None, first=0):
-        """Yields, for each run of `chunk` steps, the new ids of each row so far (lists; what ends one is in it).
+        """Yields after every `chunk` decode steps the ids generated so far: a list a row, the end token included.
 
-        `stop(ids) -> bool` ends a row early. The last value holds at most `new_tokens` ids a row.
+        A row ends after `new_tokens` ids, at an end token, or when `stop(ids)` is True. `first` is as in `prefill`.
         """
         carry = self.prefill(prompts, seed, first)
-        at_B = np.asarray(carry.positions_B).copy()
-        found, ended = [[] for _ in prompts], [new_tokens < 1] * len(prompts)
+        positions_B = np.asarray(carry.positions_B).copy()
+        new_ids, ended = [[] for _ in prompts], [new_tokens < 1] * len(prompts)
         while not all(ended):
-            needed = max(len(prompt) + new_tokens - at for prompt, at in zip(prompts, at_B, strict=True))
-            carry, most = self._cross(
-                carry, at_B, [[*prompt, *new] for prompt, new in zip(prompts, found, strict=True)]
+            ends = [len(prompt) + new_tokens for prompt in prompts]
+            needed = max(end - position for end, position in zip(ends, positions_B, strict=True))
+            carry, limit = self.switch_rope_scaling(
+                carry, positions_B, [[*prompt, *new] for prompt, new in zip(prompts, new_ids, strict=True)]
             )
-            steps = min(chunk or needed, needed, most)
+            steps = min(chunk or needed, needed, limit)
             carry, new_BS = self.decode(carry, prompts, steps)
             for row, ids in enumerate(np.asarray(new_BS).tolist()):
-                for id in ids[max(0, len(prompts[row]) - at_B[row]) :]:
+                for id in ids[max(0, len(prompts[row]) - positions_B[row]) :]:
                     if not ended[row]:
-                        found[row].append(id)
-                        ended[row] = id in self.end_ids or len(found[row]) == new_tokens
-                        ended[row] = ended[row] or bool(stop and stop(found[row]))
-            at_B += steps
-            yield [list(ids) for ids in found]
+                        new_ids[row].append(id)
+                        ended[row] = id in self.end_ids or len(new_ids[row]) == new_tokens
+                        ended[row] = ended[row] or bool(stop and stop(new_ids[row]))
+            positions_B += steps
+            yield [list(ids) for ids in new_ids]
 
-    def _cross(self, carry, at_B, rows):
-        """The carry after rows that leave the length at which their keys are rotated anew, and the most steps in which
-        no further one does. `rows` are the ids so far."""
-        if self._switch is None:
+    def switch_rope_scaling(self, carry, positions_B, rows):
+        """Recomputes the states of rows that grow past the length at which RoPE scaling switches (LongRoPE).
+
+        `rows` are the ids of each row so far. Returns the carry, and the number of steps before the next row switches.
+        """
+        if self._switch_length is None:
             return carry, self.length
-        leaving = [row for row, ids in enumerate(rows) if at_B[row] == self._switch == len(ids)]
-        if leaving:
-            carry = self._read_again(carry, leaving, [rows[row] for row in leaving])
-        short = [int(at) for at, ids in zip(at_B, rows, strict=True) if at < self._switch and len(ids) <= self._switch]
-        return carry, min((self._switch - at for at in short), default=self.length)
+        switching = [row for row, ids in enumerate(rows) if positions_B[row] == self._switch_length == len(ids)]
+        if switching:
+            carry = self._prefill_again(carry, switching, [rows[row] for row in switching])
+        short = [
+            int(position)
+            for position, ids in zip(positions_B, rows, strict=True)
+            if position < self._switch_length and len(ids) <= self._switch_length
+        ]
+        return carry, min((self._switch_length - position for position in short), default=self.length)
 
-    def _read_again(self, carry, who, ids):
-        """The carry with the states of rows as those of longer ones."""
-        states, hidden_BD = self._empty(len(who))
-        begin_B, reach_B = np.zeros(len(who), np.int32), np.full(len(who), self._switch + 1, np.int32)
+    def _prefill_again(self, carry, indices, ids):
+        """Replaces the states of the rows `indices` by those of rows one token longer than the switch length."""
+        states, hidden_BD = self._empty(len(indices))
+        begin_B, reach_B = np.zeros(len(indices), np.int32), np.full(len(indices), self._switch_length + 1, np.int32)
         states, _ = self._prefill(self.params, states, hidden_BD, np.array(ids, np.int32), None, begin_B, reach_B)
-        return self._replace(carry, states, np.array(who))
+        return self._replace(carry, states, np.array(indices))
 
 
 def check_prompts(prompts):
-    """Raises UserError for no prompts and for an empty one."""
+    """Raises UserError for an empty list of prompts, and for an empty prompt."""
     if not prompts:
         raise UserError("config.infer.prompts is empty: give a text or a file")
     for index, prompt in enumerate(prompts):
@@ -208,38 +233,41 @@ def _empty_carry(lm, sampler, rows, length):
 
 
 def _empty(lm, length, rows):
-    """Empty states and last hidden vectors."""
+    """Empty states, and zeros for the last hidden vectors."""
     hidden_BD = jnp.zeros((rows, lm.dim), activation_dtype(lm.precision))
     return models.pin_states(lm, models.init_states(lm, rows, length)), constrain(hidden_BD, "batch", None)
 
 
 def _replace(lm, carry, states, rows_B):
-    """The carry with other states of some rows."""
-    put = jax.tree.map(lambda leaf, new: leaf.at[rows_B].set(new), carry.states, states)
-    return carry.replace(states=models.pin_states(lm, put))
+    """Replaces the states of the rows `rows_B`."""
+    replaced = jax.tree.map(lambda leaf, new: leaf.at[rows_B].set(new), carry.states, states)
+    return carry.replace(states=models.pin_states(lm, replaced))
 
 
 def _prefill(lm, params, states, hidden_BD, ids_BT, rows_B, at_B, reach_B):
-    """The states and last hidden vectors of a batch after further tokens of some of its rows (None: all), which stand
-    at `at` and will have `reach` tokens (None: nothing asks)."""
+    """Feeds `ids_BT` to the rows `rows_B` (None: all) -> `(states, last hidden vectors)` of the whole batch.
+
+    The first token of a row has the position `at_B`. `reach_B` is the final length of its prompt, by which some RoPE
+    scalings choose their frequencies; None where the model does not need it.
+    """
     positions_BT = at_B[:, None] + jnp.arange(ids_BT.shape[1])
-    own = states if rows_B is None else jax.tree.map(lambda leaf: leaf[rows_B], states)
+    row_states = states if rows_B is None else jax.tree.map(lambda leaf: leaf[rows_B], states)
     ctx = Context.decoding(positions_BT, reach_B)
-    x_BTD, own, _ = lm.apply({"params": params}, ids_BT, ctx, own, readout=False)
-    put = (lambda leaf, new: new) if rows_B is None else (lambda leaf, new: leaf.at[rows_B].set(new))
-    hidden_BD = put(hidden_BD, x_BTD[:, -1])
-    return models.pin_states(lm, jax.tree.map(put, states, own)), constrain(hidden_BD, "batch", None)
+    x_BTD, row_states, _ = lm.apply({"params": params}, ids_BT, ctx, row_states, readout=False)
+    update = (lambda leaf, new: new) if rows_B is None else (lambda leaf, new: leaf.at[rows_B].set(new))
+    hidden_BD = update(hidden_BD, x_BTD[:, -1])
+    return models.pin_states(lm, jax.tree.map(update, states, row_states)), constrain(hidden_BD, "batch", None)
 
 
-def _begin(lm, params, states, hidden_BD, at_B, seen_BV, seed, numbers_B):
-    """What the first step is given."""
+def _begin(lm, params, states, hidden_BD, at_B, seen_BV, seed, indices_B):
+    """The carry of the first decode step."""
     logits_BV = models.read_out(lm, params, hidden_BD[:, None])[:, 0]
-    keys_B = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers_B)
-    return _pinned(lm, Carry(logits_BV, states, at_B, jnp.zeros(at_B.shape, bool), seen_BV, keys_B))
+    keys_B = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices_B)
+    return _constrain_carry(lm, Carry(logits_BV, states, at_B, jnp.zeros(at_B.shape, bool), seen_BV, keys_B))
 
 
-def _pinned(lm, carry):
-    """The carry on the mesh in scope as every step takes and gives it: what is donated is then of one layout."""
+def _constrain_carry(lm, carry):
+    """Constrains the carry to the same shardings at every step, so that it can be donated."""
     if current_mesh() is None:
         return carry
     rows = lambda leaf: constrain(leaf, "batch", *(None,) * (leaf.ndim - 1))  # noqa: E731
@@ -247,29 +275,29 @@ def _pinned(lm, carry):
     return jax.tree.map(rows, carry.replace(states=None)).replace(states=states)
 
 
-def _decode(lm, sampler, end_ids, most, params, carry, table_BT, lengths_B, steps):
-    """At most `steps` steps, no more than `most`, which is a constant of the program."""
-    rows_B = jnp.arange(table_BT.shape[0])
+def _decode(lm, sampler, end_ids, length, params, carry, prompts_BT, lengths_B, steps):
+    """The decode loop: at most `steps` steps. `length`, the cache length, is static."""
+    rows_B = jnp.arange(prompts_BT.shape[0])
     by_length, _ = models.depends_on_length(lm)
 
-    def going(loop):
+    def unfinished(loop):
         index, carry, _ = loop
         return (index < steps) & ~jnp.all(carry.done_B)
 
     def step(loop):
-        index, carry, found_BT = loop
-        at_B = carry.positions_B
-        chosen_B = sampler(carry.logits_BV, carry.seen_BV, jax.vmap(jax.random.fold_in)(carry.keys_B, at_B))
-        in_prompt_B = at_B < lengths_B
-        given_B = table_BT[rows_B, jnp.minimum(at_B, most - 1)]
-        token_B = jnp.where(in_prompt_B, given_B, jnp.where(carry.done_B, end_ids[0], chosen_B))
-        ctx = Context.decoding(at_B[:, None], jnp.maximum(lengths_B, at_B + 1) if by_length else None)
+        index, carry, tokens_BT = loop
+        positions_B = carry.positions_B
+        sampled_B = sampler(carry.logits_BV, carry.seen_BV, jax.vmap(jax.random.fold_in)(carry.keys_B, positions_B))
+        in_prompt_B = positions_B < lengths_B
+        prompt_token_B = prompts_BT[rows_B, jnp.minimum(positions_B, length - 1)]
+        token_B = jnp.where(in_prompt_B, prompt_token_B, jnp.where(carry.done_B, end_ids[0], sampled_B))
+        ctx = Context.decoding(positions_B[:, None], jnp.maximum(lengths_B, positions_B + 1) if by_length else None)
         logits_B1V, states, _ = lm.apply({"params": params}, token_B[:, None], ctx, carry.states)
         seen_BV = carry.seen_BV.at[rows_B, token_B].set(True) if sampler.remembers else carry.seen_BV
         done_B = carry.done_B | (~in_prompt_B & jnp.isin(token_B, jnp.array(end_ids)))
-        carry = _pinned(lm, Carry(logits_B1V[:, 0], states, at_B + 1, done_B, seen_BV, carry.keys_B))
-        return index + 1, carry, found_BT.at[:, index].set(token_B)
+        carry = _constrain_carry(lm, Carry(logits_B1V[:, 0], states, positions_B + 1, done_B, seen_BV, carry.keys_B))
+        return index + 1, carry, tokens_BT.at[:, index].set(token_B)
 
-    found_BT = jnp.full((table_BT.shape[0], most), end_ids[0], jnp.int32)
-    _, carry, found_BT = jax.lax.while_loop(going, step, (jnp.int32(0), carry, found_BT))
-    return carry, found_BT
+    tokens_BT = jnp.full((prompts_BT.shape[0], length), end_ids[0], jnp.int32)
+    _, carry, tokens_BT = jax.lax.while_loop(unfinished, step, (jnp.int32(0), carry, tokens_BT))
+    return carry, tokens_BT

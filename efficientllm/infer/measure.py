@@ -1,4 +1,4 @@
-"""Prefill and decoding measured apart, each in windows of its own, on prompts that are fresh each time."""
+"""Measurement of prefill and decoding in separate windows, on new prompts in each repeat."""
 
 import dataclasses
 import logging
@@ -13,20 +13,22 @@ from efficientllm.metrics.energy import reader as energy
 from efficientllm.runtime.log import Countdown
 
 log = logging.getLogger("efficientllm")
-WARM_UPS = 2  # repeats that are set aside: the first compiles
-WINDOW_S = 2.0  # what an energy window should last at least, where energy can be read
-AGAIN = 5  # repeats at most that are made again because the process was stopped, or compiled, within them
+WARM_UPS = 2  # discarded repeats: the first compiles
+WINDOW_S = 2.0  # least length of an energy window
+AGAIN = 5  # retries of a window in which the process was paused or compiled a program
 
 
 @dataclasses.dataclass
 class Measured:
-    """What `measure` found, times in s.
+    """Result of `measure`.
 
-    prefill_s, decode_s: of each repeat, of a whole batch; `discarded_s` those of the warm-up, both together.
-    steps: single steps of decoding, each waited for.
-    prefills, decodes: how many batches lie in the energy windows.
-    span: what the machine's counters say of the repeats; `interrupted` of them, within which the process was stopped,
-    were made again and count for nothing.
+    rows, prompt, new_tokens:  shape of a batch: prompts, tokens of a prompt, tokens of a completion.
+    prefill_s, decode_s:       seconds of a batch in each repeat.
+    discarded_s:               seconds of prefill and decoding together in each warm-up repeat.
+    steps:                     times of single decode steps, each waited for.
+    prefills, decodes:         number of batches in the energy windows.
+    span:                      conditions of the machine during the repeats.
+    interrupted:               windows and steps that were discarded because the process was paused.
     """
 
     rows: int
@@ -46,27 +48,27 @@ class Measured:
 
     @property
     def requests_s(self):
-        """Wall time of each repeat: prefill and decoding of all its rows, which are served together."""
-        return [a + b for a, b in zip(self.prefill_s, self.decode_s, strict=True)]
+        """Wall time of prefill and decoding of the batch in each repeat."""
+        return [prefill + decode for prefill, decode in zip(self.prefill_s, self.decode_s, strict=True)]
 
     @property
     def compile_s(self):
-        """What the first repeat took longer than the second."""
+        """First warm-up repeat less the second."""
         return max(0.0, self.discarded_s[0] - self.discarded_s[1])
 
 
 def measure(engine, ids, rows, prompt, new_tokens, repeats, reader, averages, seed=0):
-    """A Measured of batches of `rows` prompts of `prompt` tokens, cut from the text `ids`, and `new_tokens` after them.
+    """Measures batches of `rows` prompts of `prompt` tokens, taken from the text `ids`, and `new_tokens` after each.
 
-    Throughput comes from decoding in one call, latencies from as many batches decoded a step at a time. A window that
-    is too short for the energy `reader` holds its work several times: prefill on further prompts, decoding from the
-    same places again. `averages` is the run's `Sampler`.
+    Throughput comes from decoding a batch in one call, latencies from further batches decoded step by step. Windows too
+    short for the energy `reader` repeat their work: prefill on new prompts, decoding from the same positions.
+    `averages` is the run's `Sampler`.
     """
     return _Measurement(engine, ids, rows, prompt, new_tokens, reader, averages, seed).run(repeats)
 
 
 def fresh(ids, rows, length, random):
-    """`rows` stretches of `length` tokens from random places of a text, which is repeated where it is shorter."""
+    """Draws `rows` random spans of `length` tokens of a text; a shorter text is repeated."""
     if len(ids) < length:
         ids = np.tile(ids, -(-length // len(ids)))
     starts = random.integers(0, len(ids) - length + 1, rows)
@@ -117,7 +119,7 @@ class _Measurement:
         )
 
     def _step(self, steps):
-        """Times a step of decoding; one within which the process was stopped is left out."""
+        """Times one decode step; not counted if the process was paused during it."""
         stopped, compiled = self._sampler.stopped_s(), compiles.count_programs()
         seconds = self._seconds(lambda: self._decode(1, rewind=False))
         if self._sampler.stopped_s() > stopped:
@@ -141,8 +143,8 @@ class _Measurement:
         self._parts.append(averages)
         self._times[name].append((seconds - averages.stopped_s) / times)
         self._counts[name] += times
-        why = compiled and energy.COMPILED or averages.stopped_s and energy.STOPPED.format(averages.stopped_s)
-        self._windows[name].append(energy.void_window(window.result, why) if why else window.result)
+        invalid = compiled and energy.COMPILED or averages.stopped_s and energy.STOPPED.format(averages.stopped_s)
+        self._windows[name].append(energy.void_window(window.result, invalid) if invalid else window.result)
 
     def _seconds(self, call):
         begin = time.perf_counter()
@@ -150,14 +152,14 @@ class _Measurement:
         return time.perf_counter() - begin
 
     def _prefill(self):
-        """Leaves the state of fresh prompts in `_carry`."""
-        self._carry = None  # two states at once would be a peak that serving has not
+        """Prefills new prompts into `_carry`."""
+        self._carry = None  # free the old states first: serving never holds two
         self._prompts = fresh(self._ids, *self._shape, self._random)
         self._carry = jax.block_until_ready(self._engine.prefill(self._prompts))
         self._start = np.asarray(self._carry.positions_B)
 
     def _decode(self, steps=None, rewind=True):
         carry = self._carry
-        if rewind:  # what the state holds beyond is overwritten, or costs the same whatever it is
+        if rewind:  # later cache slots are overwritten; a recurrent state costs the same whatever it holds
             carry = carry.replace(positions_B=jax.device_put(self._start, carry.positions_B.sharding))
         self._carry, _ = jax.block_until_ready(self._engine.decode(carry, self._prompts, steps or self._new_tokens))

@@ -1,4 +1,4 @@
-"""Prompts from the config: texts, or a file of them; through the chat template of a model that has one."""
+"""Prompts of `config.infer.prompts`: texts or a file, encoded as they are or through the chat template."""
 
 import json
 import logging
@@ -12,8 +12,10 @@ log = logging.getLogger("efficientllm")
 
 
 def read(prompts):
-    """The texts that `config.infer.prompts` names: a tuple of texts, or of one file: each line of a .txt, `prompt` of
-    each record of a .jsonl. Raises UserError."""
+    """Reads the texts of `config.infer.prompts`: texts, or one file name (.txt: a prompt a line; .jsonl: key `prompt`).
+
+    Raises UserError.
+    """
     prompts = (prompts,) if isinstance(prompts, str) else prompts
     for index, prompt in enumerate(prompts):
         _check_text(prompt, f"config.infer.prompts: prompt {index} = {prompt!r:.40}")
@@ -22,7 +24,7 @@ def read(prompts):
     file = pathlib.Path(os.path.expanduser(prompts[0]))
     where = f"config.infer.prompts = {prompts[0]!r}"
     text = files.read_text(file, where=where)
-    # Not splitlines: U+2028, U+0085 and their like are characters of a line.
+    # Not str.splitlines, which also splits at U+2028, U+0085 and others.
     lines = [(number, line) for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()]
     if file.suffix != ".jsonl":
         return [line for _, line in lines]
@@ -50,15 +52,18 @@ def _check_text(prompt, where):
 
 
 def encode(texts, tokenizer, chat):
-    """Lists of ids: as transformers gives them, of special tokens that a text spells too; with `chat`, of the
-    conversation's template up to the assistant's turn."""
+    """Encodes texts as transformers does: text that spells a special token becomes that token.
+
+    With `chat`, a text is the user's turn in the chat template, up to where the assistant's begins. Raises UserError
+    where the tokenizer has no chat template.
+    """
     if not chat:
-        found = [list(map(int, tokenizer.encode_prompt(text))) for text in texts]
-        for index, ids in enumerate(found):
+        encoded = [list(map(int, tokenizer.encode_prompt(text))) for text in texts]
+        for index, ids in enumerate(encoded):
             if len(ids) > 1 and ids[:1] == list(tokenizer.lead_ids[:1]) == ids[1:2]:
                 name = tokenizer.text_of(ids[0])
                 log.warning(f"prompt {index} spells {name}, which the tokenizer puts before it: it is there twice")
-        return found
+        return encoded
     if tokenizer.chat is None:
         raise UserError("config.infer.chat = True: the tokenizer has no chat template")
     return [
@@ -67,11 +72,11 @@ def encode(texts, tokenizer, chat):
     ]
 
 
-def check_lengths(prompts, new_tokens, most):
-    """Raises UserError naming the prompt that does not fit into the model's `most` positions (None: no limit)."""
+def check_lengths(prompts, new_tokens, max_positions):
+    """Raises UserError naming the first prompt that exceeds `max_positions` with its completion (None: no limit)."""
     for index, prompt in enumerate(prompts):
-        if most and len(prompt) + new_tokens > most:
+        if max_positions and len(prompt) + new_tokens > max_positions:
             raise UserError(
                 f"config.infer.prompts: prompt {index} has {len(prompt)} tokens, with config.infer.max_new_tokens = "
-                f"{new_tokens} {len(prompt) + new_tokens}; the model has {most} positions"
+                f"{new_tokens} {len(prompt) + new_tokens}; the model has {max_positions} positions"
             )

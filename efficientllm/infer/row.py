@@ -1,4 +1,4 @@
-"""From what an inference run measured to its row."""
+"""Readings of an inference run for its row: latencies, rates, bytes, energy, compression, conditions."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ LIKELIHOOD = "likelihood a byte of held-out text"  # 2^-bits_per_byte: 1 is cert
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Bytes of a form of the weights and bits per byte of held-out text under it: what MCR compares."""
+    """Size of a form of the weights, and its bits per byte of held-out text: the two inputs of MCR."""
 
     name: str
     bytes: int
@@ -28,7 +28,7 @@ class Scored:
 
 
 def baseline_of(file):
-    """The Scored of another run's row. Raises UserError for what holds no such numbers."""
+    """Reads the Scored of another run's `record.json`. Raises UserError where the numbers are missing."""
     where, row = f"config.infer.baseline = {file!r}", _row_of(file)
     try:
         size, bits = row["physical"]["resident_weight_bytes"], row["quality"]["bits_per_byte"]
@@ -42,8 +42,10 @@ def baseline_of(file):
 
 
 def check_baseline(config, described):
-    """Raises UserError for a baseline that is the row of a run which was scored on other text than this one, whose data
-    `described` (`data.describe`) tells."""
+    """Raises UserError for a baseline row that was scored on other text than this run.
+
+    `described` is `data.describe` of this run's data.
+    """
     file = config.infer.baseline
     if not file.endswith(".json"):
         return
@@ -69,116 +71,129 @@ def _row_of(file):
         raise UserError(f"config.infer.baseline = {error}") from None
 
 
-def compression(baseline, ours):
-    """What Eq. 9 compares, for two Scored; None where one of them has no finite score."""
-    if not all(math.isfinite(each.bits_per_byte) for each in (baseline, ours)):
+def compression(baseline, compressed):
+    """The inputs of MCR (Eq. 9) from two Scored; None where a score is not finite."""
+    if not all(math.isfinite(scored.bits_per_byte) for scored in (baseline, compressed)):
         return None
-    qualities = (2**-baseline.bits_per_byte, 2**-ours.bits_per_byte)
+    qualities = (2**-baseline.bits_per_byte, 2**-compressed.bits_per_byte)
     name = f"{LIKELIHOOD}, against {baseline.name}"
-    return study_metrics.Compression(baseline.bytes, ours.bytes, *qualities, name)
+    return study_metrics.Compression(baseline.bytes, compressed.bytes, *qualities, name)
 
 
 def noted(reading, history):
-    """The Reading with `history` behind its source."""
+    """Appends `history` to the source of a Reading."""
     return (
         dataclasses.replace(reading, source=f"{reading.source}; {history}") if history and reading.source else reading
     )
 
 
-def study(lm, boxed, found, compared):
-    """The study's metrics of `found` (a `measure.Measured`); `compared` is a Compression or None."""
+def study(lm, boxed, measured, compared):
+    """The study's metrics of a `measure.Measured`; `compared` is a Compression or None."""
     work = study_metrics.Work(
         "infer",
-        tuple(found.requests_s),
-        sum(found.requests_s),
+        tuple(measured.requests_s),
+        sum(measured.requests_s),
         formulas.count_parameters(lm, boxed)["active"],
-        generated=found.rows * found.new_tokens * len(found.requests_s),
+        generated=measured.rows * measured.new_tokens * len(measured.requests_s),
     )
-    return study_metrics.paper_metrics(work, found.averages, _window(found), compared)
+    return study_metrics.paper_metrics(work, measured.averages, _window(measured), compared)
 
 
-def warm_up_and_conditions(found):
+def warm_up_and_conditions(measured):
     """`{"warm_up": ..., "conditions": ...}` of the row of a `measure.Measured`."""
-    steps = found.steps.statistics()
-    aside = {"discarded_s": steps["discarded_s"], "settled": steps["settled"], "interrupted_steps": found.interrupted}
+    steps = measured.steps.statistics()
+    aside = {
+        "discarded_s": steps["discarded_s"],
+        "settled": steps["settled"],
+        "interrupted_steps": measured.interrupted,
+    }
     return {
-        "warm_up": aside | {"first_batches_s": found.discarded_s},
-        "conditions": conditions.row(found.span, found.averages),
+        "warm_up": aside | {"first_batches_s": measured.discarded_s},
+        "conditions": conditions.row(measured.span, measured.averages),
     }
 
 
-def _window(found):
-    """Energy of a typical share of prefill and decoding: the windows may hold one of them more often."""
-    parts = ((found.prefill_energy, found.prefills), (found.decode_energy, found.decodes))
+def _window(measured):
+    """Energy and time of one prefill and one decode a repeat: the windows may contain either more often."""
+    parts = ((measured.prefill_energy, measured.prefills), (measured.decode_energy, measured.decodes))
     whole = reader.combine_windows([window for window, _ in parts])
     if whole.energy_j is None:
         return whole
-    repeats = len(found.requests_s)
+    repeats = len(measured.requests_s)
     joules = sum(window.energy_j * repeats / count for window, count in parts)
     seconds = sum(window.duration_s * repeats / count for window, count in parts)
     return dataclasses.replace(whole, energy_j=joules, duration_s=seconds, mean_power_w=joules / seconds)
 
 
-def times(found):
-    """Latencies and rates as Readings. One token is one step of all rows, so that TPOT is what each of them waits."""
-    of = f"median of {len(found.prefill_s)} batches of {found.rows} x {found.prompt} tokens"
-    prefill, decode = statistics.median(found.prefill_s), statistics.median(found.decode_s)
-    steps = found.steps.statistics()
+def times(measured):
+    """Latencies and rates as Readings. TPOT is the time of a step, which yields a token in every row."""
+    source = f"median of {len(measured.prefill_s)} batches of {measured.rows} x {measured.prompt} tokens"
+    prefill, decode = statistics.median(measured.prefill_s), statistics.median(measured.decode_s)
+    steps = measured.steps.statistics()
     tails = {f"tpot_s_{key}": steps[key] for key in ("p50", "p90", "p95", "p99")}
-    rate = lambda tokens, seconds: Reading(found.rows * tokens / seconds, "1/s", of)  # noqa: E731
+    rate = lambda tokens, seconds: Reading(measured.rows * tokens / seconds, "1/s", source)  # noqa: E731
     return {
-        "ttft_s": Reading(prefill, "s", f"{of}: prefill and the first token's logits"),
-        "tpot_s": Reading(decode / found.new_tokens, "s", f"{of}: {found.new_tokens} tokens in one call"),
+        "ttft_s": Reading(prefill, "s", f"{source}: prefill and the first token's logits"),
+        "tpot_s": Reading(decode / measured.new_tokens, "s", f"{source}: {measured.new_tokens} tokens in one call"),
         **tails,
-        "prefill_tokens_per_s": rate(found.prompt, prefill),
-        "tokens_per_s": rate(found.new_tokens, decode),
-        "requests_per_s": Reading(found.rows * len(found.requests_s) / sum(found.requests_s), "1/s", "requests in all"),
-        "compile_s": Reading(found.compile_s, "s", "first batch less the second"),
+        "prefill_tokens_per_s": rate(measured.prompt, prefill),
+        "tokens_per_s": rate(measured.new_tokens, decode),
+        "requests_per_s": Reading(
+            measured.rows * len(measured.requests_s) / sum(measured.requests_s), "1/s", "requests in all"
+        ),
+        "compile_s": Reading(measured.compile_s, "s", "first batch less the second"),
     }
 
 
-def physical(lm, boxed, params, found, idle, mesh):
-    """Everything physical but the peak of memory; `mesh` is that of the devices that serve."""
-    counts, of_weights = formulas.count_parameters(lm, boxed), "arrays of the parameter tree"
-    length = found.prompt + found.new_tokens
+def physical(lm, boxed, params, measured, idle, mesh):
+    """The physical readings, without peak memory; `mesh` is the one that serves."""
+    counts, weights_source = formulas.count_parameters(lm, boxed), "arrays of the parameter tree"
+    length = measured.prompt + measured.new_tokens
     tree = {key: Reading(value, "1", "parameter tree") for key, value in counts.items()}
-    decoded = found.rows * found.new_tokens * found.decodes
-    prefilled = study_metrics.energy_metrics(found.prefill_energy, found.rows * found.prompt * found.prefills, idle)
+    decoded = measured.rows * measured.new_tokens * measured.decodes
+    prefilled = study_metrics.energy_metrics(
+        measured.prefill_energy, measured.rows * measured.prompt * measured.prefills, idle
+    )
     return {
-        **times(found),
+        **times(measured),
         "params_total": tree["total"],
         "params_active": tree["active"],
         "params_trainable": missing("1", "nothing learns"),
-        "resident_weight_bytes": Reading(resident_bytes(params), "bytes", of_weights),
+        "resident_weight_bytes": Reading(resident_bytes(params), "bytes", weights_source),
         "predicted_memory_bytes": Reading(
-            resident_bytes(params) + found.rows * formulas.state_bytes(lm, length),
+            resident_bytes(params) + measured.rows * formulas.state_bytes(lm, length),
             "bytes",
-            f"weights, and closed formula of the state of {found.rows} x {length} tokens",
+            f"weights, and closed formula of the state of {measured.rows} x {length} tokens",
         ),
         "kv_bytes_per_token": Reading(
             formulas.state_bytes(lm, length) / length, "bytes", f"closed formula, row of {length}"
         ),
-        **study_metrics.energy_metrics(found.decode_energy, decoded, idle),
+        **study_metrics.energy_metrics(measured.decode_energy, decoded, idle),
         **{f"prefill_{key}": reading for key, reading in prefilled.items()},
-        **_bounds(lm, boxed, params, found, mesh),
+        **_bounds(lm, boxed, params, measured, mesh),
     }
 
 
-def _bounds(lm, boxed, params, found, mesh):
-    """Utilisation of prefill and of decoding, and the time that a step of decoding cannot fall below."""
+def _bounds(lm, boxed, params, measured, mesh):
+    """MFU of prefill, MBU of decoding, and the least time of a decode step by roofline."""
     devices, dtype, ways = list(mesh.devices.flat), activation_dtype(lm.precision), sharding.row_ways(mesh)
-    middle = found.prompt + found.new_tokens // 2  # the state grows by a token a step
-    moved = ways * formulas.decode_bytes(lm, boxed, params, found.rows // ways, middle)  # weights, by each part
+    middle = measured.prompt + measured.new_tokens // 2  # the state grows by a token a step
+    moved = ways * formulas.decode_bytes(
+        lm, boxed, params, measured.rows // ways, middle
+    )  # each row shard reads the weights
     flops = formulas.decode_flops(lm, boxed, middle)
-    step_s = statistics.median(found.decode_s) / found.new_tokens
-    prefill = found.rows * formulas.forward_flops(lm, boxed, found.prompt)
-    used = device_peaks.model_flops_utilisation(prefill, statistics.median(found.prefill_s), devices, dtype)
+    step_s = statistics.median(measured.decode_s) / measured.new_tokens
+    prefill = measured.rows * formulas.forward_flops(lm, boxed, measured.prompt)
+    utilisation = device_peaks.model_flops_utilisation(prefill, statistics.median(measured.prefill_s), devices, dtype)
     return {
-        **{key: dataclasses.replace(each, source=f"prefill: {each.source}") for key, each in used.items()},
+        **{
+            key: dataclasses.replace(reading, source=f"prefill: {reading.source}")
+            for key, reading in utilisation.items()
+        },
         **device_peaks.bandwidth_utilisation(moved, step_s, devices),
         "flops_per_token": Reading(flops, "FLOP", f"closed formula ({formulas.FLOP_CONVENTION}), token {middle}"),
         "decode_bytes_per_step": Reading(
-            moved, "bytes", f"weights touched and state of {found.rows} x {middle} tokens"
+            moved, "bytes", f"weights touched and state of {measured.rows} x {middle} tokens"
         ),
-        "tpot_s_roofline": device_peaks.measured_roofline(found.rows * flops, moved, devices, dtype),
+        "tpot_s_roofline": device_peaks.measured_roofline(measured.rows * flops, moved, devices, dtype),
     }

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: greedy, or drawn after the usual filters."""
+"""Samplers: greedy, or random with temperature, top-k, top-p, min-p and a repetition penalty."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from efficientllm.registry import register
 @register("sampler", "greedy")
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """The likeliest token."""
+    """The most likely token."""
 
     remembers = False
 
@@ -23,11 +23,13 @@ class Greedy:
 @register("sampler", "sample")
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Draws from the softmax of the logits after, in this order, as transformers does: repetition penalty, temperature,
-    the `top_k` likeliest, the fewest that hold `top_p` of the probability, those with `min_p` times the likeliest's.
+    """Samples from the softmax of the logits, filtered in this order, as transformers does.
 
-    `top_k = 0` and `top_p = 1` keep all; a `repetition_penalty` of 1 does nothing (Keskar et al. 2019,
-    arXiv:1909.05858, Section 4.1); a temperature of 0 is greedy.
+    repetition_penalty:  of Keskar et al. 2019 (arXiv:1909.05858, Section 4.1); 1 is none.
+    temperature:         0 is greedy.
+    top_k:               keep the k most likely tokens; 0 keeps all.
+    top_p:               keep the smallest set of tokens with this probability; 1 keeps all.
+    min_p:               keep tokens with at least `min_p` times the largest probability.
     """
 
     temperature: float = 1.0
@@ -47,7 +49,7 @@ class Sample:
 
     @property
     def remembers(self):
-        """Whether it must know which tokens a row holds."""
+        """Whether the sampler needs `seen_BV`, the tokens that a row contains."""
         return self.repetition_penalty != 1
 
     def __call__(self, logits_BV, seen_BV, keys_B):
@@ -57,7 +59,7 @@ class Sample:
         return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
     def filtered(self, logits_BV, seen_BV=None):
-        """The logits that are drawn from; -inf for what cannot be."""
+        """Filters the logits; tokens that cannot be sampled get -inf."""
         if self.remembers:
             penalised = jnp.where(
                 logits_BV > 0, logits_BV / self.repetition_penalty, logits_BV * self.repetition_penalty
@@ -78,7 +80,7 @@ class Sample:
         return logits_BV
 
     def _beyond_top_p(self, logits_BV):
-        """True for tokens that the likelier ones leave no room for."""
+        """True for tokens outside the smallest set with probability `top_p`."""
         order_BV = jnp.argsort(-logits_BV, -1)
         sorted_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV), order_BV, -1)
         beyond_BV = jnp.cumsum(sorted_BV, -1) - sorted_BV >= self.top_p

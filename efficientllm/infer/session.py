@@ -1,18 +1,21 @@
-"""A conversation with a model: what is said as ids, answers as they grow, and the state kept from turn to turn."""
+"""Chat sessions: a dialogue as token ids, replies streamed as they grow, and a KV cache reused between turns."""
 
 import time
 
 import numpy as np
 
-from efficientllm.infer.engine import PIECES, Engine
+from efficientllm.infer.engine import PREFILL_CHUNKS, Engine
 
-SHORTEST, LONGEST = 1024, 8192  # tokens of state at first, and at most where the model has no limit of its own
-CHUNK = 8  # tokens between two looks at the clock and the keyboard
+SHORTEST, LONGEST = 1024, 8192  # cache length at first, and its limit for models without one
+CHUNK = 8  # decode steps between two checks whether the user interrupts
 
 
 class Dialogue:
-    """What has been said, as ids: through the chat template; as records are tuned on without one (`records`); else
-    one text that goes on."""
+    """The turns of a conversation, encoded as one list of ids.
+
+    `form` is `template` where the tokenizer has a chat template, else `records` for a model tuned on records (question,
+    blank line, answer), else `text`: one text that continues.
+    """
 
     def __init__(self, tokenizer, system="", records=False):
         self.tokenizer, self.system = tokenizer, system
@@ -21,21 +24,23 @@ class Dialogue:
         self.reset()
 
     def reset(self):
-        """Forgets all but the system message."""
+        """Removes all turns; the system message stays."""
         self._turns = []
 
     def _turn_end(self):
-        """The token with which the template closes a turn, which need not be one that ends a text."""
+        """The token with which the template closes an assistant turn; it may differ from the end-of-text token."""
         if self.form != "template":
             return [self.tokenizer.eos_id]
-        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zqxend"}]
-        _, found, tail = self.tokenizer.chat(said).rpartition("zqxend")
-        ids = self.tokenizer.encode_template(tail) if found else []
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zqxend"}]
+        _, marker, tail = self.tokenizer.chat(messages).rpartition("zqxend")
+        ids = self.tokenizer.encode_template(tail) if marker else []
         return ids[:1] if ids and ids[0] in self.tokenizer.backend.get_added_tokens_decoder() else []
 
     def ask(self, text):
-        """The ids of all that has been said and of `text`, up to where the answer begins. Raises UserError where the
-        template refuses it."""
+        """Adds a turn with the question `text` -> ids of the dialogue up to where the answer begins.
+
+        Raises UserError where the template refuses the text.
+        """
         self._turns.append([text, None, ()])
         try:
             return self.ids()
@@ -44,7 +49,7 @@ class Dialogue:
             raise
 
     def ids(self):
-        """As `ask` gave them, of the turns that are left."""
+        """The ids of the present turns, up to where the answer begins."""
         if self.form == "template":
             return self.tokenizer.encode_template(self.tokenizer.chat(self._messages(), add_generation_prompt=True))
         return self._plain()
@@ -58,22 +63,24 @@ class Dialogue:
 
     def _plain(self):
         is_text, encode = self.form == "text", self.tokenizer.encode
-        found = [*self.tokenizer.lead_ids, *(encode(self.system + "\n\n") if self.system else [])]
+        ids = [*self.tokenizer.lead_ids, *(encode(self.system + "\n\n") if self.system else [])]
         for question, _, answer in self._turns:
-            found += [*encode(question if is_text else question + "\n\n"), *answer]
+            ids += [*encode(question if is_text else question + "\n\n"), *answer]
             if not is_text and answer and answer[-1] not in self.end_ids:
-                found.append(self.tokenizer.eos_id)
-        return list(map(int, found))
+                ids.append(self.tokenizer.eos_id)
+        return list(map(int, ids))
 
     def answered(self, ids, text):
-        """Keeps the answer to what was asked last."""
+        """Stores the answer to the last question."""
         if self.form == "text" and ids and ids[-1] in self.end_ids:
             ids = ids[:-1]  # the text goes on
         self._turns[-1][1:] = text, tuple(ids)
 
     def within(self, ids, room):
-        """`(ids, turns dropped)`: as many of the newest turns as there is `room` for. Where there is none for what was
-        asked last, that is forgotten, nothing else, and given is `(None, its tokens)`."""
+        """Drops the oldest turns until at most `room` ids are left -> `(ids, number of dropped turns)`.
+
+        If the last question alone is longer, only that turn is dropped: `(None, its number of ids)`.
+        """
         turns = list(self._turns)
         while len(ids) > room:
             if len(self._turns) == 1:
@@ -85,74 +92,74 @@ class Dialogue:
 
 
 class Session:
-    """Answers of `lm` with `params`, one at a time; what has been read of a conversation is not read again."""
+    """Generates one answer at a time; ids that were prefilled or generated before are not prefilled again."""
 
     def __init__(self, lm, params, sampler, end_ids, most=None):
         self.lm, self.params, self.sampler, self.end_ids = lm, params, sampler, end_ids
         self.most = most or LONGEST
-        self._seed, self._engine, self._carry, self._read = 0, None, None, []
+        self._seed, self._engine, self._carry, self._cached = 0, None, None, []
         self._fit(min(SHORTEST, self.most))
 
     @property
     def length(self):
-        """Tokens that there is state for."""
+        """Cache length in tokens."""
         return self._engine.length
 
     def _fit(self, length):
-        """An engine with state for `length` tokens or more: double what there was."""
+        """Ensures an engine of cache length `length` or more, by doubling."""
         if self._engine is not None and length <= self._engine.length:
             return
         size = self._engine.length if self._engine else length
         while size < length:
             size *= 2
-        self._carry, self._read = None, []
-        self._engine = Engine(self.lm, self.params, self.sampler, self.end_ids, min(size, self.most), pieces=True)
+        self._carry, self._cached = None, []
+        self._engine = Engine(self.lm, self.params, self.sampler, self.end_ids, min(size, self.most), chunked=True)
 
     def warm_up(self):
-        """Compiles what answers need."""
-        prompt = [0] * min(sum(PIECES) + 1, self.length - 1)
+        """Compiles prefill and decode before the first question."""
+        prompt = [0] * min(sum(PREFILL_CHUNKS) + 1, self.length - 1)
         for _ in self.answer(prompt, 1):
             pass
-        self._carry, self._read = None, []
+        self._carry, self._cached = None, []
 
     def answer(self, ids, new_tokens, stopped=lambda ids: False):
-        """Yields the ids of the answer to `ids` so far, at most `new_tokens`; what ends it is in them.
+        """Yields the ids of the answer so far, at most `new_tokens`, the end token included.
 
-        `stopped(ids)` ends it after any of them.
+        The answer also ends when `stopped(ids)` is True.
         """
         self._fit(len(ids) + new_tokens)
-        carry, engine, found, done = self._begin(ids), self._engine, [], False
+        carry, engine, new_ids, done = self._begin(ids), self._engine, [], False
         at = int(carry.positions_B[0])
         while not done:
-            carry, most = engine._cross(carry, np.array([at]), [[*ids, *found]])
+            carry, limit = engine.switch_rope_scaling(carry, np.array([at]), [[*ids, *new_ids]])
             wanted = len(ids) - at + 1 if at <= len(ids) else CHUNK
-            carry, new_1S = engine.decode(carry, [ids], min(wanted, len(ids) + new_tokens - at, most))
+            carry, new_1S = engine.decode(carry, [ids], min(wanted, len(ids) + new_tokens - at, limit))
             after = int(carry.positions_B[0])
-            found += np.asarray(new_1S)[0, max(0, len(ids) - at) : after - at].tolist()
+            new_ids += np.asarray(new_1S)[0, max(0, len(ids) - at) : after - at].tolist()
             at = after
-            self._carry, self._read = carry, [*ids, *found][:at]
-            done = len(found) >= new_tokens or bool(found and found[-1] in self.end_ids)
-            if found:
-                yield list(found)
-                done = done or stopped(found)
+            self._carry, self._cached = carry, [*ids, *new_ids][:at]
+            done = len(new_ids) >= new_tokens or bool(new_ids and new_ids[-1] in self.end_ids)
+            if new_ids:
+                yield list(new_ids)
+                done = done or stopped(new_ids)
 
     def _begin(self, ids):
-        """The carry after `ids`, of which what it has read before is not read again."""
-        carry, read = self._carry, self._read
-        self._carry, self._read, self._seed = None, [], self._seed + 1
-        if carry is None or not self._engine.extends or ids[: len(read)] != read or len(ids) == len(read):
+        """Prefills `ids`, from the cached carry where its ids are a prefix of them."""
+        carry, cached = self._carry, self._cached
+        self._carry, self._cached, self._seed = None, [], self._seed + 1
+        if carry is None or not self._engine.extends or ids[: len(cached)] != cached or len(ids) == len(cached):
             carry = None
         return self._engine.prefill([ids], self._seed, carry=carry)
 
 
 class Times:
-    """Seconds to first tokens, and tokens and seconds after them, of all answers."""
+    """Times of all answers: seconds to each first token, and the tokens and seconds after them."""
 
     def __init__(self, clock=time.perf_counter):
         self._clock, self.first, self.tokens, self.seconds = clock, [], 0, 0.0
 
     def watched(self, answer):
-        """Yields what `answer` does, and counts."""
+        """Yields from `answer` and records its times."""
         begin, first, count = self._clock(), None, 0
         for ids in answer:
             if first is None:

@@ -1,4 +1,4 @@
-"""Everything an inference run needs before its first token, in the order that finds errors first."""
+"""Setup of an inference run: prompts, model, mesh, and loading weights in a quantized form. Cheap checks come first."""
 
 import dataclasses
 import functools
@@ -28,13 +28,21 @@ from efficientllm.weights import box, is_box, path_of, resident_bytes
 
 
 class OutOfMemory(RuntimeError):
-    """What is asked for cannot fit into the device's memory."""
+    """Weights and states exceed the device memory."""
 
 
 @dataclasses.dataclass
 class Serving:
-    """The parts of a run. `lm` has its layers apart; `boxed` are its abstract float32 parameters with their axes;
-    `length` is the tokens of the longest prompt and answer."""
+    """Everything that an inference run needs before its first token.
+
+    lm:             the model, unrolled (no scan over layers).
+    source:         the checkpoint, or None for random weights.
+    boxed:          abstract float32 parameters, boxed with their logical axes.
+    texts:          the prompts; `prompts` are their ids.
+    length:         cache length: tokens of the longest prompt and its completion.
+    rss_before:     resident bytes of the process before weights are loaded.
+    max_positions:  of the checkpoint, or None.
+    """
 
     config: object
     source: object
@@ -51,80 +59,82 @@ class Serving:
 
     @property
     def devices(self):
-        """The devices that serve."""
+        """The devices of the mesh."""
         return list(self.mesh.devices.flat)
 
     def load(self, spec, rules=()):
-        """The parameters in the form `spec`, and those that `rules` name in theirs. Raises OutOfMemory."""
+        """Loads the parameters onto the mesh in the form `spec`, some in another by `rules`. Raises OutOfMemory."""
         if spec == "stored":
-            return jax.block_until_ready(self._placed(self._stored()))
+            return jax.block_until_ready(self._place_all(self._load_stored()))
         self._check_memory(spec, rules)
         if not _is_calibrated(spec, rules):
-            return jax.block_until_ready(self._each(self._rounder(spec, rules)))
-        dense = self._each(lambda path, array: array)
-        found = calibrate.quantize(self.lm, dense, spec, self._calibration(), rules)
-        return jax.block_until_ready(self._placed(found))
+            return jax.block_until_ready(self._load_each(self._rounder(spec, rules)))
+        dense = self._load_each(lambda path, array: array)
+        calibrated = calibrate.quantize(self.lm, dense, spec, self._calibration(), rules)
+        return jax.block_until_ready(self._place_all(calibrated))
 
     def history(self, spec):
-        """What weights in the form `spec` went through where the files hold rounded ones, or ""."""
+        """How quantized weights of the files were converted to the form `spec`, or ""."""
         return stored_form.history(self.source, spec)
 
     @functools.cached_property
     def _shaped(self):
-        """The plain parameters' shapes, on their shards."""
+        """The abstract unquantized parameters, with shardings."""
         return sharding.on_shards(self.boxed, self.mesh)
 
     def _rounder(self, spec, rules):
-        """As `quant.rounder`, and each leaf on its shards before the next is read."""
+        """`quant.rounder`, which also places each leaf on its shards before the next is read."""
         flat = jax.tree_util.tree_flatten_with_path(self.boxed, is_leaf=is_box)[0]
-        boxes, one = {path_of(keys): boxed for keys, boxed in flat}, quant.rounder(spec, rules)
-        return lambda path, array: self._place(boxes[path], one(path, array))
+        boxes, quantize = {path_of(keys): boxed for keys, boxed in flat}, quant.rounder(spec, rules)
+        return lambda path, array: self._place(boxes[path], quantize(path, array))
 
-    def _placed(self, params):
+    def _place_all(self, params):
         return jax.tree.map(self._place, self.boxed, params, is_leaf=is_box)
 
     def _place(self, boxed, leaf):
-        """`leaf`, an array or a Weight, where the axes of `boxed` put it on the mesh."""
-        held = box(leaf, boxed.names)
-        return jax.device_put(nn.unbox(held), sharding.shardings(held, self.mesh))
+        """Places `leaf`, an array or a Weight, on the mesh by the logical axes of `boxed`."""
+        boxed_leaf = box(leaf, boxed.names)
+        return jax.device_put(nn.unbox(boxed_leaf), sharding.shardings(boxed_leaf, self.mesh))
 
     def weights_bytes(self, spec, rules=()):
-        """`(kept, at most)` bytes of weights in the form `spec` over all devices, while they are loaded: those that are
-        rounded one by one as they are read, and the largest as it was; of drawn ones, which come by groups of layers,
-        the largest group; calibrated ones begin as float32. None for `stored`, whose files say."""
+        """`(resident, peak while loading)` bytes of the weights as `spec`, over all devices; None for `stored`.
+
+        Weights are quantized one by one as they are read, so the peak adds the largest unquantized one (for random
+        weights, the largest group of layers). Calibrated forms are loaded whole in float32 first.
+        """
         if spec == "stored":
             return None
-        plain, copies = nn.unbox(self.boxed), self.mesh.shape["data"]  # each device of `data` has its own
-        kept = resident_bytes(jax.eval_shape(lambda params: quant.quantize(params, spec, rules), plain))
+        plain, copies = nn.unbox(self.boxed), self.mesh.shape["data"]  # replicated over the axis `data`
+        resident = resident_bytes(jax.eval_shape(lambda params: quant.quantize(params, spec, rules), plain))
         largest = max(map(resident_bytes, jax.tree.leaves(plain) if self.source else plain.values()))
-        most = resident_bytes(self.boxed) if _is_calibrated(spec, rules) else kept + largest
-        return kept * copies, most * copies
+        peak = resident_bytes(self.boxed) if _is_calibrated(spec, rules) else resident + largest
+        return resident * copies, peak * copies
 
     @property
     def states_bytes(self):
-        """Bytes of the states of all rows."""
+        """Bytes of the decode states (KV caches, recurrences) of all rows."""
         return self.config.infer.batch_size * formulas.state_bytes(self.lm, self.length)
 
-    def _each(self, each):
-        """The parameters, read or drawn, of each of which `each(path, array)` is kept before there are more."""
+    def _load_each(self, each):
+        """Reads or draws the parameters one at a time; keeps `each(path, array)` of each."""
         countdown = Countdown("weights", sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nn.unbox(self.boxed))))
 
         def counted(path, array):
-            kept = each(path, array)
+            leaf = each(path, array)
             countdown.add(math.prod(array.shape))
-            return kept
+            return leaf
 
         if self.source is None:
             return random_weights.draw(self.lm, self.config.seed, counted)
         return self.source.load(self._shaped, lm=self.lm, each=counted)
 
-    def _stored(self):
+    def _load_stored(self):
         if self.source is None:
             raise UserError("config.quant = 'stored' needs config.model.pretrained, whose files hold rounded weights")
         return self.source.load_stored(nn.unbox(self.boxed), self.lm)
 
     def _check_memory(self, spec, rules):
-        """States must fit beside the weights, as many as there ever are at a time. Raises OutOfMemory."""
+        """Raises OutOfMemory if states and weights, at the peak while loading, exceed the memory."""
         weights, states, shared = self.weights_bytes(spec, rules)[1], self.states_bytes, self._shares_memory
         limit = host.memory_total_bytes() if shared else memory.limit_bytes(self.devices)
         if self.config.memory_gb:
@@ -148,21 +158,21 @@ class Serving:
         return data.eval_batches(self.config.data, self.tokenizer, train.batch_size, train.length, limit=limit)
 
     def held_out_ids(self):
-        """The tokens of the held-out text, of which measured prompts are cut."""
+        """Tokens of the held-out text, without padding; measured prompts are spans of it."""
         return np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in self.held_out])
 
     def _calibration(self):
-        """Rows of the text that is not held out."""
+        """Rows of training text, for calibrated forms (GPTQ, AWQ)."""
         return data.calibration_rows(self.config.data, self.tokenizer, self.config.train.length, self.config.seed)
 
 
 def _is_calibrated(spec, rules):
-    forms = [quant.form_of(each) for each in (spec, *(form for _, form in rules))]
-    return any(form.calibrated for form in forms)
+    specs = (spec, *(form for _, form in rules))
+    return any(quant.form_of(form).calibrated for form in specs)
 
 
 def check_request(config):
-    """Raises UserError for values that no model could be measured with."""
+    """Raises UserError for counts below 1, and for rules that conflict with `config.quant`."""
     for key in ("max_new_tokens", "batch_size", "prompt_length", "repeats"):
         if config.infer[key] < 1:
             raise UserError(f"config.infer.{key} = {config.infer[key]}: must be at least 1")
@@ -172,21 +182,23 @@ def check_request(config):
 
 
 def prepare(config, with_text=True):
-    """Reads the prompts and describes the model; makes no array of it. Without `with_text` the held-out text is not
-    looked at. Raises UserError."""
-    asked = config.infer
+    """Builds the Serving of a config: reads the prompts, makes no array of the model.
+
+    Without `with_text` the held-out text is not checked. Raises UserError.
+    """
+    infer = config.infer
     check_request(config)
     run = describe_run(config, devices_of(config))
     check_mesh(config, run.mesh)
-    _check_baseline(asked.baseline)
-    sampler = build("sampler", asked.sampler, where="config.infer.sampler")
-    texts = prompts.read(asked.prompts)
+    _check_baseline(infer.baseline)
+    sampler = build("sampler", infer.sampler, where="config.infer.sampler")
+    texts = prompts.read(infer.prompts)
     if with_text:
         data.check(config.data)  # before a checkpoint is read, which can take a minute
-    ids = prompts.encode(texts, run.lm and run.tokenizer, asked.chat)
+    ids = prompts.encode(texts, run.lm and run.tokenizer, infer.chat)
     check_prompts(ids)
-    prompts.check_lengths(ids, asked.max_new_tokens, run.max_positions)
-    length = max(asked.prompt_length, *map(len, ids)) + asked.max_new_tokens
+    prompts.check_lengths(ids, infer.max_new_tokens, run.max_positions)
+    length = max(infer.prompt_length, *map(len, ids)) + infer.max_new_tokens
     lm = serving_lm(run, length)
     return Serving(
         config=config,
@@ -205,21 +217,21 @@ def prepare(config, with_text=True):
 
 
 def serving_lm(run: RunDescription, length: int) -> models.LM:
-    """The LM of a RunDescription as it serves rows of `length` tokens: layers apart, and nothing rematerialized.
+    """The LM that serves rows of `length` tokens: that of the RunDescription, unrolled and without rematerialization.
 
-    Raises UserError for more tokens than it has positions, and for a rule that names no weight.
+    Raises UserError for more tokens than its positions, and for a rule that matches no weight.
     """
-    asked, lm = run.config.infer, run.lm.clone(scan=False, remat=rematerialization.SAVEABLE)
-    where = f"config.infer.prompt_length = {asked.prompt_length}, config.infer.max_new_tokens = {asked.max_new_tokens}"
+    infer, lm = run.config.infer, run.lm.clone(scan=False, remat=rematerialization.SAVEABLE)
+    where = f"config.infer.prompt_length = {infer.prompt_length}, config.infer.max_new_tokens = {infer.max_new_tokens}"
     if run.max_positions and length > run.max_positions:
         raise UserError(f"{where}: {length} tokens; the model has {run.max_positions} positions")
     models.check_length(lm, length, where)
-    _check_rules(models.abstract_params(lm), asked.rules)
+    _check_rules(models.abstract_params(lm), infer.rules)
     return lm
 
 
 def _check_rules(boxed, rules):
-    """Raises UserError for a rule that names no weight, which would change nothing."""
+    """Raises UserError for a rule whose pattern matches no weight."""
     paths = [path for path, _, _ in formulas.leaves(boxed) if quant.is_weight(path)]
     for pattern, form in rules:
         if not any(map(patterns.compile(pattern, "config.infer.rules").search, paths)):
@@ -230,30 +242,37 @@ def _check_rules(boxed, rules):
 
 
 def devices_of(config):
-    """As many devices as `config.mesh` names, of which -1 names one. Raises UserError for several processes."""
-    _, given = parse_spec(f"mesh({config.mesh})", "config.mesh")
+    """The first devices, as many as the axis sizes of `config.mesh` give (-1 counts as 1).
+
+    Raises UserError for several processes.
+    """
+    _, axes = parse_spec(f"mesh({config.mesh})", "config.mesh")
     if jax.process_count() > 1:
         raise UserError("inference runs in one process, on as many of its devices as config.mesh names")
-    named = [size for size in given.values() if isinstance(size, int) and size > 0]
-    return jax.devices()[: math.prod(named)]
+    sizes = [size for size in axes.values() if isinstance(size, int) and size > 0]
+    return jax.devices()[: math.prod(sizes)]
 
 
 def check_mesh(config, mesh, batches=("infer", "train")):
-    """Raises UserError for a mesh that cannot serve the config's `batches`, requests and held-out text."""
-    where, ways = f"config.mesh = {config.mesh!r}", sharding.row_ways(mesh)
+    """Raises UserError for a mesh with a `sequence` axis, or one that does not divide a batch size of the config.
+
+    `batches` names the groups of the config: requests (`infer`) and held-out text (`train`).
+    """
+    where, shards = f"config.mesh = {config.mesh!r}", sharding.row_ways(mesh)
     if mesh.shape["sequence"] > 1:
         raise UserError(
             f"{where}: a step of decoding has one token, which 'sequence' cannot divide; take tensor or data"
         )
     for key in batches:
-        if (rows := config[key].batch_size) % ways:
+        if (rows := config[key].batch_size) % shards:
             raise UserError(
-                f"config.{key}.batch_size = {rows}: {where} divides rows over {ways} devices; take a multiple of {ways}"
+                f"config.{key}.batch_size = {rows}: {where} divides rows over {shards} devices; "
+                f"take a multiple of {shards}"
             )
 
 
 def _check_baseline(baseline):
-    """A row, a form of the weights, or nothing."""
+    """Raises UserError unless `baseline` is a row (.json), a `quant` spec, or empty."""
     if baseline.endswith(".json"):
         baseline_of(baseline)
     elif baseline:

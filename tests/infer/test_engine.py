@@ -74,7 +74,7 @@ def test_a_batch_of_prompts_of_any_length_is_each_alone(spec, monkeypatch):
     lm = contract.build("mixer", spec)
     engine = Engine(lm, contract.parameters(lm), Greedy(), -1, 40)
     # A piece and a rest, a rest alone, two pieces: of each other's rows nothing is seen.
-    monkeypatch.setattr("efficientllm.infer.engine.PIECES", (8,))
+    monkeypatch.setattr("efficientllm.infer.engine.PREFILL_CHUNKS", (8,))
     prompts = [contract.tokens()[0, :length].tolist() for length in (11, 5, 16)]
     together = answers(engine, prompts, chunk=4)
     assert [len(ids) for ids in together] == [NEW] * 3

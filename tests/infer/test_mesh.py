@@ -33,7 +33,7 @@ def answers(engine, prompts):
 @pytest.mark.parametrize("mesh", ["data=2, fsdp=2, tensor=2", slow_case("tensor=2, data=4")])
 @pytest.mark.parametrize("kind, spec, form", slow_except(CASES, ("mixer", "gqa", "int4")))
 def test_eight_devices_write_what_one_writes(kind, spec, form, mesh, monkeypatch):
-    monkeypatch.setattr("efficientllm.infer.engine.PIECES", (8,))
+    monkeypatch.setattr("efficientllm.infer.engine.PREFILL_CHUNKS", (8,))
     lm, params = model.unroll(contract.build(kind, spec), contract.parameters(contract.build(kind, spec)))
     params = apply.quantize(params, form)
     # Of one length, and of several: a piece and a rest.

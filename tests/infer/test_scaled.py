@@ -61,7 +61,7 @@ def test_prompts_of_several_lengths(both, pieces, chunk):
     """Each as it would be alone, short of the original length, across it and beyond."""
     theirs, lm, params = both
     rows = prompts(LENGTHS)
-    engine = Engine(lm, params, Greedy(), -1, max(LENGTHS) + NEW, pieces=pieces)
+    engine = Engine(lm, params, Greedy(), -1, max(LENGTHS) + NEW, chunked=pieces)
     *_, completions = engine.generate(rows, NEW, chunk=chunk)
     assert completions == [generated(theirs, prompt) for prompt in rows]
 
