@@ -1,4 +1,4 @@
-"""Linear maps and norms, with logical axis names on every parameter."""
+"""Linear, RMSNorm and LayerNorm, with logical axis names on every parameter."""
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,16 @@ fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_norma
 
 
 class Linear(nn.Module):
-    """`x[..., in] -> [..., features]`; `axes` are the logical names of (in, out), `precision` a policy or its spec."""
+    """Linear map `x[..., in] -> [..., features]`.
+
+    Attributes:
+      features: the size of the output.
+      axes: the logical names of the kernel's axes (in, out).
+      precision: a `Precision`, or the spec of one.
+      use_bias: whether a bias is added.
+      out_dtype: dtype of the output; that of `x` by default.
+      kernel_init: initializer of the kernel.
+    """
 
     features: int
     axes: tuple
@@ -25,8 +34,8 @@ class Linear(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x, y=None):
-        """`y` is the product with the kernel, where another has made it."""
+    def __call__(self, x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+        """Applies the layer to x. `y` is `x @ kernel` where `linears` has computed it already."""
         if y is None:
             init = nn.with_logical_partitioning(self.kernel_init, self.axes)
             kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
@@ -37,12 +46,12 @@ class Linear(nn.Module):
         return y
 
 
-def linears(x, *layers):
-    """What each of `layers` makes of x: in one call where their kernels have one.
+def linears(x: jax.Array, *layers: Linear) -> list[jax.Array]:
+    """Applies several Linear layers to the same x, in one fused product where the form of their kernels has one.
 
-    They are Linear, of one precision and without an `out_dtype`. To be called where a module creates its own.
+    The layers share a precision and have no `out_dtype`. Call it in the module that creates them.
     """
-    kernels = [layer.get_variable("params", "kernel") for layer in layers]
+    kernels: list = [layer.get_variable("params", "kernel") for layer in layers]
     products = matmul_together(x, kernels, layers[0].precision) or [None] * len(layers)
     return [layer(x, y) for layer, y in zip(layers, products, strict=True)]
 
@@ -58,7 +67,7 @@ class RMSNorm(nn.Module):
     axis: str = "embed"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         ones = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
         scale = self.param("scale", ones, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
@@ -74,7 +83,7 @@ class LayerNorm(nn.Module):
     axis: str = "embed"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],))
         bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (x.shape[-1],))
         x32 = x.astype(jnp.float32)

@@ -74,6 +74,6 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     except UserError as error:
-        if os.environ["JAX_PLATFORMS"] != "cpu" and re.search(r"makes \d+ devices; there (are|is) \d", str(error)):
+        if os.environ["JAX_PLATFORMS"] != "cpu" and re.search(r"needs \d+ devices; there (are|is) \d", str(error)):
             pytest.skip(str(error))
         raise

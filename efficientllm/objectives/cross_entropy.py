@@ -1,7 +1,8 @@
-"""Next-token cross-entropy that never holds the logits of a long row of a large vocabulary."""
+"""Chunked cross-entropy: the loss of a large vocabulary without its logits in memory."""
 
 import functools
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +10,20 @@ from jax.sharding import NamedSharding
 
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh, spec, ways
+from efficientllm.typing import Batch
 from efficientllm.weights import Precision, axes, matmul
 
-CHUNK_BYTES = 2**26  # float32 logits a device holds at a time
-# On accelerators: every chunk reads the head and adds to its gradient, which at 2**25 bytes of a vocabulary of 151,936
-# moves more memory than all layers do (seen in the programs that XLA compiles for an H200).
+CHUNK_BYTES = 2**26  # of float32 logits on a device at a time
+# Each chunk reads the head and adds to its gradient. Chunks of 2**25 bytes of a vocabulary of 151,936 move more memory
+# than all layers do, by the programs that XLA compiles for an H200.
 ACCELERATOR_CHUNK_BYTES = 2**29
 
 
-def nll_sum(x_BTD, head_DV, batch, precision):
-    """Negative log likelihood (nats) summed over the weighted targets; logits are `x_BTD @ head_DV`.
+def nll_sum(x_BTD: jax.Array, head_DV: typing.Any, batch: Batch, precision: str | Precision) -> jax.Array:
+    """Sums the negative log likelihood (nats) of the targets, times their weights; logits are `x_BTD @ head_DV`.
 
-    Logits of more than CHUNK_BYTES are made, used and dropped a chunk of tokens at a time. The gradient is made in the
-    same visit (as in Liger, arXiv:2410.10989, Section 3.2), so no product is done twice.
+    Logits of more than CHUNK_BYTES are computed a chunk of tokens at a time and never stored. The forward pass of a
+    chunk also computes its gradients (as in Liger, arXiv:2410.10989, Section 3.2), so no matmul is done twice.
     """
     precision = Precision.of(precision)
     x_BTD, targets_BT, weights_BT = map(_pieces, (x_BTD, batch["targets"], batch["weights"]))
@@ -33,7 +35,10 @@ def nll_sum(x_BTD, head_DV, batch, precision):
 
 
 def _pieces(leaf):
-    """Rows whose tokens lie on several devices, as so many rows of fewer tokens: a sum over targets knows no rows."""
+    """Reshapes rows sharded over `sequence` to one row for each shard: `[B, T, ...] -> [n B, T / n, ...]`.
+
+    A sum over targets does not depend on the rows they are in.
+    """
     (B, T, *rest), n = leaf.shape, ways("length", leaf.shape[1])
     if n == 1:
         return leaf
@@ -41,10 +46,10 @@ def _pieces(leaf):
     return constrain(pieces, "token_rows", None, *(None for _ in rest))
 
 
-def logits_nll_sum(logits_BTV, targets_BT, weights_BT):
-    """`nll_sum` from the logits.
+def logits_nll_sum(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """Computes `nll_sum` from logits.
 
-    The target's logit is picked by comparison, not by a gather: the vocabulary may be split over devices.
+    The target's logit is selected by comparison, not by a gather: the vocabulary may be sharded.
     """
     is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), -1)
@@ -55,8 +60,11 @@ def _logits(x_BTD, head_DV, precision):
     return constrain(matmul(x_BTD, head_DV, precision, out_dtype=jnp.float32), "token_rows", None, "vocab")
 
 
-def count_chunks(B, T, V):
-    """Chunks of a row: the fewest of which one holds the platform's bytes at most, or a token."""
+def count_chunks(B: int, T: int, V: int) -> int:
+    """Counts the chunks that `[B, T]` tokens of V logits are computed in.
+
+    It is the fewest chunks whose logits take at most the platform's bytes on a device; a chunk has a token at least.
+    """
     mesh, logits = current_mesh(), (B, 1, V)
     if mesh is not None:
         logits = NamedSharding(mesh, spec(("token_rows", None, "vocab"), logits, mesh)).shard_shape(logits)
@@ -75,19 +83,22 @@ def _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
 
 
 def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
-    """Each group of rows has a gradient of the head of its own, and they are added up at the end: one sum over devices
-    for all chunks, not one for each. Letter: N groups."""
+    """Computes the loss and, as residuals, its gradients.
+
+    Each of the N groups of rows accumulates a gradient of the head, and the groups are summed at the end: one
+    all-reduce for all chunks, instead of one for each chunk.
+    """
     names = axes(head_DV, (None, "vocab"))
-    # Whole before the loop: not every compiler takes the gather out of it.
+    # All-gathered before the loop: not every compiler hoists the all-gather out of it.
     head_DV = jax.tree.map(lambda leaf, names: constrain(leaf, *names), head_DV, names)
-    split_over = _row_axes(len(x_BTD))
-    N = 1 if split_over is None else math.prod(current_mesh().shape[axis] for axis in split_over)
+    row_axes = _row_axes(len(x_BTD))
+    N = 1 if row_axes is None else math.prod(current_mesh().shape[axis] for axis in row_axes)
 
     def nll(x, head, targets, weights):
         logits = constrain(matmul(x, head, precision, out_dtype=jnp.float32), None, None, "vocab")
         return logits_nll_sum(logits, targets, weights)
 
-    of_groups = jax.vmap(jax.value_and_grad(nll, (0, 1)), in_axes=(0, None, 0, 0), spmd_axis_name=split_over)
+    of_groups = jax.vmap(jax.value_and_grad(nll, (0, 1)), in_axes=(0, None, 0, 0), spmd_axis_name=row_axes)
 
     def in_groups(dhead_NDV):
         return jax.tree.map(lambda leaf, names: constrain(leaf, "token_rows", *names), dhead_NDV, names)
@@ -107,7 +118,7 @@ def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
 
 
 def _row_axes(B):
-    """The mesh axes over which B rows are split, or None."""
+    """Returns the mesh axes that B rows are sharded over, or None."""
     mesh = current_mesh()
     axes = None if mesh is None else spec(("token_rows",), (B,), mesh)[0]
     return (axes,) if isinstance(axes, str) else axes
@@ -123,9 +134,9 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _split(chunks, *leaves):
-    """`[B, T, ...]` -> `[chunks, B, T / chunks, ...]`: every chunk lies on all devices.
+    """Splits tokens into chunks, `[B, T, ...] -> [chunks, B, T / chunks, ...]`, so that each chunk is on all devices.
 
-    Zeros fill up the last chunk; those of the weights keep them out of the sum.
+    The last chunk is padded with zeros; their weights are zero too.
     """
 
     def one(leaf):

@@ -1,5 +1,8 @@
-"""The next-token objective: its loss in training, its sums over held-out text, and the bytes that tokens stand for."""
+"""Next-token objective: the training loss, held-out loss sums, and UTF-8 bytes per token."""
 
+import typing
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +10,26 @@ import numpy as np
 from efficientllm import model as models
 from efficientllm.objectives.cross_entropy import nll_sum
 from efficientllm.ops.attention import Context
+from efficientllm.typing import Batch, Params
 
 
-def loss_fn(lm, params, batch, targets, tokens=None):
-    """Next-token cross-entropy in nats a target plus the routers' losses -> `(loss, metrics)`.
+def loss_fn(
+    lm: nn.Module,
+    params: Params,
+    batch: Batch,
+    targets: float | jax.Array,
+    tokens: float | jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, typing.Any]]:
+    """Computes `(loss, metrics)`: next-token cross-entropy in nats per target, plus the router losses.
 
-    `targets` is the number to divide by: a micro-batch divides by the mean of its step, so that every target of the
-    step counts alike; so do its `tokens` that are no padding, in what its ffns hand on (None: the batch is a step).
-    `metrics["aux"]` holds each block's statistics, stacked over groups.
+    The loss of a micro-batch is weighted so that every target and every token of the step counts alike.
+
+    Args:
+      targets: what the summed nats are divided by: the mean number of targets of the step's micro-batches.
+      tokens: the mean number of tokens without padding, by which the ffns' statistics are weighted. None where the
+        batch is the whole step.
+
+    `metrics["aux"]` holds the statistics of each block, stacked over groups.
     """
     ctx = Context.packed(batch["positions"], batch["segments"])
     x_BTD, _, aux = lm.apply({"params": params}, batch["tokens"], ctx, readout=False)
@@ -28,8 +43,10 @@ def loss_fn(lm, params, batch, targets, tokens=None):
     return total, {"loss": cross_entropy, "total_loss": total, "aux": aux}
 
 
-def eval_step(lm, params, batch, token_bytes_V):
-    """`(summed nats, targets, UTF-8 bytes of the targets)` of a batch."""
+def eval_step(
+    lm: nn.Module, params: Params, batch: Batch, token_bytes_V: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes `(sum of nats, number of targets, UTF-8 bytes of the targets)` of a held-out batch."""
     ctx = Context.packed(batch["positions"], batch["segments"])
     x_BTD, _, _ = lm.apply({"params": params}, batch["tokens"], ctx, readout=False)
     nats = nll_sum(x_BTD, models.head_kernel(lm, params), batch, lm.precision)
@@ -37,8 +54,8 @@ def eval_step(lm, params, batch, token_bytes_V):
     return nats, jnp.sum(batch["weights"]), jnp.sum(bytes_BT * batch["weights"])
 
 
-def bytes_of(tokenizer, lm):
-    """UTF-8 bytes of each token, float32 `[V]`, zero where the model has more tokens than the tokenizer."""
+def token_bytes(tokenizer: typing.Any, lm: nn.Module) -> np.ndarray:
+    """Returns the UTF-8 bytes of each token, float32 `[V]`; zero for ids that the model has and the tokenizer not."""
     table = np.zeros(lm.vocab_size, np.float32)
     table[: tokenizer.vocab_size] = tokenizer.token_bytes
     return table

@@ -127,7 +127,7 @@ class Inference(Run):
         """Held-out loss, perplexity and bits per byte."""
         run = self.serving
         score = jax.jit(lambda params, batch, token_bytes: next_token.eval_step(run.lm, params, batch, token_bytes))
-        token_bytes = next_token.bytes_of(run.tokenizer, run.lm)
+        token_bytes = next_token.token_bytes(run.tokenizer, run.lm)
         each = Countdown("held-out text", len(run.held_out)).add
         found = held_out.evaluate(score, params, run.held_out, token_bytes, run.mesh, each)
         log.info(held_out.line(found))

@@ -188,4 +188,4 @@ def predicted_memory(setup):
 
 def token_bytes(setup):
     """Number of UTF-8 bytes of each token of the vocabulary, replicated on the mesh."""
-    return jax.device_put(next_token.bytes_of(setup.tokenizer, setup.lm), sharding.replicated(setup.mesh))
+    return jax.device_put(next_token.token_bytes(setup.tokenizer, setup.lm), sharding.replicated(setup.mesh))

@@ -1,6 +1,6 @@
 """Safe GGUF header reader: checks every count, length and offset against the size of the file.
 
-The package `gguf` reads past the end silently: a claimed count of 2^60 is a loop and a list that long.
+The package `gguf` does not check counts: it loops over a claimed count of 2^60 and builds a list of that length.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -19,46 +19,46 @@ VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _LONGEST_NAME, _LONGEST_TEXT, _MOST_ENTRIES, _LARGEST_ALIGNMENT = 1 << 12, 1 << 24, 1 << 23, 1 << 16
-_KEPT = 1 << 10  # entries of an array whose values are kept
+_LONGEST_ARRAY = 1 << 10  # arrays of fewer entries are returned, longer ones are checked and dropped
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """`shape` in numpy's order, of a `kind` of ggml's by number, `size` bytes from `offset` of the file on."""
+    """Place of a tensor: `kind` is the number of its ggml type, `shape` is in numpy's order, `offset` counts bytes."""
 
     kind: int
     shape: tuple
     offset: int
-    size: int
+    size: int  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """`values` are the metadata by key, None for arrays of 2^10 entries and more; `tensors` by name."""
+    """Metadata `values` by key, None for arrays of 2^10 entries and more, and `tensors` by name."""
 
     values: dict
     tensors: dict
 
 
 def read_header(path: PathLike) -> Header:
-    """The `Header` of a file. Raises UserError for one that is none."""
+    """Reads the header of a GGUF file with the block sizes of the package `gguf`. Raises UserError as `read` does."""
     sizes = package(path).GGML_QUANT_SIZES
     return read(path, {int(kind): size for kind, size in sizes.items()})
 
 
 def package(where: PathLike) -> types.ModuleType:
-    """The `gguf` package. Raises UserError saying how to get it."""
+    """Imports the package `gguf`. Raises UserError that says how to install it."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{where} is read with the package gguf; pip install gguf")
+        raise UserError(f"{where}: needs the package gguf; pip install gguf")
     import gguf
 
     return gguf
 
 
 def read(path: PathLike, block_sizes: dict) -> Header:
-    """The Header of a file; `block_sizes` are `{kind: (weights of a block, its bytes)}`.
+    """Reads and checks the header of a GGUF file; `block_sizes` are `{kind: (weights, bytes)}` of a block.
 
-    Raises UserError for a file that is no GGUF, and for one that its own bytes do not bear out.
+    Raises UserError for a file that is no GGUF, and for a header that does not fit the size of the file.
     """
     with files.open_file(path) as opened:
         if files.size_of(path) < 24:
@@ -71,17 +71,17 @@ def read(path: PathLike, block_sizes: dict) -> Header:
 
 
 class _Bad(Exception):
-    """What is wrong with a header."""
+    """A header that is wrong; the message says how."""
 
 
 class _Reader:
-    """Reads from the beginning of `data` on, never past its end."""
+    """Sequential reader of a header, never past the end of `data`."""
 
     def __init__(self, data, block_sizes):
-        self._data, self._at, self._left, self._blocks = data, 0, _MOST_ENTRIES, block_sizes
+        self._data, self._at, self._entries_left, self._blocks = data, 0, _MOST_ENTRIES, block_sizes
 
     def header(self):
-        """The whole header, checked."""
+        """Reads the whole header and checks it."""
         if self._bytes(4) != b"GGUF":
             raise _Bad("it does not begin with GGUF")
         version, tensors, keys = self._scalar("I"), self._scalar("Q"), self._scalar("Q")
@@ -99,11 +99,11 @@ class _Reader:
             raise _Bad(f"{count:,} {what} in a file of {len(self._data):,} bytes: it is cut short")
 
     def _bytes(self, count):
-        found = self._data[self._at : self._at + count]
-        if len(found) < count:
+        data = self._data[self._at : self._at + count]
+        if len(data) < count:
             raise _Bad(f"{count:,} bytes at byte {self._at:,} are not there: it is cut short")
         self._at += count
-        return found
+        return data
 
     def _scalar(self, form):
         return struct.unpack(f"<{form}", self._bytes(struct.calcsize(f"<{form}")))[0]
@@ -144,14 +144,14 @@ class _Reader:
             raise _Bad(f"an array of type {kind}, which is not known")
         form = _SCALARS.get(kind)
         self._require_room(count, struct.calcsize(form) if form else 8, "entries of an array")
-        self._left -= count
-        if self._left < 0:
+        self._entries_left -= count
+        if self._entries_left < 0:
             raise _Bad(f"arrays of more than {_MOST_ENTRIES:,} entries")
         if form is None:
-            found = [self._text() for _ in range(count)]
+            entries = [self._text() for _ in range(count)]
         else:
-            found = list(struct.unpack(f"<{count}{form}", self._bytes(count * struct.calcsize(f"<{form}"))))
-        return found if count < _KEPT else None
+            entries = list(struct.unpack(f"<{count}{form}", self._bytes(count * struct.calcsize(f"<{form}"))))
+        return entries if count < _LONGEST_ARRAY else None
 
     def _tensor(self):
         name, axes = self._text(_LONGEST_NAME), self._scalar("I")
@@ -168,14 +168,14 @@ class _Reader:
         return name, Tensor(kind, tuple(sizes[::-1]), offset, count // weights * size)
 
     def _start(self, alignment):
-        """Where the tensors begin, and the alignment."""
+        """Returns `(offset of the first tensor in the file, alignment)`, both in bytes."""
         is_power = type(alignment) is int and 0 < alignment <= _LARGEST_ALIGNMENT and not alignment & (alignment - 1)
         if not is_power:
             raise _Bad(f"general.alignment = {shown(alignment)}, no power of two up to {_LARGEST_ALIGNMENT}")
         return -(-self._at // alignment) * alignment, alignment
 
     def _placed(self, tensors, start, alignment):
-        """The tensors with their offsets in the file, none outside it or over another."""
+        """Returns the tensors with offsets in the file. Raises for one outside the file or over another."""
         end, before = 0, None
         for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
             if tensor.offset % alignment:

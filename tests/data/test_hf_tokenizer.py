@@ -11,7 +11,7 @@ from data.test_tokenizers import ODD
 from efficientllm import data
 from efficientllm.data.corpus import Corpus
 from efficientllm.errors import UserError
-from efficientllm.objectives.next_token import bytes_of
+from efficientllm.objectives.next_token import token_bytes
 
 pytestmark = pytest.mark.quick
 
@@ -175,7 +175,7 @@ def test_a_model_without_an_embedding_of_pad_is_served(tmp_path):
     run = describe_run(config)
     lm, tokenizer = run.lm, run.tokenizer
     assert lm.vocab_size == tokenizer.vocab_size == theirs.pad_token_id
-    assert len(bytes_of(tokenizer, lm)) == lm.vocab_size
+    assert len(token_bytes(tokenizer, lm)) == lm.vocab_size
 
 
 def test_a_vocabulary_that_is_too_large_stays_so(tmp_path):

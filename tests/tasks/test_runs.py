@@ -159,7 +159,7 @@ def test_a_loss_that_is_no_number_ends_the_run_as_nan(texts, tmp_path, capsys):
         ({"train.schedule": "cosin(peak=1)"}, "did you mean 'cosine'?"),
         ({"train.optimizer": "adam"}, "did you mean 'adamw'?"),
         ({"train.decay": "(('kernel', 0.1),)"}, "config.train.decay: no rule matches parameter"),
-        ({"mesh": "data=3"}, "config.mesh = 'data=3' makes 3 devices; there are 8"),
+        ({"mesh": "data=3"}, "config.mesh = 'data=3': needs 3 devices; there are 8"),
         ({"mesh": "date=8"}, "did you mean 'data'?"),
         ({"task": "pretrian"}, "did you mean 'pretrain'?"),
         ({"imports": "('no_such_plugin',)"}, "config.imports = 'no_such_plugin': cannot be imported"),
