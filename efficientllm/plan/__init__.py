@@ -1,3 +1,3 @@
-"""Hardware one does not have: a training step compiled for it ahead of time, and what its program says of cost."""
+"""Plans: a training step or request compiled ahead of time for hardware that is not here, and its estimated cost."""
 
 KINDS = {"planned": "*"}

@@ -1,4 +1,4 @@
-"""Measured rows beside the rooflines of their own steps: by how much real steps are slower, and how surely."""
+"""Calibration of plans: the ratio of measured times to rooflines, from rows of runs on the same hardware."""
 
 import dataclasses
 import json
@@ -19,9 +19,11 @@ from efficientllm.untrusted import files, json_text
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """`rows`: `{"path", "measured_s", "roofline_s", "watts", "pcu"}` each; watts and pcu are a device's, or None.
+    """Measured rows of one hardware, with the roofline of each.
 
-    `tasks` are those that rows of one calibration may be of."""
+    tasks:  the tasks (`config.task`) of the rows.
+    rows:   `{"path", "measured_s", "roofline_s", "watts", "pcu"}` each; watts and pcu are of one device, or None.
+    """
 
     hardware: str
     tasks: tuple
@@ -29,12 +31,12 @@ class Calibration:
 
     @property
     def factor(self):
-        """Geometric mean of measured over least time."""
+        """Geometric mean of measured time over roofline time."""
         return _factor(self.rows)
 
     @property
     def errors(self):
-        """The relative error of each row's time as predicted from the others; empty for a single row."""
+        """Leave-one-out errors: relative error of each row's time, predicted from the other rows; empty for one row."""
         rows = self.rows
         if len(rows) < 2:
             return []
@@ -42,12 +44,12 @@ class Calibration:
         return [factor * row["roofline_s"] / row["measured_s"] - 1 for row, factor in zip(rows, others, strict=True)]
 
     def mean(self, key):
-        """The mean of what rows measured, None where none did."""
-        found = [row[key] for row in self.rows if row.get(key) is not None]
-        return statistics.fmean(found) if found else None
+        """The mean of `watts` or `pcu` over the rows that have it; None if none has."""
+        values = [row[key] for row in self.rows if row.get(key) is not None]
+        return statistics.fmean(values) if values else None
 
     def summary(self):
-        """What a plan's row says of it."""
+        """The `calibration` entry of a plan's row."""
         errors = [abs(error) for error in self.errors]
         return {
             "rows": len(self.rows),
@@ -62,34 +64,31 @@ def _factor(rows):
 
 
 def load(path, hardware, planned, log, keep):
-    """The Calibration of `config.plan.calibration`: a file written here before, or a folder of runs on this hardware.
+    """Loads the Calibration of `config.plan.calibration`: a file written by this function, or a folder of runs.
 
-    `planned` is a `steps.Planned`. From a folder each row's own step is compiled, and the result is kept as
-    the file `keep`. Raises UserError where there is nothing to calibrate with.
+    `planned` is a `training_step.Planned`. For a folder the step of each row is compiled, and the result is written to
+    the file `keep`. Raises UserError for a file of other hardware or task, and a folder without usable rows.
     """
     file, where = pathlib.Path(path).expanduser(), f"config.plan.calibration = {path!r}"
     if not files.is_there(file):
         raise UserError(f"{where}: no such file or folder")
     if file.is_dir() or file.name == "record.json":
-        found = measure(file, hardware, planned, log)
-        write_atomically(keep, json.dumps(dataclasses.asdict(found), indent=2))
-        return found
-    found = _read(file, f"{where}: no calibration")
-    if (found.hardware, found.tasks) != (hardware.name, planned.tasks) or not found.rows:
-        own, asked = (
-            (name, " or ".join(tasks))
-            for name, tasks in ((found.hardware, found.tasks), (hardware.name, planned.tasks))
-        )
+        calibration = measure(file, hardware, planned, log)
+        write_atomically(keep, json.dumps(dataclasses.asdict(calibration), indent=2))
+        return calibration
+    calibration = _read(file, f"{where}: no calibration")
+    if (calibration.hardware, calibration.tasks) != (hardware.name, planned.tasks) or not calibration.rows:
         raise UserError(
-            f"config.plan.calibration = {path!r} is of {own[1]} on {own[0]}, not of {asked[1]} on {asked[0]}"
+            f"config.plan.calibration = {path!r} is of {' or '.join(calibration.tasks)} on {calibration.hardware}, "
+            f"not of {' or '.join(planned.tasks)} on {hardware.name}"
         )
-    return found
+    return calibration
 
 
 def _read(file, where):
-    """The Calibration in a file, of times that can be divided and of watts that are numbers or null."""
-    held = json_text.read(file, where=where)
-    rows = json_text.field(held, "rows", list, where)
+    """Reads and checks a file: times above 0, watts and pcu numbers or null. Raises UserError."""
+    content = json_text.read(file, where=where)
+    rows = json_text.field(content, "rows", list, where)
     for index, row in enumerate(rows):
         place = f"{where}: row {index}"
         if not isinstance(row, dict):
@@ -100,12 +99,12 @@ def _read(file, where):
         for key in ("watts", "pcu"):
             if row.get(key) is not None:
                 json_text.field(row, key, "number", place)
-    tasks = json_text.field(held, "tasks", list, where)
-    return Calibration(json_text.field(held, "hardware", str, where), tuple(map(str, tasks)), tuple(rows))
+    tasks = json_text.field(content, "tasks", list, where)
+    return Calibration(json_text.field(content, "hardware", str, where), tuple(map(str, tasks)), tuple(rows))
 
 
 def measure(folder, hardware, planned, log):
-    """The Calibration of the measured rows below a folder."""
+    """Makes the Calibration of all usable rows in a folder, or of one record.json. Raises UserError without any."""
     rows = []
     for file in [folder] if folder.is_file() else sorted(folder.rglob("record.json")):
         record = read_record(file)
@@ -133,23 +132,23 @@ def _usable(record, hardware, planned):
 
 
 def _row(file, record, hardware, planned):
-    read, mesh = record["provenance"]["devices"]["count"], record["provenance"]["mesh"]
-    count = math.prod(mesh.values())  # a request is served by one device, of as many as the process has
+    device_count, mesh = record["provenance"]["devices"]["count"], record["provenance"]["mesh"]
+    count = math.prod(mesh.values())  # the devices of the run's mesh; the process may have more
     config = ConfigDict(_tuples(record["config"]))
-    one = planned.describe(config, hardwares.devices(hardware, count), hardware.platform, hardware.capability)
-    least = estimate.estimate(one, hardware, count).roofline.seconds
+    workload = planned.describe(config, hardwares.devices(hardware, count), hardware.platform, hardware.capability)
+    roofline_s = estimate.estimate(workload, hardware, count).roofline.seconds
     watts = record["paper"]["aec_w"]
     return {
         "path": str(file.parent),
         "measured_s": record["paper"]["al_s"],
-        "roofline_s": least,
-        "watts": None if watts is None else watts / read,
+        "roofline_s": roofline_s,
+        "watts": None if watts is None else watts / device_count,
         "pcu": record["paper"]["pcu"],
     }
 
 
 def _tuples(value):
-    """JSON's lists as the tuples that a config holds."""
+    """Converts lists, of JSON, to the tuples of a config."""
     if isinstance(value, dict):
-        return {key: _tuples(held) for key, held in value.items()}
-    return tuple(_tuples(held) for held in value) if isinstance(value, list) else value
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value

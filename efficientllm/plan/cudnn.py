@@ -1,38 +1,41 @@
-"""JAX's checks of cuDNN attention, asked of the GPU that is planned for and of the cuDNN that its description names:
-they ask the devices and libraries of the process, of which a plan needs none."""
+"""Patches of JAX's checks of cuDNN attention, so that it can be traced on a machine without GPU and cuDNN.
+
+The originals ask the process's own device and libraries. A plan answers with the planned GPU's compute capability, and
+the cuDNN version of data/hardware.json.
+"""
 
 import contextlib
 
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
-from efficientllm.plan import hardware
+from efficientllm.cost.hardware_table import read_table
 
 
 @contextlib.contextmanager
 def planned_for(capability):
-    """Inside, attention in cuDNN is traced as on a GPU of the compute capability `(major, minor)`."""
+    """Context in which cuDNN attention is traced as on a GPU of the compute capability `(major, minor)`."""
     planned = tuple(capability)
     checks = {
-        "check_compute_capability": lambda asked: planned >= _numbers(asked),
-        "is_cuda_compute_capability_equal": lambda asked: planned == _numbers(asked),
+        "check_compute_capability": lambda required: planned >= _numbers(required),
+        "is_cuda_compute_capability_equal": lambda required: planned == _numbers(required),
         "check_cudnn_version": _version,
     }
-    before = {name: getattr(fused, name) for name in checks}
-    _put(checks)
+    originals = {name: getattr(fused, name) for name in checks}
+    _patch(checks)
     try:
         yield
     finally:
-        _put(before)
+        _patch(originals)
 
 
-def _put(checks):
+def _patch(checks):
     for name, check in checks.items():
         setattr(fused, name, check)
 
 
 def _version():
-    """As cuDNN numbers itself: 91000 of 9.10.0."""
-    major, minor, patch = hardware.table()["gpu"]["cudnn"]
+    """The version as cuDNN numbers it: 91000 for 9.10.0."""
+    major, minor, patch = read_table()["gpu"]["cudnn"]
     return 10000 * major + 100 * minor + patch
 
 

@@ -1,6 +1,7 @@
-"""What a step or a request on hardware costs: from its compiled programs, or from shapes where no compiler is there.
+"""Cost estimates of a training step or request on some hardware: from its compiled programs, or from shapes.
 
-What is sent between devices is then `plan.collectives`', where its formula holds.
+Shapes are used where the hardware's compiler is not installed; collectives then come from the formula of
+`plan.collectives`, where it holds.
 """
 
 import dataclasses
@@ -13,10 +14,13 @@ from efficientllm.weights import Precision
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A cost. Bytes are one device's, FLOPs all devices'; None is not known.
+    """Cost of a workload or of one of its programs. Bytes are of one device, FLOPs of all; None is unknown.
 
-    source: `compiler` or `shapes`.
-    parts:  of what is made of several programs, `{name: (how often it runs, its Estimate)}`.
+    source:     `compiler` or `shapes`.
+    memory:     `metrics.memory.compiled_memory`, or only `total_bytes`.
+    by_shapes:  bytes of memory estimated from shapes.
+    refused:    why the compiler did not compile it, or None.
+    parts:      for several programs, `{name: (how often it runs, its Estimate)}`.
     """
 
     source: str
@@ -39,29 +43,29 @@ class Estimate:
         return self.memory.get("total_bytes")
 
 
-def estimate(one, hardware, count):
-    """The Estimate of a `steps.Step`, or of what else is planned: compiled where the compiler is installed."""
-    found = {part.name: (part.times, _part(one, part, hardware, count)) for part in one.programs()}
-    return next(iter(found.values()))[1] if len(found) == 1 else _together(found)
+def estimate(workload, hardware, count):
+    """Estimates the cost of a `training_step.Step` or `request.Request` on `count` devices."""
+    parts = {part.name: (part.times, _part(workload, part, hardware, count)) for part in workload.programs()}
+    return next(iter(parts.values()))[1] if len(parts) == 1 else _together(parts)
 
 
-def _part(one, part, hardware, count):
-    by_shapes, executed = one.by_shapes(), training_step.program_flops(one, part)
+def _part(workload, part, hardware, count):
+    by_shapes, program_flops = workload.by_shapes(), training_step.program_flops(workload, part)
     if not hardware.has_compiler:
         memory, seconds, refused, calls = {"total_bytes": by_shapes}, None, None, {}
-        sent, moved, launched = one.sent_by_formula(), part.moved_bytes, None
+        sent, moved, launched = workload.sent_by_formula(), part.moved_bytes, None
     else:
-        done = training_step.compile_step(one, part.trace)
-        memory, seconds, refused = done.memory, done.seconds, done.refused
-        sent, moved, calls, launched = training_step.read(done, count) if done.text else (None, None, {}, None)
-    dtype = str(Precision.of(one.lm.precision).product)
-    work = part.model_flops if executed is None else executed
+        compiled = training_step.compile_step(workload, part.trace)
+        memory, seconds, refused = compiled.memory, compiled.seconds, compiled.refused
+        sent, moved, calls, launched = training_step.read(compiled, count) if compiled.text else (None, None, {}, None)
+    dtype = str(Precision.of(workload.lm.precision).product)
+    flops = part.model_flops if program_flops is None else program_flops
     return Estimate(
         source="compiler" if hardware.has_compiler else "shapes",
         memory=memory,
         by_shapes=by_shapes,
         model_flops=part.model_flops,
-        program_flops=executed,
+        program_flops=program_flops,
         moved_bytes=moved,
         launches=launched if hardware.platform == "gpu" else None,  # elsewhere instructions start no kernels
         collectives=sent,
@@ -69,20 +73,20 @@ def _part(one, part, hardware, count):
         kernels=part.kernels,
         compile_s=seconds,
         refused=refused,
-        roofline=rooflines.roofline(hardware, count, dtype, work, moved, sent, launched),
+        roofline=rooflines.roofline(hardware, count, dtype, flops, moved, sent, launched),
     )
 
 
 def _together(parts):
-    """The Estimate of several programs that run one after another: the memory of the one that needs most."""
-    found = [each for _, each in parts.values()]
-    largest = max(found, key=lambda each: math.inf if each.total_bytes is None else each.total_bytes)
+    """The Estimate of programs that run one after another: costs are summed, memory is that of the largest program."""
+    estimates = [part for _, part in parts.values()]
+    largest = max(estimates, key=lambda part: math.inf if part.total_bytes is None else part.total_bytes)
     sent = None
-    if all(each.collectives is not None for each in found):
+    if all(part.collectives is not None for part in estimates):
         sent = tuple(
-            dataclasses.replace(one, times=one.times * times)
-            for times, each in parts.values()
-            for one in each.collectives
+            dataclasses.replace(collective, times=collective.times * times)
+            for times, part in parts.values()
+            for collective in part.collectives
         )
     return Estimate(
         source=largest.source,
@@ -94,31 +98,35 @@ def _together(parts):
         launches=_sum(parts, "launches"),
         collectives=sent,
         custom_calls=_sum_calls(parts),
-        kernels={key: sorted({k for each in found for k in each.kernels.get(key, ())}) for key in _keys(found)},
-        compile_s=None if found[0].compile_s is None else sum(each.compile_s for each in found),
-        refused=next((each.refused for each in found if each.refused), None),
-        roofline=rooflines.Chain(tuple((times, each.roofline) for times, each in parts.values())),
+        kernels={
+            key: sorted({name for part in estimates for name in part.kernels.get(key, ())}) for key in _keys(estimates)
+        },
+        compile_s=None if estimates[0].compile_s is None else sum(part.compile_s for part in estimates),
+        refused=next((part.refused for part in estimates if part.refused), None),
+        roofline=rooflines.Chain(tuple((times, part.roofline) for times, part in parts.values())),
         parts=parts,
     )
 
 
 def _sum(parts, key):
-    values = [(times, getattr(each, key)) for times, each in parts.values()]
+    values = [(times, getattr(part, key)) for times, part in parts.values()]
     return None if any(value is None for _, value in values) else sum(times * value for times, value in values)
 
 
-def _keys(found):
-    return sorted({key for each in found for key in each.kernels})
+def _keys(estimates):
+    return sorted({key for part in estimates for key in part.kernels})
 
 
 def _sum_calls(parts):
-    names = sorted({name for _, each in parts.values() for name in each.custom_calls})
-    return {name: sum(times * each.custom_calls.get(name, 0) for times, each in parts.values()) for name in names}
+    names = sorted({name for _, part in parts.values() for name in part.custom_calls})
+    return {name: sum(times * part.custom_calls.get(name, 0) for times, part in parts.values()) for name in names}
 
 
-def total_bytes(one, hardware):
-    """Bytes that a device needs, by the compiler where it is installed; None where it gives none."""
+def total_bytes(workload, hardware):
+    """Bytes of memory that a device needs, by the compiler or by shapes; None where the compiler gives no figure."""
     if not hardware.has_compiler:
-        return one.by_shapes()
-    totals = [training_step.compile_step(one, part.trace).memory.get("total_bytes") for part in one.programs()]
+        return workload.by_shapes()
+    totals = [
+        training_step.compile_step(workload, part.trace).memory.get("total_bytes") for part in workload.programs()
+    ]
     return None if None in totals else max(totals)

@@ -1,4 +1,4 @@
-"""Hardware by name: its figures with their sources, and devices of it that can only be compiled for."""
+"""Hardware by name: its figures with their sources, and compile-only devices of it."""
 
 import contextlib
 import dataclasses
@@ -14,10 +14,10 @@ from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.runtime import optional_packages
 
-# By platform: the module that shows its compiler is there, and the extra of setup.py that brings it.
+# By platform: the module that has its compiler, and the extra of setup.py that installs it.
 PLUGINS = {"gpu": ("jax_cuda13_plugin", "gpu"), "tpu": ("libtpu", "tpu")}
-CPU_DEVICES = 1024  # XLA's client has numbers for 2,048 of a process
-# Without a device, the plugins would wait for one or refuse to load.
+CPU_DEVICES = 1024  # XLA's client allows 2,048 a process
+# Without these, the plugins wait for a device or refuse to load.
 ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -32,7 +32,7 @@ class Hardware:
 
     link:    between the devices of a host (of a slice, for TPUs); 0 where devices share a memory.
     network: between hosts; None where there are none.
-    facts:   the rest of the table's entry: what a compiler wants to be told.
+    facts:   the remaining keys of the table's entry, mostly for the compiler.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Hardware:
     facts: dict
 
     def peak_flops(self, dtype):
-        """Dense peak of a device at a compute dtype in FLOP/s, as a Reading; the host's share on a CPU."""
+        """Dense peak of a device for a compute dtype in FLOP/s, as a Reading; measured on a CPU."""
         if self.platform == "cpu":
             return device_peaks.measure_gemm_peak(dtype)
         dtype = "tf32" if (dtype, self.platform) == ("float32", "gpu") else dtype
-        if flops := self.facts.get("flops"):  # of a file of the user's
-            known = flops.get(dtype)
-            return Reading(known, "FLOP/s", self.name) if known else missing("FLOP/s", f"{self.name}: no {dtype} peak")
+        if flops := self.facts.get("flops"):  # only hardware from a user's own file has these
+            peak = flops.get(dtype)
+            return Reading(peak, "FLOP/s", self.name) if peak else missing("FLOP/s", f"{self.name}: no {dtype} peak")
         return device_peaks.peak_flops(self.device_kind, dtype)
 
     def bandwidth(self):
@@ -66,17 +66,17 @@ class Hardware:
 
     @property
     def kernel_s(self):
-        """Seconds that a kernel takes at least, one after another; None where it has not been measured."""
+        """Least seconds a kernel launch, for kernels in sequence; None where not measured."""
         return self.facts.get("kernel_s")
 
     @property
     def capability(self):
-        """The compute capability `(major, minor)` of a GPU; (0, 0) of what is none."""
+        """The compute capability `(major, minor)` of a GPU; (0, 0) for other hardware."""
         return tuple(self.facts.get("compute_capability", (0, 0)))
 
     @property
     def plugin(self):
-        """`(module, extra)` of the compiler, or None where every installation has it."""
+        """`(module, extra)` of the compiler; None where JAX itself has it (CPUs)."""
         return PLUGINS.get(self.platform)
 
     @property
@@ -85,7 +85,7 @@ class Hardware:
 
     @property
     def lacks(self):
-        """Why nothing can be compiled for it here and what to do, or None."""
+        """Why this process cannot compile for it and what to install, or None."""
         if self.plugin is None:
             return None
         if self.platform == "gpu" and "cores" not in self.facts:
@@ -97,20 +97,20 @@ class Hardware:
 
 
 def find(name, count):
-    """The Hardware of `config.plan.hardware`; a beginning that only one name has will do, as `h100`.
+    """Finds the Hardware of `config.plan.hardware`; a unique prefix of a name such as `h100` is enough.
 
-    `count` devices share the memory of a CPU's host. Raises UserError listing the known names.
+    On a CPU, `count` devices share the host's memory. Raises UserError listing the known names.
     """
     name, facts = find_hardware(name)
     if facts["platform"] == "cpu":
         facts |= {"memory_bytes": host.memory_total_bytes() // count}
     fields = [field.name for field in dataclasses.fields(Hardware) if field.name not in ("name", "facts", "link")]
-    own = {key: facts.pop(key, None) for key in fields}
-    return Hardware(name=name, link=facts.pop("link", 0), facts=facts, **own)
+    values = {key: facts.pop(key, None) for key in fields}
+    return Hardware(name=name, link=facts.pop("link", 0), facts=facts, **values)
 
 
 def check_count(hardware, count):
-    """Raises UserError for a number of devices that the hardware does not come in."""
+    """Raises UserError for a number of devices in which the hardware is not built."""
     where = f"config.plan.devices = {count}"
     if count < 1:
         raise UserError(f"{where}: must be at least 1")
@@ -129,32 +129,32 @@ def check_count(hardware, count):
 
 
 def hosts(hardware, count):
-    """How many hosts `count` devices are on."""
+    """Number of hosts of `count` devices."""
     return 1 if not hardware.network else max(1, count // hardware.per_host)
 
 
 def compile_only(hardware, count):
-    """Readies this process to compile for what is not here. Call before the first use of a device."""
+    """Configures this process to compile for absent hardware. Call before JAX initializes its devices."""
     if hardware.plugin and hardware.has_compiler:
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
-    if "JAX_PLATFORMS" not in os.environ:  # a plan takes no accelerator, nor memory of one
+    if "JAX_PLATFORMS" not in os.environ:  # a plan must not occupy an accelerator
         jax.config.update("jax_platforms", "cpu")
     if hardware.platform == "cpu" or not hardware.has_compiler:
-        with contextlib.suppress(RuntimeError):  # this process has its devices already
+        with contextlib.suppress(RuntimeError):  # the devices are initialized already
             jax.config.update("jax_num_cpu_devices", count)
 
 
 def _host_devices(count):
-    """`count` CPU devices of this process: to describe a mesh with, and to compile for. Raises UserError."""
-    found = jax.devices("cpu")
-    if len(found) < count:
-        raise UserError(f"config.plan.devices = {count}: this process has {len(found)} CPU devices already")
-    return found[:count]
+    """`count` CPU devices of this process, as targets or as placeholders in a mesh. Raises UserError."""
+    cpus = jax.devices("cpu")
+    if len(cpus) < count:
+        raise UserError(f"config.plan.devices = {count}: this process has {len(cpus)} CPU devices already")
+    return cpus[:count]
 
 
 def devices(hardware, count):
-    """`count` devices that can be compiled for; CPU devices in their place where the compiler is not installed."""
+    """`count` compile-only devices; CPU devices as placeholders where the compiler is not installed."""
     if hardware.platform == "cpu" or not hardware.has_compiler:
         return _host_devices(count)
     from jax.experimental import topologies
@@ -162,36 +162,37 @@ def devices(hardware, count):
     if hardware.platform == "tpu":
         name = hardware.facts["topologies"][str(count)]
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    each = min(count, hardware.per_host)
-    options = {"topology": f"1x{hosts(hardware, count)}x{each}", "target_config": target_config(hardware)}
+    per_host = min(count, hardware.per_host)
+    options = {"topology": f"1x{hosts(hardware, count)}x{per_host}", "target_config": target_config(hardware)}
     return list(topologies.get_topology_desc(platform="cuda", topology_name=hardware.name, **options).devices)
 
 
 def target_config(hardware):
-    """A GPU as XLA wants it described: the text form of its `GpuTargetConfigProto`."""
-    own, common = hardware.facts, read_table()["gpu"]
+    """Describes a GPU to XLA: the text form of a `GpuTargetConfigProto`."""
+    facts, common = hardware.facts, read_table()["gpu"]
     x, y, z = common["block_dim_limit"]
-    major, minor = own["compute_capability"]
-    feature = "feature_extension: ACCELERATED_FEATURES" if own["accelerated_features"] else ""
+    major, minor = facts["compute_capability"]
+    feature = "feature_extension: ACCELERATED_FEATURES" if facts["accelerated_features"] else ""
     counts = ("threads_per_block_limit", "threads_per_warp", "shared_memory_per_block", "threads_per_core_limit")
     counts += ("fpus_per_core", "registers_per_core_limit", "registers_per_block_limit")
     cudnn = " ".join(f"{key}: {value}" for key, value in zip(("major", "minor", "patch"), common["cudnn"], strict=True))
     return (
-        f"gpu_device_info {{ {' '.join(f'{key}: {own.get(key, common[key])}' for key in counts)} "
-        f"shared_memory_per_core: {own['shared_per_core']} core_count: {own['cores']} "
+        f"gpu_device_info {{ {' '.join(f'{key}: {facts.get(key, common[key])}' for key in counts)} "
+        f"shared_memory_per_core: {facts['shared_per_core']} core_count: {facts['cores']} "
         f"block_dim_limit_x: {x} block_dim_limit_y: {y} block_dim_limit_z: {z} "
-        f"memory_bandwidth: {own['bandwidth']} l2_cache_size: {own['l2_bytes']} clock_rate_ghz: {own['clock_ghz']} "
-        f"device_memory_size: {hardware.memory_bytes} shared_memory_per_block_optin: {own['shared_optin']} "
+        f"memory_bandwidth: {facts['bandwidth']} l2_cache_size: {facts['l2_bytes']} "
+        f"clock_rate_ghz: {facts['clock_ghz']} "
+        f"device_memory_size: {hardware.memory_bytes} shared_memory_per_block_optin: {facts['shared_optin']} "
         f"cuda_compute_capability {{ major: {major} minor: {minor} {feature} }} }} "
         f'platform_name: "CUDA" dnn_version_info {{ {cudnn} }} device_description_str: "{hardware.device_kind}"'
     )
 
 
 def link_bandwidth(hardware, group):
-    """byte/s one way of a device among the devices `group` (their numbers), as a Reading.
+    """One-way bandwidth of each device in a ring over the devices `group` (their indices), in byte/s, as a Reading.
 
-    A group on several hosts is held up by the network: its members of one host share that host's adapters, and a ring
-    crosses between two hosts once in each.
+    Across hosts the network limits the ring. It leaves each host once, so it may use the network adapters of all the
+    group's devices on that host.
     """
     per_host = hardware.per_host or max(group) + 1
     on_hosts = {}
@@ -199,7 +200,7 @@ def link_bandwidth(hardware, group):
         on_hosts[device // per_host] = on_hosts.get(device // per_host, 0) + 1
     if len(on_hosts) == 1 or not hardware.network:
         return Reading(hardware.link, "byte/s", hardware.sources.get("link", "devices of one memory"))
-    shared = hardware.network * min(on_hosts.values())
-    if shared > hardware.link:
+    network = hardware.network * min(on_hosts.values())
+    if network > hardware.link:
         return Reading(hardware.link, "byte/s", hardware.sources["link"])
-    return Reading(shared, "byte/s", hardware.sources["network"])
+    return Reading(network, "byte/s", hardware.sources["network"])

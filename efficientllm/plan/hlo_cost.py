@@ -1,4 +1,4 @@
-"""What a compiled program costs, read off its text: bytes of memory it moves, collectives, kernels of others."""
+"""Cost of a compiled program from its HLO text: bytes moved, collectives, custom calls, kernel launches."""
 
 import collections
 import dataclasses
@@ -7,7 +7,7 @@ import re
 from efficientllm.plan import hlo_text
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-# What moves nothing: names for what is there, and what runs elsewhere.
+# Instructions that move no bytes themselves: aliases, and calls whose computations are counted.
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
     *("after-all", "partition-id", "replica-id", "add-dependency", "opt-barrier", "async-start", "async-update"),
@@ -24,8 +24,8 @@ class Collective:
 
     kind:    of COLLECTIVES.
     times:   how often a step runs it.
-    bytes:   of its larger side on one device, each time.
-    groups:  the devices among which it runs, as tuples of their numbers.
+    bytes:   of its input or output on one device, whichever is larger, each time.
+    groups:  tuples of device indices that communicate.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Collective:
 
     @property
     def wire_bytes(self):
-        """Bytes that a device sends, each time, in a ring: the least that the result needs."""
+        """Bytes that a device sends each time in a ring algorithm, the minimum."""
         n = max(len(group) for group in self.groups)
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(self.kind, (n - 1) / n)
         return self.bytes * share
@@ -44,26 +44,28 @@ class Collective:
 def collectives(program, count):
     """The Collectives of a program for `count` devices.
 
-    What one channel does is counted once: a TPU's compiler writes a collective anew for each part of it that it hides.
-    Channel 1 is none: JAX writes it on every collective of its shard_maps.
+    Collectives with the same channel are counted once: a TPU's compiler repeats one for each part that it overlaps with
+    compute. Channel 1 is not unique: JAX gives it to every collective of a shard_map.
     """
-    found, channels = [], {}
+    without_channel, by_channel = [], {}
     for name, (times, _) in program.runs.items():
-        for each in program.computations[name].values():
-            kind = each.op.removesuffix("-start")
+        for instruction in program.computations[name].values():
+            kind = instruction.op.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            if name.startswith("all-reduce-scatter"):  # how a TPU's program spells it: a fusion of a sum and a slice
+            if name.startswith("all-reduce-scatter"):  # on TPUs a fusion of all-reduce and slice
                 kind = "reduce-scatter"
-            groups = tuple(hlo_text.groups(each.text, count))
-            one = Collective(kind, times, _payload(program.computations[name], each, kind, groups), groups)
-            channel = _CHANNEL.search(each.text)
+            groups = tuple(hlo_text.groups(instruction.text, count))
+            collective = Collective(
+                kind, times, _payload(program.computations[name], instruction, kind, groups), groups
+            )
+            channel = _CHANNEL.search(instruction.text)
             if channel is None or channel[1] == "1":
-                found.append(one)
+                without_channel.append(collective)
             else:
-                before = channels.get((kind, channel[1]))
-                channels[kind, channel[1]] = max(before, one, key=_volume) if before else one
-    return [one for one in (*found, *channels.values()) if max(map(len, one.groups)) > 1]
+                before = by_channel.get((kind, channel[1]))
+                by_channel[kind, channel[1]] = max(before, collective, key=_volume) if before else collective
+    return [item for item in (*without_channel, *by_channel.values()) if max(map(len, item.groups)) > 1]
 
 
 def _volume(collective):
@@ -71,36 +73,39 @@ def _volume(collective):
 
 
 def _payload(computation, instruction, kind, groups):
-    taken = sum(array.bytes for array in _operands(computation, instruction))
-    return taken * max(map(len, groups)) if kind == "all-gather" else taken
+    input_bytes = sum(array.bytes for array in _operands(computation, instruction))
+    return input_bytes * max(map(len, groups)) if kind == "all-gather" else input_bytes
 
 
-def by_kind(found):
-    """`{kind: {"count", "bytes", "wire_bytes"}}` of a step, bytes those of one device."""
+def by_kind(collectives):
+    """Totals of a step, `{kind: {"count", "bytes", "wire_bytes"}}`; bytes are of one device."""
     totals = collections.defaultdict(lambda: {"count": 0, "bytes": 0, "wire_bytes": 0})
-    for one in found:
-        total = totals[one.kind]
-        total["count"] += one.times
-        total["bytes"] += round(one.times * one.bytes)
-        total["wire_bytes"] += round(one.times * one.wire_bytes)
+    for collective in collectives:
+        total = totals[collective.kind]
+        total["count"] += collective.times
+        total["bytes"] += round(collective.times * collective.bytes)
+        total["wire_bytes"] += round(collective.times * collective.wire_bytes)
     return dict(sorted(totals.items()))
 
 
 def custom_calls(program):
-    """`{target: times}` of the kernels that XLA did not write itself."""
-    found = collections.Counter()
+    """`{target: times}` of custom calls: kernels of libraries, Pallas and others."""
+    counts = collections.Counter()
     for name, (times, _) in program.runs.items():
-        for each in program.computations[name].values():
-            if each.op.startswith("custom-call") and (target := _CALLED.search(each.text)):
-                found[target[1]] += times
-    return dict(sorted(found.items()))
+        for instruction in program.computations[name].values():
+            if instruction.op.startswith("custom-call") and (target := _CALLED.search(instruction.text)):
+                counts[target[1]] += times
+    return dict(sorted(counts.items()))
 
 
 def launches(program):
-    """How many kernels a run starts: instructions outside of fusions that are more than names."""
+    """Number of kernels that a run launches: instructions outside of fusions, without aliases."""
     return sum(
         times
-        * sum(each.op not in _FREE and not each.op.endswith("-done") for each in program.computations[name].values())
+        * sum(
+            instruction.op not in _FREE and not instruction.op.endswith("-done")
+            for instruction in program.computations[name].values()
+        )
         for name, (times, fused) in program.runs.items()
         if not fused
     )
@@ -109,43 +114,43 @@ def launches(program):
 def moved_bytes(program):
     """Bytes that a run reads from and writes to a device's memory.
 
-    Each instruction outside of fusions reads its operands and writes its result once, a slice what it takes of them,
-    and what a TPU holds in its own vector memory is not counted. Caches can make it less, kernels of several passes
-    more.
+    Each instruction outside of fusions reads its operands and writes its result once; a slice reads what it takes.
+    Arrays in a TPU's vector memory are not counted. Caches can make the true figure smaller, kernels of several passes
+    larger.
     """
     return sum(
-        times * _moved(program, program.computations[name], each)
+        times * _moved(program, program.computations[name], instruction)
         for name, (times, fused) in program.runs.items()
         if not fused
-        for each in program.computations[name].values()
+        for instruction in program.computations[name].values()
     )
 
 
-def _moved(program, computation, each):
-    op = each.op
+def _moved(program, computation, instruction):
+    op = instruction.op
     if op in _FREE:
         return 0
     if op == "fusion":
-        return _fusion(program, computation, each)
-    read = [array.bytes for array in _operands(computation, each) if not array.scratch]
+        return _fusion(program, computation, instruction)
+    read = [array.bytes for array in _operands(computation, instruction) if not array.scratch]
     if op.endswith("-start"):
         return sum(read)
     if op.endswith("-done") or op in ("broadcast", "iota"):
-        return each.bytes
+        return instruction.bytes
     if op in _SLICES:
-        return 2 * each.bytes
+        return 2 * instruction.bytes
     if op == "dynamic-update-slice":
-        return 2 * _bytes(computation, each.operands[1:2])
+        return 2 * _bytes(computation, instruction.operands[1:2])
     if op == "scatter":
-        return 3 * _bytes(computation, each.operands[len(each.arrays) + 1 :])
-    return sum(read) + each.bytes
+        return 3 * _bytes(computation, instruction.operands[len(instruction.arrays) + 1 :])
+    return sum(read) + instruction.bytes
 
 
-def _fusion(program, computation, each):
-    """A fusion reads of an operand what its slices take, and writes of a result that it updates in place the update."""
-    body = next((program.computations[name] for role, name in each.calls if role == "calls"), None)
+def _fusion(program, computation, instruction):
+    """Bytes of a fusion: of a sliced operand only the slices, of a result updated in place only the update."""
+    body = next((program.computations[name] for role, name in instruction.calls if role == "calls"), None)
     if body is None:
-        return _bytes(computation, each.operands) + each.bytes
+        return _bytes(computation, instruction.operands) + instruction.bytes
     parameters = sorted(
         (int(re.search(r"parameter\((\d+)\)", inner.text)[1]), inner)
         for inner in body.values()
@@ -157,20 +162,20 @@ def _fusion(program, computation, each):
             users[name].append(inner)
     read = sum(_read(inner, users) for _, inner in parameters)
     root = next((inner for inner in body.values() if inner.root), None)
-    return read + (each.bytes if root is None else _written(body, root))
+    return read + (instruction.bytes if root is None else _written(body, root))
 
 
 def _read(parameter, users):
-    """Bytes of a fusion's parameter that are read: all, unless every use of it is a slice or an update in place."""
-    total, waiting = 0, [parameter]
-    while waiting:
-        one = waiting.pop()
-        for user in users[one.name]:
+    """Bytes read of a fusion's parameter: all, unless every use of it is a slice or an update in place."""
+    total, pending = 0, [parameter]
+    while pending:
+        value = pending.pop()
+        for user in users[value.name]:
             if user.op in ("bitcast", "reshape"):
-                waiting.append(user)
-            elif user.op in _SLICES and user.operands[0] == one.name:
+                pending.append(user)
+            elif user.op in _SLICES and user.operands[0] == value.name:
                 total += user.bytes
-            elif not (user.op == "dynamic-update-slice" and user.operands[0] == one.name):
+            elif not (user.op == "dynamic-update-slice" and user.operands[0] == value.name):
                 return parameter.bytes
     return min(total, parameter.bytes)
 

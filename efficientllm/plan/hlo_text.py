@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: its computations, what each instruction makes, and how often it runs."""
+"""Parser of HLO text: computations, instructions with their arrays, and how often each computation runs."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ _RUN = {"call": ("to_apply", "calls"), "async-start": ("calls",), "fusion": ("ca
 
 
 class Array(NamedTuple):
-    """`scratch` is True for one that lies in a TPU's own vector memory."""
+    """An array of a type; `scratch` is True in a TPU's vector memory."""
 
     dtype: str
     shape: tuple
@@ -33,7 +33,7 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """`arrays` are what it makes, `operands` the names of what it reads, `calls` pairs of (role, computation)."""
+    """An instruction: `arrays` are its results, `operands` the names it reads, `calls` pairs (role, computation)."""
 
     name: str
     op: str
@@ -49,44 +49,50 @@ class Instruction(NamedTuple):
 
 
 class Program:
-    """`computations` are `{name: {instruction name: Instruction}}`, `entry` the name of the one that runs."""
+    """A program: `computations` is `{name: {instruction name: Instruction}}`, `entry` the name of the first to run."""
 
     def __init__(self, text):
         self.computations, self.entry = {}, None
         inside = None
         for line in text.splitlines():
-            if found := _COMPUTATION.match(line):
-                inside = self.computations.setdefault(found[2], {})
-                self.entry = found[2] if found[1] else self.entry
-            elif inside is not None and (made := _instruction(line)):
-                inside[made.name] = made
+            if match := _COMPUTATION.match(line):
+                inside = self.computations.setdefault(match[2], {})
+                self.entry = match[2] if match[1] else self.entry
+            elif inside is not None and (instruction := _instruction(line)):
+                inside[instruction.name] = instruction
         self.entry = self.entry or next(reversed(self.computations))
 
     def instructions(self):
         """Every instruction of every computation."""
-        return [each for computation in self.computations.values() for each in computation.values()]
+        return [instruction for computation in self.computations.values() for instruction in computation.values()]
 
     @functools.cached_property
     def runs(self):
-        """`{computation: (times in one run of the program, whether in a fusion)}`; loops count their turns."""
-        found = {}
-        waiting = [(self.entry, 1, False)]
-        while waiting:
-            name, times, fused = waiting.pop()
-            before, was_fused = found.get(name, (0, True))
-            found[name] = before + times, was_fused and fused
-            for each in self.computations[name].values():
-                turns = self.turns(each) if each.op == "while" else 1
-                waiting += [(called, times * turns, fused or each.op == "fusion") for called in self._runs_in(each)]
-        return found
+        """`{computation: (times it runs in one run of the program, whether only in fusions)}`."""
+        runs = {}
+        pending = [(self.entry, 1, False)]
+        while pending:
+            name, times, fused = pending.pop()
+            before, was_fused = runs.get(name, (0, True))
+            runs[name] = before + times, was_fused and fused
+            for instruction in self.computations[name].values():
+                turns = self.turns(instruction) if instruction.op == "while" else 1
+                pending += [
+                    (called, times * turns, fused or instruction.op == "fusion")
+                    for called in self._runs_in(instruction)
+                ]
+        return runs
 
     def turns(self, loop):
-        """How often a while loop's body runs: as the compiler says, or the bound its condition compares with; one turn
-        where there is neither, as for loops over what only the data tell."""
-        if known := _TRIPS.search(loop.text):
-            return int(known[1])
+        """Trip count of a while loop: as the compiler states it, else the constant in its condition.
+
+        1 where there is neither, because the count depends on data.
+        """
+        if trip_count := _TRIPS.search(loop.text):
+            return int(trip_count[1])
         condition = self.computations.get(dict(loop.calls).get("condition"), {})
-        bounds = [int(found[1]) for each in condition.values() if (found := _CONSTANT.search(each.text))]
+        constants = [_CONSTANT.search(instruction.text) for instruction in condition.values()]
+        bounds = [int(constant[1]) for constant in constants if constant]
         return max(bounds, default=1) or 1
 
     def _runs_in(self, instruction):
@@ -97,42 +103,42 @@ class Program:
     @functools.cached_property
     def in_loops(self):
         """The computations that run once an iteration of some loop."""
-        waiting = [name for each in self.instructions() for role, name in each.calls if role == "body"]
+        pending = [name for loop in self.instructions() for role, name in loop.calls if role == "body"]
         looped = set()
-        while waiting:
-            name = waiting.pop()
+        while pending:
+            name = pending.pop()
             if name not in looped:
                 looped.add(name)
-                called = (call for each in self.computations.get(name, {}).values() for call in each.calls)
-                waiting += [inner for _, inner in called if inner in self.computations]
+                called = (call for caller in self.computations.get(name, {}).values() for call in caller.calls)
+                pending += [inner for _, inner in called if inner in self.computations]
         return looped
 
 
 def _instruction(line):
-    found = _INSTRUCTION.match(line)
-    if not found:
+    match = _INSTRUCTION.match(line)
+    if not match:
         return None
-    root, name, made, op = found.groups()
-    operands, rest = _balanced(line, found.end())
+    root, name, result_type, op = match.groups()
+    operands, rest = _balanced(line, match.end())
     calls = list(_CALL.findall(rest))
-    for several, one in _BRANCHES.findall(rest):
-        calls += [("branch", called) for called in _NAME.findall(several or one)]
+    for indexed, true_or_false in _BRANCHES.findall(rest):
+        calls += [("branch", called) for called in _NAME.findall(indexed or true_or_false)]
     names = tuple(_NAME.findall(operands))
-    return Instruction(name, op, arrays(made), names, tuple(calls), bool(root), line.strip())
+    return Instruction(name, op, arrays(result_type), names, tuple(calls), bool(root), line.strip())
 
 
 def _balanced(line, start):
-    """What stands from `start` to the parenthesis that closes, and what comes after."""
+    """Splits a line behind an opening parenthesis: the text up to the closing one, and the text after it."""
     depth = 1
-    for found in re.finditer(r"[()]", line[start:]):
-        depth += 1 if found[0] == "(" else -1
+    for parenthesis in re.finditer(r"[()]", line[start:]):
+        depth += 1 if parenthesis[0] == "(" else -1
         if not depth:
-            return line[start : start + found.start()], line[start + found.end() :]
+            return line[start : start + parenthesis.start()], line[start + parenthesis.end() :]
     return line[start:], ""
 
 
 def arrays(text):
-    """The arrays of a type, as `(f32[8]{0}, s32[])` has two."""
+    """Parses the arrays of a type; `(f32[8]{0}, s32[])` has two."""
     return tuple(
         Array(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(1)" in layout and ":T(" in layout)
         for dtype, sizes, layout in _ARRAY.findall(text)
@@ -150,17 +156,17 @@ _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
 def groups(text, count):
-    """The groups of devices among which a collective runs, tuples of their numbers; all `count` where none are named.
+    """Parses the device groups of a collective, tuples of indices; one group of all `count` where it names none.
 
-    A permutation's are the pairs of sender and receiver.
+    A permutation has pairs (sender, receiver).
     """
-    if found := _PAIRS.search(text) or _LISTED.search(text):
-        return [tuple(map(int, one.split(","))) for one in re.findall(r"\{([\d,]+)\}", found[1].replace(" ", ""))]
-    if found := _COUNTED.search(text):
-        shape, dims, order = (_numbers(part) for part in found.groups())
+    if match := _PAIRS.search(text) or _LISTED.search(text):
+        return [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", match[1].replace(" ", ""))]
+    if match := _COUNTED.search(text):
+        shape, dims, order = (_numbers(text) for text in match.groups())
         return _rows(_transposed(dims, order), shape[-1])
-    if found := _MESHED.search(text):
-        return _mesh_groups(*found.groups())
+    if match := _MESHED.search(text):
+        return _mesh_groups(*match.groups())
     return [tuple(range(count))]
 
 
@@ -172,11 +178,11 @@ def _mesh_groups(axes, dims, order, listed, over):
         ids = _transposed(_numbers(dims), _numbers(order))
     else:
         ids = _numbers(listed) or list(range(math.prod(sizes.values())))
-    found = {}
+    groups_by_key = {}
     for index, place in enumerate(itertools.product(*(range(size) for size in sizes.values()))):
         key = tuple(at for name, at in zip(sizes, place, strict=True) if name not in chosen)
-        found.setdefault(key, []).append(ids[index])
-    return [tuple(group) for group in found.values()]
+        groups_by_key.setdefault(key, []).append(ids[index])
+    return [tuple(group) for group in groups_by_key.values()]
 
 
 def _transposed(dims, order):

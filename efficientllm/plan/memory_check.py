@@ -1,4 +1,4 @@
-"""Runs that would not fit into memory, refused before their first array is made, with the change that would fit."""
+"""Memory checks before a run makes its first array; a refusal names a change that would fit."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from efficientllm.sharding import local_bytes
 
 
 def check_shapes(run):
-    """Refuses a `train.setup.Setup` whose state alone is too large: before it is compiled. Raises UserError."""
+    """Raises UserError for a `train.setup.Setup` whose state and gradients exceed memory; called before compilation."""
     room = available_memory.measure_available(run.config, jax.local_devices())
     if room is None:
         return
@@ -24,7 +24,7 @@ def check_shapes(run):
 
 
 def check_compiled(run):
-    """Refuses a step for which the compiler plans too much: before its state is made. Raises UserError."""
+    """Raises UserError if the compiled step exceeds memory; called before the state is made."""
     room, planned = available_memory.measure_available(run.config, jax.local_devices()), run.program_memory.value
     if room is None or planned is None:
         return
@@ -35,7 +35,7 @@ def check_compiled(run):
 
 
 def check_serving(run):
-    """Refuses a `Serving` whose weights and states are too large, before one is read. Raises UserError."""
+    """Raises UserError for an `infer.setup.Serving` whose weights and states exceed memory, before they are read."""
     config, room, weights = run.config, available_memory.measure_available(run.config, run.devices), None
     if room is not None:
         weights = run.weights_bytes(config.quant, config.infer.rules)
@@ -43,12 +43,12 @@ def check_serving(run):
         return
     if not room.shared:
         room = dataclasses.replace(room, bytes=room.bytes * len(run.devices), name="free on all devices")
-    kept, most = (each + run.states_bytes for each in weights)
-    if not room.refuses(kept, most):
+    resident, peak = (size + run.states_bytes for size in weights)
+    if not room.refuses(resident, peak):
         return
-    gb, remedy = most / 1e9, "no form of the weights is small enough"
+    gb, remedy = peak / 1e9, "no form of the weights is small enough"
     for form in remedies.FORMS:
-        if not config.infer.rules and (size := run.weights_bytes(form)[1] + run.states_bytes) <= min(room.bytes, most):
+        if not config.infer.rules and (size := run.weights_bytes(form)[1] + run.states_bytes) <= min(room.bytes, peak):
             remedy = f"with --config.quant='{form}' it would need {size / 1e9:,.1f} GB"
             break
     raise UserError(
@@ -73,40 +73,40 @@ def _of(config):
 
 
 def _remedy(run, room, copies):
-    """The first single change that would fit, by shapes, or the words that none does."""
+    """Names the first single change that would fit by shapes, or says that none does."""
     from efficientllm.plan import training_step  # not needed by every run
 
     def total_of(change):
-        one = training_step.describe(training_step.changed(run.config, change), jax.devices(), jax.default_backend())
-        least = copies * local_bytes((one.shaped, one.shaped.params))
-        return least if least > room.bytes else max(least, copies * one.by_shapes())
+        step = training_step.describe(training_step.changed(run.config, change), jax.devices(), jax.default_backend())
+        least = copies * local_bytes((step.shaped, step.shaped.params))
+        return least if least > room.bytes else max(least, copies * step.by_shapes())
 
     for kind in [*remedies.of_training(run.config, run.mesh.shape), *_others(run.config)]:
-        (tried,) = remedies.attempt([kind], room.bytes, total_of)
-        if tried.fits:
-            return f"with {tried.flags} it would need {tried.total_bytes / 1e9:,.1f} GB"
+        (attempt,) = remedies.attempt([kind], room.bytes, total_of)
+        if attempt.fits:
+            return f"with {attempt.flags} it would need {attempt.total_bytes / 1e9:,.1f} GB"
     return "no single change of remat, micro-batch, mesh, optimiser, adapter or size is enough"
 
 
 def _others(config):
-    """Changes of what is trained, as `changes.of_training` lists them: the optimiser, what learns, the size."""
-    found = []
+    """Changes that alter the training itself, in the form of `remedies.of_training`: optimiser, adapter, size."""
+    changes = []
     if config.adapter == "full" and config.train.optimizer.startswith("adamw"):
-        found.append([{"train.optimizer": "lion"}])
+        changes.append([{"train.optimizer": "lion"}])
     if config.model.pretrained and config.adapter == "full":
-        found.append([{"adapter": "lora(rank=8)"}])
-    return [*found, *([smaller] if (smaller := _smaller(config)) else [])]
+        changes.append([{"adapter": "lora(rank=8)"}])
+    return [*changes, *([smaller] if (smaller := _smaller(config)) else [])]
 
 
 def _smaller(config):
-    """Presets of fewer weights, the largest first."""
+    """The named sizes with fewer parameters, largest first."""
 
     def weights(name):
         shape = build("size", name)
         return shape.num_layers * shape.dim**2
 
-    known = [name for name in names("size") if name != "custom"]
-    if config.model.pretrained or config.model.size not in known:
+    sizes = [name for name in names("size") if name != "custom"]
+    if config.model.pretrained or config.model.size not in sizes:
         return []
-    ours = weights(config.model.size)
-    return [{"model.size": name} for name in sorted(known, key=weights, reverse=True) if weights(name) < ours]
+    own_weights = weights(config.model.size)
+    return [{"model.size": name} for name in sorted(sizes, key=weights, reverse=True) if weights(name) < own_weights]

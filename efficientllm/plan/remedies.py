@@ -1,4 +1,4 @@
-"""Which single change makes a step fit: each is tried, by the compiler where there is one."""
+"""Search for a single config change with which a workload fits into memory."""
 
 import dataclasses
 import math
@@ -6,12 +6,17 @@ import math
 from efficientllm import sharding
 from efficientllm.errors import UserError
 
-FORMS = ("bfloat16", "int8()", "int4()")  # of weights that do not fit, from the largest to the smallest
+FORMS = ("bfloat16", "int8()", "int4()")  # of weights, from largest to smallest
 
 
 @dataclasses.dataclass(frozen=True)
 class Try:
-    """One change, what it was called on the command line, and the bytes a device then needs; None if it was refused."""
+    """A config change that was tried.
+
+    flags:        the change as command-line flags.
+    total_bytes:  memory of a device with it; None if it was refused.
+    reason:       why it was refused, or None.
+    """
 
     change: dict
     flags: str
@@ -21,36 +26,41 @@ class Try:
 
 
 def of_training(config, shape):
-    """The changes of a training step that are tried, a list of each kind from the smallest to the largest; `shape` is
-    the mesh's."""
-    found = []
+    """The changes to try for a training step: a list for each kind, from the smallest change to the largest.
+
+    `shape` is that of the mesh.
+    """
+    candidates = []
     if config.model.remat != "full":
-        found.append([{"model.remat": "full"}])
+        candidates.append([{"model.remat": "full"}])
     if shape["data"] > 1:
         sizes = _divisors(shape["data"])[1:]
-        found.append([{"mesh": _mesh(shape, size)} for size in sizes])
-    if (odd := _odd(shape["fsdp"])) > 1:  # 3 of 48 ways divide few widths, so that nothing is split
-        found.append([{"mesh": _mesh(shape, 1 / odd)}])
+        candidates.append([{"mesh": _mesh(shape, size)} for size in sizes])
+    if (
+        odd := _odd(shape["fsdp"])
+    ) > 1:  # few widths are divisible by 48 = 3 x 16, and an indivisible one is not sharded
+        candidates.append([{"mesh": _mesh(shape, 1 / odd)}])
     rows = config.train.batch_size // config.train.accumulate // math.prod(shape[axis] for axis in sharding.BATCH)
-    found.append([{"train.accumulate": config.train.accumulate * size} for size in _divisors(rows)[1:]])
-    return [steps for steps in found if steps]
+    candidates.append([{"train.accumulate": config.train.accumulate * size} for size in _divisors(rows)[1:]])
+    return [changes for changes in candidates if changes]
 
 
 def of_serving(config, smaller):
-    """The changes of inference that are tried; `smaller` are the forms that weigh less than what it has."""
+    """The changes to try for inference; `smaller` are the forms of weights with fewer bytes."""
     rows = config.infer.batch_size
-    found = [[{"quant": form} for form in smaller]]
-    found.append([{"infer.batch_size": rows // size} for size in _divisors(rows)[1:]])
-    return [steps for steps in found if steps]
+    candidates = [[{"quant": form} for form in smaller]]
+    candidates.append([{"infer.batch_size": rows // size} for size in _divisors(rows)[1:]])
+    return [changes for changes in candidates if changes]
 
 
-def _mesh(shape, more):
-    sizes = {**shape, "data": round(shape["data"] / more), "fsdp": round(shape["fsdp"] * more)}
+def _mesh(shape, factor):
+    """The mesh spec with `factor` times the fsdp axis, and the data axis smaller by it."""
+    sizes = {**shape, "data": round(shape["data"] / factor), "fsdp": round(shape["fsdp"] * factor)}
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
 
 
 def _odd(number):
-    """Its greatest odd divisor."""
+    """The greatest odd divisor."""
     return number // (number & -number)
 
 
@@ -59,28 +69,28 @@ def _divisors(number):
 
 
 def attempt(candidates, memory_bytes, total_of):
-    """The Tries of the lists `candidates`: of each kind the smallest change that fits, or its largest if none does.
+    """Tries the `candidates` -> a Try for each kind: the smallest change that fits, or the largest if none does.
 
-    `total_of(change)` gives the bytes of a device, or raises UserError. The largest is tried first: where it does not
-    fit, no smaller one will.
+    `total_of(change)` returns the bytes of a device, or raises UserError. The largest change is tried first: if it does
+    not fit, no smaller one does.
     """
     tries = []
-    for steps in candidates:
-        found = _try(steps[-1], memory_bytes, total_of)
-        if found.fits and len(steps) > 1:
-            found = _smallest(steps[:-1], found, memory_bytes, total_of)
-        tries.append(found)
+    for changes in candidates:
+        best = _try(changes[-1], memory_bytes, total_of)
+        if best.fits and len(changes) > 1:
+            best = _smallest(changes[:-1], best, memory_bytes, total_of)
+        tries.append(best)
     return tries
 
 
-def _smallest(steps, found, memory_bytes, total_of):
-    """By halving: the smallest of `steps` that fits, `found` if none does."""
-    low, high = 0, len(steps)
+def _smallest(changes, best, memory_bytes, total_of):
+    """Bisects for the smallest of `changes` that fits; `best` if none does."""
+    low, high = 0, len(changes)
     while low < high:
         middle = (low + high) // 2
-        one = _try(steps[middle], memory_bytes, total_of)
-        low, high, found = (low, middle, one) if one.fits else (middle + 1, high, found)
-    return found
+        attempt = _try(changes[middle], memory_bytes, total_of)
+        low, high, best = (low, middle, attempt) if attempt.fits else (middle + 1, high, best)
+    return best
 
 
 def _try(change, memory_bytes, total_of):

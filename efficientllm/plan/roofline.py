@@ -1,8 +1,8 @@
-"""The least time a step can take: what it computes, moves and sends over what the hardware does at best.
+"""Rooflines: the least time of a step by FLOPs, memory traffic, network traffic and kernel launches.
 
-A roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) with two sides more: the network, and on GPUs the least
-time of as many kernels, one after another. Each side alone is a lower bound of a step; the greatest is the time of one
-that overlaps them wholly, their sum of one that does not at all.
+The roofline of Williams et al. 2009 (doi:10.1145/1498765.1498785) with two more sides: the network, and on GPUs the
+least time of the kernel launches. Each side is a lower bound. A step that overlaps them perfectly takes the maximum of
+the sides, one without overlap takes their sum.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from efficientllm.plan import hardware as hardwares
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of each side, None where it is not known, and where the figures come from."""
+    """Seconds of each side, None where unknown, and the sources of the hardware's figures."""
 
     compute: float | None
     memory: float | None
@@ -23,8 +23,8 @@ class Roofline:
     @property
     def sides(self):
         """The known sides, `{name: seconds}`."""
-        found = {side: getattr(self, side) for side in ("compute", "memory", "network", "launches")}
-        return {name: seconds for name, seconds in found.items() if seconds is not None}
+        sides = {side: getattr(self, side) for side in ("compute", "memory", "network", "launches")}
+        return {name: seconds for name, seconds in sides.items() if seconds is not None}
 
     @property
     def seconds(self):
@@ -32,31 +32,31 @@ class Roofline:
 
     @property
     def bound(self):
-        """The name of the greatest side."""
+        """Name of the largest side."""
         return max(self.sides, key=self.sides.get, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Programs one after another: pairs of (how often it runs, its Roofline)."""
+    """The roofline of programs in sequence; `links` are pairs (how often it runs, its Roofline)."""
 
     links: tuple
 
     @property
     def sides(self):
-        """Seconds of each side that every link knows."""
+        """Seconds of each side that is known for every program."""
         shared = [side for side in self.links[0][1].sides if all(side in line.sides for _, line in self.links)]
         return {side: sum(times * line.sides[side] for times, line in self.links) for side in shared}
 
     @property
     def seconds(self):
-        """Each link by its own greatest side: more than the greatest of the sums."""
+        """Sum of the programs' least times; at least the largest of `sides`."""
         values = [(times, line.seconds) for times, line in self.links]
         return None if any(value is None for _, value in values) else sum(times * value for times, value in values)
 
     @property
     def bound(self):
-        """That of the link which takes longest."""
+        """The largest side of the program that takes longest."""
         if self.seconds is None:
             return None
         return max(self.links, key=lambda link: link[0] * link[1].seconds)[1].bound
@@ -69,8 +69,8 @@ class Chain:
 def roofline(hardware, count, dtype, flops, moved, collectives, launches=None):
     """The Roofline of a step.
 
-    `flops` are of all devices, `moved` bytes, the `collectives` and the kernels that are launched of one; None for
-    what is not known.
+    `flops` is the total of all devices. `moved` (bytes), `collectives` and `launches` (a number of kernels) are of one
+    device, None where unknown.
     """
     peak, bandwidth = hardware.peak_flops(dtype), hardware.bandwidth()
     known = peak.value is not None and flops is not None
@@ -90,10 +90,12 @@ def roofline(hardware, count, dtype, flops, moved, collectives, launches=None):
 
 
 def network_seconds(hardware, collectives):
-    """Seconds that the collectives of a step take one after another; 0 on devices of one memory."""
+    """Seconds of the collectives of a step in sequence; 0 where the devices share a memory."""
     if not hardware.link:
         return 0.0
     return sum(
-        one.times * one.wire_bytes / min(hardwares.link_bandwidth(hardware, group).value for group in set(one.groups))
-        for one in collectives
+        collective.times
+        * collective.wire_bytes
+        / min(hardwares.link_bandwidth(hardware, group).value for group in set(collective.groups))
+        for collective in collectives
     )

@@ -1,4 +1,4 @@
-"""A plan as a row and as text. All that is predicted stands in keys of its own: no measured row is ranked with it."""
+"""The row and the printed text of a plan. Predictions have their own keys: they are never ranked with measurements."""
 
 import dataclasses
 
@@ -21,71 +21,71 @@ _SIX = (
 )
 
 
-def predicted(one, hardware, count, found, tries, calibration):
-    """The row's `predicted`: the study's six metrics, memory, cost and what it takes to fit, as plain data."""
-    total, room = found.total_bytes, hardware.memory_bytes
+def predicted(workload, hardware, count, estimate, tries, calibration):
+    """The `predicted` entry of the row as plain data: the study's metrics, memory, cost, and changes that fit."""
+    total, room = estimate.total_bytes, hardware.memory_bytes
     return {
-        **_six(one, hardware, count, found, calibration),
-        "source": found.source,
+        **_six(workload, hardware, count, estimate, calibration),
+        "source": estimate.source,
         "hardware": hardware.name,
         "device_kind": hardware.device_kind,
         "devices": count,
         "hosts": hardwares.hosts(hardware, count),
-        "mesh": dict(one.mesh.shape),
-        "fits": None if total is None and found.refused is None else found.refused is None and total <= room,
-        "refused": found.refused,
+        "mesh": dict(workload.mesh.shape),
+        "fits": None if total is None and estimate.refused is None else estimate.refused is None and total <= room,
+        "refused": estimate.refused,
         "device_memory_bytes": room,
         "peak_bytes": total,
-        "memory_bytes": found.memory,
-        "by_shapes_bytes": found.by_shapes,
-        **_cost(found),
-        **one.latencies(found.parts),
-        "parts": {name: {"times": times} | _part(each) for name, (times, each) in found.parts.items()},
-        "changes": [dataclasses.asdict(each) for each in tries],
+        "memory_bytes": estimate.memory,
+        "by_shapes_bytes": estimate.by_shapes,
+        **_cost(estimate),
+        **workload.latencies(estimate.parts),
+        "parts": {name: {"times": times} | _part(program) for name, (times, program) in estimate.parts.items()},
+        "changes": [dataclasses.asdict(attempt) for attempt in tries],
         "calibration": None if calibration is None else calibration.summary(),
-        "sources": {**hardware.sources, **found.roofline.sources},
+        "sources": {**hardware.sources, **estimate.roofline.sources},
     }
 
 
-def _cost(found):
+def _cost(estimate):
     return {
-        "model_flops": found.model_flops,
-        "program_flops": found.program_flops,
-        "moved_bytes": found.moved_bytes,
-        "launches": found.launches,
-        "collectives": None if found.collectives is None else hlo_cost.by_kind(found.collectives),
-        "roofline_s": found.roofline.sides,
-        "step_s": found.roofline.seconds,
-        "bound": found.roofline.bound,
-        "kernels": found.kernels,
-        "custom_calls": found.custom_calls,
+        "model_flops": estimate.model_flops,
+        "program_flops": estimate.program_flops,
+        "moved_bytes": estimate.moved_bytes,
+        "launches": estimate.launches,
+        "collectives": None if estimate.collectives is None else hlo_cost.by_kind(estimate.collectives),
+        "roofline_s": estimate.roofline.sides,
+        "step_s": estimate.roofline.seconds,
+        "bound": estimate.roofline.bound,
+        "kernels": estimate.kernels,
+        "custom_calls": estimate.custom_calls,
     }
 
 
-def _part(found):
-    """One program of several: a run of it."""
-    return {"peak_bytes": found.total_bytes, "memory_bytes": found.memory, **_cost(found)}
+def _part(estimate):
+    """Cost of one run of a program."""
+    return {"peak_bytes": estimate.total_bytes, "memory_bytes": estimate.memory, **_cost(estimate)}
 
 
-def _six(one, hardware, count, found, calibration):
-    """AMU, AL and throughputs from the plan; PCU and power only as measured rows had them; null with the reason."""
-    seconds = found.roofline.seconds
+def _six(workload, hardware, count, estimate, calibration):
+    """The study's metrics: AMU, AL, throughputs predicted; PCU and power of calibration rows; null with a reason."""
+    seconds = estimate.roofline.seconds
     if seconds is not None and calibration is not None:
         seconds *= calibration.factor
-    rates = dict.fromkeys(one.no_rates) if seconds is None else one.rates(seconds)
-    watts, busy = (calibration.mean("watts"), calibration.mean("pcu")) if calibration else (None, None)
-    total = found.total_bytes
+    rates = dict.fromkeys(workload.no_rates) if seconds is None else workload.rates(seconds)
+    watts, pcu = (calibration.mean("watts"), calibration.mean("pcu")) if calibration else (None, None)
+    total = estimate.total_bytes
     values = {
         "amu_gb": None if total is None else total / 1e9,
         "amu_fraction": None if total is None else total / hardware.memory_bytes,
-        "pcu": busy,
+        "pcu": pcu,
         "al_s": seconds,
         **rates,
         "aec_w": None if watts is None else watts * count,
         "aec_at_most_w": None if hardware.tdp_w is None else hardware.tdp_w * count,
         "mcr": None,
     }
-    reasons = dict.fromkeys(rates, _UNKNOWN) | _REASONS | {"mcr": one.no_mcr}
+    reasons = dict.fromkeys(rates, _UNKNOWN) | _REASONS | {"mcr": workload.no_mcr}
     return values | {"reasons": {key: reasons[key] for key, value in values.items() if value is None}}
 
 
@@ -100,110 +100,123 @@ _REASONS = {
 }
 
 
-def physical(one, found):
-    """What is known of the model without a clock, as readings."""
-    params = formulas.count_parameters(one.lm, one.boxed)
-    executed = found.program_flops
+def physical(workload, estimate):
+    """The row's physical readings, which need no measured time."""
+    params = formulas.count_parameters(workload.lm, workload.boxed)
+    executed = estimate.program_flops
     return {
         "params_total": Reading(params["total"], "1", "parameter tree"),
         "params_active": Reading(params["active"], "1", "parameter tree, experts as far as a token is sent to them"),
-        **one.readings(),
+        **workload.readings(),
         "program_flops_per_token": missing("FLOP", "kernels hide their products")
         if executed is None
-        else Reading(executed / one.tokens, "FLOP", "products of the programs, counted in their jaxprs"),
+        else Reading(executed / workload.tokens, "FLOP", "products of the programs, counted in their jaxprs"),
         "compile_s": missing("s", "no compiler")
-        if found.compile_s is None
-        else Reading(found.compile_s, "s", "XLA compilation of the programs"),
+        if estimate.compile_s is None
+        else Reading(estimate.compile_s, "s", "XLA compilation of the programs"),
     }
 
 
-def text(name, one, hardware, found, made):
-    """What a plan prints."""
-    count = made["devices"]
-    mesh = ", ".join(f"{axis} {size}" for axis, size in made["mesh"].items() if size > 1) or "one device"
-    by = f"compiled for it in {found.compile_s:.1f} s" if found.source == "compiler" else "from shapes alone"
+def text(name, workload, hardware, estimate, prediction):
+    """Formats a plan for the log."""
+    count = prediction["devices"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in prediction["mesh"].items() if size > 1) or "one device"
+    by = f"compiled for it in {estimate.compile_s:.1f} s" if estimate.source == "compiler" else "from shapes alone"
     lines = [
-        f"plan of {name}: {one.heading} on {count} x {hardware.name} "
-        f"({made['hosts']} host{'s' * (made['hosts'] > 1)}), mesh {mesh}; {by}",
-        *_memory_lines(hardware, found, made),
-        *_cost_lines(found, made),
-        *_six_lines(made),
+        f"plan of {name}: {workload.heading} on {count} x {hardware.name} "
+        f"({prediction['hosts']} host{'s' * (prediction['hosts'] > 1)}), mesh {mesh}; {by}",
+        *_memory_lines(hardware, estimate, prediction),
+        *_cost_lines(estimate, prediction),
+        *_six_lines(prediction),
     ]
     return "\n".join(lines)
 
 
-def _memory_lines(hardware, found, made):
-    room, total = made["device_memory_bytes"], made["peak_bytes"]
+def _memory_lines(hardware, estimate, prediction):
+    room, total = prediction["device_memory_bytes"], prediction["peak_bytes"]
     kinds = (("argument_bytes", "arguments"), ("output_bytes", "outputs"), ("alias_bytes", "of them in place"))
     parts = [
-        f"{said} {found.memory[key] / 1e9:.2f}"
-        for key, said in (*kinds, ("temp_bytes", "temporaries"))
-        if key in found.memory
+        f"{label} {estimate.memory[key] / 1e9:.2f}"
+        for key, label in (*kinds, ("temp_bytes", "temporaries"))
+        if key in estimate.memory
     ]
-    verdict = "fits" if made["fits"] else "does not fit"
+    verdict = "fits" if prediction["fits"] else "does not fit"
     peak = "of unknown size" if total is None else f"{total / 1e9:.2f}"
     lines = [
         f"  memory, GB a device  peak {peak} of {room / 1e9:.1f}: {verdict}"
         + (f"  ({', '.join(parts)})" if parts else "")
-        + (f"; by shapes {found.by_shapes / 1e9:.2f}" if found.source == "compiler" else "")
+        + (f"; by shapes {estimate.by_shapes / 1e9:.2f}" if estimate.source == "compiler" else "")
     ]
-    if found.refused:
-        lines.append(f"    the compiler refuses: {found.refused[:160]}")
-    if made["fits"] and hardware.platform == "gpu" and total > 0.75 * room:
+    if estimate.refused:
+        lines.append(f"    the compiler refuses: {estimate.refused[:160]}")
+    if prediction["fits"] and hardware.platform == "gpu" and total > 0.75 * room:
         lines.append(
             f"    JAX takes 75 % of a GPU by itself: XLA_PYTHON_CLIENT_MEM_FRACTION={total / room + 0.005:.2f}"
         )
-    for each in made["changes"]:
-        said = "no figure" if each["total_bytes"] is None else f"{each['total_bytes'] / 1e9:.2f} GB"
-        ends = "would fit" if each["fits"] else each["reason"] or "does not fit either"
-        lines.append(f"    with {each['flags']}: {said}, {ends}")
-    if not made["fits"] and not made["changes"]:
+    for change in prediction["changes"]:
+        size = "no figure" if change["total_bytes"] is None else f"{change['total_bytes'] / 1e9:.2f} GB"
+        outcome = "would fit" if change["fits"] else change["reason"] or "does not fit either"
+        lines.append(f"    with {change['flags']}: {size}, {outcome}")
+    if not prediction["fits"] and not prediction["changes"]:
         lines.append("    no single change of remat, mesh or micro-batch is left to try")
     return lines
 
 
-def _cost_lines(found, made):
-    if not made["parts"]:
-        return _lines_of("a step", found.source, made)
+def _cost_lines(estimate, prediction):
+    if not prediction["parts"]:
+        return _lines_of("a step", estimate.source, prediction)
     lines = []
-    for name, part in made["parts"].items():
-        lines += _lines_of(f"{part['times']} x {name}", found.source, part)
-    known = [f"{label} {made[key] * 1e3:,.4g} ms" for label, key in _LATENCIES if made[key] is not None]
-    return [*lines, f"  {'least latencies':<20} {', '.join(known)}"] if known else lines
+    for name, part in prediction["parts"].items():
+        lines += _lines_of(f"{part['times']} x {name}", estimate.source, part)
+    latencies = [f"{label} {prediction[key] * 1e3:,.4g} ms" for label, key in _LATENCIES if prediction[key] is not None]
+    return [*lines, f"  {'least latencies':<20} {', '.join(latencies)}"] if latencies else lines
 
 
-def _lines_of(label, source, made):
-    sides = ", ".join(f"{side} {seconds * 1e3:,.4g} ms" for side, seconds in made["roofline_s"].items())
-    executed = made["program_flops"]
-    flops = f"{made['model_flops'] / 1e12:,.4g} TFLOP of the model" + (
+def _lines_of(label, source, prediction):
+    sides = ", ".join(f"{side} {seconds * 1e3:,.4g} ms" for side, seconds in prediction["roofline_s"].items())
+    executed = prediction["program_flops"]
+    flops = f"{prediction['model_flops'] / 1e12:,.4g} TFLOP of the model" + (
         f", {executed / 1e12:,.4g} of the program" if executed else ""
     )
-    moved = "" if made["moved_bytes"] is None else f"; {made['moved_bytes'] / 1e9:,.4g} GB moved on a device"
-    launched = "" if made["launches"] is None else f", {made['launches']:,} kernels"
+    moved = (
+        "" if prediction["moved_bytes"] is None else f"; {prediction['moved_bytes'] / 1e9:,.4g} GB moved on a device"
+    )
+    launched = "" if prediction["launches"] is None else f", {prediction['launches']:,} kernels"
     lines = [f"  {label:<20} {flops}{moved}{launched}"]
-    for kind, each in (made["collectives"] or {}).items():
-        size, sent = each["bytes"] / 1e9, each["wire_bytes"] / 1e9
-        how = f"{each['count']:>6} x" if source == "compiler" else "by formula"
+    for kind, total in (prediction["collectives"] or {}).items():
+        size, sent = total["bytes"] / 1e9, total["wire_bytes"] / 1e9
+        how = f"{total['count']:>6} x" if source == "compiler" else "by formula"
         lines.append(f"    {kind:<18} {how}, {size:,.4g} GB a device, {sent:,.4g} sent")
-    names = {**made["kernels"], **({"calls": list(made["custom_calls"])} if made["custom_calls"] else {})}
+    names = {
+        **prediction["kernels"],
+        **({"calls": list(prediction["custom_calls"])} if prediction["custom_calls"] else {}),
+    }
     if names:
         lines.append(
             "    kernels            " + "; ".join(f"{key}: {', '.join(kinds)}" for key, kinds in names.items())
         )
     if sides:
-        lines.append(f"    least time         {sides}: bound by {made['bound']}")
+        lines.append(f"    least time         {sides}: bound by {prediction['bound']}")
     return lines
 
 
-def _six_lines(made):
-    known = made["calibration"]
-    said = LEAST if known is None else f"roofline x {known['factor']:.2f}, from {known['rows']} measured rows"
-    if known and known["median_error"] is not None:
-        said += f"; each from the others off by {known['median_error']:.0%}, at most {known['worst_error']:.0%}"
-    lines = [f"  predicted ({said})"]
+def _six_lines(prediction):
+    calibration = prediction["calibration"]
+    basis = (
+        LEAST
+        if calibration is None
+        else f"roofline x {calibration['factor']:.2f}, from {calibration['rows']} measured rows"
+    )
+    if calibration and calibration["median_error"] is not None:
+        basis += (
+            f"; each from the others off by {calibration['median_error']:.0%}, at most {calibration['worst_error']:.0%}"
+        )
+    lines = [f"  predicted ({basis})"]
     for label, key, unit in _SIX:
-        if key not in made:
+        if key not in prediction:
             continue
-        value = made[key]
-        lines.append(f"    {label:<5}" + (f"null  {made['reasons'][key]}" if value is None else f"{value:.4g} {unit}"))
+        value = prediction[key]
+        lines.append(
+            f"    {label:<5}" + (f"null  {prediction['reasons'][key]}" if value is None else f"{value:.4g} {unit}")
+        )
     return lines

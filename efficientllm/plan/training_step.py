@@ -1,6 +1,7 @@
-"""A training step as it would run: described from its config alone, and compiled without an array.
+"""`Step`, a workload of plans: a training step, from its config alone, compiled ahead of time without arrays.
 
-What can be planned is registered as `planned`: a Planned, whose `describe` gives a Step or what has its methods.
+Kinds of workloads are registered as `planned`, each as a Planned. Its `describe` returns a workload: a Step, or another
+class with the same methods (`request.Request`).
 """
 
 import contextlib
@@ -28,11 +29,11 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Planned(typing.NamedTuple):
-    """One thing that is planned.
+    """A kind of workload.
 
-    whole:     `(config, mesh) -> config`, one whose rows divide over the mesh.
-    describe:  `(config, devices, platform, capability)` -> what is planned, on a mesh of these devices.
-    tasks:     whose measured rows calibrate it.
+    whole:     `(config, mesh) -> config`, with a batch size that the mesh divides.
+    describe:  `(config, devices, platform, capability) -> workload`, on a mesh of these devices.
+    tasks:     tasks (`config.task`) whose measured rows calibrate it.
     """
 
     whole: object
@@ -41,13 +42,13 @@ class Planned(typing.NamedTuple):
 
 
 class Part(typing.NamedTuple):
-    """A program of what is planned, traced.
+    """A traced program of a workload.
 
-    times:        how often it runs in a step, or a request.
-    kernels:      `{operation: kernels}` that it chose.
-    model_flops:  FLOPs of a run by closed formula.
-    moved_bytes:  bytes that a run must move on a device by closed formula, or None.
-    turns:        how often its outer loops run in what is counted as one run; None if the jaxpr says.
+    times:        how often it runs in a step or request.
+    kernels:      `{operation: kernels}` it was traced with.
+    model_flops:  FLOPs of one run by closed formula.
+    moved_bytes:  memory traffic of one run on a device by closed formula, or None.
+    turns:        iterations of its outer loops that count as one run; None where the jaxpr has the count.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Part(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a step is: its model, method and mesh, and the abstract TrainState on its shardings."""
+    """A training step: model, tuning method, mesh, and the abstract TrainState with shardings."""
 
     config: object
     lm: object
@@ -74,14 +75,14 @@ class Step:
     capability: tuple = (0, 0)
 
     def scope(self):
-        """Where it is traced and compiled: its mesh, and kernels for its platform and compute capability."""
+        """Context to trace and compile in: the mesh, and kernels of the platform and compute capability."""
         return scope(self.mesh, self.platform, self.capability)
 
     @property
     def rows(self):
-        """Sequences of a micro-batch, and the number of ways their tokens are dealt out."""
-        train, ways = self.config.train, sharding.row_ways(self.mesh) * self.mesh.shape["sequence"]
-        return train.batch_size // train.accumulate, ways
+        """`(rows of a micro-batch, number of shards of its tokens)`."""
+        train, shards = self.config.train, sharding.row_ways(self.mesh) * self.mesh.shape["sequence"]
+        return train.batch_size // train.accumulate, shards
 
     @property
     def model_flops(self):
@@ -99,42 +100,42 @@ class Step:
         return f"{self.samples} x {self.config.train.length} tokens a step"
 
     def programs(self):
-        """The Parts of what is planned."""
+        """The Parts of the step: one program."""
         return [Part("step", 1, *traced(self), self.model_flops)]
 
     def plain(self):
-        """The same in products that a jaxpr shows: dense attention, ragged products, unrounded weights, scans of known
-        length."""
+        """The same step with operators whose FLOPs can be counted in the jaxpr: dense attention, ragged products,
+        unquantized weights, scans of known length."""
         config = changed(self.config, {"model.attention_kernel": "xla", "quant": "float32"})
         return describe(config, list(self.mesh.devices.flat), "tpu")
 
     def sent_by_formula(self):
-        """Its Collectives by closed formula, None where that does not hold."""
+        """Collectives by closed formula; None where it does not hold."""
         return collectives.closed(self)
 
     def candidates(self):
-        """The single changes that could make it fit (`plan.remedies`)."""
+        """The config changes to try where it does not fit (`plan.remedies`)."""
         return changes.of_training(self.config, self.mesh.shape)
 
     def rates(self, seconds):
-        """The study's throughputs of a step that takes so long."""
+        """The study's throughputs if a step takes `seconds`."""
         rate = self.samples / seconds / formulas.count_parameters(self.lm, self.boxed)["active"]
         return {"tt_tokens_per_param_s": rate * self.config.train.length, "st_samples_per_param_s": rate}
 
     def latencies(self, parts):
-        """None: a step is all there is."""
+        """None: a training step has no TTFT or TPOT."""
         return {}
 
     no_rates: typing.ClassVar = ("tt_tokens_per_param_s", "st_samples_per_param_s")
     no_mcr: typing.ClassVar = "nothing is compressed in training"
 
     def readings(self):
-        """What is known of the model and is no cost, as Readings."""
-        learnt = sum(leaf.size for leaf in jax.tree.leaves(self.shaped.params))
+        """Readings of the model itself."""
+        trainable = sum(leaf.size for leaf in jax.tree.leaves(self.shaped.params))
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shaped.all_params))
         formula = f"closed formula ({formulas.FLOP_CONVENTION})"
         return {
-            "params_trainable": Reading(learnt, "1", "parameter tree"),
+            "params_trainable": Reading(trainable, "1", "parameter tree"),
             "flops_per_token": Reading(self.model_flops / self.tokens, "FLOP", formula),
             "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
         }
@@ -145,7 +146,7 @@ class Step:
         return self.samples * self.config.train.length
 
     def by_shapes(self):
-        """Bytes of one device at the height of a step, by `cost.step_memory`."""
+        """Peak memory of a device in bytes, from shapes (`cost.step_memory`)."""
         with self.scope():
             return step_memory.predicted_bytes(
                 self.lm, self.shaped, self.rows[0], self.config.train.length, self.rows[1]
@@ -154,11 +155,11 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step.
+    """Result of compiling a program.
 
     memory:   `memory.compiled_memory`, bytes of one device; only `total_bytes` where the compiler refused.
     refused:  why it would not compile, or None.
-    text:     the program.
+    text:     the HLO text, or None.
     """
 
     memory: dict
@@ -169,35 +170,35 @@ class Compiled:
 
 @contextlib.contextmanager
 def target(platform, capability):
-    """What is traced inside takes its kernels for the platform, of a GPU by its compute capability."""
+    """Context in which kernels are chosen for the platform and, on a GPU, its compute capability."""
     with kernels.compiling_for(platform, capability), cudnn.planned_for(capability):
         yield
 
 
 @contextlib.contextmanager
 def scope(mesh, platform, capability):
-    """What is traced and compiled inside lies on `mesh` and takes its kernels for the platform."""
+    """Context with `mesh` in scope, in which kernels are chosen for the platform."""
     with jax.set_mesh(mesh), target(platform, capability):
         yield
 
 
 def changed(config, changes):
-    """A copy of the config with `{"model.remat": "full"}` changed."""
+    """A copy of the config with `changes`, such as `{"model.remat": "full"}`."""
     copy = config.copy_and_resolve_references()
     copy.update_from_flattened_dict(changes)
     return copy
 
 
 def whole_rows(config, mesh):
-    """The config with the least batch from its own upwards that divides over the mesh."""
+    """The config with its batch size rounded up to one that the mesh divides. Raises UserError."""
     check_rows(config.train)
-    parts = config.train.accumulate * sharding.row_ways(mesh)
+    divisor = config.train.accumulate * sharding.row_ways(mesh)
     size = config.train.batch_size
-    return config if size % parts == 0 else changed(config, {"train.batch_size": size + -size % parts})
+    return config if size % divisor == 0 else changed(config, {"train.batch_size": size + -size % divisor})
 
 
 def describe(config, devices, platform, capability=(0, 0)):
-    """The Step of a config on `devices`, for the `platform` that it is compiled for, a GPU of this capability."""
+    """Builds the Step of a config on `devices`, compiled for `platform` (a GPU with this compute capability)."""
     run = describe_run(config, devices, shapes_only=True)
     check_train(config.train, run.mesh)
     with target(platform, capability):
@@ -207,53 +208,54 @@ def describe(config, devices, platform, capability=(0, 0)):
     return Step(config, lm, run.method, run.mesh, boxed, shaped, shardings, platform, capability)
 
 
-def traced(one):
-    """(the step traced for its platform, `{operation: kernels}` it chose)."""
+def traced(workload):
+    """Traces a Step -> `(trace, {operation: kernels} it was traced with)`."""
     batch = step_memory.batch_shapes(
-        one.config.train.batch_size, one.config.train.length, sharding.batch_sharding(one.mesh)
+        workload.config.train.batch_size, workload.config.train.length, sharding.batch_sharding(workload.mesh)
     )
-    jitted = step.jit_train_step(one.lm, one.config.train, one.mesh, one.shardings, one.method)
-    with one.scope(), kernels.recording_kernels() as used:
-        return jitted.trace(one.shaped, batch), {operation: sorted(kinds) for operation, kinds in used.items()}
+    jitted = step.jit_train_step(workload.lm, workload.config.train, workload.mesh, workload.shardings, workload.method)
+    with workload.scope(), kernels.recording_kernels() as used:
+        return jitted.trace(workload.shaped, batch), {operation: sorted(kinds) for operation, kinds in used.items()}
 
 
-def compile_step(one, trace):
-    """The Compiled of a traced step; the compiler's refusal for want of memory is an answer, other errors raise."""
+def compile_step(workload, trace):
+    """Compiles a trace -> Compiled. Out of memory in the compiler is reported in it; other errors raise."""
     begin = time.perf_counter()
     try:
-        with one.scope():
-            done = trace.lower().compile()
+        with workload.scope():
+            compiled = trace.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Compiled(_used(str(error)), time.perf_counter() - begin, None, str(error).splitlines()[0])
-    return Compiled(memory.compiled_memory(done), time.perf_counter() - begin, done.as_text())
+    return Compiled(memory.compiled_memory(compiled), time.perf_counter() - begin, compiled.as_text())
 
 
 def _used(message):
-    found = _USED.search(message)
-    return {"total_bytes": round(float(found[1]) * _UNITS[found[2]])} if found else {}
+    """The bytes that the compiler's error message names."""
+    match = _USED.search(message)
+    return {"total_bytes": round(float(match[1]) * _UNITS[match[2]])} if match else {}
 
 
-def program_flops(one, part):
-    """FLOPs of the products that a Part executes, remat's twice, masked ones too; counted in its jaxpr.
+def program_flops(workload, part):
+    """FLOPs of the matrix products in a Part's jaxpr, including rematerialized and masked ones.
 
-    Where kernels hide theirs, those of the same in plain products. None where neither can be counted.
+    Where custom kernels hide products, those of `workload.plain()` are counted. None where neither can be counted.
     """
-    for parts in (lambda: [part], lambda: one.plain().programs()):
+    for parts in (lambda: [part], lambda: workload.plain().programs()):
         try:
-            found = next(each for each in parts() if each.name == part.name)
-            return jaxpr_flops.count_program_flops(found.trace.jaxpr, part.turns)
+            countable = next(program for program in parts() if program.name == part.name)
+            return jaxpr_flops.count_program_flops(countable.trace.jaxpr, part.turns)
         except ValueError:
             continue
     return None
 
 
 def read(compiled, count):
-    """`(Collectives, moved bytes, custom calls, launches)` of a compiled step's text."""
-    found = hlo_text.Program(compiled.text)
-    counted = hlo_cost.moved_bytes(found), hlo_cost.custom_calls(found), hlo_cost.launches(found)
-    return hlo_cost.collectives(found, count), *counted
+    """`(Collectives, moved bytes, custom calls, launches)` of a Compiled, from its text."""
+    program = hlo_text.Program(compiled.text)
+    costs = hlo_cost.moved_bytes(program), hlo_cost.custom_calls(program), hlo_cost.launches(program)
+    return hlo_cost.collectives(program, count), *costs
 
 
 TRAINING = Planned(whole_rows, describe, ("pretrain", "tune"))
