@@ -151,7 +151,7 @@ def test_an_adapter_of_no_format_has_no_folder():
 def test_a_form_is_served_in_a_plan_and_written_and_read(source, tmp_path):
     served = config(**{"task": "plan", "plan.of": "infer", "mesh": "data=1", "quant": "signs"})
     assert request.describe(served, jax.devices()[:1], "cpu").weights > 0
-    write_quantized.convert(source, "signs", tmp_path / "signs")
+    write_quantized.convert_quantized(source, "signs", tmp_path / "signs")
     again = convert.open_source(tmp_path / "signs")
     lm = again.lm(scan=False)
     stored = again.load_stored(nn.unbox(model.abstract_params(lm)), lm)

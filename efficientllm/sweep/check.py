@@ -14,9 +14,9 @@ from efficientllm import main
 from efficientllm.errors import UserError
 from efficientllm.sweep import execute, spec
 
-MFU = 0.3  # share of the host's best matrix product that training steps of small models reach, at least
+MFU = 0.3  # least share of the measured GEMM peak that training steps of small models reach
 IMPORTS = "import jax, flax, optax, orbax.checkpoint, tensorboard.summary, efficientllm.registry; jax.devices()"
-COMPILE_S = 20.0  # of a step and of an evaluation, on two cores: 4 to 23 s in the rows of experiments/
+COMPILE_S = 20.0  # train step and evaluation, on two cores: 4 to 23 s in the rows of experiments/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +36,20 @@ class Cost:
 
 def estimate_costs(sweep: spec.Sweep, extra: Sequence[str] = ()) -> dict[str, Cost]:
     """Estimates `{variant: Cost}`. Raises UserError for a wrong config, or one outside the sweep's `equal`."""
-    found, argv = {}, {variant: spec.argv_of(sweep, variant, extra) for variant in sweep.variants}
-    for variant in sweep.variants:  # all command lines first: that takes no time
-        with _named(sweep, variant):
-            for more in _asked(sweep):
-                main.parse([*argv[variant], *more])
+    costs, argv = {}, {variant: spec.argv_of(sweep, variant, extra) for variant in sweep.variants}
+    for variant in sweep.variants:  # all command lines first, because parsing is fast
+        with _naming_variant(sweep, variant):
+            for flags in _extreme_flags(sweep):
+                main.parse([*argv[variant], *flags])
     for variant in sweep.variants:
-        with _named(sweep, variant):
-            found[variant] = _cost(argv[variant])
-    _check_equal(sweep, found)
-    return found
+        with _naming_variant(sweep, variant):
+            costs[variant] = _cost(argv[variant])
+    _check_equal(sweep, costs)
+    return costs
 
 
 @contextlib.contextmanager
-def _named(sweep, variant):
+def _naming_variant(sweep, variant):
     """Adds the variant's name to a UserError."""
     try:
         yield
@@ -57,23 +57,24 @@ def _named(sweep, variant):
         raise UserError(f"sweep {sweep.name}, variant {variant}: {error}") from None
 
 
-def _asked(sweep):
-    """The flags that the runs of a variant get besides its own: none, the values of a grid, the ends of a search."""
+def _extreme_flags(sweep):
+    """Flags added to a variant's own, as lists: none, each value of the grid, both ends of the search."""
     key, values = sweep.grid or ("", ())
     if sweep.search:
         key, *values = sweep.search
     return [[], *([f"--config.{key}={value}"] for value in values)]
 
 
-def _check_equal(sweep, found):
-    base = found[sweep.baseline]
+def _check_equal(sweep, costs):
+    """Raises UserError for a variant that differs from the baseline by more than `sweep.equal` allows."""
+    baseline = costs[sweep.baseline]
     for key, allowed in sweep.equal.items():
-        for variant, cost in found.items():
-            ours, theirs = getattr(cost, key), getattr(base, key)
-            if abs(ours - theirs) > allowed * theirs:
+        for variant, cost in costs.items():
+            value, baseline_value = getattr(cost, key), getattr(baseline, key)
+            if abs(value - baseline_value) > allowed * baseline_value:
                 raise UserError(
-                    f"sweep {sweep.name}: {key} of variant {variant} is {ours:,.0f}, of the baseline "
-                    f"{sweep.baseline} {theirs:,.0f}: more than {allowed:.1%} apart"
+                    f"sweep {sweep.name}: {key} of variant {variant} is {value:,.0f}, of the baseline "
+                    f"{sweep.baseline} {baseline_value:,.0f}: more than {allowed:.1%} apart"
                 )
 
 
@@ -86,7 +87,7 @@ def _cost(argv):
 
 
 def _cost_of_training(config):
-    """Of all steps; memory is that of one at its height."""
+    """Cost of all steps; memory is the peak of one step."""
     import flax.linen as nn
     import jax
 
@@ -113,7 +114,7 @@ def _cost_of_training(config):
 
 
 def _cost_of_inference(config):
-    """Of the measured repeats; memory is that of the compressed weights and the states."""
+    """Cost of the measured repeats; memory is that of quantized weights and decode states."""
     import flax.linen as nn
 
     from efficientllm import model
@@ -124,52 +125,57 @@ def _cost_of_inference(config):
     from efficientllm.weights import resident_bytes
 
     serving.check_request(config)
-    run, asked = describe_run(config, serving.devices_of(config), shapes_only=True), config.infer
+    run, infer = describe_run(config, serving.devices_of(config), shapes_only=True), config.infer
     serving.check_mesh(config, run.mesh)
-    length = asked.prompt_length + asked.max_new_tokens
+    length = infer.prompt_length + infer.max_new_tokens
     lm = serving.serving_lm(run, length)
     boxed = model.abstract_params(lm)
-    params, middle = formulas.count_parameters(lm, boxed), asked.prompt_length + asked.max_new_tokens // 2
-    decode = asked.max_new_tokens * formulas.decode_flops(lm, boxed, middle)
-    rows = asked.repeats * asked.batch_size
-    weights = resident_bytes(apply.abstract(nn.unbox(boxed), config.quant, asked.rules))
+    params, middle = formulas.count_parameters(lm, boxed), infer.prompt_length + infer.max_new_tokens // 2
+    decode = infer.max_new_tokens * formulas.decode_flops(lm, boxed, middle)
+    rows = infer.repeats * infer.batch_size
+    weights = resident_bytes(apply.abstract(nn.unbox(boxed), config.quant, infer.rules))
     return Cost(
         parameters=params["total"],
         active=params["active"],
-        tokens=rows * asked.max_new_tokens,
-        flops=rows * (formulas.forward_flops(lm, boxed, asked.prompt_length) + decode),
-        memory_bytes=weights + asked.batch_size * formulas.state_bytes(lm, length),
+        tokens=rows * infer.max_new_tokens,
+        flops=rows * (formulas.forward_flops(lm, boxed, infer.prompt_length) + decode),
+        memory_bytes=weights + infer.batch_size * formulas.state_bytes(lm, length),
     )
 
 
 def start_seconds() -> float:
-    """Seconds of a run beside its steps: imports, measured here in a process, and compilation."""
+    """Seconds of a run outside its steps: imports, measured here in a process, and COMPILE_S."""
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-c", IMPORTS], check=False, capture_output=True)
     return time.perf_counter() - begin + COMPILE_S
 
 
 def _minutes(runs, costs, peak, start, out):
-    """`about 19 minutes`, of what: steps by FLOPs, start and compilation by run; runs that have rows take none, and
-    tell how long the others of their variant take."""
-    known = {
+    """Formats the expected time, `about 19 minutes, ...`, and what it consists of.
+
+    Steps are estimated by FLOPs, starting and compiling by run. Finished runs count as 0, and their times are the
+    estimate for further runs of the same variant.
+    """
+    finished = {
         run: execute.run_seconds(out / run.folder) for run in runs if out and execute.read_outcome(out / run.folder)
     }
-    took = collections.defaultdict(list)
-    for run, seconds in known.items():
+    seconds_of_variant = collections.defaultdict(list)
+    for run, seconds in finished.items():
         if seconds is not None:
-            took[run.variant].append(seconds)
-    open_ = [run for run in runs if run not in known]
-    steps = sum(costs[run.variant].seconds(peak) for run in open_ if run.variant not in took)
-    before = sum(statistics.fmean(took[run.variant]) for run in open_ if run.variant in took)
-    starts = start * sum(run.variant not in took for run in open_)
-    parts = [f"about {(steps + before + starts) / 60:.0f} minutes"]
+            seconds_of_variant[run.variant].append(seconds)
+    unfinished = [run for run in runs if run not in finished]
+    steps = sum(costs[run.variant].seconds(peak) for run in unfinished if run.variant not in seconds_of_variant)
+    earlier = sum(
+        statistics.fmean(seconds_of_variant[run.variant]) for run in unfinished if run.variant in seconds_of_variant
+    )
+    starts = start * sum(run.variant not in seconds_of_variant for run in unfinished)
+    parts = [f"about {(steps + earlier + starts) / 60:.0f} minutes"]
     if starts:
         parts.append(f"{steps / 60:.0f} of steps at {MFU:.0%} of {peak / 1e9:.0f} GFLOP/s")
         parts.append(f"{starts / 60:.0f} of starting and compiling at {start:.0f} s a run")
-    if before:
-        parts.append(f"{before / 60:.0f} as runs of the same variants took")
-    return ", ".join(parts) + (f" ({len(known)} have rows)" if known else "")
+    if earlier:
+        parts.append(f"{earlier / 60:.0f} as runs of the same variants took")
+    return ", ".join(parts) + (f" ({len(finished)} have rows)" if finished else "")
 
 
 def format_costs(

@@ -17,12 +17,12 @@ from efficientllm.report import file_excerpts
 from efficientllm.sweep.spec import Run
 from efficientllm.untrusted import json_text
 
-LONGEST = 300  # characters of a failed run's last message
-TAIL = 20  # lines of the log in the row of a run that failed
-GRACE_S = 60  # for a run to save after it is told to stop
-LOOK_S = 0.2  # between two readings of a run's memory
+MESSAGE_CHARS = 300  # of a failed run's last message
+TAIL = 20  # lines of output in the row of a failed run
+GRACE_S = 60  # seconds for a run to save after SIGTERM
+POLL_S = 0.2  # between two readings of a run's memory
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses of a run that was stopped and has saved
-ROOM = 0.9  # share of the machine's memory; above it a run is stopped before the kernel kills some process
+MEMORY_SHARE = 0.9  # of the machine's memory; a run above it is killed before the kernel kills any process
 
 
 def execute_run(
@@ -34,23 +34,23 @@ def execute_run(
 ) -> str:
     """Executes `run` in `folder` unless it has a row -> its outcome.
 
-    A run with more than `memory_bytes` resident (0: ROOM of the machine's) is stopped as `oom`. If the run wrote no
-    row, one is made here from its exit status. An interrupted run has no row: the same call resumes it.
+    A run with more resident bytes than `memory_bytes` (0: MEMORY_SHARE of the machine's) is killed as `oom`. A run
+    without a row gets one made from its exit status. An interrupted run has no row: the same call resumes it.
     """
     folder = pathlib.Path(folder)
-    if (earlier := read_outcome(folder)) is not None:
-        return earlier
+    if (outcome := read_outcome(folder)) is not None:
+        return outcome
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "ab") as output:
-        limit = memory_bytes or ROOM * host.memory_total_bytes()
-        ended = _process((*command, *run.argv, f"--workdir={folder}"), output, timeout_s, limit)
-    if ended != "interrupted":
-        write_row(run, folder, ended)
-    return read_outcome(folder) or ended
+        limit = memory_bytes or MEMORY_SHARE * host.memory_total_bytes()
+        status = _process((*command, *run.argv, f"--workdir={folder}"), output, timeout_s, limit)
+    if status != "interrupted":
+        write_row(run, folder, status)
+    return read_outcome(folder) or status
 
 
 def read_outcome(folder: str | os.PathLike[str]) -> str | None:
-    """Reads the outcome in a folder's row; None without a row that a sweep has marked."""
+    """Reads the outcome in a folder's row; None without a row, or if its `sweep` entry is missing."""
     try:
         row = read_record(pathlib.Path(folder) / "record.json")
     except UserError:
@@ -78,7 +78,7 @@ def last_message(folder: str | os.PathLike[str]) -> str:
     for output in (row.get("error"), row.get("log_tail"), _lines(folder / "log.txt"), _lines(folder / "output.txt")):
         lines = output.splitlines() if isinstance(output, str) else output or []
         if message := next((str(line).strip() for line in reversed(lines) if str(line).strip()), None):
-            return message if len(message) <= LONGEST else f"{message[: LONGEST - 3]}..."
+            return message if len(message) <= MESSAGE_CHARS else f"{message[: MESSAGE_CHARS - 3]}..."
     return "it left no message"
 
 
@@ -100,8 +100,8 @@ def _process(argv, output, timeout_s, memory_bytes):
     try:
         while time.monotonic() < end:
             try:
-                ended = process.wait(LOOK_S)
-                return "interrupted" if ended in STOPPED else ended
+                status = process.wait(POLL_S)
+                return "interrupted" if status in STOPPED else status
             except subprocess.TimeoutExpired:
                 used = host.rss_bytes(process.pid)
             if used > memory_bytes:
@@ -111,7 +111,7 @@ def _process(argv, output, timeout_s, memory_bytes):
                 return "oom"
         _stop(process, signal.SIGTERM)
         return "timeout"
-    except KeyboardInterrupt:  # the process has had the same signal from the terminal
+    except KeyboardInterrupt:  # at a terminal the run got SIGINT too
         _stop(process, signal.SIGTERM)
         return "interrupted"
 
@@ -141,7 +141,7 @@ def write_row(run: Run, folder: pathlib.Path, ended: str | int) -> None:
     try:
         row = read_record(file)
     except UserError:
-        row = _failed(run, folder, ended)
+        row = _row_of_failed(run, folder, ended)
     if ended == "timeout":
         row["outcome"] = "timeout"
     write_record(row | {"sweep": run.place}, file)
@@ -161,7 +161,7 @@ def _config(run, folder):
         return {"seed": run.seed, "command": list(run.argv)}
 
 
-def _failed(run, folder, ended):
+def _row_of_failed(run, folder, ended):
     config = _config(run, folder)
     row = build_record(
         outcome=outcome_of_exit(ended),

@@ -78,5 +78,5 @@ def _read_trial(folder):
 
 
 def _best(tries):
-    ended = [trial for trial in tries if trial["eval_loss"] is not None]
-    return min(ended, key=lambda trial: trial["eval_loss"])["value"] if ended else None
+    successful = [trial for trial in tries if trial["eval_loss"] is not None]
+    return min(successful, key=lambda trial: trial["eval_loss"])["value"] if successful else None

@@ -13,7 +13,7 @@ from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.sweep import execute, spec
 
 RUNS = ("ok", "nan")  # a run that ended with a NaN loss did fit into memory
-SHARPNESS = 16  # the search ends when the failing value is within a sixteenth of the running one, or one step above it
+RESOLUTION = 16  # the search ends when the failing value is within 1/16 of the running one, or one step above it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ def search_all(
             folder = out / probe.folder
             if execute.read_outcome(folder) in retry:
                 execute.set_row_aside(folder)
-            earlier = execute.read_outcome(folder)
-            tries.append((value, earlier or run(probe, folder, sweep.timeout_s, sweep.memory_gb * 1e9)))
+            finished = execute.read_outcome(folder)
+            tries.append((value, finished or run(probe, folder, sweep.timeout_s, sweep.memory_gb * 1e9)))
             print(f"{variant}: {sweep.search[0]} = {value:,}: {tries[-1][1]}", flush=True)
             return tries[-1][1]
 
@@ -73,18 +73,21 @@ def _probe(sweep, variant, value, order, extra):
 
 
 def find_largest(outcome: Callable[[int], str], least: int, most: int) -> tuple[int | None, str | None]:
-    """`(largest, bounded)`: the largest multiple of `least` up to `most` whose `outcome(value)` is in RUNS, within
-    SHARPNESS, and the outcome above it; `(None, outcome)` if not even `least` runs."""
+    """Searches multiples of `least` up to `most` for the largest whose `outcome(value)` is in RUNS.
+
+    Returns `(largest, bounded)`: the value within RESOLUTION, and the outcome above it. `(None, outcome)` if not even
+    `least` runs.
+    """
     running, failing, bounded = 0, None, None
     value = least
     while value is not None:
-        ended = outcome(value)
-        if ended == "interrupted":
-            return None, ended
-        if ended in RUNS:
+        result = outcome(value)
+        if result == "interrupted":
+            return None, result
+        if result in RUNS:
             running = value
         else:
-            failing, bounded = value, ended
+            failing, bounded = value, result
         value = _next(running, failing, least, most // least * least)
     return running or None, bounded
 
@@ -92,7 +95,7 @@ def find_largest(outcome: Callable[[int], str], least: int, most: int) -> tuple[
 def _next(running, failing, least, most):
     if failing is None:
         return min(2 * running, most) if running < most else None
-    if failing - running <= max(least, running / SHARPNESS):
+    if failing - running <= max(least, running / RESOLUTION):
         return None
     return (running + failing) // 2 // least * least
 

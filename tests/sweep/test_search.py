@@ -23,7 +23,7 @@ def test_the_limit_is_found_to_a_sixteenth_in_few_tries(limit, least):
 
     largest, bounded = search.find_largest(outcome, least, 4096 * least)
     assert largest % least == 0 and largest <= limit * least
-    assert limit * least - largest <= max(least - 1, largest / search.SHARPNESS)
+    assert limit * least - largest <= max(least - 1, largest / search.RESOLUTION)
     assert bounded == (None if limit == 4096 else "oom")
     assert len(tried) == len(set(tried)) <= 18
 

@@ -305,7 +305,7 @@ def test_a_crash_has_a_reason_a_path_and_a_place_in_its_ranking(tmp_path):
     assert execute.last_message(tmp_path / run.folder) == "this is crash"
     (tmp_path / run.folder / "record.json").unlink()
     (tmp_path / run.folder / "output.txt").write_text("x" * 10**6)
-    assert len(execute.last_message(tmp_path / run.folder)) == execute.LONGEST
+    assert len(execute.last_message(tmp_path / run.folder)) == execute.MESSAGE_CHARS
     (real, *_) = spec.list_runs(sweep(variants={"a": f"{small.ROOT}/configs/base.py"}))
     execute.write_row(real, tmp_path / real.folder, 1)
     row = json.loads((tmp_path / real.folder / "record.json").read_text())
