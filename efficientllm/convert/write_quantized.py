@@ -47,7 +47,7 @@ def convert_quantized(
         tokens_BT = calibration_rows(data, build_tokenizer(source.tokenizer(), data), length)
         params = calibrate.quantize(lm, source.load(abstract, lm=lm), spec, tokens_BT)
     else:
-        params = source.load(abstract, lm=lm, each=apply.rounder(spec))
+        params = source.load(abstract, lm=lm, transform=apply.rounder(spec))
     with new_folder(folder) as new:
         _write(params, new, source.config, spec, shard)
         write.write_tokenizer(new, source, None)

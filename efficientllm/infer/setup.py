@@ -126,7 +126,7 @@ class Serving:
 
         if self.source is None:
             return random_weights.draw(self.lm, self.config.seed, counted)
-        return self.source.load(self._shaped, lm=self.lm, each=counted)
+        return self.source.load(self._shaped, lm=self.lm, transform=counted)
 
     def _load_stored(self):
         if self.source is None:

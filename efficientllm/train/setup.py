@@ -122,7 +122,7 @@ def create_state(run):
     if run.source is None:
         return step.jit_create(run.lm, train, seed, run.length, run.shardings, method, form)()
     abstract_params = sharding.on_shards(run.boxed, run.mesh)
-    params = run.source.load(abstract_params, lm=run.lm, each=quant.rounder(form, quant.KEEP_TABLES))
+    params = run.source.load(abstract_params, lm=run.lm, transform=quant.rounder(form, quant.KEEP_TABLES))
 
     def create_from(params):
         return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, box_as(run.boxed, params), form))

@@ -165,7 +165,7 @@ def test_a_run_has_its_tokenizer_with_it(trained, where):
         (lambda folder: shutil.rmtree(folder / "checkpoints"), "checkpoints: no checkpoint; a run has one"),
         (lambda folder: edit(folder, task="infer"), "a run of 'infer' holds no model"),
         (lambda folder: edit(folder, adapter="lora(rank=x)"), "is not a spec"),
-        (lambda folder: edit(folder, model={"size": 3}), "config.json is none of a run"),
+        (lambda folder: edit(folder, model={"size": 3}), "config.json is not that of a run"),
         (lambda folder: edit(folder, imports=["/nowhere.py"]), "cannot be imported"),
         (
             lambda folder: edit(folder, model={"pretrained": "/gone"}),

@@ -193,7 +193,7 @@ def test_export_refuses_what_a_family_cannot_say(tmp_path):
     [
         ("nowhere/at/all", "no such file or folder"),
         ("./gone.gguf", "no such file or folder"),
-        ("nobody/nothing", "hub cannot be asked"),
+        ("nobody/nothing", "hub cannot be reached"),
     ],
 )
 def test_no_source(name, message):

@@ -375,7 +375,7 @@ def spoil_adapter(rng, sample, folder):
 
 def read_adapter(folder):
     from efficientllm.convert import peft as adapters
-    from efficientllm.convert.peft.merged_weight import merged
+    from efficientllm.convert.peft.merged_weight import merge_adapter
     from efficientllm.registry import build
 
     tensors, base = _base(str(folder.with_name("base")))
@@ -383,7 +383,7 @@ def read_adapter(folder):
     opened = importlib.import_module("efficientllm.convert.peft.read").Adapter(folder, tensors)
     with np.errstate(all="ignore"):
         for module in opened.modules:
-            kernel = merged(opened, module, np.asarray(base.tensors.read(f"{module}.weight"), np.float32))
+            kernel = merge_adapter(opened, module, np.asarray(base.tensors.read(f"{module}.weight"), np.float32))
             if not np.isfinite(kernel).all():
                 raise ValueError(f"NaN or infinity out of merging {module}")
 

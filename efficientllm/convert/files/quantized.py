@@ -5,6 +5,8 @@
 
 import contextlib
 import json
+import pathlib
+import typing
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +23,9 @@ _LARGEST_BLOCK = 1 << 16
 SCALES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 
 
-def open_folder(path, config):
+def open_folder(
+    path: pathlib.Path, config: dict[str, typing.Any]
+) -> "SafetensorsFolder | BlockFloat8Folder | PackedInt4Folder | own_quantized.OwnQuantizedFolder":
     """Opens the tensors of a folder with this config.json. Raises UserError for an unknown quantization."""
     quantization = config.get(KEY)
     if not quantization:
@@ -47,7 +51,7 @@ class BlockFloat8Folder:
 
     suffix = "_scale_inv"
 
-    def __init__(self, path, quantization):
+    def __init__(self, path: pathlib.Path, quantization: dict[str, typing.Any]):
         self._files = SafetensorsFolder(path)
         self._block = quantization.get("weight_block_size")
         sizes = self._block if isinstance(self._block, list) else []
@@ -62,27 +66,27 @@ class BlockFloat8Folder:
     def _check(self, path, name, shape, stored):
         if len(shape) != 2:
             raise UserError(f"{path}: tensor {name!r} has shape {list(shape)}; blocks of float8 are of two axes")
-        wanted = tuple(-(-size // block) for size, block in zip(shape, self._block, strict=True))
-        if stored != wanted:
-            shown = "missing" if stored is None else f"of shape {list(stored)}"
-            raise UserError(f"{path}: tensor {name + self.suffix!r} is {shown}; {name!r} needs {list(wanted)}")
+        expected = tuple(-(-size // block) for size, block in zip(shape, self._block, strict=True))
+        if stored != expected:
+            state = "missing" if stored is None else f"of shape {list(stored)}"
+            raise UserError(f"{path}: tensor {name + self.suffix!r} is {state}; {name!r} needs {list(expected)}")
 
-    def dtype(self, name):
+    def dtype(self, name: str) -> np.dtype:
         """The dtype before quantization: bfloat16."""
         dtype = self._files.dtype(name)
         return np.dtype(ml_dtypes.bfloat16) if dtype in FLOAT8 else dtype
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """Reads a tensor, dequantized to float32."""
         codes = self._files.read(name)
         if codes.dtype not in FLOAT8:
             return codes
-        factors = self._files.read(name + self.suffix).astype(np.float32)
+        factors: np.ndarray = self._files.read(name + self.suffix).astype(np.float32)
         for axis, block in enumerate(self._block):
             factors = factors.repeat(min(block, codes.shape[axis]), axis)
         return codes.astype(np.float32) * factors[: codes.shape[0], : codes.shape[1]]
 
-    def stored(self, name):
+    def stored(self, name: str) -> typing.Any:
         """None: we have no leaf for block-wise float8."""
         return None
 
@@ -90,7 +94,7 @@ class BlockFloat8Folder:
 class PackedInt4Folder:
     """AutoGPTQ's and AutoAWQ's files: `qweight`, `qzeros` and `scales` instead of a kernel's `weight`."""
 
-    def __init__(self, path, quantization):
+    def __init__(self, path: pathlib.Path, quantization: dict[str, typing.Any]):
         self._files, self._where, self._kind = SafetensorsFolder(path), path, quantization["quant_method"]
         if quantization.get("bits") != 4:
             raise _refusal(path, quantization, "bits must be 4")
@@ -135,11 +139,11 @@ class PackedInt4Folder:
         rows, columns = shape
         return (columns, rows * 8) if self._kind == "gptq" else (columns * 8, rows)
 
-    def dtype(self, name):
+    def dtype(self, name: str) -> np.dtype:
         """The stored dtype; float16, the scales' dtype, for packed kernels."""
         return np.dtype(np.float16) if name in self._packed else self._files.dtype(name)
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """Reads a tensor; packed kernels as `[N, K]` float32."""
         if name not in self._packed:
             return self._files.read(name)
@@ -149,7 +153,7 @@ class PackedInt4Folder:
         with self._named(name):
             return foreign_layouts.gptq_rows(*words, g_idx, self._version, self._symmetric)
 
-    def stored(self, name):
+    def stored(self, name: str) -> typing.Any:
         """The `Int4` of a packed kernel `[N, K]` in numpy, or None."""
         if name not in self._packed:
             return None

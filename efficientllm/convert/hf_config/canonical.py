@@ -3,11 +3,13 @@
 It verifies that an exported config.json, read back, is the model that was exported.
 """
 
+import typing
+
 from efficientllm import model
 from efficientllm.registry import build, parse_spec, spec_parameters
 
 
-def canonical(lm):
+def canonical(lm: model.LM) -> dict[str, typing.Any]:
     """`{property: value}` of an LM; `layers` holds a pair of mixer's and ffn's properties for each block, in order."""
     blocks = tuple((_layer("mixer", mixer), _layer("ffn", ffn)) for mixer, ffn in model.parts(lm))
     return {
@@ -21,8 +23,8 @@ def canonical(lm):
     }
 
 
-def differences(a, b):
-    """`property is value of a, not that of b` for each that differs; of layers, those of the first that does."""
+def differences(a: dict[str, typing.Any], b: dict[str, typing.Any]) -> list[str]:
+    """Messages naming the properties in which two descriptions differ; of layers, only of the first that differs."""
     messages = [f"{key} is {a[key]!r}, not {b[key]!r}" for key in a if key != "layers" and a[key] != b[key]]
     if len(a["layers"]) != len(b["layers"]):
         return [*messages, f"there are {len(a['layers'])} blocks, not {len(b['layers'])}"]

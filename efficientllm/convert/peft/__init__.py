@@ -1,8 +1,7 @@
-"""Adapters as folders that peft reads and writes: adapter_config.json and adapter_model.safetensors.
+"""PEFT adapter folders, read and written: adapter_config.json and adapter_model.safetensors.
 
-`write` makes one of what was tuned, `around` puts one around a checkpoint's parameters. peft adapts a module of
-transformers; where that holds several kernels of ours in one tensor, one adapter of peft's is the adapters of all of
-them.
+`write` saves tuned adapters, `around` wraps a checkpoint's kernels in saved ones. PEFT adapts modules of transformers;
+where one such tensor holds several of our kernels (fused projections), one PEFT adapter holds the adapters of all.
 """
 
 from efficientllm.convert.peft.adapter_config import CONFIG, is_writable, read_spec

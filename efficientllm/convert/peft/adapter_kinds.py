@@ -1,4 +1,4 @@
-"""The kinds of adapters that peft saves: their tensors' names, and what they make of a weight `[out, in]`.
+"""LoHa, LoKr and GLoRA merged into a weight `[out, in]`, and the tensor names of every kind of PEFT adapter.
 
 Shapes are peft's, `[out, in]`: LoRA's A is `[R, in]` and B `[out, R]`, those of an embedding `[V, D]` are `[R, V]` and
 `[D, R]`. LoHa has two such pairs, LoKr a small factor and one that may be low-rank, GLoRA a scale and a shift.
@@ -14,9 +14,11 @@ PARTS = {
 }
 
 
-def change(kind, weight, parts, scale):
-    """The weight with what `{part: array}` of a LoHa, LoKr or GLoRA adds. Raises ValueError for shapes that do not fit,
-    and for a part that changes more than the weight."""
+def add_adapter(kind: str, weight: np.ndarray, parts: dict[str, np.ndarray], scale: float) -> np.ndarray:
+    """Adds the LoHa, LoKr or GLoRA `{part: array}` to a weight.
+
+    Raises ValueError for shapes that do not fit, and for a part that also changes the bias.
+    """
     if kind == "LOHA":
         first, second = (_product(parts, f"hada_w{i}_a", f"hada_w{i}_b") for i in (1, 2))
         return weight + scale * (_sized(first, weight) * _sized(second, weight))
@@ -30,7 +32,7 @@ def change(kind, weight, parts, scale):
 
 
 def _path(parts, path, weight):
-    """What one of GLoRA's paths is of every weight: low-rank, a vector of the outputs, one number, or nothing."""
+    """One of GLoRA's paths: a low-rank matrix, one number per output, a scalar, or zero."""
     if f"glora_{path}.X" in parts:
         single = parts[f"glora_{path}.X"]
         if single.shape not in ((1,), (weight.shape[0], 1)):
@@ -54,7 +56,7 @@ def _product(parts, a, b):
     return parts[a] @ parts[b]
 
 
-def _sized(found, weight):
-    if found.shape != weight.shape:
-        raise ValueError(f"it is of shape {list(found.shape)}, the weight of {list(weight.shape)}")
-    return found
+def _sized(matrix, weight):
+    if matrix.shape != weight.shape:
+        raise ValueError(f"it is of shape {list(matrix.shape)}, the weight of {list(weight.shape)}")
+    return matrix

@@ -1,14 +1,14 @@
-"""An adapter added to one tensor: `W + scale B A`, DoRA's magnitudes, PiSSA's frozen rest, and what the kinds of
-`adapter_kinds` make of it."""
+"""Merges an adapter into one weight: LoRA, DoRA, PiSSA, and the kinds of `adapter_kinds`."""
 
 import numpy as np
 
+from efficientllm.convert.peft.read import Adapter
 from efficientllm.errors import UserError
 
 
-def merged(adapter, module, weight):
-    """The module's weight `[out, in]` with its adapter, float32."""
-    with np.errstate(all="ignore"):  # what comes of it is looked at as a whole
+def merge_adapter(adapter: Adapter, module: str, weight: np.ndarray) -> np.ndarray:
+    """Merges the adapter of a module into its weight `[out, in]`, in float32. Raises UserError for NaN or infinity."""
+    with np.errstate(all="ignore"):  # the result is checked below
         new = _lora(adapter, module, weight) if adapter.config.kind == "LORA" else adapter.changed(module, weight)
     if not np.isfinite(new).all() and np.isfinite(weight).all():
         raise UserError(f"{adapter.file}: the adapter of {module} makes NaN or infinity of its weight")

@@ -1,8 +1,9 @@
-"""A folder of peft's, opened: its config and headers are read, its tensors one at a time. And its adapters as ours."""
+"""Reads PEFT adapter folders, one tensor at a time, and wraps kernels in their adapters."""
 
 import math
 import pathlib
 import typing
+from collections.abc import Mapping
 
 import flax.traverse_util
 import jax
@@ -14,34 +15,37 @@ from efficientllm.convert.files.safetensors_file import read_header
 from efficientllm.convert.peft import adapter_kinds as kinds
 from efficientllm.convert.peft import unsupported
 from efficientllm.convert.peft.adapter_config import read_config
+from efficientllm.convert.source import Source
 from efficientllm.convert.tensors import parameter_map
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.model import LM
+from efficientllm.typing import Params, PathLike
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 WEIGHT = ".weight"
 HEADS = ("lm_head.weight", "embed_out.weight")
-# What peft calls each of our arrays; A and B lie as [out, in].
+# PEFT's names of our arrays; its A and B are [out, in].
 NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 
 class Factors(typing.NamedTuple):
-    """A module's adapter as peft holds it: `a` `[R, in]`, `b` `[out, R]`, `m` `[out]` of DoRA or None."""
+    """Low-rank factors of a module in PEFT's layout: `a` `[R, in]`, `b` `[out, R]`, DoRA's `m` `[out]` or None."""
 
     a: np.ndarray
     b: np.ndarray
-    m: np.ndarray
+    m: np.ndarray | None
     scale: float
 
 
 class Adapter:
-    """A folder of peft's around the tensors `{name on disk: binding.OnDisk}` of a model.
+    """An open PEFT folder, matched with the tensors `{name on disk: DiskTensor}` of a model.
 
-    Raises UserError for a config that we do not compute, and naming the tensor that is missing, belongs to nothing, or
-    has another shape.
+    Raises UserError for unsupported settings, and naming a tensor that is missing, matches no module, or has a wrong
+    shape.
     """
 
-    def __init__(self, folder, tensors):
+    def __init__(self, folder: PathLike, tensors: Mapping[str, parameter_map.DiskTensor]):
         self.config = read_config(folder)
         self.file = pathlib.Path(folder) / TENSORS
         if not self.file.is_file():
@@ -51,20 +55,21 @@ class Adapter:
         self._entries = read_header(self.file)
         self.method = self.config.method_of()
         self._tables = {name for name, tensor in tensors.items() if _is_table(tensor)}
-        self._held, self.saved = {}, {}
+        self._tensor_names: dict[str, dict[str, str]] = {}
+        self.saved: dict[str, str] = {}
         for name in sorted(self._entries):
             self._place(name, tensors)
-        self.modules = set(self._held)
+        self.modules = set(self._tensor_names)
         for module in sorted(self.modules):
             self._check(module, self.shape(module + WEIGHT, tensors))
 
     def _place(self, name, tensors):
-        """Finds the module that a tensor is of, or the tensor of the model in whose place it is saved."""
+        """Matches a tensor with the module that it adapts, or with the tensor of the model that it replaces."""
         inner = name.removeprefix(PREFIX)
         part = next((part for part in kinds.PARTS[self.config.kind] if inner.endswith(f".{part}")), None)
         whole = inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if part and _adaptable(tensors.get((module := inner.removesuffix(f".{part}")) + WEIGHT)):
-            self._held.setdefault(module, {})[part] = name
+            self._tensor_names.setdefault(module, {})[part] = name
         elif part is None and (whole in tensors or whole in HEADS):
             self.saved[whole] = name
         elif part and f"{inner.removesuffix(f'.{part}')}{WEIGHT}" in HEADS:
@@ -74,20 +79,20 @@ class Adapter:
                 f"{self.file}: tensor {name!r} belongs to nothing in the model: an adapter of another model"
             )
 
-    def shape(self, name, tensors):
-        """The shape of the model's tensor under a name: that of the one saved in its place, if any."""
+    def shape(self, name: str, tensors: Mapping[str, parameter_map.DiskTensor]) -> tuple[int, ...]:
+        """The shape of a tensor of the model; if the folder replaces it, that of the replacement."""
         return self._entries[self.saved[name]][1] if name in self.saved else tensors[name].shape
 
-    def whole(self, name):
-        """The tensor that is saved in the place of the model's, float32."""
+    def whole(self, name: str) -> np.ndarray:
+        """Reads the tensor that replaces the model's, in float32."""
         return self._array(self.saved[name])
 
     def _array(self, name):
         dtype, shape, offset = self._entries[name]
-        found = np.asarray(memory_map.map_array(self.file, offset, dtype, shape), np.float32)
-        if not np.isfinite(found).all():
+        array = np.asarray(memory_map.map_array(self.file, offset, dtype, shape), np.float32)
+        if not np.isfinite(array).all():
             raise UserError(f"{self.file}: tensor {name!r} holds NaN or infinity")
-        return found
+        return array
 
     def _names(self, module):
         if module + WEIGHT in self._tables:
@@ -96,38 +101,38 @@ class Adapter:
 
     def _check(self, module, shape):
         if self.config.kind != "LORA":
-            return  # its parts are looked at together
+            return  # add_adapter checks the shapes
         rank = self.config.rank_of(module)
-        wanted = {"a": (rank, shape[1]), "b": (shape[0], rank), "m": (shape[0],)}
+        expected = {"a": (rank, shape[1]), "b": (shape[0], rank), "m": (shape[0],)}
         if module + WEIGHT in self._tables:
-            wanted = {"a": (shape[1], rank), "b": (rank, shape[0])}
-        if extra := set(self._held[module].values()) - set(self._names(module).values()):
-            raise UserError(f"{self.file}: tensor {min(extra)!r} is none of a {self.config.name} around {module}")
+            expected = {"a": (shape[1], rank), "b": (rank, shape[0])}
+        if extra := set(self._tensor_names[module].values()) - set(self._names(module).values()):
+            raise UserError(f"{self.file}: tensor {min(extra)!r} is not one of {self.config.name} of {module}")
         for part, name in self._names(module).items():
             if name not in self._entries:
                 raise UserError(f"{self.file}: tensor {name!r} is missing{did_you_mean(name, self._entries)}")
-            if (found := self._entries[name][1]) != wanted[part]:
+            if (stored_shape := self._entries[name][1]) != expected[part]:
                 raise UserError(
-                    f"{self.file}: tensor {name!r} has shape {list(found)}, the model asks for {list(wanted[part])}: "
-                    "an adapter of another model or rank"
+                    f"{self.file}: tensor {name!r} has shape {list(stored_shape)}, the model asks for "
+                    f"{list(expected[part])}: an adapter of another model or rank"
                 )
 
-    def factors(self, module):
-        """The module's adapter, float32."""
-        found = {part: self._array(name) for part, name in self._names(module).items()}
+    def factors(self, module: str) -> Factors:
+        """Reads the low-rank factors of a module, in float32."""
+        arrays = {part: self._array(name) for part, name in self._names(module).items()}
         if module + WEIGHT in self._tables:
-            found = {"a": found["a"].T, "b": found["b"].T}
-        return Factors(found["a"], found["b"], found.get("m"), self.config.scale_of(module))
+            arrays = {"a": arrays["a"].T, "b": arrays["b"].T}
+        return Factors(arrays["a"], arrays["b"], arrays.get("m"), self.config.scale_of(module))
 
-    def changed(self, module, weight):
-        """The weight `[out, in]` with a LoHa, LoKr or GLoRA of the module, float32."""
-        parts = {part: self._array(name) for part, name in self._held[module].items()}
+    def changed(self, module: str, weight: np.ndarray) -> np.ndarray:
+        """Merges the LoHa, LoKr or GLoRA of a module into its weight `[out, in]`, in float32."""
+        parts = {part: self._array(name) for part, name in self._tensor_names[module].items()}
         try:
-            return kinds.change(self.config.kind, weight, parts, self.config.scale_of(module))
+            return kinds.add_adapter(self.config.kind, weight, parts, self.config.scale_of(module))
         except ValueError as error:
             raise UserError(f"{self.file}: {module}: {error}") from None
 
-    def base(self, module, weight):
+    def base(self, module: str, weight: np.ndarray) -> np.ndarray:
         """The frozen part of a tensor `[out, in]`, float32."""
         rank, name = self.config.rank_of(module), self.config.name
         if self.method.splits_kernel and rank > min(weight.shape):
@@ -143,10 +148,10 @@ def _adaptable(tensor):
     return tensor is not None and (_is_table(tensor) or all(path.endswith("kernel") for path, _, _ in tensor.parts))
 
 
-def around(source, lm, params, folder):
-    """`params` of `lm`, those of a checkpoint, with the adapters of a folder of peft's around their kernels.
+def around(source: Source, lm: LM, params: Params, folder: PathLike) -> Params:
+    """Wraps the kernels in `params`, a checkpoint's parameters of `lm`, in the adapters of a PEFT folder.
 
-    A layer that the folder does not adapt, of a stack that it does, gets an adapter that changes nothing.
+    In a stack of layers of which the folder adapts some, the others get adapters that change nothing.
     """
     leaves = parameter_map.bind_parameters(lm, unsupported.table_of(source))
     tensors = {
@@ -156,7 +161,9 @@ def around(source, lm, params, folder):
     }
     adapter = Adapter(folder, tensors)
     if adapter.config.kind != "LORA" or adapter.saved:
-        raise UserError(f"{adapter.file}: {adapter.config.name} is merged into the model, not put around its kernels")
+        raise UserError(
+            f"{adapter.file}: {adapter.config.name} can only be merged into the model, not loaded as an adapter"
+        )
     flat = flax.traverse_util.flatten_dict(params, sep="/")
 
     def whole(name):
@@ -169,23 +176,23 @@ def around(source, lm, params, folder):
 
 
 def _leaf(adapter, leaf, kernel, whole):
-    """The adapter of one of our kernels, of all layers that it stacks; `whole(name)` is a tensor as it is on disk."""
+    """The adapter leaf of one kernel, of all its stacked layers; `whole(name)` returns a tensor in its disk layout."""
     take = lambda tensor: leaf.layout.take(tensor, leaf.part, leaf.shapes, leaf.heads)  # noqa: E731
     modules = {name: name.removesuffix(WEIGHT) for _, name in leaf.tensors()}
-    found = {name: adapter.factors(module) for name, module in modules.items() if module in adapter.modules}
-    rank, scale = _common(adapter, found)
+    adapters = {name: adapter.factors(module) for name, module in modules.items() if module in adapter.modules}
+    rank, scale = _common(adapter, adapters)
     base = np.array(kernel, np.float32)
     *stack, width_in, width_out = base.shape
     a, b = np.zeros((*stack, width_in, rank), np.float32), np.zeros((*stack, rank, width_out), np.float32)
     m = np.linalg.norm(base, axis=-2)
     for position, name in leaf.tensors():
-        if name not in found:
+        if name not in adapters:
             continue
-        a[position], b[position] = found[name].a.T, take(found[name].b)
+        a[position], b[position] = adapters[name].a.T, take(adapters[name].b)
         if adapter.method.splits_kernel:
             base[position] = take(adapter.base(modules[name], whole(name)))
-        if found[name].m is not None:
-            m[position] = take(found[name].m)
+        if adapters[name].m is not None:
+            m[position] = take(adapters[name].m)
     arrays = {name: jax.numpy.asarray(array) for name, array in zip("abm", (a, b, m), strict=True)}
     return adapter.method.leaf_type(
         jax.numpy.asarray(base) if adapter.method.splits_kernel else kernel,
@@ -195,9 +202,9 @@ def _leaf(adapter, leaf, kernel, whole):
     )
 
 
-def _common(adapter, found):
-    """The rank and scale of all adapters of a stack. Raises UserError where they differ."""
-    kinds = {name: (factors.a.shape[0], factors.scale) for name, factors in found.items()}
+def _common(adapter, adapters):
+    """The rank and scale that a stack's adapters share. Raises UserError if they differ."""
+    kinds = {name: (factors.a.shape[0], factors.scale) for name, factors in adapters.items()}
     (first, kind), *rest = kinds.items()
     for name, other in rest:
         if other[0] != kind[0] or not math.isclose(other[1], kind[1]):

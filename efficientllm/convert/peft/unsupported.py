@@ -1,54 +1,58 @@
-"""What peft cannot hold of ours, and the method that it is written as where peft's own would be another function.
+"""Adapters that PEFT cannot load, and the methods that they are written as instead.
 
-Experts are one array a layer in transformers 5; peft (0.19 and later) puts adapters of single experts together when it
-loads them: gate and up as one of twice the rank, whose alpha it doubles too, without magnitudes and without dropout.
+Experts are one array per layer in transformers 5; PEFT (0.19 and later) fuses the adapters of single experts when it
+loads them: gate and up become one of twice the rank and twice the alpha, without magnitudes and without dropout.
 """
 
 import re
+import typing
+from collections.abc import Iterable, Mapping
 
+from efficientllm.convert.source import Source
+from efficientllm.convert.tensors.parameter_map import DiskTensor
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 
 _STATE_SPACE = {
-    "mixer.out_proj": "peft has no adapter of it",
-    "mixer.dt_proj": "transformers takes its weight past peft's adapter",
+    "mixer.out_proj": "PEFT cannot adapt it",
+    "mixer.dt_proj": "transformers reads its weight without PEFT's adapter",
 }
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-# Of experts, (gate, up) and names that peft takes for theirs wherever they stand.
+# (gate, up) of experts, and the endings that PEFT takes for experts' anywhere in the model.
 _MIXTRAL = (("w1", "w3"), r"\.w[123]$")
 _QWEN = (("gate_proj", "up_proj"), r"\.(gate|up|down)_proj$")
 _EXPERTS = {"mixtral": _MIXTRAL} | dict.fromkeys(("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"), _QWEN)
 
 
-def table_of(source):
-    """The name table of a Source's tensors in transformers. Raises UserError for a run from scratch, which has none."""
+def table_of(source: Source) -> dict[str, tuple]:
+    """The name table of a Source's family. Raises UserError for a run from scratch, which has no family."""
     from efficientllm.convert.hf_config import families
 
     if source.config.get("model_type") not in families.FAMILIES:
-        raise UserError(f"{source.path} is no model of transformers, whose modules alone peft adapts")
+        raise UserError(f"{source.path} is not a model of transformers, and PEFT adapts no other")
     return families.FAMILIES[source.config["model_type"]].table
 
 
-def has_experts(modules):
+def has_experts(modules: Iterable[str]) -> bool:
     """Whether experts are among the modules."""
     return any(map(_EXPERT.search, modules))
 
 
-def written_method(method, tensors):
-    """The method of the folder for `{module: OnDisk}`: the fallback where PEFT's own would be another function.
+def written_method(method: typing.Any, tensors: Mapping[str, DiskTensor]) -> typing.Any:
+    """The method to write `{module: DiskTensor}` as: the fallback where PEFT's would compute another function.
 
-    PiSSA of a part of a tensor is not that of the tensor; it is a LoRA of twice the rank, of what was learnt and less
-    what it was at first. RSLoRA is a LoRA whose alpha is larger.
+    PiSSA of one of several fused kernels is not PiSSA of the tensor; it is a LoRA of twice the rank, the trained
+    product minus the initial one. RSLoRA is a LoRA with a larger alpha.
     """
     form, parts = method.peft, any(len(tensor.parts) > 1 for tensor in tensors.values())
     is_same = (form.experts or not has_experts(tensors)) and (form.parts or not parts)
     return method if is_same or form.fallback is None else build("adapter", form.fallback)
 
 
-def check(name, method, modules, model_type):
-    """Raises UserError naming a module whose adapter peft refuses or would take for another's.
+def check_supported(name: str, method: typing.Any, modules: Mapping[str, DiskTensor], model_type: str) -> None:
+    """Raises UserError naming a module whose adapter PEFT refuses or would assign to another module.
 
-    `name` is that of the method; `modules` are `{module: OnDisk}`.
+    `name` is the method's; `modules` are `{module: DiskTensor}`.
     """
     for module, tensor in modules.items():
         if not method.peft.experts and _EXPERT.search(module):
@@ -64,9 +68,9 @@ def check(name, method, modules, model_type):
         _check_experts(modules, *_EXPERTS[model_type])
 
 
-def _check_experts(modules, pair, alike):
+def _check_experts(modules, pair, pattern):
     for module in modules:
-        if not _EXPERT.search(module) and re.search(alike, module):
+        if not _EXPERT.search(module) and re.search(pattern, module):
             raise UserError(f"{module}: peft takes an adapter of that name for one of the experts'")
         head, _, name = module.rpartition(".")
         if name in pair and f"{head}.{pair[name == pair[0]]}" not in modules:

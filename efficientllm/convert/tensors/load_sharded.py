@@ -22,7 +22,7 @@ def load_parameters(
     tensors: typing.Any,
     abstract: typing.Any,
     dtype: jax.typing.DTypeLike | None = None,
-    each: Callable[[str, jax.Array], typing.Any] | None = None,
+    transform: Callable[[str, jax.Array], typing.Any] | None = None,
 ) -> typing.Any:
     """Loads the parameters onto the shardings of `abstract`.
 
@@ -31,12 +31,14 @@ def load_parameters(
       tensors: the open checkpoint.
       abstract: a tree of `jax.ShapeDtypeStruct` with `sharding`; without one, the first device holds all.
       dtype: of all parameters; None keeps the dtypes of `abstract`.
-      each: `each(path, array)` returns what replaces a loaded parameter, before the next one is read.
+      transform: `transform(path, array)` returns what replaces a loaded parameter, before the next one is read.
     """
-    each = each or (lambda path, array: array)
+    transform = transform or (lambda path, array: array)
     flat = flax.traverse_util.flatten_dict(abstract, sep="/")
     placed = {
-        path: each(path, _place(leaf, functools.partial(leaves[path].read, tensors), jnp.dtype(dtype or leaf.dtype)))
+        path: transform(
+            path, _place(leaf, functools.partial(leaves[path].read, tensors), jnp.dtype(dtype or leaf.dtype))
+        )
         for path, leaf in flat.items()
     }
     return flax.traverse_util.unflatten_dict(placed, sep="/")

@@ -308,5 +308,5 @@ def test_blocks_that_no_product_here_reads_are_named(tmp_path):
     write(tmp_path / "m.gguf", kind=gguf.GGMLQuantizationType.Q5_0)
     source = convert.open_source(tmp_path / "m.gguf")
     lm = source.lm(scan=False)
-    with pytest.raises(UserError, match=r"'stored': .*m.gguf holds its weights as Q5_0, which no product here"):
+    with pytest.raises(UserError, match=r"'stored': .*m.gguf holds its weights as Q5_0, which cannot be multiplied"):
         source.load_stored(nn.unbox(model.abstract_params(lm)), lm)

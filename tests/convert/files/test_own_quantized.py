@@ -77,8 +77,8 @@ def spoil(folder, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c["quantization_config"].update(leaves=3), "no leaf of ours"),
-        (lambda c: c["quantization_config"]["leaves"]["embedding"].update(leaf="os.system"), "no leaf of ours"),
+        (lambda c: c["quantization_config"].update(leaves=3), "not a leaf class"),
+        (lambda c: c["quantization_config"]["leaves"]["embedding"].update(leaf="os.system"), "not a leaf class"),
         (lambda c: c["quantization_config"]["leaves"]["embedding"].update(further=1), "'embedding' is no Int8"),
         (lambda c: c["quantization_config"]["leaves"].pop("embedding"), "'embedding' is missing"),
         (lambda c: c.update(num_hidden_layers=3), "'group_2/block_0"),

@@ -215,7 +215,7 @@ def test_stored_kernels_are_kept_and_multiply(both):
     kind, rounded, plain = both
     source, lm, abstract = loaded(rounded, scan=False)
     if kind == "fp8":
-        with pytest.raises(UserError, match="holds no weights that are rounded"):
+        with pytest.raises(UserError, match="holds no weights quantized"):
             source.load_stored(abstract, lm)
         return
     stored, exact = source.load_stored(abstract, lm), loaded(plain)[0].load(abstract)
