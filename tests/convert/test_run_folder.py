@@ -169,7 +169,7 @@ def test_a_run_has_its_tokenizer_with_it(trained, where):
         (lambda folder: edit(folder, imports=["/nowhere.py"]), "cannot be imported"),
         (
             lambda folder: edit(folder, model={"pretrained": "/gone"}),
-            "the run began from cannot be opened: .*/gone",
+            "the run started from cannot be opened: .*/gone",
         ),
         (
             lambda folder: edit_model(folder, embed_norm=True),
