@@ -119,7 +119,7 @@ def _product(mesh, axes):
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def ways(axis: str, size: int) -> int:
+def count_shards(axis: str, size: int) -> int:
     """Counts the shards of a dimension of `size` with this logical axis on the mesh in scope; 1 without a mesh."""
     mesh = current_mesh()
     return 1 if mesh is None else count(mesh, spec((axis,), (size,), mesh)[0])
@@ -171,7 +171,7 @@ def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
-def on_shards(boxed: PyTree, mesh: Mesh) -> PyTree:
+def abstract_shards(boxed: PyTree, mesh: Mesh) -> PyTree:
     """Unboxes a tree of parameters into abstract arrays, each with its sharding on `mesh`."""
 
     def abstract(leaf, sharding):
@@ -190,7 +190,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH, "sequence"))
 
 
-def row_ways(mesh: Mesh) -> int:
+def count_row_shards(mesh: Mesh) -> int:
     """Counts the shards of the rows of a batch."""
     return _product(mesh, BATCH)
 
@@ -207,12 +207,12 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
 
 def share_of(mesh: Mesh, process: int, process_of: typing.Callable[[typing.Any], int]) -> tuple[int, int]:
     """Returns `process_share` of a process, where `process_of(device)` is the process that a device belongs to."""
-    blocks = NamedSharding(mesh, P(BATCH)).devices_indices_map((row_ways(mesh),))
+    blocks = NamedSharding(mesh, P(BATCH)).devices_indices_map((count_row_shards(mesh),))
     process_rows: dict[int, set] = {}
     for device, (block,) in blocks.items():
-        process_rows.setdefault(process_of(device), set()).update(range(*block.indices(row_ways(mesh))))
+        process_rows.setdefault(process_of(device), set()).update(range(*block.indices(count_row_shards(mesh))))
     parts = sorted({tuple(sorted(rows)) for rows in process_rows.values()})
-    if sum(parts, ()) != tuple(range(row_ways(mesh))) or len(set(map(len, parts))) > 1:
+    if sum(parts, ()) != tuple(range(count_row_shards(mesh))) or len(set(map(len, parts))) > 1:
         sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         raise UserError(
             f"config.mesh = {sizes!r}: gives processes rows that overlap; "

@@ -262,7 +262,7 @@ def _product_backward(operand, result, transposed, residuals, dy):
     x, w, like_x, like_w = residuals
     dy = dy.astype(operand)
     dx = jnp.matmul(dy, w if transposed else w.T, preferred_element_type=result)
-    if x.ndim > 2 and sharding.ways("length", x.shape[1]) > 1:
+    if x.ndim > 2 and sharding.count_shards("length", x.shape[1]) > 1:
         # Rows and tokens that lie on several devices are no one axis: made one, they would be gathered first.
         leading = tuple(range(x.ndim - 1))
         pair = (dy, x) if transposed else (x, dy)

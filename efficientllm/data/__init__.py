@@ -7,8 +7,23 @@ A source of one's own is derived from `Source`, which says what it needs.
 """
 
 from efficientllm.data.base import Source
-from efficientllm.data.pipeline import build_tokenizer, calibration_rows, check, describe, eval_batches, train_iterator
+from efficientllm.data.pipeline import (
+    build_tokenizer,
+    calibration_rows,
+    check_data,
+    describe_data,
+    eval_batches,
+    train_iterator,
+)
 
 KINDS = {"data": "*", "tokenizer": "*"}
 
-__all__ = ["Source", "build_tokenizer", "calibration_rows", "check", "describe", "eval_batches", "train_iterator"]
+__all__ = [
+    "Source",
+    "build_tokenizer",
+    "calibration_rows",
+    "check_data",
+    "describe_data",
+    "eval_batches",
+    "train_iterator",
+]

@@ -16,7 +16,7 @@ Message = dict[str, typing.Any]
 _WORD = "zqx{}xqz"
 
 
-def find(
+def find_spans(
     tokenizer: typing.Any, messages: list[Message], tools: list | None = None
 ) -> tuple[str, list[tuple[int, int]]]:
     """`(text, [(start, end)])`: the conversation as the template makes it, without white space behind its end, and the

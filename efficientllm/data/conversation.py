@@ -46,7 +46,7 @@ def _plain(tokenizer, messages):
 
 
 def _templated(tokenizer, messages, tools):
-    text, spans = assistant_spans.find(tokenizer, messages, tools)
+    text, spans = assistant_spans.find_spans(tokenizer, messages, tools)
     weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
     if 0 in weights:
         if len(weights) != len(spans):

@@ -30,7 +30,7 @@ class Files(Source):
         return list(self.tally.lines())
 
     def _paths(self):
-        return paths.find(self.path, self.endings)
+        return paths.find_files(self.path, self.endings)
 
     def _files(self):
         """Yields the paths of files that are not empty, counting them. Raises UserError if all are."""
@@ -85,8 +85,8 @@ class Rows(Files):
     def documents(self) -> typing.Iterator[str]:
         """Yields the texts. Raises UserError that names the file and the line of what is none."""
         for path in self._files():
-            for where, row in tables.rows(path, self.fallback, self._column):
-                text = tables.text(tables.field(row, self.field, where), self.field, where)
+            for where, row in tables.read_rows(path, self.fallback, self._column):
+                text = tables.check_text(tables.field_value(row, self.field, where), self.field, where)
                 if text is None or not text.strip():
                     self.tally.skip("rows whose text is null" if text is None else "rows whose text is blank", where)
                 else:
@@ -95,7 +95,7 @@ class Rows(Files):
 
     def _column(self, names, where):
         if self.field not in names:
-            raise UserError(tables.missing(self.field, names, where))
+            raise UserError(tables.missing_field(self.field, names, where))
         return [self.field]
 
 

@@ -73,9 +73,9 @@ class Hub(Source):
         """Yields the documents among `rows`, read `batch_size` at a time; null and blank ones are none."""
         for batch in self.iterate(rows, batch_size):
             if self.field not in batch:
-                raise UserError(tables.missing(self.field, batch, self._where()))
+                raise UserError(tables.missing_field(self.field, batch, self._where()))
             for value in batch[self.field]:
-                text = tables.text(value, self.field, self._where())
+                text = tables.check_text(value, self.field, self._where())
                 if text and not text.isspace():
                     yield text
 
@@ -99,7 +99,7 @@ def _reason(error):
 
 def _json_files(folder):
     try:
-        return paths.find(folder, (".json", ".jsonl"))
+        return paths.find_files(folder, (".json", ".jsonl"))
     except UserError:  # a data set of other files
         return []
 
@@ -108,7 +108,7 @@ def _json_files(folder):
 def _check_json(folder, stats):
     """Refuses JSON that is no rows before `datasets` reads it, whose parser dies of deep nesting with the process."""
     for path in _json_files(folder):
-        for _ in tables.rows(path, "json", None):
+        for _ in tables.read_rows(path, "json", None):
             pass
 
 

@@ -9,7 +9,7 @@ import stat
 from efficientllm.errors import UserError
 
 
-def find(path: str, endings: tuple[str, ...] = ()) -> list[str]:
+def find_files(path: str, endings: tuple[str, ...] = ()) -> list[str]:
     """Sorted paths of the regular files that `path` names.
 
     `**` crosses folders; names that begin with a dot have to be named; of links to the same file or folder the first by

@@ -19,7 +19,7 @@ def build_tokenizer(tokenizer_spec: str, data_spec: str, cache_dir: PathLike | N
     return build("tokenizer", tokenizer_spec, where="config.tokenizer").fit(Corpus(data_spec, cache_dir))
 
 
-def check(data_spec: str, cache_dir: PathLike | None = None) -> list[str]:
+def check_data(data_spec: str, cache_dir: PathLike | None = None) -> list[str]:
     """Reads the data, or what is cached of it, and returns lines about what was read. Raises UserError for what is
     wrong with it, before anything that takes longer."""
     return Corpus(data_spec, cache_dir).summary["notes"]
@@ -85,7 +85,7 @@ def eval_batches(
     return EvalBatches(documents, batch_size, length, process_index, process_count, limit)
 
 
-def describe(
+def describe_data(
     data_spec: str, tokenizer: typing.Any, length: int | None = None, cache_dir: PathLike | None = None
 ) -> dict[str, typing.Any]:
     """What a row says of the data: source, sha256 of the corpus, and documents, bytes and tokens of both sides; of

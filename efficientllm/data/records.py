@@ -67,7 +67,7 @@ class Records(Files):
                 yield f"data path={self.path!r}, record {index}", row
             return
         for path in self._files():
-            yield from tables.rows(path, "json", self._columns)
+            yield from tables.read_rows(path, "json", self._columns)
 
     def _columns(self, names, where):
         return [name for name in self._layout(names, where).columns if name in names]

@@ -21,7 +21,7 @@ _RETURN = re.compile(r"(?<=\r)(?!\n)(?=.)", re.DOTALL)
 _HUGE = 1 << 30
 
 
-def rows(path: str, fallback: str, choose: typing.Any) -> typing.Iterator[tuple[str, typing.Any]]:
+def read_rows(path: str, fallback: str, choose: typing.Any) -> typing.Iterator[tuple[str, typing.Any]]:
     """Yields `(where, row)` of a file of the format that its name ends in, else of `fallback`.
 
     `choose(names, where)` gives the columns of a CSV or Parquet file to read. Rows are dicts; in JSON they are what the
@@ -39,21 +39,21 @@ def rows(path: str, fallback: str, choose: typing.Any) -> typing.Iterator[tuple[
     return _json(path) if kind == "json" else _csv(path, kind, choose)
 
 
-def field(row: typing.Any, name: str, where: str) -> typing.Any:
+def field_value(row: typing.Any, name: str, where: str) -> typing.Any:
     """The value of a row's field. Raises UserError that lists the fields there are."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON object is needed, not {type(row).__name__}")
     if name not in row:
-        raise UserError(missing(name, row, where))
+        raise UserError(missing_field(name, row, where))
     return row[name]
 
 
-def missing(name: str, names: typing.Collection[str], where: str) -> str:
+def missing_field(name: str, names: typing.Collection[str], where: str) -> str:
     """What is said of a field that is none of `names`."""
     return f"{where}: no field {name!r}; there are: {', '.join(names) or 'none'}{did_you_mean(name, names)}"
 
 
-def text(value: typing.Any, name: str, where: str) -> str | None:
+def check_text(value: typing.Any, name: str, where: str) -> str | None:
     """The text of a field, None for null. Raises UserError for another type and for what is no Unicode."""
     if value is None:
         return None

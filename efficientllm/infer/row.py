@@ -44,7 +44,7 @@ def baseline_of(file):
 def check_baseline(config, described):
     """Raises UserError for a baseline row that was scored on other text than this run.
 
-    `described` is `data.describe` of this run's data.
+    `described` is `data.describe_data` of this run's data.
     """
     file = config.infer.baseline
     if not file.endswith(".json"):
@@ -176,7 +176,7 @@ def physical(lm, boxed, params, measured, idle, mesh):
 
 def _bounds(lm, boxed, params, measured, mesh):
     """MFU of prefill, MBU of decoding, and the least time of a decode step by roofline."""
-    devices, dtype, ways = list(mesh.devices.flat), activation_dtype(lm.precision), sharding.row_ways(mesh)
+    devices, dtype, ways = list(mesh.devices.flat), activation_dtype(lm.precision), sharding.count_row_shards(mesh)
     middle = measured.prompt + measured.new_tokens // 2  # the state grows by a token a step
     moved = ways * formulas.decode_bytes(
         lm, boxed, params, measured.rows // ways, middle

@@ -80,7 +80,7 @@ class Serving:
     @functools.cached_property
     def _shaped(self):
         """The abstract unquantized parameters, with shardings."""
-        return sharding.on_shards(self.boxed, self.mesh)
+        return sharding.abstract_shards(self.boxed, self.mesh)
 
     def _rounder(self, spec, rules):
         """`quant.rounder`, which also places each leaf on its shards before the next is read."""
@@ -194,7 +194,7 @@ def prepare(config, with_text=True):
     sampler = build("sampler", infer.sampler, where="config.infer.sampler")
     texts = prompts.read(infer.prompts)
     if with_text:
-        data.check(config.data)  # before a checkpoint is read, which can take a minute
+        data.check_data(config.data)  # before a checkpoint is read, which can take a minute
     ids = prompts.encode(texts, run.lm and run.tokenizer, infer.chat)
     check_prompts(ids)
     prompts.check_lengths(ids, infer.max_new_tokens, run.max_positions)
@@ -258,7 +258,7 @@ def check_mesh(config, mesh, batches=("infer", "train")):
 
     `batches` names the groups of the config: requests (`infer`) and held-out text (`train`).
     """
-    where, shards = f"config.mesh = {config.mesh!r}", sharding.row_ways(mesh)
+    where, shards = f"config.mesh = {config.mesh!r}", sharding.count_row_shards(mesh)
     if mesh.shape["sequence"] > 1:
         raise UserError(
             f"{where}: a step of decoding has one token, which 'sequence' cannot divide; take tensor or data"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from efficientllm.runtime import kernel_choice
-from efficientllm.sharding import constrain, current_mesh, spec, ways
+from efficientllm.sharding import constrain, count_shards, current_mesh, spec
 from efficientllm.typing import Batch
 from efficientllm.weights import Precision, axes, matmul
 
@@ -39,7 +39,7 @@ def _pieces(leaf):
 
     A sum over targets does not depend on the rows they are in.
     """
-    (B, T, *rest), n = leaf.shape, ways("length", leaf.shape[1])
+    (B, T, *rest), n = leaf.shape, count_shards("length", leaf.shape[1])
     if n == 1:
         return leaf
     pieces = jnp.moveaxis(leaf.reshape(B, n, T // n, *rest), 1, 0).reshape(n * B, T // n, *rest)

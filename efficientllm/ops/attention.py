@@ -113,7 +113,7 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
     if kernel == "auto" or not mask.aligned:
         kernel = choose(q_BTHK, mask, bias)
     compute = lookup("attention_kernel", kernel, where="config.model.attention_kernel")
-    if mask.aligned and kernel not in DIVIDED and sharding.ways("length", q_BTHK.shape[1]) > 1:
+    if mask.aligned and kernel not in DIVIDED and sharding.count_shards("length", q_BTHK.shape[1]) > 1:
         raise UserError(
             f"config.model.attention_kernel = {kernel!r} needs whole rows, and the mesh axis sequence divides them; "
             "take 'auto'"
@@ -134,7 +134,7 @@ def _parts(keys):
 def choose(q_BTHK, mask, bias=None):
     """The attention kernel for these shapes on the platform being compiled for."""
     T, K = q_BTHK.shape[1], q_BTHK.shape[-1]
-    if mask.aligned and sharding.ways("length", T) > 1:
+    if mask.aligned and sharding.count_shards("length", T) > 1:
         return "gathered"
     if T == 1 and not mask.aligned and bias is None and native.is_usable():
         return "ffi"
@@ -221,7 +221,7 @@ def _gathered(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     A chunk of each device's queries at a time, whose scores the backward pass recomputes: no device holds scores of
     more than `GATHERED_CHUNK` queries. Masked pairs are computed. Letters: n devices, m chunks of L tokens on each.
     """
-    (B, T, H, _), V, n = q_BTHK.shape, v_BSGV.shape[-1], sharding.ways("length", q_BTHK.shape[1])
+    (B, T, H, _), V, n = q_BTHK.shape, v_BSGV.shape[-1], sharding.count_shards("length", q_BTHK.shape[1])
     k_nBSGK, v_nBSGV = _gather(k_BSGK, n), _gather(v_BSGV, n)  # a copy of the row's keys and values on each device
     segments_mnBL = None
     L = next(size for size in range(min(T // n, GATHERED_CHUNK), 0, -1) if T // n % size == 0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from efficientllm.registry import lookup, register
 from efficientllm.runtime import kernel_choice
-from efficientllm.sharding import ways
+from efficientllm.sharding import count_shards
 
 CHUNK = {"sequential": 64, "associative": 32}
 
@@ -49,7 +49,7 @@ def _sequential(A_CN, h_BCN, chunk):
 
     # XLA for CPUs (0.10.2) compiles the gradient of eight tokens in a row wrongly where a mesh of tensor alone divides
     # the channels by four or more: the loss differs in the third digit (tests/test_meshes.py).
-    return jax.lax.scan(one, h_BCN, chunk, unroll=8 if ways("channels", h_BCN.shape[1]) == 1 else 1)
+    return jax.lax.scan(one, h_BCN, chunk, unroll=8 if count_shards("channels", h_BCN.shape[1]) == 1 else 1)
 
 
 @register("scan_kernel", "associative")

@@ -71,7 +71,7 @@ class _Formula:
     def _tokens(self):
         """`(rows, tokens of a row)` of a micro-batch on one device."""
         rows, sequence = self.step.rows[0], self.step.mesh.shape["sequence"]
-        return rows // sharding.row_ways(self.step.mesh), self.step.config.train.length // sequence
+        return rows // sharding.count_row_shards(self.step.mesh), self.step.config.train.length // sequence
 
     @property
     def _width(self):

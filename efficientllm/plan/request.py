@@ -118,7 +118,7 @@ class Request:
 
         The devices that share rows read weights and states together, each in proportion to what it holds.
         """
-        rows = self.samples // sharding.row_ways(self.mesh)
+        rows = self.samples // sharding.count_row_shards(self.mesh)
         row_shard_bytes = formulas.decode_bytes(self.lm, self.boxed, self.shaped, rows, length)
         return row_shard_bytes * self.resident / (self.weights + rows * formulas.state_bytes(self.lm, self.length))
 
@@ -179,7 +179,7 @@ def describe(config, devices, platform, capability=(0, 0)):
         lm = infer.serving_lm(run, config.infer.prompt_length + config.infer.max_new_tokens)
         boxed = model.abstract_params(lm)
     quantized = quant.abstract(nn.unbox(boxed), config.quant, config.infer.rules)
-    shaped = sharding.on_shards(box_as(boxed, quantized), run.mesh)
+    shaped = sharding.abstract_shards(box_as(boxed, quantized), run.mesh)
     return Request(config, lm, run.mesh, boxed, shaped, platform, capability)
 
 

@@ -81,7 +81,7 @@ class Step:
     @property
     def rows(self):
         """`(rows of a micro-batch, number of shards of its tokens)`."""
-        train, shards = self.config.train, sharding.row_ways(self.mesh) * self.mesh.shape["sequence"]
+        train, shards = self.config.train, sharding.count_row_shards(self.mesh) * self.mesh.shape["sequence"]
         return train.batch_size // train.accumulate, shards
 
     @property
@@ -192,7 +192,7 @@ def changed(config, changes):
 def whole_rows(config, mesh):
     """The config with its batch size rounded up to one that the mesh divides. Raises UserError."""
     check_rows(config.train)
-    divisor = config.train.accumulate * sharding.row_ways(mesh)
+    divisor = config.train.accumulate * sharding.count_row_shards(mesh)
     size = config.train.batch_size
     return config if size % divisor == 0 else changed(config, {"train.batch_size": size + -size % divisor})
 

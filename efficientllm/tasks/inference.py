@@ -50,7 +50,7 @@ class Inference(Run):
         self.serving = serving.prepare(self.config)
         memory_check.check_serving(self.serving)
         if self.config.infer.baseline.endswith(".json"):
-            row.check_baseline(self.config, data.describe(self.config.data, self.serving.tokenizer))
+            row.check_baseline(self.config, data.describe_data(self.config.data, self.serving.tokenizer))
         self.workdir.claim(self.config)
         self.reader = reader.open_reader(self.serving.devices, meter=self.config.metrics.meter)
         self.idle = reader.idle_power(self.reader)
@@ -210,7 +210,7 @@ class Inference(Run):
         tokenizer = self.serving.tokenizer
         facts = {"end_tokens": [tokenizer.text_of(id) for id in tokenizer.end_ids]}
         if outcome == "ok":
-            facts["data"] = data.describe(self.config.data, tokenizer)
+            facts["data"] = data.describe_data(self.config.data, tokenizer)
         if not self.config.model.pretrained:
             facts["weights"] = f"random, of size {self.config.model.size}: quality means nothing"
         return facts

@@ -49,7 +49,7 @@ def check_rows(train: Config) -> None:
 def check_train(train: Config, mesh: Mesh) -> None:
     """Raises UserError for a batch, length or schedule that cannot be trained on `mesh`."""
     check_rows(train)
-    rows, shards = train.batch_size // train.accumulate, sharding.row_ways(mesh)
+    rows, shards = train.batch_size // train.accumulate, sharding.count_row_shards(mesh)
     if rows % shards:
         raise UserError(
             f"config.train.batch_size = {train.batch_size}: {rows} rows a micro-batch do not divide over the "

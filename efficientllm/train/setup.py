@@ -99,13 +99,13 @@ def prepare(config, log):
 def _check_data(config, log):
     """Reads and logs the data. Raises UserError for bad data."""
     log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
-    for note in data.check(config.data):
+    for note in data.check_data(config.data):
         log.info(f"data: {note}")
 
 
 def _describe_data(config, tokenizer, log):
     """The row's description of the data; logs how many records are truncated."""
-    summary = data.describe(config.data, tokenizer, config.train.length)
+    summary = data.describe_data(config.data, tokenizer, config.train.length)
     for split in ("train", "held_out"):
         if summary.get(f"{split}_cut"):
             total = summary[f"{split}_documents"]
@@ -121,7 +121,7 @@ def create_state(run):
     train, seed, method, form = run.config.train, run.config.seed, run.method, run.config.quant
     if run.source is None:
         return step.jit_create(run.lm, train, seed, run.length, run.shardings, method, form)()
-    abstract_params = sharding.on_shards(run.boxed, run.mesh)
+    abstract_params = sharding.abstract_shards(run.boxed, run.mesh)
     params = run.source.load(abstract_params, lm=run.lm, transform=quant.rounder(form, quant.KEEP_TABLES))
 
     def create_from(params):
@@ -180,7 +180,7 @@ def predicted_memory(setup):
     """Memory of a step estimated from shapes (`cost.step_memory`), over this process's devices, as a Reading."""
     config = setup.config.train
     rows = config.batch_size // config.accumulate
-    token_shards = sharding.row_ways(setup.mesh) * setup.mesh.shape["sequence"]
+    token_shards = sharding.count_row_shards(setup.mesh) * setup.mesh.shape["sequence"]
     device_bytes = step_memory.predicted_bytes(setup.lm, setup.shaped, rows, setup.length, token_shards)
     total = device_bytes * jax.local_device_count()
     return Reading(total, "bytes", "shapes: parameters, optimiser, gradients, activations; over this process's devices")

@@ -67,7 +67,7 @@ def abstract_state(lm, config, method, mesh):
     init = init_state(lm, config.train, config.seed, config.train.length, method, config.quant)
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(init)
-    return sharding.on_shards(boxed, mesh), sharding.shardings(boxed, mesh)
+    return sharding.abstract_shards(boxed, mesh), sharding.shardings(boxed, mesh)
 
 
 def jit_create(lm, train, seed, length, shardings, method=FULL, form="float32"):

@@ -18,11 +18,11 @@ class Sections(Source):
     held_out: float = 0.1
 
     def documents(self):
-        for path in paths.find(self.path, (".md",)):
+        for path in paths.find_files(self.path, (".md",)):
             yield from filter(str.strip, streams.whole(path).split("\n## "))
 
     def key(self):  # optional: unchanged files are then not read again
-        return f"{self} {cache.stat_key(paths.find(self.path, ('.md',)))}"
+        return f"{self} {cache.stat_key(paths.find_files(self.path, ('.md',)))}"
 
 
 @register("tokenizer", "characters")

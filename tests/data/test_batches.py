@@ -190,7 +190,7 @@ def test_held_out_and_train_are_apart_and_complete(spec, texts):
 
 
 def test_describe_counts_what_is_there(spec, tokenizer, texts):
-    summary = data.describe(spec, tokenizer)
+    summary = data.describe_data(spec, tokenizer)
     sides = {side: split(spec, side) for side in ("train", "held_out")}
     for side, documents in sides.items():
         size = sum(len(text.encode()) for text in documents)
@@ -200,13 +200,13 @@ def test_describe_counts_what_is_there(spec, tokenizer, texts):
 
 
 def test_the_fingerprint_follows_content_and_division(spec, tokenizer, tmp_path):
-    first = data.describe(spec, tokenizer)["fingerprint"]
+    first = data.describe_data(spec, tokenizer)["fingerprint"]
     copy = tmp_path / "copy.jsonl"
     copy.write_text((tmp_path / "corpus.jsonl").read_text())
-    assert data.describe(f"jsonl(path={str(copy)!r}, held_out=0.2)", tokenizer)["fingerprint"] == first
-    assert data.describe(f"jsonl(path={str(copy)!r}, held_out=0.5)", tokenizer)["fingerprint"] != first
+    assert data.describe_data(f"jsonl(path={str(copy)!r}, held_out=0.2)", tokenizer)["fingerprint"] == first
+    assert data.describe_data(f"jsonl(path={str(copy)!r}, held_out=0.5)", tokenizer)["fingerprint"] != first
     copy.write_text(copy.read_text().replace("d0w0", "D0w0"))
-    assert data.describe(f"jsonl(path={str(copy)!r}, held_out=0.2)", tokenizer)["fingerprint"] != first
+    assert data.describe_data(f"jsonl(path={str(copy)!r}, held_out=0.2)", tokenizer)["fingerprint"] != first
 
 
 def test_another_process_with_another_hash_seed_makes_the_same_batches(spec, tmp_path):

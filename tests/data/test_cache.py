@@ -82,12 +82,12 @@ def test_a_second_start_reads_no_text_until_a_file_changes(spec, tmp_path, monke
     real = JsonLines.documents
     monkeypatch.setattr(JsonLines, "documents", lambda self: reads.append(1) or real(self))
     tokenizer = data.build_tokenizer("bytes", spec)
-    first = data.describe(spec, tokenizer)
+    first = data.describe_data(spec, tokenizer)
     reads.clear()
-    assert data.describe(spec, tokenizer) == first and not reads
+    assert data.describe_data(spec, tokenizer) == first and not reads
     with open(tmp_path / "corpus.jsonl", "a") as file:
         file.write('{"text": "one more"}\n')
-    assert data.describe(spec, tokenizer)["fingerprint"] != first["fingerprint"] and reads
+    assert data.describe_data(spec, tokenizer)["fingerprint"] != first["fingerprint"] and reads
 
 
 def test_tokens_are_memory_mapped_and_small(spec):
@@ -122,14 +122,14 @@ DAMAGE = {
 )
 def test_a_damaged_entry_is_made_again_with_a_line(spec, cache_dir, caplog, kind, name, damage):
     tokenizer = data.build_tokenizer("bytes", spec)
-    first = data.describe(spec, tokenizer)
+    first = data.describe_data(spec, tokenizer)
     path = entries(cache_dir, kind) / name
     content = path.read_bytes()
     path.unlink() if damage == "absent" else path.write_bytes(DAMAGE[damage](content))
-    assert data.describe(spec, tokenizer) == first and path.read_bytes() == content
+    assert data.describe_data(spec, tokenizer) == first and path.read_bytes() == content
     (line,) = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
     assert str(entries(cache_dir, kind)) in line and "it is made again" in line
-    assert data.describe(spec, tokenizer) == first and len(caplog.records) == 1
+    assert data.describe_data(spec, tokenizer) == first and len(caplog.records) == 1
     assert not list(cache_dir.glob(f".{kind}-*"))
 
 

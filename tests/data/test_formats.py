@@ -371,7 +371,7 @@ def test_one_document_is_cut_so_that_a_part_can_be_held_out(tmp_path):
         corpus = Corpus(f"{spec}(path={path!r})")
         sides = {side: list(corpus.texts(side)) for side in ("train", "held_out")}
         assert sides["held_out"] and sorted("".join(sides["train"] + sides["held_out"])) == sorted(text)
-        assert data.check(corpus.spec)[-1].startswith("one document of 8,")
+        assert data.check_data(corpus.spec)[-1].startswith("one document of 8,")
         tokens = corpus.documents(data.build_tokenizer("bytes", corpus.spec))
         assert len(tokens["held_out"]) == len(sides["held_out"]) == corpus.summary["held_out_documents"]
 
@@ -404,4 +404,4 @@ def test_a_conversation_in_a_parquet_file(tmp_path):
 def test_rows_of_a_table_have_the_columns_that_were_chosen(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"a": ["x"], "b": [1]}), tmp_path / "a.parquet")
     path = str(tmp_path / "a.parquet")
-    assert list(tables.rows(path, "json", lambda names, where: names[:1])) == [(f"{path}, row 1", {"a": "x"})]
+    assert list(tables.read_rows(path, "json", lambda names, where: names[:1])) == [(f"{path}, row 1", {"a": "x"})]

@@ -52,17 +52,17 @@ def first_epoch(corpus, tokenizer, index, count):
 
 
 def test_whole_and_streamed_are_the_same_corpus(folder, tokenizer):
-    whole = data.describe(f"hf(path={folder!r})", tokenizer)
-    streamed = data.describe(f"hf(path={folder!r}, streaming=True)", tokenizer)
+    whole = data.describe_data(f"hf(path={folder!r})", tokenizer)
+    streamed = data.describe_data(f"hf(path={folder!r}, streaming=True)", tokenizer)
     assert whole["fingerprint"] == streamed["fingerprint"]
     assert (whole["sampled"], streamed["sampled"]) == (False, True)
 
 
 def test_a_second_start_reads_no_rows(folder, tokenizer, monkeypatch):
     spec = f"hf(path={folder!r})"
-    first = data.describe(spec, tokenizer)
+    first = data.describe_data(spec, tokenizer)
     monkeypatch.setattr(Hub, "texts", lambda *_: pytest.fail("read again"))
-    assert data.describe(spec, tokenizer) == first
+    assert data.describe_data(spec, tokenizer) == first
 
 
 def test_a_stream_never_trains_on_held_out_documents(folder, tokenizer, texts):
@@ -101,7 +101,7 @@ def test_a_stream_resumes_at_the_same_batch(folder, tokenizer, monkeypatch):
 def test_a_stream_trains_a_bpe_and_evaluates_on_its_sample(folder):
     spec = f"hf(path={folder!r}, streaming=True, held_out=0.2, sample=40)"
     tokenizer = data.build_tokenizer("bpe(vocab_size=300)", spec)
-    summary = data.describe(spec, tokenizer)
+    summary = data.describe_data(spec, tokenizer)
     assert summary["train_documents"] + summary["held_out_documents"] == 40
     batches = list(data.eval_batches(spec, tokenizer, 2, 16))
     assert sum(batch["weights"].sum() for batch in batches) == summary["held_out_tokens"]
@@ -117,14 +117,14 @@ def test_a_stream_without_train_documents_ends_with_a_reason(folder, tokenizer, 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_out_of_reach_says_how(tokenizer, streaming):
     with pytest.raises(UserError, match=r"hf\(path='nobody/nothing'.* cannot be loaded \(.*Hub.*without a network"):
-        data.describe(f"hf(path='nobody/nothing', streaming={streaming})", tokenizer)
+        data.describe_data(f"hf(path='nobody/nothing', streaming={streaming})", tokenizer)
 
 
 def test_an_unknown_split_and_field_name_what_there_is(folder, tokenizer):
     with pytest.raises(UserError, match=r"Unknown split \"tset\".*train"):
-        data.describe(f"hf(path={folder!r}, split='tset')", tokenizer)
+        data.describe_data(f"hf(path={folder!r}, split='tset')", tokenizer)
     with pytest.raises(UserError, match=r"no field 'txt'; there are: text, id; did you mean 'text'\?"):
-        data.describe(f"hf(path={folder!r}, field='txt')", tokenizer)
+        data.describe_data(f"hf(path={folder!r}, field='txt')", tokenizer)
 
 
 def test_json_nested_too_deep_does_not_reach_the_parser_that_dies_of_it(tmp_path, tokenizer):
@@ -132,12 +132,12 @@ def test_json_nested_too_deep_does_not_reach_the_parser_that_dies_of_it(tmp_path
     (tmp_path / "set" / "part.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
     for streaming in (False, True):
         with pytest.raises(UserError, match="part.jsonl, line 2: JSON that is nested too deep"):
-            data.describe(f"hf(path='{tmp_path}/set', streaming={streaming})", tokenizer)
+            data.describe_data(f"hf(path='{tmp_path}/set', streaming={streaming})", tokenizer)
 
 
 def test_rows_that_datasets_cannot_read_are_one_line(tmp_path, tokenizer):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "part.parquet").write_text("no parquet at all, just words that go on for a while")
     with pytest.raises(UserError) as error:
-        data.describe(f"hf(path='{tmp_path}/set', streaming=True)", tokenizer)
+        data.describe_data(f"hf(path='{tmp_path}/set', streaming=True)", tokenizer)
     assert "\n" not in str(error.value)

@@ -50,7 +50,7 @@ class NoSource:
 @pytest.mark.parametrize("spec", ["least_source", "stranger_source"])
 def test_documents_are_enough(spec):
     tokenizer = data.build_tokenizer("bpe(vocab_size=300)", spec)
-    summary = data.describe(spec, tokenizer)
+    summary = data.describe_data(spec, tokenizer)
     assert summary["train_documents"] + summary["held_out_documents"] == 40 and summary["held_out_documents"] > 0
     assert sorted([*Corpus(spec).texts("train"), *Corpus(spec).texts("held_out")]) == sorted(TEXTS)
     batches = data.train_iterator(spec, tokenizer, 2, 16, seed=0)
@@ -72,7 +72,7 @@ def test_documents_are_enough(spec):
 )
 def test_what_is_no_source_is_named(spec, message):
     with pytest.raises(UserError) as error:
-        data.check(spec)
+        data.check_data(spec)
     assert f"config.data = {spec!r}" in str(error.value) and message in str(error.value)
 
 

@@ -139,7 +139,7 @@ def test_what_is_no_parquet(tmp_path):
 def test_one_document_cannot_be_divided(tmp_path):
     path = write(tmp_path / "one.txt", "short")
     with pytest.raises(UserError, match="training and held-out text need two different documents, there is one"):
-        data.describe(f"text(path={path!r})", data.build_tokenizer("bytes", "python_docs()"))
+        data.describe_data(f"text(path={path!r})", data.build_tokenizer("bytes", "python_docs()"))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

@@ -100,7 +100,7 @@ def test_tokens_travel_to_their_experts(mesh_spec):
     assert expected[0][1]["stats"]["drop_rate"] > 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, jax.device_get(results))
     sent, others = travel(compiled, mesh)
-    rows = 8 * (len(x) // sharding.row_ways(mesh)) * rows_per_expert(T, 8, 2, 0.7)
+    rows = 8 * (len(x) // sharding.count_row_shards(mesh)) * rows_per_expert(T, 8, 2, 0.7)
     assert sent == 4 * rows * (4 * D + 2)
     kernel_bytes = 4 * D * F * 8 // mesh.shape["expert"] // mesh.shape["tensor"]
     assert max(collective.bytes for collective in others) <= kernel_bytes, others

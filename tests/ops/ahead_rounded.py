@@ -64,7 +64,7 @@ def main():
         boxed = model.abstract_params(lm)
         shapes = nn.unbox(boxed)
         rounded = jax.eval_shape(lambda params: apply.quantize(params, sys.argv[2]), shapes)
-        params = sharding.on_shards(box_as(boxed, rounded), mesh)
+        params = sharding.abstract_shards(box_as(boxed, rounded), mesh)
         with jax.set_mesh(mesh):
             compiled = programs(lm, params, mesh.shape["data"])
     leaves = jax.tree.leaves(rounded["group_0"], is_leaf=lambda leaf: isinstance(leaf, Weight))
