@@ -19,14 +19,18 @@ _WORD = "zqx{}xqz"
 def find_spans(
     tokenizer: typing.Any, messages: list[Message], tools: list | None = None
 ) -> tuple[str, list[tuple[int, int]]]:
-    """`(text, [(start, end)])`: the conversation as the template makes it, without white space behind its end, and the
-    characters of each of the assistant's turns. Raises UserError where those cannot be told."""
+    """Renders a conversation and finds its assistant turns: `(text, [(start, end)])`, in characters.
+
+    The text has no white space at its end. Raises UserError where the turns cannot be told from the rest.
+    """
     how = {"tools": tools} if tools else {}
     marked = tokenizer.marked(messages, **how)
     if marked is not None:
         text, spans = marked
         if not spans:
-            raise UserError(f"{_named(messages)}: the chat template's {{% generation %}} marks no turn of it")
+            raise UserError(
+                f"{_named(messages)}: the chat template's {{% generation %}} marks no turn; put it around answers"
+            )
     else:
         turns = _Turns(tokenizer, messages, how)
         text, spans = turns.whole, turns.spans()

@@ -24,15 +24,15 @@ _checked: dict[Path, str] = {}  # folder: what its files were like when their ch
 
 
 def root(cache_dir: PathLike | None = None) -> Path:
-    """Where cached folders live: `cache_dir`, else $EFFICIENTLLM_CACHE, else ~/.cache/efficientllm."""
+    """Returns the folder of the cache: `cache_dir`, else $EFFICIENTLLM_CACHE, else ~/.cache/efficientllm."""
     return Path(cache_dir or os.environ.get("EFFICIENTLLM_CACHE") or "~/.cache/efficientllm").expanduser()
 
 
 def entry(cache_root: Path, name: str, fill: typing.Callable[[Path], typing.Any]) -> Path:
-    """Path of the folder `name`; if absent or damaged, `fill(folder)` writes it first.
+    """Returns the path of the cached folder `name`; `fill(folder)` writes it first if it is absent or damaged.
 
-    The folder appears whole or not at all: it is filled under another name and renamed, and of several processes that
-    fill it at once the first to finish wins. Checksums of its files are written with it and checked when it is opened.
+    The folder is written under another name and renamed, so that it is never seen half written. Of several processes
+    that write it at once, the first to finish wins. Checksums of its files are stored in it and checked on opening.
     Raises UserError where the cache cannot be written.
     """
     final = cache_root / name
@@ -55,8 +55,7 @@ def entry(cache_root: Path, name: str, fill: typing.Callable[[Path], typing.Any]
         if error.errno not in _UNWRITABLE:
             raise
         raise UserError(
-            f"the data cache {cache_root} cannot be written ({error.strerror}); "
-            "set EFFICIENTLLM_CACHE to a folder that can"
+            f"EFFICIENTLLM_CACHE = {str(cache_root)!r}: cannot be written ({error.strerror}); name a folder that can"
         ) from error
     return final
 
@@ -111,12 +110,12 @@ def _remove_abandoned(cache_root, name):
 
 
 def digest(*parts: object) -> str:
-    """Sixteen hexadecimal digits that name an entry by everything its content depends on."""
+    """Hashes everything that an entry's content depends on to sixteen hexadecimal digits, for its name."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def stat_key(paths: typing.Iterable[PathLike]) -> str:
-    """One string that changes when a file of `paths` is added, removed, replaced or written to, without reading any.
+    """Makes a string that changes when a file of `paths` is added, removed, replaced or written to, reading none.
 
     A time of modification can be set back, as `cp -p` and archives do; the time of the last change cannot.
     """

@@ -13,19 +13,22 @@ log = logging.getLogger("efficientllm")
 
 
 def dump(messages: list[Message], tools: list | None = None) -> str:
-    """A conversation as the text of a document, in JSON: `[{"role": ..., "content": ...}, ...]`, or with `tools`, as
-    transformers takes them, `{"messages": ..., "tools": ...}`."""
+    """Serializes a conversation to JSON, the text of a document: `[{"role": ..., "content": ...}, ...]`.
+
+    With `tools`, in transformers' format, it is `{"messages": ..., "tools": ...}`.
+    """
     return json.dumps({"messages": messages, "tools": tools} if tools else messages, ensure_ascii=False)
 
 
 def encode(tokenizer: typing.Any, text: str) -> tuple[list[int], list[bool]]:
-    """`(ids, learnt)` of a document that `dump` made, its end included; `learnt` has a bool a token.
+    """Tokenizes a document that `dump` made, end token included, to `(ids, learnt)`.
 
-    An answer with `"weight": 0` is read and not learnt, as OpenAI's files have it.
+    `learnt` is the loss mask, a bool for each token. An assistant turn with `"weight": 0` has no loss, as in OpenAI's
+    format.
 
-    With a chat template, the ids are those of the whole conversation in transformers, and what is learnt are the turns
-    of the assistant (`data.assistant_spans`); eos follows where the template ends without an end token. Without one,
-    turns are set apart by a blank line and the assistant's end with eos.
+    With a chat template, the ids are those of transformers for the whole conversation, and the loss is on the
+    assistant's turns (`data.assistant_spans`); eos is appended where the template ends without an end token. Without
+    a template, a blank line ends other turns and eos ends the assistant's. Raises UserError where turns are not found.
     """
     document = json.loads(text)
     has_tools = isinstance(document, dict)
@@ -67,7 +70,7 @@ def _templated(tokenizer, messages, tools):
 
 
 def _drops_thinking(messages, text):
-    """Whether the template leaves out what the last answer was thinking."""
+    """Returns whether the template drops the reasoning of the last answer."""
     last = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
     before, _, _ = last.get("content", "").rpartition("</think>")
     thought = last.get("reasoning_content") or last.get("thinking") or before.partition("<think>")[2]
@@ -76,12 +79,12 @@ def _drops_thinking(messages, text):
 
 @functools.cache
 def _say_dropped(fingerprint):
-    """Once for each tokenizer."""
+    """Warns once for each tokenizer that its template drops reasoning."""
     log.warning("the chat template leaves out the thinking of answers, as in transformers: it is not learnt")
 
 
 def _overlapping(offsets, spans):
-    """For each token, whether a span of characters, of which there are several in order, has one of its own."""
+    """Returns, for each token, whether its characters overlap one of `spans`, which are in order."""
     learnt, left = [], list(spans)
     for start, end in offsets:
         while left and start >= left[0][1]:
@@ -91,8 +94,10 @@ def _overlapping(offsets, spans):
 
 
 def check(messages: typing.Any, where: str) -> list[Message]:
-    """The messages, if they are a conversation with an answer, in transformers' form: parts of text joined, and no key
-    without a value. Raises UserError that says what is wrong."""
+    """Checks that messages are a conversation with an answer, and returns them in transformers' format.
+
+    Parts of text are joined, and keys without a value removed. Raises UserError that says what is wrong.
+    """
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):

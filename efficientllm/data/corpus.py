@@ -57,16 +57,16 @@ class Documents:
         return len(self.ids) - len(self.ends)
 
     def longer_than(self, length: int) -> int:
-        """How many documents have more than `length` tokens with a target."""
+        """Counts the documents of more than `length` tokens with a target."""
         return int(np.sum(np.diff(self.ends, prepend=0) - 1 > length))
 
     def teaches(self, length: int) -> bool:
-        """Whether a document has a target to learn among its first `length`."""
+        """Returns whether any document has a target to learn among its first `length`."""
         return not self.records or any(self[index]["weights"][:length].any() for index in range(len(self)))
 
 
 class Corpus:
-    """What `spec` names, as seen by one cache. Building it reads nothing."""
+    """Corpus of a data spec and its entries in one cache. Building it reads nothing."""
 
     def __init__(self, spec: str, cache_dir: PathLike | None = None):
         self.spec = spec
@@ -100,11 +100,11 @@ class Corpus:
                 yield text
 
     def side(self, group: str) -> str:
-        """The side of a document whose side is decided by the text `group`."""
+        """Returns the split, train or held_out, of the documents of `group`."""
         return SIDES[_hash(group) < self.summary["threshold"]]
 
     def documents(self, tokenizer: typing.Any) -> dict[str, Documents]:
-        """{side: Documents}, tokenised at the first call."""
+        """Returns `{side: Documents}`, tokenized at the first call and cached."""
         form = "record" if self.has_records else "text"
         name = f"tokens-{cache.digest(self.summary['fingerprint'], tokenizer.fingerprint, form)}"
         folder = cache.entry(self.cache, name, lambda new: self._tokenise(tokenizer, new))
@@ -245,7 +245,7 @@ class _Writer:
 
 
 def shifted(ids: typing.Any) -> dict[str, np.ndarray]:
-    """{"tokens", "targets"} of a document that closes with eos."""
+    """Shifts the ids of a document that ends with eos: `{"tokens": ids[:-1], "targets": ids[1:]}`, int32."""
     ids = np.asarray(ids, np.int32)
     return {"tokens": ids[:-1], "targets": ids[1:]}
 

@@ -34,7 +34,7 @@ class HuggingFace:
     path: str
 
     def fit(self, corpus: typing.Any) -> FastTokenizer:
-        """Raises UserError if there is no such tokenizer, or if it lacks eos or a fast implementation."""
+        """Loads the tokenizer. Raises UserError if there is none, or if it lacks eos or a fast implementation."""
         where, folder = f"config.tokenizer: hf(path={self.path!r})", self._folder()
         loaded = _load(folder, where)
         if not loaded.is_fast or loaded.eos_token_id is None:
@@ -116,8 +116,10 @@ def _added(folder):
 
 
 def end_ids(folder: PathLike) -> tuple[int, ...]:
-    """The ids at which transformers ends generation: those of generation_config.json, else those of config.json; none
-    where neither names any. Raises UserError for what are no ids."""
+    """Reads the ids at which transformers ends generation, from generation_config.json, else config.json.
+
+    Returns an empty tuple where neither names any. Raises UserError for values that are no ids.
+    """
     for name in (GENERATION, CONFIG):
         if ids := _ids(_json(folder, name).get("eos_token_id"), f"{folder}/{name}"):
             return ids
@@ -144,13 +146,13 @@ def _file(folder, name):
 
 
 def _json(folder, name):
-    """The object of a file, {} for none."""
+    """Reads the JSON object of a file; {} if there is no file."""
     file = _file(folder, name)
     return json_text.read(file, where=f"{folder}/{name}") if file else {}
 
 
 def _gguf_ends(file):
-    """The ids that end a text, a turn and a message by a GGUF file's own words."""
+    """Reads the end-of-text, end-of-turn and end-of-message ids from the metadata of a GGUF file."""
     values = gguf_header.read_header(file).values
     found = (values.get(f"tokenizer.ggml.{name}") for name in _GGUF_ENDS)
     return list(dict.fromkeys(value for value in found if isinstance(value, int)))

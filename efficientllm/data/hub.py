@@ -43,7 +43,7 @@ class Hub(Source):
         yield from _sample(self) if self.streaming else self.texts(self.rows())
 
     def rows(self) -> typing.Any:
-        """The `datasets` data set. Raises UserError with the reason if there is none."""
+        """Loads the `datasets` data set. Raises UserError with the reason if it cannot be loaded."""
         datasets = library()
         if os.path.isdir(self.path):
             _check_json(self.path, cache.stat_key(_json_files(self.path)))
@@ -84,8 +84,11 @@ class Hub(Source):
 
 
 def library() -> typing.Any:
-    """`datasets`, which is not to look for torch: a stream would import it, a second and 200 MB that a run would be
-    measured with, to share its epoch number with workers that there are none of."""
+    """Imports `datasets` and stops it from importing torch.
+
+    A stream would import torch, a second and 200 MB that count in a run's measurements, to share its epoch number with
+    data loader workers, which we do not use.
+    """
     import datasets
 
     datasets.config.TORCH_AVAILABLE = False

@@ -21,7 +21,7 @@ class Skipped(Exception):
 
 
 def messages_of(value: typing.Any, role: str, name: str, where: str) -> list[dict]:
-    """The messages that a field holds: a text is one of `role`, null is none. Raises UserError."""
+    """Returns the messages of a field: a text is one message of `role`, null is none. Raises UserError."""
     if not isinstance(value, list | tuple):
         text = tables.check_text(value, name, where)
         return [] if text is None else _dialogue(text) or [{"role": role, "content": text}]
@@ -43,7 +43,7 @@ def as_list(
     where: str,
     wanted: str = "a conversation is a list of {'role': ..., 'content': ...}",
 ) -> list | tuple:
-    """The list that a field holds, which a table may spell as JSON. Raises UserError."""
+    """Returns the list of a field, parsed where a table holds it as JSON text. Raises UserError for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)

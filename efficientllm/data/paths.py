@@ -10,11 +10,11 @@ from efficientllm.errors import UserError
 
 
 def find_files(path: str, endings: tuple[str, ...] = ()) -> list[str]:
-    """Sorted paths of the regular files that `path` names.
+    """Finds the regular files that a path, folder or glob names, and returns their paths sorted.
 
-    `**` crosses folders; names that begin with a dot have to be named; of links to the same file or folder the first by
-    name counts. A folder stands for all files below it, if `endings` are given for those of such names. Raises
-    UserError if there is no file.
+    `**` matches any depth of folders. Names that begin with a dot match only a pattern that begins with one. Of several
+    links to one file the first by name is returned. A folder stands for all files below it, or for those that end in
+    one of `endings`. Raises UserError if there is no file.
     """
     where = f"data path={path!r}"
     if not path.strip() or "\0" in path:

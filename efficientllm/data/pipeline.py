@@ -15,13 +15,15 @@ _PREFETCHED = 2  # batches made while the device works; the state saved is that 
 
 
 def build_tokenizer(tokenizer_spec: str, data_spec: str, cache_dir: PathLike | None = None) -> typing.Any:
-    """The tokenizer that `tokenizer_spec` names (see `data.tokenizers`), trained on `data_spec` if it has to be."""
+    """Builds the tokenizer of `tokenizer_spec` (see `data.tokenizers`), trained on the data where it needs training."""
     return build("tokenizer", tokenizer_spec, where="config.tokenizer").fit(Corpus(data_spec, cache_dir))
 
 
 def check_data(data_spec: str, cache_dir: PathLike | None = None) -> list[str]:
-    """Reads the data, or what is cached of it, and returns lines about what was read. Raises UserError for what is
-    wrong with it, before anything that takes longer."""
+    """Reads the data, or its cached summary, and returns lines for the log about what was read.
+
+    Raises UserError for data that cannot be trained on. It is called before anything that takes longer.
+    """
     return Corpus(data_spec, cache_dir).summary["notes"]
 
 
@@ -35,7 +37,9 @@ def train_iterator(
     process_count: int = 1,
     cache_dir: PathLike | None = None,
 ) -> typing.Any:
-    """Endless grain iterator over this process's rows of batches of `batch_size` (global) rows of `length` tokens.
+    """Builds an endless grain iterator over this process's share of batches.
+
+    A global batch has `batch_size` rows of `length` tokens.
 
     A batch is a dict of arrays [batch_size / process_count, length]: `tokens`, `targets`, `segments` (from 1 in each
     row, 0 is padding) and `positions` (from 0 in each segment), all int32, and `weights` float32, 0 where there is no
@@ -71,8 +75,11 @@ def eval_batches(
     limit: int | None = None,
     cache_dir: PathLike | None = None,
 ) -> "EvalBatches":
-    """The held-out documents as batches like `train_iterator`'s, every token once and in a fixed order; at most `limit`
-    of them. A re-iterable with a length, the same for every process. Raises UserError as `train_iterator` does."""
+    """Builds batches of the held-out documents, in the format of `train_iterator`, `limit` of them at most.
+
+    Every token comes once, in a fixed order. The result can be iterated again; its length is the same for every
+    process. Raises UserError as `train_iterator` does.
+    """
     _share(batch_size, process_count)
     documents = _long_enough(Corpus(data_spec, cache_dir), tokenizer, "held_out", length)
     if documents.records and limit:
@@ -88,10 +95,10 @@ def eval_batches(
 def describe_data(
     data_spec: str, tokenizer: typing.Any, length: int | None = None, cache_dir: PathLike | None = None
 ) -> dict[str, typing.Any]:
-    """What a row says of the data: source, sha256 of the corpus, and documents, bytes and tokens of both sides; of
-    records also how many are cut at the end of rows of `length` tokens.
+    """Describes the data for a run's record: source, sha256, and documents, bytes and tokens of each split.
 
-    Of a stream the numbers are those of the documents read ahead (`sampled` is true).
+    With `length`, tuning records are also counted by whether rows of `length` tokens truncate them. The numbers of a
+    stream are those of the documents read ahead, and `sampled` is true.
     """
     corpus = Corpus(data_spec, cache_dir)
     sides = corpus.documents(tokenizer)
@@ -105,7 +112,7 @@ def describe_data(
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatches:
-    """Batches of one process, made anew at each iteration."""
+    """Held-out batches of one process; each iteration packs them again."""
 
     documents: object
     batch_size: int
@@ -127,7 +134,7 @@ class EvalBatches:
             yield values
 
     def _count(self):
-        """Rows there are."""
+        """Counts the rows."""
         from efficientllm.data.rows import packing
 
         if not self.documents.records:
@@ -136,7 +143,7 @@ class EvalBatches:
 
 
 def _rows(documents, dataset, length):
-    """Rows of the dataset of `documents`: of records whole ones, of text a stream of tokens cut at the row's end."""
+    """Packs `documents` into rows: records are kept whole, text is a stream of tokens cut at the end of each row."""
     from efficientllm.data.rows import packing
 
     if not documents.records:
@@ -162,14 +169,14 @@ def _long_enough(corpus, tokenizer, side, length):
         )
     if not documents.teaches(length):
         raise UserError(
-            f"config.train.length = {length} cuts off every {side.replace('_', '-')} response of config.data = "
-            f"{corpus.spec!r}; take a longer one"
+            f"config.train.length = {length}: truncates every {side.replace('_', '-')} response of config.data = "
+            f"{corpus.spec!r}; raise it"
         )
     return documents
 
 
 def calibration_rows(data_spec: str, tokenizer: typing.Any, length: int, seed: int = 0) -> np.ndarray:
-    """Rows of tokens `[CALIBRATION_ROWS, length]` to calibrate a quantised form on: train text, without padding."""
+    """Returns train tokens `[CALIBRATION_ROWS, length]` without padding, to calibrate quantization on."""
     batches = train_iterator(data_spec, tokenizer, CALIBRATION_ROWS, length, seed=seed)
     pieces: list[np.ndarray] = []
     tokens = CALIBRATION_ROWS * length

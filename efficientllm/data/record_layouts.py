@@ -48,11 +48,11 @@ class Layout:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The fields, and that of the tools that a conversation may call, which need not be there."""
+        """The fields, and the optional one of the tools that a conversation may call."""
         return (*self.fields, TOOLS)
 
     def document(self, row: dict, where: str) -> str:
-        """The text of the conversation that a row is. Raises Skipped, UserError."""
+        """Converts a row to the text of a conversation. Raises Skipped for one to pass over, else UserError."""
         messages = self.messages(row, where)
         tools = row.get(TOOLS)
         if isinstance(tools, str):
@@ -63,8 +63,11 @@ class Layout:
 
 
 def recognise(names: typing.Iterable[str], where: str, wanted: tuple[str, ...] = (), system: str = "") -> Layout:
-    """The layout of rows with the fields `names`; `wanted` are those that the user names: (messages,) or (prompt,
-    response), an empty string where the default is meant. Raises UserError that says what is missing."""
+    """Recognizes the layout of rows by their fields `names`.
+
+    `wanted` are the fields that the user names, (messages,) or (prompt, response), an empty string for the default.
+    `system` is the system message of conversations without one. Raises UserError that says what is missing.
+    """
     names = Names(names)
     if any(wanted):
         return _named(names, where, wanted, system)
@@ -87,16 +90,16 @@ def recognise(names: typing.Iterable[str], where: str, wanted: tuple[str, ...] =
 
 
 class Names(tuple):
-    """Names of fields, of which those that are known are found whatever the case of their letters."""
+    """Field names, looked up without regard to case."""
 
     def first(self, wanted: str | typing.Iterable[str]) -> str | None:
-        """The name that the first of `wanted`, a name or several, has here; None if there is none of them."""
+        """Returns the field that matches the first of `wanted` (a name or several) to be there, or None."""
         originals = {name.lower().strip(): name for name in reversed(self)}
         candidates = (wanted,) if isinstance(wanted, str) else wanted
         return next((originals[name] for name in candidates if name in originals), None)
 
     def beside(self, wanted: str | typing.Iterable[str], *taken: str) -> str | None:
-        """As above, of the names that are not taken."""
+        """Returns `first` among the names that are not in `taken`."""
         return Names(name for name in self if name not in taken).first(wanted)
 
 

@@ -25,7 +25,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # as names end; what counts
 
 @contextlib.contextmanager
 def opened(path: PathLike) -> typing.Iterator[io.BufferedReader]:
-    """The file, decompressed if it is gzip, bzip2, xz, zstd or lz4, for reading bytes.
+    """Opens a file for reading bytes, decompressed if it is gzip, bzip2, xz, zstd or lz4.
 
     Raises UserError that names the file for one that cannot be read, is damaged, or is an archive of several.
     """
@@ -42,7 +42,7 @@ def opened(path: PathLike) -> typing.Iterator[io.BufferedReader]:
 
 @contextlib.contextmanager
 def reading(path: PathLike) -> typing.Iterator[None]:
-    """Makes one line of what goes wrong while reading the file."""
+    """Turns errors of reading a file or of decompressing it into a UserError of one line."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -79,7 +79,7 @@ def lines(path: PathLike) -> typing.Iterator[tuple[int, str]]:
 
 
 def whole(path: PathLike) -> str:
-    """The file's text. Raises UserError for what is not UTF-8."""
+    """Reads the whole text of a file. Raises UserError if it is not UTF-8."""
     with opened(path) as stream:
         return _decode(stream.read(), path, 0)
 
@@ -99,7 +99,7 @@ def documents(path: PathLike, size: int) -> typing.Iterator[str]:
 
 
 def pieces(text: str, size: int) -> list[str]:
-    """A list of the text in pieces of at most `size` characters, which end at line ends where they can."""
+    """Splits a text into pieces of at most `size` characters, at line ends where there are any."""
     cuts, start = [], 0
     while len(text) - start > size:
         stop = text.rfind("\n", start, start + size) + 1 or start + size

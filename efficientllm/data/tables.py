@@ -22,7 +22,7 @@ _HUGE = 1 << 30
 
 
 def read_rows(path: str, fallback: str, choose: typing.Any) -> typing.Iterator[tuple[str, typing.Any]]:
-    """Yields `(where, row)` of a file of the format that its name ends in, else of `fallback`.
+    """Yields `(where, row)` of each row of a file, whose format is that of its ending, else `fallback`.
 
     `choose(names, where)` gives the columns of a CSV or Parquet file to read. Rows are dicts; in JSON they are what the
     file holds. Raises UserError that names the file and the line.
@@ -40,7 +40,7 @@ def read_rows(path: str, fallback: str, choose: typing.Any) -> typing.Iterator[t
 
 
 def field_value(row: typing.Any, name: str, where: str) -> typing.Any:
-    """The value of a row's field. Raises UserError that lists the fields there are."""
+    """Returns the value of a row's field. Raises UserError that lists the fields there are."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON object is needed, not {type(row).__name__}")
     if name not in row:
@@ -49,12 +49,12 @@ def field_value(row: typing.Any, name: str, where: str) -> typing.Any:
 
 
 def missing_field(name: str, names: typing.Collection[str], where: str) -> str:
-    """What is said of a field that is none of `names`."""
+    """Words the error message for a field that is none of `names`."""
     return f"{where}: no field {name!r}; there are: {', '.join(names) or 'none'}{did_you_mean(name, names)}"
 
 
 def check_text(value: typing.Any, name: str, where: str) -> str | None:
-    """The text of a field, None for null. Raises UserError for another type and for what is no Unicode."""
+    """Returns the text of a field, None for null. Raises UserError for another type and for invalid Unicode."""
     if value is None:
         return None
     if not isinstance(value, str):

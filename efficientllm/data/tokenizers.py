@@ -38,7 +38,7 @@ class Bytes:
         self.token_bytes = np.array([1] * 256 + [0], np.int32)
 
     def fit(self, corpus: typing.Any) -> "Bytes":
-        """Itself: there is nothing to learn."""
+        """Returns itself: there is nothing to train."""
         return self
 
     def encode(self, text: str) -> list[int]:
@@ -51,11 +51,11 @@ class Bytes:
         return self.encode(text)
 
     def within(self, vocab_size: int) -> "Bytes":
-        """Itself: of a model's vocabulary that holds it."""
+        """Returns itself: any model's vocabulary holds its ids."""
         return self
 
     def save(self, folder: pathlib.Path) -> None:
-        """Nothing: bytes need no file."""
+        """Writes nothing: bytes need no file."""
 
     def text_of(self, id: int) -> str:
         """What the token `id` is called."""
@@ -79,7 +79,7 @@ class BPE:
     sample_bytes: int = 2_000_000
 
     def fit(self, corpus: typing.Any) -> "FastTokenizer":
-        """The tokenizer trained on `corpus`, or its cached copy. Raises UserError below 257 ids: the bytes and eos."""
+        """Trains the tokenizer on `corpus`, or loads its cached copy. Raises UserError below 257 ids (bytes, eos)."""
         import tokenizers
 
         if self.vocab_size < 257:
@@ -165,8 +165,11 @@ class FastTokenizer:
         self._splits, self._clean = splits, clean
 
     def within(self, vocab_size: int) -> "FastTokenizer":
-        """The tokenizer for a model with an embedding of `vocab_size` ids, which added tokens may lie beyond: a text
-        that asks for one of them is refused then. Itself where more than those do."""
+        """Limits the tokenizer to the `vocab_size` ids of a model's embedding, and returns it.
+
+        Only added tokens may have ids beyond; a text that contains one then raises UserError. Where other tokens are
+        beyond too, the tokenizer is returned unchanged.
+        """
         added = self.backend.get_added_tokens_decoder()
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         needed = [self.eos_id, *self.lead_ids, *(id for id in vocabulary.values() if id not in added)]
@@ -178,7 +181,7 @@ class FastTokenizer:
         return self
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes it to a new folder, which `hf(path=...)` and transformers load, with eos among the end tokens."""
+        """Writes a new folder that `hf(path=...)` and transformers load, with eos among the end tokens."""
         folder.mkdir(parents=True)
         self._save(folder)
         ends = list(dict.fromkeys([self.eos_id, *self.end_ids]))
@@ -210,21 +213,20 @@ class FastTokenizer:
             raise UserError(f"the tokenizer cannot encode this text: {error}") from None
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of a text that a chat template made: special tokens are special."""
+        """Tokenizes a text that a chat template rendered; special tokens are recognized."""
         return self._inside(self._special(text, False).ids)
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """`encode_template`'s ids, and for each the `(start, end)` of the characters that it stands for."""
+        """Tokenizes as `encode_template` and returns for each id also its `(start, end)` in characters."""
         encoding = self._special(text, False)
         return self._inside(encoding.ids), encoding.offsets
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids as transformers gives them: what the text spells out is special, and the tokens that the tokenizer puts
-        around a text are there."""
+        """Tokenizes as transformers does: special tokens are recognized, and BOS and the like are added."""
         return self._inside(self._special(text, True).ids)
 
     def encode_context(self, text: str, special: bool = True) -> list[int]:
-        """As `encode_prompt` with `special`, unless the text begins with BOS itself: as the harness does."""
+        """Tokenizes as lm-evaluation-harness does: BOS is added if `special`, unless the text begins with it."""
         plain = self.encode_template(text)
         if not special:
             return plain
@@ -243,7 +245,7 @@ class FastTokenizer:
         return [np.array(self._inside(encoding.ids), np.uint32) for encoding in encodings]
 
     def _inside(self, ids):
-        """The ids. Raises UserError for one that the model has no embedding of."""
+        """Returns the ids. Raises UserError for one that the model has no embedding of."""
         if self._limit is not None and ids and max(ids) >= self._limit:
             raise UserError(
                 f"a text spells the token {self.text_of(max(ids))!r}, whose id {max(ids)} lies beyond the model's "
@@ -257,8 +259,10 @@ class FastTokenizer:
 
 
 def keep(tokenizer: typing.Any, folder: pathlib.Path) -> None:
-    """Writes a run's tokenizer to `folder`, whole or not at all, for those who take the run as a checkpoint; what is
-    there stays. One without `save` is named by the run's config alone."""
+    """Writes a run's tokenizer to `folder` atomically, for use of the run as a checkpoint.
+
+    An existing folder is left as it is. A tokenizer without `save` is not written: the run's config names it.
+    """
     if folder.exists() or not hasattr(tokenizer, "save"):
         return
     for left in folder.parent.glob(f".{folder.name}-*"):  # of a run that was killed just then
@@ -270,15 +274,18 @@ def keep(tokenizer: typing.Any, folder: pathlib.Path) -> None:
 
 
 def _lead(backend):
-    """Ids that the tokenizer puts before a text."""
+    """Returns the ids that the tokenizer puts before a text."""
     encoding = backend.encode("a", add_special_tokens=True)
     marks = encoding.special_tokens_mask
     return tuple(encoding.ids[: marks.index(0) if 0 in marks else 0])
 
 
 def _token_bytes(backend, vocab_size):
-    """Exact for byte-level vocabularies, whose tokens spell each byte as one character; for SentencePiece and WordPiece
-    a token counts as the text it stands for within a sentence."""
+    """Counts the UTF-8 bytes of each token, int32 `[vocab_size]`.
+
+    The counts are exact for byte-level vocabularies, whose tokens spell each byte as one character. A token of
+    SentencePiece or WordPiece counts as its text within a sentence.
+    """
     byte_level = "ByteLevel" in str(backend.decoder)
     added = backend.get_added_tokens_decoder()
     counts = np.zeros(vocab_size, np.int32)

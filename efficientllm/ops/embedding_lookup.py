@@ -15,10 +15,8 @@ def look_up(embedding_VD, tokens_BT, dtype):
     Left to itself the partitioner gathers the whole table on some meshes; and on GPUs for one token of one row, whose
     lookup is made a slice before it is divided.
     """
-    vocab, width = (
-        sharding.count_shards("vocab", embedding_VD.shape[0]),
-        sharding.count_shards("embed", embedding_VD.shape[1]),
-    )
+    V, D = embedding_VD.shape
+    vocab, width = sharding.count_shards("vocab", V), sharding.count_shards("embed", D)
     if tokens_BT.shape[1] == 1 and vocab > 1 and width == 1:
         return sharding.constrain(_divided(embedding_VD, tokens_BT, dtype), "batch", "length", None)
     x_BTD = take(embedding_VD, sharding.constrain(tokens_BT, "group_batch", "length")).astype(dtype)

@@ -56,7 +56,7 @@ def test_an_entry_is_made_once(tmp_path):
 
 def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written .* set EFFICIENTLLM_CACHE"):
+    with pytest.raises(UserError, match="EFFICIENTLLM_CACHE = .*: cannot be written .* name a folder"):
         cache.entry(tmp_path / "file" / "cache", "thing", lambda folder: None)
 
     def full(folder):
@@ -158,7 +158,7 @@ def test_a_damaged_entry_that_cannot_be_replaced_says_what_to_set(tmp_path, monk
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(cache.Path, "rename", closed)
-    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\); set EFFICIENTLLM_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\); name a folder"):
         cache.entry(tmp_path, "thing", fill)
 
 

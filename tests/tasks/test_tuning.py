@@ -214,7 +214,7 @@ def test_a_learning_rate_is_chosen_for_each_method_and_its_cost_told(base, tmp_p
         ({"adapter": "full", "quant": "nf4"}, "rounded weights cannot learn"),
         ({"quant": "int4(method='gptq')"}, "tuning rounds to the nearest"),
         ({"train__length": 300}, "config.train.length = 300"),
-        ({"train__length": 8}, "config.train.length = 8 cuts off every train response"),
+        ({"train__length": 8}, "config.train.length = 8: truncates every train response"),
         ({"tokenizer": "bpe(vocab_size=400)"}, "the vocabulary of config.model.size 300"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
