@@ -90,15 +90,15 @@ def _flag(argument, name, value):
 
 
 def _main(flags, extra):
-    from efficientllm.sweep import check, execute, grid, launch, spec
+    from efficientllm.sweep import cost_estimates, execute, grid, launch, spec
 
     retry = _retry(flags.get("retry"))
     launch.check_launcher(flags.get("launcher", "local"))
     sweep = spec.load_sweep(flags["config"])
-    costs = check.estimate_costs(sweep, extra)
+    costs = cost_estimates.estimate_costs(sweep, extra)
     runs = [] if sweep.search else list(spec.list_runs(sweep, extra))
     out = pathlib.Path(flags.get("out") or pathlib.Path("runs/sweeps") / sweep.name)
-    print(check.format_costs(sweep, costs, runs, out))
+    print(cost_estimates.format_costs(sweep, costs, runs, out))
     if "dry_run" in flags:
         return 0
     if sweep.search:

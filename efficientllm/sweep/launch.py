@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.runtime.log import clock_time
-from efficientllm.sweep.check import Cost
+from efficientllm.sweep.cost_estimates import Cost
 from efficientllm.sweep.execute import execute_run, last_message, read_outcome
 from efficientllm.sweep.spec import Run, Sweep
 

@@ -72,10 +72,10 @@ def parsed(argv):
 def described(argv):
     """The exit status of a line whose model, method and optimiser are described without arrays."""
     from efficientllm.errors import UserError
-    from efficientllm.sweep import check
+    from efficientllm.sweep import cost_estimates
 
     try:
-        check._cost(argv)
+        cost_estimates._cost(argv)
     except UserError as error:
         print(f"efficientllm: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import pytest
 import runs
 from efficientllm.errors import UserError
 from efficientllm.record import row
-from efficientllm.sweep import Sweep, check, execute, search
+from efficientllm.sweep import Sweep, cost_estimates, execute, search
 from efficientllm.sweep import __main__ as command
 
 
@@ -103,7 +103,7 @@ def test_the_command_searches_here_only(tmp_path, monkeypatch, capsys):
 
 
 def test_a_value_that_no_run_could_have_is_refused_before_any(monkeypatch):
-    monkeypatch.setattr(check, "_cost", lambda argv: pytest.fail("a model is described"))
+    monkeypatch.setattr(cost_estimates, "_cost", lambda argv: pytest.fail("a model is described"))
     monkeypatch.chdir(runs.ROOT)
     for changes, message in (
         ({"search": ("train.batch_size", 1, 2**40)}, "config.train.batch_size = 1099511627776: must be"),
@@ -112,7 +112,7 @@ def test_a_value_that_no_run_could_have_is_refused_before_any(monkeypatch):
         ({"search": (), "overrides": {"seed": -1}}, "config.seed = -1"),
     ):
         with pytest.raises(UserError) as error:
-            check.estimate_costs(dataclasses.replace(SWEEP, **changes))
+            cost_estimates.estimate_costs(dataclasses.replace(SWEEP, **changes))
         assert message in str(error.value) and "variant a: " in str(error.value)
 
 

@@ -15,7 +15,7 @@ import pytest
 import runs as small
 from efficientllm.errors import UserError
 from efficientllm.report import find_rows, markdown
-from efficientllm.sweep import Sweep, check, execute, grid, launch, spec
+from efficientllm.sweep import Sweep, cost_estimates, execute, grid, launch, spec
 from efficientllm.sweep.__main__ import main, stoppable
 
 # A program in the place of a training run: what it does is its seed's and its mixer's.
@@ -119,7 +119,7 @@ def test_a_run_that_somebody_stopped_has_no_row_and_is_resumed(tmp_path):
 def test_failures_stop_nothing_and_the_command_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "execute_run", execute_program)
     runs = list(spec.list_runs(sweep(seeds=(0,))))
-    costs = {name: check.Cost(1, 1, 1, 1.0, 1.0) for name in "abc"}
+    costs = {name: cost_estimates.Cost(1, 1, 1, 1.0, 1.0) for name in "abc"}
     execute_program(runs[0], tmp_path / runs[0].folder)
     outcomes = launch.run_locally(runs, tmp_path, sweep(), costs)
     assert {run.variant: outcome for run, outcome in zip(runs, outcomes, strict=True)} == {
@@ -161,12 +161,12 @@ def test_a_grid_gives_each_variant_the_value_of_its_least_loss(tmp_path):
 def test_equality_is_checked_before_anything_runs():
     wide = {"a": "configs/base.py", "b": ("configs/base.py", {"model.ffn": "swiglu(hidden=512)"})}
     base = {"tokenizer": "bytes"}
-    costs = check.estimate_costs(sweep(variants=wide, overrides=base, equal={"tokens": 0.0}))
+    costs = cost_estimates.estimate_costs(sweep(variants=wide, overrides=base, equal={"tokens": 0.0}))
     assert costs["b"].parameters > costs["a"].parameters and costs["b"].tokens == costs["a"].tokens
     with pytest.raises(UserError, match="parameters of variant b is .* more than 2.0% apart"):
-        check.estimate_costs(sweep(variants=wide, overrides=base, equal={"parameters": 0.02}))
+        cost_estimates.estimate_costs(sweep(variants=wide, overrides=base, equal={"parameters": 0.02}))
     with pytest.raises(UserError, match="variant b: config.model.mixer = 'gqqa'"):
-        check.estimate_costs(
+        cost_estimates.estimate_costs(
             sweep(variants={"a": "configs/base.py", "b": ("configs/base.py", {"model.mixer": "gqqa"})})
         )
 
@@ -252,7 +252,9 @@ def test_inference_costs_its_form_of_the_weights_and_the_states():
     base = {"model.pretrained": "", "tokenizer": "bytes", "infer.prompt_length": 24, "infer.max_new_tokens": 8}
     forms = {name: (f"configs/infer.py:{name}", base) for name in ("float32", "bfloat16", "int4")}
     forms["awq"] = ("configs/infer.py:int4", base | {"quant": "int4(method='awq')"})
-    costs = check.estimate_costs(sweep(variants=forms, baseline="float32", equal={"parameters": 0.0, "flops": 0.0}))
+    costs = cost_estimates.estimate_costs(
+        sweep(variants=forms, baseline="float32", equal={"parameters": 0.0, "flops": 0.0})
+    )
     state = 32 * 4 * 2 * 2 * 32 * 4  # tokens, layers, k and v, KV heads, width, bytes
     parameters = 4 * (3 * 128 * 384 + 2 * 128 * 128 + 2 * 128 * 64 + 2 * 128) + 128 * (257 + 1)
     assert costs["float32"].parameters == parameters
@@ -263,7 +265,7 @@ def test_inference_costs_its_form_of_the_weights_and_the_states():
     assert costs["awq"].memory_bytes == costs["int4"].memory_bytes + factors
     assert costs["int4"].tokens == 5 * 8
     with pytest.raises(UserError, match="config.mesh = 'sequence=2'.*take tensor or data"):
-        check.estimate_costs(sweep(variants=forms, baseline="float32", overrides={"mesh": "sequence=2"}))
+        cost_estimates.estimate_costs(sweep(variants=forms, baseline="float32", overrides={"mesh": "sequence=2"}))
 
 
 def test_real_runs_make_a_report(tmp_path):
@@ -293,7 +295,7 @@ def test_a_signal_stops_the_run_and_the_sweep(signum, tmp_path, monkeypatch):
     threading.Thread(target=interrupt).start()
     try:
         with stoppable():
-            assert launch.run_locally(runs, tmp_path, sweep(), {"a": check.Cost(1, 1, 1, 1.0, 1.0)}) is None
+            assert launch.run_locally(runs, tmp_path, sweep(), {"a": cost_estimates.Cost(1, 1, 1, 1.0, 1.0)}) is None
     finally:
         signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.glob("*/record.json"))
@@ -314,15 +316,15 @@ def test_a_crash_has_a_reason_a_path_and_a_place_in_its_ranking(tmp_path):
 
 def test_minutes_count_starting_and_what_runs_took_before(tmp_path):
     runs = list(spec.list_runs(sweep(seeds=(0, 1))))
-    costs = {name: check.Cost(1, 1, 1, 0.0, 1.0) for name in "abc"}
-    minutes = check._minutes(runs, costs, 1e9, 60.0, tmp_path)
+    costs = {name: cost_estimates.Cost(1, 1, 1, 0.0, 1.0) for name in "abc"}
+    minutes = cost_estimates._minutes(runs, costs, 1e9, 60.0, tmp_path)
     assert minutes.startswith(f"about {len(runs)} minutes, 0 of steps") and "60 s a run" in minutes
     (first, *_) = [run for run in runs if run.variant == "a"]
     execute_program(first, tmp_path / first.folder)
-    minutes = check._minutes(runs, costs, 1e9, 60.0, tmp_path)
+    minutes = cost_estimates._minutes(runs, costs, 1e9, 60.0, tmp_path)
     others = sum(run.variant != "a" for run in runs)
     assert f"{others} of starting" in minutes and "as runs of the same variants took (1 have rows)" in minutes
-    assert check.start_seconds() > check.COMPILE_S + 1
+    assert cost_estimates.start_seconds() > cost_estimates.COMPILE_S + 1
 
 
 @pytest.mark.parametrize(

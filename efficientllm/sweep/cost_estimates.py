@@ -1,4 +1,4 @@
-"""Checks of a sweep before it runs: the cost of each variant, whether it fits, and whether variants are equal."""
+"""Cost estimates of a sweep before it runs: parameters, FLOPs, memory and time of each variant."""
 
 import collections
 import contextlib
@@ -36,7 +36,8 @@ class Cost:
 
 def estimate_costs(sweep: spec.Sweep, extra: Sequence[str] = ()) -> dict[str, Cost]:
     """Estimates `{variant: Cost}`. Raises UserError for a wrong config, or one outside the sweep's `equal`."""
-    costs, argv = {}, {variant: spec.argv_of(sweep, variant, extra) for variant in sweep.variants}
+    costs: dict[str, Cost] = {}
+    argv = {variant: spec.argv_of(sweep, variant, extra) for variant in sweep.variants}
     for variant in sweep.variants:  # all command lines first, because parsing is fast
         with _naming_variant(sweep, variant):
             for flags in _extreme_flags(sweep):
