@@ -60,14 +60,6 @@ def test_unequal_work_is_refused(compare):
         compare.check_first_losses({"torch-float32": 2.0, "ours-float32": 2.0002})
 
 
-def test_ratio(compare):
-    """Half the time is twice the speed; the interval covers a noisy ratio and closes on a steady one."""
-    steady = compare.ratio([2.0] * 8, [1.0] * 8)
-    assert steady == {"ratio": 2.0, "low": 2.0, "high": 2.0}
-    noisy = compare.ratio([2.0, 2.2, 1.8, 2.1, 1.9, 2.0], [1.0, 1.3, 0.8, 1.1, 0.9, 1.0])
-    assert noisy["low"] < noisy["ratio"] == 2.0 < noisy["high"]
-
-
 @pytest.mark.slow  # the same, served
 def test_served_tokens_are_the_same(tmp_path):
     pytest.importorskip("torch")

@@ -33,6 +33,11 @@ def plain(config: Config) -> dict[str, typing.Any]:
     return tree
 
 
+def with_added_keys(tree: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """`plain(config)` with the keys of `ADDED` at their defaults where they are left out."""
+    return tree | {group: added | tree[group] for group, added in ADDED.items() if group in tree}
+
+
 def _finite(value):
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -8,6 +8,7 @@ import statistics
 
 from ml_collections import ConfigDict
 
+from efficientllm.config.plain import with_added_keys
 from efficientllm.errors import UserError, shown
 from efficientllm.plan import estimate
 from efficientllm.plan import hardware as hardwares
@@ -134,7 +135,7 @@ def _usable(record, hardware, planned):
 def _row(file, record, hardware, planned):
     device_count, mesh = record["provenance"]["devices"]["count"], record["provenance"]["mesh"]
     count = math.prod(mesh.values())  # the devices of the run's mesh; the process may have more
-    config = ConfigDict(_tuples(record["config"]))
+    config = ConfigDict(_tuples(with_added_keys(record["config"])))
     workload = planned.describe(config, hardwares.devices(hardware, count), hardware.platform, hardware.capability)
     roofline_s = estimate.estimate(workload, hardware, count).roofline.seconds
     watts = record["paper"]["aec_w"]

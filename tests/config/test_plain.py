@@ -27,3 +27,13 @@ def test_a_config_of_version_01_has_the_hash_that_it_had():
     assert plain.plain(config) == stored and plain.config_hash(config) == before
     config.model.unroll = 0
     assert plain.plain(config)["model"]["unroll"] == 0 and plain.config_hash(config) != before
+
+
+def test_a_stored_config_gets_its_new_keys_back():
+    config = base_config.get_config()
+    stored = plain.plain(config)
+    assert "unroll" not in stored["model"] and plain.with_added_keys(stored) == config.to_dict() | stored | {
+        "model": stored["model"] | {"unroll": 12}
+    }
+    stored["model"]["unroll"] = 0
+    assert plain.with_added_keys(stored)["model"]["unroll"] == 0
