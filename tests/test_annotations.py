@@ -20,8 +20,6 @@ UNFINISHED = (
     "plan",
     "positions",
     "quant",
-    "tasks",
-    "train",
     "weights",
 )
 

@@ -53,8 +53,8 @@ class Work:
     iterations_s: tuple[float, ...]
     duration_s: float
     params_active: int
-    tokens: int | None = None
-    samples: int | None = None
+    tokens: float | None = None
+    samples: float | None = None
     generated: int | None = None
 
     def __post_init__(self):
@@ -124,7 +124,7 @@ def _compression_rate(compression):
     return Reading(size_ratio * quality_ratio, "1", f"measured bytes and {compression.quality_name} (Eq. 9)")
 
 
-def energy_metrics(energy: EnergyWindow, tokens: int, idle: typing.Any = None) -> dict[str, Reading]:
+def energy_metrics(energy: EnergyWindow, tokens: float, idle: typing.Any = None) -> dict[str, Reading]:
     """`energy_j`, `j_per_token` (gross) and `j_per_token_net` (less idle power) as `{key: Reading}`.
 
     `tokens` were processed in the window; `idle` (`energy.Idle`) was measured in the same process, devices at rest.

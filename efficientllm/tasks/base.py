@@ -1,4 +1,4 @@
-"""What training, inference and planning share: log, charts, row with provenance, outcomes of failures, exit status."""
+"""What training, inference and planning share: log, charts, row with provenance, failures, exit status."""
 
 import contextlib
 import logging
@@ -39,8 +39,8 @@ class Run:
         """Runs the task with its log open -> exit status. Raises UserError."""
         open_log(workdir.path / "log.txt" if distributed.is_main() else None)
         try:
-            with contextlib.closing(cls(config, workdir)) as run:
-                return run.run()
+            with contextlib.closing(cls(config, workdir)) as task_run:
+                return task_run.run()
         finally:
             close_log()
 
@@ -51,7 +51,7 @@ class Run:
     def close(self) -> None:
         """Closes the charts."""
         if self.writer:
-            with contextlib.suppress(OSError):  # a full disk has been said
+            with contextlib.suppress(OSError):  # the full disk was logged already
                 self.writer.close()
         self.writer = None
 

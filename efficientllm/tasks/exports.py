@@ -1,50 +1,57 @@
-"""What a finished training leaves beside its row: an adapter in peft's format, a sample, and fewer checkpoints."""
+"""Exports of a finished training run: the adapter in peft's format, a sample, and the checkpoints to retain."""
 
 import logging
 
 from efficientllm.convert import peft
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Sample
+from efficientllm.record.workdir import Workdir
 from efficientllm.runtime import distributed
+from efficientllm.train.checkpoint import Checkpoints
+from efficientllm.train.setup import Setup
+from efficientllm.train.step import TrainState
+from efficientllm.typing import Params
 
 log = logging.getLogger("efficientllm")
 
 
-def write_adapter(run, workdir, state):
-    """The adapter in peft's format, where peft has one and there is a checkpoint to put it around.
+def write_adapter(setup: Setup, workdir: Workdir, state: TrainState) -> None:
+    """Writes the adapter in peft's format; nothing for a new model, or an adapter for which peft has no format.
 
-    What was learnt is in the checkpoint, whatever fails here. Raises UserError for what the format cannot hold.
+    The run's own checkpoint holds the adapter too. Raises UserError for an adapter that the format cannot hold.
     """
-    if run.source is None:
+    if setup.source is None:
         return
-    if not peft.is_writable(run.config.adapter):
-        if run.method.learnt and distributed.is_main():
-            log.info(f"adapter: peft has no format for {run.config.adapter!r}; what was learnt is in the checkpoint")
+    if not peft.is_writable(setup.config.adapter):
+        if setup.method.learnt and distributed.is_main():
+            log.info(f"adapter: peft has no format for {setup.config.adapter!r}; what was learnt is in the checkpoint")
         return
-    peft.write(run.lm, run.config.adapter, state.all_params, workdir.path / "adapter", run.source)
+    peft.write(setup.lm, setup.config.adapter, state.all_params, workdir.path / "adapter", setup.source)
     if distributed.is_main():
         log.info(f"adapter: {workdir.shown / 'adapter'}, in peft's format")
 
 
-def sample(run, params):
-    """The text of `config.sample`, prompt and continuation; None for no tokens."""
-    asked = run.config.sample
-    if not asked.tokens:
+def sample(setup: Setup, params: Params) -> str | None:
+    """Generates the text of `config.sample`: prompt and completion; None where it asks for no tokens."""
+    sample_config = setup.config.sample
+    if not sample_config.tokens:
         return None
-    prompt, sampler = run.tokenizer.encode_prompt(asked.prompt), Sample(asked.temperature)
-    engine = Engine(run.lm, params, sampler, run.tokenizer.end_ids, len(prompt) + asked.tokens)
-    *_, (new_ids,) = engine.generate([prompt], asked.tokens, run.config.seed)
-    return asked.prompt + run.tokenizer.decode(new_ids)
+    prompt, sampler = setup.tokenizer.encode_prompt(sample_config.prompt), Sample(sample_config.temperature)
+    engine = Engine(setup.lm, params, sampler, setup.tokenizer.end_ids, len(prompt) + sample_config.tokens)
+    *_, (new_ids,) = engine.generate([prompt], sample_config.tokens, setup.config.seed)
+    return sample_config.prompt + setup.tokenizer.decode(new_ids)
 
 
-def keep_checkpoints(checkpoints, keep):
-    """Says what stays for `--config.train.steps` of more; with `config.checkpoint.keep = 0` nothing does."""
+def keep_checkpoints(checkpoints: Checkpoints, keep: int) -> None:
+    """Logs the checkpoints from which a run of more steps can resume; removes them if `keep` is 0."""
     steps, size = checkpoints.stored()
     if not keep:
         checkpoints.discard()
-        said = f"removed, {size / 1e6:,.1f} MB: config.checkpoint.keep = 0"
+        message = f"removed, {size / 1e6:,.1f} MB: config.checkpoint.keep = 0"
     else:
-        named = ", ".join(map(str, steps))
-        said = f"{named}; {size / 1e6:,.1f} MB that more steps can go on from, and config.checkpoint.keep=0 removes"
+        steps_text = ", ".join(map(str, steps))
+        message = (
+            f"{steps_text}; {size / 1e6:,.1f} MB that more steps can go on from, and config.checkpoint.keep=0 removes"
+        )
     if distributed.is_main():
-        log.info(f"checkpoints: {said}")
+        log.info(f"checkpoints: {message}")

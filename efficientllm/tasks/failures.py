@@ -1,7 +1,8 @@
-"""What is optional and may fail, and what an error of the runtime means."""
+"""Warnings for optional work that fails; out-of-memory messages."""
 
 import contextlib
 import logging
+from collections.abc import Iterator
 
 from efficientllm.errors import UserError
 from efficientllm.registry.plugins import one_line_with_location
@@ -9,15 +10,15 @@ from efficientllm.registry.plugins import one_line_with_location
 log = logging.getLogger("efficientllm")
 
 
-def out_of_memory(error):
-    """`out of device memory: ...` where that is what an error of the runtime says, else None."""
+def out_of_memory(error: Exception) -> str | None:
+    """Returns `out of device memory: ...` for an error of the runtime that says so, else None."""
     text = str(error)
     return f"out of device memory: {text.splitlines()[0]}" if "RESOURCE_EXHAUSTED" in text else None
 
 
 @contextlib.contextmanager
-def optional(what, notes=None):
-    """What is done inside may fail: the run has its row, and a warning (and `notes`, a list) says what it lacks."""
+def optional(what: str, notes: list[str] | None = None) -> Iterator[None]:
+    """Turns an exception inside into a warning that starts with `what`, added to `notes` too: the run goes on."""
     try:
         yield
     except Exception as error:
@@ -26,11 +27,11 @@ def optional(what, notes=None):
             notes.append(f"{what}: {_message(error)}")
 
 
-def warn(what, error):
-    """One warning line for something optional that failed."""
+def warn(what: str, error: Exception) -> None:
+    """Logs one warning line for optional work that failed."""
     log.warning(f"{what}: {_message(error)}")
 
 
 def _message(error):
-    """A UserError says what it is; others are named with their place."""
+    """The message of a UserError; the type, message and location of others."""
     return str(error) if isinstance(error, UserError) else one_line_with_location(error)

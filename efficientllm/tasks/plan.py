@@ -1,4 +1,4 @@
-"""Planning: a config's step of training or request, compiled for hardware that is not here, and a row of its cost."""
+"""The plan task: compiles a training step or request for hardware that is not attached, and writes its cost."""
 
 import logging
 
@@ -7,97 +7,105 @@ import jax
 from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.metrics.energy.window import EnergyReader
-from efficientllm.plan import calibration, estimate, hardware, remedies, row, training_step
+from efficientllm.plan import calibration as calibrations
+from efficientllm.plan import estimate as estimates
+from efficientllm.plan import hardware, remedies, row, training_step
+from efficientllm.record.workdir import Workdir
 from efficientllm.registry import lookup, register
 from efficientllm.tasks.base import Run
+from efficientllm.typing import Config
 
 log = logging.getLogger("efficientllm")
 
 
 @register("task", "plan")
-def plan(config, workdir):
+def plan(config: Config, workdir: Workdir) -> int:
     """Plans what `config.plan.of` names -> exit status, 0 whether it fits or not. Raises UserError."""
     if jax.distributed.is_initialized():
-        raise UserError("config.task = 'plan': one process plans for any number of devices; start it alone")
+        raise UserError("config.task = 'plan': workload process plans for any number of devices; start it alone")
     return Planning.execute(config, workdir)
 
 
-def before_devices(config):
-    """Says what this process compiles for before it starts its devices. Raises UserError."""
-    hardware.compile_only(*_asked(config.plan))
+def before_devices(config: Config) -> None:
+    """Sets the platform that this process compiles for, before its devices start. Raises UserError."""
+    hardware.compile_only(*_hardware_and_count(config.plan))
 
 
 plan.before_devices = before_devices
 
 
-def _asked(asked):
-    """(hardware, number of devices) of `config.plan`."""
-    found = hardware.find(asked.hardware, max(1, asked.devices))
-    hardware.check_count(found, asked.devices)
-    return found, asked.devices
+def _hardware_and_count(plan_config):
+    """`(hardware, number of devices)` of `config.plan`."""
+    planned_hardware = hardware.find(plan_config.hardware, max(1, plan_config.devices))
+    hardware.check_count(planned_hardware, plan_config.devices)
+    return planned_hardware, plan_config.devices
 
 
 class Planning(Run):
-    """One plan from config to row."""
+    """A plan, from config to row. `config` is `requested_config` with a batch size that the mesh divides."""
 
-    def __init__(self, config, workdir):
+    def __init__(self, config: Config, workdir: Workdir) -> None:
         super().__init__(config, workdir)
-        self.hardware, self.count = _asked(config.plan)
+        self.hardware, self.count = _hardware_and_count(config.plan)
         self.calibration_of = config.plan.calibration
         self.devices = hardware.devices(self.hardware, self.count)
-        self.asked, self.planned = config, lookup("planned", config.plan.of, where="config.plan.of")
+        self.requested_config = config
+        self.planned = lookup("planned", config.plan.of, where="config.plan.of")
         self.config = self.planned.whole(config, sharding.make_mesh(config.mesh, self.devices))
 
-    def run(self):
-        """Returns the exit status."""
-        self._say_what_is_different()
-        one = self._described({})
-        self.workdir.claim(self.config, self.asked)
-        found = estimate.estimate(one, self.hardware, self.count)
-        known = None
+    def run(self) -> int:
+        """Writes the plan -> exit status."""
+        self._log_adjustments()
+        workload = self._describe({})
+        self.workdir.claim(self.config, self.requested_config)
+        estimate = estimates.estimate(workload, self.hardware, self.count)
+        calibration = None
         if self.calibration_of:
             keep = self.workdir.path / "calibration.json"
-            known = calibration.load(self.calibration_of, self.hardware, self.planned, log, keep)
-        made = row.predicted(one, self.hardware, self.count, found, self._tries(one, found), known)
-        log.info(row.text(self.config.name, one, self.hardware, found, made))
-        self._write(one, found, made)
+            calibration = calibrations.load(self.calibration_of, self.hardware, self.planned, log, keep)
+        prediction = row.predicted(
+            workload, self.hardware, self.count, estimate, self._tries(workload, estimate), calibration
+        )
+        log.info(row.text(self.config.name, workload, self.hardware, estimate, prediction))
+        self._write(workload, estimate, prediction)
         return 0
 
-    def _say_what_is_different(self):
-        size, asked = self.config.train.batch_size, self.asked.train.batch_size
-        if size != asked:
+    def _log_adjustments(self):
+        batch_size, requested = self.config.train.batch_size, self.requested_config.train.batch_size
+        if batch_size != requested:
             log.info(
-                f"config.train.batch_size = {asked} does not divide over {self.count} devices: planned with {size}"
+                f"config.train.batch_size = {requested} does not divide over {self.count} devices: "
+                f"planned with {batch_size}"
             )
         if not self.hardware.has_compiler:
             log.info(f"{self.hardware.lacks}. What follows is from shapes alone")
 
-    def _described(self, change):
+    def _describe(self, change):
         config = training_step.changed(self.config, change)
         return self.planned.describe(config, self.devices, self.hardware.platform, self.hardware.capability)
 
-    def _tries(self, one, found):
-        """What was tried where the step does not fit."""
+    def _tries(self, workload, estimate):
+        """The config changes that were tried; none where the workload fits."""
         room = self.hardware.memory_bytes
-        if found.refused is None and (found.total_bytes is None or found.total_bytes <= room):
+        if estimate.refused is None and (estimate.total_bytes is None or estimate.total_bytes <= room):
             return []
         log.info("does not fit; trying single changes")
 
         def total_of(change):
-            return estimate.total_bytes(self._described(change), self.hardware)
+            return estimates.total_bytes(self._describe(change), self.hardware)
 
-        return remedies.attempt(one.candidates(), room, total_of)
+        return remedies.attempt(workload.candidates(), room, total_of)
 
-    def _write(self, one, found, made):
-        """Writes the row: its devices are those that were planned for, in the place of those that are here."""
+    def _write(self, workload, estimate, prediction):
+        """Writes the row; its devices are those of the plan, not those of this process."""
         reader = EnergyReader("a plan reads no energy")
         record = self.build_row(
             "ok",
             reader=reader,
-            mesh=one.mesh,
-            kernels=found.kernels,
-            physical=row.physical(one, found),
-            predicted=made,
+            mesh=workload.mesh,
+            kernels=estimate.kernels,
+            physical=row.physical(workload, estimate),
+            predicted=prediction,
         )
         planned = {"platform": self.hardware.platform, "kind": self.hardware.device_kind, "count": self.count}
         record["provenance"]["devices"] = dict.fromkeys(record["provenance"]["devices"]) | planned

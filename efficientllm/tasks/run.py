@@ -1,8 +1,9 @@
-"""From a config to a finished workdir: imports, task, exit status."""
+"""Runs a config's task in its workdir: imports, workdir, task, exit status."""
 
 import hashlib
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
 
@@ -13,9 +14,10 @@ from efficientllm.record.workdir import Workdir
 from efficientllm.registry.plugins import import_plugins
 from efficientllm.runtime import distributed, stopping
 from efficientllm.tasks.base import Run
+from efficientllm.typing import Config, PathLike
 
 
-def run(config, path=None, overwrite=False):
+def run(config: Config, path: PathLike | None = None, overwrite: bool = False) -> int:
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
     config = schema.validate_config(config)
     distributed.initialise()
@@ -27,31 +29,31 @@ def _run(config, path, overwrite):
     task = distributed.call_in_all(lambda: _task(config))
     if hasattr(task, "before_devices"):
         task.before_devices(config)
-    # The main process makes the folder, and owns it, before another looks at it.
-    made = distributed.call_in_all(
+    # The main process creates and locks the folder before another process reads it.
+    owned_workdir = distributed.call_in_all(
         lambda: Workdir(config, path, overwrite).acquire() if distributed.is_main() else None
     )
     refused = True
     try:
-        workdir = distributed.call_in_all(lambda: made or Workdir(config, path, overwrite))
+        workdir = distributed.call_in_all(lambda: owned_workdir or Workdir(config, path, overwrite))
         workdir.code = code_of(config.imports)
-        answers = distributed.gather(distributed.call_in_all(lambda: workdir.answer(config) if made else None))
-        status = _say(answers[0]) if answers[0] else _guarded(task, config, workdir)
+        answers = distributed.gather(distributed.call_in_all(lambda: workdir.answer(config) if owned_workdir else None))
+        status = _print_answer(answers[0]) if answers[0] else _run_task(task, config, workdir)
         refused = False
         return status
     finally:
-        if made:
-            made.release(refused)
+        if owned_workdir:
+            owned_workdir.release(refused)
 
 
-def _say(answer):
+def _print_answer(answer):
     if distributed.is_main():
         print(answer)
     return 0
 
 
-def _guarded(task, config, workdir):
-    """The task's exit status; an exception that it does not know is a row and one line, and its status 3."""
+def _run_task(task, config, workdir):
+    """The task's exit status; an unexpected exception becomes a row, a line on stderr and exit status 3."""
     failed = Run(config, workdir)
     stopping.raise_if_stopped()
     try:
@@ -59,9 +61,9 @@ def _guarded(task, config, workdir):
     except UserError:
         raise
     except Exception as error:
-        stopping.raise_if_stopped()  # of which it may have been made
+        stopping.raise_if_stopped()  # the error may be a result of the stop
         if distributed.is_multi_process() and isinstance(error, jax.errors.JaxRuntimeError):
-            raise  # as where another process has died
+            raise  # another process may have died
         return distributed.exit_process(failed.end(error))
 
 
@@ -70,8 +72,8 @@ def _task(config):
     return registry.lookup("task", config.task, where="config.task")
 
 
-def code_of(imports):
-    """`{name: twelve hex digits}` of the content of each file of `config.imports`."""
+def code_of(imports: Sequence[str]) -> dict[str, str]:
+    """Hashes the files of `config.imports` -> `{name: twelve hex digits}`."""
     files = {
         name: name if name.endswith(".py") else getattr(sys.modules.get(name), "__file__", None) for name in imports
     }

@@ -1,4 +1,4 @@
-"""Pre-training and tuning: from a config to a trained model, its charts, its checkpoints and its row."""
+"""The pretrain and tune tasks: from a config to a trained model, its charts, checkpoints and row."""
 
 import logging
 import math
@@ -13,23 +13,26 @@ from efficientllm.metrics.reading import Reading
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.plan import memory_check
 from efficientllm.record.row import format_table
+from efficientllm.record.workdir import Workdir
 from efficientllm.registry import register
 from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed, stopping
 from efficientllm.tasks import exports, failures
 from efficientllm.tasks.base import FAILED, Run
-from efficientllm.train import charts, fingerprints, loop, row, setup
+from efficientllm.train import charts, fingerprints, loop, row
+from efficientllm.train import setup as train_setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
 from efficientllm.train.progress import Progress
+from efficientllm.typing import Config
 
 log = logging.getLogger("efficientllm")
 
 
 @register("task", "pretrain")
 @register("task", "tune")
-def train(config, workdir):
-    """Trains to `config.train.steps`, resuming what the workdir holds -> exit status. Raises UserError.
+def train(config: Config, workdir: Workdir) -> int:
+    """Trains to `config.train.steps`, resuming from a checkpoint in the workdir -> exit status. Raises UserError.
 
     Tuning is training that starts from `config.model.pretrained`; its row counts samples where pre-training's counts
     tokens.
@@ -38,24 +41,25 @@ def train(config, workdir):
 
 
 class Training(Run):
-    """A training, or a part of one that is resumed."""
+    """A training run, new or resumed."""
 
-    def __init__(self, config, workdir):
+    def __init__(self, config: Config, workdir: Workdir) -> None:
         super().__init__(config, workdir)
         self.loss, self.evaluation, self.first_step = None, None, 0
-        self.checkpoints = self.sampler = None
+        self.checkpoints: Checkpoints | None = None
+        self.sampler: Sampler | None = None
         self.counts_flops = True
 
-    def run(self):
-        """Returns the exit status."""
+    def run(self) -> int:
+        """Trains -> exit status."""
         distributed.call_in_all(self._prepare)
         self.reader = reader.open_reader(jax.local_devices(), meter=self.config.metrics.meter)
         self.idle = reader.idle_power(self.reader)
         self.checkpoints = Checkpoints(self.workdir.checkpoints, self.config.checkpoint.keep)
         self.sampler = Sampler(jax.local_devices(), self.reader, self.config.metrics.interval_s).start()
-        # A run of a few steps measures half of them, and says that they had not settled, rather than none.
-        aside = max(1, min(timer.CAP, self.config.train.steps // 2))
-        self.measurement = Measurement(self.reader, self.sampler, warm_up=aside)
+        # A run of a few steps measures half of them, and reports that their times had not settled.
+        warm_up_steps = max(1, min(timer.CAP, self.config.train.steps // 2))
+        self.measurement = Measurement(self.reader, self.sampler, warm_up=warm_up_steps)
         try:
             with jax.set_mesh(self.setup.mesh):
                 return self._train_or_stop()
@@ -85,16 +89,16 @@ class Training(Run):
             return 128 + stop.signum
 
     def _prepare(self):
-        self.setup = setup.prepare(self.config, log)
+        self.setup = train_setup.prepare(self.config, log)
         memory_check.check_shapes(self.setup)
         if self.is_main:
             self.workdir.claim(self.config)
 
     def _train(self):
         stopping.raise_if_stopped()
-        self.compiled, self.compiled_eval = setup.compile_steps(self.setup)
+        self.compiled, self.compiled_eval = train_setup.compile_steps(self.setup)
         distributed.call_in_all(lambda: memory_check.check_compiled(self.setup))
-        self.token_bytes = setup.token_bytes(self.setup)
+        self.token_bytes = train_setup.token_bytes(self.setup)
         state = self._restore_or_create()
         if self.is_main:
             keep(self.setup.tokenizer, self.workdir.path / "tokenizer")
@@ -108,41 +112,41 @@ class Training(Run):
             self.config, state, self.compiled, batches, self.setup.mesh, self.measurement, self.progress, hooks
         )
         self.checkpoints.wait()
-        if self.evaluation is None:  # resumed from its very last step
+        if self.evaluation is None:  # resumed after its last step
             self._evaluate(self.config.train.steps, state)
         self._finish(state)
         return 0
 
     def _restore_or_create(self):
-        """The newest checkpoint's state, or a new one. What is frozen is in no checkpoint: it is made as it was."""
-        run, shaped = self.setup, self.setup.shaped
-        now = self.checkpoints.facts = fingerprints.of(run)
+        """The newest checkpoint's state, or a new one. Checkpoints hold no frozen parameters; they are recreated."""
+        setup, shaped = self.setup, self.setup.shaped
+        now = self.checkpoints.facts = fingerprints.of(setup)
         restored = self.checkpoints.restore_newest(shaped.replace(frozen=None))
         if restored is None:
-            return setup.create_state(run)
+            return train_setup.create_state(setup)
         state, data_state = restored
         before = self.checkpoints.restored_facts
         fingerprints.check(before, now, self.config)
-        run.batches.set_state(data_state)
+        setup.batches.set_state(data_state)
         self.first_step = int(state.step)
         self.checkpoints.facts = fingerprints.joined(before, now, self.first_step, self.config)
         log.info(f"resuming from step {self.first_step}")
-        if said := fingerprints.line(self.checkpoints.facts["schedules"]):
-            log.warning(said)
-        frozen = setup.create_state(run).frozen if jax.tree.leaves(shaped.frozen) else shaped.frozen
+        if message := fingerprints.line(self.checkpoints.facts["schedules"]):
+            log.warning(message)
+        frozen = train_setup.create_state(setup).frozen if jax.tree.leaves(shaped.frozen) else shaped.frozen
         return state.replace(frozen=frozen)
 
     def _log(self, at, metrics, seconds):
         self.loss = float(metrics["loss"])
         log.info(self.progress.line(at, self.loss))
         if self.writer:
-            shown = charts.scalars(metrics, len(self.setup.lm.blocks))
-            shown |= {"tokens_per_s": float(metrics["tokens"]) / seconds, **self.sampler.latest()}
-            shown |= self._utilisation(seconds)
-            self.writer.scalars(at, shown)
+            scalars = charts.scalars(metrics, len(self.setup.lm.blocks))
+            scalars |= {"tokens_per_s": float(metrics["tokens"]) / seconds, **self.sampler.latest()}
+            scalars |= self._utilisation(seconds)
+            self.writer.scalars(at, scalars)
 
     def _utilisation(self, seconds):
-        """What the charts say of MFU; nothing, and one warning, of a technique whose FLOPs cannot be counted."""
+        """MFU for the charts; empty, after one warning, where a technique's FLOPs cannot be counted."""
         if not self.counts_flops:
             return {}
         try:
@@ -168,11 +172,11 @@ class Training(Run):
         self.checkpoints.save(at, state.replace(frozen=None), self.setup.batches.get_state(), loss)
 
     def _finish(self, state):
-        """The row, and then what may fail without taking it away."""
+        """Writes the row, then the exports, which may fail without losing it."""
         self.idle = row.all_idle(self.idle.compared(reader.idle_power(self.reader)))
-        found = self._write_row("ok", row.all_energy(self.measurement))
+        record = self._write_row("ok", row.all_energy(self.measurement))
         if self.is_main:
-            log.info(f"\n{format_table(found)}")
+            log.info(f"\n{format_table(record)}")
         with failures.optional("no adapter was written"):
             exports.write_adapter(self.setup, self.workdir, state)
         with failures.optional("no sample was drawn"):
@@ -180,16 +184,16 @@ class Training(Run):
                 log.info(f"\nsample: {sample!r}\n")
         with failures.optional("TensorBoard has no table of the row"):
             if self.writer:
-                self.add_to_table(found)
+                self.add_to_table(record)
         with failures.optional("checkpoints stay as they are"):
             exports.keep_checkpoints(self.checkpoints, self.config.checkpoint.keep)
         if self.is_main:
-            if note := memory.disagreement(found["physical"]):
+            if note := memory.disagreement(record["physical"]):
                 log.warning(note)
             self.log_locations()
 
     def _write_row(self, outcome, energy_window, message=None):
-        study, physical = self._readings(energy_window)
+        paper, physical = self._readings(energy_window)
         if (stored := self.checkpoints.newest_bytes()) is not None:
             physical["checkpoint_bytes"] = Reading(
                 stored, "bytes", "files of the newest checkpoint: what learns, moments"
@@ -201,7 +205,7 @@ class Training(Run):
             kernels=self.setup.kernels,
             facts=self._facts(),
             error=message,
-            paper_readings=study,
+            paper_readings=paper,
             physical=physical,
             quality=_quality(self.evaluation, self.loss),
             warm_up=row.warm_up(self.measurement),
@@ -218,7 +222,7 @@ class Training(Run):
             return row.unknown(f"could not be computed: {one_line_with_location(error)}")
 
     def _facts(self):
-        """What the provenance of a training adds."""
+        """Provenance that only training has."""
         return {
             "resumed_from_step": self.first_step,
             "sampler_cost_fraction": self.sampler.cost_fraction,
@@ -230,11 +234,11 @@ class Training(Run):
     def _fail(self, outcome, message, status=FAILED):
         self.measurement.abandon()
         log.error(message)
-        try:  # alone: other processes may not have failed, so their energy is not waited for
+        try:  # other processes may not have failed: do not wait for their energy readings
             self._write_row(outcome, reader.unavailable_window(f"the run ended as {outcome}"), message)
         except OSError as error:
             log.error(f"no row could be written: {error}")
-        if outcome == "nan":  # as all processes see
+        if outcome == "nan":  # all processes see the same loss
             return FAILED
         super().close()
         return distributed.exit_process(status)
@@ -246,12 +250,12 @@ class Training(Run):
         )
 
     def _distrust(self, step):
-        """Sets aside the checkpoint whose loss is no number: it is not the last good one, nor to be resumed from."""
+        """Renames the checkpoint whose loss is not finite, so that no run resumes from it."""
         with failures.optional("no checkpoint was set aside"):
             self.checkpoints.wait()
             self.checkpoints.distrust(step)
 
-    def close(self):
+    def close(self) -> None:
         """Stops threads and closes files."""
         if self.sampler:
             self.sampler.stop()
@@ -269,5 +273,5 @@ class Training(Run):
 
 def _quality(evaluation, loss):
     """Readings of the last evaluation and the last training loss; null with the reason where a value is not finite."""
-    found = held_out.readings(evaluation or {})
-    return found if loss is None else {"loss": Reading(loss, "nat", "last logged training step"), **found}
+    readings = held_out.readings(evaluation or {})
+    return readings if loss is None else {"loss": Reading(loss, "nat", "last logged training step"), **readings}

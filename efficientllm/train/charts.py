@@ -1,9 +1,11 @@
 """TensorBoard scalars of a training step: losses, and each router's load, entropy and drop rate."""
 
+import typing
+
 import numpy as np
 
 
-def scalars(metrics, blocks_per_group):
+def scalars(metrics: dict[str, typing.Any], blocks_per_group: int) -> dict[str, float]:
     """Formats a step's metrics, already on the host, as `{tag: number}`.
 
     Router statistics are tagged by layer: `z_router/entropy/layer_03`, `z_router/drop_rate/layer_03`, and

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import logging
 import math
+import pathlib
+import typing
 
 import jax
 from jax.experimental import multihost_utils
@@ -11,6 +13,7 @@ from jax.experimental import multihost_utils
 from efficientllm.errors import UserError
 from efficientllm.record import checkpoint_checksums
 from efficientllm.runtime import distributed, quiet_threads
+from efficientllm.typing import PyTree, Record
 
 log = logging.getLogger("efficientllm")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # disk full or failing
@@ -30,7 +33,7 @@ class Checkpoints:
     `facts` is plain data to store in each checkpoint; `restored_facts` is that of the restored checkpoint.
     """
 
-    def __init__(self, folder, keep):
+    def __init__(self, folder: pathlib.Path, keep: int) -> None:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers
 
@@ -43,12 +46,13 @@ class Checkpoints:
         )
         self._args = ocp.args
         self._folder = folder
-        self._saved_step = None
-        self.facts, self.restored_facts = {}, {}
+        self._saved_step: int | None = None
+        self.facts: Record = {}
+        self.restored_facts: Record = {}
         quiet_threads.silence_orbax()
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
 
-    def save(self, step, state, data_state, loss=None):
+    def save(self, step: int, state: PyTree, data_state: typing.Any, loss: float | None = None) -> None:
         """Starts to write; returns when the arrays are copied off the device. Raises CheckpointError.
 
         A state whose held-out `loss` is NaN or infinite is not saved: a run must not resume from it.
@@ -70,25 +74,25 @@ class Checkpoints:
             unfinished = list(self._folder.glob(f"{self._saved_step}.orbax-checkpoint-tmp*"))
             checkpoint_checksums.write(unfinished[0] if unfinished else self._folder / str(self._saved_step))
 
-    def saving(self):
+    def saving(self) -> bool:
         """True while a checkpoint is being written."""
         return self._manager.is_saving_in_progress()
 
-    def latest_step(self):
+    def latest_step(self) -> int | None:
         """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
-    def newest_bytes(self):
+    def newest_bytes(self) -> int | None:
         """Size of the newest checkpoint in bytes, or None; call `wait` first."""
         step = self.latest_step()
         return None if step is None else _bytes(self._folder / str(step))
 
-    def stored(self):
+    def stored(self) -> tuple[list[int], int]:
         """`(steps, total bytes)` of the checkpoints on disk; call `wait` first."""
         steps = sorted(self._manager.all_steps())
         return steps, sum(_bytes(self._folder / str(step)) for step in steps)
 
-    def restore_newest(self, shaped_like):
+    def restore_newest(self, shaped_like: PyTree) -> tuple[PyTree, typing.Any] | None:
         """Restores `(state, data_state)` of the newest readable checkpoint; None where no checkpoint exists.
 
         `shaped_like` is the abstract state, with shardings. After an older checkpoint is restored, newer ones that are
@@ -132,17 +136,17 @@ class Checkpoints:
             multihost_utils.sync_global_devices("set aside")
             self._manager.reload()
 
-    def distrust(self, step):
+    def distrust(self, step: int) -> None:
         """Renames the checkpoint of `step`, if any, to `diverged-STEP`: its loss is NaN or infinite."""
         if step in self._manager.all_steps():
             self._set_aside([step], "diverged")
 
-    def discard(self):
+    def discard(self) -> None:
         """Deletes all checkpoints; call `wait` first."""
         for step in self._manager.all_steps():
             self._manager.delete(step)
 
-    def wait(self):
+    def wait(self) -> None:
         """Waits until the last checkpoint is on disk. Raises CheckpointError."""
         with self._writing():
             self._manager.wait_until_finished()
@@ -156,7 +160,7 @@ class Checkpoints:
         except Exception as error:  # orbax raises whatever its storage backends raise
             raise CheckpointError(f"cannot write a checkpoint to {self._folder} ({_first_line(error)})") from error
 
-    def close(self):
+    def close(self) -> None:
         """Waits for the last write and stops orbax's threads."""
         with contextlib.suppress(CheckpointError), self._writing():  # `save` or `wait` has raised the same error
             self._manager.close()

@@ -2,9 +2,12 @@
 
 import hashlib
 import pathlib
+from collections.abc import Sequence
 
 from efficientllm.errors import UserError
 from efficientllm.optim import rules
+from efficientllm.train.setup import Setup
+from efficientllm.typing import Config, PathLike, Record
 
 # The config key that a message names where the content has changed.
 _NAMES = {"data": "config.data", "tokenizer": "config.tokenizer", "pretrained": "config.model.pretrained"}
@@ -16,23 +19,23 @@ _WEIGHTS = (
 _SAMPLES, _PIECE = 64, 1 << 14
 
 
-def of(run):
+def of(setup: Setup) -> Record:
     """The facts of a new run (a `train.setup.Setup`): its fingerprints, and the number of steps of its schedule."""
-    train = run.config.train
-    return {"fingerprints": fingerprints(run), "schedules": [{"from_step": 0, "steps": train.steps}]}
+    train = setup.config.train
+    return {"fingerprints": fingerprints(setup), "schedules": [{"from_step": 0, "steps": train.steps}]}
 
 
-def fingerprints(run):
+def fingerprints(setup: Setup) -> dict[str, str | None]:
     """`{"data", "tokenizer", "pretrained"}`: a fingerprint of each content, None where unknown."""
-    sampled = run.data.get("sampled")  # a stream: only its first documents have been read
+    sampled = setup.data.get("sampled")  # a stream: only its first documents have been read
     return {
-        "data": None if sampled else run.data.get("fingerprint"),
-        "tokenizer": getattr(run.tokenizer, "fingerprint", None),
-        "pretrained": None if run.source is None else of_weights(run.source.path),
+        "data": None if sampled else setup.data.get("fingerprint"),
+        "tokenizer": getattr(setup.tokenizer, "fingerprint", None),
+        "pretrained": None if setup.source is None else of_weights(setup.source.path),
     }
 
 
-def of_weights(path):
+def of_weights(path: PathLike) -> str:
     """Hashes a checkpoint to 16 hex digits: name, size and `_SAMPLES` evenly spaced pieces of each file."""
     path, digest = pathlib.Path(path), hashlib.sha256()
     files = sorted(file for pattern in _WEIGHTS for file in path.glob(pattern)) if path.is_dir() else [path]
@@ -46,7 +49,7 @@ def of_weights(path):
     return digest.hexdigest()[:16]
 
 
-def check(before, now, config):
+def check(before: Record, now: Record, config: Config) -> None:
     """Raises UserError where the checkpoint to resume from was trained on other data, tokenizer or base weights."""
     old, new = before.get("fingerprints") or {}, now["fingerprints"]
     for key, name in _NAMES.items():
@@ -58,7 +61,7 @@ def check(before, now, config):
             )
 
 
-def joined(before, now, step, config):
+def joined(before: Record, now: Record, step: int, config: Config) -> Record:
     """The facts of a run resumed at `step`: a schedule is appended if it changes the learning rate of earlier steps."""
     steps, schedules = config.train.steps, before.get("schedules") or []
     if not schedules or _same_rates(config.train, schedules[-1]["steps"], step):
@@ -75,7 +78,7 @@ def _same_rates(train, steps, step):
     return all(float(old(at)) == float(new(at)) for at in sampled_steps)
 
 
-def line(schedules):
+def line(schedules: Sequence[Record]) -> str | None:
     """`the learning rate is that of 200 steps up to step 100, of 400 from there on`, or None for a single schedule."""
     if len(schedules) < 2:
         return None

@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 import typing
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -14,6 +15,10 @@ from jax.experimental import multihost_utils
 
 from efficientllm import sharding
 from efficientllm.runtime import stopping
+from efficientllm.train.measure import Measurement
+from efficientllm.train.progress import Progress
+from efficientllm.train.step import TrainState
+from efficientllm.typing import Batch, Config, Mesh
 
 log = logging.getLogger("efficientllm")
 ASK_EVERY = 10  # steps between two all-gathers of the processes' stop signals
@@ -26,7 +31,7 @@ class Diverged(RuntimeError):
     gradient norm is not finite.
     """
 
-    def __init__(self, step, value, what="loss", state_step=None):
+    def __init__(self, step: int, value: float, what: str = "loss", state_step: int | None = None) -> None:
         super().__init__(f"{what} {value} at step {step}")
         self.step, self.state_step = step, state_step
 
@@ -34,7 +39,7 @@ class Diverged(RuntimeError):
 class Interrupted(RuntimeError):
     """The run was stopped by a signal; a checkpoint of `step` has been started."""
 
-    def __init__(self, step, signum):
+    def __init__(self, step: int, signum: int) -> None:
         super().__init__(f"{signal.Signals(signum).name} at step {step}")
         self.step, self.signum = step, signum
 
@@ -55,9 +60,9 @@ class Hooks:
 
 
 @contextlib.contextmanager
-def catch_signals(names=("SIGINT", "SIGTERM")):
+def catch_signals(names: Sequence[str] = ("SIGINT", "SIGTERM")) -> Iterator[collections.deque[int]]:
     """Yields a deque that collects signals; a second signal of the same kind gets the default handling."""
-    signals = collections.deque()
+    signals: collections.deque[int] = collections.deque()
 
     def handler(signum, _):
         stopping.note_handled()
@@ -77,7 +82,16 @@ def catch_signals(names=("SIGINT", "SIGTERM")):
             signal.signal(signum, old)
 
 
-def train(config, state, compiled, batches, mesh, measurement, progress, hooks):
+def train(
+    config: Config,
+    state: TrainState,
+    compiled: Callable,
+    batches: Iterator[Batch],
+    mesh: Mesh,
+    measurement: Measurement,
+    progress: Progress,
+    hooks: Hooks,
+) -> TrainState:
     """Trains from `state.step` to `config.train.steps` -> the last TrainState.
 
     A step's outputs are fetched after the next step is dispatched, so that the device never waits for the host.

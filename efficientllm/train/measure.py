@@ -1,9 +1,13 @@
 """Measurement of steady training steps: times, energy, memory and utilisation, without evaluation and checkpoints."""
 
 import time
+import typing
+from collections.abc import Callable
 
 from efficientllm.metrics import compiles, conditions, cpu_counters
 from efficientllm.metrics.energy import reader as energy
+from efficientllm.metrics.energy.window import EnergyReader
+from efficientllm.metrics.sampler import Averages, Sampler
 from efficientllm.metrics.timer import CAP, StepTimer
 
 
@@ -19,25 +23,31 @@ class Measurement:
                   counted, and their segment has no energy.
     """
 
-    def __init__(self, reader, sampler, clock=time.perf_counter, warm_up=CAP):
+    def __init__(
+        self, reader: EnergyReader, sampler: Sampler, clock: Callable[[], float] = time.perf_counter, warm_up: int = CAP
+    ) -> None:
         self._reader, self._sampler, self._clock = reader, sampler, clock
         self.timer = StepTimer(cap=warm_up)
-        self.windows, self.averages, self.spans = [], [], []
-        self.tokens = self.samples = self.steps = self.compiled = self.interrupted = 0
+        self.windows: list[energy.EnergyWindow] = []
+        self.averages: list[Averages] = []
+        self.spans: list[conditions.Span] = []
+        self.tokens: float = 0
+        self.samples: float = 0
+        self.steps = self.compiled = self.interrupted = 0
         self.seconds = 0.0
-        self._mark = None
+        self._mark: typing.Any = None
 
     @property
-    def running(self):
+    def running(self) -> bool:
         """True inside a segment."""
         return self._mark is not None
 
     @property
-    def steady(self):
+    def steady(self) -> bool:
         """True once step times have settled, or `warm_up` steps have been discarded."""
         return not self.timer.warming
 
-    def start(self):
+    def start(self) -> None:
         """Opens a segment."""
         self._compiled = compiles.count_programs()
         self._before = self.tokens, self.samples, self.steps, self.seconds, len(self.timer.samples)
@@ -46,12 +56,12 @@ class Measurement:
         self._edge, self._stopped_at_edge = cpu_counters.read_counters(), self._sampler.stopped_s()
         self.restart_clock()
 
-    def restart_clock(self):
+    def restart_clock(self) -> None:
         """Starts the next step's time now."""
         self._stopped = self._sampler.stopped_s()
         self._last = self._clock()
 
-    def step_done(self, tokens, samples=0):
+    def step_done(self, tokens: float, samples: float = 0) -> float:
         """Adds a step of `tokens` tokens in `samples` samples -> its seconds."""
         now = self._clock()
         seconds, self._last = now - self._last, now
@@ -68,7 +78,7 @@ class Measurement:
             self.timer.add(seconds)
         return seconds
 
-    def stop(self):
+    def stop(self) -> None:
         """Closes the segment, if one is open."""
         if self.running:
             self.averages.append(self._sampler.since(self._mark))
@@ -81,7 +91,7 @@ class Measurement:
             self.windows.append(window)
             self._mark = None
 
-    def abandon(self):
+    def abandon(self) -> None:
         """Closes the open segment and subtracts its steps from the totals."""
         if self.running:
             self._sampler.since(self._mark)

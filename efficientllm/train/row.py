@@ -10,7 +10,10 @@ from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.record import row, study_metrics
 from efficientllm.runtime import distributed
-from efficientllm.train import setup
+from efficientllm.train import setup as train_setup
+from efficientllm.train.measure import Measurement
+from efficientllm.train.setup import Setup
+from efficientllm.typing import Record
 from efficientllm.weights import activation_dtype
 
 TIMED = (
@@ -28,13 +31,13 @@ TIMED = (
 )
 
 
-def all_energy(measurement):
+def all_energy(measurement: Measurement) -> reader.EnergyWindow:
     """Energy of the measured steps, summed over all processes. Collective: every process must call it."""
     local = dataclasses.asdict(reader.combine_windows(measurement.windows))
     return reader.sum_over_processes([reader.EnergyWindow(**window) for window in distributed.gather(local)])
 
 
-def all_idle(idle):
+def all_idle(idle: reader.IdlePower) -> reader.IdlePower:
     """Idle power, summed over all processes. Collective: every process must call it."""
     powers = [reader.IdlePower(**fields) for fields in distributed.gather(dataclasses.asdict(idle))]
     if reason := next((power.reason for power in powers if power.power_w is None), None):
@@ -43,7 +46,7 @@ def all_idle(idle):
     return reader.IdlePower(sum(power.power_w for power in powers), None, max(drifts, key=abs, default=None))
 
 
-def conditions_of(measurement, everywhere):
+def conditions_of(measurement: Measurement, everywhere: bool) -> Record:
     """The row's `conditions`: the worst of all processes if `everywhere` (a collective call), else of this process."""
     span = conditions.combine_spans(measurement.spans)
     if everywhere:
@@ -52,31 +55,33 @@ def conditions_of(measurement, everywhere):
     return conditions.row(span, sampler.combine_averages(measurement.averages))
 
 
-def readings(run, measurement, window, idle):
+def readings(
+    setup: Setup, measurement: Measurement, window: reader.EnergyWindow, idle: reader.IdlePower
+) -> tuple[dict[str, Reading], dict[str, Reading]]:
     """`(paper, physical)` readings of the measured steps of `run` (a `train.setup.Setup`).
 
     `window` is their energy, `idle` the idle power. Timed readings are null where no steps could be measured.
     """
-    params = formulas.count_parameters(run.lm, run.boxed)
+    params = formulas.count_parameters(setup.lm, setup.boxed)
     if reason := _why_unmeasured(measurement):
         unmeasured = {key: missing(unit, reason) for key, unit in study_metrics.UNITS.items()}
         timed = {key: missing(row.PHYSICAL_UNITS[key], reason) for key in TIMED}
-        return unmeasured, {**physical_of_model(run, params), **timed}
+        return unmeasured, {**physical_of_model(setup, params), **timed}
     work = study_metrics.Work(
-        task=run.config.task,
+        task=setup.config.task,
         iterations_s=tuple(measurement.timer.samples),
         duration_s=measurement.seconds,
         params_active=params["active"],
-        **({"samples": measurement.samples} if run.config.task == "tune" else {"tokens": measurement.tokens}),
+        **({"samples": measurement.samples} if setup.config.task == "tune" else {"tokens": measurement.tokens}),
     )
     steps = measurement.timer.statistics()
     study = study_metrics.paper_metrics(work, sampler.combine_averages(measurement.averages), window)
     physical = {
-        **physical_of_model(run, params),
+        **physical_of_model(setup, params),
         **study_metrics.energy_metrics(window, measurement.tokens, idle),
-        **_utilisation(run, measurement.steps, measurement.seconds),
-        **_hardware_utilisation(run, measurement.steps, measurement.seconds),
-        **_bandwidth_utilisation(run, measurement.seconds / measurement.steps),
+        **_utilisation(setup, measurement.steps, measurement.seconds),
+        **_hardware_utilisation(setup, measurement.steps, measurement.seconds),
+        **_bandwidth_utilisation(setup, measurement.seconds / measurement.steps),
         **{f"step_s_{key}": steps[key] for key in ("p50", "p90", "p95", "p99")},
         "tokens_per_s": Reading(
             measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"
@@ -85,13 +90,13 @@ def readings(run, measurement, window, idle):
     return study, physical
 
 
-def unknown(reason):
+def unknown(reason: str) -> tuple[dict[str, Reading], dict[str, Reading]]:
     """`(paper, physical)` readings that are all null for one reason."""
     study = {key: missing(unit, reason) for key, unit in study_metrics.UNITS.items()}
     return study, {key: missing(unit, reason) for key, unit in row.PHYSICAL_UNITS.items()}
 
 
-def warm_up(measurement):
+def warm_up(measurement: Measurement) -> Record:
     """The row's `warm_up`: seconds of the discarded steps, whether times had settled, and the interrupted steps."""
     statistics = measurement.timer.statistics()
     return {key: statistics[key] for key in ("discarded_s", "settled")} | {"interrupted_steps": measurement.interrupted}
@@ -108,70 +113,72 @@ def _why_unmeasured(measurement):
     return None
 
 
-def utilisation(run, step_seconds):
+def utilisation(setup: Setup, step_seconds: float) -> dict[str, float]:
     """MFU of one step as numbers: `mfu` if the device's peak is known, and `mfu_gemm`."""
-    readings = _utilisation(run, 1, step_seconds)
+    readings = _utilisation(setup, 1, step_seconds)
     return {key: reading.value for key, reading in readings.items() if reading.value is not None}
 
 
-def _utilisation(run, steps, seconds):
-    flops = formulas.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method) * steps
-    return device_peaks.model_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(run.lm.precision))
+def _utilisation(setup, steps, seconds):
+    flops = formulas.step_flops(setup.lm, setup.boxed, setup.length, setup.batch_size, setup.method) * steps
+    return device_peaks.model_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(setup.lm.precision))
 
 
-def _hardware_utilisation(run, steps, seconds):
-    flops = run.program_flops
+def _hardware_utilisation(setup, steps, seconds):
+    flops = setup.program_flops
     flops = flops if flops.value is None else dataclasses.replace(flops, value=flops.value * steps)
-    return device_peaks.hardware_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(run.lm.precision))
+    return device_peaks.hardware_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(setup.lm.precision))
 
 
-def _bandwidth_utilisation(run, step_seconds):
+def _bandwidth_utilisation(setup, step_seconds):
     """MBU of a step, and its least time by roofline."""
-    train, devices = run.config.train, jax.devices()
-    rows = run.batch_size // train.accumulate
-    moved = step_memory.moved_bytes(run.lm, run.shaped, rows, run.length, train.accumulate)
-    flops = formulas.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
+    train, devices = setup.config.train, jax.devices()
+    rows = setup.batch_size // train.accumulate
+    moved = step_memory.moved_bytes(setup.lm, setup.shaped, rows, setup.length, train.accumulate)
+    flops = formulas.step_flops(setup.lm, setup.boxed, setup.length, setup.batch_size, setup.method)
     description = "parameters, moments, gradients and activations, each passing once for each use,"
     return {
         **device_peaks.bandwidth_utilisation(moved, step_seconds, devices, description),
-        "step_s_roofline": device_peaks.measured_roofline(flops, moved, devices, activation_dtype(run.lm.precision)),
+        "step_s_roofline": device_peaks.measured_roofline(flops, moved, devices, activation_dtype(setup.lm.precision)),
     }
 
 
-def memory_of(run):
+def memory_of(setup: Setup) -> dict[str, Reading]:
     """Memory of a step: measured peak, the compiler's plan, and the estimate from shapes."""
     return {
-        "peak_memory_bytes": memory.peak_bytes(jax.local_devices(), run.rss_before),
-        "compiled_memory_bytes": run.program_memory,
-        "predicted_memory_bytes": setup.predicted_memory(run),
+        "peak_memory_bytes": memory.peak_bytes(jax.local_devices(), setup.rss_before),
+        "compiled_memory_bytes": setup.program_memory,
+        "predicted_memory_bytes": train_setup.predicted_memory(setup),
     }
 
 
-def physical_of_model(run, params):
+def physical_of_model(setup: Setup, params: dict[str, int]) -> dict[str, Reading]:
     """Readings that need no time: parameters, FLOPs, bytes."""
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.shaped.all_params))
-    flops = formulas.step_flops(run.lm, run.boxed, run.length, run.batch_size, run.method)
-    flops /= run.length * run.batch_size
-    trainable = sum(leaf.size for leaf in jax.tree.leaves(run.shaped.params))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(setup.shaped.all_params))
+    flops = formulas.step_flops(setup.lm, setup.boxed, setup.length, setup.batch_size, setup.method)
+    flops /= setup.length * setup.batch_size
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(setup.shaped.params))
     formula = f"closed formula ({formulas.FLOP_CONVENTION})"
     return {
         "params_total": Reading(params["total"], "1", "parameter tree"),
         "params_active": Reading(params["active"], "1", "parameter tree, experts as far as a token is sent to them"),
         "params_trainable": Reading(trainable, "1", "parameter tree"),
-        "flops_per_token": Reading(flops, "FLOP", f"{formula}, forward and backward, row of {run.length}"),
+        "flops_per_token": Reading(flops, "FLOP", f"{formula}, forward and backward, row of {setup.length}"),
         "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
-        **memory_of(run),
-        "program_flops_per_token": _per_token(run, run.program_flops),
+        **memory_of(setup),
+        "program_flops_per_token": _per_token(setup, setup.program_flops),
         "kv_bytes_per_token": Reading(
-            formulas.state_bytes(run.lm, run.length) / run.length, "bytes", f"closed formula, row of {run.length}"
+            formulas.state_bytes(setup.lm, setup.length) / setup.length,
+            "bytes",
+            f"closed formula, row of {setup.length}",
         ),
-        "compile_s": Reading(run.compile_s["compile"], "s", "XLA compilation of the training step")
-        if run.compile_s
+        "compile_s": Reading(setup.compile_s["compile"], "s", "XLA compilation of the training step")
+        if setup.compile_s
         else missing("s", "the run ended before compilation"),
     }
 
 
-def _per_token(run, flops):
+def _per_token(setup, flops):
     if flops.value is None:
         return flops
-    return dataclasses.replace(flops, value=flops.value / (run.length * run.batch_size))
+    return dataclasses.replace(flops, value=flops.value / (setup.length * setup.batch_size))

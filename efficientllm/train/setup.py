@@ -1,5 +1,17 @@
 """Setup of a training run: data, abstract state and compiled steps. Cheap checks of the config come first."""
 
+from __future__ import annotations
+
+import logging
+import typing
+
+from efficientllm.adapters.base import Method
+from efficientllm.typing import Config, Mesh, PyTree, Record
+
+if typing.TYPE_CHECKING:
+    from efficientllm.convert.source import Source
+    from efficientllm.data.pipeline import EvalBatches
+
 import dataclasses
 import time
 
@@ -34,51 +46,54 @@ class Setup:
     program_*:     FLOPs and memory of the compiled step.
     """
 
-    config: object
-    mesh: object
-    tokenizer: object
-    lm: object
-    batches: object
-    eval_batches: object
-    method: object
-    source: object
-    boxed: dict
+    config: Config
+    mesh: Mesh
+    tokenizer: typing.Any
+    lm: model.LM
+    batches: typing.Any
+    eval_batches: EvalBatches
+    method: Method
+    source: Source | None
+    boxed: PyTree
     shaped: step.TrainState
     shardings: step.TrainState
-    data: dict
+    data: Record
     rss_before: int
-    compile_s: dict = dataclasses.field(default_factory=dict)
-    kernels: dict = dataclasses.field(default_factory=dict)
+    compile_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     program_flops: Reading = missing("FLOP", "the run ended before compilation")
     program_memory: Reading = missing("bytes", "the run ended before compilation")
 
     @property
-    def length(self):
+    def length(self) -> int:
         return self.config.train.length
 
     @property
-    def batch_size(self):
+    def batch_size(self) -> int:
         return self.config.train.batch_size
 
 
-def prepare(config, log):
+def prepare(config: Config, log: logging.Logger) -> Setup:
     """Builds the Setup of a config: reads the data, makes no array of the model. Raises UserError."""
-    run = describe_run(config)
-    config_checks.check_form(run)
+    description = describe_run(config)
+    config_checks.check_form(description)
     if config.model.pretrained:  # check the data before opening a checkpoint, which can take a minute
         _check_data(config, log)
-    config_checks.check_length(run)  # builds `run.outline`: a bad model is refused before any data is read
-    config_checks.check_train(config.train, run.mesh)
-    if run.source is None:
+    # Builds `description.outline`: a bad model is refused before any data is read.
+    config_checks.check_length(description)
+    config_checks.check_train(config.train, description.mesh)
+    if description.source is None:
         _check_data(config, log)
-    lm, mesh, tokenizer = config_checks.training_lm(run), run.mesh, run.tokenizer
+    lm, mesh, tokenizer = config_checks.training_lm(description), description.mesh, description.tokenizer
     _check_sample(lm, config.sample, tokenizer)
     if config.train.accumulate > 1 and any(ffn is not None and ffn.has_batch_loss for _, ffn in model.parts(lm)):
         rows = config.train.batch_size // config.train.accumulate
         log.info(f"config.train.accumulate: load-balance losses are those of micro-batches of {rows} rows, averaged")
-    share = dict(zip(("process_index", "process_count"), sharding.process_share(mesh), strict=True))
+    share: dict[str, typing.Any] = dict(
+        zip(("process_index", "process_count"), sharding.process_share(mesh), strict=True)
+    )
     rows = (config.data, tokenizer, config.train.batch_size, config.train.length)
-    shaped, shardings = step.abstract_state(lm, config, run.method, mesh)
+    shaped, shardings = step.abstract_state(lm, config, description.method, mesh)
     return Setup(
         config=config,
         mesh=mesh,
@@ -86,8 +101,8 @@ def prepare(config, log):
         lm=lm,
         batches=iter(data.train_iterator(*rows, seed=config.seed, **share)),
         eval_batches=data.eval_batches(*rows, limit=config.eval.batches or None, **share),
-        method=run.method,
-        source=run.source,
+        method=description.method,
+        source=description.source,
         boxed=model.abstract_params(lm),
         shaped=shaped,
         shardings=shardings,
@@ -116,18 +131,18 @@ def _describe_data(config, tokenizer, log):
     return summary
 
 
-def create_state(run):
+def create_state(setup: Setup) -> step.TrainState:
     """Makes the sharded TrainState before the first step: of a new model, or from a checkpoint's parameters."""
-    train, seed, method, form = run.config.train, run.config.seed, run.method, run.config.quant
-    if run.source is None:
-        return step.jit_create(run.lm, train, seed, run.length, run.shardings, method, form)()
-    abstract_params = sharding.abstract_shards(run.boxed, run.mesh)
-    params = run.source.load(abstract_params, lm=run.lm, transform=quant.rounder(form, quant.KEEP_TABLES))
+    train, seed, method, form = setup.config.train, setup.config.seed, setup.method, setup.config.quant
+    if setup.source is None:
+        return step.jit_create(setup.lm, train, seed, setup.length, setup.shardings, method, form)()
+    abstract_params = sharding.abstract_shards(setup.boxed, setup.mesh)
+    params = setup.source.load(abstract_params, lm=setup.lm, transform=quant.rounder(form, quant.KEEP_TABLES))
 
     def create_from(params):
-        return nn.unbox(step.create(run.lm, train, method, seed, run.boxed, box_as(run.boxed, params), form))
+        return nn.unbox(step.create(setup.lm, train, method, seed, setup.boxed, box_as(setup.boxed, params), form))
 
-    return jax.jit(create_from, out_shardings=run.shardings, donate_argnums=0)(params)
+    return jax.jit(create_from, out_shardings=setup.shardings, donate_argnums=0)(params)
 
 
 def _check_sample(lm, sample, tokenizer):
@@ -137,7 +152,7 @@ def _check_sample(lm, sample, tokenizer):
     model.check_length(lm, prompt + sample.tokens, where)
 
 
-def compile_steps(setup):
+def compile_steps(setup: Setup) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
     """Compiles the train and eval steps -> both; sets the setup's compile times, kernels, program FLOPs and memory."""
     batch = step_memory.batch_shapes(setup.batch_size, setup.length, sharding.batch_sharding(setup.mesh))
     train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, setup.shardings, setup.method)
@@ -176,7 +191,7 @@ def _program_memory(compiled):
     return Reading(total * jax.local_device_count(), "bytes", "compiler's plan of a step, over this process's devices")
 
 
-def predicted_memory(setup):
+def predicted_memory(setup: Setup) -> Reading:
     """Memory of a step estimated from shapes (`cost.step_memory`), over this process's devices, as a Reading."""
     config = setup.config.train
     rows = config.batch_size // config.accumulate
@@ -186,6 +201,6 @@ def predicted_memory(setup):
     return Reading(total, "bytes", "shapes: parameters, optimiser, gradients, activations; over this process's devices")
 
 
-def token_bytes(setup):
+def token_bytes(setup: Setup) -> jax.Array:
     """Number of UTF-8 bytes of each token of the vocabulary, replicated on the mesh."""
     return jax.device_put(next_token.token_bytes(setup.tokenizer, setup.lm), sharding.replicated(setup.mesh))

@@ -1,6 +1,8 @@
 """Pure functions of training: TrainState, gradients, train step, and their jitted forms with shardings."""
 
 import functools
+import typing
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
@@ -10,11 +12,13 @@ import optax
 
 from efficientllm import model as models
 from efficientllm import sharding
-from efficientllm.adapters.base import join, split, tuned
+from efficientllm.adapters.base import Method, join, split, tuned
 from efficientllm.adapters.freeze import Full
 from efficientllm.adapters.lora import seeded
+from efficientllm.model import LM
 from efficientllm.objectives.next_token import eval_step, loss_fn
 from efficientllm.optim import rules
+from efficientllm.typing import Batch, Config, Mesh, Params, PyTree
 
 FULL = Full()
 
@@ -36,12 +40,14 @@ class TrainState:
     frozen: dict
 
     @property
-    def all_params(self):
+    def all_params(self) -> Params:
         """Trainable and frozen parameters in one tree."""
         return join(self.params, self.frozen)
 
 
-def create(lm, train, method, seed, boxed, params, form="float32"):
+def create(
+    lm: LM, train: Config, method: Method, seed: int, boxed: PyTree, params: PyTree, form: str = "float32"
+) -> TrainState:
     """Creates the boxed TrainState of boxed `params`; `boxed` is the tree without adapters, whose axes they take.
 
     Kernels are quantized to `form` first, then the tuning method wraps them in its adapters.
@@ -52,7 +58,9 @@ def create(lm, train, method, seed, boxed, params, form="float32"):
     return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jax.random.key_data(key), frozen)
 
 
-def init_state(lm, train, seed, length, method=FULL, form="float32"):
+def init_state(
+    lm: LM, train: Config, seed: int, length: int, method: Method = FULL, form: str = "float32"
+) -> Callable[[], TrainState]:
     """A function of no arguments that creates the boxed TrainState of a new model."""
 
     def init():
@@ -62,7 +70,7 @@ def init_state(lm, train, seed, length, method=FULL, form="float32"):
     return init
 
 
-def abstract_state(lm, config, method, mesh):
+def abstract_state(lm: LM, config: Config, method: Method, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """`(abstract TrainState with shardings, the shardings alone)` of a run of `config` on `mesh`."""
     init = init_state(lm, config.train, config.seed, config.train.length, method, config.quant)
     with jax.set_mesh(mesh):
@@ -70,13 +78,17 @@ def abstract_state(lm, config, method, mesh):
     return sharding.abstract_shards(boxed, mesh), sharding.shardings(boxed, mesh)
 
 
-def jit_create(lm, train, seed, length, shardings, method=FULL, form="float32"):
+def jit_create(
+    lm: LM, train: Config, seed: int, length: int, shardings: TrainState, method: Method = FULL, form: str = "float32"
+) -> Callable[[], TrainState]:
     """`init_state` jitted with `shardings`: no array is ever made unsharded."""
     init = init_state(lm, train, seed, length, method, form)
     return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)
 
 
-def gradients(lm, trainable, batch, accumulate, frozen=None, key=None):
+def gradients(
+    lm: LM, trainable: PyTree, batch: Batch, accumulate: int, frozen: PyTree | None = None, key: jax.Array | None = None
+) -> tuple[PyTree, dict[str, typing.Any]]:
     """`(gradients of the trainable parameters, metrics)` of a batch, accumulated over micro-batches of its rows.
 
     With a `key`, adapters apply dropout.
@@ -112,7 +124,9 @@ def gradients(lm, trainable, batch, accumulate, frozen=None, key=None):
     return jax.tree.map(lambda leaf: leaf / accumulate, total)
 
 
-def train_step(lm, train, method, state, batch):
+def train_step(
+    lm: LM, train: Config, method: Method, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, typing.Any]]:
     """One optimiser step -> `(state, metrics)`."""
     key = None
     if getattr(method, "dropout", 0):
@@ -128,10 +142,13 @@ def train_step(lm, train, method, state, batch):
         "tokens": jnp.sum(batch["segments"] > 0),
         "samples": jnp.sum(jnp.max(batch["segments"], -1)),
     }
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    # flax.struct adds `replace`, which mypy does not see.
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics  # type: ignore[attr-defined]
 
 
-def jit_train_step(lm, train, mesh, state_shardings, method=FULL):
+def jit_train_step(
+    lm: LM, train: Config, mesh: Mesh, state_shardings: TrainState, method: Method = FULL
+) -> jax.stages.Wrapped:
     """Jits `train_step` with explicit shardings; the state is donated, the batch is sharded by rows and tokens."""
     return jax.jit(
         functools.partial(train_step, lm, train, method),
@@ -141,7 +158,7 @@ def jit_train_step(lm, train, mesh, state_shardings, method=FULL):
     )
 
 
-def jit_eval_step(lm, mesh, params_shardings):
+def jit_eval_step(lm: LM, mesh: Mesh, params_shardings: PyTree) -> jax.stages.Wrapped:
     """Jits `eval_step` with explicit shardings."""
     replicated = sharding.replicated(mesh)
     return jax.jit(
