@@ -55,7 +55,7 @@ class Work:
     params_active: int
     tokens: float | None = None
     samples: float | None = None
-    generated: int | None = None
+    generated: float | None = None
 
     def __post_init__(self):
         counts = {"pretrain": self.tokens, "tune": self.samples, "infer": self.generated}
