@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm.ffns.base import FFN
+from efficientllm.ffns.base import FFN, Context, State
 from efficientllm.layers import Linear
 from efficientllm.ops import token_shift
 from efficientllm.registry import register
@@ -26,7 +26,9 @@ class ChannelMix(FFN):
     precision: str
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, state=None):
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, state: State | None = None
+    ) -> tuple[jax.Array, State | None, dict]:
         D = x_BTD.shape[-1]
         init = nn.with_logical_partitioning(token_shift.share_init(0.5**4), ("embed",))
         share_D = self.param("x_k", init, (D,))
@@ -38,13 +40,13 @@ class ChannelMix(FFN):
         value = Linear(D, ("mlp", "embed"), self.precision, kernel_init=nn.initializers.zeros, name="value")
         return value(hidden_BTF), state and {"shift": last_BD}, {}
 
-    def in_block(self, x_BTD, ctx, state):
+    def in_block(self, x_BTD: jax.Array, ctx: Context, state: State | None) -> tuple[jax.Array, State | None, dict]:
         return self(x_BTD, ctx, state)
 
-    def init_state(self, batch, length):
+    def init_state(self, batch: int, length: int) -> State:
         """No token before the first: zeros `[B, D]` in the activation dtype, whatever the length."""
         return {"shift": jnp.zeros((batch, self.dim), activation_dtype(self.precision))}
 
-    def state_bytes(self, length):
+    def state_bytes(self, length: int) -> int:
         """Bytes of state a row holds: D b, however long it is."""
         return self.dim * activation_dtype(self.precision).itemsize

@@ -22,7 +22,7 @@ class SwiGLU(FFN):
     recompute_elementwise = True
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict]:
         into = functools.partial(Linear, self.hidden, ("embed", "mlp"), self.precision)
         gate, up = linears(x_BTD, into(name="gate"), into(name="up"))
         y_BTD = Linear(x_BTD.shape[-1], ("mlp", "embed"), self.precision, name="down")(jax.nn.silu(gate) * up)
@@ -42,13 +42,13 @@ class GELU(FFN):
     recompute_elementwise = True
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict]:
         up = Linear(self.hidden, ("embed", "mlp"), self.precision, self.use_bias, name="up")(x_BTD)
         gelu = jax.nn.gelu(up, approximate=False)
         return Linear(x_BTD.shape[-1], ("mlp", "embed"), self.precision, self.use_bias, name="down")(gelu), {}
 
 
 @register("ffn", "none")
-def no_ffn(parent=None, name=None):
+def no_ffn(parent: nn.Module | None = None, name: str | None = None) -> None:
     """A block that is a mixer alone, as Mamba's are."""
     return None

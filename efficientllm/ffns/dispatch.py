@@ -31,7 +31,7 @@ class Plan:
     sizes_E: jax.Array
 
 
-def dropless(experts_BTk, num_experts, real_BT=None):
+def dropless(experts_BTk: jax.Array, num_experts: int, real_BT: jax.Array | None = None) -> Plan:
     """Every assignment has a row: what a token gets depends on no other token.
 
     Padding (where `real_BT` is false) is dealt out in turn: what stands in it moves no row of another token.
@@ -44,7 +44,7 @@ def dropless(experts_BTk, num_experts, real_BT=None):
     return Plan(order_A, None, rank_A.reshape(B * T, k), None, sizes_E)
 
 
-def capacity(experts_BTk, num_experts, factor, real_BT=None):
+def capacity(experts_BTk: jax.Array, num_experts: int, factor: float, real_BT: jax.Array | None = None) -> Plan:
     """Each expert takes `rows_per_expert` assignments of each row of the batch; the rest are dropped.
 
     A row is as long as it has tokens that are no padding (`real_BT`, None: all are): padding takes no place.
@@ -76,7 +76,7 @@ def capacity(experts_BTk, num_experts, factor, real_BT=None):
     return Plan((b * T + t) * k + choice, filled_R, jnp.where(kept_Nk, row_Nk, 0), kept_Nk, None)
 
 
-def rows_per_expert(length, num_experts, top_k, factor):
+def rows_per_expert(length: int, num_experts: int, top_k: int, factor: float) -> int:
     """C = ceil(T k / E * factor) for a row of T tokens, 1 at least; more than T is never filled."""
     return min(length, max(1, math.ceil(round(length * top_k / num_experts * factor, 6))))
 
@@ -103,17 +103,17 @@ def _sort(expert_A, num_experts):
     return order_A, rank_A, jnp.sum(expert_A[:, None] == jnp.arange(num_experts), 0, dtype=jnp.int32)
 
 
-def to_experts(x_ND, plan):
+def to_experts(x_ND: jax.Array, plan: Plan) -> jax.Array:
     """The token of every row, `[R, D]`."""
     return _spread(x_ND, plan.assignment_R // plan.row_Nk.shape[1], plan.row_Nk, plan.kept_Nk)
 
 
-def from_experts(y_RD, plan):
+def from_experts(y_RD: jax.Array, plan: Plan) -> jax.Array:
     """The sum over each token's rows, `[N, D]`; dropped assignments add nothing."""
     return _collect(y_RD, plan.assignment_R // plan.row_Nk.shape[1], plan.row_Nk, plan.kept_Nk)
 
 
-def weights_of_rows(weights_Nk, plan):
+def weights_of_rows(weights_Nk: jax.Array, plan: Plan) -> jax.Array:
     """The router's weight of every row, `[R, 1]`; zero for rows that hold nothing."""
     kept = None if plan.kept_Nk is None else plan.kept_Nk.reshape(-1, 1)
     weight_R1 = _spread(weights_Nk.reshape(-1, 1), plan.assignment_R, plan.row_Nk.reshape(-1, 1), kept)

@@ -38,7 +38,9 @@ class Experts(nn.Module):
     kernel: str
 
     @nn.compact
-    def __call__(self, x_BTD, experts_BTk, weights_BTk, real_BT=None):
+    def __call__(
+        self, x_BTD: jax.Array, experts_BTk: jax.Array, weights_BTk: jax.Array, real_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Returns the weighted sum of each token's experts, and which assignments were kept (None: all).
 
         `real_BT` says which tokens are no padding; None: all are.

@@ -1,6 +1,7 @@
 """Sparse mixture of experts: each token's ffn is the sum of a few of many (Shazeer et al. 2017, arXiv:1701.06538)."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.ffns import dispatch, routing
-from efficientllm.ffns.base import FFN, ExpertTraffic
+from efficientllm.ffns.base import FFN, Context, ExpertTraffic, State
 from efficientllm.ffns.dense import SwiGLU
 from efficientllm.ffns.experts import Experts
 from efficientllm.layers import Linear
 from efficientllm.registry import names, register
+from efficientllm.typing import Params
 from efficientllm.weights import FLOAT32, Precision, activation_dtype, matmul
 
 DISPATCH = ("dropless", "capacity")
@@ -73,7 +75,7 @@ class MoE(FFN, kw_only=True):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x_BTD, ctx=None):
+    def __call__(self, x_BTD: jax.Array, ctx: Context | None = None) -> tuple[jax.Array, dict]:
         """Returns y_BTD and aux, of the tokens that are no padding.
 
         aux["losses"]: `load_balance` and `z_loss`, times their coefficients. aux["stats"]: `load` `[E]`, each expert's
@@ -102,7 +104,7 @@ class MoE(FFN, kw_only=True):
         stats = {"load": load_E, "entropy": entropy, "drop_rate": dropped}
         return y_BTD, {"losses": losses, "stats": jax.lax.stop_gradient(stats)}
 
-    def in_block(self, x_BTD, ctx, state):
+    def in_block(self, x_BTD: jax.Array, ctx: Context, state: State | None) -> tuple[jax.Array, State | None, dict]:
         y_BTD, aux = self(x_BTD, ctx)
         return y_BTD, state, aux
 
@@ -117,7 +119,7 @@ class MoE(FFN, kw_only=True):
             y_BTD = y_BTD * jax.nn.sigmoid(Linear(1, ("embed", None), self.precision, name="shared_gate")(x_BTD))
         return y_BTD
 
-    def after_step(self, params, stats):
+    def after_step(self, params: Params, stats: dict[str, jax.Array]) -> Params:
         """The balancing bias after a step: b_e += rate * sign(mean load - load_e) (arXiv:2412.19437, Section 2.1.2).
 
         `params` and `stats` are this layer's, or those of layers stacked on a leading axis.
@@ -129,15 +131,15 @@ class MoE(FFN, kw_only=True):
         return params | {"router": router | {"bias": router["bias"] + self.bias_rate * jnp.sign(error_E)}}
 
     @property
-    def has_batch_loss(self):
+    def has_batch_loss(self) -> bool:
         return self.load_balance > 0
 
     @property
-    def active_fraction(self):
+    def active_fraction(self) -> float:
         """The share of the experts' parameters that a token meets."""
         return self.top_k / self.num_experts
 
-    def temporary_bytes(self, batch, length, dim):
+    def temporary_bytes(self, batch: int, length: int, dim: int) -> int:
         """Bytes that a training step of the layer holds beside parameters, gradients, input and output.
 
         At most six arrays of the experts' width (gate, up, what enters the last product, and their gradients) and four
@@ -151,11 +153,11 @@ class MoE(FFN, kw_only=True):
         rows = assignments * (6 * self.hidden + 4 * dim) * activation_dtype(self.precision).itemsize
         return rows + 2 * 4 * dim * self.hidden
 
-    def expert_traffic(self, length):
+    def expert_traffic(self, length: int) -> ExpertTraffic:
         places = dispatch.rows_per_expert(length, self.num_experts, self.top_k, self.capacity_factor)
         return ExpertTraffic(self.num_experts * places, self.top_k, self.hidden, self.dispatch == "capacity")
 
-    def hyperparameters(self):
+    def hyperparameters(self) -> dict[str, Any]:
         names = ("num_experts", "top_k", "hidden", "scores", "normalise", "scale", "groups", "shared_hidden")
         fields = {name: getattr(self, name) for name in (*names, "shared_gate", "dispatch")}
         return fields | {"router_bias": self.bias_rate > 0, "top_groups": self.top_groups if self.groups > 1 else 1}
@@ -193,7 +195,7 @@ class Router(nn.Module):
     use_bias: bool
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", None))
         kernel_DE = self.param("kernel", init, (x_BTD.shape[-1], self.num_experts))
         logits_BTE = matmul(x_BTD.astype(jnp.float32), kernel_DE, FLOAT32)

@@ -35,7 +35,16 @@ def _sigmoid(logits_BTE):
 SCORES = {"softmax": _softmax, "sigmoid": _sigmoid}
 
 
-def route(logits_BTE, top_k, scores, normalise, scale, bias_E=None, groups=1, top_groups=1):
+def route(
+    logits_BTE: jax.Array,
+    top_k: int,
+    scores: str,
+    normalise: bool,
+    scale: float,
+    bias_E: jax.Array | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+) -> Routing:
     """The `top_k` experts of highest score (Shazeer et al. 2017, arXiv:1701.06538, Eq. 3-5).
 
     `scores` is `softmax` (Mixtral, Qwen-MoE) or `sigmoid` (DeepSeek-V3). `normalise` makes a token's weights sum to
@@ -83,7 +92,7 @@ def _best(choice_BTE, top_k):
     return best(choice_BTE)
 
 
-def load(experts_BTk, num_experts, real_BT=None):
+def load(experts_BTk: jax.Array, num_experts: int, real_BT: jax.Array | None = None) -> jax.Array:
     """Each expert's share of the assignments, `[E]`: sums to one, 1/E where balanced.
 
     Here and below, `real_BT` says which tokens are no padding, and only they count; None: all are.
@@ -91,7 +100,7 @@ def load(experts_BTk, num_experts, real_BT=None):
     return mean(jnp.mean(_is_chosen(experts_BTk, num_experts).astype(jnp.float32), 2), real_BT)
 
 
-def load_balance_loss(routing, load_E, real_BT=None):
+def load_balance_loss(routing: Routing, load_E: jax.Array, real_BT: jax.Array | None = None) -> jax.Array:
     """E sum_e f_e P_e (Switch: Fedus et al. 2021, arXiv:2101.03961, Eq. 4-6), over the whole batch.
 
     f_e is expert e's assignments per token and P_e its mean probability: f sums to k, as in transformers, so a balanced
@@ -102,17 +111,17 @@ def load_balance_loss(routing, load_E, real_BT=None):
     return num_experts * top_k * jnp.sum(load_E * mean(routing.probabilities_BTE, real_BT))
 
 
-def z_loss(logits_BTE, real_BT=None):
+def z_loss(logits_BTE: jax.Array, real_BT: jax.Array | None = None) -> jax.Array:
     """Mean squared log of the softmax's denominator (ST-MoE: Zoph et al. 2022, arXiv:2202.08906, Eq. 5)."""
     return mean(jax.nn.logsumexp(logits_BTE, -1) ** 2, real_BT)
 
 
-def entropy(probabilities_BTE, real_BT=None):
+def entropy(probabilities_BTE: jax.Array, real_BT: jax.Array | None = None) -> jax.Array:
     """Mean entropy of a token's distribution over experts, in nats: 0 for a sure router, log E for a blind one."""
     return -mean(jnp.sum(jax.scipy.special.xlogy(probabilities_BTE, probabilities_BTE), -1), real_BT)
 
 
-def mean(values_BT, real_BT):
+def mean(values_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
     """The mean of `[B, T, ...]` over the real tokens; zero if there are none."""
     if real_BT is None:
         return jnp.mean(values_BT, (0, 1))

@@ -4,12 +4,15 @@ MHA: Vaswani et al. 2017, arXiv:1706.03762. MQA: Shazeer 2019, arXiv:1911.02150.
 arXiv:2305.13245. Window: Beltagy et al. 2020, arXiv:2004.05150.
 """
 
+from typing import Any
+
 import flax.linen as nn
+import jax
 
 from efficientllm.layers import Linear
 from efficientllm.mixers import heads
 from efficientllm.mixers import kv_cache as cache
-from efficientllm.mixers.base import Mixer
+from efficientllm.mixers.base import Context, Mixer, State
 from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
 from efficientllm.registry import build, register
 
@@ -38,11 +41,11 @@ class Attention(Mixer, kw_only=True):
     keys_read = None  # how many tokens back a query reads, itself included; None is all
 
     @property
-    def kv_heads(self):
+    def kv_heads(self) -> int:
         raise TypeError(f"{type(self).__name__} does not say how many KV heads it has")
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, state=None):
+    def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
         H, G = self.num_heads, self.kv_heads
         position = build("position", self.position, name="position")
         parts = {"q": (H, "heads"), "k": (G, "kv_heads"), "v": (G, "kv_heads")}
@@ -52,42 +55,42 @@ class Attention(Mixer, kw_only=True):
             q_BTHK = build("norm", self.norm, name="q_norm", axis=None)(q_BTHK)
             k_BTGK = build("norm", self.norm, name="k_norm", axis=None)(k_BTGK)
         q_BTHK, k_BTGK = ctx.rotate(position, q_BTHK), ctx.rotate(position, k_BTGK)
-        mask = ctx.mask.replace(window=self.keys_read)
+        mask = ctx.mask.replace(window=self.keys_read)  # type: ignore[attr-defined]
         (k_BSGK, v_BSGK), mask, state = cache.extend(state, {"k": k_BTGK, "v": v_BTGK}, mask, ctx.positions_BT)
         y_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, self.attention_kernel, position.bias(H))
         return self.combine(y_BTHK, x_BTD), state
 
-    def gathered_heads(self):
+    def gathered_heads(self) -> tuple[int, int] | None:
         return self.kv_heads, self.head_dim
 
-    def hyperparameters(self):
+    def hyperparameters(self) -> dict[str, Any]:
         names = ("num_heads", "head_dim", "qkv_bias", "o_bias", "qk_norm", "position", *["norm"] * self.qk_norm)
         fields = {name: getattr(self, name) for name in names}
         return fields | {"num_kv_heads": self.kv_heads, "window": self.keys_read}
 
-    def combine(self, y_BTHK, x_BTD):
+    def combine(self, y_BTHK: jax.Array, x_BTD: jax.Array) -> jax.Array:
         """The mixer's output from that of its heads; `x_BTD` is the mixer's input."""
         y_BTE = y_BTHK.reshape(*x_BTD.shape[:2], self.num_heads * self.head_dim)
         return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, self.o_bias, name="o")(y_BTE)
 
-    def init_state(self, batch, length):
+    def init_state(self, batch: int, length: int) -> State:
         """An empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the activation dtype, or in int8."""
         slots = cache.slots(length, self.keys_read)
         return cache.empty(self._slot, batch, slots, cache.dtype(self.kv_cache, self.precision))
 
-    def state_bytes(self, length):
+    def state_bytes(self, length: int) -> int:
         """Bytes of state a row of `length` tokens holds: 2 G K b a token, up to the window's; in int8 2 G (K + 4)."""
         slots = cache.slots(length, self.keys_read)
         return slots * cache.slot_bytes(self._slot, cache.dtype(self.kv_cache, self.precision))
 
-    def head_counts(self):
+    def head_counts(self) -> tuple[int, int]:
         return self.num_heads, self.kv_heads
 
     @property
     def _slot(self):
         return dict.fromkeys("kv", (self.kv_heads, self.head_dim))
 
-    def mix_flops(self, length, executed=False):
+    def mix_flops(self, length: int, executed: bool = False) -> float:
         """Forward FLOPs beyond the kernels' for a row of `length` tokens: scores and values, 2 H K a pair each.
 
         The pairs that a causal row has, or with `executed` those that the kernel computes.
@@ -105,7 +108,7 @@ class MHA(Attention, kw_only=True):
     family = "attention"
 
     @property
-    def kv_heads(self):
+    def kv_heads(self) -> int:
         return self.num_heads
 
 
@@ -116,7 +119,7 @@ class MQA(Attention, kw_only=True):
     family = "attention"
 
     @property
-    def kv_heads(self):
+    def kv_heads(self) -> int:
         return 1
 
 
@@ -132,7 +135,7 @@ class GQA(Attention, kw_only=True):
         super().__post_init__()
 
     @property
-    def kv_heads(self):
+    def kv_heads(self) -> int:
         return self.num_kv_heads
 
 
@@ -144,5 +147,5 @@ class Window(GQA, kw_only=True):
     window: int
 
     @property
-    def keys_read(self):
+    def keys_read(self) -> int:
         return self.window

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficientllm.ops.attention import Mask
 
-def document_starts(mask, length):
+
+def document_starts(mask: Mask, length: int) -> jax.Array:
     """The token that each token's document starts at, `[B or 1, T]`."""
     if mask.segments_BT is None:
         return jnp.zeros((1, length), jnp.int32)
@@ -34,7 +36,7 @@ class DocumentPieces:
     size: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, mask, length, size, at_least=1):
+    def of(cls, mask: Mask, length: int, size: int, at_least: int = 1) -> "DocumentPieces":
         """The pieces of rows of `length` tokens; `at_least` so many places."""
         count = max(length // size, at_least)
         if mask.segments_BT is None:
@@ -50,7 +52,7 @@ class DocumentPieces:
         whole_BT &= piece_BT < count
         return cls(last_BP, first_BT, jnp.where(whole_BT, piece_BT * size + local_BT % size, -1), size)
 
-    def of_tokens(self, x_BT):
+    def of_tokens(self, x_BT: jax.Array) -> jax.Array:
         """`[B, T, ...] -> [B, P, size, ...]`; zeros where a place holds no piece."""
         B, T, *rest = x_BT.shape
         places = self.last_BP.shape[1] * self.size
@@ -61,7 +63,7 @@ class DocumentPieces:
         token_BPs = jnp.where(self.last_BP[..., None] < T, token_BPs, -1)
         return _move(x_BT, token_BPs.reshape(B, -1), self.place_BT).reshape(B, -1, self.size, *rest)
 
-    def by_document(self, values_BCTP, blocks, stride=1):
+    def by_document(self, values_BCTP: jax.Array, blocks: int, stride: int = 1) -> jax.Array:
         """What stands at the pieces `stride` apart of a query's own document: `[B, C, T, J]`, zeros past the last."""
         if self.first_BT is None:
             values_BCTP = values_BCTP[..., : (blocks - 1) * stride + 1 : stride]
@@ -86,7 +88,7 @@ _move.defvjp(
 )
 
 
-def choose(score_BCTJ, local_BT, size, count, first, recent):
+def choose(score_BCTJ: jax.Array, local_BT: jax.Array, size: int, count: int, first: int, recent: int) -> jax.Array:
     """The blocks that queries read: the `first` and the `recent` of their document, and by score up to `count` in all.
 
     `local` is a query's place in its document. Returns `[B, T, C, count or J]`, blocks of the document, -1 for none.
@@ -101,12 +103,12 @@ def choose(score_BCTJ, local_BT, size, count, first, recent):
     return jnp.swapaxes(jnp.where(value_BCTn > -jnp.inf, block_BCTn, -1), 1, 2)
 
 
-def key_starts(block_BTCn, start_BT, size):
+def key_starts(block_BTCn: jax.Array, start_BT: jax.Array, size: int) -> jax.Array:
     """The keys that chosen blocks of documents start at; negative stays so."""
     return jnp.where(block_BTCn < 0, -1, start_BT[:, :, None, None] + block_BTCn * size)
 
 
-def causal_pairs(length, size, count):
+def causal_pairs(length: int, size: int, count: int) -> float:
     """Query-key pairs per head where a query reads `count` blocks, its own among them: of that, half on average."""
     index_T = np.arange(length)
     return float(np.sum(np.minimum(count - 1, index_T // size) * size + index_T % size + 0.5))

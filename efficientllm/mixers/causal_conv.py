@@ -17,7 +17,9 @@ class CausalConv(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x_BTC, positions_BT, tail_BWC=None):
+    def __call__(
+        self, x_BTC: jax.Array, positions_BT: jax.Array, tail_BWC: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns `(y_BTC, the new tail)`."""
         B, T, C = x_BTC.shape
         reach = self.width - 1
@@ -39,7 +41,7 @@ def _uniform(bound):
     return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def log_uniform_steps(low=1e-3, high=0.1):
+def log_uniform_steps(low: float = 1e-3, high: float = 0.1) -> nn.initializers.Initializer:
     """An initialiser: softplus of it is spread between the two steps evenly in logarithms (arXiv:2312.00752, 3.6)."""
 
     def init(key, shape):

@@ -1,11 +1,23 @@
 """What attentions of query and KV heads have in common."""
 
+import flax.linen as nn
+import jax
+
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear, linears
 from efficientllm.sharding import constrain
 
 
-def project(x_BTD, heads, width, axis, precision, name, use_bias=False, length=None):
+def project(
+    x_BTD: jax.Array,
+    heads: int,
+    width: int,
+    axis: str | None,
+    precision: str,
+    name: str,
+    use_bias: bool = False,
+    length: str | None = None,
+) -> jax.Array:
     """A linear map to heads, `[B, T, heads, width]`; to be called where a module creates its own.
 
     `length` is the logical axis of the tokens: None where what follows needs a whole row.
@@ -14,7 +26,14 @@ def project(x_BTD, heads, width, axis, precision, name, use_bias=False, length=N
     return projections(x_BTD, {name: (heads, axis)}, width, precision, use_bias, length)[0]
 
 
-def projections(x_BTD, parts, width, precision, use_bias=False, length=None):
+def projections(
+    x_BTD: jax.Array,
+    parts: dict[str, tuple[int, str]],
+    width: int,
+    precision: str,
+    use_bias: bool = False,
+    length: str | None = None,
+) -> list[jax.Array]:
     """`project` for each `name: (count of heads, axis)` of `parts`; in one call where their kernels have one."""
     layers = [
         Linear(count * width, ("embed", axis), precision, use_bias, name=name) for name, (count, axis) in parts.items()
@@ -25,7 +44,7 @@ def projections(x_BTD, parts, width, precision, use_bias=False, length=None):
     ]
 
 
-def check_groups(mixer):
+def check_groups(mixer: nn.Module) -> None:
     """Raises UserError unless each KV head of the mixer serves as many query heads as every other."""
     heads, kv_heads = mixer.num_heads, mixer.num_kv_heads
     if kv_heads < 1 or heads % kv_heads:

@@ -1,30 +1,36 @@
 """Decode state that grows with the tokens: a slot a token, or a ring of the last ones; as it comes, or rounded."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError, did_you_mean
+from efficientllm.mixers.base import State
+from efficientllm.ops.attention import Mask
 from efficientllm.ops.int8_kv_cache import Int8KVCache
 from efficientllm.weights import activation_dtype
 
+Shape = tuple[int, ...]
+Leaf = Any  # a jax.Array `[B, S, ...]` or an Int8KVCache of that shape
 KINDS = ("activation", "bfloat16", "float16", "int8")
 
 
-def slots(length, window=None):
+def slots(length: int, window: int | None = None) -> int:
     """Slots that a state for `length` tokens has; a ring has as many as the window."""
     return length if window is None else min(length, window)
 
 
-def dtype(kind, precision):
+def dtype(kind: str, precision: str) -> jnp.dtype:
     """The dtype of slots of `config.model.kv_cache`. Raises UserError for a kind that is none."""
     if kind not in KINDS:
         raise UserError(f"config.model.kv_cache = {kind!r} is none of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
     return activation_dtype(precision) if kind == "activation" else jnp.dtype(kind)
 
 
-def empty(shapes, batch, slots, dtype):
+def empty(shapes: Mapping[str, Shape], batch: int, slots: int, dtype: jnp.dtype) -> State:
     """`{name: zeros [B, S, *shape]}`, `Int8KVCache` where `dtype` is int8."""
     zeros = {name: jnp.zeros((batch, slots, *shape), dtype) for name, shape in shapes.items()}
     if dtype != jnp.int8:
@@ -32,13 +38,15 @@ def empty(shapes, batch, slots, dtype):
     return {name: Int8KVCache(leaf, jnp.zeros((*leaf.shape[:-1], 1))) for name, leaf in zeros.items()}
 
 
-def slot_bytes(shapes, dtype):
+def slot_bytes(shapes: Mapping[str, Shape], dtype: jnp.dtype) -> int:
     """Bytes of a slot of `empty`."""
     scales = 4 if dtype == jnp.int8 else 0
     return sum(math.prod(shape) * dtype.itemsize + math.prod(shape[:-1]) * scales for shape in shapes.values())
 
 
-def extend(state, new, mask, positions_BT):
+def extend(
+    state: State | None, new: dict[str, jax.Array], mask: Mask, positions_BT: jax.Array
+) -> tuple[tuple[Leaf, ...], Mask, State | None]:
     """Adds the tokens of `new` to the state.
 
     Args:
@@ -61,7 +69,7 @@ def _as(cache, new):
     return Int8KVCache.of(new) if isinstance(cache, Int8KVCache) else new.astype(cache.dtype)
 
 
-def write(cache_BS, new_BT, start_B):
+def write(cache_BS: Leaf, new_BT: Leaf, start_B: jax.Array) -> Leaf:
     """Writes each row's tokens into the slots from `start` on."""
     one = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice_in_dim(cache, new, start, 0))
     return jax.tree.map(lambda cache, new: one(cache, new, start_B), cache_BS, new_BT)

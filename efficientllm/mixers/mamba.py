@@ -3,12 +3,14 @@
 Letters: C inner channels, N state of a channel, R rank of the steps, W taps of the convolution.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from efficientllm.layers import Linear
-from efficientllm.mixers.base import Mixer
+from efficientllm.mixers.base import Context, Mixer, State
 from efficientllm.mixers.causal_conv import CausalConv, log_uniform_steps
 from efficientllm.ops.selective_scan import selective_scan
 from efficientllm.registry import register
@@ -45,19 +47,19 @@ class Mamba(Mixer, kw_only=True):
     state_axes = {"tail": (None, "channels"), "memory": ("channels",)}
 
     @property
-    def channels(self):
+    def channels(self) -> int:
         return self.inner or 2 * self.dim
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         return self.step_rank or -(-self.dim // 16)
 
-    def hyperparameters(self):
+    def hyperparameters(self) -> dict[str, Any]:
         names = ("channels", "state_dim", "conv", "use_bias", "conv_bias")
         return {"step_rank": self.rank} | {name: getattr(self, name) for name in names}
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, state=None):
+    def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
         C, N, D = self.channels, self.state_dim, x_BTD.shape[-1]
         R = self.rank
         project = lambda name: Linear(C, ("embed", "mlp"), self.precision, self.use_bias, name=name)  # noqa: E731
@@ -83,18 +85,18 @@ class Mamba(Mixer, kw_only=True):
         y_BTD = Linear(D, ("mlp", "embed"), self.precision, self.use_bias, name="o")(y_BTC.astype(x_BTD.dtype))
         return y_BTD, None if state is None else {"tail": tail, "memory": h_BCN}
 
-    def init_state(self, batch, length):
+    def init_state(self, batch: int, length: int) -> State:
         """Zeros: tail `[B, W - 1, C]` in the activation dtype, memory `[B, C, N]` in float32."""
         C = self.channels
         tail = jnp.zeros((batch, self.conv - 1, C), activation_dtype(self.precision))
         return {"tail": tail, "memory": jnp.zeros((batch, C, self.state_dim))}
 
-    def state_bytes(self, length):
+    def state_bytes(self, length: int) -> int:
         """Bytes of state a row holds, the same for every length: C ((W - 1) b + 4 N)."""
         tail = (self.conv - 1) * activation_dtype(self.precision).itemsize
         return self.channels * (tail + 4 * self.state_dim)
 
-    def mix_flops(self, length, executed=False):
+    def mix_flops(self, length: int, executed: bool = False) -> float:
         """FLOPs of a row beyond the kernels': the recurrence's update and read, 2 C N each; none is a matrix product,
         so none of it is `executed`."""
         return 0 if executed else 4 * self.channels * self.state_dim * length

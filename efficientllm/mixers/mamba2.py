@@ -4,6 +4,7 @@ Letters: C inner channels, H heads of P channels, N state, J groups of heads tha
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.mixers.base import Mixer
+from efficientllm.mixers.base import Context, Mixer, State
 from efficientllm.mixers.causal_conv import CausalConv, log_uniform_steps
 from efficientllm.ops import ssd
 from efficientllm.registry import register
@@ -50,15 +51,15 @@ class Mamba2(Mixer, kw_only=True):
     family = "mamba2"
 
     @property
-    def channels(self):
+    def channels(self) -> int:
         return self.inner or 2 * self.dim
 
     @property
-    def width(self):
+    def width(self) -> int:
         return self.ssm_head_dim or math.gcd(self.channels, 64)
 
     @property
-    def num_heads(self):
+    def num_heads(self) -> int:
         C, P, J = self.channels, self.width, self.num_groups
         if C % P or (C // P) % J:
             raise UserError(
@@ -66,15 +67,15 @@ class Mamba2(Mixer, kw_only=True):
             )
         return C // P
 
-    def head_counts(self):
+    def head_counts(self) -> tuple[int, int]:
         return self.num_heads, self.num_heads
 
-    def hyperparameters(self):
+    def hyperparameters(self) -> dict[str, Any]:
         names = ("channels", "width", "state_dim", "num_groups", "conv", "use_bias", "conv_bias", "eps")
         return {name: getattr(self, name) for name in names}
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, state=None):
+    def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
         B, T, D = x_BTD.shape
         C, H, J, N = self.channels, self.num_heads, self.num_groups, self.state_dim
         tails = {"x": None, "bc": None} if state is None else state["tails"]
@@ -112,19 +113,19 @@ class Mamba2(Mixer, kw_only=True):
         groups = groups * jax.lax.rsqrt(jnp.mean(groups * groups, -1, keepdims=True) + self.eps)
         return groups.reshape(y_BTC.shape) * scale_C
 
-    def init_state(self, batch, length):
+    def init_state(self, batch: int, length: int) -> State:
         """Zeros: tails `[B, W - 1, ...]` in the activation dtype, memory `[B, H, P, N]` in float32."""
         dtype, before = activation_dtype(self.precision), self.conv - 1
         widths = {"x": self.channels, "bc": 2 * self.num_groups * self.state_dim}
         tails = {name: jnp.zeros((batch, before, width), dtype) for name, width in widths.items()}
         return {"tails": tails, "memory": jnp.zeros((batch, self.num_heads, self.width, self.state_dim))}
 
-    def state_bytes(self, length):
+    def state_bytes(self, length: int) -> int:
         """Bytes of state a row holds, the same for every length: (C + 2 J N) (W - 1) b + 4 C N."""
         tail = (self.conv - 1) * activation_dtype(self.precision).itemsize
         return (self.channels + 2 * self.num_groups * self.state_dim) * tail + 4 * self.channels * self.state_dim
 
-    def mix_flops(self, length, executed=False):
+    def mix_flops(self, length: int, executed: bool = False) -> float:
         """As Mamba's; `executed`, those of `ssd.chunked`."""
         if not executed:
             return 4 * self.channels * self.state_dim * length

@@ -3,13 +3,15 @@
 Letters: R rank of the latent, N width of a head without positions, P width of the rotated part, V width of a value.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from efficientllm.layers import Linear, RMSNorm
 from efficientllm.mixers import kv_cache as cache
-from efficientllm.mixers.base import Mixer
+from efficientllm.mixers.base import Context, Mixer, State
 from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
 from efficientllm.ops.int8_kv_cache import as_array
 from efficientllm.registry import build, register
@@ -51,20 +53,20 @@ class MLA(Mixer, kw_only=True):
     admits = ("heads", "scores", "embedding")
 
     @property
-    def widths(self):
+    def widths(self) -> tuple[int, int, int, int]:
         """(R, N, P, V)."""
         N = self.head_dim
         return self.kv_rank or 4 * N, N, self.rope_dim or N // 2, self.v_dim or N
 
-    def head_counts(self):
+    def head_counts(self) -> tuple[int, int]:
         return self.num_heads, self.num_heads
 
-    def hyperparameters(self):
+    def hyperparameters(self) -> dict[str, Any]:
         ranks = dict(zip(("kv_rank", "head_dim", "rope_dim", "v_dim"), self.widths, strict=True))
         return ranks | {"num_heads": self.num_heads, "q_rank": self.q_rank or None, "position": self.position}
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, state=None):
+    def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
         R, N, P, V = self.widths
         B, T, D = x_BTD.shape
         position = build("position", self.position, name="position")
@@ -113,11 +115,11 @@ class MLA(Mixer, kw_only=True):
         y_BTHR = attend(q_BTHK, (latent_BS1R, k_BS1P), latent_BS1R, mask, self.attention_kernel, **options)
         return jnp.einsum("bthr,rhv->bthv", y_BTHR, kernel_RHE[..., N:])
 
-    def init_state(self, batch, length):
+    def init_state(self, batch: int, length: int) -> State:
         """Empty latents and shared keys for `length` tokens a row, `[B, S, R]` and `[B, S, P]`."""
         return cache.empty(self._slot, batch, length, cache.dtype(self.kv_cache, self.precision))
 
-    def state_bytes(self, length):
+    def state_bytes(self, length: int) -> int:
         """Bytes of state a row of `length` tokens holds: (R + P) b a token; in int8 R + P + 8."""
         return length * cache.slot_bytes(self._slot, cache.dtype(self.kv_cache, self.precision))
 
@@ -126,7 +128,7 @@ class MLA(Mixer, kw_only=True):
         R, _, P, _ = self.widths
         return {"latent": (R,), "rotated": (P,)}
 
-    def mix_flops(self, length, executed=False):
+    def mix_flops(self, length: int, executed: bool = False) -> float:
         """As Attention's, with heads of N + P in the scores and V in the values."""
         _, N, P, V = self.widths
         pairs = executed_pairs(self.attention_kernel, length) if executed else causal_pairs(length)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from efficientllm.layers import Linear
 from efficientllm.mixers import block_selection, heads, kv_cache
-from efficientllm.mixers.base import Mixer
+from efficientllm.mixers.base import Context, Mixer, State
 from efficientllm.ops.block_sparse_attention import SelectedBlocks, attend_blocks
 from efficientllm.registry import build, register
 from efficientllm.weights import activation_dtype
@@ -45,11 +45,11 @@ class MoBA(Mixer, kw_only=True):
         heads.check_groups(self)
         super().__post_init__()
 
-    def head_counts(self):
+    def head_counts(self) -> tuple[int, int]:
         return self.num_heads, self.num_kv_heads
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, state=None):
+    def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
         (B, T, D), H, G, K = x_BTD.shape, self.num_heads, self.num_kv_heads, self.head_dim
         position = build("position", self.position, name="position")
         q_BTHK = ctx.rotate(position, heads.project(x_BTD, H, K, "heads", self.precision, "q"))
@@ -88,18 +88,18 @@ class MoBA(Mixer, kw_only=True):
     def _blocks(self, length):
         return -(-length // self.block)
 
-    def init_state(self, batch, length):
+    def init_state(self, batch: int, length: int) -> State:
         """An empty KV cache for `length` tokens a row, `[B, S, G, K]`, and sums of its blocks, `[B, J, G, K]`."""
         shape = (self.num_kv_heads, self.head_dim)
         tokens = kv_cache.empty({"k": shape, "v": shape}, batch, length, activation_dtype(self.precision))
         return tokens | kv_cache.empty({"sum": shape}, batch, self._blocks(length), jnp.float32)
 
-    def state_bytes(self, length):
+    def state_bytes(self, length: int) -> int:
         """Bytes of state a row of `length` tokens holds: 2 G K b a token and 4 G K a block."""
         itemsize = activation_dtype(self.precision).itemsize
         return self.num_kv_heads * self.head_dim * (2 * length * itemsize + 4 * self._blocks(length))
 
-    def mix_flops(self, length, executed=False):
+    def mix_flops(self, length: int, executed: bool = False) -> float:
         """Forward FLOPs: 4 K a query head and pair of query and key, 2 K a pair of query and mean.
 
         With `executed` those of the `masked` kernel: what others compute depends on the choice.

@@ -4,13 +4,14 @@ Letters: d stride of compressed blocks, P pieces of d tokens, M compressed block
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
 from efficientllm.mixers import block_selection, heads, kv_cache, nsa_compression
-from efficientllm.mixers.base import Mixer
+from efficientllm.mixers.base import Context, Mixer, State
 from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
 from efficientllm.ops.block_sparse_attention import SelectedBlocks, attend_blocks
 from efficientllm.registry import build, register
@@ -70,11 +71,11 @@ class NSA(Mixer, kw_only=True):
         heads.check_groups(self)
         super().__post_init__()
 
-    def head_counts(self):
+    def head_counts(self) -> tuple[int, int]:
         return self.num_heads, self.num_kv_heads
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, state=None):
+    def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
         (B, T, D), H, G, K = x_BTD.shape, self.num_heads, self.num_kv_heads, self.head_dim
         position = build("position", self.position, name="position")
         q_BTHK = ctx.rotate(position, heads.project(x_BTD, H, K, "heads", self.precision, "q"))
@@ -94,7 +95,7 @@ class NSA(Mixer, kw_only=True):
         start_BTGn = block_selection.key_starts(block_BTGn, layout.start_BT, self.select_block)
         chosen = SelectedBlocks(start_BTGn, layout.index_BT, self.select_block)
         found = [y_BTGRK.reshape(q_BTHK.shape), attend_blocks(q_BTHK, k, v, chosen, self.block_kernel)]
-        mask = ctx.mask.replace(window=self.window)
+        mask = ctx.mask.replace(window=self.window)  # type: ignore[attr-defined]
         (k, v), mask, states["recent"] = kv_cache.extend(old["recent"], new["recent"], mask, ctx.positions_BT)
         found.append(attend(q_BTHK, k, v, mask, self.attention_kernel))
         y_BTE = self._gated(x_BTD, found).reshape(B, T, H * K)
@@ -135,7 +136,7 @@ class NSA(Mixer, kw_only=True):
         sizes = {"compress": block, "select": self.select_block, "keys": num_keys, "aligned": state is None}
         return k, v, nsa_compression.Layout(begin_BM, end_BM, start_BT, index_BT, pieces, **sizes), state
 
-    def init_state(self, batch, length):
+    def init_state(self, batch: int, length: int) -> State:
         """Empty state for `length` tokens a row; every leaf is `[B, slots, G, K]` in the activation dtype."""
         shape, dtype = (self.num_kv_heads, self.head_dim), activation_dtype(self.precision)
         of_tokens = {"k": shape, "v": shape}
@@ -145,7 +146,7 @@ class NSA(Mixer, kw_only=True):
             "compressed": nsa_compression.empty(batch, length, self.compress_block, self.compress_stride, shape, dtype),
         }
 
-    def state_bytes(self, length):
+    def state_bytes(self, length: int) -> int:
         """Bytes of state a row of `length` tokens holds: 2 G K b for each token, token of the window, compressed block,
         and token of an unfinished one."""
         slots = length + kv_cache.slots(length, self.window) + self._compressed(length) + self.compress_block
@@ -154,11 +155,11 @@ class NSA(Mixer, kw_only=True):
     def _compressed(self, length):
         return nsa_compression.count(length, self.compress_block, self.compress_stride)
 
-    def kernel_rows(self, path, length):
+    def kernel_rows(self, path: str, length: int) -> int:
         """A compressor's kernels multiply a row for each compressed block and KV head."""
         return self._compressed(length) * self.num_kv_heads if "/compress_" in path else length
 
-    def mix_flops(self, length, executed=False):
+    def mix_flops(self, length: int, executed: bool = False) -> float:
         """Forward FLOPs of scores and values, 4 K a query head and pair of query and key; a compressed key is one key.
 
         With `executed` the chosen branch is that of the `masked` kernel: what others compute depends on the choice.

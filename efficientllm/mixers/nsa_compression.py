@@ -6,6 +6,7 @@ head.
 
 import collections
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
@@ -14,7 +15,10 @@ import jax.numpy as jnp
 
 from efficientllm.layers import Linear
 from efficientllm.mixers import block_selection, kv_cache
+from efficientllm.mixers.base import State
+from efficientllm.mixers.kv_cache import Shape
 
+Chunk = tuple[tuple[int, int], int, int]  # (start, stop) of queries, compressed blocks they see, blocks to choose from
 CHUNK, MAX_CHUNKS = 128, 16  # queries whose scores lie in memory together; each chunk is compiled apart
 
 
@@ -26,7 +30,7 @@ class Compressor(nn.Module):
     precision: str
 
     @nn.compact
-    def __call__(self, x_BPdGK):
+    def __call__(self, x_BPdGK: jax.Array) -> jax.Array:
         """`[B, P, stride, G, K] -> [B, M, G, K]`: block m is the pieces from m on."""
         K, pieces = x_BPdGK.shape[-1], self.block // x_BPdGK.shape[2]
         count = x_BPdGK.shape[1] - pieces + 1
@@ -58,25 +62,25 @@ class Layout:
     keys: int = flax.struct.field(pytree_node=False)
     aligned: bool = flax.struct.field(pytree_node=False)
 
-    def chunks(self):
+    def chunks(self) -> list[Chunk]:
         """`[((start, stop) of queries, how many compressed blocks they may see, how many blocks to choose from)]`."""
         length, total = self.index_BT.shape[1], self.end_BM.shape[1]
         return chunks(length, self.keys, self.compress, self.pieces.size, self.select, total, self.aligned)
 
-    def of_queries(self, start, stop):
+    def of_queries(self, start: int, stop: int) -> "Layout":
         """The layout of a range of the queries."""
         take = lambda x_BT: x_BT[:, start:stop]  # noqa: E731
         first_BT = self.pieces.first_BT
-        pieces = self.pieces.replace(first_BT=None if first_BT is None else take(first_BT))
-        return self.replace(start_BT=take(self.start_BT), index_BT=take(self.index_BT), pieces=pieces)
+        pieces = self.pieces.replace(first_BT=None if first_BT is None else take(first_BT))  # type: ignore[attr-defined]
+        return self.replace(start_BT=take(self.start_BT), index_BT=take(self.index_BT), pieces=pieces)  # type: ignore[attr-defined]
 
 
-def count(length, compress, stride):
+def count(length: int, compress: int, stride: int) -> int:
     """Compressed blocks that a row of `length` tokens has room for; a row shorter than a block has room for one."""
     return max(1, (length - compress) // stride + 1)
 
 
-def chunks(length, keys, compress, stride, select, total, aligned):
+def chunks(length: int, keys: int, compress: int, stride: int, select: int, total: int, aligned: bool) -> list[Chunk]:
     """See `Layout.chunks`."""
     size = max(CHUNK, -(-length // MAX_CHUNKS))
     ranges = [(start, min(length, start + size)) for start in range(0, length, size)]
@@ -84,7 +88,9 @@ def chunks(length, keys, compress, stride, select, total, aligned):
     return [(queries, *(reach(queries[1]) if aligned else (total, -(-keys // select)))) for queries in ranges]
 
 
-def attend(q_BTGRK, k_BMGK, v_BMGV, layout, select_count):
+def attend(
+    q_BTGRK: jax.Array, k_BMGK: jax.Array, v_BMGV: jax.Array, layout: Layout, select_count: int
+) -> tuple[jax.Array, jax.Array]:
     """Attention over the visible compressed blocks, and the blocks chosen by it.
 
     Returns `([B, T, G, R, V], zeros where none is visible; [B, T, G, n] chosen blocks of the document, -1 for none)`.
@@ -118,7 +124,9 @@ def _attend(q_BTGRK, k_BMGK, v_BMGV, layout, choices, select_count):
     return y_BTGRV.astype(q_BTGRK.dtype), block_BTGn
 
 
-def importance(weights_BGTM, pieces, compress, select, choices):
+def importance(
+    weights_BGTM: jax.Array, pieces: block_selection.DocumentPieces, compress: int, select: int, choices: int
+) -> jax.Array:
     """Eq. 9, counted from 0: block j gets the sum over m < select / d, n < compress / d of weight j select / d + m - n,
     where d is the stride, -> `[B, G, T, J]`."""
     a, b = select // pieces.size, compress // pieces.size
@@ -129,13 +137,19 @@ def importance(weights_BGTM, pieces, compress, select, choices):
     return pieces.by_document(total, choices, a)
 
 
-def empty(batch, length, compress, stride, shape, dtype):
+def empty(batch: int, length: int, compress: int, stride: int, shape: Shape, dtype: jnp.dtype) -> State:
     """State for `length` tokens a row: the finished blocks, and the tokens that unfinished ones are made of."""
     finished = kv_cache.empty({"k": shape, "v": shape}, batch, count(length, compress, stride), dtype)
     return finished | kv_cache.empty({"raw_k": shape, "raw_v": shape}, batch, compress, dtype)
 
 
-def extend(state, new, finish, positions_BT, stride):
+def extend(
+    state: State,
+    new: dict[str, jax.Array],
+    finish: Callable[..., tuple[jax.Array, jax.Array]],
+    positions_BT: jax.Array,
+    stride: int,
+) -> State:
     """Adds tokens to a state and finishes the blocks that end in them.
 
     Args:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
-from efficientllm.mixers.base import Mixer
+from efficientllm.mixers.base import Context, Mixer, State
 from efficientllm.ops import token_shift
 from efficientllm.ops.rwkv_recurrence import Tokens, executed_flops, recur
 from efficientllm.registry import register
@@ -54,7 +54,9 @@ class RWKV(Mixer, kw_only=True):
     rwkv_kernel: str = "auto"
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, state=None):
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, state: State | None = None
+    ) -> tuple[jax.Array, State | None, dict[str, jax.Array]]:
         B, T, D = x_BTD.shape
         _check_heads(D, self.head_dim)
         shifted_BTD, last_BD = token_shift.shift(x_BTD, ctx.positions_BT, state and state["shift"])
@@ -123,12 +125,12 @@ class RWKV(Mixer, kw_only=True):
     def _per_channel(self, name, init, D):
         return self.param(name, nn.with_logical_partitioning(init, ("heads",)), (D,)).reshape(-1, self.head_dim)
 
-    def init_memo(self, batch, length, dim):
+    def init_memo(self, batch: int, length: int, dim: int) -> dict[str, jax.Array]:
         """No values of a first layer yet: `v_first` `[B, T, D]`."""
         v_first = jnp.zeros((batch, length, dim), activation_dtype(self.precision))
         return {"v_first": v_first, "v_first_is_set": jnp.zeros((), bool)}
 
-    def init_state(self, batch, length):
+    def init_state(self, batch: int, length: int) -> State:
         """No token `[B, D]` in the activation dtype and an empty float32 memory `[B, H, N, N]`, whatever the length."""
         N = self.head_dim
         return {
@@ -136,11 +138,11 @@ class RWKV(Mixer, kw_only=True):
             "memory": jnp.zeros((batch, self.dim // N, N, N), jnp.float32),
         }
 
-    def state_bytes(self, length):
+    def state_bytes(self, length: int) -> int:
         """Bytes of state a row holds: D b + 4 D N, however long it is."""
         return self.dim * activation_dtype(self.precision).itemsize + 4 * self.dim * self.head_dim
 
-    def mix_flops(self, length, executed=False):
+    def mix_flops(self, length: int, executed: bool = False) -> float:
         """Forward FLOPs beyond the kernels' for a row of `length` tokens: 8 N^2 a head and token.
 
         2 N^2 each for what the memory holds under a key, its removal, the new pair and the read; the decay is

@@ -1,6 +1,7 @@
 """Positions added to the embeddings: fixed waves, or a learned table."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from efficientllm.positions.base import Position
@@ -19,7 +20,7 @@ class Sinusoidal(Position):
 
     acts_on = "embedding"
 
-    def embed(self, x_BTD, positions_BT):
+    def embed(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         D = x_BTD.shape[-1]
         frequency = self.wave_base ** (-jnp.arange(0, D, 2, dtype=jnp.float32) / D)
         angle = positions_BT[..., None].astype(jnp.float32) * frequency
@@ -37,7 +38,7 @@ class Learned(Position):
     max_positions = property(lambda self: self.max_length)
 
     @nn.compact
-    def embed(self, x_BTD, positions_BT):
+    def embed(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
         table_PD = self.param("table", init, (self.max_length, x_BTD.shape[-1]))
         return x_BTD + table_PD[positions_BT].astype(x_BTD.dtype)

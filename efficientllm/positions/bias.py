@@ -3,10 +3,11 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError
-from efficientllm.positions.base import Position
+from efficientllm.positions.base import Bias, Position
 from efficientllm.registry import register
 
 
@@ -16,7 +17,7 @@ class ALiBi(Position):
 
     acts_on = "scores"
 
-    def bias(self, num_heads):
+    def bias(self, num_heads: int) -> Bias | None:
         slopes_H11 = jnp.asarray(alibi_slopes(num_heads), jnp.float32)[:, None, None]
 
         def of(mask, queries, keys):
@@ -25,7 +26,7 @@ class ALiBi(Position):
         return of
 
 
-def alibi_slopes(num_heads):
+def alibi_slopes(num_heads: int) -> list[float]:
     """2^(-8i/H) for head i = 1..H; where H is no power of two, every second slope of the next power follows."""
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -38,7 +39,7 @@ class Table(Position):
     acts_on = "scores"
 
     @nn.compact
-    def bias(self, num_heads):
+    def bias(self, num_heads: int) -> Bias | None:
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("heads", None))
         table_HN = self.param("table", init, (num_heads, self.classes))
 
@@ -74,10 +75,10 @@ class Relative(Table):
     max_distance: int = 64
 
     @property
-    def classes(self):
+    def classes(self) -> int:
         return self.max_distance + 1
 
-    def class_of(self, distance):
+    def class_of(self, distance: jax.Array) -> jax.Array:
         return jnp.clip(distance, 0, self.max_distance)
 
 
@@ -98,10 +99,10 @@ class T5(Table):
         super().__post_init__()
 
     @property
-    def classes(self):
+    def classes(self) -> int:
         return self.num_buckets
 
-    def class_of(self, distance):
+    def class_of(self, distance: jax.Array) -> jax.Array:
         distance = jnp.maximum(distance, 0)
         exact = self.num_buckets // 2
         far = jnp.log(jnp.maximum(distance, exact).astype(jnp.float32) / exact) / math.log(self.max_distance / exact)

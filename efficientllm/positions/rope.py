@@ -27,14 +27,14 @@ class RoPE(Position):
     acts_on = "heads"
 
     @property
-    def by_length(self):
+    def by_length(self) -> bool:
         return self._scaling().by_length
 
     @property
-    def switches_at(self):
+    def switches_at(self) -> int | None:
         return self._scaling().switches_at
 
-    def rotate(self, x_BTHK, positions_BT, reach_B=None):
+    def rotate(self, x_BTHK: jax.Array, positions_BT: jax.Array, reach_B: jax.Array | None = None) -> jax.Array:
         """`[B, T, H, K]` -> the same, turned. Angles are float32: bfloat16 rounds position 257 to 256.
 
         `reach_B` is how many tokens each row has, those of its prompt that are still to come included; None: as many as
@@ -62,7 +62,7 @@ class RoPE(Position):
         frequency_BK = jax.vmap(lambda reach: scaling.frequencies(self.base, K, reach - 1)[0])(reach_B)
         return frequency_BK[:, None, None], amplitude
 
-    def score_scale(self):
+    def score_scale(self) -> float:
         return self._scaling().score_scale()
 
     def _scaling(self):

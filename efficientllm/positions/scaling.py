@@ -8,13 +8,14 @@ import dataclasses
 import math
 import typing
 
+import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError
 from efficientllm.registry import register
 
 
-def plain(base, K):
+def plain(base: float, K: int) -> jax.Array:
     """The K/2 frequencies of Eq. 15."""
     return base ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
 
@@ -31,11 +32,11 @@ class Unscaled:
     by_length: typing.ClassVar[bool] = False
     switches_at: typing.ClassVar[int] = None
 
-    def frequencies(self, base, K, positions_BT):
+    def frequencies(self, base: float, K: int, positions_BT: jax.Array) -> tuple[jax.Array, float]:
         """`(radians a position of each of the K/2 pairs, the factor on both waves)` of one row of positions."""
         return plain(base, K), 1.0
 
-    def score_scale(self):
+    def score_scale(self) -> float:
         """What the attention scale is multiplied by, where a model (DeepSeek) asks for it."""
         return 1.0
 
@@ -47,7 +48,7 @@ class Linear(Unscaled):
 
     factor: float
 
-    def frequencies(self, base, K, positions_BT):
+    def frequencies(self, base: float, K: int, positions_BT: jax.Array) -> tuple[jax.Array, float]:
         return plain(base, K) / self.factor, 1.0
 
 
@@ -65,7 +66,7 @@ class Dynamic(Unscaled):
 
     by_length = True
 
-    def frequencies(self, base, K, positions_BT):
+    def frequencies(self, base: float, K: int, positions_BT: jax.Array) -> tuple[jax.Array, float]:
         if K < 4:
             raise UserError(f"rope scaling dynamic: {K} features of a head turn; it needs 4 or more")
         length = jnp.maximum(jnp.max(positions_BT) + 1, self.original_length).astype(jnp.float32)
@@ -90,7 +91,7 @@ class Llama3(Unscaled):
                 f"{self.low_freq_factor}"
             )
 
-    def frequencies(self, base, K, positions_BT):
+    def frequencies(self, base: float, K: int, positions_BT: jax.Array) -> tuple[jax.Array, float]:
         frequency = plain(base, K)
         turns = self.original_length * frequency / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -119,14 +120,14 @@ class LongRope(Unscaled):
     keeps_keys: bool = False
 
     @property
-    def by_length(self):
+    def by_length(self) -> bool:
         return tuple(self.short_factor) != tuple(self.long_factor)
 
     @property
-    def switches_at(self):
+    def switches_at(self) -> int | None:
         return self.original_length if self.by_length and not self.keeps_keys else None
 
-    def frequencies(self, base, K, positions_BT):
+    def frequencies(self, base: float, K: int, positions_BT: jax.Array) -> tuple[jax.Array, float]:
         for name in ("short_factor", "long_factor"):
             if len(getattr(self, name)) != K // 2:
                 raise UserError(
@@ -154,7 +155,7 @@ class Yarn(Unscaled):
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
 
-    def frequencies(self, base, K, positions_BT):
+    def frequencies(self, base: float, K: int, positions_BT: jax.Array) -> tuple[jax.Array, float]:
         def pair_that_turns(times):
             return K * math.log(self.original_length / (times * 2 * math.pi)) / (2 * math.log(base))
 
@@ -173,5 +174,5 @@ class Yarn(Unscaled):
     def _growth(self, mscale):
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
-    def score_scale(self):
+    def score_scale(self) -> float:
         return self._growth(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
