@@ -17,17 +17,17 @@ from efficientllm.errors import UserError
 class Plan:
     """Where each assignment's row lies. Rows are sorted by expert.
 
-    assignment_R: the assignment (token * k + choice) in each row.
-    filled_R: False for rows that hold nothing; None where all are filled.
-    row_Nk: the row of each assignment.
-    kept_Nk: False for assignments that were dropped; None where none can be.
+    assignment_r: the assignment (token * k + choice) in each row.
+    filled_r: False for rows that hold nothing; None where all are filled.
+    row_nk: the row of each assignment.
+    kept_nk: False for assignments that were dropped; None where none can be.
     sizes_E: rows of each expert; None where all have R / E.
     """
 
-    assignment_R: jax.Array
-    filled_R: jax.Array
-    row_Nk: jax.Array
-    kept_Nk: jax.Array
+    assignment_r: jax.Array
+    filled_r: jax.Array
+    row_nk: jax.Array
+    kept_nk: jax.Array
     sizes_E: jax.Array
 
 
@@ -66,14 +66,14 @@ def capacity(experts_BTk: jax.Array, num_experts: int, factor: float, real_BT: j
     place_BA = rank_BA - jnp.take_along_axis(starts_BE, choice_first_BA, 1)
     row_BA = (choice_first_BA * B + jnp.arange(B)[:, None]) * C + place_BA
     kept_BA = (place_BA < most_B1) & (choice_first_BA < num_experts)
-    kept_Nk, row_Nk = (
+    kept_nk, row_nk = (
         jnp.swapaxes(array_BA.reshape(B, k, T), 1, 2).reshape(B * T, k) for array_BA in (kept_BA, row_BA)
     )
     # What row r = (e * B + b) * C + place holds, if it is filled.
     e, b, place = jnp.unravel_index(jnp.arange(num_experts * B * C), (num_experts, B, C))
-    filled_R = place < jnp.minimum(sizes_BE[b, e], most_B1[b, 0])
-    choice, t = jnp.divmod(order_BA[b, jnp.where(filled_R, starts_BE[b, e] + place, 0)], T)
-    return Plan((b * T + t) * k + choice, filled_R, jnp.where(kept_Nk, row_Nk, 0), kept_Nk, None)
+    filled_r = place < jnp.minimum(sizes_BE[b, e], most_B1[b, 0])
+    choice, t = jnp.divmod(order_BA[b, jnp.where(filled_r, starts_BE[b, e] + place, 0)], T)
+    return Plan((b * T + t) * k + choice, filled_r, jnp.where(kept_nk, row_nk, 0), kept_nk, None)
 
 
 def rows_per_expert(length: int, num_experts: int, top_k: int, factor: float) -> int:
@@ -103,36 +103,36 @@ def _sort(expert_A, num_experts):
     return order_A, rank_A, jnp.sum(expert_A[:, None] == jnp.arange(num_experts), 0, dtype=jnp.int32)
 
 
-def to_experts(x_ND: jax.Array, plan: Plan) -> jax.Array:
+def to_experts(x_nD: jax.Array, plan: Plan) -> jax.Array:
     """The token of every row, `[R, D]`."""
-    return _spread(x_ND, plan.assignment_R // plan.row_Nk.shape[1], plan.row_Nk, plan.kept_Nk)
+    return _spread(x_nD, plan.assignment_r // plan.row_nk.shape[1], plan.row_nk, plan.kept_nk)
 
 
-def from_experts(y_RD: jax.Array, plan: Plan) -> jax.Array:
+def from_experts(y_rD: jax.Array, plan: Plan) -> jax.Array:
     """The sum over each token's rows, `[N, D]`; dropped assignments add nothing."""
-    return _collect(y_RD, plan.assignment_R // plan.row_Nk.shape[1], plan.row_Nk, plan.kept_Nk)
+    return _collect(y_rD, plan.assignment_r // plan.row_nk.shape[1], plan.row_nk, plan.kept_nk)
 
 
-def weights_of_rows(weights_Nk: jax.Array, plan: Plan) -> jax.Array:
+def weights_of_rows(weights_nk: jax.Array, plan: Plan) -> jax.Array:
     """The router's weight of every row, `[R, 1]`; zero for rows that hold nothing."""
-    kept = None if plan.kept_Nk is None else plan.kept_Nk.reshape(-1, 1)
-    weight_R1 = _spread(weights_Nk.reshape(-1, 1), plan.assignment_R, plan.row_Nk.reshape(-1, 1), kept)
-    return weight_R1 if plan.filled_R is None else jnp.where(plan.filled_R[:, None], weight_R1, 0)
+    kept = None if plan.kept_nk is None else plan.kept_nk.reshape(-1, 1)
+    weight_r1 = _spread(weights_nk.reshape(-1, 1), plan.assignment_r, plan.row_nk.reshape(-1, 1), kept)
+    return weight_r1 if plan.filled_r is None else jnp.where(plan.filled_r[:, None], weight_r1, 0)
 
 
 # Each is the other's transpose: gathers both ways, where autodiff would scatter. Rows that hold nothing are told apart
 # by their weight alone, which is zero forward and backward.
 @jax.custom_vjp
-def _spread(x_ND, token_R, row_Nk, kept_Nk):
-    return _rows(x_ND, token_R)
+def _spread(x_nD, token_r, row_nk, kept_nk):
+    return _rows(x_nD, token_r)
 
 
 @jax.custom_vjp
-def _collect(y_RD, token_R, row_Nk, kept_Nk):
+def _collect(y_rD, token_r, row_nk, kept_nk):
     total = 0
-    for choice in range(row_Nk.shape[1]):
-        y_ND = _rows(y_RD, row_Nk[:, choice])
-        total += y_ND if kept_Nk is None else jnp.where(kept_Nk[:, choice, None], y_ND, 0)
+    for choice in range(row_nk.shape[1]):
+        y_nD = _rows(y_rD, row_nk[:, choice])
+        total += y_nD if kept_nk is None else jnp.where(kept_nk[:, choice, None], y_nD, 0)
     return total
 
 

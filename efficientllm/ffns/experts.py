@@ -97,32 +97,32 @@ def _compute(x_BTD, experts_BTk, weights_BTk, kernels, real_BT, *, plan, precisi
     def product(x, name):
         return grouped_matmul(x, kernels[name], plan.sizes_E, precision, kernel)
 
-    x_RD = _send(dispatch.to_experts(x_BTD.reshape(-1, D), plan), E, ways)
-    hidden_RF = jax.nn.silu(product(x_RD, "gate")) * product(x_RD, "up")
+    x_rD = _send(dispatch.to_experts(x_BTD.reshape(-1, D), plan), E, ways)
+    hidden_rF = jax.nn.silu(product(x_rD, "gate")) * product(x_rD, "up")
     # The weights multiply ahead of the last product: its outputs need not be kept for the backward pass.
-    weights_R1 = _send(dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(hidden_RF.dtype), E, ways)
-    hidden_RF = hidden_RF * weights_R1
+    weights_r1 = _send(dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(hidden_rF.dtype), E, ways)
+    hidden_rF = hidden_rF * weights_r1
     if hidden:
-        hidden_RF = jax.lax.all_gather(hidden_RF, hidden, axis=1, tiled=True)
-    y_ND = dispatch.from_experts(_return(product(hidden_RF, "down"), E, ways), plan)
-    kept = None if plan.kept_Nk is None else plan.kept_Nk.reshape(experts_BTk.shape)
-    return y_ND.reshape(x_BTD.shape), kept
+        hidden_rF = jax.lax.all_gather(hidden_rF, hidden, axis=1, tiled=True)
+    y_nD = dispatch.from_experts(_return(product(hidden_rF, "down"), E, ways), plan)
+    kept = None if plan.kept_nk is None else plan.kept_nk.reshape(experts_BTk.shape)
+    return y_nD.reshape(x_BTD.shape), kept
 
 
-def _send(x_RD, num_experts, ways):
+def _send(x_rD, num_experts, ways):
     """This device's rows for all experts -> all devices' rows for this device's experts, sorted by expert as before."""
     if ways == 1:
-        return x_RD
-    x_ERD = x_RD.reshape(num_experts, -1, x_RD.shape[-1])
-    return jax.lax.all_to_all(x_ERD, "expert", 0, 1, tiled=True).reshape(x_RD.shape)
+        return x_rD
+    x_ErD = x_rD.reshape(num_experts, -1, x_rD.shape[-1])
+    return jax.lax.all_to_all(x_ErD, "expert", 0, 1, tiled=True).reshape(x_rD.shape)
 
 
-def _return(y_RD, num_experts, ways):
+def _return(y_rD, num_experts, ways):
     """The inverse of `_send`."""
     if ways == 1:
-        return y_RD
-    y_ERD = y_RD.reshape(num_experts // ways, -1, y_RD.shape[-1])
-    return jax.lax.all_to_all(y_ERD, "expert", 1, 0, tiled=True).reshape(y_RD.shape)
+        return y_rD
+    y_ErD = y_rD.reshape(num_experts // ways, -1, y_rD.shape[-1])
+    return jax.lax.all_to_all(y_ErD, "expert", 1, 0, tiled=True).reshape(y_rD.shape)
 
 
 def _per_device(compute, kernels, x_shape, mesh, split, divided):

@@ -70,14 +70,14 @@ def _within_groups(choice_BTE, groups, top_groups, best):
     A group is worth the sum of its `best` highest scores: one in DeepSeek-V2 (arXiv:2405.04434, Section 2.2.2), two in
     V3 (arXiv:2412.19437, Section 2.1.2).
     """
-    choice_BTGE = choice_BTE.reshape(*choice_BTE.shape[:-1], groups, -1)
-    worth_BTG = jnp.max(choice_BTGE, -1)
+    choice_BTJE = choice_BTE.reshape(*choice_BTE.shape[:-1], groups, -1)
+    worth_BTJ = jnp.max(choice_BTJE, -1)
     if best == 2:
-        is_first = jax.nn.one_hot(jnp.argmax(choice_BTGE, -1), choice_BTGE.shape[-1], dtype=bool)
-        worth_BTG += jnp.max(jnp.where(is_first, -jnp.inf, choice_BTGE), -1)
-    chosen_BTg = _best(jax.lax.stop_gradient(worth_BTG), top_groups)
-    is_chosen_BTG = jnp.any(_is_chosen(chosen_BTg, groups), -2)
-    return jnp.where(is_chosen_BTG[..., None], choice_BTGE, -jnp.inf).reshape(choice_BTE.shape)
+        is_first = jax.nn.one_hot(jnp.argmax(choice_BTJE, -1), choice_BTJE.shape[-1], dtype=bool)
+        worth_BTJ += jnp.max(jnp.where(is_first, -jnp.inf, choice_BTJE), -1)
+    chosen_BTj = _best(jax.lax.stop_gradient(worth_BTJ), top_groups)
+    is_chosen_BTJ = jnp.any(_is_chosen(chosen_BTj, groups), -2)
+    return jnp.where(is_chosen_BTJ[..., None], choice_BTJE, -jnp.inf).reshape(choice_BTE.shape)
 
 
 def _best(choice_BTE, top_k):

@@ -70,8 +70,8 @@ class Attention(Mixer, kw_only=True):
 
     def combine(self, y_BTHK: jax.Array, x_BTD: jax.Array) -> jax.Array:
         """The mixer's output from that of its heads; `x_BTD` is the mixer's input."""
-        y_BTE = y_BTHK.reshape(*x_BTD.shape[:2], self.num_heads * self.head_dim)
-        return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, self.o_bias, name="o")(y_BTE)
+        y_BTe = y_BTHK.reshape(*x_BTD.shape[:2], self.num_heads * self.head_dim)
+        return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, self.o_bias, name="o")(y_BTe)
 
     def init_state(self, batch: int, length: int) -> State:
         """An empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the activation dtype, or in int8."""

@@ -39,8 +39,8 @@ def projections(
         Linear(count * width, ("embed", axis), precision, use_bias, name=name) for name, (count, axis) in parts.items()
     ]
     return [
-        constrain(y_BTE.reshape(*x_BTD.shape[:2], -1, width), "batch", length, layer.axes[-1], None)
-        for layer, y_BTE in zip(layers, linears(x_BTD, *layers), strict=True)
+        constrain(y_BTe.reshape(*x_BTD.shape[:2], -1, width), "batch", length, layer.axes[-1], None)
+        for layer, y_BTe in zip(layers, linears(x_BTD, *layers), strict=True)
     ]
 
 

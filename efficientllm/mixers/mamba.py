@@ -60,30 +60,30 @@ class Mamba(Mixer, kw_only=True):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
-        C, N, D = self.channels, self.state_dim, x_BTD.shape[-1]
+        C, n, D = self.channels, self.state_dim, x_BTD.shape[-1]
         R = self.rank
         project = lambda name: Linear(C, ("embed", "mlp"), self.precision, self.use_bias, name=name)  # noqa: E731
         x_BTC, gate_BTC = (constrain(project(name)(x_BTD), "batch", None, "channels") for name in ("x", "gate"))
         tail = None if state is None else state["tail"]
         x_BTC, tail = CausalConv(self.conv, "mlp", self.conv_bias, name="conv")(x_BTC, ctx.positions_BT, tail)
         x_BTC = jax.nn.silu(x_BTC)
-        chosen = Linear(R + 2 * N, ("mlp", None), self.precision, out_dtype=jnp.float32, name="select")(x_BTC)
-        step_BTR, b_BTN, c_BTN = jnp.split(chosen, (R, R + N), -1)
+        chosen = Linear(R + 2 * n, ("mlp", None), self.precision, out_dtype=jnp.float32, name="select")(x_BTC)
+        step_BTR, b_BTn, c_BTn = jnp.split(chosen, (R, R + n), -1)
         step_BTC = Linear(C, (None, "mlp"), self.precision, out_dtype=jnp.float32, name="step")(step_BTR)
         axes = nn.with_logical_partitioning
         step_bias_C = self.param("step_bias", axes(log_uniform_steps(), ("mlp",)), (C,))
-        A_log_CN = self.param("A_log", axes(_one_to_n, ("mlp", None)), (C, N))
+        A_log_Cn = self.param("A_log", axes(_one_to_n, ("mlp", None)), (C, n))
         skip_C = self.param("skip", axes(nn.initializers.ones, ("mlp",)), (C,))
-        h_BCN = jnp.zeros((x_BTD.shape[0], C, N)) if state is None else state["memory"]
+        h_BCn = jnp.zeros((x_BTD.shape[0], C, n)) if state is None else state["memory"]
         x32_BTC = x_BTC.astype(jnp.float32)
         step_BTC = jax.nn.softplus(step_BTC + step_bias_C)
         keep_BT = (ctx.positions_BT > 0).astype(jnp.float32)
-        y_BTC, h_BCN = selective_scan(
-            x32_BTC, step_BTC, -jnp.exp(A_log_CN), b_BTN, c_BTN, keep_BT, h_BCN, self.scan_kernel
+        y_BTC, h_BCn = selective_scan(
+            x32_BTC, step_BTC, -jnp.exp(A_log_Cn), b_BTn, c_BTn, keep_BT, h_BCn, self.scan_kernel
         )
         y_BTC = (y_BTC + skip_C * x32_BTC) * jax.nn.silu(gate_BTC.astype(jnp.float32))
         y_BTD = Linear(D, ("mlp", "embed"), self.precision, self.use_bias, name="o")(y_BTC.astype(x_BTD.dtype))
-        return y_BTD, None if state is None else {"tail": tail, "memory": h_BCN}
+        return y_BTD, None if state is None else {"tail": tail, "memory": h_BCn}
 
     def init_state(self, batch: int, length: int) -> State:
         """Zeros: tail `[B, W - 1, C]` in the activation dtype, memory `[B, C, N]` in float32."""

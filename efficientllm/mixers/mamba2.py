@@ -77,21 +77,21 @@ class Mamba2(Mixer, kw_only=True):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
         B, T, D = x_BTD.shape
-        C, H, J, N = self.channels, self.num_heads, self.num_groups, self.state_dim
+        C, H, J, n = self.channels, self.num_heads, self.num_groups, self.state_dim
         tails = {"x": None, "bc": None} if state is None else state["tails"]
         gate_BTC = self._project(x_BTD, "gate", C, "mlp")
         x_BTC, tail_x = self._convolve(x_BTD, "x", C, "mlp", ctx, tails["x"])
-        bc_BTE, tail_bc = self._convolve(x_BTD, "bc", 2 * J * N, None, ctx, tails["bc"])
-        b_BTJN, c_BTJN = (half.reshape(B, T, J, N) for half in jnp.split(bc_BTE, 2, -1))
+        bc_BTe, tail_bc = self._convolve(x_BTD, "bc", 2 * J * n, None, ctx, tails["bc"])
+        b_BTJn, c_BTJn = (half.reshape(B, T, J, n) for half in jnp.split(bc_BTe, 2, -1))
         step_BTH = self._project(x_BTD, "step", H, None).astype(jnp.float32)
         axes = nn.with_logical_partitioning
         step_BTH = jax.nn.softplus(step_BTH + self.param("step_bias", axes(log_uniform_steps(), (None,)), (H,)))
         A_H = -jnp.exp(self.param("A_log", axes(_log_one_to_h, (None,)), (H,)))
         skip_H = self.param("skip", axes(nn.initializers.ones, (None,)), (H,))
         x_BTHP = constrain(x_BTC.reshape(B, T, H, -1).astype(jnp.float32), "batch", None, "channels", None)
-        memory = jnp.zeros((B, H, x_BTHP.shape[-1], N)) if state is None else state["memory"]
+        memory = jnp.zeros((B, H, x_BTHP.shape[-1], n)) if state is None else state["memory"]
         scan = ssd.step if state is not None and T == 1 else ssd.chunked
-        y_BTHP, memory = scan(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, ctx.positions_BT > 0, memory, self.chunk)
+        y_BTHP, memory = scan(x_BTHP, step_BTH, A_H, b_BTJn, c_BTJn, ctx.positions_BT > 0, memory, self.chunk)
         y_BTC = (y_BTHP + skip_H[:, None] * x_BTHP).reshape(B, T, C)
         y_BTC = self._norm(y_BTC * jax.nn.silu(gate_BTC.astype(jnp.float32))).astype(x_BTD.dtype)
         y_BTD = Linear(D, ("mlp", "embed"), self.precision, self.use_bias, name="o")(y_BTC)

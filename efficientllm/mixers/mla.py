@@ -55,8 +55,8 @@ class MLA(Mixer, kw_only=True):
     @property
     def widths(self) -> tuple[int, int, int, int]:
         """(R, N, P, V)."""
-        N = self.head_dim
-        return self.kv_rank or 4 * N, N, self.rope_dim or N // 2, self.v_dim or N
+        n = self.head_dim
+        return self.kv_rank or 4 * n, n, self.rope_dim or n // 2, self.v_dim or n
 
     def head_counts(self) -> tuple[int, int]:
         return self.num_heads, self.num_heads
@@ -67,53 +67,53 @@ class MLA(Mixer, kw_only=True):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
-        R, N, P, V = self.widths
+        R, n, P, v = self.widths
         B, T, D = x_BTD.shape
         position = build("position", self.position, name="position")
-        q_BTHE = self._queries(x_BTD).reshape(B, T, self.num_heads, N + P)
-        q_BTHE = constrain(q_BTHE, "batch", "length", "heads", None)
-        q_BTHN, q_BTHP = q_BTHE[..., :N], ctx.rotate(position, q_BTHE[..., N:])
-        latent_BTE = Linear(R + P, ("embed", None), self.precision, name="kv_a")(x_BTD)
-        latent_BTR = RMSNorm(1e-6, axis=None, name="kv_norm")(latent_BTE[..., :R])
-        k_BTP = ctx.rotate(position, latent_BTE[:, :, None, R:])[:, :, 0]
+        q_BTHe = self._queries(x_BTD).reshape(B, T, self.num_heads, n + P)
+        q_BTHe = constrain(q_BTHe, "batch", "length", "heads", None)
+        q_BTHn, q_BTHP = q_BTHe[..., :n], ctx.rotate(position, q_BTHe[..., n:])
+        latent_BTe = Linear(R + P, ("embed", None), self.precision, name="kv_a")(x_BTD)
+        latent_BTR = RMSNorm(1e-6, axis=None, name="kv_norm")(latent_BTe[..., :R])
+        k_BTP = ctx.rotate(position, latent_BTe[:, :, None, R:])[:, :, 0]
         new = {"latent": latent_BTR, "rotated": k_BTP}
         (latent_BSR, k_BSP), mask, state = cache.extend(state, new, ctx.mask, ctx.positions_BT)
-        up = Linear(self.num_heads * (N + V), ("embed", "heads"), self.precision, name="kv_b")
-        options = {"bias": position.bias(self.num_heads), "scale": (N + P) ** -0.5 * position.score_scale()}
+        up = Linear(self.num_heads * (n + v), ("embed", "heads"), self.precision, name="kv_b")
+        options = {"bias": position.bias(self.num_heads), "scale": (n + P) ** -0.5 * position.score_scale()}
         form = self._absorbed if state is not None and T == 1 else self._expanded
-        y_BTHV = form(q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options)
-        y_BTE = y_BTHV.reshape(B, T, self.num_heads * V)
-        return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTE), state
+        y_BTHv = form(q_BTHn, q_BTHP, latent_BSR, k_BSP, up, mask, options)
+        y_BTe = y_BTHv.reshape(B, T, self.num_heads * v)
+        return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTe), state
 
     def _queries(self, x_BTD):
-        _, N, P, _ = self.widths
+        _, n, P, _ = self.widths
         if self.q_rank:
             latent = Linear(self.q_rank, ("embed", None), self.precision, name="q_a")(x_BTD)
             x_BTD = RMSNorm(1e-6, axis=None, name="q_norm")(latent)
         name = "q_b" if self.q_rank else "q"
-        return Linear(self.num_heads * (N + P), ("embed", "heads"), self.precision, name=name)(x_BTD)
+        return Linear(self.num_heads * (n + P), ("embed", "heads"), self.precision, name=name)(x_BTD)
 
-    def _expanded(self, q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options):
+    def _expanded(self, q_BTHn, q_BTHP, latent_BSR, k_BSP, up, mask, options):
         """Keys and values of every head, made from the latents."""
-        _, N, P, V = self.widths
-        latent_BSR, k_BSP = (as_array(leaf, q_BTHN.dtype) for leaf in (latent_BSR, k_BSP))
+        _, n, P, v = self.widths
+        latent_BSR, k_BSP = (as_array(leaf, q_BTHn.dtype) for leaf in (latent_BSR, k_BSP))
         B, S, _ = latent_BSR.shape
-        kv_BSHE = constrain(up(latent_BSR).reshape(B, S, self.num_heads, N + V), "batch", "length", "heads", None)
+        kv_BSHe = constrain(up(latent_BSR).reshape(B, S, self.num_heads, n + v), "batch", "length", "heads", None)
         shared_BSHP = jnp.broadcast_to(k_BSP[:, :, None], (B, S, self.num_heads, P))
-        q_BTHK = jnp.concatenate([q_BTHN, q_BTHP], -1)
-        k_BSHK = jnp.concatenate([kv_BSHE[..., :N], shared_BSHP], -1)
-        return attend(q_BTHK, k_BSHK, kv_BSHE[..., N:], mask, self.attention_kernel, **options)
+        q_BTHK = jnp.concatenate([q_BTHn, q_BTHP], -1)
+        k_BSHK = jnp.concatenate([kv_BSHe[..., :n], shared_BSHP], -1)
+        return attend(q_BTHK, k_BSHK, kv_BSHe[..., n:], mask, self.attention_kernel, **options)
 
-    def _absorbed(self, q_BTHN, q_BTHP, latent_BSR, k_BSP, up, mask, options):
+    def _absorbed(self, q_BTHn, q_BTHP, latent_BSR, k_BSP, up, mask, options):
         """All heads read one key, the latent beside the shared key, and one value, the latent."""
-        R, N, _, V = self.widths
-        kernel_RHE = dense(up.variables["params"]["kernel"], after=q_BTHN).astype(q_BTHN.dtype)
-        kernel_RHE = kernel_RHE.reshape(R, self.num_heads, N + V)
-        q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, kernel_RHE[..., :N])
+        R, n, _, v = self.widths
+        kernel_RHe = dense(up.variables["params"]["kernel"], after=q_BTHn).astype(q_BTHn.dtype)
+        kernel_RHe = kernel_RHe.reshape(R, self.num_heads, n + v)
+        q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHn, kernel_RHe[..., :n])
         q_BTHK = jnp.concatenate([q_BTHR, q_BTHP], -1)
         latent_BS1R, k_BS1P = jax.tree.map(lambda leaf: leaf[:, :, None], (latent_BSR, k_BSP))  # of one KV head
         y_BTHR = attend(q_BTHK, (latent_BS1R, k_BS1P), latent_BS1R, mask, self.attention_kernel, **options)
-        return jnp.einsum("bthr,rhv->bthv", y_BTHR, kernel_RHE[..., N:])
+        return jnp.einsum("bthr,rhv->bthv", y_BTHR, kernel_RHe[..., n:])
 
     def init_state(self, batch: int, length: int) -> State:
         """Empty latents and shared keys for `length` tokens a row, `[B, S, R]` and `[B, S, P]`."""
@@ -130,6 +130,6 @@ class MLA(Mixer, kw_only=True):
 
     def mix_flops(self, length: int, executed: bool = False) -> float:
         """As Attention's, with heads of N + P in the scores and V in the values."""
-        _, N, P, V = self.widths
+        _, n, P, v = self.widths
         pairs = executed_pairs(self.attention_kernel, length) if executed else causal_pairs(length)
-        return 2 * self.num_heads * (N + P + V) * pairs
+        return 2 * self.num_heads * (n + P + v) * pairs

@@ -69,15 +69,15 @@ class MoBA(Mixer, kw_only=True):
             pieces = block_selection.DocumentPieces.of(ctx.mask, k_BSGK.shape[1], self.block)
         block_BTHn = self._choose(q_BTHK, sum_BPGK, pieces, index_BT - start_BT, k_BSGK.shape[1])
         chosen = SelectedBlocks(block_selection.key_starts(block_BTHn, start_BT, self.block), index_BT, self.block)
-        y_BTE = attend_blocks(q_BTHK, k_BSGK, v_BSGK, chosen, self.block_kernel).reshape(B, T, H * K)
-        return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTE), state
+        y_BTe = attend_blocks(q_BTHK, k_BSGK, v_BSGK, chosen, self.block_kernel).reshape(B, T, H * K)
+        return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTe), state
 
     def _choose(self, q_BTHK, sum_BPGK, pieces, local_BT, num_keys):
         B, T, H, K = q_BTHK.shape
-        q_BTGRK = jax.lax.stop_gradient(q_BTHK).reshape(B, T, self.num_kv_heads, -1, K).astype(jnp.float32)
+        q_BTGrK = jax.lax.stop_gradient(q_BTHK).reshape(B, T, self.num_kv_heads, -1, K).astype(jnp.float32)
         mean_BPGK = jax.lax.stop_gradient(sum_BPGK) / self.block
-        score_BGRTP = jnp.einsum("btgrk,bpgk->bgrtp", q_BTGRK, mean_BPGK)
-        score_BHTJ = pieces.by_document(score_BGRTP.reshape(B, H, T, -1), self._blocks(num_keys))
+        score_BGrTP = jnp.einsum("btgrk,bpgk->bgrtp", q_BTGrK, mean_BPGK)
+        score_BHTJ = pieces.by_document(score_BGrTP.reshape(B, H, T, -1), self._blocks(num_keys))
         return block_selection.choose(score_BHTJ, local_BT, self.block, self.block_count, first=0, recent=1)
 
     def _add(self, sum_BJGK, k_BTGK, positions_BT):

@@ -89,17 +89,17 @@ class NSA(Mixer, kw_only=True):
         old = dict.fromkeys(BRANCHES) if state is None else state
         states = {}
         (k, v), _, states["chosen"] = kv_cache.extend(old["chosen"], new["chosen"], ctx.mask, ctx.positions_BT)
-        k_BMGK, v_BMGV, layout, states["compressed"] = self._compress(new, old, ctx, position, k.shape[1])
-        q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-        y_BTGRK, block_BTGn = nsa_compression.attend(q_BTGRK, k_BMGK, v_BMGV, layout, self.select_count)
+        k_BMGK, v_BMGv, layout, states["compressed"] = self._compress(new, old, ctx, position, k.shape[1])
+        q_BTGrK = q_BTHK.reshape(B, T, G, H // G, K)
+        y_BTGrK, block_BTGn = nsa_compression.attend(q_BTGrK, k_BMGK, v_BMGv, layout, self.select_count)
         start_BTGn = block_selection.key_starts(block_BTGn, layout.start_BT, self.select_block)
         chosen = SelectedBlocks(start_BTGn, layout.index_BT, self.select_block)
-        found = [y_BTGRK.reshape(q_BTHK.shape), attend_blocks(q_BTHK, k, v, chosen, self.block_kernel)]
+        found = [y_BTGrK.reshape(q_BTHK.shape), attend_blocks(q_BTHK, k, v, chosen, self.block_kernel)]
         mask = ctx.mask.replace(window=self.window)  # type: ignore[attr-defined]
         (k, v), mask, states["recent"] = kv_cache.extend(old["recent"], new["recent"], mask, ctx.positions_BT)
         found.append(attend(q_BTHK, k, v, mask, self.attention_kernel))
-        y_BTE = self._gated(x_BTD, found).reshape(B, T, H * K)
-        y_BTD = Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTE)
+        y_BTe = self._gated(x_BTD, found).reshape(B, T, H * K)
+        y_BTD = Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTe)
         return y_BTD, None if state is None else states
 
     def _gated(self, x_BTD, found):

@@ -89,7 +89,7 @@ def chunks(length: int, keys: int, compress: int, stride: int, select: int, tota
 
 
 def attend(
-    q_BTGRK: jax.Array, k_BMGK: jax.Array, v_BMGV: jax.Array, layout: Layout, select_count: int
+    q_BTGrK: jax.Array, k_BMGK: jax.Array, v_BMGv: jax.Array, layout: Layout, select_count: int
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the visible compressed blocks, and the blocks chosen by it.
 
@@ -99,7 +99,7 @@ def attend(
     for queries, seen, choices in layout.chunks():
         # The scores of all chunks together would be T x T / stride: the backward pass computes them again.
         part = jax.checkpoint(functools.partial(_attend, choices=choices, select_count=select_count))
-        arrays = q_BTGRK[:, slice(*queries)], k_BMGK[:, :seen], v_BMGV[:, :seen]
+        arrays = q_BTGrK[:, slice(*queries)], k_BMGK[:, :seen], v_BMGv[:, :seen]
         y, block = part(*arrays, layout.of_queries(*queries))
         widest = min(select_count, -(-layout.keys // layout.select))
         block = jnp.pad(block, ((0, 0),) * 3 + ((0, widest - block.shape[-1]),), constant_values=-1)
@@ -107,21 +107,21 @@ def attend(
     return tuple(jnp.concatenate(parts, 1) for parts in zip(*found, strict=True))
 
 
-def _attend(q_BTGRK, k_BMGK, v_BMGV, layout, choices, select_count):
+def _attend(q_BTGrK, k_BMGK, v_BMGv, layout, choices, select_count):
     seen = k_BMGK.shape[1]
     visible = layout.end_BM[:, None, :seen] <= layout.index_BT[..., None]
     visible_BTM = visible & (layout.begin_BM[:, None, :seen] >= layout.start_BT[..., None])
     visible = visible_BTM[:, None, None]
     accumulate = {"preferred_element_type": jnp.float32}
-    scores_BGRTM = jnp.einsum("btgrk,bmgk->bgrtm", q_BTGRK, k_BMGK, **accumulate) * q_BTGRK.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(visible, scores_BGRTM, jnp.finfo(jnp.float32).min), -1)
-    weights_BGRTM = jnp.where(visible, weights, 0.0)
-    y_BTGRV = jnp.einsum("bgrtm,bmgv->btgrv", weights_BGRTM.astype(v_BMGV.dtype), v_BMGV, **accumulate)
-    shared_BGTM = jax.lax.stop_gradient(jnp.sum(weights_BGRTM, 2))
+    scores_BGrTM = jnp.einsum("btgrk,bmgk->bgrtm", q_BTGrK, k_BMGK, **accumulate) * q_BTGrK.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(visible, scores_BGrTM, jnp.finfo(jnp.float32).min), -1)
+    weights_BGrTM = jnp.where(visible, weights, 0.0)
+    y_BTGrv = jnp.einsum("bgrtm,bmgv->btgrv", weights_BGrTM.astype(v_BMGv.dtype), v_BMGv, **accumulate)
+    shared_BGTM = jax.lax.stop_gradient(jnp.sum(weights_BGrTM, 2))
     score_BGTJ = importance(shared_BGTM, layout.pieces, layout.compress, layout.select, choices)
     local_BT = layout.index_BT - layout.start_BT
     block_BTGn = block_selection.choose(score_BGTJ, local_BT, layout.select, select_count, first=1, recent=2)
-    return y_BTGRV.astype(q_BTGRK.dtype), block_BTGn
+    return y_BTGrv.astype(q_BTGrK.dtype), block_BTGn
 
 
 def importance(

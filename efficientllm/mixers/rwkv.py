@@ -61,14 +61,14 @@ class RWKV(Mixer, kw_only=True):
         _check_heads(D, self.head_dim)
         shifted_BTD, last_BD = token_shift.shift(x_BTD, ctx.positions_BT, state and state["shift"])
         mixed = {name: self._mix(name, x_BTD, shifted_BTD) for name in SHARES}
-        r_BTHN = self._heads(self._project("r", mixed["r"], nn.initializers.orthogonal()))
+        r_BTHn = self._heads(self._project("r", mixed["r"], nn.initializers.orthogonal()))
         k_BTD = self._project("k", mixed["k"], nn.initializers.orthogonal(0.1))
         v_BTD, memo = self._value(mixed["v"], ctx.memo)
-        tokens = self._tokens(r_BTHN, k_BTD, self._heads(v_BTD), mixed)
-        y_BTHN, memory = recur(tokens, ctx.positions_BT == 0, state and state["memory"], self.rwkv_kernel)
-        y_BTHN = _HeadNorm(name="norm")(y_BTHN) + self._own(tokens)
+        tokens = self._tokens(r_BTHn, k_BTD, self._heads(v_BTD), mixed)
+        y_BTHn, memory = recur(tokens, ctx.positions_BT == 0, state and state["memory"], self.rwkv_kernel)
+        y_BTHn = _HeadNorm(name="norm")(y_BTHn) + self._own(tokens)
         gate_BTD = self._low_rank("gate", self.gate_rank, 0.6 * D**0.8, activation="sigmoid")(mixed["g"])
-        y_BTD = (y_BTHN.reshape(B, T, D) * gate_BTD).astype(x_BTD.dtype)
+        y_BTD = (y_BTHn.reshape(B, T, D) * gate_BTD).astype(x_BTD.dtype)
         out = Linear(D, ("heads", "embed"), self.precision, kernel_init=nn.initializers.zeros, name="o")
         return out(y_BTD), state and {"shift": last_BD, "memory": memory}, memo
 
@@ -81,8 +81,8 @@ class RWKV(Mixer, kw_only=True):
         return Linear(x_BTD.shape[-1], axes, self.precision, kernel_init=init, name=name)(x_BTD)
 
     def _heads(self, x_BTD):
-        x_BTHN = x_BTD.astype(jnp.float32).reshape(*x_BTD.shape[:2], -1, self.head_dim)
-        return constrain(x_BTHN, "batch", None, "channels", None)
+        x_BTHn = x_BTD.astype(jnp.float32).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+        return constrain(x_BTHn, "batch", None, "channels", None)
 
     def _low_rank(self, name, rank, published, activation=None, bias_init=None):
         rank = rank or max(32, round(published / 32) * 32)
@@ -96,31 +96,31 @@ class RWKV(Mixer, kw_only=True):
         v_BTD = v_BTD + (first_BTD - v_BTD) * jax.nn.sigmoid(share(x_BTD)).astype(v_BTD.dtype)
         return v_BTD, {"v_first": first_BTD.astype(memo["v_first"].dtype), "v_first_is_set": jnp.ones((), bool)}
 
-    def _tokens(self, r_BTHN, k_BTD, v_BTHN, mixed):
+    def _tokens(self, r_BTHn, k_BTD, v_BTHn, mixed):
         """Decays, keys and learning rates."""
-        D, N = k_BTD.shape[-1], self.head_dim
+        D, n = k_BTD.shape[-1], self.head_dim
         rank = 1.8 * D**0.5
-        decay = self._low_rank("decay", self.decay_rank, rank, "tanh", _decay_init(N))
-        rate = self._low_rank("a", self.a_rank, rank, None, _linear(-0.19, 0.4, zigzag=0.3, head_dim=N))
-        a_BTHN = self._heads(jax.nn.sigmoid(rate(mixed["a"])))
-        k_BTHN = self._heads(k_BTD)
-        kappa_BTHN = k_BTHN * self._per_channel("k_k", _linear(0.71, -0.1), D)
+        decay = self._low_rank("decay", self.decay_rank, rank, "tanh", _decay_init(n))
+        rate = self._low_rank("a", self.a_rank, rank, None, _linear(-0.19, 0.4, zigzag=0.3, head_dim=n))
+        a_BTHn = self._heads(jax.nn.sigmoid(rate(mixed["a"])))
+        k_BTHn = self._heads(k_BTD)
+        kappa_BTHn = k_BTHn * self._per_channel("k_k", _linear(0.71, -0.1), D)
         # Of length one; the gradient of zero is zero.
-        kappa_BTHN *= jax.lax.rsqrt(jnp.maximum(jnp.sum(kappa_BTHN**2, -1, keepdims=True), 1e-24))
+        kappa_BTHn *= jax.lax.rsqrt(jnp.maximum(jnp.sum(kappa_BTHn**2, -1, keepdims=True), 1e-24))
         return Tokens(
-            r=r_BTHN,
+            r=r_BTHn,
             log_w=self._heads(DECAY * jax.nn.sigmoid(decay(mixed["w"]))),
-            k=k_BTHN * (1 + (a_BTHN - 1) * self._per_channel("k_a", nn.initializers.constant(1.02), D)),
-            v=v_BTHN,
-            kappa=kappa_BTHN,
-            beta=kappa_BTHN * a_BTHN,
+            k=k_BTHn * (1 + (a_BTHn - 1) * self._per_channel("k_a", nn.initializers.constant(1.02), D)),
+            v=v_BTHn,
+            kappa=kappa_BTHn,
+            beta=kappa_BTHn * a_BTHn,
         )
 
     def _own(self, tokens):
         """What a token reads of itself, past the memory and the norm."""
-        H, N = tokens.r.shape[2:]
-        r_k_HN = self._per_channel("r_k", nn.initializers.constant(-0.04), H * N)
-        return jnp.sum(tokens.r * tokens.k * r_k_HN, -1, keepdims=True) * tokens.v
+        H, n = tokens.r.shape[2:]
+        r_k_Hn = self._per_channel("r_k", nn.initializers.constant(-0.04), H * n)
+        return jnp.sum(tokens.r * tokens.k * r_k_Hn, -1, keepdims=True) * tokens.v
 
     def _per_channel(self, name, init, D):
         return self.param(name, nn.with_logical_partitioning(init, ("heads",)), (D,)).reshape(-1, self.head_dim)
@@ -132,10 +132,10 @@ class RWKV(Mixer, kw_only=True):
 
     def init_state(self, batch: int, length: int) -> State:
         """No token `[B, D]` in the activation dtype and an empty float32 memory `[B, H, N, N]`, whatever the length."""
-        N = self.head_dim
+        n = self.head_dim
         return {
             "shift": jnp.zeros((batch, self.dim), activation_dtype(self.precision)),
-            "memory": jnp.zeros((batch, self.dim // N, N, N), jnp.float32),
+            "memory": jnp.zeros((batch, self.dim // n, n, n), jnp.float32),
         }
 
     def state_bytes(self, length: int) -> int:
@@ -148,8 +148,8 @@ class RWKV(Mixer, kw_only=True):
         2 N^2 each for what the memory holds under a key, its removal, the new pair and the read; the decay is
         elementwise and 0. With `executed` the products of the kernel in use (`rwkv_kernels.executed_flops`).
         """
-        N = self.head_dim
-        return self.dim // N * (executed_flops(self.rwkv_kernel, length, N, N) if executed else 8 * length * N * N)
+        n = self.head_dim
+        return self.dim // n * (executed_flops(self.rwkv_kernel, length, n, n) if executed else 8 * length * n * n)
 
 
 def _check_heads(dim, head_dim):
@@ -184,14 +184,14 @@ class _HeadNorm(nn.Module):
     """Each head's own layer norm, in float32."""
 
     @nn.compact
-    def __call__(self, x_BTHN):
-        H, N = x_BTHN.shape[2:]
+    def __call__(self, x_BTHn):
+        H, n = x_BTHn.shape[2:]
         half_depth = nn.initializers.constant(0.5**0.7)
-        scale = self.param("scale", nn.with_logical_partitioning(half_depth, ("heads",)), (H * N,))
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("heads",)), (H * N,))
-        centred = x_BTHN - jnp.mean(x_BTHN, -1, keepdims=True)
+        scale = self.param("scale", nn.with_logical_partitioning(half_depth, ("heads",)), (H * n,))
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("heads",)), (H * n,))
+        centred = x_BTHn - jnp.mean(x_BTHn, -1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + NORM_EPS)
-        return normed * scale.reshape(H, N) + bias.reshape(H, N)
+        return normed * scale.reshape(H, n) + bias.reshape(H, n)
 
 
 def _linear(start, slope, zigzag=0.0, head_dim=1):

@@ -41,14 +41,14 @@ class Table(Position):
     @nn.compact
     def bias(self, num_heads: int) -> Bias | None:
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("heads", None))
-        table_HN = self.param("table", init, (num_heads, self.classes))
+        table_Hc = self.param("table", init, (num_heads, self.classes))
 
         def of(mask, queries, keys):
             if not mask.aligned:
-                return jnp.moveaxis(table_HN[:, self.class_of(mask.distance(queries, keys))], 0, 1)
+                return jnp.moveaxis(table_Hc[:, self.class_of(mask.distance(queries, keys))], 0, 1)
             distance_L = jnp.arange(queries[0] - keys[1] + 1, queries[1] - keys[0])
-            is_class_LN = self.class_of(distance_L)[:, None] == jnp.arange(self.classes)
-            value_HL = jnp.sum(jnp.where(is_class_LN, table_HN[:, None], 0.0), -1)
+            is_class_Lc = self.class_of(distance_L)[:, None] == jnp.arange(self.classes)
+            value_HL = jnp.sum(jnp.where(is_class_Lc, table_Hc[:, None], 0.0), -1)
             return _diagonals(value_HL, keys[1] - keys[0])[None]
 
         return of

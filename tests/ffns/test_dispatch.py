@@ -34,15 +34,15 @@ def dropped_in_order(experts, capacity):
 def check_rows(plan, experts, rows_of_expert):
     """Each kept assignment lies in one row of its own, in the range of its expert, and the row names it."""
     N = experts.shape[0] * experts.shape[1]
-    mask = np.ones((N, K), bool) if plan.kept_Nk is None else np.asarray(plan.kept_Nk)
-    rows, assignments = np.asarray(plan.row_Nk)[mask], np.arange(N * K).reshape(N, K)[mask]
+    mask = np.ones((N, K), bool) if plan.kept_nk is None else np.asarray(plan.kept_nk)
+    rows, assignments = np.asarray(plan.row_nk)[mask], np.arange(N * K).reshape(N, K)[mask]
     assert len(set(rows)) == len(rows)
-    np.testing.assert_array_equal(np.asarray(plan.assignment_R)[rows], assignments)
+    np.testing.assert_array_equal(np.asarray(plan.assignment_r)[rows], assignments)
     starts = np.concatenate([[0], np.cumsum(rows_of_expert)])
     expert = experts.reshape(N, K)[mask]
     assert (starts[expert] <= rows).all() and (rows < starts[expert + 1]).all()
-    if plan.filled_R is not None:
-        np.testing.assert_array_equal(np.flatnonzero(plan.filled_R), np.sort(rows))
+    if plan.filled_r is not None:
+        np.testing.assert_array_equal(np.flatnonzero(plan.filled_r), np.sort(rows))
 
 
 @pytest.mark.parametrize("seed", [slow_case(0), 1, 2])
@@ -61,7 +61,7 @@ def test_capacity_drops_in_the_stated_order(seed, factor):
     C = int(np.ceil(T * K / E * factor))
     mask = dropped_in_order(experts, C)
     assert mask.all() == (factor == E / K)
-    np.testing.assert_array_equal(plan.kept_Nk, mask.reshape(B * T, K))
+    np.testing.assert_array_equal(plan.kept_nk, mask.reshape(B * T, K))
     check_rows(plan, experts, np.full(E, B * C))
 
 
@@ -78,7 +78,7 @@ def test_capacity_rounds_up_and_never_exceeds_the_row():
 def test_a_later_first_choice_drops_an_earlier_second_one():
     """Why capacity with k > 1 is not causal: only the last token differs, and the first one's second choice goes."""
     wants_other, wants_same = np.array([[[0, 1], [2, 0]]]), np.array([[[0, 1], [1, 0]]])
-    masks = [dispatch.capacity(experts.astype(np.int32), 3, 0.75).kept_Nk[0] for experts in (wants_other, wants_same)]
+    masks = [dispatch.capacity(experts.astype(np.int32), 3, 0.75).kept_nk[0] for experts in (wants_other, wants_same)]
     np.testing.assert_array_equal(masks, [[True, True], [True, False]])
 
 
@@ -86,7 +86,7 @@ def test_a_later_first_choice_drops_an_earlier_second_one():
 def test_with_one_choice_capacity_is_causal(seed):
     experts = random_experts(seed)[..., :1]
     changed = np.concatenate([experts[:, :6], (experts[:, 6:] + 1) % E], 1)
-    before, after = (dispatch.capacity(e, E, 0.5).kept_Nk.reshape(B, T) for e in (experts, changed))
+    before, after = (dispatch.capacity(e, E, 0.5).kept_nk.reshape(B, T) for e in (experts, changed))
     assert not before[:, :6].all() and (before[:, 6:] != after[:, 6:]).any()
     np.testing.assert_array_equal(before[:, :6], after[:, :6])
 
@@ -97,7 +97,7 @@ def test_gathers_and_their_gradients(plan_of):
     plan = plan_of(random_experts(), E)
     rng = np.random.default_rng(0)
     x_ND, weights_Nk = rng.standard_normal((B * T, D), np.float32), rng.standard_normal((B * T, K), np.float32)
-    mask = np.ones((B * T, K)) if plan.kept_Nk is None else plan.kept_Nk
+    mask = np.ones((B * T, K)) if plan.kept_nk is None else plan.kept_nk
 
     def ours(x_ND, weights_Nk):
         y_RD = dispatch.to_experts(x_ND, plan) ** 2 * dispatch.weights_of_rows(weights_Nk, plan)

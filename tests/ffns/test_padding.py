@@ -118,9 +118,9 @@ def test_capacity_is_that_of_the_real_tokens():
     experts = rng.integers(0, 3, (2, 12, 2), np.int32)
     for factor in (0.3, 0.5, 1.0, 1.25):
         real = np.arange(12) < np.array([[7], [12]])
-        padded = np.asarray(dispatch.capacity(experts, 4, factor, real).kept_Nk).reshape(2, 12, 2)
+        padded = np.asarray(dispatch.capacity(experts, 4, factor, real).kept_nk).reshape(2, 12, 2)
         for row, length in enumerate((7, 12)):
-            alone = dispatch.capacity(experts[row : row + 1, :length], 4, factor).kept_Nk
+            alone = dispatch.capacity(experts[row : row + 1, :length], 4, factor).kept_nk
             np.testing.assert_array_equal(padded[row, :length], alone)
             assert not padded[row, length:].any()
 
