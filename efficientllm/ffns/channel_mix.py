@@ -1,4 +1,4 @@
-"""RWKV-7's channel mix: a dense ffn of squared ReLUs over a token and the one before it."""
+"""RWKV-7 channel mix: a dense ffn with squared ReLU over a token and the previous token."""
 
 import flax.linen as nn
 import jax
@@ -13,12 +13,12 @@ from efficientllm.weights import activation_dtype
 
 @register("ffn", "channel_mix")
 class ChannelMix(FFN):
-    """`value(relu(key(x + (previous - x) x_k))^2)` (Peng et al. 2025, arXiv:2503.14456, Section 4).
+    """RWKV-7 channel mix `value(relu(key(x + (previous - x) x_k))^2)` (Peng et al. 2025, arXiv:2503.14456, Section 4).
 
-    State is the last token's input. `dim` is the model's width, which the state needs to know.
+    The state is the last token's input; `dim` is its width, the model's.
 
-    Initialisers are RWKV-LM's; shares depend on the depth there and are those of the middle layer here, since layers
-    are stacked.
+    Initializers are RWKV-LM's. There the shares depend on the depth. Here layers are stacked, so all layers have those
+    of the middle one.
     """
 
     dim: int
@@ -44,9 +44,9 @@ class ChannelMix(FFN):
         return self(x_BTD, ctx, state)
 
     def init_state(self, batch: int, length: int) -> State:
-        """No token before the first: zeros `[B, D]` in the activation dtype, whatever the length."""
+        """Returns zeros: `shift` `[B, D]` in the activation dtype, the input before the first token."""
         return {"shift": jnp.zeros((batch, self.dim), activation_dtype(self.precision))}
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of state a row holds: D b, however long it is."""
+        """Counts the bytes of state of a row, the same for every length: D b, b bytes a number."""
         return self.dim * activation_dtype(self.precision).itemsize

@@ -1,4 +1,4 @@
-"""Dense feed-forward networks."""
+"""Dense feed-forward networks: SwiGLU and GELU."""
 
 import functools
 
@@ -12,7 +12,7 @@ from efficientllm.registry import register
 
 @register("ffn", "swiglu")
 class SwiGLU(FFN):
-    """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, Eq. 6)."""
+    """SwiGLU ffn `down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, Eq. 6)."""
 
     hidden: int
     precision: str
@@ -23,15 +23,15 @@ class SwiGLU(FFN):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict]:
-        into = functools.partial(Linear, self.hidden, ("embed", "mlp"), self.precision)
-        gate, up = linears(x_BTD, into(name="gate"), into(name="up"))
+        linear = functools.partial(Linear, self.hidden, ("embed", "mlp"), self.precision)
+        gate, up = linears(x_BTD, linear(name="gate"), linear(name="up"))
         y_BTD = Linear(x_BTD.shape[-1], ("mlp", "embed"), self.precision, name="down")(jax.nn.silu(gate) * up)
         return y_BTD, {}
 
 
 @register("ffn", "gelu")
 class GELU(FFN):
-    """`down(gelu(up(x)))` with the exact (erf) GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415), biases as GPT's."""
+    """GELU ffn `down(gelu(up(x)))` with the exact (erf) GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415) and biases."""
 
     hidden: int
     precision: str
@@ -50,5 +50,5 @@ class GELU(FFN):
 
 @register("ffn", "none")
 def no_ffn(parent: nn.Module | None = None, name: str | None = None) -> None:
-    """A block that is a mixer alone, as Mamba's are."""
+    """Builds no ffn: the block is a mixer alone, as in Mamba."""
     return None

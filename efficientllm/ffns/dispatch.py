@@ -1,6 +1,6 @@
-"""Moving tokens to their experts and back: a plan of rows, and the two gathers that follow it.
+"""Token dispatch to experts and back: the plan of rows of the experts' input, and the gathers that apply it.
 
-Letters of this file: N tokens, k experts a token, A = N k assignments, R rows of the experts' input, C capacity.
+Letters: n tokens, k experts of a token, A = n k assignments, r rows of the experts' input, C capacity.
 """
 
 import math
@@ -15,13 +15,14 @@ from efficientllm.errors import UserError
 
 @flax.struct.dataclass
 class Plan:
-    """Where each assignment's row lies. Rows are sorted by expert.
+    """Dispatch plan: the row of each assignment in the experts' input, whose rows are sorted by expert.
 
-    assignment_r: the assignment (token * k + choice) in each row.
-    filled_r: False for rows that hold nothing; None where all are filled.
-    row_nk: the row of each assignment.
-    kept_nk: False for assignments that were dropped; None where none can be.
-    sizes_E: rows of each expert; None where all have R / E.
+    Attributes:
+      assignment_r: the assignment (token * k + choice) in each row.
+      filled_r: False for empty rows; None where all are filled.
+      row_nk: the row of each assignment.
+      kept_nk: False for dropped assignments; None where none is dropped.
+      sizes_E: rows of each expert; None where all experts have r / E.
     """
 
     assignment_r: jax.Array
@@ -32,9 +33,9 @@ class Plan:
 
 
 def dropless(experts_BTk: jax.Array, num_experts: int, real_BT: jax.Array | None = None) -> Plan:
-    """Every assignment has a row: what a token gets depends on no other token.
+    """Plans a row for every assignment, so that the output of a token depends on no other token.
 
-    Padding (where `real_BT` is false) is dealt out in turn: what stands in it moves no row of another token.
+    Padding tokens (`real_BT` is False) are assigned to experts round-robin, so their content moves no other row.
     """
     B, T, k = experts_BTk.shape
     if real_BT is not None:
@@ -45,23 +46,25 @@ def dropless(experts_BTk: jax.Array, num_experts: int, real_BT: jax.Array | None
 
 
 def capacity(experts_BTk: jax.Array, num_experts: int, factor: float, real_BT: jax.Array | None = None) -> Plan:
-    """Each expert takes `rows_per_expert` assignments of each row of the batch; the rest are dropped.
+    """Plans `rows_per_expert` rows of each expert for each row of the batch, and drops further assignments.
 
-    A row is as long as it has tokens that are no padding (`real_BT`, None: all are): padding takes no place.
+    Padding tokens (`real_BT` is False; None: no token is padding) take no place and do not count in a row's length.
 
     First choices come before second ones, and earlier tokens before later ones (GShard: Lepikhin et al. 2020,
-    arXiv:2006.16668, Algorithm 1). So a later token's first choice can drop an earlier token's second one: where rows
-    are dropped and k > 1, the layer is not causal. Rows of the batch never compete, so results do not depend on how
-    many devices share the batch.
+    arXiv:2006.16668, Algorithm 1). So a later token's first choice can drop an earlier token's second one: where
+    assignments are dropped and k > 1, the layer is not causal. Rows of the batch never compete, so results do not
+    depend on the number of devices that the batch is sharded over.
     """
     B, T, k = experts_BTk.shape
     C = rows_per_expert(T, num_experts, k, factor)
     choice_first_BA = jnp.swapaxes(experts_BTk, 1, 2).reshape(B, k * T)
+    # `groups` are the sorted groups of a row: its experts, and with padding one group more.
     groups, most_B1 = num_experts, jnp.full((B, 1), C)
-    if real_BT is not None:  # padding goes behind the last expert
+    if real_BT is not None:  # padding is sorted after the last expert
         groups, choice_first_BA = groups + 1, jnp.where(jnp.tile(real_BT, (1, k)), choice_first_BA, num_experts)
         most_B1 = jnp.array(_rows_by_length(T, num_experts, k, factor))[jnp.sum(real_BT, 1, keepdims=True)]
     order_BA, rank_BA, sizes_BE = jax.vmap(_sort, (0, None))(choice_first_BA, groups)
+    # An assignment's place at its expert is its rank in the row less the rank of that expert's first assignment.
     starts_BE = jnp.cumsum(sizes_BE, 1) - sizes_BE
     place_BA = rank_BA - jnp.take_along_axis(starts_BE, choice_first_BA, 1)
     row_BA = (choice_first_BA * B + jnp.arange(B)[:, None]) * C + place_BA
@@ -69,7 +72,7 @@ def capacity(experts_BTk: jax.Array, num_experts: int, factor: float, real_BT: j
     kept_nk, row_nk = (
         jnp.swapaxes(array_BA.reshape(B, k, T), 1, 2).reshape(B * T, k) for array_BA in (kept_BA, row_BA)
     )
-    # What row r = (e * B + b) * C + place holds, if it is filled.
+    # The inverse: the assignment in row r = (e * B + b) * C + place, if the row is filled.
     e, b, place = jnp.unravel_index(jnp.arange(num_experts * B * C), (num_experts, B, C))
     filled_r = place < jnp.minimum(sizes_BE[b, e], most_B1[b, 0])
     choice, t = jnp.divmod(order_BA[b, jnp.where(filled_r, starts_BE[b, e] + place, 0)], T)
@@ -77,19 +80,19 @@ def capacity(experts_BTk: jax.Array, num_experts: int, factor: float, real_BT: j
 
 
 def rows_per_expert(length: int, num_experts: int, top_k: int, factor: float) -> int:
-    """C = ceil(T k / E * factor) for a row of T tokens, 1 at least; more than T is never filled."""
+    """Computes the capacity C = ceil(T k / E * factor) of a row of T tokens, at least 1 and at most T."""
     return min(length, max(1, math.ceil(round(length * top_k / num_experts * factor, 6))))
 
 
 def _rows_by_length(length, num_experts, top_k, factor):
-    """`rows_per_expert` of rows of 0 to `length` tokens."""
+    """Computes `rows_per_expert` of rows of 0 to `length` tokens; the index is the length."""
     lengths = np.arange(length + 1)
     rows = np.maximum(1, np.ceil(np.round(lengths * top_k / num_experts * factor, 6)))
     return np.minimum(np.minimum(lengths, rows), rows_per_expert(length, num_experts, top_k, factor)).astype(np.int32)
 
 
 def _sort(expert_A, num_experts):
-    """Stable sort by expert -> (the assignment at each place, the place of each assignment, assignments an expert)."""
+    """Sorts by expert, stably: `(assignment at each place, place of each assignment, assignments of each expert)`."""
     A = expert_A.shape[0]
     if A * num_experts >= 2**31:
         raise UserError(
@@ -104,24 +107,24 @@ def _sort(expert_A, num_experts):
 
 
 def to_experts(x_nD: jax.Array, plan: Plan) -> jax.Array:
-    """The token of every row, `[R, D]`."""
+    """Gathers the token of every row, `[r, D]`."""
     return _spread(x_nD, plan.assignment_r // plan.row_nk.shape[1], plan.row_nk, plan.kept_nk)
 
 
 def from_experts(y_rD: jax.Array, plan: Plan) -> jax.Array:
-    """The sum over each token's rows, `[N, D]`; dropped assignments add nothing."""
+    """Sums the rows of each token, `[n, D]`; dropped assignments add nothing."""
     return _collect(y_rD, plan.assignment_r // plan.row_nk.shape[1], plan.row_nk, plan.kept_nk)
 
 
 def weights_of_rows(weights_nk: jax.Array, plan: Plan) -> jax.Array:
-    """The router's weight of every row, `[R, 1]`; zero for rows that hold nothing."""
+    """Gathers the router's weight of every row, `[r, 1]`; zero for empty rows."""
     kept = None if plan.kept_nk is None else plan.kept_nk.reshape(-1, 1)
     weight_r1 = _spread(weights_nk.reshape(-1, 1), plan.assignment_r, plan.row_nk.reshape(-1, 1), kept)
     return weight_r1 if plan.filled_r is None else jnp.where(plan.filled_r[:, None], weight_r1, 0)
 
 
-# Each is the other's transpose: gathers both ways, where autodiff would scatter. Rows that hold nothing are told apart
-# by their weight alone, which is zero forward and backward.
+# Each is the other's transpose: both directions gather, where autodiff would scatter. Empty rows hold an arbitrary
+# token; only their weight, which is zero forward and backward, cancels them.
 @jax.custom_vjp
 def _spread(x_nD, token_r, row_nk, kept_nk):
     return _rows(x_nD, token_r)

@@ -1,7 +1,8 @@
-"""The experts of a mixture: their kernels, and each device sending its own tokens through them.
+"""Expert kernels of a mixture of experts, and their products under a mesh.
 
-Over `fsdp` the kernels come to the tokens. Over the mesh axis `expert` tokens go to the kernels and back, in two
-all-to-alls (GShard: Lepikhin et al. 2020, arXiv:2006.16668, Section 3.2).
+Over the mesh axis `fsdp` kernels are all-gathered. Over the mesh axis `expert` tokens move to the devices of their
+experts and back in two all-to-alls (GShard: Lepikhin et al. 2020, arXiv:2006.16668, Section 3.2). Letters as in
+`dispatch`: n tokens, k experts of a token, r rows of the experts' input.
 """
 
 import functools
@@ -26,9 +27,9 @@ AXES = {
 
 
 class Experts(nn.Module):
-    """`num_experts` swiglu networks (Shazeer 2020, arXiv:2002.05202, Eq. 6) behind a plan of who computes what.
+    """`num_experts` SwiGLU networks (Shazeer 2020, arXiv:2002.05202, Eq. 6) with dispatch.
 
-    `plan` makes a `dispatch.Plan` of `(experts_BTk, num_experts, real_BT=...)`; `kernel` is the grouped product's.
+    `plan(experts_BTk, num_experts, real_BT=...)` returns a `dispatch.Plan`. `kernel` is a registered `grouped_kernel`.
     """
 
     num_experts: int
@@ -41,10 +42,10 @@ class Experts(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, experts_BTk: jax.Array, weights_BTk: jax.Array, real_BT: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the weighted sum of each token's experts, and which assignments were kept (None: all).
+        """Returns `(the weighted sum of each token's experts, the kept assignments [B, T, k]; None: all are kept)`.
 
-        `real_BT` says which tokens are no padding; None: all are.
-        Raises UserError for a mesh whose axis `expert` does not divide the experts, or a plan that it does not take.
+        `real_BT` is False for padding; None: no token is padding. Raises UserError where the mesh axis `expert` does
+        not divide the experts, or where the plan does not support that axis.
         """
         E, D, F = self.num_experts, x_BTD.shape[-1], self.hidden
         shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
@@ -55,7 +56,7 @@ class Experts(nn.Module):
             _check(mesh, E, self.plan)
             split = sharding.spec(AXES["down"], shapes["down"], mesh)[AXES["down"].index("mlp")]
             ways = sharding.count(mesh, split)
-            if not can_shard_inputs(kernels["down"], ways):  # it stays whole
+            if not can_shard_inputs(kernels["down"], ways):  # `down` is replicated over the hidden width
                 compute, split, ways = functools.partial(compute, hidden=split), None, 1
             shards = {"gate": 1, "up": 1, "down": ways}
             kernels = {name: as_input_sharded(kernel, shards[name]) for name, kernel in kernels.items()}
@@ -87,9 +88,10 @@ def _check(mesh, num_experts, plan):
 
 
 def _compute(x_BTD, experts_BTk, weights_BTk, kernels, real_BT, *, plan, precision, kernel, ways=1, hidden=None):
-    """`ways`: the devices of the mesh axis `expert`, each of which has `kernels` of its own experts alone.
+    """Computes the experts on one device: dispatch, three grouped products, and the sum over a token's rows.
 
-    `hidden`: the mesh axes over which the hidden width is divided where `down` is whole.
+    `ways` is the size of the mesh axis `expert`; `kernels` are those of this device's experts. `hidden` names the mesh
+    axes that shard the hidden width where `down` is replicated.
     """
     k, D, E = experts_BTk.shape[-1], x_BTD.shape[-1], ways * kernels["gate"].shape[0]
     plan = plan(experts_BTk, E, real_BT=real_BT)
@@ -99,7 +101,7 @@ def _compute(x_BTD, experts_BTk, weights_BTk, kernels, real_BT, *, plan, precisi
 
     x_rD = _send(dispatch.to_experts(x_BTD.reshape(-1, D), plan), E, ways)
     hidden_rF = jax.nn.silu(product(x_rD, "gate")) * product(x_rD, "up")
-    # The weights multiply ahead of the last product: its outputs need not be kept for the backward pass.
+    # The weights multiply before the last product, so its outputs are not saved for the backward pass.
     weights_r1 = _send(dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(hidden_rF.dtype), E, ways)
     hidden_rF = hidden_rF * weights_r1
     if hidden:
@@ -110,7 +112,7 @@ def _compute(x_BTD, experts_BTk, weights_BTk, kernels, real_BT, *, plan, precisi
 
 
 def _send(x_rD, num_experts, ways):
-    """This device's rows for all experts -> all devices' rows for this device's experts, sorted by expert as before."""
+    """Sends rows to the devices of their experts by an all-to-all; received rows are sorted by expert too."""
     if ways == 1:
         return x_rD
     x_ErD = x_rD.reshape(num_experts, -1, x_rD.shape[-1])
@@ -118,7 +120,7 @@ def _send(x_rD, num_experts, ways):
 
 
 def _return(y_rD, num_experts, ways):
-    """The inverse of `_send`."""
+    """Returns rows to the devices of their tokens, the inverse of `_send`."""
     if ways == 1:
         return y_rD
     y_ErD = y_rD.reshape(num_experts // ways, -1, y_rD.shape[-1])
@@ -126,12 +128,14 @@ def _return(y_rD, num_experts, ways):
 
 
 def _per_device(compute, kernels, x_shape, mesh, split, divided):
-    """`compute` under shard_map, each device on its own tokens: a part of each row if `divided`, else whole rows.
+    """Wraps `compute` in shard_map over the tokens: a shard of each row if `divided`, else whole rows.
 
-    All-gathers this layer's kernels, still quantized, over every mesh axis that shards them but two. The hidden width
-    stays sharded over the mesh axes `split`: each device computes its share of every expert, and the shares are summed.
-    Where a quantized `down` cannot be sharded so, `split` is None and the hidden vectors are gathered instead. Experts
-    stay sharded over the axis `expert`, to whose devices the tokens are sent.
+    All-gathers this layer's kernels, still quantized, over every mesh axis that shards them but two:
+
+    - The hidden width stays sharded over the mesh axes `split`. Each device computes a partial sum of every expert, and
+      a psum adds them. Where a quantized `down` cannot be sharded so, `split` is None and the hidden vectors are
+      all-gathered instead.
+    - Experts stay sharded over the mesh axis `expert`; tokens are sent to its devices.
     """
     kernels_axes = {name: axes(kernel, AXES[name]) for name, kernel in kernels.items()}
     layouts = jax.tree.map(lambda kernel, names: sharding.spec(names, kernel.shape, mesh), kernels, kernels_axes)
@@ -147,7 +151,7 @@ def _per_device(compute, kernels, x_shape, mesh, split, divided):
         return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
 
     specs = (tokens, tokens, tokens, layouts, jax.sharding.PartitionSpec(*tokens[:2]))
-    # The backward pass gathers again: kept, the kernels of all layers would lie whole on every device.
+    # The backward pass all-gathers again: saved, the gathered kernels of all layers would fill every device.
     on_device = jax.checkpoint(on_device, policy=_not_gathered)
     # Loops whose carries start as constants do not type-check per mesh axis, hence check_vma.
     return jax.shard_map(on_device, in_specs=specs, out_specs=tokens, check_vma=False)
@@ -158,7 +162,7 @@ def _not_gathered(primitive, *_, **__):
 
 
 def _gather(kernel, axes, layout, divided):
-    """`divided`: whether the hidden width is."""
+    """All-gathers a kernel over the mesh axes of `layout` but `expert`, and but those of a `divided` hidden width."""
     for dimension, (axis, stored) in enumerate(zip(axes, layout, strict=True)):
         if stored and stored != "expert" and not (divided and axis == "mlp"):
             kernel = jax.lax.all_gather(kernel, stored, axis=dimension, tiled=True)

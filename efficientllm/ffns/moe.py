@@ -1,4 +1,4 @@
-"""Sparse mixture of experts: each token's ffn is the sum of a few of many (Shazeer et al. 2017, arXiv:1701.06538)."""
+"""Sparse mixture of experts (MoE) with top-k routing (Shazeer et al. 2017, arXiv:1701.06538)."""
 
 import functools
 from typing import Any
@@ -27,26 +27,26 @@ DISPATCH = ("dropless", "capacity")
     choices={"scores": tuple(routing.SCORES), "dispatch": DISPATCH},
 )
 class MoE(FFN, kw_only=True):
-    """`sum over the top_k chosen experts e of weight_e * swiglu_e(x)`, plus a shared expert that every token passes.
+    """Mixture of experts: `sum over the top_k experts e of weight_e * swiglu_e(x)`, plus an optional shared expert.
 
     Args:
-      num_experts, top_k: experts there are, and experts a token goes to.
+      num_experts, top_k: the number of experts, and of experts that a token is routed to.
       hidden: width of one expert.
       scores: `softmax` or `sigmoid` of the router's logits.
-      normalise: a token's weights sum to one.
-      scale: what multiplies the weights (DeepSeek's routed_scaling_factor).
-      groups, top_groups: equal groups of experts, and groups that a token goes to (DeepSeek-V2, V3).
-      shared_hidden: width of the shared expert; 0 has none.
-      shared_gate: a learned sigmoid multiplies the shared expert's output (Qwen2-MoE).
+      normalise: whether a token's weights are divided by their sum.
+      scale: factor of the weights (DeepSeek's routed_scaling_factor).
+      groups, top_groups: the number of equal groups of experts, and of groups that a token is routed to (DeepSeek-V2).
+      shared_hidden: width of the shared expert, which every token passes; 0 is no shared expert.
+      shared_gate: whether a learned sigmoid multiplies the shared expert's output (Qwen2-MoE).
       load_balance, z_loss: coefficients of the router's two losses (`routing.load_balance_loss`, `routing.z_loss`).
-        With `config.train.accumulate` the first is the mean of the micro-batches', which is not the whole batch's.
-      bias_rate: step of the balancing bias that needs no loss (`after_step`); 0 has no bias.
-      dispatch: `dropless` computes every assignment; `capacity` gives each expert `capacity_factor` times its fair
+        With `config.train.accumulate` the first is the mean over micro-batches, which differs from the whole batch's.
+      bias_rate: step of the loss-free balancing bias (`after_step`); 0 is no bias.
+      dispatch: `dropless` computes every assignment. `capacity` gives each expert `capacity_factor` times its fair
         share of each row of the batch and drops the rest (`dispatch.capacity` says in which order, and why that is
         not causal).
       kernel: `auto` or a registered `grouped_kernel`, for dropless dispatch.
 
-    The router is float32 under every policy. Raises UserError for values that do not fit together.
+    The router is float32 under every precision policy. Raises UserError for inconsistent values.
     """
 
     num_experts: int
@@ -76,11 +76,11 @@ class MoE(FFN, kw_only=True):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, ctx: Context | None = None) -> tuple[jax.Array, dict]:
-        """Returns y_BTD and aux, of the tokens that are no padding.
+        """Routes tokens to experts; returns `(y_BTD, aux)`, with `aux` over the tokens without padding.
 
-        aux["losses"]: `load_balance` and `z_loss`, times their coefficients. aux["stats"]: `load` `[E]`, each expert's
-        share of the assignments (sums to one, 1/E where balanced); `entropy` of the router in nats; `drop_rate`, the
-        share of the assignments that were dropped.
+        `aux["losses"]`: `load_balance` and `z_loss`, times their coefficients. `aux["stats"]`: `load` `[E]`, each
+        expert's share of the assignments (sums to one, 1/E where balanced); `entropy` of the router in nats;
+        `drop_rate`, the share of dropped assignments.
         """
         real_BT = None if ctx is None else ctx.real_BT
         logits_BTE, bias_E = Router(self.num_experts, self.bias_rate > 0, name="router")(x_BTD)
@@ -120,9 +120,9 @@ class MoE(FFN, kw_only=True):
         return y_BTD
 
     def after_step(self, params: Params, stats: dict[str, jax.Array]) -> Params:
-        """The balancing bias after a step: b_e += rate * sign(mean load - load_e) (arXiv:2412.19437, Section 2.1.2).
+        """Updates the balancing bias: b_e += rate * sign(mean load - load_e) (arXiv:2412.19437, Section 2.1.2).
 
-        `params` and `stats` are this layer's, or those of layers stacked on a leading axis.
+        `params` and `stats` are of this layer, or of layers stacked on a leading axis.
         """
         if not self.bias_rate:
             return params
@@ -132,19 +132,20 @@ class MoE(FFN, kw_only=True):
 
     @property
     def has_batch_loss(self) -> bool:
+        """Whether the load-balance loss, which is of the whole batch, is in use."""
         return self.load_balance > 0
 
     @property
     def active_fraction(self) -> float:
-        """The share of the experts' parameters that a token meets."""
+        """The share of the experts' parameters that are active for a token."""
         return self.top_k / self.num_experts
 
     def temporary_bytes(self, batch: int, length: int, dim: int) -> int:
-        """Bytes that a training step of the layer holds beside parameters, gradients, input and output.
+        """Estimates the temporary bytes of a training step, beside parameters, gradients, input and output.
 
-        At most six arrays of the experts' width (gate, up, what enters the last product, and their gradients) and four
-        of the model's (the experts' inputs, both parts of their gradient, the output's gradient), a row an assignment;
-        and one expert's matrix with its gradient. The shared expert is not in it.
+        At most six arrays of the experts' width (gate, up, the input of the last product, and their gradients) and four
+        of the model's width (the experts' inputs, both terms of their gradient, the output's gradient), with a row for
+        each assignment; and one kernel of an expert with its gradient. The shared expert is not counted.
         """
         assignments = batch * length * self.top_k
         if self.dispatch == "capacity":
@@ -163,12 +164,12 @@ class MoE(FFN, kw_only=True):
         return fields | {"router_bias": self.bias_rate > 0, "top_groups": self.top_groups if self.groups > 1 else 1}
 
     def _check(self):
-        known = {
+        choices = {
             "scores": list(routing.SCORES),
             "dispatch": list(DISPATCH),
             "kernel": ["auto", *names("grouped_kernel")],
         }
-        for field, values in known.items():
+        for field, values in choices.items():
             value = getattr(self, field)
             if value not in values:
                 hint = did_you_mean(str(value), values)
@@ -189,7 +190,7 @@ class MoE(FFN, kw_only=True):
 
 
 class Router(nn.Module):
-    """Logits `[B, T, E]` in float32, and the balancing bias `[E]` (None without)."""
+    """Router: logits `[B, T, E]` in float32, and the balancing bias `[E]` or None."""
 
     num_experts: int
     use_bias: bool

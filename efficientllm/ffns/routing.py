@@ -1,4 +1,7 @@
-"""Which experts a token goes to, with what weight, and what keeps their load balanced."""
+"""Top-k expert routing: scores, group-limited selection, load-balance loss and z-loss.
+
+Letters: k experts of a token, J groups of experts, j groups of a token.
+"""
 
 import typing
 
@@ -9,11 +12,12 @@ from efficientllm import sharding
 
 
 class Routing(typing.NamedTuple):
-    """The choice for every token.
+    """Routing of every token.
 
-    experts_BTk: the chosen experts, best first.
-    weights_BTk: what each chosen expert's output is multiplied with, float32.
-    probabilities_BTE: the scores as a distribution over experts, float32.
+    Attributes:
+      experts_BTk: the selected experts, best first.
+      weights_BTk: the factor of each selected expert's output, float32.
+      probabilities_BTE: the scores as a distribution over experts, float32.
     """
 
     experts_BTk: jax.Array
@@ -45,19 +49,21 @@ def route(
     groups: int = 1,
     top_groups: int = 1,
 ) -> Routing:
-    """The `top_k` experts of highest score (Shazeer et al. 2017, arXiv:1701.06538, Eq. 3-5).
+    """Selects the `top_k` experts of highest score (Shazeer et al. 2017, arXiv:1701.06538, Eq. 3-5).
 
-    `scores` is `softmax` (Mixtral, Qwen-MoE) or `sigmoid` (DeepSeek-V3). `normalise` makes a token's weights sum to
-    one, before `scale` multiplies them. `bias_E` takes part in the choice alone (DeepSeek-V3, arXiv:2412.19437,
-    Eq. 16): weights are the unbiased scores, and its gradient is zero. Of `groups` equal groups of experts, only the
-    `top_groups` best are chosen from (`_within_groups`).
+    Args:
+      scores: `softmax` (Mixtral, Qwen-MoE) or `sigmoid` (DeepSeek-V3).
+      normalise: whether a token's weights are divided by their sum, before `scale` multiplies them.
+      bias_E: added to the scores for the selection only (DeepSeek-V3, arXiv:2412.19437, Eq. 16). Weights are the
+        unbiased scores, and the gradient of the bias is zero.
+      groups, top_groups: experts are selected from the best `top_groups` of `groups` equal groups (`_within_groups`).
     """
     scores_BTE, probabilities_BTE = SCORES[scores](logits_BTE)
     choice_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E
     if groups > 1:
         choice_BTE = _within_groups(choice_BTE, groups, top_groups, best=2 if scores == "sigmoid" else 1)
     experts_BTk = _best(jax.lax.stop_gradient(choice_BTE), top_k)
-    # By comparison, not by a gather, whose gradient would be a scatter.
+    # A comparison selects the weights: the gradient of a gather would be a scatter.
     weights_BTk = jnp.sum(jnp.where(_is_chosen(experts_BTk, logits_BTE.shape[-1]), scores_BTE[..., None, :], 0.0), -1)
     if normalise:
         weights_BTk = weights_BTk / (jnp.sum(weights_BTk, -1, keepdims=True) + 1e-20)
@@ -65,10 +71,10 @@ def route(
 
 
 def _within_groups(choice_BTE, groups, top_groups, best):
-    """The scores, -inf outside each token's best groups.
+    """Masks the scores with -inf outside each token's best groups.
 
-    A group is worth the sum of its `best` highest scores: one in DeepSeek-V2 (arXiv:2405.04434, Section 2.2.2), two in
-    V3 (arXiv:2412.19437, Section 2.1.2).
+    The score of a group is the sum of its `best` highest scores: one in DeepSeek-V2 (arXiv:2405.04434, Section 2.2.2),
+    two in V3 (arXiv:2412.19437, Section 2.1.2).
     """
     choice_BTJE = choice_BTE.reshape(*choice_BTE.shape[:-1], groups, -1)
     worth_BTJ = jnp.max(choice_BTJE, -1)
@@ -86,43 +92,43 @@ def _best(choice_BTE, top_k):
 
     mesh = sharding.current_mesh()
     if mesh is not None and mesh.size > 1:
-        # XLA does not split top_k by itself: every device would look at the tokens of all.
+        # XLA does not shard top_k: every device would compute it for all tokens.
         layout = sharding.spec(("batch", "length", None), choice_BTE.shape, mesh)
         best = jax.shard_map(best, in_specs=layout, out_specs=layout, check_vma=False)
     return best(choice_BTE)
 
 
 def load(experts_BTk: jax.Array, num_experts: int, real_BT: jax.Array | None = None) -> jax.Array:
-    """Each expert's share of the assignments, `[E]`: sums to one, 1/E where balanced.
+    """Computes each expert's share of the assignments, `[E]`: sums to one, 1/E where balanced.
 
-    Here and below, `real_BT` says which tokens are no padding, and only they count; None: all are.
+    Here and below, `real_BT` is False for padding, which does not count; None: no token is padding.
     """
     return mean(jnp.mean(_is_chosen(experts_BTk, num_experts).astype(jnp.float32), 2), real_BT)
 
 
 def load_balance_loss(routing: Routing, load_E: jax.Array, real_BT: jax.Array | None = None) -> jax.Array:
-    """E sum_e f_e P_e (Switch: Fedus et al. 2021, arXiv:2101.03961, Eq. 4-6), over the whole batch.
+    """Computes E sum_e f_e P_e over the batch (Switch: Fedus et al. 2021, arXiv:2101.03961, Eq. 4-6).
 
-    f_e is expert e's assignments per token and P_e its mean probability: f sums to k, as in transformers, so a balanced
-    router has the value k. DeepSeek-V3's balance loss is this divided by k. Of accumulated micro-batches each has a
-    product of its own, as everywhere: f of the whole batch is not known before the last of them.
+    f_e is expert e's assignments per token and P_e its mean probability. f sums to k, as in transformers, so a balanced
+    router has the value k. DeepSeek-V3's balance loss is this divided by k. With gradient accumulation each micro-batch
+    has its own product: f of the whole batch is not known before the last one.
     """
     num_experts, top_k = load_E.shape[0], routing.experts_BTk.shape[-1]
     return num_experts * top_k * jnp.sum(load_E * mean(routing.probabilities_BTE, real_BT))
 
 
 def z_loss(logits_BTE: jax.Array, real_BT: jax.Array | None = None) -> jax.Array:
-    """Mean squared log of the softmax's denominator (ST-MoE: Zoph et al. 2022, arXiv:2202.08906, Eq. 5)."""
+    """Computes the mean squared log of the softmax denominator (ST-MoE: Zoph et al. 2022, arXiv:2202.08906, Eq. 5)."""
     return mean(jax.nn.logsumexp(logits_BTE, -1) ** 2, real_BT)
 
 
 def entropy(probabilities_BTE: jax.Array, real_BT: jax.Array | None = None) -> jax.Array:
-    """Mean entropy of a token's distribution over experts, in nats: 0 for a sure router, log E for a blind one."""
+    """Computes the mean entropy of a token's distribution over experts, in nats: between 0 and log E (uniform)."""
     return -mean(jnp.sum(jax.scipy.special.xlogy(probabilities_BTE, probabilities_BTE), -1), real_BT)
 
 
-def mean(values_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
-    """The mean of `[B, T, ...]` over the real tokens; zero if there are none."""
+def mean(values_BT: jax.Array, real_BT: jax.Array | None) -> jax.Array:
+    """Averages `[B, T, ...]` over the tokens without padding; zero if there are none."""
     if real_BT is None:
         return jnp.mean(values_BT, (0, 1))
     real = real_BT.reshape(*real_BT.shape, *(1,) * (values_BT.ndim - 2))

@@ -1,4 +1,4 @@
-"""Multi-head, multi-query, grouped-query and sliding-window attention: one module, some counts of KV heads.
+"""Multi-head (MHA), multi-query (MQA), grouped-query (GQA) and sliding-window attention.
 
 MHA: Vaswani et al. 2017, arXiv:1706.03762. MQA: Shazeer 2019, arXiv:1911.02150. GQA: Ainslie et al. 2023,
 arXiv:2305.13245. Window: Beltagy et al. 2020, arXiv:2004.05150.
@@ -20,8 +20,11 @@ from efficientllm.registry import build, register
 class Attention(Mixer, kw_only=True):
     """Attention of H query heads over `kv_heads` KV heads.
 
-    `qkv_bias` adds a bias to the three input projections (Qwen2), `o_bias` to the output's (Pythia), `qk_norm` norms
-    each head of q and k before the rotation (Qwen3). `kv_cache` is how the state is kept (`cache.KINDS`).
+    Args:
+      qkv_bias: adds a bias to the three input projections (Qwen2).
+      o_bias: adds a bias to the output projection (Pythia).
+      qk_norm: normalizes each head of q and k before the rotation (Qwen3).
+      kv_cache: the storage of the KV cache, one of `kv_cache.KINDS`.
     """
 
     num_heads: int
@@ -38,18 +41,19 @@ class Attention(Mixer, kw_only=True):
     admits = ("heads", "scores", "embedding")  # where a position may act; see positions/
     recompute_elementwise = True
     state_axes = dict.fromkeys("kv", (None, "kv_heads"))
-    keys_read = None  # how many tokens back a query reads, itself included; None is all
+    keys_read = None  # tokens that a query reads, itself included; None reads all
 
     @property
     def kv_heads(self) -> int:
-        raise TypeError(f"{type(self).__name__} does not say how many KV heads it has")
+        """G, the number of KV heads."""
+        raise TypeError(f"{type(self).__name__} defines no kv_heads")
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
         H, G = self.num_heads, self.kv_heads
         position = build("position", self.position, name="position")
-        parts = {"q": (H, "heads"), "k": (G, "kv_heads"), "v": (G, "kv_heads")}
-        projected = heads.projections(x_BTD, parts, self.head_dim, self.precision, self.qkv_bias, "length")
+        head_axes = {"q": (H, "heads"), "k": (G, "kv_heads"), "v": (G, "kv_heads")}
+        projected = heads.projections(x_BTD, head_axes, self.head_dim, self.precision, self.qkv_bias, "length")
         q_BTHK, k_BTGK, v_BTGK = projected
         if self.qk_norm:
             q_BTHK = build("norm", self.norm, name="q_norm", axis=None)(q_BTHK)
@@ -69,17 +73,18 @@ class Attention(Mixer, kw_only=True):
         return fields | {"num_kv_heads": self.kv_heads, "window": self.keys_read}
 
     def combine(self, y_BTHK: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        """The mixer's output from that of its heads; `x_BTD` is the mixer's input."""
+        """Projects the outputs of the heads to the mixer's output `[B, T, D]`; `x_BTD` is the mixer's input."""
+        # e: the heads of a token side by side, H K
         y_BTe = y_BTHK.reshape(*x_BTD.shape[:2], self.num_heads * self.head_dim)
         return Linear(x_BTD.shape[-1], ("heads", "embed"), self.precision, self.o_bias, name="o")(y_BTe)
 
     def init_state(self, batch: int, length: int) -> State:
-        """An empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the activation dtype, or in int8."""
+        """Returns an empty KV cache for `length` tokens a row: k and v `[B, S, G, K]` in the dtype of `kv_cache`."""
         slots = cache.slots(length, self.keys_read)
         return cache.empty(self._slot, batch, slots, cache.dtype(self.kv_cache, self.precision))
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of state a row of `length` tokens holds: 2 G K b a token, up to the window's; in int8 2 G (K + 4)."""
+        """Counts the bytes of a KV cache of `length` tokens: 2 G K b a slot, b bytes a number; 2 G (K + 4) in int8."""
         slots = cache.slots(length, self.keys_read)
         return slots * cache.slot_bytes(self._slot, cache.dtype(self.kv_cache, self.precision))
 
@@ -91,9 +96,9 @@ class Attention(Mixer, kw_only=True):
         return dict.fromkeys("kv", (self.kv_heads, self.head_dim))
 
     def mix_flops(self, length: int, executed: bool = False) -> float:
-        """Forward FLOPs beyond the kernels' for a row of `length` tokens: scores and values, 2 H K a pair each.
+        """Counts the forward FLOPs of scores and values for a row of `length` tokens: 2 H K each for a query-key pair.
 
-        The pairs that a causal row has, or with `executed` those that the kernel computes.
+        The pairs are those of a causal mask, or with `executed` those that the kernel computes.
         """
         pairs = causal_pairs(length, self.keys_read)
         if executed:
@@ -103,7 +108,7 @@ class Attention(Mixer, kw_only=True):
 
 @register("mixer", "mha")
 class MHA(Attention, kw_only=True):
-    """Every query head has a KV head of its own."""
+    """Multi-head attention: every query head has its own KV head."""
 
     family = "attention"
 
@@ -114,7 +119,7 @@ class MHA(Attention, kw_only=True):
 
 @register("mixer", "mqa")
 class MQA(Attention, kw_only=True):
-    """All query heads share one KV head."""
+    """Multi-query attention: all query heads share one KV head."""
 
     family = "attention"
 
@@ -125,7 +130,7 @@ class MQA(Attention, kw_only=True):
 
 @register("mixer", "gqa")
 class GQA(Attention, kw_only=True):
-    """`num_heads / num_kv_heads` query heads share a KV head."""
+    """Grouped-query attention: `num_heads / num_kv_heads` query heads share a KV head."""
 
     family = "attention"
     num_kv_heads: int
@@ -141,7 +146,10 @@ class GQA(Attention, kw_only=True):
 
 @register("mixer", "window", example="window(window=5)")
 class Window(GQA, kw_only=True):
-    """A query reads the last `window` tokens, itself included; the state is a ring of as many slots."""
+    """Sliding-window attention: a query reads the last `window` tokens, itself included.
+
+    The KV cache is a ring buffer of `window` slots.
+    """
 
     family = "attention"
     window: int

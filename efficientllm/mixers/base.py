@@ -1,4 +1,4 @@
-"""The protocol of a sequence mixer: what the model, the cost formulas and decoding ask of it, with defaults."""
+"""Protocol of a sequence mixer: the methods that the model, the cost model and decoding call, with defaults."""
 
 from typing import Any, ClassVar
 
@@ -12,72 +12,75 @@ State = Any  # a pytree of arrays whose first axis is the batch's rows
 
 
 class Mixer(nn.Module):
-    """The part of a block in which tokens read one another: attention, a state-space model, a recurrence.
+    """Base class of sequence mixers: attention, state-space models, linear recurrences.
 
-    A subclass is a flax module registered as ("mixer", name). Its fields are what a spec may set; those that the model
-    knows (`num_heads`, `dim`, `precision`, `position`...) are filled in by name. It defines `__call__`, `init_state`,
-    `state_bytes` and `mix_flops`; the rest has defaults.
+    A subclass is a flax module registered as ("mixer", name). A spec sets its fields. The model fills in by name the
+    fields that it knows (`num_heads`, `dim`, `precision`, `position`...). A subclass defines `__call__`, `init_state`,
+    `state_bytes` and `mix_flops`; the other methods have defaults.
     """
 
-    # Where a position encoding may act on it: "heads" (queries and keys), "scores", "embedding". Asked where the mixer
-    # has a field `position`.
+    # Where a position encoding may act: "heads" (queries and keys), "scores", "embedding". The model reads it where the
+    # mixer has a field `position`.
     admits: ClassVar[tuple[str, ...]] = ()
-    # {name of a leaf of the state: logical axes behind the rows}; a leaf that is not named is whole on each device.
+    # {name of a leaf of the state: logical axes after the batch axis}; other leaves are replicated but for their rows.
     state_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
-    # Whether recomputing its elementwise work in the backward pass is faster on CPUs than to save the results.
+    # Whether rematerializing its elementwise operations is faster on CPUs than saving their results.
     recompute_elementwise: ClassVar[bool] = False
-    # The name of what it computes, where several classes compute the same; a subclass has its own name if it says none.
+    # The name that classes share which compute the same function. A subclass without it has the name of its class.
     family: ClassVar[str]
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple:
-        """Returns `(y_BTD, state)`, or `(y_BTD, state, memo)`.
+        """Mixes tokens; returns `(y_BTD, state)` or `(y_BTD, state, memo)`.
 
-        `x_BTD` are the normed activations of a block. `ctx.positions_BT` start again at 0 with each packed document;
-        `ctx.mask` says which token may read which. Without a state the row is all there is, and the state returned is
-        None. With one, the tokens are those at `ctx.positions_BT`, and what came before them is in the state.
-        `memo` is a dict for later layers, which find it in `ctx.memo`.
+        Args:
+          x_BTD: the normalized activations of a block.
+          ctx: `ctx.positions_BT` restart at 0 with each packed document; `ctx.mask` says which token may read which.
+          state: None in training; the returned state is then None too. In decoding the state holds the tokens before
+            those at `ctx.positions_BT`.
+
+        `memo` is a dict that later layers read as `ctx.memo`.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no __call__(x_BTD, ctx, state)")
 
     def init_state(self, batch: int, length: int) -> State:
-        """The state before the first token, of `batch` rows that will hold `length` tokens."""
+        """Returns the state before the first token, for `batch` rows of up to `length` tokens."""
         raise NotImplementedError(f"{type(self).__name__} defines no init_state(batch, length)")
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of `init_state(1, length)`, as a formula."""
+        """Computes the bytes of `init_state(1, length)` by a formula."""
         raise NotImplementedError(f"{type(self).__name__} defines no state_bytes(length)")
 
     def mix_flops(self, length: int, executed: bool = False) -> float:
-        """Forward FLOPs of a row of `length` tokens in products that read no `kernel`, a multiply-add being 2.
+        """Counts the forward FLOPs of a row of `length` tokens outside the products with kernels; a multiply-add is 2.
 
-        What the model needs (a causal pair of query and key counts, a masked one does not), or with `executed` what the
-        kernel in use computes.
+        Masked query-key pairs do not count, except with `executed`, which counts what the kernel in use computes.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no mix_flops(length, executed)")
 
     def kernel_rows(self, path: str, length: int) -> int:
-        """How many rows the kernel at the parameter `path` multiplies for a row of `length` tokens: one a token."""
+        """Counts the rows that the kernel at the parameter `path` multiplies for a row of `length` tokens."""
         return length
 
     def init_memo(self, batch: int, length: int, dim: int) -> dict[str, jax.Array]:
-        """What the first layer finds in `ctx.memo`, for rows of `length` tokens and a model of width `dim`."""
+        """Returns the `ctx.memo` of the first layer, for rows of `length` tokens and a model of width `dim`."""
         return {}
 
     def gathered_heads(self) -> tuple[int, int] | None:
-        """The KV heads, and their width, of the keys and values that the mesh axis `sequence` all-gathers.
+        """Returns the KV heads and head size of the keys and values that the mesh axis `sequence` all-gathers.
 
-        None where the planner is not to count what it sends: other collectives than these and those of its kernels.
+        None where the planner cannot count the traffic: the mixer has other collectives than these and its kernels'.
         """
         return None
 
     def hyperparameters(self) -> dict[str, Any]:
-        """What its outputs depend on beside its parameters, by which an exported model is compared with this one.
+        """Returns the fields that the outputs depend on beside the parameters.
 
-        All fields, unless it is overridden: by a mixer with fields that change no output, or that stand for another
-        value. Two mixers of one `family` with equal hyperparameters compute the same.
+        An exported model is compared with its source by them: two mixers of one `family` with equal hyperparameters
+        compute the same function. The default is all fields. A mixer overrides it where a field changes no output, or
+        where a default stands for another value.
         """
         return {name: getattr(self, name) for name in spec_parameters(type(self))}
 
     def head_counts(self) -> tuple[int, int]:
-        """Query heads and KV heads, by which other programs order the rows of its kernels; zeros without heads."""
+        """Returns the query heads and KV heads by which other programs order kernel rows; zeros without heads."""
         return 0, 0

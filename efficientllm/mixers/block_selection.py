@@ -1,6 +1,6 @@
-"""Blocks of tokens counted from the start of each document, and the choice of those that a query reads.
+"""Block selection for sparse attention: blocks of tokens in each document, and the top-k blocks of a query.
 
-Letters: P pieces of a row, C choosers (query heads that choose together), J blocks of a row.
+Letters: P pieces of a row, C choosers (query heads that choose together), J blocks of a row, n selected blocks.
 """
 
 import flax.struct
@@ -12,7 +12,7 @@ from efficientllm.ops.attention import Mask
 
 
 def document_starts(mask: Mask, length: int) -> jax.Array:
-    """The token that each token's document starts at, `[B or 1, T]`."""
+    """Finds the index of the first token of each token's document, `[B or 1, T]`."""
     if mask.segments_BT is None:
         return jnp.zeros((1, length), jnp.int32)
     segments = mask.segments_BT
@@ -23,11 +23,13 @@ def document_starts(mask: Mask, length: int) -> jax.Array:
 
 @flax.struct.dataclass
 class DocumentPieces:
-    """The complete pieces of `size` tokens of each document, in order: at most T / size, however the row is packed.
+    """Complete pieces of `size` tokens of each document, in order: at most T / size, however the row is packed.
 
-    first_BT: the place among them of the first piece of a token's document; None where a row is one document.
-    last_BP: the token each piece ends at; T or more for places that hold none.
-    place_BT: the place of each token among the tokens of all pieces, negative for those of no whole piece.
+    Attributes:
+      last_BP: the index of the last token of each piece; T or more for empty places.
+      first_BT: the place of the first piece of a token's document; None where a row is one document.
+      place_BT: the place of each token among the tokens of all pieces; negative for tokens of an incomplete piece. None
+        where a row is one document.
     """
 
     last_BP: jax.Array
@@ -37,14 +39,17 @@ class DocumentPieces:
 
     @classmethod
     def of(cls, mask: Mask, length: int, size: int, at_least: int = 1) -> "DocumentPieces":
-        """The pieces of rows of `length` tokens; `at_least` so many places."""
+        """Finds the pieces of rows of `length` tokens; `at_least` is the least P."""
         count = max(length // size, at_least)
         if mask.segments_BT is None:
             return cls((jnp.arange(count)[None] + 1) * size - 1, None, None, size)
         index_T = jnp.arange(length, dtype=jnp.int32)
+        # A piece ends at every `size`-th token of a document. Piece p of a row ends at the first token where the
+        # running count of ends is p + 1.
         local_BT = index_T - document_starts(mask, length)
         ended_BT = jnp.cumsum((local_BT + 1) % size == 0, 1, dtype=jnp.int32)
         last_BP = jax.vmap(lambda ended_T: jnp.searchsorted(ended_T, jnp.arange(1, count + 1)))(ended_BT)
+        # Pieces before this document: all pieces ended so far without those of this document.
         first_BT = ended_BT - (local_BT + 1) // size
         piece_BT = first_BT + local_BT // size
         end_BT = index_T - local_BT % size + size - 1
@@ -53,7 +58,7 @@ class DocumentPieces:
         return cls(last_BP, first_BT, jnp.where(whole_BT, piece_BT * size + local_BT % size, -1), size)
 
     def of_tokens(self, x_BT: jax.Array) -> jax.Array:
-        """`[B, T, ...] -> [B, P, size, ...]`; zeros where a place holds no piece."""
+        """Groups tokens by piece: `[B, T, ...] -> [B, P, size, ...]`, zeros in empty places."""
         B, T, *rest = x_BT.shape
         places = self.last_BP.shape[1] * self.size
         if self.place_BT is None:
@@ -64,7 +69,7 @@ class DocumentPieces:
         return _move(x_BT, token_BPs.reshape(B, -1), self.place_BT).reshape(B, -1, self.size, *rest)
 
     def by_document(self, values_BCTP: jax.Array, blocks: int, stride: int = 1) -> jax.Array:
-        """What stands at the pieces `stride` apart of a query's own document: `[B, C, T, J]`, zeros past the last."""
+        """Takes the values at every `stride`-th piece of a query's document, `[B, C, T, J]`; zeros past the last."""
         if self.first_BT is None:
             values_BCTP = values_BCTP[..., : (blocks - 1) * stride + 1 : stride]
             return jnp.pad(values_BCTP, ((0, 0),) * 3 + ((0, blocks - values_BCTP.shape[-1]),))
@@ -74,12 +79,14 @@ class DocumentPieces:
 
 @jax.custom_vjp
 def _move(x_BT, source_BP, target_BT):
-    """x's token `source` at each place, zeros where that is negative. `target` is the place of each token: with both,
-    the gradient is a gather too, where autodiff would scatter."""
+    """Gathers x's token `source` at each place, zeros where `source` is negative.
+
+    `target` is the place of each token. With it the gradient is a gather too, where autodiff would scatter.
+    """
     B, P = source_BP.shape
     index_BP = jnp.maximum(source_BP, 0).reshape(B, P, *(1,) * (x_BT.ndim - 2))
-    kept_BP = (source_BP >= 0).reshape(index_BP.shape)
-    return jnp.where(kept_BP, jax.vmap(lambda x, index: x[index])(x_BT, index_BP.reshape(B, P)), 0)
+    filled_BP = (source_BP >= 0).reshape(index_BP.shape)
+    return jnp.where(filled_BP, jax.vmap(lambda x, index: x[index])(x_BT, index_BP.reshape(B, P)), 0)
 
 
 _move.defvjp(
@@ -89,10 +96,10 @@ _move.defvjp(
 
 
 def choose(score_BCTJ: jax.Array, local_BT: jax.Array, size: int, count: int, first: int, recent: int) -> jax.Array:
-    """The blocks that queries read: the `first` and the `recent` of their document, and by score up to `count` in all.
+    """Selects `count` blocks for each query: the `first` and the `recent` ones of its document, then the best scores.
 
-    `local` is a query's place in its document. Returns `[B, T, C, count or J]`, blocks of the document, -1 for none.
-    No gradient passes: the choice is a constant.
+    `local_BT` is a query's place in its document. Returns `[B, T, C, n]`, n = min(count, J): blocks of the document, -1
+    for none. The selection is a constant to the gradient.
     """
     block_J, current_BT1 = jnp.arange(score_BCTJ.shape[-1]), (local_BT // size)[..., None]
     past_BTJ = block_J <= current_BT1
@@ -104,11 +111,11 @@ def choose(score_BCTJ: jax.Array, local_BT: jax.Array, size: int, count: int, fi
 
 
 def key_starts(block_BTCn: jax.Array, start_BT: jax.Array, size: int) -> jax.Array:
-    """The keys that chosen blocks of documents start at; negative stays so."""
+    """Converts selected blocks of a document to the index of their first key in the row; -1 for none."""
     return jnp.where(block_BTCn < 0, -1, start_BT[:, :, None, None] + block_BTCn * size)
 
 
 def causal_pairs(length: int, size: int, count: int) -> float:
-    """Query-key pairs per head where a query reads `count` blocks, its own among them: of that, half on average."""
+    """Counts query-key pairs of a head that reads `count` blocks; a query reads half of its own block on average."""
     index_T = np.arange(length)
     return float(np.sum(np.minimum(count - 1, index_T // size) * size + index_T % size + 0.5))

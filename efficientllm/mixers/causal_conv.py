@@ -1,4 +1,4 @@
-"""A short causal convolution of each channel by itself, as state-space mixers have it before their scan."""
+"""Short depthwise causal convolution, which state-space mixers apply before their scan."""
 
 import flax.linen as nn
 import jax
@@ -6,10 +6,9 @@ import jax.numpy as jnp
 
 
 class CausalConv(nn.Module):
-    """`y_t = sum over w of weight[w] * x_(t - width + 1 + w)`, a filter a channel, within a token's own document.
+    """Depthwise causal convolution `y_t = sum over w of taps[w] * x_(t - width + 1 + w)` within a document.
 
-    The first product of a row reads `tail`, the last `width - 1` inputs before it. Shifts and sums, no matrix product:
-    filters are a handful of taps long.
+    It is computed by shifts and sums: a filter has a handful of taps. Letters: C channels, W taps.
     """
 
     width: int
@@ -20,7 +19,7 @@ class CausalConv(nn.Module):
     def __call__(
         self, x_BTC: jax.Array, positions_BT: jax.Array, tail_BWC: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns `(y_BTC, the new tail)`."""
+        """Returns `(y_BTC, tail)`. A tail `[B, W - 1, C]` holds the inputs before the row; None is zeros."""
         B, T, C = x_BTC.shape
         reach = self.width - 1
         init = nn.with_logical_partitioning(_uniform(self.width**-0.5), (None, self.axis))
@@ -42,7 +41,7 @@ def _uniform(bound):
 
 
 def log_uniform_steps(low: float = 1e-3, high: float = 0.1) -> nn.initializers.Initializer:
-    """An initialiser: softplus of it is spread between the two steps evenly in logarithms (arXiv:2312.00752, 3.6)."""
+    """Returns an initializer of step biases: their softplus is log-uniform in `[low, high]` (arXiv:2312.00752, 3.6)."""
 
     def init(key, shape):
         step = jnp.exp(jax.random.uniform(key, shape) * (jnp.log(high) - jnp.log(low)) + jnp.log(low))

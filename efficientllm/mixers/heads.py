@@ -1,4 +1,4 @@
-"""What attentions of query and KV heads have in common."""
+"""Projections to query and KV heads."""
 
 import flax.linen as nn
 import jax
@@ -18,10 +18,10 @@ def project(
     use_bias: bool = False,
     length: str | None = None,
 ) -> jax.Array:
-    """A linear map to heads, `[B, T, heads, width]`; to be called where a module creates its own.
+    """Projects to heads, `[B, T, heads, width]`; call it inside the compact method of a module.
 
-    `length` is the logical axis of the tokens: None where what follows needs a whole row.
-    Heads that do not divide over `tensor` stay whole: split ones would be put together for every rotation.
+    `length` is the logical axis of the tokens; None where the caller needs whole rows. Heads whose count the mesh axis
+    `tensor` does not divide are replicated: a head sharded over its width would be all-gathered for every rotation.
     """
     return projections(x_BTD, {name: (heads, axis)}, width, precision, use_bias, length)[0]
 
@@ -34,10 +34,11 @@ def projections(
     use_bias: bool = False,
     length: str | None = None,
 ) -> list[jax.Array]:
-    """`project` for each `name: (count of heads, axis)` of `parts`; in one call where their kernels have one."""
+    """Applies `project` to each `name: (heads, axis)` of `parts`, in one product where their kernels allow it."""
     layers = [
         Linear(count * width, ("embed", axis), precision, use_bias, name=name) for name, (count, axis) in parts.items()
     ]
+    # e: the heads of a token side by side, heads x width
     return [
         constrain(y_BTe.reshape(*x_BTD.shape[:2], -1, width), "batch", length, layer.axes[-1], None)
         for layer, y_BTe in zip(layers, linears(x_BTD, *layers), strict=True)
@@ -45,7 +46,7 @@ def projections(
 
 
 def check_groups(mixer: nn.Module) -> None:
-    """Raises UserError unless each KV head of the mixer serves as many query heads as every other."""
+    """Raises UserError unless the mixer's `num_heads` is a multiple of its `num_kv_heads`."""
     heads, kv_heads = mixer.num_heads, mixer.num_kv_heads
     if kv_heads < 1 or heads % kv_heads:
         name = type(mixer).__name__.lower()

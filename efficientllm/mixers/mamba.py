@@ -1,6 +1,6 @@
 """Mamba: a state-space model whose steps depend on the input (Gu & Dao 2023, arXiv:2312.00752).
 
-Letters: C inner channels, N state of a channel, R rank of the steps, W taps of the convolution.
+Letters: C inner channels, n state size of a channel, R rank of the steps, W taps of the convolution.
 """
 
 from typing import Any
@@ -20,17 +20,19 @@ from efficientllm.weights import activation_dtype
 
 @register("mixer", "mamba")
 class Mamba(Mixer, kw_only=True):
-    """Algorithm 2 in the block of Figure 3: a convolution, a selective scan, a gate. Its block has no ffn.
+    """Selective state-space model: a causal convolution, a selective scan and a gate (Algorithm 2, Figure 3).
+
+    A block of Mamba has no ffn. The state is the last inputs of the convolution and the float32 state of every channel,
+    whatever the length.
 
     Args:
       inner: C; None is twice the model's width.
-      state_dim: N.
+      state_dim: n.
       conv: W.
       step_rank: R; None is the model's width / 16, rounded up.
-      use_bias: of the projections in and out; `conv_bias`: of the convolution.
+      use_bias: adds a bias to the input and output projections.
+      conv_bias: adds a bias to the convolution.
       scan_kernel: `auto` or a registered `scan_kernel`.
-
-    State is the convolution's last inputs and the float32 state of every channel, whatever the length.
     """
 
     precision: str
@@ -48,10 +50,12 @@ class Mamba(Mixer, kw_only=True):
 
     @property
     def channels(self) -> int:
+        """C, the inner channels."""
         return self.inner or 2 * self.dim
 
     @property
     def rank(self) -> int:
+        """R, the rank of the steps."""
         return self.step_rank or -(-self.dim // 16)
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -67,8 +71,10 @@ class Mamba(Mixer, kw_only=True):
         tail = None if state is None else state["tail"]
         x_BTC, tail = CausalConv(self.conv, "mlp", self.conv_bias, name="conv")(x_BTC, ctx.positions_BT, tail)
         x_BTC = jax.nn.silu(x_BTC)
-        chosen = Linear(R + 2 * n, ("mlp", None), self.precision, out_dtype=jnp.float32, name="select")(x_BTC)
-        step_BTR, b_BTn, c_BTn = jnp.split(chosen, (R, R + n), -1)
+        # The input selects the step, the input map b and the output map c of the recurrence
+        # h_t = exp(step_t A) h_(t-1) + step_t b_t x_t, y_t = c_t h_t + skip x_t; `keep` resets h at a document's start.
+        step_and_maps = Linear(R + 2 * n, ("mlp", None), self.precision, out_dtype=jnp.float32, name="select")(x_BTC)
+        step_BTR, b_BTn, c_BTn = jnp.split(step_and_maps, (R, R + n), -1)
         step_BTC = Linear(C, (None, "mlp"), self.precision, out_dtype=jnp.float32, name="step")(step_BTR)
         axes = nn.with_logical_partitioning
         step_bias_C = self.param("step_bias", axes(log_uniform_steps(), ("mlp",)), (C,))
@@ -86,22 +92,24 @@ class Mamba(Mixer, kw_only=True):
         return y_BTD, None if state is None else {"tail": tail, "memory": h_BCn}
 
     def init_state(self, batch: int, length: int) -> State:
-        """Zeros: tail `[B, W - 1, C]` in the activation dtype, memory `[B, C, N]` in float32."""
+        """Returns zeros: `tail` `[B, W - 1, C]` in the activation dtype, `memory` `[B, C, n]` in float32."""
         C = self.channels
         tail = jnp.zeros((batch, self.conv - 1, C), activation_dtype(self.precision))
         return {"tail": tail, "memory": jnp.zeros((batch, C, self.state_dim))}
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of state a row holds, the same for every length: C ((W - 1) b + 4 N)."""
+        """Counts the bytes of state of a row, the same for every length: C ((W - 1) b + 4 n), b bytes a number."""
         tail = (self.conv - 1) * activation_dtype(self.precision).itemsize
         return self.channels * (tail + 4 * self.state_dim)
 
     def mix_flops(self, length: int, executed: bool = False) -> float:
-        """FLOPs of a row beyond the kernels': the recurrence's update and read, 2 C N each; none is a matrix product,
-        so none of it is `executed`."""
+        """Counts the forward FLOPs of the recurrence: update and read, 2 C n each for a token.
+
+        With `executed` the count is 0: no kernel computes them as matrix products.
+        """
         return 0 if executed else 4 * self.channels * self.state_dim * length
 
 
 def _one_to_n(key, shape):
-    """log 1..N in every channel (the real part of S4D, Section 3.6)."""
+    """Initializes every channel with log 1..n (S4D-Real, Section 3.6)."""
     return jnp.log(jnp.broadcast_to(jnp.arange(1, shape[1] + 1, dtype=jnp.float32), shape))

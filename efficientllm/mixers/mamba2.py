@@ -1,6 +1,7 @@
-"""Mamba-2: a state-space model with one decay a head, computed in products of chunks (Dao & Gu 2024, arXiv:2405.21060).
+"""Mamba-2: state-space duality (SSD), one decay a head, computed in chunks (Dao & Gu 2024, arXiv:2405.21060).
 
-Letters: C inner channels, H heads of P channels, N state, J groups of heads that share b and c, Q tokens of a chunk.
+Letters: C inner channels, P channels of a head, n state size of a channel, J groups of heads that share b and c, Q
+tokens of a chunk, e merged axes (named where they are made).
 """
 
 import math
@@ -22,18 +23,20 @@ from efficientllm.weights import activation_dtype
 
 @register("mixer", "mamba2", example="mamba2(ssm_head_dim=4, state_dim=16)")
 class Mamba2(Mixer, kw_only=True):
-    """The block of Figure 6, without its ffn: projections at once, convolutions, SSD, and a gate before a norm.
+    """State-space model with scalar decays: parallel projections, convolutions, SSD, a gate and a norm (Figure 6).
+
+    A block of Mamba-2 has no ffn. The state is the last inputs of the convolutions and a float32 matrix `[P, n]` a
+    head, whatever the length.
 
     Args:
       inner: C; None is twice the model's width.
       ssm_head_dim: P; H is C / P. None is 64, or the largest power of two that divides C where 64 does not.
-      state_dim: N.
+      state_dim: n.
       num_groups: J.
       conv: taps of the convolution.
-      chunk: Q, of training and prefill (`ssd`).
-      use_bias: of the projections in and out; `conv_bias`: of the convolutions.
-
-    State is the convolutions' last inputs and a float32 matrix `[P, N]` a head, whatever the length.
+      chunk: Q, the chunk size of training and prefill (`ops.ssd`).
+      use_bias: adds a bias to the input and output projections.
+      conv_bias: adds a bias to the convolutions.
     """
 
     precision: str
@@ -52,14 +55,17 @@ class Mamba2(Mixer, kw_only=True):
 
     @property
     def channels(self) -> int:
+        """C, the inner channels."""
         return self.inner or 2 * self.dim
 
     @property
     def width(self) -> int:
+        """P, the channels of a head."""
         return self.ssm_head_dim or math.gcd(self.channels, 64)
 
     @property
     def num_heads(self) -> int:
+        """H = C / P. Raises UserError where heads or groups do not divide the channels."""
         C, P, J = self.channels, self.width, self.num_groups
         if C % P or (C // P) % J:
             raise UserError(
@@ -82,6 +88,7 @@ class Mamba2(Mixer, kw_only=True):
         gate_BTC = self._project(x_BTD, "gate", C, "mlp")
         x_BTC, tail_x = self._convolve(x_BTD, "x", C, "mlp", ctx, tails["x"])
         bc_BTe, tail_bc = self._convolve(x_BTD, "bc", 2 * J * n, None, ctx, tails["bc"])
+        # e: b and c of all groups side by side, 2 J n
         b_BTJn, c_BTJn = (half.reshape(B, T, J, n) for half in jnp.split(bc_BTe, 2, -1))
         step_BTH = self._project(x_BTD, "step", H, None).astype(jnp.float32)
         axes = nn.with_logical_partitioning
@@ -107,26 +114,26 @@ class Mamba2(Mixer, kw_only=True):
         return jax.nn.silu(y).astype(jnp.float32), tail
 
     def _norm(self, y_BTC):
-        """RMS norm of each group's channels, in float32."""
+        """Applies an RMS norm to the channels of each group, in float32."""
         scale_C = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("mlp",)), y_BTC.shape[-1:])
         groups = y_BTC.reshape(*y_BTC.shape[:2], self.num_groups, -1)
         groups = groups * jax.lax.rsqrt(jnp.mean(groups * groups, -1, keepdims=True) + self.eps)
         return groups.reshape(y_BTC.shape) * scale_C
 
     def init_state(self, batch: int, length: int) -> State:
-        """Zeros: tails `[B, W - 1, ...]` in the activation dtype, memory `[B, H, P, N]` in float32."""
+        """Returns zeros: `tails` `[B, conv - 1, ...]` in the activation dtype, `memory` `[B, H, P, n]` in float32."""
         dtype, before = activation_dtype(self.precision), self.conv - 1
         widths = {"x": self.channels, "bc": 2 * self.num_groups * self.state_dim}
         tails = {name: jnp.zeros((batch, before, width), dtype) for name, width in widths.items()}
         return {"tails": tails, "memory": jnp.zeros((batch, self.num_heads, self.width, self.state_dim))}
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of state a row holds, the same for every length: (C + 2 J N) (W - 1) b + 4 C N."""
+        """Counts the bytes of state of a row, the same for every length: (C + 2 J n) (conv - 1) b + 4 C n."""
         tail = (self.conv - 1) * activation_dtype(self.precision).itemsize
         return (self.channels + 2 * self.num_groups * self.state_dim) * tail + 4 * self.channels * self.state_dim
 
     def mix_flops(self, length: int, executed: bool = False) -> float:
-        """As Mamba's; `executed`, those of `ssd.chunked`."""
+        """Counts the forward FLOPs of the recurrence, 4 C n a token; with `executed` those of `ssd.chunked`."""
         if not executed:
             return 4 * self.channels * self.state_dim * length
         return ssd.chunked_flops(length, self.num_heads, self.width, self.state_dim, self.num_groups, self.chunk)

@@ -1,6 +1,7 @@
-"""Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, Section 2.1): keys and values from one small latent.
+"""Multi-head latent attention (MLA): keys and values from one low-rank latent (DeepSeek-V2, arXiv:2405.04434, 2.1).
 
-Letters: R rank of the latent, N width of a head without positions, P width of the rotated part, V width of a value.
+Letters: R rank of the latent, n width of a head without positions, P width of the rotated part, v width of a value, e
+concatenated axes (named where they are made).
 """
 
 from typing import Any
@@ -21,21 +22,21 @@ from efficientllm.weights import dense
 
 @register("mixer", "mla")
 class MLA(Mixer, kw_only=True):
-    """Every head's key and value are products of a latent of `kv_rank`; a key of `rope_dim` that all heads share
-    carries the position.
+    """Multi-head latent attention.
 
-    State is the latent and that shared key (Eq. 9, 15). One token at a time, the products that would expand them are
-    taken with queries and outputs instead (the absorbed form of Section 2.1.2).
+    Keys and values of all heads are projections of one latent of `kv_rank`. A key of `rope_dim`, shared by all heads,
+    carries the position. The KV cache holds the latent and the shared key (Eq. 9, 15). Decoding multiplies the queries
+    and the outputs by the up-projection in place of the cache (the absorbed form of Section 2.1.2).
 
     Args:
-      head_dim: N, width of a head without positions.
+      head_dim: n, width of a head without positions.
       kv_rank: R; None is 4 x head_dim, as in DeepSeek-V2 and V3.
-      q_rank: rank of the queries' own latent; None projects queries at once (DeepSeek-V2-Lite).
+      q_rank: rank of the latent of queries; None projects queries directly (DeepSeek-V2-Lite).
       rope_dim: P; None is head_dim / 2.
-      v_dim: V; None is head_dim.
-      kv_cache: how the state is kept (`cache.KINDS`).
+      v_dim: v; None is head_dim.
+      kv_cache: the storage of the KV cache, one of `kv_cache.KINDS`.
 
-    Latents pass an RMS norm of eps 1e-6, whatever the model's, as in DeepSeek's code.
+    The RMS norms of latents have eps 1e-6 whatever the model's eps, as in DeepSeek's code.
     """
 
     num_heads: int
@@ -54,7 +55,7 @@ class MLA(Mixer, kw_only=True):
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
-        """(R, N, P, V)."""
+        """The widths (R, n, P, v)."""
         n = self.head_dim
         return self.kv_rank or 4 * n, n, self.rope_dim or n // 2, self.v_dim or n
 
@@ -70,9 +71,11 @@ class MLA(Mixer, kw_only=True):
         R, n, P, v = self.widths
         B, T, D = x_BTD.shape
         position = build("position", self.position, name="position")
+        # e: a head's part without positions beside its rotated part, n + P
         q_BTHe = self._queries(x_BTD).reshape(B, T, self.num_heads, n + P)
         q_BTHe = constrain(q_BTHe, "batch", "length", "heads", None)
         q_BTHn, q_BTHP = q_BTHe[..., :n], ctx.rotate(position, q_BTHe[..., n:])
+        # e: the latent beside the shared key, R + P
         latent_BTe = Linear(R + P, ("embed", None), self.precision, name="kv_a")(x_BTD)
         latent_BTR = RMSNorm(1e-6, axis=None, name="kv_norm")(latent_BTe[..., :R])
         k_BTP = ctx.rotate(position, latent_BTe[:, :, None, R:])[:, :, 0]
@@ -82,6 +85,7 @@ class MLA(Mixer, kw_only=True):
         options = {"bias": position.bias(self.num_heads), "scale": (n + P) ** -0.5 * position.score_scale()}
         form = self._absorbed if state is not None and T == 1 else self._expanded
         y_BTHv = form(q_BTHn, q_BTHP, latent_BSR, k_BSP, up, mask, options)
+        # e: the heads of a token side by side, H v
         y_BTe = y_BTHv.reshape(B, T, self.num_heads * v)
         return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTe), state
 
@@ -94,7 +98,7 @@ class MLA(Mixer, kw_only=True):
         return Linear(self.num_heads * (n + P), ("embed", "heads"), self.precision, name=name)(x_BTD)
 
     def _expanded(self, q_BTHn, q_BTHP, latent_BSR, k_BSP, up, mask, options):
-        """Keys and values of every head, made from the latents."""
+        """Attends over keys and values of every head, expanded from the latents; e is a key beside a value, n + v."""
         _, n, P, v = self.widths
         latent_BSR, k_BSP = (as_array(leaf, q_BTHn.dtype) for leaf in (latent_BSR, k_BSP))
         B, S, _ = latent_BSR.shape
@@ -105,7 +109,11 @@ class MLA(Mixer, kw_only=True):
         return attend(q_BTHK, k_BSHK, kv_BSHe[..., n:], mask, self.attention_kernel, **options)
 
     def _absorbed(self, q_BTHn, q_BTHP, latent_BSR, k_BSP, up, mask, options):
-        """All heads read one key, the latent beside the shared key, and one value, the latent."""
+        """Attends over the latents: every head reads one key (latent and shared key) and one value (latent).
+
+        With W_k, W_v the halves of the up-projection, q (W_k c) = (q W_k) c and sum p (W_v c) = W_v (sum p c): the
+        up-projection multiplies one query and one output in place of S latents c.
+        """
         R, n, _, v = self.widths
         kernel_RHe = dense(up.variables["params"]["kernel"], after=q_BTHn).astype(q_BTHn.dtype)
         kernel_RHe = kernel_RHe.reshape(R, self.num_heads, n + v)
@@ -116,11 +124,11 @@ class MLA(Mixer, kw_only=True):
         return jnp.einsum("bthr,rhv->bthv", y_BTHR, kernel_RHe[..., n:])
 
     def init_state(self, batch: int, length: int) -> State:
-        """Empty latents and shared keys for `length` tokens a row, `[B, S, R]` and `[B, S, P]`."""
+        """Returns an empty cache for `length` tokens a row: latents `[B, S, R]` and shared keys `[B, S, P]`."""
         return cache.empty(self._slot, batch, length, cache.dtype(self.kv_cache, self.precision))
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of state a row of `length` tokens holds: (R + P) b a token; in int8 R + P + 8."""
+        """Counts the bytes of a cache of `length` tokens: (R + P) b a token, b bytes a number; R + P + 8 in int8."""
         return length * cache.slot_bytes(self._slot, cache.dtype(self.kv_cache, self.precision))
 
     @property
@@ -129,7 +137,7 @@ class MLA(Mixer, kw_only=True):
         return {"latent": (R,), "rotated": (P,)}
 
     def mix_flops(self, length: int, executed: bool = False) -> float:
-        """As Attention's, with heads of N + P in the scores and V in the values."""
+        """Counts the forward FLOPs of scores and values: 2 H (n + P + v) for a query-key pair; see `Attention`."""
         _, n, P, v = self.widths
         pairs = executed_pairs(self.attention_kernel, length) if executed else causal_pairs(length)
         return 2 * self.num_heads * (n + P + v) * pairs

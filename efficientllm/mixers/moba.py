@@ -1,6 +1,6 @@
-"""Mixture of block attention (Lu et al. 2025, arXiv:2502.13189): a query head reads the blocks whose mean key it meets.
+"""Mixture of block attention (MoBA): block-sparse attention by mean keys (Lu et al. 2025, arXiv:2502.13189).
 
-Letters: P whole blocks of a row's documents, J blocks of a row.
+Letters: P complete blocks of a row's documents, J blocks of a row, n selected blocks, r query heads a KV head.
 """
 
 import flax.linen as nn
@@ -17,14 +17,16 @@ from efficientllm.weights import activation_dtype
 
 @register("mixer", "moba", example="moba(block=4, block_count=4)")
 class MoBA(Mixer, kw_only=True):
-    """Attention over `block_count` blocks of `block` keys: the query's own, and the past ones with the largest product
-    of the query and the mean of their keys (Eq. 5 to 7). Each query head chooses for itself, and the choice is a
-    constant to the gradient.
+    """Mixture of block attention over `block_count` blocks of `block` keys.
 
-    Blocks are counted from the start of each document. Keys are averaged as they are read, with their rotation, in
-    float32. State is the KV cache and, in float32, the sum of the keys of each block.
+    A query reads its own block and the past blocks whose mean key has the largest product with it (Eq. 5 to 7). Each
+    query head selects its own blocks. The selection is a constant to the gradient.
+
+    Blocks are counted from the start of each document. Means are of rotated keys, in float32. The state is the KV cache
+    and the float32 sum of the keys of each block.
 
     Args:
+      block: keys of a block.
       block_count: blocks that a query reads, its own included, as in the authors' code.
       block_kernel: `auto` or a registered `block_kernel`.
     """
@@ -69,6 +71,7 @@ class MoBA(Mixer, kw_only=True):
             pieces = block_selection.DocumentPieces.of(ctx.mask, k_BSGK.shape[1], self.block)
         block_BTHn = self._choose(q_BTHK, sum_BPGK, pieces, index_BT - start_BT, k_BSGK.shape[1])
         chosen = SelectedBlocks(block_selection.key_starts(block_BTHn, start_BT, self.block), index_BT, self.block)
+        # e: the heads of a token side by side, H K
         y_BTe = attend_blocks(q_BTHK, k_BSGK, v_BSGK, chosen, self.block_kernel).reshape(B, T, H * K)
         return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTe), state
 
@@ -81,7 +84,7 @@ class MoBA(Mixer, kw_only=True):
         return block_selection.choose(score_BHTJ, local_BT, self.block, self.block_count, first=0, recent=1)
 
     def _add(self, sum_BJGK, k_BTGK, positions_BT):
-        """The blocks' sums with new keys."""
+        """Adds new keys to the sums of their blocks."""
         block_BTJ = (positions_BT // self.block)[..., None] == jnp.arange(sum_BJGK.shape[1])
         return sum_BJGK + jnp.einsum("btj,btgk->bjgk", block_BTJ.astype(jnp.float32), k_BTGK.astype(jnp.float32))
 
@@ -89,20 +92,20 @@ class MoBA(Mixer, kw_only=True):
         return -(-length // self.block)
 
     def init_state(self, batch: int, length: int) -> State:
-        """An empty KV cache for `length` tokens a row, `[B, S, G, K]`, and sums of its blocks, `[B, J, G, K]`."""
+        """Returns an empty KV cache for `length` tokens a row, `[B, S, G, K]`, and zero sums, `[B, J, G, K]`."""
         shape = (self.num_kv_heads, self.head_dim)
         tokens = kv_cache.empty({"k": shape, "v": shape}, batch, length, activation_dtype(self.precision))
         return tokens | kv_cache.empty({"sum": shape}, batch, self._blocks(length), jnp.float32)
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of state a row of `length` tokens holds: 2 G K b a token and 4 G K a block."""
+        """Counts the bytes of state of `length` tokens: 2 G K b a token, b bytes a number, and 4 G K a block."""
         itemsize = activation_dtype(self.precision).itemsize
         return self.num_kv_heads * self.head_dim * (2 * length * itemsize + 4 * self._blocks(length))
 
     def mix_flops(self, length: int, executed: bool = False) -> float:
-        """Forward FLOPs: 4 K a query head and pair of query and key, 2 K a pair of query and mean.
+        """Counts the forward FLOPs of a query head: 4 K for a query-key pair, 2 K for a pair of a query and a mean key.
 
-        With `executed` those of the `masked` kernel: what others compute depends on the choice.
+        With `executed` the count is that of the `masked` kernel. The FLOPs of other kernels depend on the selection.
         """
         means = length * length / self.block / 2
         pairs = block_selection.causal_pairs(length, self.block, self.block_count)

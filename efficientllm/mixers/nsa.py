@@ -1,6 +1,7 @@
-"""Native sparse attention (Yuan et al. 2025, arXiv:2502.11089): compressed, chosen and recent keys, three branches.
+"""Native sparse attention (NSA): compressed, selected and sliding-window branches (Yuan et al. 2025, arXiv:2502.11089).
 
-Letters: d stride of compressed blocks, P pieces of d tokens, M compressed blocks, G KV heads, R query heads a KV head.
+Letters: d stride of compressed blocks, P pieces of d tokens, M compressed blocks, r query heads a KV head, n selected
+blocks, v width of a value.
 """
 
 import flax.linen as nn
@@ -26,25 +27,32 @@ BRANCHES = ("compressed", "chosen", "recent")
     example="nsa(compress_block=4, compress_stride=2, select_block=4, select_count=4, window=5)",
 )
 class NSA(Mixer, kw_only=True):
-    """The sum of three attentions of the same queries, each with keys and values of its own and a sigmoid gate a head
-    that is linear in the token (Eq. 5).
+    """Native sparse attention: the gated sum of three attentions of the same queries (Eq. 5).
 
-    compressed: over blocks of `compress_block` keys, one every `compress_stride`, each made one key by a small network
-      (`compression.Compressor`); a block is visible from its last token on, and where none is, the output is zero.
-    chosen: over `select_count` blocks of `select_block` keys: the first, the query's own and the one before it, and
-      those that the compressed attention weighs most (Eq. 8 and 9, counted from 0), summed over the query heads of a KV
-      head, which choose together (Eq. 10). The choice is a constant to the gradient.
-    recent: over the last `window` tokens, the query's own included.
+    Each branch has its own keys and values, and a sigmoid gate for each head and token:
 
-    Blocks are counted from the start of each document. Rotary positions turn the queries and the keys of all
-    branches; a compressed key is made of unturned keys, and turned as the first token of its block would be.
+    compressed: attends over blocks of `compress_block` keys, one every `compress_stride`. A small network compresses a
+      block to one key (`nsa_compression.Compressor`). A block is visible from its last token on. The output is zero
+      where no block is visible.
+    chosen: attends over `select_count` blocks of `select_block` keys: the first block, the query's own, the one before
+      it, and those with the largest weights of the compressed attention (Eq. 8 and 9, counted from 0). The query heads
+      of a KV head sum their weights and select together (Eq. 10). The selection is a constant to the gradient.
+    recent: attends over the last `window` tokens, the query's own included.
 
-    State of a row: keys and values of the chosen branch, a ring of the recent one's, the finished compressed ones, and
-    the `compress_block` tokens that unfinished ones are made of.
+    Blocks are counted from the start of each document. Rotary positions rotate the queries and keys of all branches. A
+    compressed key is made of unrotated keys, then rotated to the position of the first token of its block.
+
+    The state of a row is the KV cache of the chosen branch, a ring buffer of the recent branch, the finished compressed
+    blocks, and the last `compress_block` tokens, from which the next compressed blocks are made.
 
     Args:
-      block_kernel: `auto` or a registered `block_kernel`, for the chosen branch; `attention_kernel` is for the recent
-        one.
+      compress_block: keys of a compressed block.
+      compress_stride: d.
+      select_block: keys of a selected block.
+      select_count: n.
+      window: keys that the recent branch reads.
+      attention_kernel: the kernel of the recent branch.
+      block_kernel: the kernel of the chosen branch: `auto` or a registered `block_kernel`.
     """
 
     num_heads: int
@@ -94,22 +102,23 @@ class NSA(Mixer, kw_only=True):
         y_BTGrK, block_BTGn = nsa_compression.attend(q_BTGrK, k_BMGK, v_BMGv, layout, self.select_count)
         start_BTGn = block_selection.key_starts(block_BTGn, layout.start_BT, self.select_block)
         chosen = SelectedBlocks(start_BTGn, layout.index_BT, self.select_block)
-        found = [y_BTGrK.reshape(q_BTHK.shape), attend_blocks(q_BTHK, k, v, chosen, self.block_kernel)]
+        outputs = [y_BTGrK.reshape(q_BTHK.shape), attend_blocks(q_BTHK, k, v, chosen, self.block_kernel)]
         mask = ctx.mask.replace(window=self.window)  # type: ignore[attr-defined]
         (k, v), mask, states["recent"] = kv_cache.extend(old["recent"], new["recent"], mask, ctx.positions_BT)
-        found.append(attend(q_BTHK, k, v, mask, self.attention_kernel))
-        y_BTe = self._gated(x_BTD, found).reshape(B, T, H * K)
+        outputs.append(attend(q_BTHK, k, v, mask, self.attention_kernel))
+        # e: the heads of a token side by side, H K
+        y_BTe = self._gated(x_BTD, outputs).reshape(B, T, H * K)
         y_BTD = Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTe)
         return y_BTD, None if state is None else states
 
-    def _gated(self, x_BTD, found):
-        """The sum of the branches' outputs `[B, T, H, K]`, each times its gate."""
+    def _gated(self, x_BTD, outputs):
+        """Sums the branches' outputs `[B, T, H, K]`, each times its gate."""
         gates = Linear(3 * self.num_heads, ("embed", "heads"), self.precision, out_dtype=jnp.float32, name="gate")
         gates_BTH3 = nn.sigmoid(gates(x_BTD)).reshape(*x_BTD.shape[:2], self.num_heads, 3)
-        return sum(gates_BTH3[..., i, None].astype(y.dtype) * y for i, y in enumerate(found))
+        return sum(gates_BTH3[..., i, None].astype(y.dtype) * y for i, y in enumerate(outputs))
 
     def _compress(self, new, old, ctx, position, num_keys):
-        """Compressed keys and values, their layout, and the state."""
+        """Returns compressed keys and values `[B, M, G, K]`, their layout, and the new state."""
         stride, block = self.compress_stride, self.compress_block
         networks = [nsa_compression.Compressor(block, self.precision, name=f"compress_{name}") for name in "kv"]
 
@@ -121,6 +130,8 @@ class NSA(Mixer, kw_only=True):
             T = num_keys
             pieces = block_selection.DocumentPieces.of(ctx.mask, T, stride, at_least=block // stride)
             start_BT, index_BT = block_selection.document_starts(ctx.mask, T), jnp.arange(T)[None]
+            # Block m is pieces m to m + block / d - 1: it ends with the last of them and begins d - 1 tokens before the
+            # end of the first. Empty places point beyond the row, so their position is clipped; no query sees them.
             end_BM = pieces.last_BP[:, block // stride - 1 :]
             begin_BM = pieces.last_BP[:, : end_BM.shape[1]] - stride + 1
             position_BM = jnp.take_along_axis(ctx.positions_BT, jnp.clip(begin_BM, 0, T - 1), 1)
@@ -137,7 +148,7 @@ class NSA(Mixer, kw_only=True):
         return k, v, nsa_compression.Layout(begin_BM, end_BM, start_BT, index_BT, pieces, **sizes), state
 
     def init_state(self, batch: int, length: int) -> State:
-        """Empty state for `length` tokens a row; every leaf is `[B, slots, G, K]` in the activation dtype."""
+        """Returns empty state for `length` tokens a row; every leaf is `[B, slots, G, K]` in the activation dtype."""
         shape, dtype = (self.num_kv_heads, self.head_dim), activation_dtype(self.precision)
         of_tokens = {"k": shape, "v": shape}
         return {
@@ -147,8 +158,10 @@ class NSA(Mixer, kw_only=True):
         }
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of state a row of `length` tokens holds: 2 G K b for each token, token of the window, compressed block,
-        and token of an unfinished one."""
+        """Counts the bytes of state of a row of `length` tokens: 2 G K b a slot, b bytes a number.
+
+        Slots: the tokens, those of the window, the compressed blocks, and `compress_block` tokens of unfinished ones.
+        """
         slots = length + kv_cache.slots(length, self.window) + self._compressed(length) + self.compress_block
         return 2 * slots * self.num_kv_heads * self.head_dim * activation_dtype(self.precision).itemsize
 
@@ -156,13 +169,13 @@ class NSA(Mixer, kw_only=True):
         return nsa_compression.count(length, self.compress_block, self.compress_stride)
 
     def kernel_rows(self, path: str, length: int) -> int:
-        """A compressor's kernels multiply a row for each compressed block and KV head."""
+        """Counts a kernel's rows: one a compressed block and KV head in a compressor, one a token elsewhere."""
         return self._compressed(length) * self.num_kv_heads if "/compress_" in path else length
 
     def mix_flops(self, length: int, executed: bool = False) -> float:
-        """Forward FLOPs of scores and values, 4 K a query head and pair of query and key; a compressed key is one key.
+        """Counts the forward FLOPs of scores and values: 4 K for a query-key pair; a compressed key is one key.
 
-        With `executed` the chosen branch is that of the `masked` kernel: what others compute depends on the choice.
+        With `executed` the chosen branch counts as the `masked` kernel; FLOPs of others depend on the selection.
         """
         return 4 * self.num_heads * self.head_dim * (self._executed(length) if executed else self._needed(length))
 

@@ -1,7 +1,7 @@
-"""The compressed branch of native sparse attention: blocks of keys made one key each, and the attention over them.
+"""Compressed branch of native sparse attention: blocks of keys compressed to one key, and attention over them.
 
-Letters: P pieces of `stride` tokens, M compressed blocks, J blocks to choose from, G KV heads, R query heads a KV
-head.
+Letters: d stride, P pieces of d tokens, l keys of a block, M compressed blocks, J blocks to select from, n selected
+blocks, r query heads a KV head, v width of a value, W slots of a write.
 """
 
 import collections
@@ -19,19 +19,25 @@ from efficientllm.mixers.base import State
 from efficientllm.mixers.kv_cache import Shape
 
 Chunk = tuple[tuple[int, int], int, int]  # (start, stop) of queries, compressed blocks they see, blocks to choose from
-CHUNK, MAX_CHUNKS = 128, 16  # queries whose scores lie in memory together; each chunk is compiled apart
+CHUNK, MAX_CHUNKS = (
+    128,
+    16,
+)  # queries of a chunk, whose scores are in memory together; each chunk is compiled separately
 
 
 class Compressor(nn.Module):
-    """phi of Eq. 7: a learned position is added to each of a block's l keys, side by side they pass
-    Linear(l K -> 2 K), gelu, Linear(2 K -> K). KV heads share it."""
+    """Compression network phi of Eq. 7, shared by KV heads.
+
+    Each of a block's l keys gets a learned position. Their concatenation passes Linear(l K -> 2 K), GELU,
+    Linear(2 K -> K).
+    """
 
     block: int
     precision: str
 
     @nn.compact
     def __call__(self, x_BPdGK: jax.Array) -> jax.Array:
-        """`[B, P, stride, G, K] -> [B, M, G, K]`: block m is the pieces from m on."""
+        """Compresses `[B, P, d, G, K] -> [B, M, G, K]`: block m is l / d pieces from piece m on."""
         K, pieces = x_BPdGK.shape[-1], self.block // x_BPdGK.shape[2]
         count = x_BPdGK.shape[1] - pieces + 1
         x_BMlGK = jnp.concatenate([x_BPdGK[:, i : i + count] for i in range(pieces)], axis=2)
@@ -44,12 +50,16 @@ class Compressor(nn.Module):
 
 @flax.struct.dataclass
 class Layout:
-    """Which queries see which compressed blocks, and the blocks of `select` keys that they choose by them.
+    """Layout of compressed blocks: which queries see which blocks, and the blocks of `select` keys to select from.
 
-    begin_BM, end_BM: the first and the last token of each compressed block, which may lie beyond what there is.
-    start_BT: the token at which a query's document starts. index_BT: the one at which the query stands.
-    pieces: the pieces that the compressed blocks are made of.
-    aligned: queries and keys are the same tokens: query t can see no more than t / stride blocks.
+    Attributes:
+      begin_BM, end_BM: the first and the last token of each compressed block; beyond the row for empty places.
+      start_BT: the first token of a query's document.
+      index_BT: the token of a query.
+      pieces: the pieces of d tokens that compressed blocks consist of.
+      compress, select: keys of a compressed block, and of a selected one.
+      keys: keys of a row.
+      aligned: queries and keys are the same tokens, so query t sees at most t / d blocks.
     """
 
     begin_BM: jax.Array
@@ -63,12 +73,12 @@ class Layout:
     aligned: bool = flax.struct.field(pytree_node=False)
 
     def chunks(self) -> list[Chunk]:
-        """`[((start, stop) of queries, how many compressed blocks they may see, how many blocks to choose from)]`."""
+        """Splits the queries: `[((start, stop), compressed blocks they may see, blocks to select from)]`."""
         length, total = self.index_BT.shape[1], self.end_BM.shape[1]
         return chunks(length, self.keys, self.compress, self.pieces.size, self.select, total, self.aligned)
 
     def of_queries(self, start: int, stop: int) -> "Layout":
-        """The layout of a range of the queries."""
+        """Returns the layout of a range of the queries."""
         take = lambda x_BT: x_BT[:, start:stop]  # noqa: E731
         first_BT = self.pieces.first_BT
         pieces = self.pieces.replace(first_BT=None if first_BT is None else take(first_BT))  # type: ignore[attr-defined]
@@ -76,12 +86,12 @@ class Layout:
 
 
 def count(length: int, compress: int, stride: int) -> int:
-    """Compressed blocks that a row of `length` tokens has room for; a row shorter than a block has room for one."""
+    """Counts the compressed blocks of a row of `length` tokens, at least one."""
     return max(1, (length - compress) // stride + 1)
 
 
 def chunks(length: int, keys: int, compress: int, stride: int, select: int, total: int, aligned: bool) -> list[Chunk]:
-    """See `Layout.chunks`."""
+    """Splits `length` queries into chunks; see `Layout.chunks`."""
     size = max(CHUNK, -(-length // MAX_CHUNKS))
     ranges = [(start, min(length, start + size)) for start in range(0, length, size)]
     reach = lambda stop: (count(stop, compress, stride), -(-stop // select))  # noqa: E731
@@ -91,20 +101,20 @@ def chunks(length: int, keys: int, compress: int, stride: int, select: int, tota
 def attend(
     q_BTGrK: jax.Array, k_BMGK: jax.Array, v_BMGv: jax.Array, layout: Layout, select_count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the visible compressed blocks, and the blocks chosen by it.
+    """Attends over the visible compressed blocks, and selects blocks by the attention weights.
 
-    Returns `([B, T, G, R, V], zeros where none is visible; [B, T, G, n] chosen blocks of the document, -1 for none)`.
+    Returns `(y_BTGrv, block_BTGn)`: zeros where no block is visible; selected blocks of the document, -1 for none.
     """
-    found = []
+    outputs = []
     for queries, seen, choices in layout.chunks():
-        # The scores of all chunks together would be T x T / stride: the backward pass computes them again.
-        part = jax.checkpoint(functools.partial(_attend, choices=choices, select_count=select_count))
+        # The scores of all chunks would take T x T / d numbers of memory, so the backward pass rematerializes them.
+        attend_chunk = jax.checkpoint(functools.partial(_attend, choices=choices, select_count=select_count))
         arrays = q_BTGrK[:, slice(*queries)], k_BMGK[:, :seen], v_BMGv[:, :seen]
-        y, block = part(*arrays, layout.of_queries(*queries))
+        y, block = attend_chunk(*arrays, layout.of_queries(*queries))
         widest = min(select_count, -(-layout.keys // layout.select))
         block = jnp.pad(block, ((0, 0),) * 3 + ((0, widest - block.shape[-1]),), constant_values=-1)
-        found.append((y, block))
-    return tuple(jnp.concatenate(parts, 1) for parts in zip(*found, strict=True))
+        outputs.append((y, block))
+    return tuple(jnp.concatenate(parts, 1) for parts in zip(*outputs, strict=True))
 
 
 def _attend(q_BTGrK, k_BMGK, v_BMGv, layout, choices, select_count):
@@ -112,6 +122,7 @@ def _attend(q_BTGrK, k_BMGK, v_BMGv, layout, choices, select_count):
     visible = layout.end_BM[:, None, :seen] <= layout.index_BT[..., None]
     visible_BTM = visible & (layout.begin_BM[:, None, :seen] >= layout.start_BT[..., None])
     visible = visible_BTM[:, None, None]
+    # Where no block is visible softmax is uniform over the row; the second `where` makes its weights zero.
     accumulate = {"preferred_element_type": jnp.float32}
     scores_BGrTM = jnp.einsum("btgrk,bmgk->bgrtm", q_BTGrK, k_BMGK, **accumulate) * q_BTGrK.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(visible, scores_BGrTM, jnp.finfo(jnp.float32).min), -1)
@@ -127,18 +138,21 @@ def _attend(q_BTGrK, k_BMGK, v_BMGv, layout, choices, select_count):
 def importance(
     weights_BGTM: jax.Array, pieces: block_selection.DocumentPieces, compress: int, select: int, choices: int
 ) -> jax.Array:
-    """Eq. 9, counted from 0: block j gets the sum over m < select / d, n < compress / d of weight j select / d + m - n,
-    where d is the stride, -> `[B, G, T, J]`."""
+    """Sums the weights of compressed blocks to scores of blocks to select, `[B, G, T, J]` (Eq. 9, counted from 0).
+
+    Block j gets the sum over m < select / d, n < compress / d of weight j select / d + m - n.
+    """
+    # `times` counts how often each offset m - n occurs, so the double sum is one sum of shifted weights.
     a, b = select // pieces.size, compress // pieces.size
     times = collections.Counter(m - n for m in range(a) for n in range(b))
     M = weights_BGTM.shape[-1]
     padded = jnp.pad(weights_BGTM, ((0, 0),) * 3 + ((b - 1, a + b),))
-    total = sum(times[o] * padded[..., o + b - 1 : o + b - 1 + M + b] for o in sorted(times))
+    total = sum(times[shift] * padded[..., shift + b - 1 : shift + b - 1 + M + b] for shift in sorted(times))
     return pieces.by_document(total, choices, a)
 
 
 def empty(batch: int, length: int, compress: int, stride: int, shape: Shape, dtype: jnp.dtype) -> State:
-    """State for `length` tokens a row: the finished blocks, and the tokens that unfinished ones are made of."""
+    """Allocates state for `length` tokens a row: finished blocks, and the tokens of unfinished blocks."""
     finished = kv_cache.empty({"k": shape, "v": shape}, batch, count(length, compress, stride), dtype)
     return finished | kv_cache.empty({"raw_k": shape, "raw_v": shape}, batch, compress, dtype)
 
@@ -150,16 +164,17 @@ def extend(
     positions_BT: jax.Array,
     stride: int,
 ) -> State:
-    """Adds tokens to a state and finishes the blocks that end in them.
+    """Adds tokens to a state and compresses the blocks that end in them.
 
     Args:
-      state: as `empty` makes it; `raw` holds the tokens from `compress - stride` before the last multiple of the
-        stride on.
-      new: the k and v of the tokens at `positions_BT`, `[B, T, G, K]`.
-      finish: makes compressed k and v of the pieces of both and the positions that blocks begin at.
+      state: as from `empty`. `raw_k` and `raw_v` start `compress - stride` tokens before the last multiple of `stride`.
+      new: k and v of the tokens at `positions_BT`, `[B, T, G, K]`.
+      finish: `(pieces of k, pieces of v, positions of the blocks' first tokens) -> (compressed k, compressed v)`.
     """
     compress = state["raw_k"].shape[1]
     start_B, stop_B = positions_BT[:, 0], positions_BT[:, -1] + 1
+    # The raw tokens and the new ones, cut into pieces of `stride`, hold all blocks that can end in the new tokens. The
+    # first of them is `first_B`; negative blocks, before the document, are compressed too and not written by `_put`.
     made = -(-(stride - 1 + positions_BT.shape[1]) // stride)  # blocks that can end in the new tokens
     before = compress - stride
 
@@ -183,15 +198,16 @@ def extend(
 
 
 def _put(old_BS, new_BM, first_B, ended_B):
-    """New block m into slot first + m, where that is no less than 0 and less than `ended`."""
+    """Writes new block m into slot first + m, if 0 <= first + m < `ended_B`."""
+    # The write covers `width` slots, clipped to the cache. Slots without a new block keep their old block.
     width = min(new_BM.shape[1], old_BS.shape[1])
     at_B = jnp.clip(first_B, 0, old_BS.shape[1] - width)
     slot_BW = at_B[:, None] + jnp.arange(width)
     source_BW = slot_BW - first_B[:, None]
     new_BW = jax.vmap(lambda new, index: new.at[index].get(mode="clip"))(new_BM, source_BW)
     filled_BW = (slot_BW < ended_B[:, None]) & (source_BW < new_BM.shape[1]) & (source_BW >= 0)
-    kept_BW = jnp.where(filled_BW[..., None, None], new_BW.astype(old_BS.dtype), _slice(old_BS, at_B, width))
-    return kv_cache.write(old_BS, kept_BW, at_B)
+    slots_BW = jnp.where(filled_BW[..., None, None], new_BW.astype(old_BS.dtype), _slice(old_BS, at_B, width))
+    return kv_cache.write(old_BS, slots_BW, at_B)
 
 
 def _slice(x_BS, at_B, length):

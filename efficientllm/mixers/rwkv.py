@@ -1,6 +1,6 @@
-"""RWKV-7's time mix (Peng et al. 2025, arXiv:2503.14456, Section 4): a memory of fixed size, edited by a delta rule.
+"""RWKV-7 time mix: linear recurrence with a generalized delta rule (Peng et al. 2025, arXiv:2503.14456, Section 4).
 
-Conventions are those of the authors' code (github.com/BlinkDL/RWKV-LM, RWKV-v7). Letters: H heads, N width of one.
+Conventions are those of the authors' code (github.com/BlinkDL/RWKV-LM, RWKV-v7). Letters: n width of a head.
 """
 
 import flax.linen as nn
@@ -16,32 +16,32 @@ from efficientllm.registry import register
 from efficientllm.sharding import constrain
 from efficientllm.weights import activation_dtype
 
-NORM_EPS = 64e-5  # whatever the width of a head
-SLOWEST, DECAY = -6.0, -0.606531  # bias of the decay's first channel; log of the fastest decay, -exp(-1/2) as released
-# Power of i / D in the initial share of the token before, for half the depth: there the code's depth factors are 1/2.
+NORM_EPS = 64e-5  # the same for every width of a head
+SLOWEST, DECAY = -6.0, -0.606531  # bias of the first channel's decay; log of the fastest decay, -exp(-1/2), as released
+# Exponents of i / D in the initial share of the previous token, with the depth factors of the middle layer, 1/2.
 SHARES = {"r": 0.1, "w": 0.45, "k": 0.35, "v": 0.35, "a": 0.45, "g": 0.1}
 
 
 @register("mixer", "rwkv")
 class RWKV(Mixer, kw_only=True):
-    """Every head holds a matrix that each token decays by channel, edits under one key and reads.
+    """RWKV-7 time mix: every head has a matrix memory that a token decays by channel, edits under one key and reads.
 
-    State is that matrix a head and the last token's input: as large after a million tokens as after one.
+    The state is that matrix for each head and the last token's input, whatever the length.
 
-    Values of later layers are drawn to the first layer's (`v_first`). Layers are stacked, so the first has the
-    parameters of that too, `2 D v_rank + D` of them that nothing reads.
+    Values of later layers are interpolated to the first layer's (`v_first`). Layers are stacked, so the first layer has
+    these `2 D v_rank + D` parameters too, and nothing reads them.
 
-    Initialisers are the authors', and where theirs depend on the depth, those of half the depth.
+    Initializers are the authors'. Those that depend on the depth are those of the middle layer.
 
     Args:
-      dim: the model's width, which the state needs to know.
-      head_dim: N; the released models have 64.
-      decay_rank, a_rank, v_rank, gate_rank: ranks of the maps that make decays, learning rates, shares of `v_first` and
-        gates. None are the released models' for the width: 1.8 D^1/2 (twice), 1.3 D^1/2 and 0.6 D^4/5, rounded to
-        multiples of 32; the 0.4B model has 128 in place of the last's 160.
+      dim: the model's width, the width of the state.
+      head_dim: n; the released models have 64.
+      decay_rank, a_rank, v_rank, gate_rank: ranks of the low-rank maps of decays, learning rates, shares of `v_first`
+        and gates. None is the rank of the released models: 1.8 D^1/2 (twice), 1.3 D^1/2 and 0.6 D^4/5, rounded to
+        multiples of 32. The 0.4B model has a `gate_rank` of 128 where this rule gives 160.
       rwkv_kernel: `auto` or a registered `rwkv_kernel`.
 
-    Raises UserError where heads do not divide the width.
+    Raises UserError where `head_dim` does not divide the width.
     """
 
     dim: int
@@ -66,7 +66,7 @@ class RWKV(Mixer, kw_only=True):
         v_BTD, memo = self._value(mixed["v"], ctx.memo)
         tokens = self._tokens(r_BTHn, k_BTD, self._heads(v_BTD), mixed)
         y_BTHn, memory = recur(tokens, ctx.positions_BT == 0, state and state["memory"], self.rwkv_kernel)
-        y_BTHn = _HeadNorm(name="norm")(y_BTHn) + self._own(tokens)
+        y_BTHn = _HeadNorm(name="norm")(y_BTHn) + self._bonus(tokens)
         gate_BTD = self._low_rank("gate", self.gate_rank, 0.6 * D**0.8, activation="sigmoid")(mixed["g"])
         y_BTD = (y_BTHn.reshape(B, T, D) * gate_BTD).astype(x_BTD.dtype)
         out = Linear(D, ("heads", "embed"), self.precision, kernel_init=nn.initializers.zeros, name="o")
@@ -89,7 +89,7 @@ class RWKV(Mixer, kw_only=True):
         return _LowRank(rank, self.precision, activation, bias_init, name=name)
 
     def _value(self, x_BTD, memo):
-        """Values, drawn to the first layer's, and what later layers need to know of those."""
+        """Returns values, interpolated to the first layer's, and the memo of the first layer's for later layers."""
         v_BTD = self._project("v", x_BTD, nn.initializers.orthogonal())
         first_BTD = jnp.where(memo["v_first_is_set"], memo["v_first"].astype(v_BTD.dtype), v_BTD)
         share = self._low_rank("v_share", self.v_rank, 1.3 * v_BTD.shape[-1] ** 0.5, bias_init=_linear(0.73, -0.4))
@@ -97,7 +97,7 @@ class RWKV(Mixer, kw_only=True):
         return v_BTD, {"v_first": first_BTD.astype(memo["v_first"].dtype), "v_first_is_set": jnp.ones((), bool)}
 
     def _tokens(self, r_BTHn, k_BTD, v_BTHn, mixed):
-        """Decays, keys and learning rates."""
+        """Computes the inputs of the recurrence: decays, keys, learning rates."""
         D, n = k_BTD.shape[-1], self.head_dim
         rank = 1.8 * D**0.5
         decay = self._low_rank("decay", self.decay_rank, rank, "tanh", _decay_init(n))
@@ -105,7 +105,7 @@ class RWKV(Mixer, kw_only=True):
         a_BTHn = self._heads(jax.nn.sigmoid(rate(mixed["a"])))
         k_BTHn = self._heads(k_BTD)
         kappa_BTHn = k_BTHn * self._per_channel("k_k", _linear(0.71, -0.1), D)
-        # Of length one; the gradient of zero is zero.
+        # Normalized to length one; a zero vector has a zero gradient.
         kappa_BTHn *= jax.lax.rsqrt(jnp.maximum(jnp.sum(kappa_BTHn**2, -1, keepdims=True), 1e-24))
         return Tokens(
             r=r_BTHn,
@@ -116,8 +116,8 @@ class RWKV(Mixer, kw_only=True):
             beta=kappa_BTHn * a_BTHn,
         )
 
-    def _own(self, tokens):
-        """What a token reads of itself, past the memory and the norm."""
+    def _bonus(self, tokens):
+        """Computes what a token reads of its own key and value, added after the norm of the memory's output."""
         H, n = tokens.r.shape[2:]
         r_k_Hn = self._per_channel("r_k", nn.initializers.constant(-0.04), H * n)
         return jnp.sum(tokens.r * tokens.k * r_k_Hn, -1, keepdims=True) * tokens.v
@@ -126,12 +126,12 @@ class RWKV(Mixer, kw_only=True):
         return self.param(name, nn.with_logical_partitioning(init, ("heads",)), (D,)).reshape(-1, self.head_dim)
 
     def init_memo(self, batch: int, length: int, dim: int) -> dict[str, jax.Array]:
-        """No values of a first layer yet: `v_first` `[B, T, D]`."""
+        """Returns the memo of the first layer: zeros `v_first` `[B, T, D]`, and a flag that it is not set."""
         v_first = jnp.zeros((batch, length, dim), activation_dtype(self.precision))
         return {"v_first": v_first, "v_first_is_set": jnp.zeros((), bool)}
 
     def init_state(self, batch: int, length: int) -> State:
-        """No token `[B, D]` in the activation dtype and an empty float32 memory `[B, H, N, N]`, whatever the length."""
+        """Returns zeros: `shift` `[B, D]` in the activation dtype, `memory` `[B, H, n, n]` in float32."""
         n = self.head_dim
         return {
             "shift": jnp.zeros((batch, self.dim), activation_dtype(self.precision)),
@@ -139,14 +139,15 @@ class RWKV(Mixer, kw_only=True):
         }
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of state a row holds: D b + 4 D N, however long it is."""
+        """Counts the bytes of state of a row, the same for every length: D b + 4 D n, b bytes a number."""
         return self.dim * activation_dtype(self.precision).itemsize + 4 * self.dim * self.head_dim
 
     def mix_flops(self, length: int, executed: bool = False) -> float:
-        """Forward FLOPs beyond the kernels' for a row of `length` tokens: 8 N^2 a head and token.
+        """Counts the forward FLOPs of the recurrence for a row of `length` tokens: 8 n^2 for a head and token.
 
-        2 N^2 each for what the memory holds under a key, its removal, the new pair and the read; the decay is
-        elementwise and 0. With `executed` the products of the kernel in use (`rwkv_kernels.executed_flops`).
+        Reading the memory under a key, removing that value, adding the new pair and reading the output take 2 n^2 each.
+        The elementwise decay counts 0. With `executed` the count is that of the kernel in use
+        (`ops.rwkv_recurrence.executed_flops`).
         """
         n = self.head_dim
         return self.dim // n * (executed_flops(self.rwkv_kernel, length, n, n) if executed else 8 * length * n * n)
@@ -158,7 +159,7 @@ def _check_heads(dim, head_dim):
 
 
 class _LowRank(nn.Module):
-    """`up(activation(down(x))) + bias` in float32, as wide as x; without `bias_init` there is no bias."""
+    """Low-rank map `up(activation(down(x))) + bias` in float32, `[B, T, D]`; no bias without `bias_init`."""
 
     rank: int
     precision: str
@@ -181,7 +182,7 @@ class _LowRank(nn.Module):
 
 
 class _HeadNorm(nn.Module):
-    """Each head's own layer norm, in float32."""
+    """Layer norm over each head (a group norm), in float32."""
 
     @nn.compact
     def __call__(self, x_BTHn):
@@ -195,7 +196,7 @@ class _HeadNorm(nn.Module):
 
 
 def _linear(start, slope, zigzag=0.0, head_dim=1):
-    """Initialiser: `start`, a line of `slope` through zero over the channels and a signed square over each head's."""
+    """Returns an initializer: `start` + a line of `slope` over the channels + a signed square over each head."""
 
     def init(_, shape, dtype=jnp.float32):
         line = jnp.linspace(-0.5, 0.5, shape[0], dtype=dtype)

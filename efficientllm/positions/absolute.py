@@ -1,4 +1,4 @@
-"""Positions added to the embeddings: fixed waves, or a learned table."""
+"""Absolute positions added to the embeddings: sinusoidal and learned."""
 
 import flax.linen as nn
 import jax
@@ -10,10 +10,10 @@ from efficientllm.registry import register
 
 @register("position", "sinusoidal")
 class Sinusoidal(Position):
-    """Waves of growing length (Vaswani et al. 2017, arXiv:1706.03762, Section 3.5).
+    """Sinusoidal positions (Vaswani et al. 2017, arXiv:1706.03762, Section 3.5).
 
-    Feature 2i of position p is sin(p / base^(2i/D)), feature 2i + 1 its cosine. Embeddings are multiplied by sqrt(D)
-    first, as in Section 3.4: unscaled they would drown in waves of size one.
+    Feature 2i of position p is sin(p / wave_base^(2i/D)), feature 2i + 1 is its cosine. Embeddings are multiplied by
+    sqrt(D) first, as in Section 3.4: unscaled they would be small beside waves of amplitude one.
     """
 
     wave_base: float = 10_000.0
@@ -30,7 +30,7 @@ class Sinusoidal(Position):
 
 @register("position", "learned", example="learned(max_length=256)")
 class Learned(Position):
-    """A table of `max_length` rows, trained with the rest (Gehring et al. 2017, arXiv:1705.03122; GPT-2)."""
+    """Learned positions: a table of `max_length` embeddings (Gehring et al. 2017, arXiv:1705.03122; GPT-2)."""
 
     max_length: int
 
@@ -40,5 +40,6 @@ class Learned(Position):
     @nn.compact
     def embed(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        # P: max_length positions
         table_PD = self.param("table", init, (self.max_length, x_BTD.shape[-1]))
         return x_BTD + table_PD[positions_BT].astype(x_BTD.dtype)

@@ -1,4 +1,4 @@
-"""What a position is to a model: something added to the embeddings, a rotation of heads, or a bias of the scores."""
+"""Protocol of a positional encoding: an addition to embeddings, a rotation of heads, or a bias of the scores."""
 
 import typing
 
@@ -12,30 +12,29 @@ Bias = typing.Callable[[Mask, tuple[int, int], tuple[int, int]], jax.Array]
 
 
 class Position(nn.Module):
-    """Does nothing anywhere; a position overrides the one method that it acts through.
+    """Base class of positional encodings; a subclass overrides the one method that it acts through.
 
-    `acts_on` names it: `embedding`, `heads` (queries and keys), `scores`, or None. A mixer lists what it admits as
-    `admits`; a mixer without the list has no use for positions.
+    `acts_on` names where: `embedding` (`embed`), `heads` (`rotate`, of queries and keys), `scores` (`bias`); or None.
+    `Mixer.admits` lists what a mixer supports; an empty list is a mixer without positions.
     """
 
     acts_on: typing.ClassVar[str | None] = None
-    by_length = False  # whether a row's rotation depends on how many tokens it has; `rotate` then takes them too
-    max_positions = None  # tokens that a row may have; None is no limit
-    switches_at = None  # a length beyond which keys are rotated anew, those of a state too
+    by_length = False  # whether the rotation depends on the length of a row; `rotate` then takes `reach_B` too
+    max_positions = None  # the longest row; None is no limit
+    switches_at = None  # the length beyond which all keys are rotated again, those of a KV cache too
 
     def embed(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """The embeddings with their positions."""
+        """Adds positions to the embeddings."""
         return x_BTD
 
     def rotate(self, x_BTHK: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Queries or keys with their positions."""
+        """Rotates queries or keys by their positions."""
         return x_BTHK
 
     def bias(self, num_heads: int) -> Bias | None:
-        """None, or what the scores get: a function of `(mask, queries, keys)`, as `Mask.distance`, to float32
-        `[B or 1, H, T, S]`."""
+        """Returns the bias of the attention scores (`Bias`); None without."""
         return None
 
     def score_scale(self) -> float:
-        """What the attention scale is multiplied by."""
+        """Returns the factor on the attention scale."""
         return 1.0

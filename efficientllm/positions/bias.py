@@ -1,4 +1,7 @@
-"""Positions as a bias of the scores: ALiBi's slopes, T5's buckets, and a clipped table."""
+"""Relative positions as a bias of the attention scores: ALiBi, T5 buckets, clipped distances.
+
+Letters: c classes of distances, L diagonals of the scores, T + S - 1 of them.
+"""
 
 import math
 
@@ -13,7 +16,7 @@ from efficientllm.registry import register
 
 @register("position", "alibi")
 class ALiBi(Position):
-    """-slope x distance, a slope a head and none of them learned (Press et al. 2021, arXiv:2108.12409, Section 3)."""
+    """Attention with linear biases: -slope x distance, a fixed slope a head (Press et al. 2021, arXiv:2108.12409)."""
 
     acts_on = "scores"
 
@@ -27,14 +30,20 @@ class ALiBi(Position):
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """2^(-8i/H) for head i = 1..H; where H is no power of two, every second slope of the next power follows."""
+    """Computes 2^(-8i/H) for head i = 1..H.
+
+    Where H is no power of two, the slopes of the power below come first, then every second slope of the power above.
+    """
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
     return slopes + [2.0 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
 
 
 class Table(Position):
-    """A learned bias for each head and class of distances; a subclass has `classes` of them, and `class_of`."""
+    """Base class of learned biases, one for each head and class of distances.
+
+    A subclass defines `classes`, their number, and `class_of`, the class of a distance.
+    """
 
     acts_on = "scores"
 
@@ -46,6 +55,8 @@ class Table(Position):
         def of(mask, queries, keys):
             if not mask.aligned:
                 return jnp.moveaxis(table_Hc[:, self.class_of(mask.distance(queries, keys))], 0, 1)
+            # Aligned scores are constant along diagonals: one value for each distance, then spread to pairs. A
+            # comparison in place of a table look-up has no scatter in its gradient.
             distance_L = jnp.arange(queries[0] - keys[1] + 1, queries[1] - keys[0])
             is_class_Lc = self.class_of(distance_L)[:, None] == jnp.arange(self.classes)
             value_HL = jnp.sum(jnp.where(is_class_Lc, table_Hc[:, None], 0.0), -1)
@@ -55,37 +66,44 @@ class Table(Position):
 
 
 def _diagonals(value_HL, S):
-    """`[H, T + S - 1]`, a value a diagonal -> `[H, T, S]`.
+    """Spreads one value a diagonal to all pairs, `[H, T + S - 1] -> [H, T, S]`.
 
-    By reshapes alone, row t of the result is the reversed values from T - 1 - t on: the gradient of a look-up of every
-    pair would scatter one pair at a time.
+    Row t of the result is the reversed values from T - 1 - t on. Reshapes compute it: the gradient of a look-up of
+    every pair would scatter one pair at a time.
     """
     H, L = value_HL.shape
     T = L + 1 - S
     rows_HTL = jnp.broadcast_to(value_HL[:, None, ::-1], (H, T, L))
+    # Rows of L + 1, read as rows of L, shift by one more place in each row.
     skewed = jnp.pad(rows_HTL, ((0, 0), (0, 0), (0, 1))).reshape(H, T * (L + 1))[:, : T * L].reshape(H, T, L)
     return skewed[:, :, T - 1 :]
 
 
 @register("position", "relative")
 class Relative(Table):
-    """A scalar for each distance 0..max_distance, clipped there (Shaw et al. 2018, arXiv:1803.02155, Eq. 4, as the
-    bias of the scores that T5 and Swin make of it)."""
+    """Relative bias: a scalar for each distance 0..max_distance, clipped (Shaw et al. 2018, arXiv:1803.02155, Eq. 4).
+
+    As in T5 and Swin the scalar is a bias of the scores, not a vector added to keys.
+    """
 
     max_distance: int = 64
 
     @property
     def classes(self) -> int:
+        """c, the number of classes."""
         return self.max_distance + 1
 
     def class_of(self, distance: jax.Array) -> jax.Array:
+        """Maps distances to classes 0..c - 1."""
         return jnp.clip(distance, 0, self.max_distance)
 
 
 @register("position", "t5")
 class T5(Table):
-    """Buckets that widen with distance (Raffel et al. 2019, arXiv:1910.10683, Section 2.1), causal: half of the
-    `num_buckets` hold a distance each, the rest grow up to `max_distance`."""
+    """T5 relative bias, causal: buckets that widen with distance (Raffel et al. 2019, arXiv:1910.10683, Section 2.1).
+
+    Half of the `num_buckets` hold one distance each. The other half grow logarithmically up to `max_distance`.
+    """
 
     num_buckets: int = 32
     max_distance: int = 128
@@ -100,9 +118,11 @@ class T5(Table):
 
     @property
     def classes(self) -> int:
+        """c, the number of classes."""
         return self.num_buckets
 
     def class_of(self, distance: jax.Array) -> jax.Array:
+        """Maps distances to classes 0..c - 1."""
         distance = jnp.maximum(distance, 0)
         exact = self.num_buckets // 2
         far = jnp.log(jnp.maximum(distance, exact).astype(jnp.float32) / exact) / math.log(self.max_distance / exact)

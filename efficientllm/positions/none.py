@@ -1,4 +1,4 @@
-"""No positions: causal attention alone tells the order (Kazemnejad et al. 2023, arXiv:2305.19466)."""
+"""No positional encoding (NoPE): the causal mask alone carries the order (Kazemnejad et al. 2023, arXiv:2305.19466)."""
 
 from efficientllm.positions.base import Position
 from efficientllm.registry import register
@@ -6,4 +6,4 @@ from efficientllm.registry import register
 
 @register("position", "none")
 class NoPosition(Position):
-    """Tokens carry no position."""
+    """No positional encoding."""

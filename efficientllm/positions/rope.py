@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864, Eq. 34)."""
+"""Rotary position embedding (RoPE; Su et al. 2021, arXiv:2104.09864, Eq. 34)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,14 @@ from efficientllm.registry import build, register
 
 @register("position", "rope")
 class RoPE(Position):
-    """Turns pair i of a head by position x base^(-2i/K); `base` is the model's.
+    """Rotary positions: pair i of a head rotates by position x base^(-2i/K).
 
     Args:
-      fraction: the leading share of each head that is turned; the rest passes (GPT-NeoX).
-      interleaved: pairs are neighbours (2i, 2i + 1), as in the paper and DeepSeek; otherwise (i, i + K/2), as in
+      base: the base of frequencies, the model's.
+      fraction: the leading share of each head that is rotated; the rest is unchanged (GPT-NeoX).
+      interleaved: whether pairs are (2i, 2i + 1), as in the paper and DeepSeek; otherwise they are (i, i + K/2), as in
         Llama, Qwen and GPT-NeoX.
-      scaling: how frequencies are stretched for longer contexts, a `rope_scaling` spec.
+      scaling: the scaling of frequencies for longer contexts, a `rope_scaling` spec.
     """
 
     base: float
@@ -35,11 +36,12 @@ class RoPE(Position):
         return self._scaling().switches_at
 
     def rotate(self, x_BTHK: jax.Array, positions_BT: jax.Array, reach_B: jax.Array | None = None) -> jax.Array:
-        """`[B, T, H, K]` -> the same, turned. Angles are float32: bfloat16 rounds position 257 to 256.
+        """Rotates queries or keys `[B, T, H, K]`. Angles are float32: bfloat16 rounds position 257 to 256.
 
-        `reach_B` is how many tokens each row has, those of its prompt that are still to come included; None: as many as
-        its positions say. No row's rotation depends on another's length.
+        `reach_B` is the length of each row, including the tokens of its prompt that are not read yet; None: the length
+        by its positions. The rotation of a row does not depend on the length of another.
         """
+        # K: the rotated features of a head
         K = int(x_BTHK.shape[-1] * self.fraction)
         if K % 2:
             raise UserError(f"rope turns pairs: {K} of a head's {x_BTHK.shape[-1]} features are not even")
@@ -48,12 +50,12 @@ class RoPE(Position):
         cos, sin = jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
         head = x_BTHK[..., :K].astype(jnp.float32)
         first, second = (head[..., ::2], head[..., 1::2]) if self.interleaved else jnp.split(head, 2, axis=-1)
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        turned = jnp.stack(turned, -1).reshape(head.shape) if self.interleaved else jnp.concatenate(turned, -1)
-        return jnp.concatenate([turned.astype(x_BTHK.dtype), x_BTHK[..., K:]], -1)
+        rotated = (first * cos - second * sin, second * cos + first * sin)
+        rotated = jnp.stack(rotated, -1).reshape(head.shape) if self.interleaved else jnp.concatenate(rotated, -1)
+        return jnp.concatenate([rotated.astype(x_BTHK.dtype), x_BTHK[..., K:]], -1)
 
     def _frequencies(self, K, positions_BT, reach_B):
-        """`[K / 2]`, or where a row's length says them `[B, 1, 1, K / 2]`, and the factor on both waves."""
+        """Returns frequencies `[K / 2]`, `[B, 1, 1, K / 2]` where they depend on a row's length, and the amplitude."""
         scaling = self._scaling()
         if not scaling.by_length:
             return scaling.frequencies(self.base, K, positions_BT)

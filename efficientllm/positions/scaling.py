@@ -1,4 +1,4 @@
-"""How rotary frequencies are stretched so that a model reads further than it was trained: `rope(scaling="...")`.
+"""RoPE scaling: rotary frequencies for contexts longer than in training, `rope(scaling="...")`.
 
 The formulas, and the names of the fields but `original_length`, are those of transformers' `rope_parameters`
 (`original_max_position_embeddings` there).
@@ -16,35 +16,35 @@ from efficientllm.registry import register
 
 
 def plain(base: float, K: int) -> jax.Array:
-    """The K/2 frequencies of Eq. 15."""
+    """Computes the K/2 unscaled frequencies (RoPE, arXiv:2104.09864, Eq. 15)."""
     return base ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
 
 
 @register("rope_scaling", "none")
 @dataclasses.dataclass(frozen=True)
 class Unscaled:
-    """Frequencies as the base gives them.
+    """No scaling: the frequencies of the base; the base class of RoPE scalings.
 
-    `by_length` is true where they depend on how many tokens a row has; `switches_at` is a length beyond which keys of a
-    state too are to be rotated as longer rows are.
+    `by_length` is true where frequencies depend on the length of a row. `switches_at` is the length beyond which all
+    keys are rotated again, those of a KV cache too.
     """
 
     by_length: typing.ClassVar[bool] = False
     switches_at: typing.ClassVar[int] = None
 
     def frequencies(self, base: float, K: int, positions_BT: jax.Array) -> tuple[jax.Array, float]:
-        """`(radians a position of each of the K/2 pairs, the factor on both waves)` of one row of positions."""
+        """Returns `(radians a position of each of the K/2 pairs, amplitude of cosine and sine)` for one row."""
         return plain(base, K), 1.0
 
     def score_scale(self) -> float:
-        """What the attention scale is multiplied by, where a model (DeepSeek) asks for it."""
+        """Returns the factor on the attention scale, which DeepSeek's models apply."""
         return 1.0
 
 
 @register("rope_scaling", "linear", example="linear(factor=4.0)")
 @dataclasses.dataclass(frozen=True)
 class Linear(Unscaled):
-    """All positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
+    """Position interpolation: positions are divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
 
     factor: float
 
@@ -55,10 +55,10 @@ class Linear(Unscaled):
 @register("rope_scaling", "dynamic", example="dynamic(factor=4.0, original_length=16)")
 @dataclasses.dataclass(frozen=True)
 class Dynamic(Unscaled):
-    """A base that grows with a row's longest position, past the original length (dynamic NTK).
+    """Dynamic NTK scaling: the base grows with a row's longest position beyond the original length.
 
-    Keys of a cache keep the rotation that they were stored with: it is transformers' behaviour, and not causal beyond
-    the original length.
+    Keys of a KV cache keep the rotation that they were stored with, as in transformers. Beyond the original length
+    this is not causal.
     """
 
     factor: float
@@ -77,7 +77,7 @@ class Dynamic(Unscaled):
 @register("rope_scaling", "llama3", example="llama3(factor=8.0, original_length=16)")
 @dataclasses.dataclass(frozen=True)
 class Llama3(Unscaled):
-    """Long waves divided by `factor`, short ones kept, those between blended (Llama 3.1)."""
+    """Llama 3.1 scaling: low frequencies are divided by `factor`, high ones kept, those between interpolated."""
 
     factor: float
     original_length: int
@@ -94,9 +94,9 @@ class Llama3(Unscaled):
     def frequencies(self, base: float, K: int, positions_BT: jax.Array) -> tuple[jax.Array, float]:
         frequency = plain(base, K)
         turns = self.original_length * frequency / (2 * math.pi)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = jnp.clip(kept, 0.0, 1.0)
-        return (1 - kept) * frequency / self.factor + kept * frequency, 1.0
+        unscaled = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        unscaled = jnp.clip(unscaled, 0.0, 1.0)
+        return (1 - unscaled) * frequency / self.factor + unscaled * frequency, 1.0
 
 
 @register(
@@ -106,11 +106,13 @@ class Llama3(Unscaled):
 )
 @dataclasses.dataclass(frozen=True)
 class LongRope(Unscaled):
-    """A divisor for each pair's frequency, one set up to the original length and one for rows that go beyond
-    (Ding et al. 2024, arXiv:2402.13753; Phi-3). `amplitude` is the factor on both waves.
+    """LongRoPE scaling: a divisor for each frequency (Ding et al. 2024, arXiv:2402.13753; Phi-3).
 
-    A text that grows beyond is read again with the second set, as transformers' Phi-3 reads it; with `keeps_keys` the
-    keys of a cache stay as they are, as in its other classes.
+    Rows up to the original length have the divisors `short_factor`, longer rows `long_factor`. `amplitude` is the
+    factor on cosine and sine.
+
+    A text that grows beyond the original length is read again with `long_factor`, as in transformers' Phi-3. With
+    `keeps_keys` the keys of a KV cache stay as they are, as in transformers' other classes.
     """
 
     short_factor: tuple
@@ -141,11 +143,13 @@ class LongRope(Unscaled):
 @register("rope_scaling", "yarn", example="yarn(factor=4.0, original_length=16, mscale_all_dim=1.0)")
 @dataclasses.dataclass(frozen=True)
 class Yarn(Unscaled):
-    """Pairs that turn less than `beta_slow` times over the original length are divided by `factor`, those that turn
-    more than `beta_fast` times are kept, and both waves grow with the factor (Peng et al. 2023, arXiv:2309.00071).
+    """YaRN scaling: low frequencies are divided by `factor`, high ones kept (Peng et al. 2023, arXiv:2309.00071).
 
-    `mscale` and `mscale_all_dim`, both given, replace that growth by their ratio, and `mscale_all_dim` makes the
-    attention scale of a latent attention grow (DeepSeek-V2, V3). 0 is not given.
+    Low is a pair that turns less than `beta_slow` times over the original length, high one that turns more than
+    `beta_fast` times. The amplitude of cosine and sine grows with `factor`.
+
+    `mscale` and `mscale_all_dim` are unset at 0. Where both are set, their ratio replaces that growth. `mscale_all_dim`
+    also multiplies the attention scale of latent attention (DeepSeek-V2, V3).
     """
 
     factor: float
