@@ -17,7 +17,7 @@ def modules():
 
 
 def imports():
-    """`{module: {modules that it imports, anywhere in its file}}`."""
+    """`{module: {modules that it imports, anywhere in its file but for type checkers alone}}`."""
     module_names = modules()
     return {
         name: set(_imported(ast.parse(path.read_text()), module_names)) - {name} for name, path in module_names.items()
@@ -25,12 +25,20 @@ def imports():
 
 
 def _imported(tree, module_names):
-    for node in ast.walk(tree):
+    for node in _run(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in module_names)
         elif isinstance(node, ast.ImportFrom) and node.module in module_names:
             full = (f"{node.module}.{alias.name}" for alias in node.names)
             yield from (name if name in module_names else node.module for name in full)
+
+
+def _run(node):
+    """The nodes of a tree without the bodies of `if typing.TYPE_CHECKING`."""
+    yield node
+    is_for_checkers = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    for child in node.orelse if is_for_checkers else ast.iter_child_nodes(node):
+        yield from _run(child)
 
 
 def room(module):

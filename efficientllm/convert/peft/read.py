@@ -1,5 +1,7 @@
 """Reads PEFT adapter folders, one tensor at a time, and wraps kernels in their adapters."""
 
+from __future__ import annotations
+
 import math
 import pathlib
 import typing
@@ -15,11 +17,13 @@ from efficientllm.convert.files.safetensors_file import read_header
 from efficientllm.convert.peft import adapter_kinds as kinds
 from efficientllm.convert.peft import unsupported
 from efficientllm.convert.peft.adapter_config import read_config
-from efficientllm.convert.source import Source
 from efficientllm.convert.tensors import parameter_map
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.model import LM
 from efficientllm.typing import Params, PathLike
+
+if typing.TYPE_CHECKING:
+    from efficientllm.convert.source import Source
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -4,14 +4,18 @@ Experts are one array per layer in transformers 5; PEFT (0.19 and later) fuses t
 loads them: gate and up become one of twice the rank and twice the alpha, without magnitudes and without dropout.
 """
 
+from __future__ import annotations
+
 import re
 import typing
 from collections.abc import Iterable, Mapping
 
-from efficientllm.convert.source import Source
 from efficientllm.convert.tensors.parameter_map import DiskTensor
 from efficientllm.errors import UserError
 from efficientllm.registry import build
+
+if typing.TYPE_CHECKING:
+    from efficientllm.convert.source import Source
 
 _STATE_SPACE = {
     "mixer.out_proj": "PEFT cannot adapt it",

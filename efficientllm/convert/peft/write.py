@@ -6,6 +6,8 @@ is exact for every method that adds `scale A B`, and for DoRA, whose norms are p
 alpha_pattern hold the rank and alpha of such a tensor.
 """
 
+from __future__ import annotations
+
 import collections
 import json
 import pathlib
@@ -17,13 +19,15 @@ import numpy as np
 from efficientllm.convert.peft import full_delta, unsupported
 from efficientllm.convert.peft.adapter_config import CONFIG, scale_divisor
 from efficientllm.convert.peft.read import NAMES, PREFIX, TENSORS, WEIGHT
-from efficientllm.convert.source import Source
 from efficientllm.convert.tensors import parameter_map
 from efficientllm.model import LM
 from efficientllm.registry import build, parse_spec
 from efficientllm.runtime import distributed
 from efficientllm.runtime.atomic_write import replacing, write_atomically
 from efficientllm.typing import Params, PathLike
+
+if typing.TYPE_CHECKING:
+    from efficientllm.convert.source import Source
 
 
 class _TunedRun(typing.NamedTuple):
