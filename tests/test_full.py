@@ -54,6 +54,7 @@ def start(repository, *arguments):
     return subprocess.Popen(command, cwd=repository, env=environment, **pipes)
 
 
+@pytest.mark.slow  # it starts one Python after another
 def test_it_goes_on_after_an_interruption_and_writes_the_table(repository):
     stopped = start(repository)
     end = time.monotonic() + 120

@@ -6,7 +6,8 @@ import pytest
 
 from golden import cases, process
 
-pytestmark = [pytest.mark.quick, pytest.mark.xdist_group("golden")]
+pytestmark = pytest.mark.xdist_group("golden")
+QUICK = ("gqa", "moe", "lora", "int4")  # cases of the quick tier
 TOLERANCE = 1e-4  # relative, of losses of three steps in float32, where no bits are stored for this CPU and jax
 MOST_SHOWN = 20
 
@@ -56,7 +57,9 @@ def check(name, lines):
     )
 
 
-@pytest.mark.parametrize("name", cases.NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.quick] if name in QUICK else []) for name in cases.NAMES]
+)
 def test_a_case_gives_what_it_gave(name, observed):
     stored, case = process.stored(name), observed[name]
     assert "failed" not in case, case["failed"]
@@ -70,6 +73,7 @@ def test_a_case_gives_what_it_gave(name, observed):
             check(f"{name} ({version})", differences(losses(numbers), losses(case["numbers"]), is_near))
 
 
+@pytest.mark.quick
 def test_a_difference_is_named_by_its_path():
     stored = {"loss": {"step 1": "0x1.8p+1", "step 2": "0x1.0p+1"}, "tree": {"a": [2, 3]}}
     now = {"loss": {"step 1": "0x1.8p+1", "step 2": "0x1.1p+1"}, "tree": {"a": [2, 3], "b": [1]}}
