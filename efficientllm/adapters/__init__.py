@@ -1,8 +1,8 @@
-"""Parameter-efficient tuning: which leaves are put around a model's kernels, and which parameters learn.
+"""Parameter-efficient fine-tuning: adapters around a model's kernels, and the choice of trainable parameters.
 
-A method is a dataclass registered as ("adapter", name): `wrap` makes the leaf (a `weights.Weight`) that takes a
-kernel's place, `trains` says which parameters learn, `rates` what their learning rates are multiplied with. Models
-never hear of it.
+A method is a dataclass registered as ("adapter", name). `wrap` makes the leaf (a `weights.Weight`) that replaces a
+kernel, `trains` says which parameters are trainable, `rates` multiplies their learning rates. Models know nothing of
+methods. An adapter's A is `[..., in, R]` and its B `[..., R, out]`; kernels are `[..., in, out]`.
 """
 
 KINDS = {"adapter": "*"}

@@ -1,28 +1,34 @@
-"""What every tuning method is, and the tree maps that apply one to a model."""
+"""Base class of tuning methods, and the tree maps that attach, split and merge adapters."""
 
 import re
 import typing
 import zlib
+from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from efficientllm.errors import UserError
 from efficientllm.quant.apply import KEEP_TABLES, quantize
+from efficientllm.typing import Params, PyTree
 from efficientllm.untrusted import patterns
 from efficientllm.weights import Weight, is_box, path_of
+
+if typing.TYPE_CHECKING:
+    from efficientllm.model import LM
 
 KERNEL = re.compile(r"block_\d+/(?!.*\brouter/).*\bkernel$")  # of mixers and ffns; never routers, never the head
 
 
 class PeftFormat(typing.NamedTuple):
-    """How PEFT saves the adapters of a method.
+    """PEFT's file format for the adapters of a method.
 
     Args:
-      kind: `peft_type` of adapter_config.json, which says the tensors' names and shapes.
-      options: keys and values of adapter_config.json that tell the method from others of its kind.
-      experts, parts: whether PEFT's method is the same function for an expert's kernel, and for one of several kernels
-        that share a tensor.
-      fallback: the method whose format holds the adapters where it is not; None where nothing does.
+      kind: `peft_type` of adapter_config.json, which determines the tensors' names and shapes.
+      options: keys and values of adapter_config.json that distinguish the method from others of its kind.
+      experts: whether PEFT's method computes the same function for an expert's kernel.
+      parts: whether PEFT's method computes the same function for one of several kernels that share a tensor.
+      fallback: the method whose format holds the adapters that this format cannot; None where no format does.
     """
 
     kind: str
@@ -33,58 +39,68 @@ class PeftFormat(typing.NamedTuple):
 
 
 class Method:
-    """A tuning method; subclasses are frozen dataclasses, and those with `learnt` have a field `target`, a regex."""
+    """Tuning method; subclasses are frozen dataclasses."""
 
-    # Names of the leaf's arrays that are trained; empty where no leaf is made.
+    # A regex over parameter paths; a field of every method that has `learnt`.
+    target: str
+    # Names of the leaf's trainable arrays; empty where the method makes no leaf.
     learnt: typing.ClassVar[tuple[str, ...]] = ()
     # The class of the leaf that `wrap` makes, by which adapters are found in a model's parameters.
     leaf_type: typing.ClassVar[type[Weight] | None] = None
-    # (regex, factor) pairs of learning rates, which come before `config.train.rates`.
+    # (regex, factor) pairs that multiply learning rates, ahead of `config.train.rates`.
     rates: typing.ClassVar[tuple[tuple[str, float], ...]] = ()
-    # Whether layers must be apart, not stacked.
+    # Whether the method needs layers unrolled, not stacked.
     unrolled: typing.ClassVar[bool] = False
-    # Whether the frozen kernel is not the checkpoint's, but what `frozen` leaves of it.
+    # Whether the frozen kernel differs from the checkpoint's: it is then the result of `frozen`.
     splits_kernel: typing.ClassVar[bool] = False
-    # Whether every parameter of the model is trained.
+    # Whether every parameter of the model is trainable.
     trains_all: typing.ClassVar[bool] = False
-    # How PEFT saves its adapters; None where PEFT has no format for them.
+    # PEFT's format for the adapters; None where PEFT has none.
     peft: typing.ClassVar[PeftFormat | None] = None
 
-    def wrap(self, held, names, key):
-        """The leaf in the place of `held`, a boxed array or a `Weight` of boxed arrays, `[..., in, out]`.
+    def wrap(self, kernel: PyTree, names: Sequence[str | None], key: jax.Array) -> PyTree:
+        """Make the leaf that replaces a kernel, with its new arrays boxed.
 
-        `names` are the kernel's logical axes, `key` is a random key of its own. The new arrays are boxed.
+        Args:
+          kernel: a boxed array or a `Weight` of boxed arrays, `[..., in, out]`.
+          names: the kernel's logical axes.
+          key: a random key for this kernel alone.
         """
         raise NotImplementedError(type(self).__name__)
 
-    def frozen(self, kernel):
-        """The part of a kernel, a numpy matrix, that stays frozen beside the adapter."""
+    def frozen(self, kernel: np.ndarray) -> np.ndarray:
+        """Return the part of a kernel `[in, out]` that stays frozen beside the adapter."""
         return kernel
 
-    def trains(self, path, lm):
-        """Whether the parameter at `path` learns."""
+    def trains(self, path: str, lm: "LM") -> bool:
+        """Whether the parameter at `path` is trainable."""
         return bool(self.learnt) and re.search(rf"/kernel/({'|'.join(self.learnt)})$", path) is not None
 
-    def targets(self, path):
-        """Whether the method puts a leaf around the kernel at `path`."""
+    def targets(self, path: str) -> bool:
+        """Whether the method wraps the kernel at `path`."""
         return bool(self.learnt and KERNEL.search(path) and _pattern(self.target).search(path))
 
-    def step_flops(self, shape, rows):
-        """FLOPs that a leaf around a kernel of `shape` adds to a training step in which it multiplies `rows` rows."""
+    def step_flops(self, shape: Sequence[int], rows: int) -> float:
+        """Count the FLOPs that the leaf around a kernel of `shape` adds to a training step over `rows` rows."""
         raise NotImplementedError(type(self).__name__)
 
-    def check(self, lm):
-        """Raises UserError where the method cannot be applied to `lm`."""
+    def check(self, lm: "LM") -> None:
+        """Raise UserError where the method cannot be applied to `lm`."""
 
 
-def attach(method, boxed, held, key):
-    """The parameters `held` with the method's leaves around the kernels it targets, boxed.
+def attach(method: Method, boxed: Params, params: Params, key: jax.Array) -> Params:
+    """Wrap the kernels that a method targets in adapters.
 
-    `boxed` is the plain model's tree, abstract will do: its boxes name the axes. `held` has a boxed array or a `Weight`
-    of boxed arrays for each of them. Raises UserError for a target that is no regex or finds no kernel.
+    Args:
+      boxed: the plain model's boxed parameters, whose boxes name the logical axes; they may be abstract.
+      params: a boxed array, or a `Weight` of boxed arrays, for each box of `boxed`.
+      key: a random key, which each wrapped kernel folds its path into.
+
+    Returns `params` with the leaves in their places, boxed. Raises UserError for a target that is no regex, and for one
+    that matches no kernel.
     """
     if not method.learnt:
-        return held
+        return params
     paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)]
     if not any(map(method.targets, paths)):
         kernels = ", ".join(filter(KERNEL.search, paths))
@@ -96,17 +112,24 @@ def attach(method, boxed, held, key):
             return leaf
         return method.wrap(leaf, box.names, jax.random.fold_in(key, zlib.crc32(path.encode())))
 
-    return jax.tree_util.tree_map_with_path(wrap_kernel, boxed, held, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(wrap_kernel, boxed, params, is_leaf=is_box)
 
 
-def tuned(method, lm, boxed, held, key, form="float32"):
-    """`(trainable, frozen)` parameters of a tuning of `held`: its kernels in the quantised `form`, and the method's
-    leaves around those that it targets. Arguments as of `attach`."""
-    return split(method, lm, attach(method, boxed, quantize(held, form, KEEP_TABLES), key))
+def tuned(
+    method: Method, lm: "LM", boxed: Params, params: Params, key: jax.Array, form: str = "float32"
+) -> tuple[Params, Params]:
+    """Quantize the kernels to `form`, attach the adapters, and return `(trainable, frozen)` parameters.
+
+    The other arguments are those of `attach`.
+    """
+    return split(method, lm, attach(method, boxed, quantize(params, form, KEEP_TABLES), key))
 
 
-def split(method, lm, params):
-    """`(learnt, frozen)`: the tree twice, with None in the place of what is in the other. Boxed trees will do."""
+def split(method: Method, lm: "LM", params: Params) -> tuple[Params, Params]:
+    """Split parameters into `(trainable, frozen)`: each is the whole tree, with None for the leaves of the other.
+
+    Trees may be boxed.
+    """
 
     def select(trainable):
         return jax.tree_util.tree_map_with_path(
@@ -116,13 +139,13 @@ def split(method, lm, params):
     return select(True), select(False)
 
 
-def join(learnt, frozen):
-    """The tree that `split` divided."""
-    return jax.tree.map(lambda a, b: b if a is None else a, learnt, frozen, is_leaf=lambda leaf: leaf is None)
+def join(trainable: Params, frozen: Params) -> Params:
+    """Join the two trees of `split` into one."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda leaf: leaf is None)
 
 
-def merge(params):
-    """The plain parameters: every leaf as one float32 array."""
+def merge(params: Params) -> Params:
+    """Merge adapters into their kernels: the plain parameters, every `Weight` as one float32 array."""
     return jax.tree.map(
         lambda leaf: leaf.dense() if isinstance(leaf, Weight) else leaf,
         params,

@@ -1,8 +1,8 @@
-"""Weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353, Eq. 5 and Section 4.3)."""
+"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353, Eq. 5 and Section 4.3)."""
 
 import dataclasses
 import math
-import typing
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -12,26 +12,28 @@ import jax.numpy as jnp
 from efficientllm.adapters.base import PeftFormat
 from efficientllm.adapters.lora import STATIC, LoRA, LoRAMethod, dropped
 from efficientllm.registry import register
+from efficientllm.typing import PyTree
 from efficientllm.weights import Axes, Weight, box, can_shard_inputs, dense
 
 
 @flax.struct.dataclass
 class DoRA(Weight):
-    """`m V / |V|` with `V = W + scale A B`, |V| the norm of each output's column, `m` `[..., out]` its magnitude.
+    """DoRA kernel `m V / |V|` with `V = W + scale A B` (Eq. 5).
 
-    The norm is no function of A and B to the gradient (Section 4.3).
+    |V| is the norm of each output's column, `m` `[..., out]` its magnitude. The other fields are those of `LoRA`. The
+    gradient takes the norm as a constant (Section 4.3).
     """
 
-    base: typing.Any
-    a: typing.Any
-    b: typing.Any
-    m: typing.Any
-    key: typing.Any = None
+    base: PyTree
+    a: jax.Array
+    b: jax.Array
+    m: jax.Array
+    key: jax.Array | None = None
     scale: float = flax.struct.field(default=1.0, **STATIC)
     dropout: float = flax.struct.field(default=0.0, **STATIC)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
     def _scaled(self):
@@ -39,68 +41,71 @@ class DoRA(Weight):
         norm = jnp.linalg.norm(jax.lax.stop_gradient(direction.dense()), axis=-2)
         return Scaled(direction, self.m / norm)
 
-    def apply(self, x, product, of_rows):
+    def apply(self, x: jax.Array, product: Callable[..., jax.Array], of_rows: Callable[..., jax.Array]) -> jax.Array:
         return self._scaled().apply(x, product, of_rows)
 
-    def can_shard_inputs(self, shards):
+    def can_shard_inputs(self, shards: int) -> bool:
         return can_shard_inputs(self.base, shards)
 
-    def as_input_sharded(self, shards):
-        """With each output's factor known: the norm of a part of a column is not that of the column."""
+    def as_input_sharded(self, shards: int) -> "Scaled":
+        """Compute each output's gain first: the norm of a shard of a column is not the norm of the column."""
         scaled = self._scaled()
         return scaled.replace(direction=scaled.direction.as_input_sharded(shards))
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return self._scaled().dense()
 
 
 @flax.struct.dataclass
 class Scaled(Weight):
-    """`direction` with its outputs times `gain` `[..., out]`."""
+    """LoRA kernel whose outputs are multiplied by `gain` `[..., out]`."""
 
     direction: LoRA
-    gain: typing.Any
+    gain: jax.Array
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.direction.shape
 
-    def apply(self, x, product, of_rows):
+    def apply(self, x: jax.Array, product: Callable[..., jax.Array], of_rows: Callable[..., jax.Array]) -> jax.Array:
         lora = self.direction
         if lora.key is None:
             y = lora.apply(x, product, of_rows)
             return y * of_rows(self.gain).astype(y.dtype)
-        # What is dropped is the change's input; the frozen kernel sees all of x (as peft).
-        low = dropped(x, lora.key, lora.dropout)
-        kept = product(low, lora.base)
-        gain = of_rows(self.gain).astype(kept.dtype)
-        change = lora.scale * product(product(low, lora.a).astype(x.dtype), lora.b)
-        return product(x, lora.base) - kept + gain * (kept + change)
+        # Dropout applies to the adapter's input; the frozen kernel reads all of x (as in peft). With x' the dropped
+        # input: y = x W + (gain - 1) x' W + gain scale x' A B.
+        dropped_x = dropped(x, lora.key, lora.dropout)
+        dropped_y = product(dropped_x, lora.base)
+        gain = of_rows(self.gain).astype(dropped_y.dtype)
+        change = lora.scale * product(product(dropped_x, lora.a).astype(x.dtype), lora.b)
+        return product(x, lora.base) - dropped_y + gain * (dropped_y + change)
 
-    def axes(self, names):
+    def axes(self, names: Sequence[str | None]) -> "Scaled":
         return Scaled(self.direction.axes(names), Axes((*names[:-2], names[-1])))
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return self.direction.dense() * self.gain[..., None, :]
 
 
 @register("adapter", "dora")
 @dataclasses.dataclass(frozen=True)
 class DoRAMethod(LoRAMethod):
-    """LoRA of the direction and a magnitude of its own for each output."""
+    """DoRA: LoRA of the kernel's direction, and a trainable magnitude for each output."""
 
     learnt = ("a", "b", "m")
     leaf_type = DoRA
     peft = PeftFormat("LORA", {"use_dora": True}, experts=False)
 
-    def wrap(self, held, names, key):
-        lora = super().wrap(held, names, key)
-        norm = jnp.linalg.norm(dense(nn.unbox(held)).astype(jnp.float32), axis=-2)
+    def wrap(self, kernel: PyTree, names: Sequence[str | None], key: jax.Array) -> DoRA:
+        lora = super().wrap(kernel, names, key)
+        norm = jnp.linalg.norm(dense(nn.unbox(kernel)).astype(jnp.float32), axis=-2)
         m = box(norm, (*names[:-2], names[-1]))
         return DoRA(lora.base, lora.a, lora.b, m, scale=self.scale, dropout=self.dropout)
 
-    def step_flops(self, shape, rows):
-        """LoRA's, and the product A B, of which the norm is taken once a step; and where inputs are dropped, the
-        kernel's own product of them with the gradient of its input."""
-        kept = 4 * rows * math.prod(shape) if self.dropout else 0
-        return super().step_flops(shape, rows) + 2 * math.prod(shape) * self.rank + kept
+    def step_flops(self, shape: Sequence[int], rows: int) -> float:
+        """Count LoRA's FLOPs and those of A B, whose norm is taken once a step.
+
+        With dropout, the kernel also multiplies the dropped inputs, forward and in the gradient of its input.
+        """
+        dropout_flops = 4 * rows * math.prod(shape) if self.dropout else 0
+        return super().step_flops(shape, rows) + 2 * math.prod(shape) * self.rank + dropout_flops

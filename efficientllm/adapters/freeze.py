@@ -1,31 +1,32 @@
-"""Full fine-tuning and layer freezing: no adapter weights, only a choice of trainable parameters."""
+"""Full fine-tuning and layer freezing: methods that choose trainable parameters and add no adapters."""
 
 import dataclasses
 import re
 
 from efficientllm.adapters.base import Method
 from efficientllm.errors import UserError
-from efficientllm.model import half_layers
+from efficientllm.model import LM, half_layers
 from efficientllm.registry import register
 
 
 @register("adapter", "full")
 @dataclasses.dataclass(frozen=True)
 class Full(Method):
-    """Every parameter learns."""
+    """Full fine-tuning: every parameter is trainable."""
 
     trains_all = True
 
-    def trains(self, path, lm):
+    def trains(self, path: str, lm: LM) -> bool:
         return True
 
 
 @register("adapter", "freeze")
 @dataclasses.dataclass(frozen=True)
 class Freeze(Method):
-    """Only the `last` layers learn, or the `first`; no gradient flows below the lowest of them.
+    """Layer freezing: only the `last` layers, or only the `first`, are trainable.
 
-    Embeddings, the last norm and the head are frozen. Layers are counted in groups of the model's pattern.
+    No gradient flows below the lowest trainable layer. Embeddings, the last norm and the head are frozen. The count is
+    a multiple of the layers in one group of the model's pattern.
     """
 
     last: int = 0
@@ -33,7 +34,7 @@ class Freeze(Method):
 
     unrolled = True
 
-    def check(self, lm):
+    def check(self, lm: LM) -> None:
         layers = half_layers(lm.blocks) / 2
         count = self.last or self.first
         if bool(self.last) == bool(self.first) or count < 0:
@@ -43,7 +44,7 @@ class Freeze(Method):
                 f"config.adapter: freeze of {count} layers: the model has {lm.num_layers}, in groups of {layers:g}"
             )
 
-    def trains(self, path, lm):
+    def trains(self, path: str, lm: LM) -> bool:
         group = re.search(r"\bgroup_(\d+)/", path)
         if group is None:
             return False

@@ -1,4 +1,4 @@
-"""Low-rank adapters and the methods that differ from LoRA in a scale, a learning rate or an initial value.
+"""LoRA, and its variants of another scale (RSLoRA), learning rate (LoRA+) or initial value (PiSSA).
 
 LoRA: Hu et al. 2021, arXiv:2106.09685, Eq. 3. RSLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+: Hayou et al. 2024,
 arXiv:2402.12354. PiSSA: Meng et al. 2024, arXiv:2404.02948, Eq. 2-4. Initial values and scales are peft's.
@@ -7,6 +7,7 @@ arXiv:2402.12354. PiSSA: Meng et al. 2024, arXiv:2404.02948, Eq. 2-4. Initial va
 import dataclasses
 import math
 import typing
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -18,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from efficientllm.adapters.base import Method, PeftFormat
 from efficientllm.errors import UserError
 from efficientllm.registry import register
+from efficientllm.typing import Params, PyTree
 from efficientllm.weights import Axes, Weight, as_input_sharded, axes, box, can_shard_inputs, dense
 
 STATIC = {"pytree_node": False}
@@ -25,84 +27,89 @@ STATIC = {"pytree_node": False}
 
 @flax.struct.dataclass
 class LoRA(Weight):
-    """`W + scale A B` for a frozen `base` W `[..., in, out]`, `a` `[..., in, R]` and `b` `[..., R, out]`.
+    """LoRA kernel `W + scale A B`: frozen `base` W `[..., in, out]`, `a` `[..., in, R]` and `b` `[..., R, out]`.
 
-    `key` `[..., 2]` is set in training steps that drop: the adapter's input is then dropped with probability `dropout`.
+    `key` `[..., 2]` is a random key, set in training steps with dropout: the adapter then drops its input with
+    probability `dropout`.
     """
 
-    base: typing.Any
-    a: typing.Any
-    b: typing.Any
-    key: typing.Any = None
+    replace: typing.ClassVar[Callable[..., typing.Any]]  # flax.struct adds it
+
+    base: PyTree
+    a: jax.Array
+    b: jax.Array
+    key: jax.Array | None = None
     scale: float = flax.struct.field(default=1.0, **STATIC)
     dropout: float = flax.struct.field(default=0.0, **STATIC)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
-    def apply(self, x, product, of_rows):
+    def apply(self, x: jax.Array, product: Callable[..., jax.Array], of_rows: Callable[..., jax.Array]) -> jax.Array:
         low = product(dropped(x, self.key, self.dropout), self.a)
         changed = product(x, self.base) + self.scale * product(low.astype(x.dtype), self.b)
-        return checkpoint_name(changed, "changed")  # kept for the backward pass instead of both terms
+        return checkpoint_name(changed, "changed")  # saved for the backward pass instead of both terms
 
-    def axes(self, names):
+    def axes(self, names: Sequence[str | None]) -> "LoRA":
         return self.replace(
             base=axes(self.base, names),
             **low_rank_axes(names),
             key=None if self.key is None else Axes((*names[:-2], None)),
         )
 
-    def can_shard_inputs(self, shards):
+    def can_shard_inputs(self, shards: int) -> bool:
         return can_shard_inputs(self.base, shards)
 
-    def as_input_sharded(self, shards):
+    def as_input_sharded(self, shards: int) -> "LoRA":
         return self.replace(base=as_input_sharded(self.base, shards))
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return dense(self.base) + self.delta()
 
-    def delta(self):
-        """What the adapter adds to the kernel, float32."""
+    def delta(self) -> jax.Array:
+        """Compute what the adapter adds to the kernel, float32 `[..., in, out]`."""
         return self.scale * jnp.matmul(self.a, self.b, precision="highest")
 
 
-def low_rank_axes(names):
-    """The axes of `a` and `b`."""
+def low_rank_axes(names: Sequence[str | None]) -> dict[str, Axes]:
+    """Name the logical axes of `a` and `b` around a kernel with the axes `names`."""
     *stack, axis_in, axis_out = names
     return {"a": Axes((*stack, axis_in, None)), "b": Axes((*stack, None, axis_out))}
 
 
-def dropped(x, key, rate):
-    """Inverted dropout of `x`; none without a key. Of the keys of several kernels (experts), whose rows `x` holds
-    together, the first serves all."""
+def dropped(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
+    """Apply inverted dropout to `x`; without a key, return `x`.
+
+    `key` is `[..., 2]`. The rows of several kernels (experts) are one array `x`; the first key serves all of them.
+    """
     if key is None or not rate:
         return x
     key = jax.random.wrap_key_data(key.reshape(-1, key.shape[-1])[0])
-    for axis in jax.sharding.get_abstract_mesh().manual_axes:  # devices that each see their own part of x
+    for axis in jax.sharding.get_abstract_mesh().manual_axes:  # each device has its shard of x
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-def seeded(params, key):
-    """The parameters with a key for this step's dropout in every leaf that drops: one a leaf, layer and expert."""
+def seeded(params: Params, key: jax.Array) -> Params:
+    """Set this step's dropout key in every leaf with dropout: one key for each leaf, layer and expert."""
     drops = lambda leaf: getattr(leaf, "dropout", 0) > 0  # noqa: E731
 
-    def one(index, leaf):
+    def seed_leaf(index, leaf):
         if not drops(leaf):
             return leaf
         keys = jax.random.split(jax.random.fold_in(key, index), leaf.shape[:-2])
         return leaf.replace(key=jax.random.key_data(keys))
 
     leaves, tree = jax.tree.flatten(params, is_leaf=drops)
-    return jax.tree.unflatten(tree, [one(index, leaf) for index, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(tree, [seed_leaf(index, leaf) for index, leaf in enumerate(leaves)])
 
 
 @register("adapter", "lora")
 @dataclasses.dataclass(frozen=True)
 class LoRAMethod(Method):
-    """Rank-`rank` adapters scaled by alpha / rank, around every kernel of a mixer or ffn whose path has `target`."""
+    """LoRA: rank-`rank` adapters scaled by alpha / rank, around mixer and ffn kernels whose path matches `target`."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -114,73 +121,77 @@ class LoRAMethod(Method):
     peft = PeftFormat("LORA")
 
     @property
-    def scale(self):
+    def scale(self) -> float:
+        """The factor of A B."""
         return self.alpha / self.rank
 
-    def wrap(self, held, names, key):
-        *stack, width_in, width_out = nn.unbox(held).shape
+    def wrap(self, kernel: PyTree, names: Sequence[str | None], key: jax.Array) -> PyTree:
+        *stack, width_in, width_out = nn.unbox(kernel).shape
         bound = 1 / math.sqrt(width_in)  # kaiming_uniform(a=sqrt(5)), as peft
         a = jax.random.uniform(key, (*stack, width_in, self.rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*stack, self.rank, width_out), jnp.float32)
-        return self._leaf(held, a, b, names)
+        return self._leaf(kernel, a, b, names)
 
-    def step_flops(self, shape, rows):
+    def step_flops(self, shape: Sequence[int], rows: int) -> float:
         *stack, width_in, width_out = shape
         return 6 * rows * math.prod(stack) * self.rank * (width_in + width_out)
 
-    def _leaf(self, held, a, b, names):
+    def _leaf(self, kernel, a, b, names):
         axes = low_rank_axes(names)
-        return LoRA(held, box(a, axes["a"]), box(b, axes["b"]), scale=self.scale, dropout=self.dropout)
+        return LoRA(kernel, box(a, axes["a"]), box(b, axes["b"]), scale=self.scale, dropout=self.dropout)
 
 
 @register("adapter", "rslora")
 @dataclasses.dataclass(frozen=True)
 class RSLoRAMethod(LoRAMethod):
-    """LoRA scaled by alpha / sqrt(rank)."""
+    """RSLoRA: LoRA scaled by alpha / sqrt(rank)."""
 
     peft = PeftFormat("LORA", {"use_rslora": True}, experts=False, fallback="lora")
 
     @property
-    def scale(self):
+    def scale(self) -> float:
+        """The factor of A B."""
         return self.alpha / math.sqrt(self.rank)
 
 
 @register("adapter", "lora_plus")
 @dataclasses.dataclass(frozen=True)
 class LoRAPlusMethod(LoRAMethod):
-    """LoRA whose B learns `ratio` times as fast as A."""
+    """LoRA+: the learning rate of B is `ratio` times that of A."""
 
     ratio: float = 16.0
 
     @property
-    def rates(self):
+    def rates(self) -> tuple[tuple[str, float], ...]:  # type: ignore[override]
         return (("/kernel/b$", self.ratio),)
 
 
 @register("adapter", "pissa")
 @dataclasses.dataclass(frozen=True)
 class PiSSAMethod(LoRAMethod):
-    """LoRA that starts from the `rank` largest singular values of the kernel, and freezes the rest of it.
+    """PiSSA: A and B start from the kernel's `rank` largest singular values; the residual kernel is frozen.
 
-    A kernel narrower than the rank is refused. The model computes the same as before at step 0.
+    At step 0 the model computes what it did before. Raises UserError for a kernel narrower than the rank.
     """
 
     splits_kernel = True
     peft = PeftFormat("LORA", {"init_lora_weights": "pissa"}, experts=False, parts=False, fallback="lora")
 
-    def wrap(self, held, names, key):
-        kernel = nn.unbox(held)
-        if isinstance(kernel, Weight):
+    def wrap(self, kernel: PyTree, names: Sequence[str | None], key: jax.Array) -> PyTree:
+        w = nn.unbox(kernel)
+        if isinstance(w, Weight):
             raise UserError("config.adapter: pissa takes its rank out of the kernel, which config.quant has rounded")
-        if self.rank > min(kernel.shape[-2:]):
-            raise UserError(f"config.adapter: pissa(rank={self.rank}) of a kernel of {kernel.shape[-2:]}: too large")
-        kernel = kernel.astype(jnp.float32)
-        u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+        if self.rank > min(w.shape[-2:]):
+            raise UserError(f"config.adapter: pissa(rank={self.rank}) of a kernel of {w.shape[-2:]}: too large")
+        w = w.astype(jnp.float32)
+        # W = U S V'. With its first R columns, A = U_R sqrt(S_R / scale) and B = sqrt(S_R / scale) V'_R (Eq. 2-4), so
+        # that scale A B is the kernel's best approximation of rank R.
+        u, s, vt = jnp.linalg.svd(w, full_matrices=False)
         root = jnp.sqrt(s[..., : self.rank] / self.scale)
         a, b = u[..., : self.rank] * root[..., None, :], root[..., None] * vt[..., : self.rank, :]
-        rest = kernel - self.scale * jnp.matmul(a, b, precision="highest")
-        return self._leaf(box(rest, names), a, b, names)
+        residual = w - self.scale * jnp.matmul(a, b, precision="highest")
+        return self._leaf(box(residual, names), a, b, names)
 
-    def frozen(self, kernel):
+    def frozen(self, kernel: np.ndarray) -> np.ndarray:
         u, s, vt = np.linalg.svd(kernel, full_matrices=False)
         return kernel - (u[:, : self.rank] * s[: self.rank]) @ vt[: self.rank]

@@ -1,31 +1,41 @@
-"""Quantization of a parameter tree: which leaves are quantized, and in which form."""
+"""Quantization of a parameter tree: the choice of a form for each leaf, and the map that applies it."""
 
 import dataclasses
 import functools
 import re
+import typing
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError
-from efficientllm.quant.base import rounds
+from efficientllm.quant.base import Form, Rows, rounds
 from efficientllm.registry import build
+from efficientllm.typing import Params, PyTree
 from efficientllm.untrusted import patterns
 from efficientllm.weights import Weight, box, is_box, path_of
 
 TABLE = re.compile(r"(^|/)(embedding|head/kernel)$")
-KEEP_TABLES = ((TABLE.pattern, "float32"),)  # rules of a tuning: embeddings and the head (arXiv:2305.14314, Section 3)
+KEEP_TABLES = ((TABLE.pattern, "float32"),)  # QLoRA's rules: no embedding, no head (arXiv:2305.14314, Section 3)
 KERNEL = re.compile(r"^(?!.*\brouter/).*(^|/)kernel$")
 
+Rules = Sequence[tuple[str, str]]  # (regex over parameter paths, spec) pairs, of which the first match counts
 
-def quantize(params, spec, rules=(), learn=None):
-    """The parameters with every kernel in the form `spec`, and embeddings and the head in the form it has for them.
 
-    Routers, norms, biases and all that no matrix product reads stay as they are. `rules` are (regex, spec) pairs that
-    come first, for what is a kernel or the embedding; `"float32"` leaves it as it is. Works on boxed trees, whose
-    arrays stay boxed with their axes, on abstract ones under `jax.eval_shape`, and on stacked or unrolled layers. The
-    leaves of calibrated forms are those of `learn(path, form)`, which `calibrate.quantize` gives. Raises UserError for
-    a spec or rule that is none, and for a calibrated form without `learn`.
+def quantize(
+    params: Params, spec: str, rules: Rules = (), learn: Callable[[str, Form], PyTree] | None = None
+) -> Params:
+    """Quantize every kernel to the form `spec`, and embeddings and the head to that form's `embedding`.
+
+    Routers, norms, biases and every parameter that no matrix product reads stay as they are. Trees may be boxed, which
+    keeps the axes; abstract, under `jax.eval_shape`; and of stacked or unrolled layers.
+
+    Args:
+      rules: override the form of kernels and of the embedding; `"float32"` leaves an array as it is.
+      learn: makes the leaf of a path in a calibrated form; `calibrate.quantize` passes it.
+
+    Raises UserError for a spec or rule that names no form, and for a calibrated form without `learn`.
     """
     choose = chooser(spec, rules)
 
@@ -48,9 +58,11 @@ def quantize(params, spec, rules=(), learn=None):
     )
 
 
-def rounder(spec, rules=()):
-    """A function of a path and an array that gives its leaf in the form `spec`, as `quantize` does for a whole tree:
-    for parameters that come one by one, of which the memory then never holds more than one as it was."""
+def rounder(spec: str, rules: Rules = ()) -> Callable[[str, jax.Array], PyTree]:
+    """Make a function of a path and an array that quantizes one parameter, as `quantize` does a whole tree.
+
+    Parameters that are loaded one by one then need memory for one unquantized array at a time.
+    """
     choose = chooser(spec, rules)
 
     def quantize_array(path, array):
@@ -64,8 +76,8 @@ def rounder(spec, rules=()):
     return quantize_array
 
 
-def check_finite(quantized, path, spec):
-    """Raises UserError for a leaf of numbers that are not finite: of weights that were not, or are too large for it."""
+def check_finite(quantized: PyTree, path: str, spec: str) -> None:
+    """Raise UserError for a leaf with infinities or NaN: its weights had them, or are too large for the form."""
     arrays = [array for array in jax.tree.leaves(quantized) if jnp.issubdtype(array.dtype, jnp.floating)]
     if any(isinstance(array, jax.core.Tracer) or not hasattr(array, "addressable_shards") for array in arrays):
         return  # abstract
@@ -81,34 +93,39 @@ def _all_finite(array):
     return jnp.all(jnp.isfinite(array))
 
 
-def abstract(params, spec, rules=()):
-    """The shapes of `quantize`'s tree; of calibrated forms those of rounding to nearest, and AWQ's factors beside."""
+def abstract(params: Params, spec: str, rules: Rules = ()) -> Params:
+    """Compute the shapes of `quantize`'s result.
 
-    def made(params):
+    Calibrated forms have the shapes of rounding to nearest; AWQ's have also `x_scale`.
+    """
+
+    def quantize_uncalibrated(params):
         arrays = {path_of(keys): array for keys, array in jax.tree_util.tree_flatten_with_path(params)[0]}
 
         def learn(path, form):
             rounded = leaf(dataclasses.replace(form, method="rtn"), path == "embedding", arrays[path])
             if form.method != "awq":
                 return rounded
-            *stack, K, _ = arrays[path].shape
-            return rounded.replace(x_scale=jnp.ones((*stack, 1, K), jnp.float16))
+            *stack, inputs, _ = arrays[path].shape
+            return rounded.replace(x_scale=jnp.ones((*stack, 1, inputs), jnp.float16))
 
         return quantize(params, spec, rules, learn)
 
-    return jax.eval_shape(made, params)
+    return jax.eval_shape(quantize_uncalibrated, params)
 
 
-def form_of(spec):
-    """The form a spec names. Raises UserError for one that is none."""
+def form_of(spec: str) -> Form:
+    """Build the form that a spec names. Raises UserError for a spec that names none."""
     return build("quant", spec, where="config.quant")
 
 
-def chooser(spec, rules, where="quantisation rules"):
-    """A function of a path that gives its form, None for what has none. Raises UserError as `quantize` does."""
+def chooser(spec: str, rules: Rules, where: str = "quantisation rules") -> Callable[[str], Form | None]:
+    """Make a function from a parameter's path to its form, or to None. Raises UserError as `quantize` does."""
     form = form_of(spec)
     try:
-        compiled = [(patterns.compile(pattern, where), form_of(value)) for pattern, value in rules]
+        compiled: list[tuple[typing.Any, Form]] = [
+            (patterns.compile(pattern, where), form_of(value)) for pattern, value in rules
+        ]
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} = {rules!r} must be pairs of (regex, spec): {error}") from None
     compiled += [(TABLE, form_of(form.embedding)), (KERNEL, form)]
@@ -119,12 +136,12 @@ def chooser(spec, rules, where="quantisation rules"):
     return choose
 
 
-def is_weight(path):
-    """Whether a parameter is a table, or a kernel that products read: what may have a form."""
+def is_weight(path: str) -> bool:
+    """Whether a parameter may have a form: it is a table, or a kernel of a matrix product."""
     return bool(TABLE.search(path) or KERNEL.search(path))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def leaf(form, is_table, array):
-    """The leaf of a kernel or a table."""
+def leaf(form: Form, is_table: bool, array: jax.Array) -> Rows:
+    """Quantize a kernel `[..., in, out]` or a table `[rows, width]` to a leaf."""
     return form.leaf(array if is_table else jnp.swapaxes(array, -1, -2), is_table)

@@ -1,7 +1,8 @@
-"""GPTQ and AWQ over a model: its layers one after the other, on the activations of some text."""
+"""Calibrated quantization of a model: GPTQ or AWQ of its layers in order, on the activations of calibration text."""
 
 import functools
 import typing
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -15,81 +16,84 @@ from efficientllm.quant.awq import awq
 from efficientllm.quant.base import rounds
 from efficientllm.quant.gptq import gptq
 from efficientllm.runtime.log import Countdown
+from efficientllm.typing import Params
 from efficientllm.weights import Weight, path_of
 
-ROWS = 4  # rows of tokens that go through a layer at once
+ROWS = 4  # sequences in a forward pass of a layer
 
 
-def quantize(lm, params, spec, tokens_BT, rules=()):
-    """`tree.quantize` for a calibrated form, on the rows of tokens `[B, T]`.
+def quantize(lm: models.LM, params: Params, spec: str, tokens_BT: jax.Array, rules: tree.Rules = ()) -> Params:
+    """Quantize a model to a calibrated form, as `apply.quantize` does, on the activations of `tokens_BT`.
 
-    Every layer is calibrated on what reaches it through those before, already compressed, and so is its mixer beside
-    its ffn. `params` are unboxed, and stacked or not as `lm` has them.
+    Every layer is calibrated on the activations of the quantized layers before it. The kernels of one group of layers
+    are calibrated together, on activations of the group's unquantized kernels. `params` are unboxed, and stacked where
+    `lm.scan` is set.
     """
     choose = tree.chooser(spec, rules)
     lm_apart, apart = models.unroll(lm, params) if lm.scan else (lm, params)
     inputs = [_first_input(lm_apart, apart, tokens_BT[i : i + ROWS]) for i in range(0, len(tokens_BT), ROWS)]
-    found, countdown = {}, Countdown(f"calibrating {spec}", lm_apart.num_groups)
+    leaves: dict[str, typing.Any] = {}
+    countdown = Countdown(f"calibrating {spec}", lm_apart.num_groups)
     for i in range(lm_apart.num_groups):
         name = f"group_{i}"
         moments = None
         for carry in inputs:
-            new = _moments(lm_apart, apart[name], carry)
-            moments = new if moments is None else jax.tree.map(jnp.add, moments, new)
-        compressed = _compress(apart[name], moments, lambda path, name=name: choose(f"{name}/{path}"))
-        inputs = [_forward(lm_apart, compressed, carry) for carry in inputs]
-        found |= {f"{name}/{path}": leaf for path, leaf in _kernels(compressed)}
+            batch_moments = _moments(lm_apart, apart[name], carry)
+            moments = batch_moments if moments is None else jax.tree.map(jnp.add, moments, batch_moments)
+        quantized = _quantize_kernels(apart[name], moments, lambda path, name=name: choose(f"{name}/{path}"))
+        inputs = [_forward(lm_apart, quantized, carry) for carry in inputs]
+        leaves |= {f"{name}/{path}": leaf for path, leaf in _kernels(quantized)}
         countdown.add()
-    return tree.quantize(params, spec, rules, functools.partial(_pick, found, lm.num_groups))
+    return tree.quantize(params, spec, rules, functools.partial(_pick, leaves, lm.num_groups))
 
 
 class Moments(typing.NamedTuple):
-    """Sums over the rows of a kernel's input: of outer products, of sizes, and how many rows there are."""
+    """Sums over the rows of a kernel's input: outer products, absolute values, and the number of rows."""
 
-    outer_KK: jax.Array
-    sizes_K: jax.Array
+    outer_kk: jax.Array
+    sizes_k: jax.Array
     rows: jax.Array
 
 
 @flax.struct.dataclass
 class _RecordingWeight(Weight):
-    """A kernel that calls `record` with each input it multiplies."""
+    """Kernel that calls `record` with each input it multiplies."""
 
-    kernel: typing.Any
-    record: typing.Callable = flax.struct.field(pytree_node=False)
+    kernel: jax.Array
+    record: Callable[[jax.Array], None] = flax.struct.field(pytree_node=False)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.kernel.shape
 
     @property
-    def ndim(self):
+    def ndim(self) -> int:
         return self.kernel.ndim
 
-    def apply(self, x, product, of_rows):
+    def apply(self, x: jax.Array, product: Callable[..., jax.Array], of_rows: Callable[..., jax.Array]) -> jax.Array:
         self.record(x)
         return product(x, self.kernel)
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return self.kernel
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moments(lm, params, inputs):
-    """Moments by path, of one group's kernels; the experts of a layer share those of all rows they get."""
-    found = {}
+    """Moments of one group's kernels by path; the experts of a layer share the moments of all their rows."""
+    moments = {}
 
     def watch(keys, leaf):
         path = path_of(keys)
         return _RecordingWeight(leaf, functools.partial(record, path)) if tree.KERNEL.search(path) else leaf
 
     def record(path, x):
-        x_MK = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        outer_KK = jnp.matmul(x_MK.T, x_MK, precision="highest")
-        found[path] = Moments(outer_KK, jnp.sum(jnp.abs(x_MK), 0), jnp.float32(len(x_MK)))
+        x_mk = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        outer_kk = jnp.matmul(x_mk.T, x_mk, precision="highest")
+        moments[path] = Moments(outer_kk, jnp.sum(jnp.abs(x_mk), 0), jnp.float32(len(x_mk)))
 
     models.apply_group(lm, jax.tree_util.tree_map_with_path(watch, params), *inputs)
-    return found
+    return moments
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -99,13 +103,13 @@ def _forward(lm, params, inputs):
 
 
 def _first_input(lm, params, tokens_BT):
-    """What the first group is called with, `(carry, ctx)`."""
+    """The inputs of the first group of layers, `(carry, ctx)`."""
     ctx = Context.packed(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape))
     return jax.jit(models.embed, static_argnums=0)(lm, params, tokens_BT, ctx), ctx
 
 
-def _compress(params, moments, choose):
-    def compress(keys, leaf):
+def _quantize_kernels(params, moments, choose):
+    def quantize_kernel(keys, leaf):
         path = path_of(keys)
         form = choose(path)
         if path not in moments or not rounds(form):
@@ -114,25 +118,26 @@ def _compress(params, moments, choose):
             return tree.leaf(form, False, leaf)
         return _calibrated(form, leaf, moments[path])
 
-    return jax.tree_util.tree_map_with_path(compress, params)
+    return jax.tree_util.tree_map_with_path(quantize_kernel, params)
 
 
 def _calibrated(form, kernel, moments):
     """The leaf of a kernel `[..., in, out]` by GPTQ or AWQ."""
-    *stack, K, R = kernel.shape
-    rows_ERK = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32).reshape(-1, R, K)
-    hessian_KK, mean_K = moments.outer_KK / moments.rows, moments.sizes_K / moments.rows
-    leaves = [_CALIBRATED[form.method](form, rows_RK, hessian_KK, mean_K) for rows_RK in rows_ERK]
+    # One leaf for each kernel of the stack: [..., in, out] -> [E, r, k] -> leaves of [r, k] -> [..., r, k].
+    *stack, inputs, outputs = kernel.shape
+    rows_Erk = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32).reshape(-1, outputs, inputs)
+    hessian_kk, mean_k = moments.outer_kk / moments.rows, moments.sizes_k / moments.rows
+    leaves = [_CALIBRATED[form.method](form, rows_rk, hessian_kk, mean_k) for rows_rk in rows_Erk]
     return jax.tree.map(lambda *arrays: jnp.stack(arrays).reshape(*stack, *arrays[0].shape), *leaves)
 
 
-def _gptq(form, rows_RK, hessian_KK, mean_K):
-    return form.make(*gptq(rows_RK, hessian_KK, form.group, form.symmetric), rows_RK.shape[1])
+def _gptq(form, rows_rk, hessian_kk, mean_k):
+    return form.make(*gptq(rows_rk, hessian_kk, form.group, form.symmetric), rows_rk.shape[1])
 
 
-def _awq(form, rows_RK, hessian_KK, mean_K):
-    s_K = awq(rows_RK, hessian_KK, mean_K, form.group, form.symmetric)
-    return tree.leaf(form, False, (rows_RK * s_K).T).replace(x_scale=(1 / s_K).astype(jnp.float16)[None])
+def _awq(form, rows_rk, hessian_kk, mean_k):
+    s_k = awq(rows_rk, hessian_kk, mean_k, form.group, form.symmetric)
+    return tree.leaf(form, False, (rows_rk * s_k).T).replace(x_scale=(1 / s_k).astype(jnp.float16)[None])
 
 
 _CALIBRATED = {"gptq": _gptq, "awq": _awq}

@@ -1,34 +1,38 @@
-"""Checks that the arrays of a quantized leaf fit each other: rows, groups, inputs, dtypes, and finite numbers."""
+"""Consistency checks of a quantized leaf's arrays: rows, groups, inputs, dtypes, and finite numbers."""
 
 import dataclasses
 import math
+import typing
 
 import numpy as np
 
 from efficientllm.errors import UserError
 
+if typing.TYPE_CHECKING:
+    from efficientllm.quant.base import GroupedRows, Rows
+
 
 def require(holds: bool, problem: str) -> None:
-    """Raises UserError with the problem unless it holds."""
+    """Raise UserError with the problem unless `holds`."""
     if not holds:
         raise UserError(problem)
 
 
-def check_flag(leaf) -> None:
-    """Raises UserError unless the leaf's `is_table` is a bool."""
+def check_flag(leaf: "Rows") -> None:
+    """Raise UserError unless the leaf's `is_table` is a bool."""
     require(isinstance(leaf.is_table, bool), f"is_table = {leaf.is_table!r} is neither true nor false")
 
 
-def check_array(name: str, array, dtypes: tuple) -> None:
-    """Raises UserError unless an array has one of the dtypes, rows and columns."""
+def check_array(name: str, array: typing.Any, dtypes: tuple[typing.Any, ...]) -> None:
+    """Raise UserError unless `array` is an array of one of the dtypes that has rows and columns."""
     require(hasattr(array, "dtype") and hasattr(array, "shape"), f"{name} is no array")
     allowed = " or ".join(np.dtype(dtype).name for dtype in dtypes)
     require(array.dtype in map(np.dtype, dtypes), f"{name} is {array.dtype}, not {allowed}")
     require(array.ndim >= 2 and math.prod(array.shape) > 0, f"{name} {list(array.shape)} has no rows or no columns")
 
 
-def check_groups(leaf, values_dtype, scale_dtype, codes_per_value: int) -> None:
-    """Raises UserError unless the values, scales and columns of a `base.GroupedRows` fit each other."""
+def check_groups(leaf: "GroupedRows", values_dtype: type, scale_dtype: type, codes_per_value: int) -> None:
+    """Raise UserError unless the values, scales and columns of a `base.GroupedRows` fit each other."""
     check_array("values", leaf.values, (values_dtype,))
     check_array("scale", leaf.scale, (scale_dtype,))
     rows, groups, width = leaf.values.shape[:-1], leaf.scale.shape[-1], leaf.values.shape[-1]
@@ -43,8 +47,8 @@ def check_groups(leaf, values_dtype, scale_dtype, codes_per_value: int) -> None:
     )
 
 
-def check_finite(leaf) -> None:
-    """Raises UserError naming an array of the leaf that holds NaN or infinity; reads all but the values."""
+def check_finite(leaf: typing.Any) -> None:
+    """Raise UserError for an array of the leaf with NaN or infinity; `values` are not read."""
     for field in dataclasses.fields(leaf):
         array = getattr(leaf, field.name)
         if field.name == "values" or not hasattr(array, "dtype") or np.issubdtype(array.dtype, np.integer):

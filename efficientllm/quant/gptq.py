@@ -1,4 +1,7 @@
-"""GPTQ (Frantar et al. 2022, arXiv:2210.17323, Algorithm 1): each column's rounding error moves on to later columns."""
+"""GPTQ: int4 rounding that moves each column's error to later columns.
+
+Frantar et al. 2022, arXiv:2210.17323, Algorithm 1.
+"""
 
 import functools
 
@@ -11,60 +14,67 @@ HIGHEST = {"precision": "highest"}
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def gptq(rows_RK, hessian_KK, group, symmetric, damp=0.01):
-    """`(codes [R, G, group], scale [R, G], zero)` of rows whose inputs have the second moments `hessian` (any factor).
+def gptq(
+    rows_rk: jax.Array, hessian_kk: jax.Array, group: int, symmetric: bool, damp: float = 0.01
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Quantize rows to `(codes [r, g, group], scale [r, g], zero [r, g] or None)`.
 
-    A group's scale is taken when its turn comes, from weights that the columns before it have changed, as the paper's
-    code takes it: fixed beforehand it would clip those that have grown. `damp` times the mean of the diagonal is added
-    to it. Columns of a group are a block of the paper's lazy updates.
+    A group's scale is computed when the scan reaches it, from weights that earlier columns have changed, as in the
+    paper's code; a scale fixed in advance would clip weights that have grown. The columns of a group are a block of the
+    paper's lazy batch updates.
+
+    Args:
+      hessian_kk: the second moments of the inputs, up to a factor.
+      damp: this times the mean of the diagonal is added to the diagonal.
     """
-    R, K = rows_RK.shape
-    width = K + -K % group
-    upper_KK, dead_K = _upper(_padded(hessian_KK, width), K, damp)
-    w_RK = jnp.where(dead_K, 0, jnp.pad(rows_RK, [(0, 0), (0, width - K)]))
+    outputs, inputs = rows_rk.shape
+    width = inputs + -inputs % group
+    upper_kk, dead_k = _upper(_padded(hessian_kk, width), inputs, damp)
+    w_rk = jnp.where(dead_k, 0, jnp.pad(rows_rk, [(0, 0), (0, width - inputs)]))
 
-    def round_group(w_RK, start):
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group, axis=1)
-        upper_BK = jax.lax.dynamic_slice_in_dim(upper_KK, start, group, 0)
-        scale_R, zero_R = int4.scales(cut(w_RK), symmetric)
-        codes_RB, errors_RB = _columns(cut(w_RK), cut(upper_BK), scale_R, zero_R)
-        later_K = jnp.arange(width) >= start + group
-        w_RK -= jnp.matmul(errors_RB, jnp.where(later_K, upper_BK, 0), **HIGHEST)
-        return w_RK, (codes_RB, scale_R, zero_R)
+    def round_group(w_rk, start):
+        # Columns b of this group; their errors [r, b] times the factor's rows [b, k] update the columns after them.
+        columns = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=group, axis=1)
+        upper_bk = jax.lax.dynamic_slice_in_dim(upper_kk, start, group, 0)
+        scale_r, zero_r = int4.scales(columns(w_rk), symmetric)
+        codes_rb, errors_rb = _columns(columns(w_rk), columns(upper_bk), scale_r, zero_r)
+        later_k = jnp.arange(width) >= start + group
+        w_rk -= jnp.matmul(errors_rb, jnp.where(later_k, upper_bk, 0), **HIGHEST)
+        return w_rk, (codes_rb, scale_r, zero_r)
 
-    _, groups = jax.lax.scan(round_group, w_RK, jnp.arange(0, width, group))
+    _, groups = jax.lax.scan(round_group, w_rk, jnp.arange(0, width, group))
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), groups)
 
 
-def _columns(w_RB, upper_BB, scale_R, zero_R):
-    """The codes of a group's columns, one after the other, and their errors over the diagonal."""
+def _columns(w_rb, upper_bb, scale_r, zero_r):
+    """The codes of a group's columns, rounded in order, and their errors divided by the factor's diagonal."""
 
     def column(i, carry):
-        w_RB, codes_RB, errors_RB = carry
-        w = w_RB[:, i]
-        codes = int4.encode(w, scale_R, zero_R)
-        error = (w - int4.decode(codes, scale_R, zero_R)) / upper_BB[i, i]
-        later = jnp.where(jnp.arange(w_RB.shape[1]) >= i, upper_BB[i], 0)
-        return w_RB - error[:, None] * later, codes_RB.at[:, i].set(codes), errors_RB.at[:, i].set(error)
+        w_rb, codes_rb, errors_rb = carry
+        w = w_rb[:, i]
+        codes = int4.encode(w, scale_r, zero_r)
+        error = (w - int4.decode(codes, scale_r, zero_r)) / upper_bb[i, i]
+        later = jnp.where(jnp.arange(w_rb.shape[1]) >= i, upper_bb[i], 0)
+        return w_rb - error[:, None] * later, codes_rb.at[:, i].set(codes), errors_rb.at[:, i].set(error)
 
-    start = (w_RB, jnp.zeros_like(w_RB), jnp.zeros_like(w_RB))
-    _, codes_RB, errors_RB = jax.lax.fori_loop(0, w_RB.shape[1], column, start)
-    return codes_RB, errors_RB
-
-
-def _padded(hessian_KK, width):
-    """Inputs that there are not, of no moment."""
-    more = width - hessian_KK.shape[0]
-    return jnp.pad(hessian_KK, [(0, more), (0, more)])
+    start = (w_rb, jnp.zeros_like(w_rb), jnp.zeros_like(w_rb))
+    _, codes_rb, errors_rb = jax.lax.fori_loop(0, w_rb.shape[1], column, start)
+    return codes_rb, errors_rb
 
 
-def _upper(hessian_KK, K, damp):
-    """The upper Cholesky factor of the inverse of the damped moments, and which inputs are always 0."""
-    diagonal_K = jnp.diagonal(hessian_KK)
-    dead_K = diagonal_K == 0
-    diagonal_K = jnp.where(dead_K, 1, diagonal_K)
-    mean = jnp.sum(jnp.where(jnp.arange(len(dead_K)) < K, diagonal_K, 0)) / K
-    hessian_KK = hessian_KK + jnp.diag(dead_K + damp * mean)
-    eye = jnp.eye(len(dead_K))
-    inverse_KK = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(hessian_KK), True), eye)
-    return jnp.linalg.cholesky(inverse_KK).T, dead_K
+def _padded(hessian_kk, width):
+    """Pad the moments with zeros for the inputs that fill up the last group."""
+    padding = width - hessian_kk.shape[0]
+    return jnp.pad(hessian_kk, [(0, padding), (0, padding)])
+
+
+def _upper(hessian_kk, inputs, damp):
+    """The upper Cholesky factor of the inverse of the damped moments, and a mask of the inputs that are always 0."""
+    diagonal_k = jnp.diagonal(hessian_kk)
+    dead_k = diagonal_k == 0
+    diagonal_k = jnp.where(dead_k, 1, diagonal_k)
+    mean = jnp.sum(jnp.where(jnp.arange(len(dead_k)) < inputs, diagonal_k, 0)) / inputs
+    hessian_kk = hessian_kk + jnp.diag(dead_k + damp * mean)
+    eye = jnp.eye(len(dead_k))
+    inverse_kk = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(hessian_kk), True), eye)
+    return jnp.linalg.cholesky(inverse_kk).T, dead_k

@@ -1,9 +1,10 @@
-"""Four-bit integers with a scale a group, rounded to nearest or as GPTQ and AWQ do."""
+"""int4 weights with a scale for each group, by rounding to nearest, GPTQ or AWQ."""
 
 import dataclasses
-import typing
+from collections.abc import Sequence
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from efficientllm.ops import native
 from efficientllm.quant.base import STATIC, Form, GroupedRows, into_groups, pack, unpack
 from efficientllm.quant.consistency import check_array, require
 from efficientllm.registry import register
+from efficientllm.typing import PyTree
 from efficientllm.weights import Axes
 
 METHODS = ("rtn", "awq", "gptq")
@@ -20,18 +22,18 @@ METHODS = ("rtn", "awq", "gptq")
 
 @flax.struct.dataclass
 class Int4(GroupedRows):
-    """`code * scale + minimum`, or `(code - zero) * scale`, or where both are None `(code - 8) * scale`.
+    """int4 rows: `code * scale + minimum`, or `(code - zero) * scale`, or `(code - 8) * scale` without either.
 
-    Codes 0..15 are packed as `rows.pack` does, uint8 `[..., R, K / 2]`; scale is float16 `[..., R, G]`, as is minimum;
-    zero is uint8. `x_scale` `[..., 1, K]`, if any, multiplies the activations (AWQ's folds into no other layer).
-    `x_bits` are those that the native product rounds activations to, of the largest of a group.
+    Codes 0..15 are packed as `base.pack` does, uint8 `[..., r, k / 2]`; scale and minimum are float16
+    `[..., r, g]`, zero is uint8 `[..., r, g]`. `x_scale` `[..., 1, k]` multiplies the activations: AWQ's factors are
+    not folded into another layer. The native product rounds activations to `x_bits` bits, scaled by a group's largest.
     """
 
-    values: typing.Any
-    scale: typing.Any
-    zero: typing.Any = None
-    minimum: typing.Any = None
-    x_scale: typing.Any = None
+    values: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None = None
+    minimum: jax.Array | None = None
+    x_scale: jax.Array | None = None
     columns: int = flax.struct.field(default=0, **STATIC)
     x_bits: int = flax.struct.field(default=16, **STATIC)
     is_table: bool = flax.struct.field(default=False, **STATIC)
@@ -40,13 +42,13 @@ class Int4(GroupedRows):
     layout = (np.uint8, np.float16, 2)
     is_tileable = True
 
-    def rows(self):
+    def rows(self) -> jax.Array:
         codes, scale = unpack(self.values, self.scale.shape[-1]), self.scale[..., None].astype(jnp.float32)
         weights = decode(codes, scale, *(None if x is None else x[..., None] for x in (self.zero, self.minimum)))
         rows = weights.reshape(*weights.shape[:-2], -1)[..., : self.width]
         return rows if self.x_scale is None else rows * self.x_scale
 
-    def check(self):
+    def check(self) -> None:
         super().check()
         require(self.x_bits in (8, 16), f"x_bits = {self.x_bits!r} is neither 8 nor 16")
         require(self.zero is None or self.minimum is None, "zero and minimum both")
@@ -61,35 +63,38 @@ class Int4(GroupedRows):
             expected = (*self.values.shape[:-2], 1, self.columns)
             require(self.x_scale.shape == expected, f"x_scale {list(self.x_scale.shape)} is not {list(expected)}")
 
-    def native(self):
+    def native(self) -> native.Rows | None:
         groups = self.scale.shape[-1]
         if not native.fits(self.values.shape[-1] // groups, groups):
             return None
         return native.Rows("int4", self.values, self.scale, self.minimum, self.zero, x_bits=self.x_bits)
 
-    def take(self, index):
+    def take(self, index: jax.Array) -> jax.Array:
         if self.x_scale is None:
             return super().take(index)
         return self.replace(x_scale=None).take(index) * self.x_scale[0]
 
-    def axes(self, names):
+    def axes(self, names: Sequence[str | None]) -> PyTree:
         leaf = super().axes(names)
         along = names[-1] if self.is_table else names[-2]
         return leaf if self.x_scale is None else leaf.replace(x_scale=Axes((*names[:-2], None, along)))
 
 
-def decode(codes, scale, zero=None, minimum=None):
-    """The weights of codes, by the formula of `Int4`."""
+def decode(
+    codes: jax.Array, scale: jax.Array, zero: jax.Array | None = None, minimum: jax.Array | None = None
+) -> jax.Array:
+    """Dequantize codes by the formula of `Int4`; the arrays broadcast."""
     codes = codes.astype(jnp.float32)
     if minimum is not None:
         return codes * scale + minimum.astype(jnp.float32)
     return (codes - (8.0 if zero is None else zero.astype(jnp.float32))) * scale
 
 
-def scales(groups, symmetric):
-    """`(scale, zero)` of groups of weights, `[..., group]` -> `[...]`; zero is None where they are symmetric.
+def scales(groups: jax.Array, symmetric: bool) -> tuple[jax.Array, jax.Array | None]:
+    """Compute `(scale, zero)`, each `[...]`, of groups of weights `[..., group]`; a symmetric zero is None.
 
-    Symmetric: amax / 7.5, as compressed-tensors, torchao and qwix have it. Else 15 steps span the weights and 0.
+    A symmetric scale is amax / 7.5, as in compressed-tensors, torchao and qwix. An asymmetric scale spans the weights
+    and 0 with 15 steps.
     """
     if symmetric:
         return _representable(jnp.max(jnp.abs(groups), -1) / 7.5), None
@@ -100,18 +105,18 @@ def scales(groups, symmetric):
 
 
 def _representable(scale):
-    """Rounded to float16 before anything is divided by it."""
+    """The scale rounded to float16, as it is stored, for weights to be divided by."""
     return scale.astype(jnp.float16).astype(jnp.float32)
 
 
-def encode(weights, scale, zero=None):
-    """The nearest codes, half to even; `scale` and `zero` broadcast against `weights`."""
+def encode(weights: jax.Array, scale: jax.Array, zero: jax.Array | None = None) -> jax.Array:
+    """Round weights to the nearest codes, half to even; `scale` and `zero` broadcast against `weights`."""
     offset = 8.0 if zero is None else zero.astype(jnp.float32)
     return jnp.clip(jnp.round(weights / jnp.where(scale > 0, scale, 1)) + offset, 0, 15)
 
 
-def nearest(rows, group, symmetric):
-    """Round to nearest: `(codes [..., G, group], scale, zero)` of rows `[..., K]`."""
+def nearest(rows: jax.Array, group: int, symmetric: bool) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Quantize rows `[..., k]` by rounding to nearest: `(codes [..., g, group], scale, zero)`, as `scales`."""
     groups = into_groups(rows.astype(jnp.float32), group)
     scale, zero = scales(groups, symmetric)
     return encode(groups, scale[..., None], None if zero is None else zero[..., None]), scale, zero
@@ -120,13 +125,13 @@ def nearest(rows, group, symmetric):
 @register("quant", "int4")
 @dataclasses.dataclass(frozen=True)
 class Int4Form(Form):
-    """Groups of `group` inputs share a scale, and a zero point where they are not `symmetric`.
+    """int4: groups of `group` inputs share a scale, and a zero point where they are not `symmetric`.
 
     Args:
-      method: `rtn` rounds to nearest; `gptq` and `awq` are calibrated on text (`gptq`, `awq`).
-      activations: `float`, or `int8` where the native product may round activations to 8 bits of a group's largest, as
-        llama.cpp does, which is faster on CPUs; elsewhere it changes nothing.
-      embedding: the form of embeddings and heads.
+      method: `rtn` rounds to nearest; `gptq` and `awq` are calibrated on text.
+      activations: `float`, or `int8`: the native product may then round activations to 8 bits, scaled by a group's
+        largest, as llama.cpp does. This is faster on CPUs and has no effect elsewhere.
+      embedding: the form of embeddings and the head.
     """
 
     method: str = "rtn"
@@ -146,13 +151,21 @@ class Int4Form(Form):
             raise UserError(f"quant int4: group = {self.group} must be a power of two and at least 32")
 
     @property
-    def calibrated(self):
+    def calibrated(self) -> bool:
         return self.method != "rtn"
 
-    def leaf(self, rows, is_table):
+    def leaf(self, rows: jax.Array, is_table: bool) -> Int4:
         return self.make(*nearest(rows, self.group, self.symmetric), rows.shape[-1], is_table)
 
-    def make(self, codes, scale, zero, columns, is_table=False, x_scale=None):
-        """The leaf of codes `[..., G, group]` and what goes with them."""
+    def make(
+        self,
+        codes: jax.Array,
+        scale: jax.Array,
+        zero: jax.Array | None,
+        columns: int,
+        is_table: bool = False,
+        x_scale: jax.Array | None = None,
+    ) -> Int4:
+        """Pack codes `[..., g, group]` into a leaf with their scales and zero points `[..., g]`."""
         bits = 8 if self.activations == "int8" else 16
         return Int4(pack(codes), scale.astype(jnp.float16), zero, None, x_scale, columns, bits, is_table)

@@ -1,9 +1,9 @@
-"""Normal float of four bits (Dettmers et al. 2023, arXiv:2305.14314, Section 3 and Appendix E)."""
+"""NF4: 4-bit NormalFloat weights (Dettmers et al. 2023, arXiv:2305.14314, Section 3 and Appendix E)."""
 
 import dataclasses
-import typing
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,7 +12,7 @@ from efficientllm.ops import native
 from efficientllm.quant.base import STATIC, Form, GroupedRows, into_groups, pack, unpack
 from efficientllm.registry import register
 
-# Quantiles of a normal distribution, scaled to -1..1, zero among them: the table that QLoRA and bitsandbytes print.
+# Quantiles of a normal distribution, scaled to -1..1, with an exact zero: the table of QLoRA and bitsandbytes.
 TABLE = np.array(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -26,21 +26,21 @@ TABLE = np.array(
 
 @flax.struct.dataclass
 class NF4(GroupedRows):
-    """`TABLE[code] * scale`: codes packed as `rows.pack` does, `[..., R, K / 2]`, and float32 `[..., R, G]`."""
+    """NF4 rows `TABLE[code] * scale`: codes of `base.pack` `[..., r, k / 2]`, and float32 `[..., r, g]`."""
 
-    values: typing.Any
-    scale: typing.Any
+    values: jax.Array
+    scale: jax.Array
     columns: int = flax.struct.field(**STATIC)
     is_table: bool = flax.struct.field(default=False, **STATIC)
 
     name = "nf4"
     layout = (np.uint8, np.float32, 2)
 
-    def rows(self):
+    def rows(self) -> jax.Array:
         weights = jnp.asarray(TABLE)[unpack(self.values, self.scale.shape[-1])] * self.scale[..., None]
         return weights.reshape(*weights.shape[:-2], -1)[..., : self.width]
 
-    def native(self):
+    def native(self) -> native.Rows | None:
         groups = self.scale.shape[-1]
         if not native.fits(self.values.shape[-1] // groups, groups):
             return None
@@ -50,8 +50,10 @@ class NF4(GroupedRows):
 @register("quant", "nf4")
 @dataclasses.dataclass(frozen=True)
 class NF4Form(Form):
-    """The nearest of 16 values, times the largest of `block` weights. Blocks run along the inputs of each output: those
-    of bitsandbytes where `block` divides the inputs."""
+    """NF4: the nearest of 16 values, scaled by the largest absolute weight of `block`.
+
+    Blocks run along the inputs of each output. They are those of bitsandbytes where `block` divides the inputs.
+    """
 
     block: int = 64
     embedding: str = "int8"
@@ -62,10 +64,10 @@ class NF4Form(Form):
         if self.block < 32 or self.block & (self.block - 1):
             raise UserError(f"quant nf4: block = {self.block} must be a power of two and at least 32")
 
-    def leaf(self, rows, is_table):
-        K = rows.shape[-1]
+    def leaf(self, rows: jax.Array, is_table: bool) -> NF4:
+        columns = rows.shape[-1]
         rows = into_groups(rows.astype(jnp.float32), self.block)
         scale = jnp.max(jnp.abs(rows), -1)
         normal = rows / jnp.where(scale > 0, scale, 1)[..., None]
         codes = jnp.searchsorted(jnp.asarray((TABLE[1:] + TABLE[:-1]) / 2), normal, side="left")
-        return NF4(pack(codes), scale, K, is_table)
+        return NF4(pack(codes), scale, columns, is_table)

@@ -1,47 +1,54 @@
-"""Products with int4 rows on NVIDIA and TPU: tiles of weights are decompressed where they are multiplied.
+"""Pallas kernels for int4 products on NVIDIA and TPU, which dequantize tiles of weights in registers.
 
-XLA would write all rows decompressed to memory for every product. Letters: W bytes of a row, C of a tile of it, H bytes
-of a group (half of its weights).
+XLA would write all dequantized rows to memory for every product.
 """
 
 import functools
 import itertools
 import typing
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-ROWS, TOKENS, WIDTH = 128, 128, 1024  # of a tile, at most
-PROCESSORS = 132  # of an H100; a product with fewer programs leaves some without work
-LEAST = 16  # rows and columns of what tensor cores multiply
-VECTORS = 4  # rows of x that are multiplied without them on a GPU, at most
+if typing.TYPE_CHECKING:
+    from efficientllm.quant.int4 import Int4
+
+ROWS, TOKENS, WIDTH = 128, 128, 1024  # largest sides of a tile: rows of weights, rows of x, bytes of a row
+PROCESSORS = 132  # of an H100; a product with fewer programs leaves some idle
+LEAST = 16  # least rows and columns of a tensor core's operands
+VECTORS = 4  # most rows of x that a GPU multiplies without tensor cores
 
 
-def product(x_MK, leaf, operand, platform, interpret=False):
-    """float32 `x @ rows.T` for an `int4.Int4`, operands rounded to `operand`; None where no kernel has its shape."""
+def product(
+    x_mk: jax.Array, leaf: "Int4", operand: jax.typing.DTypeLike, platform: str, interpret: bool = False
+) -> jax.Array | None:
+    """Compute float32 `x @ rows.T` `[m, r]`, operands rounded to `operand`; None where no kernel takes the shape."""
     if leaf.x_scale is not None:
-        x_MK = x_MK.astype(jnp.float32) * leaf.x_scale
+        x_mk = x_mk.astype(jnp.float32) * leaf.x_scale
     if not takes(len(leaf.values), leaf.values.shape[-1] // leaf.scale.shape[-1], platform):
         return None
-    return products(x_MK, (leaf,), operand, platform, interpret)[0]
+    return products(x_mk, (leaf,), operand, platform, interpret)[0]
 
 
-def products(x_MK, leaves, operand, platform, interpret=False):
-    """`product` with each of `leaves`, none of which has an input factor; several are those that `joins` takes."""
-    (M, K), W, G = x_MK.shape, leaves[0].values.shape[-1], leaves[0].scale.shape[-1]
-    tokens = min(TOKENS, pl.next_power_of_2(max(M, LEAST)))
-    rest = 0 if platform == "gpu" and M <= VECTORS else -M % tokens
-    x_MK = jnp.pad(x_MK.astype(operand), ((0, rest), (0, 2 * W - K)))
-    x_MG2H = x_MK.reshape(-1, G, 2, W // G)  # what is in lower, and in upper, bits of a group
+def products(
+    x_mk: jax.Array, leaves: Sequence["Int4"], operand: jax.typing.DTypeLike, platform: str, interpret: bool = False
+) -> list[jax.Array]:
+    """Multiply x by each of `leaves`, which have no `x_scale`; `joins` says which leaves go together."""
+    (vectors, inputs), row_bytes, row_groups = x_mk.shape, leaves[0].values.shape[-1], leaves[0].scale.shape[-1]
+    tokens = min(TOKENS, pl.next_power_of_2(max(vectors, LEAST)))
+    rest = 0 if platform == "gpu" and vectors <= VECTORS else -vectors % tokens
+    x_mk = jnp.pad(x_mk.astype(operand), ((0, rest), (0, 2 * row_bytes - inputs)))
+    x_mg2h = x_mk.reshape(-1, row_groups, 2, row_bytes // row_groups)  # inputs of lower, and of upper, bits
     if platform == "tpu":
-        return [_tpu(x_MG2H, leaf, tokens, interpret)[:M] for leaf in leaves]
-    y_MR = _gpu(x_MG2H, leaves, tokens, interpret)[:M]
-    return jnp.split(y_MR, list(itertools.accumulate(len(leaf.values) for leaf in leaves))[:-1], -1)
+        return [_tpu(x_mg2h, leaf, tokens, interpret)[:vectors] for leaf in leaves]
+    y_mr = _gpu(x_mg2h, leaves, tokens, interpret)[:vectors]
+    return jnp.split(y_mr, list(itertools.accumulate(len(leaf.values) for leaf in leaves))[:-1], -1)
 
 
-def joins(leaves, platform):
-    """Whether one call multiplies x with all of `leaves`: on a GPU, where their groups are of one size and kind."""
+def joins(leaves: Sequence["Int4"], platform: str) -> bool:
+    """Whether one call multiplies x by all of `leaves`: on a GPU, where their groups have one size and kind."""
     first = leaves[0]
     alike = all(
         leaf.x_scale is None
@@ -49,24 +56,24 @@ def joins(leaves, platform):
         and _named(leaf).keys() == _named(first).keys()
         for leaf in leaves
     )
-    H = first.values.shape[-1] // first.scale.shape[-1]
-    return platform == "gpu" and alike and all(takes(len(leaf.values), H, platform) for leaf in leaves)
+    group_bytes = first.values.shape[-1] // first.scale.shape[-1]
+    return platform == "gpu" and alike and all(takes(len(leaf.values), group_bytes, platform) for leaf in leaves)
 
 
-def takes(rows, group_bytes, platform):
-    """Whether there is a kernel for so many rows of weights, and bytes of a group."""
+def takes(rows: int, group_bytes: int, platform: str) -> bool:
+    """Whether a kernel exists for so many rows of weights and bytes of a group."""
     return platform != "gpu" or min(rows, group_bytes) >= LEAST
 
 
 def _weights(codes, scale, zero, minimum):
-    """As `int4.decode`, of arrays that broadcast."""
+    """`int4.decode` of float32 arrays that broadcast."""
     if minimum is not None:
         return codes * scale + minimum
     return (codes - (8.0 if zero is None else zero)) * scale
 
 
 def _dot(x, w, axis):
-    """`x[tokens, C]` with `w`, along its `axis`."""
+    """The float32 product of `x[tokens, bytes]` with `w`, contracted over its `axis`."""
     precision = "highest" if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         x, w.astype(x.dtype), (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -74,13 +81,15 @@ def _dot(x, w, axis):
 
 
 def _named(leaf):
-    """The names and arrays of what a leaf has beside its codes."""
+    """A leaf's scale, zero point and minimum by name, without those that are None."""
     return {name: x for name in ("scale", "zero", "minimum") if (x := getattr(leaf, name)) is not None}
 
 
 class Tile(typing.NamedTuple):
-    """What a program multiplies on a GPU: rows of weights, so many bytes of them at a time, in so many parts of their
-    width, whose sums are added after."""
+    """Tile of a GPU program: `rows` of weights, `width` bytes of them in a step.
+
+    A row's width is split into `parts`, whose products are summed after the kernel. `warps` and `stages` are Triton's.
+    """
 
     rows: int
     width: int
@@ -89,33 +98,43 @@ class Tile(typing.NamedTuple):
     parts: int = 1
 
 
-def tile(M, R, W, H):
-    """The Tile for M rows of x and weights of R rows of W bytes, H a group: what was fastest on an H100 of those that
-    experiments/inference/tiles.py tries."""
-    most = 1 << (R.bit_length() - 1)
-    if M <= VECTORS:
-        return Tile(min(2 if R < 2048 else 4, most), max(H, min(1024, pl.next_power_of_2(W))), 2)
-    few = M <= TOKENS // 2
-    rows, width = min(64 if few else ROWS, most), max(H, min(128 if few else 32, pl.next_power_of_2(W)))
-    programs = pl.cdiv(M, min(TOKENS, pl.next_power_of_2(max(M, LEAST)))) * pl.cdiv(R, rows)
-    return Tile(rows, width, 4, 3, max(1, min(4, 2 * PROCESSORS // programs, W // width)))
+def tile(vectors: int, outputs: int, row_bytes: int, group_bytes: int) -> Tile:
+    """Choose the Tile for so many rows of x (`vectors`) and of weights (`outputs`).
+
+    The choice is the fastest on an H100 of those that experiments/inference/tiles.py tries.
+    """
+    most = 1 << (outputs.bit_length() - 1)
+    if vectors <= VECTORS:
+        return Tile(
+            min(2 if outputs < 2048 else 4, most), max(group_bytes, min(1024, pl.next_power_of_2(row_bytes))), 2
+        )
+    few = vectors <= TOKENS // 2
+    rows, width = (
+        min(64 if few else ROWS, most),
+        max(group_bytes, min(128 if few else 32, pl.next_power_of_2(row_bytes))),
+    )
+    programs = pl.cdiv(vectors, min(TOKENS, pl.next_power_of_2(max(vectors, LEAST)))) * pl.cdiv(outputs, rows)
+    return Tile(rows, width, 4, 3, max(1, min(4, 2 * PROCESSORS // programs, row_bytes // width)))
 
 
-def _gpu(x_MG2H, leaves, tokens, interpret):
-    """A program a tile of the output, through Triton, whose tiles are powers of two: the last rows overlap those before
-    them, and what is right of the last byte is masked. Few rows of x are vectors, more are tensor cores' matrices."""
-    from jax.experimental.pallas import triton  # deprecated since jax 0.11: see `products.has_triton`
+def _gpu(x_mg2h, leaves, tokens, interpret):
+    """Multiply through Triton, with one program for each tile of the output.
 
-    (M, G, _, H), sizes = x_MG2H.shape, [len(leaf.values) for leaf in leaves]
-    W = G * H
-    rows, width, warps, stages, parts = tile(M, sum(sizes), W, H)
-    rows = min(rows, *(1 << (R.bit_length() - 1) for R in sizes))
-    groups, turns = width // H, pl.cdiv(pl.cdiv(W, width), parts)
-    masked = turns * parts * width > W  # the last bytes of the last part lie beyond the row
-    # The three phases of a program: sums of zero, a tile's contribution to them, what is written of them.
-    start, multiply, finish = _vectors(M, rows, groups) if M <= VECTORS else _matrices(tokens, rows)
-    tokens = M if M <= VECTORS else tokens
-    tiles = [pl.cdiv(R, rows) for R in sizes]
+    Triton's tiles are powers of two: the last tile of rows overlaps the one before it, and bytes beyond a row are
+    masked. Few rows of x are multiplied as vectors, more as matrices on tensor cores.
+    """
+    from jax.experimental.pallas import triton  # deprecated since jax 0.11: see `matmul.has_triton`
+
+    (vectors, row_groups, _, group_bytes), sizes = x_mg2h.shape, [len(leaf.values) for leaf in leaves]
+    row_bytes = row_groups * group_bytes
+    rows, width, warps, stages, parts = tile(vectors, sum(sizes), row_bytes, group_bytes)
+    rows = min(rows, *(1 << (outputs.bit_length() - 1) for outputs in sizes))
+    groups, turns = width // group_bytes, pl.cdiv(pl.cdiv(row_bytes, width), parts)
+    masked = turns * parts * width > row_bytes  # the last bytes of the last part lie beyond the row
+    # The three phases of a program: zero the sums, add a tile's products, write the sums.
+    start, multiply, finish = _vectors(vectors, rows, groups) if vectors <= VECTORS else _matrices(tokens, rows)
+    tokens = vectors if vectors <= VECTORS else tokens
+    tiles = [pl.cdiv(outputs, rows) for outputs in sizes]
     operands = [(leaf.values, _named(leaf)) for leaf in leaves]
 
     def kernel(x_ref, *refs):
@@ -123,30 +142,34 @@ def _gpu(x_MG2H, leaves, tokens, interpret):
         of_tokens, row_tile, part = (pl.program_id(axis) for axis in range(3))
 
         def read(at, first, end):
-            """What `at` names, `[_, size, ...]`, zero from `end` on of what begins at `first`."""
+            """Load `at`, `[_, size, ...]`, whose second axis begins at index `first`; zero from index `end` on."""
             if not masked:
                 return triton.load(at)
             live = (first + jnp.arange(at.shape[1]) < end).reshape(1, -1, *(1,) * (len(at.shape) - 2))
             return triton.load(at, mask=jnp.broadcast_to(live, at.shape), other=0)
 
-        def multiply_tile(first, R, above, values_ref, named_refs):
-            """Rows from `first` of a leaf's R, which are `above` that many in the output."""
-            of_rows = pl.ds(jnp.minimum(first, R - rows), rows)  # the last tile overlaps the one before it
+        def multiply_tile(first, outputs, above, values_ref, named_refs):
+            """Multiply by the rows from `first` of a leaf with `outputs` rows, after `above` rows in the output."""
+            of_rows = pl.ds(jnp.minimum(first, outputs - rows), rows)  # the last tile overlaps the one before it
 
             def step(turn, y):
-                # Bytes and groups that this turn reads: codes [rows, groups, H], scales [rows, groups].
+                # Bytes and groups that this turn reads: codes [rows, groups, h], scales [rows, groups].
                 byte, group = (part * turns + turn) * width, (part * turns + turn) * groups
                 of_bytes, of_groups = pl.ds(byte, width), pl.ds(group, groups)
-                codes = read(values_ref.at[of_rows, of_bytes], byte, W).astype(jnp.int32).reshape(rows, groups, H)
+                codes = (
+                    read(values_ref.at[of_rows, of_bytes], byte, row_bytes)
+                    .astype(jnp.int32)
+                    .reshape(rows, groups, group_bytes)
+                )
                 named = {
-                    name: read(ref.at[of_rows, of_groups], group, G).astype(jnp.float32)
+                    name: read(ref.at[of_rows, of_groups], group, row_groups).astype(jnp.float32)
                     for name, ref in named_refs.items()
                 }
 
                 def x(token, count):
                     index = pl.ds(of_tokens * tokens + token, count)
-                    halves = [read(x_ref.at[index, of_groups, pl.ds(half, 1)], group, G) for half in (0, 1)]
-                    return [half.reshape(count, groups, H) for half in halves]
+                    halves = [read(x_ref.at[index, of_groups, pl.ds(half, 1)], group, row_groups) for half in (0, 1)]
+                    return [half.reshape(count, groups, group_bytes) for half in halves]
 
                 return multiply(y, x, codes, named)
 
@@ -155,92 +178,103 @@ def _gpu(x_MG2H, leaves, tokens, interpret):
                 y_ref[pl.ds(part, 1), index, pl.ds(above + of_rows.start, rows)] = y[None]
 
         before, above = 0, 0
-        for R, count, (_, named) in zip(sizes, tiles, operands, strict=True):
+        for outputs, count, (_, named) in zip(sizes, tiles, operands, strict=True):
             values_ref, named_refs = refs[0], dict(zip(named, refs[1:], strict=False))
             refs = refs[1 + len(named) :]
-            here = functools.partial(multiply_tile, (row_tile - before) * rows, R, above, values_ref, named_refs)
+            multiply_leaf = functools.partial(
+                multiply_tile, (row_tile - before) * rows, outputs, above, values_ref, named_refs
+            )
             if len(sizes) == 1:
-                here()
+                multiply_leaf()
             else:
-                pl.when((row_tile >= before) & (row_tile < before + count))(here)
-            before, above = before + count, above + R
+                pl.when((row_tile >= before) & (row_tile < before + count))(multiply_leaf)
+            before, above = before + count, above + outputs
 
-    y_PMR = pl.pallas_call(
+    y_pmr = pl.pallas_call(
         kernel,
-        jax.ShapeDtypeStruct((parts, M, sum(sizes)), jnp.float32),
-        grid=(M // tokens, sum(tiles), parts),
+        jax.ShapeDtypeStruct((parts, vectors, sum(sizes)), jnp.float32),
+        grid=(vectors // tokens, sum(tiles), parts),
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),  # else it would be Mosaic GPU's
         interpret=interpret,
         name="int4_product",
-    )(x_MG2H, *jax.tree.leaves([(values, list(named.values())) for values, named in operands]))
-    return y_PMR[0] if parts == 1 else y_PMR.sum(0)
+    )(x_mg2h, *jax.tree.leaves([(values, list(named.values())) for values, named in operands]))
+    return y_pmr[0] if parts == 1 else y_pmr.sum(0)
 
 
-def _vectors(M, rows, groups):
-    """Sums of groups, scaled, of each of M tokens: codes are multiplied as they are, those in upper bits, which are
-    sixteen times too large there, by a sixteenth of x, and the zero point by the sum of x."""
+def _vectors(vectors, rows, groups):
+    """The phases for few rows of x: scaled sums `[rows, groups]` for each.
+
+    Codes are multiplied unshifted: those in upper bits are sixteen times too large, so that their x is divided by
+    sixteen. The zero point is multiplied by the sum of x.
+    """
 
     def multiply(sums, x, codes, named):
         low, high = ((codes & bits).astype(jnp.float32) for bits in (15, 240))
         scale, zero, minimum = (named.get(name) for name in ("scale", "zero", "minimum"))
-        out = []
+        sums_after = []
         for token, before in enumerate(sums):
             x_low, x_high = (half.astype(jnp.float32) for half in x(token, 1))
             products = (low * x_low + high * (x_high * 0.0625)).sum(-1)
             total = (x_low + x_high).sum(-1)
             if minimum is None:
-                out.append(before + scale * (products - total * (8.0 if zero is None else zero)))
+                sums_after.append(before + scale * (products - total * (8.0 if zero is None else zero)))
             else:
-                out.append(before + scale * products + minimum * total)
-        return tuple(out)
+                sums_after.append(before + scale * products + minimum * total)
+        return tuple(sums_after)
 
     def start():
-        return tuple(jnp.zeros((rows, groups), jnp.float32) for _ in range(M))
+        return tuple(jnp.zeros((rows, groups), jnp.float32) for _ in range(vectors))
 
     return start, multiply, lambda sums: [(token, y.sum(-1)[None]) for token, y in enumerate(sums)]
 
 
 def _matrices(tokens, rows):
-    """Products of `tokens` with decompressed weights."""
+    """The phases for many rows of x: products `[tokens, rows]` with dequantized weights on tensor cores."""
 
     def multiply(y, x, codes, named):
         named = {name: array[..., None] for name, array in named.items()}
-        for half, part in zip(x(0, tokens), (codes & 15, codes >> 4), strict=True):
-            w = _weights(part.astype(jnp.float32), named["scale"], named.get("zero"), named.get("minimum"))
+        for half, half_codes in zip(x(0, tokens), (codes & 15, codes >> 4), strict=True):
+            w = _weights(half_codes.astype(jnp.float32), named["scale"], named.get("zero"), named.get("minimum"))
             y += _dot(half.reshape(tokens, -1), w.reshape(rows, -1), 1)
         return y
 
     return lambda: jnp.zeros((tokens, rows), jnp.float32), multiply, lambda y: [(0, y)]
 
 
-def _width(W, H):
-    """Bytes of a row in a TPU's tile: all, or whole lanes of them and sublanes of groups, the last tile fullest."""
-    if W <= WIDTH:
-        return W
-    widths = [C for C in (WIDTH, WIDTH // 2, WIDTH // 4, WIDTH // 8) if C % (8 * H) == 0] or [8 * H]
-    return min(widths, key=lambda C: -W % C)
+def _width(row_bytes, group_bytes):
+    """Bytes of a row in a TPU's tile: all, or whole lanes and whole sublanes of groups, to fill the last tile most."""
+    if row_bytes <= WIDTH:
+        return row_bytes
+    widths = [
+        tile_bytes for tile_bytes in (WIDTH, WIDTH // 2, WIDTH // 4, WIDTH // 8) if tile_bytes % (8 * group_bytes) == 0
+    ] or [8 * group_bytes]
+    return min(widths, key=lambda tile_bytes: -row_bytes % tile_bytes)
 
 
-def _tpu(x_MG2H, leaf, tokens, interpret):
-    """A grid of tiles, along rows innermost. A tile is turned first: scales then broadcast over sublanes.
+def _tpu(x_mg2h, leaf, tokens, interpret):
+    """Multiply on a TPU over a grid of tiles, whose innermost axis runs along the rows' bytes.
 
-    Scales come turned, and in float32, which TPUs have no float16 for: a thirty-second of the weights, of four bytes.
+    A tile of codes is transposed before it is dequantized, so that scales broadcast over sublanes. Scales are
+    transposed outside the kernel, to float32, as TPUs have no float16: four bytes for at least 32 weights.
     """
-    (M, G, _, H), R = x_MG2H.shape, len(leaf.scale)
-    W = G * H
-    rows, width = min(ROWS, R), _width(W, H)
-    # Where the last tile is wider than what is left, its codes are whatever lies there: times a scale of zero.
-    rest = -W % width
-    halves = [jnp.pad(x_MG2H[:, :, half].reshape(M, W), ((0, 0), (0, rest))) for half in (0, 1)]
-    beside = {name: jnp.pad(x.T.astype(jnp.float32), ((0, rest // H), (0, 0))) for name, x in _named(leaf).items()}
+    (vectors, row_groups, _, group_bytes), outputs = x_mg2h.shape, len(leaf.scale)
+    row_bytes = row_groups * group_bytes
+    rows, width = min(ROWS, outputs), _width(row_bytes, group_bytes)
+    # Codes of the last tile beyond a row are undefined; scales there are zero.
+    rest = -row_bytes % width
+    halves = [jnp.pad(x_mg2h[:, :, half].reshape(vectors, row_bytes), ((0, 0), (0, rest))) for half in (0, 1)]
+    beside = {
+        name: jnp.pad(x.T.astype(jnp.float32), ((0, rest // group_bytes), (0, 0))) for name, x in _named(leaf).items()
+    }
 
     def kernel(low_ref, high_ref, values_ref, *refs):
         *beside_refs, y_ref = refs
-        parts = {name: ref[...][:, None] for name, ref in zip(beside, beside_refs, strict=True)}
-        bytes_ = values_ref[...].astype(jnp.int32).T.reshape(width // H, H, rows)
+        # Codes and scales broadcast as [groups, bytes of a group, rows] and [groups, 1, rows].
+        named = {name: ref[...][:, None] for name, ref in zip(beside, beside_refs, strict=True)}
+        bytes_ = values_ref[...].astype(jnp.int32).T.reshape(width // group_bytes, group_bytes, rows)
         y = jnp.zeros((tokens, rows), jnp.float32)
         for x_ref, codes in ((low_ref, bytes_ & 15), (high_ref, bytes_ >> 4)):
-            w = _weights(codes.astype(jnp.float32), parts["scale"], parts.get("zero"), parts.get("minimum"))
+            w = _weights(codes.astype(jnp.float32), named["scale"], named.get("zero"), named.get("minimum"))
             y += _dot(x_ref[...], w.reshape(width, rows), 0)
 
         @pl.when(pl.program_id(2) == 0)
@@ -250,11 +284,11 @@ def _tpu(x_MG2H, leaf, tokens, interpret):
         y_ref[...] += y
 
     of_x = pl.BlockSpec((tokens, width), lambda m, r, c: (m, c))
-    of_beside = pl.BlockSpec((width // H, rows), lambda m, r, c: (c, r))
+    of_beside = pl.BlockSpec((width // group_bytes, rows), lambda m, r, c: (c, r))
     return pl.pallas_call(
         kernel,
-        jax.ShapeDtypeStruct((M, R), jnp.float32),
-        grid=(M // tokens, pl.cdiv(R, rows), pl.cdiv(W, width)),
+        jax.ShapeDtypeStruct((vectors, outputs), jnp.float32),
+        grid=(vectors // tokens, pl.cdiv(outputs, rows), pl.cdiv(row_bytes, width)),
         in_specs=[of_x, of_x, pl.BlockSpec((rows, width), lambda m, r, c: (r, c)), *[of_beside] * len(beside)],
         out_specs=pl.BlockSpec((tokens, rows), lambda m, r, c: (m, r)),
         interpret=interpret,
