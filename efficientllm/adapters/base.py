@@ -39,10 +39,12 @@ class PeftFormat(typing.NamedTuple):
 
 
 class Method:
-    """Tuning method; subclasses are frozen dataclasses."""
+    """Tuning method; subclasses are frozen dataclasses.
 
-    # A regex over parameter paths; a field of every method that has `learnt`.
-    target: str
+    A subclass with `learnt` has a field `target`, a regex over parameter paths. It is not declared here: the registry
+    reads every annotation as a parameter of the spec.
+    """
+
     # Names of the leaf's trainable arrays; empty where the method makes no leaf.
     learnt: typing.ClassVar[tuple[str, ...]] = ()
     # The class of the leaf that `wrap` makes, by which adapters are found in a model's parameters.
@@ -78,7 +80,9 @@ class Method:
 
     def targets(self, path: str) -> bool:
         """Whether the method wraps the kernel at `path`."""
-        return bool(self.learnt and KERNEL.search(path) and _pattern(self.target).search(path))
+        if not (self.learnt and KERNEL.search(path)):
+            return False
+        return bool(_pattern(self.target).search(path))  # type: ignore[attr-defined]
 
     def step_flops(self, shape: Sequence[int], rows: int) -> float:
         """Count the FLOPs that the leaf around a kernel of `shape` adds to a training step over `rows` rows."""
@@ -104,7 +108,7 @@ def attach(method: Method, boxed: Params, params: Params, key: jax.Array) -> Par
     paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)]
     if not any(map(method.targets, paths)):
         kernels = ", ".join(filter(KERNEL.search, paths))
-        raise UserError(f"config.adapter: target = {method.target!r} finds none of the kernels {kernels}")
+        raise UserError(f"config.adapter: target = {method.target!r} finds none of the kernels {kernels}")  # type: ignore[attr-defined]
 
     def wrap_kernel(keys, box, leaf):
         path = path_of(keys)

@@ -128,7 +128,7 @@ def chooser(spec: str, rules: Rules, where: str = "quantisation rules") -> Calla
         ]
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} = {rules!r} must be pairs of (regex, spec): {error}") from None
-    compiled += [(TABLE, form_of(form.embedding)), (KERNEL, form)]
+    compiled += [(TABLE, form_of(form.embedding)), (KERNEL, form)]  # type: ignore[attr-defined]
 
     def choose(path):
         return next((value for pattern, value in compiled if is_weight(path) and pattern.search(path)), None)

@@ -22,7 +22,7 @@ def awq(rows_rk: jax.Array, hessian_kk: jax.Array, mean_k: jax.Array, group: int
 
     Args:
       hessian_kk: the second moments of the inputs.
-      mean_k: the mean absolute value of each input.
+      mean_k: the mean absolute value of each input; `weight` is that of its weights (`_sizes`).
     """
     ratio_c = jnp.tile(jnp.arange(GRID) / GRID, 2)
     is_duo_c = jnp.arange(2 * GRID) < GRID

@@ -21,10 +21,12 @@ STATIC = {"pytree_node": False}
 
 
 class Form:
-    """Form of quantized weights; subclasses are frozen dataclasses registered as ("quant", name)."""
+    """Form of quantized weights; subclasses are frozen dataclasses registered as ("quant", name).
 
-    # The spec of the form of tables: a field or a property.
-    embedding: typing.Any
+    A subclass has a field or a property `embedding`, the spec of the form of tables. It is not declared here: the
+    registry reads every annotation as a parameter of the spec.
+    """
+
     # The class of the leaves that `leaf` makes, whose name identifies them in files; None where nothing is quantized.
     leaf_type: typing.ClassVar[typing.Any]
 
@@ -104,7 +106,7 @@ class Rows(Weight):
         """Tie this leaf to `x`, so that XLA dequantizes it after `x` is known; NaN if the first number of `x` is.
 
         XLA would otherwise dequantize all weights ahead of a loop, or of the first layer, and hold them in memory. The
-        barrier prevents the hoisting out of loops, but is gone before buffers are assigned; the select prevents both.
+        barrier prevents the hoisting out of loops, but is gone when buffers are assigned: hence the select.
         """
         x, leaf = jax.lax.optimization_barrier((x, self))
         first = x[(0,) * x.ndim]

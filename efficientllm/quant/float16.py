@@ -85,7 +85,7 @@ class Float32Form(Form):
     """float32 arrays, not quantized."""
 
     leaf_type = None
-    embedding: typing.ClassVar[str] = "float32"  # type: ignore[misc]
+    embedding: typing.ClassVar[str] = "float32"
 
 
 @register("quant", "stored")
@@ -94,7 +94,7 @@ class AsStoredForm(Form):
     """Quantized weights of a checkpoint (AWQ, GPTQ, GGUF) as its files store them, at inference."""
 
     leaf_type = Rows
-    embedding: typing.ClassVar[str] = "float32"  # type: ignore[misc]
+    embedding: typing.ClassVar[str] = "float32"
 
     def leaf(self, rows: jax.Array, is_table: bool) -> Rows:
         raise UserError(

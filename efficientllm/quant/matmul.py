@@ -130,8 +130,8 @@ def has_tiles(leaf: "Rows") -> bool:
 def has_triton() -> bool:
     """Whether this JAX lowers Pallas kernels through Triton, which JAX 0.11 deprecated.
 
-    Without Triton, XLA multiplies int4 on GPUs, and a row's kernels record it. Mosaic GPU and jax_triton succeed it;
-    they have not been measured against it.
+    Without Triton, XLA multiplies int4 on GPUs, and a row's kernels record it. Mosaic GPU and jax_triton may
+    replace Triton here once a GPU shows that they are as fast.
     """
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
