@@ -19,7 +19,7 @@ class AvailableMemory:
     shared: bool
     name: str
 
-    def refuses(self, least: int, predicted: int) -> bool:
+    def refuses(self, least: float, predicted: float) -> bool:
         """True if `predicted` bytes, of which `least` are certain, are not available."""
         return least > self.bytes or predicted > SLACK * self.bytes
 

@@ -5,6 +5,8 @@ sampled tokens are therefore the same as without the rows beside it.
 """
 
 import functools
+import typing
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.struct
 import jax
@@ -13,9 +15,11 @@ import numpy as np
 
 from efficientllm import model as models
 from efficientllm.errors import UserError
+from efficientllm.model import LM
 from efficientllm.ops.attention import Context
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh, shapes
+from efficientllm.typing import Params
 from efficientllm.weights import activation_dtype
 
 # XLA for GPUs would merge the products with the gate and up kernels, copying both in every pass: 38 us a layer of 1.5B
@@ -62,8 +66,18 @@ class Engine:
     positions.
     """
 
-    def __init__(self, lm, params, sampler, end_ids, length, chunked=False):
+    def __init__(
+        self,
+        lm: LM,
+        params: Params,
+        sampler: typing.Any,
+        end_ids: int | Sequence[int],
+        length: int,
+        chunked: bool = False,
+    ) -> None:
         models.check_length(lm, length, f"prompts and answers of {length} tokens")
+        self.lm: LM
+        self.params: Params
         self.lm, self.params = models.unroll(lm, params) if lm.scan else (lm, params)
         self.end_ids = tuple(np.atleast_1d(end_ids).tolist())
         self.sampler, self.length, self.chunked = sampler, length, chunked
@@ -76,11 +90,13 @@ class Engine:
         self._replace = jax.jit(functools.partial(_replace, self.lm), donate_argnums=0)
 
     @property
-    def extends(self):
+    def extends(self) -> bool:
         """Whether `prefill` can continue from a carry: not where RoPE scaling depends on the length of the prompt."""
         return not self._by_length
 
-    def prefill(self, prompts, seed=0, first=0, carry=None):
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], seed: int = 0, first: int = 0, carry: Carry | None = None
+    ) -> Carry:
         """Prefills `prompts` (lists of ids), up to their last whole chunks where they are chunked -> Carry.
 
         A row samples by `seed` and the index of its prompt; `first` is the index of the first prompt. `carry` (donated)
@@ -103,7 +119,7 @@ class Engine:
                 self.params, states, hidden_BD, ids_BT, rows_B, positions_B[indices], reach_B
             )
             positions_B[indices] += size
-        seen_BV = np.zeros((rows, self.lm.vocab_size if self.sampler.remembers else 1), bool)
+        seen_BV: np.ndarray = np.zeros((rows, self.lm.vocab_size if self.sampler.remembers else 1), bool)
         if self.sampler.remembers:
             for row, prompt in enumerate(prompts):
                 seen_BV[row, prompt] = True
@@ -123,30 +139,30 @@ class Engine:
                 for row in rows:
                     remaining[row] -= size
 
-    def decode(self, carry, prompts, steps):
+    def decode(self, carry: Carry, prompts: Sequence[Sequence[int]], steps: int) -> tuple[Carry, jax.Array]:
         """Decodes `steps` tokens of each row, counting remaining prompt tokens -> `(Carry, tokens int32 [B, steps])`.
 
         The carry is donated. The loop stops when all rows are done; tokens after a row's end are `end_ids[0]`.
         """
-        prompts_BT = np.zeros((len(prompts), self.length), np.int32)
+        prompts_BT: np.ndarray = np.zeros((len(prompts), self.length), np.int32)
         for row, prompt in enumerate(prompts):
             prompts_BT[row, : len(prompt)] = prompt
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
         carry, tokens_BT = self._decode(self.params, carry, prompts_BT, lengths_B, np.int32(steps))
         return carry, tokens_BT[:, :steps]
 
-    def lower_decode(self, rows):
+    def lower_decode(self, rows: int) -> jax.stages.Lowered:
         """Lowers the decode loop for `rows` rows, to compile it ahead of time."""
         return self.trace_decode(rows).lower()
 
-    def trace_decode(self, rows):
+    def trace_decode(self, rows: int) -> jax.stages.Traced:
         """Traces the decode loop for `rows` rows. The parameters may be abstract, as in `trace_prefill`."""
         carry = self._abstract_carry(rows)
         prompts_BT = jax.ShapeDtypeStruct((rows, self.length), jnp.int32)
         lengths_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
         return self._decode.trace(self.params, carry, prompts_BT, lengths_B, jax.ShapeDtypeStruct((), jnp.int32))
 
-    def trace_prefill(self, rows, tokens):
+    def trace_prefill(self, rows: int, tokens: int) -> tuple[jax.stages.Traced, jax.stages.Traced]:
         """Traces prefill of `rows` prompts of `tokens` tokens -> `(the pass over the prompts, the first logits)`."""
         carry = self._abstract_carry(rows)
         _, hidden_BD = jax.eval_shape(functools.partial(_empty, self.lm, self.length, rows))
@@ -162,14 +178,23 @@ class Engine:
         axes = jax.tree.map(lambda leaf: ("batch", *(None,) * (leaf.ndim - 1)), carry.replace(states=None))
         return shapes(carry, axes.replace(states=models.state_axes(self.lm, carry.states)))
 
-    def generate(self, prompts, new_tokens, seed=0, chunk=None, stop=None, first=0):
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        seed: int = 0,
+        chunk: int | None = None,
+        stop: Callable[[list[int]], bool] | None = None,
+        first: int = 0,
+    ) -> Iterator[list[list[int]]]:
         """Yields after every `chunk` decode steps the ids generated so far: a list a row, the end token included.
 
         A row ends after `new_tokens` ids, at an end token, or when `stop(ids)` is True. `first` is as in `prefill`.
         """
         carry = self.prefill(prompts, seed, first)
         positions_B = np.asarray(carry.positions_B).copy()
-        new_ids, ended = [[] for _ in prompts], [new_tokens < 1] * len(prompts)
+        new_ids: list[list[int]] = [[] for _ in prompts]
+        ended = [new_tokens < 1] * len(prompts)
         while not all(ended):
             ends = [len(prompt) + new_tokens for prompt in prompts]
             needed = max(end - position for end, position in zip(ends, positions_B, strict=True))
@@ -187,7 +212,9 @@ class Engine:
             positions_B += steps
             yield [list(ids) for ids in new_ids]
 
-    def switch_rope_scaling(self, carry, positions_B, rows):
+    def switch_rope_scaling(
+        self, carry: Carry, positions_B: np.ndarray, rows: Sequence[Sequence[int]]
+    ) -> tuple[Carry, int]:
         """Recomputes the states of rows that grow past the length at which RoPE scaling switches (LongRoPE).
 
         `rows` are the ids of each row so far. Returns the carry, and the number of steps before the next row switches.
@@ -212,7 +239,7 @@ class Engine:
         return self._replace(carry, states, np.array(indices))
 
 
-def check_prompts(prompts):
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
     """Raises UserError for an empty list of prompts, and for an empty prompt."""
     if not prompts:
         raise UserError("config.infer.prompts is empty: give a text or a file")

@@ -8,8 +8,10 @@ import time
 import jax
 import numpy as np
 
+from efficientllm.infer.engine import Engine
 from efficientllm.metrics import compiles, conditions, cpu_counters, sampler, timer
 from efficientllm.metrics.energy import reader as energy
+from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.runtime.log import Countdown
 
 log = logging.getLogger("efficientllm")
@@ -34,9 +36,9 @@ class Measured:
     rows: int
     prompt: int
     new_tokens: int
-    prefill_s: list
-    decode_s: list
-    discarded_s: list
+    prefill_s: list[float]
+    decode_s: list[float]
+    discarded_s: list[float]
     steps: timer.StepTimer
     prefills: int
     decodes: int
@@ -47,17 +49,27 @@ class Measured:
     interrupted: int = 0
 
     @property
-    def requests_s(self):
+    def requests_s(self) -> list[float]:
         """Wall time of prefill and decoding of the batch in each repeat."""
         return [prefill + decode for prefill, decode in zip(self.prefill_s, self.decode_s, strict=True)]
 
     @property
-    def compile_s(self):
+    def compile_s(self) -> float:
         """First warm-up repeat less the second."""
         return max(0.0, self.discarded_s[0] - self.discarded_s[1])
 
 
-def measure(engine, ids, rows, prompt, new_tokens, repeats, reader, averages, seed=0):
+def measure(
+    engine: Engine,
+    ids: np.ndarray,
+    rows: int,
+    prompt: int,
+    new_tokens: int,
+    repeats: int,
+    reader: EnergyReader,
+    averages: sampler.Sampler,
+    seed: int = 0,
+) -> Measured:
     """Measures batches of `rows` prompts of `prompt` tokens, taken from the text `ids`, and `new_tokens` after each.
 
     Throughput comes from decoding a batch in one call, latencies from further batches decoded step by step. Windows too
@@ -67,7 +79,7 @@ def measure(engine, ids, rows, prompt, new_tokens, repeats, reader, averages, se
     return _Measurement(engine, ids, rows, prompt, new_tokens, reader, averages, seed).run(repeats)
 
 
-def fresh(ids, rows, length, random):
+def fresh(ids: np.ndarray, rows: int, length: int, random: np.random.Generator) -> list[list[int]]:
     """Draws `rows` random spans of `length` tokens of a text; a shorter text is repeated."""
     if len(ids) < length:
         ids = np.tile(ids, -(-length // len(ids)))

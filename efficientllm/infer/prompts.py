@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import pathlib
+import typing
+from collections.abc import Sequence
 
 from efficientllm.errors import UserError
 from efficientllm.untrusted import files
@@ -11,7 +13,7 @@ from efficientllm.untrusted import files
 log = logging.getLogger("efficientllm")
 
 
-def read(prompts):
+def read(prompts: str | Sequence[str]) -> list[str]:
     """Reads the texts of `config.infer.prompts`: texts, or one file name (.txt: a prompt a line; .jsonl: key `prompt`).
 
     Raises UserError.
@@ -51,7 +53,7 @@ def _check_text(prompt, where):
         raise UserError(f"{where}: holds a lone surrogate, half a character; take it out") from None
 
 
-def encode(texts, tokenizer, chat):
+def encode(texts: Sequence[str], tokenizer: typing.Any, chat: bool) -> list[list[int]]:
     """Encodes texts as transformers does: text that spells a special token becomes that token.
 
     With `chat`, a text is the user's turn in the chat template, up to where the assistant's begins. Raises UserError
@@ -72,7 +74,7 @@ def encode(texts, tokenizer, chat):
     ]
 
 
-def check_lengths(prompts, new_tokens, max_positions):
+def check_lengths(prompts: Sequence[Sequence[int]], new_tokens: int, max_positions: int | None) -> None:
     """Raises UserError naming the first prompt that exceeds `max_positions` with its completion (None: no limit)."""
     for index, prompt in enumerate(prompts):
         if max_positions and len(prompt) + new_tokens > max_positions:

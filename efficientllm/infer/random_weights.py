@@ -1,15 +1,18 @@
 """Random weights for measuring times and bytes; the initialization of one group of layers is compiled for all."""
 
 import math
+import typing
+from collections.abc import Callable
 
 import jax
 from flax import linen as nn
 from flax import traverse_util
 
-from efficientllm.model import half_layers, init_params
+from efficientllm.model import LM, half_layers, init_params
+from efficientllm.typing import Params
 
 
-def draw(lm, seed, each):
+def draw(lm: LM, seed: int, each: Callable[[str, jax.Array], typing.Any]) -> Params:
     """Draws initial parameters of an unrolled `lm`, each passed through `each(path, array)`, which may quantize it.
 
     One program for the whole model would compile every layer: 90 s for the 28 of 1.5B on a GPU.

@@ -8,11 +8,14 @@ from efficientllm import sharding
 from efficientllm.config.plain import flatten
 from efficientllm.cost import device_peaks, formulas
 from efficientllm.errors import UserError
+from efficientllm.infer.measure import Measured
 from efficientllm.metrics import conditions
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
+from efficientllm.model import LM
 from efficientllm.record import study_metrics
 from efficientllm.record.row import read_record
+from efficientllm.typing import Config, Mesh, Params, PyTree, Record
 from efficientllm.weights import activation_dtype, resident_bytes
 
 LIKELIHOOD = "likelihood a byte of held-out text"  # 2^-bits_per_byte: 1 is certainty, and more is better
@@ -27,7 +30,7 @@ class Scored:
     bits_per_byte: float
 
 
-def baseline_of(file):
+def baseline_of(file: str) -> Scored:
     """Reads the Scored of another run's `record.json`. Raises UserError where the numbers are missing."""
     where, row = f"config.infer.baseline = {file!r}", _row_of(file)
     try:
@@ -41,7 +44,7 @@ def baseline_of(file):
     return Scored(f"the row {row.get('name')}", size, bits)
 
 
-def check_baseline(config, described):
+def check_baseline(config: Config, described: Record) -> None:
     """Raises UserError for a baseline row that was scored on other text than this run.
 
     `described` is `data.describe_data` of this run's data.
@@ -71,7 +74,7 @@ def _row_of(file):
         raise UserError(f"config.infer.baseline = {error}") from None
 
 
-def compression(baseline, compressed):
+def compression(baseline: Scored, compressed: Scored) -> study_metrics.Compression | None:
     """The inputs of MCR (Eq. 9) from two Scored; None where a score is not finite."""
     if not all(math.isfinite(scored.bits_per_byte) for scored in (baseline, compressed)):
         return None
@@ -80,14 +83,14 @@ def compression(baseline, compressed):
     return study_metrics.Compression(baseline.bytes, compressed.bytes, *qualities, name)
 
 
-def noted(reading, history):
+def noted(reading: Reading, history: str) -> Reading:
     """Appends `history` to the source of a Reading."""
     return (
         dataclasses.replace(reading, source=f"{reading.source}; {history}") if history and reading.source else reading
     )
 
 
-def study(lm, boxed, measured, compared):
+def study(lm: LM, boxed: PyTree, measured: Measured, compared: study_metrics.Compression | None) -> dict[str, Reading]:
     """The study's metrics of a `measure.Measured`; `compared` is a Compression or None."""
     work = study_metrics.Work(
         "infer",
@@ -99,7 +102,7 @@ def study(lm, boxed, measured, compared):
     return study_metrics.paper_metrics(work, measured.averages, _window(measured), compared)
 
 
-def warm_up_and_conditions(measured):
+def warm_up_and_conditions(measured: Measured) -> Record:
     """`{"warm_up": ..., "conditions": ...}` of the row of a `measure.Measured`."""
     steps = measured.steps.statistics()
     aside = {
@@ -125,7 +128,7 @@ def _window(measured):
     return dataclasses.replace(whole, energy_j=joules, duration_s=seconds, mean_power_w=joules / seconds)
 
 
-def times(measured):
+def times(measured: Measured) -> dict[str, Reading]:
     """Latencies and rates as Readings. TPOT is the time of a step, which yields a token in every row."""
     source = f"median of {len(measured.prefill_s)} batches of {measured.rows} x {measured.prompt} tokens"
     prefill, decode = statistics.median(measured.prefill_s), statistics.median(measured.decode_s)
@@ -145,7 +148,9 @@ def times(measured):
     }
 
 
-def physical(lm, boxed, params, measured, idle, mesh):
+def physical(
+    lm: LM, boxed: PyTree, params: Params, measured: Measured, idle: reader.IdlePower, mesh: Mesh
+) -> dict[str, Reading]:
     """The physical readings, without peak memory; `mesh` is the one that serves."""
     counts, weights_source = formulas.count_parameters(lm, boxed), "arrays of the parameter tree"
     length = measured.prompt + measured.new_tokens

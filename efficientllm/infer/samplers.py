@@ -48,7 +48,7 @@ class Sample:
             raise UserError(f"config.infer.sampler: repetition_penalty = {self.repetition_penalty} must be above 0")
 
     @property
-    def remembers(self):
+    def remembers(self) -> bool:
         """Whether the sampler needs `seen_BV`, the tokens that a row contains."""
         return self.repetition_penalty != 1
 
@@ -58,7 +58,7 @@ class Sample:
             return jnp.argmax(logits_BV, -1).astype(jnp.int32)
         return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
-    def filtered(self, logits_BV, seen_BV=None):
+    def filtered(self, logits_BV: jax.Array, seen_BV: jax.Array | None = None) -> jax.Array:
         """Filters the logits; tokens that cannot be sampled get -inf."""
         if self.remembers:
             penalised = jnp.where(

@@ -1,10 +1,14 @@
 """Chat sessions: a dialogue as token ids, replies streamed as they grow, and a KV cache reused between turns."""
 
 import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from efficientllm.infer.engine import PREFILL_CHUNKS, Engine
+from efficientllm.infer.engine import PREFILL_CHUNKS, Carry, Engine
+from efficientllm.model import LM
+from efficientllm.typing import Params
 
 SHORTEST, LONGEST = 1024, 8192  # cache length at first, and its limit for models without one
 CHUNK = 8  # decode steps between two checks whether the user interrupts
@@ -17,15 +21,15 @@ class Dialogue:
     blank line, answer), else `text`: one text that continues.
     """
 
-    def __init__(self, tokenizer, system="", records=False):
+    def __init__(self, tokenizer: typing.Any, system: str = "", records: bool = False) -> None:
         self.tokenizer, self.system = tokenizer, system
         self.form = "template" if tokenizer.chat else "records" if records else "text"
         self.end_ids = tuple(dict.fromkeys((*tokenizer.end_ids, *self._turn_end())))
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Removes all turns; the system message stays."""
-        self._turns = []
+        self._turns: list[list] = []
 
     def _turn_end(self):
         """The token with which the template closes an assistant turn; it may differ from the end-of-text token."""
@@ -36,7 +40,7 @@ class Dialogue:
         ids = self.tokenizer.encode_template(tail) if marker else []
         return ids[:1] if ids and ids[0] in self.tokenizer.backend.get_added_tokens_decoder() else []
 
-    def ask(self, text):
+    def ask(self, text: str) -> list[int]:
         """Adds a turn with the question `text` -> ids of the dialogue up to where the answer begins.
 
         Raises UserError where the template refuses the text.
@@ -48,7 +52,7 @@ class Dialogue:
             self._turns.pop()
             raise
 
-    def ids(self):
+    def ids(self) -> list[int]:
         """The ids of the present turns, up to where the answer begins."""
         if self.form == "template":
             return self.tokenizer.encode_template(self.tokenizer.chat(self._messages(), add_generation_prompt=True))
@@ -70,13 +74,13 @@ class Dialogue:
                 ids.append(self.tokenizer.eos_id)
         return list(map(int, ids))
 
-    def answered(self, ids, text):
+    def answered(self, ids: list[int], text: str) -> None:
         """Stores the answer to the last question."""
         if self.form == "text" and ids and ids[-1] in self.end_ids:
             ids = ids[:-1]  # the text goes on
         self._turns[-1][1:] = text, tuple(ids)
 
-    def within(self, ids, room):
+    def within(self, ids: list[int], room: int) -> tuple[list[int] | None, int]:
         """Drops the oldest turns until at most `room` ids are left -> `(ids, number of dropped turns)`.
 
         If the last question alone is longer, only that turn is dropped: `(None, its number of ids)`.
@@ -94,14 +98,19 @@ class Dialogue:
 class Session:
     """Generates one answer at a time; ids that were prefilled or generated before are not prefilled again."""
 
-    def __init__(self, lm, params, sampler, end_ids, most=None):
+    def __init__(
+        self, lm: LM, params: Params, sampler: typing.Any, end_ids: Sequence[int], most: int | None = None
+    ) -> None:
         self.lm, self.params, self.sampler, self.end_ids = lm, params, sampler, end_ids
         self.most = most or LONGEST
-        self._seed, self._engine, self._carry, self._cached = 0, None, None, []
+        self._seed = 0
+        self._engine: Engine | None = None
+        self._carry: Carry | None = None
+        self._cached: list[int] = []
         self._fit(min(SHORTEST, self.most))
 
     @property
-    def length(self):
+    def length(self) -> int:
         """Cache length in tokens."""
         return self._engine.length
 
@@ -115,20 +124,23 @@ class Session:
         self._carry, self._cached = None, []
         self._engine = Engine(self.lm, self.params, self.sampler, self.end_ids, min(size, self.most), chunked=True)
 
-    def warm_up(self):
+    def warm_up(self) -> None:
         """Compiles prefill and decode before the first question."""
         prompt = [0] * min(sum(PREFILL_CHUNKS) + 1, self.length - 1)
         for _ in self.answer(prompt, 1):
             pass
         self._carry, self._cached = None, []
 
-    def answer(self, ids, new_tokens, stopped=lambda ids: False):
+    def answer(
+        self, ids: list[int], new_tokens: int, stopped: Callable[[list[int]], bool] = lambda ids: False
+    ) -> Iterator[list[int]]:
         """Yields the ids of the answer so far, at most `new_tokens`, the end token included.
 
         The answer also ends when `stopped(ids)` is True.
         """
         self._fit(len(ids) + new_tokens)
-        carry, engine, new_ids, done = self._begin(ids), self._engine, [], False
+        carry, engine, done = self._begin(ids), self._engine, False
+        new_ids: list[int] = []
         at = int(carry.positions_B[0])
         while not done:
             carry, limit = engine.switch_rope_scaling(carry, np.array([at]), [[*ids, *new_ids]])
@@ -155,10 +167,11 @@ class Session:
 class Times:
     """Times of all answers: seconds to each first token, and the tokens and seconds after them."""
 
-    def __init__(self, clock=time.perf_counter):
-        self._clock, self.first, self.tokens, self.seconds = clock, [], 0, 0.0
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self.tokens, self.seconds = clock, 0, 0.0
+        self.first: list[float] = []
 
-    def watched(self, answer):
+    def watched(self, answer: Iterator[list[int]]) -> Iterator[list[int]]:
         """Yields from `answer` and records its times."""
         begin, first, count = self._clock(), None, 0
         for ids in answer:

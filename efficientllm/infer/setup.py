@@ -1,8 +1,12 @@
 """Setup of an inference run: prompts, model, mesh, and loading weights in a quantized form. Cheap checks come first."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
+import typing
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -23,8 +27,13 @@ from efficientllm.quant import calibrate
 from efficientllm.registry import build, parse_spec
 from efficientllm.run_description import RunDescription, describe_run
 from efficientllm.runtime.log import Countdown
+from efficientllm.typing import Config, Mesh, Params, PyTree
 from efficientllm.untrusted import patterns
 from efficientllm.weights import box, is_box, path_of, resident_bytes
+
+if typing.TYPE_CHECKING:
+    from efficientllm.convert.source import Source
+    from efficientllm.data.pipeline import EvalBatches
 
 
 class OutOfMemory(RuntimeError):
@@ -44,25 +53,25 @@ class Serving:
     max_positions:  of the checkpoint, or None.
     """
 
-    config: object
-    source: object
-    lm: object
-    boxed: dict
-    tokenizer: object
-    sampler: object
-    texts: list
-    prompts: list
+    config: Config
+    source: Source | None
+    lm: models.LM
+    boxed: PyTree
+    tokenizer: typing.Any
+    sampler: typing.Any
+    texts: list[str]
+    prompts: list[list[int]]
     length: int
-    mesh: object
+    mesh: Mesh
     rss_before: int
-    max_positions: int = None
+    max_positions: int | None = None
 
     @property
-    def devices(self):
+    def devices(self) -> list[jax.Device]:
         """The devices of the mesh."""
         return list(self.mesh.devices.flat)
 
-    def load(self, spec, rules=()):
+    def load(self, spec: str, rules: Sequence[tuple[str, str]] = ()) -> Params:
         """Loads the parameters onto the mesh in the form `spec`, some in another by `rules`. Raises OutOfMemory."""
         if spec == "stored":
             return jax.block_until_ready(self._place_all(self._load_stored()))
@@ -73,7 +82,7 @@ class Serving:
         calibrated = calibrate.quantize(self.lm, dense, spec, self._calibration(), rules)
         return jax.block_until_ready(self._place_all(calibrated))
 
-    def history(self, spec):
+    def history(self, spec: str) -> str:
         """How quantized weights of the files were converted to the form `spec`, or ""."""
         return stored_form.history(self.source, spec)
 
@@ -96,7 +105,7 @@ class Serving:
         boxed_leaf = box(leaf, boxed.names)
         return jax.device_put(nn.unbox(boxed_leaf), sharding.shardings(boxed_leaf, self.mesh))
 
-    def weights_bytes(self, spec, rules=()):
+    def weights_bytes(self, spec: str, rules: Sequence[tuple[str, str]] = ()) -> tuple[int, int] | None:
         """`(resident, peak while loading)` bytes of the weights as `spec`, over all devices; None for `stored`.
 
         Weights are quantized one by one as they are read, so the peak adds the largest unquantized one (for random
@@ -111,7 +120,7 @@ class Serving:
         return resident * copies, peak * copies
 
     @property
-    def states_bytes(self):
+    def states_bytes(self) -> int:
         """Bytes of the decode states (KV caches, recurrences) of all rows."""
         return self.config.infer.batch_size * formulas.state_bytes(self.lm, self.length)
 
@@ -151,13 +160,13 @@ class Serving:
         return self.devices[0].platform == "cpu"
 
     @functools.cached_property
-    def held_out(self):
+    def held_out(self) -> EvalBatches:
         """Batches of held-out text."""
         train = self.config.train
         limit = self.config.eval.batches or None
         return data.eval_batches(self.config.data, self.tokenizer, train.batch_size, train.length, limit=limit)
 
-    def held_out_ids(self):
+    def held_out_ids(self) -> np.ndarray:
         """Tokens of the held-out text, without padding; measured prompts are spans of it."""
         return np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in self.held_out])
 
@@ -171,7 +180,7 @@ def _is_calibrated(spec, rules):
     return any(quant.form_of(form).calibrated for form in specs)
 
 
-def check_request(config):
+def check_request(config: Config) -> None:
     """Raises UserError for counts below 1, and for rules that conflict with `config.quant`."""
     for key in ("max_new_tokens", "batch_size", "prompt_length", "repeats"):
         if config.infer[key] < 1:
@@ -181,50 +190,50 @@ def check_request(config):
     quant.chooser(config.quant, config.infer.rules, "config.infer.rules")
 
 
-def prepare(config, with_text=True):
+def prepare(config: Config, with_text: bool = True) -> Serving:
     """Builds the Serving of a config: reads the prompts, makes no array of the model.
 
     Without `with_text` the held-out text is not checked. Raises UserError.
     """
     infer = config.infer
     check_request(config)
-    run = describe_run(config, devices_of(config))
-    check_mesh(config, run.mesh)
+    description = describe_run(config, devices_of(config))
+    check_mesh(config, description.mesh)
     _check_baseline(infer.baseline)
     sampler = build("sampler", infer.sampler, where="config.infer.sampler")
     texts = prompts.read(infer.prompts)
     if with_text:
         data.check_data(config.data)  # before a checkpoint is read, which can take a minute
-    ids = prompts.encode(texts, run.lm and run.tokenizer, infer.chat)
+    ids = prompts.encode(texts, description.lm and description.tokenizer, infer.chat)
     check_prompts(ids)
-    prompts.check_lengths(ids, infer.max_new_tokens, run.max_positions)
+    prompts.check_lengths(ids, infer.max_new_tokens, description.max_positions)
     length = max(infer.prompt_length, *map(len, ids)) + infer.max_new_tokens
-    lm = serving_lm(run, length)
+    lm = serving_lm(description, length)
     return Serving(
         config=config,
-        source=run.source,
+        source=description.source,
         lm=lm,
         boxed=models.abstract_params(lm),
-        tokenizer=run.tokenizer,
+        tokenizer=description.tokenizer,
         sampler=sampler,
         texts=texts,
         prompts=ids,
         length=length,
-        mesh=run.mesh,
+        mesh=description.mesh,
         rss_before=host.rss_bytes(),
-        max_positions=run.max_positions,
+        max_positions=description.max_positions,
     )
 
 
-def serving_lm(run: RunDescription, length: int) -> models.LM:
+def serving_lm(description: RunDescription, length: int) -> models.LM:
     """The LM that serves rows of `length` tokens: that of the RunDescription, unrolled and without rematerialization.
 
     Raises UserError for more tokens than its positions, and for a rule that matches no weight.
     """
-    infer, lm = run.config.infer, run.lm.clone(scan=False, remat=rematerialization.SAVEABLE)
+    infer, lm = description.config.infer, description.lm.clone(scan=False, remat=rematerialization.SAVEABLE)
     where = f"config.infer.prompt_length = {infer.prompt_length}, config.infer.max_new_tokens = {infer.max_new_tokens}"
-    if run.max_positions and length > run.max_positions:
-        raise UserError(f"{where}: {length} tokens; the model has {run.max_positions} positions")
+    if description.max_positions and length > description.max_positions:
+        raise UserError(f"{where}: {length} tokens; the model has {description.max_positions} positions")
     models.check_length(lm, length, where)
     _check_rules(models.abstract_params(lm), infer.rules)
     return lm
@@ -241,7 +250,7 @@ def _check_rules(boxed, rules):
             )
 
 
-def devices_of(config):
+def devices_of(config: Config) -> list[jax.Device]:
     """The first devices, as many as the axis sizes of `config.mesh` give (-1 counts as 1).
 
     Raises UserError for several processes.
@@ -253,7 +262,7 @@ def devices_of(config):
     return jax.devices()[: math.prod(sizes)]
 
 
-def check_mesh(config, mesh, batches=("infer", "train")):
+def check_mesh(config: Config, mesh: Mesh, batches: Sequence[str] = ("infer", "train")) -> None:
     """Raises UserError for a mesh with a `sequence` axis, or one that does not divide a batch size of the config.
 
     `batches` names the groups of the config: requests (`infer`) and held-out text (`train`).

@@ -1,13 +1,17 @@
 """Streamed completions: detokenized text, stop strings, and the JSON lines file."""
 
 import json
+import pathlib
+import typing
+from collections.abc import Callable, Sequence
 
+from efficientllm.infer.engine import Engine
 from efficientllm.runtime.atomic_write import write_atomically
 
 HALF = "\ufffd"  # a tokenizer decodes an incomplete UTF-8 character to this
 
 
-def cut(text, stops):
+def cut(text: str, stops: Sequence[str]) -> str:
     """Truncates a text at its first stop string."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
@@ -15,10 +19,10 @@ def cut(text, stops):
 class Stream:
     """Writes a growing text; holds back an incomplete character or a possible beginning of a stop string."""
 
-    def __init__(self, write, stops=()):
+    def __init__(self, write: Callable[[str], typing.Any], stops: Sequence[str] = ()) -> None:
         self._write, self._stops, self._shown = write, stops, 0
 
-    def show(self, text, finished=False):
+    def show(self, text: str, finished: bool = False) -> None:
         """Writes what is new in `text`, the whole text so far."""
         text = cut(text, self._stops)
         if not finished:
@@ -33,14 +37,25 @@ class Stream:
 class Answers:
     """Completions of the prompts `texts`, whose ids are `prompts`."""
 
-    def __init__(self, texts, prompts, tokenizer, stops=()):
+    def __init__(
+        self, texts: Sequence[str], prompts: Sequence[Sequence[int]], tokenizer: typing.Any, stops: Sequence[str] = ()
+    ) -> None:
         self.texts, self.prompts, self._tokenizer, self._stops = texts, prompts, tokenizer, tuple(stops)
-        self.ids, self.complete = [[] for _ in texts], [False] * len(texts)
+        self.ids: list[list[int]] = [[] for _ in texts]
+        self.complete = [False] * len(texts)
         self._reach = (
             4 * max(map(len, self._stops), default=0) + 4
         )  # tokens to search for a stop string: up to 4 a character
 
-    def generate(self, engine, new_tokens, batch_size, seed, write, chunk=8):
+    def generate(
+        self,
+        engine: Engine,
+        new_tokens: int,
+        batch_size: int,
+        seed: int,
+        write: Callable[[str], typing.Any],
+        chunk: int = 8,
+    ) -> None:
         """Generates `batch_size` prompts at a time and sets `ids`; a batch of one is streamed to `write`."""
         for first in range(0, len(self.prompts), batch_size):
             rows = range(first, min(first + batch_size, len(self.prompts)))
@@ -58,11 +73,11 @@ class Answers:
     def _stopped(self, ids):
         return bool(self._stops) and any(stop in self._tokenizer.decode(ids[-self._reach :]) for stop in self._stops)
 
-    def text(self, row):
+    def text(self, row: int) -> str:
         """The completion of prompt `row`, without its stop string."""
         return cut(self._decode(row), self._stops)
 
-    def end(self, row):
+    def end(self, row: int) -> str | None:
         """The text of the end token or stop string that ended `row`; None for the limit of tokens."""
         if (ids := self.ids[row]) and ids[-1] in self._tokenizer.end_ids:
             return self._tokenizer.text_of(ids[-1])
@@ -74,7 +89,7 @@ class Answers:
         ids = self.ids[row]
         return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._tokenizer.end_ids else ids)
 
-    def write(self, file):
+    def write(self, file: pathlib.Path) -> None:
         """Writes JSON lines: prompt, answer, number of tokens, what ended it, and whether it is complete."""
         lines = [
             {"prompt": text, "answer": self.text(row), "tokens": len(self.ids[row]), "end": self.end(row)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import pathlib
 import statistics
@@ -12,9 +13,12 @@ from efficientllm.config.plain import with_added_keys
 from efficientllm.errors import UserError, shown
 from efficientllm.plan import estimate
 from efficientllm.plan import hardware as hardwares
+from efficientllm.plan.hardware import Hardware
+from efficientllm.plan.training_step import Planned
 from efficientllm.record import provenance
 from efficientllm.record.row import read_record
 from efficientllm.runtime.atomic_write import write_atomically
+from efficientllm.typing import PathLike, Record
 from efficientllm.untrusted import files, json_text
 
 
@@ -31,12 +35,12 @@ class Calibration:
     rows: tuple
 
     @property
-    def factor(self):
+    def factor(self) -> float:
         """Geometric mean of measured time over roofline time."""
         return _factor(self.rows)
 
     @property
-    def errors(self):
+    def errors(self) -> list[float]:
         """Leave-one-out errors: relative error of each row's time, predicted from the other rows; empty for one row."""
         rows = self.rows
         if len(rows) < 2:
@@ -44,12 +48,12 @@ class Calibration:
         others = [_factor(rows[:i] + rows[i + 1 :]) for i in range(len(rows))]
         return [factor * row["roofline_s"] / row["measured_s"] - 1 for row, factor in zip(rows, others, strict=True)]
 
-    def mean(self, key):
+    def mean(self, key: str) -> float | None:
         """The mean of `watts` or `pcu` over the rows that have it; None if none has."""
         values = [row[key] for row in self.rows if row.get(key) is not None]
         return statistics.fmean(values) if values else None
 
-    def summary(self):
+    def summary(self) -> Record:
         """The `calibration` entry of a plan's row."""
         errors = [abs(error) for error in self.errors]
         return {
@@ -64,7 +68,7 @@ def _factor(rows):
     return math.exp(statistics.fmean(math.log(row["measured_s"] / row["roofline_s"]) for row in rows))
 
 
-def load(path, hardware, planned, log, keep):
+def load(path: PathLike, hardware: Hardware, planned: Planned, log: logging.Logger, keep: pathlib.Path) -> Calibration:
     """Loads the Calibration of `config.plan.calibration`: a file written by this function, or a folder of runs.
 
     `planned` is a `training_step.Planned`. For a folder the step of each row is compiled, and the result is written to
@@ -104,7 +108,7 @@ def _read(file, where):
     return Calibration(json_text.field(content, "hardware", str, where), tuple(map(str, tasks)), tuple(rows))
 
 
-def measure(folder, hardware, planned, log):
+def measure(folder: pathlib.Path, hardware: Hardware, planned: Planned, log: logging.Logger) -> Calibration:
     """Makes the Calibration of all usable rows in a folder, or of one record.json. Raises UserError without any."""
     rows = []
     for file in [folder] if folder.is_file() else sorted(folder.rglob("record.json")):

@@ -14,8 +14,12 @@ By mesh axis:
 Scalars are left out: the loss, its counts, router statistics, and gradient norms.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
+import typing
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,10 +27,14 @@ from efficientllm import model, sharding
 from efficientllm.cost import formulas
 from efficientllm.objectives import cross_entropy
 from efficientllm.plan.hlo_cost import Collective
+from efficientllm.typing import Mesh
 from efficientllm.weights import Precision, activation_dtype
 
+if typing.TYPE_CHECKING:
+    from efficientllm.plan.training_step import Step
 
-def closed(step):
+
+def closed(step: Step) -> tuple[Collective, ...] | None:
     """The Collectives of a `training_step.Step`, or None where the formula does not hold.
 
     It does not hold for mixers other than attention, KV heads that `tensor` does not divide, experts on a TPU or with
@@ -222,7 +230,7 @@ class _Formula:
             yield self._scatter(("sequence",), size, 2 * lm.num_groups)
 
 
-def groups(mesh, axes):
+def groups(mesh: Mesh, axes: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Groups of devices that differ only in `axes`: tuples of positions in the mesh, all of equal length."""
     ids, names = np.arange(mesh.size).reshape(tuple(mesh.shape.values())), tuple(mesh.shape)
     moved = np.moveaxis(ids, [names.index(axis) for axis in axes], range(-len(axes), 0))

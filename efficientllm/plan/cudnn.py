@@ -5,6 +5,7 @@ the cuDNN version of data/hardware.json.
 """
 
 import contextlib
+from collections.abc import Iterator
 
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
@@ -12,7 +13,7 @@ from efficientllm.cost.hardware_table import read_table
 
 
 @contextlib.contextmanager
-def planned_for(capability):
+def planned_for(capability: tuple[int, int]) -> Iterator[None]:
     """Context in which cuDNN attention is traced as on a GPU of the compute capability `(major, minor)`."""
     planned = tuple(capability)
     checks = {

@@ -9,6 +9,8 @@ import math
 
 from efficientllm.plan import roofline as rooflines
 from efficientllm.plan import training_step
+from efficientllm.plan.hardware import Hardware
+from efficientllm.plan.training_step import Workload
 from efficientllm.weights import Precision
 
 
@@ -39,11 +41,11 @@ class Estimate:
     parts: dict = dataclasses.field(default_factory=dict)
 
     @property
-    def total_bytes(self):
+    def total_bytes(self) -> int | None:
         return self.memory.get("total_bytes")
 
 
-def estimate(workload, hardware, count):
+def estimate(workload: Workload, hardware: Hardware, count: int) -> Estimate:
     """Estimates the cost of a `training_step.Step` or `request.Request` on `count` devices."""
     parts = {part.name: (part.times, _part(workload, part, hardware, count)) for part in workload.programs()}
     return next(iter(parts.values()))[1] if len(parts) == 1 else _together(parts)
@@ -122,7 +124,7 @@ def _sum_calls(parts):
     return {name: sum(times * part.custom_calls.get(name, 0) for times, part in parts.values()) for name in names}
 
 
-def total_bytes(workload, hardware):
+def total_bytes(workload: Workload, hardware: Hardware) -> int | None:
     """Bytes of memory that a device needs, by the compiler or by shapes; None where the compiler gives no figure."""
     if not hardware.has_compiler:
         return workload.by_shapes()

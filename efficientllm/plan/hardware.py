@@ -1,9 +1,12 @@
 """Hardware by name: its figures with their sources, and compile-only devices of it."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import jax
 
@@ -13,6 +16,7 @@ from efficientllm.errors import UserError
 from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.runtime import optional_packages
+from efficientllm.typing import Record
 
 # By platform: the module that has its compiler, and the extra of setup.py that installs it.
 PLUGINS = {"gpu": ("jax_cuda13_plugin", "gpu"), "tpu": ("libtpu", "tpu")}
@@ -43,10 +47,10 @@ class Hardware:
     per_host: int | None
     link: float
     network: float | None
-    sources: dict
-    facts: dict
+    sources: dict[str, str]
+    facts: Record
 
-    def peak_flops(self, dtype):
+    def peak_flops(self, dtype: str) -> Reading:
         """Dense peak of a device for a compute dtype in FLOP/s, as a Reading; measured on a CPU."""
         if self.platform == "cpu":
             return device_peaks.measure_gemm_peak(dtype)
@@ -56,7 +60,7 @@ class Hardware:
             return Reading(peak, "FLOP/s", self.name) if peak else missing("FLOP/s", f"{self.name}: no {dtype} peak")
         return device_peaks.peak_flops(self.device_kind, dtype)
 
-    def bandwidth(self):
+    def bandwidth(self) -> Reading:
         """Peak memory bandwidth of a device in byte/s, as a Reading."""
         if self.platform == "cpu":
             return device_peaks.measure_copy_bandwidth()
@@ -65,26 +69,26 @@ class Hardware:
         return device_peaks.peak_bandwidth(self.device_kind)
 
     @property
-    def kernel_s(self):
+    def kernel_s(self) -> float | None:
         """Least seconds a kernel launch, for kernels in sequence; None where not measured."""
         return self.facts.get("kernel_s")
 
     @property
-    def capability(self):
+    def capability(self) -> tuple[int, int]:
         """The compute capability `(major, minor)` of a GPU; (0, 0) for other hardware."""
         return tuple(self.facts.get("compute_capability", (0, 0)))
 
     @property
-    def plugin(self):
+    def plugin(self) -> tuple[str, str] | None:
         """`(module, extra)` of the compiler; None where JAX itself has it (CPUs)."""
         return PLUGINS.get(self.platform)
 
     @property
-    def has_compiler(self):
+    def has_compiler(self) -> bool:
         return self.lacks is None
 
     @property
-    def lacks(self):
+    def lacks(self) -> str | None:
         """Why this process cannot compile for it and what to install, or None."""
         if self.plugin is None:
             return None
@@ -96,7 +100,7 @@ class Hardware:
         return None
 
 
-def find(name, count):
+def find(name: str, count: int) -> Hardware:
     """Finds the Hardware of `config.plan.hardware`; a unique prefix of a name such as `h100` is enough.
 
     On a CPU, `count` devices share the host's memory. Raises UserError listing the known names.
@@ -109,7 +113,7 @@ def find(name, count):
     return Hardware(name=name, link=facts.pop("link", 0), facts=facts, **values)
 
 
-def check_count(hardware, count):
+def check_count(hardware: Hardware, count: int) -> None:
     """Raises UserError for a number of devices in which the hardware is not built."""
     where = f"config.plan.devices = {count}"
     if count < 1:
@@ -128,12 +132,12 @@ def check_count(hardware, count):
         raise UserError(f"{where}: no network of {hardware.name} is known; at most the {hardware.per_host} of a host")
 
 
-def hosts(hardware, count):
+def hosts(hardware: Hardware, count: int) -> int:
     """Number of hosts of `count` devices."""
     return 1 if not hardware.network else max(1, count // hardware.per_host)
 
 
-def compile_only(hardware, count):
+def compile_only(hardware: Hardware, count: int) -> None:
     """Configures this process to compile for absent hardware. Call before JAX initializes its devices."""
     if hardware.plugin and hardware.has_compiler:
         for key, value in ENVIRONMENT.items():
@@ -153,7 +157,7 @@ def _host_devices(count):
     return cpus[:count]
 
 
-def devices(hardware, count):
+def devices(hardware: Hardware, count: int) -> list[jax.Device]:
     """`count` compile-only devices; CPU devices as placeholders where the compiler is not installed."""
     if hardware.platform == "cpu" or not hardware.has_compiler:
         return _host_devices(count)
@@ -167,13 +171,18 @@ def devices(hardware, count):
     return list(topologies.get_topology_desc(platform="cuda", topology_name=hardware.name, **options).devices)
 
 
-def target_config(hardware):
+def target_config(hardware: Hardware) -> str:
     """Describes a GPU to XLA: the text form of a `GpuTargetConfigProto`."""
     facts, common = hardware.facts, read_table()["gpu"]
     x, y, z = common["block_dim_limit"]
     major, minor = facts["compute_capability"]
     feature = "feature_extension: ACCELERATED_FEATURES" if facts["accelerated_features"] else ""
-    counts = ("threads_per_block_limit", "threads_per_warp", "shared_memory_per_block", "threads_per_core_limit")
+    counts: tuple[str, ...] = (
+        "threads_per_block_limit",
+        "threads_per_warp",
+        "shared_memory_per_block",
+        "threads_per_core_limit",
+    )
     counts += ("fpus_per_core", "registers_per_core_limit", "registers_per_block_limit")
     cudnn = " ".join(f"{key}: {value}" for key, value in zip(("major", "minor", "patch"), common["cudnn"], strict=True))
     return (
@@ -188,14 +197,14 @@ def target_config(hardware):
     )
 
 
-def link_bandwidth(hardware, group):
+def link_bandwidth(hardware: Hardware, group: Sequence[int]) -> Reading:
     """One-way bandwidth of each device in a ring over the devices `group` (their indices), in byte/s, as a Reading.
 
     Across hosts the network limits the ring. It leaves each host once, so it may use the network adapters of all the
     group's devices on that host.
     """
     per_host = hardware.per_host or max(group) + 1
-    on_hosts = {}
+    on_hosts: dict[int, int] = {}
     for device in group:
         on_hosts[device // per_host] = on_hosts.get(device // per_host, 0) + 1
     if len(on_hosts) == 1 or not hardware.network:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+from collections.abc import Iterable
 
 from efficientllm.plan import hlo_text
 
@@ -31,23 +32,24 @@ class Collective:
     kind: str
     times: int
     bytes: float
-    groups: tuple
+    groups: tuple[tuple[int, ...], ...]
 
     @property
-    def wire_bytes(self):
+    def wire_bytes(self) -> float:
         """Bytes that a device sends each time in a ring algorithm, the minimum."""
         n = max(len(group) for group in self.groups)
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(self.kind, (n - 1) / n)
         return self.bytes * share
 
 
-def collectives(program, count):
+def collectives(program: hlo_text.Program, count: int) -> list[Collective]:
     """The Collectives of a program for `count` devices.
 
     Collectives with the same channel are counted once: a TPU's compiler repeats one for each part that it overlaps with
     compute. Channel 1 is not unique: JAX gives it to every collective of a shard_map.
     """
-    without_channel, by_channel = [], {}
+    without_channel: list[Collective] = []
+    by_channel: dict[tuple[str, str], Collective] = {}
     for name, (times, _) in program.runs.items():
         for instruction in program.computations[name].values():
             kind = instruction.op.removesuffix("-start")
@@ -77,9 +79,9 @@ def _payload(computation, instruction, kind, groups):
     return input_bytes * max(map(len, groups)) if kind == "all-gather" else input_bytes
 
 
-def by_kind(collectives):
+def by_kind(collectives: Iterable[Collective]) -> dict[str, dict[str, int]]:
     """Totals of a step, `{kind: {"count", "bytes", "wire_bytes"}}`; bytes are of one device."""
-    totals = collections.defaultdict(lambda: {"count": 0, "bytes": 0, "wire_bytes": 0})
+    totals: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0, "wire_bytes": 0})
     for collective in collectives:
         total = totals[collective.kind]
         total["count"] += collective.times
@@ -88,9 +90,9 @@ def by_kind(collectives):
     return dict(sorted(totals.items()))
 
 
-def custom_calls(program):
+def custom_calls(program: hlo_text.Program) -> dict[str, int]:
     """`{target: times}` of custom calls: kernels of libraries, Pallas and others."""
-    counts = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for name, (times, _) in program.runs.items():
         for instruction in program.computations[name].values():
             if instruction.op.startswith("custom-call") and (target := _CALLED.search(instruction.text)):
@@ -98,7 +100,7 @@ def custom_calls(program):
     return dict(sorted(counts.items()))
 
 
-def launches(program):
+def launches(program: hlo_text.Program) -> int:
     """Number of kernels that a run launches: instructions outside of fusions, without aliases."""
     return sum(
         times
@@ -111,7 +113,7 @@ def launches(program):
     )
 
 
-def moved_bytes(program):
+def moved_bytes(program: hlo_text.Program) -> float:
     """Bytes that a run reads from and writes to a device's memory.
 
     Each instruction outside of fusions reads its operands and writes its result once; a slice reads what it takes.

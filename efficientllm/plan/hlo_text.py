@@ -23,11 +23,11 @@ class Array(NamedTuple):
     """An array of a type; `scratch` is True in a TPU's vector memory."""
 
     dtype: str
-    shape: tuple
+    shape: tuple[int, ...]
     scratch: bool
 
     @property
-    def bytes(self):
+    def bytes(self) -> float:
         bits = BITS.get(self.dtype) if self.dtype in BITS else int(re.search(r"\d+", self.dtype)[0])
         return math.prod(self.shape) * bits / 8
 
@@ -37,22 +37,23 @@ class Instruction(NamedTuple):
 
     name: str
     op: str
-    arrays: tuple
-    operands: tuple
-    calls: tuple
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    calls: tuple[tuple[str, str], ...]
     root: bool
     text: str
 
     @property
-    def bytes(self):
+    def bytes(self) -> float:
         return sum(array.bytes for array in self.arrays if not array.scratch)
 
 
 class Program:
     """A program: `computations` is `{name: {instruction name: Instruction}}`, `entry` the name of the first to run."""
 
-    def __init__(self, text):
-        self.computations, self.entry = {}, None
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry: str | None = None
         inside = None
         for line in text.splitlines():
             if match := _COMPUTATION.match(line):
@@ -62,14 +63,14 @@ class Program:
                 inside[instruction.name] = instruction
         self.entry = self.entry or next(reversed(self.computations))
 
-    def instructions(self):
+    def instructions(self) -> list[Instruction]:
         """Every instruction of every computation."""
         return [instruction for computation in self.computations.values() for instruction in computation.values()]
 
     @functools.cached_property
-    def runs(self):
+    def runs(self) -> dict[str, tuple[int, bool]]:
         """`{computation: (times it runs in one run of the program, whether only in fusions)}`."""
-        runs = {}
+        runs: dict[str, tuple[int, bool]] = {}
         pending = [(self.entry, 1, False)]
         while pending:
             name, times, fused = pending.pop()
@@ -83,7 +84,7 @@ class Program:
                 ]
         return runs
 
-    def turns(self, loop):
+    def turns(self, loop: Instruction) -> int:
         """Trip count of a while loop: as the compiler states it, else the constant in its condition.
 
         1 where there is neither, because the count depends on data.
@@ -101,7 +102,7 @@ class Program:
         return [name for name in called if name in self.computations]
 
     @functools.cached_property
-    def in_loops(self):
+    def in_loops(self) -> set[str]:
         """The computations that run once an iteration of some loop."""
         pending = [name for loop in self.instructions() for role, name in loop.calls if role == "body"]
         looped = set()
@@ -137,7 +138,7 @@ def _balanced(line, start):
     return line[start:], ""
 
 
-def arrays(text):
+def arrays(text: str) -> tuple[Array, ...]:
     """Parses the arrays of a type; `(f32[8]{0}, s32[])` has two."""
     return tuple(
         Array(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(1)" in layout and ":T(" in layout)
@@ -155,7 +156,7 @@ _MESHED = re.compile(
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
-def groups(text, count):
+def groups(text: str, count: int) -> list[tuple[int, ...]]:
     """Parses the device groups of a collective, tuples of indices; one group of all `count` where it names none.
 
     A permutation has pairs (sender, receiver).

@@ -1,6 +1,9 @@
 """Memory checks before a run makes its first array; a refusal names a change that would fit."""
 
+from __future__ import annotations
+
 import dataclasses
+import typing
 
 import jax
 
@@ -10,59 +13,65 @@ from efficientllm.plan import remedies
 from efficientllm.registry import build, names
 from efficientllm.sharding import local_bytes
 
+if typing.TYPE_CHECKING:
+    from efficientllm.infer.setup import Serving
+    from efficientllm.train.setup import Setup
 
-def check_shapes(run):
+
+def check_shapes(setup: Setup) -> None:
     """Raises UserError for a `train.setup.Setup` whose state and gradients exceed memory; called before compilation."""
-    room = available_memory.measure_available(run.config, jax.local_devices())
+    room = available_memory.measure_available(setup.config, jax.local_devices())
     if room is None:
         return
     copies = jax.local_device_count() if room.shared else 1
-    state = copies * local_bytes(run.shaped)
-    needed = state + copies * local_bytes(run.shaped.params)
+    state = copies * local_bytes(setup.shaped)
+    needed = state + copies * local_bytes(setup.shaped.params)
     if room.refuses(state, needed):
-        raise _refusal(run, room, needed, "weights, optimiser and gradients", copies)
+        raise _refusal(setup, room, needed, "weights, optimiser and gradients", copies)
 
 
-def check_compiled(run):
+def check_compiled(setup: Setup) -> None:
     """Raises UserError if the compiled step exceeds memory; called before the state is made."""
-    room, planned = available_memory.measure_available(run.config, jax.local_devices()), run.program_memory.value
+    room, planned = available_memory.measure_available(setup.config, jax.local_devices()), setup.program_memory.value
     if room is None or planned is None:
         return
     copies = jax.local_device_count()
     needed = planned if room.shared else planned // copies
     if room.refuses(0, needed):
-        raise _refusal(run, room, needed, "by the compiler's plan of a step", copies if room.shared else 1)
+        raise _refusal(setup, room, needed, "by the compiler's plan of a step", copies if room.shared else 1)
 
 
-def check_serving(run):
+def check_serving(serving: Serving) -> None:
     """Raises UserError for an `infer.setup.Serving` whose weights and states exceed memory, before they are read."""
-    config, room, weights = run.config, available_memory.measure_available(run.config, run.devices), None
+    config, room, weights = serving.config, available_memory.measure_available(serving.config, serving.devices), None
     if room is not None:
-        weights = run.weights_bytes(config.quant, config.infer.rules)
+        weights = serving.weights_bytes(config.quant, config.infer.rules)
     if weights is None:
         return
     if not room.shared:
-        room = dataclasses.replace(room, bytes=room.bytes * len(run.devices), name="free on all devices")
-    resident, peak = (size + run.states_bytes for size in weights)
+        room = dataclasses.replace(room, bytes=room.bytes * len(serving.devices), name="free on all devices")
+    resident, peak = (size + serving.states_bytes for size in weights)
     if not room.refuses(resident, peak):
         return
     gb, remedy = peak / 1e9, "no form of the weights is small enough"
     for form in remedies.FORMS:
-        if not config.infer.rules and (size := run.weights_bytes(form)[1] + run.states_bytes) <= min(room.bytes, peak):
+        if not config.infer.rules and (size := serving.weights_bytes(form)[1] + serving.states_bytes) <= min(
+            room.bytes, peak
+        ):
             remedy = f"with --config.quant='{form}' it would need {size / 1e9:,.1f} GB"
             break
     raise UserError(
         f"{_of(config)} needs {gb:,.1f} GB (weights as {config.quant}, and states of {config.infer.batch_size} x "
-        f"{run.length} tokens), {room.name}: {room.bytes / 1e9:,.1f} GB; {remedy}; to go on regardless: "
+        f"{serving.length} tokens), {room.name}: {room.bytes / 1e9:,.1f} GB; {remedy}; to go on regardless: "
         f"--config.memory_gb={1.01 * gb:.3g}"
     )
 
 
-def _refusal(run, room, needed, what, copies):
+def _refusal(setup, room, needed, what, copies):
     gb = needed / 1e9
     return UserError(
-        f"{_of(run.config)} needs {gb:,.1f} GB ({what}), {room.name}: {room.bytes / 1e9:,.1f} GB; "
-        f"{_remedy(run, room, copies)}; to go on regardless: --config.memory_gb={1.01 * gb:.3g}"
+        f"{_of(setup.config)} needs {gb:,.1f} GB ({what}), {room.name}: {room.bytes / 1e9:,.1f} GB; "
+        f"{_remedy(setup, room, copies)}; to go on regardless: --config.memory_gb={1.01 * gb:.3g}"
     )
 
 
@@ -72,16 +81,16 @@ def _of(config):
     return f"config.model.size = {config.model.size!r}"
 
 
-def _remedy(run, room, copies):
+def _remedy(setup, room, copies):
     """Names the first single change that would fit by shapes, or says that none does."""
     from efficientllm.plan import training_step  # not needed by every run
 
     def total_of(change):
-        step = training_step.describe(training_step.changed(run.config, change), jax.devices(), jax.default_backend())
+        step = training_step.describe(training_step.changed(setup.config, change), jax.devices(), jax.default_backend())
         least = copies * local_bytes((step.shaped, step.shaped.params))
         return least if least > room.bytes else max(least, copies * step.by_shapes())
 
-    for kind in [*remedies.of_training(run.config, run.mesh.shape), *_others(run.config)]:
+    for kind in [*remedies.of_training(setup.config, setup.mesh.shape), *_others(setup.config)]:
         (attempt,) = remedies.attempt([kind], room.bytes, total_of)
         if attempt.fits:
             return f"with {attempt.flags} it would need {attempt.total_bytes / 1e9:,.1f} GB"

@@ -1,12 +1,18 @@
 """Search for a single config change with which a workload fits into memory."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from efficientllm import sharding
 from efficientllm.errors import UserError
+from efficientllm.typing import Config
 
 FORMS = ("bfloat16", "int8()", "int4()")  # of weights, from largest to smallest
+Change = dict[str, typing.Any]  # new values by config key, without `config.`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +24,14 @@ class Try:
     reason:       why it was refused, or None.
     """
 
-    change: dict
+    change: Change
     flags: str
     total_bytes: int | None
     fits: bool
     reason: str | None = None
 
 
-def of_training(config, shape):
+def of_training(config: Config, shape: Mapping[str, int]) -> list[list[Change]]:
     """The changes to try for a training step: a list for each kind, from the smallest change to the largest.
 
     `shape` is that of the mesh.
@@ -45,7 +51,7 @@ def of_training(config, shape):
     return [changes for changes in candidates if changes]
 
 
-def of_serving(config, smaller):
+def of_serving(config: Config, smaller: Sequence[str]) -> list[list[Change]]:
     """The changes to try for inference; `smaller` are the forms of weights with fewer bytes."""
     rows = config.infer.batch_size
     candidates = [[{"quant": form} for form in smaller]]
@@ -68,7 +74,9 @@ def _divisors(number):
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def attempt(candidates, memory_bytes, total_of):
+def attempt(
+    candidates: Iterable[Sequence[Change]], memory_bytes: float, total_of: Callable[[Change], int | None]
+) -> list[Try]:
     """Tries the `candidates` -> a Try for each kind: the smallest change that fits, or the largest if none does.
 
     `total_of(change)` returns the bytes of a device, or raises UserError. The largest change is tried first: if it does

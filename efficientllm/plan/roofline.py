@@ -6,8 +6,11 @@ the sides, one without overlap takes their sum.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from efficientllm.plan import hardware as hardwares
+from efficientllm.plan.hardware import Hardware
+from efficientllm.plan.hlo_cost import Collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +24,17 @@ class Roofline:
     sources: dict
 
     @property
-    def sides(self):
+    def sides(self) -> dict[str, float]:
         """The known sides, `{name: seconds}`."""
         sides = {side: getattr(self, side) for side in ("compute", "memory", "network", "launches")}
         return {name: seconds for name, seconds in sides.items() if seconds is not None}
 
     @property
-    def seconds(self):
+    def seconds(self) -> float | None:
         return max(self.sides.values(), default=None)
 
     @property
-    def bound(self):
+    def bound(self) -> str | None:
         """Name of the largest side."""
         return max(self.sides, key=self.sides.get, default=None)
 
@@ -43,30 +46,38 @@ class Chain:
     links: tuple
 
     @property
-    def sides(self):
+    def sides(self) -> dict[str, float]:
         """Seconds of each side that is known for every program."""
         shared = [side for side in self.links[0][1].sides if all(side in line.sides for _, line in self.links)]
         return {side: sum(times * line.sides[side] for times, line in self.links) for side in shared}
 
     @property
-    def seconds(self):
+    def seconds(self) -> float | None:
         """Sum of the programs' least times; at least the largest of `sides`."""
         values = [(times, line.seconds) for times, line in self.links]
         return None if any(value is None for _, value in values) else sum(times * value for times, value in values)
 
     @property
-    def bound(self):
+    def bound(self) -> str | None:
         """The largest side of the program that takes longest."""
         if self.seconds is None:
             return None
         return max(self.links, key=lambda link: link[0] * link[1].seconds)[1].bound
 
     @property
-    def sources(self):
+    def sources(self) -> dict[str, str]:
         return self.links[0][1].sources
 
 
-def roofline(hardware, count, dtype, flops, moved, collectives, launches=None):
+def roofline(
+    hardware: Hardware,
+    count: int,
+    dtype: str,
+    flops: float | None,
+    moved: float | None,
+    collectives: Sequence[Collective] | None,
+    launches: int | None = None,
+) -> Roofline:
     """The Roofline of a step.
 
     `flops` is the total of all devices. `moved` (bytes), `collectives` and `launches` (a number of kernels) are of one
@@ -89,7 +100,7 @@ def roofline(hardware, count, dtype, flops, moved, collectives, launches=None):
     )
 
 
-def network_seconds(hardware, collectives):
+def network_seconds(hardware: Hardware, collectives: Sequence[Collective]) -> float:
     """Seconds of the collectives of a step in sequence; 0 where the devices share a memory."""
     if not hardware.link:
         return 0.0

@@ -1,11 +1,18 @@
 """The row and the printed text of a plan. Predictions have their own keys: they are never ranked with measurements."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from efficientllm.cost import formulas
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.plan import hardware as hardwares
 from efficientllm.plan import hlo_cost
+from efficientllm.plan.calibration import Calibration
+from efficientllm.plan.estimate import Estimate
+from efficientllm.plan.hardware import Hardware
+from efficientllm.plan.remedies import Try
+from efficientllm.plan.training_step import Workload
+from efficientllm.typing import Record
 
 LEAST = "least time by roofline"
 _LATENCIES = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"))
@@ -21,7 +28,14 @@ _SIX = (
 )
 
 
-def predicted(workload, hardware, count, estimate, tries, calibration):
+def predicted(
+    workload: Workload,
+    hardware: Hardware,
+    count: int,
+    estimate: Estimate,
+    tries: Sequence[Try],
+    calibration: Calibration | None,
+) -> Record:
     """The `predicted` entry of the row as plain data: the study's metrics, memory, cost, and changes that fit."""
     total, room = estimate.total_bytes, hardware.memory_bytes
     return {
@@ -100,7 +114,7 @@ _REASONS = {
 }
 
 
-def physical(workload, estimate):
+def physical(workload: Workload, estimate: Estimate) -> dict[str, Reading]:
     """The row's physical readings, which need no measured time."""
     params = formulas.count_parameters(workload.lm, workload.boxed)
     executed = estimate.program_flops
@@ -117,7 +131,7 @@ def physical(workload, estimate):
     }
 
 
-def text(name, workload, hardware, estimate, prediction):
+def text(name: str, workload: Workload, hardware: Hardware, estimate: Estimate, prediction: Record) -> str:
     """Formats a plan for the log."""
     count = prediction["devices"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in prediction["mesh"].items() if size > 1) or "one device"

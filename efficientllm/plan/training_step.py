@@ -4,25 +4,35 @@ Kinds of workloads are registered as `planned`, each as a Planned. Its `describe
 class with the same methods (`request.Request`).
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import re
 import time
 import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
 from efficientllm import model, sharding
+from efficientllm.adapters.base import Method
 from efficientllm.cost import formulas, jaxpr_flops, step_memory
 from efficientllm.metrics import memory
 from efficientllm.metrics.reading import Reading
 from efficientllm.plan import collectives, cudnn, hlo_cost, hlo_text
 from efficientllm.plan import remedies as changes
+from efficientllm.plan.hlo_cost import Collective
 from efficientllm.registry import register
 from efficientllm.run_description import describe_run
 from efficientllm.runtime import kernel_choice as kernels
 from efficientllm.train import step
 from efficientllm.train.config_checks import check_rows, check_train, training_lm
+from efficientllm.typing import Config, Mesh, PyTree
+
+if typing.TYPE_CHECKING:
+    from efficientllm.plan.request import Request
+
 
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -36,9 +46,9 @@ class Planned(typing.NamedTuple):
     tasks:     tasks (`config.task`) whose measured rows calibrate it.
     """
 
-    whole: object
-    describe: object
-    tasks: tuple
+    whole: Callable[[Config, Mesh], Config]
+    describe: Callable[..., Workload]
+    tasks: tuple[str, ...]
 
 
 class Part(typing.NamedTuple):
@@ -53,8 +63,8 @@ class Part(typing.NamedTuple):
 
     name: str
     times: int
-    trace: object
-    kernels: dict
+    trace: jax.stages.Traced
+    kernels: dict[str, list[str]]
     model_flops: float
     moved_bytes: float | None = None
     turns: int | None = None
@@ -64,72 +74,72 @@ class Part(typing.NamedTuple):
 class Step:
     """A training step: model, tuning method, mesh, and the abstract TrainState with shardings."""
 
-    config: object
-    lm: object
-    method: object
-    mesh: object
-    boxed: dict
+    config: Config
+    lm: model.LM
+    method: Method
+    mesh: Mesh
+    boxed: PyTree
     shaped: step.TrainState
     shardings: step.TrainState
     platform: str
-    capability: tuple = (0, 0)
+    capability: tuple[int, int] = (0, 0)
 
-    def scope(self):
+    def scope(self) -> typing.Any:
         """Context to trace and compile in: the mesh, and kernels of the platform and compute capability."""
         return scope(self.mesh, self.platform, self.capability)
 
     @property
-    def rows(self):
+    def rows(self) -> tuple[int, int]:
         """`(rows of a micro-batch, number of shards of its tokens)`."""
         train, shards = self.config.train, sharding.count_row_shards(self.mesh) * self.mesh.shape["sequence"]
         return train.batch_size // train.accumulate, shards
 
     @property
-    def model_flops(self):
+    def model_flops(self) -> float:
         """FLOPs of a step by closed formula."""
         train = self.config.train
         return formulas.step_flops(self.lm, self.boxed, train.length, train.batch_size, self.method)
 
     @property
-    def samples(self):
+    def samples(self) -> int:
         """Rows of a step."""
         return self.config.train.batch_size
 
     @property
-    def heading(self):
+    def heading(self) -> str:
         return f"{self.samples} x {self.config.train.length} tokens a step"
 
-    def programs(self):
+    def programs(self) -> list[Part]:
         """The Parts of the step: one program."""
         return [Part("step", 1, *traced(self), self.model_flops)]
 
-    def plain(self):
+    def plain(self) -> Step:
         """The same step with operators whose FLOPs can be counted in the jaxpr: dense attention, ragged products,
         unquantized weights, scans of known length."""
         config = changed(self.config, {"model.attention_kernel": "xla", "quant": "float32"})
         return describe(config, list(self.mesh.devices.flat), "tpu")
 
-    def sent_by_formula(self):
+    def sent_by_formula(self) -> tuple[Collective, ...] | None:
         """Collectives by closed formula; None where it does not hold."""
         return collectives.closed(self)
 
-    def candidates(self):
+    def candidates(self) -> list[list[changes.Change]]:
         """The config changes to try where it does not fit (`plan.remedies`)."""
         return changes.of_training(self.config, self.mesh.shape)
 
-    def rates(self, seconds):
+    def rates(self, seconds: float) -> dict[str, float]:
         """The study's throughputs if a step takes `seconds`."""
         rate = self.samples / seconds / formulas.count_parameters(self.lm, self.boxed)["active"]
         return {"tt_tokens_per_param_s": rate * self.config.train.length, "st_samples_per_param_s": rate}
 
-    def latencies(self, parts):
+    def latencies(self, parts: Mapping[str, typing.Any]) -> dict[str, float | None]:
         """None: a training step has no TTFT or TPOT."""
         return {}
 
     no_rates: typing.ClassVar = ("tt_tokens_per_param_s", "st_samples_per_param_s")
     no_mcr: typing.ClassVar = "nothing is compressed in training"
 
-    def readings(self):
+    def readings(self) -> dict[str, Reading]:
         """Readings of the model itself."""
         trainable = sum(leaf.size for leaf in jax.tree.leaves(self.shaped.params))
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shaped.all_params))
@@ -141,11 +151,11 @@ class Step:
         }
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Tokens of a step."""
         return self.samples * self.config.train.length
 
-    def by_shapes(self):
+    def by_shapes(self) -> int:
         """Peak memory of a device in bytes, from shapes (`cost.step_memory`)."""
         with self.scope():
             return step_memory.predicted_bytes(
@@ -162,34 +172,34 @@ class Compiled:
     text:     the HLO text, or None.
     """
 
-    memory: dict
+    memory: dict[str, int]
     seconds: float
     text: str | None
     refused: str | None = None
 
 
 @contextlib.contextmanager
-def target(platform, capability):
+def target(platform: str, capability: tuple[int, int]) -> Iterator[None]:
     """Context in which kernels are chosen for the platform and, on a GPU, its compute capability."""
     with kernels.compiling_for(platform, capability), cudnn.planned_for(capability):
         yield
 
 
 @contextlib.contextmanager
-def scope(mesh, platform, capability):
+def scope(mesh: Mesh, platform: str, capability: tuple[int, int]) -> typing.Any:
     """Context with `mesh` in scope, in which kernels are chosen for the platform."""
     with jax.set_mesh(mesh), target(platform, capability):
         yield
 
 
-def changed(config, changes):
+def changed(config: Config, changes: changes.Change) -> Config:
     """A copy of the config with `changes`, such as `{"model.remat": "full"}`."""
     copy = config.copy_and_resolve_references()
     copy.update_from_flattened_dict(changes)
     return copy
 
 
-def whole_rows(config, mesh):
+def whole_rows(config: Config, mesh: Mesh) -> Config:
     """The config with its batch size rounded up to one that the mesh divides. Raises UserError."""
     check_rows(config.train)
     divisor = config.train.accumulate * sharding.count_row_shards(mesh)
@@ -197,18 +207,20 @@ def whole_rows(config, mesh):
     return config if size % divisor == 0 else changed(config, {"train.batch_size": size + -size % divisor})
 
 
-def describe(config, devices, platform, capability=(0, 0)):
+def describe(
+    config: Config, devices: Sequence[jax.Device], platform: str, capability: tuple[int, int] = (0, 0)
+) -> Step:
     """Builds the Step of a config on `devices`, compiled for `platform` (a GPU with this compute capability)."""
-    run = describe_run(config, devices, shapes_only=True)
-    check_train(config.train, run.mesh)
+    description = describe_run(config, devices, shapes_only=True)
+    check_train(config.train, description.mesh)
     with target(platform, capability):
-        lm = training_lm(run)
-        shaped, shardings = step.abstract_state(lm, config, run.method, run.mesh)
+        lm = training_lm(description)
+        shaped, shardings = step.abstract_state(lm, config, description.method, description.mesh)
         boxed = model.abstract_params(lm)
-    return Step(config, lm, run.method, run.mesh, boxed, shaped, shardings, platform, capability)
+    return Step(config, lm, description.method, description.mesh, boxed, shaped, shardings, platform, capability)
 
 
-def traced(workload):
+def traced(workload: Step) -> tuple[jax.stages.Traced, dict[str, list[str]]]:
     """Traces a Step -> `(trace, {operation: kernels} it was traced with)`."""
     batch = step_memory.batch_shapes(
         workload.config.train.batch_size, workload.config.train.length, sharding.batch_sharding(workload.mesh)
@@ -218,7 +230,7 @@ def traced(workload):
         return jitted.trace(workload.shaped, batch), {operation: sorted(kinds) for operation, kinds in used.items()}
 
 
-def compile_step(workload, trace):
+def compile_step(workload: Workload, trace: jax.stages.Traced) -> Compiled:
     """Compiles a trace -> Compiled. Out of memory in the compiler is reported in it; other errors raise."""
     begin = time.perf_counter()
     try:
@@ -237,7 +249,7 @@ def _used(message):
     return {"total_bytes": round(float(match[1]) * _UNITS[match[2]])} if match else {}
 
 
-def program_flops(workload, part):
+def program_flops(workload: Workload, part: Part) -> float | None:
     """FLOPs of the matrix products in a Part's jaxpr, including rematerialized and masked ones.
 
     Where custom kernels hide products, those of `workload.plain()` are counted. None where neither can be counted.
@@ -251,13 +263,14 @@ def program_flops(workload, part):
     return None
 
 
-def read(compiled, count):
+def read(compiled: Compiled, count: int) -> tuple[list[Collective], float, dict[str, int], int]:
     """`(Collectives, moved bytes, custom calls, launches)` of a Compiled, from its text."""
     program = hlo_text.Program(compiled.text)
     costs = hlo_cost.moved_bytes(program), hlo_cost.custom_calls(program), hlo_cost.launches(program)
     return hlo_cost.collectives(program, count), *costs
 
 
+Workload: typing.TypeAlias = "Step | Request"
 TRAINING = Planned(whole_rows, describe, ("pretrain", "tune"))
 for task in ("pretrain", "tune"):
     register("planned", task)(TRAINING)

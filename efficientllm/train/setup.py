@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import typing
-
-from efficientllm.adapters.base import Method
-from efficientllm.typing import Config, Mesh, PyTree, Record
-
-if typing.TYPE_CHECKING:
-    from efficientllm.convert.source import Source
-    from efficientllm.data.pipeline import EvalBatches
-
 import dataclasses
+import logging
 import time
+import typing
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from efficientllm import data, model, sharding
+from efficientllm.adapters.base import Method
 from efficientllm.cost import device_peaks, jaxpr_flops, step_memory
 from efficientllm.metrics import host, memory
 from efficientllm.metrics.reading import Reading, missing
@@ -29,7 +22,12 @@ from efficientllm.run_description import describe_run
 from efficientllm.runtime import kernel_choice as kernels
 from efficientllm.runtime import malloc
 from efficientllm.train import config_checks, step
+from efficientllm.typing import Config, Mesh, PyTree, Record
 from efficientllm.weights import activation_dtype, box_as
+
+if typing.TYPE_CHECKING:
+    from efficientllm.convert.source import Source
+    from efficientllm.data.pipeline import EvalBatches
 
 
 @dataclasses.dataclass
