@@ -30,11 +30,8 @@ from efficientllm.plan.hlo_cost import Collective
 from efficientllm.typing import Mesh
 from efficientllm.weights import Precision, activation_dtype
 
-if typing.TYPE_CHECKING:
-    from efficientllm.plan.training_step import Step
 
-
-def closed(step: Step) -> tuple[Collective, ...] | None:
+def closed(step: typing.Any) -> tuple[Collective, ...] | None:
     """The Collectives of a `training_step.Step`, or None where the formula does not hold.
 
     It does not hold for mixers other than attention, KV heads that `tensor` does not divide, experts on a TPU or with

@@ -30,10 +30,7 @@ from efficientllm.train import step
 from efficientllm.train.config_checks import check_rows, check_train, training_lm
 from efficientllm.typing import Config, Mesh, PyTree
 
-if typing.TYPE_CHECKING:
-    from efficientllm.plan.request import Request
-
-
+Workload = typing.Any  # a Step, or another class with its methods (`request.Request`)
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -270,7 +267,6 @@ def read(compiled: Compiled, count: int) -> tuple[list[Collective], float, dict[
     return hlo_cost.collectives(program, count), *costs
 
 
-Workload: typing.TypeAlias = "Step | Request"
 TRAINING = Planned(whole_rows, describe, ("pretrain", "tune"))
 for task in ("pretrain", "tune"):
     register("planned", task)(TRAINING)
