@@ -1,4 +1,4 @@
-"""The language model: embeddings, a scanned pattern of blocks, a norm, logits. Every architecture is a config of it."""
+"""Language model: an embedding, a scanned pattern of blocks, a norm, logits. Every architecture is a config of it."""
 
 import flax.linen as nn
 import jax
@@ -10,9 +10,9 @@ from efficientllm.ops import rematerialization as remat
 from efficientllm.ops.attention import Context
 from efficientllm.ops.embedding_lookup import look_up
 from efficientllm.registry import build, parse_spec
-from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import constrain, current_mesh
-from efficientllm.weights import Precision, matmul, parameter, transposed_kernel
+from efficientllm.typing import Params, PyTree
+from efficientllm.weights import Precision, Weight, matmul, parameter, transposed_kernel
 
 HEAD = ("embed", "vocab")
 
@@ -20,7 +20,8 @@ HEAD = ("embed", "vocab")
 class Block(nn.Module):
     """A mixer and an ffn, each behind a norm and added to the residual stream; or a mixer alone.
 
-    `residual`: `sequential` gives the ffn what the mixer has added to, `parallel` what the mixer was given (GPT-NeoX).
+    `residual`: with `sequential` the ffn reads the mixer's sum, with `parallel` the mixer's input (GPT-NeoX).
+    `memo` holds arrays by name that mixers of earlier layers hand to later ones, such as RWKV-7's first values.
     """
 
     mixer: str
@@ -29,7 +30,7 @@ class Block(nn.Module):
     residual: str
 
     @nn.compact
-    def __call__(self, x_BTD, ctx, states):
+    def __call__(self, x_BTD: jax.Array, ctx: Context, states: tuple | None) -> tuple:
         x_BTD = constrain(x_BTD, "batch", "length", None)
         mixer, ffn = build("mixer", self.mixer, name="mixer"), build("ffn", self.ffn, name="ffn")
         mixer_state, ffn_state = (None, None) if states is None else states
@@ -46,42 +47,39 @@ class Block(nn.Module):
 
 
 class Group(nn.Module):
-    """One repetition of the pattern. States and aux are tuples with an entry a block."""
+    """One repetition of the pattern of blocks. States and aux are tuples with an entry for each block."""
 
-    blocks: tuple
+    blocks: tuple[tuple[str, str], ...]
     norm: str
     residual: str
 
     @nn.compact
-    def __call__(self, carry, ctx, states):
+    def __call__(self, carry: tuple, ctx: Context, states: tuple | None) -> tuple:
         x_BTD, memo = carry
-        out = []
+        results = []
         for i, (mixer, ffn) in enumerate(self.blocks):
             block = Block(mixer, ffn, self.norm, self.residual, name=f"block_{i}")
-            x_BTD, memo, *rest = block(x_BTD, ctx.replace(memo=memo), None if states is None else states[i])
-            out.append(rest)
-        new_states, aux = zip(*out, strict=True)
+            x_BTD, memo, *result = block(x_BTD, ctx.replace(memo=memo), None if states is None else states[i])
+            results.append(result)
+        new_states, aux = zip(*results, strict=True)
         return (x_BTD, memo), (None if states is None else new_states, aux)
 
 
 class LM(nn.Module):
-    """A decoder-only language model.
-
-    What it asks of a mixer is in `mixers.base.Mixer`, and of an ffn in `ffns.base.FFN`.
+    """A decoder-only language model; `mixers.base.Mixer` and `ffns.base.FFN` are the protocols of its blocks' modules.
 
     Args:
       blocks: the repeating pattern, pairs of complete (mixer, ffn) specs.
-      num_layers: a block with an ffn is a layer, one without is half a layer (Gu & Dao 2023, arXiv:2312.00752,
-        Appendix E.2); the pattern's layers divide it.
+      num_layers: a multiple of the pattern's; a block without an ffn is half a layer (arXiv:2312.00752, Appendix E.2).
       tied: the output projection is the embedding, transposed.
       embed_norm: a norm follows the embedding (RWKV, BLOOM).
-      remat: `none`, `full`, or the name of a policy of `jax.checkpoint_policies`: what the backward pass keeps.
-        `none` is everything, on CPUs less what is cheap (`remat.kept`); `everything_saveable` is everything there too.
-      scan: stack the groups' parameters and scan over them; False keeps them apart (debugging, decoding).
-      unroll: a scan over at most so many groups is compiled one group after another on CPUs; 0 is always a loop.
+      remat: `none`, `full`, or a policy of `jax.checkpoint_policies`: the residuals saved for the backward pass.
+        `none` saves everything, on CPUs all but cheap results (`remat.kept`); `everything_saveable` saves those too.
+      scan: stack the groups' parameters and scan over them; False keeps them separate (debugging, decoding).
+      unroll: a scan over at most so many groups is unrolled on CPUs; 0 is always a loop.
     """
 
-    blocks: tuple
+    blocks: tuple[tuple[str, str], ...]
     num_layers: int
     dim: int
     vocab_size: int
@@ -96,15 +94,22 @@ class LM(nn.Module):
     unroll: int
 
     @property
-    def num_groups(self):
+    def num_groups(self) -> int:
         return 2 * self.num_layers // half_layers(self.blocks)
 
     @nn.compact
-    def __call__(self, tokens_BT, ctx, states=None, readout=True, groups=True):
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        ctx: Context,
+        states: PyTree | None = None,
+        readout: bool = True,
+        groups: bool = True,
+    ) -> tuple:
         """Returns float32 logits `[B, T, V]`, the new states (None without states) and aux stacked over groups.
 
-        Without `readout`, the last hidden vectors `[B, T, D]` take the logits' place. Without `groups`, returns the
-        carry that the first group reads (`embed`).
+        Without `readout` the last hidden vectors `[B, T, D]` stand in place of the logits. Without `groups` the result
+        is the carry of the first group (`embed`).
         """
         precision = Precision.of(self.precision)
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -128,8 +133,9 @@ class LM(nn.Module):
         return constrain(logits_BTV, "batch", "length", "vocab"), states, aux
 
     def _groups(self, carry, ctx, states):
-        kept = remat.kept(self.remat, [part for pair in parts(self) for part in pair], decoding=states is not None)
-        group = Group if kept == remat.EVERYTHING else nn.remat(Group, policy=kept, prevent_cse=False)
+        modules = [module for pair in parts(self) for module in pair]
+        policy = remat.kept(self.remat, modules, decoding=states is not None)
+        group = Group if policy == remat.EVERYTHING else nn.remat(Group, policy=policy, prevent_cse=False)
         fields = (self.blocks, self.norm, self.residual)
         if self.scan:
             scanned = nn.scan(
@@ -138,17 +144,16 @@ class LM(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=self.num_groups,
-                unroll=_scan_unroll(self.num_groups, self.unroll),
+                unroll=remat.scan_unroll(self.num_groups, self.unroll),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             (x_BTD, _), (states, aux) = scanned(*fields, name="groups")(carry, ctx, states)
             return x_BTD, states, aux
-        out = []
+        results = []
         for i in range(self.num_groups):
-            state = None if states is None else states[i]
-            carry, rest = group(*fields, name=f"group_{i}")(carry, ctx, state)
-            out.append(rest)
-        new_states, aux = zip(*out, strict=True)
+            carry, result = group(*fields, name=f"group_{i}")(carry, ctx, None if states is None else states[i])
+            results.append(result)
+        new_states, aux = zip(*results, strict=True)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
         return carry[0], None if states is None else new_states, stacked
 
@@ -159,29 +164,20 @@ class LM(nn.Module):
         return memo
 
 
-def _scan_unroll(num_groups, most):
-    """How many turns of the scan over groups are compiled one after another, where `most` may be.
-
-    Measured on CPUs: a loop costs 8 to 20 % of a step, for it copies all that its backward pass keeps, while compiling
-    8 layers apart takes no longer.
-    """
-    return num_groups if kernel_choice.platform() == "cpu" and num_groups <= most else 1
-
-
-def half_layers(blocks):
-    """Half layers in a pattern: two a block, one where it has no ffn."""
+def half_layers(blocks: tuple[tuple[str, str], ...]) -> int:
+    """Counts half layers in a pattern: two for each block, one where it has no ffn."""
     return sum(1 if build("ffn", ffn, parent=None) is None else 2 for _, ffn in blocks)
 
 
-def parts(lm):
-    """The unbound (mixer, ffn) of each block of the pattern; None where it has no ffn."""
+def parts(lm: LM) -> list[tuple]:
+    """Builds the unbound (mixer, ffn) of each block of the pattern; the ffn is None where it has none."""
     return [(build("mixer", mixer, parent=None), build("ffn", ffn, parent=None)) for mixer, ffn in lm.blocks]
 
 
-def init_states(lm, batch, length):
-    """Empty states for `length` tokens of `batch` rows, in the layout `lm` takes (stacked if it scans).
+def init_states(lm: LM, batch: int, length: int) -> PyTree:
+    """Makes empty states for `length` tokens of `batch` rows, stacked over groups if `lm` scans.
 
-    A block's is the pair of its mixer's and its ffn's. Raises UserError for more tokens than the position has.
+    A block's state is the pair of its mixer's and its ffn's. Raises UserError for more tokens than the position has.
     """
     check_length(lm, length)
     group = tuple(
@@ -193,44 +189,42 @@ def init_states(lm, batch, length):
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lm.num_groups, *leaf.shape)), group)
 
 
-def pin_states(lm, states):
-    """States laid out over the mesh in scope, as `state_axes` says."""
+def pin_states(lm: LM, states: PyTree) -> PyTree:
+    """Constrains states to their sharding over the mesh in scope; see `state_axes`."""
     if current_mesh() is None:
         return states
     return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), states, state_axes(lm, states))
 
 
-def state_axes(lm, states):
-    """The logical axes of every leaf of states, as tuples: rows as those of a batch, the rest as each part's
-    `state_axes` says, `{name of a leaf: logical axes behind the rows}`; what it does not name is whole on each device.
-    """
+def state_axes(lm: LM, states: PyTree) -> PyTree:
+    """Returns the logical axes of every leaf of states: the batch's rows, then those in its module's `state_axes`."""
 
-    def of(part, state):
-        known = {} if part is None else part.state_axes
+    def module_axes(module, state):
+        axes_of = {} if module is None else module.state_axes
 
-        def one(keys, leaf):
+        def leaf_axes(keys, leaf):
             name = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
-            axes = (*(None,) * lm.scan, "batch", *known.get(name, ()))
+            axes = (*(None,) * lm.scan, "batch", *axes_of.get(name, ()))
             return *axes, *(None,) * (leaf.ndim - len(axes))
 
-        return jax.tree_util.tree_map_with_path(one, state)
+        return jax.tree_util.tree_map_with_path(leaf_axes, state)
 
     def group(state):
-        return tuple(tuple(map(of, *pair)) for pair in zip(parts(lm), state, strict=True))
+        return tuple(tuple(map(module_axes, *pair)) for pair in zip(parts(lm), state, strict=True))
 
     return group(states) if lm.scan else tuple(map(group, states))
 
 
-def abstract_params(lm):
-    """The parameters' shapes, boxed with their logical axes; no array is made."""
+def abstract_params(lm: LM) -> Params:
+    """Returns the parameters' shapes, boxed with their logical axes; makes no array."""
     return jax.eval_shape(lambda: init_params(lm, jax.random.key(0), 8))
 
 
-def init_params(lm, key, length):
-    """The initial parameters, boxed with their logical axes; traced for one row of `length` tokens.
+def init_params(lm: LM, key: jax.Array, length: int) -> Params:
+    """Initializes the parameters, boxed with their logical axes; traced for one row of `length` tokens.
 
-    One that its module made without them, by a plain `self.param`, is whole on every device. Raises UserError where
-    there are more or fewer axes than dimensions.
+    A parameter without axes (a plain `self.param`) is replicated. Raises UserError where there are more or fewer axes
+    than dimensions.
     """
     tokens_BT = jnp.zeros((1, length), jnp.int32)
     params = lm.init(key, tokens_BT, Context.packed(tokens_BT))["params"]
@@ -245,27 +239,27 @@ def _boxed(keys, leaf):
     return nn.LogicallyPartitioned(value, names)
 
 
-def embed(lm, params, tokens_BT, ctx):
-    """The carry of the first group, `(x_BTD, memo)`: embedded tokens, and what mixers find in `ctx.memo`."""
+def embed(lm: LM, params: Params, tokens_BT: jax.Array, ctx: Context) -> tuple:
+    """Returns the carry of the first group, `(x_BTD, memo)`: embedded tokens, and what mixers find in `ctx.memo`."""
     return lm.apply({"params": params}, tokens_BT, ctx, groups=False)
 
 
-def apply_group(lm, params, carry, ctx):
-    """The carry after one group of layers; `params` are the group's own, of a model that is not scanned."""
+def apply_group(lm: LM, params: Params, carry: tuple, ctx: Context) -> tuple:
+    """Returns the carry after one group of layers; `params` are that group's, of a model that is not scanned."""
     return Group(lm.blocks, lm.norm, lm.residual).apply({"params": params}, carry, ctx, None)[0]
 
 
-def head_kernel(lm, params):
-    """The output projection `[D, V]`."""
+def head_kernel(lm: LM, params: Params) -> jax.Array | Weight:
+    """Returns the output projection `[D, V]`."""
     return transposed_kernel(params["embedding"]) if lm.tied else params["head"]["kernel"]
 
 
-def read_out(lm, params, x_BTD):
-    """Float32 logits `[B, T, V]` of what the model gives without `readout`."""
+def read_out(lm: LM, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """Computes float32 logits `[B, T, V]` from last hidden vectors, the model's output without `readout`."""
     return matmul(x_BTD, head_kernel(lm, params), lm.precision, jnp.float32, HEAD)
 
 
-def check_length(lm, length, where="a state"):
+def check_length(lm: LM, length: int, where: str = "a state") -> None:
     """Raises UserError for a row of `length` tokens where the position has fewer; `where` says what asks for them."""
     most = build("position", lm.position).max_positions
     if most is not None and length > most:
@@ -275,26 +269,23 @@ def check_length(lm, length, where="a state"):
         )
 
 
-def depends_on_length(lm):
-    """`(whether rotations depend on how many tokens a row has, the length beyond which keys are rotated anew or None)`.
-
-    They are those of the first position that says so, of the mixers' own.
-    """
+def depends_on_length(lm: LM) -> tuple[bool, int | None]:
+    """Returns `(whether rotations depend on a row's length, the first length beyond which keys are rotated anew)`."""
     specs = [parse_spec(mixer)[1].get("position") for mixer, _ in lm.blocks]
     positions = [build("position", spec, parent=None) for spec in dict.fromkeys(specs) if spec]
     by_length = [position for position in positions if position.by_length]
     return bool(by_length), next((position.switches_at for position in by_length), None)
 
 
-def unroll(lm, params):
-    """The same model with its layers apart, and its parameters: a scan would copy every layer's weights each token."""
+def unroll(lm: LM, params: Params) -> tuple[LM, Params]:
+    """Unstacks the layers of a scanned model for decoding: a scan would copy every layer's weights at each token."""
     groups = params["groups"]
-    apart = {f"group_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], groups) for i in range(lm.num_groups)}
-    return lm.clone(scan=False), {key: value for key, value in params.items() if key != "groups"} | apart
+    layers = {f"group_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], groups) for i in range(lm.num_groups)}
+    return lm.clone(scan=False), {key: value for key, value in params.items() if key != "groups"} | layers
 
 
-def after_step(lm, params, aux):
-    """Updates that no gradient makes, such as a router's balancing bias: each ffn's own rule, given its statistics."""
+def after_step(lm: LM, params: Params, aux: tuple) -> Params:
+    """Updates parameters without a gradient, such as a router's balancing bias: each ffn's rule on its statistics."""
     rules = {f"block_{i}": (ffn, aux[i]) for i, (_, ffn) in enumerate(parts(lm)) if "stats" in aux[i]}
 
     def group(blocks, index=...):

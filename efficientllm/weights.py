@@ -1,4 +1,4 @@
-"""Matrix products: every one of the package goes through `matmul`, under a stated precision.
+"""Matrix products under a stated precision: every product of the package goes through `matmul`.
 
 Kernels are `[..., in, out]`, so that adapters, quantisers and name tables see one layout. A kernel is an array, or a
 `Weight`: a leaf that holds arrays of its own.
@@ -6,6 +6,7 @@ Kernels are `[..., in, out]`, so that adapters, quantisers and name tables see o
 
 import dataclasses
 import functools
+import typing
 
 import flax.linen as nn
 import flax.struct
@@ -15,16 +16,17 @@ import jax.numpy as jnp
 from efficientllm import sharding
 from efficientllm.registry import build, register
 from efficientllm.runtime import kernel_choice
+from efficientllm.typing import AxisNames, Params, PyTree
 
 
-def path_of(keys):
-    """`groups/block_0/mixer/q/kernel` for a key path of a parameter tree."""
+def path_of(keys: tuple) -> str:
+    """Joins a key path of a parameter tree: `groups/block_0/mixer/q/kernel`."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """A policy over float32 parameters: the dtype of activations, and of both operands of a matrix product.
+    """Precision policy over float32 parameters: the dtype of activations, and of both operands of a matrix product.
 
     Products accumulate in float32 everywhere. Softmax, norms, routers, rotary angles and the loss are float32 under
     every policy.
@@ -39,7 +41,7 @@ class Precision:
 
     @classmethod
     def of(cls, spec: "str | Precision") -> "Precision":
-        """The policy that a spec names, or the policy itself. Raises UserError for a spec that names none."""
+        """Returns the policy that a spec names, or the policy itself. Raises UserError for a spec that names none."""
         return spec if isinstance(spec, cls) else _named(spec)
 
 
@@ -58,77 +60,79 @@ def _named(spec):
 
 
 def activation_dtype(precision: str | Precision) -> jnp.dtype:
-    """The dtype of activations under a policy, or the one that a spec names."""
+    """Returns the dtype of activations under a policy, or under the one that a spec names."""
     return Precision.of(precision).activation
 
 
 class Weight:
-    """What may stand in the place of a kernel or a table: an adapter around it, or a quantised form of it.
+    """Base class of leaves in place of a kernel or a table: an adapter around it, or a quantized form of it.
 
-    Subclasses are flax struct dataclasses, hence trees of arrays, and are scanned, sharded, saved and mapped as such.
-    Their arrays have the leading axes (layers, experts) that the kernel has. They have a `shape`, the kernel's.
-    `by_group` is True for those that grouped products take as they are, one of a stack of kernels at a time.
+    Subclasses are flax struct dataclasses. They are trees of arrays, and are scanned, sharded, saved and mapped as
+    such. Their arrays have the leading axes (layers, experts) of the kernel. Their `shape` is the kernel's. `by_group`
+    is True for those that grouped products accept, one of a stack of kernels at a time.
     """
 
-    by_group = False
+    by_group: typing.ClassVar[bool] = False
 
-    def apply(self, x, product, of_rows):
-        """`x` times the kernel, or times each row's own of a stack of kernels.
+    def apply(self, x: jax.Array, product: typing.Callable, of_rows: typing.Callable) -> jax.Array:
+        """Multiplies `x` with the kernel, or each row of `x` with its kernel of a stack.
 
-        `product(x, kernel)` is the caller's way to multiply, dense or by groups; `of_rows(v)` gives the rows of `x`
-        their kernel's vector of `v` `[..., N]`.
+        `product(x, kernel)` is the caller's product, dense or by groups; `of_rows(v)` gathers for each row of `x` its
+        kernel's vector of `v` `[..., out]`.
         """
         return product(x, self.dense())
 
-    def matmul(self, x, precision, out_dtype, axes=None):
-        """`x[..., in] @ self[in, out]`; overridden where the form has a product of its own. `axes` as in `matmul`."""
+    def matmul(
+        self, x: jax.Array, precision: Precision, out_dtype: jnp.dtype | None, axes: AxisNames | None = None
+    ) -> jax.Array:
+        """Computes `x[..., in] @ self[in, out]`; overridden by forms with a specialized product. See `matmul`."""
         return self.apply(x, lambda x, w: matmul(x, w, precision, out_dtype, axes), lambda v: v)
 
-    def has_vector_product(self, rows):
-        """Whether `matmul` with so few rows of x is one call of a kernel of ours that dequantizes nothing ahead."""
+    def has_vector_product(self, rows: int) -> bool:
+        """Tells whether `matmul` with so few rows of x is one native call that dequantizes nothing ahead."""
         return False
 
-    def has_tiled_product(self):
-        """Whether `matmul` dequantizes tile by tile in a kernel of ours, on the one device that traces this."""
+    def has_tiled_product(self) -> bool:
+        """Tells whether `matmul` dequantizes tile by tile in a Pallas kernel, on the one device that traces this."""
         return False
 
-    def together(self, x, others, precision):
-        """`x` times this kernel and those of `others`, leaves of this type, in one call; None where there is none."""
+    def together(self, x: jax.Array, others: list, precision: Precision) -> list | None:
+        """Multiplies `x` with this kernel and with `others`, leaves of this type, in one call; None if it cannot."""
         return None
 
-    def dense(self):
-        """The kernel as one float32 array."""
+    def dense(self) -> jax.Array:
+        """Returns the kernel as one float32 array."""
         raise NotImplementedError(type(self).__name__)
 
-    def dequantize_after(self, x):
-        """This leaf, tied to `x` so that XLA cannot hoist its dequantization out of the loop that makes `x`."""
+    def dequantize_after(self, x: jax.Array) -> "Weight":
+        """Ties this leaf to `x`, so that XLA cannot hoist its dequantization out of the loop that makes `x`."""
         return self
 
-    def axes(self, names):
-        """This leaf with the logical axes of each array in its place, for a kernel with the axes `names`."""
+    def axes(self, names: AxisNames) -> "Weight":
+        """Returns this leaf with the logical axes of each array in its place, for a kernel with the axes `names`."""
         raise NotImplementedError(type(self).__name__)
 
-    def can_shard_inputs(self, shards):
-        """Whether the kernel's input dimension can be split into so many shards without dequantizing it."""
+    def can_shard_inputs(self, shards: int) -> bool:
+        """Tells whether the kernel's input dimension can be split into so many shards without dequantizing it."""
         return True
 
-    def as_input_sharded(self, shards):
-        """A form whose arrays can be sharded over the kernel's input dimension; dense where this one cannot be."""
+    def as_input_sharded(self, shards: int) -> "jax.Array | Weight":
+        """Returns a form whose arrays can be sharded over the kernel's input dimension; dense where this cannot be."""
         return self.dense()
 
-    def take(self, index):
-        """The rows `index` of a table `[rows, width]`, float32."""
+    def take(self, index: jax.Array) -> jax.Array:
+        """Looks up the rows `index` of a table `[rows, width]`, float32."""
         return jnp.take(self.dense(), index, axis=0)
 
     @property
-    def T(self):
-        """The transposed kernel: an array or a Weight."""
+    def T(self) -> "jax.Array | Weight":
+        """The transposed kernel."""
         return self.dense().T
 
 
 @flax.struct.dataclass
 class TransposedKernel(Weight):
-    """A table `[out, in]` that multiplies as the kernel `[in, out]`: the embedding as the head of a tied model.
+    """Transposed table: `[out, in]` in place of the kernel `[in, out]`, the embedding as the head of a tied model.
 
     CPUs multiply it without a transpose. XLA would transpose it for a product in a loop, and its gradient back: four
     passes over the table.
@@ -137,35 +141,37 @@ class TransposedKernel(Weight):
     table: jax.Array
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.table.shape[::-1]
 
-    def matmul(self, x, precision, out_dtype, axes=None):
+    def matmul(
+        self, x: jax.Array, precision: Precision, out_dtype: jnp.dtype | None, axes: AxisNames | None = None
+    ) -> jax.Array:
         if kernel_choice.platform() == "cpu" and x.dtype == precision.product == jnp.float32:
             return _product(x, self.table, precision.product, jnp.dtype(out_dtype or x.dtype), True)
         return matmul(x, self.table.T, precision, out_dtype)
 
-    def dense(self):
+    def dense(self) -> jax.Array:
         return self.table.T
 
-    def axes(self, names):
+    def axes(self, names: AxisNames) -> "TransposedKernel":
         return TransposedKernel(Axes(names[::-1]))
 
 
-def transposed_kernel(table):
-    """The kernel `[in, out]` of a table `[out, in]`."""
+def transposed_kernel(table: jax.Array | Weight) -> jax.Array | Weight:
+    """Returns the kernel `[in, out]` of a table `[out, in]`."""
     return table.T if isinstance(table, Weight) else TransposedKernel(table)
 
 
-def dense(w, after=None):
-    """The kernel as an array, whatever form it has; not made before the array `after` is known, if one is given."""
+def dense(w: jax.Array | Weight, after: jax.Array | None = None) -> jax.Array:
+    """Returns a kernel of any form as an array; with `after`, XLA dequantizes it only once that array is computed."""
     if not isinstance(w, Weight):
         return w
     return w.dense() if after is None else w.dequantize_after(after).dense()
 
 
-def axes(w, names):
-    """The logical axes of a kernel: `names`, or a tree of such for those of a Weight's arrays."""
+def axes(w: jax.Array | Weight, names: AxisNames) -> "Axes | Weight":
+    """Returns the logical axes of a kernel: `names`, or a Weight with the axes of each array in its place."""
     return w.axes(names) if isinstance(w, Weight) else Axes(names)
 
 
@@ -173,54 +179,60 @@ class Axes(tuple):
     """Logical axis names of one array: a leaf of trees, unlike other tuples."""
 
 
-def can_shard_inputs(w, shards):
-    """Whether a kernel's input dimension can be split into so many shards without dequantizing it."""
+def can_shard_inputs(w: jax.Array | Weight, shards: int) -> bool:
+    """Tells whether a kernel's input dimension can be split into so many shards without dequantizing it."""
     return not isinstance(w, Weight) or w.can_shard_inputs(shards)
 
 
-def as_input_sharded(w, shards):
-    """The kernel, in a form whose input dimension can be split into so many shards."""
+def as_input_sharded(w: jax.Array | Weight, shards: int) -> jax.Array | Weight:
+    """Returns the kernel in a form whose input dimension can be split into so many shards."""
     return w.as_input_sharded(shards) if isinstance(w, Weight) else w
 
 
-def take(table, index):
-    """`table[index]` for rows of a table, whatever form it has."""
+def take(table: jax.Array | Weight, index: jax.Array) -> jax.Array:
+    """Looks up rows of a table of any form: `table[index]`."""
     return table.take(index) if isinstance(table, Weight) else jnp.take(table, index, axis=0)
 
 
-def box(leaf, names):
-    """A kernel boxed with its logical axes `names`: an array, or a Weight whose arrays have boxes of their own."""
+def box(leaf: jax.Array | Weight, names: AxisNames) -> PyTree:
+    """Boxes a kernel with its logical axes `names`: an array, or each array of a Weight."""
     if not isinstance(leaf, Weight):
         return nn.LogicallyPartitioned(leaf, tuple(names))
     return jax.tree.map(box, leaf, leaf.axes(names), is_leaf=lambda axes: isinstance(axes, Axes))
 
 
-def is_box(leaf):
-    """Whether a leaf of a parameter tree is an array boxed with its logical axes."""
+def is_box(leaf: PyTree) -> bool:
+    """Tells whether a leaf of a parameter tree is an array boxed with its logical axes."""
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def box_as(boxed, params):
-    """`params`, arrays and Weights, boxed with the axes that the plain model's tree `boxed` has in their places."""
+def box_as(boxed: Params, params: Params) -> Params:
+    """Boxes `params`, arrays and Weights, with the axes that the plain model's tree `boxed` has in their places."""
     return jax.tree.map(lambda plain, leaf: box(leaf, plain.names), boxed, params, is_leaf=is_box)
 
 
-def resident_bytes(params):
-    """Bytes of a tree's arrays, on devices and in a checkpoint of them."""
+def resident_bytes(params: PyTree) -> int:
+    """Counts the bytes of a tree's arrays, on devices and in a checkpoint."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
-def parameter(module, name, init, shape):
-    """`module.param`, for one that may be a `Weight`: its arrays need not have the shapes that `init` makes."""
-    value = module.get_variable("params", name)
+def parameter(module: nn.Module, name: str, init: typing.Callable, shape: tuple[int, ...]) -> jax.Array | Weight:
+    """Declares or reads a parameter that may be a `Weight`, whose arrays need not have the shapes that `init` makes."""
+    value: typing.Any = module.get_variable("params", name)
     return value if isinstance(value, Weight) else module.param(name, init, shape)
 
 
-def matmul(x, w, precision, out_dtype=None, axes=None):
-    """`x[..., in] @ w[in, out]` -> `[..., out]` in `x.dtype` (or `out_dtype`).
+def matmul(
+    x: jax.Array,
+    w: jax.Array | Weight,
+    precision: Precision | str,
+    out_dtype: jnp.dtype | None = None,
+    axes: AxisNames | None = None,
+) -> jax.Array:
+    """Computes `x[..., in] @ w[in, out]` -> `[..., out]` in `x.dtype` (or `out_dtype`).
 
-    `precision` is a policy, or a spec that names one. `axes` are the logical names of (in, out), by which kernels that
-    XLA did not write are divided over a mesh.
+    `precision` is a policy, or a spec that names one. `axes` are the logical names of (in, out), by which Pallas
+    kernels are sharded over a mesh.
     """
     precision = Precision.of(precision)
     if isinstance(w, Weight):
@@ -234,8 +246,8 @@ def matmul(x, w, precision, out_dtype=None, axes=None):
     return jnp.matmul(x, w.astype(product), preferred_element_type=out_dtype)
 
 
-def matmul_together(x, ws, precision):
-    """`matmul` of x with each of `ws` in one call; None where they have none."""
+def matmul_together(x: jax.Array, ws: list, precision: Precision | str) -> list | None:
+    """Multiplies x with each of `ws` in one call; None where their form has no such product."""
     first, *others = ws
     alike = isinstance(first, Weight) and all(type(w) is type(first) for w in others)
     return first.together(x, others, Precision.of(precision)) if alike else None
@@ -243,7 +255,7 @@ def matmul_together(x, ws, precision):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _product(x, w, operand, result, transposed=False):
-    """A product of operands rounded to `operand`, accumulated to `result`; so are the two of the backward pass.
+    """Multiplies operands rounded to `operand`, accumulated to `result`, in the forward and the backward pass.
 
     Autodiff of a mixed product would multiply the float32 cotangent with an upcast copy of the other operand. With
     `transposed`, w is `[out, in]`.
@@ -263,7 +275,7 @@ def _product_backward(operand, result, transposed, residuals, dy):
     dy = dy.astype(operand)
     dx = jnp.matmul(dy, w if transposed else w.T, preferred_element_type=result)
     if x.ndim > 2 and sharding.count_shards("length", x.shape[1]) > 1:
-        # Rows and tokens that lie on several devices are no one axis: made one, they would be gathered first.
+        # Rows and tokens are sharded over different mesh axes: a reshape to one dimension would all-gather them first.
         leading = tuple(range(x.ndim - 1))
         pair = (dy, x) if transposed else (x, dy)
         dw = jax.lax.dot_general(*pair, ((leading, leading), ((), ())), preferred_element_type=result)
@@ -274,8 +286,8 @@ def _product_backward(operand, result, transposed, residuals, dy):
 
 
 def _weight_gradient(x, dy, result):
-    """`x.T @ dy`. On CPUs XLA multiplies a transposed operand at 0.6x to 0.9x of the speed, fuses slow strided
-    copies with what makes it, and refuses bfloat16: there the transpose is made first, alone."""
+    """Computes `x.T @ dy`, on CPUs with a separate transpose: XLA there multiplies a transposed operand at 0.6x to
+    0.9x of the speed, fuses slow strided copies with its producer, and refuses bfloat16."""
     if kernel_choice.platform() != "cpu":
         return jnp.matmul(x.T, dy, preferred_element_type=result)
     if dy.shape[1] * sum(x.shape) < x.size:  # a few columns, an adapter's: they and the result are the smaller to turn

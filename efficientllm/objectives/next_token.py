@@ -2,7 +2,6 @@
 
 import typing
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ from efficientllm.typing import Batch, Params
 
 
 def loss_fn(
-    lm: nn.Module,
+    lm: models.LM,
     params: Params,
     batch: Batch,
     targets: float | jax.Array,
@@ -44,7 +43,7 @@ def loss_fn(
 
 
 def eval_step(
-    lm: nn.Module, params: Params, batch: Batch, token_bytes_V: jax.Array
+    lm: models.LM, params: Params, batch: Batch, token_bytes_V: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes `(sum of nats, number of targets, UTF-8 bytes of the targets)` of a held-out batch."""
     ctx = Context.packed(batch["positions"], batch["segments"])
@@ -54,8 +53,8 @@ def eval_step(
     return nats, jnp.sum(batch["weights"]), jnp.sum(bytes_BT * batch["weights"])
 
 
-def token_bytes(tokenizer: typing.Any, lm: nn.Module) -> np.ndarray:
+def token_bytes(tokenizer: typing.Any, lm: models.LM) -> np.ndarray:
     """Returns the UTF-8 bytes of each token, float32 `[V]`; zero for ids that the model has and the tokenizer not."""
-    table = np.zeros(lm.vocab_size, np.float32)
+    table: np.ndarray = np.zeros(lm.vocab_size, np.float32)
     table[: tokenizer.vocab_size] = tokenizer.token_bytes
     return table

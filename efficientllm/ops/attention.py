@@ -1,4 +1,6 @@
-"""Attention of queries over keys: masks as values, and the kernel that computes it."""
+"""Scaled dot-product attention: masks, the context that mixers share, and the choice of a kernel."""
+
+import typing
 
 import flax.struct
 import jax
@@ -7,41 +9,46 @@ import jax.numpy as jnp
 from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.ops import native, splash_attention
+from efficientllm.ops.dot_product_attention import dot_product_attention
 from efficientllm.ops.int8_kv_cache import Int8KVCache, as_array
 from efficientllm.registry import lookup, register
 from efficientllm.runtime import kernel_choice
 
+Range = tuple[int, int]  # (start, stop) of queries or keys
+Cached: typing.TypeAlias = (
+    jax.Array | Int8KVCache | tuple
+)  # keys or values of a row or a state; a tuple holds channels of the keys
+
 
 @flax.struct.dataclass
 class Mask:
-    """Which keys a query may read: none after itself, none of another segment, none older than the window.
+    """Attention mask: a query reads no key after itself, of another segment, or older than the window.
 
     Args:
-      segments_BT: the document of each token of a packed row, 0 for padding; None when a row is one document.
-      query_index_BT: the key index each query stands at; None when query t stands at key t (training, and prefill
-        into an empty state).
-      key_index_BS: the index each key stands at, negative where a slot is empty; None when key s stands at s.
-      window: keys a query reads, itself included; None reads all.
+      segments_BT: the document of each token of a packed row, 0 for padding; None where a row is one document.
+      query_index_BT: the key index of each query; None where query t has index t (training, prefill without a state).
+      key_index_BS: the index of each key, negative for an empty slot; None where key s has index s.
+      window: how many keys a query reads, itself included; None reads all.
       query_segments_BT: the document of each query, where queries are not all of the row's tokens.
     """
 
-    segments_BT: jax.Array = None
-    query_index_BT: jax.Array = None
-    key_index_BS: jax.Array = None
-    window: int = flax.struct.field(pytree_node=False, default=None)
-    query_segments_BT: jax.Array = None
+    segments_BT: jax.Array | None = None
+    query_index_BT: jax.Array | None = None
+    key_index_BS: jax.Array | None = None
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+    query_segments_BT: jax.Array | None = None
 
     @property
-    def aligned(self):
-        """Queries and keys are the same tokens."""
+    def aligned(self) -> bool:
+        """Whether queries and keys are the same tokens."""
         return self.query_index_BT is None
 
-    def dense(self, query_length, key_length):
-        """The mask as a boolean array `[B or 1, T, S]`, True where a query may read."""
+    def dense(self, query_length: int, key_length: int) -> jax.Array:
+        """Returns the mask as a boolean array `[B or 1, T, S]`, True where a query may read."""
         return self.rows((0, query_length), (0, key_length))
 
-    def rows(self, queries, keys):
-        """`dense` for the queries and keys of two ranges `(start, stop)`."""
+    def rows(self, queries: Range, keys: Range) -> jax.Array:
+        """Returns `dense` for the queries and keys of two ranges."""
         distance_BTS = self.distance(queries, keys)
         mask_BTS = distance_BTS >= 0
         if self.window is not None:
@@ -53,8 +60,8 @@ class Mask:
             mask_BTS &= of_queries[:, slice(*queries), None] == self.segments_BT[:, None, slice(*keys)]
         return mask_BTS
 
-    def distance(self, queries, keys):
-        """How far behind its query each key stands, `[B or 1, T, S]`; negative after it."""
+    def distance(self, queries: Range, keys: Range) -> jax.Array:
+        """Computes the index of each query less that of each key, `[B or 1, T, S]`."""
         query_BT = jnp.arange(*queries)[None] if self.aligned else self.query_index_BT[:, slice(*queries)]
         key_BS = jnp.arange(*keys)[None] if self.key_index_BS is None else self.key_index_BS[:, slice(*keys)]
         return query_BT[:, :, None] - key_BS[:, None, :]
@@ -62,53 +69,61 @@ class Mask:
 
 @flax.struct.dataclass
 class Context:
-    """What every mixer of a forward pass shares.
+    """Context of a forward pass, which all mixers share.
 
-    `positions_BT` restart at each segment. `mask` covers the row, or the state's slots when decoding. `memo` holds
-    what mixers of earlier layers hand to later ones (`model.LM`). `reach_B` says how many tokens each row will have
-    when its prompt is read, for positions that ask (`Position.by_length`); None: as many as the positions say.
+    `positions_BT` restart at each segment. `mask` covers the row, or the state's slots in decoding. `memo` holds arrays
+    by name that mixers of earlier layers hand to later ones (`Mixer.init_memo`). `reach_B` is the length of each row
+    after its prompt, for positions with `Position.by_length`; None takes it from the positions.
     """
 
     positions_BT: jax.Array
     mask: Mask
-    memo: dict = flax.struct.field(default_factory=dict)
-    reach_B: jax.Array = None
+    memo: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    reach_B: jax.Array | None = None
+    replace: typing.ClassVar[typing.Callable]  # flax.struct makes it: a copy with other values of the fields named
 
-    def rotate(self, position, x_BTHK):
-        """Queries or keys of this pass with their positions."""
+    def rotate(self, position: typing.Any, x_BTHK: jax.Array) -> jax.Array:
+        """Rotates queries or keys of this pass by a `positions.base.Position`."""
         if self.reach_B is None or not position.by_length:
             return position.rotate(x_BTHK, self.positions_BT)
         return position.rotate(x_BTHK, self.positions_BT, self.reach_B)
 
     @property
-    def real_BT(self):
-        """Which tokens are no padding; None where all are. What counts tokens, or lets them compete, asks this."""
+    def real_BT(self) -> jax.Array | None:
+        """False for padding tokens, True for others; None without padding."""
         return None if self.mask.segments_BT is None else self.mask.segments_BT > 0
 
     @classmethod
-    def packed(cls, positions_BT, segments_BT=None):
-        """Training and evaluation: rows that may hold several documents."""
+    def packed(cls, positions_BT: jax.Array, segments_BT: jax.Array | None = None) -> "Context":
+        """Makes the context of training and evaluation: rows that may hold several documents."""
         return cls(positions_BT, Mask(segments_BT=segments_BT))
 
     @classmethod
-    def decoding(cls, positions_BT, reach_B=None):
-        """Prefill and decode: one document a row, token t of it in slot t of the state."""
+    def decoding(cls, positions_BT: jax.Array, reach_B: jax.Array | None = None) -> "Context":
+        """Makes the context of prefill and decode: one document a row, its token t in slot t of the state."""
         return cls(positions_BT, Mask(query_index_BT=positions_BT), reach_B=reach_B)
 
 
-def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
-    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1) -> `[B, T, H, V]`.
+def attend(
+    q_BTHK: jax.Array,
+    k_BSGK: Cached,
+    v_BSGV: Cached,
+    mask: Mask,
+    kernel: str = "auto",
+    bias: typing.Callable | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Computes scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1) -> `[B, T, H, V]`.
 
-    Softmax is float32. H is a multiple of G: query head h reads KV head h // (H // G). Keys and values may be those of
-    a state of another type, or in int8 (`Int8KVCache`), and keys a pair that each hold a part of every key.
+    Softmax is float32. H is a multiple of G: query head h reads KV head h // (H // G). V is the width of a value.
 
     Args:
-      kernel: `auto` or a registered `attention_kernel`, for passes whose queries are the keys' tokens; over a state
-        it is chosen.
-      bias: what is added to the scores: `(mask, queries, keys) -> [B or 1, H, T, S]`, the ranges as in `Mask.rows`.
-      scale: of the scores; None is K^-1/2.
+      k_BSGK, v_BSGV: arrays of any dtype, or of a KV cache; keys may be two of them, their first and last channels.
+      kernel: `auto` or a registered `attention_kernel`; a pass over a state ignores it.
+      bias: `(mask, queries, keys) -> [B or 1, H, T, S]`, added to the scores; the ranges are those of `Mask.rows`.
+      scale: factor of the scores; None is K^-1/2.
 
-    Raises UserError for a kernel that does not exist, or needs whole rows where the mesh divides them.
+    Raises UserError for a kernel that does not exist, or that needs whole rows where the mesh shards them.
     """
     if kernel == "auto" or not mask.aligned:
         kernel = choose(q_BTHK, mask, bias)
@@ -121,18 +136,18 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, kernel="auto", bias=None, scale=None):
     kernel_choice.record_kernel("attention", kernel)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if kernel != "ffi":
-        parts = [as_array(part, q_BTHK.dtype) for part in _parts(k_BSGK)]
-        k_BSGK = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
+        keys = [as_array(leaf, q_BTHK.dtype) for leaf in _key_leaves(k_BSGK)]
+        k_BSGK = keys[0] if len(keys) == 1 else jnp.concatenate(keys, -1)
         v_BSGV = as_array(v_BSGV, q_BTHK.dtype)
     return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
 
 
-def _parts(keys):
+def _key_leaves(keys):
     return keys if isinstance(keys, tuple) else (keys,)
 
 
-def choose(q_BTHK, mask, bias=None):
-    """The attention kernel for these shapes on the platform being compiled for."""
+def choose(q_BTHK: jax.Array, mask: Mask, bias: typing.Callable | None = None) -> str:
+    """Chooses the attention kernel for these shapes and the platform being compiled for."""
     T, K = q_BTHK.shape[1], q_BTHK.shape[-1]
     if mask.aligned and sharding.count_shards("length", T) > 1:
         return "gathered"
@@ -151,9 +166,9 @@ def choose(q_BTHK, mask, bias=None):
     return "xla"
 
 
-DIVIDED = ("xla", "gathered")  # kernels that take rows whose tokens lie on several devices
+DIVIDED = ("xla", "gathered")  # kernels that accept rows whose tokens are sharded
 CHUNK = 64
-MAX_CHUNKS = 32  # each chunk is compiled apart
+MAX_CHUNKS = 32  # each chunk is compiled separately
 GATHERED_CHUNK = 256
 
 
@@ -169,7 +184,7 @@ def _ffi(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
             "config.model.attention_kernel = 'ffi' decodes one token a row on one CPU device, with positions that are "
             "no bias; 'auto' takes it wherever it can"
         )
-    cached, scales = [*_parts(k_BSGK), v_BSGV], None
+    cached, scales = [*_key_leaves(k_BSGK), v_BSGV], None
     if isinstance(v_BSGV, Int8KVCache):
         cached, scales = zip(*((leaf.values, leaf.scale[..., 0]) for leaf in cached), strict=True)
     *keys, values = cached
@@ -206,7 +221,7 @@ def _splash(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
 
 @register("attention_kernel", "chunked")
 def _chunked(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
-    """Queries in static chunks, each over the keys it may reach: most of what is masked is never computed."""
+    """Computes queries in static chunks, each over the keys in its reach: most masked scores are never computed."""
     outputs = [
         _dense(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale, queries, keys)
         for queries, keys in _chunks(q_BTHK.shape[1], mask.window)
@@ -216,10 +231,10 @@ def _chunked(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
 
 @register("attention_kernel", "gathered")
 def _gathered(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
-    """Queries stay where their tokens are; each device gathers the row's keys and values and reads all of them.
+    """Shards queries over devices, and all-gathers the row's keys and values.
 
-    A chunk of each device's queries at a time, whose scores the backward pass recomputes: no device holds scores of
-    more than `GATHERED_CHUNK` queries. Masked pairs are computed. Letters: n devices, m chunks of L tokens on each.
+    Each device computes a chunk of its queries at a time, and the backward pass recomputes the scores: no device holds
+    scores of more than `GATHERED_CHUNK` queries. Masked pairs are computed. n devices, m chunks of L tokens on each.
     """
     (B, T, H, _), V, n = q_BTHK.shape, v_BSGV.shape[-1], sharding.count_shards("length", q_BTHK.shape[1])
     k_nBSGK, v_nBSGV = _gather(k_BSGK, n), _gather(v_BSGV, n)  # a copy of the row's keys and values on each device
@@ -248,53 +263,38 @@ def _gathered(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
 
 
 def _gather(x_BSG, n):
-    """A copy of keys or values for each of n devices: their gradients are added up at the end, once for all chunks.
+    """All-gathers keys or values to n devices; their gradients are summed once, after all chunks.
 
-    Pinned before: the partitioner would gather what they are made of, float32 under a rotation.
+    The constraint before it makes XLA gather the keys themselves and not the float32 operands of their rotation.
     """
     x_BSG = sharding.constrain(x_BSG, "batch", "length", "kv_heads", None)
     return sharding.constrain(jnp.broadcast_to(x_BSG, (n, *x_BSG.shape)), "length", "batch", None, "kv_heads", None)
 
 
 def _dense(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale, queries, keys):
-    """The queries of one range over the keys of another, every pair of them."""
+    """Computes all pairs of a range of queries and a range of keys."""
     q, k, v = q_BTHK[:, slice(*queries)], k_BSGK[:, slice(*keys)], v_BSGV[:, slice(*keys)]
     mask_B1TS = mask.rows(queries, keys)[:, None]
     bias_BHTS = None if bias is None else bias(mask, queries, keys)
-    if q.shape[-1] == v.shape[-1]:
-        return jax.nn.dot_product_attention(q, k, v, bias=bias_BHTS, mask=mask_B1TS, scale=scale, implementation="xla")
-    return _unequal_heads(q, k, v, bias_BHTS, mask_B1TS, scale)
-
-
-def _unequal_heads(q_BTHK, k_BSGK, v_BSGV, bias_BHTS, mask_B1TS, scale):
-    """`jax.nn.dot_product_attention` for values that are not as wide as keys."""
-    B, T, H, K = q_BTHK.shape
-    q_BTGRK = q_BTHK.reshape(B, T, k_BSGK.shape[2], -1, K)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
-    scores_BHTS = scores.reshape(B, H, T, -1) * scale
-    if bias_BHTS is not None:
-        scores_BHTS = scores_BHTS + bias_BHTS
-    weights_BHTS = jax.nn.softmax(jnp.where(mask_B1TS, scores_BHTS, jnp.finfo(jnp.float32).min), -1)
-    weights = weights_BHTS.astype(v_BSGV.dtype).reshape(scores.shape)
-    return jnp.einsum("bgrts,bsgv->btgrv", weights, v_BSGV).reshape(B, T, H, -1)
+    return dot_product_attention(q, k, v, bias_BHTS, mask_B1TS, scale)
 
 
 def _chunks(length, window=None):
-    """`[((start, stop) of queries, (start, stop) of the keys they may reach)]`."""
+    """Lists `(range of queries, range of the keys in their reach)`."""
     size = max(CHUNK, -(-length // MAX_CHUNKS))
     starts = range(0, length, size)
     reach = length if window is None else window - 1
     return [((s, min(length, s + size)), (max(0, s - reach), min(length, s + size))) for s in starts]
 
 
-def causal_pairs(length, window=None):
-    """Query-key pairs per head of a causal row: half of the square, and of the window's where it is narrower."""
+def causal_pairs(length: int, window: int | None = None) -> float:
+    """Counts query-key pairs per head of a causal row, half of the square; or of a window."""
     window = length if window is None else min(window, length)
     return window * window / 2 + (length - window) * window
 
 
-def executed_pairs(kernel, length, window=None):
-    """Query-key pairs per head that `kernel` computes for a causal row of `length` tokens."""
+def executed_pairs(kernel: str, length: int, window: int | None = None) -> int:
+    """Counts query-key pairs per head that `kernel` computes for a causal row of `length` tokens."""
     if kernel == "chunked":
         return sum((queries[1] - queries[0]) * (keys[1] - keys[0]) for queries, keys in _chunks(length, window))
     return length * length

@@ -1,6 +1,6 @@
-"""Products of rows sorted by group with one matrix a group: what a mixture of experts is made of.
+"""Grouped matrix product: rows sorted by group times one matrix for each group, as in a mixture of experts.
 
-Letters of this file: A rows (assignments of tokens to experts), E groups, K in, N out.
+Letters of this file: A rows (assignments of tokens to experts), E groups, i inputs and o outputs of a matrix.
 """
 
 import functools
@@ -16,58 +16,65 @@ from efficientllm.weights import Precision, Weight, dense
 
 
 class Kernel(typing.NamedTuple):
-    """The two products of one implementation. They accumulate in float32.
+    """The two products of a grouped kernel, accumulated in float32.
 
-    rows: `(x_AK, w_EKN, sizes_E, transposed, out_dtype) -> y_AN`, row a times its group's matrix (or its transpose),
-      which is rounded to x's dtype.
-    weights: `(x_AK, g_AN, sizes_E, E) -> dw_EKN` in float32, the sum over a group's rows of their outer products.
+    Args:
+      rows: `(x_Ai, w_Eio, sizes_E, transposed, out_dtype) -> y_Ao`, row a times its group's matrix (or its transpose),
+        which is rounded to x's dtype.
+      weights: `(x_Ai, g_Ao, sizes_E, E) -> dw_Eio` in float32, the sum over a group's rows of their outer products.
     """
 
     rows: typing.Callable
     weights: typing.Callable
 
 
-def grouped_matmul(x_AK, w_EKN, sizes_E, precision, kernel="auto"):
-    """Multiplies the first `sizes[0]` rows of x with `w[0]`, the next `sizes[1]` with `w[1]`, ... -> `[A, N]`.
+def grouped_matmul(
+    x_Ai: jax.Array,
+    w_Eio: jax.Array | Weight,
+    sizes_E: jax.Array | None,
+    precision: Precision | str,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Multiplies the first `sizes[0]` rows of x with `w[0]`, the next `sizes[1]` with `w[1]`, ... -> `[A, o]`.
 
     The sizes sum to A; None stands for A / E rows each, which is a batched product. The result has x's dtype, and both
     passes follow `precision`, a policy or its spec. `kernel` is `auto` or a registered `grouped_kernel`. Raises
     UserError for a kernel or a precision that does not exist.
     """
     precision = Precision.of(precision)
-    if isinstance(w_EKN, Weight) and not w_EKN.by_group:
+    if isinstance(w_Eio, Weight) and not w_Eio.by_group:
         product = lambda x, w: grouped_matmul(x, w, sizes_E, precision, kernel)  # noqa: E731
-        return w_EKN.apply(x_AK, product, lambda v_EN: _of_rows(v_EN, sizes_E, x_AK.shape[0]))
-    name = kernel if kernel != "auto" else choose(w_EKN)
-    kernel = lookup("grouped_kernel", name, where="kernel")
+        return w_Eio.apply(x_Ai, product, lambda v_Eo: _of_rows(v_Eo, sizes_E, x_Ai.shape[0]))
+    name = kernel if kernel != "auto" else choose(w_Eio)
+    products = lookup("grouped_kernel", name, where="kernel")
     if sizes_E is None:
-        name, kernel = "batched", Kernel(_batched_rows, _batched_weights)
+        name, products = "batched", Kernel(_batched_rows, _batched_weights)
     kernel_choice.record_kernel("grouped_matmul", name)
-    return _grouped(x_AK, w_EKN, sizes_E, precision.product, kernel)
+    return _grouped(x_Ai, w_Eio, sizes_E, precision.product, products)
 
 
-def _of_rows(v_EN, sizes_E, rows):
-    """Each row's vector of its group, `[A, N]`."""
-    groups = v_EN.shape[0]
+def _of_rows(v_Eo, sizes_E, rows):
+    """Gathers for each row the vector of its group, `[A, o]`."""
+    groups = v_Eo.shape[0]
     sizes_E = rows // groups if sizes_E is None else sizes_E
     group_A = jnp.repeat(jnp.arange(groups), sizes_E, total_repeat_length=rows)
-    return v_EN.at[group_A].get(indices_are_sorted=True, mode="promise_in_bounds")
+    return v_Eo.at[group_A].get(indices_are_sorted=True, mode="promise_in_bounds")
 
 
-def choose(w_EKN):
-    """The kernel for the platform being compiled for.
+def choose(w_Eio: jax.Array | Weight) -> str:
+    """Chooses the grouped kernel for the platform being compiled for.
 
     XLA turns a ragged product into E dense ones over all rows where it has no kernel for it: on CPUs (measured in
-    experiments/moe_cost) and, as released, on GPUs (not measured). TPUs have one; but it would decompress all matrices
-    that are rounded, where those with a product of their own (`quant.pallas_int4`) are taken one by one.
+    experiments/moe_cost) and, as released, on GPUs (not measured). TPUs have one, but it would dequantize
+    all matrices at once; forms with a tiled product are multiplied one by one by `blocked`.
     """
-    is_tiled = isinstance(w_EKN, Weight) and w_EKN.has_tiled_product()
+    is_tiled = isinstance(w_Eio, Weight) and w_Eio.has_tiled_product()
     return "ragged_dot" if kernel_choice.platform() == "tpu" and not is_tiled else "blocked"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _grouped(x, w, sizes, product, kernel):
-    """The product, with a backward pass whose operands are rounded to `product` as the forward's are."""
+    """Multiplies operands rounded to `product`, in the forward and the backward pass."""
     return kernel.rows(x.astype(product), w, sizes, False, x.dtype)
 
 
@@ -87,7 +94,7 @@ _grouped.defvjp(_forward, _backward)
 
 
 def _block_sizes(rows, groups):
-    """Rows a product takes at once: half of a mean group, and where that is many, a quarter of it to end a group with.
+    """Returns rows a product: half of a mean group, and for a large block also a quarter of it for a group's end.
 
     Big blocks are fast, small ones waste little (measured on CPUs, see experiments/moe_cost).
     """
@@ -137,81 +144,81 @@ def _contract(x, y, axes):
     return lax.dot_general(x, y, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _blocked_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
-    rows, blocks = x_AK.shape[0], _block_sizes(x_AK.shape[0], w_EKN.shape[0])
-    operands = Precision(x_AK.dtype, x_AK.dtype)
+def _blocked_rows(x_Ai, w_Eio, sizes_E, transposed, out_dtype):
+    rows, blocks = x_Ai.shape[0], _block_sizes(x_Ai.shape[0], w_Eio.shape[0])
+    operands = Precision(x_Ai.dtype, x_Ai.dtype)
 
-    def group(e, start, stop, y_AN):
+    def group(e, start, stop, y_Ao):
         # Without the barrier XLA converts all groups ahead of the loop, and a decoded token would pay for every expert.
-        w, e = lax.optimization_barrier((w_EKN, e))
+        w, e = lax.optimization_barrier((w_Eio, e))
         w = jax.tree.map(lambda array: array[e], w)
         is_product = isinstance(w, Weight) and not transposed  # one of the form's own
         if is_product and w.has_vector_product(rows):
             mine = (jnp.arange(rows) >= start) & (jnp.arange(rows) < stop)
-            return jnp.where(mine[:, None], w.matmul(x_AK, operands, out_dtype), y_AN)
+            return jnp.where(mine[:, None], w.matmul(x_Ai, operands, out_dtype), y_Ao)
         if is_product and w.has_tiled_product():
             times = lambda x: w.matmul(x, operands, out_dtype)  # noqa: E731
         else:
-            w_KN = dense(w).astype(x_AK.dtype)
-            times = lambda x: _contract(x, w_KN, (1, 1 if transposed else 0)).astype(out_dtype)  # noqa: E731
+            w_io = dense(w).astype(x_Ai.dtype)
+            times = lambda x: _contract(x, w_io, (1, 1 if transposed else 0)).astype(out_dtype)  # noqa: E731
 
-        def block(at, mine, y_AN):
-            new = times(_take(x_AK, at, mine.size))
-            new = jnp.where(mine[:, None], new, _take(y_AN, at, mine.size))
-            return lax.dynamic_update_slice_in_dim(y_AN, new, at, 0)
+        def block(at, mine, y_Ao):
+            new = times(_take(x_Ai, at, mine.size))
+            new = jnp.where(mine[:, None], new, _take(y_Ao, at, mine.size))
+            return lax.dynamic_update_slice_in_dim(y_Ao, new, at, 0)
 
-        return _for_blocks(start, stop, blocks, rows, block, y_AN)
+        return _for_blocks(start, stop, blocks, rows, block, y_Ao)
 
-    width = w_EKN.shape[1 if transposed else 2]
+    width = w_Eio.shape[1 if transposed else 2]
     return _for_groups(sizes_E, group, jnp.zeros((rows, width), out_dtype))
 
 
-def _blocked_weights(x_AK, g_AN, sizes_E, groups):
-    rows, blocks = x_AK.shape[0], _block_sizes(x_AK.shape[0], groups)
-    shape_KN = x_AK.shape[1], g_AN.shape[1]
+def _blocked_weights(x_Ai, g_Ao, sizes_E, groups):
+    rows, blocks = x_Ai.shape[0], _block_sizes(x_Ai.shape[0], groups)
+    shape_io = x_Ai.shape[1], g_Ao.shape[1]
 
-    def group(e, start, stop, dw_EKN):
-        def block(at, mine, dw_KN):
-            g = jnp.where(mine[:, None], _take(g_AN, at, mine.size), 0)
-            return dw_KN + _contract(_take(x_AK, at, mine.size), g, (0, 0))
+    def group(e, start, stop, dw_Eio):
+        def block(at, mine, dw_io):
+            g = jnp.where(mine[:, None], _take(g_Ao, at, mine.size), 0)
+            return dw_io + _contract(_take(x_Ai, at, mine.size), g, (0, 0))
 
-        return dw_EKN.at[e].set(_for_blocks(start, stop, blocks, rows, block, jnp.zeros(shape_KN, jnp.float32)))
+        return dw_Eio.at[e].set(_for_blocks(start, stop, blocks, rows, block, jnp.zeros(shape_io, jnp.float32)))
 
-    return _for_groups(sizes_E, group, jnp.zeros((groups, *shape_KN), jnp.float32))
+    return _for_groups(sizes_E, group, jnp.zeros((groups, *shape_io), jnp.float32))
 
 
 # One group after the other, in blocks of rows: only rows that are there are multiplied.
 register("grouped_kernel", "blocked")(Kernel(_blocked_rows, _blocked_weights))
 
 
-def _ragged_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
-    w_EKN = dense(w_EKN, after=x_AK)
-    w_EKN = (jnp.swapaxes(w_EKN, 1, 2) if transposed else w_EKN).astype(x_AK.dtype)
-    return lax.ragged_dot(x_AK, w_EKN, sizes_E, preferred_element_type=out_dtype)
+def _ragged_rows(x_Ai, w_Eio, sizes_E, transposed, out_dtype):
+    w_Eio = dense(w_Eio, after=x_Ai)
+    w_Eio = (jnp.swapaxes(w_Eio, 1, 2) if transposed else w_Eio).astype(x_Ai.dtype)
+    return lax.ragged_dot(x_Ai, w_Eio, sizes_E, preferred_element_type=out_dtype)
 
 
-def _ragged_weights(x_AK, g_AN, sizes_E, groups):
+def _ragged_weights(x_Ai, g_Ao, sizes_E, groups):
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
-    return lax.ragged_dot_general(x_AK, g_AN, sizes_E, numbers, preferred_element_type=jnp.float32)
+    return lax.ragged_dot_general(x_Ai, g_Ao, sizes_E, numbers, preferred_element_type=jnp.float32)
 
 
 # The compiler's own: fast where it has a kernel for it.
 register("grouped_kernel", "ragged_dot")(Kernel(_ragged_rows, _ragged_weights))
 
 
-def _batched_rows(x_AK, w_EKN, sizes_E, transposed, out_dtype):
+def _batched_rows(x_Ai, w_Eio, sizes_E, transposed, out_dtype):
     axes = ((2,), (2 if transposed else 1,)), ((0,), (0,))
     y = lax.dot_general(
-        _by_group(x_AK, w_EKN.shape[0]),
-        dense(w_EKN, after=x_AK).astype(x_AK.dtype),
+        _by_group(x_Ai, w_Eio.shape[0]),
+        dense(w_Eio, after=x_Ai).astype(x_Ai.dtype),
         axes,
         preferred_element_type=out_dtype,
     )
-    return y.reshape(x_AK.shape[0], -1)
+    return y.reshape(x_Ai.shape[0], -1)
 
 
-def _batched_weights(x_AK, g_AN, sizes_E, groups):
-    x, g = (_by_group(array, groups) for array in (x_AK, g_AN))
+def _batched_weights(x_Ai, g_Ao, sizes_E, groups):
+    x, g = (_by_group(array, groups) for array in (x_Ai, g_Ao))
     return lax.dot_general(x, g, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 

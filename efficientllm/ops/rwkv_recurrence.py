@@ -1,11 +1,11 @@
-"""RWKV-7's recurrence (Peng et al. 2025, arXiv:2503.14456, Section 4), token by token and in chunks.
+"""RWKV-7 recurrence (Peng et al. 2025, arXiv:2503.14456, Section 4), token by token and in chunks.
 
 A head's memory is a matrix S `[K, V]`, keys by values. Token t removes what S holds under the key kappa_t (a unit
 vector), as far as beta_t says, and adds the pair of k_t and v_t; r_t reads:
 
     S_t = diag(w_t) S_{t-1} - beta_t (kappa_t^T S_{t-1}) + k_t v_t^T,    y_t = S_t^T r_t
 
-Letters: C chunks, Q tokens of one, K and V widths of a key and a value.
+Letters of this file: C chunks, Q tokens of a chunk; a key is K wide, a value V.
 """
 
 import functools
@@ -17,7 +17,7 @@ from flax import struct
 from efficientllm.registry import lookup, register
 from efficientllm.runtime import kernel_choice
 
-# Measured on CPUs, beside 32. Factored decays reach exp(-CHUNK log w), which float32 holds for log w >= -0.61.
+# Measured on CPUs, against 32. Factored decays reach exp(-CHUNK log w), which float32 holds for log w >= -0.61.
 CHUNK = 16
 # Accelerators would round the operands of float32 products, and a memory adds up over the whole document.
 exact_products = functools.partial(jax.default_matmul_precision, "float32")
@@ -25,7 +25,7 @@ exact_products = functools.partial(jax.default_matmul_precision, "float32")
 
 @struct.dataclass
 class Tokens:
-    """What the recurrence needs of each token, `[B, T, H, K]` (v: V wide), in float32; log_w is in [-0.61, 0]."""
+    """Inputs of the recurrence for each token, float32 `[B, T, H, K]` (v: V wide); log_w is in [-0.61, 0]."""
 
     r: jax.Array
     log_w: jax.Array
@@ -35,12 +35,14 @@ class Tokens:
     beta: jax.Array
 
 
-def recur(tokens, starts_BT, memory_BHKV=None, kernel="auto"):
+def recur(
+    tokens: Tokens, starts_BT: jax.Array, memory_BHKV: jax.Array | None = None, kernel: str = "auto"
+) -> tuple[jax.Array, jax.Array]:
     """Runs the recurrence over a row -> `(y [B, T, H, V], the memory after its last token)`.
 
     Args:
       starts_BT: True where a document starts, with an empty memory.
-      memory_BHKV: what came before the row; None is nothing.
+      memory_BHKV: the memory before the row; None is zeros.
       kernel: `auto` or a registered `rwkv_kernel`.
 
     Raises UserError for a kernel that does not exist.
@@ -56,19 +58,19 @@ def recur(tokens, starts_BT, memory_BHKV=None, kernel="auto"):
         return compute(tokens, starts_BT, memory_BHKV)
 
 
-def choose(length):
-    """The kernel for rows of `length` on the platform being compiled for.
+def choose(length: int) -> str:
+    """Chooses the RWKV kernel for rows of `length` on the platform being compiled for.
 
-    Measured on CPUs: steps take 0.3x to 0.5x of the chunks' time, but their gradient, which keeps the memory of every
-    token, 1.5x to 13x. Elsewhere a step is too little work to be alone (not measured).
+    Measured on CPUs: steps take 0.3x to 0.5x of the chunks' time, but their gradient, which saves the memory at every
+    token, 1.5x to 13x. On other platforms a step is too little work for one kernel launch (not measured).
     """
     if length == 1:
         return "sequential"
     return "split" if kernel_choice.platform() == "cpu" else "chunked"
 
 
-def executed_flops(kernel, length, K, V):
-    """Forward FLOPs of the matrix products that `kernel` computes for one head of a row of `length` tokens."""
+def executed_flops(kernel: str, length: int, K: int, V: int) -> int:
+    """Counts forward FLOPs of the matrix products that `kernel` computes for one head of a row of `length` tokens."""
     kernel = choose(length) if kernel == "auto" else kernel
     if kernel != "chunked":
         return 4 * length * K * V
@@ -81,7 +83,7 @@ def executed_flops(kernel, length, K, V):
 
 @register("rwkv_kernel", "sequential")
 def _sequential(tokens, starts_BT, memory_BHKV):
-    """One step a token. Its gradient keeps the memory of every token: for passes without one."""
+    """Computes token by token. Its gradient saves the memory at every token, so it is for passes without one."""
 
     def step(memory_BHKV, inputs):
         token, starts_B = inputs
@@ -104,7 +106,7 @@ def _sequential(tokens, starts_BT, memory_BHKV):
 
 @register("rwkv_kernel", "chunked")
 def _chunked(tokens, starts_BT, memory_BHKV):
-    """CHUNK tokens at once, by matrix products; what it keeps for the gradient is linear in the tokens.
+    """Computes chunk by chunk, by matrix products; its residuals are linear in the number of tokens.
 
     Inside a chunk every memory is written with the one before the chunk, S, so that what each token removes,
     u_t = kappa_t^T S_{t-1}, solves a triangular system (the WY form: Bischof & Van Loan 1987; Yang et al. 2024,
@@ -123,26 +125,29 @@ def _chunked(tokens, starts_BT, memory_BHKV):
     pairs = jnp.where(_reads(document_CBQ), jnp.einsum("...ik,...jk->...ij", left, right), 0)
     left = jnp.where(jnp.tile(document_CBQ, 2)[:, :, None, :, None] == 0, left, 0)
 
-    # Columns of `left` multiply S, those after them stand alone: [u | y] = [left, rest] applied to [S, 1].
+    # pairs [2Q, 2Q]: rows kappa, r; columns beta, k. u = kappa S + pairs_k v - pairs_beta u is solved by `inverse`, and
+    # y = r S + pairs_k v - pairs_beta u. `rest` holds both right sides as [coefficients of S (K) | constants (V)].
     rest = jnp.concatenate([left, pairs[..., CHUNK:] @ chunks.v], -1)
     of_u = inverse(pairs[..., :CHUNK, :CHUNK]) @ rest[..., :CHUNK, :]
     of_y = rest[..., CHUNK:, :] - pairs[..., CHUNK:, :CHUNK] @ of_u
-    both = jnp.concatenate([of_u, of_y], -2)
-    kept, writes = _carried(chunks, log_decay, document_CBQ)
+    solution = jnp.concatenate([of_u, of_y], -2)
+    decay, writes = _carried(chunks, log_decay, document_CBQ)
 
     def step(memory_BHKV, inputs):
-        by_memory, alone, v, kept, writes = inputs
-        out = by_memory @ memory_BHKV + alone
-        written = jnp.concatenate([out[..., :CHUNK, :], v], -2)
-        memory_BHKV = kept[..., None] * memory_BHKV + jnp.einsum("bhqk,bhqv->bhkv", writes, written)
-        return memory_BHKV, out[..., CHUNK:, :]
+        by_memory, constants, v, decay, writes = inputs
+        u_and_y = by_memory @ memory_BHKV + constants
+        written = jnp.concatenate([u_and_y[..., :CHUNK, :], v], -2)
+        memory_BHKV = decay[..., None] * memory_BHKV + jnp.einsum("bhqk,bhqv->bhkv", writes, written)
+        return memory_BHKV, u_and_y[..., CHUNK:, :]
 
-    memory_BHKV, y_CBHQV = jax.lax.scan(step, memory_BHKV, (both[..., :K], both[..., K:], chunks.v, kept, writes))
+    memory_BHKV, y_CBHQV = jax.lax.scan(
+        step, memory_BHKV, (solution[..., :K], solution[..., K:], chunks.v, decay, writes)
+    )
     return jnp.transpose(y_CBHQV, (1, 0, 3, 2, 4)).reshape(B, -1, H, V)[:, :T], memory_BHKV
 
 
 def _split_chunks(tokens, starts_BT):
-    """`[B, T, H, K] -> [C, B, H, Q, K]`, padded with tokens that change no memory; starts `[C, B, Q]`."""
+    """Splits `[B, T, H, K] -> [C, B, H, Q, K]`, padded with tokens that change no memory; starts `[C, B, Q]`."""
     B, T = starts_BT.shape
     padding = -T % CHUNK
 
@@ -155,15 +160,15 @@ def _split_chunks(tokens, starts_BT):
 
 
 def _factors(chunks, log_decay):
-    """Rows `[kappa; r]` decayed since the chunk's start, `[beta; k]` grown back to it: products of the two are decayed
-    over the tokens between."""
+    """Scales rows `[kappa; r]` by the decay since the chunk's start, `[beta; k]` by its inverse: their products then
+    have the decay over the tokens between."""
     grown = jnp.exp(-log_decay)
     left = [chunks.kappa * jnp.exp(log_decay - chunks.log_w), chunks.r * jnp.exp(log_decay)]
     return jnp.concatenate(left, -2), jnp.concatenate([chunks.beta * grown, chunks.k * grown], -2)
 
 
 def _reads(document_CBQ):
-    """Which of `[beta; k]` each of `[kappa; r]` meets, `[C, B, 1, 2Q, 2Q]`: kappa what is before it, r itself too."""
+    """Masks pairs of `[kappa; r]` and `[beta; k]`, `[C, B, 1, 2Q, 2Q]`: kappa reads earlier tokens, r its own too."""
     same_CBQQ = document_CBQ[..., :, None] == document_CBQ[..., None, :]
     index = jnp.arange(CHUNK)
     rows = [same_CBQQ & (index[:, None] > index), same_CBQQ & (index[:, None] >= index)]
@@ -171,39 +176,39 @@ def _reads(document_CBQ):
 
 
 def _carried(chunks, log_decay, document_CBQ):
-    """What survives of the memory, `[C, B, H, K]`, and the keys under which `[u; v]` enter it, `[C, B, H, 2Q, K]`."""
+    """Computes a memory's decay in a chunk, `[C, B, H, K]`, and the keys that write `[u; v]`, `[C, B, H, 2Q, K]`."""
     last = log_decay[..., -1:, :]
     decay = jnp.where((document_CBQ == document_CBQ[..., -1:])[:, :, None, :, None], jnp.exp(last - log_decay), 0)
-    kept = jnp.where(document_CBQ[..., -1][:, :, None, None] == 0, jnp.exp(last[..., 0, :]), 0)
-    return kept, jnp.concatenate([-chunks.beta * decay, chunks.k * decay], -2)
+    memory_decay = jnp.where(document_CBQ[..., -1][:, :, None, None] == 0, jnp.exp(last[..., 0, :]), 0)
+    return memory_decay, jnp.concatenate([-chunks.beta * decay, chunks.k * decay], -2)
 
 
 @jax.custom_vjp
-def inverse(strict):
-    """`(I + strict)^-1` of strictly lower triangular matrices `[..., Q, Q]`, Q a power of two.
+def inverse(strict: jax.Array) -> jax.Array:
+    """Computes `(I + strict)^-1` of strictly lower triangular matrices `[..., Q, Q]`, Q a power of two.
 
     Blocks on the diagonal are inverted in pairs, [[A, 0], [C, D]]^-1 = [[A^-1, 0], [-D^-1 C A^-1, D^-1]]: products that
     every platform is fast at, and as stable as substitution, which a power series of `strict` is not.
     """
     Q = strict.shape[-1]
     block = jnp.arange(Q)
-    found = jnp.eye(Q) - jnp.where(block[:, None] // 2 == block // 2, strict, 0)
+    inverted = jnp.eye(Q) - jnp.where(block[:, None] // 2 == block // 2, strict, 0)
     size = 2
     while size < Q:
         row, column = (block // size)[:, None], block // size
         below = jnp.where((row // 2 == column // 2) & (row != column), strict, 0)
-        found = found - found @ below @ found
+        inverted = inverted - inverted @ below @ inverted
         size *= 2
-    return found
+    return inverted
 
 
 def _inverse_forward(strict):
-    found = inverse(strict)
-    return found, found
+    inverted = inverse(strict)
+    return inverted, inverted
 
 
-def _inverse_backward(found, cotangent):
-    transposed = jnp.swapaxes(found, -1, -2)
+def _inverse_backward(inverted, cotangent):
+    transposed = jnp.swapaxes(inverted, -1, -2)
     with exact_products():
         return (-(transposed @ cotangent @ transposed),)
 
@@ -214,7 +219,7 @@ inverse.defvjp(_inverse_forward, _inverse_backward)
 @register("rwkv_kernel", "split")
 @jax.custom_vjp
 def _split(tokens, starts_BT, memory_BHKV):
-    """`sequential` where no gradient is wanted, `chunked` where one is."""
+    """Runs `sequential` without a gradient, `chunked` under one."""
     return _sequential(tokens, starts_BT, memory_BHKV)
 
 

@@ -1,6 +1,7 @@
-"""Attention on TPUs: the splash kernel that JAX ships, under the mesh in scope."""
+"""Splash attention on TPUs: the Pallas kernel that JAX ships, under the mesh in scope."""
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,19 @@ from jax.sharding import PartitionSpec as P
 from efficientllm import sharding
 from efficientllm.runtime import kernel_choice
 
-LANES = 128  # rows and columns of a block are multiples
+LANES = 128  # rows and columns of a block are multiples of it
 
 
-def takes(q_BTHK, mask, bias):
-    """Whether the kernel computes this: queries aligned with keys, no bias, whole blocks."""
+def takes(q_BTHK: jax.Array, mask: typing.Any, bias: typing.Callable | None) -> bool:
+    """Tells whether the kernel supports these inputs: queries aligned with keys, no bias, whole blocks.
+
+    `mask` is an `ops.attention.Mask`.
+    """
     return mask.aligned and bias is None and q_BTHK.shape[1] % LANES == 0
 
 
-def attend(q_BTHK, k_BSGK, v_BSGV, mask, scale):
-    """As `attention.attend`; what it does not take is refused by the kernel itself."""
+def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, mask: typing.Any, scale: float) -> jax.Array:
+    """Computes `ops.attention.attend` of inputs that it `takes` -> `[B, T, H, V]`; the kernel itself rejects others."""
     segments_BT = mask.segments_BT
     if segments_BT is None:
         segments_BT = jnp.zeros(q_BTHK.shape[:2], jnp.int32)
@@ -27,19 +31,19 @@ def attend(q_BTHK, k_BSGK, v_BSGV, mask, scale):
     mesh = sharding.current_mesh()
     if mesh is None:
         return local(None, *operands)
-    # The compiler cannot split a kernel: each device is given its rows and heads.
+    # XLA cannot partition a Pallas kernel: shard_map gives each device its rows and heads.
     axes = [("batch", None, name, None) for name in ("heads", "kv_heads", "kv_heads")] + [("batch", None)]
     specs = [sharding.spec(names, leaf.shape, mesh) for names, leaf in zip(axes, operands, strict=True)]
-    split = specs[0][2] if specs[1][2] is None else None  # heads are split, KV heads are not: they do not divide
-    out = P(*specs[0])
+    split = specs[0][2] if specs[1][2] is None else None  # heads are sharded, KV heads are too few to be
+    y_spec = P(*specs[0])
     mapped = jax.shard_map(
-        functools.partial(local, split), mesh=mesh, in_specs=tuple(specs), out_specs=out, check_vma=False
+        functools.partial(local, split), mesh=mesh, in_specs=tuple(specs), out_specs=y_spec, check_vma=False
     )
     return mapped(*operands)
 
 
 def _local(window, split, q_BTHK, k_BSGK, v_BSGV, segments_BT):
-    """One device's rows and heads; `split` is the mesh axis over which query heads are split and KV heads are whole."""
+    """Computes one device's rows and heads; over the mesh axis `split` query heads are sharded, KV heads replicated."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     T, H = q_BTHK.shape[1:3]
@@ -64,5 +68,5 @@ def _local(window, split, q_BTHK, k_BSGK, v_BSGV, segments_BT):
 def _mask(T, H, window):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    one = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    return masks.MultiHeadMask([one] * H)
+    head_mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    return masks.MultiHeadMask([head_mask] * H)

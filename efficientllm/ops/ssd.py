@@ -1,13 +1,24 @@
-"""State-space duality (arXiv:2405.21060, Section 6, Listing 1): `S_t = keep_t exp(step_t A) S_(t-1) + step_t x_t b_t`,
-`y_t = S_t c_t` for each head, in products of chunks, or a step at a time. Letters as in mamba2; Z chunks.
+"""State-space duality of Mamba-2 (Dao & Gu 2024, arXiv:2405.21060, Section 6, Listing 1), in chunks or by token.
+
+For each head `S_t = keep_t exp(step_t A) S_(t-1) + step_t x_t b_t` and `y_t = S_t c_t`; keep is False at the first
+token of a document. Letters of this file: those of `mixers.mamba2`, Z chunks of Q tokens.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def step(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, keep_BT, memory_BHPN, chunk):
-    """One token -> `(y [B, 1, H, P], memory)`: the recurrence itself."""
+def step(
+    x_BTHP: jax.Array,
+    step_BTH: jax.Array,
+    A_H: jax.Array,
+    b_BTJN: jax.Array,
+    c_BTJN: jax.Array,
+    keep_BT: jax.Array,
+    memory_BHPN: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes one token by the recurrence -> `(y [B, 1, H, P], memory)`; `chunk` is not used."""
     heads = x_BTHP.shape[2] // b_BTJN.shape[2]
     b_BHN, c_BHN = (jnp.repeat(leaf[:, 0], heads, 1) for leaf in (b_BTJN, c_BTJN))
     decay_BH = jnp.exp(step_BTH[:, 0] * A_H) * keep_BT[:, :1]
@@ -16,8 +27,17 @@ def step(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, keep_BT, memory_BHPN, chunk):
     return jnp.sum(memory_BHPN * c_BHN[:, :, None], -1)[:, None], memory_BHPN
 
 
-def chunked(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, keep_BT, memory_BHPN, chunk):
-    """`(y [B, T, H, P], memory)`, float32. keep is False at the first token of a document."""
+def chunked(
+    x_BTHP: jax.Array,
+    step_BTH: jax.Array,
+    A_H: jax.Array,
+    b_BTJN: jax.Array,
+    c_BTJN: jax.Array,
+    keep_BT: jax.Array,
+    memory_BHPN: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes a row by matrix products of chunks of `chunk` tokens -> `(y [B, T, H, P], memory)`, float32."""
     B, T, H, P = x_BTHP.shape
     J, N = b_BTJN.shape[2:]
     Q, Z = _chunks(T, chunk)
@@ -44,14 +64,14 @@ def chunked(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, keep_BT, memory_BHPN, chunk):
     to_end = jnp.exp(log_BZQH[:, :, -1:] - log_BZQH) * (document_BZQ == last)[..., None]
     added = jnp.einsum("bzqjrp,bzqjn->bzjrpn", input_BZQJRP * to_end.reshape(B, Z, Q, J, -1, 1), b_BZQJN)
     # 3. What is left at the chunk's end of the memory before it: nothing if a document starts in the chunk.
-    kept_BZH = jnp.exp(log_BZQH[:, :, -1]) * (last == 0)
+    remaining_BZH = jnp.exp(log_BZQH[:, :, -1]) * (last == 0)
 
     # 4. The memory before each chunk, one after the other.
     def carry_on(memory, chunk):
-        kept_BH, added_BHPN = chunk
-        return kept_BH[..., None, None] * memory + added_BHPN, memory
+        remaining_BH, added_BHPN = chunk
+        return remaining_BH[..., None, None] * memory + added_BHPN, memory
 
-    chunks = jnp.moveaxis(kept_BZH, 1, 0), jnp.moveaxis(added.reshape(B, Z, H, P, N), 1, 0)
+    chunks = jnp.moveaxis(remaining_BZH, 1, 0), jnp.moveaxis(added.reshape(B, Z, H, P, N), 1, 0)
     memory_BHPN, before_ZBHPN = jax.lax.scan(carry_on, memory_BHPN, chunks)
     # 5. What tokens of the chunk's first document read of it, decayed from the chunk's start.
     before = jnp.moveaxis(before_ZBHPN, 0, 1).reshape(B, Z, J, H // J, P, N)
@@ -61,7 +81,7 @@ def chunked(x_BTHP, step_BTH, A_H, b_BTJN, c_BTJN, keep_BT, memory_BHPN, chunk):
 
 
 def _within(log_BZQH, document_BZQ):
-    """How much of token s is left at token q of the same chunk: `[B, Z, H, Q, Q]`, 0 for later tokens and documents."""
+    """Computes the decay from token s to token q of a chunk, `[B, Z, H, Q, Q]`; 0 for later tokens and documents."""
     Q = log_BZQH.shape[2]
     log_BZHQ = jnp.moveaxis(log_BZQH, 3, 2)
     same_BZ1QS = (document_BZQ[:, :, :, None] == document_BZQ[:, :, None, :])[:, :, None]
@@ -75,7 +95,7 @@ def _chunks(T, chunk):
     return Q, -(-T // Q)
 
 
-def chunked_flops(length, H, P, N, J, chunk):
-    """FLOPs of the products in `chunked` for one row."""
+def chunked_flops(length: int, H: int, P: int, N: int, J: int, chunk: int) -> int:
+    """Counts FLOPs of the products in `chunked` for one row."""
     Q, Z = _chunks(length, chunk)
     return Z * Q * (2 * Q * N * J + 2 * Q * H * P + 4 * H * P * N)

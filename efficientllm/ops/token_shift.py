@@ -1,18 +1,23 @@
-"""Token shift: a layer's input beside that of the token before (RWKV: Peng et al. 2023, arXiv:2305.13048, Eq. 11)."""
+"""Token shift: a layer's input mixed with the previous token's (RWKV: Peng et al. 2023, arXiv:2305.13048, Eq. 11)."""
 
+import typing
+
+import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError
 
 
-def shift(x_BTD, positions_BT, previous_BD=None):
-    """What the token before each token holds: zeros ahead of a document's first.
+def shift(
+    x_BTD: jax.Array, positions_BT: jax.Array, previous_BD: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Shifts a row by one token, with zeros before the first token of a document.
 
     Args:
-      previous_BD: the last token of what came before the row; None where the row is all there is.
+      previous_BD: the token before the row, from the state; None without a state.
 
-    Returns `(shifted_BTD, the row's last token [B, D], None without a previous one)`. Raises UserError for a
-    previous token of another width, which a state made for another `dim` has.
+    Returns `(shifted_BTD, the row's last token [B, D] or None without a state)`. Raises UserError for a state whose
+    tokens have another width.
     """
     D = x_BTD.shape[-1]
     if previous_BD is None:
@@ -25,13 +30,13 @@ def shift(x_BTD, positions_BT, previous_BD=None):
     return jnp.where(positions_BT[..., None] == 0, 0, shifted_BTD), last_BD
 
 
-def mix(x_BTD, shifted_BTD, share_D):
-    """`x + (shifted - x) * share`, a share a channel."""
+def mix(x_BTD: jax.Array, shifted_BTD: jax.Array, share_D: jax.Array) -> jax.Array:
+    """Interpolates a row and its shifted row, one share for each channel: `x + (shifted - x) * share`."""
     return x_BTD + (shifted_BTD - x_BTD) * share_D.astype(x_BTD.dtype)
 
 
-def share_init(power):
-    """Initialiser of the shares: `1 - (i / D)^power` for channel i, falling from 1 to about 0 (RWKV-LM's)."""
+def share_init(power: float) -> typing.Callable:
+    """Makes the shares' initializer: `1 - (i / D)^power` for channel i, falling from 1 to about 0 (RWKV-LM's)."""
 
     def init(_, shape, dtype=jnp.float32):
         return 1 - (jnp.arange(shape[0], dtype=dtype) / shape[0]) ** power

@@ -1,7 +1,7 @@
-"""Decoding in C++, products of a few rows with compressed weights and attention over a state: on CPUs XLA runs these
-far below the memory's bandwidth.
+"""Native C++ kernels for decoding on CPUs: products of few rows with packed weights, and attention over a KV cache.
 
-`setup.py` builds them where a compiler is found. Without them everything runs, through XLA, at a fraction of the speed.
+XLA runs these far below memory bandwidth. `setup.py` builds the library where it finds a compiler. Without the library
+everything runs through XLA, at a fraction of the speed.
 """
 
 import ctypes
@@ -23,19 +23,19 @@ FORMATS = ("int4", "int8", "nf4", "bfloat16", "float16")  # the order of product
 
 
 @functools.cache
-def instruction_sets():
-    """The instruction sets the library can use on this machine, best last; empty where there is no library."""
+def instruction_sets() -> tuple[str, ...]:
+    """Lists the instruction sets that the library supports on this machine, best last; empty without a library."""
     library = _library()
     return () if library is None else tuple(library.efficientllm_instruction_sets().decode().split())
 
 
-def is_usable():
-    """Whether what is traced here may call the library: it is there, and the program is for one CPU device."""
+def is_usable() -> bool:
+    """Tells whether the traced program may call the library: it is built, and the program runs on one CPU device."""
     return sharding.is_alone() and kernel_choice.platform() == "cpu" and bool(instruction_sets())
 
 
 class Rows(typing.NamedTuple):
-    """Compressed rows, `weights[R, bytes]`, stored as `product.h` says for `form`; some round x to `x_bits`."""
+    """Packed rows of weights `[R, bytes]` in a format of `product.h`; int4 rounds x to `x_bits`."""
 
     form: str
     weights: jax.Array
@@ -46,37 +46,46 @@ class Rows(typing.NamedTuple):
     x_bits: int = 16
 
     @property
-    def layout(self):
-        """What rows that multiply in one call have in common."""
+    def layout(self) -> tuple:
+        """The layout that all rows of one call share."""
         return self.form, self.x_bits, self.weights.shape[1:], self.scale is not None and self.scale.shape[1:]
 
 
-def products(x_MK, rows, instructions="best"):
-    """`x[m, k]` times each of `rows`, Rows of one layout -> float32 `[m, R]` of each.
+def products(x_MK: jax.Array, rows: list[Rows], instructions: str = "best") -> list[jax.Array]:
+    """Multiplies `x[m, k]` with each of `rows`, which share a layout -> a list of float32 `[m, R]`.
 
-    Needs `instruction_sets()`. On one CPU device, in jitted code or out of it.
+    Needs `instruction_sets()`. Runs on one CPU device, inside or outside jitted code.
     """
     _library()
 
-    def given(array, dtype):
+    def operand(array, dtype):
         return jnp.zeros((0, 0), dtype) if array is None else array
 
-    shapes = [jax.ShapeDtypeStruct((x_MK.shape[0], each.weights.shape[0]), jnp.float32) for each in rows]
+    shapes = [jax.ShapeDtypeStruct((x_MK.shape[0], leaf.weights.shape[0]), jnp.float32) for leaf in rows]
     call = jax.ffi.ffi_call(TARGETS[0], shapes, vmap_method="sequential")
-    arrays = []
+    arrays: list[jax.Array] = []
     for _, weights, scale, minimum, zero, *_ in rows:
-        arrays += weights, given(scale, jnp.float32), given(minimum, jnp.float16), given(zero, jnp.uint8)
+        arrays += weights, operand(scale, jnp.float32), operand(minimum, jnp.float16), operand(zero, jnp.uint8)
     table = jnp.zeros(0, jnp.float32) if rows[0].table is None else rows[0].table
     attributes = {"format": np.int32(FORMATS.index(rows[0].form)), "x_bits": np.int32(rows[0].x_bits)}
     return call(x_MK.astype(jnp.float32), table, *arrays, **attributes, instructions=instructions)
 
 
-def attention(q_BHK, keys, v_BSGV, mask_BS, scale, scales=None, instructions="best"):
-    """Softmax attention of one query a row over the slots that `mask_BS` allows -> float32 `[B, H, V]`.
+def attention(
+    q_BHK: jax.Array,
+    keys: typing.Sequence[jax.Array],
+    v_BSGV: jax.Array,
+    mask_BS: jax.Array,
+    scale: float,
+    scales: typing.Sequence[jax.Array] | None = None,
+    instructions: str = "best",
+) -> jax.Array:
+    """Computes softmax attention of one query a row over the slots that `mask_BS` allows -> float32 `[B, H, V]`.
 
-    `keys` are one or two arrays `[B, S, G, ...]` that lie side by side along the last axis of the queries. They and the
-    values are float32, bfloat16, float16, or int8 with float32 `scales` `[B, S, G]`, of each array of keys and of the
-    values. Query head h reads KV head h // (H // G). A row that is allowed nothing gets zeros. Needs `is_usable()`.
+    `keys` are one or two arrays `[B, S, G, ...]`; two are the first and last channels of the keys. Keys and values are
+    float32, bfloat16, float16, or int8. Int8 has float32 `scales` `[B, S, G]`, one for each array of keys and one for
+    the values. Query head h reads KV head h // (H // G). A row whose slots are all masked gets zeros. Needs
+    `is_usable()`.
     """
     _library()
     shape = jax.ShapeDtypeStruct((*q_BHK.shape[:2], v_BSGV.shape[-1]), jnp.float32)
@@ -91,15 +100,15 @@ def attention(q_BHK, keys, v_BSGV, mask_BS, scale, scales=None, instructions="be
 
 @functools.cache
 def _library():
-    found = sorted(pathlib.Path(__file__).parent.glob("_products*.so"))
-    if not found:
-        log.warning("no native products (setup.py found no compiler): compressed weights run through XLA, slower")
+    libraries = sorted(pathlib.Path(__file__).parent.glob("_products*.so"))
+    if not libraries:
+        log.warning("no native products (setup.py found no compiler): packed weights run through XLA, slower")
         return None
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(libraries[0]))
         capsules = {target: jax.ffi.pycapsule(getattr(library, target)) for target in TARGETS}
     except (OSError, AttributeError) as error:  # one that was built from older sources lacks a function
-        log.warning("native products cannot be loaded (%s): compressed weights run through XLA, slower", error)
+        log.warning("native products cannot be loaded (%s): packed weights run through XLA, slower", error)
         return None
     library.efficientllm_instruction_sets.restype = ctypes.c_char_p
     for target, capsule in capsules.items():
@@ -107,6 +116,6 @@ def _library():
     return library
 
 
-def fits(group_bytes, groups):
-    """Whether there is a product for rows of `groups` groups of `group_bytes`."""
+def fits(group_bytes: int, groups: int) -> bool:
+    """Tells whether the library multiplies rows of `groups` groups of `group_bytes` each."""
     return group_bytes % 4 == 0 and (groups == 1 or (group_bytes >= 16 and group_bytes & (group_bytes - 1) == 0))
