@@ -2,6 +2,7 @@
 
 import os
 import typing
+from collections.abc import Sequence
 
 if typing.TYPE_CHECKING:
     import jax
@@ -14,7 +15,7 @@ else:
     Array = Mesh = Config = typing.Any
 
 PathLike = str | os.PathLike[str]
-AxisNames = tuple[str | None, ...]  # logical axis names of one array, one for each dimension
+AxisNames = Sequence[str | None]  # logical axis names of one array, one for each dimension
 PyTree = typing.Any  # nested dicts, lists and dataclasses whose leaves are arrays
 Params = dict[str, typing.Any]  # a PyTree of a model's parameters, by module and parameter name
 Batch = dict[str, typing.Any]  # arrays `[batch, length]` by name: tokens, targets, weights...
