@@ -6,6 +6,7 @@ Arrows that follow from others are left out. Layered drawing (Sugiyama, Tagawa a
 on every level that it crosses, and the order within levels comes from the mean position of neighbours.
 """
 
+import math
 import sys
 
 import import_graph
@@ -60,7 +61,7 @@ def positions(rows, chains):
     x = {node: 100.0 * place for row in rows for place, node in enumerate(row)}
     for sweep in range(SWEEPS):
         for row in rows if sweep % 2 else reversed(rows):
-            wanted = {node: sum(map(x.get, neighbours[node])) / max(1, len(neighbours[node])) for node in row}
+            wanted = {node: math.fsum(map(x.get, neighbours[node])) / max(1, len(neighbours[node])) for node in row}
             row.sort(key=lambda node: (wanted[node], str(node)))
             x |= _apart(row, wanted)
     left = min(x[node] - _width(node) / 2 for node in x)
@@ -73,7 +74,7 @@ def _apart(row, wanted):
     for node in row:
         x[node] = max(wanted[node], edge + _width(node) / 2)
         edge = x[node] + _width(node) / 2 + GAP
-    moved = sum(x[node] - wanted[node] for node in row) / len(row)
+    moved = math.fsum(x[node] - wanted[node] for node in row) / len(row)
     return {node: place - moved for node, place in x.items()}
 
 
