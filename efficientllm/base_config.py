@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
     config.model.size = "tiny"
     config.model.mixer = "gqa"
     config.model.ffn = "swiglu"
-    config.model.pattern = ()  # for hybrids: ("gqa", "mqa | moe(...)"), repeated over the layers
+    # For hybrids: ("gqa", "mqa | moe(...)"), repeated over the layers; ("2 * gqa", "10 * mqa | moe(...)") one after
+    # another; "gqa + mamba" are parallel mixers.
+    config.model.pattern = ()
     config.model.parameters_of = ""  # "mixer | ffn": chooses widths so that a block has as many parameters as this one
     config.model.residual = "sequential"  # or parallel: mixer and ffn read the same input
     config.model.position = "rope"
@@ -38,11 +40,18 @@ def get_config() -> ConfigDict:
     config.model.scan = True
     config.model.unroll = 12  # a CPU compiles up to so many groups of layers one after another; 0 is always a loop
 
+    config.model.embed = "tokens"  # the ends: tokens, or patches(...) of pictures
+    config.model.modulation = "plain"  # or linear (adaLN-Zero), table, layerscale: how conditioning reaches the blocks
+
+    config.objective = "next_token()"  # or flow(...), ddpm(...), pretrained: what is, or was, minimised
+
     config.adapter = "full"  # trainable parameters: full, freeze(last=2), lora(rank=8), dora, pissa...
 
     config.quant = "float32"  # format of frozen weights: bfloat16, int8(...), int4(...), nf4(...), stored...
 
     config.data = "python_docs()"
+    config.autoencoder = "pixels"  # of pictures: what their model sees; or kl(path=...), wan(path=...)
+    config.text_states = ""  # of prompts and captions: encoders(...) of the model's pipeline, or folder(path=...)
     config.tokenizer = "bpe(vocab_size=2048)"  # or pretrained: that of the checkpoint
 
     config.train = ConfigDict()
@@ -54,6 +63,7 @@ def get_config() -> ConfigDict:
     config.train.optimizer = "adamw(b1=0.9, b2=0.95)"
     config.train.schedule = "cosine(peak=0.003, warmup=0.1, final=0.1)"  # warmup as a share of steps, final of peak
     config.train.clip = 1.0  # global gradient norm; 0 does not clip
+    config.train.ema = 0.0  # decay of a moving average of the parameters, which is then what is evaluated; 0 is none
     config.train.decay = (("kernel$", 0.1), (".*", 0.0))  # weight decay: first match wins, all must match
     config.train.rates = ((".*", 1.0),)  # learning-rate factors, matched likewise
 
@@ -69,12 +79,20 @@ def get_config() -> ConfigDict:
     config.sample.prompt = "The function returns"
     config.sample.tokens = 64  # 0 for no sample
     config.sample.temperature = 0.8
+    config.sample.images = 16  # pictures of a diffusion model, of each prompt if it has any; 0 for none
 
     config.infer = ConfigDict()
     config.infer.prompts = ("What is a context manager?",)  # texts, or a file: .txt, or .jsonl with `prompt`
+    config.infer.negative_prompt = ""  # of pictures: what guidance leads away from
     config.infer.chat = False  # prompts go through the tokenizer's chat template
     config.infer.max_new_tokens = 64
     config.infer.sampler = "greedy"  # or sample(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05)
+    config.infer.solver = ""  # of diffusion models: euler(steps=28), ddim(steps=50)...; "" is the objective's
+    config.infer.guidance = 1.0  # classifier-free guidance; 1 is none
+    config.infer.guidance_channels = 0  # the first channels that are guided; 0 is all
+    config.infer.size = ()  # of pictures: (height, width) in pixels, of clips (frames, height, width); () is the usual
+    config.infer.fps = 16.0  # frames of a clip a second
+    config.infer.offload = False  # weights of a pipeline that are not needed at a time live in the host's memory
     config.infer.stop = ()  # texts that end a completion
     config.infer.batch_size = 1  # prompts per measured batch
     config.infer.prompt_length = 128  # tokens of a measured prompt
@@ -93,6 +111,7 @@ def get_config() -> ConfigDict:
     config.quality.limit = 0  # examples a task; 0 is all of them
     config.quality.batch_size = 8
     config.quality.include = ""  # a folder with your own tasks
+    config.quality.fd = 0  # pictures sampled at the end for the distance from the training set, fd_own; 0 for none
     config.quality.results = ""  # a results.json of the harness, added to the row
 
     config.metrics = ConfigDict()

@@ -17,6 +17,7 @@ import contextlib
 import signal
 import sys
 
+from efficientllm.config.field_keys import name_keys
 from efficientllm.errors import UserError
 from efficientllm.runtime import console, malloc
 from efficientllm.typing import Config
@@ -74,14 +75,15 @@ class Chat:
         """Loads the model, answers until the input ends, and returns the exit status."""
         import jax
 
-        from efficientllm.infer import setup
+        from efficientllm.infer import serving, setup
 
         try:
-            self.serving = setup.prepare(self._smallest_request(), with_text=False)
-            with jax.set_mesh(self.serving.mesh):
-                self._load()
-                return self._talk()
-        except setup.OutOfMemory as error:
+            with name_keys(self.config):
+                self.serving = setup.prepare(self._smallest_request(), with_text=False)
+                with jax.set_mesh(self.serving.mesh):
+                    self._load()
+                    return self._talk()
+        except serving.OutOfMemory as error:
             raise UserError(str(error)) from None
         except BrokenPipeError:  # whoever read the answers has gone
             sys.stdout = None
@@ -101,7 +103,8 @@ class Chat:
         from efficientllm.weights import resident_bytes
 
         run = self.serving
-        self.dialogue = Dialogue(run.tokenizer, self.system, getattr(run.source, "trained_on_conversations", False))
+        is_chat = run.source is not None and run.source.trained_on_conversations
+        self.dialogue = Dialogue(run.tokenizer, self.system, is_chat)
         self.dialogue.ask("a")  # raises now if the template refuses the system message
         self.dialogue.reset()
         params = run.load(self.config.quant, self.config.infer.rules)
@@ -232,5 +235,5 @@ def _say(text):
 
 
 if __name__ == "__main__":
-    malloc.restart_with_huge_pages()
+    malloc.restart_with_settings()
     sys.exit(main())

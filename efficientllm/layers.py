@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.registry import register
-from efficientllm.weights import Precision, matmul, matmul_together, parameter
+from efficientllm.weights import Precision, adapted_bias, matmul, matmul_together, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -36,13 +36,15 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, y: jax.Array | None = None) -> jax.Array:
         """Applies the layer to x. `y` is `x @ kernel` where `linears` has computed it already."""
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
         if y is None:
-            init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-            kernel = parameter(self, "kernel", init, (x.shape[-1], self.features))
             y = matmul(x, kernel, self.precision, self.out_dtype, self.axes)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-1:])
-            y = y + self.param("bias", zeros, (self.features,)).astype(y.dtype)
+            bias = self.param("bias", zeros, (self.features,))
+            # In float32, rounded once: a bias' gradient is a sum over all rows, which is slow and coarse in 16 bits.
+            y = (y + adapted_bias(kernel, bias)).astype(y.dtype)
         return y
 
 
@@ -72,21 +74,30 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", ones, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
+        # The same number as a product in x.dtype, but the scale's gradient, a sum over all rows, is float32.
+        return (normed.astype(x.dtype) * scale.astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
 
 
 @register("norm", "layernorm")
 class LayerNorm(nn.Module):
-    """Layer norm over the last axis with scale and bias (Ba et al. 2016, arXiv:1607.06450), in float32."""
+    """Layer norm over the last axis (Ba et al. 2016, arXiv:1607.06450), in float32.
+
+    With scale and bias if it is `affine`; without parameters otherwise, as where a modulation has both (DiT).
+    """
 
     eps: float
     axis: str = "embed"
+    affine: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        if not self.affine:
+            return self._normalise(x).astype(x.dtype)
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],))
         bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (x.shape[-1],))
+        return (self._normalise(x) * scale + bias).astype(x.dtype)
+
+    def _normalise(self, x):
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, -1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.eps)
-        return (normed * scale + bias).astype(x.dtype)
+        return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.eps)

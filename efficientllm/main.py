@@ -62,14 +62,14 @@ def parse(argv: list[str]) -> tuple[Config, str | None, bool]:
     flags, overrides = split(argv)
     if not flags["config"]:
         raise UserError("--config: is missing; write --config=FILE, for example --config=configs/moe.py")
-    from efficientllm.config import files, schema, value_rules
+    from efficientllm.config import files, path_rules, schema
     from efficientllm.config import overrides as overriding
 
     config = schema.conform_config(files.load(flags["config"]), f"--config={flags['config']}")
     overriding.apply(config, overrides)
     schema.check_values(config)
     if flags["workdir"] is not None:
-        value_rules.check_path("--workdir", flags["workdir"])
+        path_rules.check_path("--workdir", flags["workdir"])
     return config.lock(), flags["workdir"], flags["overwrite"]
 
 
@@ -118,5 +118,5 @@ def _value(name, text, rest):
 
 
 if __name__ == "__main__":
-    malloc.restart_with_huge_pages()
+    malloc.restart_with_settings()
     sys.exit(main())

@@ -5,6 +5,7 @@ Training, inference, planning and the dry run of a sweep all take this road.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import typing
@@ -15,13 +16,20 @@ import jax
 from efficientllm import data, sharding
 from efficientllm.adapters.base import Method
 from efficientllm.architecture import from_config
-from efficientllm.errors import UserError
-from efficientllm.model import LM
-from efficientllm.registry import build
+from efficientllm.data.text import TextData
+from efficientllm.embeds.picture import Picture
+from efficientllm.errors import UserError, short_repr
+from efficientllm.objectives.base import Objective
+from efficientllm.registry import build, format_spec, parse_spec
 from efficientllm.typing import Config, Mesh
 
 if typing.TYPE_CHECKING:
     from efficientllm.convert.source import Source
+    from efficientllm.text_states.sources import PromptStates
+    from efficientllm.text_states.states_file import StatesShape
+
+PIXELS = "pixels"  # the default of config.autoencoder
+PRETRAINED = "pretrained"  # a value of config.tokenizer and config.objective: that of the checkpoint
 
 
 def describe_run(
@@ -41,23 +49,62 @@ class RunDescription:
     first; every part raises UserError that names the key.
 
     config:         the run's whole config.
+    embed:          fields of `config.model.embed` that requests for pictures say, such as their size; a model that is
+                    complete by them needs no data.
+    text_length:    tokens of the states that a diffusion model reads of a text; 0 is as many as its embed says.
     method:         the tuning method of `config.adapter`: which parameters learn.
     mesh:           the mesh of `config.mesh` over `devices`.
     source:         the checkpoint of `config.model.pretrained`, or None; with `shapes_only` it holds no tensors.
     max_positions:  the most tokens of a row that the checkpoint was made for, or None.
     model_config:   `config.model`, completed by what the checkpoint's files say.
-    outline:        the LM at its size's own widths, for which no text is read; `vocab_size` may be None.
+    outline:        the model at its size's own widths, for which no data are read; `vocab_size` may be None.
     tokenizer:      that of `config.tokenizer`, within the checkpoint's vocabulary.
-    lm:             the LM, all of it; tasks adapt it (`train.config_checks.training_lm`, `infer.setup.serving_lm`).
+    objective_spec: that of `config.objective`, or of the checkpoint.
+    text_states:    where `config.text_states` takes the states of texts from, or None.
+    autoencoder_spec: that of `config.autoencoder`, or of the checkpoint whose objective it is.
+    objective:      what is minimised, and what of the data a batch holds.
+    length:         tokens of a row.
+    dataset:        the data of the objective, `data.text.TextData` or the like.
+    lm:             the model, all of it; tasks adapt it (`train.config_checks.training_lm`, `infer.setup.serving_lm`).
     """
 
     config: Config
     devices: Sequence[jax.Device] | None
     shapes_only: bool
+    embed: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
+    text_length: int = 0
 
     @functools.cached_property
     def method(self) -> Method:
         return build("adapter", self.config.adapter, where="config.adapter")
+
+    @functools.cached_property
+    def objective_spec(self) -> str:
+        if self.config.objective != PRETRAINED:
+            return self.config.objective
+        if self.source is None:
+            raise UserError(
+                "config.model.pretrained = '': config.objective = 'pretrained' needs the model whose objective it is; "
+                "give the folder of a run (of configs/dit.py, say), one of diffusers, or a hub id 'owner/name'"
+            )
+        return self.source.objective()
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """What is minimised; one of pictures knows the autoencoder whose latents they are."""
+        inherited = {"autoencoder": self.autoencoder_spec}
+        return build("objective", self.objective_spec, inherited, where="config.objective")
+
+    @property
+    def autoencoder_spec(self) -> str:
+        inherits = self.config.objective == PRETRAINED and self.config.autoencoder == PIXELS and self.source
+        return self.source.autoencoder() if inherits else self.config.autoencoder
+
+    @functools.cached_property
+    def autoencoder(self) -> typing.Any:
+        """The autoencoder of `config.autoencoder`, or None where a model sees pixels."""
+        autoencoder = build("autoencoder", self.autoencoder_spec, where="config.autoencoder")
+        return None if autoencoder.channels is None else autoencoder
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -65,7 +112,8 @@ class RunDescription:
 
     @functools.cached_property
     def source(self) -> Source | None:
-        if not self.config.model.pretrained or (self.shapes_only and from_config.has_vocabulary(self.config.model)):
+        says_all = self.config.objective != PRETRAINED and from_config.is_complete(self.config.model)
+        if not self.config.model.pretrained or (self.shapes_only and says_all):
             return None
         from efficientllm import convert  # not needed by every run
 
@@ -77,29 +125,113 @@ class RunDescription:
 
     @functools.cached_property
     def model_config(self) -> Config:
-        if self.source is None:
+        changes = self.embed | ({"text_length": self.text_length} if self.text_length else {})
+        if self.source is None and not changes:
             return self.config.model
         complete = self.config.model.copy_and_resolve_references()
-        pattern = tuple(self.source.model.get("pattern", ()))
-        complete.update(self.source.model | {"pattern": pattern, "parameters_of": ""})
+        if self.source is not None:
+            pattern = tuple(self.source.model.get("pattern", ()))
+            complete.update(self.source.model | {"pattern": pattern, "parameters_of": ""})
+        if changes:
+            name, fields = parse_spec(complete.embed)
+            complete.embed = format_spec(name, fields | changes)
         return complete
 
     @functools.cached_property
-    def outline(self) -> LM:
+    def outline(self) -> typing.Any:
         return from_config.check(self.model_config)
 
     @functools.cached_property
     def tokenizer(self) -> typing.Any:
         spec = self.config.tokenizer
-        if spec == "pretrained":
+        if spec == PRETRAINED:
             if self.source is None:
                 raise UserError("config.tokenizer = 'pretrained' needs config.model.pretrained, whose tokenizer it is")
             spec = self.source.tokenizer()
         tokenizer = data.build_tokenizer(spec, self.config.data)
         return tokenizer if self.source is None else tokenizer.within(self.source.lm().vocab_size)
 
+    @property
+    def length(self) -> int:
+        return self.lm.row_length(self.config.train.length)
+
     @functools.cached_property
-    def lm(self) -> LM:
-        vocab_size = self.outline.vocab_size  # a bad model is refused before any text is read for a tokenizer
-        needs_tokenizer = vocab_size is None or not self.shapes_only
-        return from_config.from_config(self.model_config, self.tokenizer.vocab_size if needs_tokenizer else None)
+    def dataset(self) -> typing.Any:
+        """The data of the objective, in batches."""
+        if self.objective.reads == "text":
+            return TextData(self.config.data, self.tokenizer, self.config.train.length)
+        from efficientllm.data.images import ImageData  # needs packages that text does not
+
+        captions, share = None, 0.0
+        if self.text_states is not None:
+            from efficientllm.text_states.captions import CaptionStates
+
+            denoising: typing.Any = self.objective
+            captions, share = CaptionStates(self.text_states, self.config.text_states), denoising.label_dropout
+        if self.autoencoder is None:
+            return ImageData(self.config.data, captions=captions, dropout=share)
+        encoder = self.autoencoder
+        of_encoder = encoder.posterior, encoder.fingerprint(), encoder.factor, encoder.latent_shape
+        return ImageData(self.config.data, None, *of_encoder, captions=captions, dropout=share)
+
+    @functools.cached_property
+    def text_states(self) -> PromptStates | None:
+        if not self.config.text_states:
+            return None
+        source = build("text_states", self.config.text_states, where="config.text_states")
+        with _named(f"config.text_states = {short_repr(self.config.text_states)}"):
+            return source.open(None if self.source is None else self.source.pipeline_path)
+
+    def states_shape(self, texts: Sequence[str]) -> StatesShape:
+        """The shape of the states of each text.
+
+        Raises UserError for a model that reads no text, and for states that are missing or of another width.
+        """
+        model = self.outline
+        with _named(f"config.text_states = {short_repr(self.config.text_states)}"):
+            if not getattr(model, "text_length", 0):
+                raise UserError("the model reads no states of texts; leave text states and prompts out")
+            shape = self.text_states.shape(texts)
+            for what, width, read in (
+                ("tokens", shape.width, model.text_dim),
+                ("vectors", shape.pooled, model.pooled_dim),
+            ):
+                if width != read:
+                    raise UserError(
+                        f"gives {what} of {width} numbers, and the model reads {read}: it is that of another model; "
+                        "name the encoders of the model's own pipeline"
+                    )
+        return shape
+
+    @functools.cached_property
+    def lm(self) -> typing.Any:
+        self.objective.check(self.outline)  # a bad model is refused before any data are read
+        says_all = self.shapes_only or self.embed
+        needs_data = not (says_all and from_config.is_complete(self.model_config))
+        return from_config.from_config(self.model_config, self._of_data() if needs_data else None)
+
+    def _of_data(self):
+        """What the data say of the model: a vocabulary, or a picture."""
+        return self.tokenizer.vocab_size if self.objective.reads == "text" else _picture(self.dataset, self.autoencoder)
+
+    def notes_on_data(self) -> list[str]:
+        """Reads the data, or their cached summary, and returns lines for the log about what was read."""
+        if self.objective.reads == "text":  # which needs no tokenizer, that of a checkpoint may take a minute
+            return data.check_data(self.config.data)
+        return self.dataset.notes()
+
+
+@contextlib.contextmanager
+def _named(where):
+    """Context in which a UserError begins with `where`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _picture(dataset, autoencoder):
+    """What a model must know of the pictures of an ImageData, or of their latents, of which none is computed for it."""
+    shape = dataset.source.shape
+    *size, channels = shape if autoencoder is None else autoencoder.latent_shape(shape)
+    return Picture.of_size(tuple(size), channels, dataset.num_classes)

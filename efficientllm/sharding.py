@@ -20,7 +20,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from efficientllm.errors import UserError, did_you_mean
+from efficientllm.errors import FieldError, UserError, did_you_mean
 from efficientllm.registry import parse_spec
 from efficientllm.typing import Batch, Mesh, PyTree
 
@@ -54,27 +54,35 @@ def make_mesh(spec: str, devices: typing.Sequence | None = None) -> Mesh:
     number of devices, and for a product of sizes that is not the number of devices.
     """
     devices = devices or jax.devices()
-    where = f"config.mesh = {spec!r}"
-    _, given = parse_spec(f"mesh({spec})", "config.mesh")
-    for axis in given:
-        if axis not in AXES:
-            raise UserError(f"{where}: no mesh axis {axis!r}; axes: {', '.join(AXES)}{did_you_mean(axis, AXES)}")
-    shape = {axis: given.get(axis, 1) for axis in AXES}
-    if any(not isinstance(size, int) or (size < 1 and size != -1) for size in shape.values()):
-        raise UserError(f"{where}: an axis must be a whole number of devices, or -1 for all that are left")
+    shape = _axis_sizes(spec)
     free = [axis for axis, size in shape.items() if size == -1]
     fixed = math.prod(size for size in shape.values() if size != -1)
     if len(free) > 1:
-        raise UserError(f"{where}: only one axis may be -1; give the others a number of devices")
+        raise FieldError("mesh", "only one axis may be -1; give the others a number of devices", spec)
     if free:
         shape[free[0]] = max(1, len(devices) // fixed)
-    if math.prod(shape.values()) != len(devices):
-        raise UserError(
-            f"{where}: needs {math.prod(shape.values())} devices; there are {len(devices)}; "
-            "let one axis be -1 to take all"
+    if (count := math.prod(shape.values())) != len(devices):
+        raise FieldError(
+            "mesh", f"needs {count} devices; there are {len(devices)}; let one axis be -1 to take all", spec
         )
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
+
+
+def _axis_sizes(spec):
+    """Parses `"data=-1, tensor=2"` into the size of each mesh axis. Raises FieldError."""
+    try:
+        _, sizes = parse_spec(f"mesh({spec})")
+    except UserError:
+        raise FieldError("mesh", "is not a mesh; write sizes of axes: 'data=2, fsdp=-1'", spec) from None
+    for axis in sizes:
+        if axis not in AXES:
+            hint = f"{', '.join(AXES)}{did_you_mean(axis, AXES)}"
+            raise FieldError("mesh", f"no mesh axis {axis!r}; axes: {hint}", spec)
+    shape = {axis: sizes.get(axis, 1) for axis in AXES}
+    if any(not isinstance(size, int) or (size < 1 and size != -1) for size in shape.values()):
+        raise FieldError("mesh", "an axis must be a whole number of devices, or -1 for all that are left", spec)
+    return shape
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
@@ -98,12 +106,12 @@ def spec(axes: tuple, shape: tuple, mesh: Mesh) -> P:
     A dimension that its mesh axes do not divide is replicated.
     """
     used: set = set()
-    parts: list = []
+    entries: list = []
     for name, size in zip(axes, shape, strict=True):
         free = next((free for free in _free(name, used, mesh) if size % _product(mesh, free) == 0), ())
         used.update(free)
-        parts.append(free if len(free) > 1 else free[0] if free else None)
-    return P(*parts)
+        entries.append(free if len(free) > 1 else free[0] if free else None)
+    return P(*entries)
 
 
 def _free(name, used, mesh):
@@ -125,9 +133,9 @@ def count_shards(axis: str, size: int) -> int:
     return 1 if mesh is None else count(mesh, spec((axis,), (size,), mesh)[0])
 
 
-def count(mesh: Mesh, part: str | tuple | None) -> int:
-    """Counts the shards of a dimension whose entry in a PartitionSpec is `part`."""
-    return 1 if part is None else _product(mesh, (part,) if isinstance(part, str) else part)
+def count(mesh: Mesh, entry: str | tuple | None) -> int:
+    """Counts the shards of a dimension whose entry in a PartitionSpec is `entry`."""
+    return 1 if entry is None else _product(mesh, (entry,) if isinstance(entry, str) else entry)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -143,32 +151,32 @@ def shapes(tree: PyTree, axes: PyTree) -> PyTree:
         return tree
     mesh = jax.sharding.get_mesh()
 
-    def one(leaf, axes):
+    def add_sharding(leaf, axes):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec(axes, leaf.shape, mesh)))
 
-    return jax.tree.map(one, tree, axes)
+    return jax.tree.map(add_sharding, tree, axes)
 
 
 def local_bytes(tree: PyTree) -> int:
     """Sums the bytes of one shard of each array, abstract or not; an array without a sharding counts whole."""
 
-    def one(leaf):
+    def shard_bytes(leaf):
         sharding = getattr(leaf, "sharding", None)
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         return math.prod(shape) * leaf.dtype.itemsize
 
-    return sum(map(one, jax.tree.leaves(tree)))
+    return sum(map(shard_bytes, jax.tree.leaves(tree)))
 
 
 def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     """Returns the NamedSharding of each leaf of a tree whose parameters are boxed with their logical axes."""
 
-    def one(leaf):
+    def sharding_of(leaf):
         axes = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
         shape = leaf.value.shape if isinstance(leaf, nn.LogicallyPartitioned) else leaf.shape
         return NamedSharding(mesh, spec(axes, shape, mesh))
 
-    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    return jax.tree.map(sharding_of, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
 def abstract_shards(boxed: PyTree, mesh: Mesh) -> PyTree:
@@ -185,9 +193,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of `[B, T]` arrays: rows over `data`, `fsdp` and `expert`, tokens over `sequence`."""
-    return NamedSharding(mesh, P(BATCH, "sequence"))
+def batch_sharding(mesh: Mesh, axes: tuple[str | None, ...] = ("length",)) -> NamedSharding:
+    """Returns the sharding of a batch's arrays: rows over `data`, `fsdp` and `expert`, tokens over `sequence`.
+
+    `axes` are the logical axes after the rows.
+    """
+    return NamedSharding(mesh, P(BATCH, *("sequence" if axis == "length" else None for axis in axes)))
 
 
 def count_row_shards(mesh: Mesh) -> int:
@@ -211,27 +222,33 @@ def share_of(mesh: Mesh, process: int, process_of: typing.Callable[[typing.Any],
     process_rows: dict[int, set] = {}
     for device, (block,) in blocks.items():
         process_rows.setdefault(process_of(device), set()).update(range(*block.indices(count_row_shards(mesh))))
-    parts = sorted({tuple(sorted(rows)) for rows in process_rows.values()})
-    if sum(parts, ()) != tuple(range(count_row_shards(mesh))) or len(set(map(len, parts))) > 1:
+    shares = sorted({tuple(sorted(rows)) for rows in process_rows.values()})
+    if sum(shares, ()) != tuple(range(count_row_shards(mesh))) or len(set(map(len, shares))) > 1:
         sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-        raise UserError(
-            f"config.mesh = {sizes!r}: gives processes rows that overlap; "
-            "let data x fsdp x expert be a multiple or a divisor of the number of processes"
+        raise FieldError(
+            "mesh",
+            f"{sizes} gives processes rows that overlap; "
+            "let data x fsdp x expert be a multiple or a divisor of the number of processes",
         )
-    return parts.index(tuple(sorted(process_rows[process]))), len(parts)
+    return shares.index(tuple(sorted(process_rows[process]))), len(shares)
 
 
-def to_device(batch: Batch, mesh: Mesh) -> Batch:
-    """Moves this process's rows to its devices, as its shards of the global batch."""
-    sharding, (index, count) = batch_sharding(mesh), process_share(mesh)
+def to_device(batch: Batch, shardings: dict[str, NamedSharding]) -> Batch:
+    """Moves this process's rows to its devices, as its shards of the global batch, by the sharding of each array.
 
-    def one(rows):
+    Arrays without a sharding, which no program reads, stay. Raises FieldError for an array that `batch` has not.
+    """
+    if missing := sorted(shardings.keys() - batch.keys()):
+        raise FieldError("data", f"has no {' and no '.join(missing)}, which the model is conditioned on")
+
+    def place(rows, sharding):
+        index, count = process_share(sharding.mesh)
         first, shape = index * len(rows), (count * len(rows), *rows.shape[1:])
 
-        def part(of):
+        def read(of):
             start, stop, _ = of[0].indices(shape[0])
             return rows[start - first : stop - first, *of[1:]]
 
-        return jax.make_array_from_callback(shape, sharding, part)
+        return jax.make_array_from_callback(shape, sharding, read)
 
-    return {name: one(rows) for name, rows in batch.items()}
+    return {name: place(rows, shardings[name]) for name, rows in batch.items() if name in shardings}

@@ -13,9 +13,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from efficientllm import sharding
+from efficientllm import matrix_product
 from efficientllm.registry import build, register
-from efficientllm.runtime import kernel_choice
 from efficientllm.typing import AxisNames, Params, PyTree
 
 
@@ -104,6 +103,10 @@ class Weight:
         """Returns the kernel as one float32 array."""
         raise NotImplementedError(type(self).__name__)
 
+    def adapted_bias(self, bias: jax.Array) -> jax.Array:
+        """Returns what is added to products with this kernel, `[..., out]`, where its layer has the bias `bias`."""
+        return bias
+
     def dequantize_after(self, x: jax.Array) -> "Weight":
         """Ties this leaf to `x`, so that XLA cannot hoist its dequantization out of the loop that makes `x`."""
         return self
@@ -147,9 +150,7 @@ class TransposedKernel(Weight):
     def matmul(
         self, x: jax.Array, precision: Precision, out_dtype: jnp.dtype | None, axes: AxisNames | None = None
     ) -> jax.Array:
-        if kernel_choice.platform() == "cpu" and x.dtype == precision.product == jnp.float32:
-            return _product(x, self.table, precision.product, jnp.dtype(out_dtype or x.dtype), True)
-        return matmul(x, self.table.T, precision, out_dtype)
+        return matrix_product.multiply(x, self.table, precision.product, jnp.dtype(out_dtype or x.dtype), True)
 
     def dense(self) -> jax.Array:
         return self.table.T
@@ -168,6 +169,11 @@ def dense(w: jax.Array | Weight, after: jax.Array | None = None) -> jax.Array:
     if not isinstance(w, Weight):
         return w
     return w.dense() if after is None else w.dequantize_after(after).dense()
+
+
+def adapted_bias(w: jax.Array | Weight, bias: jax.Array) -> jax.Array:
+    """Returns the bias `[..., out]` of a layer as the form of its kernel makes it."""
+    return w.adapted_bias(bias) if isinstance(w, Weight) else bias
 
 
 def axes(w: jax.Array | Weight, names: AxisNames) -> "Axes | Weight":
@@ -237,13 +243,7 @@ def matmul(
     precision = Precision.of(precision)
     if isinstance(w, Weight):
         return w.matmul(x, precision, out_dtype, axes)
-    product = precision.product
-    out_dtype = jnp.dtype(out_dtype or x.dtype)
-    if product != x.dtype:
-        return _product(x, w, product, jnp.dtype(jnp.float32)).astype(out_dtype)
-    if kernel_choice.platform() == "cpu" and product == jnp.float32:
-        return _product(x, w, product, out_dtype)
-    return jnp.matmul(x, w.astype(product), preferred_element_type=out_dtype)
+    return matrix_product.multiply(x, w, precision.product, jnp.dtype(out_dtype or x.dtype))
 
 
 def matmul_together(x: jax.Array, ws: list, precision: Precision | str) -> list | None:
@@ -251,49 +251,3 @@ def matmul_together(x: jax.Array, ws: list, precision: Precision | str) -> list 
     first, *others = ws
     alike = isinstance(first, Weight) and all(type(w) is type(first) for w in others)
     return first.together(x, others, Precision.of(precision)) if alike else None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x, w, operand, result, transposed=False):
-    """Multiplies operands rounded to `operand`, accumulated to `result`, in the forward and the backward pass.
-
-    Autodiff of a mixed product would multiply the float32 cotangent with an upcast copy of the other operand. With
-    `transposed`, w is `[out, in]`.
-    """
-    w = w.astype(operand)
-    return jnp.matmul(x.astype(operand), w.T if transposed else w, preferred_element_type=result)
-
-
-def _product_forward(x, w, operand, result, transposed):
-    low = x.astype(operand), w.astype(operand)
-    # Zero-size arrays carry the operands' dtypes: a residual must be an array.
-    return _product(*low, operand, result, transposed), (*low, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
-
-
-def _product_backward(operand, result, transposed, residuals, dy):
-    x, w, like_x, like_w = residuals
-    dy = dy.astype(operand)
-    dx = jnp.matmul(dy, w if transposed else w.T, preferred_element_type=result)
-    if x.ndim > 2 and sharding.count_shards("length", x.shape[1]) > 1:
-        # Rows and tokens are sharded over different mesh axes: a reshape to one dimension would all-gather them first.
-        leading = tuple(range(x.ndim - 1))
-        pair = (dy, x) if transposed else (x, dy)
-        dw = jax.lax.dot_general(*pair, ((leading, leading), ((), ())), preferred_element_type=result)
-    else:
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dw = jnp.matmul(dy.T, x, preferred_element_type=result) if transposed else _weight_gradient(x, dy, result)
-    return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
-
-
-def _weight_gradient(x, dy, result):
-    """Computes `x.T @ dy`, on CPUs with a separate transpose: XLA there multiplies a transposed operand at 0.6x to
-    0.9x of the speed, fuses slow strided copies with its producer, and refuses bfloat16."""
-    if kernel_choice.platform() != "cpu":
-        return jnp.matmul(x.T, dy, preferred_element_type=result)
-    if dy.shape[1] * sum(x.shape) < x.size:  # a few columns, an adapter's: they and the result are the smaller to turn
-        return _weight_gradient(dy, x, result).T
-    alone = jax.lax.optimization_barrier
-    return alone(jnp.matmul(alone(alone(x).T), alone(dy), preferred_element_type=result))
-
-
-_product.defvjp(_product_forward, _product_backward)

@@ -1,4 +1,6 @@
-"""The full tier, a file of tests at a time: `python tests/full.py`. The same command goes on after an interruption.
+"""The full tier, in parts: `python tests/full.py`. The same command goes on after an interruption.
+
+A part is a folder's files of tests, or one of the files beside this one, which have the longest tests.
 
 Results are kept in the cache folder by commit, Python and JAX; at the end the table in CONTRIBUTING.md is written.
 """
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
+from collections.abc import Iterable
 from importlib.metadata import version
 
 from efficientllm.runtime.atomic_write import write_atomically
@@ -28,7 +31,7 @@ TABLE = re.compile(rf"^\| {re.escape(COLUMNS)} \|\n\|[-|]+\|\n(?:\|.*\|\n)*", re
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Counts of one file of tests, and the seconds that it took."""
+    """Counts of one part of the tests, and the seconds that it took."""
 
     seconds: float
     passed: int
@@ -46,28 +49,32 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(cache).expanduser() / "tests"
 
 
-def test_files(paths: list[str]) -> list[str]:
-    """The tracked files of tests under `paths`."""
-    return [file for file in git("ls-files", *paths).splitlines() if pathlib.Path(file).match("test_*.py")]
+def test_parts(paths: list[str]) -> dict[str, list[str]]:
+    """The tracked files of tests under `paths`, `{part: its files}`."""
+    parts: dict[str, list[str]] = {}
+    for file in map(pathlib.PurePosixPath, git("ls-files", *paths).splitlines()):
+        if file.match("test_*.py"):
+            parts.setdefault(str(file if file.parent.name == "tests" else file.parent), []).append(str(file))
+    return parts
 
 
-def read_report(path: pathlib.Path, file: str, status: int, seconds: float) -> Result:
+def read_report(path: pathlib.Path, part: str, status: int, seconds: float) -> Result:
     """Counts of a JUnit report; an exit status that is none of a test's counts as one failure."""
     (suite,) = xml.etree.ElementTree.parse(path).getroot().iter("testsuite")
     total, skipped = int(suite.get("tests")), int(suite.get("skipped"))
     broken = [
         case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None
     ]
-    failures = [f"{file}: {case.get('name')}" for case in broken]
-    if status not in (0, 1, 5):  # 5: no test in the file
-        failures.append(f"{file}: pytest ended with {status}")
+    failures = [f"{case.get('classname')}: {case.get('name')}" for case in broken]
+    if status not in (0, 1, 5):  # 5: no test in the part
+        failures.append(f"{part}: pytest ended with {status}")
     return Result(seconds, total - skipped - len(broken), len(failures), skipped, failures)
 
 
-def run_file(file: str, workers: str, report: pathlib.Path) -> Result:
-    """Runs all tests of a file, the slow ones too."""
+def run_part(part: str, files: list[str], workers: str, report: pathlib.Path) -> Result:
+    """Runs all tests of a part, the slow ones too."""
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "", "-n", workers, "--no-header", f"--junitxml={report}", file]
+    command = [sys.executable, "-m", "pytest", "-m", "", "-n", workers, "--no-header", f"--junitxml={report}", *files]
     began = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
@@ -81,29 +88,29 @@ def run_file(file: str, workers: str, report: pathlib.Path) -> Result:
         raise
     seconds = time.monotonic() - began
     if not report.exists():
-        return Result(seconds, 0, 1, 0, [f"{file}: pytest ended with {status} and no report"])
-    return read_report(report, file, status, seconds)
+        return Result(seconds, 0, 1, 0, [f"{part}: pytest ended with {status} and no report"])
+    return read_report(report, part, status, seconds)
 
 
 class Progress:
-    """The results of a commit, and how long each file took the last time, whatever the commit."""
+    """The results of a commit, and how long each part took the last time, whatever the commit."""
 
     def __init__(self, commit: str):
         self.results_file = cache_folder() / f"{commit}-python{platform.python_version()}-jax{version('jax')}.json"
         self.seconds_file = cache_folder() / "seconds.json"
-        self.results = {file: Result(**fields) for file, fields in self._read(self.results_file).items()}
+        self.results = {part: Result(**fields) for part, fields in self._read(self.results_file).items()}
         self.seconds = self._read(self.seconds_file)
 
-    def add(self, file: str, result: Result) -> None:
-        self.results[file], self.seconds[file] = result, result.seconds
+    def add(self, part: str, result: Result) -> None:
+        self.results[part], self.seconds[part] = result, result.seconds
         self._write(self.results_file, {name: dataclasses.asdict(result) for name, result in self.results.items()})
         self._write(self.seconds_file, self.seconds)
 
-    def seconds_left(self, files: list[str]) -> float | None:
-        """An estimate for the files without a result: unknown ones take the mean of the known; None if none is."""
+    def seconds_left(self, parts: Iterable[str]) -> float | None:
+        """An estimate for the parts without a result: unknown ones take the mean of the known; None if none is."""
         measured = self.seconds.values()
         mean = sum(measured) / len(measured) if measured else None
-        left = [self.seconds.get(file, mean) for file in files if file not in self.results]
+        left = [self.seconds.get(part, mean) for part in parts if part not in self.results]
         return None if None in left else sum(left)
 
     @staticmethod
@@ -121,7 +128,7 @@ def clock_time(seconds: float | None) -> str:
 
 
 def table_row(commit: str, results: list[Result]) -> str:
-    """The row of COLUMNS for the results of all files."""
+    """The row of COLUMNS for the results of all parts."""
     from efficientllm.record import provenance
 
     cpu = provenance.processor()
@@ -140,21 +147,21 @@ def write_table(guide: pathlib.Path, row: str) -> None:
     write_atomically(guide, TABLE.sub(lambda _: f"| {COLUMNS} |\n|{rule}\n{row}\n", text))
 
 
-def run_files(files: list[str], workers: str, progress: Progress) -> None:
-    """Runs the files without a result; prints counts and an estimate of the time left after each."""
-    for index, file in enumerate(files, 1):
-        if file in progress.results:
+def run_parts(parts: dict[str, list[str]], workers: str, progress: Progress) -> None:
+    """Runs the parts without a result; prints counts and an estimate of the time left after each."""
+    for index, (part, files) in enumerate(parts.items(), 1):
+        if part in progress.results:
             continue
-        print(f"[{index}/{len(files)}] {file}", flush=True)
-        progress.add(file, run_file(file, workers, cache_folder() / "report.xml"))
-        result, left = progress.results[file], clock_time(progress.seconds_left(files))
+        print(f"[{index}/{len(parts)}] {part}", flush=True)
+        progress.add(part, run_part(part, files, workers, cache_folder() / "report.xml"))
+        result, left = progress.results[part], clock_time(progress.seconds_left(parts))
         counts = f"{result.passed} passed, {result.failed} failed, {result.skipped} skipped"
-        print(f"[{index}/{len(files)}] {counts}; {result.seconds:.0f} s, {left} left", flush=True)
+        print(f"[{index}/{len(parts)}] {counts}; {result.seconds:.0f} s, {left} left", flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python tests/full.py", description=__doc__.splitlines()[0])
-    parser.add_argument("paths", nargs="*", default=["tests"], help="a part of the tests; no table is written then")
+    parser.add_argument("paths", nargs="*", default=["tests"], help="some of the tests; no table is written then")
     parser.add_argument("-n", default="auto", dest="workers", help="pytest-xdist's workers")
     return parser.parse_args(argv)
 
@@ -164,15 +171,15 @@ def main(argv: list[str]) -> int:
     if git("status", "--porcelain", "--", ".", f":!{GUIDE.name}"):
         print("uncommitted changes: commit them; results are kept by commit", file=sys.stderr)
         return 2
-    commit, files = git("rev-parse", "HEAD"), test_files(arguments.paths)
+    commit, parts = git("rev-parse", "HEAD"), test_parts(arguments.paths)
     progress = Progress(commit)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run_files(files, arguments.workers, progress)
+        run_parts(parts, arguments.workers, progress)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on with the file that it was at")
+        print("stopped: the same command goes on with the part that it was at")
         return 130
-    results = [progress.results[file] for file in files]
+    results = [progress.results[part] for part in parts]
     failures = [failure for result in results for failure in result.failures]
     print(*failures, f"{len(failures)} failed of {sum(result.passed for result in results) + len(failures)}", sep="\n")
     if arguments.paths == ["tests"]:

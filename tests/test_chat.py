@@ -114,7 +114,9 @@ def test_what_was_read_is_not_read_again(session, monkeypatch):
     """And the answer is the same; a conversation that differs from what was read is read anew."""
     read = []
     passes = session._engine._passes
-    monkeypatch.setattr(session._engine, "_passes", lambda lengths: read.append(*lengths) or passes(lengths))
+    monkeypatch.setattr(
+        session._engine, "_passes", lambda lengths, *rest: read.append(*lengths) or passes(lengths, *rest)
+    )
     first = [1, 2, 3, 4, 5]
     *_, answer = session.answer(first, 4)
     longer = [*first, *answer, 7, 8, 9]

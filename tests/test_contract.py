@@ -3,7 +3,7 @@
 import pytest
 
 import contract
-from contract import fields, meshes, parts  # noqa: F401  they declare checks
+from contract import fields, meshes, orders, parts  # noqa: F401  they declare checks
 from efficientllm import registry
 
 

@@ -69,8 +69,8 @@ def test_it_goes_on_after_an_interruption_and_writes_the_table(repository):
     (repository / "go").touch()
     ended = start(repository)
     output, _ = ended.communicate(timeout=120)
-    assert ended.returncode == 1 and "tests/test_1.py: test_b\n1 failed of 3" in output, output
-    assert (repository / "a.log").read_text() == "once ", "the first file ran again"
+    assert ended.returncode == 1 and "tests.test_1: test_b\n1 failed of 3" in output, output
+    assert (repository / "a.log").read_text() == "once ", "the first part ran again"
     guide = (repository / "CONTRIBUTING.md").read_text()
     assert guide.startswith(HEADER) and guide.count("\n") == 3
     assert re.search(r"^\| \d{4}-\d\d-\d\d \| [0-9a-f]{10} \| 3\.\d+\.\S+ \| .* \| 2 \| 1 \| 1 \| \d+ \|$", guide, re.M)
@@ -88,6 +88,13 @@ def test_a_part_writes_no_table_and_changes_must_be_committed(repository):
     (repository / "pyproject.toml").write_text("")
     refused = start(repository)
     assert "commit them" in refused.communicate(timeout=60)[0] and refused.returncode == 2
+
+
+def test_a_folder_is_a_part():
+    parts = full.test_parts(["tests"])
+    assert parts["tests/test_model.py"] == ["tests/test_model.py"]
+    assert "tests/convert/test_command.py" in parts["tests/convert"]
+    assert all(file.startswith("tests/convert/peft/") for file in parts["tests/convert/peft"])
 
 
 def test_the_guide_has_the_table():

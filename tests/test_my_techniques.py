@@ -20,7 +20,7 @@ SIZE = "tiny(num_layers=1, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hid
 
 
 def test_there_is_no_command_that_nothing_runs():
-    assert len(RUNS) + len(SUITES) == len(COMMANDS) == 12
+    assert len(RUNS) + len(SUITES) == len(COMMANDS) == 13
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def suite(argv):
 
 
 def test_the_contract_suite_passes_those_without_a_model():
-    """The commands of the optimizer, the source and the sampler in one process, which takes as long as one."""
-    light = [argv for argv in SUITES if any(name in argv[1] for name in ("optimizer", "source", "sampler"))]
+    """The commands of the optimizer, the sources and the sampler in one process, which takes as long as one."""
+    light = [argv for argv in SUITES if any(name in argv[1] for name in ("optimizer", "source", "pictures", "sampler"))]
     imports = ",".join(argv[1].partition("=")[2] for argv in light)
     suite([light[0][0], f"--imports={imports}", "-k", " or ".join(argv[3] for argv in light)])
 

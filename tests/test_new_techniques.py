@@ -22,7 +22,7 @@ from efficientllm.errors import UserError
 from efficientllm.ffns.base import FFN
 from efficientllm.layers import Linear
 from efficientllm.mixers.attention import GQA
-from efficientllm.plan import collectives, request, training_step
+from efficientllm.plan import collectives, serving, training_step
 from efficientllm.quant.base import STATIC, Form, Rows
 from efficientllm.registry import build, choices, register
 from efficientllm.report import rows, techniques
@@ -150,7 +150,7 @@ def test_an_adapter_of_no_format_has_no_folder():
 
 def test_a_form_is_served_in_a_plan_and_written_and_read(source, tmp_path):
     served = config(**{"task": "plan", "plan.of": "infer", "mesh": "data=1", "quant": "signs"})
-    assert request.describe(served, jax.devices()[:1], "cpu").weights > 0
+    assert serving.describe(served, jax.devices()[:1], "cpu").weights > 0
     write_quantized.convert_quantized(source, "signs", tmp_path / "signs")
     again = convert.open_source(tmp_path / "signs")
     lm = again.lm(scan=False)

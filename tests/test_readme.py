@@ -99,7 +99,7 @@ def test_techniques_derive_from_the_base_classes_of_the_map():
         targets = [registry.lookup(kind, technique) for technique in catalogue.entries(kind)]
         assert all(issubclass(target, base_class) for target in targets if inspect.isclass(target)), kind
         assert (runs.ROOT / "efficientllm" / example).exists()
-    assert len(rows) == 5
+    assert len(rows) == 9
 
 
 @pytest.mark.quick
@@ -116,7 +116,7 @@ def test_the_table_names_every_technique():
         kind = key.rpartition(".")[2]
         registered = kv_cache.KINDS if kind == "kv_cache" else catalogue.entries(kind)
         assert set(re.findall(r"`([\w.]+)`", listed)) == set(registered), key
-    assert len(rows) == 11
+    assert len(rows) == 18
 
 
 @pytest.mark.parametrize("command", slow_except(RUNS, *DEFAULT))
@@ -130,22 +130,40 @@ def test_command(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = shlex.split(command.replace("--config=", f"--config={runs.ROOT}/"))
     config, _, _ = main.parse(argv)
+    if config.objective == "pretrained":
+        train_pictures(tmp_path)
+        argv += ["--config.infer.repeats=1", "--config.infer.solver=euler(steps=2)", "--config.data=glyphs(size=16)"]
+        assert main.main([*argv, "--config.sample.images=2", "--config.eval.batches=1"]) == 0
+        return
     if config.model.pretrained:
         folders.llama(tmp_path / "model", vocab_size=300)
         argv += [f"--config.model.pretrained={tmp_path / 'model'}", "--config.train.batch_size=8"]
         few = ("chat=False", "repeats=1", "prompt_length=8", "max_new_tokens=4")
         argv += [f"--config.infer.{flag}" for flag in few]
-    if config.model.size != "tiny":  # a size for a cluster: all but its arrays
+    if config.model.size not in ("tiny", "dit_tiny4"):  # a size for a cluster: all but its arrays
         import_plugins(config.imports)
         lm = from_config.from_config(config.model, 4096)
         jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
         return
     text = [f"--config.data=text(path='{tmp_path}/texts')", "--config.tokenizer=bytes"]
-    data = [] if "config.data" in command else text
+    pictures = ["--config.infer.solver=euler(steps=2)", "--config.sample.images=4"]
+    data = [] if "config.data" in command else text if config.model.embed == "tokens" else pictures
     short = ["train.steps=2", "train.length=32", "eval.batches=1", f"model.size={SMALLEST}"]
     short += [f"sample.tokens={2 if command == RUNS[0] else 0}"]  # one of them shows a text: it is compiled for itself
     assert main.main([*argv, *data, *[f"--config.{flag}" for flag in short]]) == 0
     assert list((tmp_path / "runs").glob("*/*/record.json"))
+
+
+def train_pictures(folder):
+    """A run of configs/dit.py, smaller and shorter."""
+    small = ["model.size=dit_tiny4(num_layers=1, dim=32, num_heads=2, num_kv_heads=2, head_dim=16, hidden=64)"]
+    small += ["data=glyphs(size=16)", "train.steps=2", "train.batch_size=8", "eval.batches=1", "sample.images=0"]
+    argv = [
+        f"--config={runs.ROOT}/configs/dit.py",
+        "--config.model.parameters_of=",
+        f"--workdir={folder}/runs/dit-mha/a",
+    ]
+    assert main.main([*argv, *(f"--config.{flag}" for flag in small)]) == 0
 
 
 @pytest.mark.parametrize("command", slow_except(CONVERSIONS, *(line for line in CONVERSIONS if " check " not in line)))
@@ -206,7 +224,7 @@ def test_reports(tmp_path, monkeypatch):
 def test_files_are_shown_as_they_are():
     blocks = [block for text in TEXTS for block in re.findall(r"```python\n.*?```", text, re.DOTALL)]
     files = [file for text in TEXTS for file in re.findall(r"`([\w/]+\.py)`, all of it:\n", text)]
-    assert blocks == [f"```python\n{(runs.ROOT / file).read_text()}```" for file in files] and len(files) == 2
+    assert blocks == [f"```python\n{(runs.ROOT / file).read_text()}```" for file in files] and len(files) == 3
 
 
 def test_the_worked_example_passes_the_contract_suite():

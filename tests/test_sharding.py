@@ -44,7 +44,7 @@ pytestmark = pytest.mark.xdist_group("sharding")  # they share compiled programs
 class Program:
     """A compiled training step on a mesh and what it takes."""
 
-    lm: models.LM
+    lm: models.Backbone
     mesh: jax.sharding.Mesh
     create: callable
     shaped: step.TrainState
@@ -267,7 +267,7 @@ def test_only_keys_and_values_of_a_row_are_gathered_over_the_sequence():
 
 
 def test_a_kernel_that_needs_whole_rows_is_refused_by_name():
-    q_BTHK, message = jnp.zeros((2, 8, 4, 8)), "attention_kernel = 'chunked' needs whole rows.*sequence.*take 'auto'"
+    q_BTHK, message = jnp.zeros((2, 8, 4, 8)), "attention_kernel = 'chunked': needs whole rows.*sequence.*take 'auto'"
     with jax.set_mesh(sharding.make_mesh("fsdp=2, sequence=4")), pytest.raises(UserError, match=message):
         jax.eval_shape(lambda q: attend(q, q, q, Mask(), "chunked"), q_BTHK)
 

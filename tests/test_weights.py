@@ -46,7 +46,10 @@ def test_mixed_rounds_both_passes():
 def test_mixed_products_round_their_operands_and_nothing_else():
     rng = np.random.default_rng(0)
     x, w, dy = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 16), (16, 8), (3, 5, 8)))
-    low = lambda a: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)  # noqa: E731
+
+    def low(a):
+        return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)
+
     y, back = jax.vjp(lambda x, w: matmul(x, w, "mixed"), x, w)
     dx, dw = back(jnp.asarray(dy))
     assert y.dtype == dx.dtype == dw.dtype == jnp.float32

@@ -3,21 +3,23 @@
 import re
 import typing
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError, UserError
 from efficientllm.quant.apply import KEEP_TABLES, quantize
 from efficientllm.typing import Params, PyTree
 from efficientllm.untrusted import patterns
-from efficientllm.weights import Weight, is_box, path_of
+from efficientllm.weights import Weight, adapted_bias, dense, is_box, path_of
 
 if typing.TYPE_CHECKING:
-    from efficientllm.model import LM
+    from efficientllm.model import Backbone
 
-KERNEL = re.compile(r"block_\d+/(?!.*\brouter/).*\bkernel$")  # of mixers and ffns; never routers, never the head
+KERNEL = re.compile(r"block_\d+/(?!.*\brouter/).*\bkernel$")  # of blocks; never routers, never the head
+# The default `target`: not the modulation of diffusion models, a third of their parameters.
+MIXERS_AND_FFNS = r"/(mixer|ffn)\w*/"
 
 
 class PeftFormat(typing.NamedTuple):
@@ -55,6 +57,10 @@ class Method:
     unrolled: typing.ClassVar[bool] = False
     # Whether the frozen kernel differs from the checkpoint's: it is then the result of `frozen`.
     splits_kernel: typing.ClassVar[bool] = False
+    # The probability with which an adapter drops its inputs; a field of the methods that can.
+    dropout = 0.0
+    # Whether the leaf around the kernel of a layer with a bias changes the bias too (`Weight.adapted_bias`).
+    adapts_bias: typing.ClassVar[bool] = False
     # Whether every parameter of the model is trainable.
     trains_all: typing.ClassVar[bool] = False
     # PEFT's format for the adapters; None where PEFT has none.
@@ -70,11 +76,15 @@ class Method:
         """
         raise NotImplementedError(type(self).__name__)
 
+    def wrap_biased(self, kernel: PyTree, names: Sequence[str | None], key: jax.Array) -> PyTree:
+        """Make the leaf for the kernel of a layer with a bias; the arguments are those of `wrap`."""
+        return self.wrap(kernel, names, key)
+
     def frozen(self, kernel: np.ndarray) -> np.ndarray:
         """Return the part of a kernel `[in, out]` that stays frozen beside the adapter."""
         return kernel
 
-    def trains(self, path: str, lm: "LM") -> bool:
+    def trains(self, path: str, lm: "Backbone") -> bool:
         """Whether the parameter at `path` is trainable."""
         return bool(self.learnt) and re.search(rf"/kernel/({'|'.join(self.learnt)})$", path) is not None
 
@@ -82,13 +92,16 @@ class Method:
         """Whether the method wraps the kernel at `path`."""
         if not (self.learnt and KERNEL.search(path)):
             return False
-        return bool(_pattern(self.target).search(path))  # type: ignore[attr-defined]
+        try:
+            return bool(patterns.compile(self.target, "target").search(path))  # type: ignore[attr-defined]
+        except UserError as error:  # no regex, or one that takes too long
+            raise FieldError("adapter", str(error)) from None
 
     def step_flops(self, shape: Sequence[int], rows: int) -> float:
         """Count the FLOPs that the leaf around a kernel of `shape` adds to a training step over `rows` rows."""
         raise NotImplementedError(type(self).__name__)
 
-    def check(self, lm: "LM") -> None:
+    def check(self, lm: "Backbone") -> None:
         """Raise UserError where the method cannot be applied to `lm`."""
 
 
@@ -105,22 +118,24 @@ def attach(method: Method, boxed: Params, params: Params, key: jax.Array) -> Par
     """
     if not method.learnt:
         return params
-    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)]
+    paths = dict.fromkeys(path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box))
     if not any(map(method.targets, paths)):
         kernels = ", ".join(filter(KERNEL.search, paths))
-        raise UserError(f"config.adapter: target = {method.target!r} finds none of the kernels {kernels}")  # type: ignore[attr-defined]
+        target: str = method.target  # type: ignore[attr-defined]
+        raise FieldError("adapter", f"target = {target!r} finds none of the kernels; they are {kernels}")
 
     def wrap_kernel(keys, box, leaf):
         path = path_of(keys)
         if not method.targets(path):
             return leaf
-        return method.wrap(leaf, box.names, jax.random.fold_in(key, zlib.crc32(path.encode())))
+        wrap = method.wrap_biased if bias_path(path) in paths else method.wrap
+        return wrap(leaf, box.names, jax.random.fold_in(key, zlib.crc32(path.encode())))
 
     return jax.tree_util.tree_map_with_path(wrap_kernel, boxed, params, is_leaf=is_box)
 
 
 def tuned(
-    method: Method, lm: "LM", boxed: Params, params: Params, key: jax.Array, form: str = "float32"
+    method: Method, lm: "Backbone", boxed: Params, params: Params, key: jax.Array, form: str = "float32"
 ) -> tuple[Params, Params]:
     """Quantize the kernels to `form`, attach the adapters, and return `(trainable, frozen)` parameters.
 
@@ -129,7 +144,7 @@ def tuned(
     return split(method, lm, attach(method, boxed, quantize(params, form, KEEP_TABLES), key))
 
 
-def split(method: Method, lm: "LM", params: Params) -> tuple[Params, Params]:
+def split(method: Method, lm: "Backbone", params: Params) -> tuple[Params, Params]:
     """Split parameters into `(trainable, frozen)`: each is the whole tree, with None for the leaves of the other.
 
     Trees may be boxed.
@@ -148,14 +163,18 @@ def join(trainable: Params, frozen: Params) -> Params:
     return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda leaf: leaf is None)
 
 
+def bias_path(kernel_path: str) -> str:
+    """Return the path at which a layer has its bias, if it has one, for the path of its kernel."""
+    return f"{kernel_path.removesuffix('kernel')}bias"
+
+
 def merge(params: Params) -> Params:
-    """Merge adapters into their kernels: the plain parameters, every `Weight` as one float32 array."""
-    return jax.tree.map(
-        lambda leaf: leaf.dense() if isinstance(leaf, Weight) else leaf,
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, Weight),
-    )
+    """Merge adapters into kernels and biases: the plain parameters, every `Weight` as one float32 array."""
 
+    def merge_layer(layer):
+        merged = {name: merge_layer(leaf) if isinstance(leaf, Mapping) else dense(leaf) for name, leaf in layer.items()}
+        if "kernel" in layer and "bias" in layer:
+            merged["bias"] = adapted_bias(layer["kernel"], layer["bias"])
+        return merged
 
-def _pattern(target):
-    return patterns.compile(target, "config.adapter: target")
+    return merge_layer(params)

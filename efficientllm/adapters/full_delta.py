@@ -1,7 +1,7 @@
 """LoHa, LoKr and GLoRA: adapters that materialize a weight delta of the kernel's shape.
 
 LoHa: Hyeon-Woo et al. 2022, arXiv:2108.06098, Eq. 3. LoKr: Yeh et al. 2024 (LyCORIS), arXiv:2309.14859, Section 3.
-GLoRA: Chavan et al. 2023, arXiv:2306.07967, Eq. 10. Initial values are peft's; those of GLoRA are the paper's.
+GLoRA: Chavan et al. 2023, arXiv:2306.07967, Eq. 10. Initial values are those of peft 0.21.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from efficientllm.adapters.base import Method, PeftFormat
+from efficientllm.adapters.base import MIXERS_AND_FFNS, Method, PeftFormat
 from efficientllm.adapters.lora import STATIC
 from efficientllm.registry import register
 from efficientllm.typing import PyTree
@@ -57,19 +57,20 @@ class LoHa(_FullDelta):
 
 @flax.struct.dataclass
 class LoKr(_FullDelta):
-    """LoKr kernel `W + scale C kron (A B)`: `c` `[..., in1, out1]`, `a` `[..., in2, R]`, `b` `[..., R, out2]`.
+    """LoKr kernel `W + scale C kron block`: `c` `[..., in1, out1]`, and a block `[..., in2, out2]`.
 
-    `in1 in2` = in, `out1 out2` = out.
+    `in1 in2` = in, `out1 out2` = out. The block is `a b`, `[..., in2, R]` and `[..., R, out2]`, or `block` itself.
     """
 
     base: PyTree
     c: jax.Array
-    a: jax.Array
-    b: jax.Array
+    a: jax.Array | None = None
+    b: jax.Array | None = None
+    block: jax.Array | None = None
     scale: float = flax.struct.field(default=1.0, **STATIC)
 
     def delta(self) -> jax.Array:
-        block = _product(self.a, self.b)
+        block = _product(self.a, self.b) if self.block is None else self.block
         # C kron block: [..., in1, out1] x [..., in2, out2] -> [..., in1, in2, out1, out2] -> [..., in, out].
         blocks = jnp.einsum("...io,...jp->...ijop", self.c, block)
         return self.scale * blocks.reshape(self.shape)
@@ -77,9 +78,10 @@ class LoKr(_FullDelta):
 
 @flax.struct.dataclass
 class GLoRA(_FullDelta):
-    """GLoRA kernel `W + W * (A1 B1) + A2 B2`: scaled elementwise and shifted.
+    """GLoRA kernel `W + W * (A1 B1) + A2 B2`: scaled elementwise and shifted; bias `b + b D + E + W'C`, `C = Ca Cb`.
 
-    The paper's other three terms (C W, D b, E) change a bias, which a kernel does not have.
+    `a1`, `a2` and `c_a` are `[..., in, R]`, `b1` and `b2` `[..., R, out]`, `c_b` `[..., R, 1]`, `d` and `e` `[..., 1]`.
+    The last four are None where the layer has no bias.
     """
 
     base: PyTree
@@ -87,9 +89,20 @@ class GLoRA(_FullDelta):
     b1: jax.Array
     a2: jax.Array
     b2: jax.Array
+    c_a: jax.Array | None = None
+    c_b: jax.Array | None = None
+    d: jax.Array | None = None
+    e: jax.Array | None = None
 
     def delta(self) -> jax.Array:
         return dense(self.base) * _product(self.a1, self.b1) + _product(self.a2, self.b2)
+
+    def adapted_bias(self, bias: jax.Array) -> jax.Array:
+        if self.c_a is None or self.c_b is None:
+            return bias
+        # One vector for the whole batch, as sums: the FLOP count is of products with the rows of a batch.
+        c = jnp.sum(self.c_a * self.c_b.swapaxes(-1, -2), -1, keepdims=True)
+        return bias + bias * self.d + self.e + jnp.sum(dense(self.base) * c, -2)
 
 
 def _product(a, b):
@@ -99,7 +112,7 @@ def _product(a, b):
 @dataclasses.dataclass(frozen=True)
 class _LowRank(Method):
     rank: int = 8
-    target: str = ".*"
+    target: str = MIXERS_AND_FFNS
 
     def step_flops(self, shape: Sequence[int], rows: int) -> float:
         """Count the FLOPs of the kernel's gradient, and of the delta with its gradients."""
@@ -108,15 +121,25 @@ class _LowRank(Method):
     def _delta_flops(self, shape):
         return 2 * 6 * math.prod(shape) * self.rank
 
-    def _pairs(self, kernel, names, key, deviations):
-        """Draw `(a1, b1, a2, b2)`, boxed, from normal distributions with these standard deviations."""
+    def _pairs(self, kernel, names, key, is_zero):
+        """Draw `(a1, b1, a2, b2)`, boxed: zeros where `is_zero` says so, else kaiming_uniform(a=sqrt(5)).
+
+        The bound is that of PEFT's layout `[out, in]`: of an A 1 / sqrt(in), of a B 1 / sqrt(R).
+        """
         *stack, width_in, width_out = nn.unbox(kernel).shape
         shapes = ((*stack, width_in, self.rank), (*stack, self.rank, width_out)) * 2
+        bounds = (1 / math.sqrt(width_in), 1 / math.sqrt(self.rank)) * 2
         *outer, axis_in, axis_out = names
         axes = ((*outer, axis_in, None), (*outer, None, axis_out)) * 2
         keys = jax.random.split(key, 4)
-        arrays = zip(keys, shapes, deviations, axes, strict=True)
-        return [box(deviation * jax.random.normal(subkey, shape), axis) for subkey, shape, deviation, axis in arrays]
+        return [
+            box(_uniform(subkey, shape, 0 if zero else bound), axis)
+            for subkey, shape, bound, axis, zero in zip(keys, shapes, bounds, axes, is_zero, strict=True)
+        ]
+
+
+def _uniform(key, shape, bound):
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound) if bound else jnp.zeros(shape, jnp.float32)
 
 
 @register("adapter", "loha")
@@ -131,53 +154,73 @@ class LoHaMethod(_LowRank):
     peft = PeftFormat("LOHA", experts=False)
 
     def wrap(self, kernel: PyTree, names: Sequence[str | None], key: jax.Array) -> LoHa:
-        return LoHa(kernel, *self._pairs(kernel, names, key, (1.0, 0.1, 1.0, 0.0)), scale=self.alpha / self.rank)
+        # Zero is the factor at the inputs of the second pair, peft's `hada_w2_b`.
+        factors = self._pairs(kernel, names, key, (False, False, True, False))
+        return LoHa(kernel, *factors, scale=self.alpha / self.rank)
 
 
 @register("adapter", "glora")
 @dataclasses.dataclass(frozen=True)
 class GLoRAMethod(_LowRank):
-    """GLoRA: a low-rank scale and a low-rank shift of the kernel, both without effect at step 0."""
+    """GLoRA: a low-rank scale and shift of the kernel, and three terms of the bias, all without effect at step 0."""
 
-    learnt = ("a1", "b1", "a2", "b2")
+    learnt = ("a1", "b1", "a2", "b2", "c_a", "c_b", "d", "e")
     leaf_type = GLoRA
+    adapts_bias = True
     peft = PeftFormat("GLORA", experts=False)
 
     def wrap(self, kernel: PyTree, names: Sequence[str | None], key: jax.Array) -> GLoRA:
-        deviation = 1 / math.sqrt(nn.unbox(kernel).shape[-2])
-        return GLoRA(kernel, *self._pairs(kernel, names, key, (deviation, 0.0, deviation, 0.0)))
+        return GLoRA(kernel, *self._pairs(kernel, names, key, (False, True, False, True)))
+
+    def wrap_biased(self, kernel: PyTree, names: Sequence[str | None], key: jax.Array) -> GLoRA:
+        *stack, width_in, _ = nn.unbox(kernel).shape
+        *outer, axis_in, _ = names
+        c_b = _uniform(jax.random.fold_in(key, 1), (*stack, self.rank, 1), 1.0)  # kaiming_uniform of one input
+        return self.wrap(kernel, names, key).replace(  # type: ignore[attr-defined]
+            c_a=box(jnp.zeros((*stack, width_in, self.rank)), (*outer, axis_in, None)),
+            c_b=box(c_b, (*outer, None, None)),
+            d=box(jnp.zeros((*stack, 1)), (*outer, None)),
+            e=box(jnp.zeros((*stack, 1)), (*outer, None)),
+        )
 
 
 @register("adapter", "lokr")
 @dataclasses.dataclass(frozen=True)
 class LoKrMethod(_LowRank):
-    """LoKr: the Kronecker product of a small dense matrix, zero at step 0, and a low-rank one, times alpha / rank."""
+    """LoKr: the Kronecker product of a small matrix, zero at step 0, and a block, times alpha / rank.
+
+    The block is low-rank, or a whole matrix where the rank is at least half of its longer side, as in peft.
+    """
 
     alpha: float = 8.0
 
-    learnt = ("c", "a", "b")
+    learnt = ("c", "a", "b", "block")
     leaf_type = LoKr
     peft = PeftFormat("LOKR", experts=False, parts=False)
 
     def wrap(self, kernel: PyTree, names: Sequence[str | None], key: jax.Array) -> LoKr:
         *stack, width_in, width_out = nn.unbox(kernel).shape
         (in1, in2), (out1, out2) = _factors(width_in), _factors(width_out)
-        shapes = {"c": (*stack, in1, out1), "a": (*stack, in2, self.rank), "b": (*stack, self.rank, out2)}
-        keys = dict(zip(shapes, jax.random.split(key, 3), strict=True))
+        shapes = {"c": (in1, out1), "block": (in2, out2)}
+        if not self._has_whole_block(in2, out2):
+            shapes = {"c": (in1, out1), "a": (in2, self.rank), "b": (self.rank, out2)}
+        keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
         # kaiming_uniform(a=sqrt(5)) over peft's layout of the factors, [out, in]; the small factor is zero.
-        bounds = {"c": 0.0, "a": 1 / math.sqrt(in2), "b": 1 / math.sqrt(self.rank)}
+        bounds = {"c": 0.0, "a": 1 / math.sqrt(in2), "b": 1 / math.sqrt(self.rank), "block": 1 / math.sqrt(in2)}
         outer = (*names[:-2], None, None)
         leaves = {
-            name: box(jax.random.uniform(keys[name], shape, jnp.float32, -bounds[name], bounds[name]), outer)
-            for name, shape in shapes.items()
+            name: box(_uniform(keys[name], (*stack, *shape), bounds[name]), outer) for name, shape in shapes.items()
         }
         return LoKr(kernel, **leaves, scale=self.alpha / self.rank)
+
+    def _has_whole_block(self, in2, out2):
+        return self.rank >= max(in2, out2) / 2
 
     def _delta_flops(self, shape):
         *stack, width_in, width_out = shape
         (_, in2), (_, out2) = _factors(width_in), _factors(width_out)
-        low_rank, kron = 6 * in2 * self.rank * out2, 6 * width_in * width_out
-        return math.prod(stack) * (low_rank + kron)
+        low_rank = 0 if self._has_whole_block(in2, out2) else 6 * in2 * self.rank * out2
+        return math.prod(stack) * (low_rank + 6 * width_in * width_out)
 
 
 def _factors(width):

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from efficientllm.adapters.base import Method, PeftFormat
-from efficientllm.errors import UserError
+from efficientllm.adapters.base import MIXERS_AND_FFNS, Method, PeftFormat
+from efficientllm.errors import FieldError
 from efficientllm.registry import register
 from efficientllm.typing import Params, PyTree
 from efficientllm.weights import Axes, Weight, as_input_sharded, axes, box, can_shard_inputs, dense
@@ -94,7 +94,9 @@ def dropped(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
 
 def seeded(params: Params, key: jax.Array) -> Params:
     """Set this step's dropout key in every leaf with dropout: one key for each leaf, layer and expert."""
-    drops = lambda leaf: getattr(leaf, "dropout", 0) > 0  # noqa: E731
+
+    def drops(leaf):
+        return getattr(leaf, "dropout", 0) > 0
 
     def seed_leaf(index, leaf):
         if not drops(leaf):
@@ -114,7 +116,7 @@ class LoRAMethod(Method):
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    target: str = ".*"
+    target: str = MIXERS_AND_FFNS
 
     learnt: typing.ClassVar[tuple[str, ...]] = ("a", "b")
     leaf_type: typing.ClassVar[type[Weight]] = LoRA
@@ -180,9 +182,15 @@ class PiSSAMethod(LoRAMethod):
     def wrap(self, kernel: PyTree, names: Sequence[str | None], key: jax.Array) -> PyTree:
         w = nn.unbox(kernel)
         if isinstance(w, Weight):
-            raise UserError("config.adapter: pissa takes its rank out of the kernel, which config.quant has rounded")
+            raise FieldError(
+                "quant", "pissa takes its rank out of the unquantized kernel; take 'float32', or another adapter"
+            )
         if self.rank > min(w.shape[-2:]):
-            raise UserError(f"config.adapter: pissa(rank={self.rank}) of a kernel of {w.shape[-2:]}: too large")
+            raise FieldError(
+                "adapter",
+                f"pissa's rank = {self.rank} is too large for a kernel of {w.shape[-2:]}; "
+                f"take {min(w.shape[-2:])} at most, or a target without it",
+            )
         w = w.astype(jnp.float32)
         # W = U S V'. With its first R columns, A = U_R sqrt(S_R / scale) and B = sqrt(S_R / scale) V'_R (Eq. 2-4), so
         # that scale A B is the kernel's best approximation of rank R.

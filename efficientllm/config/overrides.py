@@ -7,7 +7,7 @@ import warnings
 from ml_collections import ConfigDict
 
 from efficientllm.config import schema
-from efficientllm.errors import UserError, shown
+from efficientllm.errors import UserError, short_repr
 from efficientllm.registry import ranges
 
 WORDS = {"true": True, "t": True, "1": True, "yes": True, "false": False, "f": False, "0": False, "no": False}
@@ -50,7 +50,7 @@ def _parse_value(path, text, default):
         word = text if isinstance(text, bool) or text is None else WORDS.get(text.lower(), text)
         return True if word is None else schema.convert_type(path, word, default)
     if text is None or isinstance(text, bool):
-        example = shown(default) if isinstance(default, str) else default
+        example = short_repr(default) if isinstance(default, str) else default
         raise UserError(f"--{path}: needs a value, such as --{path}={example}")
     if isinstance(default, tuple):
         return _parse_tuple(path, text)
@@ -60,7 +60,7 @@ def _parse_value(path, text, default):
         return _parse_int(text) if isinstance(default, int) else float(text)
     except ValueError:
         allowed = ranges.KEYS[path.removeprefix("config.")]
-        raise UserError(f"{path} = {shown(text)}: must be {allowed}{_whole_hint(text)}") from None
+        raise UserError(f"{path} = {short_repr(text)}: must be {allowed}{_whole_hint(text)}") from None
 
 
 def _parse_int(text):
@@ -88,7 +88,7 @@ def _parse_tuple(path, text):
         value = None
         if text.lstrip().startswith(("(", "[")):
             raise UserError(
-                f"{path} = {shown(text)}: is not a tuple; write quotes around each text: ('a', 'b')"
+                f"{path} = {short_repr(text)}: is not a tuple; write quotes around each text: ('a', 'b')"
             ) from None
     if isinstance(value, list | tuple):
         return tuple(value)

@@ -18,7 +18,18 @@ def flatten(tree: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
 
 # Keys that version 0.1 had not, with their defaults, which do what it did: left out of what a run leaves where they
 # have that value, so that its hash, its folder and its row are those of a run before them.
-ADDED = {"model": {"unroll": 12}}
+ADDED: dict[str, dict[str, typing.Any]] = {
+    "": {"objective": "next_token()", "autoencoder": "pixels", "text_states": ""},
+    "model": {"unroll": 12, "embed": "tokens", "modulation": "plain"},
+    "train": {"ema": 0.0},
+    "sample": {"images": 16},
+    "quality": {"fd": 0},
+    "infer": {
+        **{"solver": "", "guidance": 1.0, "guidance_channels": 0},
+        **{"negative_prompt": "", "size": (), "fps": 16.0, "offload": False},
+    },
+}
+_PLAIN_ADDED = json.loads(json.dumps(ADDED))
 
 
 def plain(config: Config) -> dict[str, typing.Any]:
@@ -27,15 +38,17 @@ def plain(config: Config) -> dict[str, typing.Any]:
     Keys of `ADDED` are left out at their defaults.
     """
     tree = _finite(json.loads(json.dumps(config.to_dict())))
-    for group, added in ADDED.items():
-        if group in tree:
-            tree[group] = {key: value for key, value in tree[group].items() if (key, value) not in added.items()}
+    for group, added in _PLAIN_ADDED.items():
+        values = tree if group == "" else tree.get(group, {})
+        for key in [key for key, default in added.items() if key in values and values[key] == default]:
+            del values[key]
     return tree
 
 
 def with_added_keys(tree: dict[str, typing.Any]) -> dict[str, typing.Any]:
     """`plain(config)` with the keys of `ADDED` at their defaults where they are left out."""
-    return tree | {group: added | tree[group] for group, added in ADDED.items() if group in tree}
+    groups = {group: added | tree[group] for group, added in _PLAIN_ADDED.items() if group in tree}
+    return _PLAIN_ADDED[""] | tree | groups
 
 
 def _finite(value):

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from efficientllm import base_config
 from efficientllm.config import value_rules
 from efficientllm.config.plain import flatten
-from efficientllm.errors import UserError, did_you_mean, one_line, shown
+from efficientllm.errors import UserError, did_you_mean, one_line, short_repr
 from efficientllm.registry import ranges
 from efficientllm.typing import Config
 
@@ -75,7 +75,7 @@ def _fill(group, tree, path, where):
             raise UserError(f"{where}: {path}.{key} is missing; start from efficientllm.base_config.get_config()")
         if isinstance(default, ConfigDict):
             if not isinstance(tree[key], dict):
-                raise UserError(f"{where}: {path}.{key} = {shown(tree[key])}: is a group of keys, not a value")
+                raise UserError(f"{where}: {path}.{key} = {short_repr(tree[key])}: is a group of keys, not a value")
             _fill(default, tree[key], f"{path}.{key}", where)
         else:
             group[key] = convert_type(f"{path}.{key}", tree[key], default)
@@ -113,7 +113,7 @@ def convert_type(where: str, value: typing.Any, default: typing.Any) -> typing.A
         return float(value)
     if type(value) is not key_type:
         allowed = ranges.KEYS.get(where.removeprefix("config.")) or TYPE_NAMES[key_type]
-        raise UserError(f"{where} = {shown(value)}: must be {allowed}, not {_describe_type(value)}")
+        raise UserError(f"{where} = {short_repr(value)}: must be {allowed}, not {_describe_type(value)}")
     return value
 
 

@@ -8,13 +8,16 @@ import functools
 import typing
 
 from efficientllm import registry
-from efficientllm.errors import UserError, did_you_mean, shown
+from efficientllm.config.device_rules import check_hardware, check_mesh, check_remat
+from efficientllm.config.path_rules import check_file, check_folder_name, check_path, check_source_path
+from efficientllm.errors import UserError, did_you_mean, short_repr
 from efficientllm.registry import catalogue, ranges
-from efficientllm.untrusted import files, patterns
+from efficientllm.registry.block_entries import parse_entry
+from efficientllm.untrusted import patterns
 
 Rule = typing.Callable[[str, typing.Any, bool], None]
-INHERITED = ("norm", "position", "precision", "attention_kernel", "kv_cache", "base", "eps")  # fields a model fills in
-LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, on Linux
+# Fields that a model fills in.
+INHERITED = ("norm", "position", "precision", "attention_kernel", "kv_cache", "base", "eps", "text_length")
 
 
 def check_value(key: str, value: typing.Any, where: str, has_plugins: bool = False) -> None:
@@ -28,11 +31,8 @@ def _check_text(where, value):
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, tuple):
             _check_text(where, text)
-        elif isinstance(text, str):
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise UserError(f"{where} = {shown(value)}: is not text: it holds half of a surrogate pair") from None
+        elif isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{where} = {short_repr(value)}: is not text: it holds half of a surrogate pair")
 
 
 def spec(kind: str, *extra: str) -> Rule:
@@ -49,7 +49,7 @@ def check_spec(kind: str, text: str, where: str, has_plugins: bool = False) -> N
     """Raises UserError for a spec string that names no technique, or sets a field to a value it may not have."""
     name, values = registry.parse_spec(text, where)
     entries = catalogue.entries(kind)
-    where = f"{where} = {shown(text)}"
+    where = f"{where} = {short_repr(text)}"
     if has_plugins and name not in entries:
         registry.check_fields(kind, name, values, dict.fromkeys(values), where, {})
         return
@@ -92,7 +92,7 @@ def one_of(allowed_texts: typing.Callable[[], typing.Collection[str]]) -> Rule:
         allowed = allowed_texts()
         if value not in allowed:
             raise UserError(
-                f"{where} = {shown(value)}: is none of {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
+                f"{where} = {short_repr(value)}: is none of {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
             )
 
     return rule
@@ -108,86 +108,21 @@ def check_regex(where: str, value: typing.Any, has_plugins: bool = False) -> Non
     patterns.compile(value, where)
 
 
-def check_path(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """A path that an operating system accepts."""
-    names = value.encode().split(b"/")
-    if "\0" in value or len(value.encode()) > LONGEST_PATH or max(map(len, names)) > LONGEST_NAME:
-        raise UserError(
-            f"{where} = {shown(value)}: is not a path; a name in it has at most {LONGEST_NAME} bytes, and no byte 0"
-        )
-
-
-def check_file(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """The path of a regular file, or of nothing yet: reading a device never ends, and a FIFO waits for a writer."""
-    check_path(where, value)
-    if value and files.is_there(value) and not files.is_file(value):
-        raise UserError(f"{where} = {shown(value)}: is a folder, a FIFO or a device; name a regular file")
-
-
-def check_source_path(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """A path that is not empty."""
-    if not value:
-        raise UserError(f"{where} = '': is empty; name a file, a folder or a glob")
-    check_path(where, value)
-
-
-def check_folder_name(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """A name that a folder below runs/ can have."""
-    bad = not value or value in (".", "..") or value != value.strip() or not value.isprintable()
-    if bad or set(value) & set('/\\:*?"<>|') or len(value.encode()) > LONGEST_NAME:
-        raise UserError(
-            f"{where} = {shown(value)}: names a folder under runs/; at most {LONGEST_NAME} letters, digits, dots, "
-            "dashes and the like, without a slash"
-        )
-
-
-def check_mesh(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """Sizes of mesh axes: whole numbers of devices, at most one of them -1."""
-    axes = catalogue.constant("efficientllm.sharding", "AXES")
-    try:
-        _, sizes = registry.parse_spec(f"mesh({value})")
-    except UserError:
-        raise UserError(f"{where} = {shown(value)}: is not a mesh; write sizes of axes: 'data=2, fsdp=-1'") from None
-    for axis, size in sizes.items():
-        if axis not in axes:
-            raise UserError(
-                f"{where} = {shown(value)}: no mesh axis {axis!r}; axes: {', '.join(axes)}{did_you_mean(axis, axes)}"
-            )
-        if type(size) is not int or not (size == -1 or 1 <= size <= 2**20):
-            raise UserError(f"{where} = {shown(value)}: {axis} must be a whole number of devices, or -1 for all left")
-    if list(sizes.values()).count(-1) > 1:
-        raise UserError(f"{where} = {shown(value)}: only one axis may be -1")
-
-
 def check_block(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """`mixer` or `mixer | ffn`."""
+    """`mixer` or `mixer | ffn`, also with a count and parallel mixers (`block_entries`)."""
     if not isinstance(value, str):
-        raise UserError(f"{where} = {shown(value)}: is not a block; write 'mixer' or 'mixer | ffn'")
-    mixer, bar, ffn = value.partition("|")
-    check_spec("mixer", mixer.strip(), where, has_plugins)
-    if bar and ffn.strip():
-        check_spec("ffn", ffn.strip(), where, has_plugins)
+        raise UserError(f"{where} = {short_repr(value)}: is not a block; write 'mixer' or 'mixer | ffn'")
+    entry = parse_entry(value)
+    for mixer in entry.mixers:
+        check_spec("mixer", mixer, where, has_plugins)
+    if entry.ffn:
+        check_spec("ffn", entry.ffn, where, has_plugins)
 
 
 def check_optional_block(where: str, value: typing.Any, has_plugins: bool = False) -> None:
     """A block, or nothing."""
     if value != "":
         check_block(where, value, has_plugins)
-
-
-def check_remat(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """`none`, `full`, or a policy of jax.checkpoint_policies. Only the last imports JAX."""
-    if value not in ("none", "full"):
-        from efficientllm.ops import rematerialization
-
-        rematerialization.policy(value)
-
-
-def check_hardware(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """A device of the planner's hardware table."""
-    from efficientllm.cost import hardware_table
-
-    hardware_table.find_hardware(value)
 
 
 def check_baseline(where: str, value: typing.Any, has_plugins: bool = False) -> None:
@@ -204,8 +139,20 @@ def tuple_of(element_rule: Rule) -> Rule:
     def rule(where, value, has_plugins):
         for text in value:
             if not isinstance(text, str):
-                raise UserError(f"{where} = {shown(value)}: must be a tuple of texts, not of {type(text).__name__}")
+                raise UserError(
+                    f"{where} = {short_repr(value)}: must be a tuple of texts, not of {type(text).__name__}"
+                )
             element_rule(where, text, has_plugins)
+
+    return rule
+
+
+def list_of(element_rule: Rule) -> Rule:
+    """A text of names with commas between them, each of which passes `element_rule`."""
+
+    def rule(where, value, has_plugins):
+        for name in filter(None, map(str.strip, value.split(","))):
+            element_rule(where, name, has_plugins)
 
     return rule
 
@@ -226,7 +173,9 @@ def regex_pairs(what: str, value_rule: Rule) -> Rule:
     def rule(where, value, has_plugins):
         for pair in value:
             if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
-                raise UserError(f"{where} = {shown(value)}: must be pairs of (regex, {what}); {shown(pair)} is not")
+                raise UserError(
+                    f"{where} = {short_repr(value)}: must be pairs of (regex, {what}); {short_repr(pair)} is not"
+                )
             check_regex(where, pair[0])
             value_rule(where, pair[1], has_plugins)
 
@@ -238,8 +187,17 @@ def number(allowed: ranges.Range) -> Rule:
 
     def rule(where, value, has_plugins):
         if type(value) not in (int, float):
-            raise UserError(f"{where} = {shown(value)}: must be {allowed}")
+            raise UserError(f"{where} = {short_repr(value)}: must be {allowed}")
         ranges.check_range(where, value, allowed)
+
+    return rule
+
+
+def numbers(allowed: ranges.Range) -> Rule:
+    """A tuple of numbers in the range `allowed`."""
+
+    def rule(where, value, has_plugins):
+        ranges.check_range(where, value, ranges.TupleOf(allowed))
 
     return rule
 
@@ -256,6 +214,8 @@ KEYS = {
     "model.ffn": spec("ffn"),
     "model.pattern": tuple_of(check_block),
     "model.parameters_of": check_optional_block,
+    "model.embed": spec("embed"),
+    "model.modulation": spec("modulation"),
     "model.residual": one_of(lambda: ("sequential", "parallel")),
     "model.position": spec("position"),
     "model.norm": spec("norm"),
@@ -263,16 +223,22 @@ KEYS = {
     "model.attention_kernel": name_of("attention_kernel", "auto"),
     "model.kv_cache": constant("mixers.kv_cache", "KINDS"),
     "model.remat": check_remat,
+    "objective": spec("objective", "pretrained"),
     "adapter": spec("adapter"),
     "quant": spec("quant"),
     "data": spec("data"),
+    "autoencoder": spec("autoencoder"),
     "tokenizer": spec("tokenizer", "pretrained"),
     "train.optimizer": spec("optimizer"),
     "train.schedule": spec("schedule"),
     "train.decay": _factors,
     "train.rates": _factors,
     "infer.prompts": tuple_of(accept_text),
+    "infer.negative_prompt": accept_text,
+    "text_states": spec("text_states", ""),
+    "infer.size": numbers(ranges.whole(1, ranges.WIDEST, "pixels, or frames")),
     "infer.sampler": spec("sampler"),
+    "infer.solver": spec("solver", ""),
     "infer.stop": tuple_of(check_nonempty),
     "infer.rules": regex_pairs("spec", spec("quant")),
     "infer.baseline": check_baseline,
@@ -287,16 +253,41 @@ KEYS = {
 FIELDS = {
     **{("mixer", kind): spec(kind) for kind in ("position", "norm", "precision")},
     **{("mixer", kind): name_of(kind, "auto") for kind in ("attention_kernel", "scan_kernel", "rwkv_kernel")},
+    ("mixer", "text_norm"): spec("norm"),
+    ("mixer", "input_norm"): spec("norm", ""),
+    ("mixer", "ffn"): spec("ffn"),
     ("mixer", "block_kernel"): name_of("block_kernel", "auto"),
     ("mixer", "kv_cache"): constant("mixers.kv_cache", "KINDS"),
-    ("ffn", "precision"): spec("precision"),
+    **{(kind, "precision"): spec("precision") for kind in ("ffn", "modulation")},
+    ("ffn", "activation"): constant("ffns.dense", "ACTIVATIONS"),
+    ("ffn", "kind"): constant("ffns.dense", "GELUS"),
     ("ffn", "scores"): constant("ffns.routing", "SCORES"),
     ("ffn", "dispatch"): constant("ffns.moe", "DISPATCH"),
     ("ffn", "kernel"): name_of("grouped_kernel", "auto"),
     ("position", "scaling"): spec("rope_scaling"),
+    ("objective", "autoencoder"): spec("autoencoder"),
     ("quant", "method"): constant("quant.int4", "METHODS"),
     ("quant", "embedding"): spec("quant"),
+    ("objective", "weight"): constant("objectives.flow", "WEIGHTS"),
+    ("objective", "density"): constant("objectives.flow", "DENSITIES"),
+    ("solver", "spacing"): constant("solvers.spacing", "SPACINGS"),
+    ("solver", "variance"): constant("solvers.ddpm", "VARIANCES"),
+    ("solver", "levels"): constant("solvers.euler", "LEVELS"),
     ("adapter", "target"): check_regex,
+    ("data", "style"): check_regex,
+    ("data", "motion"): check_regex,
     ("data", "path"): check_source_path,
+    ("data", "labels"): one_of(lambda: ("folder", "none")),
+    ("embed", "tower"): spec("tower"),
+    ("tower", "pattern"): tuple_of(check_block),
+    **{("tower", kind): spec(kind) for kind in ("position", "norm", "modulation")},
+    **{("tower", kind): spec("norm", "") for kind in ("final_norm", "projector_norm")},
+    ("embed", "text_embed"): one_of(lambda: ("mlp", "linear")),
     ("tokenizer", "path"): check_source_path,
+    ("text_states", "path"): check_source_path,
+    ("text_states", "without"): list_of(constant("text_states.pipelines", "ENCODERS")),
+    ("text_states", "quant"): spec("quant"),
+    ("text_states", "precision"): spec("precision"),
+    ("autoencoder", "path"): check_source_path,
+    ("autoencoder", "precision"): spec("precision"),
 }

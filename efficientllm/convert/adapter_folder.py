@@ -10,12 +10,15 @@ import numpy as np
 
 from efficientllm.convert.files import quantized
 from efficientllm.convert.hf_config import families
+from efficientllm.convert.peft.unsupported import table_of
 from efficientllm.convert.source import Source, is_run
 from efficientllm.convert.tensors import parameter_map
+from efficientllm.convert.tensors.tensor_reader import TensorReader
 from efficientllm.errors import UserError
+from efficientllm.model import Backbone
 from efficientllm.untrusted import json_text
 
-CONFIG, WEIGHT = "adapter_config.json", ".weight"
+CONFIG, WEIGHT, BIAS = "adapter_config.json", ".weight", ".bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,29 @@ class AdaptedSource(Source):
         """A spec for `config.tokenizer`."""
         return super().tokenizer() if (self.path / "tokenizer_config.json").is_file() else self.base.tokenizer()
 
+    def objective(self) -> str:
+        """The objective of the base model."""
+        return self.base.objective()
+
+    def autoencoder(self) -> str:
+        """The autoencoder of the base model."""
+        return self.base.autoencoder()
+
+    @property
+    def pipeline(self) -> pathlib.Path | None:
+        """The folder of the pipeline whose part the base model is, or None."""
+        return self.base.pipeline
+
+    @property
+    def pipeline_path(self) -> str | None:
+        return self.base.pipeline_path
+
+    def bind(self, lm: Backbone) -> dict[str, typing.Any]:
+        """`{our path: parameter_map.Leaf}`, checked against the tensors of the base model."""
+        if not self.config:  # a run's from scratch: MergedTensors has the tensors of the table
+            return parameter_map.bind_parameters(lm, self.table)
+        return dataclasses.replace(self.base, tensors=self.tensors, table=self.table).bind(lm)
+
     def chat_template(self) -> str | None:
         """The chat template of the tokenizer, or None."""
         return super().chat_template() if (self.path / "tokenizer_config.json").is_file() else self.base.chat_template()
@@ -43,8 +69,7 @@ def open_adapter(
 ) -> AdaptedSource:
     """Opens an adapter folder and its base model. Raises UserError if either cannot be read."""
     base = _base(path, where, weights, open_source)
-    if base.config.get("model_type") not in families.FAMILIES:
-        raise UserError(f"{where}: a PEFT adapter needs a base model of transformers, which {base.path} is not")
+    table_of(base)
     if weights:
         return adapt_source(base, path)
     return AdaptedSource(path, base.config, base.model, base.max_positions, None, None, base=base)
@@ -52,7 +77,7 @@ def open_adapter(
 
 def adapt_source(base: Source, path: pathlib.Path) -> AdaptedSource:
     """The AdaptedSource of an adapter folder around `base`. Raises UserError if the adapter does not fit it."""
-    table = families.FAMILIES[base.config["model_type"]].table
+    table = table_of(base)
     tensors = MergedTensors(base, path, table)
     config, model = base.config, base.model
     if tensors.vocab_size is not None:
@@ -85,33 +110,32 @@ def _base(path, where, weights, open_source):
     )
 
 
-class MergedTensors:
+class MergedTensors(TensorReader):
     """The tensors of a Source under transformers' names, with a PEFT adapter merged."""
 
     def __init__(self, base: Source, folder: pathlib.Path, table: dict[str, typing.Any]):
         from efficientllm.convert.peft.read import Adapter
 
         lm = base.lm()
-        self._source, self._plain = base, base.table is table and not hasattr(base.tensors, "bind")
+        self.where = folder
+        self._source, self._plain = base, base.table is table and not base.tensors.has_own_paths
         self._bound = base.bind(lm)
         self._tensors = parameter_map.disk_tensors(parameter_map.bind_parameters(lm, table))
         self._adapter = Adapter(folder, self._tensors)
-        self._check(lm)
+        embedding = next((name for name, tensor in self._tensors.items() if tensor.parts[0][0] == "embedding"), None)
+        if embedding is not None and lm.tied:
+            self._check_tied(embedding)
         self.shapes = base.tensors.shapes if self._plain else {name: t.shape for name, t in self._tensors.items()}
         saved = {
             name: self._adapter.shape(name, self._tensors) for name in self._adapter.saved if name in self._tensors
         }
         self.shapes = self.shapes | saved
-        embedding = next(name for name, tensor in self._tensors.items() if tensor.parts[0][0] == "embedding")
-        rows = self.shapes[embedding][0] if embedding in saved else lm.vocab_size
-        self.vocab_size = rows if rows != lm.vocab_size else None
+        rows = self.shapes[embedding][0] if embedding in saved else None
+        self.vocab_size = None if rows is None or rows == lm.vocab_size else rows
 
-    def _check(self, lm):
-        """Raises UserError for an adapter that changes only one of the embedding and its tied head."""
+    def _check_tied(self, table):
+        """Raises UserError for an adapter that changes only one of the embedding `table` and its tied head."""
         adapter = self._adapter
-        if not lm.tied:
-            return
-        table = next(name for name, tensor in self._tensors.items() if tensor.parts[0][0] == "embedding")
         head = next((name for name in adapter.saved if name not in self._tensors), None)
         same = head and table in adapter.saved and np.array_equal(adapter.whole(head), adapter.whole(table))
         trained = any(table.removesuffix(WEIGHT).endswith(name) for name in adapter.config.saved)
@@ -123,24 +147,29 @@ class MergedTensors:
 
     def dtype(self, name: str) -> np.dtype:
         """The base's dtype; float32 for adapted tensors and those converted from our layout."""
-        adapted = name.removesuffix(WEIGHT) in self._adapter.modules or name in self._adapter.saved
-        return self._source.tensors.dtype(name) if self._plain and not adapted else np.dtype(np.float32)
+        return self._source.tensors.dtype(name) if self._plain and not self._is_adapted(name) else np.dtype(np.float32)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 a leaf's shards are read one after another
     def read(self, name: str) -> np.ndarray:
         """Reads a tensor with the adapter merged."""
+        from efficientllm.convert.peft import merged_weight
+
         module = name.removesuffix(WEIGHT)
         whole = self._adapter.whole(name) if name in self._adapter.saved else self._base(name)
+        if self._adapter.changes_bias(name):
+            weight = np.asarray(self._base(f"{name.removesuffix(BIAS)}{WEIGHT}"), np.float32)
+            return merged_weight.merge_into_bias(self._adapter, name.removesuffix(BIAS), weight, np.asarray(whole))
         if module not in self._adapter.modules:
             return whole
-        from efficientllm.convert.peft.merged_weight import merge_adapter
-
-        return merge_adapter(self._adapter, module, np.asarray(whole, np.float32))
+        return merged_weight.merge_adapter(self._adapter, module, np.asarray(whole, np.float32))
 
     def stored(self, name: str) -> typing.Any:
         """The quantized leaf of a tensor without adapter, or None."""
-        adapted = name.removesuffix(WEIGHT) in self._adapter.modules or name in self._adapter.saved
-        return self._source.tensors.stored(name) if self._plain and not adapted else None
+        return self._source.tensors.stored(name) if self._plain and not self._is_adapted(name) else None
+
+    def _is_adapted(self, name):
+        adapter = self._adapter
+        return name.removesuffix(WEIGHT) in adapter.modules or name in adapter.saved or adapter.changes_bias(name)
 
     def _base(self, name):
         if self._plain:

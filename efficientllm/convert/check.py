@@ -1,4 +1,4 @@
-"""Comparison of a checkpoint's logits here and in transformers."""
+"""Comparison of a checkpoint's outputs here and in transformers or diffusers."""
 
 import importlib.util
 
@@ -8,12 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import model
+from efficientllm.convert import check_denoiser, check_text_encoder, check_vision
 from efficientllm.convert.source import Source
 from efficientllm.errors import UserError
 from efficientllm.ops.attention import Context
 from efficientllm.runtime import optional_packages
 
 TEXT = "The function returns a list of all the names in the module, sorted, or raises ValueError if there are none. "
+TOLERANCE = 1e-3  # relative to the largest output: float32 rounding errors over dozens of layers
+
+
+def compare_outputs(source: Source) -> tuple[dict[str, float], bool]:
+    """Compares float32 outputs with the reference implementation: `(numbers by name, whether they are equal)`.
+
+    Raises UserError without the packages that the reference needs.
+    """
+    reads = source.lm().reads
+    if reads == "images":
+        differences = check_denoiser.compare_predictions(source)
+        return differences, differences["max_difference"] <= TOLERANCE * differences["max_prediction"]
+    if reads == "prompts":
+        differences = check_text_encoder.compare_states(source)
+        return differences, differences["max_difference"] <= TOLERANCE * differences["max_state"]
+    differences = check_vision.compare_logits(source) if reads == "text and images" else compare_logits(source)
+    return differences, differences["max_logit_difference"] <= TOLERANCE * differences["max_logit"]
 
 
 def compare_logits(source: Source, length: int = 64) -> dict[str, float]:

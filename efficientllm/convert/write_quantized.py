@@ -33,7 +33,7 @@ def convert_quantized(
 
     Calibrated methods use text of `data`. Raises UserError for a `spec` that does not quantize.
     """
-    form = apply.form_of(spec)
+    form = apply.form_of(spec, "--quant")
     if not rounds(form) or spec == "stored":
         raise UserError(f"--quant={spec}: rounds nothing; take int4(...), int8(...), nf4(...), bfloat16 or float16")
     if form.leaf_type not in leaf_types().values():

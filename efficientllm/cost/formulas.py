@@ -13,7 +13,9 @@ import jax
 
 from efficientllm.adapters.base import Method
 from efficientllm.adapters.freeze import Full
-from efficientllm.model import LM, parts
+from efficientllm.blocks import Stack
+from efficientllm.mixers.base import Mixer
+from efficientllm.model import Backbone, parts
 from efficientllm.weights import Weight, path_of
 
 PyTree = typing.Any  # the model's parameters, boxed with their logical axes where named `boxed`
@@ -21,7 +23,7 @@ FULL = Full()
 FLOP_CONVENTION = "causal = half, embedding lookup = 0, router counted, optimiser outside"
 
 
-def count_parameters(lm: LM, boxed: PyTree) -> dict[str, int]:
+def count_parameters(lm: Backbone, boxed: PyTree) -> dict[str, int]:
     """Counts parameters, `{"total", "active"}`: active weights an expert by the share of tokens routed to it."""
     all_leaves = list(leaves(boxed))
     total = sum(math.prod(shape) for _, shape, _ in all_leaves)
@@ -29,18 +31,22 @@ def count_parameters(lm: LM, boxed: PyTree) -> dict[str, int]:
     return {"total": total, "active": round(active)}
 
 
-def forward_flops(lm: LM, boxed: PyTree, length: int, executed: bool = False) -> float:
+def forward_flops(lm: Backbone, boxed: PyTree, length: int, executed: bool = False) -> float:
     """Forward matmul FLOPs of one row of `length` tokens.
 
     executed: count what the kernels compute, including products that a mask then drops.
     """
     linear = sum(flops for _, flops in _kernel_flops(lm, boxed, length))
-    head = _tied_head_flops(lm, length)
-    mixers = sum(mixer.mix_flops(length, executed) for mixer, _ in parts(lm)) * lm.num_groups
-    return linear + head + mixers
+    head = lm.shared_head_flops(length)
+    return linear + head + sum(of_group * len(stack.groups) for stack, of_group in stack_flops(lm, length, executed))
 
 
-def train_flops(lm: LM, boxed: PyTree, length: int, method: Method = FULL) -> float:
+def request_flops(lm: Backbone, boxed: PyTree, length: int) -> float:
+    """Those of `forward_flops` that depend on the condition of a row alone: a sampler's steps share them."""
+    return sum(flops for path, flops in _kernel_flops(lm, boxed, length) if lm.is_of_request(path))
+
+
+def train_flops(lm: Backbone, boxed: PyTree, length: int, method: Method = FULL) -> float:
     """Forward and backward FLOPs of one row of `length` tokens.
 
     The backward pass adds two products of the same size: the gradient of the input, and that of a trainable kernel. No
@@ -49,16 +55,23 @@ def train_flops(lm: LM, boxed: PyTree, length: int, method: Method = FULL) -> fl
     """
     lowest = _lowest_group(lm, boxed, method)
 
+    def learns(path):
+        return method.trains(path, lm) or method.targets(path)
+
     def products(path):
-        return 1 + (_group(path) >= lowest) + method.trains(path, lm)
+        of_input = _group(lm, path) >= lowest and lm.has_input_gradient(path, learns)
+        return 1 + of_input + method.trains(path, lm)
 
     linear = sum(products(path) * flops for path, flops in _kernel_flops(lm, boxed, length))
-    head = (2 + method.trains("embedding", lm)) * _tied_head_flops(lm, length)
-    mixers = sum(mixer.mix_flops(length) for mixer, _ in parts(lm))
-    return linear + head + mixers * (lm.num_groups + 2 * (lm.num_groups - max(lowest, 0)))
+    head = (2 + method.trains("embedding", lm)) * lm.shared_head_flops(length)
+    mixers = 0.0
+    for stack, of_group in stack_flops(lm, length):
+        with_gradients = sum(group >= lowest for group in stack.groups)
+        mixers += of_group * (len(stack.groups) + 2 * with_gradients)
+    return linear + head + mixers
 
 
-def adapter_flops(lm: LM, boxed: PyTree, length: int, rows: int, method: Method) -> float:
+def adapter_flops(lm: Backbone, boxed: PyTree, length: int, rows: int, method: Method) -> float:
     """FLOPs that a tuning method's own parameters add to a training step of `rows` rows of `length` tokens."""
     return sum(
         method.step_flops(shape, rows * _rows(lm, path, length) * active_fraction(lm, path, axes))
@@ -67,33 +80,38 @@ def adapter_flops(lm: LM, boxed: PyTree, length: int, rows: int, method: Method)
     )
 
 
-def step_flops(lm: LM, boxed: PyTree, length: int, rows: int, method: Method = FULL) -> float:
+def step_flops(lm: Backbone, boxed: PyTree, length: int, rows: int, method: Method = FULL) -> float:
     """FLOPs of a training step of `rows` rows of `length` tokens."""
     return rows * train_flops(lm, boxed, length, method) + adapter_flops(lm, boxed, length, rows, method)
 
 
 def _lowest_group(lm, boxed, method):
     """The lowest group with trainable parameters; -1 if the embedding is trainable or the layers are scanned."""
-    learns = [_group(path) for path, _, _ in leaves(boxed) if method.trains(path, lm)]
+    learns = [_group(lm, path) for path, _, _ in leaves(boxed) if method.trains(path, lm)]
     return min(learns, default=-1)
 
 
-def _group(path):
-    """The group of a parameter in unrolled layers; -1 for embeddings and scanned layers, inf for norm and head."""
+def _group(lm, path):
+    """The group of a parameter in unrolled layers; -1 for embeddings and scanned layers, inf behind the blocks."""
     name = path.split("/")[0]
-    if name in ("norm", "head"):
+    if name in lm.behind_blocks:
         return math.inf
     return int(name.removeprefix("group_")) if name.startswith("group_") else -1
 
 
-def state_bytes(lm: LM, length: int) -> int:
+def state_bytes(lm: Backbone, length: int) -> int:
     """Bytes of decode state (KV caches and the like) of one row of `length` tokens, in all layers."""
-    group_bytes = [layer.state_bytes(length) for block in parts(lm) for layer in block if layer is not None]
-    return sum(group_bytes) * lm.num_groups
+    block_bytes = [sum(layer.state_bytes(length) for layer in block.by_name().values()) for block in parts(lm)]
+    return sum(one * len(numbers) for one, numbers in zip(block_bytes, lm.stacks.layer_numbers, strict=True))
 
 
-def decode_bytes(lm: LM, boxed: PyTree, params: PyTree, rows: int, length: int) -> float:
-    """Bytes that a decode step must read: the weights that `rows` tokens use, and the states of `length` tokens.
+def decode_bytes(lm: Backbone, boxed: PyTree, params: PyTree, rows: int, length: int) -> float:
+    """Bytes that a decode step must read: the weights that `rows` tokens use, and the states of `length` tokens."""
+    return read_weight_bytes(lm, boxed, params, rows, in_steps=True) + rows * state_bytes(lm, length)
+
+
+def read_weight_bytes(lm: Backbone, boxed: PyTree, params: PyTree, tokens: int, in_steps: bool = False) -> float:
+    """Bytes of the weights that a pass over `tokens` tokens must read; `in_steps` without those of `request_flops`.
 
     `params` are the stored parameters, quantized or not. With k of E experts per token, B tokens use
     E (1 - (1 - k/E)^B) experts on average; of an untied embedding they read B rows.
@@ -105,14 +123,14 @@ def decode_bytes(lm: LM, boxed: PyTree, params: PyTree, rows: int, length: int) 
 
     def share_read(path, shape, axes):
         if path == "embedding" and not lm.tied:
-            return min(1, rows / shape[0])
-        return 1 - (1 - active_fraction(lm, path, axes)) ** rows
+            return min(1, tokens / shape[0])
+        return 1 - (1 - active_fraction(lm, path, axes)) ** tokens
 
-    weights = sum(sizes[path] * share_read(path, shape, axes) for path, shape, axes in leaves(boxed))
-    return weights + rows * state_bytes(lm, length)
+    read = (leaf for leaf in leaves(boxed) if not (in_steps and lm.is_of_request(leaf[0])))
+    return sum(sizes[path] * share_read(path, shape, axes) for path, shape, axes in read)
 
 
-def decode_flops(lm: LM, boxed: PyTree, length: int) -> float:
+def decode_flops(lm: Backbone, boxed: PyTree, length: int) -> float:
     """Forward FLOPs of decoding the last token of a row of `length` tokens."""
     return forward_flops(lm, boxed, length) - forward_flops(lm, boxed, length - 1)
 
@@ -124,8 +142,13 @@ def _kernel_flops(lm, boxed, length):
             yield path, 2 * _rows(lm, path, length) * math.prod(shape) * active_fraction(lm, path, axes)
 
 
-def _tied_head_flops(lm, length):
-    return 2 * length * lm.dim * lm.vocab_size if lm.tied else 0
+def stack_flops(lm: Backbone, length: int, executed: bool = False) -> list[tuple[Stack, float]]:
+    """Counts `Mixer.mix_flops` of a group of each stack of layers, in the model's order of tokens."""
+    order, blocks = {} if lm.order == "causal" else {"order": lm.order}, parts(lm)
+    return [
+        (stack, sum(mixer.mix_flops(length, executed, **order) for i in stack.blocks for mixer in blocks[i].mixers))
+        for stack in lm.stacks
+    ]
 
 
 def leaves(boxed: PyTree) -> Iterator[tuple[str, tuple[int, ...], tuple]]:
@@ -136,22 +159,13 @@ def leaves(boxed: PyTree) -> Iterator[tuple[str, tuple[int, ...], tuple]]:
         yield path_of(keys), leaf.value.shape if in_box else leaf.shape, leaf.names if in_box else ()
 
 
-def part_of(lm: LM, path: str) -> typing.Any:
-    """The mixer or ffn that a parameter belongs to; None for parameters outside the blocks."""
-    names = path.split("/")
-    block = next((name for name in names if name.startswith("block_")), None)
-    if block is None:
-        return None
-    mixer, ffn = parts(lm)[int(block.removeprefix("block_"))]
-    return {"mixer": mixer, "ffn": ffn}.get(names[names.index(block) + 1])
-
-
 def _rows(lm, path, length):
     """Rows that a kernel multiplies: one a token, unless its layer's `kernel_rows` says otherwise."""
-    layer = part_of(lm, path)
-    return length if layer is None else layer.kernel_rows(path, length)
+    layer = lm.layer_of(path)
+    ordered = lm.order != "causal" and isinstance(layer, Mixer)
+    return (lm if layer is None else layer).kernel_rows(path, length, *[lm.order] * ordered)
 
 
-def active_fraction(lm: LM, path: str, axes: Sequence[str | None]) -> float:
+def active_fraction(lm: Backbone, path: str, axes: Sequence[str | None]) -> float:
     """The share of a parameter that a token uses."""
-    return part_of(lm, path).active_fraction if "expert" in axes else 1
+    return lm.layer_of(path).active_fraction if "expert" in axes else 1

@@ -5,7 +5,7 @@ import importlib.resources
 import json
 import typing
 
-from efficientllm.errors import UserError, did_you_mean, shown
+from efficientllm.errors import UserError, did_you_mean, short_repr
 from efficientllm.registry.ranges import POSITIVE, check_range, real, whole
 from efficientllm.untrusted import json_text
 
@@ -37,8 +37,8 @@ def find_hardware(name: str) -> tuple[str, Facts]:
     matches = exact or [full for full in hardware if wanted and _plain(full).startswith(wanted)]
     if len(matches) != 1:
         raise UserError(
-            f"config.plan.hardware = {shown(name)}: no such hardware; known: {', '.join(hardware)}, or a .json file of "
-            f"your own{did_you_mean(name.lower(), hardware)}"
+            f"config.plan.hardware = {short_repr(name)}: no such hardware; known: {', '.join(hardware)}, or a .json "
+            f"file of your own{did_you_mean(name.lower(), hardware)}"
         )
     return matches[0], {key: value for key, value in hardware[matches[0]].items() if key != "also"}
 
@@ -67,7 +67,7 @@ def _read_file(path):
     for dtype, value in facts["flops"].items():
         _check_fact(f"{where}: flops of {dtype}", value, POSITIVE)
     if facts.setdefault("platform", "gpu") not in ("gpu", "tpu"):
-        raise UserError(f"{where}: platform = {shown(facts['platform'])}: is none of gpu, tpu")
+        raise UserError(f"{where}: platform = {short_repr(facts['platform'])}: is none of gpu, tpu")
     sources = dict.fromkeys(("memory", "power", "link", "network"), path)
     return {"link": 0, **facts, "sources": sources | facts.get("sources", {})}
 
@@ -75,8 +75,8 @@ def _read_file(path):
 def _check_fact(where, value, allowed):
     if isinstance(allowed, type):
         if not isinstance(value, allowed):
-            raise UserError(f"{where} = {shown(value)}: must be a {allowed.__name__}")
+            raise UserError(f"{where} = {short_repr(value)}: must be a {allowed.__name__}")
     elif type(value) not in (int, float):
-        raise UserError(f"{where} = {shown(value)}: must be {allowed}")
+        raise UserError(f"{where} = {short_repr(value)}: must be {allowed}")
     else:
         check_range(where, value, allowed)

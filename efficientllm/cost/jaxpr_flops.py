@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 from jax.interpreters import partial_eval
 
+from efficientllm.ops.native import matmul as native
+
 # The jaxpr of a custom kernel does not show its products: count the reference form of the same function instead.
 OPAQUE = ("pallas_call", "ffi_call", "custom_call", "dot_product_attention", "triton_kernel_call")
 
@@ -47,12 +49,14 @@ def _count(jaxpr, turns=None):
 
 def _count_equation(equation, turns):
     name, params = equation.primitive.name, equation.params
+    if name == "ffi_call" and params["target_name"] == native.TARGET:
+        return _native_matmul(equation)
     if name in _LEAVES:
         return _LEAVES[name](equation)
     if name.startswith(OPAQUE):
         raise ValueError(f"{name} is a kernel whose FLOPs its jaxpr does not show: count its plain form")
     looping = name == "while" and turns is not None
-    inner = [_count(jaxpr, None if looping else turns) for jaxpr in _subjaxprs(params)]
+    inner = [_count(jaxpr, None if looping else turns) for jaxpr in subjaxprs(params)]
     if name == "cond":
         return max(inner)
     if looping:
@@ -72,7 +76,7 @@ def _shards(params):
     return math.prod(params["mesh"].shape[axis] for axis in axes)
 
 
-def _subjaxprs(params):
+def subjaxprs(params: dict[str, typing.Any]) -> typing.Iterator[typing.Any]:
     """Yields the jaxprs among an equation's parameters: bodies, branches, primal functions of custom derivatives."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
@@ -101,6 +105,11 @@ def _convolution(equation):
     output = equation.outvars[0].aval.shape
     output_features = equation.params["dimension_numbers"].rhs_spec[0]
     return 2 * math.prod(output) * _prod_except(kernel, (output_features,))
+
+
+def _native_matmul(equation):
+    """The sizes of a `[m, k] @ b [k, n]`, of which operands may be transposed: `m k` of a, and n of the result."""
+    return 2 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[1]
 
 
 def _prod_except(shape, axes):

@@ -3,10 +3,11 @@
 A data spec names where documents come from, a tokenizer spec how they become ids, and one iterator, whose state goes
 into the checkpoint, yields rows packed from them.
 
-A source of one's own is derived from `Source`, which says what it needs.
+A source of one's own is derived from `Source`, or of images from `ImageSource`, which say what they need. Images are
+read by `data.images.ImageData`.
 """
 
-from efficientllm.data.base import Source
+from efficientllm.data.base import ImageSource, Picture, Source, modality
 from efficientllm.data.pipeline import (
     build_tokenizer,
     calibration_rows,
@@ -19,11 +20,14 @@ from efficientllm.data.pipeline import (
 KINDS = {"data": "*", "tokenizer": "*"}
 
 __all__ = [
+    "ImageSource",
+    "Picture",
     "Source",
     "build_tokenizer",
     "calibration_rows",
     "check_data",
     "describe_data",
     "eval_batches",
+    "modality",
     "train_iterator",
 ]

@@ -29,7 +29,7 @@ def find_spans(
         text, spans = marked
         if not spans:
             raise UserError(
-                f"{_named(messages)}: the chat template's {{% generation %}} marks no turn; put it around answers"
+                f"{describe(messages)}: the chat template's {{% generation %}} marks no turn; put it around answers"
             )
     else:
         turns = _Turns(tokenizer, messages, how)
@@ -147,11 +147,12 @@ class _Turns:
 
     def _lost(self, index):
         return UserError(
-            f"{_named(self._messages)}: the chat template renders the answer of message {index} so that it cannot be "
+            f"{describe(self._messages)}: the chat template renders the answer of message {index} so that it cannot be "
             "told apart from the rest; take a template with {% generation %} around answers"
         )
 
 
-def _named(messages):
+def describe(messages: list[Message]) -> str:
+    """Says of which conversation a message is about: its length and its beginning."""
     content = messages[0].get("content") if messages else ""
     return f"a conversation of {len(messages)} messages that begins {content!r:.60}"

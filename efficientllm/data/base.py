@@ -1,12 +1,21 @@
-"""Source, the base class of data sources, and Tally, the count of what a source read and skipped."""
+"""Source and ImageSource, the base classes of data sources, and Tally, the count of what one read and skipped."""
 
 import collections
 import dataclasses
 import typing
 
+import numpy as np
+
+from efficientllm import registry
+from efficientllm.typing import PathLike
+
+if typing.TYPE_CHECKING:
+    import PIL.Image
+
 
 class Source:
-    """Base class of data sources. One of your own is a dataclass registered as ("data", name) with `documents()`.
+    """Base class of data sources, as it stands of text. One of your own is a dataclass registered as ("data", name)
+    with `documents()`.
 
         @register("data", "diary")
         @dataclasses.dataclass(frozen=True)
@@ -19,12 +28,14 @@ class Source:
     Then `--config.data="diary(path='diary.txt')"` with the file in `config.imports`.
 
     Attributes:
+      modality: what is read, "text" or "images"; an objective reads one of them.
       held_out: the share of documents kept for evaluation, decided by a hash. To make it a key of the spec, declare it
         as a field: `held_out: float = 0.05`.
       streaming: whether training reads on without end. Only a `hf` data set can.
       records: whether a document is a conversation made by `data.conversation.dump`, of which only answers are learnt.
     """
 
+    modality = "text"
     held_out = 0.05
     streaming = False
     records = False
@@ -43,6 +54,84 @@ class Source:
     def notes(self) -> list[str]:
         """Lines for the log about what `documents()` read, once it has ended."""
         return []
+
+
+MAX_IMAGE_BYTES = 1 << 28  # of a file; a larger one is not read
+Content = typing.Union[bytes, np.ndarray, "PIL.Image.Image", PathLike]
+
+
+class Picture(typing.NamedTuple):
+    """A picture of an ImageSource, with what is known of it.
+
+    Attributes:
+      content: the bytes of an image file, a uint8 array `[h, w]` or `[h, w, 1 | 3 | 4]`, a `PIL.Image.Image`, a path,
+        or a function without arguments that returns one of these. A path and a function are read when they are
+        needed, and again in data sets that are too large to be cached decoded.
+      label: the class, by name or by number from 0. All pictures of a source have one, or none has.
+      caption: text that describes the picture.
+      group: pictures of one group are never divided between training and held-out pictures; None: those of the same
+        content.
+      name: what messages call the picture; empty: its path, or its place in the source.
+    """
+
+    content: Content | typing.Callable[[], Content]
+    label: str | int | None = None
+    caption: str = ""
+    group: str | None = None
+    name: str = ""
+
+
+class ImageSource(Source):
+    """Base class of data sources of images. One of your own is a dataclass registered as ("data", name) with
+    `pictures()`.
+
+        @register("data", "slides")
+        @dataclasses.dataclass(frozen=True)
+        class Slides(ImageSource):
+            path: str
+            size: int = 64
+
+            def pictures(self):
+                for file in sorted(pathlib.Path(self.path).glob("*/*.png")):
+                    yield Picture(file, label=file.parent.name)
+
+    Then `--config.data="slides(path='scans', size=64)"` with the file in `config.imports`. Pictures are decoded,
+    cropped to squares and split into training and held-out ones by `data.images.ImageData`.
+
+    Attributes:
+      size: height and width in pixels of what is trained on.
+      channels: 3 for RGB, 1 for gray.
+      frames: of a clip; 0 where the source is of pictures. A clip's `content` is the bytes or the path of a moving
+        picture or a video, or a uint8 array `[F, h, w]` or `[F, h, w, 1 | 3 | 4]`.
+      stride: every how many frames one is taken.
+      flip: whether half of the training pictures, chosen at random, are mirrored left to right.
+      classes: names of the classes in the order of their numbers; none: the labels, sorted.
+
+    `held_out`, `key` and `notes` are those of Source. Attributes that are declared as fields are keys of the spec.
+    """
+
+    modality = "images"
+    size = 32
+    channels = 3
+    frames = 0
+    stride = 1
+    flip = False
+    classes = typing.cast(tuple[str, ...], ())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(h, w, C)` of a picture that is trained on, `(F, h, w, C)` of a clip."""
+        return (*(self.frames,)[: bool(self.frames)], self.size, self.size, self.channels)
+
+    def pictures(self) -> typing.Iterator[Picture]:
+        """Yields every picture in a fixed order."""
+        raise NotImplementedError(f"{type(self).__name__} needs pictures(), which yields Picture(content, label=...)")
+
+
+def modality(spec: str) -> str:
+    """What the source of a data spec reads, "text" or "images"; it reads nothing yet. Raises UserError for a spec that
+    names no source."""
+    return getattr(registry.build("data", spec, where="config.data"), "modality", Source.modality)
 
 
 @dataclasses.dataclass
@@ -70,5 +159,8 @@ class Tally:
         unit = self.unit.removesuffix("s") if self.read == 1 else self.unit
         layouts = "; ".join(name if count == self.read else f"{count} {name}" for name, count in self.layouts.items())
         yield f"read {self.read:,} {unit} of {files}" + (f": {layouts}" if layouts else "")
+        yield from self.skips()
+
+    def skips(self) -> typing.Iterator[str]:
         for reason, count in self.skipped.items():
             yield f"skipped {count:,}: {reason} (the first: {self.first[reason]})"

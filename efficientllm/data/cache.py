@@ -109,9 +109,9 @@ def _remove_abandoned(cache_root, name):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def digest(*parts: object) -> str:
+def digest(*values: object) -> str:
     """Hashes everything that an entry's content depends on to sixteen hexadecimal digits, for its name."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join(map(str, values)).encode()).hexdigest()[:16]
 
 
 def stat_key(paths: typing.Iterable[PathLike]) -> str:

@@ -54,7 +54,8 @@ def _templated(tokenizer, messages, tools):
     if 0 in weights:
         if len(weights) != len(spans):
             raise UserError(
-                "the chat template marks other turns than the answers, of which one has weight = 0; drop it"
+                f"{assistant_spans.describe(messages)}: the chat template marks other turns than the answers, of which "
+                "one has weight = 0; drop the weight, or the marks"
             )
         spans = [span for span, weight in zip(spans, weights, strict=True) if weight != 0]
     if _drops_thinking(messages, text):
@@ -104,7 +105,7 @@ def check(messages: typing.Any, where: str) -> list[Message]:
         raise UserError(f"{where}: a conversation is a list of {{'role': ..., 'content': ...}}, not {messages!r:.80}")
     messages = [_message(message, f"{where}, message {index}") for index, message in enumerate(messages)]
     if not any(message["role"] == "assistant" and _says(message) for message in messages):
-        raise UserError(f"{where}: no message of the role 'assistant': there is nothing to learn")
+        raise UserError(f"{where}: no message of the role 'assistant': there is nothing to learn; add an answer")
     return messages
 
 

@@ -72,6 +72,11 @@ class Corpus:
         self.spec = spec
         self.source = build("data", spec, where="config.data")
         self.cache = cache.root(cache_dir)
+        if self._attribute("modality") != "text":
+            raise UserError(
+                f"config.data = {spec!r}: holds images, and text is needed; write python_docs(), or text(), jsonl(), "
+                "csv() or parquet() with a path"
+            )
         if not hasattr(self.source, "documents"):
             raise UserError(f"config.data = {spec!r}: has no documents(); derive it from efficientllm.data.Source")
         if self.is_stream and not hasattr(self.source, "rows"):
@@ -168,7 +173,7 @@ class Corpus:
             except UnicodeEncodeError:
                 raise UserError(
                     f"config.data = {self.spec!r}: document {len(sizes)} holds half of a surrogate pair, which is no "
-                    "character"
+                    "character; take it out"
                 ) from None
             hashes.append(hashed)
             sizes.append(len(data))
@@ -177,10 +182,7 @@ class Corpus:
         return {**divided, "cut": cut, "notes": list(self._attribute("notes")())}
 
     def _divide(self, hashes, sizes, content):
-        distinct = len(set(hashes.tolist()))
-        # Of few documents chance might hold out none, or all: then the one that came closest changes its side.
-        threshold = int(self._attribute("held_out") * _ALL) if distinct > 1 else 0
-        threshold = min(max(threshold, int(hashes.min()) + 1), int(hashes.max())) if threshold else 0
+        distinct, threshold = len(set(hashes.tolist())), split_threshold(hashes, self._attribute("held_out"))
         is_held_out = hashes < threshold
         content.update(threshold.to_bytes(9, "little"))
         counts = {"train": ~is_held_out, "held_out": is_held_out}
@@ -206,6 +208,13 @@ class Corpus:
                 writers[self.side(group)].append(ids)
         for writer in writers.values():
             writer.close()
+
+
+def split_threshold(hashes: np.ndarray, held_out: float) -> int:
+    """Returns the number below which uint64 hashes of contents are held out, about the share `held_out` of them."""
+    threshold = int(held_out * _ALL) if len(set(hashes.tolist())) > 1 else 0
+    # Of few documents chance might hold out none, or all: then the one that came closest changes its side.
+    return min(max(threshold, int(hashes.min()) + 1), int(hashes.max())) if threshold else 0
 
 
 class _Writer:

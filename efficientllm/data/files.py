@@ -6,7 +6,7 @@ import typing
 
 from efficientllm.data import cache, paths, streams, tables
 from efficientllm.data.base import Source, Tally
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError, UserError
 from efficientllm.registry import register
 
 
@@ -46,7 +46,7 @@ class Files(Source):
                 yield path
         if not self.tally.files:
             what = f"{files[0]} is empty" if len(files) == 1 else f"all {len(files)} files are empty"
-            raise UserError(f"data path={self.path!r}: {what}")
+            raise FieldError("data", f"{what}; name files with text")
 
 
 @register("data", "text")
@@ -61,7 +61,7 @@ class Text(Files):
     def documents(self) -> typing.Iterator[str]:
         """Yields documents. Raises UserError for what is not UTF-8."""
         if self.document_size < 1:
-            raise UserError(f"data text(document_size={self.document_size}): must be at least 1 character")
+            raise FieldError("data", f"document_size = {self.document_size}: must be at least 1 character")
         for path in self._files():
             before = self.tally.read
             for piece in streams.documents(path, self.document_size):

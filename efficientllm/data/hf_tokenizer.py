@@ -12,7 +12,7 @@ import warnings
 
 from efficientllm.data import cache
 from efficientllm.data.tokenizers import FastTokenizer
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError, UserError
 from efficientllm.registry import register
 from efficientllm.typing import PathLike
 from efficientllm.untrusted import files, gguf_header, json_text, template
@@ -35,11 +35,17 @@ class HuggingFace:
 
     def fit(self, corpus: typing.Any) -> FastTokenizer:
         """Loads the tokenizer. Raises UserError if there is none, or if it lacks eos or a fast implementation."""
-        where, folder = f"config.tokenizer: hf(path={self.path!r})", self._folder()
-        loaded = _load(folder, where)
+        try:
+            return self._load()
+        except UserError as error:
+            raise FieldError("tokenizer", str(error)) from error
+
+    def _load(self):
+        where, folder = f"hf(path={self.path!r})", self._folder()
+        loaded = load_with_transformers(folder, where)
         if not loaded.is_fast or loaded.eos_token_id is None:
             missing = "eos token" if loaded.is_fast else "fast implementation"
-            raise UserError(f"{where} has no {missing}")
+            raise UserError(f"{where}: has no {missing}; name another tokenizer")
         _check_ids(loaded, folder, where)
         return from_transformers(loaded, end_ids(folder))
 
@@ -49,14 +55,14 @@ class HuggingFace:
             return os.path.expanduser(self.path)
         import transformers
 
-        files.open_file(self.path, f"config.tokenizer: hf(path={self.path!r})").close()
+        files.open_file(self.path, f"hf(path={self.path!r})").close()
         key = cache.digest(cache.stat_key([os.path.realpath(self.path)]), transformers.__version__, _GGUF_ENDS)
         return cache.entry(cache.root(), f"gguf-tokenizer-{key}", self._convert)
 
     def _convert(self, folder):
         ends = _gguf_ends(self.path)  # reads the whole header first: the package that transformers takes checks nothing
         where, name = os.path.split(self.path)
-        loaded = _load(where or ".", f"config.tokenizer: hf(path={self.path!r})", gguf_file=name)
+        loaded = load_with_transformers(where or ".", f"hf(path={self.path!r})", gguf_file=name)
         loaded.save_pretrained(folder)
         (folder / GENERATION).write_text(json.dumps({"eos_token_id": ends}))
 
@@ -69,13 +75,14 @@ def _check_files(folder, where):
                 files.open_file(os.path.join(folder, name), where).close()
 
 
-def _load(folder, where, **how):
+def load_with_transformers(folder: PathLike, where: str, **how: typing.Any) -> typing.Any:
+    """Loads the tokenizer of a folder or a repository as transformers does. Raises UserError beginning with `where`."""
     import transformers
 
     if not how:
         _check_files(folder, where)
     if not how and _needs_sentencepiece(pathlib.Path(folder)):
-        raise UserError(f"{where} holds a tokenizer.model, which is read with: pip install sentencepiece")
+        raise UserError(f"{where}: holds a tokenizer.model, which sentencepiece reads; pip install sentencepiece")
     try:
         with warnings.catch_warnings():  # torch, where it is installed, imports pynvml by its package's old name
             warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
@@ -84,7 +91,7 @@ def _load(folder, where, **how):
         raise
     except BaseException as error:  # whatever its readers of ten formats, in two languages, raise; Rust's panics too
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{where} cannot be loaded ({reason}); name a folder or a repository") from error
+        raise UserError(f"{where}: cannot be loaded ({reason}); name a folder or a repository") from error
 
 
 def _needs_sentencepiece(folder):
@@ -142,7 +149,7 @@ def _file(folder, name):
             folder, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/{name} cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{folder}/{name}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def _json(folder, name):
@@ -154,8 +161,8 @@ def _json(folder, name):
 def _gguf_ends(file):
     """Reads the end-of-text, end-of-turn and end-of-message ids from the metadata of a GGUF file."""
     values = gguf_header.read_header(file).values
-    found = (values.get(f"tokenizer.ggml.{name}") for name in _GGUF_ENDS)
-    return list(dict.fromkeys(value for value in found if isinstance(value, int)))
+    ids = (values.get(f"tokenizer.ggml.{name}") for name in _GGUF_ENDS)
+    return list(dict.fromkeys(value for value in ids if isinstance(value, int)))
 
 
 def from_transformers(loaded: typing.Any, end_ids: typing.Iterable[int] = ()) -> FastTokenizer:
@@ -195,7 +202,7 @@ def _chat(loaded, messages, **how):
     text = template.render(chosen, messages, _WHERE, **loaded.special_tokens_map | how)
     before, marker, after = text.rpartition(mark.strip())
     if not marker:
-        raise UserError(f"{_WHERE} leaves out the last message, which is to be continued")
+        raise UserError(f"{_WHERE}: leaves out the last message, which is to be continued; take another template")
     return before if after.startswith(" ") else before.rstrip()  # as transformers: a template may trim
 
 

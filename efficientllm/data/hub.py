@@ -7,15 +7,18 @@ import os
 import typing
 
 from efficientllm.data import cache, paths, tables
-from efficientllm.data.base import Source
-from efficientllm.errors import UserError
+from efficientllm.data.base import ImageSource, Picture
+from efficientllm.errors import FieldError, UserError
 from efficientllm.registry import register
 
 
 @register("data", "hf")
 @dataclasses.dataclass(frozen=True)
-class Hub(Source):
+class Hub(ImageSource):
     """`datasets.load_dataset(path, name, split=split)`, of which `field` holds the text.
+
+    With `image`, the name of a column of images, it is a source of pictures (`data.base.ImageSource`): `label` and
+    `caption` name the columns of their classes and captions, where there are any.
 
     Streamed, nothing is stored and training reads on without end; what must be known beforehand (the trained
     tokenizer, the held-out text, the fingerprint) then comes from the first `sample` documents.
@@ -28,6 +31,21 @@ class Hub(Source):
     field: str = "text"
     held_out: float = 0.05
     sample: int = 2000
+    image: str = ""
+    label: str = ""
+    caption: str = ""
+    size: int = 256
+    channels: int = 3
+    flip: bool = True
+
+    @property
+    def modality(self) -> str:  # type: ignore[override]
+        return "images" if self.image else "text"
+
+    @property
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the classes, where the data set has them."""
+        return tuple(getattr(self.rows().features.get(self.label), "names", None) or ())
 
     def key(self) -> str | None:
         """Changes with the stored files or a field; None for a stream, which has to be read to be known."""
@@ -50,9 +68,10 @@ class Hub(Source):
         try:
             return datasets.load_dataset(self.path, self.name or None, split=self.split, streaming=self.streaming)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # a script is Runtime's
-            raise UserError(
+            raise FieldError(
+                "data",
                 f"{self._where()} cannot be loaded ({_reason(error)}); check path, name and split, or, without a "
-                "network, use python_docs() or files of your own through text(), jsonl(), csv() or parquet()"
+                "network, use python_docs() or files of your own through text(), jsonl(), csv() or parquet()",
             ) from error
 
     def iterate(self, rows: typing.Any = None, batch_size: int | None = None) -> typing.Iterator[typing.Any]:
@@ -64,7 +83,7 @@ class Hub(Source):
             try:
                 item = next(iterator, None)
             except (OSError, ValueError, TypeError, library().exceptions.DatasetsError) as error:
-                raise UserError(f"{self._where()}: `datasets` cannot read it ({_reason(error)})") from error
+                raise FieldError("data", f"{self._where()} cannot be read by `datasets` ({_reason(error)})") from error
             if item is None:
                 return
             yield item
@@ -79,8 +98,38 @@ class Hub(Source):
                 if text and not text.isspace():
                     yield text
 
+    def pictures(self) -> typing.Iterator[Picture]:
+        """Yields the pictures, whose images are read when they are needed. Raises UserError for a column that is not
+        there, or that holds no images."""
+        rows = self.rows()
+        for column in filter(None, (self.image, self.label, self.caption)):
+            if column not in rows.column_names:
+                raise UserError(tables.missing_field(column, rows.column_names, self._where()))
+        images = rows.select_columns([self.image])
+        if isinstance(rows.features[self.image], library().Image):
+            images = images.cast_column(self.image, library().Image(decode=False))
+        for index, (label, caption) in enumerate(self._labels_and_captions(rows)):
+            name = f"{self._where()}, row {index}"
+            text = tables.check_text(caption, self.caption, name) or ""
+            yield Picture(functools.partial(self._content, images, index, name), label, text, name=name)
+
+    def _labels_and_captions(self, rows):
+        columns = (rows[column] if column else [None] * len(rows) for column in (self.label, self.caption))
+        return zip(*columns, strict=True)
+
+    def _content(self, images, index, name):
+        """The bytes of an image, or the path of its file."""
+        value = images[index][self.image]
+        if isinstance(value, dict) and "bytes" in value:
+            value = value["bytes"] or value.get("path")
+        if not isinstance(value, bytes | str):
+            raise UserError(
+                f"{name}: field {self.image!r} holds {type(value).__name__}, and no image; name the column of images"
+            )
+        return value
+
     def _where(self):
-        return f"data hf(path={self.path!r}, name={self.name!r}, split={self.split!r})"
+        return f"hf(path={self.path!r}, name={self.name!r}, split={self.split!r})"
 
 
 def library() -> typing.Any:

@@ -48,7 +48,7 @@ def as_list(
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: field {key!r} is not JSON ({str(error).partition(':')[0]})") from None
+            raise UserError(f"{where}: field {key!r} is not JSON ({str(error).partition(':')[0]}); {wanted}") from None
     if not isinstance(value, list | tuple):
         raise UserError(f"{where}: field {key!r} holds {value!r:.60}; {wanted}")
     return value
@@ -58,14 +58,14 @@ def _turn(turn, where):
     speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     if not isinstance(speaker, str) or not {"content", "value", "tool_calls"} & set(turn):
         raise UserError(
-            f"{where} is {turn!r:.80}; a turn is {{'role': ..., 'content': ...}} or {{'from': ..., 'value': ...}}"
+            f"{where}: is {turn!r:.80}; a turn is {{'role': ..., 'content': ...}} or {{'from': ..., 'value': ...}}"
         )
     if turn.get("weight") not in (None, 0, 1):
-        raise UserError(f"{where} has weight = {turn['weight']!r}: 1 is learnt, 0 is not")
+        raise UserError(f"{where}: weight = {turn['weight']!r}; 1 is learnt, 0 is not")
     content = turn["content"] if "content" in turn else turn.get("value")
     role = ROLES.get(speaker.lower())
     if role is None and "role" not in turn:
-        raise UserError(f"{where} is from {speaker!r}; known: {', '.join(ROLES)}")
+        raise UserError(f"{where}: is from {speaker!r}; known: {', '.join(ROLES)}")
     others = {key: item for key, item in turn.items() if key not in ("role", "content", "from", "value")}
     return {"role": role or speaker, "content": _content(content, where), **_filled(others)}
 
@@ -75,7 +75,7 @@ def _content(content, where):
         for part in content:
             if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise UserError(f"{where} has content of type {kind!r}; only text can be learnt")
+                raise UserError(f"{where}: has content of type {kind!r}; only text can be learnt")
         content = "".join(part if isinstance(part, str) else part["text"] for part in content)
     return tables.check_text(content, "content", where)
 

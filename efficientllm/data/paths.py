@@ -6,7 +6,7 @@ import glob
 import os
 import stat
 
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 
 
 def find_files(path: str, endings: tuple[str, ...] = ()) -> list[str]:
@@ -16,9 +16,10 @@ def find_files(path: str, endings: tuple[str, ...] = ()) -> list[str]:
     links to one file the first by name is returned. A folder stands for all files below it, or for those that end in
     one of `endings`. Raises UserError if there is no file.
     """
-    where = f"data path={path!r}"
     if not path.strip() or "\0" in path:
-        raise UserError(f"{where}: name a file, a folder or a glob such as 'texts/**/*.txt'")
+        raise FieldError(
+            "data", f"path = {path!r}: is no path; name a file, a folder or a glob such as 'texts/**/*.txt'"
+        )
     pattern = os.path.abspath(os.path.expanduser(path))
     is_folder = os.path.isdir(pattern)
     matches = sorted(set(_match(os.sep, [*pattern.split(os.sep)[1:], *(["**"] if is_folder else [])])))
@@ -26,7 +27,7 @@ def find_files(path: str, endings: tuple[str, ...] = ()) -> list[str]:
         matches = [name for name in matches if name.lower().endswith(endings)]
     files = _distinct(matches)
     if not files:
-        raise UserError(f"{where}: {_reason(path, pattern, matches, endings if is_folder else ())}")
+        raise FieldError("data", f"path = {path!r}: {_reason(path, pattern, matches, endings if is_folder else ())}")
     return files
 
 
@@ -98,10 +99,12 @@ def _reason(path, pattern, matches, endings):
         return _kind(pattern)
     if endings:
         plain = [ending for ending in endings if ending.count(".") == 1]
-        return f"the folder has no file of the names *{', *'.join(plain)}"
+        return f"the folder has no file of the names *{', *'.join(plain)}; name another, or a glob"
     if any(map(os.path.isdir, matches)):
         return f"only folders match; write {os.path.join(path, '**')!r} for what is in them"
-    return "the folder has no file" if os.path.isdir(pattern) else "no file matches"
+    return (
+        f"{'the folder has no file' if os.path.isdir(pattern) else 'no file matches'}; name a file, a folder or a glob"
+    )
 
 
 def _kind(path):

@@ -48,7 +48,7 @@ def train_iterator(
     """
     from efficientllm.data.rows import packing
 
-    share = _share(batch_size, process_count)
+    share = share_of_process(batch_size, process_count)
     corpus = Corpus(data_spec, cache_dir)
     documents_seed, rows_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
     if corpus.is_stream:
@@ -80,7 +80,7 @@ def eval_batches(
     Every token comes once, in a fixed order. The result can be iterated again; its length is the same for every
     process. Raises UserError as `train_iterator` does.
     """
-    _share(batch_size, process_count)
+    share_of_process(batch_size, process_count)
     documents = _long_enough(Corpus(data_spec, cache_dir), tokenizer, "held_out", length)
     if documents.records and limit:
         first = EvalBatches(documents, batch_size, length, 0, 1, limit)
@@ -151,7 +151,8 @@ def _rows(documents, dataset, length):
     return packing.fit(dataset, length, bins=min(packing.BINS, -(-documents.size // length)))
 
 
-def _share(batch_size, process_count):
+def share_of_process(batch_size: int, process_count: int) -> int:
+    """Returns how many rows of a global batch a process has. Raises UserError for a batch that cannot be shared."""
     if batch_size % process_count:
         raise UserError(
             f"config.train.batch_size = {batch_size}: not divisible by the {process_count} processes; "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from efficientllm.data import cache
 from efficientllm.data.base import Source
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 from efficientllm.registry import register
 
 # Tests, applications, packages that are not the standard library's, and generated tables.
@@ -50,7 +50,7 @@ def _documents(max_bytes):
     sources = [(topic, None) for topic in _topics()]
     sources += [(path.read_text(encoding="utf-8"), _module_name(path)) for path in _modules()]
     if not sources:
-        raise UserError("data python_docs: this Python carries neither pydoc_data nor module sources; use text(path=)")
+        raise FieldError("data", "this Python carries neither pydoc_data nor module sources; use text(path='...')")
     texts_by_index, total = {}, 0
     for index in sorted(range(len(sources)), key=lambda index: _rank(sources[index][0])):
         texts = _texts(*sources[index])

@@ -112,7 +112,7 @@ def _named(names, where, wanted, system):
     prompt, response = wanted
     response = response or names.beside([b for a, b in PAIRS if a in (prompt.lower(), "prompt")], prompt)
     if not response:
-        raise UserError(f"{where}: no field of a response beside {prompt!r}; there are: {', '.join(names)}; name it")
+        raise UserError(f"{where}: no field of a response beside {prompt!r}; name one of {', '.join(names)}")
     return _pair(names, prompt or names.beside([a for a, _ in PAIRS], response) or "", response, system)
 
 

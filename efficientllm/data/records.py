@@ -8,7 +8,7 @@ from efficientllm.data.base import Tally
 from efficientllm.data.files import Files
 from efficientllm.data.hub import Hub
 from efficientllm.data.messages import Skipped
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 from efficientllm.registry import register
 
 
@@ -51,7 +51,7 @@ class Records(Files):
             yield text
         if not self.tally.read:
             reasons = "; ".join(list(self.tally.lines())[1:]) or "there is none"
-            raise UserError(f"data path={self.path!r}: no record to learn from: {reasons}")
+            raise FieldError("data", f"path = {self.path!r}: no record to learn from: {reasons}")
 
     def _layout(self, names, where):
         return record_layouts.recognise(names, where, self._wanted(), getattr(self, "system", ""))
@@ -64,7 +64,7 @@ class Records(Files):
             self.tally.reset()
             self.tally.files = 1
             for index, row in enumerate(self._hub().iterate(), 1):
-                yield f"data path={self.path!r}, record {index}", row
+                yield f"{self.path}, record {index}", row
             return
         for path in self._files():
             yield from tables.read_rows(path, "json", self._columns)

@@ -59,6 +59,9 @@ class _StreamIterator(grain.DatasetIterator):
 
     def _next_epoch(self):
         if not self._has_documents:
-            raise UserError(f"config.data = {self._corpus.spec!r}: a whole epoch of the stream held no train document")
+            raise UserError(
+                f"config.data = {self._corpus.spec!r}: a whole epoch of the stream held no train document; lower "
+                "held_out, or stream more"
+            )
         self._rows.set_epoch(self._rows.epoch + 1)
         self._texts, self._has_documents = None, False

@@ -33,10 +33,10 @@ def opened(path: PathLike) -> typing.Iterator[io.BufferedReader]:
         head = file.read(16)
         file.seek(0)
         if kind := next((name for magic, name in _ARCHIVES.items() if head.startswith(magic)), None):
-            raise UserError(f"{path} is {kind}; unpack it, or export it as CSV or JSON lines")
+            raise UserError(f"{path}: is {kind}; unpack it, or export it as CSV or JSON lines")
         with io.BufferedReader(_decompressed(file, head), CHUNK) as stream:
             if stream.peek(512)[257:262] == b"ustar":
-                raise UserError(f"{path} is a tar archive; unpack it and name the files in it")
+                raise UserError(f"{path}: is a tar archive; unpack it and name the files in it")
             yield stream
 
 
@@ -47,7 +47,7 @@ def reading(path: PathLike) -> typing.Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason})") from None
+        raise UserError(f"{path}: cannot be read ({reason})") from None
 
 
 def _decompressed(file, head):
@@ -74,14 +74,14 @@ def lines(path: PathLike) -> typing.Iterator[tuple[int, str]]:
             number += 1
             if len(line) > LINE_BYTES:
                 raise UserError(f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB; one record a line is read")
-            yield number, _decode(line, path, offset)
+            yield number, decode_text(line, path, offset)
             offset += len(line)
 
 
 def whole(path: PathLike) -> str:
     """Reads the whole text of a file. Raises UserError if it is not UTF-8."""
     with opened(path) as stream:
-        return _decode(stream.read(), path, 0)
+        return decode_text(stream.read(), path)
 
 
 def documents(path: PathLike, size: int) -> typing.Iterator[str]:
@@ -89,7 +89,9 @@ def documents(path: PathLike, size: int) -> typing.Iterator[str]:
     for what is not UTF-8."""
     with opened(path) as stream:
         if stream.peek(4)[:4] == b"PAR1":
-            raise UserError(f"{path} is a Parquet file; write parquet(path=...) to read the text in one of its columns")
+            raise UserError(
+                f"{path}: is a Parquet file; write parquet(path=...) to read the text in one of its columns"
+            )
     newlines, rest = io.IncrementalNewlineDecoder(None, translate=True), ""
     for chunk, final in _decoded(path):
         *ready, rest = pieces(rest + newlines.decode(chunk, final), size) or [""]
@@ -125,7 +127,8 @@ def _decoded(path):
             offset += len(chunk)
 
 
-def _decode(data, path, offset):
+def decode_text(data: bytes, path: PathLike, offset: int = 0) -> str:
+    """Decodes bytes that lie at `offset` of a file, without a byte order mark. Raises UserError if it is not UTF-8."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -135,5 +138,5 @@ def _decode(data, path, offset):
 
 def _not_utf8(path, byte, begin):
     other = next((name for mark, name in _OTHERS.items() if begin.startswith(mark)), None)
-    hint = f"; it is {other.upper()}, which `iconv -f {other} -t utf-8` converts" if other else ""
-    return UserError(f"{path} is not UTF-8: byte {byte}{hint}")
+    hint = f"; it is {other.upper()}, which `iconv -f {other} -t utf-8` converts" if other else "; write it as UTF-8"
+    return UserError(f"{path}: not UTF-8: byte {byte}{hint}")

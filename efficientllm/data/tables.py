@@ -63,7 +63,9 @@ def check_text(value: typing.Any, name: str, where: str) -> str | None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{where}: half of a surrogate pair, which is no character, in field {name!r}") from None
+            raise UserError(
+                f"{where}: half of a surrogate pair, which is no character, in field {name!r}; take it out"
+            ) from None
     return value
 
 
@@ -227,7 +229,7 @@ def _header(values, where, choose):
     names = [name.strip() for name in values]
     chosen = choose(names, where)
     if twice := next((name for name in chosen if names.count(name) > 1), None):
-        raise UserError(f"{where}: the header has the field {twice!r} twice")
+        raise UserError(f"{where}: the header has the field {twice!r} twice; rename one")
     return names, {name: names.index(name) for name in chosen}
 
 
@@ -253,4 +255,4 @@ def _parquet(path, choose):
         raise UserError(f"{path}, row {number + 1} or after: not UTF-8 ({error.reason})") from None
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is no Parquet file ({reason})") from None
+        raise UserError(f"{path}: is no Parquet file ({reason})") from None

@@ -19,12 +19,12 @@ import typing
 import numpy as np
 
 from efficientllm.data import cache
-from efficientllm.errors import UserError
+from efficientllm.data.token_bytes import count_token_bytes
+from efficientllm.errors import FieldError
 from efficientllm.registry import register
 
 _EOS = ("<|endoftext|>", "<|eos|>", "<|end|>")  # names of an eos of ours, of which a text has hardly spelt all
 MOST_IDS = 1 << 25  # arrays of as many numbers are made
-_WORDPIECE, _SENTENCEPIECE = "##", "\u2581"
 
 
 @register("tokenizer", "bytes")
@@ -83,9 +83,7 @@ class BPE:
         import tokenizers
 
         if self.vocab_size < 257:
-            raise UserError(
-                f"config.tokenizer: bpe(vocab_size={self.vocab_size}) must be at least 257: the bytes and eos"
-            )
+            raise FieldError("tokenizer", f"vocab_size = {self.vocab_size}: must be at least 257: the bytes and eos")
         inputs = (corpus.summary["fingerprint"], self.vocab_size, self.sample_bytes, tokenizers.__version__)
         folder = cache.entry(corpus.cache, f"bpe-{cache.digest(*inputs)}", lambda new: self._train(corpus, new))
         trained = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -152,13 +150,13 @@ class FastTokenizer:
         # Ids may have holes: the number of tokens is no bound of them.
         largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= MOST_IDS:
-            raise UserError(f"the tokenizer has a token of the id {largest}; ids below {MOST_IDS} are read")
+            raise FieldError("tokenizer", f"has a token of the id {largest}; ids below {MOST_IDS} are read")
         self.backend, self.eos_id, self.vocab_size = backend, eos_id, max(vocab_size, largest + 1, eos_id + 1)
         self.chat, self.template, self.bos_id = chat, template, bos_id
         self.end_ids, self.lead_ids = tuple(end_ids) or (eos_id,), _lead(backend)
         identity = f"{eos_id} {self.end_ids} {template} {backend.to_str()}{' splits' if splits else ''}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        self.token_bytes = _token_bytes(backend, self.vocab_size)
+        self.token_bytes = count_token_bytes(backend, self.vocab_size)
         self.marked = marked or (lambda messages, **how: None)
         self._limit: int | None = None
         self._save = save or self._save_own
@@ -210,7 +208,7 @@ class FastTokenizer:
         try:
             return encode(text, add_special_tokens=add)
         except Exception as error:  # the only class that it raises
-            raise UserError(f"the tokenizer cannot encode this text: {error}") from None
+            raise FieldError("tokenizer", f"cannot encode this text: {error}") from None
 
     def encode_template(self, text: str) -> list[int]:
         """Tokenizes a text that a chat template rendered; special tokens are recognized."""
@@ -247,9 +245,10 @@ class FastTokenizer:
     def _inside(self, ids):
         """Returns the ids. Raises UserError for one that the model has no embedding of."""
         if self._limit is not None and ids and max(ids) >= self._limit:
-            raise UserError(
+            raise FieldError(
+                "tokenizer",
                 f"a text spells the token {self.text_of(max(ids))!r}, whose id {max(ids)} lies beyond the model's "
-                f"embedding of {self._limit} tokens; leave it out"
+                f"embedding of {self._limit} tokens; leave it out",
             )
         return ids
 
@@ -278,26 +277,3 @@ def _lead(backend):
     encoding = backend.encode("a", add_special_tokens=True)
     marks = encoding.special_tokens_mask
     return tuple(encoding.ids[: marks.index(0) if 0 in marks else 0])
-
-
-def _token_bytes(backend, vocab_size):
-    """Counts the UTF-8 bytes of each token, int32 `[vocab_size]`.
-
-    The counts are exact for byte-level vocabularies, whose tokens spell each byte as one character. A token of
-    SentencePiece or WordPiece counts as its text within a sentence.
-    """
-    byte_level = "ByteLevel" in str(backend.decoder)
-    added = backend.get_added_tokens_decoder()
-    counts = np.zeros(vocab_size, np.int32)
-    for token, id in backend.get_vocab(with_added_tokens=True).items():
-        if id in added:
-            counts[id] = 0 if added[id].special else len(token.encode())
-        else:
-            counts[id] = len(token) if byte_level else len(_surface(token))
-    return counts
-
-
-def _surface(token):
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):  # SentencePiece's spelling of a byte
-        return bytes.fromhex(token[3:5])
-    return token.removeprefix(_WORDPIECE).replace(_SENTENCEPIECE, " ").encode()

@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from efficientllm import model as models
+from efficientllm.embeds.tokens import LM, read_out
 from efficientllm.errors import UserError
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy, Sample
@@ -35,7 +35,7 @@ class Harness(TemplateLM):
 
     def __init__(
         self,
-        lm: models.LM,
+        lm: LM,
         params: typing.Any,
         tokenizer: typing.Any,
         max_length: int,
@@ -192,7 +192,7 @@ def _score(lm, params, tokens_BT, where_BC, targets_BC):
     # Chunks of C, because logits of all positions do not fit: 1.2 GB per row of 2,048 at a vocabulary of 150,000.
     def score_chunk(chunk):
         x_BcD, targets_Bc = chunk
-        logits_BcV = models.read_out(lm, params, x_BcD)
+        logits_BcV = read_out(lm, params, x_BcD)
         logp_BcV = jax.nn.log_softmax(logits_BcV)
         scored_Bc = targets_Bc >= 0
         values_Bc = jnp.take_along_axis(logp_BcV, jnp.maximum(targets_Bc, 0)[..., None], -1)[..., 0]

@@ -37,6 +37,8 @@ class FFN(nn.Module):
 
     # {name of a leaf of the state: logical axes after the batch axis}; other leaves are replicated but for their rows.
     state_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+    # Orders of tokens that it honours (`ops.attention_mask.Mask.order`).
+    orders: ClassVar[tuple[str, ...]] = ("causal", "bidirectional", "prefix")
     # Whether rematerializing its elementwise operations is faster on CPUs than saving their results.
     recompute_elementwise: ClassVar[bool] = False
     # The name that classes share which compute the same function. A subclass without it has the name of its class.

@@ -25,6 +25,8 @@ class ChannelMix(FFN):
     hidden: int
     precision: str
 
+    orders = ("causal",)
+
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, ctx: Context, state: State | None = None

@@ -97,7 +97,7 @@ def _sort(expert_A, num_experts):
     if A * num_experts >= 2**31:
         raise UserError(
             f"moe: {A} assignments to {num_experts} experts on one device are too many to number in 32 bits; "
-            "give each device fewer tokens (config.train.batch_size, config.train.accumulate)"
+            "give each device fewer tokens, by a smaller batch_size or a larger accumulate"
         )
     # Distinct keys of one array sort faster than a pair with a stable comparison.
     order_A = jnp.sort(expert_A * A + jnp.arange(A, dtype=jnp.int32)) % A
@@ -118,8 +118,8 @@ def from_experts(y_rD: jax.Array, plan: Plan) -> jax.Array:
 
 def weights_of_rows(weights_nk: jax.Array, plan: Plan) -> jax.Array:
     """Gathers the router's weight of every row, `[r, 1]`; zero for empty rows."""
-    kept = None if plan.kept_nk is None else plan.kept_nk.reshape(-1, 1)
-    weight_r1 = _spread(weights_nk.reshape(-1, 1), plan.assignment_r, plan.row_nk.reshape(-1, 1), kept)
+    kept_n1 = None if plan.kept_nk is None else plan.kept_nk.reshape(-1, 1)
+    weight_r1 = _spread(weights_nk.reshape(-1, 1), plan.assignment_r, plan.row_nk.reshape(-1, 1), kept_n1)
     return weight_r1 if plan.filled_r is None else jnp.where(plan.filled_r[:, None], weight_r1, 0)
 
 

@@ -11,12 +11,14 @@ import typing
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from efficientllm import sharding
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 from efficientllm.ffns import dispatch
-from efficientllm.ops.grouped_matmul import grouped_matmul
-from efficientllm.weights import Precision, as_input_sharded, axes, can_shard_inputs, parameter
+from efficientllm.ffns.dense import ACTIVATIONS
+from efficientllm.ops.grouped_matmul import grouped_matmul, vectors_of_rows
+from efficientllm.weights import Axes, Precision, adapted_bias, as_input_sharded, axes, can_shard_inputs, parameter
 
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
 AXES = {
@@ -27,7 +29,7 @@ AXES = {
 
 
 class Experts(nn.Module):
-    """`num_experts` SwiGLU networks (Shazeer 2020, arXiv:2002.05202, Eq. 6) with dispatch.
+    """`num_experts` networks with an activation of `dense.ACTIVATIONS`, such as SwiGLU, and with dispatch.
 
     `plan(experts_BTk, num_experts, real_BT=...)` returns a `dispatch.Plan`. `kernel` is a registered `grouped_kernel`.
     """
@@ -37,6 +39,8 @@ class Experts(nn.Module):
     precision: Precision
     plan: typing.Callable
     kernel: str
+    activation: str = "swiglu"
+    use_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -47,107 +51,153 @@ class Experts(nn.Module):
         `real_BT` is False for padding; None: no token is padding. Raises UserError where the mesh axis `expert` does
         not divide the experts, or where the plan does not support that axis.
         """
-        E, D, F = self.num_experts, x_BTD.shape[-1], self.hidden
-        shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
-        kernels = {name: _Kernel(shape, AXES[name], name=name)() for name, shape in shapes.items()}
-        compute = functools.partial(_compute, plan=self.plan, precision=self.precision, kernel=self.kernel)
+        E, D, F, activation = self.num_experts, x_BTD.shape[-1], self.hidden, ACTIVATIONS[self.activation]
+        shapes = {"gate": (E, D, F)} if activation.is_gated else {}
+        shapes |= {"up": (E, D, F), "down": (E, F, D)}
+        linears = {name: _Linear(shape, AXES[name], self.use_bias, name=name)() for name, shape in shapes.items()}
+        fields = {"activation": activation, "plan": self.plan, "precision": self.precision, "kernel": self.kernel}
+        compute = functools.partial(_compute, **fields)
         mesh = sharding.current_mesh()
         if mesh is not None and mesh.size > 1:
             _check(mesh, E, self.plan)
             split = sharding.spec(AXES["down"], shapes["down"], mesh)[AXES["down"].index("mlp")]
-            ways = sharding.count(mesh, split)
-            if not can_shard_inputs(kernels["down"], ways):  # `down` is replicated over the hidden width
-                compute, split, ways = functools.partial(compute, hidden=split), None, 1
-            shards = {"gate": 1, "up": 1, "down": ways}
-            kernels = {name: as_input_sharded(kernel, shards[name]) for name, kernel in kernels.items()}
-            compute = _per_device(compute, kernels, x_BTD.shape, mesh, split, self.plan is dispatch.dropless)
-        return compute(x_BTD, experts_BTk, weights_BTk, kernels, real_BT)
+            axis_size = sharding.count(mesh, split)
+            if not can_shard_inputs(linears["down"].kernel, axis_size):  # `down` is replicated over the hidden width
+                compute, split, axis_size = functools.partial(compute, hidden=split), None, 1
+            for name, shards in {**dict.fromkeys(linears, 1), "down": axis_size}.items():
+                linears[name] = linears[name]._replace(kernel=as_input_sharded(linears[name].kernel, shards))
+            compute = _per_device(compute, linears, x_BTD.shape, mesh, split, self.plan is dispatch.dropless)
+        return compute(x_BTD, experts_BTk, weights_BTk, linears, real_BT)
 
 
-class _Kernel(nn.Module):
+class Linears(typing.NamedTuple):
+    """A linear map of each expert: kernels `[E, in, out]`, and biases `[E, out]` or None."""
+
+    kernel: typing.Any
+    bias: typing.Any = None
+
+
+class _Linear(nn.Module):
     shape: tuple
     axes: tuple
+    use_bias: bool
 
     @nn.compact
     def __call__(self):
-        return parameter(self, "kernel", nn.with_logical_partitioning(fan_in_normal, self.axes), self.shape)
+        kernel = parameter(self, "kernel", nn.with_logical_partitioning(fan_in_normal, self.axes), self.shape)
+        if not self.use_bias:
+            return Linears(kernel)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, _of_bias(self.axes))
+        return Linears(kernel, adapted_bias(kernel, self.param("bias", zeros, _of_bias(self.shape))))
+
+
+def _of_bias(axes):
+    """Drops the inputs from the axes, or the shape, of a kernel."""
+    experts, _, outputs = axes
+    return experts, outputs
 
 
 def _check(mesh, num_experts, plan):
-    ways = mesh.shape["expert"]
-    if ways > 1 and plan is dispatch.dropless:
-        raise UserError(
-            f"config.mesh: expert = {ways} needs experts of a capacity, which moe's dispatch = 'dropless' has not; "
-            "take dispatch = 'capacity' with a capacity_factor, or the mesh axis fsdp in place of expert"
+    axis_size = mesh.shape["expert"]
+    if axis_size > 1 and plan is dispatch.dropless:
+        raise FieldError(
+            "mesh",
+            f"expert = {axis_size} cannot shard experts of moe's dispatch = 'dropless'; "
+            "take dispatch = 'capacity' with a capacity_factor, or the mesh axis fsdp in place of expert",
         )
-    if num_experts % ways:
-        raise UserError(
-            f"config.mesh: expert = {ways} does not divide moe's num_experts = {num_experts}; "
-            f"{math.gcd(ways, num_experts)} would, or fsdp in place of expert"
+    if num_experts % axis_size:
+        raise FieldError(
+            "mesh",
+            f"expert = {axis_size} does not divide moe's num_experts = {num_experts}; "
+            f"{math.gcd(axis_size, num_experts)} would, or fsdp in place of expert",
         )
 
 
-def _compute(x_BTD, experts_BTk, weights_BTk, kernels, real_BT, *, plan, precision, kernel, ways=1, hidden=None):
-    """Computes the experts on one device: dispatch, three grouped products, and the sum over a token's rows.
+def _compute(
+    x_BTD,
+    experts_BTk,
+    weights_BTk,
+    linears,
+    real_BT,
+    *,
+    activation,
+    plan,
+    precision,
+    kernel,
+    axis_size=1,
+    hidden=None,
+    adds_bias=None,
+):
+    """Computes the experts on one device: dispatch, grouped products, and the sum over a token's rows.
 
-    `ways` is the size of the mesh axis `expert`; `kernels` are those of this device's experts. `hidden` names the mesh
-    axes that shard the hidden width where `down` is replicated.
+    `axis_size` is that of the mesh axis `expert`; `linears` are those of this device's experts. `hidden` names the
+    mesh axes that shard the hidden width where `down` is replicated. Where devices compute partial sums, `adds_bias` is
+    True on the one that adds the bias of `down`.
     """
-    k, D, E = experts_BTk.shape[-1], x_BTD.shape[-1], ways * kernels["gate"].shape[0]
+    k, D, E = experts_BTk.shape[-1], x_BTD.shape[-1], axis_size * linears["up"].kernel.shape[0]
     plan = plan(experts_BTk, E, real_BT=real_BT)
 
-    def product(x, name):
-        return grouped_matmul(x, kernels[name], plan.sizes_E, precision, kernel)
+    def linear(x, name, bias_factor=1):
+        y = grouped_matmul(x, linears[name].kernel, plan.sizes_E, precision, kernel)
+        if linears[name].bias is None:
+            return y
+        return y + bias_factor * vectors_of_rows(linears[name].bias.astype(y.dtype), plan.sizes_E, len(y))
 
-    x_rD = _send(dispatch.to_experts(x_BTD.reshape(-1, D), plan), E, ways)
-    hidden_rF = jax.nn.silu(product(x_rD, "gate")) * product(x_rD, "up")
+    x_rD = _send(dispatch.to_experts(x_BTD.reshape(-1, D), plan), E, axis_size)
+    hidden_rF = activation.function(linear(x_rD, "gate" if activation.is_gated else "up"))
+    if activation.is_gated:
+        hidden_rF = hidden_rF * linear(x_rD, "up")
     # The weights multiply before the last product, so its outputs are not saved for the backward pass.
-    weights_r1 = _send(dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(hidden_rF.dtype), E, ways)
+    weights_r1 = _send(dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(hidden_rF.dtype), E, axis_size)
     hidden_rF = hidden_rF * weights_r1
     if hidden:
         hidden_rF = jax.lax.all_gather(hidden_rF, hidden, axis=1, tiled=True)
-    y_nD = dispatch.from_experts(_return(product(hidden_rF, "down"), E, ways), plan)
-    kept = None if plan.kept_nk is None else plan.kept_nk.reshape(experts_BTk.shape)
-    return y_nD.reshape(x_BTD.shape), kept
+    y_rD = linear(hidden_rF, "down", weights_r1 if adds_bias is None else jnp.where(adds_bias, weights_r1, 0))
+    y_nD = dispatch.from_experts(_return(y_rD, E, axis_size), plan)
+    kept_BTk = None if plan.kept_nk is None else plan.kept_nk.reshape(experts_BTk.shape)
+    return y_nD.reshape(x_BTD.shape), kept_BTk
 
 
-def _send(x_rD, num_experts, ways):
+def _send(x_rD, num_experts, axis_size):
     """Sends rows to the devices of their experts by an all-to-all; received rows are sorted by expert too."""
-    if ways == 1:
+    if axis_size == 1:
         return x_rD
     x_ErD = x_rD.reshape(num_experts, -1, x_rD.shape[-1])
     return jax.lax.all_to_all(x_ErD, "expert", 0, 1, tiled=True).reshape(x_rD.shape)
 
 
-def _return(y_rD, num_experts, ways):
+def _return(y_rD, num_experts, axis_size):
     """Returns rows to the devices of their tokens, the inverse of `_send`."""
-    if ways == 1:
+    if axis_size == 1:
         return y_rD
-    y_ErD = y_rD.reshape(num_experts // ways, -1, y_rD.shape[-1])
+    y_ErD = y_rD.reshape(num_experts // axis_size, -1, y_rD.shape[-1])
     return jax.lax.all_to_all(y_ErD, "expert", 1, 0, tiled=True).reshape(y_rD.shape)
 
 
-def _per_device(compute, kernels, x_shape, mesh, split, divided):
+def _per_device(compute, linears, x_shape, mesh, split, divided):
     """Wraps `compute` in shard_map over the tokens: a shard of each row if `divided`, else whole rows.
 
-    All-gathers this layer's kernels, still quantized, over every mesh axis that shards them but two:
+    All-gathers this layer's kernels, still quantized, and biases over every mesh axis that shards them but two:
 
     - The hidden width stays sharded over the mesh axes `split`. Each device computes a partial sum of every expert, and
       a psum adds them. Where a quantized `down` cannot be sharded so, `split` is None and the hidden vectors are
       all-gathered instead.
     - Experts stay sharded over the mesh axis `expert`; tokens are sent to its devices.
     """
-    kernels_axes = {name: axes(kernel, AXES[name]) for name, kernel in kernels.items()}
-    layouts = jax.tree.map(lambda kernel, names: sharding.spec(names, kernel.shape, mesh), kernels, kernels_axes)
+    names = {name: _axes(linear, AXES[name]) for name, linear in linears.items()}
+    layouts = jax.tree.map(lambda leaf, axes: sharding.spec(axes, leaf.shape, mesh), linears, names)
     tokens = sharding.spec(("batch", "length" if divided else None, None), x_shape, mesh)
 
-    def near(kernels, name):
+    def near(linears, name):
         gather = functools.partial(_gather, divided=name != "down" or split is not None)
-        return jax.tree.map(gather, kernels[name], kernels_axes[name], layouts[name])
+        return jax.tree.map(gather, linears[name], names[name], layouts[name])
 
-    def on_device(x_BTD, experts_BTk, weights_BTk, kernels, real_BT):
-        whole = {name: near(kernels, name) for name in kernels}
-        y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole, real_BT, ways=mesh.shape["expert"])
+    def on_device(x_BTD, experts_BTk, weights_BTk, linears, real_BT):
+        whole = {name: near(linears, name) for name in linears}
+        place = {"axis_size": mesh.shape["expert"]}
+        if split and linears["down"].bias is not None:
+            place["adds_bias"] = jax.lax.axis_index(split) == 0
+        y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole, real_BT, **place)
         return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
 
     specs = (tokens, tokens, tokens, layouts, jax.sharding.PartitionSpec(*tokens[:2]))
@@ -155,6 +205,10 @@ def _per_device(compute, kernels, x_shape, mesh, split, divided):
     on_device = jax.checkpoint(on_device, policy=_not_gathered)
     # Loops whose carries start as constants do not type-check per mesh axis, hence check_vma.
     return jax.shard_map(on_device, in_specs=specs, out_specs=tokens, check_vma=False)
+
+
+def _axes(linear, names):
+    return Linears(axes(linear.kernel, names), None if linear.bias is None else Axes(_of_bias(names)))
 
 
 def _not_gathered(primitive, *_, **__):

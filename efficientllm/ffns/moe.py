@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.ffns import dispatch, routing
 from efficientllm.ffns.base import FFN, Context, ExpertTraffic, State
-from efficientllm.ffns.dense import SwiGLU
+from efficientllm.ffns.dense import ACTIVATIONS, Network
 from efficientllm.ffns.experts import Experts
 from efficientllm.layers import Linear
 from efficientllm.registry import names, register
@@ -24,10 +24,10 @@ DISPATCH = ("dropless", "capacity")
     "ffn",
     "moe",
     example="moe(num_experts=8, top_k=2, hidden=32, shared_hidden=16, groups=4, top_groups=2)",
-    choices={"scores": tuple(routing.SCORES), "dispatch": DISPATCH},
+    choices={"scores": tuple(routing.SCORES), "dispatch": DISPATCH, "activation": tuple(ACTIVATIONS)},
 )
 class MoE(FFN, kw_only=True):
-    """Mixture of experts: `sum over the top_k experts e of weight_e * swiglu_e(x)`, plus an optional shared expert.
+    """Mixture of experts: `sum over the top_k experts e of weight_e * network_e(x)`, plus an optional shared expert.
 
     Args:
       num_experts, top_k: the number of experts, and of experts that a token is routed to.
@@ -45,6 +45,8 @@ class MoE(FFN, kw_only=True):
         share of each row of the batch and drops the rest (`dispatch.capacity` says in which order, and why that is
         not causal).
       kernel: `auto` or a registered `grouped_kernel`, for dropless dispatch.
+      activation: of every expert, the shared one too: `swiglu`, or another of `dense.ACTIVATIONS`.
+      use_bias: whether the linear maps of every expert have biases.
 
     The router is float32 under every precision policy. Raises UserError for inconsistent values.
     """
@@ -66,6 +68,8 @@ class MoE(FFN, kw_only=True):
     dispatch: str = "dropless"
     capacity_factor: float = 1.25
     kernel: str = "auto"
+    activation: str = "swiglu"
+    use_bias: bool = False
 
     family = "moe"
     has_counted_traffic = True
@@ -89,7 +93,10 @@ class MoE(FFN, kw_only=True):
         )
         load_E = routing.load(routed.experts_BTk, self.num_experts, real_BT)
         precision = Precision.of(self.precision)
-        experts = Experts(self.num_experts, self.hidden, precision, self._plan(), self.kernel, name="experts")
+        network: dict[str, Any] = {"activation": self.activation, "use_bias": self.use_bias}
+        experts = Experts(
+            self.num_experts, self.hidden, precision, self._plan(), self.kernel, **network, name="experts"
+        )
         y_BTD, kept_BTk = experts(x_BTD, routed.experts_BTk, routed.weights_BTk, real_BT)
         if self.shared_hidden:
             y_BTD = y_BTD + self._shared(x_BTD)
@@ -114,7 +121,7 @@ class MoE(FFN, kw_only=True):
         return functools.partial(dispatch.capacity, factor=self.capacity_factor)
 
     def _shared(self, x_BTD):
-        y_BTD, _ = SwiGLU(self.shared_hidden, self.precision, name="shared")(x_BTD)
+        y_BTD, _ = Network(self.shared_hidden, self.precision, self.use_bias, self.activation, name="shared")(x_BTD)
         if self.shared_gate:
             y_BTD = y_BTD * jax.nn.sigmoid(Linear(1, ("embed", None), self.precision, name="shared_gate")(x_BTD))
         return y_BTD
@@ -143,15 +150,17 @@ class MoE(FFN, kw_only=True):
     def temporary_bytes(self, batch: int, length: int, dim: int) -> int:
         """Estimates the temporary bytes of a training step, beside parameters, gradients, input and output.
 
-        At most six arrays of the experts' width (gate, up, the input of the last product, and their gradients) and four
-        of the model's width (the experts' inputs, both terms of their gradient, the output's gradient), with a row for
-        each assignment; and one kernel of an expert with its gradient. The shared expert is not counted.
+        At most six arrays of the experts' width (gate, up, the input of the last product, and their gradients; four
+        without a gate) and four of the model's width (the experts' inputs, both terms of their gradient, the output's
+        gradient), with a row for each assignment; and one kernel of an expert with its gradient. The shared expert is
+        not counted.
         """
         assignments = batch * length * self.top_k
         if self.dispatch == "capacity":
             places = dispatch.rows_per_expert(length, self.num_experts, self.top_k, self.capacity_factor)
             assignments = batch * self.num_experts * places
-        rows = assignments * (6 * self.hidden + 4 * dim) * activation_dtype(self.precision).itemsize
+        arrays = 6 if ACTIVATIONS[self.activation].is_gated else 4
+        rows = assignments * (arrays * self.hidden + 4 * dim) * activation_dtype(self.precision).itemsize
         return rows + 2 * 4 * dim * self.hidden
 
     def expert_traffic(self, length: int) -> ExpertTraffic:
@@ -160,13 +169,15 @@ class MoE(FFN, kw_only=True):
 
     def hyperparameters(self) -> dict[str, Any]:
         names = ("num_experts", "top_k", "hidden", "scores", "normalise", "scale", "groups", "shared_hidden")
-        fields = {name: getattr(self, name) for name in (*names, "shared_gate", "dispatch")}
+        others = ("shared_gate", "dispatch", "activation", "use_bias")
+        fields = {name: getattr(self, name) for name in (*names, *others)}
         return fields | {"router_bias": self.bias_rate > 0, "top_groups": self.top_groups if self.groups > 1 else 1}
 
     def _check(self):
         choices = {
             "scores": list(routing.SCORES),
             "dispatch": list(DISPATCH),
+            "activation": list(ACTIVATIONS),
             "kernel": ["auto", *names("grouped_kernel")],
         }
         for field, values in choices.items():

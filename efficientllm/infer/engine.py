@@ -8,17 +8,18 @@ import functools
 import typing
 from collections.abc import Callable, Iterator, Sequence
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import model as models
+from efficientllm.embeds.tokens import LM
 from efficientllm.errors import UserError
-from efficientllm.model import LM
-from efficientllm.ops.attention import Context
+from efficientllm.infer import decoding
+from efficientllm.infer.decoding import Carry
+from efficientllm.infer.image_prompts import ImageRows
 from efficientllm.runtime import kernel_choice
-from efficientllm.sharding import constrain, current_mesh, shapes
+from efficientllm.sharding import shapes
 from efficientllm.typing import Params
 from efficientllm.weights import activation_dtype
 
@@ -26,26 +27,6 @@ from efficientllm.weights import activation_dtype
 # on an H100, an eighth of the time to the first token.
 NO_DOT_MERGER = {"xla_gpu_dot_merger_threshold_mb": "0"}
 PREFILL_CHUNKS = (256, 64, 16)  # tokens; each size compiles a program
-
-
-@flax.struct.dataclass
-class Carry:
-    """Carry of the decode loop.
-
-    logits_BV:    of the next token.
-    states:       decode states of all blocks, such as KV caches.
-    positions_B:  of the next token.
-    done_B:       rows that have generated an end token.
-    seen_BV:      tokens that a row contains; one column if the sampler does not `remember` them.
-    keys_B:       a random key a row.
-    """
-
-    logits_BV: jax.Array
-    states: tuple
-    positions_B: jax.Array
-    done_B: jax.Array
-    seen_BV: jax.Array
-    keys_B: jax.Array
 
 
 class Engine:
@@ -81,13 +62,17 @@ class Engine:
         self.lm, self.params = models.unroll(lm, params) if lm.scan else (lm, params)
         self.end_ids = tuple(np.atleast_1d(end_ids).tolist())
         self.sampler, self.length, self.chunked = sampler, length, chunked
-        self._by_length, self._switch_length = models.depends_on_length(lm)
-        self._empty = jax.jit(functools.partial(_empty, self.lm, length), static_argnums=0)
+        self._by_length, self._switch_length = decoding.depends_on_length(lm)
+        self._empty = jax.jit(functools.partial(decoding.empty, self.lm, length), static_argnums=0)
         options = NO_DOT_MERGER if kernel_choice.platform() == "gpu" else None
-        self._prefill = jax.jit(functools.partial(_prefill, self.lm), donate_argnums=(1, 2), compiler_options=options)
-        self._begin = jax.jit(functools.partial(_begin, self.lm), donate_argnums=1)
-        self._decode = jax.jit(functools.partial(_decode, self.lm, sampler, self.end_ids, length), donate_argnums=1)
-        self._replace = jax.jit(functools.partial(_replace, self.lm), donate_argnums=0)
+        self._prefill = jax.jit(
+            functools.partial(decoding.prefill, self.lm), donate_argnums=(1, 2), compiler_options=options
+        )
+        self._begin = jax.jit(functools.partial(decoding.begin, self.lm), donate_argnums=1)
+        self._decode = jax.jit(
+            functools.partial(decoding.decode, self.lm, sampler, self.end_ids, length), donate_argnums=1
+        )
+        self._replace = jax.jit(functools.partial(decoding.replace, self.lm), donate_argnums=0)
 
     @property
     def extends(self) -> bool:
@@ -95,12 +80,18 @@ class Engine:
         return not self._by_length
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], seed: int = 0, first: int = 0, carry: Carry | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        seed: int = 0,
+        first: int = 0,
+        carry: Carry | None = None,
+        images: ImageRows | None = None,
     ) -> Carry:
         """Prefills `prompts` (lists of ids), up to their last whole chunks where they are chunked -> Carry.
 
         A row samples by `seed` and the index of its prompt; `first` is the index of the first prompt. `carry` (donated)
-        continues from prefixes of the prompts, where the engine `extends`. Raises UserError for an empty prompt.
+        continues from prefixes of the prompts, where the engine `extends`. `images` are those of the prompts, of which
+        then no token is left to the decode loop. Raises UserError for an empty prompt.
         """
         check_prompts(prompts)
         rows = len(prompts)
@@ -110,30 +101,32 @@ class Engine:
         else:
             states, hidden_BD = carry.states, jnp.zeros((rows, self.lm.dim), activation_dtype(self.lm.precision))
         for indices, size in self._passes(
-            [len(prompt) - position for prompt, position in zip(prompts, positions_B, strict=True)]
+            [len(prompt) - position for prompt, position in zip(prompts, positions_B, strict=True)],
+            PREFILL_CHUNKS if images is None else (*PREFILL_CHUNKS, 4, 1),
         ):
             ids_BT = np.array([prompts[row][positions_B[row] : positions_B[row] + size] for row in indices], np.int32)
             rows_B = None if len(indices) == rows else np.array(indices)
             reach_B = np.array([len(prompts[row]) for row in indices], np.int32) if self._by_length else None
+            piece = None if images is None else images.piece(indices, positions_B[indices], size)
             states, hidden_BD = self._prefill(
-                self.params, states, hidden_BD, ids_BT, rows_B, positions_B[indices], reach_B
+                self.params, states, hidden_BD, ids_BT, rows_B, positions_B[indices], reach_B, piece
             )
             positions_B[indices] += size
         seen_BV: np.ndarray = np.zeros((rows, self.lm.vocab_size if self.sampler.remembers else 1), bool)
         if self.sampler.remembers:
             for row, prompt in enumerate(prompts):
                 seen_BV[row, prompt] = True
-        return self._begin(
-            self.params, states, hidden_BD, positions_B, seen_BV, np.int32(seed), first + np.arange(rows)
-        )
+        indices_B: np.ndarray = first + np.arange(rows)
+        deltas_B = None if images is None else images.deltas_B
+        return self._begin(self.params, states, hidden_BD, positions_B, seen_BV, np.int32(seed), indices_B, deltas_B)
 
-    def _passes(self, lengths):
+    def _passes(self, lengths, sizes):
         """Yields `(rows, number of tokens)` of each pass of prefill, for rows with `lengths` tokens left."""
         if len(set(lengths)) == 1 and not self.chunked:
             yield list(range(len(lengths))), lengths[0]
             return
         remaining = list(lengths)
-        for size in PREFILL_CHUNKS:
+        for size in sizes:
             while rows := [row for row, count in enumerate(remaining) if count >= size]:
                 yield rows, size
                 for row in rows:
@@ -151,10 +144,6 @@ class Engine:
         carry, tokens_BT = self._decode(self.params, carry, prompts_BT, lengths_B, np.int32(steps))
         return carry, tokens_BT[:, :steps]
 
-    def lower_decode(self, rows: int) -> jax.stages.Lowered:
-        """Lowers the decode loop for `rows` rows, to compile it ahead of time."""
-        return self.trace_decode(rows).lower()
-
     def trace_decode(self, rows: int) -> jax.stages.Traced:
         """Traces the decode loop for `rows` rows. The parameters may be abstract, as in `trace_prefill`."""
         carry = self._abstract_carry(rows)
@@ -165,7 +154,7 @@ class Engine:
     def trace_prefill(self, rows: int, tokens: int) -> tuple[jax.stages.Traced, jax.stages.Traced]:
         """Traces prefill of `rows` prompts of `tokens` tokens -> `(the pass over the prompts, the first logits)`."""
         carry = self._abstract_carry(rows)
-        _, hidden_BD = jax.eval_shape(functools.partial(_empty, self.lm, self.length, rows))
+        _, hidden_BD = jax.eval_shape(functools.partial(decoding.empty, self.lm, self.length, rows))
         states, hidden_BD = carry.states, shapes(hidden_BD, ("batch", None))
         ids_BT, indices_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,)))
         reach_B = indices_B if self._by_length else None
@@ -174,7 +163,7 @@ class Engine:
         return prefill, self._begin.trace(self.params, states, hidden_BD, indices_B, carry.seen_BV, seed, indices_B)
 
     def _abstract_carry(self, rows):
-        carry = jax.eval_shape(lambda: _empty_carry(self.lm, self.sampler, rows, self.length))
+        carry = jax.eval_shape(lambda: decoding.empty_carry(self.lm, self.sampler, rows, self.length))
         axes = jax.tree.map(lambda leaf: ("batch", *(None,) * (leaf.ndim - 1)), carry.replace(states=None))
         return shapes(carry, axes.replace(states=models.state_axes(self.lm, carry.states)))
 
@@ -186,12 +175,14 @@ class Engine:
         chunk: int | None = None,
         stop: Callable[[list[int]], bool] | None = None,
         first: int = 0,
+        images: ImageRows | None = None,
     ) -> Iterator[list[list[int]]]:
         """Yields after every `chunk` decode steps the ids generated so far: a list a row, the end token included.
 
-        A row ends after `new_tokens` ids, at an end token, or when `stop(ids)` is True. `first` is as in `prefill`.
+        A row ends after `new_tokens` ids, at an end token, or when `stop(ids)` is True. `first` and `images` are as in
+        `prefill`.
         """
-        carry = self.prefill(prompts, seed, first)
+        carry = self.prefill(prompts, seed, first, images=images)
         positions_B = np.asarray(carry.positions_B).copy()
         new_ids: list[list[int]] = [[] for _ in prompts]
         ended = [new_tokens < 1] * len(prompts)
@@ -246,85 +237,3 @@ def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"config.infer.prompts: prompt {index} has no tokens; give it a text")
-
-
-def _empty_carry(lm, sampler, rows, length):
-    return Carry(
-        logits_BV=jnp.zeros((rows, lm.vocab_size)),
-        states=models.init_states(lm, rows, length),
-        positions_B=jnp.zeros(rows, jnp.int32),
-        done_B=jnp.zeros(rows, bool),
-        seen_BV=jnp.zeros((rows, lm.vocab_size if sampler.remembers else 1), bool),
-        keys_B=jax.random.split(jax.random.key(0), rows),
-    )
-
-
-def _empty(lm, length, rows):
-    """Empty states, and zeros for the last hidden vectors."""
-    hidden_BD = jnp.zeros((rows, lm.dim), activation_dtype(lm.precision))
-    return models.pin_states(lm, models.init_states(lm, rows, length)), constrain(hidden_BD, "batch", None)
-
-
-def _replace(lm, carry, states, rows_B):
-    """Replaces the states of the rows `rows_B`."""
-    replaced = jax.tree.map(lambda leaf, new: leaf.at[rows_B].set(new), carry.states, states)
-    return carry.replace(states=models.pin_states(lm, replaced))
-
-
-def _prefill(lm, params, states, hidden_BD, ids_BT, rows_B, at_B, reach_B):
-    """Feeds `ids_BT` to the rows `rows_B` (None: all) -> `(states, last hidden vectors)` of the whole batch.
-
-    The first token of a row has the position `at_B`. `reach_B` is the final length of its prompt, by which some RoPE
-    scalings choose their frequencies; None where the model does not need it.
-    """
-    positions_BT = at_B[:, None] + jnp.arange(ids_BT.shape[1])
-    row_states = states if rows_B is None else jax.tree.map(lambda leaf: leaf[rows_B], states)
-    ctx = Context.decoding(positions_BT, reach_B)
-    x_BTD, row_states, _ = lm.apply({"params": params}, ids_BT, ctx, row_states, readout=False)
-    update = (lambda leaf, new: new) if rows_B is None else (lambda leaf, new: leaf.at[rows_B].set(new))
-    hidden_BD = update(hidden_BD, x_BTD[:, -1])
-    return models.pin_states(lm, jax.tree.map(update, states, row_states)), constrain(hidden_BD, "batch", None)
-
-
-def _begin(lm, params, states, hidden_BD, at_B, seen_BV, seed, indices_B):
-    """The carry of the first decode step."""
-    logits_BV = models.read_out(lm, params, hidden_BD[:, None])[:, 0]
-    keys_B = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices_B)
-    return _constrain_carry(lm, Carry(logits_BV, states, at_B, jnp.zeros(at_B.shape, bool), seen_BV, keys_B))
-
-
-def _constrain_carry(lm, carry):
-    """Constrains the carry to the same shardings at every step, so that it can be donated."""
-    if current_mesh() is None:
-        return carry
-    rows = lambda leaf: constrain(leaf, "batch", *(None,) * (leaf.ndim - 1))  # noqa: E731
-    states = models.pin_states(lm, carry.states)
-    return jax.tree.map(rows, carry.replace(states=None)).replace(states=states)
-
-
-def _decode(lm, sampler, end_ids, length, params, carry, prompts_BT, lengths_B, steps):
-    """The decode loop: at most `steps` steps. `length`, the cache length, is static."""
-    rows_B = jnp.arange(prompts_BT.shape[0])
-    by_length, _ = models.depends_on_length(lm)
-
-    def unfinished(loop):
-        index, carry, _ = loop
-        return (index < steps) & ~jnp.all(carry.done_B)
-
-    def step(loop):
-        index, carry, tokens_BT = loop
-        positions_B = carry.positions_B
-        sampled_B = sampler(carry.logits_BV, carry.seen_BV, jax.vmap(jax.random.fold_in)(carry.keys_B, positions_B))
-        in_prompt_B = positions_B < lengths_B
-        prompt_token_B = prompts_BT[rows_B, jnp.minimum(positions_B, length - 1)]
-        token_B = jnp.where(in_prompt_B, prompt_token_B, jnp.where(carry.done_B, end_ids[0], sampled_B))
-        ctx = Context.decoding(positions_B[:, None], jnp.maximum(lengths_B, positions_B + 1) if by_length else None)
-        logits_B1V, states, _ = lm.apply({"params": params}, token_B[:, None], ctx, carry.states)
-        seen_BV = carry.seen_BV.at[rows_B, token_B].set(True) if sampler.remembers else carry.seen_BV
-        done_B = carry.done_B | (~in_prompt_B & jnp.isin(token_B, jnp.array(end_ids)))
-        carry = _constrain_carry(lm, Carry(logits_B1V[:, 0], states, positions_B + 1, done_B, seen_BV, carry.keys_B))
-        return index + 1, carry, tokens_BT.at[:, index].set(token_B)
-
-    tokens_BT = jnp.full((prompts_BT.shape[0], length), end_ids[0], jnp.int32)
-    _, carry, tokens_BT = jax.lax.while_loop(unfinished, step, (jnp.int32(0), carry, tokens_BT))
-    return carry, tokens_BT

@@ -13,27 +13,44 @@ from efficientllm.untrusted import files
 log = logging.getLogger("efficientllm")
 
 
-def read(prompts: str | Sequence[str]) -> list[str]:
-    """Reads the texts of `config.infer.prompts`: texts, or one file name (.txt: a prompt a line; .jsonl: key `prompt`).
+class PromptLine(typing.NamedTuple):
+    """A prompt: its text, the files of its images, and what messages call it."""
 
-    Raises UserError.
+    text: str
+    images: tuple[pathlib.Path, ...] = ()
+    name: str = ""
+
+
+def read(prompts: str | Sequence[str]) -> list[str]:
+    """Reads the texts of `read_lines`. Raises UserError for one with images, which a model of text does not see."""
+    requests = read_lines(prompts)
+    for request in requests:
+        if request.images:
+            raise UserError(f"{request.name}: has an image, and the model reads text alone; take 'image' out")
+    return [request.text for request in requests]
+
+
+def read_lines(prompts: str | Sequence[str]) -> list[PromptLine]:
+    """Reads `config.infer.prompts`: texts, or one file name (.txt: a prompt a line; .jsonl: key `prompt`).
+
+    A line of a .jsonl may name image files, `image` or a list of `images`, relative to its folder. Raises UserError.
     """
     prompts = (prompts,) if isinstance(prompts, str) else prompts
     for index, prompt in enumerate(prompts):
         _check_text(prompt, f"config.infer.prompts: prompt {index} = {prompt!r:.40}")
     if len(prompts) != 1 or not prompts[0].endswith((".txt", ".jsonl")):
-        return list(prompts)
+        return [PromptLine(prompt, (), f"config.infer.prompts: prompt {index}") for index, prompt in enumerate(prompts)]
     file = pathlib.Path(os.path.expanduser(prompts[0]))
     where = f"config.infer.prompts = {prompts[0]!r}"
     text = files.read_text(file, where=where)
     # Not str.splitlines, which also splits at U+2028, U+0085 and others.
     lines = [(number, line) for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()]
     if file.suffix != ".jsonl":
-        return [line for _, line in lines]
-    return [_prompt(line, f"{where}, line {number}") for number, line in lines]
+        return [PromptLine(line, (), f"{where}, line {number}") for number, line in lines]
+    return [_request(line, f"{where}, line {number}", file.parent) for number, line in lines]
 
 
-def _prompt(line, where):
+def _request(line, where, folder):
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -41,7 +58,11 @@ def _prompt(line, where):
     if not isinstance(record, dict) or "prompt" not in record:
         raise UserError(f"{where}: every line must be a JSON object with 'prompt', not {line!r:.40}")
     _check_text(record["prompt"], f"{where}: 'prompt' = {record['prompt']!r:.40}")
-    return record["prompt"]
+    images = record.get("images") or record.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise UserError(f"{where}: 'image' = {images!r:.40}: must be the name of a file, 'images' a list of them")
+    return PromptLine(record["prompt"], tuple(folder / image for image in images), where)
 
 
 def _check_text(prompt, where):

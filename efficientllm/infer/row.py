@@ -7,63 +7,62 @@ import statistics
 from efficientllm import sharding
 from efficientllm.config.plain import flatten
 from efficientllm.cost import device_peaks, formulas
+from efficientllm.embeds.tokens import LM
 from efficientllm.errors import UserError
 from efficientllm.infer.measure import Measured
 from efficientllm.metrics import conditions
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
-from efficientllm.model import LM
+from efficientllm.objectives.base import Objective
 from efficientllm.record import study_metrics
 from efficientllm.record.row import read_record
 from efficientllm.typing import Config, Mesh, Params, PyTree, Record
 from efficientllm.weights import activation_dtype, resident_bytes
 
-LIKELIHOOD = "likelihood a byte of held-out text"  # 2^-bits_per_byte: 1 is certainty, and more is better
-
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Size of a form of the weights, and its bits per byte of held-out text: the two inputs of MCR."""
+    """Size of a form of the weights, and its held-out loss that the objective is `judged_by`: the inputs of MCR."""
 
     name: str
     bytes: int
-    bits_per_byte: float
+    loss: float
 
 
-def baseline_of(file: str) -> Scored:
+def baseline_of(file: str, objective: Objective) -> Scored:
     """Reads the Scored of another run's `record.json`. Raises UserError where the numbers are missing."""
-    where, row = f"config.infer.baseline = {file!r}", _row_of(file)
+    where, row, key = f"config.infer.baseline = {file!r}", _row_of(file), objective.judged_by
     try:
-        size, bits = row["physical"]["resident_weight_bytes"], row["quality"]["bits_per_byte"]
+        size, loss = row["physical"]["resident_weight_bytes"], row["quality"][key]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{where}: no row with resident_weight_bytes and bits_per_byte ({error!r})") from None
-    if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in (size, bits)):
-        raise UserError(f"{where}: its resident_weight_bytes or bits_per_byte is no number")
-    if size is None or bits is None or size <= 0:
-        raise UserError(f"{where}: its resident_weight_bytes or bits_per_byte is null or 0")
-    return Scored(f"the row {row.get('name')}", size, bits)
+        raise UserError(f"{where}: no row with resident_weight_bytes and {key} ({error!r})") from None
+    if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in (size, loss)):
+        raise UserError(f"{where}: its resident_weight_bytes or {key} is no number")
+    if size is None or loss is None or size <= 0:
+        raise UserError(f"{where}: its resident_weight_bytes or {key} is null or 0")
+    return Scored(f"the row {row.get('name')}", size, loss)
 
 
-def check_baseline(config: Config, described: Record) -> None:
-    """Raises UserError for a baseline row that was scored on other text than this run.
+def check_baseline(config: Config, facts: Record) -> None:
+    """Raises UserError for a baseline row that was scored otherwise than this run.
 
-    `described` is `data.describe_data` of this run's data.
+    `facts` are this run's provenance: `data`, and for pictures `objective`.
     """
     file = config.infer.baseline
     if not file.endswith(".json"):
         return
     row = _row_of(file)
-    before = flatten(row.get("config") or {})
-    then = (row.get("provenance") or {}).get("data") or {}
-    pairs = {"data": (then.get("fingerprint"), described["fingerprint"])}
+    before, then = flatten(row.get("config") or {}), row.get("provenance") or {}
+    pairs = {"data": ((then.get("data") or {}).get("fingerprint"), facts["data"].get("fingerprint"))}
     if pairs["data"][0] is None:
         pairs["data"] = (before.get("data"), config.data)
     pairs["eval.batches"] = (before.get("eval.batches"), config.eval.batches)
+    pairs["objective"] = (then.get("objective"), facts.get("objective"))
     for what, (old, new) in pairs.items():
         if old is not None and old != new:
             raise UserError(
-                f"config.infer.baseline = {file!r}: its {what} is {old}, and here it is {new}: its quality is that of "
-                "other text; score the baseline on the same"
+                f"config.infer.baseline = {file!r}: its {what} is {old}, and here it is {new}: its quality is "
+                "another; score the baseline on the same"
             )
 
 
@@ -74,12 +73,12 @@ def _row_of(file):
         raise UserError(f"config.infer.baseline = {error}") from None
 
 
-def compression(baseline: Scored, compressed: Scored) -> study_metrics.Compression | None:
+def compression(objective: Objective, baseline: Scored, compressed: Scored) -> study_metrics.Compression | None:
     """The inputs of MCR (Eq. 9) from two Scored; None where a score is not finite."""
-    if not all(math.isfinite(scored.bits_per_byte) for scored in (baseline, compressed)):
+    if not all(math.isfinite(scored.loss) for scored in (baseline, compressed)):
         return None
-    qualities = (2**-baseline.bits_per_byte, 2**-compressed.bits_per_byte)
-    name = f"{LIKELIHOOD}, against {baseline.name}"
+    qualities = objective.likelihood(baseline.loss), objective.likelihood(compressed.loss)
+    name = f"{objective.likelihood_name}, against {baseline.name}"
     return study_metrics.Compression(baseline.bytes, compressed.bytes, *qualities, name)
 
 
@@ -118,13 +117,13 @@ def warm_up_and_conditions(measured: Measured) -> Record:
 
 def _window(measured):
     """Energy and time of one prefill and one decode a repeat: the windows may contain either more often."""
-    parts = ((measured.prefill_energy, measured.prefills), (measured.decode_energy, measured.decodes))
-    whole = reader.combine_windows([window for window, _ in parts])
+    phases = ((measured.prefill_energy, measured.prefills), (measured.decode_energy, measured.decodes))
+    whole = reader.combine_windows([window for window, _ in phases])
     if whole.energy_j is None:
         return whole
     repeats = len(measured.requests_s)
-    joules = sum(window.energy_j * repeats / count for window, count in parts)
-    seconds = sum(window.duration_s * repeats / count for window, count in parts)
+    joules = sum(window.energy_j * repeats / count for window, count in phases)
+    seconds = sum(window.duration_s * repeats / count for window, count in phases)
     return dataclasses.replace(whole, energy_j=joules, duration_s=seconds, mean_power_w=joules / seconds)
 
 
@@ -134,7 +133,10 @@ def times(measured: Measured) -> dict[str, Reading]:
     prefill, decode = statistics.median(measured.prefill_s), statistics.median(measured.decode_s)
     steps = measured.steps.statistics()
     tails = {f"tpot_s_{key}": steps[key] for key in ("p50", "p90", "p95", "p99")}
-    rate = lambda tokens, seconds: Reading(measured.rows * tokens / seconds, "1/s", source)  # noqa: E731
+
+    def rate(tokens, seconds):
+        return Reading(measured.rows * tokens / seconds, "1/s", source)
+
     return {
         "ttft_s": Reading(prefill, "s", f"{source}: prefill and the first token's logits"),
         "tpot_s": Reading(decode / measured.new_tokens, "s", f"{source}: {measured.new_tokens} tokens in one call"),
@@ -181,14 +183,14 @@ def physical(
 
 def _bounds(lm, boxed, params, measured, mesh):
     """MFU of prefill, MBU of decoding, and the least time of a decode step by roofline."""
-    devices, dtype, ways = list(mesh.devices.flat), activation_dtype(lm.precision), sharding.count_row_shards(mesh)
+    devices, dtype, shards = list(mesh.devices.flat), activation_dtype(lm.precision), sharding.count_row_shards(mesh)
     middle = measured.prompt + measured.new_tokens // 2  # the state grows by a token a step
-    moved = ways * formulas.decode_bytes(
-        lm, boxed, params, measured.rows // ways, middle
+    moved = shards * formulas.decode_bytes(
+        lm, boxed, params, measured.rows // shards, middle
     )  # each row shard reads the weights
     flops = formulas.decode_flops(lm, boxed, middle)
     step_s = statistics.median(measured.decode_s) / measured.new_tokens
-    prefill = measured.rows * formulas.forward_flops(lm, boxed, measured.prompt)
+    prefill = measured.rows * (formulas.forward_flops(lm, boxed, measured.prompt) + measured.image_flops)
     utilisation = device_peaks.model_flops_utilisation(prefill, statistics.median(measured.prefill_s), devices, dtype)
     return {
         **{

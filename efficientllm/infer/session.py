@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from efficientllm.embeds.tokens import LM
 from efficientllm.infer.engine import PREFILL_CHUNKS, Carry, Engine
-from efficientllm.model import LM
 from efficientllm.typing import Params
 
 SHORTEST, LONGEST = 1024, 8192  # cache length at first, and its limit for models without one

@@ -1,183 +1,54 @@
-"""Setup of an inference run: prompts, model, mesh, and loading weights in a quantized form. Cheap checks come first."""
+"""Setup of an inference run: model, mesh and requests. Cheap checks come first, and no array of the model is made."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import importlib.util
 import math
-import typing
 from collections.abc import Sequence
 
-import flax.linen as nn
 import jax
-import numpy as np
 
-from efficientllm import data, sharding
+from efficientllm import base_config, data, sharding
 from efficientllm import model as models
-from efficientllm.convert.files import stored_form
+from efficientllm.architecture import from_config
 from efficientllm.cost import formulas
-from efficientllm.errors import UserError
-from efficientllm.infer import prompts, random_weights
+from efficientllm.embeds.patches import Denoiser
+from efficientllm.embeds.tokens import LM
+from efficientllm.errors import UserError, short_repr
+from efficientllm.infer import image_samples, picture_setup, prompts
 from efficientllm.infer.engine import check_prompts
+from efficientllm.infer.picture_serving import PictureServing
 from efficientllm.infer.row import baseline_of
-from efficientllm.metrics import host, memory
+from efficientllm.infer.serving import Serving, is_calibrated
+from efficientllm.infer.text_serving import TextServing
+from efficientllm.infer.vision_serving import VisionServing, encode_requests
+from efficientllm.metrics import host
 from efficientllm.ops import rematerialization
 from efficientllm.quant import apply as quant
-from efficientllm.quant import calibrate
 from efficientllm.registry import build, parse_spec
 from efficientllm.run_description import RunDescription, describe_run
-from efficientllm.runtime.log import Countdown
-from efficientllm.typing import Config, Mesh, Params, PyTree
+from efficientllm.runtime import optional_packages
+from efficientllm.typing import Config, Mesh
 from efficientllm.untrusted import patterns
-from efficientllm.weights import box, is_box, path_of, resident_bytes
+from efficientllm.vision import processors
 
-if typing.TYPE_CHECKING:
-    from efficientllm.convert.source import Source
-    from efficientllm.data.pipeline import EvalBatches
-
-
-class OutOfMemory(RuntimeError):
-    """Weights and states exceed the device memory."""
-
-
-@dataclasses.dataclass
-class Serving:
-    """Everything that an inference run needs before its first token.
-
-    lm:             the model, unrolled (no scan over layers).
-    source:         the checkpoint, or None for random weights.
-    boxed:          abstract float32 parameters, boxed with their logical axes.
-    texts:          the prompts; `prompts` are their ids.
-    length:         cache length: tokens of the longest prompt and its completion.
-    rss_before:     resident bytes of the process before weights are loaded.
-    max_positions:  of the checkpoint, or None.
-    """
-
-    config: Config
-    source: Source | None
-    lm: models.LM
-    boxed: PyTree
-    tokenizer: typing.Any
-    sampler: typing.Any
-    texts: list[str]
-    prompts: list[list[int]]
-    length: int
-    mesh: Mesh
-    rss_before: int
-    max_positions: int | None = None
-
-    @property
-    def devices(self) -> list[jax.Device]:
-        """The devices of the mesh."""
-        return list(self.mesh.devices.flat)
-
-    def load(self, spec: str, rules: Sequence[tuple[str, str]] = ()) -> Params:
-        """Loads the parameters onto the mesh in the form `spec`, some in another by `rules`. Raises OutOfMemory."""
-        if spec == "stored":
-            return jax.block_until_ready(self._place_all(self._load_stored()))
-        self._check_memory(spec, rules)
-        if not _is_calibrated(spec, rules):
-            return jax.block_until_ready(self._load_each(self._rounder(spec, rules)))
-        dense = self._load_each(lambda path, array: array)
-        calibrated = calibrate.quantize(self.lm, dense, spec, self._calibration(), rules)
-        return jax.block_until_ready(self._place_all(calibrated))
-
-    def history(self, spec: str) -> str:
-        """How quantized weights of the files were converted to the form `spec`, or ""."""
-        return stored_form.history(self.source, spec)
-
-    @functools.cached_property
-    def _shaped(self):
-        """The abstract unquantized parameters, with shardings."""
-        return sharding.abstract_shards(self.boxed, self.mesh)
-
-    def _rounder(self, spec, rules):
-        """`quant.rounder`, which also places each leaf on its shards before the next is read."""
-        flat = jax.tree_util.tree_flatten_with_path(self.boxed, is_leaf=is_box)[0]
-        boxes, quantize = {path_of(keys): boxed for keys, boxed in flat}, quant.rounder(spec, rules)
-        return lambda path, array: self._place(boxes[path], quantize(path, array))
-
-    def _place_all(self, params):
-        return jax.tree.map(self._place, self.boxed, params, is_leaf=is_box)
-
-    def _place(self, boxed, leaf):
-        """Places `leaf`, an array or a Weight, on the mesh by the logical axes of `boxed`."""
-        boxed_leaf = box(leaf, boxed.names)
-        return jax.device_put(nn.unbox(boxed_leaf), sharding.shardings(boxed_leaf, self.mesh))
-
-    def weights_bytes(self, spec: str, rules: Sequence[tuple[str, str]] = ()) -> tuple[int, int] | None:
-        """`(resident, peak while loading)` bytes of the weights as `spec`, over all devices; None for `stored`.
-
-        Weights are quantized one by one as they are read, so the peak adds the largest unquantized one (for random
-        weights, the largest group of layers). Calibrated forms are loaded whole in float32 first.
-        """
-        if spec == "stored":
-            return None
-        plain, copies = nn.unbox(self.boxed), self.mesh.shape["data"]  # replicated over the axis `data`
-        resident = resident_bytes(jax.eval_shape(lambda params: quant.quantize(params, spec, rules), plain))
-        largest = max(map(resident_bytes, jax.tree.leaves(plain) if self.source else plain.values()))
-        peak = resident_bytes(self.boxed) if _is_calibrated(spec, rules) else resident + largest
-        return resident * copies, peak * copies
-
-    @property
-    def states_bytes(self) -> int:
-        """Bytes of the decode states (KV caches, recurrences) of all rows."""
-        return self.config.infer.batch_size * formulas.state_bytes(self.lm, self.length)
-
-    def _load_each(self, each):
-        """Reads or draws the parameters one at a time; keeps `each(path, array)` of each."""
-        countdown = Countdown("weights", sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nn.unbox(self.boxed))))
-
-        def counted(path, array):
-            leaf = each(path, array)
-            countdown.add(math.prod(array.shape))
-            return leaf
-
-        if self.source is None:
-            return random_weights.draw(self.lm, self.config.seed, counted)
-        return self.source.load(self._shaped, lm=self.lm, transform=counted)
-
-    def _load_stored(self):
-        if self.source is None:
-            raise UserError("config.quant = 'stored' needs config.model.pretrained, whose files hold rounded weights")
-        return self.source.load_stored(nn.unbox(self.boxed), self.lm)
-
-    def _check_memory(self, spec, rules):
-        """Raises OutOfMemory if states and weights, at the peak while loading, exceed the memory."""
-        weights, states, shared = self.weights_bytes(spec, rules)[1], self.states_bytes, self._shares_memory
-        limit = host.memory_total_bytes() if shared else memory.limit_bytes(self.devices)
-        if self.config.memory_gb:
-            limit = self.config.memory_gb * 1e9 * (1 if shared else len(self.devices))
-        if limit is not None and weights + states > limit:
-            raise OutOfMemory(
-                f"out of memory: {spec or 'float32'} weights of {weights / 1e9:.1f} GB and states of "
-                f"{states / 1e9:.1f} GB for {self.config.infer.batch_size} x {self.length} tokens, "
-                f"{len(self.devices)} x {self.devices[0].platform} has {limit / 1e9:.1f} GB"
-            )
-
-    @property
-    def _shares_memory(self):
-        return self.devices[0].platform == "cpu"
-
-    @functools.cached_property
-    def held_out(self) -> EvalBatches:
-        """Batches of held-out text."""
-        train = self.config.train
-        limit = self.config.eval.batches or None
-        return data.eval_batches(self.config.data, self.tokenizer, train.batch_size, train.length, limit=limit)
-
-    def held_out_ids(self) -> np.ndarray:
-        """Tokens of the held-out text, without padding; measured prompts are spans of it."""
-        return np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in self.held_out])
-
-    def _calibration(self):
-        """Rows of training text, for calibrated forms (GPTQ, AWQ)."""
-        return data.calibration_rows(self.config.data, self.tokenizer, self.config.train.length, self.config.seed)
-
-
-def _is_calibrated(spec, rules):
-    specs = (spec, *(form for _, form in rules))
-    return any(quant.form_of(form).calibrated for form in specs)
+# Keys that requests of one kind alone have, with what to do where they are set for the other.
+KEYS_OF = {
+    "text": {
+        "quality.tasks": "tasks of the lm-evaluation-harness are text, and the model reads images; leave them out",
+    },
+    "images": {
+        "infer.solver": "a language model has no solver; leave it out, or name a diffusion model",
+        "infer.guidance": "a language model is not guided; leave it out, or name a diffusion model",
+        "infer.guidance_channels": "a language model is not guided; leave it out, or name a diffusion model",
+        "infer.negative_prompt": "a language model is not guided; leave it out, or name a diffusion model",
+        "text_states": "a language model reads tokens; leave it out, or name a diffusion model",
+        "infer.size": "a language model makes no pictures; leave it out, or name a diffusion model",
+        "infer.fps": "a language model makes no clips; leave it out, or name a diffusion model",
+        "infer.offload": "a language model has no parts that are needed in turn; leave it out",
+    },
+}
 
 
 def check_request(config: Config) -> None:
@@ -187,55 +58,133 @@ def check_request(config: Config) -> None:
             raise UserError(f"config.infer.{key} = {config.infer[key]}: must be at least 1")
     if config.quant == "stored" and config.infer.rules:
         raise UserError("config.infer.rules: config.quant = 'stored' takes all weights as the files hold them; take ()")
+    quant.form_of(config.quant, "config.quant")
     quant.chooser(config.quant, config.infer.rules, "config.infer.rules")
 
 
 def prepare(config: Config, with_text: bool = True) -> Serving:
-    """Builds the Serving of a config: reads the prompts, makes no array of the model.
+    """Builds the Serving of a config: reads prompts and descriptions, makes no array of the model.
 
     Without `with_text` the held-out text is not checked. Raises UserError.
     """
-    infer = config.infer
     check_request(config)
     description = describe_run(config, devices_of(config))
-    check_mesh(config, description.mesh)
-    _check_baseline(infer.baseline)
+    check_mesh(config, description.mesh, description.objective.reads)
+    check_keys(config, description.objective.reads)
+    _check_baseline(config.infer.baseline, description)
+    return _text_serving(description, with_text) if description.objective.reads == "text" else _pictures(description)
+
+
+def _text_serving(description, with_text):
+    config, infer = description.config, description.config.infer
     sampler = build("sampler", infer.sampler, where="config.infer.sampler")
-    texts = prompts.read(infer.prompts)
+    requests = prompts.read_lines(infer.prompts)
     if with_text:
         data.check_data(config.data)  # before a checkpoint is read, which can take a minute
-    ids = prompts.encode(texts, description.lm and description.tokenizer, infer.chat)
+    records = None
+    if description.lm.reads == "text and images":
+        records = _records(description, requests)
+        ids = [list(record.ids) for record in records]
+    else:
+        ids = prompts.encode(prompts.read(infer.prompts), description.tokenizer, infer.chat)
     check_prompts(ids)
     prompts.check_lengths(ids, infer.max_new_tokens, description.max_positions)
     length = max(infer.prompt_length, *map(len, ids)) + infer.max_new_tokens
-    lm = serving_lm(description, length)
-    return Serving(
-        config=config,
-        source=description.source,
-        lm=lm,
-        boxed=models.abstract_params(lm),
-        tokenizer=description.tokenizer,
-        sampler=sampler,
-        texts=texts,
-        prompts=ids,
-        length=length,
-        mesh=description.mesh,
-        rss_before=host.rss_bytes(),
-        max_positions=description.max_positions,
+    fields = _shared(description, serving_lm(description, length)) | {
+        "dataset": description.dataset,
+        "tokenizer": description.tokenizer,
+        "sampler": sampler,
+        "texts": [request.text for request in requests],
+        "prompts": ids,
+        "length": length,
+        "max_positions": description.max_positions,
+    }
+    return TextServing(**fields) if records is None else VisionServing(**fields, records=records)
+
+
+def _records(description, requests):
+    """The prompts of a vision-language model, with the images of requests prepared by the model's own processor."""
+    if any(request.images for request in requests) and importlib.util.find_spec("PIL") is None:
+        raise UserError(f"config.infer.prompts: images are read with Pillow; {optional_packages.remedy('images')}")
+    lm, tokenizer = description.lm, description.tokenizer
+    processor = processors.read_processor(description.source and description.source.tokenizer_path, lm)
+    return encode_requests(requests, lm, tokenizer, processor, description.config.infer.chat)
+
+
+def _pictures(description):
+    picture_prompts, description = picture_setup.of_requests(description)
+    if description.source is None:  # random weights of a model that says all of its pictures need no data
+        description = dataclasses.replace(description, shapes_only=True)
+    config, model = description.config, serving_denoiser(description)
+    if config.sample.images and importlib.util.find_spec("PIL") is None:
+        raise UserError(
+            f"config.sample.images = {config.sample.images}: pictures are written with Pillow; "
+            f"{optional_packages.remedy('images')}, or set it to 0"
+        )
+    needs_no_data = description.source is None and from_config.is_complete(description.model_config)
+    return PictureServing(
+        **_shared(description, model),
+        dataset=None if needs_no_data or description.embed else description.dataset,
+        sampler=image_samples.sampler_of(model, config.infer, description.objective),
+        objective_spec=description.objective_spec,
+        prompts=picture_prompts,
     )
 
 
-def serving_lm(description: RunDescription, length: int) -> models.LM:
+def _shared(description, lm):
+    """The fields of a Serving that every kind has."""
+    return {
+        "config": description.config,
+        "source": description.source,
+        "lm": lm,
+        "objective": description.objective,
+        "boxed": models.abstract_params(lm),
+        "mesh": description.mesh,
+        "rss_before": host.rss_bytes(),
+    }
+
+
+def check_keys(config: Config, reads: str) -> None:
+    """Raises UserError for keys of requests that the model, which reads "text" or "images", does not have."""
+    default = base_config.get_config()
+    other = "images" if reads == "text" else "text"
+    for key, advice in KEYS_OF[other].items():
+        group, _, name = key.rpartition(".")
+        value, usual = ((values[group] if group else values)[name] for values in (config, default))
+        if value != usual:
+            raise UserError(f"config.{key} = {short_repr(value)}: {advice}")
+
+
+def serving_lm(description: RunDescription, length: int) -> LM:
     """The LM that serves rows of `length` tokens: that of the RunDescription, unrolled and without rematerialization.
 
     Raises UserError for more tokens than its positions, and for a rule that matches no weight.
     """
-    infer, lm = description.config.infer, description.lm.clone(scan=False, remat=rematerialization.SAVEABLE)
+    infer = description.config.infer
     where = f"config.infer.prompt_length = {infer.prompt_length}, config.infer.max_new_tokens = {infer.max_new_tokens}"
     if description.max_positions and length > description.max_positions:
         raise UserError(f"{where}: {length} tokens; the model has {description.max_positions} positions")
+    return _unrolled(description, length, where)
+
+
+def serving_denoiser(description: RunDescription) -> Denoiser:
+    """The Denoiser of the RunDescription, as `serving_lm` is the LM.
+
+    Raises UserError likewise, and for a form of the weights that is calibrated.
+    """
+    config = description.config
+    if is_calibrated(config.quant, config.infer.rules):
+        raise UserError(
+            f"config.quant = {config.quant!r}: is calibrated on text; give a diffusion model a form that rounds to the "
+            "nearest, such as 'int4()'"
+        )
+    return _unrolled(description, description.length, "config.model.embed")
+
+
+def _unrolled(description, length, where):
+    lm = description.lm.clone(scan=False, remat=rematerialization.SAVEABLE)
     models.check_length(lm, length, where)
-    _check_rules(models.abstract_params(lm), infer.rules)
+    _check_rules(models.abstract_params(lm), description.config.infer.rules)
     return lm
 
 
@@ -262,13 +211,13 @@ def devices_of(config: Config) -> list[jax.Device]:
     return jax.devices()[: math.prod(sizes)]
 
 
-def check_mesh(config: Config, mesh: Mesh, batches: Sequence[str] = ("infer", "train")) -> None:
-    """Raises UserError for a mesh with a `sequence` axis, or one that does not divide a batch size of the config.
+def check_mesh(config: Config, mesh: Mesh, reads: str, batches: Sequence[str] = ("infer", "train")) -> None:
+    """Raises UserError for a mesh with a `sequence` axis for text, or one that does not divide a batch size.
 
-    `batches` names the groups of the config: requests (`infer`) and held-out text (`train`).
+    `reads` is what the model reads. `batches` names groups of the config: requests (`infer`), held-out data (`train`).
     """
     where, shards = f"config.mesh = {config.mesh!r}", sharding.count_row_shards(mesh)
-    if mesh.shape["sequence"] > 1:
+    if mesh.shape["sequence"] > 1 and reads == "text":
         raise UserError(
             f"{where}: a step of decoding has one token, which 'sequence' cannot divide; take tensor or data"
         )
@@ -280,9 +229,9 @@ def check_mesh(config: Config, mesh: Mesh, batches: Sequence[str] = ("infer", "t
             )
 
 
-def _check_baseline(baseline):
+def _check_baseline(baseline, description):
     """Raises UserError unless `baseline` is a row (.json), a `quant` spec, or empty."""
     if baseline.endswith(".json"):
-        baseline_of(baseline)
+        baseline_of(baseline, description.objective)
     elif baseline:
         build("quant", baseline, where="config.infer.baseline")

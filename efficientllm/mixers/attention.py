@@ -13,7 +13,7 @@ from efficientllm.layers import Linear
 from efficientllm.mixers import heads
 from efficientllm.mixers import kv_cache as cache
 from efficientllm.mixers.base import Context, Mixer, State
-from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
+from efficientllm.ops.attention import Mask, attend
 from efficientllm.registry import build, register
 
 
@@ -23,7 +23,9 @@ class Attention(Mixer, kw_only=True):
     Args:
       qkv_bias: adds a bias to the three input projections (Qwen2).
       o_bias: adds a bias to the output projection (Pythia).
-      qk_norm: normalizes each head of q and k before the rotation (Qwen3).
+      qk_norm: normalizes q and k before the rotation: `head` each head (Qwen3; also True), `all` all heads of a token
+        together (Wan, InternViT).
+      score_scale: the factor of the scores; 0 is K^-1/2, and T5 has 1.
       kv_cache: the storage of the KV cache, one of `kv_cache.KINDS`.
     """
 
@@ -35,13 +37,19 @@ class Attention(Mixer, kw_only=True):
     attention_kernel: str
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | str = ""
     kv_cache: str = "activation"
+    score_scale: float = 0.0
 
     admits = ("heads", "scores", "embedding")  # where a position may act; see positions/
+    orders = ("causal", "bidirectional", "prefix")
     recompute_elementwise = True
     state_axes = dict.fromkeys("kv", (None, "kv_heads"))
     keys_read = None  # tokens that a query reads, itself included; None reads all
+
+    def __post_init__(self):
+        self.qk_norm = heads.qk_norm_kind(self)
+        super().__post_init__()
 
     @property
     def kv_heads(self) -> int:
@@ -55,21 +63,21 @@ class Attention(Mixer, kw_only=True):
         head_axes = {"q": (H, "heads"), "k": (G, "kv_heads"), "v": (G, "kv_heads")}
         projected = heads.projections(x_BTD, head_axes, self.head_dim, self.precision, self.qkv_bias, "length")
         q_BTHK, k_BTGK, v_BTGK = projected
-        if self.qk_norm:
-            q_BTHK = build("norm", self.norm, name="q_norm", axis=None)(q_BTHK)
-            k_BTGK = build("norm", self.norm, name="k_norm", axis=None)(k_BTGK)
+        q_BTHK = heads.normalize(q_BTHK, self.qk_norm, self.norm, "q_norm", "heads")
+        k_BTGK = heads.normalize(k_BTGK, self.qk_norm, self.norm, "k_norm", "kv_heads")
         q_BTHK, k_BTGK = ctx.rotate(position, q_BTHK), ctx.rotate(position, k_BTGK)
         mask = ctx.mask.replace(window=self.keys_read)  # type: ignore[attr-defined]
         (k_BSGK, v_BSGK), mask, state = cache.extend(state, {"k": k_BTGK, "v": v_BTGK}, mask, ctx.positions_BT)
-        y_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, self.attention_kernel, position.bias(H))
+        bias, scale = ctx.bias(position, H), self.score_scale or None
+        y_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, self.attention_kernel, bias, scale)
         return self.combine(y_BTHK, x_BTD), state
 
     def gathered_heads(self) -> tuple[int, int] | None:
         return self.kv_heads, self.head_dim
 
     def hyperparameters(self) -> dict[str, Any]:
-        names = ("num_heads", "head_dim", "qkv_bias", "o_bias", "qk_norm", "position", *["norm"] * self.qk_norm)
-        fields = {name: getattr(self, name) for name in names}
+        names = ("num_heads", "head_dim", "qkv_bias", "o_bias", "qk_norm", "score_scale", "position")
+        fields = {name: getattr(self, name) for name in (*names, *["norm"] * bool(self.qk_norm))}
         return fields | {"num_kv_heads": self.kv_heads, "window": self.keys_read}
 
     def combine(self, y_BTHK: jax.Array, x_BTD: jax.Array) -> jax.Array:
@@ -95,14 +103,13 @@ class Attention(Mixer, kw_only=True):
     def _slot(self):
         return dict.fromkeys("kv", (self.kv_heads, self.head_dim))
 
-    def mix_flops(self, length: int, executed: bool = False) -> float:
+    def mix_flops(self, length: int, executed: bool = False, order: str = "causal") -> float:
         """Counts the forward FLOPs of scores and values for a row of `length` tokens: 2 H K each for a query-key pair.
 
-        The pairs are those of a causal mask, or with `executed` those that the kernel computes.
+        The pairs are those of the mask (`Mask.pairs`), or with `executed` those that the kernel computes.
         """
-        pairs = causal_pairs(length, self.keys_read)
-        if executed:
-            pairs = executed_pairs(self.attention_kernel, length, self.keys_read)
+        mask = Mask(order=order, window=self.keys_read)
+        pairs = mask.executed_pairs(self.attention_kernel, length) if executed else mask.pairs(length)
         return 4 * self.num_heads * self.head_dim * pairs
 
 
@@ -148,7 +155,7 @@ class GQA(Attention, kw_only=True):
 class Window(GQA, kw_only=True):
     """Sliding-window attention: a query reads the last `window` tokens, itself included.
 
-    The KV cache is a ring buffer of `window` slots.
+    In a bidirectional row it reads as many after itself. The KV cache is a ring buffer of `window` slots.
     """
 
     family = "attention"

@@ -26,6 +26,12 @@ class Mixer(nn.Module):
     state_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     # Whether rematerializing its elementwise operations is faster on CPUs than saving their results.
     recompute_elementwise: ClassVar[bool] = False
+    # Orders of tokens that it honours (`ops.attention_mask.Mask.order`).
+    orders: ClassVar[tuple[str, ...]] = ("causal",)
+    # Whether a conditioning vector shifts, scales and gates its branch of a block.
+    conditioned: ClassVar[bool] = True
+    # Names of kernels that multiply the condition of a request alone (`request_state`).
+    request_kernels: ClassVar[tuple[str, ...]] = ()
     # The name that classes share which compute the same function. A subclass without it has the name of its class.
     family: ClassVar[str]
 
@@ -46,18 +52,31 @@ class Mixer(nn.Module):
         """Returns the state before the first token, for `batch` rows of up to `length` tokens."""
         raise NotImplementedError(f"{type(self).__name__} defines no init_state(batch, length)")
 
+    @property
+    def block_norm(self) -> str:
+        """The norm before it in a block where that is another than the model's; of parallel mixers, the first's."""
+        return ""
+
+    def request_state(self, ctx: Context) -> State | None:
+        """Computes from its parameters what depends on the condition of a request alone; None is nothing.
+
+        A sampler calls it once a request, not in each step, and hands the result to `__call__` as the state.
+        """
+        return None
+
     def state_bytes(self, length: int) -> int:
         """Computes the bytes of `init_state(1, length)` by a formula."""
         raise NotImplementedError(f"{type(self).__name__} defines no state_bytes(length)")
 
-    def mix_flops(self, length: int, executed: bool = False) -> float:
+    def mix_flops(self, length: int, executed: bool = False, order: str = "causal") -> float:
         """Counts the forward FLOPs of a row of `length` tokens outside the products with kernels; a multiply-add is 2.
 
-        Masked query-key pairs do not count, except with `executed`, which counts what the kernel in use computes.
+        Masked query-key pairs do not count, except with `executed`, which counts what the kernel in use computes. A
+        mixer whose `orders` are causal alone needs no parameter `order`.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no mix_flops(length, executed)")
 
-    def kernel_rows(self, path: str, length: int) -> int:
+    def kernel_rows(self, path: str, length: int, order: str = "causal") -> int:
         """Counts the rows that the kernel at the parameter `path` multiplies for a row of `length` tokens."""
         return length
 

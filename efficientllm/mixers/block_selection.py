@@ -21,6 +21,14 @@ def document_starts(mask: Mask, length: int) -> jax.Array:
     return jax.lax.cummax(jnp.where(changes_BT, index_T, 0), axis=1)
 
 
+def document_ends(mask: Mask, length: int) -> jax.Array:
+    """Finds the index of the last token of each token's document, `[B or 1, T]`."""
+    if mask.segments_BT is None:
+        return jnp.full((1, length), length - 1, jnp.int32)
+    from_end = document_starts(Mask(mask.segments_BT[:, ::-1]), length)
+    return length - 1 - from_end[:, ::-1]
+
+
 @flax.struct.dataclass
 class DocumentPieces:
     """Complete pieces of `size` tokens of each document, in order: at most T / size, however the row is packed.
@@ -95,16 +103,26 @@ _move.defvjp(
 )
 
 
-def choose(score_BCTJ: jax.Array, local_BT: jax.Array, size: int, count: int, first: int, recent: int) -> jax.Array:
+def choose(
+    score_BCTJ: jax.Array,
+    local_BT: jax.Array,
+    size: int,
+    count: int,
+    first: int,
+    recent: int,
+    last_BT: jax.Array | None = None,
+) -> jax.Array:
     """Selects `count` blocks for each query: the `first` and the `recent` ones of its document, then the best scores.
 
-    `local_BT` is a query's place in its document. Returns `[B, T, C, n]`, n = min(count, J): blocks of the document, -1
-    for none. The selection is a constant to the gradient.
+    `local_BT` is a query's place in its document; `last_BT` the last place whose block it may select, None for its own.
+    Returns `[B, T, C, n]`, n = min(count, J): blocks of the document, -1 for none. The selection is a constant to the
+    gradient.
     """
     block_J, current_BT1 = jnp.arange(score_BCTJ.shape[-1]), (local_BT // size)[..., None]
     past_BTJ = block_J <= current_BT1
     forced_BTJ = past_BTJ & ((block_J < first) | (block_J > current_BT1 - recent))
-    score = jnp.where(past_BTJ[:, None], jax.lax.stop_gradient(score_BCTJ.astype(jnp.float32)), -jnp.inf)
+    allowed_BTJ = past_BTJ if last_BT is None else forced_BTJ | (block_J <= (last_BT // size)[..., None])
+    score = jnp.where(allowed_BTJ[:, None], jax.lax.stop_gradient(score_BCTJ.astype(jnp.float32)), -jnp.inf)
     score = jnp.where(forced_BTJ[:, None], jnp.inf, score)
     value_BCTn, block_BCTn = jax.lax.top_k(score, min(count, score.shape[-1]))
     return jnp.swapaxes(jnp.where(value_BCTn > -jnp.inf, block_BCTn, -1), 1, 2)
@@ -115,7 +133,12 @@ def key_starts(block_BTCn: jax.Array, start_BT: jax.Array, size: int) -> jax.Arr
     return jnp.where(block_BTCn < 0, -1, start_BT[:, :, None, None] + block_BTCn * size)
 
 
-def causal_pairs(length: int, size: int, count: int) -> float:
-    """Counts query-key pairs of a head that reads `count` blocks; a query reads half of its own block on average."""
+def pairs(length: int, size: int, count: int, order: str) -> float:
+    """Counts query-key pairs of a head that reads `count` blocks.
+
+    A causal query reads half of its own block on average.
+    """
+    if order == "bidirectional":
+        return length * min(length, count * size)
     index_T = np.arange(length)
     return float(np.sum(np.minimum(count - 1, index_T // size) * size + index_T % size + 0.5))

@@ -5,7 +5,10 @@ import jax
 
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear, linears
+from efficientllm.registry import build
 from efficientllm.sharding import constrain
+
+QK_NORMS = ("", "head", "all")  # which numbers of queries and keys are normalized together
 
 
 def project(
@@ -43,6 +46,30 @@ def projections(
         constrain(y_BTe.reshape(*x_BTD.shape[:2], -1, width), "batch", length, layer.axes[-1], None)
         for layer, y_BTe in zip(layers, linears(x_BTD, *layers), strict=True)
     ]
+
+
+def qk_norm_kind(mixer: nn.Module) -> str:
+    """Returns the mixer's `qk_norm`, one of `QK_NORMS`; True is `head`, False none. Raises UserError for another."""
+    kind = {True: "head", False: ""}.get(mixer.qk_norm, mixer.qk_norm)
+    if kind not in QK_NORMS:
+        raise UserError(
+            f"{type(mixer).__name__.lower()}: qk_norm = {mixer.qk_norm!r} is none of {', '.join(map(repr, QK_NORMS))}"
+        )
+    return kind
+
+
+def normalize(x_BTHK: jax.Array, kind: str | bool, norm: str, name: str, axis: str) -> jax.Array:
+    """Applies a norm to each head of queries or keys, or to all heads of a token together; see `project`.
+
+    Args:
+      kind: one of `QK_NORMS`.
+      axis: the logical axis of the heads.
+    """
+    if not kind:
+        return x_BTHK
+    if kind == "head":
+        return build("norm", norm, name=name, axis=None)(x_BTHK)
+    return build("norm", norm, name=name, axis=axis)(x_BTHK.reshape(*x_BTHK.shape[:2], -1)).reshape(x_BTHK.shape)
 
 
 def check_groups(mixer: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efficientllm.errors import UserError, did_you_mean
+from efficientllm.errors import FieldError, did_you_mean
 from efficientllm.mixers.base import State
 from efficientllm.ops.attention import Mask
 from efficientllm.ops.int8_kv_cache import Int8KVCache
@@ -24,9 +24,9 @@ def slots(length: int, window: int | None = None) -> int:
 
 
 def dtype(kind: str, precision: str) -> jnp.dtype:
-    """Returns the dtype of slots for `config.model.kv_cache = kind`. Raises UserError for an unknown kind."""
+    """Returns the dtype of slots of a cache of `kind`. Raises UserError for an unknown kind."""
     if kind not in KINDS:
-        raise UserError(f"config.model.kv_cache = {kind!r} is none of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+        raise FieldError("kv_cache", f"is none of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}", kind)
     return activation_dtype(precision) if kind == "activation" else jnp.dtype(kind)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.layers import Linear
+from efficientllm.mixers import directions
 from efficientllm.mixers.base import Context, Mixer, State
 from efficientllm.mixers.causal_conv import CausalConv, log_uniform_steps
 from efficientllm.ops.selective_scan import selective_scan
@@ -23,7 +24,8 @@ class Mamba(Mixer, kw_only=True):
     """Selective state-space model: a causal convolution, a selective scan and a gate (Algorithm 2, Figure 3).
 
     A block of Mamba has no ffn. The state is the last inputs of the convolution and the float32 state of every channel,
-    whatever the length.
+    whatever the length. A bidirectional row is convolved and scanned from both ends with the same parameters, and the
+    results are added up before the gate.
 
     Args:
       inner: C; None is twice the model's width.
@@ -46,6 +48,7 @@ class Mamba(Mixer, kw_only=True):
     scan_kernel: str = "auto"
 
     family = "mamba"
+    orders = ("causal", "bidirectional")
     state_axes = {"tail": (None, "channels"), "memory": ("channels",)}
 
     @property
@@ -66,10 +69,14 @@ class Mamba(Mixer, kw_only=True):
     def __call__(self, x_BTD: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
         C, n, D = self.channels, self.state_dim, x_BTD.shape[-1]
         R = self.rank
-        project = lambda name: Linear(C, ("embed", "mlp"), self.precision, self.use_bias, name=name)  # noqa: E731
+
+        def project(name):
+            return Linear(C, ("embed", "mlp"), self.precision, self.use_bias, name=name)
+
         x_BTC, gate_BTC = (constrain(project(name)(x_BTD), "batch", None, "channels") for name in ("x", "gate"))
         tail = None if state is None else state["tail"]
-        x_BTC, tail = CausalConv(self.conv, "mlp", self.conv_bias, name="conv")(x_BTC, ctx.positions_BT, tail)
+        x_BTC, positions_BT = directions.split(ctx, x_BTC), directions.positions(ctx, x_BTC.shape[:2])
+        x_BTC, tail = CausalConv(self.conv, "mlp", self.conv_bias, name="conv")(x_BTC, positions_BT, tail)
         x_BTC = jax.nn.silu(x_BTC)
         # The input selects the step, the input map b and the output map c of the recurrence
         # h_t = exp(step_t A) h_(t-1) + step_t b_t x_t, y_t = c_t h_t + skip x_t; `keep` resets h at a document's start.
@@ -80,14 +87,14 @@ class Mamba(Mixer, kw_only=True):
         step_bias_C = self.param("step_bias", axes(log_uniform_steps(), ("mlp",)), (C,))
         A_log_Cn = self.param("A_log", axes(_one_to_n, ("mlp", None)), (C, n))
         skip_C = self.param("skip", axes(nn.initializers.ones, ("mlp",)), (C,))
-        h_BCn = jnp.zeros((x_BTD.shape[0], C, n)) if state is None else state["memory"]
+        h_BCn = jnp.zeros((x_BTC.shape[0], C, n)) if state is None else state["memory"]
         x32_BTC = x_BTC.astype(jnp.float32)
         step_BTC = jax.nn.softplus(step_BTC + step_bias_C)
-        keep_BT = (ctx.positions_BT > 0).astype(jnp.float32)
+        keep_BT = (positions_BT > 0).astype(jnp.float32)
         y_BTC, h_BCn = selective_scan(
             x32_BTC, step_BTC, -jnp.exp(A_log_Cn), b_BTn, c_BTn, keep_BT, h_BCn, self.scan_kernel
         )
-        y_BTC = (y_BTC + skip_C * x32_BTC) * jax.nn.silu(gate_BTC.astype(jnp.float32))
+        y_BTC = directions.join(ctx, y_BTC + skip_C * x32_BTC) * jax.nn.silu(gate_BTC.astype(jnp.float32))
         y_BTD = Linear(D, ("mlp", "embed"), self.precision, self.use_bias, name="o")(y_BTC.astype(x_BTD.dtype))
         return y_BTD, None if state is None else {"tail": tail, "memory": h_BCn}
 
@@ -102,12 +109,18 @@ class Mamba(Mixer, kw_only=True):
         tail = (self.conv - 1) * activation_dtype(self.precision).itemsize
         return self.channels * (tail + 4 * self.state_dim)
 
-    def mix_flops(self, length: int, executed: bool = False) -> float:
+    def kernel_rows(self, path: str, length: int, order: str = "causal") -> int:
+        """Counts a kernel's rows: those that select what the scan does are applied in each direction."""
+        directed = order == "bidirectional" and path.endswith(("select/kernel", "step/kernel"))
+        return 2 * length if directed else length
+
+    def mix_flops(self, length: int, executed: bool = False, order: str = "causal") -> float:
         """Counts the forward FLOPs of the recurrence: update and read, 2 C n each for a token.
 
         With `executed` the count is 0: no kernel computes them as matrix products.
         """
-        return 0 if executed else 4 * self.channels * self.state_dim * length
+        scans = 2 if order == "bidirectional" else 1
+        return 0 if executed else 4 * self.channels * self.state_dim * length * scans
 
 
 def _one_to_n(key, shape):

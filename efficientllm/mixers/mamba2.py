@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
+from efficientllm.mixers import directions
 from efficientllm.mixers.base import Context, Mixer, State
 from efficientllm.mixers.causal_conv import CausalConv, log_uniform_steps
 from efficientllm.ops import ssd
@@ -26,7 +27,8 @@ class Mamba2(Mixer, kw_only=True):
     """State-space model with scalar decays: parallel projections, convolutions, SSD, a gate and a norm (Figure 6).
 
     A block of Mamba-2 has no ffn. The state is the last inputs of the convolutions and a float32 matrix `[P, n]` a
-    head, whatever the length.
+    head, whatever the length. A bidirectional row is convolved and scanned from both ends with the same parameters,
+    and the results are added up before the gate.
 
     Args:
       inner: C; None is twice the model's width.
@@ -52,6 +54,7 @@ class Mamba2(Mixer, kw_only=True):
     conv_bias: bool = True
 
     family = "mamba2"
+    orders = ("causal", "bidirectional")
 
     @property
     def channels(self) -> int:
@@ -86,11 +89,13 @@ class Mamba2(Mixer, kw_only=True):
         C, H, J, n = self.channels, self.num_heads, self.num_groups, self.state_dim
         tails = {"x": None, "bc": None} if state is None else state["tails"]
         gate_BTC = self._project(x_BTD, "gate", C, "mlp")
+        positions_BT = directions.positions(ctx, (B, T))
         x_BTC, tail_x = self._convolve(x_BTD, "x", C, "mlp", ctx, tails["x"])
         bc_BTe, tail_bc = self._convolve(x_BTD, "bc", 2 * J * n, None, ctx, tails["bc"])
+        B = x_BTC.shape[0]  # twice the rows where they are read in both directions
         # e: b and c of all groups side by side, 2 J n
         b_BTJn, c_BTJn = (half.reshape(B, T, J, n) for half in jnp.split(bc_BTe, 2, -1))
-        step_BTH = self._project(x_BTD, "step", H, None).astype(jnp.float32)
+        step_BTH = directions.split(ctx, self._project(x_BTD, "step", H, None).astype(jnp.float32))
         axes = nn.with_logical_partitioning
         step_BTH = jax.nn.softplus(step_BTH + self.param("step_bias", axes(log_uniform_steps(), (None,)), (H,)))
         A_H = -jnp.exp(self.param("A_log", axes(_log_one_to_h, (None,)), (H,)))
@@ -98,8 +103,8 @@ class Mamba2(Mixer, kw_only=True):
         x_BTHP = constrain(x_BTC.reshape(B, T, H, -1).astype(jnp.float32), "batch", None, "channels", None)
         memory = jnp.zeros((B, H, x_BTHP.shape[-1], n)) if state is None else state["memory"]
         scan = ssd.step if state is not None and T == 1 else ssd.chunked
-        y_BTHP, memory = scan(x_BTHP, step_BTH, A_H, b_BTJn, c_BTJn, ctx.positions_BT > 0, memory, self.chunk)
-        y_BTC = (y_BTHP + skip_H[:, None] * x_BTHP).reshape(B, T, C)
+        y_BTHP, memory = scan(x_BTHP, step_BTH, A_H, b_BTJn, c_BTJn, positions_BT > 0, memory, self.chunk)
+        y_BTC = directions.join(ctx, (y_BTHP + skip_H[:, None] * x_BTHP).reshape(B, T, C))
         y_BTC = self._norm(y_BTC * jax.nn.silu(gate_BTC.astype(jnp.float32))).astype(x_BTD.dtype)
         y_BTD = Linear(D, ("mlp", "embed"), self.precision, self.use_bias, name="o")(y_BTC)
         return y_BTD, None if state is None else {"tails": {"x": tail_x, "bc": tail_bc}, "memory": memory}
@@ -110,7 +115,8 @@ class Mamba2(Mixer, kw_only=True):
 
     def _convolve(self, x_BTD, name, width, axis, ctx, tail):
         conv = CausalConv(self.conv, axis, self.conv_bias, name=f"conv_{name}")
-        y, tail = conv(self._project(x_BTD, name, width, axis), ctx.positions_BT, tail)
+        y = directions.split(ctx, self._project(x_BTD, name, width, axis))
+        y, tail = conv(y, directions.positions(ctx, x_BTD.shape[:2]), tail)
         return jax.nn.silu(y).astype(jnp.float32), tail
 
     def _norm(self, y_BTC):
@@ -132,11 +138,13 @@ class Mamba2(Mixer, kw_only=True):
         tail = (self.conv - 1) * activation_dtype(self.precision).itemsize
         return (self.channels + 2 * self.num_groups * self.state_dim) * tail + 4 * self.channels * self.state_dim
 
-    def mix_flops(self, length: int, executed: bool = False) -> float:
+    def mix_flops(self, length: int, executed: bool = False, order: str = "causal") -> float:
         """Counts the forward FLOPs of the recurrence, 4 C n a token; with `executed` those of `ssd.chunked`."""
+        scans = 2 if order == "bidirectional" else 1
         if not executed:
-            return 4 * self.channels * self.state_dim * length
-        return ssd.chunked_flops(length, self.num_heads, self.width, self.state_dim, self.num_groups, self.chunk)
+            return 4 * self.channels * self.state_dim * length * scans
+        sizes = self.num_heads, self.width, self.state_dim, self.num_groups, self.chunk
+        return scans * ssd.chunked_flops(length, *sizes)
 
 
 def _log_one_to_h(key, shape):

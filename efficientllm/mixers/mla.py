@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from efficientllm.layers import Linear, RMSNorm
 from efficientllm.mixers import kv_cache as cache
 from efficientllm.mixers.base import Context, Mixer, State
-from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
+from efficientllm.ops.attention import Mask, attend
 from efficientllm.ops.int8_kv_cache import as_array
 from efficientllm.registry import build, register
 from efficientllm.sharding import constrain
@@ -32,7 +32,7 @@ class MLA(Mixer, kw_only=True):
       head_dim: n, width of a head without positions.
       kv_rank: R; None is 4 x head_dim, as in DeepSeek-V2 and V3.
       q_rank: rank of the latent of queries; None projects queries directly (DeepSeek-V2-Lite).
-      rope_dim: P; None is head_dim / 2.
+      rope_dim: P; None is head_dim / 2. With 0 nothing is rotated, and there is no shared key.
       v_dim: v; None is head_dim.
       kv_cache: the storage of the KV cache, one of `kv_cache.KINDS`.
 
@@ -51,13 +51,14 @@ class MLA(Mixer, kw_only=True):
     kv_cache: str = "activation"
 
     family = "mla"
+    orders = ("causal", "bidirectional", "prefix")
     admits = ("heads", "scores", "embedding")
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
         """The widths (R, n, P, v)."""
         n = self.head_dim
-        return self.kv_rank or 4 * n, n, self.rope_dim or n // 2, self.v_dim or n
+        return self.kv_rank or 4 * n, n, n // 2 if self.rope_dim is None else self.rope_dim, self.v_dim or n
 
     def head_counts(self) -> tuple[int, int]:
         return self.num_heads, self.num_heads
@@ -74,17 +75,17 @@ class MLA(Mixer, kw_only=True):
         # e: a head's part without positions beside its rotated part, n + P
         q_BTHe = self._queries(x_BTD).reshape(B, T, self.num_heads, n + P)
         q_BTHe = constrain(q_BTHe, "batch", "length", "heads", None)
-        q_BTHn, q_BTHP = q_BTHe[..., :n], ctx.rotate(position, q_BTHe[..., n:])
         # e: the latent beside the shared key, R + P
         latent_BTe = Linear(R + P, ("embed", None), self.precision, name="kv_a")(x_BTD)
-        latent_BTR = RMSNorm(1e-6, axis=None, name="kv_norm")(latent_BTe[..., :R])
-        k_BTP = ctx.rotate(position, latent_BTe[:, :, None, R:])[:, :, 0]
-        new = {"latent": latent_BTR, "rotated": k_BTP}
-        (latent_BSR, k_BSP), mask, state = cache.extend(state, new, ctx.mask, ctx.positions_BT)
+        new = {"latent": RMSNorm(1e-6, axis=None, name="kv_norm")(latent_BTe[..., :R])}
+        if P:
+            q_BTHe = jnp.concatenate([q_BTHe[..., :n], ctx.rotate(position, q_BTHe[..., n:])], -1)
+            new["rotated"] = ctx.rotate(position, latent_BTe[:, :, None, R:])[:, :, 0]
+        (latent_BSR, *shared), mask, state = cache.extend(state, new, ctx.mask, ctx.positions_BT)
         up = Linear(self.num_heads * (n + v), ("embed", "heads"), self.precision, name="kv_b")
-        options = {"bias": position.bias(self.num_heads), "scale": (n + P) ** -0.5 * position.score_scale()}
+        options = {"bias": ctx.bias(position, self.num_heads), "scale": (n + P) ** -0.5 * position.score_scale()}
         form = self._absorbed if state is not None and T == 1 else self._expanded
-        y_BTHv = form(q_BTHn, q_BTHP, latent_BSR, k_BSP, up, mask, options)
+        y_BTHv = form(q_BTHe, latent_BSR, shared, up, mask, options)
         # e: the heads of a token side by side, H v
         y_BTe = y_BTHv.reshape(B, T, self.num_heads * v)
         return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTe), state
@@ -97,30 +98,32 @@ class MLA(Mixer, kw_only=True):
         name = "q_b" if self.q_rank else "q"
         return Linear(self.num_heads * (n + P), ("embed", "heads"), self.precision, name=name)(x_BTD)
 
-    def _expanded(self, q_BTHn, q_BTHP, latent_BSR, k_BSP, up, mask, options):
-        """Attends over keys and values of every head, expanded from the latents; e is a key beside a value, n + v."""
+    def _expanded(self, q_BTHK, latent_BSR, shared, up, mask, options):
+        """Attends over keys and values of every head, expanded from the latents; e is a key beside a value, n + v.
+
+        `shared` holds the shared key `[B, S, P]`, if there is one.
+        """
         _, n, P, v = self.widths
-        latent_BSR, k_BSP = (as_array(leaf, q_BTHn.dtype) for leaf in (latent_BSR, k_BSP))
+        latent_BSR, *shared = (as_array(leaf, q_BTHK.dtype) for leaf in (latent_BSR, *shared))
         B, S, _ = latent_BSR.shape
         kv_BSHe = constrain(up(latent_BSR).reshape(B, S, self.num_heads, n + v), "batch", "length", "heads", None)
-        shared_BSHP = jnp.broadcast_to(k_BSP[:, :, None], (B, S, self.num_heads, P))
-        q_BTHK = jnp.concatenate([q_BTHn, q_BTHP], -1)
-        k_BSHK = jnp.concatenate([kv_BSHe[..., :n], shared_BSHP], -1)
+        shared = [jnp.broadcast_to(k_BSP[:, :, None], (B, S, self.num_heads, P)) for k_BSP in shared]
+        k_BSHK = jnp.concatenate([kv_BSHe[..., :n], *shared], -1)
         return attend(q_BTHK, k_BSHK, kv_BSHe[..., n:], mask, self.attention_kernel, **options)
 
-    def _absorbed(self, q_BTHn, q_BTHP, latent_BSR, k_BSP, up, mask, options):
+    def _absorbed(self, q_BTHK, latent_BSR, shared, up, mask, options):
         """Attends over the latents: every head reads one key (latent and shared key) and one value (latent).
 
         With W_k, W_v the halves of the up-projection, q (W_k c) = (q W_k) c and sum p (W_v c) = W_v (sum p c): the
         up-projection multiplies one query and one output in place of S latents c.
         """
         R, n, _, v = self.widths
-        kernel_RHe = dense(up.variables["params"]["kernel"], after=q_BTHn).astype(q_BTHn.dtype)
+        kernel_RHe = dense(up.variables["params"]["kernel"], after=q_BTHK).astype(q_BTHK.dtype)
         kernel_RHe = kernel_RHe.reshape(R, self.num_heads, n + v)
-        q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHn, kernel_RHe[..., :n])
-        q_BTHK = jnp.concatenate([q_BTHR, q_BTHP], -1)
-        latent_BS1R, k_BS1P = jax.tree.map(lambda leaf: leaf[:, :, None], (latent_BSR, k_BSP))  # of one KV head
-        y_BTHR = attend(q_BTHK, (latent_BS1R, k_BS1P), latent_BS1R, mask, self.attention_kernel, **options)
+        q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHK[..., :n], kernel_RHe[..., :n])
+        q_BTHK = jnp.concatenate([q_BTHR, q_BTHK[..., n:]], -1)
+        keys = jax.tree.map(lambda leaf: leaf[:, :, None], (latent_BSR, *shared))  # of one KV head
+        y_BTHR = attend(q_BTHK, keys, keys[0], mask, self.attention_kernel, **options)
         return jnp.einsum("bthr,rhv->bthv", y_BTHR, kernel_RHe[..., n:])
 
     def init_state(self, batch: int, length: int) -> State:
@@ -134,10 +137,11 @@ class MLA(Mixer, kw_only=True):
     @property
     def _slot(self):
         R, _, P, _ = self.widths
-        return {"latent": (R,), "rotated": (P,)}
+        return {"latent": (R,)} | ({"rotated": (P,)} if P else {})
 
-    def mix_flops(self, length: int, executed: bool = False) -> float:
+    def mix_flops(self, length: int, executed: bool = False, order: str = "causal") -> float:
         """Counts the forward FLOPs of scores and values: 2 H (n + P + v) for a query-key pair; see `Attention`."""
         _, n, P, v = self.widths
-        pairs = executed_pairs(self.attention_kernel, length) if executed else causal_pairs(length)
+        mask = Mask(order=order)
+        pairs = mask.executed_pairs(self.attention_kernel, length) if executed else mask.pairs(length)
         return 2 * self.num_heads * (n + P + v) * pairs

@@ -20,7 +20,8 @@ class MoBA(Mixer, kw_only=True):
     """Mixture of block attention over `block_count` blocks of `block` keys.
 
     A query reads its own block and the past blocks whose mean key has the largest product with it (Eq. 5 to 7). Each
-    query head selects its own blocks. The selection is a constant to the gradient.
+    query head selects its own blocks. The selection is a constant to the gradient. In a bidirectional row a query
+    selects from the complete blocks on both sides: only its own queries read an incomplete block.
 
     Blocks are counted from the start of each document. Means are of rotated keys, in float32. The state is the KV cache
     and the float32 sum of the keys of each block.
@@ -42,6 +43,7 @@ class MoBA(Mixer, kw_only=True):
 
     state_axes = dict.fromkeys(("k", "v", "sum"), (None, "kv_heads"))
     admits = ("heads", "embedding")  # a bias of the scores has no meaning for a mean of keys
+    orders = ("causal", "bidirectional")
 
     def __post_init__(self):
         heads.check_groups(self)
@@ -57,11 +59,14 @@ class MoBA(Mixer, kw_only=True):
         q_BTHK = ctx.rotate(position, heads.project(x_BTD, H, K, "heads", self.precision, "q"))
         k_BTGK = ctx.rotate(position, heads.project(x_BTD, G, K, "kv_heads", self.precision, "k"))
         v_BTGK = heads.project(x_BTD, G, K, "kv_heads", self.precision, "v")
+        last_BT = None
         if state is None:
             start_BT, index_BT = block_selection.document_starts(ctx.mask, T), jnp.arange(T)[None]
             pieces = block_selection.DocumentPieces.of(ctx.mask, T, self.block)
             sum_BPGK = jnp.sum(pieces.of_tokens(k_BTGK).astype(jnp.float32), 2)
             k_BSGK, v_BSGK = k_BTGK, v_BTGK
+            if ctx.mask.order == "bidirectional":
+                last_BT = block_selection.document_ends(ctx.mask, T)
         else:
             start_BT, index_BT = jnp.zeros_like(ctx.positions_BT), ctx.positions_BT
             sum_BPGK = self._add(state["sum"], k_BTGK, ctx.positions_BT)
@@ -69,19 +74,23 @@ class MoBA(Mixer, kw_only=True):
             (k_BSGK, v_BSGK), _, state = kv_cache.extend(old, new, ctx.mask, ctx.positions_BT)
             state = state | {"sum": sum_BPGK}
             pieces = block_selection.DocumentPieces.of(ctx.mask, k_BSGK.shape[1], self.block)
-        block_BTHn = self._choose(q_BTHK, sum_BPGK, pieces, index_BT - start_BT, k_BSGK.shape[1])
-        chosen = SelectedBlocks(block_selection.key_starts(block_BTHn, start_BT, self.block), index_BT, self.block)
+        # Counted from the start of the document, the last token of its last complete block.
+        whole_BT = None if last_BT is None else (last_BT + 1 - start_BT) // self.block * self.block - 1
+        block_BTHn = self._choose(q_BTHK, sum_BPGK, pieces, index_BT - start_BT, whole_BT, k_BSGK.shape[1])
+        start_BTHn = block_selection.key_starts(block_BTHn, start_BT, self.block)
+        chosen = SelectedBlocks(start_BTHn, index_BT if last_BT is None else last_BT, self.block)
         # e: the heads of a token side by side, H K
         y_BTe = attend_blocks(q_BTHK, k_BSGK, v_BSGK, chosen, self.block_kernel).reshape(B, T, H * K)
         return Linear(D, ("heads", "embed"), self.precision, name="o")(y_BTe), state
 
-    def _choose(self, q_BTHK, sum_BPGK, pieces, local_BT, num_keys):
+    def _choose(self, q_BTHK, sum_BPGK, pieces, local_BT, last_BT, num_keys):
         B, T, H, K = q_BTHK.shape
         q_BTGrK = jax.lax.stop_gradient(q_BTHK).reshape(B, T, self.num_kv_heads, -1, K).astype(jnp.float32)
         mean_BPGK = jax.lax.stop_gradient(sum_BPGK) / self.block
         score_BGrTP = jnp.einsum("btgrk,bpgk->bgrtp", q_BTGrK, mean_BPGK)
         score_BHTJ = pieces.by_document(score_BGrTP.reshape(B, H, T, -1), self._blocks(num_keys))
-        return block_selection.choose(score_BHTJ, local_BT, self.block, self.block_count, first=0, recent=1)
+        sizes = {"size": self.block, "count": self.block_count, "first": 0, "recent": 1}
+        return block_selection.choose(score_BHTJ, local_BT, **sizes, last_BT=last_BT)
 
     def _add(self, sum_BJGK, k_BTGK, positions_BT):
         """Adds new keys to the sums of their blocks."""
@@ -102,13 +111,13 @@ class MoBA(Mixer, kw_only=True):
         itemsize = activation_dtype(self.precision).itemsize
         return self.num_kv_heads * self.head_dim * (2 * length * itemsize + 4 * self._blocks(length))
 
-    def mix_flops(self, length: int, executed: bool = False) -> float:
+    def mix_flops(self, length: int, executed: bool = False, order: str = "causal") -> float:
         """Counts the forward FLOPs of a query head: 4 K for a query-key pair, 2 K for a pair of a query and a mean key.
 
         With `executed` the count is that of the `masked` kernel. The FLOPs of other kernels depend on the selection.
         """
-        means = length * length / self.block / 2
-        pairs = block_selection.causal_pairs(length, self.block, self.block_count)
+        means = length * length / self.block / (2 if order == "causal" else 1)
+        pairs = block_selection.pairs(length, self.block, self.block_count, order)
         if executed:
             means, pairs = length * max(1, length // self.block), length * length
         return 2 * self.num_heads * self.head_dim * (2 * pairs + means)

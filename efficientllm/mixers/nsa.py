@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError, UserError
 from efficientllm.layers import Linear
 from efficientllm.mixers import block_selection, heads, kv_cache, nsa_compression
 from efficientllm.mixers.base import Context, Mixer, State
-from efficientllm.ops.attention import attend, causal_pairs, executed_pairs
+from efficientllm.ops.attention import Mask, attend
 from efficientllm.ops.block_sparse_attention import SelectedBlocks, attend_blocks
 from efficientllm.registry import build, register
 from efficientllm.weights import activation_dtype
@@ -41,6 +41,9 @@ class NSA(Mixer, kw_only=True):
 
     Blocks are counted from the start of each document. Rotary positions rotate the queries and keys of all branches. A
     compressed key is made of unrotated keys, then rotated to the position of the first token of its block.
+
+    In a bidirectional row every query sees every compressed block, selects from all blocks and is only sure of its own,
+    and reads `window` tokens to each side. Then blocks should be of tokens that are near: squares of an image.
 
     The state of a row is the KV cache of the chosen branch, a ring buffer of the recent branch, the finished compressed
     blocks, and the last `compress_block` tokens, from which the next compressed blocks are made.
@@ -70,6 +73,7 @@ class NSA(Mixer, kw_only=True):
 
     state_axes = dict.fromkeys(("k", "v", "raw_k", "raw_v"), (None, "kv_heads"))
     admits = ("heads", "embedding")  # a bias of the scores has no meaning for a key made of many
+    orders = ("causal", "bidirectional")
 
     def __post_init__(self):
         for name in ("compress_block", "select_block"):
@@ -101,7 +105,7 @@ class NSA(Mixer, kw_only=True):
         q_BTGrK = q_BTHK.reshape(B, T, G, H // G, K)
         y_BTGrK, block_BTGn = nsa_compression.attend(q_BTGrK, k_BMGK, v_BMGv, layout, self.select_count)
         start_BTGn = block_selection.key_starts(block_BTGn, layout.start_BT, self.select_block)
-        chosen = SelectedBlocks(start_BTGn, layout.index_BT, self.select_block)
+        chosen = SelectedBlocks(start_BTGn, layout.last_BT, self.select_block)
         outputs = [y_BTGrK.reshape(q_BTHK.shape), attend_blocks(q_BTHK, k, v, chosen, self.block_kernel)]
         mask = ctx.mask.replace(window=self.window)  # type: ignore[attr-defined]
         (k, v), mask, states["recent"] = kv_cache.extend(old["recent"], new["recent"], mask, ctx.positions_BT)
@@ -119,33 +123,43 @@ class NSA(Mixer, kw_only=True):
 
     def _compress(self, new, old, ctx, position, num_keys):
         """Returns compressed keys and values `[B, M, G, K]`, their layout, and the new state."""
-        stride, block = self.compress_stride, self.compress_block
+        stride, block, causal = self.compress_stride, self.compress_block, ctx.mask.order == "causal"
         networks = [nsa_compression.Compressor(block, self.precision, name=f"compress_{name}") for name in "kv"]
 
-        def finish(k_BPdGK, v_BPdGK, begin_BM):
-            at_block = ctx.replace(positions_BT=begin_BM)
+        def finish(k_BPdGK, v_BPdGK, begin_BM, coordinates_BMA=None):
+            at_block = ctx.replace(positions_BT=begin_BM, coordinates_BTA=coordinates_BMA)
             return at_block.rotate(position, networks[0](k_BPdGK)), networks[1](v_BPdGK)
 
         if old["compressed"] is None:
             T = num_keys
             pieces = block_selection.DocumentPieces.of(ctx.mask, T, stride, at_least=block // stride)
             start_BT, index_BT = block_selection.document_starts(ctx.mask, T), jnp.arange(T)[None]
+            last_BT = index_BT if causal else block_selection.document_ends(ctx.mask, T)
             # Block m is pieces m to m + block / d - 1: it ends with the last of them and begins d - 1 tokens before the
             # end of the first. Empty places point beyond the row, so their position is clipped; no query sees them.
             end_BM = pieces.last_BP[:, block // stride - 1 :]
             begin_BM = pieces.last_BP[:, : end_BM.shape[1]] - stride + 1
-            position_BM = jnp.take_along_axis(ctx.positions_BT, jnp.clip(begin_BM, 0, T - 1), 1)
-            k, v = finish(*(pieces.of_tokens(new["compressed"][name]) for name in "kv"), position_BM)
+            first_BM, coordinates_BMA = jnp.clip(begin_BM, 0, T - 1), None
+            position_BM = jnp.take_along_axis(ctx.positions_BT, first_BM, 1)
+            if ctx.coordinates_BTA is not None:
+                coordinates_BMA = jnp.take_along_axis(ctx.coordinates_BTA, first_BM[..., None], 1)
+            pieces_kv = (pieces.of_tokens(new["compressed"][name]) for name in "kv")
+            k, v = finish(*pieces_kv, position_BM, coordinates_BMA)
             state = None
         else:
+            if position.axes > 1 and ctx.coordinates_BTA is not None:
+                raise FieldError("position", "nsa decodes with positions of one axis; take a position without sections")
             state = nsa_compression.extend(old["compressed"], new["compressed"], finish, ctx.positions_BT, stride)
             k, v = state["k"], state["v"]
             pieces = block_selection.DocumentPieces.of(ctx.mask, num_keys, stride)
             start_BT, index_BT = jnp.zeros_like(ctx.positions_BT), ctx.positions_BT
+            last_BT = index_BT
             begin_BM = jnp.arange(k.shape[1])[None] * stride
             end_BM = begin_BM + block - 1
-        sizes = {"compress": block, "select": self.select_block, "keys": num_keys, "aligned": state is None}
-        return k, v, nsa_compression.Layout(begin_BM, end_BM, start_BT, index_BT, pieces, **sizes), state
+        sizes = {"compress": block, "select": self.select_block, "keys": num_keys}
+        rules = {"causal": causal and state is None, "forced": (1, 2) if causal else (0, 1)}
+        at_query = start_BT, index_BT, last_BT
+        return k, v, nsa_compression.Layout(begin_BM, end_BM, *at_query, pieces, **sizes, **rules), state
 
     def init_state(self, batch: int, length: int) -> State:
         """Returns empty state for `length` tokens a row; every leaf is `[B, slots, G, K]` in the activation dtype."""
@@ -168,25 +182,27 @@ class NSA(Mixer, kw_only=True):
     def _compressed(self, length):
         return nsa_compression.count(length, self.compress_block, self.compress_stride)
 
-    def kernel_rows(self, path: str, length: int) -> int:
+    def kernel_rows(self, path: str, length: int, order: str = "causal") -> int:
         """Counts a kernel's rows: one a compressed block and KV head in a compressor, one a token elsewhere."""
         return self._compressed(length) * self.num_kv_heads if "/compress_" in path else length
 
-    def mix_flops(self, length: int, executed: bool = False) -> float:
+    def mix_flops(self, length: int, executed: bool = False, order: str = "causal") -> float:
         """Counts the forward FLOPs of scores and values: 4 K for a query-key pair; a compressed key is one key.
 
         With `executed` the chosen branch counts as the `masked` kernel; FLOPs of others depend on the selection.
         """
-        return 4 * self.num_heads * self.head_dim * (self._executed(length) if executed else self._needed(length))
+        return 4 * self.num_heads * self.head_dim * (self._executed if executed else self._needed)(length, order)
 
-    def _needed(self, length):
-        visible_T = np.maximum(0, (np.arange(length) - self.compress_block + 1) // self.compress_stride + 1)
-        chosen = block_selection.causal_pairs(length, self.select_block, self.select_count)
-        return int(visible_T.sum()) + chosen + causal_pairs(length, self.window)
+    def _needed(self, length, order):
+        last_T = np.arange(length) if order == "causal" else np.full(length, length - 1)
+        visible_T = np.maximum(0, (last_T - self.compress_block + 1) // self.compress_stride + 1)
+        chosen = block_selection.pairs(length, self.select_block, self.select_count, order)
+        return int(visible_T.sum()) + chosen + Mask(order=order, window=self.window).pairs(length)
 
-    def _executed(self, length):
+    def _executed(self, length, order):
         total = self._compressed(length)
         sizes = self.compress_block, self.compress_stride, self.select_block
-        chunks = nsa_compression.chunks(length, length, *sizes, total, True)
+        chunks = nsa_compression.chunks(length, length, *sizes, total, order == "causal")
         compressed = sum((stop - start) * seen for (start, stop), seen, _ in chunks)
-        return compressed + length * length + executed_pairs(self.attention_kernel, length, self.window)
+        recent = Mask(order=order, window=self.window).executed_pairs(self.attention_kernel, length)
+        return compressed + length * length + recent

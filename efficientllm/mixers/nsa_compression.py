@@ -56,33 +56,41 @@ class Layout:
       begin_BM, end_BM: the first and the last token of each compressed block; beyond the row for empty places.
       start_BT: the first token of a query's document.
       index_BT: the token of a query.
+      last_BT: the last token that a query may read.
       pieces: the pieces of d tokens that compressed blocks consist of.
       compress, select: keys of a compressed block, and of a selected one.
       keys: keys of a row.
-      aligned: queries and keys are the same tokens, so query t sees at most t / d blocks.
+      causal: query t is token t and reads no later one, so it sees at most t / d blocks.
+      forced: the first and the recent blocks that a query selects in any case (`block_selection.choose`).
     """
 
     begin_BM: jax.Array
     end_BM: jax.Array
     start_BT: jax.Array
     index_BT: jax.Array
+    last_BT: jax.Array
     pieces: block_selection.DocumentPieces
     compress: int = flax.struct.field(pytree_node=False)
     select: int = flax.struct.field(pytree_node=False)
     keys: int = flax.struct.field(pytree_node=False)
-    aligned: bool = flax.struct.field(pytree_node=False)
+    causal: bool = flax.struct.field(pytree_node=False)
+    forced: tuple[int, int] = flax.struct.field(pytree_node=False)
 
     def chunks(self) -> list[Chunk]:
         """Splits the queries: `[((start, stop), compressed blocks they may see, blocks to select from)]`."""
         length, total = self.index_BT.shape[1], self.end_BM.shape[1]
-        return chunks(length, self.keys, self.compress, self.pieces.size, self.select, total, self.aligned)
+        return chunks(length, self.keys, self.compress, self.pieces.size, self.select, total, self.causal)
 
     def of_queries(self, start: int, stop: int) -> "Layout":
         """Returns the layout of a range of the queries."""
-        take = lambda x_BT: x_BT[:, start:stop]  # noqa: E731
+
+        def take(x_BT):
+            return x_BT[:, start:stop]
+
         first_BT = self.pieces.first_BT
         pieces = self.pieces.replace(first_BT=None if first_BT is None else take(first_BT))  # type: ignore[attr-defined]
-        return self.replace(start_BT=take(self.start_BT), index_BT=take(self.index_BT), pieces=pieces)  # type: ignore[attr-defined]
+        per_query = {name: take(getattr(self, name)) for name in ("start_BT", "index_BT", "last_BT")}
+        return self.replace(**per_query, pieces=pieces)  # type: ignore[attr-defined]
 
 
 def count(length: int, compress: int, stride: int) -> int:
@@ -90,12 +98,15 @@ def count(length: int, compress: int, stride: int) -> int:
     return max(1, (length - compress) // stride + 1)
 
 
-def chunks(length: int, keys: int, compress: int, stride: int, select: int, total: int, aligned: bool) -> list[Chunk]:
+def chunks(length: int, keys: int, compress: int, stride: int, select: int, total: int, causal: bool) -> list[Chunk]:
     """Splits `length` queries into chunks; see `Layout.chunks`."""
     size = max(CHUNK, -(-length // MAX_CHUNKS))
     ranges = [(start, min(length, start + size)) for start in range(0, length, size)]
-    reach = lambda stop: (count(stop, compress, stride), -(-stop // select))  # noqa: E731
-    return [(queries, *(reach(queries[1]) if aligned else (total, -(-keys // select)))) for queries in ranges]
+
+    def reach(stop):
+        return count(stop, compress, stride), -(-stop // select)
+
+    return [(queries, *(reach(queries[1]) if causal else (total, -(-keys // select)))) for queries in ranges]
 
 
 def attend(
@@ -114,12 +125,12 @@ def attend(
         widest = min(select_count, -(-layout.keys // layout.select))
         block = jnp.pad(block, ((0, 0),) * 3 + ((0, widest - block.shape[-1]),), constant_values=-1)
         outputs.append((y, block))
-    return tuple(jnp.concatenate(parts, 1) for parts in zip(*outputs, strict=True))
+    return tuple(jnp.concatenate(outputs_of_ranges, 1) for outputs_of_ranges in zip(*outputs, strict=True))
 
 
 def _attend(q_BTGrK, k_BMGK, v_BMGv, layout, choices, select_count):
     seen = k_BMGK.shape[1]
-    visible = layout.end_BM[:, None, :seen] <= layout.index_BT[..., None]
+    visible = layout.end_BM[:, None, :seen] <= layout.last_BT[..., None]
     visible_BTM = visible & (layout.begin_BM[:, None, :seen] >= layout.start_BT[..., None])
     visible = visible_BTM[:, None, None]
     # Where no block is visible softmax is uniform over the row; the second `where` makes its weights zero.
@@ -130,8 +141,8 @@ def _attend(q_BTGrK, k_BMGK, v_BMGv, layout, choices, select_count):
     y_BTGrv = jnp.einsum("bgrtm,bmgv->btgrv", weights_BGrTM.astype(v_BMGv.dtype), v_BMGv, **accumulate)
     shared_BGTM = jax.lax.stop_gradient(jnp.sum(weights_BGrTM, 2))
     score_BGTJ = importance(shared_BGTM, layout.pieces, layout.compress, layout.select, choices)
-    local_BT = layout.index_BT - layout.start_BT
-    block_BTGn = block_selection.choose(score_BGTJ, local_BT, layout.select, select_count, first=1, recent=2)
+    local_BT, last_BT = layout.index_BT - layout.start_BT, layout.last_BT - layout.start_BT
+    block_BTGn = block_selection.choose(score_BGTJ, local_BT, layout.select, select_count, *layout.forced, last_BT)
     return y_BTGrv.astype(q_BTGrK.dtype), block_BTGn
 
 

@@ -1,1 +1,3 @@
-"""Training objectives: the loss of a batch and its held-out evaluation."""
+"""Training objectives: the fields of a batch, its loss, and its held-out evaluation."""
+
+KINDS = {"objective": "*"}

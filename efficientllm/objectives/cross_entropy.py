@@ -75,11 +75,11 @@ def count_chunks(B: int, T: int, V: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
-    def one(total, chunk):
+    def add_chunk(total, chunk):
         x, targets, weights = chunk
         return total + logits_nll_sum(_logits(x, head_DV, precision), targets, weights), None
 
-    return jax.lax.scan(one, 0.0, _split(chunks, x_BTD, targets_BT, weights_BT))[0]
+    return jax.lax.scan(add_chunk, 0.0, _split(chunks, x_BTD, targets_BT, weights_BT))[0]
 
 
 def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
@@ -103,7 +103,7 @@ def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
     def in_groups(dhead_NDV):
         return jax.tree.map(lambda leaf, names: constrain(leaf, "token_rows", *names), dhead_NDV, names)
 
-    def one(carry, chunk):
+    def add_chunk(carry, chunk):
         total, dhead_NDV = carry
         x, targets, weights = (leaf.reshape(N, -1, *leaf.shape[1:]) for leaf in chunk)
         nats_N, (dx, dhead) = of_groups(x, head_DV, targets, weights)
@@ -112,7 +112,7 @@ def _chunked_forward(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks):
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros((N, *leaf.shape), leaf.dtype), head_DV)
     carry = jnp.zeros(()), in_groups(zeros)
-    (total, dhead_NDV), dx = jax.lax.scan(one, carry, _split(chunks, x_BTD, targets_BT, weights_BT))
+    (total, dhead_NDV), dx = jax.lax.scan(add_chunk, carry, _split(chunks, x_BTD, targets_BT, weights_BT))
     dx_BTD = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])[:, : x_BTD.shape[1]]
     return total, (dx_BTD, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), dhead_NDV))
 
@@ -139,9 +139,9 @@ def _split(chunks, *leaves):
     The last chunk is padded with zeros; their weights are zero too.
     """
 
-    def one(leaf):
+    def split_leaf(leaf):
         B, T, *rest = leaf.shape
         padded = jnp.pad(leaf, ((0, 0), (0, -T % chunks), *((0, 0),) * len(rest)))
         return jnp.moveaxis(padded.reshape(B, chunks, -1, *rest), 1, 0)
 
-    return tuple(map(one, leaves))
+    return tuple(map(split_leaf, leaves))

@@ -18,16 +18,16 @@ from efficientllm.runtime import kernel_choice
 
 @flax.struct.dataclass
 class SelectedBlocks:
-    """Blocks of keys that each query reads, up to its own index.
+    """Blocks of keys that each query reads, up to a last key.
 
     Args:
       start_BTCn: the first key of each block, negative where a query reads fewer than n; distinct for a query.
-      index_BT: the key index of each query.
-      size: keys of a block; a document's last block may reach past its end, beyond the index of its queries.
+      last_BT: the last key that each query may read: itself, or in both directions the last of its document.
+      size: keys of a block; a document's last block may reach past its end, beyond the last key of its queries.
     """
 
     start_BTCn: jax.Array
-    index_BT: jax.Array
+    last_BT: jax.Array
     size: int = flax.struct.field(pytree_node=False)
 
     def dense(self, key_length: int) -> jax.Array:
@@ -35,7 +35,7 @@ class SelectedBlocks:
         key_S = jnp.arange(key_length)
         start_BTCn1 = self.start_BTCn[..., None]
         in_block = (start_BTCn1 >= 0) & (key_S >= start_BTCn1) & (key_S < start_BTCn1 + self.size)
-        mask_BTCS = jnp.any(in_block, -2) & (key_S <= self.index_BT[:, :, None, None])
+        mask_BTCS = jnp.any(in_block, -2) & (key_S <= self.last_BT[:, :, None, None])
         return jnp.swapaxes(mask_BTCS, 1, 2)
 
 
@@ -91,7 +91,7 @@ def _gathered(q_BTHK, k_BSCK, v_BSCV, chosen):
     q_BTCrK = q_BTHK.reshape(B, T, C, H // C, -1)
     # The n blocks of L keys that a query reads become one axis of n L keys, which stands in place of S below.
     key_BTCnL = chosen.start_BTCn[..., None] + jnp.arange(chosen.size)
-    readable = (chosen.start_BTCn[..., None] >= 0) & (key_BTCnL <= chosen.index_BT[:, :, None, None, None])
+    readable = (chosen.start_BTCn[..., None] >= 0) & (key_BTCnL <= chosen.last_BT[:, :, None, None, None])
     key_BTCS, mask_BTC1S = key_BTCnL.reshape(B, T, C, -1), readable.reshape(B, T, C, 1, -1)
     batch, chooser = jnp.arange(B)[:, None, None, None], jnp.arange(C)[:, None]
     k_BTCSK, v_BTCSV = (x.at[batch, key_BTCS, chooser].get(mode="clip") for x in (k_BSCK, v_BSCV))
@@ -113,18 +113,18 @@ def _softmax(scores, mask, q_BTHK):
 def _grouped(q_BTHK, k_BSCK, v_BSCV, chosen):
     """Sorts queries by the block they read (`block_sparse_kernel`), under a mesh on each device for its rows and
     choosers: XLA cannot partition the loops over them, and would run all on every device."""
-    operands = q_BTHK, k_BSCK, v_BSCV, chosen.start_BTCn, chosen.index_BT
+    operands = q_BTHK, k_BSCK, v_BSCV, chosen.start_BTCn, chosen.last_BT
     local = functools.partial(_grouped_local, chosen.size)
     mesh = sharding.current_mesh()
     if mesh is None:
         return local(*operands)
     spec = sharding.spec(("batch", None, "kv_heads", None), k_BSCK.shape, mesh)
-    rows = P(spec[0] if chosen.index_BT.shape[0] == k_BSCK.shape[0] else None, None)
+    rows = P(spec[0] if chosen.last_BT.shape[0] == k_BSCK.shape[0] else None, None)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(*(spec,) * 4, rows), out_specs=spec, check_vma=False)
     return mapped(*operands)
 
 
-def _grouped_local(size, q_BTHK, k_BSCK, v_BSCV, start_BTCn, index_BT):
+def _grouped_local(size, q_BTHK, k_BSCK, v_BSCV, start_BTCn, last_BT):
     """Computes one device's rows and choosers."""
     B, T, H, K = q_BTHK.shape
     C, V = k_BSCK.shape[2], v_BSCV.shape[-1]
@@ -132,13 +132,13 @@ def _grouped_local(size, q_BTHK, k_BSCK, v_BSCV, start_BTCn, index_BT):
     def by_chooser(x_BTCx):
         return jnp.moveaxis(x_BTCx, 2, 1).reshape(B * C, x_BTCx.shape[1], *x_BTCx.shape[3:])
 
-    index_bT = jnp.repeat(jnp.broadcast_to(index_BT, (B, T)), C, axis=0)
+    last_bT = jnp.repeat(jnp.broadcast_to(last_BT, (B, T)), C, axis=0)
     y_bTrV = block_sparse_kernel.attend(
         by_chooser(q_BTHK.reshape(B, T, C, H // C, K)),
         by_chooser(k_BSCK),
         by_chooser(v_BSCV),
         by_chooser(start_BTCn),
-        index_bT,
+        last_bT,
         size,
     )
     return jnp.moveaxis(y_bTrV.reshape(B, C, T, H // C, V), 1, 2).reshape(B, T, H, V)

@@ -23,28 +23,28 @@ LOWEST = -1e30  # the score of a masked pair; the difference of two infinite sco
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(
-    q_bTrK: jax.Array, k_bSK: jax.Array, v_bSV: jax.Array, start_bTn: jax.Array, index_bT: jax.Array, size: int
+    q_bTrK: jax.Array, k_bSK: jax.Array, v_bSV: jax.Array, start_bTn: jax.Array, last_bT: jax.Array, size: int
 ) -> jax.Array:
     """Computes attention over blocks of `size` keys that start at `start_bTn` -> `[b, T, r, V]` in q's dtype.
 
-    A negative start is no block. A query reads keys up to `index_bT`. Scores and softmax are float32. A query without
-    a block gets zeros.
+    A negative start is no block. A query reads keys up to `last_bT`. Scores and softmax are float32. A query without a
+    block gets zeros.
     """
-    return _forward(q_bTrK, k_bSK, v_bSV, start_bTn, index_bT, size)[0]
+    return _forward(q_bTrK, k_bSK, v_bSV, start_bTn, last_bT, size)[0]
 
 
-def _forward(q_bTrK, k_bSK, v_bSV, start_bTn, index_bT, size):
+def _forward(q_bTrK, k_bSK, v_bSV, start_bTn, last_bT, size):
     T = q_bTrK.shape[1]
 
     def row(arrays):
-        q_TrK, k_SK, v_SV, start_Tn, index_T = arrays
+        q_TrK, k_SK, v_SV, start_Tn, last_T = arrays
         k_SK, v_SV = _pad(k_SK, size), _pad(v_SV, size)
-        chunks = _chunked(q_TrK, start_Tn, index_T, length=_chunk(q_TrK, k_SK, v_SV, start_Tn))
+        chunks = _chunked(q_TrK, start_Tn, last_T, length=_chunk(q_TrK, k_SK, v_SV, start_Tn))
         y, lse = lax.map(lambda chunk: _chunk_forward(*chunk, k_SK, v_SV, size), chunks)
         return _whole(y, T), _whole(lse, T)
 
-    y_bTrV, lse_bTr = lax.map(row, (q_bTrK, k_bSK, v_bSV, start_bTn, index_bT))
-    return y_bTrV, (q_bTrK, k_bSK, v_bSV, start_bTn, index_bT, y_bTrV, lse_bTr)
+    y_bTrV, lse_bTr = lax.map(row, (q_bTrK, k_bSK, v_bSV, start_bTn, last_bT))
+    return y_bTrV, (q_bTrK, k_bSK, v_bSV, start_bTn, last_bT, y_bTrV, lse_bTr)
 
 
 def _backward(size, residuals, dy_bTrV):
@@ -53,9 +53,9 @@ def _backward(size, residuals, dy_bTrV):
     delta_bTr = jnp.sum(dy_bTrV.astype(jnp.float32) * y_bTrV.astype(jnp.float32), -1)
 
     def row(arrays):
-        q_TrK, k_SK, v_SV, start_Tn, index_T, dy_TrV, lse_Tr, delta_Tr = arrays
+        q_TrK, k_SK, v_SV, start_Tn, last_T, dy_TrV, lse_Tr, delta_Tr = arrays
         k_SK, v_SV = _pad(k_SK, size), _pad(v_SV, size)
-        per_query = (q_TrK, start_Tn, index_T, dy_TrV, lse_Tr, delta_Tr)
+        per_query = (q_TrK, start_Tn, last_T, dy_TrV, lse_Tr, delta_Tr)
         chunks = _chunked(*per_query, length=_chunk(q_TrK, k_SK, v_SV, start_Tn))
         zeros = jnp.zeros(k_SK.shape, jnp.float32), jnp.zeros(v_SV.shape, jnp.float32)
         step = functools.partial(_chunk_backward, k_SK=k_SK, v_SV=v_SV, size=size)
@@ -179,15 +179,15 @@ def _dot(x, y, contracted):
     return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
-def _readable(start_W, mine_WP, index_WP, size, r):
+def _readable(start_W, mine_WP, last_WP, size, r):
     """Computes `[W, P r, L]`: whether a query of a tile may read a key of its block."""
     key_WL = jnp.stack(start_W)[:, None] + jnp.arange(size)
-    readable_WPL = mine_WP[..., None] & (key_WL[:, None] <= index_WP[..., None])
+    readable_WPL = mine_WP[..., None] & (key_WL[:, None] <= last_WP[..., None])
     W, P, L = readable_WPL.shape
     return jnp.broadcast_to(readable_WPL[:, :, None], (W, P, r, L)).reshape(W, P * r, L)
 
 
-def _chunk_forward(q_QrK, start_Qn, index_Q, k_SK, v_SV, size):
+def _chunk_forward(q_QrK, start_Qn, last_Q, k_SK, v_SV, size):
     (Q, r, K), V, S = q_QrK.shape, v_SV.shape[1], k_SK.shape[0] - size
     tile = _tile(q_QrK, start_Qn, S, size)
     query_A, start_A, place_Qn = _sort(start_Qn, S, tile)
@@ -198,7 +198,7 @@ def _chunk_forward(q_QrK, start_Qn, index_Q, k_SK, v_SV, size):
         query_WP = _stack(query_A, at_W, tile)  # the queries whose pairs stand at the tile's places
         q_WMK = _rows(q_QrK.reshape(Q, r * K), query_WP).reshape(len(at_W), tile * r, K)
         k_WLK, v_WLV = _stack(k_SK, start_W, size), _stack(v_SV, start_W, size)
-        readable = _readable(start_W, mine_WP, _rows(index_Q, query_WP), size, r)
+        readable = _readable(start_W, mine_WP, _rows(last_Q, query_WP), size, r)
         # One softmax for each pair of query and block, not yet normalized: `_merge` joins those of a query.
         scores_WML = jnp.where(readable, _dot(q_WMK, k_WLK, (2, 2)), LOWEST)
         top_WM = jnp.max(scores_WML, -1)
@@ -237,7 +237,7 @@ def _chunk_backward(carry, chunk, k_SK, v_SV, size):
 
     Weights are recomputed from the log of the softmax's sum, `lse`; `delta` is `sum(dy * y)` of each query and head.
     """
-    q_QrK, start_Qn, index_Q, dy_QrV, lse_Qr, delta_Qr = chunk
+    q_QrK, start_Qn, last_Q, dy_QrV, lse_Qr, delta_Qr = chunk
     (Q, r, K), S = q_QrK.shape, k_SK.shape[0] - size
     tile, scale = _tile(q_QrK, start_Qn, S, size), K**-0.5
     query_A, start_A, place_Qn = _sort(start_Qn, S, tile)
@@ -252,7 +252,7 @@ def _chunk_backward(carry, chunk, k_SK, v_SV, size):
         )
         # The block of keys and values that each tile reads.
         k_WLK, v_WLV = _stack(k_SK, start_W, size), _stack(v_SV, start_W, size)
-        readable = _readable(start_W, mine_WP, _rows(index_Q, query_WP), size, r)
+        readable = _readable(start_W, mine_WP, _rows(last_Q, query_WP), size, r)
         # weights = exp(scores - lse), and the softmax's gradient: dscores = weights * (dy v^T - delta).
         weights_WML = jnp.where(readable, jnp.exp(_dot(q_WMK, k_WLK, (2, 2)) - lse_WM1), 0)
         dweights_WML = _dot(dy_WMV, v_WLV, (2, 2))

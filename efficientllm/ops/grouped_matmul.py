@@ -43,7 +43,10 @@ def grouped_matmul(
     """
     precision = Precision.of(precision)
     if isinstance(w_Eio, Weight) and not w_Eio.by_group:
-        product = lambda x, w: grouped_matmul(x, w, sizes_E, precision, kernel)  # noqa: E731
+
+        def product(x, w):
+            return grouped_matmul(x, w, sizes_E, precision, kernel)
+
         return w_Eio.apply(x_Ai, product, lambda v_Eo: _of_rows(v_Eo, sizes_E, x_Ai.shape[0]))
     name = kernel if kernel != "auto" else choose(w_Eio)
     products = lookup("grouped_kernel", name, where="kernel")
@@ -70,6 +73,29 @@ def choose(w_Eio: jax.Array | Weight) -> str:
     """
     is_tiled = isinstance(w_Eio, Weight) and w_Eio.has_tiled_product()
     return "ragged_dot" if kernel_choice.platform() == "tpu" and not is_tiled else "blocked"
+
+
+def vectors_of_rows(v_Eo: jax.Array, sizes_E: jax.Array | None, rows: int) -> jax.Array:
+    """Spreads a vector of each group to its rows, `[E, o] -> [A, o]`: the biases of a grouped product.
+
+    The gradient is a product with the rows' groups as one-hot vectors: a scatter would add E rows one at a time.
+    """
+    if sizes_E is None:
+        return jnp.repeat(v_Eo, rows // v_Eo.shape[0], axis=0)
+    return _spread(v_Eo, sizes_E, rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _spread(v_Eo, sizes_E, rows):
+    return _of_rows(jnp.asarray(v_Eo), sizes_E, rows)
+
+
+def _spread_backward(rows, sizes_E, dy_Ao):
+    is_group_AE = _of_rows(jnp.eye(sizes_E.shape[0], dtype=dy_Ao.dtype), sizes_E, rows)
+    return _contract(is_group_AE, dy_Ao, (0, 0)).astype(dy_Ao.dtype), None
+
+
+_spread.defvjp(lambda v, sizes, rows: (_spread(v, sizes, rows), sizes), _spread_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -157,10 +183,14 @@ def _blocked_rows(x_Ai, w_Eio, sizes_E, transposed, out_dtype):
             mine = (jnp.arange(rows) >= start) & (jnp.arange(rows) < stop)
             return jnp.where(mine[:, None], w.matmul(x_Ai, operands, out_dtype), y_Ao)
         if is_product and w.has_tiled_product():
-            times = lambda x: w.matmul(x, operands, out_dtype)  # noqa: E731
+
+            def times(x):
+                return w.matmul(x, operands, out_dtype)
         else:
             w_io = dense(w).astype(x_Ai.dtype)
-            times = lambda x: _contract(x, w_io, (1, 1 if transposed else 0)).astype(out_dtype)  # noqa: E731
+
+            def times(x):
+                return _contract(x, w_io, (1, 1 if transposed else 0)).astype(out_dtype)
 
         def block(at, mine, y_Ao):
             new = times(_take(x_Ai, at, mine.size))

@@ -6,18 +6,18 @@ import typing
 import jax
 
 from efficientllm import sharding
-from efficientllm.errors import UserError, did_you_mean
+from efficientllm.errors import FieldError, did_you_mean
 from efficientllm.runtime import kernel_choice
 
 EVERYTHING = "everything"
 SAVEABLE = "everything_saveable"
 
 
-def kept(name: str, parts: typing.Iterable, decoding: bool) -> typing.Any:
-    """Returns the `jax.checkpoint` policy of `config.model.remat` = `name`, or `EVERYTHING` for no checkpoint.
+def residual_policy(name: str, layers: typing.Iterable, decoding: bool) -> typing.Any:
+    """Returns the `jax.checkpoint` policy called `name`, or `EVERYTHING` for no checkpoint.
 
     On CPUs a loop over layers stores, copies and fetches the residuals. Recomputing the elementwise work of attention
-    and dense ffns (`recompute_elementwise` of `parts`) takes less time, and a Llama's residuals fall to less than half
+    and dense ffns (`recompute_elementwise` of `layers`) takes less time, and a Llama's residuals fall to less than half
     the bytes. A mesh would repeat the collectives, so everything is saved there.
     """
     if name == SAVEABLE:
@@ -26,7 +26,7 @@ def kept(name: str, parts: typing.Iterable, decoding: bool) -> typing.Any:
         return policy(name)
     if decoding or kernel_choice.platform() != "cpu" or not sharding.is_alone():
         return EVERYTHING
-    return _not_cheap if all(part is None or part.recompute_elementwise for part in parts) else EVERYTHING
+    return _not_cheap if all(layer is None or layer.recompute_elementwise for layer in layers) else EVERYTHING
 
 
 def policy(name: str) -> typing.Callable | None:
@@ -35,10 +35,8 @@ def policy(name: str) -> typing.Callable | None:
         return None
     policies = [policy for policy in dir(jax.checkpoint_policies) if policy.endswith("saveable")]  # the rest take names
     if name not in policies:
-        raise UserError(
-            f"config.model.remat = {name!r}: no such policy; known: none, full, {', '.join(policies)}"
-            f"{did_you_mean(name, ['none', 'full', *policies])}"
-        )
+        hint = f"{', '.join(policies)}{did_you_mean(name, ['none', 'full', *policies])}"
+        raise FieldError("remat", f"no such policy; known: none, full, {hint}", name)
     return getattr(jax.checkpoint_policies, name)
 
 

@@ -39,10 +39,11 @@ def selective_scan(
     size = min(T, CHUNK[kernel])  # one token, in decoding, is one step
     chunks = -(-T // size)
     by_time = (step_BTC * x_BTC, step_BTC, b_BTn, c_BTn, keep_BT)
+
     # Tokens that fill the last chunk have a step of 0: they leave the state as it is.
-    fill = lambda leaf, value: jnp.pad(  # noqa: E731
-        leaf, ((0, 0), (0, chunks * size - T)) + ((0, 0),) * (leaf.ndim - 2), constant_values=value
-    )
+    def fill(leaf, value):
+        return jnp.pad(leaf, ((0, 0), (0, chunks * size - T)) + ((0, 0),) * (leaf.ndim - 2), constant_values=value)
+
     filled = [fill(leaf, value) for leaf, value in zip(by_time, (0, 0, 0, 0, 1), strict=True)]
     split = [jnp.moveaxis(leaf.reshape(leaf.shape[0], chunks, size, *leaf.shape[2:]), 0, 2) for leaf in filled]
     h_BCn, y = jax.lax.scan(jax.checkpoint(functools.partial(within, A_Cn)), h_BCn, split)
@@ -70,7 +71,10 @@ def _associative(A_Cn, h_BCn, chunk):
     input_TBC, step_TBC, b_TBn, c_TBn, keep_TB = chunk
     decay_TBCn = jnp.exp(step_TBC[..., None] * A_Cn) * keep_TB[..., None, None]
     input_TBCn = input_TBC[..., None] * b_TBn[:, :, None]
-    after = lambda first, second: (second[0] * first[0], second[0] * first[1] + second[1])  # noqa: E731
+
+    def after(first, second):
+        return second[0] * first[0], second[0] * first[1] + second[1]
+
     decay_TBCn, h_TBCn = jax.lax.associative_scan(after, (decay_TBCn, input_TBCn))
     h_TBCn = h_TBCn + decay_TBCn * h_BCn
     return h_TBCn[-1], jnp.sum(h_TBCn * c_TBn[:, :, None], -1)

@@ -67,17 +67,23 @@ def chunked(
     remaining_BZH = jnp.exp(log_BZQH[:, :, -1]) * (last == 0)
 
     # 4. The memory before each chunk, one after the other.
-    def carry_on(memory, chunk):
-        remaining_BH, added_BHPN = chunk
-        return remaining_BH[..., None, None] * memory + added_BHPN, memory
-
-    chunks = jnp.moveaxis(remaining_BZH, 1, 0), jnp.moveaxis(added.reshape(B, Z, H, P, N), 1, 0)
-    memory_BHPN, before_ZBHPN = jax.lax.scan(carry_on, memory_BHPN, chunks)
+    memory_BHPN, before_ZBHPN = _carry(memory_BHPN, remaining_BZH, added.reshape(B, Z, H, P, N))
     # 5. What tokens of the chunk's first document read of it, decayed from the chunk's start.
     before = jnp.moveaxis(before_ZBHPN, 0, 1).reshape(B, Z, J, H // J, P, N)
     from_start = jnp.exp(log_BZQH) * (document_BZQ == 0)[..., None]
     y += jnp.einsum("bzqjn,bzjrpn->bzqjrp", c_BZQJN, before) * from_start.reshape(B, Z, Q, J, -1, 1)
     return y.reshape(B, Z * Q, H, P)[:, :T], memory_BHPN
+
+
+def _carry(memory_BHPN, remaining_BZH, added_BZHPN):
+    """Computes `(memory after the last chunk, memory before each chunk)`."""
+
+    def carry_on(memory, chunk):
+        remaining_BH, added_BHPN = chunk
+        return remaining_BH[..., None, None] * memory + added_BHPN, memory
+
+    chunks = jnp.moveaxis(remaining_BZH, 1, 0), jnp.moveaxis(added_BZHPN, 1, 0)
+    return jax.lax.scan(carry_on, memory_BHPN, chunks)
 
 
 def _within(log_BZQH, document_BZQ):

@@ -10,7 +10,7 @@ import statistics
 from ml_collections import ConfigDict
 
 from efficientllm.config.plain import with_added_keys
-from efficientllm.errors import UserError, shown
+from efficientllm.errors import UserError, short_repr
 from efficientllm.plan import estimate
 from efficientllm.plan import hardware as hardwares
 from efficientllm.plan.hardware import Hardware
@@ -97,7 +97,7 @@ def _read(file, where):
     for index, row in enumerate(rows):
         place = f"{where}: row {index}"
         if not isinstance(row, dict):
-            raise UserError(f"{place} is {shown(row)}, no object")
+            raise UserError(f"{place} is {short_repr(row)}, no object")
         for key in ("measured_s", "roofline_s"):
             if json_text.field(row, key, "number", place) <= 0:
                 raise UserError(f"{place}: {key} = {row[key]} must be more than 0")

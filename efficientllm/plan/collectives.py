@@ -35,7 +35,7 @@ def closed(step: typing.Any) -> tuple[Collective, ...] | None:
     """The Collectives of a `training_step.Step`, or None where the formula does not hold.
 
     It does not hold for mixers other than attention, KV heads that `tensor` does not divide, experts on a TPU or with
-    `sequence`, rematerialization, and frozen parameters.
+    `sequence`, models of pictures with `tensor` or `sequence`, rematerialization, and frozen parameters.
     """
     return tuple(_Formula(step).all()) if _holds(step) else None
 
@@ -44,9 +44,12 @@ def _holds(step):
     lm, shape = step.lm, step.mesh.shape
     if not step.method.trains_all or step.config.quant != "float32" or lm.remat != "none" or not lm.scan:
         return False
+    if lm.reads == "images" and shape["tensor"] * shape["sequence"] > 1:
+        return False
     with_experts = step.platform != "tpu" and shape["sequence"] == 1
     return all(
-        _is_counted(mixer, shape["tensor"]) and _is_counted_ffn(ffn, with_experts) for mixer, ffn in model.parts(lm)
+        all(_is_counted(mixer, shape["tensor"]) for mixer in mixers) and _is_counted_ffn(ffn, with_experts)
+        for mixers, ffn in model.parts(lm)
     )
 
 
@@ -66,9 +69,10 @@ class _Formula:
 
     def all(self):
         """All terms, without those of groups of one device."""
-        terms = [*self._tables(), *self._loss(), *self._activations(), *self._keys_and_values(), *self._expert_tokens()]
+        ends = [*self._tables(), *self._loss()] if self.step.lm.reads == "text" else self._labels()
+        terms = [*ends, *self._activations(), *self._keys_and_values(), *self._expert_tokens()]
         for path, shape, names in formulas.leaves(self.step.boxed):
-            if path != "embedding":
+            if path not in ("embedding", "label_table"):
                 terms += self._parameter(path, shape, names)
         return [term for term in terms if len(term.groups[0]) > 1]
 
@@ -76,7 +80,7 @@ class _Formula:
     def _tokens(self):
         """`(rows, tokens of a row)` of a micro-batch on one device."""
         rows, sequence = self.step.rows[0], self.step.mesh.shape["sequence"]
-        return rows // sharding.count_row_shards(self.step.mesh), self.step.config.train.length // sequence
+        return rows // sharding.count_row_shards(self.step.mesh), self.step.length // sequence
 
     @property
     def _width(self):
@@ -101,29 +105,37 @@ class _Formula:
         return self._send("all-reduce" if self.step.platform == "cpu" else "reduce-scatter", axes, size, times)
 
     def _parameter(self, path, shape, names):
-        """All-gathers of a parameter in both passes, and the reduction of its gradient."""
+        """All-gathers of a parameter in both passes and the reduction of its gradient.
+
+        The backward pass reads no bias, and no kernel that multiplies the batch's own arrays.
+        """
         count, split = self._sharded(shape, names)
+        is_read_again = not path.endswith("bias") and self.step.lm.has_input_gradient(path, lambda _: True)
+        passes = 1 + is_read_again
         if "expert" in names:
-            yield from self._expert_kernels(formulas.part_of(self.step.lm, path), count, split)
+            yield from self._experts(path, count, split, passes)
             return
         head, router = path == "head/kernel", path.endswith("router/kernel")  # a router is float32 under every policy
         if head:
             yield from self._head(count, split)
         elif split:
             width = 4 if router else self._product if path.endswith("kernel") else self._width
-            yield self._send("all-gather", split, count * width, times=2, once=names[0] != "layers")
+            yield self._send("all-gather", split, count * width, times=passes, once=names[0] != "layers")
         yield from self._gradient(count * (4 if head or router else self._width), split)
 
-    def _expert_kernels(self, ffn, count, split):
-        """All-gathers of the experts' kernels and reductions of their gradients, as in the layer's shard_map.
+    def _experts(self, path, count, split, passes):
+        """All-gathers of experts' kernels or biases and reductions of their gradients, as in the layer's shard_map.
 
         Kernels of a batched product are cast before they are sent. Gradients are reduce-scattered on every platform.
         """
+        traffic = self.step.lm.layer_of(path).expert_traffic(1)
         if split:
-            width = self._product if ffn.expert_traffic(1).rounds_kernels else 4
-            yield self._send("all-gather", split, count * width, times=2)
+            width = self._product if traffic.rounds_kernels else 4
+            yield self._send("all-gather", split, count * width, times=passes)
             yield self._send("reduce-scatter", split, count * 4)
         others = [axis for axis in ("data", "fsdp") if axis not in split]
+        if path.endswith("down/bias") and traffic.hidden % self.step.mesh.shape["tensor"] == 0:
+            others.append("tensor")  # devices with a part of the hidden width add it once
         yield self._send("all-reduce", others, count * 4 / self._axes_size(split))
 
     def _sharded(self, shape, names):
@@ -150,9 +162,11 @@ class _Formula:
     def _head(self, count, split):
         """All-gathers of the head: in both passes; once and in float32 where the loss is computed in chunks."""
         with self.step.scope():
-            (rows, _), train = self.step.rows, self.step.config.train
+            rows, _ = self.step.rows
             sequence = self.step.mesh.shape["sequence"]
-            whole = cross_entropy.count_chunks(rows * sequence, train.length // sequence, self.step.lm.vocab_size) == 1
+            whole = (
+                cross_entropy.count_chunks(rows * sequence, self.step.length // sequence, self.step.lm.vocab_size) == 1
+            )
         if split:
             yield self._send("all-gather", split, count * (2 * self._product if whole else 4), once=True)
 
@@ -175,19 +189,30 @@ class _Formula:
             yield from self._head(count, split)
             yield from self._gradient(4 * count, split)
 
+    def _labels(self):
+        """The look-up in the label table, of one row a picture, as that of tokens in the embedding."""
+        (B, _), D = self._tokens, self.step.lm.dim
+        shape, names = {path: rest for path, *rest in formulas.leaves(self.step.boxed)}["label_table"]
+        count, split = self._sharded(shape, names)
+        if split:
+            yield self._send("all-gather", split, 4 * B * self._axes_size(split))
+            yield self._send("all-to-all", split, 4 * B * D, times=2)
+        others = [axis for axis in (*sharding.BATCH, "sequence") if axis not in split]
+        yield self._send("all-reduce", others, 4 * count / self._axes_size(split))
+
     def _expert_tokens(self):
         """Tokens to the experts and back, in both passes; router weights to the experts, and their gradients back.
 
         With `tensor` each device has a part of those gradients, which are all-reduced.
         """
         (B, T), lm = self._tokens, self.step.lm
-        for _, ffn in model.parts(lm):
-            if traffic := ffn.expert_traffic(self.step.config.train.length):
+        for (_, ffn), layers in zip(model.parts(lm), map(len, lm.stacks.layer_numbers), strict=True):
+            if traffic := ffn.expert_traffic(self.step.length):
                 size = self._width * B * traffic.rows
-                yield self._send("all-to-all", ("expert",), size * lm.dim, 4 * lm.num_groups)
-                yield self._send("all-to-all", ("expert",), size, 2 * lm.num_groups)
+                yield self._send("all-to-all", ("expert",), size * lm.dim, 4 * layers)
+                yield self._send("all-to-all", ("expert",), size, 2 * layers)
                 if traffic.hidden % self.step.mesh.shape["tensor"] == 0:
-                    yield self._send("all-reduce", ("tensor",), 4 * B * T * traffic.assignments, lm.num_groups)
+                    yield self._send("all-reduce", ("tensor",), 4 * B * T * traffic.assignments, layers)
 
     def _loss(self):
         """Loss over a sharded vocabulary: the maximum, the sum of exponentials, the target's logit, and dx."""
@@ -200,8 +225,8 @@ class _Formula:
         """All-reduces over `tensor`: outputs of kernels sharded along their input, forward; gradients of the input of
         kernels sharded along their output, backward.
 
-        Kernels that read the same input share one backward all-reduce; on CPUs XLA does one for each. Experts need as
-        many as on CPUs: gradients of their output, and once those of their input.
+        Kernels that read the same input share one backward all-reduce; on CPUs XLA does one for each. Experts need
+        two: gradients of their output, and once those of their input.
         """
         (B, T), readers = self._tokens, {}
         for path, shape, names in formulas.leaves(self.step.boxed):
@@ -212,19 +237,23 @@ class _Formula:
                 if where[-1] == "tensor":
                     readers.setdefault(path.rsplit("/", 2)[0], []).append((size * shape[-2], shape[0]))
         for layer, kernels in readers.items():
-            one_each = self.step.platform == "cpu" or layer.endswith("experts")
-            for size, layers in kernels if one_each else kernels[:1]:
+            if layer.endswith("experts"):  # as many with a gate as without
+                kernels = 2 * kernels[:1]
+            elif self.step.platform != "cpu":
+                kernels = kernels[:1]
+            for size, layers in kernels:
                 yield self._send("all-reduce", ("tensor",), size, layers)
 
     def _keys_and_values(self):
         """All-gathers of keys, values and document ids over `sequence`; reductions of their gradients."""
         (B, _), shape, lm = self._tokens, self.step.mesh.shape, self.step.lm
-        tokens = B * self.step.config.train.length
+        tokens = B * self.step.length
         yield self._send("all-gather", ("sequence",), 4 * tokens)
-        for mixer, _ in model.parts(lm):
-            size = self._width * tokens * math.prod(mixer.gathered_heads()) // shape["tensor"]
-            yield self._send("all-gather", ("sequence",), size, 2 * lm.num_groups)
-            yield self._scatter(("sequence",), size, 2 * lm.num_groups)
+        for (mixers, _), layers in zip(model.parts(lm), map(len, lm.stacks.layer_numbers), strict=True):
+            for mixer in mixers:
+                size = self._width * tokens * math.prod(mixer.gathered_heads()) // shape["tensor"]
+                yield self._send("all-gather", ("sequence",), size, 2 * layers)
+                yield self._scatter(("sequence",), size, 2 * layers)
 
 
 def groups(mesh: Mesh, axes: Sequence[str]) -> tuple[tuple[int, ...], ...]:

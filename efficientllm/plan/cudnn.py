@@ -41,4 +41,4 @@ def _version():
 
 
 def _numbers(text):
-    return tuple(int(part) for part in text.split("."))
+    return tuple(int(number) for number in text.split("."))

@@ -46,82 +46,89 @@ class Estimate:
 
 
 def estimate(workload: Workload, hardware: Hardware, count: int) -> Estimate:
-    """Estimates the cost of a `training_step.Step` or `request.Request` on `count` devices."""
-    parts = {part.name: (part.times, _part(workload, part, hardware, count)) for part in workload.programs()}
-    return next(iter(parts.values()))[1] if len(parts) == 1 else _together(parts)
+    """Estimates the cost of a `training_step.Step` or a `request.Request` on `count` devices."""
+    estimates = {
+        program.name: (program.times, _part(workload, program, hardware, count)) for program in workload.programs()
+    }
+    times, only = next(iter(estimates.values()))
+    return only if (len(estimates), times) == (1, 1) else _together(estimates)
 
 
-def _part(workload, part, hardware, count):
-    by_shapes, program_flops = workload.by_shapes(), training_step.program_flops(workload, part)
+def _part(workload, program, hardware, count):
+    by_shapes, program_flops = workload.by_shapes(), training_step.program_flops(workload, program)
     if not hardware.has_compiler:
         memory, seconds, refused, calls = {"total_bytes": by_shapes}, None, None, {}
-        sent, moved, launched = workload.sent_by_formula(), part.moved_bytes, None
+        sent, moved, launched = workload.sent_by_formula(), program.moved_bytes, None
     else:
-        compiled = training_step.compile_step(workload, part.trace)
+        compiled = training_step.compile_step(workload, program.trace)
         memory, seconds, refused = compiled.memory, compiled.seconds, compiled.refused
         sent, moved, calls, launched = training_step.read(compiled, count) if compiled.text else (None, None, {}, None)
     dtype = str(Precision.of(workload.lm.precision).product)
-    flops = part.model_flops if program_flops is None else program_flops
+    flops = program.model_flops if program_flops is None else program_flops
     return Estimate(
         source="compiler" if hardware.has_compiler else "shapes",
         memory=memory,
         by_shapes=by_shapes,
-        model_flops=part.model_flops,
+        model_flops=program.model_flops,
         program_flops=program_flops,
         moved_bytes=moved,
         launches=launched if hardware.platform == "gpu" else None,  # elsewhere instructions start no kernels
         collectives=sent,
         custom_calls=calls,
-        kernels=part.kernels,
+        kernels=program.kernels,
         compile_s=seconds,
         refused=refused,
         roofline=rooflines.roofline(hardware, count, dtype, flops, moved, sent, launched),
     )
 
 
-def _together(parts):
+def _together(programs):
     """The Estimate of programs that run one after another: costs are summed, memory is that of the largest program."""
-    estimates = [part for _, part in parts.values()]
-    largest = max(estimates, key=lambda part: math.inf if part.total_bytes is None else part.total_bytes)
+    estimates = [estimate for _, estimate in programs.values()]
+    largest = max(estimates, key=lambda estimate: math.inf if estimate.total_bytes is None else estimate.total_bytes)
     sent = None
-    if all(part.collectives is not None for part in estimates):
+    if all(estimate.collectives is not None for estimate in estimates):
         sent = tuple(
             dataclasses.replace(collective, times=collective.times * times)
-            for times, part in parts.values()
-            for collective in part.collectives
+            for times, estimate in programs.values()
+            for collective in estimate.collectives
         )
     return Estimate(
         source=largest.source,
         memory=largest.memory,
         by_shapes=largest.by_shapes,
-        model_flops=_sum(parts, "model_flops"),
-        program_flops=_sum(parts, "program_flops"),
-        moved_bytes=_sum(parts, "moved_bytes"),
-        launches=_sum(parts, "launches"),
+        model_flops=_sum(programs, "model_flops"),
+        program_flops=_sum(programs, "program_flops"),
+        moved_bytes=_sum(programs, "moved_bytes"),
+        launches=_sum(programs, "launches"),
         collectives=sent,
-        custom_calls=_sum_calls(parts),
+        custom_calls=_sum_calls(programs),
         kernels={
-            key: sorted({name for part in estimates for name in part.kernels.get(key, ())}) for key in _keys(estimates)
+            key: sorted({name for estimate in estimates for name in estimate.kernels.get(key, ())})
+            for key in _keys(estimates)
         },
-        compile_s=None if estimates[0].compile_s is None else sum(part.compile_s for part in estimates),
-        refused=next((part.refused for part in estimates if part.refused), None),
-        roofline=rooflines.Chain(tuple((times, part.roofline) for times, part in parts.values())),
-        parts=parts,
+        compile_s=None if estimates[0].compile_s is None else sum(estimate.compile_s for estimate in estimates),
+        refused=next((estimate.refused for estimate in estimates if estimate.refused), None),
+        roofline=rooflines.Chain(tuple((times, estimate.roofline) for times, estimate in programs.values())),
+        parts=programs,
     )
 
 
-def _sum(parts, key):
-    values = [(times, getattr(part, key)) for times, part in parts.values()]
+def _sum(estimates, key):
+    values = [(times, getattr(estimate, key)) for times, estimate in estimates.values()]
     return None if any(value is None for _, value in values) else sum(times * value for times, value in values)
 
 
 def _keys(estimates):
-    return sorted({key for part in estimates for key in part.kernels})
+    return sorted({key for estimate in estimates for key in estimate.kernels})
 
 
-def _sum_calls(parts):
-    names = sorted({name for _, part in parts.values() for name in part.custom_calls})
-    return {name: sum(times * part.custom_calls.get(name, 0) for times, part in parts.values()) for name in names}
+def _sum_calls(estimates):
+    names = sorted({name for _, estimate in estimates.values() for name in estimate.custom_calls})
+    return {
+        name: sum(times * estimate.custom_calls.get(name, 0) for times, estimate in estimates.values())
+        for name in names
+    }
 
 
 def total_bytes(workload: Workload, hardware: Hardware) -> int | None:
@@ -129,6 +136,6 @@ def total_bytes(workload: Workload, hardware: Hardware) -> int | None:
     if not hardware.has_compiler:
         return workload.by_shapes()
     totals = [
-        training_step.compile_step(workload, part.trace).memory.get("total_bytes") for part in workload.programs()
+        training_step.compile_step(workload, program.trace).memory.get("total_bytes") for program in workload.programs()
     ]
     return None if None in totals else max(totals)

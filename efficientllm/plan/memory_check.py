@@ -7,6 +7,8 @@ import typing
 
 import jax
 
+from efficientllm.architecture import text_encoders
+from efficientllm.config.field_keys import name_keys
 from efficientllm.cost import available_memory
 from efficientllm.errors import UserError
 from efficientllm.plan import remedies
@@ -14,7 +16,7 @@ from efficientllm.registry import build, names
 from efficientllm.sharding import local_bytes
 
 if typing.TYPE_CHECKING:
-    from efficientllm.infer.setup import Serving
+    from efficientllm.infer.serving import Serving
     from efficientllm.train.setup import Setup
 
 
@@ -42,7 +44,7 @@ def check_compiled(setup: Setup) -> None:
 
 
 def check_serving(serving: Serving) -> None:
-    """Raises UserError for an `infer.setup.Serving` whose weights and states exceed memory, before they are read."""
+    """Raises UserError for an `infer.serving.Serving` whose weights and states exceed memory, before they are read."""
     config, room, weights = serving.config, available_memory.measure_available(serving.config, serving.devices), None
     if room is not None:
         weights = serving.weights_bytes(config.quant, config.infer.rules)
@@ -61,9 +63,8 @@ def check_serving(serving: Serving) -> None:
             remedy = f"with --config.quant='{form}' it would need {size / 1e9:,.1f} GB"
             break
     raise UserError(
-        f"{_of(config)} needs {gb:,.1f} GB (weights as {config.quant}, and states of {config.infer.batch_size} x "
-        f"{serving.length} tokens), {room.name}: {room.bytes / 1e9:,.1f} GB; {remedy}; to go on regardless: "
-        f"--config.memory_gb={1.01 * gb:.3g}"
+        f"{_of(config)} needs {gb:,.1f} GB (weights as {config.quant}, and states of {serving.request}), {room.name}: "
+        f"{room.bytes / 1e9:,.1f} GB; {remedy}; to go on regardless: --config.memory_gb={1.01 * gb:.3g}"
     )
 
 
@@ -86,7 +87,9 @@ def _remedy(setup, room, copies):
     from efficientllm.plan import training_step  # not needed by every run
 
     def total_of(change):
-        step = training_step.describe(training_step.changed(setup.config, change), jax.devices(), jax.default_backend())
+        config = training_step.changed(setup.config, change)
+        with name_keys(config):
+            step = training_step.describe(config, jax.devices(), jax.default_backend())
         least = copies * local_bytes((step.shaped, step.shaped.params))
         return least if least > room.bytes else max(least, copies * step.by_shapes())
 
@@ -98,23 +101,26 @@ def _remedy(setup, room, copies):
 
 
 def _others(config):
-    """Changes that alter the training itself, in the form of `remedies.of_training`: optimiser, adapter, size."""
-    changes = []
-    if config.adapter == "full" and config.train.optimizer.startswith("adamw"):
-        changes.append([{"train.optimizer": "lion"}])
-    if config.model.pretrained and config.adapter == "full":
+    """Changes that alter the training itself, in the form of `remedies.of_training`: optimiser, adapter, size.
+
+    A config that uses one of them already gains nothing by it, so that it does not fit and is not named.
+    """
+    changes: list[list[remedies.Change]] = [[{"train.optimizer": "lion"}]]
+    if config.model.pretrained:
         changes.append([{"adapter": "lora(rank=8)"}])
     return [*changes, *([smaller] if (smaller := _smaller(config)) else [])]
 
 
 def _smaller(config):
-    """The named sizes with fewer parameters, largest first."""
+    """The named sizes of its kind, of text or of images, with fewer parameters, largest first."""
 
     def weights(name):
         shape = build("size", name)
         return shape.num_layers * shape.dim**2
 
-    sizes = [name for name in names("size") if name != "custom"]
+    of_images = config.model.embed != "tokens"
+    named = [name for name in names("size") if name != "custom" and name not in text_encoders.PUBLISHED]
+    sizes = [name for name in named if (build("size", name).patch is None) != of_images]
     if config.model.pretrained or config.model.size not in sizes:
         return []
     own_weights = weights(config.model.size)

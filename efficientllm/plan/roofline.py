@@ -84,11 +84,11 @@ def roofline(
     device, None where unknown.
     """
     peak, bandwidth = hardware.peak_flops(dtype), hardware.bandwidth()
-    known = peak.value is not None and flops is not None
+    can_compute = peak.value is not None and flops is not None
     shared = 1 if hardware.platform == "cpu" else count  # the CPU devices of a process share its cores
     at_once = count if hardware.platform == "cpu" else 1
     return Roofline(
-        compute=flops / (shared * peak.value) if known else None,
+        compute=flops / (shared * peak.value) if can_compute else None,
         memory=None if moved is None or bandwidth.value is None else moved * at_once / bandwidth.value,
         network=None if collectives is None else network_seconds(hardware, collectives),
         launches=None if launches is None or hardware.kernel_s is None else launches * hardware.kernel_s,

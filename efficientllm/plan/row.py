@@ -15,7 +15,7 @@ from efficientllm.plan.training_step import Workload
 from efficientllm.typing import Record
 
 LEAST = "least time by roofline"
-_LATENCIES = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"))
+_LATENCIES = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("a picture", "image_latency_s"))
 _SIX = (
     ("AMU", "amu_gb", "GB"),
     ("PCU", "pcu", ""),
@@ -100,7 +100,8 @@ def _six(workload, hardware, count, estimate, calibration):
         "mcr": None,
     }
     reasons = dict.fromkeys(rates, _UNKNOWN) | _REASONS | {"mcr": workload.no_mcr}
-    return values | {"reasons": {key: reasons[key] for key, value in values.items() if value is None}}
+    nulls = [key for key, value in (values | {"collectives": estimate.collectives}).items() if value is None]
+    return values | {"reasons": {key: reasons[key] for key in nulls}}
 
 
 _UNKNOWN = "a peak or the compiler's figure is not known"
@@ -110,6 +111,7 @@ _REASONS = {
     "pcu": "how busy a device is said to be is measured: give rows of it as config.plan.calibration",
     "al_s": _UNKNOWN,
     "aec_w": "power is measured: give rows of this hardware as config.plan.calibration",
+    "collectives": "neither a compiler nor a closed formula gives them: the least time is without the network",
     "aec_at_most_w": "no design power of the device alone is published",
 }
 
@@ -149,7 +151,7 @@ def text(name: str, workload: Workload, hardware: Hardware, estimate: Estimate, 
 def _memory_lines(hardware, estimate, prediction):
     room, total = prediction["device_memory_bytes"], prediction["peak_bytes"]
     kinds = (("argument_bytes", "arguments"), ("output_bytes", "outputs"), ("alias_bytes", "of them in place"))
-    parts = [
+    entries = [
         f"{label} {estimate.memory[key] / 1e9:.2f}"
         for key, label in (*kinds, ("temp_bytes", "temporaries"))
         if key in estimate.memory
@@ -158,7 +160,7 @@ def _memory_lines(hardware, estimate, prediction):
     peak = "of unknown size" if total is None else f"{total / 1e9:.2f}"
     lines = [
         f"  memory, GB a device  peak {peak} of {room / 1e9:.1f}: {verdict}"
-        + (f"  ({', '.join(parts)})" if parts else "")
+        + (f"  ({', '.join(entries)})" if entries else "")
         + (f"; by shapes {estimate.by_shapes / 1e9:.2f}" if estimate.source == "compiler" else "")
     ]
     if estimate.refused:
@@ -180,9 +182,10 @@ def _cost_lines(estimate, prediction):
     if not prediction["parts"]:
         return _lines_of("a step", estimate.source, prediction)
     lines = []
-    for name, part in prediction["parts"].items():
-        lines += _lines_of(f"{part['times']} x {name}", estimate.source, part)
-    latencies = [f"{label} {prediction[key] * 1e3:,.4g} ms" for label, key in _LATENCIES if prediction[key] is not None]
+    for name, program in prediction["parts"].items():
+        lines += _lines_of(f"{program['times']} x {name}", estimate.source, program)
+    known = [(label, prediction[key]) for label, key in _LATENCIES if prediction.get(key) is not None]
+    latencies = [f"{label} {seconds * 1e3:,.4g} ms" for label, seconds in known]
     return [*lines, f"  {'least latencies':<20} {', '.join(latencies)}"] if latencies else lines
 
 
@@ -210,7 +213,8 @@ def _lines_of(label, source, prediction):
             "    kernels            " + "; ".join(f"{key}: {', '.join(kinds)}" for key, kinds in names.items())
         )
     if sides:
-        lines.append(f"    least time         {sides}: bound by {prediction['bound']}")
+        unknown = ", network not known" if prediction["collectives"] is None else ""
+        lines.append(f"    least time         {sides}{unknown}: bound by {prediction['bound']}")
     return lines
 
 

@@ -20,6 +20,7 @@ from efficientllm.adapters.base import Method
 from efficientllm.cost import formulas, jaxpr_flops, step_memory
 from efficientllm.metrics import memory
 from efficientllm.metrics.reading import Reading
+from efficientllm.objectives.base import Objective
 from efficientllm.plan import collectives, cudnn, hlo_cost, hlo_text
 from efficientllm.plan import remedies as changes
 from efficientllm.plan.hlo_cost import Collective
@@ -72,7 +73,9 @@ class Step:
     """A training step: model, tuning method, mesh, and the abstract TrainState with shardings."""
 
     config: Config
-    lm: model.LM
+    lm: model.Backbone
+    objective: Objective
+    length: int
     method: Method
     mesh: Mesh
     boxed: PyTree
@@ -95,7 +98,7 @@ class Step:
     def model_flops(self) -> float:
         """FLOPs of a step by closed formula."""
         train = self.config.train
-        return formulas.step_flops(self.lm, self.boxed, train.length, train.batch_size, self.method)
+        return formulas.step_flops(self.lm, self.boxed, self.length, train.batch_size, self.method)
 
     @property
     def samples(self) -> int:
@@ -104,7 +107,8 @@ class Step:
 
     @property
     def heading(self) -> str:
-        return f"{self.samples} x {self.config.train.length} tokens a step"
+        counted = self.objective.counted
+        return f"{self.samples} {'x' if counted == 'tokens' else f'{counted} of'} {self.length} tokens a step"
 
     def programs(self) -> list[Part]:
         """The Parts of the step: one program."""
@@ -127,9 +131,10 @@ class Step:
     def rates(self, seconds: float) -> dict[str, float]:
         """The study's throughputs if a step takes `seconds`."""
         rate = self.samples / seconds / formulas.count_parameters(self.lm, self.boxed)["active"]
-        return {"tt_tokens_per_param_s": rate * self.config.train.length, "st_samples_per_param_s": rate}
+        counted = self.length if self.objective.counted == "tokens" else 1
+        return {"tt_tokens_per_param_s": rate * counted, "st_samples_per_param_s": rate}
 
-    def latencies(self, parts: Mapping[str, typing.Any]) -> dict[str, float | None]:
+    def latencies(self, estimates: Mapping[str, typing.Any]) -> dict[str, float | None]:
         """None: a training step has no TTFT or TPOT."""
         return {}
 
@@ -141,7 +146,9 @@ class Step:
         trainable = sum(leaf.size for leaf in jax.tree.leaves(self.shaped.params))
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shaped.all_params))
         formula = f"closed formula ({formulas.FLOP_CONVENTION})"
+        per_image = {"flops_per_image": Reading(self.model_flops / self.samples, "FLOP", formula)}
         return {
+            **(per_image if self.objective.counted == "images" else {}),
             "params_trainable": Reading(trainable, "1", "parameter tree"),
             "flops_per_token": Reading(self.model_flops / self.tokens, "FLOP", formula),
             "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
@@ -150,13 +157,13 @@ class Step:
     @property
     def tokens(self) -> int:
         """Tokens of a step."""
-        return self.samples * self.config.train.length
+        return self.samples * self.length
 
     def by_shapes(self) -> int:
         """Peak memory of a device in bytes, from shapes (`cost.step_memory`)."""
         with self.scope():
             return step_memory.predicted_bytes(
-                self.lm, self.shaped, self.rows[0], self.config.train.length, self.rows[1]
+                self.lm, self.shaped, self.rows[0], self.length, self.rows[1], self.objective
             )
 
 
@@ -209,20 +216,32 @@ def describe(
 ) -> Step:
     """Builds the Step of a config on `devices`, compiled for `platform` (a GPU with this compute capability)."""
     description = describe_run(config, devices, shapes_only=True)
-    check_train(config.train, description.mesh)
+    check_train(config.train, description.mesh, description.objective)
     with target(platform, capability):
         lm = training_lm(description)
-        shaped, shardings = step.abstract_state(lm, config, description.method, description.mesh)
+        shaped, shardings = step.abstract_state(lm, config, description.length, description.method, description.mesh)
         boxed = model.abstract_params(lm)
-    return Step(config, lm, description.method, description.mesh, boxed, shaped, shardings, platform, capability)
+    objective, length = description.objective, description.length
+    return Step(
+        config,
+        lm,
+        objective,
+        length,
+        description.method,
+        description.mesh,
+        boxed,
+        shaped,
+        shardings,
+        platform,
+        capability,
+    )
 
 
 def traced(workload: Step) -> tuple[jax.stages.Traced, dict[str, list[str]]]:
     """Traces a Step -> `(trace, {operation: kernels} it was traced with)`."""
-    batch = step_memory.batch_shapes(
-        workload.config.train.batch_size, workload.config.train.length, sharding.batch_sharding(workload.mesh)
-    )
-    jitted = step.jit_train_step(workload.lm, workload.config.train, workload.mesh, workload.shardings, workload.method)
+    train, objective = workload.config.train, workload.objective
+    batch = objective.batch_shapes(workload.lm, train.batch_size, workload.length, workload.mesh)
+    jitted = step.jit_train_step(workload.lm, train, workload.mesh, workload.shardings, workload.method, objective)
     with workload.scope(), kernels.recording_kernels() as used:
         return jitted.trace(workload.shaped, batch), {operation: sorted(kinds) for operation, kinds in used.items()}
 

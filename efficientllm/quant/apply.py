@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError, UserError
 from efficientllm.quant.base import Form, Rows, rounds
 from efficientllm.registry import build
 from efficientllm.typing import Params, PyTree
@@ -46,7 +46,7 @@ def quantize(
             return kernel
         if form.calibrated:
             if learn is None:
-                raise UserError(f"quant = {spec!r} is calibrated: give it text to calibrate on")
+                raise FieldError("quant", "is calibrated: give it text to calibrate on", spec)
             quantized = learn(path, form)
         else:
             quantized = leaf(form, path == "embedding", kernel.unbox() if is_box(kernel) else kernel)
@@ -82,9 +82,11 @@ def check_finite(quantized: PyTree, path: str, spec: str) -> None:
     if any(isinstance(array, jax.core.Tracer) or not hasattr(array, "addressable_shards") for array in arrays):
         return  # abstract
     if not all(bool(_all_finite(array)) for array in arrays):
-        raise UserError(
-            f"quant = {spec!r}: {path} has weights that are inf or NaN, or larger than this form can hold; take "
-            "'float32', or 'bfloat16' for what is only large"
+        raise FieldError(
+            "quant",
+            f"{path} has weights that are inf or NaN, or larger than this form can hold; take 'float32', or 'bfloat16' "
+            "for what is only large",
+            spec,
         )
 
 
@@ -114,17 +116,20 @@ def abstract(params: Params, spec: str, rules: Rules = ()) -> Params:
     return jax.eval_shape(quantize_uncalibrated, params)
 
 
-def form_of(spec: str) -> Form:
-    """Build the form that a spec names. Raises UserError for a spec that names none."""
-    return build("quant", spec, where="config.quant")
+def form_of(spec: str, where: str = "quant") -> Form:
+    """Build the form that a spec names. Raises UserError, `where = SPEC: ...`, for a spec that names none."""
+    return build("quant", spec, where=where)
 
 
-def chooser(spec: str, rules: Rules, where: str = "quantisation rules") -> Callable[[str], Form | None]:
-    """Make a function from a parameter's path to its form, or to None. Raises UserError as `quantize` does."""
+def chooser(spec: str, rules: Rules, where: str = "rules") -> Callable[[str], Form | None]:
+    """Make a function from a parameter's path to its form, or to None.
+
+    Raises UserError as `quantize` does; `where` is the key of the rules.
+    """
     form = form_of(spec)
     try:
         compiled: list[tuple[typing.Any, Form]] = [
-            (patterns.compile(pattern, where), form_of(value)) for pattern, value in rules
+            (patterns.compile(pattern, where), form_of(value, where)) for pattern, value in rules
         ]
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} = {rules!r} must be pairs of (regex, spec): {error}") from None

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm import model as models
+from efficientllm.embeds.tokens import LM, embed
 from efficientllm.errors import UserError
 from efficientllm.ops.attention import Context
 from efficientllm.quant import apply as tree
@@ -22,7 +23,7 @@ from efficientllm.weights import Weight, path_of
 ROWS = 4  # sequences in a forward pass of a layer
 
 
-def quantize(lm: models.LM, params: Params, spec: str, tokens_BT: jax.Array, rules: tree.Rules = ()) -> Params:
+def quantize(lm: LM, params: Params, spec: str, tokens_BT: jax.Array, rules: tree.Rules = ()) -> Params:
     """Quantize a model to a calibrated form, as `apply.quantize` does, on the activations of `tokens_BT`.
 
     Every layer is calibrated on the activations of the quantized layers before it. The kernels of one group of layers
@@ -35,16 +36,16 @@ def quantize(lm: models.LM, params: Params, spec: str, tokens_BT: jax.Array, rul
     leaves: dict[str, typing.Any] = {}
     countdown = Countdown(f"calibrating {spec}", lm_apart.num_groups)
     for i in range(lm_apart.num_groups):
-        name = f"group_{i}"
+        name, stack = f"group_{i}", lm.stacks.of_group(i)
         moments = None
         for carry in inputs:
-            batch_moments = _moments(lm_apart, apart[name], carry)
+            batch_moments = _moments(lm_apart, stack, apart[name], carry)
             moments = batch_moments if moments is None else jax.tree.map(jnp.add, moments, batch_moments)
         quantized = _quantize_kernels(apart[name], moments, lambda path, name=name: choose(f"{name}/{path}"))
-        inputs = [_forward(lm_apart, quantized, carry) for carry in inputs]
+        inputs = [_forward(lm_apart, stack, quantized, carry) for carry in inputs]
         leaves |= {f"{name}/{path}": leaf for path, leaf in _kernels(quantized)}
         countdown.add()
-    return tree.quantize(params, spec, rules, functools.partial(_pick, leaves, lm.num_groups))
+    return tree.quantize(params, spec, rules, functools.partial(_pick, leaves, lm))
 
 
 class Moments(typing.NamedTuple):
@@ -78,8 +79,8 @@ class _RecordingWeight(Weight):
         return self.kernel
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _moments(lm, params, inputs):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moments(lm, stack, params, inputs):
     """Moments of one group's kernels by path; the experts of a layer share the moments of all their rows."""
     moments = {}
 
@@ -92,20 +93,20 @@ def _moments(lm, params, inputs):
         outer_kk = jnp.matmul(x_mk.T, x_mk, precision="highest")
         moments[path] = Moments(outer_kk, jnp.sum(jnp.abs(x_mk), 0), jnp.float32(len(x_mk)))
 
-    models.apply_group(lm, jax.tree_util.tree_map_with_path(watch, params), *inputs)
+    models.apply_group(lm, stack, jax.tree_util.tree_map_with_path(watch, params), *inputs)
     return moments
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(lm, params, inputs):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(lm, stack, params, inputs):
     carry, ctx = inputs
-    return models.apply_group(lm, params, carry, ctx), ctx
+    return models.apply_group(lm, stack, params, carry, ctx), ctx
 
 
 def _first_input(lm, params, tokens_BT):
     """The inputs of the first group of layers, `(carry, ctx)`."""
     ctx = Context.packed(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape))
-    return jax.jit(models.embed, static_argnums=0)(lm, params, tokens_BT, ctx), ctx
+    return jax.jit(embed, static_argnums=0)(lm, params, tokens_BT, ctx), ctx
 
 
 def _quantize_kernels(params, moments, choose):
@@ -148,11 +149,9 @@ def _kernels(params):
     return [(path_of(keys), leaf) for keys, leaf in flat[0]]
 
 
-def _pick(leaves, groups, path, form):
+def _pick(leaves, lm, path, form):
     """The leaf at `path`, or the stack of those of all groups where layers are stacked."""
     if not path.startswith("group"):
         raise UserError(f"{path} is not in a layer: only kernels of layers are calibrated; give it another form")
-    if path.startswith("groups/"):
-        layers = [leaves[f"group_{i}/{path.removeprefix('groups/')}"] for i in range(groups)]
-        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
-    return leaves[path]
+    paths = lm.stacks.unrolled_paths(path)
+    return leaves[path] if paths == [path] else jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(leaves.get, paths))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 from efficientllm.ops import native
 from efficientllm.quant import matmul
 from efficientllm.quant.base import STATIC, Form, Rows
@@ -97,8 +97,8 @@ class AsStoredForm(Form):
     embedding: typing.ClassVar[str] = "float32"
 
     def leaf(self, rows: jax.Array, is_table: bool) -> Rows:
-        raise UserError(
-            "config.quant = 'stored' takes what a checkpoint's files hold, at inference; here take 'float32'"
+        raise FieldError(
+            "quant", "takes what a checkpoint's files hold, at inference; here take 'float32'", value="stored"
         )
 
 

@@ -21,7 +21,7 @@ MeshAxes = str | tuple[str, ...] | None  # an entry of a PartitionSpec
 
 # Most rows of x for the native product; with many more, dequantizing once and multiplying is faster
 # (experiments/quantization/products.py).
-FEW = 64
+FEW_ROWS = 64
 
 
 class Layout(typing.NamedTuple):
@@ -116,7 +116,7 @@ def _product(x_mk, leaf, operand, layout):
 
 def is_native(rows: int) -> bool:
     """Whether `efficientllm.ops.native` multiplies `rows` rows of x: few, on one CPU device."""
-    return rows <= FEW and native.is_usable()
+    return rows <= FEW_ROWS and native.is_usable()
 
 
 def has_tiles(leaf: "Rows") -> bool:

@@ -6,11 +6,13 @@ XLA would write all dequantized rows to memory for every product.
 import functools
 import itertools
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+
+from efficientllm.quant.int4_tile import dot, named_scales, weights_of
 
 if typing.TYPE_CHECKING:
     from efficientllm.quant.int4 import Int4
@@ -53,7 +55,7 @@ def joins(leaves: Sequence["Int4"], platform: str) -> bool:
     alike = all(
         leaf.x_scale is None
         and leaf.scale.shape[-1] == first.scale.shape[-1]
-        and _named(leaf).keys() == _named(first).keys()
+        and named_scales(leaf).keys() == named_scales(first).keys()
         for leaf in leaves
     )
     group_bytes = first.values.shape[-1] // first.scale.shape[-1]
@@ -63,26 +65,6 @@ def joins(leaves: Sequence["Int4"], platform: str) -> bool:
 def takes(rows: int, group_bytes: int, platform: str) -> bool:
     """Whether a kernel exists for so many rows of weights and bytes of a group."""
     return platform != "gpu" or min(rows, group_bytes) >= LEAST
-
-
-def _weights(codes, scale, zero, minimum):
-    """`int4.decode` of float32 arrays that broadcast."""
-    if minimum is not None:
-        return codes * scale + minimum
-    return (codes - (8.0 if zero is None else zero)) * scale
-
-
-def _dot(x, w, axis):
-    """The float32 product of `x[tokens, bytes]` with `w`, contracted over its `axis`."""
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x, w.astype(x.dtype), (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def _named(leaf):
-    """A leaf's scale, zero point and minimum by name, without those that are None."""
-    return {name: x for name in ("scale", "zero", "minimum") if (x := getattr(leaf, name)) is not None}
 
 
 class Tile(typing.NamedTuple):
@@ -105,16 +87,40 @@ def tile(vectors: int, outputs: int, row_bytes: int, group_bytes: int) -> Tile:
     """
     most = 1 << (outputs.bit_length() - 1)
     if vectors <= VECTORS:
-        return Tile(
-            min(2 if outputs < 2048 else 4, most), max(group_bytes, min(1024, pl.next_power_of_2(row_bytes))), 2
-        )
+        width = max(group_bytes, min(1024, pl.next_power_of_2(row_bytes)))
+        return Tile(min(2 if outputs < 2048 else 4, most), width, 2)
     few = vectors <= TOKENS // 2
-    rows, width = (
-        min(64 if few else ROWS, most),
-        max(group_bytes, min(128 if few else 32, pl.next_power_of_2(row_bytes))),
-    )
+    rows = min(64 if few else ROWS, most)
+    width = max(group_bytes, min(128 if few else 32, pl.next_power_of_2(row_bytes)))
     programs = pl.cdiv(vectors, min(TOKENS, pl.next_power_of_2(max(vectors, LEAST)))) * pl.cdiv(outputs, rows)
     return Tile(rows, width, 4, 3, max(1, min(4, 2 * PROCESSORS // programs, row_bytes // width)))
+
+
+class _Layout(typing.NamedTuple):
+    """Tile of a GPU program, the phases of the program, and the rows of weights that both work on.
+
+    The phases are `start() -> sums`, `multiply(sums, x, codes, named) -> sums` of a tile's products, and
+    `finish(sums) -> [(token, products)]`.
+    """
+
+    tile: Tile
+    tokens: int
+    row_groups: int
+    group_bytes: int
+    row_bytes: int
+    groups: int  # of a step
+    turns: int  # steps along a part of a row
+    phases: tuple[Callable, Callable, Callable]
+
+    def read(self, at: typing.Any, first: jax.Array, end: int) -> jax.Array:
+        """Load `at`, `[_, size, ...]`, whose second axis begins at index `first`; zero from index `end` on."""
+        from jax.experimental.pallas import triton
+
+        if self.turns * self.tile.parts * self.tile.width == self.row_bytes:
+            return triton.load(at)
+        # The last bytes of the last part lie beyond the row.
+        live = (first + jnp.arange(at.shape[1]) < end).reshape(1, -1, *(1,) * (len(at.shape) - 2))
+        return triton.load(at, mask=jnp.broadcast_to(live, at.shape), other=0)
 
 
 def _gpu(x_mg2h, leaves, tokens, interpret):
@@ -130,60 +136,23 @@ def _gpu(x_mg2h, leaves, tokens, interpret):
     rows, width, warps, stages, parts = tile(vectors, sum(sizes), row_bytes, group_bytes)
     rows = min(rows, *(1 << (outputs.bit_length() - 1) for outputs in sizes))
     groups, turns = width // group_bytes, pl.cdiv(pl.cdiv(row_bytes, width), parts)
-    masked = turns * parts * width > row_bytes  # the last bytes of the last part lie beyond the row
-    # The three phases of a program: zero the sums, add a tile's products, write the sums.
-    start, multiply, finish = _vectors(vectors, rows, groups) if vectors <= VECTORS else _matrices(tokens, rows)
-    tokens = vectors if vectors <= VECTORS else tokens
+    few = vectors <= VECTORS
+    tokens = vectors if few else tokens
+    phases = _vectors(vectors, rows, groups) if few else _matrices(tokens, rows)
+    cut = Tile(rows, width, warps, stages, parts)
+    layout = _Layout(cut, tokens, row_groups, group_bytes, row_bytes, groups, turns, phases)
     tiles = [pl.cdiv(outputs, rows) for outputs in sizes]
-    operands = [(leaf.values, _named(leaf)) for leaf in leaves]
+    operands = [(leaf.values, named_scales(leaf)) for leaf in leaves]
 
     def kernel(x_ref, *refs):
         *refs, y_ref = refs
         of_tokens, row_tile, part = (pl.program_id(axis) for axis in range(3))
-
-        def read(at, first, end):
-            """Load `at`, `[_, size, ...]`, whose second axis begins at index `first`; zero from index `end` on."""
-            if not masked:
-                return triton.load(at)
-            live = (first + jnp.arange(at.shape[1]) < end).reshape(1, -1, *(1,) * (len(at.shape) - 2))
-            return triton.load(at, mask=jnp.broadcast_to(live, at.shape), other=0)
-
-        def multiply_tile(first, outputs, above, values_ref, named_refs):
-            """Multiply by the rows from `first` of a leaf with `outputs` rows, after `above` rows in the output."""
-            of_rows = pl.ds(jnp.minimum(first, outputs - rows), rows)  # the last tile overlaps the one before it
-
-            def step(turn, y):
-                # Bytes and groups that this turn reads: codes [rows, groups, h], scales [rows, groups].
-                byte, group = (part * turns + turn) * width, (part * turns + turn) * groups
-                of_bytes, of_groups = pl.ds(byte, width), pl.ds(group, groups)
-                codes = (
-                    read(values_ref.at[of_rows, of_bytes], byte, row_bytes)
-                    .astype(jnp.int32)
-                    .reshape(rows, groups, group_bytes)
-                )
-                named = {
-                    name: read(ref.at[of_rows, of_groups], group, row_groups).astype(jnp.float32)
-                    for name, ref in named_refs.items()
-                }
-
-                def x(token, count):
-                    index = pl.ds(of_tokens * tokens + token, count)
-                    halves = [read(x_ref.at[index, of_groups, pl.ds(half, 1)], group, row_groups) for half in (0, 1)]
-                    return [half.reshape(count, groups, group_bytes) for half in halves]
-
-                return multiply(y, x, codes, named)
-
-            for token, y in finish(jax.lax.fori_loop(0, turns, step, start())):
-                index = pl.ds(of_tokens * tokens + token, len(y))
-                y_ref[pl.ds(part, 1), index, pl.ds(above + of_rows.start, rows)] = y[None]
-
+        multiply_tile = functools.partial(_multiply_tile, layout, x_ref, y_ref, of_tokens, part)
         before, above = 0, 0
         for outputs, count, (_, named) in zip(sizes, tiles, operands, strict=True):
-            values_ref, named_refs = refs[0], dict(zip(named, refs[1:], strict=False))
+            leaf_refs = refs[0], dict(zip(named, refs[1:], strict=False))
             refs = refs[1 + len(named) :]
-            multiply_leaf = functools.partial(
-                multiply_tile, (row_tile - before) * rows, outputs, above, values_ref, named_refs
-            )
+            multiply_leaf = functools.partial(multiply_tile, (row_tile - before) * rows, outputs, above, *leaf_refs)
             if len(sizes) == 1:
                 multiply_leaf()
             else:
@@ -199,6 +168,35 @@ def _gpu(x_mg2h, leaves, tokens, interpret):
         name="int4_product",
     )(x_mg2h, *jax.tree.leaves([(values, list(named.values())) for values, named in operands]))
     return y_pmr[0] if parts == 1 else y_pmr.sum(0)
+
+
+def _multiply_tile(layout, x_ref, y_ref, of_tokens, part, first, outputs, above, values_ref, named_refs):
+    """Multiply by the rows from `first` of a leaf with `outputs` rows, after `above` rows in the output."""
+    (rows, width, *_), groups, turns, row_groups = layout.tile, layout.groups, layout.turns, layout.row_groups
+    start, multiply, finish = layout.phases
+    of_rows = pl.ds(jnp.minimum(first, outputs - rows), rows)  # the last tile overlaps the one before it
+
+    def step(turn, y):
+        # Bytes and groups that this turn reads: codes [rows, groups, h], scales [rows, groups].
+        byte, group = (part * turns + turn) * width, (part * turns + turn) * groups
+        of_bytes, of_groups = pl.ds(byte, width), pl.ds(group, groups)
+        codes = layout.read(values_ref.at[of_rows, of_bytes], byte, layout.row_bytes)
+        codes = codes.astype(jnp.int32).reshape(rows, groups, layout.group_bytes)
+        named = {
+            name: layout.read(ref.at[of_rows, of_groups], group, row_groups).astype(jnp.float32)
+            for name, ref in named_refs.items()
+        }
+
+        def x(token, count):
+            index = pl.ds(of_tokens * layout.tokens + token, count)
+            halves = [layout.read(x_ref.at[index, of_groups, pl.ds(half, 1)], group, row_groups) for half in (0, 1)]
+            return [half.reshape(count, groups, layout.group_bytes) for half in halves]
+
+        return multiply(y, x, codes, named)
+
+    for token, y in finish(jax.lax.fori_loop(0, turns, step, start())):
+        index = pl.ds(of_tokens * layout.tokens + token, len(y))
+        y_ref[pl.ds(part, 1), index, pl.ds(above + of_rows.start, rows)] = y[None]
 
 
 def _vectors(vectors, rows, groups):
@@ -234,8 +232,8 @@ def _matrices(tokens, rows):
     def multiply(y, x, codes, named):
         named = {name: array[..., None] for name, array in named.items()}
         for half, half_codes in zip(x(0, tokens), (codes & 15, codes >> 4), strict=True):
-            w = _weights(half_codes.astype(jnp.float32), named["scale"], named.get("zero"), named.get("minimum"))
-            y += _dot(half.reshape(tokens, -1), w.reshape(rows, -1), 1)
+            w = weights_of(half_codes.astype(jnp.float32), named["scale"], named.get("zero"), named.get("minimum"))
+            y += dot(half.reshape(tokens, -1), w.reshape(rows, -1), 1)
         return y
 
     return lambda: jnp.zeros((tokens, rows), jnp.float32), multiply, lambda y: [(0, y)]
@@ -245,10 +243,8 @@ def _width(row_bytes, group_bytes):
     """Bytes of a row in a TPU's tile: all, or whole lanes and whole sublanes of groups, to fill the last tile most."""
     if row_bytes <= WIDTH:
         return row_bytes
-    widths = [
-        tile_bytes for tile_bytes in (WIDTH, WIDTH // 2, WIDTH // 4, WIDTH // 8) if tile_bytes % (8 * group_bytes) == 0
-    ] or [8 * group_bytes]
-    return min(widths, key=lambda tile_bytes: -row_bytes % tile_bytes)
+    widths = [width for width in (WIDTH, WIDTH // 2, WIDTH // 4, WIDTH // 8) if width % (8 * group_bytes) == 0]
+    return min(widths or [8 * group_bytes], key=lambda width: -row_bytes % width)
 
 
 def _tpu(x_mg2h, leaf, tokens, interpret):
@@ -264,7 +260,8 @@ def _tpu(x_mg2h, leaf, tokens, interpret):
     rest = -row_bytes % width
     halves = [jnp.pad(x_mg2h[:, :, half].reshape(vectors, row_bytes), ((0, 0), (0, rest))) for half in (0, 1)]
     beside = {
-        name: jnp.pad(x.T.astype(jnp.float32), ((0, rest // group_bytes), (0, 0))) for name, x in _named(leaf).items()
+        name: jnp.pad(x.T.astype(jnp.float32), ((0, rest // group_bytes), (0, 0)))
+        for name, x in named_scales(leaf).items()
     }
 
     def kernel(low_ref, high_ref, values_ref, *refs):
@@ -274,8 +271,8 @@ def _tpu(x_mg2h, leaf, tokens, interpret):
         bytes_ = values_ref[...].astype(jnp.int32).T.reshape(width // group_bytes, group_bytes, rows)
         y = jnp.zeros((tokens, rows), jnp.float32)
         for x_ref, codes in ((low_ref, bytes_ & 15), (high_ref, bytes_ >> 4)):
-            w = _weights(codes.astype(jnp.float32), named["scale"], named.get("zero"), named.get("minimum"))
-            y += _dot(x_ref[...], w.reshape(width, rows), 0)
+            w = weights_of(codes.astype(jnp.float32), named["scale"], named.get("zero"), named.get("minimum"))
+            y += dot(x_ref[...], w.reshape(width, rows), 0)
 
         @pl.when(pl.program_id(2) == 0)
         def _():

@@ -60,12 +60,26 @@ _TABLE = (
     ("AEC  mean power", "aec_w", "lower"),
     ("MCR  compression rate", "mcr", "higher"),
 )
-# Latencies and bytes of inference: label, key, shown unit, and its size in the unit of the row.
+# Latencies and bytes of text and of pictures: label, key, shown unit, and its size in the unit of the row.
 _SERVING = (
     ("TTFT first token", "ttft_s", "ms", 1e-3),
     ("TPOT each token after it", "tpot_s", "ms", 1e-3),
     ("     weights", "resident_weight_bytes", "MB", 1e6),
     ("     state of a token", "kv_bytes_per_token", "kB", 1e3),
+)
+_SERVING_PICTURES = (
+    ("     a picture", "image_latency_s", "ms", 1e-3),
+    ("     a solver step", "step_s", "ms", 1e-3),
+    ("     weights", "resident_weight_bytes", "MB", 1e6),
+)
+# The other parts of a pipeline, where it has any.
+_PIPELINE = (
+    ("     text encoders", "text_encoder_bytes", "MB", 1e6),
+    ("     encoding texts", "text_encode_s", "s", 1),
+    ("     autoencoder", "autoencoder_bytes", "MB", 1e6),
+    ("     decoding latents", "decode_s", "ms", 1e-3),
+    ("     weights moved", "offload_bytes", "MB", 1e6),
+    ("     moving them", "offload_s", "ms", 1e-3),
 )
 _SHOWN_BY_TASK = {"pretrain": "tt_tokens_per_param_s", "tune": "st_samples_per_param_s", "infer": "it_tokens_per_s"}
 
@@ -181,7 +195,11 @@ def format_table(record: Record, width: int | None = None) -> str:
     for label, key, better in _TABLE:
         if key not in hidden:
             lines += _table_row(label, record["paper"][key], record["sources"][key], better, width)
-    for label, key, unit, size in _SERVING if record["task"] == "infer" else ():
+    serving: tuple[tuple[str, str, str, float], ...]
+    serving = _SERVING_PICTURES if "image_latency_s" in record["physical"] else _SERVING
+    if "text_encoder_bytes" in record["physical"]:
+        serving += tuple(line for line in _PIPELINE if line[1] in record["physical"])
+    for label, key, unit, size in serving if record["task"] == "infer" else ():
         value, source = record["physical"][key], record["sources"][key] | {"unit": unit}
         lines += _table_row(label, None if value is None else value / size, source, "lower", width)
     for note in notes.notes(record):

@@ -29,6 +29,7 @@ _CLAIMED = (
     "tokenizer",
     "results.json",
     "calibration.json",
+    "picture.json",
 )
 _FILES = (
     r"config\.json",
@@ -41,6 +42,8 @@ _FILES = (
     r"checkpoints/(unreadable|diverged)-\d+(\.\d+)?",
     r"checkpoints/\d+\.orbax-checkpoint-tmp.*",
     r"samples/generated\.jsonl",
+    r"samples/((grid|nearest|\d+)\.png|samples\.json)",
+    r"picture\.json",
     r"adapter/adapter_(config\.json|model\.safetensors)",
     r"tokenizer/((tokenizer|tokenizer_config|generation_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt)",
     r"tokenizer/(tokenizer\.model|chat_template\.jinja|additional_chat_templates)",

@@ -46,6 +46,7 @@ class Work:
     tokens:         tokens trained on (pretrain), None elsewhere.
     samples:        samples trained on (tune), None elsewhere.
     generated:      tokens generated (infer), prompts not included, None elsewhere.
+    counted:        what `tokens` and `generated` count: the study counts images where a model learns from images.
     Raises ValueError if a count belongs to another task, so that it is never reported under the wrong name.
     """
 
@@ -56,6 +57,7 @@ class Work:
     tokens: float | None = None
     samples: float | None = None
     generated: float | None = None
+    counted: str = "tokens"
 
     def __post_init__(self):
         counts = {"pretrain": self.tokens, "tune": self.samples, "infer": self.generated}
@@ -105,8 +107,8 @@ def _throughput(key, task, work, count):
         return missing(UNITS[key], f"a metric of {task}, and this run is {work.task}")
     rate = count / work.duration_s
     if task == "infer":
-        return Reading(rate, UNITS[key], "generated tokens over wall time (Eq. 6)")
-    unit = "tokens (Eq. 4)" if task == "pretrain" else "samples (Eq. 5)"
+        return Reading(rate, UNITS[key], f"generated {work.counted} over wall time (Eq. 6)")
+    unit = f"{work.counted} (Eq. 4)" if task == "pretrain" else "samples (Eq. 5)"
     return Reading(rate / work.params_active, UNITS[key], f"{unit} over wall time and active parameters")
 
 

@@ -45,6 +45,16 @@ class SummaryWriter:
         text.data_class = summary_pb2.DATA_CLASS_TENSOR
         self._add(step, [(tag, np.array(markdown.encode(), dtype=object), text)])
 
+    def image(self, tag: str, png: bytes, width: int, height: int, step: int = 0) -> None:
+        """Writes a picture, the bytes of a PNG file."""
+        from tensorboard.compat.proto import summary_pb2
+        from tensorboard.plugins.image import metadata
+
+        picture = metadata.create_summary_metadata(display_name=None, description=None)
+        picture.data_class = summary_pb2.DATA_CLASS_BLOB_SEQUENCE
+        sides = (str(side).encode() for side in (width, height))
+        self._add(step, [(tag, np.array([*sides, png], dtype=object), picture)])
+
     def hparams(self, config: dict[str, typing.Any], row: dict[str, float | None]) -> None:
         """Writes a line of TensorBoard's HParams table: compared keys of the config (see `trial`), numbers of the row.
 

@@ -15,10 +15,17 @@ import re
 import typing
 import warnings
 
-from efficientllm.errors import UserError, did_you_mean, shown
+from efficientllm.errors import UserError, did_you_mean, short_repr
 from efficientllm.registry import ranges
 
-SPEC_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "tuple": (tuple, list)}
+SPEC_TYPES = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "tuple": (tuple, list),
+    "bool | str": (bool, str),
+}
 _PACKAGE = pathlib.Path(__file__).parents[1]
 _KINDS = re.compile(r"^KINDS = (\{.*?\})$", re.MULTILINE | re.DOTALL)
 _SPEC = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)  # names such as 0.5b are not identifiers
@@ -93,7 +100,9 @@ def parse_spec(spec: str, where: str = "spec") -> tuple[str, Values]:
             raise ValueError("positional or repeated")
         return name, values
     except (SyntaxError, ValueError, AttributeError, TypeError, RecursionError, MemoryError):
-        raise UserError(f"{where} = {shown(spec)}: is not a spec; write 'name' or 'name(key=value, ...)'") from None
+        raise UserError(
+            f"{where} = {short_repr(spec)}: is not a spec; write 'name' or 'name(key=value, ...)'"
+        ) from None
 
 
 def lookup(kind: str, name: str, where: str = "spec") -> Target:
@@ -106,7 +115,8 @@ def check_name(kind: str, name: str, allowed: typing.Collection[str], where: str
     """Raises UserError that lists the `allowed` names unless `name` is one of them."""
     if name not in allowed:
         raise UserError(
-            f"{where} = {shown(name)}: no {kind} of that name; known: {', '.join(allowed)}{did_you_mean(name, allowed)}"
+            f"{where} = {short_repr(name)}: no {kind} of that name; known: {', '.join(allowed)}"
+            f"{did_you_mean(name, allowed)}"
         )
 
 
@@ -118,6 +128,11 @@ def complete_spec(kind: str, spec: str, defaults: Values, where: str | None = No
     name, target, values = _resolve(kind, spec, where or f"{kind} spec")
     values = {**_inherited(target, defaults), **values}
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in values.items())})"
+
+
+def format_spec(name: str, fields: Values) -> str:
+    """Formats a spec: `name(key=value, ...)`."""
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in fields.items())})" if fields else name
 
 
 def build(
@@ -134,7 +149,7 @@ def build(
     values = {**_inherited(target, defaults or {}), **fixed, **values}
     required = [key for key, field in spec_parameters(target).items() if field.default is inspect.Parameter.empty]
     if missing := [key for key in required if key not in values]:
-        raise UserError(f"{where} = {shown(spec)}: {kind} {name!r} needs a value for {', '.join(missing)}")
+        raise UserError(f"{where} = {short_repr(spec)}: {kind} {name!r} needs a value for {', '.join(missing)}")
     return target(**values)
 
 
@@ -143,11 +158,11 @@ def _resolve(kind, spec, where):
     name, values = parse_spec(spec, where)
     target = lookup(kind, name, where)
     types = {key: type_name(field.annotation) for key, field in spec_parameters(target).items()}
-    check_fields(kind, name, values, types, f"{where} = {shown(spec)}", _field_ranges(kind, name, target))
-    for field, known in _CHOICES.get((kind, name), {}).items():
-        if field in values and values[field] not in known:
-            hint = f"{', '.join(known)}{did_you_mean(values[field], known)}"
-            raise UserError(f"{where} = {shown(spec)}: {field} = {shown(values[field])} is none of {hint}")
+    check_fields(kind, name, values, types, f"{where} = {short_repr(spec)}", _field_ranges(kind, name, target))
+    for field, allowed in _CHOICES.get((kind, name), {}).items():
+        if field in values and values[field] not in allowed:
+            hint = f"{', '.join(allowed)}{did_you_mean(values[field], allowed)}"
+            raise UserError(f"{where} = {short_repr(spec)}: {field} = {short_repr(values[field])} is none of {hint}")
     return name, target, values
 
 
@@ -199,29 +214,30 @@ def type_name(annotation: typing.Any) -> str:
 
 def _check_type(where, key, value, name):
     allowed = SPEC_TYPES.get(name)
-    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and name != "bool")):
-        raise UserError(f"{where}: {key} = {shown(value)}: must be {name}")
+    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)):
+        raise UserError(f"{where}: {key} = {short_repr(value)}: must be {name.replace(' | ', ' or ')}")
 
 
 @functools.cache
-def kinds() -> dict[str, str]:
-    """`{kind: module or package that registers its names}`, as `KINDS` in the `__init__` of each package declares it.
+def kinds() -> dict[str, tuple[str, ...]]:
+    """`{kind: modules and packages that register its names}`, as `KINDS` in the `__init__` of each package declares.
 
     `KINDS = {"mixer": "*"}` stands for all modules of the package, `{"rope_scaling": "scaling"}` for one. The
     declarations are read as text, not imported, so techniques can be listed before JAX is imported.
     """
-    homes = {}
+    homes: dict[str, tuple[str, ...]] = {}
     for file in sorted(_PACKAGE.glob("**/__init__.py")):
         if declaration := _KINDS.search(file.read_text("utf-8")):
             package = ".".join(file.parent.relative_to(_PACKAGE.parent).parts)
             for kind, module in ast.literal_eval(declaration[1]).items():
-                homes[kind] = package if module == "*" else f"{package}.{module}"
+                home = package if module == "*" else f"{package}.{module}"
+                homes[kind] = (*homes.get(kind, ()), home)
     return homes
 
 
 def _import_modules(kind):
     """Imports every module that registers names of `kind`."""
-    if home := kinds().get(kind):
+    for home in kinds().get(kind, ()):
         module = importlib.import_module(home)
         for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
             importlib.import_module(f"{home}.{info.name}")

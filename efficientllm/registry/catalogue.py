@@ -5,6 +5,7 @@ The registry knows the same once a kind's modules are imported, and also the tec
 
 import ast
 import functools
+import itertools
 import pathlib
 import typing
 
@@ -35,7 +36,7 @@ def entries(kind: str) -> dict[str, Entry]:
     if kind == "size":  # a function makes its names; its module is cheap to import
         return {name: Entry(_signature_fields(registry.lookup("size", name))) for name in registry.names("size")}
     registered: dict[str, Entry] = {}
-    for module in _modules(registry.kinds()[kind]):
+    for module in itertools.chain(*map(_modules, registry.kinds()[kind])):
         source = _path(module).read_text("utf-8")
         if f'"{kind}"' in source or "@register" in source:
             registered |= _registered(module, kind)
@@ -45,7 +46,10 @@ def entries(kind: str) -> dict[str, Entry]:
 def constant(module: str, name: str) -> typing.Any:
     """The literal that a module assigns to `name` at top level; the keys of one that is a dict."""
     for node in _tree(module).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             if isinstance(node.value, ast.Dict):  # its values need not be literals
                 return tuple(ast.literal_eval(key) for key in node.value.keys)
             return ast.literal_eval(node.value)

@@ -7,7 +7,7 @@ import math
 import struct
 import typing
 
-from efficientllm.errors import UserError, shown
+from efficientllm.errors import UserError, short_repr
 
 INT32_MAX = 2**31 - 1
 WIDEST = 2**24  # of lengths and widths: larger arrays fit no device
@@ -52,13 +52,24 @@ class TupleOf(typing.NamedTuple):
     element: Range
 
     def __contains__(self, values: typing.Any) -> bool:
-        return all(type(value) in (int, float) and value in self.element for value in values)
+        types = (int,) if self.element.whole else (int, float)
+        return all(type(value) in types and value in self.element for value in values)
 
     def __str__(self) -> str:
         return f"a tuple of numbers, each {self.element}"
 
 
-Ranges = dict[str, Range | TupleOf]  # by the name of a field
+class Texts(typing.NamedTuple):
+    """A tuple of texts, at least one."""
+
+    def __contains__(self, values: typing.Any) -> bool:
+        return len(values) > 0 and all(isinstance(value, str) for value in values)
+
+    def __str__(self) -> str:
+        return "a tuple of texts"
+
+
+Ranges = dict[str, Range | TupleOf | Texts]  # by the name of a field
 
 
 def whole(least: float = 0, most: float = INT32_MAX, note: str = "") -> Range:
@@ -95,12 +106,17 @@ KEYS: Ranges = {
     "model.unroll": whole(0, 10_000, "0 is a loop"),
     "train.log_every": whole(1),
     "train.clip": real(0, note="0 does not clip"),
+    "train.ema": real(0, below=1, note="0 averages nothing"),
     "eval.every": whole(0, note="0 evaluates at the end alone"),
     "eval.batches": whole(0, note="0 is the whole of the held-out text"),
     "checkpoint.every": whole(0, note="0 saves at the end alone"),
     "checkpoint.keep": whole(0, 10_000, "0 removes them once the run has ended well"),
     "sample.tokens": whole(0, WIDEST, "0 for no sample"),
     "sample.temperature": real(0, note="0 takes the likeliest token"),
+    "sample.images": whole(0, 4096, "0 for none"),
+    "infer.guidance": real(0, 10_000, note="1 is none"),
+    "infer.guidance_channels": whole(0, 2**16, "0 is all"),
+    "infer.fps": real(0.01, 1000, note="frames of a clip a second"),
     "infer.max_new_tokens": WIDTH,
     "infer.batch_size": whole(1, 2**20),
     "infer.prompt_length": WIDTH,
@@ -108,11 +124,43 @@ KEYS: Ranges = {
     "plan.devices": whole(1, 2**14),
     "quality.limit": whole(0, note="0 is all examples"),
     "quality.batch_size": whole(1, 2**20),
+    "quality.fd": whole(0, 2**17, "samples; 0 for none"),
     "metrics.interval_s": real(0.001, 3600, note="seconds"),
 }
 
 # Of this package's techniques, by kind and field. A technique from elsewhere registers its own (`registry.register`).
 FIELDS: dict[str, Ranges] = {
+    "embed": {
+        "patch": whole(1, 1024, "pixels"),
+        "side": whole(0, WIDEST, "pixels; 0 is the data's"),
+        "size": TupleOf(whole(1, WIDEST, "pixels, or frames")),
+        "channels": whole(0, 2**16, "0 is the data's"),
+        "classes": whole(0, 2**24, "0 is none"),
+        "time_denominator": whole(1, 10_000),
+        "ffn_norm_eps": real(0, note="0 is that of config.model.norm"),
+        "tile": whole(1, 1024, "tokens"),
+        "skip": whole(0, 1, "groups of blocks before the end"),
+        "end_id": whole(-1, 2**31, "-1 is the largest id of a row"),
+        "projection": whole(0, 2**20, "0 is none"),
+        "text_length": whole(0, 2**16, "tokens of a text; 0 is none"),
+        "text_dim": whole(0, 2**20, "width of the states of a text; 0 is none"),
+        "pooled_dim": whole(0, 2**20, "width of the vector of a text; 0 is none"),
+        "image_token": whole(0, 2**31),
+    },
+    "tower": {
+        "num_layers": whole(1, 10_000),
+        "dim": whole(1, 2**20),
+        "num_heads": HEADS,
+        "hidden": WIDTH,
+        "projector_hidden": WIDTH,
+        "patch": whole(1, 1024, "pixels"),
+        "frames": whole(1, 1024),
+        "channels": whole(1, 2**16),
+        "grid": whole(0, 2**14, "patches; 0 is any size"),
+        "window": whole(0, 2**10, "merge groups; 0 is none"),
+        "merge": whole(1, 64, "patches"),
+        "pattern": Texts(),
+    },
     "size": {
         "num_layers": whole(1, 10_000),
         "dim": whole(1, 2**20),
@@ -124,9 +172,15 @@ FIELDS: dict[str, Ranges] = {
         "norm_eps": POSITIVE,
         "vocab_size": WIDTH,
         "inner": WIDTH,
+        "patch": whole(1, 1024, "pixels"),
     },
     "mixer": {
-        **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "ssm_head_dim", "num_groups", "rope_dim"), HEADS),
+        **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "ssm_head_dim", "num_groups"), HEADS),
+        "text_length": whole(0, WIDEST, "tokens"),
+        "hidden": WIDTH,
+        "rope_dim": whole(0, 2**16, "0 rotates nothing"),
+        "score_scale": real(0, note="0 is K^-1/2"),
+        "bin": whole(1, 2**16, "slots"),
         **dict.fromkeys(("dim", "inner", "state_dim", "step_rank", "kv_rank", "q_rank", "v_dim"), whole(1, 2**20)),
         **dict.fromkeys(("decay_rank", "a_rank", "v_rank", "gate_rank"), whole(1, 2**20)),
         **dict.fromkeys(("chunk", "block", "block_count", "compress_block", "compress_stride", "select_block"), WIDTH),
@@ -156,7 +210,11 @@ FIELDS: dict[str, Ranges] = {
         "wave_base": ROPE_BASE,
         "max_distance": WIDTH,
         "num_buckets": whole(2, 2**16),
+        "table": whole(0, 2**17, "positions; 0 computes angles"),
+        "sections": TupleOf(HEADS),
+        "scale": POSITIVE,
     },
+    "modulation": {"initial": real(note="of gates")},
     "rope_scaling": {
         **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "amplitude"), POSITIVE),
         **dict.fromkeys(("beta_fast", "beta_slow"), POSITIVE),
@@ -181,10 +239,28 @@ FIELDS: dict[str, Ranges] = {
         "document_size": whole(16, 2**40, "characters of a document"),
         "max_bytes": whole(1, 2**53),
         "sample": whole(1),
+        "size": whole(1, 2**14, "pixels of a side"),
+        "channels": whole(1, 3, "3 for RGB, 1 for gray"),
+        "frames": whole(1, 10_000, "frames of a clip"),
+        "stride": whole(1, 10_000, "every how many frames one is taken"),
     },
     "tokenizer": {
         "vocab_size": whole(257, WIDEST, "the bytes and the end of text"),
         "sample_bytes": whole(1, 2**53),
+    },
+    "objective": {
+        "steps": whole(2, WIDEST, "of the diffusion"),
+        "beta": TupleOf(real(above=0, below=1)),
+        "shift": POSITIVE,
+        "mean": FINITE,
+        "std": POSITIVE,
+        "label_dropout": SHARE,
+    },
+    "solver": {
+        "steps": whole(1, WIDEST),
+        "eta": real(0, note="0 is deterministic, 1 has the noise of ddpm"),
+        "shift": POSITIVE,
+        "sigmas": TupleOf(SHARE),
     },
     "sampler": {
         "temperature": real(0, note="0 takes the likeliest token"),
@@ -192,6 +268,14 @@ FIELDS: dict[str, Ranges] = {
         "top_p": real(above=0, most=1),
         "min_p": SHARE,
         "repetition_penalty": POSITIVE,
+    },
+    "text_states": {
+        "length": whole(0, 2**16, "tokens; 0 is that of diffusers' pipeline"),
+    },
+    "autoencoder": {
+        "tile": whole(0, WIDEST, "latent pixels; 0 computes the whole image at once"),
+        "sweeps": whole(0, 1000),
+        "chunk": whole(0, 2**20, "latent frames; 0 computes the whole clip at once"),
     },
     "adapter": {
         "rank": whole(1, 2**16),
@@ -204,10 +288,10 @@ FIELDS: dict[str, Ranges] = {
 }
 
 
-def check_range(where: str, value: typing.Any, allowed: Range | TupleOf) -> None:
+def check_range(where: str, value: typing.Any, allowed: Range | TupleOf | Texts) -> None:
     """Raises UserError unless `value`, an int, a float or a tuple, lies in `allowed`."""
     if value not in allowed:
-        raise UserError(f"{where} = {shown(value)}: must be {allowed}")
+        raise UserError(f"{where} = {short_repr(value)}: must be {allowed}")
 
 
 def as_float32(value: float) -> float:

@@ -83,7 +83,9 @@ def _only_differ_in(used, against, kinds):
 
 
 def _outside(claim, row):
-    """Why the claim does not apply to a row, or None."""
+    """Why the claim does not apply to a row, or None. A claim speaks of text unless it says otherwise."""
+    if row.reads != claim.get("reads", "text"):
+        return f"it speaks of models of {claim.get('reads', 'text')}"
     for bound, sign in (("at_least", 1), ("at_most", -1)):
         for key, limit in claim.get(bound, {}).items():
             value = row.values.get(key)

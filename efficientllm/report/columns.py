@@ -17,8 +17,13 @@ BETTER = {
     ),
     **dict.fromkeys(("program_flops", "compiled_memory", "predicted_memory"), "lower"),
     **dict.fromkeys(("loss", "eval_loss", "perplexity", "bits_per_byte"), "lower"),
+    **dict.fromkeys(("j_per_image", "flops_per_image", "image_latency", "eval_vlb"), "lower"),
+    **dict.fromkeys(("text_encode", "denoise_s", "decode_s", "autoencoder_bytes", "offload_"), "lower"),
+    **dict.fromkeys(("fd_", "fid", "kd_", "kid"), "lower"),
     **dict.fromkeys(("pcu", "tt_", "st_", "it_", "mcr", "tokens_per_s", "mfu", "hfu", "mbu"), "higher"),
+    **dict.fromkeys(("images_per_s", "sample_precision", "sample_recall"), "higher"),
 }
+_UNJUDGED = "_floor"  # the end of the name of a number that says how well a metric can be measured
 LABELS = {
     "amu_gb": "AMU",
     "amu_fraction": "AMU share",
@@ -37,17 +42,38 @@ LABELS = {
     "flops_per_token": "FLOPs/token",
     "tpot_s": "TPOT",
     "ttft_s": "TTFT",
+    "images_per_s": "images/s",
+    "image_latency_s": "image latency",
+    "flops_per_image": "FLOPs/image",
+    "j_per_image": "J/image",
+    "eval_vlb": "eval VLB",
+    "fid": "FID",
+    "fd_own": "FD (own)",
+    "fd_own_floor": "FD (own), floor",
+    "kd_own": "KD (own)",
 }
+LEVEL_LOSS = "eval_loss_level_"  # and k: held-out loss at the noise level k / 8
 THROUGHPUT = {"pretrain": "tt_tokens_per_param_s", "tune": "st_samples_per_param_s", "infer": "it_tokens_per_s"}
 QUALITY = tuple(QUALITY_UNITS)
-ENERGY = ("aec_w", "energy_j", "j_per_token")
+SAMPLES = (
+    "fd_",
+    "fid",
+    "kd_",
+    "kid",
+    "sample_",
+    "nearest_ratio",
+)  # distances of sampled pictures from the training set, by the extractor's name
+ENERGY = ("aec_w", "energy_j", "j_per_token", "j_per_image")
 # Determined by the config, equal in every process: one pair of rows suffices for a verdict.
 EXACT = (
     "flops_per_token",
+    "flops_per_image",
     "program_flops",
     "params_",
     "kv_bytes_per_token",
     "resident_weight_bytes",
+    "text_encoder_bytes",
+    "autoencoder_bytes",
     "compiled_memory",
     "predicted_memory",
 )
@@ -58,12 +84,15 @@ TIMED: tuple[str, ...] = (
     "st_",
     "it_",
     "tokens_per_s",
+    "images_per_s",
+    "image_latency",
     "prefill_tokens_per_s",
     "requests_per_s",
     "step_s",
     "ttft",
     "tpot",
 )
+TIMED += ("text_encode_s", "denoise_s", "decode_s", "offload_s")
 TIMED += ("compile_s", "mfu", "hfu", "mbu", "pcu", *ENERGY, "prefill_energy", "prefill_j")
 _SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 
@@ -83,9 +112,9 @@ class Column:
 
 
 def column(key: str, unit: str, group: str | None) -> Column:
-    """Makes the column of a metric; estimates (`est_*`) have no better direction and are never ranked."""
+    """Makes the column of a metric; estimates (`est_*`) and floors have no better direction and are never ranked."""
     prefix = max((candidate for candidate in BETTER if key.startswith(candidate)), key=len, default=None)
-    return Column(key, unit, BETTER.get(prefix), group)
+    return Column(key, unit, None if key.endswith(_UNJUDGED) else BETTER.get(prefix), group)
 
 
 def list_columns(rows: Iterable[typing.Any]) -> list[Column]:
@@ -93,9 +122,16 @@ def list_columns(rows: Iterable[typing.Any]) -> list[Column]:
     groups = {**dict.fromkeys(UNITS, "paper"), **dict.fromkeys(QUALITY_UNITS, "quality")}
     groups |= dict.fromkeys(PHYSICAL_UNITS, "physical")
     units = {**UNITS, **QUALITY_UNITS, **PHYSICAL_UNITS}
+    rows = list(rows)
     extra = {key: row for row in rows for key in row.values if key not in groups}
-    listed = [column(key, units[key], group) for key, group in groups.items()]
+    listed = [column(key, _unit(key, units[key], rows), group) for key, group in groups.items()]
     return listed + [column(key, row.unit(key), row.group(key)) for key, row in sorted(extra.items())]
+
+
+def _unit(key, unit, rows):
+    """The unit in which the rows have a metric; none where they differ, as losses of text and of pictures do."""
+    recorded = {row.unit(key) for row in rows if row.values.get(key) is not None} or {unit}
+    return recorded.pop() if len(recorded) == 1 else "1"
 
 
 def study_metrics(task: str) -> tuple[str, ...]:
@@ -105,6 +141,18 @@ def study_metrics(task: str) -> tuple[str, ...]:
 
 def is_energy(key: str) -> bool:
     return key.startswith(ENERGY)
+
+
+def is_quality(key: str) -> bool:
+    return key in QUALITY or key.startswith((LEVEL_LOSS, "eval_", *SAMPLES))
+
+
+def is_level(key: str) -> bool:
+    return key.startswith(LEVEL_LOSS)
+
+
+def is_of_samples(key: str) -> bool:
+    return key.startswith(SAMPLES)
 
 
 def is_exact(key: str) -> bool:

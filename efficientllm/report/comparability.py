@@ -9,7 +9,7 @@ import typing
 import zlib
 from collections.abc import Sequence
 
-from efficientllm.report import columns
+from efficientllm.report import columns, image_facts
 from efficientllm.report.rows import Row
 
 Facts = dict[str, tuple[typing.Any, ...]]  # `{fact: (of the row, of the reference)}`
@@ -27,8 +27,10 @@ def device(row: Row) -> str:
 
 
 def batch(row: Row) -> str:
-    """The effective batch: sequences and tokens a step; for infer, requests and prompts."""
+    """The effective batch: sequences and tokens a step, or pictures and objective; for infer, requests and prompts."""
     config = row.config
+    if row.reads == "images":
+        return image_facts.batch(row)
     if row.kind == "infer":
         keys = ("infer.batch_size", "infer.prompt_length", "infer.max_new_tokens", "infer.prompts")
         return ", ".join(f"{key.partition('.')[2]} {_brief(config[key])}" for key in keys if key in config)
@@ -59,7 +61,7 @@ def _facts(row, reference, key):
         kinds = [_ENERGY.search(side.source(key)) for side in (row, reference)]
         facts["kind of energy figure"] = tuple(kind and kind[1] for kind in kinds)
         facts["energy scope"] = tuple(kind and kind[2] for kind in kinds)
-    if row.kind != "infer" or key in columns.QUALITY:
+    if row.kind != "infer" or columns.is_quality(key):
         facts |= training_facts(row, reference, key)
     if columns.is_timed(key):
         facts |= machine_facts(row, reference)
@@ -72,10 +74,12 @@ def training_facts(row: Row, reference: Row, key: str = "") -> Facts:
     """Training and evaluation data, as `{fact: (of the row, of the reference)}`."""
     both = (row, reference)
     steps = tuple(side.config.get("train.steps") for side in both) if row.kind != "infer" else (None, None)
-    facts = {"number of tokens": tuple(map(_tokens, both)), "number of steps": steps, "data": _data(*both)}
-    if key in columns.QUALITY:
+    in_images = any(side.reads == "images" for side in both)
+    tokens = image_facts.training_facts(both, key) if in_images else {"number of tokens": tuple(map(_tokens, both))}
+    facts: Facts = tokens | {"number of steps": steps, "data": _data(*both)}
+    if columns.is_quality(key):
         facts["number of held-out batches"] = tuple(side.config.get("eval.batches") for side in both)
-    if key != "bits_per_byte":
+    if not in_images and key != "bits_per_byte":
         facts["tokenizer"] = tuple(side.config.get("tokenizer") for side in both)
         if facts["tokenizer"][0] == facts["tokenizer"][1] and facts["data"][0] == facts["data"][1]:
             facts["tokenizer"] = _content_of_tokenizer(*both)

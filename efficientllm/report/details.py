@@ -13,7 +13,7 @@ from efficientllm.report import file_excerpts, groups, rerun_command
 from efficientllm.report.rows import Row
 from efficientllm.untrusted import files, json_text
 
-_FILES = ("record.json", "config.json", "log.txt", "output.txt", "samples/generated.jsonl")
+_FILES = ("record.json", "config.json", "log.txt", "output.txt", "samples/generated.jsonl", "samples/grid.png")
 _SAMPLE = "sample: "  # the log's line of a training run
 _LONGEST = 2000  # characters of a sample or of one value of a config
 

@@ -1,4 +1,4 @@
-"""Figures of a report as PNG and SVG: ratios with intervals, a Pareto plot, the six metrics, loss curves."""
+"""Figures of a report as PNG and SVG: ratios with intervals, a Pareto plot, the six metrics, loss curves, samples."""
 
 import math
 import pathlib
@@ -6,7 +6,9 @@ import typing
 import warnings
 from collections.abc import Sequence
 
+from efficientllm.report import image_figures
 from efficientllm.report.curves import Curves
+from efficientllm.report.rows import Row
 from efficientllm.runtime.atomic_write import replacing
 
 _COLOURS = (
@@ -25,9 +27,12 @@ _MOST, _LONGEST = 40, 40  # variants in a figure, letters of a name
 
 
 def draw_figures(
-    board: dict[str, typing.Any], curves: dict[str, Curves], folder: pathlib.Path
+    board: dict[str, typing.Any], curves: dict[str, Curves], folder: pathlib.Path, rows: Sequence[Row] = ()
 ) -> dict[str, list[tuple[str, str]]]:
-    """Draws the figures of each group -> `{group name: [(title, path from the report), ...]}`."""
+    """Draws the figures of each group -> `{group name: [(title, path from the report), ...]}`.
+
+    `rows` are those whose samples are drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,7 +43,7 @@ def draw_figures(
         "axes.spines.right": False,
     }
     style |= {"text.parse_math": False}  # a name may hold dollars
-    drawn = {}
+    drawn, rows_by_path = {}, {str(row.path): row for row in rows}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a letter that no font has is drawn as a box
         for number, whole in enumerate(board["groups"], 1):
@@ -49,6 +54,8 @@ def draw_figures(
                 "pareto": _pareto(group, board["columns"]),
                 "six": _radar(group),
                 "loss": _loss({path: curves[path] for path in paths}, paths),
+                "levels": image_figures.draw_levels(group, _repeat(len(group["variants"]))),
+                "samples": image_figures.draw_samples(group, rows_by_path) if rows else None,
             }
             figures = [(kind, figure) for kind, figure in candidates.items() if figure]
             if len(group["variants"]) < len(whole["variants"]):

@@ -21,7 +21,9 @@ from efficientllm.report import (
 from efficientllm.report.rows import Row
 
 SCHEMA_VERSION = 1
-NOISE = ("al_s", "tokens_per_s", "it_tokens_per_s", "j_per_token", "aec_w", "amu_gb", "peak_memory_bytes", "eval_loss")
+_OF_IMAGES = ("images_per_s", "j_per_image", "fd_own")
+_OF_TEXT = ("tokens_per_s", "it_tokens_per_s", "j_per_token")
+NOISE = ("al_s", *_OF_TEXT, "aec_w", "amu_gb", "peak_memory_bytes", "eval_loss", *_OF_IMAGES)
 _PARETO_DRAWS = 2000
 
 
@@ -85,7 +87,7 @@ def _group(group, shown):
         ],
         "score": {"of": scored, "over": list(scores)},
         "wins": {key: share for key, share in wins.items() if share},
-        "pareto": _pareto(group, [column for column in shown if column.better]),
+        "pareto": _pareto(group, [column for column in shown if column.better and not columns.is_level(column.key)]),
         "noise": {key: noise for key in NOISE if (noise := _noise(group, key))},
         "study": study_tables.compare_with_study(group),
     }

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from efficientllm.report import statistics
 from efficientllm.report.columns import format_value
 
-_ALWAYS = ("eval_loss", "j_per_token", "tokens_per_s", "peak_memory_bytes")
+_QUALITY = ("eval_loss", "fid", "fd_own", "fd_own_floor", "nearest_ratio")
+_ALWAYS = (*_QUALITY, "j_per_token", "j_per_image", "tokens_per_s", "images_per_s", "peak_memory_bytes")
 
 
 def markdown_report(board: dict[str, typing.Any], figures: dict[str, list[tuple[str, str]]]) -> str:
@@ -46,10 +47,10 @@ METHOD = """## How to read it
 
 A row is one process. A ratio is to the baseline of the same block, paired in logs; its 95 % interval is a bootstrap
 over blocks (Student's t below six). "No difference seen" is not "equal": equal is an interval within ±2 %. Rows of
-another device or effective batch share no ranking; in one, measured metrics are compared at equal training, energy
-scope and versions, and times of starved rows (the machine was not theirs alone) in randomised blocks only. A verdict
-that is no larger than the noise floor is withheld. "–" is a null: the reason stands in
-`leaderboard.json` and in the page's titles."""
+another device, effective batch, objective, autoencoder or side of the pictures share no ranking; in one, measured
+metrics are compared at equal training, energy scope and versions, and times of starved rows (the machine was not theirs
+alone) in randomised blocks only. A verdict that is no larger than the noise floor is withheld. "–" is a null: the
+reason stands in `leaderboard.json` and in the page's titles."""
 
 
 FORECASTS = """## What plans say of the claims

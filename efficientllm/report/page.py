@@ -9,14 +9,28 @@ import typing
 from efficientllm.report import study_tables, techniques
 from efficientllm.report.curves import Curves
 
-SCRIPTS = ("format.js", "query.js", "table.js", "details.js", "charts.js", "sections.js", "address.js", "main.js")
+SCRIPTS = (
+    "format.js",
+    "query.js",
+    "table.js",
+    "details.js",
+    "charts.js",
+    "pictures.js",
+    "sections.js",
+    "address.js",
+    "main.js",
+)
 
 
 def page_html(
-    board: dict[str, typing.Any], curves: dict[str, Curves], details: dict[str, typing.Any] | None = None
+    board: dict[str, typing.Any],
+    curves: dict[str, Curves],
+    details: dict[str, typing.Any] | None = None,
+    pictures: dict[str, typing.Any] | None = None,
 ) -> str:
-    """Renders the page of a leaderboard, of `{path: curves}` and of `details.run_details`."""
+    """Renders the page of a leaderboard, of `{path: curves}`, `details.run_details` and `embed_pictures`."""
     data = {"board": board, "curves": curves, "details": details or {"runs": {}, "texts": []}, "study": _study()}
+    data["pictures"] = pictures or {"runs": {}, "how": ""}
     # A "<" inside a string could end the script element.
     embedded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     sections = {

@@ -3,7 +3,7 @@
 import os
 import typing
 
-from efficientllm.errors import UserError, shown
+from efficientllm.errors import UserError, short_repr
 
 _NUMBER, _TEXT, _FLAG = (int, float), (str, type(None)), (bool, type(None))
 _WHOLE, _OBJECT, _LIST = (int, type(None)), (dict, type(None)), (list, type(None))
@@ -28,9 +28,10 @@ TYPES = {
     **dict.fromkeys(("sweep.block", "sweep.order"), _WHOLE),
     **dict.fromkeys(("provenance.run", "provenance.started", "provenance.xla_flags"), _TEXT),
     **dict.fromkeys(
-        (f"provenance.{key}" for key in ("devices", "host", "allocator", "versions", "data", "git")), _OBJECT
+        (f"provenance.{key}" for key in ("devices", "host", "allocator", "versions", "data", "git", "samples")), _OBJECT
     ),
     **dict.fromkeys(("provenance.devices.kind", "provenance.devices.platform", "provenance.data.fingerprint"), _TEXT),
+    "provenance.data.size": _WHOLE,
     "provenance.resumed_from_step": _WHOLE,
     "provenance.devices.count": _WHOLE,
     "provenance.host.processor": _OBJECT,
@@ -40,6 +41,7 @@ TYPES = {
     "provenance.host.processor.model": _TEXT,
     "provenance.host.processor.cores": _WHOLE,
     "provenance.git.commit": _TEXT,
+    **dict.fromkeys(("config.objective", "config.autoencoder"), _TEXT),
     "config.seed": _SCALAR,
     "config.name": _TEXT,
     "config.task": _TEXT,
@@ -63,7 +65,7 @@ def _check(value, keys, kinds, file, path):
         wrong = isinstance(value, bool) and bool not in kinds
         if wrong or not isinstance(value, kinds):
             wanted = " or ".join(_NAMES.get(kind, "a number") for kind in kinds if kind is not type(None))
-            raise UserError(f"{file}: no row: its {path!r} is {shown(value)}, not {wanted}")
+            raise UserError(f"{file}: no row: its {path!r} is {short_repr(value)}, not {wanted}")
         return
     first, rest = keys[0], keys[1:]
     if first == "*":

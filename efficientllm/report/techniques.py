@@ -1,8 +1,8 @@
 """The study's techniques and axes: which of them a row belongs to, and its name in the study's tables."""
 
-from efficientllm.report.rows import Row
+from efficientllm.report.rows import Row, spec_name
 
-AXES = ("attention", "position", "moe", "attention_free", "tuning", "inference")
+AXES = ("attention", "position", "moe", "attention_free", "tuning", "inference", "images")
 _FREE = ("mamba", "mamba2", "rwkv")
 # The study's tables by axis.
 TABLES = {
@@ -17,12 +17,14 @@ TABLES = {
         "quantization_yi-34b",
         "quantization_qwen2.5-32b",
     ),
+    "images": ("dit-xl-2_attention",),
 }
 # The study's name of a technique, by axis, where it differs from the registered name.
 _STUDY_NAMES = {
     ("moe", "dense"): "dense-1.5b",
     ("moe", "moe"): "moe-1.5bx8-top2",
     ("attention_free", "gqa"): "transformer",
+    ("images", "moe"): "moe-x8",
 }
 _KEYS = {
     "attention": "attention",
@@ -31,21 +33,29 @@ _KEYS = {
     "attention_free": "attention",
     "tuning": "tuning",
     "inference": "precision",
+    "images": "attention",
 }
 
 
 def techniques(row: Row) -> dict[str, str | None]:
     """`{"attention": "mla", "position": "rope", "ffn": "dense", ...}` of a row's config."""
-    text = f"{row.config.get('model.ffn')} {row.config.get('model.pattern')}"
     return {
         "attention": "pythia" if _is_pythia(row) else row.spec("model.mixer"),
         "position": row.spec("model.position"),
-        "ffn": "moe" if "moe" in text else "dense",
+        "ffn": "moe" if "moe" in _ffns(row) else "dense",
         "tuning": _tuning(row),
         "precision": row.spec("quant") or row.spec("infer.precision") or row.spec("model.precision"),
+        "reads": row.reads,
         "scale": row.config.get("model.size"),
         "model": row.config.get("model.pretrained"),
     }
+
+
+def _ffns(row):
+    """The ffns in the blocks of `model.pattern`; a block that names none has `model.ffn`, as all have without one."""
+    pattern = row.config.get("model.pattern")
+    blocks = pattern if isinstance(pattern, list) and pattern else [""]
+    return {spec_name(str(block).partition("|")[2]) or row.spec("model.ffn") for block in blocks}
 
 
 def _tuning(row):
@@ -66,6 +76,8 @@ def study_axis(row: Row) -> str:
         return row.sweep["name"]
     if row.kind in ("tune", "infer"):
         return {"tune": "tuning", "infer": "inference"}[row.kind]
+    if row.reads == "images":
+        return "images"
     used = techniques(row)
     if used["ffn"] == "moe":
         return "moe"
@@ -76,5 +88,6 @@ def study_axis(row: Row) -> str:
 
 def study_name(row: Row, axis: str) -> str | None:
     """The name of this row's technique in the study's tables of `axis`."""
-    name = techniques(row)[_KEYS[axis]]
+    used = techniques(row)
+    name = used["ffn"] if axis == "images" and used["ffn"] == "moe" else used[_KEYS[axis]]
     return _STUDY_NAMES.get((axis, name), name)

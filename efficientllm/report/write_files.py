@@ -7,7 +7,7 @@ import pathlib
 import typing
 from collections.abc import Sequence
 
-from efficientllm.report import curves, details, figures, groups, markdown, page, techniques
+from efficientllm.report import curves, details, figures, groups, markdown, page, sampled_pictures, techniques
 from efficientllm.report.rows import Row
 from efficientllm.runtime.atomic_write import write_atomically
 
@@ -17,9 +17,10 @@ def write_report(board: dict[str, typing.Any], rows: Sequence[Row], folder: path
     run_curves = curves.read_all_curves(rows)
     write_atomically(folder / "leaderboard.json", json.dumps(board, indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / "rows.csv", rows_csv(rows, board["columns"]))
-    figure_files = figures.draw_figures(board, run_curves, folder / "figures")
+    figure_files = figures.draw_figures(board, run_curves, folder / "figures", rows)
     write_atomically(folder / "report.md", markdown.markdown_report(board, figure_files))
-    write_atomically(folder / "index.html", page.page_html(board, run_curves, details.run_details(rows, folder)))
+    text = page.page_html(board, run_curves, details.run_details(rows, folder), sampled_pictures.embed_pictures(rows))
+    write_atomically(folder / "index.html", text)
 
 
 def rows_csv(rows: Sequence[Row], columns: Sequence[dict]) -> str:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from efficientllm.errors import UserError, shown
+from efficientllm.errors import UserError, short_repr
 from efficientllm.registry import ranges
 from efficientllm.runtime import stopping
 from efficientllm.typing import PyTree
@@ -75,11 +75,11 @@ def _processes_from_environment():
     address = os.environ["JAX_COORDINATOR_ADDRESS"]
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise UserError(f"JAX_COORDINATOR_ADDRESS = {shown(address)}: must be HOST:PORT, such as 10.0.0.1:1234")
+        raise UserError(f"JAX_COORDINATOR_ADDRESS = {short_repr(address)}: must be HOST:PORT, such as 10.0.0.1:1234")
     count, index = _number("JAX_NUM_PROCESSES", least=1), _number("JAX_PROCESS_ID")
     if None in (count, index):
         missing = "JAX_NUM_PROCESSES" if count is None else "JAX_PROCESS_ID"
-        raise UserError(f"JAX_COORDINATOR_ADDRESS = {shown(address)}: {missing} is missing; set it")
+        raise UserError(f"JAX_COORDINATOR_ADDRESS = {short_repr(address)}: {missing} is missing; set it")
     if index >= count:
         raise UserError(f"JAX_PROCESS_ID = {index}: must be below JAX_NUM_PROCESSES = {count}; the first is 0")
     return {"num_processes": count, "process_id": index}
@@ -91,7 +91,7 @@ def _number(name, default=None, least=0):
         return default
     text, allowed = os.environ[name].strip(), ranges.whole(least, 2**20)
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) in allowed):
-        raise UserError(f"{name} = {shown(os.environ[name])}: must be {allowed}")
+        raise UserError(f"{name} = {short_repr(os.environ[name])}: must be {allowed}")
     return int(text)
 
 
@@ -172,6 +172,6 @@ def call_in_all(function: typing.Callable[[], typing.Any]) -> typing.Any:
     failed = [index for index, has_failed in enumerate(gather(error is not None)) if has_failed]
     if failed:
         error = error or UserError(f"process {failed[0]} cannot continue; its own message says why")
-        error.shared = True  # type: ignore[attr-defined]
+        error.shared = True
         raise error
     return result

@@ -21,7 +21,7 @@ def capability() -> tuple[int, ...]:
     name, planned = _target.get()
     if name is not None or jax.default_backend() != "gpu":
         return planned
-    return tuple(int(part) for part in jax.local_devices()[0].compute_capability.split("."))
+    return tuple(int(number) for number in jax.local_devices()[0].compute_capability.split("."))
 
 
 @contextlib.contextmanager

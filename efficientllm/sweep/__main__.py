@@ -76,7 +76,7 @@ def _parse(argv):
 
 def _flag(argument, name, value):
     """The value of a flag. Raises UserError for a switch with a value, or a flag without one."""
-    from efficientllm.config import value_rules
+    from efficientllm.config import path_rules
 
     if name == "dry_run":
         if "=" in argument:
@@ -85,7 +85,7 @@ def _flag(argument, name, value):
     if not value:
         raise UserError(f"--{name} needs a value: --{name}=...")
     if name in ("config", "out"):
-        value_rules.check_path(f"--{name}", value)
+        path_rules.check_path(f"--{name}", value)
     return value
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 from efficientllm import main
+from efficientllm.config.field_keys import name_keys
 from efficientllm.errors import UserError
 from efficientllm.sweep import execute, spec
 
@@ -84,7 +85,8 @@ def _cost(argv):
 
     config, _, _ = main.parse(list(argv))
     import_plugins(config.imports)
-    return _cost_of_inference(config) if config.task == "infer" else _cost_of_training(config)
+    with name_keys(config):
+        return _cost_of_inference(config) if config.task == "infer" else _cost_of_training(config)
 
 
 def _cost_of_training(config):
@@ -101,21 +103,21 @@ def _cost_of_training(config):
     config_checks.check_rows(train)
     lm = config_checks.training_lm(run)
     boxed = model.abstract_params(lm)
-    state = jax.eval_shape(step.init_state(lm, train, config.seed, train.length, run.method, config.quant))
+    state = jax.eval_shape(step.init_state(lm, train, config.seed, run.length, run.method, config.quant))
     params = formulas.count_parameters(lm, boxed)
     return Cost(
         parameters=params["total"],
         active=params["active"],
-        tokens=train.steps * train.batch_size * train.length,
-        flops=train.steps * formulas.step_flops(lm, boxed, train.length, train.batch_size, run.method),
+        tokens=train.steps * train.batch_size * run.length,
+        flops=train.steps * formulas.step_flops(lm, boxed, run.length, train.batch_size, run.method),
         memory_bytes=step_memory.predicted_bytes(
-            lm, nn.unbox(state), train.batch_size // train.accumulate, train.length
+            lm, nn.unbox(state), train.batch_size // train.accumulate, run.length, objective=run.objective
         ),
     )
 
 
 def _cost_of_inference(config):
-    """Cost of the measured repeats; memory is that of quantized weights and decode states."""
+    """Cost of the measured repeats; memory is that of quantized weights and of what the requests need beside them."""
     import flax.linen as nn
 
     from efficientllm import model
@@ -127,21 +129,47 @@ def _cost_of_inference(config):
 
     serving.check_request(config)
     run, infer = describe_run(config, serving.devices_of(config), shapes_only=True), config.infer
-    serving.check_mesh(config, run.mesh)
-    length = infer.prompt_length + infer.max_new_tokens
-    lm = serving.serving_lm(run, length)
-    boxed = model.abstract_params(lm)
-    params, middle = formulas.count_parameters(lm, boxed), infer.prompt_length + infer.max_new_tokens // 2
-    decode = infer.max_new_tokens * formulas.decode_flops(lm, boxed, middle)
-    rows = infer.repeats * infer.batch_size
-    weights = resident_bytes(apply.abstract(nn.unbox(boxed), config.quant, infer.rules))
+    reads = run.objective.reads
+    serving.check_mesh(config, run.mesh, reads)
+    serving.check_keys(config, reads)
+    requests = _text_requests if reads == "text" else _picture_requests
+    lm, tokens, flops, states = requests(run)
+    boxed, rows = model.abstract_params(lm), infer.repeats * infer.batch_size
+    params = formulas.count_parameters(lm, boxed)
     return Cost(
         parameters=params["total"],
         active=params["active"],
-        tokens=rows * infer.max_new_tokens,
-        flops=rows * (formulas.forward_flops(lm, boxed, infer.prompt_length) + decode),
-        memory_bytes=weights + infer.batch_size * formulas.state_bytes(lm, length),
+        tokens=rows * tokens,
+        flops=rows * flops,
+        memory_bytes=resident_bytes(apply.abstract(nn.unbox(boxed), config.quant, infer.rules)) + states,
     )
+
+
+def _text_requests(run):
+    """`(LM, generated tokens of a request, its FLOPs, bytes of the states of a batch)`."""
+    from efficientllm import model
+    from efficientllm.cost import formulas
+    from efficientllm.infer import setup as serving
+
+    infer = run.config.infer
+    length, middle = infer.prompt_length + infer.max_new_tokens, infer.prompt_length + infer.max_new_tokens // 2
+    lm = serving.serving_lm(run, length)
+    boxed = model.abstract_params(lm)
+    decode = infer.max_new_tokens * formulas.decode_flops(lm, boxed, middle)
+    flops = formulas.forward_flops(lm, boxed, infer.prompt_length) + decode
+    return lm, infer.max_new_tokens, flops, infer.batch_size * formulas.state_bytes(lm, length)
+
+
+def _picture_requests(run):
+    """`(Denoiser, patches of a picture, its FLOPs, bytes of the arrays of a step of a batch)`."""
+    from efficientllm import model
+    from efficientllm.infer import image_samples, picture_costs
+    from efficientllm.infer import setup as serving
+
+    lm = serving.serving_denoiser(run)
+    sampler = image_samples.sampler_of(lm, run.config.infer, run.objective)
+    costs = picture_costs.PictureCosts(sampler, model.abstract_params(lm), run.objective.encoder)
+    return lm, costs.tokens, costs.image_flops, costs.live_bytes(run.config.infer.batch_size)
 
 
 def start_seconds() -> float:
@@ -170,13 +198,13 @@ def _minutes(runs, costs, peak, start, out):
         statistics.fmean(seconds_of_variant[run.variant]) for run in unfinished if run.variant in seconds_of_variant
     )
     starts = start * sum(run.variant not in seconds_of_variant for run in unfinished)
-    parts = [f"about {(steps + earlier + starts) / 60:.0f} minutes"]
+    sentences = [f"about {(steps + earlier + starts) / 60:.0f} minutes"]
     if starts:
-        parts.append(f"{steps / 60:.0f} of steps at {MFU:.0%} of {peak / 1e9:.0f} GFLOP/s")
-        parts.append(f"{starts / 60:.0f} of starting and compiling at {start:.0f} s a run")
+        sentences.append(f"{steps / 60:.0f} of steps at {MFU:.0%} of {peak / 1e9:.0f} GFLOP/s")
+        sentences.append(f"{starts / 60:.0f} of starting and compiling at {start:.0f} s a run")
     if earlier:
-        parts.append(f"{earlier / 60:.0f} as runs of the same variants took")
-    return ", ".join(parts) + (f" ({len(finished)} have rows)" if finished else "")
+        sentences.append(f"{earlier / 60:.0f} as runs of the same variants took")
+    return ", ".join(sentences) + (f" ({len(finished)} have rows)" if finished else "")
 
 
 def format_costs(

@@ -1,3 +1,3 @@
-"""What `config.task` may name: a function of (config, workdir) that runs to the end and returns the row."""
+"""What `config.task` may name: a subclass of `base.Run`, from a config to a row."""
 
 KINDS = {"task": "*"}

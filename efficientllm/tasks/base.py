@@ -35,6 +35,10 @@ class Run:
         self.notes: list[str] = []
 
     @classmethod
+    def before_devices(cls, config: Config) -> None:
+        """Prepares the process before JAX starts its devices. Raises UserError."""
+
+    @classmethod
     def execute(cls, config: Config, workdir: Workdir) -> int:
         """Runs the task with its log open -> exit status. Raises UserError."""
         open_log(workdir.path / "log.txt" if distributed.is_main() else None)

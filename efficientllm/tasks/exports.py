@@ -1,16 +1,13 @@
-"""Exports of a finished training run: the adapter in peft's format, a sample, and the checkpoints to retain."""
+"""Exports of a finished training run: the adapter in peft's format, and the checkpoints to retain."""
 
 import logging
 
 from efficientllm.convert import peft
-from efficientllm.infer.engine import Engine
-from efficientllm.infer.samplers import Sample
 from efficientllm.record.workdir import Workdir
 from efficientllm.runtime import distributed
 from efficientllm.train.checkpoint import Checkpoints
 from efficientllm.train.setup import Setup
 from efficientllm.train.step import TrainState
-from efficientllm.typing import Params
 
 log = logging.getLogger("efficientllm")
 
@@ -29,17 +26,6 @@ def write_adapter(setup: Setup, workdir: Workdir, state: TrainState) -> None:
     peft.write(setup.lm, setup.config.adapter, state.all_params, workdir.path / "adapter", setup.source)
     if distributed.is_main():
         log.info(f"adapter: {workdir.shown / 'adapter'}, in peft's format")
-
-
-def sample(setup: Setup, params: Params) -> str | None:
-    """Generates the text of `config.sample`: prompt and completion; None where it asks for no tokens."""
-    sample_config = setup.config.sample
-    if not sample_config.tokens:
-        return None
-    prompt, sampler = setup.tokenizer.encode_prompt(sample_config.prompt), Sample(sample_config.temperature)
-    engine = Engine(setup.lm, params, sampler, setup.tokenizer.end_ids, len(prompt) + sample_config.tokens)
-    *_, (new_ids,) = engine.generate([prompt], sample_config.tokens, setup.config.seed)
-    return sample_config.prompt + setup.tokenizer.decode(new_ids)
 
 
 def keep_checkpoints(checkpoints: Checkpoints, keep: int) -> None:

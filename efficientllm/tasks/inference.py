@@ -1,31 +1,30 @@
-"""The infer task: generates text, measures prefill and decoding separately, scores quality, writes a row."""
+"""The infer task: answers requests of text or pictures, measures how, scores quality, writes a row."""
 
 import contextlib
+import functools
 import logging
 import math
 import signal
-import sys
+import typing
 
 import jax
 
-from efficientllm import data
 from efficientllm.cost import device_peaks
 from efficientllm.evaluation import held_out, lm_eval_tasks
-from efficientllm.infer import measure, row
+from efficientllm.infer import row
 from efficientllm.infer import setup as infer_setup
-from efficientllm.infer.engine import Engine
-from efficientllm.infer.streaming import Answers
+from efficientllm.infer.serving import OutOfMemory
+from efficientllm.infer.windows import Windows
 from efficientllm.metrics import memory
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.sampler import Sampler
-from efficientllm.objectives import next_token
 from efficientllm.plan import memory_check
 from efficientllm.record.row import format_table
 from efficientllm.record.workdir import Workdir
-from efficientllm.registry import register
+from efficientllm.registry import parse_spec, register
 from efficientllm.runtime import kernel_choice, malloc, stopping
 from efficientllm.runtime.log import Countdown
-from efficientllm.tasks import failures
+from efficientllm.tasks import failures, samples
 from efficientllm.tasks.base import FAILED, Run
 from efficientllm.typing import Config
 from efficientllm.weights import activation_dtype, resident_bytes
@@ -34,26 +33,29 @@ log = logging.getLogger("efficientllm")
 
 
 @register("task", "infer")
-def infer(config: Config, workdir: Workdir) -> int:
-    """Completes `config.infer.prompts`, measures speed and scores quality -> exit status. Raises UserError."""
-    return Inference.execute(config, workdir)
-
-
 class Inference(Run):
-    """An inference run, on devices of one process."""
+    """Completion of prompts or sampling of pictures, with speed and quality, on devices of one process."""
 
     def __init__(self, config: Config, workdir: Workdir) -> None:
         super().__init__(config, workdir)
         self.kernels: dict[str, list[str]] = {}
-        self.measured: measure.Measured | None = None
+        self.measured: typing.Any = None  # what `serving.measure` returned
+        self.samples = workdir.path / "samples"
+        self.judged_facts = None  # of the pictures that were judged
 
     def run(self) -> int:
         """Serves and measures -> exit status."""
-        lm_eval_tasks.check(self.config.quality)
+        # Checked before a checkpoint is opened, which can take a minute, where it is known that tasks of text fit it.
+        of_text = parse_spec(self.config.objective)[0] == "next_token"
+        if of_text:
+            lm_eval_tasks.check(self.config.quality)
         self.serving = infer_setup.prepare(self.config)
+        if not of_text:
+            lm_eval_tasks.check(self.config.quality)
+        samples.check_judged(self.config, self.serving.objective)
         memory_check.check_serving(self.serving)
         if self.config.infer.baseline.endswith(".json"):
-            row.check_baseline(self.config, data.describe_data(self.config.data, self.serving.tokenizer))
+            row.check_baseline(self.config, self._facts("ok"))
         self.workdir.claim(self.config)
         self.reader = reader.open_reader(self.serving.devices, meter=self.config.metrics.meter)
         self.idle = reader.idle_power(self.reader)
@@ -68,7 +70,7 @@ class Inference(Run):
             name = stop.args[0] if stop.args else "SIGINT"
             log.info(f"\n{name}: what was generated is in {self.workdir.shown / 'samples'}")
             return 128 + (signal.SIGTERM if stop.args else signal.SIGINT)
-        except infer_setup.OutOfMemory as error:
+        except OutOfMemory as error:
             return self._fail("oom", str(error))
         except jax.errors.JaxRuntimeError as error:
             if not (message := failures.out_of_memory(error)):
@@ -86,23 +88,14 @@ class Inference(Run):
         # The result is cached on the host; measured here so that it never runs between steps.
         device_peaks.measure_gemm_peak(activation_dtype(serving.lm.precision).name)
         device_peaks.measure_copy_bandwidth()
+        serving.prepare_requests()
         self.params = serving.load(self.config.quant, infer_config.rules)
         malloc.trim()  # return memory freed by quantization
         self._log_weights(self.config.quant, self.params)
-        engine = Engine(serving.lm, self.params, serving.sampler, serving.tokenizer.end_ids, serving.length)
+        engine = serving.engine(self.params)
         with kernel_choice.recording_kernels() as used:
-            self._generate(engine)
-            self.measured = measure.measure(
-                engine,
-                serving.held_out_ids(),
-                infer_config.batch_size,
-                infer_config.prompt_length,
-                infer_config.max_new_tokens,
-                infer_config.repeats,
-                self.reader,
-                self.averages,
-                self.config.seed,
-            )
+            serving.generate(engine, self.samples, Windows(self.reader, self.averages))
+            self.measured = serving.measure(engine, self.reader, self.averages)
         self.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
         # Read before the baseline's weights are loaded.
         self.peak = memory.peak_bytes(serving.devices, serving.rss_before)
@@ -117,22 +110,16 @@ class Inference(Run):
         advice = "; config.quant='stored' keeps the file's" if history.startswith("rounded twice") else ""
         log.info(f"{self.config.name}: {message}{advice}")
 
-    def _generate(self, engine):
-        """Streams the completions and writes them to a file; after an interruption, those that are finished."""
-        serving, infer_config = self.serving, self.config.infer
-        answers = Answers(serving.texts, serving.prompts, serving.tokenizer, infer_config.stop)
-        try:
-            answers.generate(engine, infer_config.max_new_tokens, infer_config.batch_size, self.config.seed, _show)
-        finally:
-            answers.write(self.workdir.path / "samples" / "generated.jsonl")
-
     def _score(self, params):
-        """Evaluates held-out loss, perplexity and bits per byte."""
-        serving = self.serving
-        score = jax.jit(lambda params, batch, token_bytes: next_token.eval_step(serving.lm, params, batch, token_bytes))
-        token_bytes = next_token.token_bytes(serving.tokenizer, serving.lm)
-        on_batch = Countdown("held-out text", len(serving.held_out)).add
-        scores = held_out.evaluate(score, params, serving.held_out, token_bytes, serving.mesh, on_batch)
+        """Evaluates the held-out losses of the objective; none without data."""
+        serving, objective = self.serving, self.serving.objective
+        if serving.dataset is None:
+            return {}
+        score = jax.jit(functools.partial(objective.held_out_sums, serving.lm))
+        table = objective.held_out_table(serving.lm, serving.dataset)
+        on_batch = Countdown(objective.evaluated_on, len(serving.held_out)).add
+        shardings = objective.batch_shardings(serving.lm, serving.mesh)
+        scores = held_out.evaluate(objective, score, params, serving.held_out, table, shardings, on_batch)
         log.info(held_out.line(scores))
         return scores
 
@@ -151,30 +138,40 @@ class Inference(Run):
             readings |= lm_eval_tasks.score(model, quality_config, self.config.infer.chat, self.config.seed, file)
         return readings
 
+    def _judge_pictures(self):
+        """Readings of `config.quality.fd` pictures; describes those that were drawn. Nothing for text."""
+        if self.serving.objective.reads != "images":
+            return {}
+        painter = samples.painter_of_serving(self.serving, self.params)
+        if self.serving.drawn is not None:
+            with failures.optional("what was drawn is not described", self.notes):
+                samples.describe_grid(painter, self.serving.drawn, self.samples)
+        readings, self.judged_facts = samples.judge_pictures(painter, self.config.quality.fd)
+        return readings
+
     def _compression(self):
         """The inputs of MCR, or None; the baseline is loaded last, after the measured weights are freed."""
-        name = self.config.infer.baseline
-        if "bits_per_byte" not in self.quality:  # no held-out token decodes to text
+        name, objective = self.config.infer.baseline, self.serving.objective
+        if objective.judged_by not in self.quality:  # no held-out token decodes to text
             return None
-        compressed = row.Scored(self.config.quant, resident_bytes(self.params), self.quality["bits_per_byte"])
+        compressed = row.Scored(self.config.quant, resident_bytes(self.params), self.quality[objective.judged_by])
         if name.endswith(".json"):
-            return row.compression(row.baseline_of(name), compressed)
+            return row.compression(objective, row.baseline_of(name, objective), compressed)
         if name == "" or (name == self.config.quant and not self.config.infer.rules):
-            return row.compression(compressed, compressed) if name else None
+            return row.compression(objective, compressed, compressed) if name else None
         self.params = None
         params = self.serving.load(name)
         log.info(f"baseline {name}: weights of {resident_bytes(params) / 1e6:,.1f} MB")
         history = self.serving.history(name)
         baseline = f"{name} ({history})" if history else name
-        return row.compression(
-            row.Scored(baseline, resident_bytes(params), self._score(params)["bits_per_byte"]), compressed
-        )
+        scored = row.Scored(baseline, resident_bytes(params), self._score(params)[objective.judged_by])
+        return row.compression(objective, scored, compressed)
 
     def _finish(self):
         """Writes the row; quality tasks or a baseline that fail are left out -> exit status."""
-        serving, quality, compression = self.serving, held_out.readings(self.quality), None
-        outcome = "ok" if math.isfinite(self.quality["eval_loss"]) else "nan"
-        physical = row.physical(serving.lm, serving.boxed, self.params, self.measured, self.idle, serving.mesh)
+        serving, quality, compression = self.serving, self.serving.quality(self.quality), None
+        outcome = "ok" if math.isfinite(self.quality.get("eval_loss", 0)) else "nan"
+        physical = serving.physical(self.params, self.measured, self.idle)
         physical["peak_memory_bytes"] = self.peak
         history = serving.history(self.config.quant)
         for key in ("resident_weight_bytes", "predicted_memory_bytes"):
@@ -183,11 +180,10 @@ class Inference(Run):
         if outcome == "ok":
             with failures.optional("no quality tasks", self.notes):
                 quality |= self._tasks()
+            quality |= self._judge_pictures()
             with failures.optional("no compression rate", self.notes):
                 compression = self._compression()
-        record = self._write_row(
-            outcome, row.study(serving.lm, serving.boxed, self.measured, compression), physical, quality
-        )
+        record = self._write_row(outcome, serving.study(self.measured, compression), physical, quality)
         if outcome == "nan":
             log.error(f"held-out loss {self.quality['eval_loss']}: not a number, of {self.config.quant} weights")
             return FAILED
@@ -195,6 +191,7 @@ class Inference(Run):
         with failures.optional("TensorBoard has no table of the row"):
             self.open_charts()
             self.add_to_table(record)
+            serving.chart(self.writer, self.samples)
             physical = {f"_row_physical/{key}": value for key, value in record["physical"].items() if value is not None}
             self.writer.scalars(0, physical)
         self.log_locations()
@@ -216,10 +213,11 @@ class Inference(Run):
 
     def _facts(self, outcome):
         """Provenance that only inference has."""
-        tokenizer = self.serving.tokenizer
-        facts = {"end_tokens": [tokenizer.text_of(id) for id in tokenizer.end_ids]}
+        facts = self.serving.facts()
         if outcome == "ok":
-            facts["data"] = data.describe_data(self.config.data, tokenizer)
+            facts["data"] = self.serving.describe_data()
+        if self.judged_facts:
+            facts["samples"] = self.judged_facts
         if not self.config.model.pretrained:
             facts["weights"] = f"random, of size {self.config.model.size}: quality means nothing"
         return facts
@@ -228,12 +226,6 @@ class Inference(Run):
         log.error(message)
         self._write_row(outcome)
         return FAILED
-
-
-def _show(text):
-    """Prints generated text without control characters, which a terminal would obey."""
-    sys.stdout.write("".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text))
-    sys.stdout.flush()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import logging
 import jax
 
 from efficientllm import sharding
+from efficientllm.config.field_keys import name_keys
 from efficientllm.errors import UserError
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.plan import calibration as calibrations
@@ -18,22 +19,6 @@ from efficientllm.typing import Config
 log = logging.getLogger("efficientllm")
 
 
-@register("task", "plan")
-def plan(config: Config, workdir: Workdir) -> int:
-    """Plans what `config.plan.of` names -> exit status, 0 whether it fits or not. Raises UserError."""
-    if jax.distributed.is_initialized():
-        raise UserError("config.task = 'plan': workload process plans for any number of devices; start it alone")
-    return Planning.execute(config, workdir)
-
-
-def before_devices(config: Config) -> None:
-    """Sets the platform that this process compiles for, before its devices start. Raises UserError."""
-    hardware.compile_only(*_hardware_and_count(config.plan))
-
-
-plan.before_devices = before_devices
-
-
 def _hardware_and_count(plan_config):
     """`(hardware, number of devices)` of `config.plan`."""
     planned_hardware = hardware.find(plan_config.hardware, max(1, plan_config.devices))
@@ -41,8 +26,19 @@ def _hardware_and_count(plan_config):
     return planned_hardware, plan_config.devices
 
 
+@register("task", "plan")
 class Planning(Run):
-    """A plan, from config to row. `config` is `requested_config` with a batch size that the mesh divides."""
+    """Plan of what `config.plan.of` names. Its exit status is 0 whether that fits or not.
+
+    `config` is `requested_config` with a batch size that the mesh divides.
+    """
+
+    @classmethod
+    def before_devices(cls, config: Config) -> None:
+        """Sets the platform that this process compiles for. Raises UserError."""
+        if jax.distributed.is_initialized():
+            raise UserError("config.task = 'plan': one process plans for any number of devices; start it alone")
+        hardware.compile_only(*_hardware_and_count(config.plan))
 
     def __init__(self, config: Config, workdir: Workdir) -> None:
         super().__init__(config, workdir)
@@ -82,7 +78,8 @@ class Planning(Run):
 
     def _describe(self, change):
         config = training_step.changed(self.config, change)
-        return self.planned.describe(config, self.devices, self.hardware.platform, self.hardware.capability)
+        with name_keys(config):
+            return self.planned.describe(config, self.devices, self.hardware.platform, self.hardware.capability)
 
     def _tries(self, workload, estimate):
         """The config changes that were tried; none where the workload fits."""

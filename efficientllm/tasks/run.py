@@ -9,6 +9,7 @@ import jax
 
 from efficientllm import registry
 from efficientllm.config import schema
+from efficientllm.config.field_keys import name_keys
 from efficientllm.errors import UserError
 from efficientllm.record.workdir import Workdir
 from efficientllm.registry.plugins import import_plugins
@@ -21,14 +22,13 @@ def run(config: Config, path: PathLike | None = None, overwrite: bool = False) -
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
     config = schema.validate_config(config)
     distributed.initialise()
-    with distributed.exits_with_job():
+    with distributed.exits_with_job(), name_keys(config):
         return _run(config, path, overwrite)
 
 
 def _run(config, path, overwrite):
     task = distributed.call_in_all(lambda: _task(config))
-    if hasattr(task, "before_devices"):
-        task.before_devices(config)
+    task.before_devices(config)
     # The main process creates and locks the folder before another process reads it.
     owned_workdir = distributed.call_in_all(
         lambda: Workdir(config, path, overwrite).acquire() if distributed.is_main() else None
@@ -57,7 +57,7 @@ def _run_task(task, config, workdir):
     failed = Run(config, workdir)
     stopping.raise_if_stopped()
     try:
-        return task(config, workdir)
+        return task.execute(config, workdir)
     except UserError:
         raise
     except Exception as error:
@@ -69,7 +69,10 @@ def _run_task(task, config, workdir):
 
 def _task(config):
     import_plugins(config.imports)
-    return registry.lookup("task", config.task, where="config.task")
+    task = registry.lookup("task", config.task, where="config.task")
+    if not (isinstance(task, type) and issubclass(task, Run)):
+        raise UserError(f"config.task = {config.task!r}: is no task; derive it from efficientllm.tasks.base.Run")
+    return task
 
 
 def code_of(imports: Sequence[str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ import math
 
 import jax
 
-from efficientllm.data.tokenizers import keep
 from efficientllm.evaluation import held_out
 from efficientllm.metrics import memory, timer
 from efficientllm.metrics.energy import reader
@@ -17,35 +16,32 @@ from efficientllm.record.workdir import Workdir
 from efficientllm.registry import register
 from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed, stopping
-from efficientllm.tasks import exports, failures
+from efficientllm.tasks import exports, failures, samples
 from efficientllm.tasks.base import FAILED, Run
 from efficientllm.train import charts, fingerprints, loop, row
 from efficientllm.train import setup as train_setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
 from efficientllm.train.progress import Progress
-from efficientllm.typing import Config
+from efficientllm.typing import Config, Record
 
 log = logging.getLogger("efficientllm")
 
 
 @register("task", "pretrain")
 @register("task", "tune")
-def train(config: Config, workdir: Workdir) -> int:
-    """Trains to `config.train.steps`, resuming from a checkpoint in the workdir -> exit status. Raises UserError.
+class Training(Run):
+    """Training to `config.train.steps`, resumed from a checkpoint in the workdir.
 
     Tuning is training that starts from `config.model.pretrained`; its row counts samples where pre-training's counts
     tokens.
     """
-    return Training.execute(config, workdir)
-
-
-class Training(Run):
-    """A training run, new or resumed."""
 
     def __init__(self, config: Config, workdir: Workdir) -> None:
         super().__init__(config, workdir)
         self.loss, self.evaluation, self.first_step = None, None, 0
+        self.judged: dict[str, Reading] = {}
+        self.judged_facts: Record | None = None
         self.checkpoints: Checkpoints | None = None
         self.sampler: Sampler | None = None
         self.counts_flops = True
@@ -90,6 +86,7 @@ class Training(Run):
 
     def _prepare(self):
         self.setup = train_setup.prepare(self.config, log)
+        samples.check(self.setup)
         memory_check.check_shapes(self.setup)
         if self.is_main:
             self.workdir.claim(self.config)
@@ -98,18 +95,18 @@ class Training(Run):
         stopping.raise_if_stopped()
         self.compiled, self.compiled_eval = train_setup.compile_steps(self.setup)
         distributed.call_in_all(lambda: memory_check.check_compiled(self.setup))
-        self.token_bytes = train_setup.token_bytes(self.setup)
+        self.held_out_table = train_setup.held_out_table(self.setup)
         state = self._restore_or_create()
         if self.is_main:
-            keep(self.setup.tokenizer, self.workdir.path / "tokenizer")
+            self.setup.dataset.keep(self.workdir.path)
             self.open_charts(self.first_step + 1)
         log.info(self._headline())
-        self.progress = Progress(self.config.train.steps)
+        self.progress = Progress(self.config.train.steps, unit=self.setup.objective.counted)
         stopping.raise_if_stopped()
         hooks = loop.Hooks(self._log, self._evaluate, self._save, self.checkpoints.saving)
-        batches = self.setup.batches
+        batches, shardings = self.setup.batches, self.setup.batch_shardings
         state = loop.train(
-            self.config, state, self.compiled, batches, self.setup.mesh, self.measurement, self.progress, hooks
+            self.config, state, self.compiled, batches, shardings, self.measurement, self.progress, hooks
         )
         self.checkpoints.wait()
         if self.evaluation is None:  # resumed after its last step
@@ -140,8 +137,10 @@ class Training(Run):
         self.loss = float(metrics["loss"])
         log.info(self.progress.line(at, self.loss))
         if self.writer:
-            scalars = charts.scalars(metrics, len(self.setup.lm.blocks))
+            scalars = charts.scalars(metrics, self.setup.lm.stacks.layer_numbers)
             scalars |= {"tokens_per_s": float(metrics["tokens"]) / seconds, **self.sampler.latest()}
+            if self.setup.objective.counted != "tokens":
+                scalars[f"{self.setup.objective.counted}_per_s"] = float(metrics["samples"]) / seconds
             scalars |= self._utilisation(seconds)
             self.writer.scalars(at, scalars)
 
@@ -157,8 +156,10 @@ class Training(Run):
             return {}
 
     def _evaluate(self, at, state):
+        setup = self.setup
+        batches, shardings = setup.eval_batches, setup.batch_shardings
         self.evaluation = held_out.evaluate(
-            self.compiled_eval, state.all_params, self.setup.eval_batches, self.token_bytes, self.setup.mesh
+            setup.objective, self.compiled_eval, state.eval_params, batches, self.held_out_table, shardings
         )
         log.info(held_out.line(self.evaluation))
         if self.writer:
@@ -174,14 +175,24 @@ class Training(Run):
     def _finish(self, state):
         """Writes the row, then the exports, which may fail without losing it."""
         self.idle = row.all_idle(self.idle.compared(reader.idle_power(self.reader)))
-        record = self._write_row("ok", row.all_energy(self.measurement))
+        costs = self._readings(row.all_energy(self.measurement))  # before pictures are drawn, which takes memory
+        painter = samples.painter_of_training(self.setup, state.eval_params)
+        if painter:
+            self.judged, self.judged_facts = samples.judge_pictures(painter, self.config.quality.fd)
+        record = self._write_row("ok", costs)
         if self.is_main:
             log.info(f"\n{format_table(record)}")
         with failures.optional("no adapter was written"):
             exports.write_adapter(self.setup, self.workdir, state)
         with failures.optional("no sample was drawn"):
-            if sample := exports.sample(self.setup, state.all_params):
-                log.info(f"\nsample: {sample!r}\n")
+            if painter:
+                folders = self.workdir.path / "samples", self.workdir.shown / "samples"
+                samples.write_grid(painter, self.config.sample.images, *folders, self.writer, self.config.train.steps)
+            elif text := samples.complete_text(self.setup, state.eval_params):
+                log.info(f"\nsample: {text!r}\n")
+        with failures.optional("no sample of the base model was drawn"):
+            if painter and self.setup.source is not None:
+                samples.write_base_grid(self.setup, painter, self.workdir.path, self.workdir.shown, self.writer)
         with failures.optional("TensorBoard has no table of the row"):
             if self.writer:
                 self.add_to_table(record)
@@ -192,8 +203,8 @@ class Training(Run):
                 log.warning(note)
             self.log_locations()
 
-    def _write_row(self, outcome, energy_window, message=None):
-        paper, physical = self._readings(energy_window)
+    def _write_row(self, outcome, costs, message=None):
+        paper, physical = costs
         if (stored := self.checkpoints.newest_bytes()) is not None:
             physical["checkpoint_bytes"] = Reading(
                 stored, "bytes", "files of the newest checkpoint: what learns, moments"
@@ -207,7 +218,7 @@ class Training(Run):
             error=message,
             paper_readings=paper,
             physical=physical,
-            quality=_quality(self.evaluation, self.loss),
+            quality=_quality(self.setup.objective, self.evaluation, self.loss) | self.judged,
             warm_up=row.warm_up(self.measurement),
             conditions=row.conditions_of(self.measurement, everywhere=outcome == "ok"),
         )
@@ -229,13 +240,15 @@ class Training(Run):
             "data": self.setup.data,
             "fingerprints": self.checkpoints.facts.get("fingerprints"),
             "schedules": self.checkpoints.facts.get("schedules"),
+            **({"samples": self.judged_facts} if self.judged_facts else {}),
+            **self.setup.objective_facts,
         }
 
     def _fail(self, outcome, message, status=FAILED):
         self.measurement.abandon()
         log.error(message)
         try:  # other processes may not have failed: do not wait for their energy readings
-            self._write_row(outcome, reader.unavailable_window(f"the run ended as {outcome}"), message)
+            self._write_row(outcome, self._readings(reader.unavailable_window(f"the run ended as {outcome}")), message)
         except OSError as error:
             log.error(f"no row could be written: {error}")
         if outcome == "nan":  # all processes see the same loss
@@ -265,13 +278,18 @@ class Training(Run):
 
     def _headline(self):
         devices = jax.devices()
+        rows = f"x {self.setup.length} tokens"
+        if self.setup.objective.counted != "tokens":
+            rows = f"{self.setup.objective.counted} of {self.setup.length} tokens"
         return (
-            f"{self.config.name}: {self.config.train.steps} steps of {self.setup.batch_size} x {self.setup.length} "
-            f"tokens on {len(devices)} x {devices[0].device_kind}; compiled in {self.setup.compile_s['compile']:.1f} s"
+            f"{self.config.name}: {self.config.train.steps} steps of {self.setup.batch_size} {rows} "
+            f"on {len(devices)} x {devices[0].device_kind}; compiled in {self.setup.compile_s['compile']:.1f} s"
         )
 
 
-def _quality(evaluation, loss):
+def _quality(objective, evaluation, loss):
     """Readings of the last evaluation and the last training loss; null with the reason where a value is not finite."""
-    readings = held_out.readings(evaluation or {})
-    return readings if loss is None else {"loss": Reading(loss, "nat", "last logged training step"), **readings}
+    readings = objective.readings(evaluation or {})
+    return (
+        readings if loss is None else {"loss": Reading(loss, objective.unit, "last logged training step"), **readings}
+    )

@@ -1,7 +1,12 @@
 """Checks of a training config before compilation, and the LM that is trained. All raise UserError naming the key."""
 
+import dataclasses
+import typing
+
 from efficientllm import model, sharding
 from efficientllm.errors import UserError
+from efficientllm.objectives.base import Objective
+from efficientllm.objectives.next_token import NEXT_TOKEN
 from efficientllm.optim import rules
 from efficientllm.quant import apply as quant
 from efficientllm.quant.base import rounds
@@ -12,7 +17,7 @@ from efficientllm.typing import Config, Mesh
 def check_form(run: RunDescription) -> None:
     """Raises UserError where quantized weights would have to be trained, and for a form that needs calibration."""
     form, adapter = run.config.quant, run.config.adapter
-    quantizer = quant.form_of(form)
+    quantizer = quant.form_of(form, "config.quant")
     if not rounds(quantizer):
         return
     if not run.method.learnt:
@@ -24,9 +29,32 @@ def check_form(run: RunDescription) -> None:
         raise UserError(f"config.quant = {form!r}: tuning rounds to the nearest; take 'nf4()', 'int4()' or 'int8()'")
 
 
+def with_captions(run: RunDescription) -> RunDescription:
+    """Returns the description of a model that reads the states of captions, of as many tokens as their source gives.
+
+    Raises UserError for a model that reads texts without a source, for a source without a model that does, and for one
+    that does not fit.
+    """
+    source = run.config.text_states
+    if run.objective.reads == "text":
+        if source:
+            raise UserError(f"config.text_states = {source!r}: a language model reads tokens; leave it out")
+        return run
+    if not source:
+        if not getattr(run.outline, "text_length", 0):
+            return run
+        raise UserError(
+            "config.text_states = '': the model reads texts; name what encodes captions, 'encoders()' of the model's "
+            "pipeline, or 'folder(path=...)'"
+        )
+    return dataclasses.replace(run, text_length=run.states_shape([""]).tokens)
+
+
 def check_length(run: RunDescription) -> None:
     """Raises UserError for rows longer than the positions of the model, or of the checkpoint it starts from."""
     length, max_positions = run.config.train.length, run.max_positions
+    if run.objective.reads != "text":  # pictures have one length
+        return
     model.check_length(run.outline, length, f"config.train.length = {length}")
     if max_positions and length > max_positions:
         raise UserError(
@@ -46,7 +74,7 @@ def check_rows(train: Config) -> None:
         )
 
 
-def check_train(train: Config, mesh: Mesh) -> None:
+def check_train(train: Config, mesh: Mesh, objective: Objective = NEXT_TOKEN) -> None:
     """Raises UserError for a batch, length or schedule that cannot be trained on `mesh`."""
     check_rows(train)
     rows, shards = train.batch_size // train.accumulate, sharding.count_row_shards(mesh)
@@ -55,7 +83,7 @@ def check_train(train: Config, mesh: Mesh) -> None:
             f"config.train.batch_size = {train.batch_size}: {rows} rows a micro-batch do not divide over the "
             f"{shards} devices of the mesh axes data, fsdp and expert; {rows + -rows % shards} would"
         )
-    if train.length % mesh.shape["sequence"]:
+    if objective.reads == "text" and train.length % mesh.shape["sequence"]:
         raise UserError(
             f"config.train.length = {train.length}: the mesh axis sequence divides a row's tokens over "
             f"{mesh.shape['sequence']} devices; {train.length + -train.length % mesh.shape['sequence']} would do"
@@ -63,7 +91,7 @@ def check_train(train: Config, mesh: Mesh) -> None:
     rules.schedule(train)
 
 
-def training_lm(run: RunDescription) -> model.LM:
+def training_lm(run: RunDescription) -> typing.Any:
     """The LM that is trained: that of the RunDescription, unrolled (no scan over layers) where the method asks for it.
 
     Raises UserError as `check_form` and `check_length` do, and for a model that the tuning method does not support.
@@ -71,4 +99,10 @@ def training_lm(run: RunDescription) -> model.LM:
     check_form(run)
     check_length(run)
     run.method.check(run.lm)
+    run.objective.check(run.lm)
+    if run.lm.reads == "text and images":
+        raise UserError(
+            f"config.task = {run.config.task!r}: a model that reads images is not trained yet; serve it with task = "
+            "'infer', or name a language model"
+        )
     return run.lm.clone(scan=False) if run.method.unrolled else run.lm

@@ -30,7 +30,7 @@ def fingerprints(setup: Setup) -> dict[str, str | None]:
     sampled = setup.data.get("sampled")  # a stream: only its first documents have been read
     return {
         "data": None if sampled else setup.data.get("fingerprint"),
-        "tokenizer": getattr(setup.tokenizer, "fingerprint", None),
+        "tokenizer": setup.dataset.tokenizer_fingerprint,
         "pretrained": None if setup.source is None else of_weights(setup.source.path),
     }
 

@@ -18,7 +18,7 @@ from efficientllm.runtime import stopping
 from efficientllm.train.measure import Measurement
 from efficientllm.train.progress import Progress
 from efficientllm.train.step import TrainState
-from efficientllm.typing import Batch, Config, Mesh
+from efficientllm.typing import Batch, Config
 
 log = logging.getLogger("efficientllm")
 ASK_EVERY = 10  # steps between two all-gathers of the processes' stop signals
@@ -87,12 +87,14 @@ def train(
     state: TrainState,
     compiled: Callable,
     batches: Iterator[Batch],
-    mesh: Mesh,
+    shardings: dict[str, jax.sharding.NamedSharding],
     measurement: Measurement,
     progress: Progress,
     hooks: Hooks,
 ) -> TrainState:
     """Trains from `state.step` to `config.train.steps` -> the last TrainState.
+
+    `shardings` are those of a batch's arrays.
 
     A step's outputs are fetched after the next step is dispatched, so that the device never waits for the host.
     Raises Diverged, Interrupted.
@@ -103,7 +105,7 @@ def train(
         measurement.restart_clock()
         while step < config.train.steps:
             loop.begin_segment_if_steady()
-            state, metrics = compiled(state, sharding.to_device(next(batches), mesh))
+            state, metrics = compiled(state, sharding.to_device(next(batches), shardings))
             step += 1
             loop.collect()
             loop.pending = (step, metrics)
@@ -137,7 +139,7 @@ class _Loop:
         (step, metrics), self.pending = self.pending, None
         loss, grad_norm, tokens, samples = (float(metrics[key]) for key in ("loss", "grad_norm", "tokens", "samples"))
         seconds = self._measurement.step_done(tokens, samples)
-        self._progress.add(tokens)
+        self._progress.add(tokens if self._progress.unit == "tokens" else samples)
         if not np.isfinite(loss):
             raise Diverged(step, loss, state_step=step - 1)
         if not np.isfinite(grad_norm):

@@ -67,12 +67,15 @@ def readings(
         unmeasured = {key: missing(unit, reason) for key, unit in study_metrics.UNITS.items()}
         timed = {key: missing(row.PHYSICAL_UNITS[key], reason) for key in TIMED}
         return unmeasured, {**physical_of_model(setup, params), **timed}
+    in_images = setup.objective.counted == "images"
+    counts = {"tokens": measurement.samples if in_images else measurement.tokens}
     work = study_metrics.Work(
         task=setup.config.task,
         iterations_s=tuple(measurement.timer.samples),
         duration_s=measurement.seconds,
         params_active=params["active"],
-        **({"samples": measurement.samples} if setup.config.task == "tune" else {"tokens": measurement.tokens}),
+        counted=setup.objective.counted,
+        **({"samples": measurement.samples} if setup.config.task == "tune" else counts),
     )
     steps = measurement.timer.statistics()
     study = study_metrics.paper_metrics(work, sampler.combine_averages(measurement.averages), window)
@@ -87,7 +90,19 @@ def readings(
             measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"
         ),
     }
-    return study, physical
+    return study, physical | (_per_image(setup, measurement, physical) if in_images else {})
+
+
+def _per_image(setup, measurement, physical):
+    """The readings of a picture: its tokens' FLOPs and energy, and the rate."""
+    flops, energy = physical["flops_per_token"], physical["j_per_token"]
+    return {
+        "images_per_s": Reading(measurement.samples / measurement.seconds, "1/s", f"{measurement.steps} steady steps"),
+        "flops_per_image": dataclasses.replace(flops, value=flops.value * setup.length),
+        "j_per_image": energy
+        if energy.value is None
+        else dataclasses.replace(energy, value=energy.value * measurement.tokens / measurement.samples),
+    }
 
 
 def unknown(reason: str) -> tuple[dict[str, Reading], dict[str, Reading]]:
@@ -134,7 +149,7 @@ def _bandwidth_utilisation(setup, step_seconds):
     """MBU of a step, and its least time by roofline."""
     train, devices = setup.config.train, jax.devices()
     rows = setup.batch_size // train.accumulate
-    moved = step_memory.moved_bytes(setup.lm, setup.shaped, rows, setup.length, train.accumulate)
+    moved = step_memory.moved_bytes(setup.lm, setup.shaped, rows, setup.length, train.accumulate, setup.objective)
     flops = formulas.step_flops(setup.lm, setup.boxed, setup.length, setup.batch_size, setup.method)
     description = "parameters, moments, gradients and activations, each passing once for each use,"
     return {

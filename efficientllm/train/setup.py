@@ -9,15 +9,14 @@ import typing
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from efficientllm import data, model, sharding
+from efficientllm import model, sharding
 from efficientllm.adapters.base import Method
 from efficientllm.cost import device_peaks, jaxpr_flops, step_memory
 from efficientllm.metrics import host, memory
 from efficientllm.metrics.reading import Reading, missing
-from efficientllm.objectives import next_token
 from efficientllm.quant import apply as quant
+from efficientllm.registry import complete_spec
 from efficientllm.run_description import describe_run
 from efficientllm.runtime import kernel_choice as kernels
 from efficientllm.runtime import malloc
@@ -27,13 +26,15 @@ from efficientllm.weights import activation_dtype, box_as
 
 if typing.TYPE_CHECKING:
     from efficientllm.convert.source import Source
-    from efficientllm.data.pipeline import EvalBatches
 
 
 @dataclasses.dataclass
 class Setup:
     """Everything that a training run needs before its first step. `compile_steps` sets the fields with defaults.
 
+    objective_spec: what the objective was built from, also where the config says `pretrained`.
+    dataset:       the data of the objective (`data.text.TextData` and the like).
+    length:        tokens of a row.
     method:        the tuning method: which parameters are trainable.
     source:        the checkpoint that training starts from, or None.
     boxed:         abstract parameters of the model without adapters, boxed with their logical axes.
@@ -46,10 +47,13 @@ class Setup:
 
     config: Config
     mesh: Mesh
-    tokenizer: typing.Any
-    lm: model.LM
+    objective: typing.Any
+    objective_spec: str
+    dataset: typing.Any
+    lm: typing.Any
+    length: int
     batches: typing.Any
-    eval_batches: EvalBatches
+    eval_batches: typing.Iterable
     method: Method
     source: Source | None
     boxed: PyTree
@@ -63,62 +67,76 @@ class Setup:
     program_memory: Reading = missing("bytes", "the run ended before compilation")
 
     @property
-    def length(self) -> int:
-        return self.config.train.length
-
-    @property
     def batch_size(self) -> int:
         return self.config.train.batch_size
+
+    @property
+    def batch_shardings(self) -> dict[str, jax.NamedSharding]:
+        """The sharding of each array of a batch."""
+        return self.objective.batch_shardings(self.lm, self.mesh)
+
+    @property
+    def objective_facts(self) -> Record:
+        """Provenance of a tuned diffusion model: its objective, which its config need not say, with every field."""
+        if self.source is None or self.objective.reads != "images":
+            return {}
+        fields = {field.name: field.default for field in dataclasses.fields(self.objective)}
+        del fields["autoencoder"]  # a key of its own
+        return {"objective": complete_spec("objective", self.objective_spec, fields)}
 
 
 def prepare(config: Config, log: logging.Logger) -> Setup:
     """Builds the Setup of a config: reads the data, makes no array of the model. Raises UserError."""
-    description = describe_run(config)
+    description = config_checks.with_captions(describe_run(config))
     config_checks.check_form(description)
     if config.model.pretrained:  # check the data before opening a checkpoint, which can take a minute
-        _check_data(config, log)
+        _check_data(description, log)
     # Builds `description.outline`: a bad model is refused before any data is read.
     config_checks.check_length(description)
-    config_checks.check_train(config.train, description.mesh)
+    config_checks.check_train(config.train, description.mesh, description.objective)
     if description.source is None:
-        _check_data(config, log)
-    lm, mesh, tokenizer = config_checks.training_lm(description), description.mesh, description.tokenizer
-    _check_sample(lm, config.sample, tokenizer)
-    if config.train.accumulate > 1 and any(ffn is not None and ffn.has_batch_loss for _, ffn in model.parts(lm)):
+        _check_data(description, log)
+    lm, mesh, dataset = config_checks.training_lm(description), description.mesh, description.dataset
+    if config.train.accumulate > 1 and any(block.ffn and block.ffn.has_batch_loss for block in model.parts(lm)):
         rows = config.train.batch_size // config.train.accumulate
         log.info(f"config.train.accumulate: load-balance losses are those of micro-batches of {rows} rows, averaged")
     share: dict[str, typing.Any] = dict(
         zip(("process_index", "process_count"), sharding.process_share(mesh), strict=True)
     )
-    rows = (config.data, tokenizer, config.train.batch_size, config.train.length)
-    shaped, shardings = step.abstract_state(lm, config, description.method, mesh)
+    rows = config.train.batch_size
+    shaped, shardings = step.abstract_state(lm, config, description.length, description.method, mesh)
     return Setup(
         config=config,
         mesh=mesh,
-        tokenizer=tokenizer,
+        objective=description.objective,
+        objective_spec=description.objective_spec,
+        dataset=dataset,
         lm=lm,
-        batches=iter(data.train_iterator(*rows, seed=config.seed, **share)),
-        eval_batches=data.eval_batches(*rows, limit=config.eval.batches or None, **share),
+        length=description.length,
+        batches=iter(dataset.train(rows, config.seed, **share)),
+        eval_batches=dataset.held_out(rows, **share, limit=config.eval.batches or None),
         method=description.method,
         source=description.source,
         boxed=model.abstract_params(lm),
         shaped=shaped,
         shardings=shardings,
-        data=_describe_data(config, tokenizer, log),
+        data=_describe_data(config, dataset, log),
         rss_before=host.rss_bytes(),
     )
 
 
-def _check_data(config, log):
+def _check_data(description, log):
     """Reads and logs the data. Raises UserError for bad data."""
-    log.info(f"data: {config.data}, tokenizer: {config.tokenizer}")
-    for note in data.check_data(config.data):
+    config = description.config
+    tokenizer = f", tokenizer: {config.tokenizer}" if description.objective.reads == "text" else ""
+    log.info(f"data: {config.data}{tokenizer}")
+    for note in description.notes_on_data():
         log.info(f"data: {note}")
 
 
-def _describe_data(config, tokenizer, log):
+def _describe_data(config, dataset, log):
     """The row's description of the data; logs how many records are truncated."""
-    summary = data.describe_data(config.data, tokenizer, config.train.length)
+    summary = dataset.describe()
     for split in ("train", "held_out"):
         if summary.get(f"{split}_cut"):
             total = summary[f"{split}_documents"]
@@ -143,18 +161,12 @@ def create_state(setup: Setup) -> step.TrainState:
     return jax.jit(create_from, out_shardings=setup.shardings, donate_argnums=0)(params)
 
 
-def _check_sample(lm, sample, tokenizer):
-    """Raises UserError for a sample longer than the model's positions, before the run instead of at its end."""
-    prompt = len(tokenizer.encode_prompt(sample.prompt))
-    where = f"config.sample.tokens = {sample.tokens} after a prompt of {prompt}"
-    model.check_length(lm, prompt + sample.tokens, where)
-
-
 def compile_steps(setup: Setup) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
     """Compiles the train and eval steps -> both; sets the setup's compile times, kernels, program FLOPs and memory."""
-    batch = step_memory.batch_shapes(setup.batch_size, setup.length, sharding.batch_sharding(setup.mesh))
-    train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, setup.shardings, setup.method)
-    evaluate = step.jit_eval_step(setup.lm, setup.mesh, setup.shardings.all_params)
+    batch = setup.objective.batch_shapes(setup.lm, setup.batch_size, setup.length, setup.mesh)
+    objective, shardings = setup.objective, setup.shardings
+    train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, shardings, setup.method, objective)
+    evaluate = step.jit_eval_step(setup.lm, setup.mesh, shardings.eval_params, objective)
     begin = time.perf_counter()
     with kernels.recording_kernels() as used:
         traced = train.trace(setup.shaped, batch)
@@ -167,8 +179,7 @@ def compile_steps(setup: Setup) -> tuple[jax.stages.Compiled, jax.stages.Compile
     device_peaks.measure_copy_bandwidth()
     setup.program_flops, setup.program_memory = _program_flops(traced.jaxpr), _program_memory(compiled)
     setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
-    token_bytes = jax.ShapeDtypeStruct((setup.lm.vocab_size,), jnp.float32, sharding=sharding.replicated(setup.mesh))
-    compiled_eval = evaluate.lower(setup.shaped.all_params, batch, token_bytes).compile()
+    compiled_eval = evaluate.lower(setup.shaped.eval_params, batch, held_out_table(setup)).compile()
     malloc.trim()
     return compiled, compiled_eval
 
@@ -194,11 +205,14 @@ def predicted_memory(setup: Setup) -> Reading:
     config = setup.config.train
     rows = config.batch_size // config.accumulate
     token_shards = sharding.count_row_shards(setup.mesh) * setup.mesh.shape["sequence"]
-    device_bytes = step_memory.predicted_bytes(setup.lm, setup.shaped, rows, setup.length, token_shards)
+    device_bytes = step_memory.predicted_bytes(
+        setup.lm, setup.shaped, rows, setup.length, token_shards, setup.objective
+    )
     total = device_bytes * jax.local_device_count()
     return Reading(total, "bytes", "shapes: parameters, optimiser, gradients, activations; over this process's devices")
 
 
-def token_bytes(setup: Setup) -> jax.Array:
-    """Number of UTF-8 bytes of each token of the vocabulary, replicated on the mesh."""
-    return jax.device_put(next_token.token_bytes(setup.tokenizer, setup.lm), sharding.replicated(setup.mesh))
+def held_out_table(setup: Setup) -> jax.Array:
+    """`Objective.held_out_table`, replicated on the mesh."""
+    table = setup.objective.held_out_table(setup.lm, setup.dataset)
+    return jax.device_put(table, sharding.replicated(setup.mesh))

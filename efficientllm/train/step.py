@@ -15,8 +15,9 @@ from efficientllm import sharding
 from efficientllm.adapters.base import Method, join, split, tuned
 from efficientllm.adapters.freeze import Full
 from efficientllm.adapters.lora import seeded
-from efficientllm.model import LM
-from efficientllm.objectives.next_token import eval_step, loss_fn
+from efficientllm.model import Backbone
+from efficientllm.objectives.base import Objective
+from efficientllm.objectives.next_token import NEXT_TOKEN
 from efficientllm.optim import rules
 from efficientllm.typing import Batch, Config, Mesh, Params, PyTree
 
@@ -44,9 +45,25 @@ class TrainState:
         """Trainable and frozen parameters in one tree."""
         return join(self.params, self.frozen)
 
+    @property
+    def eval_params(self) -> Params:
+        """The parameters of evaluation, samples and exports."""
+        return self.all_params
+
+
+@flax.struct.dataclass
+class AveragedState(TrainState):
+    """State of training with `ema`, an exponential moving average of `params` (`config.train.ema`)."""
+
+    ema: dict
+
+    @property
+    def eval_params(self) -> Params:
+        return join(self.ema, self.frozen)
+
 
 def create(
-    lm: LM, train: Config, method: Method, seed: int, boxed: PyTree, params: PyTree, form: str = "float32"
+    lm: Backbone, train: Config, method: Method, seed: int, boxed: PyTree, params: PyTree, form: str = "float32"
 ) -> TrainState:
     """Creates the boxed TrainState of boxed `params`; `boxed` is the tree without adapters, whose axes they take.
 
@@ -55,11 +72,15 @@ def create(
     key = jax.random.key(seed)
     trainable, frozen = tuned(method, lm, boxed, params, jax.random.fold_in(key, 1), form)
     opt_state = rules.optimizer(train, nn.unbox(trainable), method.rates).init(trainable)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jax.random.key_data(key), frozen)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jax.random.key_data(key), frozen)
+    if not train.ema:
+        return state
+    # A copy: the step donates its state, and one array cannot be donated twice.
+    return AveragedState(**vars(state), ema=jax.tree.map(jnp.copy, trainable))
 
 
 def init_state(
-    lm: LM, train: Config, seed: int, length: int, method: Method = FULL, form: str = "float32"
+    lm: Backbone, train: Config, seed: int, length: int, method: Method = FULL, form: str = "float32"
 ) -> Callable[[], TrainState]:
     """A function of no arguments that creates the boxed TrainState of a new model."""
 
@@ -70,16 +91,24 @@ def init_state(
     return init
 
 
-def abstract_state(lm: LM, config: Config, method: Method, mesh: Mesh) -> tuple[TrainState, TrainState]:
+def abstract_state(
+    lm: Backbone, config: Config, length: int, method: Method, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
     """`(abstract TrainState with shardings, the shardings alone)` of a run of `config` on `mesh`."""
-    init = init_state(lm, config.train, config.seed, config.train.length, method, config.quant)
+    init = init_state(lm, config.train, config.seed, length, method, config.quant)
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(init)
     return sharding.abstract_shards(boxed, mesh), sharding.shardings(boxed, mesh)
 
 
 def jit_create(
-    lm: LM, train: Config, seed: int, length: int, shardings: TrainState, method: Method = FULL, form: str = "float32"
+    lm: Backbone,
+    train: Config,
+    seed: int,
+    length: int,
+    shardings: TrainState,
+    method: Method = FULL,
+    form: str = "float32",
 ) -> Callable[[], TrainState]:
     """`init_state` jitted with `shardings`: no array is ever made unsharded."""
     init = init_state(lm, train, seed, length, method, form)
@@ -87,19 +116,26 @@ def jit_create(
 
 
 def gradients(
-    lm: LM, trainable: PyTree, batch: Batch, accumulate: int, frozen: PyTree | None = None, key: jax.Array | None = None
+    lm: Backbone,
+    trainable: PyTree,
+    batch: Batch,
+    accumulate: int,
+    frozen: PyTree | None = None,
+    key: jax.Array | None = None,
+    objective: Objective = NEXT_TOKEN,
 ) -> tuple[PyTree, dict[str, typing.Any]]:
     """`(gradients of the trainable parameters, metrics)` of a batch, accumulated over micro-batches of its rows.
 
-    With a `key`, adapters apply dropout.
+    Noise of the objective and dropout of adapters are drawn from `key`, of which each micro-batch has its own fold.
+    Without a key there is no dropout.
     """
-    targets = jnp.sum(batch["weights"]) / accumulate
-    tokens = None if accumulate == 1 else jnp.sum(batch["segments"] > 0) / accumulate
+    totals = objective.totals(batch, accumulate)
 
     def loss(trainable, micro, index):
         params = trainable if frozen is None else join(trainable, frozen)
-        params = params if key is None else seeded(params, jax.random.fold_in(key, index))
-        return loss_fn(lm, params, micro, targets, tokens)
+        micro_key = None if key is None else jax.random.fold_in(key, index)
+        params = params if micro_key is None else seeded(params, micro_key)
+        return objective.loss(lm, params, micro, micro_key, totals)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
@@ -107,15 +143,17 @@ def gradients(
         return grads, metrics
 
     # Row i goes to micro-batch i % accumulate: each micro-batch then has rows on every device, and no row moves.
-    def split_rows(leaf):
+    axes = objective.axes(lm)
+
+    def split_rows(name, leaf):
         micro = leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(micro, None, "batch", "length")
+        return sharding.constrain(micro, None, "batch", *axes[name])
 
     def micro_gradients(micro, index):
         (_, metrics), grads = value_and_grad(trainable, micro, index)
         return grads, metrics
 
-    micros = jax.tree.map(split_rows, batch), jnp.arange(accumulate)
+    micros = {name: split_rows(name, leaf) for name, leaf in batch.items()}, jnp.arange(accumulate)
     shapes = jax.eval_shape(micro_gradients, *jax.tree.map(lambda leaf: leaf[0], micros))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = jax.lax.scan(
@@ -125,13 +163,16 @@ def gradients(
 
 
 def train_step(
-    lm: LM, train: Config, method: Method, state: TrainState, batch: Batch
+    lm: Backbone,
+    train: Config,
+    method: Method,
+    state: TrainState,
+    batch: Batch,
+    objective: Objective = NEXT_TOKEN,
 ) -> tuple[TrainState, dict[str, typing.Any]]:
     """One optimiser step -> `(state, metrics)`."""
-    key = None
-    if getattr(method, "dropout", 0):
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    grads, metrics = gradients(lm, state.params, batch, train.accumulate, state.frozen, key)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    grads, metrics = gradients(lm, state.params, batch, train.accumulate, state.frozen, key, objective)
     optimizer = rules.optimizer(train, state.params, method.rates)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -139,30 +180,42 @@ def train_step(
     metrics |= {
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": rules.schedule(train)(state.step),
-        "tokens": jnp.sum(batch["segments"] > 0),
-        "samples": jnp.sum(jnp.max(batch["segments"], -1)),
+        **objective.counts(lm, batch),
     }
+    averaged = {}
+    if train.ema:
+        averaged["ema"] = jax.tree.map(
+            lambda mean, leaf: mean + (1 - train.ema) * (leaf - mean), typing.cast(AveragedState, state).ema, params
+        )
     # flax.struct adds `replace`, which mypy does not see.
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics  # type: ignore[attr-defined]
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, **averaged)  # type: ignore[attr-defined]
+    return state, metrics
 
 
 def jit_train_step(
-    lm: LM, train: Config, mesh: Mesh, state_shardings: TrainState, method: Method = FULL
+    lm: Backbone,
+    train: Config,
+    mesh: Mesh,
+    state_shardings: TrainState,
+    method: Method = FULL,
+    objective: Objective = NEXT_TOKEN,
 ) -> jax.stages.Wrapped:
     """Jits `train_step` with explicit shardings; the state is donated, the batch is sharded by rows and tokens."""
     return jax.jit(
-        functools.partial(train_step, lm, train, method),
-        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+        functools.partial(train_step, lm, train, method, objective=objective),
+        in_shardings=(state_shardings, objective.batch_shardings(lm, mesh)),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
 
-def jit_eval_step(lm: LM, mesh: Mesh, params_shardings: PyTree) -> jax.stages.Wrapped:
-    """Jits `eval_step` with explicit shardings."""
+def jit_eval_step(
+    lm: Backbone, mesh: Mesh, params_shardings: PyTree, objective: Objective = NEXT_TOKEN
+) -> jax.stages.Wrapped:
+    """Jits `Objective.held_out_sums` with explicit shardings."""
     replicated = sharding.replicated(mesh)
     return jax.jit(
-        functools.partial(eval_step, lm),
-        in_shardings=(params_shardings, sharding.batch_sharding(mesh), replicated),
+        functools.partial(objective.held_out_sums, lm),
+        in_shardings=(params_shardings, objective.batch_shardings(lm, mesh), replicated),
         out_shardings=replicated,
     )

@@ -11,7 +11,7 @@ import mmap
 import struct
 import types
 
-from efficientllm.errors import UserError, shown
+from efficientllm.errors import UserError, short_repr
 from efficientllm.typing import PathLike
 from efficientllm.untrusted import files
 
@@ -122,7 +122,7 @@ class _Reader:
         for _ in range(count):
             name, value = read()
             if name in names:
-                raise _Bad(f"{what} {shown(name)} stands in it twice")
+                raise _Bad(f"{what} {short_repr(name)} stands in it twice")
             names.add(name)
             yield name, value
 
@@ -156,22 +156,22 @@ class _Reader:
     def _tensor(self):
         name, axes = self._text(_LONGEST_NAME), self._scalar("I")
         if not 1 <= axes <= 4:
-            raise _Bad(f"tensor {shown(name)} of {axes} axes")
+            raise _Bad(f"tensor {short_repr(name)} of {axes} axes")
         sizes = [self._scalar("Q") for _ in range(axes)]
         kind, offset = self._scalar("I"), self._scalar("Q")
         if kind not in self._blocks:
-            raise _Bad(f"tensor {shown(name)} of type {kind}, which is not known")
+            raise _Bad(f"tensor {short_repr(name)} of type {kind}, which is not known")
         weights, size = self._blocks[kind]
         count = math.prod(sizes)
         if count == 0 or sizes[0] % weights:
-            raise _Bad(f"tensor {shown(name)} of shape {sizes[::-1]}, which blocks of {weights} do not make")
+            raise _Bad(f"tensor {short_repr(name)} of shape {sizes[::-1]}, which blocks of {weights} do not make")
         return name, Tensor(kind, tuple(sizes[::-1]), offset, count // weights * size)
 
     def _start(self, alignment):
         """Returns `(offset of the first tensor in the file, alignment)`, both in bytes."""
         is_power = type(alignment) is int and 0 < alignment <= _LARGEST_ALIGNMENT and not alignment & (alignment - 1)
         if not is_power:
-            raise _Bad(f"general.alignment = {shown(alignment)}, no power of two up to {_LARGEST_ALIGNMENT}")
+            raise _Bad(f"general.alignment = {short_repr(alignment)}, no power of two up to {_LARGEST_ALIGNMENT}")
         return -(-self._at // alignment) * alignment, alignment
 
     def _placed(self, tensors, start, alignment):
@@ -179,10 +179,10 @@ class _Reader:
         end, before = 0, None
         for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
             if tensor.offset % alignment:
-                raise _Bad(f"tensor {shown(name)} begins at {tensor.offset}, no multiple of {alignment}")
+                raise _Bad(f"tensor {short_repr(name)} begins at {tensor.offset}, no multiple of {alignment}")
             if tensor.offset < end:
-                raise _Bad(f"tensors {shown(before)} and {shown(name)} overlap")
+                raise _Bad(f"tensors {short_repr(before)} and {short_repr(name)} overlap")
             end, before = tensor.offset + tensor.size, name
             if start + end > len(self._data):
-                raise _Bad(f"tensor {shown(name)} ends behind the end of the file: it is cut short")
+                raise _Bad(f"tensor {short_repr(name)} ends behind the end of the file: it is cut short")
         return {name: dataclasses.replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}

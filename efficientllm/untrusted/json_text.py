@@ -9,7 +9,7 @@ import math
 import re
 import typing
 
-from efficientllm.errors import UserError, shown
+from efficientllm.errors import UserError, short_repr
 from efficientllm.typing import PathLike
 from efficientllm.untrusted import files
 
@@ -60,7 +60,7 @@ def parse(
     except ValueError as error:  # raised by the hooks above, or for bytes that are not UTF-8
         raise UserError(f"{where}: not JSON that can be read ({error})") from None
     if kind is not None and not isinstance(value, kind):
-        raise UserError(f"{where}: holds {shown(value)}; {_NAMES.get(kind, kind)} is needed")
+        raise UserError(f"{where}: holds {short_repr(value)}; {_NAMES.get(kind, kind)} is needed")
     return value
 
 
@@ -73,7 +73,7 @@ def field(value: typing.Any, path: str, kind: typing.Any, where: str) -> typing.
         value = value.get(name) if isinstance(value, dict) else None
     if not (is_number(value) if kind == "number" else isinstance(value, kind)):
         type_name = "a finite number" if kind == "number" else _NAMES.get(kind, kind.__name__)
-        raise UserError(f"{where}: {path} = {shown(value)}: {type_name} is needed")
+        raise UserError(f"{where}: {path} = {short_repr(value)}: {type_name} is needed")
     return value
 
 
@@ -118,7 +118,7 @@ def _unique(pairs):
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is a repeated key")
+        raise ValueError(f"{short_repr(next(name for name in names if names.count(name) > 1))} is a repeated key")
     return value
 
 
@@ -145,4 +145,4 @@ def _check_text(text):
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{shown(text)} has half of a surrogate pair, which is no character") from None
+        raise ValueError(f"{short_repr(text)} has half of a surrogate pair, which is no character") from None

@@ -15,9 +15,9 @@ def signum(momentum: float = 0.9):
 def wsd(peak: float, steps: int, warmup: float = 0.1, decay: float = 0.2):
     """Warm-up, stable, decay: shares of the steps, of which `steps` are given."""
     rise, fall = max(1, round(warmup * steps)), max(1, round(decay * steps))
-    parts = [
+    phases = [
         optax.linear_schedule(0.0, peak, rise),
         optax.constant_schedule(peak),
         optax.linear_schedule(peak, 0.0, fall),
     ]
-    return optax.join_schedules(parts, [rise, steps - fall])
+    return optax.join_schedules(phases, [rise, steps - fall])

@@ -131,14 +131,14 @@ def program_of(name):
 def make(name, config, overrides, out):
     """Plans one configuration into `out/name`. A failure is printed, written to error.txt and tried again next time."""
     folder = out / name
-    if (folder / "record.json").exists():
+    if is_planned(folder / "record.json"):
         return
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     try:
         main.main(
             [
                 f"--config={HERE.parents[1] / 'configs' / config}",
-                *("--config.task=plan", f"--config.name={name}", f"--workdir={folder}"),
+                *("--config.task=plan", f"--config.name={name.replace('/', ' ')}", f"--workdir={folder}"),
                 *flags,
             ]
         )
@@ -146,6 +146,11 @@ def make(name, config, overrides, out):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(traceback.format_exc())
         print(f"{name}: {traceback.format_exc().splitlines()[-1]}")
+
+
+def is_planned(file):
+    """True for the row of a plan; one that failed leaves a row, too."""
+    return file.exists() and json.loads(file.read_text(encoding="utf-8"))["outcome"] == "ok"
 
 
 def study_values(where):
@@ -168,7 +173,10 @@ COLUMNS = (
 def line(name, where, record):
     """A row of rows.csv."""
     plan, train = record["predicted"], record["config"]["train"]
-    size = lambda key: _round(plan["memory_bytes"].get(key), 1e9)  # noqa: E731
+
+    def size(key):
+        return _round(plan["memory_bytes"].get(key), 1e9)
+
     request, phases = record["config"]["infer"], plan["parts"]
     tokens = f"{request['batch_size']} x {request['prompt_length']} and {request['max_new_tokens']} after"
     first_token_phases = (phases[key]["step_s"] for key in ("prefill", "first logits") if phases)
@@ -225,7 +233,7 @@ def table(plans, out):
     planned = {
         name: line(name, where, json.loads(file.read_text()))
         for name, (_, _, where) in plans.items()
-        if (file := out / program_of(name) / "record.json").exists()
+        if is_planned(file := out / program_of(name) / "record.json")
     }
     lines = [(stored | planned)[name] for name in plans if name in stored | planned]
     with open(HERE / "rows.csv", "w", newline="", encoding="utf-8") as file:

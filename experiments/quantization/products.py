@@ -78,7 +78,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if min(options.rows) < 1 or not 1 <= options.shapes <= len(SHAPES):
         parser.error(f"M must be at least 1, and --shapes between 1 and {len(SHAPES)}")
-    products.FEW = 10**9 if options.native else products.FEW
+    products.FEW_ROWS = 10**9 if options.native else products.FEW_ROWS
     copy, read = device_peaks.measure_copy(apart=True), device_peaks.measure_read()
     print(f"from one array into another {copy / 1e9:.1f} GB/s, read and written; read {read / 1e9:.1f} GB/s\n")
     names = [*FORMS, "torch int4"]

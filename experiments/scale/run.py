@@ -107,8 +107,8 @@ def measure(point):
     from efficientllm import base_config, sharding
     from efficientllm.adapters.freeze import Full
     from efficientllm.architecture import from_config
-    from efficientllm.cost import step_memory
     from efficientllm.metrics import host
+    from efficientllm.objectives.next_token import NEXT_TOKEN
     from efficientllm.train import step
 
     layers = point["unrolled"] or point["layers"]
@@ -125,7 +125,7 @@ def measure(point):
         boxed = jax.eval_shape(step.init_state(lm, config.train, 0, point["length"], method))
         where = sharding.shardings(boxed, mesh)
         state = step.jit_create(lm, config.train, 0, point["length"], where, method)()
-        shapes = step_memory.batch_shapes(rows, point["length"], sharding.batch_sharding(mesh))
+        shapes = NEXT_TOKEN.batch_shapes(lm, rows, point["length"], mesh)
         begin = time.perf_counter()
         lowered = step.jit_train_step(lm, config.train, mesh, where, method).trace(state, shapes).lower()
         lowered_at = time.perf_counter()

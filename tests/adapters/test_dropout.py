@@ -20,7 +20,9 @@ SIZES = {"ragged": (5, 0, 7), "equal": None}
 
 
 def leaf(kind, stack):
-    draw = lambda *shape: np.random.default_rng(len(shape)).standard_normal((*stack, *shape), np.float32)  # noqa: E731
+    def draw(*shape):
+        return np.random.default_rng(len(shape)).standard_normal((*stack, *shape), np.float32)
+
     keys = jax.random.key_data(jax.random.split(jax.random.key(0), stack))
     m = {"m": draw(N)} if kind is DoRA else {}
     a, b = draw(K, R), np.roll(draw(R, N), 1)
@@ -91,7 +93,10 @@ def test_experts_over_devices_drop(spec):
     """Twice the same under one key, and what is dropped is not what is dropped under another."""
     method, lm, _, state = tuned(spec, "ffn", MOE)
     mesh = sharding.make_mesh("data=2, fsdp=2, tensor=2")
-    run = lambda s, key: step.gradients(lm, s.params, contract.batch(), 1, s.frozen, key)[0]  # noqa: E731
+
+    def run(s, key):
+        return step.gradients(lm, s.params, contract.batch(), 1, s.frozen, key)[0]
+
     with jax.set_mesh(mesh):
         where = sharding.shardings(
             jax.eval_shape(step.init_state(lm, base.get_config().train, 0, contract.T, method)), mesh

@@ -7,8 +7,8 @@ import pytest
 
 from configs import base
 from efficientllm.architecture import from_config
-from efficientllm.objectives.next_token import loss_fn
 from efficientllm.ops.attention import Context
+from tests.contract import loss_fn
 from tiers import slow_case, slow_except
 
 torch = pytest.importorskip("torch")
@@ -64,7 +64,9 @@ def _params(tensors, qk_norm, bias, tied):
     """Our tree from a transformers state dict, or from its gradients."""
 
     def layer(i):
-        get = lambda name: tensors[f"model.layers.{i}.{name}"].numpy()  # noqa: E731
+        def get(name):
+            return tensors[f"model.layers.{i}.{name}"].numpy()
+
         mixer = {n: {"kernel": get(f"self_attn.{n}_proj.weight").T} for n in "qkvo"}
         if bias:
             for n in "qkv":

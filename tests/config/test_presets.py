@@ -9,15 +9,17 @@ import ml_collections
 import pytest
 
 import runs
-from configs import base, tune
+from configs import base, dit, tune
 from efficientllm import main, model, registry, sharding
 from efficientllm.architecture import from_config
 from efficientllm.config.plain import flatten
 from efficientllm.cost import formulas
+from efficientllm.embeds.picture import Picture
 from efficientllm.ops.attention import Context
 from efficientllm.record.workdir import Workdir
 from efficientllm.registry.plugins import import_plugins
 from efficientllm.train import config_checks, step
+from tasks import test_pictures
 from tiers import slow_except
 
 FILES = sorted(path for path in (runs.ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -49,13 +51,17 @@ BASE = {"tiny": 1_049_728, "small": 5_246_208}  # parameters of configs/base.py 
 def test_config_initialises_with_the_parameters_of_its_comparison(name):
     config = parse(name)
     assert flatten(config.to_dict()).keys() == flatten(base.get_config().to_dict()).keys()
-    lm = from_config.from_config(config.model, 2048)
+    is_of_one_size = config.model.embed != "tokens" and from_config.is_complete(config.model)  # a published model
+    inputs = 2048 if config.model.embed == "tokens" else None if is_of_one_size else Picture(32, 4, 62)
+    lm = from_config.from_config(config.model, inputs)
     state = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
     counts = {"tiny": formulas.count_parameters(lm, state.params)["total"]}
+    if is_of_one_size:
+        return
     config.model.size = "small"
-    lm = from_config.from_config(config.model, 2048)
+    lm = from_config.from_config(config.model, inputs)
     counts["small"] = formulas.count_parameters(lm, model.abstract_params(lm))["total"]
-    for size, count in counts.items():
+    for size, count in counts.items() if config.model.embed == "tokens" else ():
         assert not config.model.parameters_of or abs(count / BASE[size] - 1) <= 0.02, f"{size}: {count:,}"
 
 
@@ -130,7 +136,10 @@ def test_every_key_is_read_by_somebody(tmp_path):
     config.infer.repeats, config.infer.max_new_tokens, config.infer.prompt_length = 1, 2, 4
     for name in ("pretrain", "infer", "plan"):
         task = registry.lookup("task", name)
-        assert task(Watched(config, read), Workdir(config, tmp_path / name)) == 0
+        assert task.execute(Watched(config, read), Workdir(config, tmp_path / name)) == 0
+    pictures, _, _ = main.parse(test_pictures.arguments(tmp_path / "pictures", train__steps=2))
+    task = registry.lookup("task", "pretrain")
+    assert task.execute(Watched(pictures, read), Workdir(pictures, tmp_path / "pictures")) == 0
     assert flatten(config.to_dict()).keys() - read == set()
 
 
@@ -139,3 +148,12 @@ def test_the_readme_config_is_the_study_s_mixture_in_small():
     ffn = registry.parse_spec(config.model.ffn)[1]
     assert (ffn["num_experts"], ffn["top_k"], ffn["load_balance"]) == (8, 2, 0.01)
     config_checks.check_train(config.train, sharding.make_mesh("data=1", jax.devices()[:1]))
+
+
+def test_no_two_variants_of_the_small_diffusion_transformer_are_one_model():
+    """As gqa was with a KV head for each query head."""
+    shapes = {}
+    for name in dit.VARIANTS:
+        lm = from_config.from_config(dit.get_config(name).model, Picture(32, 1, 62))
+        shapes[name] = str(jax.tree.map(lambda leaf: leaf.shape, model.abstract_params(lm)))
+    assert len(set(shapes.values())) == len(shapes)

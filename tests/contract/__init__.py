@@ -20,7 +20,7 @@ from efficientllm.adapters.lora import LoRA
 from efficientllm.architecture import from_config
 from efficientllm.cost import formulas
 from efficientllm.cost.jaxpr_flops import count_matmul_flops
-from efficientllm.objectives.next_token import loss_fn
+from efficientllm.objectives.next_token import NEXT_TOKEN
 from efficientllm.ops.attention import Context
 from efficientllm.quant import apply as quant
 from efficientllm.quant import matmul
@@ -167,6 +167,11 @@ def loss_and_gradients(lm, params):
     return loss, grads
 
 
+def loss_fn(lm, params, batch, targets):
+    """Computes `(loss, metrics)` of a batch that is the whole step."""
+    return NEXT_TOKEN.loss(lm, params, batch, None, (targets, None))
+
+
 @functools.cache
 def unsharded(lm):
     """`loss_and_gradients` on one device, with scanned layers."""
@@ -213,7 +218,7 @@ def check_compressed(kind, spec):
     assert any(isinstance(leaf, Rows) for leaf in leaves), reasons.of("kernels", kind, spec)
     exact, why = logits(lm, tokens(), plain), reasons.of("compressed", kind, spec)
     np.testing.assert_allclose(logits(lm, tokens(), packed), exact, atol=2e-5, err_msg=why)
-    with unittest.mock.patch.object(matmul, "FEW", B * T * 8):
+    with unittest.mock.patch.object(matmul, "FEW_ROWS", B * T * 8):
         loop, packed = model.unroll(lm, packed)
         error = jnp.linalg.norm(logits(loop, tokens(), packed) - exact) / jnp.linalg.norm(exact)
     assert error < 1e-3, why
@@ -251,8 +256,13 @@ def check_leaves(kind, spec):
 
     params = jax.jit(wrapped)(parameters(lm))
     noise = np.random.default_rng(0)
-    moved = lambda leaf: leaf.replace(b=leaf.b + 0.1 * noise.standard_normal(leaf.b.shape, np.float32))  # noqa: E731
-    is_lora = lambda leaf: isinstance(leaf, LoRA)  # noqa: E731
+
+    def moved(leaf):
+        return leaf.replace(b=leaf.b + 0.1 * noise.standard_normal(leaf.b.shape, np.float32))
+
+    def is_lora(leaf):
+        return isinstance(leaf, LoRA)
+
     params = jax.tree.map(lambda leaf: moved(leaf) if is_lora(leaf) else leaf, params, is_leaf=is_lora)
     assert any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora))), reasons.of("kernels", kind, spec)
     merged, why = logits(lm, tokens(), adapters.merge(params)), reasons.of("adapters", kind, spec)

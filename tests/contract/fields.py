@@ -46,6 +46,8 @@ OTHER_VALUES = {
     "scan_kernel": "associative",
     "rwkv_kernel": "chunked",
     "kv_cache": "int8",
+    "qk_norm": "all",
+    "sections": (1, 3),
 }
 
 
@@ -53,7 +55,7 @@ def _contexts(kind, name, fields, tried):
     """Settings under which a field may matter: none, then every other switch switched."""
     yield {}
     for other, annotation in fields.items():
-        if other != tried and annotation in (bool, str):
+        if other != tried and annotation in (bool, str, tuple, bool | str):
             yield {other: True if annotation is bool else _alternatives(kind, name, other, str)[-1]}
 
 

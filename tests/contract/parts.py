@@ -1,7 +1,8 @@
-"""Contract checks of quantized forms, optimizers, schedules, data sources, tokenizers and samplers."""
+"""Contract checks of quantized forms, optimizers, schedules, data sources, tokenizers, samplers and solvers."""
 
 import functools
 import json
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ import optax
 import contract
 from efficientllm import model, sharding
 from efficientllm.adapters import base as adapters
+from efficientllm.data import modality
 from efficientllm.data.corpus import Corpus
+from efficientllm.data.images import ImageData
+from efficientllm.errors import UserError
 from efficientllm.quant import apply
-from efficientllm.registry import build, spec_parameters
+from efficientllm.registry import build, names, spec_parameters
 from efficientllm.weights import Weight, axes, matmul, resident_bytes, take
 
 ROWS, K, N = 5, 96, 40  # rows of the input, inputs and outputs of the kernel
@@ -22,7 +26,10 @@ ROWS, K, N = 5, 96, 40  # rows of the input, inputs and outputs of the kernel
 @contract.check("quant", quick=("int8",))
 def check_form(kind, spec):
     """A quantized kernel multiplies, stacks, shards and looks up like its dequantized array, and is smaller."""
-    say = lambda what: f"{kind} {spec}: {what}"  # noqa: E731
+
+    def say(what):
+        return f"{kind} {spec}: {what}"
+
     noise = np.random.default_rng(0)
     stack = noise.standard_normal((3, K, N)).astype(np.float32)
     packed = apply.quantize({"kernel": jnp.asarray(stack)}, spec)["kernel"]
@@ -63,7 +70,10 @@ def check_model(kind, spec):
 def check_optimizer(kind, spec):
     """An optimizer gives a direction per parameter; subtracting it reduces the loss."""
     optimizer, goal = build(kind, spec), {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(4)}
-    loss = lambda params: sum(jnp.sum((params[name] - goal[name]) ** 2) for name in goal)  # noqa: E731
+
+    def loss(params):
+        return sum(jnp.sum((params[name] - goal[name]) ** 2) for name in goal)
+
     params = jax.tree.map(jnp.zeros_like, goal)
     state = optimizer.init(params)
 
@@ -100,7 +110,10 @@ def _target(kind, spec):
 
 @contract.check("data", quick=("python_docs",))
 def check_data(kind, spec):
-    """A data source gives the same documents each time, with a held-out part. Records are conversations."""
+    """A data source gives the same documents or pictures each time, with a held-out part. Records are conversations."""
+    if modality(spec) == "images":
+        check_images(kind, spec)
+        return
     corpus = Corpus(spec)
     sides = [[list(Corpus(spec).texts(side)) for side in ("train", "held_out")] for _ in range(2)]
     assert sides[0] == sides[1], f"{kind} {spec}: documents() gives other documents, or another order, the second time"
@@ -110,6 +123,16 @@ def check_data(kind, spec):
         assert all({"role", "content"} <= set(message) for message in messages), (
             f"{kind} {spec}: data.conversation.dump"
         )
+
+
+def check_images(kind, spec):
+    """A source of images reads the same pictures each time, and its labels are below the number of classes."""
+    first, again = ImageData(spec), ImageData(spec, tempfile.mkdtemp())
+    assert first.describe() == again.describe(), f"{kind} {spec}: other pictures, or another order, the second time"
+    assert len(first.indices("train")) and len(first.indices("held_out")), f"{kind} {spec}: a side has no pictures"
+    assert first.pictures.labels.max() < max(first.num_classes, 1), f"{kind} {spec}: a label is none of the classes"
+    (row,) = first.held_out(1, limit=1)
+    assert row["images"].shape == (1, *first.image_shape), f"{kind} {spec}: is not as large as image_shape says"
 
 
 @contract.check("tokenizer")
@@ -156,5 +179,64 @@ def check_sampler(kind, spec):
     np.testing.assert_array_equal(ids_B, alone, f"{kind} {spec}: a row's id depends on the rows beside it")
 
 
+@contract.check("solver")
+def check_solver(kind, spec):
+    """A solver has tables of float64 and, of the right prediction of one picture at every step, gives that picture."""
+    solver = build(kind, spec)
+    objective = next(o for o in (build("objective", name) for name in names("objective")) if fits(solver, o))
+    tables = solver.tables(objective)
+    lengths = {name: (table.dtype, table.shape) for name, table in tables.items()}
+    assert set(lengths.values()) == {(np.dtype("float64"), tables["level"].shape)}, f"{kind} {spec}: tables: {lengths}"
+    assert (np.diff(tables["level"]) < 0).all(), f"{kind} {spec}: levels rise"
+    keys = jax.random.split(jax.random.key(0), 2)
+    image, noise = jax.random.uniform(keys[0], (2, 4, 4, 3), minval=-1), jax.random.normal(keys[1], (2, 4, 4, 3))
+
+    def step(carry, row):
+        x, memory = carry
+        x, memory = solver.step(
+            row, x, right_prediction(objective, x, image, row["level"]), memory, noise if solver.draws else None
+        )
+        return (x, memory), None
+
+    rows = {name: np.float32(table) for name, table in tables.items()}
+    x, _ = jax.jit(lambda carry, rows: jax.lax.scan(step, carry, rows)[0])((noise, solver.memory(noise)), rows)
+    # A solver may round levels to whole numbers: 1 of 1000 of the noise is left.
+    np.testing.assert_allclose(
+        x, image, atol=5e-3, err_msg=f"{kind} {spec}: the right prediction gives another picture"
+    )
+
+
+def fits(solver, objective):
+    """Whether the solver takes the objective."""
+    try:
+        solver.check(objective)
+    except UserError:
+        return False
+    return True
+
+
+def right_prediction(objective, x, image, level):
+    """What a model that knows the picture predicts at x: the noise and the least variance, or the velocity."""
+    if objective.process == "flow":
+        return (x - image) / (level / 1000)
+    noise = objective.to_noise(x, image, jnp.full(len(x), level, jnp.int32))
+    return jnp.concatenate([noise, -jnp.ones_like(noise)], -1)
+
+
 # Not checked here: those with tests of their own, those without a form of their own, and those that need a file.
-EXEMPT = ("float32", "stored", "hf", "text", "jsonl", "csv", "parquet", "pairs", "chat")
+EXEMPT = (
+    "cross",
+    "joint",
+    "float32",
+    "stored",
+    "hf",
+    "text",
+    "jsonl",
+    "csv",
+    "parquet",
+    "pairs",
+    "chat",
+    "images",
+    "webdataset",
+    "videos",
+)

@@ -11,6 +11,11 @@ REASONS = {
     "input": "token 15 was changed, and its logits hardly are: does it read its input?",
     "segments": "a document behind another in a row gives what it does not give alone. ctx.mask keeps them apart, and "
     "ctx.positions_BT are 0 where one begins: there states and convolutions begin too",
+    "directions": "a bidirectional row has ctx.mask.order == 'bidirectional': each token reads those of its segment on "
+    "both sides, and no padding",
+    "permutation": "without a position a bidirectional mixer does not know the order of tokens",
+    "kernels of order": "attention.attend has kernels that all honour ctx.mask",
+    "prefix": "in a row with ctx.mask.order == 'prefix' tokens of a block read one another, and others are causal",
     "decode": "tokens that come one at a time do not give what all give at once: look at init_state and the state that "
     "the call returns (mixers.kv_cache.extend adds tokens to a KV cache and gives what queries read)",
     "finite": "a gradient is not finite",
@@ -36,7 +41,7 @@ def of(name, kind, spec, detail=""):
 def flops(kind, spec, lm, boxed, length, counted):
     """The message for a FLOP count that differs from the formulas, with all terms of the formulas."""
     claimed = formulas.forward_flops(lm, boxed, length, executed=True)
-    mixers = sum(mixer.mix_flops(length, True) for mixer, _ in model.parts(lm)) * lm.num_groups
+    mixers = sum(mixer.mix_flops(length, True) for (mixer,), _ in model.parts(lm)) * lm.num_groups
     kernels = dict(formulas._kernel_flops(lm, boxed, length))
     others = sorted({path for path, *_ in formulas.leaves(boxed)} - set(kernels))
     return (

@@ -24,7 +24,10 @@ def abstract(lm, mesh=None):
     boxed = model.abstract_params(lm)
     if mesh is None:
         return nn.unbox(boxed)
-    with_sharding = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+
+    def with_sharding(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
     return jax.tree.map(with_sharding, nn.unbox(boxed), sharding.shardings(boxed, mesh))
 
 
@@ -119,7 +122,10 @@ def test_buffers_of_older_files_are_passed_over(tmp_path):
 
 def test_head_of_a_tied_model(tmp_path):
     """Stored twice, it is read once; another tensor under its name is no copy."""
-    tie = lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]})  # noqa: E731
+
+    def tie(t):
+        return t.update({"lm_head.weight": t["model.embed_tokens.weight"]})
+
     folders.llama(tmp_path / "same", tie, tie_word_embeddings=True)
     assert "head" not in loaded(tmp_path / "same")
     folders.llama(tmp_path / "other", tie_word_embeddings=True)

@@ -11,6 +11,7 @@ from configs import base
 from efficientllm import model
 from efficientllm.cost import formulas, jaxpr_flops, step_memory
 from efficientllm.metrics import memory
+from efficientllm.objectives.next_token import NEXT_TOKEN
 from efficientllm.registry import build
 from efficientllm.train import step
 from tiers import slow_case
@@ -33,7 +34,7 @@ def described(method="full()", form="float32", **model):
 def planned(lm, method, state, train):
     """The compiler's total, without the reordering that trades memory for parallel work on CPUs."""
     run = jax.jit(lambda state, batch: step.train_step(lm, train, method, state, batch), donate_argnums=0)
-    lowered = run.lower(state, step_memory.batch_shapes(ROWS, LENGTH))
+    lowered = run.lower(state, NEXT_TOKEN.batch_shapes(lm, ROWS, LENGTH))
     options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
     return memory.compiled_memory(lowered.compile(compiler_options=options))["total_bytes"]
 
@@ -55,10 +56,27 @@ def test_memory_is_the_compilers(changes):
     assert predicted == pytest.approx(planned(*description), rel=memory.AGREE)
 
 
+def test_no_array_is_made(monkeypatch):
+    """A mesh of devices that are not attached may be in scope, which can hold none."""
+    made, key = [], jax.random.key
+
+    def recorded(seed):
+        made.append(key(seed))
+        return made[-1]
+
+    lm, _, state, _ = described()
+    monkeypatch.setattr(jax.random, "key", recorded)
+    step_memory.predicted_bytes(lm, state, ROWS, LENGTH)
+    assert made and all(isinstance(array, jax.core.Tracer) for array in made)
+
+
 def test_what_is_frozen_has_no_gradient_and_no_moments():
     lm, _, state, _ = described()
     full = step_memory.predicted_bytes(lm, state, ROWS, LENGTH) - step_memory.activation_bytes(lm, state, ROWS, LENGTH)
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+
+    def size(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
     weights = size(state.params)
     assert full == pytest.approx(4 * weights, rel=0.01)
     lm, _, state, _ = described("lora(rank=4)")
@@ -71,7 +89,10 @@ def test_bytes_that_a_step_moves():
     for method, frozen_too in (("full()", False), ("lora(rank=4)", True)):
         lm, _, state, _ = described(method)
         activation_bytes = step_memory.activation_bytes(lm, state, ROWS, LENGTH)
-        size = lambda tree: sum(leaf.size * 4 for leaf in jax.tree.leaves(tree))  # noqa: E731
+
+        def size(tree):
+            return sum(leaf.size * 4 for leaf in jax.tree.leaves(tree))
+
         learnt, frozen = size(state.params), size(state.frozen)
         assert bool(frozen) == frozen_too
         moved = step_memory.moved_bytes(lm, state, ROWS, LENGTH) - 2 * activation_bytes
@@ -88,7 +109,7 @@ def test_a_program_executes_what_the_model_needs_and_what_remat_computes_twice()
     for remat in ("none", "full"):
         lm, method, state, train = described(remat=remat, attention_kernel="xla")
         run = functools.partial(step.train_step, lm, train, method)
-        counted[remat] = jaxpr_flops.count_needed_flops(run, state, step_memory.batch_shapes(ROWS, LENGTH))
+        counted[remat] = jaxpr_flops.count_needed_flops(run, state, NEXT_TOKEN.batch_shapes(lm, ROWS, LENGTH))
     boxed = model.abstract_params(lm)
     forward = ROWS * formulas.forward_flops(lm, boxed, LENGTH, executed=True)
     head = 2 * ROWS * LENGTH * lm.dim * lm.vocab_size

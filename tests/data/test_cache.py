@@ -135,7 +135,10 @@ def test_a_damaged_entry_is_made_again_with_a_line(spec, cache_dir, caplog, kind
 
 def test_what_lies_beside_the_files_of_an_entry_is_damage_too(tmp_path):
     calls = []
-    fill = lambda folder: calls.append(1) or (folder / "a").write_text("a")  # noqa: E731
+
+    def fill(folder):
+        return calls.append(1) or (folder / "a").write_text("a")
+
     (cache.entry(tmp_path, "thing", fill) / "b").write_text("b")
     assert sorted(path.name for path in cache.entry(tmp_path, "thing", fill).iterdir()) == ["a", "checksums.json"]
     assert len(calls) == 2
@@ -144,14 +147,19 @@ def test_what_lies_beside_the_files_of_an_entry_is_damage_too(tmp_path):
 def test_an_entry_is_read_once_until_it_is_touched(tmp_path, monkeypatch):
     reads, real = [], cache._checksums
     monkeypatch.setattr(cache, "_checksums", lambda folder: reads.append(1) or real(folder))
-    fill = lambda folder: (folder / "a").write_text("a")  # noqa: E731
+
+    def fill(folder):
+        return (folder / "a").write_text("a")
+
     for _ in range(3):
         cache.entry(tmp_path, "thing", fill)
     assert len(reads) == 2  # when it was written, and when it was first opened
 
 
 def test_a_damaged_entry_that_cannot_be_replaced_says_what_to_set(tmp_path, monkeypatch):
-    fill = lambda folder: (folder / "a").write_text("a")  # noqa: E731
+    def fill(folder):
+        return (folder / "a").write_text("a")
+
     (cache.entry(tmp_path, "thing", fill) / "a").write_text("")
 
     def closed(*_):
@@ -163,7 +171,9 @@ def test_a_damaged_entry_that_cannot_be_replaced_says_what_to_set(tmp_path, monk
 
 
 def test_several_that_find_it_damaged_end_with_one_whole_entry(tmp_path):
-    fill = lambda folder: (folder / "a").write_text("a")  # noqa: E731
+    def fill(folder):
+        return (folder / "a").write_text("a")
+
     (cache.entry(tmp_path, "thing", fill) / "a").write_text("")
     entries_read = []
     threads = [

@@ -203,7 +203,7 @@ def test_tools_go_with_their_conversation(tmp_path, spell):
 
 def test_a_table_is_not_read_as_text(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a.parquet is a Parquet file; write parquet\(path=...\)"):
+    with pytest.raises(UserError, match=r"a.parquet: is a Parquet file; write parquet\(path=...\)"):
         documents(f"text(path='{tmp_path}/a.parquet')")
 
 
@@ -290,7 +290,7 @@ def test_a_byte_order_mark_is_no_character(tmp_path, source, content):
     marked = write(tmp_path / "marked", b"\xef\xbb\xbf" + content)
     assert documents(f"{source}(path={marked!r})") == documents(f"{source}(path={plain!r})")
     wide = write(tmp_path / "wide", content.decode().encode("utf-16"))
-    with pytest.raises(UserError, match="wide is not UTF-8: byte 0; it is UTF-16, which `iconv"):
+    with pytest.raises(UserError, match="wide: not UTF-8: byte 0; it is UTF-16, which `iconv"):
         documents(f"{source}(path={wide!r})")
 
 
@@ -349,7 +349,7 @@ def test_a_line_that_is_no_record_is_not_read_whole(tmp_path, monkeypatch):
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", "a")
     monkeypatch.setattr("efficientllm.data.streams.open", _closed, raising=False)
-    with pytest.raises(UserError, match=r"a.txt cannot be read \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"a.txt: cannot be read \(Permission denied\)"):
         documents(f"text(path={path!r})")
 
 

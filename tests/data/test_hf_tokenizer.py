@@ -230,7 +230,7 @@ def test_several_templates_by_name_without_a_default_are_named(tmp_path):
 def test_a_sentencepiece_model_alone_says_what_reads_it(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "tokenizer.model").write_bytes(b"\n")
-    with pytest.raises(UserError, match="tokenizer.model, which is read with: pip install sentencepiece"):
+    with pytest.raises(UserError, match="tokenizer.model, which sentencepiece reads; pip install sentencepiece"):
         kinds.ours(tmp_path)
 
 

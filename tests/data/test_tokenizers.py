@@ -124,7 +124,7 @@ def test_sentencepiece_spelling_is_counted_as_text():
 def test_what_cannot_be_a_tokenizer_is_refused(tmp_path, spec, folder):
     with pytest.raises(UserError, match="vocab_size = 256: must be at least 257"):
         data.build_tokenizer("bpe(vocab_size=256)", spec)
-    with pytest.raises(UserError, match=r"hf\(path='.*nowhere'\) cannot be loaded"):
+    with pytest.raises(UserError, match=r"^tokenizer: hf\(path='.*nowhere'\): cannot be loaded"):
         data.build_tokenizer(f"hf(path={str(tmp_path / 'nowhere')!r})", spec)
     config = folder / "tokenizer_config.json"
     config.write_text(config.read_text().replace('"eos_token": "<eos>"', '"eos_token": null'))

@@ -124,7 +124,7 @@ def travel(compiled, mesh):
 @pytest.mark.parametrize(
     "name, mesh_spec, message",
     [
-        ("dropless", "fsdp=2, expert=4", "expert = 4 .* dispatch = 'dropless' .* dispatch = 'capacity'"),
+        ("dropless", "fsdp=2, expert=4", "expert = 4 .* dispatch = 'dropless'; .* dispatch = 'capacity'"),
         ("six", "fsdp=2, expert=4", "expert = 4 does not divide moe's num_experts = 6; 2 would"),
     ],
 )

@@ -33,7 +33,10 @@ def batch(length=T, seed=0, fill=0):
     real = index < np.array(LENGTHS)[:, None]
     second = index >= 8
     at = np.minimum(index, T)
-    other = lambda: rng.integers(0, V, (B, length), np.int32) if fill else np.zeros((B, length), np.int32)  # noqa: E731
+
+    def other():
+        return rng.integers(0, V, (B, length), np.int32) if fill else np.zeros((B, length), np.int32)
+
     return {
         "tokens": np.where(real, ids[:, np.minimum(at, T - 1)], other()),
         "targets": np.where(real, ids[:, np.minimum(at + 1, T)], other()),

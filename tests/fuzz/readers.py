@@ -18,6 +18,8 @@ import typing
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from autoencoders import folders as autoencoder_folders
+from autoencoders import wan_folders
 from convert import folders
 from efficientllm.errors import UserError
 
@@ -88,12 +90,19 @@ FAMILIES = [
     {"model_type": "deepseek_v3", "routed_scaling_factor": 2.5} | LATENT | EXPERTS,
     STATE | {"model_type": "mamba", "time_step_rank": 5, "num_hidden_layers": 4},
     STATE | {"model_type": "mamba2", "head_dim": 16, "num_heads": 6, "n_groups": 2, "time_step_limit": [0.0, 1e400]},
+    {"_class_name": "DiTTransformer2DModel", "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
+    | {"in_channels": 4, "out_channels": 8, "sample_size": 8, "num_embeds_ada_norm": 10, "norm_eps": 1e-5},
+    {"model_type": "clip_text_model", "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2}
+    | {"vocab_size": 40, "projection_dim": 8, "architectures": ["CLIPTextModelWithProjection"], "eos_token_id": 2},
+    {"model_type": "umt5", "hidden_size": 24, "d_model": 24, "d_kv": 6, "num_heads": 3, "num_layers": 2}
+    | {"vocab_size": 40, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8},
+    {"_class_name": "DiT", "hidden_size": 24, "depth": 2, "num_heads": 2, "input_size": 8, "mlp_ratio": 4.0},
 ]
 
 
 def configs(folder):
     plain = {key: value for key, value in folders.LLAMA.items() if key != "architectures"}
-    return [config if "hidden_size" in config else plain | config for config in FAMILIES]
+    return [plain | config if "model_type" in config and "hidden_size" not in config else config for config in FAMILIES]
 
 
 def spoil_config(rng, sample, folder):
@@ -157,6 +166,53 @@ def _load(source, stored=False):
         np.asarray(source.tensors.read(name))
     if stored:
         source.load_stored(nn.unbox(model.abstract_params(lm)), lm)
+
+
+def autoencoder(folder):
+    autoencoder_folders.save(folder)
+    return bytes_of(folder)
+
+
+def spoil_autoencoder(rng, sample, folder):
+    if rng.random() < 0.6:
+        return spoil_files(["config.json"])(rng, sample, folder)
+    return spoil_safetensors(rng, sample, folder)
+
+
+def read_autoencoder(folder):
+    from efficientllm.registry import build
+
+    build("autoencoder", f"kl(path={str(folder)!r})").load_params()
+
+
+def autoencoder_of_clips(folder):
+    wan_folders.save(folder)
+    return bytes_of(folder)
+
+
+def read_autoencoder_of_clips(folder):
+    from efficientllm.registry import build
+
+    build("autoencoder", f"wan(path={str(folder)!r})").load_params()
+
+
+def clips(folder):
+    from efficientllm.infer.clips import write_clip
+
+    folder.mkdir(exist_ok=True)
+    frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    for ending in ("webp", "mp4"):
+        write_clip(folder / f"clip.{ending}", frames, 10)
+    first, *rest = map(importlib.import_module("PIL.Image").fromarray, frames)
+    first.save(folder / "clip.gif", save_all=True, append_images=rest, duration=[50, 100, 50, 50])
+    return bytes_of(folder)
+
+
+def read_clips(folder):
+    from efficientllm.data.images.clips import read_clip
+
+    for file in folder.iterdir():
+        assert read_clip(file).frames.ndim == 4
 
 
 def gguf(folder):
@@ -543,6 +599,9 @@ READERS = {
     "config": Reader(configs, spoil_config, read_config),
     "safetensors": Reader(weights, spoil_safetensors, read_weights),
     "index": Reader(sharded, spoil_safetensors, read_weights),
+    "autoencoder": Reader(autoencoder, spoil_autoencoder, read_autoencoder),
+    "autoencoder_of_clips": Reader(autoencoder_of_clips, spoil_autoencoder, read_autoencoder_of_clips),
+    "clips": Reader(clips, spoil_files(["clip.webp", "clip.gif", "clip.mp4"]), read_clips),
     "gguf": Reader(gguf, spoil_files(["m.gguf"], within=4000), read_gguf),
     "rounded": Reader(rounded, spoil_arrays, read_stored),
     "gptq": Reader(gptq, spoil_arrays, read_stored),

@@ -33,7 +33,7 @@ def test_each_vector_is_rounded_by_itself():
 def test_bytes_are_those_of_the_formula(spec):
     contract.check_state_bytes("mixer", spec)
     lm = contract.build("mixer", spec)
-    mixer, _ = model.parts(lm)[0]
+    (mixer,), _ = model.parts(lm)[0]
     assert mixer.state_bytes(1) == BYTES[spec]
 
 
@@ -69,4 +69,4 @@ def test_what_has_no_such_state_is_refused():
     with pytest.raises(UserError, match="did you mean 'int8'"):
         contract.build("mixer", "gqa", kv_cache="int4")
     lm = contract.build("mixer", "mqa", kv_cache="int8")
-    assert model.parts(lm)[0][0].kv_cache == "int8"
+    assert model.parts(lm)[0].mixers[0].kv_cache == "int8"

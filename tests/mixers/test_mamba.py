@@ -12,10 +12,10 @@ import hlo
 from configs import base
 from efficientllm import model
 from efficientllm.architecture import from_config
-from efficientllm.objectives.next_token import loss_fn
 from efficientllm.ops import ssd
 from efficientllm.ops.attention import Context
 from efficientllm.ops.selective_scan import selective_scan
+from tests.contract import loss_fn
 from tiers import slow_case
 
 VOCAB, B, T = 96, 2, 75  # beyond one chunk, and no multiple of it
@@ -182,7 +182,10 @@ def _documents(rng, length):
 @pytest.mark.parametrize("length", [1, slow_case(31), slow_case(130)])
 def test_selective_scans_are_the_recurrence(length):
     rng = np.random.default_rng(length)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     C, N = 6, 4
     step = jax.nn.softplus(normal(B, length, C))
     operands = normal(B, length, C), step, -jnp.exp(normal(C, N)), normal(B, length, N), normal(B, length, N)
@@ -213,7 +216,10 @@ def test_one_token_is_one_step(kernel):
 @pytest.mark.parametrize("length", [1, slow_case(16), slow_case(43)])
 def test_chunks_of_ssd_are_its_steps(length):
     rng = np.random.default_rng(length)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     H, P, J, N = 4, 3, 2, 5
     step = jax.nn.softplus(normal(B, length, H))
     operands = normal(B, length, H, P), step, -jnp.exp(normal(H)), normal(B, length, J, N), normal(B, length, J, N)

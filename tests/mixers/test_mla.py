@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+import contract
 import hlo
 import peer
+from contract import orders
 from efficientllm import model
 from efficientllm.ops.attention import Context
 from tiers import slow_case
@@ -128,3 +130,19 @@ def test_decode_expands_no_latent(new_tokens):
     assert any(S in shape and R in shape for shape in made)
     expanded = [shape for shape in made if S in shape and np.prod(shape) >= wide]
     assert bool(expanded) == (new_tokens > 1), expanded
+
+
+@pytest.mark.parametrize(
+    "check", [contract.check_decode, contract.check_state_bytes, contract.check_flops, orders.check_permutation]
+)
+def test_without_a_rotated_part(check):
+    """No shared key, no rotation: the latents are all that the cache holds."""
+    check("mixer", "mla(rope_dim=0)")
+
+
+def test_without_a_rotated_part_there_is_no_shared_key():
+    lm = contract.build("mixer", "mla(rope_dim=0, kv_rank=12)", position="rope")
+    kernels = nn.unbox(model.abstract_params(lm))["groups"]["block_0"]["mixer"]
+    assert kernels["kv_a"]["kernel"].shape == (2, 32, 12) and kernels["q"]["kernel"].shape == (2, 32, 4 * 8)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda: model.init_states(lm, 3, 5)))]
+    assert shapes == [(2, 3, 5, 12)]

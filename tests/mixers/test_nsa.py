@@ -70,58 +70,68 @@ def most(scores, forced, count):
     return [*forced, *others][:count]
 
 
-def nsa_by_loops(p, x_TD, l, d, size, n, window):  # noqa: E741
-    """One document, as the paper writes it."""
+def nsa_by_loops(p, x_TD, l, d, size, n, window, causal=True):  # noqa: E741
+    """One document, as the paper writes it; or in both directions, as `NSA` does."""
     T = len(x_TD)
-    kernel = lambda name: p[name]["kernel"]  # noqa: E731
+
+    def kernel(name):
+        return p[name]["kernel"]
+
     q = heads(x_TD, kernel("q"), True)
     k, v = ({b: heads(x_TD, kernel(f"{b}_{c}"), c + b != "kcompressed" and c == "k") for b in BRANCHES} for c in "kv")
     begins = range(0, T - l + 1, d)
-    compressed_block = lambda x, i, g: x["compressed"][i : i + l, g]  # noqa: E731
+
+    def compressed_block(x, i, g):
+        return x["compressed"][i : i + l, g]
+
     small_k = [[rotate(compress(p["compress_k"], compressed_block(k, i, g)), i) for g in range(G)] for i in begins]
     small_v = [[compress(p["compress_v"], compressed_block(v, i, g)) for g in range(G)] for i in begins]
     gates = 1 / (1 + np.exp(-(x_TD @ kernel("gate")))).reshape(T, H, 3)
     y = np.zeros((T, H, K))
     for t in range(T):
-        current, visible = t // size, [i for i, begin in enumerate(begins) if begin + l - 1 <= t]
+        last = t if causal else T - 1
+        current, visible = t // size, [i for i, begin in enumerate(begins) if begin + l - 1 <= last]
+        forced = {0, max(0, current - 1), current} if causal else {current}
         for g in range(G):
-            scores, group = np.zeros(current + 1), range(g * H // G, (g + 1) * H // G)
+            scores, group = np.zeros(last // size + 1), range(g * H // G, (g + 1) * H // G)
             for h in group:
                 weights = np.zeros(10 * T)
                 if visible:
                     weights[visible] = softmax(np.array([small_k[i][g] @ q[t, h] for i in visible]) * K**-0.5)
                     y[t, h] += gates[t, h, 0] * sum(weights[i] * small_v[i][g] for i in visible)
-                for j in range(current + 1):
+                for j in range(len(scores)):
                     for m in range(size // d):
                         for back in range(l // d):
                             scores[j] += weights[j * size // d + m - back]
-            blocks = most(scores, sorted({0, max(0, current - 1), current}), n)
-            tokens = [s for j in blocks for s in range(j * size, (j + 1) * size) if s <= t]
+            blocks = most(scores, sorted(forced), n)
+            tokens = [s for j in blocks for s in range(j * size, (j + 1) * size) if s <= last]
             for h in group:
                 y[t, h] += gates[t, h, 1] * read(q[t, h], k["chosen"], v["chosen"], g, tokens)
-                recent = list(range(max(0, t - window + 1), t + 1))
+                recent = list(range(max(0, t - window + 1), min(last, t + window - 1) + 1))
                 y[t, h] += gates[t, h, 2] * read(q[t, h], k["recent"], v["recent"], g, recent)
     return y.reshape(T, -1) @ kernel("o")
 
 
-def moba_by_loops(p, x_TD, size, n):
-    """One document, as the paper writes it."""
+def moba_by_loops(p, x_TD, size, n, causal=True):
+    """One document, as the paper writes it; or in both directions, as `MoBA` does."""
     T = len(x_TD)
     q, k, v = (heads(x_TD, p[name]["kernel"], name != "v") for name in "qkv")
     y = np.zeros((T, H, K))
     for t in range(T):
         for h in range(H):
             g, current = h * G // H, t // size
-            scores = [k[j * size : (j + 1) * size, g].mean(0) @ q[t, h] for j in range(current)]
-            blocks = most([*scores, 0.0], [current], n)
-            tokens = [s for j in blocks for s in range(j * size, (j + 1) * size) if s <= t]
+            whole = current if causal else T // size
+            scores = [k[j * size : (j + 1) * size, g].mean(0) @ q[t, h] for j in range(whole)]
+            blocks = most([*scores, 0.0] if causal else scores, [current], n)
+            last = t if causal else T - 1
+            tokens = [s for j in blocks for s in range(j * size, (j + 1) * size) if s <= last]
             y[t, h] = read(q[t, h], k, v, g, tokens)
     return y.reshape(T, -1) @ p["o"]["kernel"]
 
 
-def check_loops(mixer, params, x_BTD, lengths, by_loops):
+def check_loops(mixer, params, x_BTD, lengths, by_loops, context=Context.packed):
     """Each document of a packed row is what the loops give for it alone."""
-    outputs = jax.jit(mixer.apply)({"params": params}, x_BTD, Context.packed(*documents(lengths)))[0]
+    outputs = jax.jit(mixer.apply)({"params": params}, x_BTD, context(*documents(lengths)))[0]
     exact = jax.tree.map(np.float64, params)
     pieces = np.split(np.float64(x_BTD[0]), np.cumsum(lengths)[:-1])
     expected = np.concatenate([by_loops(exact, piece) for piece in pieces])
@@ -141,7 +151,10 @@ def test_nsa_is_what_the_paper_writes(lengths, sizes, kernel):
     names = ("compress_block", "compress_stride", "select_block", "select_count", "window")
     fields = dict(zip(names, sizes, strict=True)) | {"block_kernel": kernel, "attention_kernel": "auto"}
     mixer, params, x_BTD = random_mixer("nsa", sum(sizes), sum(lengths), **fields)
-    by_loops = lambda p, x: nsa_by_loops(p, x, *sizes)  # noqa: E731
+
+    def by_loops(p, x):
+        return nsa_by_loops(p, x, *sizes)
+
     check_loops(mixer, params, x_BTD, lengths, by_loops)
 
 
@@ -151,6 +164,24 @@ def test_moba_is_what_the_paper_writes(lengths, sizes, kernel):
     fields = {"block": sizes[0], "block_count": sizes[1], "block_kernel": kernel}
     mixer, params, x_BTD = random_mixer("moba", sum(sizes), sum(lengths), **fields)
     check_loops(mixer, params, x_BTD, lengths, lambda p, x: moba_by_loops(p, x, *sizes))
+
+
+@pytest.mark.parametrize("kernel", [slow_case("masked"), "grouped", slow_case("gathered")])
+@pytest.mark.parametrize("lengths", [[48], slow_case([3, 38, 1, 17])])
+def test_nsa_in_both_directions(lengths, kernel):
+    sizes = (8, 4, 8, 3, 7)
+    names = ("compress_block", "compress_stride", "select_block", "select_count", "window")
+    fields = dict(zip(names, sizes, strict=True)) | {"block_kernel": kernel, "attention_kernel": "auto"}
+    mixer, params, x_BTD = random_mixer("nsa", 5, sum(lengths), **fields)
+    check_loops(mixer, params, x_BTD, lengths, lambda p, x: nsa_by_loops(p, x, *sizes, causal=False), Context.whole)
+
+
+@pytest.mark.parametrize("kernel", [slow_case("masked"), "grouped", slow_case("gathered")])
+@pytest.mark.parametrize("lengths", [[28, 14], slow_case([9, 1, 40])])
+def test_moba_in_both_directions(lengths, kernel):
+    fields = {"block": 7, "block_count": 2, "block_kernel": kernel}
+    mixer, params, x_BTD = random_mixer("moba", 6, sum(lengths), **fields)
+    check_loops(mixer, params, x_BTD, lengths, lambda p, x: moba_by_loops(p, x, 7, 2, causal=False), Context.whole)
 
 
 def random_choice(rng, lengths, choosers, size, n):
@@ -182,7 +213,10 @@ def test_grouped_and_masked_are_one_function(name, chunk_bytes, tile_rows, tiles
     lengths, choosers, heads, kv_heads, size, n = CASES[name]
     rng = np.random.default_rng(len(name))
     chosen, T = random_choice(rng, lengths, choosers, size, n), sum(lengths)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     shapes = (1, T, choosers * heads, 8), (1, T, kv_heads, 8), (1, T, kv_heads, 4)
     dy = normal(1, T, choosers * heads, 4)
 

@@ -17,9 +17,9 @@ from efficientllm.architecture import from_config
 from efficientllm.cost import formulas
 from efficientllm.cost.jaxpr_flops import count_matmul_flops
 from efficientllm.errors import UserError
-from efficientllm.objectives.next_token import loss_fn
 from efficientllm.ops import rwkv_recurrence
 from efficientllm.ops.attention import Context
+from tests.contract import loss_fn
 from tiers import slow_case, slow_except
 
 VOCAB, T = 40, 37  # no multiple of a chunk
@@ -45,9 +45,16 @@ def _lm(layers, dim, head_dim, hidden, vocab=VOCAB, mixer="", **changes):
 
 def _state_dict(rng, layers, dim, head_dim, hidden):
     """Random weights under the package's names: no parameter is at a value that hides it."""
-    normal = lambda *shape, scale=1.0: (scale * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
-    norm = lambda name: {f"{name}.weight": 1 + normal(dim, scale=0.2), f"{name}.bias": normal(dim, scale=0.2)}  # noqa: E731
-    linear = lambda name, n, m: {f"{name}.weight": normal(n, m, scale=m**-0.5)}  # noqa: E731
+
+    def normal(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    def norm(name):
+        return {f"{name}.weight": 1 + normal(dim, scale=0.2), f"{name}.bias": normal(dim, scale=0.2)}
+
+    def linear(name, n, m):
+        return {f"{name}.weight": normal(n, m, scale=m**-0.5)}
+
     weights = {"emb.weight": normal(VOCAB, dim)} | norm("ln_out") | linear("head", VOCAB, dim) | norm("blocks.0.ln0")
     for i in range(layers):
         att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
@@ -179,7 +186,9 @@ def _plain(tokens, starts_BT, memory_BHKV):
 
 
 def _random(rng, B, length, H, K, V, log_w=None):
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     kappa = normal(B, length, H, K)
     kappa /= np.linalg.norm(kappa, axis=-1, keepdims=True)
     if log_w is None:
@@ -258,7 +267,10 @@ def test_what_the_gradient_keeps_is_linear_in_the_tokens():
     def residual_bytes(length, kernel):
         tokens = _random(np.random.default_rng(0), 1, length, 2, 32, 32)
         starts = np.zeros((1, length), bool)
-        run = lambda tokens: jax.vjp(lambda t: rwkv_recurrence.recur(t, starts, kernel=kernel), tokens)[1]  # noqa: E731
+
+        def run(tokens):
+            return jax.vjp(lambda t: rwkv_recurrence.recur(t, starts, kernel=kernel), tokens)[1]
+
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(run, tokens)))
 
     assert residual_bytes(1024, "split") < 2.05 * residual_bytes(512, "split")

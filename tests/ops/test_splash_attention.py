@@ -22,7 +22,9 @@ def _operands(value_dim=K):
 
 
 def _value_and_gradients(kernel, operands, mask):
-    loss = lambda *operands: jnp.mean(attend(*operands, mask, kernel) ** 2)  # noqa: E731
+    def loss(*operands):
+        return jnp.mean(attend(*operands, mask, kernel) ** 2)
+
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*operands)
 
 
@@ -52,6 +54,20 @@ def test_who_takes_it():
     with kernel_choice.compiling_for("tpu"):
         assert choose(q, Mask()) == "splash"
         assert choose(q[:, :200], Mask()) == choose(q, Mask(), bias=lambda *_: 0) == "xla"
+        assert choose(q[:, :200], Mask(order="bidirectional")) == "splash"
     assert choose(q, Mask()) == "chunked"
-    with pytest.raises(UserError, match="whole 128 tokens"):
-        attend(q[:, :200], q[:, :200], q[:, :200], Mask(), "splash")
+    with pytest.raises(UserError, match="no decoding"):
+        attend(q, q, q, Mask(), "splash", bias=lambda *_: 0)
+
+
+@pytest.mark.parametrize("window, across", [(None, False), (30, False), slow_case(None, True)])
+def test_splash_honours_the_order_of_rows_that_fill_no_block(window, across):
+    """200 tokens; and 200 queries over a text of 140 keys with padding."""
+    (q, k, v), segments = _operands()
+    T, S = 200, 140 if across else 200
+    mask = Mask(segments[:, :T], window=window, order="bidirectional")
+    if across:
+        mask = Mask.across(segments[:, :T], jnp.where(jnp.arange(S) < 130, segments[:, 60:200], 0))
+    operands = q[:, :T], k[:, :S], v[:, :S]
+    pair = (_value_and_gradients(kernel, operands, mask) for kernel in ("xla", "splash"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-5), *pair)

@@ -9,10 +9,10 @@ import jax
 import pytest
 
 import runs
-from configs import base
+from configs import base, dit
 from efficientllm import model, sharding
 from efficientllm.ffns.moe import MoE
-from efficientllm.ops import attention
+from efficientllm.ops import attention_kernels
 from efficientllm.plan import collectives, hlo_cost, hlo_text, training_step
 from tiers import slow_case, slow_except
 
@@ -42,6 +42,9 @@ MIXTURES = (
     ("fsdp=2, expert=4", CAPACITY),
     ("data=2, expert=4", CAPACITY),
     ("expert=4, tensor=2", CAPACITY),
+    ("fsdp=8", "swiglu(use_bias=True)"),
+    ("fsdp=4, tensor=2", DROPLESS.replace(")", ", activation='gelu_tanh', use_bias=True)")),
+    ("fsdp=2, expert=2, tensor=2", CAPACITY.replace(")", ", use_bias=True)")),
 )
 pytestmark = pytest.mark.xdist_group("collectives")
 
@@ -104,6 +107,23 @@ def test_a_step_sends_what_the_formula_says(mesh, changes):
     assert set(more.values()) <= {0}, (ours, theirs)
 
 
+@pytest.mark.parametrize("mesh", slow_except(("data=8", "fsdp=8", "data=2, fsdp=4"), "fsdp=8"))
+def test_a_step_on_pictures_sends_what_the_formula_says(mesh):
+    """Labels are looked up as tokens are; biases, and kernels that multiply the batch, are gathered once."""
+    config = dit.get_config()
+    changes = {"model.size": SMALL.replace("vocab_size=88", "patch=4"), "model.parameters_of": "", "mesh": mesh}
+    changes |= {"model.embed": "patches(side=16, channels=4, classes=7)", "model.unroll": 0, "train.batch_size": 16}
+    config.update_from_flattened_dict(changes)
+    described_step = training_step.describe(config, jax.devices()[:8], "cpu")
+    ours, theirs = sent(collectives.closed(described_step)), compiled(described_step)
+    assert ours.keys() == theirs.keys()
+    more = {kind: theirs[kind] - ours[kind] for kind in theirs}
+    assert 0 <= more.pop("all-reduce") <= scalars(described_step)
+    assert set(more.values()) <= {0}, (ours, theirs)
+    config.mesh = "fsdp=4, tensor=2"
+    assert collectives.closed(training_step.describe(config, jax.devices()[:8], "cpu")) is None
+
+
 @pytest.mark.slow
 def test_over_a_wide_tensor_axis_xla_sends_the_routers_gradients_too():
     """It divides a router's product among the axis's devices, who put it together again: its bytes, and no more."""
@@ -116,7 +136,7 @@ def test_over_a_wide_tensor_axis_xla_sends_the_routers_gradients_too():
 @pytest.mark.parametrize("chunk", [256, 5])
 def test_keys_and_values_are_sent_once_for_all_chunks_of_queries(chunk, monkeypatch):
     """And so are their gradients."""
-    monkeypatch.setattr(attention, "GATHERED_CHUNK", chunk)
+    monkeypatch.setattr(attention_kernels, "GATHERED_CHUNK", chunk)
     described_step = described("fsdp=4, sequence=2")
     ours, theirs = sent(collectives.closed(described_step)), compiled(described_step)
     assert ours["all-gather"] == theirs["all-gather"] and ours["all-to-all"] == theirs["all-to-all"]

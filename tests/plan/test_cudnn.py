@@ -35,6 +35,25 @@ def test_wide_heads_are_traced_for_a_gpu_that_takes_them():
         assert jax.eval_shape(jax.grad(loss), *shapes).shape == (1, 64, 2, 192)
 
 
+@pytest.mark.parametrize(
+    "mask, masked, causal",
+    [
+        (Mask(), False, True),
+        (Mask(order="bidirectional"), False, False),
+        (Mask(order="bidirectional", window=9), True, False),
+        (Mask(jnp.ones((1, 64), jnp.int32), order="bidirectional"), True, False),
+        (Mask(order="prefix", blocks_BT=jnp.ones((1, 64), jnp.int32)), True, False),
+    ],
+)
+def test_every_order_is_traced(mask, masked, causal):
+    """Causal by itself; in both directions without a mask, or with a dense one."""
+    q = heads(64)
+    with kernel_choice.compiling_for("gpu", (9, 0)), cudnn.planned_for((9, 0)):
+        assert choose(q, mask) == "cudnn" and choose(q, Mask.across(), keys=77) == "xla"
+        traced = str(jax.make_jaxpr(lambda q: attend(q, q, q, mask))(q))
+    assert ("mask_type=MaskType.CAUSAL" in traced) == causal and ("bool[1,1,64,64]" in traced) == masked, traced
+
+
 def test_afterwards_the_process_is_asked_again():
     checks = fused.check_compute_capability, fused.is_cuda_compute_capability_equal, fused.check_cudnn_version
     with pytest.raises(ValueError, match="inside"), cudnn.planned_for((9, 0)):

@@ -94,7 +94,10 @@ def test_numbers_that_hardware_does_not_come_in(name, count, message):
 
 def test_a_group_over_hosts_is_held_up_by_the_network():
     gh200 = hardware.find("gh200_96", 1)  # four a host, 450 GB/s inside, 25 GB/s an adapter
-    speed = lambda *group: hardware.link_bandwidth(gh200, group).value  # noqa: E731
+
+    def speed(*group):
+        return hardware.link_bandwidth(gh200, group).value
+
     assert speed(0, 1, 2, 3) == 450e9
     assert speed(0, 4) == 25e9
     assert speed(*range(8)) == 4 * 25e9

@@ -128,7 +128,7 @@ def test_what_does_not_fit_may_in_another_form(tmp_path, monkeypatch, capsys):
     "overrides, message",
     [
         ({"plan__devices": 2}, "config.infer.batch_size = 1: config.mesh = 'data=-1' divides rows over 2 devices"),
-        ({"quant": "stored"}, "config.quant = 'stored' takes what a checkpoint's files hold"),
+        ({"quant": "stored"}, "config.quant = 'stored': takes what a checkpoint's files hold"),
         ({"infer__max_new_tokens": 0}, "must be at least 1"),
         ({"plan__of": "serve"}, "no planned of that name; known: infer, pretrain, tune"),
     ],
@@ -146,7 +146,7 @@ from efficientllm.metrics import host
 from plan import test_request as plans
 
 one = plans.described("bfloat16", **{"model.size": plans.LARGE, "infer.prompt_length": 256})
-predicted = max(plans.steps.compile_step(one, part.trace).memory["total_bytes"] for part in one.programs())
+predicted = max(plans.training_step.compile_step(one, part.trace).memory["total_bytes"] for part in one.programs())
 with jax.set_mesh(one.mesh):
     held = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), one.shaped)
     engine = Engine(one.lm, held, Greedy(), -1, one.length)

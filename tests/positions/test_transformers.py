@@ -155,28 +155,36 @@ def _of_decoding(length, keys):
 def test_t5_buckets(num_buckets, max_distance):
     attention = transformers.models.t5.modeling_t5.T5Attention
     distance = np.arange(-3, 1200)
-    expected = attention._relative_position_bucket(
-        torch.tensor(-distance), bidirectional=False, num_buckets=num_buckets, max_distance=max_distance
-    )
     t5 = build("position", f"t5(num_buckets={num_buckets}, max_distance={max_distance})")
-    np.testing.assert_array_equal(jax.jit(t5.class_of)(distance), expected.numpy())
+    for order, distances in (("causal", distance), ("bidirectional", np.arange(-1200, 1200))):
+        expected = attention._relative_position_bucket(
+            torch.tensor(-distances), order == "bidirectional", num_buckets=num_buckets, max_distance=max_distance
+        )
+        class_of = jax.jit(functools.partial(t5.class_of, order=order))
+        np.testing.assert_array_equal(class_of(distances), expected.numpy())
+    np.testing.assert_array_equal(t5.class_of(-distance, "prefix"), t5.class_of(abs(distance)))
 
 
 @pytest.mark.slow
-def test_t5_bias():
-    """The bias matrix of T5's decoder, as training makes it and as decoding looks it up."""
+@pytest.mark.parametrize("order", ["causal", "bidirectional"])
+def test_t5_bias(order):
+    """The bias matrix of T5's decoder and encoder, as training makes it and as decoding looks it up."""
     H, T = 4, 40
     config = transformers.T5Config(
-        num_heads=H, relative_attention_num_buckets=16, relative_attention_max_distance=30, is_decoder=True
+        num_heads=H,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=30,
+        is_decoder=order == "causal",
     )
     attention = transformers.models.t5.modeling_t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
     peer.randomise(attention, 0)
     expected = attention.compute_bias(T, T).detach().numpy()
     table = attention.relative_attention_bias.weight.detach().numpy().T
     bias = functools.partial(_bias, "t5(num_buckets=16, max_distance=30)", H, table)
-    np.testing.assert_array_equal(bias(Mask(), (0, T), (0, T)), expected)
-    np.testing.assert_array_equal(bias(Mask(), (24, 40), (10, 40)), expected[:, :, 24:40, 10:40])
-    np.testing.assert_array_equal(bias(_of_decoding(33, T), (0, 7), (0, T)), expected[:, :, 33:])
+    mask, of_decoding = Mask(order=order), _of_decoding(33, T).replace(order=order)
+    np.testing.assert_array_equal(bias(mask, (0, T), (0, T)), expected)
+    np.testing.assert_array_equal(bias(mask, (24, 40), (10, 40)), expected[:, :, 24:40, 10:40])
+    np.testing.assert_array_equal(bias(of_decoding, (0, 7), (0, T)), expected[:, :, 33:])
 
 
 def test_relative_bias():
@@ -188,6 +196,22 @@ def test_relative_bias():
     np.testing.assert_array_equal(bias(Mask(), (0, T), (0, T)), expected[None])
     np.testing.assert_array_equal(bias(Mask(), (5, 9), (2, 9)), expected[None, :, 5:9, 2:9])
     np.testing.assert_array_equal(bias(_of_decoding(15, T), (0, 5), (0, T)), expected[None, :, 15:])
+
+
+@pytest.mark.parametrize("position", ["alibi", "t5(num_buckets=8, max_distance=20)", "relative(max_distance=6)"])
+def test_biases_in_both_directions(position):
+    """ALiBi and relative are symmetric, T5 has classes of its own for keys after the query; chunks look them up."""
+    H, T, c = 4, 20, 8 if "t5" in position else 7
+    table = np.random.default_rng(0).standard_normal((H, c), np.float32)
+    bias, mask = functools.partial(_bias, position, H, table), Mask(order="bidirectional")
+    whole, causal = (np.broadcast_to(bias(of, (0, T), (0, T))[0], (H, T, T)) for of in (mask, Mask()))
+    expected = np.where(np.tril(np.ones((T, T), bool)), causal, causal.swapaxes(1, 2))
+    if "t5" in position:
+        distance = np.arange(T)[:, None] - np.arange(T)
+        expected = table[:, build("position", position).class_of(distance, "bidirectional")]
+    np.testing.assert_array_equal(whole, expected)
+    of_chunk = mask.replace(query_index_BT=jnp.arange(5, 9)[None])
+    np.testing.assert_array_equal(bias(of_chunk, (0, 4), (0, T))[0], whole[:, 5:9])
 
 
 @pytest.mark.parametrize("D, base", [(16, 1e4), (10, 50.0)])
@@ -246,3 +270,36 @@ def test_learned_in_gpt2():
         return peer.tree(tensors | apart, LAYERS, GPT2_LAYER, GPT2_TOP)
 
     peer.check(reference, ours, to_tree, peer.tokens(1, 41), 1e-5)
+
+
+COORDINATES_BTA = np.random.default_rng(5).integers(0, 64, (2, 9, 3))
+HEADS_BTHK = np.random.default_rng(6).standard_normal((2, 9, 3, 128), np.float32)
+# Frequencies of two roundings move angles of 64 by 64 * 2 * 6e-8, twice, and a pair of numbers below 4 by 6 times that.
+ROTATION = {"rtol": 1e-5, "atol": 1e-4}
+
+
+def test_mrope():
+    """M-RoPE of Qwen2.5-VL: frequencies go on from section to section, pairs are halves apart."""
+    modeling = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    config = transformers.Qwen2_5_VLTextConfig(
+        hidden_size=384,
+        num_attention_heads=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    )
+    q_BHTK = torch.from_numpy(HEADS_BTHK).transpose(1, 2)
+    coordinates = torch.from_numpy(COORDINATES_BTA).permute(2, 0, 1)
+    cos, sin = modeling.Qwen2_5_VLRotaryEmbedding(config)(q_BHTK, coordinates)
+    expected = modeling.apply_rotary_pos_emb(q_BHTK, q_BHTK, cos, sin)[0].transpose(1, 2)
+    position = build("position", "rope(base=1e6, sections=(16, 24, 24))", parent=None)
+    np.testing.assert_allclose(position.rotate(HEADS_BTHK, COORDINATES_BTA), expected.numpy(), **ROTATION)
+
+
+def test_axial_rotation_of_a_vision_tower():
+    """Qwen2-VL's tower: rows and columns have the same frequencies, each in half of the pairs."""
+    modeling = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
+    config = modeling.Qwen2VLVisionConfig(embed_dim=240, num_heads=3)
+    x_THK, coordinates_TA = HEADS_BTHK[0, ..., :80], COORDINATES_BTA[0, :, :2]
+    cos, sin = modeling.Qwen2VLVisionRotaryEmbedding(config)(torch.zeros(1), torch.from_numpy(coordinates_TA))
+    expected = modeling.apply_rotary_pos_emb_vision(torch.from_numpy(x_THK), torch.from_numpy(x_THK), cos, sin)[0]
+    position = build("position", "rope(base=10000.0, sections=(20, 20), restart=True)", parent=None)
+    np.testing.assert_allclose(position.rotate(x_THK[None], coordinates_TA[None])[0], expected.numpy(), **ROTATION)

@@ -152,7 +152,10 @@ def test_kernels_of_one_input_are_one_call(form):
     lm, params = model.unroll(scanned, contract.parameters(scanned))
     packed, states = quantize(params, form), model.init_states(lm, contract.B, 4)
     ctx = contract.Context.decoding(contract.positions(1))
-    step = lambda params: lm.apply({"params": params}, contract.tokens()[:, :1], ctx, states)[0]  # noqa: E731
+
+    def step(params):
+        return lm.apply({"params": params}, contract.tokens()[:, :1], ctx, states)[0]
+
     jaxpr = jax.make_jaxpr(step)(packed)
     assert str(jaxpr).count("target_name=efficientllm_products") == 4 * lm.num_layers + 1
     np.testing.assert_allclose(step(packed), step(base.merge(packed)), atol=2e-4)

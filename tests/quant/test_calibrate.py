@@ -77,7 +77,10 @@ def test_gptq_is_the_loop_and_beats_rounding(symmetric):
     exact = gptq_by_loop(w, x.T @ x / len(x), symmetric)
     # A float32 factor may round a weight at the edge to the other side, which later columns then make up for.
     assert np.mean(np.isclose(decoded, exact, rtol=1e-4, atol=1e-6)) > 0.99
-    error = lambda q: np.mean((x @ (w - q).T) ** 2)  # noqa: E731
+
+    def error(q):
+        return np.mean((x @ (w - q).T) ** 2)
+
     assert error(decoded) < 0.85 * error(rtn(w, symmetric))
     assert error(decoded) < 1.01 * error(exact)
 

@@ -171,7 +171,10 @@ def test_products_together_are_those_alone(form, width=320):
     leaves = [native_leaf(form, rng, width, 32) for _ in range(3)]
     leaves[1] = jax.tree.map(lambda array: jnp.concatenate([array] * 40), leaves[1])
     x = jnp.asarray(rng.standard_normal((2, 1, width)), jnp.float32)
-    alone = lambda x: [matmul(x, leaf, "float32") for leaf in leaves]  # noqa: E731
+
+    def alone(x):
+        return [matmul(x, leaf, "float32") for leaf in leaves]
+
     ys, pull = jax.vjp(lambda x: matmul_together(x, leaves, "float32"), x)
     expected, pull_alone = jax.vjp(alone, x)
     for y, product_alone in zip(ys, expected, strict=True):
@@ -183,7 +186,10 @@ def test_products_together_are_those_alone(form, width=320):
 @pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
 def test_what_does_not_multiply_together(monkeypatch):
     x, kernel, other = jnp.ones((1, 64)), leaf("int4", normal(64, 6)), leaf("int4(group=64)", normal(64, 6))
-    together = lambda *leaves: matmul_together(x, leaves, "float32")  # noqa: E731
+
+    def together(*leaves):
+        return matmul_together(x, leaves, "float32")
+
     assert together(kernel, kernel) is not None
     assert together(kernel, other) is None  # groups of another size
     assert together(kernel, leaf("int8", normal(64, 6))) is None
@@ -195,7 +201,7 @@ def test_what_does_not_multiply_together(monkeypatch):
 
 def test_the_kernel_is_chosen_and_noted(monkeypatch):
     kernel = leaf("int4", normal(64, 32))
-    few, many = jnp.ones((products.FEW, 64)), jnp.ones((products.FEW + 1, 64))
+    few, many = jnp.ones((products.FEW_ROWS, 64)), jnp.ones((products.FEW_ROWS + 1, 64))
     with kernel_choice.recording_kernels() as used:
         jax.eval_shape(lambda: matmul(many, kernel, "float32"))
         assert used.pop("matmul_int4") == {"xla"}
@@ -280,7 +286,7 @@ def test_bad_specs(spec, message):
 )
 def test_accelerators_read_what_is_converted_and_no_more_as_it_lies(spec, platform, tied):
     """Tied to the input, which keeps decompression where it is, they would be copied by a GPU's program."""
-    kernel, x_MK = leaf(spec, normal(64, 8)), jnp.ones((products.FEW + 1, 64), jnp.bfloat16)
+    kernel, x_MK = leaf(spec, normal(64, 8)), jnp.ones((products.FEW_ROWS + 1, 64), jnp.bfloat16)
     with kernel_choice.compiling_for(platform):
         made = str(jax.make_jaxpr(lambda x: products.product(x, kernel, Precision.of("bfloat16"), None))(x_MK))
     assert ("select_n" in made) == tied

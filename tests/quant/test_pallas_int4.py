@@ -132,7 +132,9 @@ def test_it_is_chosen_on_one_device_of_its_platform():
     kernel = jax.eval_shape(lambda: Int4Form().leaf(jnp.zeros((64, 128)), False))
     for target, kind in (("gpu", "pallas"), ("tpu", "pallas"), ("cpu", "xla")):
         with kernel_choice.compiling_for(target), kernel_choice.recording_kernels() as used:
-            jax.eval_shape(lambda kernel, x: matmul(x, kernel, "bfloat16"), kernel, jnp.ones((products.FEW + 1, 128)))
+            jax.eval_shape(
+                lambda kernel, x: matmul(x, kernel, "bfloat16"), kernel, jnp.ones((products.FEW_ROWS + 1, 128))
+            )
         assert used["matmul_int4"] == {kind}
 
 
@@ -140,7 +142,7 @@ def test_without_triton_a_gpu_multiplies_through_xla(monkeypatch):
     """As with a JAX that has removed it; TPU kernels stay."""
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     monkeypatch.setattr(products, "has_triton", lambda: False)
-    kernel, x = Int4Form().leaf(jnp.ones((64, 128)), False), jnp.ones((products.FEW + 1, 128))
+    kernel, x = Int4Form().leaf(jnp.ones((64, 128)), False), jnp.ones((products.FEW_ROWS + 1, 128))
     for target, kind in (("gpu", "xla"), ("tpu", "pallas")):
         with kernel_choice.compiling_for(target), kernel_choice.recording_kernels() as used:
             jax.eval_shape(lambda kernel, x: matmul(x, kernel, "bfloat16"), kernel, x)

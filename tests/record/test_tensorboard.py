@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.context import RequestContext
+from tensorboard.data import provider as provider_module
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import backend_context
 from tensorboard.plugins.hparams import metadata as hparams_metadata
@@ -51,6 +52,36 @@ def test_scalars_and_text_are_read_back(tmp_path):
     assert curve(tmp_path, "config") == [(0, b"| key | value |")]
     assert read(tmp_path).SummaryMetadata("config").plugin_data.plugin_name == "text"
     assert read(tmp_path).SummaryMetadata("loss").plugin_data.plugin_name == "scalars"
+
+
+def pictures(logdir, run, tag):
+    """`[(step, PNG)]` of a tag of pictures, as TensorBoard's server reads them."""
+    multiplexer = plugin_event_multiplexer.EventMultiplexer(tensor_size_guidance={"images": 0})
+    multiplexer.AddRunsFromDirectory(str(logdir))
+    multiplexer.Reload()
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(logdir))
+    options = {
+        "experiment_id": "",
+        "plugin_name": "images",
+        "run_tag_filter": provider_module.RunTagFilter(runs=[run], tags=[tag]),
+    }
+    sequences = provider.read_blob_sequences(RequestContext(), **options, downsample=100)
+    return [
+        # The first two blobs are the width and the height.
+        (datum.step, provider.read_blob(RequestContext(), blob_key=datum.values[2].blob_key))
+        for datum in sequences[run][tag]
+    ]
+
+
+def test_pictures_are_read_back_by_tensorboards_server(tmp_path):
+    png = b"\x89PNG and so on"
+    writer = SummaryWriter(tmp_path / "run")
+    writer.image("samples", png, width=52, height=34, step=7)
+    writer.image("samples", png + b"!", width=52, height=34, step=9)
+    writer.close()
+    assert pictures(tmp_path, "run", "samples") == [(7, png), (9, png + b"!")]
+    event = read(tmp_path / "run").Tensors("samples")[0]
+    assert make_ndarray(event.tensor_proto).tolist() == [b"52", b"34", png]
 
 
 def test_flush_makes_a_running_curve_visible(tmp_path):
@@ -157,7 +188,8 @@ def test_what_a_row_says_comes_first_and_routers_come_last(tmp_path):
     aux = [{"stats": {"load": np.ones((2, 4)), "entropy": np.ones(2)}, "losses": {"z_loss": np.ones(2)}}]
     metrics = {"loss": 1.0, "total_loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0, "aux": aux}
     writer = SummaryWriter(tmp_path)
-    writer.scalars(1, charts.scalars(metrics, 1) | {"bits_per_byte": 1.0, "utilisation": 1.0, "tokens_per_s": 1.0})
+    routers = charts.scalars(metrics, [range(2)])
+    writer.scalars(1, routers | {"bits_per_byte": 1.0, "utilisation": 1.0, "tokens_per_s": 1.0})
     writer.hparams({"seed": 0}, {"al_s": 0.5, "eval_loss": 3.0})
     writer.close()
     tags = sorted(read(tmp_path).Tags()["tensors"])

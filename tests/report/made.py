@@ -1,5 +1,6 @@
 """Rows, run folders and sweep folders for tests of reports, written without a run."""
 
+import json
 import math
 import random
 
@@ -8,6 +9,7 @@ from efficientllm.record.row import PHYSICAL_UNITS, build_record, write_record
 from efficientllm.record.tensorboard import SummaryWriter
 
 UNITS = {"al_s": "s", "amu_gb": "GB", "pcu": "1", "tt_tokens_per_param_s": "1/s", "aec_w": "W"}
+IMAGE_UNITS = {"images_per_s": "1/s", "flops_per_image": "FLOP", "j_per_image": "J"}
 CPU = {"platform": "cpu", "kind": "cpu", "count": 1}
 H100 = {"platform": "gpu", "kind": "NVIDIA H100", "count": 1}
 # Times, memory and loss of a sweep over attention, as multiples of the baseline's.
@@ -46,18 +48,20 @@ def row(
     task="pretrain",
     conditions=None,
     told=None,
+    unit="nat",
     **values,
 ):
     """Writes `folder/record.json` with these values (`al_s=0.5`, `eval_loss=None`, ...) and returns its path.
 
-    `conditions` are `conditions.row`'s, `told` is joined to the provenance.
+    `conditions` are `conditions.row`'s, `told` is joined to the provenance, `unit` is that of the quality.
     """
     readings = {"paper": {}, "physical": {}, "quality": {}}
     for key, value in values.items():
-        group = "paper" if key in UNITS else "physical" if key in PHYSICAL_UNITS else "quality"
+        group = "paper" if key in UNITS else "physical" if key in PHYSICAL_UNITS | IMAGE_UNITS else "quality"
         source = energy if key in ("aec_w", "j_per_token", "energy_j") else "test"
         if value is not None:
-            readings[group][key] = Reading(value, UNITS.get(key) or PHYSICAL_UNITS.get(key, "nat"), source)
+            units = UNITS | PHYSICAL_UNITS | IMAGE_UNITS
+            readings[group][key] = Reading(value, units.get(key, unit), source)
     record = build_record(
         outcome=outcome,
         name=f"attention-{mixer}",
@@ -77,6 +81,47 @@ def row(
     folder.mkdir(parents=True, exist_ok=True)
     write_record(record | ({"sweep": sweep} if sweep else {}), folder / "record.json")
     return folder / "record.json"
+
+
+GLYPHS = {"source": "glyphs(size=32)", "fingerprint": "f" * 64, "size": 32, "classes": 4}
+
+
+def image_row(folder, mixer="mha", seed=0, changes=None, told=None, **values):
+    """Writes `folder/record.json` of a run that learns from pictures."""
+    trained = {"model.embed": "patches(patch=4)", "objective": "flow()", "data": "glyphs(size=32)", "train.length": 128}
+    values = {"eval_loss": 1.0, **values}
+    told = {"data": GLYPHS, **(told or {})}
+    return row(folder, mixer, seed, changes=trained | (changes or {}), told=told, unit="1", **values)
+
+
+LEVELS = {f"eval_loss_level_{level}": 1 + level / 10 for level in range(1, 8)}
+
+
+def samples(folder, seed=0, count=6, side=16, border=2, classes="ABCDEF", nearest=True, base=False, **lies):
+    """Writes the grid of a run's samples, of the nearest training pictures, and what is known of them -> the pictures.
+
+    With `base`, a grid of a model before tuning too, upside down.
+
+    `lies` are joined to what is known; their names end in an underscore.
+    """
+    import numpy as np
+
+    from efficientllm.infer.pictures import grid_columns, image_grid, write_png
+
+    (folder / "samples").mkdir(exist_ok=True)
+    pictures = np.random.default_rng(seed).integers(0, 256, (2, count, side, side, 3), dtype=np.uint8)
+    write_png(folder / "samples" / "grid.png", image_grid(pictures[0], border=border))
+    about = {"count": count, "height": side, "width": side, "border": border, "columns": grid_columns(count)}
+    about |= {"labels": list(range(count)), "classes": [*classes][:count], "how": "euler in 28 steps"}
+    if nearest:
+        write_png(folder / "samples" / "nearest.png", image_grid(pictures[1], border=border))
+        about["nearest"] = {"distances": [float(place) for place in range(count)], "unseen": 30.5, "of": 1297}
+    if base:
+        write_png(folder / "samples" / "base.png", image_grid(pictures[0, :, ::-1], border=border))
+    (folder / "samples" / "samples.json").write_text(
+        json.dumps(about | {key.rstrip("_"): value for key, value in lies.items()})
+    )
+    return pictures
 
 
 def curves(folder, steps=500):

@@ -347,3 +347,19 @@ def test_ranks_by_sorting_are_ranks_by_pairs():
             apart_RVV = signed_RV[:, :, None] - signed_RV[:, None, :]
             pairs = 1 + (apart_RVV > floor).sum(-1) + ((abs(apart_RVV) <= floor).sum(-1) - 1) / 2
             np.testing.assert_array_equal(many, pairs)
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"model.ffn": "moe(num_experts=4)"}, "moe"),
+        ({"model.ffn": "smoelu()"}, "dense"),
+        ({"model.pattern": ["gqa", "mqa | moe(num_experts=4, top_k=1)"]}, "moe"),
+        ({"model.ffn": "moe()", "model.pattern": ["gqa", "mqa | swiglu"]}, "moe"),
+        ({"model.ffn": "moe()", "model.pattern": ["mqa | swiglu"]}, "dense"),
+    ],
+)
+def test_a_mixture_is_told_by_the_ffns_of_its_blocks(changes, name, tmp_path):
+    made.row(tmp_path, changes=changes)
+    (row,) = rows.read_rows(find_rows.find_files([tmp_path])[0])
+    assert techniques.techniques(row)["ffn"] == name

@@ -285,11 +285,11 @@ def test_an_error_in_one_process_ends_all(texts, tmp_path):
 import os
 from efficientllm import sharding
 to_device, calls = sharding.to_device, []
-def breaks(batch, mesh):
+def breaks(batch, shardings):
     calls.append(batch)
     if len(calls) == 5 and os.environ["JAX_PROCESS_ID"] == "1":
         raise ZeroDivisionError("a bug")
-    return to_device(batch, mesh)
+    return to_device(batch, shardings)
 sharding.to_device = breaks
 """)
     argv = runs.arguments(texts, tmp_path / "run", mesh="fsdp=4", imports=f"('{broken}',)", **OPTIONS)

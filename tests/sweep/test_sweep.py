@@ -13,6 +13,7 @@ import time
 import pytest
 
 import runs as small
+from configs import dit
 from efficientllm.errors import UserError
 from efficientllm.report import find_rows, markdown
 from efficientllm.sweep import Sweep, cost_estimates, execute, grid, launch, spec
@@ -266,6 +267,29 @@ def test_inference_costs_its_form_of_the_weights_and_the_states():
     assert costs["int4"].tokens == 5 * 8
     with pytest.raises(UserError, match="config.mesh = 'sequence=2'.*take tensor or data"):
         cost_estimates.estimate_costs(sweep(variants=forms, baseline="float32", overrides={"mesh": "sequence=2"}))
+
+
+def test_pictures_cost_a_step_as_often_as_there_are_steps():
+    """Training counts patches, serving those of the sampled pictures; with guidance the model is called twice."""
+    model = {"model.size": "dit_tiny4", "model.embed": "patches(side=32, channels=1, classes=4)"}
+    served = {"model.pretrained": "", "objective": "flow()", "infer.batch_size": 4, "infer.solver": "euler(steps=7)"}
+    served |= model | {f"model.{key}": dit.get_config().model[key] for key in ("mixer", "ffn", "norm", "position")}
+    served |= {"model.modulation": "linear"}
+    variants = {form: (f"configs/infer_images.py:{form}", served) for form in ("float32", "int8")}
+    variants["plain"] = ("configs/infer_images.py:float32", served | {"infer.guidance": 1.0})
+    variants["trained"] = ("configs/dit.py", model)
+    costs = cost_estimates.estimate_costs(sweep(variants=variants, baseline="float32", equal={"parameters": 0.0}))
+    assert costs["float32"].tokens == 5 * 4 * 64 and costs["trained"].tokens == 400 * 64 * 64
+    assert costs["float32"].flops == costs["int8"].flops == 2 * costs["plain"].flops
+    # A step of training is three passes over its pictures; the 64 patches of 4 x 4 and the 256 features of a time,
+    # which kernels of width 128 multiply, have no gradient.
+    inputs = 2 * 128 * (64 * 4 * 4 + 256)
+    assert costs["trained"].flops / (400 * 64) == pytest.approx(3 * costs["plain"].flops / (5 * 4 * 7) - inputs, 1e-12)
+    assert costs["int8"].memory_bytes < costs["float32"].memory_bytes < costs["trained"].memory_bytes
+    for change, message in ({"quant": "int4(method='gptq')"}, "calibrated"), ({"infer.solver": "ddim"}, "ddpm"):
+        wrong = {"a": ("configs/infer_images.py:float32", served | change)}
+        with pytest.raises(UserError, match=f"variant a: .*{message}"):
+            cost_estimates.estimate_costs(sweep(variants=wrong, baseline="a", equal={}))
 
 
 def test_real_runs_make_a_report(tmp_path):

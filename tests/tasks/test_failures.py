@@ -12,10 +12,11 @@ import pytest
 import runs
 from efficientllm import main
 from efficientllm.evaluation import held_out
+from efficientllm.objectives.base import exact_sum
+from efficientllm.objectives.next_token import NEXT_TOKEN
 from efficientllm.record import lock
 from efficientllm.record.row import read_record, write_record
 from efficientllm.registry import plugins
-from efficientllm.tasks import exports
 from efficientllm.train import fingerprints, loop
 from tiers import slow_case
 
@@ -87,13 +88,13 @@ def test_the_place_is_of_the_user_s_code_else_of_ours():
     assert plugins.error_location(ValueError("never raised")) == "no traceback"
 
 
-@pytest.mark.parametrize("what", ["write_adapter", "sample", "keep_checkpoints"])
+@pytest.mark.parametrize("what", ["exports.write_adapter", "samples.complete_text", "exports.keep_checkpoints"])
 def test_what_is_optional_fails_after_the_row_and_takes_nothing_away(what, texts, tmp_path, monkeypatch, capsys):
     def fails(*_):
         assert row(tmp_path / "run")["outcome"] == "ok"
         raise ZeroDivisionError("optional")
 
-    monkeypatch.setattr(exports, what, fails)
+    monkeypatch.setattr(f"efficientllm.tasks.{what}", fails)
     assert run(texts, tmp_path / "run") == 0
     assert "ZeroDivisionError: optional (" in capsys.readouterr().out
     assert row(tmp_path / "run")["outcome"] == "ok"
@@ -224,17 +225,16 @@ def test_numbers_that_are_not_finite_are_null_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize("nats", [math.nan, math.inf, -math.inf])
 def test_sums_of_what_is_not_finite_do_not_raise(nats, monkeypatch):
-    monkeypatch.setattr(held_out, "to_device", lambda batch, mesh: batch)
-    losses = held_out.evaluate(
-        lambda params, batch, table: batch, None, [(nats, 2.0, 3.0), (1.0, 2.0, 3.0)], None, None
-    )
+    monkeypatch.setattr(held_out, "to_device", lambda batch, shardings: batch)
+    sums = [(nats, 2.0, 3.0), (1.0, 2.0, 3.0)]
+    losses = held_out.evaluate(NEXT_TOKEN, lambda params, batch, table: batch, None, sums, None, {})
     assert not math.isfinite(losses["eval_loss"])
-    assert held_out.readings(losses)["eval_loss"].reason == f"not finite: {nats}"
+    assert NEXT_TOKEN.readings(losses)["eval_loss"].reason == f"not finite: {nats}"
     assert "eval_loss" in held_out.line(losses)
 
 
 def test_infinities_that_cancel_do_not_raise():
-    assert math.isnan(held_out._sum([math.inf, -math.inf]))
+    assert math.isnan(exact_sum([math.inf, -math.inf]))
 
 
 def test_a_full_disk_s_log_is_no_traceback(tmp_path, capfd):

@@ -93,7 +93,7 @@ def test_the_segment_ends_before_its_last_step_is_logged():
     config = types.SimpleNamespace(train=types.SimpleNamespace(log_every=1, steps=9))
     seen = []
     hooks = loop.Hooks(lambda *_: seen.append(measured.running), None, None, None)
-    running = loop._Loop(config, measured, types.SimpleNamespace(add=lambda tokens: None), hooks)
+    running = loop._Loop(config, measured, types.SimpleNamespace(add=lambda tokens: None, unit="tokens"), hooks)
     measured.start()
     for last in (False, True):
         running.pending = (1, {"loss": 1.0, "grad_norm": 1.0, "tokens": 8, "samples": 1})

@@ -31,8 +31,8 @@ def main(argv=None):
         )
     if not pathlib.Path(options.gguf).is_file():
         raise UserError(f"--gguf={options.gguf}: no such file")
-    pages = {"ours": malloc.huge_pages()}  # as efficientllm.main
-    contestants = {name: race.Process(_contestant, name, options, environment=pages.get(name)) for name in NAMES}
+    settings = {"ours": malloc.settings()}  # as efficientllm.main
+    contestants = {name: race.Process(_contestant, name, options, environment=settings.get(name)) for name in NAMES}
     try:
         asked = {name: process.ask for name, process in contestants.items()}
         results = race.race(asked, options.blocks, after_block=race.print_progress(options.blocks))

@@ -62,9 +62,9 @@ def _folder(model, folder):
 
 def compare(method, model, options):
     """Runs the race of one method: losses, seconds and peaks by contestant, and the ratios peft / efficientllm."""
-    pages = {"ours": malloc.huge_pages()}  # as efficientllm.main
+    settings = {"ours": malloc.settings()}  # as efficientllm.main
     processes = {
-        name: race.Process(_trainer, name, method, model, options, environment=pages.get(name))
+        name: race.Process(_trainer, name, method, model, options, environment=settings.get(name))
         for name in ("peft", "ours")
     }
     first = {name: process.ask(0)[1] for name, process in processes.items()}
@@ -152,7 +152,7 @@ def _ours(method, model, options, host):
 
     from efficientllm import base_config, sharding
     from efficientllm import model as models
-    from efficientllm.cost import step_memory
+    from efficientllm.objectives.next_token import NEXT_TOKEN
     from efficientllm.run_description import describe_run
     from efficientllm.runtime import malloc
     from efficientllm.train import setup, step
@@ -178,7 +178,7 @@ def _ours(method, model, options, host):
     shaped = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), nn.unbox(abstract), where
     )
-    batch = step_memory.batch_shapes(options.batch, options.length - 1, sharding.batch_sharding(mesh))
+    batch = NEXT_TOKEN.batch_shapes(lm, options.batch, options.length - 1, mesh)
     # As in a run, the step is compiled from shapes before weights are read.
     train = step.jit_train_step(lm, config.train, mesh, where, tuned).lower(shaped, batch).compile()
     malloc.trim()

@@ -21,6 +21,7 @@ import work
 
 from efficientllm.errors import exit_with
 from efficientllm.metrics import race
+from efficientllm.runtime import malloc
 
 TOLERANCE = 1e-4  # nats, of the first loss between float32 contestants
 BASELINE = "torch-float32"
@@ -32,7 +33,8 @@ def main(argv=None):
     shape = work.SHAPES[options.shape]
     names = options.contestants.split(",")
     load = os.getloadavg()[0]
-    contestants = {name: race.Process(_trainer, name, options) for name in names}
+    settings = {name: malloc.settings() for name in names if name.startswith("ours")}  # as efficientllm.main
+    contestants = {name: race.Process(_trainer, name, options, environment=settings.get(name)) for name in names}
     try:
         losses = {name: contestant.ask("loss") for name, contestant in contestants.items()}
         difference = check_first_losses(losses)

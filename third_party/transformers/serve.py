@@ -89,8 +89,8 @@ def compare(options, folder):
 
     processes, sizes = {}, {}
     for name in contestants(options):
-        pages = malloc.huge_pages() if name in OURS else {}  # as efficientllm.main
-        processes[name] = race.Process(_server, name, folder, options, environment=pages)
+        settings = malloc.settings() if name in OURS else {}  # as efficientllm.main
+        processes[name] = race.Process(_server, name, folder, options, environment=settings)
         sizes[name] = processes[name].ask("bytes")  # waits: models are read one at a time
     apart = functools.partial(device_peaks.measure_copy, apart=True)
     measure = {"copy in place": device_peaks.measure_copy, "copy": apart, "read": device_peaks.measure_read}

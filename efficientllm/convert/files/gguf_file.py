@@ -12,7 +12,8 @@ import numpy as np
 from efficientllm.convert.files import memory_map
 from efficientllm.convert.hf_config import value_limits
 from efficientllm.convert.tensors import name_tables
-from efficientllm.errors import UserError, shown
+from efficientllm.convert.tensors.tensor_reader import TensorReader
+from efficientllm.errors import UserError, short_repr
 from efficientllm.quant import consistency, foreign_layouts
 from efficientllm.untrusted import files, gguf_header
 
@@ -46,7 +47,7 @@ _NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_le
 ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies (llama3 scaling, precomputed)
 
 
-class GGUFFile:
+class GGUFFile(TensorReader):
     """Tensors and metadata of a GGUF file, or of all parts of a split one (`NAME-00001-of-00003.gguf`).
 
     `where` is the first part, which has the metadata; `config` is the equivalent config.json, `table` the name table.
@@ -60,11 +61,11 @@ class GGUFFile:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, pathlib.Path] = {}
         self._types, self._places = {}, {}
-        for part, header in headers.items():
+        for path, header in headers.items():
             for name, tensor in header.tensors.items():
                 if name in self.shapes:
-                    raise UserError(f"{part}: tensor {shown(name)} is in {self._files[name].name} too")
-                self.shapes[name], self._types[name], self._files[name] = tensor.shape, kinds(tensor.kind), part
+                    raise UserError(f"{path}: tensor {short_repr(name)} is in {self._files[name].name} too")
+                self.shapes[name], self._types[name], self._files[name] = tensor.shape, kinds(tensor.kind), path
                 self._places[name] = _place(tensor, self._types[name].name)
         template = values.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) else None
@@ -73,8 +74,10 @@ class GGUFFile:
     def _describe(self, values):
         architecture = values.get("general.architecture")
         if str(architecture) not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise UserError(f"{self.where}: general.architecture = {shown(architecture)} is none of {known}")
+            architectures = ", ".join(ARCHITECTURES)
+            raise UserError(
+                f"{self.where}: general.architecture = {short_repr(architecture)} is none of {architectures}"
+            )
         model_type, table = ARCHITECTURES[architecture]
         prefix = f"{architecture}."
         config = {"model_type": model_type, "tie_word_embeddings": "output.weight" not in self.shapes}
@@ -114,10 +117,10 @@ class GGUFFile:
         if not isinstance(value, list):
             return value
         if len(value) != layers or not value:
-            raise UserError(f"{self.where}: {prefix}{key} has {len(value)} entries for {shown(layers)} blocks")
+            raise UserError(f"{self.where}: {prefix}{key} has {len(value)} entries for {short_repr(layers)} blocks")
         if any(number != value[0] for number in value):
             raise UserError(
-                f"{self.where}: {prefix}{key} = {shown(value)} is not supported: every block of ours has the same"
+                f"{self.where}: {prefix}{key} = {short_repr(value)} is not supported: every block of ours has the same"
             )
         return value[0]
 
@@ -192,7 +195,9 @@ def _headers(file):
         return {file: header}
     name, count = match[1], int(match[3])
     if header.values["split.count"] != count or count > _MOST_PARTS:
-        raise UserError(f"{file}: it says that it is one of {shown(header.values['split.count'])} parts, not {count}")
+        raise UserError(
+            f"{file}: it says that it is one of {short_repr(header.values['split.count'])} parts, not {count}"
+        )
     paths = [file.with_name(f"{name}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
     for path in paths:
         if not files.is_there(path):

@@ -15,7 +15,8 @@ import numpy as np
 
 from efficientllm import model as models
 from efficientllm.convert.files.safetensors_file import SafetensorsFolder
-from efficientllm.errors import UserError, shown
+from efficientllm.convert.tensors.tensor_reader import TensorReader
+from efficientllm.errors import UserError, short_repr
 from efficientllm.quant import consistency
 from efficientllm.quant.base import Rows
 from efficientllm.registry import lookup, names
@@ -32,11 +33,13 @@ def leaf_types() -> dict[str, type]:
     return {kind.__name__: kind for kind in kinds}
 
 
-class OwnQuantizedFolder:
+class OwnQuantizedFolder(TensorReader):
     """Reads a folder of our quantized format, by parameter path.
 
     Raises UserError naming what `quantization_config` or the files lack.
     """
+
+    has_own_paths = True
 
     def __init__(self, path: pathlib.Path, quantization: dict[str, typing.Any]):
         self.where, self._files, self._leaves = path, SafetensorsFolder(path), quantization.get("leaves")
@@ -45,9 +48,10 @@ class OwnQuantizedFolder:
         for description in kinds:
             if not isinstance(description, dict) or str(description.get("leaf")) not in self._kinds:
                 raise UserError(
-                    f"{path / 'config.json'}: quantization_config.leaves holds {shown(description)}, not a leaf class"
+                    f"{path / 'config.json'}: quantization_config.leaves holds {short_repr(description)}, "
+                    "not a leaf class"
                 )
-        self.shapes = {name: shape for name, shape in self._files.shapes.items() if name.rpartition(".")[0] == ""}
+        self.shapes = {name: shape for name, shape in self._files.shapes.items() if "." not in name}
         self.shapes |= {path: self.leaf(path).shape for path in self._leaves}
 
     def dtype(self, name: str) -> np.dtype:
@@ -60,7 +64,8 @@ class OwnQuantizedFolder:
             return self._files.read(path)
         statics = dict(self._leaves[path])
         kind = self._kinds[statics.pop("leaf")]
-        fields = {name.rpartition(".")[2] for name in self._files.shapes if name.rpartition(".")[0] == path}
+        pairs = (name.rpartition(".") for name in self._files.shapes)
+        fields = {field for leaf_path, dot, field in pairs if dot and leaf_path == path}
         try:
             leaf = kind(**statics, **{name: self._files.read(f"{path}.{name}") for name in fields})
             leaf.check()
@@ -84,22 +89,22 @@ class OwnQuantizedFolder:
         leaf = self.finite_leaf(path)
         return np.asarray(leaf.dense()) if path in self._leaves else leaf
 
-    def bind(self, lm: models.LM) -> "dict[str, Leaf]":
+    def bind(self, lm: models.Backbone) -> "dict[str, Leaf]":
         """Like `bind_parameters`, for these files; also checks that every array belongs to a leaf."""
         leaves = bind_parameters(self, lm)
         for name in self._files.shapes:
-            if (leaf_path := name.rpartition(".")[0]) and leaf_path not in self._leaves:
+            if "." in name and (leaf_path := name.rpartition(".")[0]) not in self._leaves:
                 raise UserError(f"{self.where}: {name!r} is of {leaf_path!r}, which quantization_config.leaves lacks")
         return leaves
 
 
-def bind_parameters(tensors: typing.Any, lm: models.LM) -> "dict[str, Leaf]":
+def bind_parameters(tensors: typing.Any, lm: models.Backbone) -> "dict[str, Leaf]":
     """`{path: Leaf}` of all parameters of `lm` in `tensors`, under our own paths.
 
     Raises UserError for a parameter that is missing, has a wrong shape, or is unknown.
     """
     shapes = flax.traverse_util.flatten_dict(nn.unbox(models.abstract_params(lm)), sep="/")
-    leaves = {path: Leaf(path, leaf.shape, _names(path, lm.num_groups)) for path, leaf in shapes.items()}
+    leaves = {path: Leaf(path, leaf.shape, lm.stacks.unrolled_paths(path)) for path, leaf in shapes.items()}
     expected = {name: leaf.shape[name != leaf.path :] for leaf in leaves.values() for name in leaf.names}
     for name, shape in expected.items():
         stored = tensors.shapes.get(name)
@@ -109,12 +114,6 @@ def bind_parameters(tensors: typing.Any, lm: models.LM) -> "dict[str, Leaf]":
     if extra := sorted(tensors.shapes.keys() - expected.keys()):
         raise UserError(f"{tensors.where}: {extra[0]!r} belongs to nothing in the model that the config describes")
     return leaves
-
-
-def _names(path, groups):
-    """The unrolled paths that a path of stacked layers stands for."""
-    rest = path.removeprefix("groups/")
-    return [path] if rest == path else [f"group_{i}/{rest}" for i in range(groups)]
 
 
 @dataclasses.dataclass(frozen=True)

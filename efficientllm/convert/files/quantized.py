@@ -13,6 +13,7 @@ import numpy as np
 
 from efficientllm.convert.files import own_quantized
 from efficientllm.convert.files.safetensors_file import SafetensorsFolder
+from efficientllm.convert.tensors.tensor_reader import TensorReader
 from efficientllm.errors import UserError
 from efficientllm.quant import foreign_layouts
 
@@ -46,13 +47,13 @@ def _refusal(path, quantization, because):
     return UserError(f"{path / 'config.json'}: {KEY} = {json.dumps(quantization)} is not supported: {because}")
 
 
-class BlockFloat8Folder:
+class BlockFloat8Folder(TensorReader):
     """DeepSeek-V3's float8 weights `[N, K]` with a scale per block in `weight_scale_inv` (arXiv:2412.19437, 3.3.2)."""
 
     suffix = "_scale_inv"
 
     def __init__(self, path: pathlib.Path, quantization: dict[str, typing.Any]):
-        self._files = SafetensorsFolder(path)
+        self._files, self.where = SafetensorsFolder(path), path
         self._block = quantization.get("weight_block_size")
         sizes = self._block if isinstance(self._block, list) else []
         if len(sizes) != 2 or not all(type(size) is int and 0 < size <= _LARGEST_BLOCK for size in sizes):
@@ -91,11 +92,11 @@ class BlockFloat8Folder:
         return None
 
 
-class PackedInt4Folder:
+class PackedInt4Folder(TensorReader):
     """AutoGPTQ's and AutoAWQ's files: `qweight`, `qzeros` and `scales` instead of a kernel's `weight`."""
 
     def __init__(self, path: pathlib.Path, quantization: dict[str, typing.Any]):
-        self._files, self._where, self._kind = SafetensorsFolder(path), path, quantization["quant_method"]
+        self._files, self.where, self._kind = SafetensorsFolder(path), path, quantization["quant_method"]
         if quantization.get("bits") != 4:
             raise _refusal(path, quantization, "bits must be 4")
         if self._kind == "awq" and (version := str(quantization.get("version", "gemm")).lower()) != "gemm":
@@ -107,8 +108,8 @@ class PackedInt4Folder:
         self._group, self._ordered = group, self._kind == "gptq" and bool(quantization.get("desc_act"))
         shapes = self._files.shapes
         self._packed = {name.removesuffix(".qweight") + WEIGHT for name in shapes if name.endswith(".qweight")}
-        parts = ("qweight", "qzeros", "scales", "g_idx")
-        packed_parts = {f"{name.removesuffix(WEIGHT)}.{part}" for name in self._packed for part in parts}
+        suffixes = ("qweight", "qzeros", "scales", "g_idx")
+        packed_parts = {f"{name.removesuffix(WEIGHT)}.{suffix}" for name in self._packed for suffix in suffixes}
         self.shapes = {name: shape for name, shape in shapes.items() if name not in packed_parts}
         self.shapes |= {name: self._shape(name) for name in self._packed}
 
@@ -121,21 +122,19 @@ class PackedInt4Folder:
             )
         return 2 if version == "gptq_v2" else 1
 
-    def _part(self, name, part, needed=True):
-        full = f"{name.removesuffix(WEIGHT)}.{part}"
+    def _part(self, name, suffix, needed=True):
+        full = f"{name.removesuffix(WEIGHT)}.{suffix}"
         if full in self._files.shapes:
             return self._files.read(full)
         if needed:
-            raise UserError(f"{self._where}: tensor {full!r} is missing")
+            raise UserError(f"{self.where}: tensor {full!r} is missing")
         return None
 
     def _shape(self, name):
         full = f"{name.removesuffix(WEIGHT)}.qweight"
         shape = self._files.shapes[full]
         if len(shape) != 2 or 0 in shape or self._files.dtype(full) != np.int32:
-            raise UserError(
-                f"{self._where}: tensor {full!r} of {self._files.dtype(full)} {list(shape)} is no I32 table"
-            )
+            raise UserError(f"{self.where}: tensor {full!r} of {self._files.dtype(full)} {list(shape)} is no I32 table")
         rows, columns = shape
         return (columns, rows * 8) if self._kind == "gptq" else (columns * 8, rows)
 
@@ -166,15 +165,13 @@ class PackedInt4Folder:
 
     def _words(self, name):
         """`((qweight, qzeros, scales), g_idx or None)`, with checked shapes."""
-        words = [self._part(name, part) for part in ("qweight", "qzeros", "scales")]
+        words = [self._part(name, suffix) for suffix in ("qweight", "qzeros", "scales")]
         self._check_parts(name, *words)
         g_idx = self._part(name, "g_idx", needed=False) if self._kind == "gptq" else None
         if g_idx is None and self._ordered:
-            raise UserError(
-                f"{self._where}: {name!r}: desc_act is true, but g_idx, the group of each input, is missing"
-            )
+            raise UserError(f"{self.where}: {name!r}: desc_act is true, but g_idx, the group of each input, is missing")
         if g_idx is not None and (g_idx.shape != (self._shape(name)[1],) or g_idx.dtype.kind != "i"):
-            raise UserError(f"{self._where}: {name!r}: g_idx {list(g_idx.shape)} does not name a group of each input")
+            raise UserError(f"{self.where}: {name!r}: g_idx {list(g_idx.shape)} does not name a group of each input")
         return words, g_idx
 
     def _inputs(self, name, groups):
@@ -187,7 +184,7 @@ class PackedInt4Folder:
         try:
             yield
         except UserError as error:
-            raise UserError(f"{self._where}: {name!r}: {error}") from None
+            raise UserError(f"{self.where}: {name!r}: {error}") from None
 
     def _check_parts(self, name, codes, zeros, scales):
         N, K = self._shape(name)
@@ -197,12 +194,10 @@ class PackedInt4Folder:
         fits = groups and whole and -(-K // size) == groups and size % 2 == 0 and scales.shape[1] == N
         if not fits or N % 8 or zeros.shape != (groups, N // 8):
             raise UserError(
-                f"{self._where}: {name!r}: qweight {list(codes.shape)}, qzeros {list(zeros.shape)} and scales "
+                f"{self.where}: {name!r}: qweight {list(codes.shape)}, qzeros {list(zeros.shape)} and scales "
                 f"{list(scales.shape)} do not fit each other"
             )
         if zeros.dtype != np.int32 or scales.dtype not in SCALES:
-            raise UserError(
-                f"{self._where}: {name!r}: qzeros are {zeros.dtype}, scales {scales.dtype}, not I32 and F16"
-            )
+            raise UserError(f"{self.where}: {name!r}: qzeros are {zeros.dtype}, scales {scales.dtype}, not I32 and F16")
         if not np.isfinite(scales.astype(np.float16)).all():
-            raise UserError(f"{self._where}: {name!r}: scales hold NaN or infinity, or more than float16 does")
+            raise UserError(f"{self.where}: {name!r}: scales hold NaN or infinity, or more than float16 does")

@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from efficientllm.convert.files import memory_map
-from efficientllm.errors import UserError, shown
+from efficientllm.convert.tensors.tensor_reader import TensorReader
+from efficientllm.errors import UserError, short_repr
 from efficientllm.untrusted import files, json_text
 
 DTYPES = {
@@ -31,13 +32,15 @@ DTYPES = {
 MOST_AXES = 8
 _LARGEST = 1 << 48  # bound of an axis or an offset, even if another axis is 0
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-# Prefixes of files that may lie beside a model's: Mistral's own format, and an adapter.
-OTHERS = ("consolidated", "adapter_model")
+METADATA = "__metadata__"  # the key of a header that is no tensor
+SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+STEMS = ("model", "diffusion_pytorch_model")  # of transformers and of diffusers
+INDEX, SINGLE = f"model{INDEX_SUFFIX}", f"model{SUFFIX}"
+# Prefixes of files that may lie beside a model's: Mistral's own format, and adapters.
+OTHERS = ("consolidated", "adapter_model", "pytorch_lora_weights")
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(TensorReader):
     """The tensors of a Hugging Face folder: one file, or several under an index.
 
     Opening it reads and checks all headers. Raises UserError naming the file, and the tensor, that is wrong.
@@ -49,7 +52,7 @@ class SafetensorsFolder:
         for file, expected in _files(self.where).items():
             header = read_header(file)
             if missing := [name for name in expected or () if name not in header]:
-                raise UserError(f"{file}: tensor {missing[0]!r} is not in it, though {INDEX} says so")
+                raise UserError(f"{file}: tensor {missing[0]!r} is not in it, though its index says so")
             for name, entry in header.items():
                 if name in self._entries:
                     raise UserError(f"{file}: tensor {name!r} is in {self._entries[name][0].name} too")
@@ -65,18 +68,14 @@ class SafetensorsFolder:
         file, dtype, shape, offset = self._entries[name]
         return memory_map.map_array(file, offset, dtype, shape)
 
-    def stored(self, name: str) -> None:
-        """None: plain safetensors hold no quantized leaves."""
-        return None
-
 
 def _files(folder):
-    """`{file: the tensors it must hold, or None}`, chosen like transformers does."""
-    index = folder / INDEX
-    if files.is_there(folder / SINGLE):
-        return {folder / SINGLE: None}
-    if files.is_there(index):
-        return _indexed(folder, index)
+    """`{file: the tensors it must hold, or None}`, chosen like transformers and diffusers do."""
+    for stem in STEMS:
+        if files.is_there(folder / f"{stem}{SUFFIX}"):
+            return {folder / f"{stem}{SUFFIX}": None}
+        if files.is_there(index := folder / f"{stem}{INDEX_SUFFIX}"):
+            return _indexed(folder, index)
     candidates = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(OTHERS))
     if len(candidates) == 1:
         return {candidates[0]: None}
@@ -96,7 +95,7 @@ def _files(folder):
 def _indexed(folder, index):
     names = json_text.read(index, most=LONGEST_HEADER).get("weight_map")
     if not isinstance(names, dict):
-        raise UserError(f"{index}: no index of tensors: weight_map = {shown(names)}")
+        raise UserError(f"{index}: no index of tensors: weight_map = {short_repr(names)}")
     tensors_by_file = {}
     for tensor, name in names.items():
         tensors_by_file.setdefault(_inside(folder, name, index), set()).add(tensor)
@@ -106,7 +105,7 @@ def _indexed(folder, index):
 def _inside(folder, name, index):
     """Path of a file in the folder itself. Raises UserError for a name that leads out of the folder."""
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\\" in name or name in ("", ".", ".."):
-        raise UserError(f"{index}: {shown(name)} leads out of the folder; an index names files beside itself")
+        raise UserError(f"{index}: {short_repr(name)} leads out of the folder; an index names files beside itself")
     if not files.is_there(folder / name):
         raise UserError(f"{folder}: {name} is missing, though {index.name} lists it")
     return folder / name
@@ -114,6 +113,22 @@ def _inside(folder, name, index):
 
 def read_header(file: str | os.PathLike[str]) -> dict[str, tuple[type, tuple[int, ...], int]]:
     """Reads `{tensor: (dtype, shape, offset in the file)}`. Raises UserError for a header that contradicts its file."""
+    header, start, size = _header(file)
+    tensors = {name: entry for name, entry in header.items() if name != METADATA}
+    entries = {name: _entry(file, name, entry, size - start) for name, entry in tensors.items()}
+    _check_apart(file, entries)
+    return {name: (dtype, shape, start + begin) for name, (dtype, shape, begin, _) in entries.items()}
+
+
+def read_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
+    """Reads the texts that a file's header has beside its tensors. Raises UserError for a damaged file."""
+    metadata = _header(file)[0].get(METADATA, {})
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return {key: text for key, text in texts if isinstance(text, str)}
+
+
+def _header(file):
+    """`(header, where the tensors start, the file's bytes)`."""
     with files.open_file(file) as opened:
         size = os.fstat(opened.fileno()).st_size
         first = opened.read(8)
@@ -121,23 +136,18 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, tuple[type, tuple[int
         if not 2 <= length <= min(LONGEST_HEADER, size - 8):
             raise UserError(f"{file}: no safetensors file, or one cut short ({size} bytes, a header of {length})")
         text = opened.read(length)
-    header = json_text.parse(text, f"{file}: its header cannot be read", unique=True)
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    start = 8 + length
-    entries = {name: _entry(file, name, entry, size - start) for name, entry in tensors.items()}
-    _check_apart(file, entries)
-    return {name: (dtype, shape, start + begin) for name, (dtype, shape, begin, _) in entries.items()}
+    return json_text.parse(text, f"{file}: its header cannot be read", unique=True), 8 + length, size
 
 
 def _entry(file, name, entry, room):
     """`(dtype, shape, begin, end)`, checked against each other and the size of the file."""
-    where = f"{file}: tensor {shown(name)}"
+    where = f"{file}: tensor {short_repr(name)}"
     entry = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2 or len(shape) > MOST_AXES:
         raise UserError(f"{where} has no dtype, shape and data_offsets")
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise UserError(f"{where} is of dtype {shown(kind)}; known: {', '.join(DTYPES)}")
+        raise UserError(f"{where} is of dtype {short_repr(kind)}; known: {', '.join(DTYPES)}")
     if not all(type(value) is int and 0 <= value < _LARGEST for value in (*shape, *offsets)):
         raise UserError(f"{where}: shape and data_offsets must be whole numbers, not {shape}, {offsets}")
     shape, (begin, end) = tuple(shape), offsets

@@ -16,12 +16,11 @@ def stored_form(source: typing.Any) -> str | None:
     quantization = source.config.get(quantized.KEY)
     if isinstance(quantization, dict):
         return quantization.get("quant_method")
-    if not hasattr(source.tensors, "form"):
-        return None
     sizes: collections.Counter[str] = collections.Counter()
-    for name, shape in source.tensors.shapes.items():
-        if len(shape) > 1 and source.tensors.form(name) not in _FLOATS:
-            sizes[source.tensors.form(name)] += math.prod(shape)
+    for name, shape in source.tensors.shapes.items() if source.tensors else ():
+        form = source.tensors.form(name)
+        if len(shape) > 1 and form is not None and form not in _FLOATS:
+            sizes[form] += math.prod(shape)
     return sizes.most_common(1)[0][0] if sizes else None
 
 

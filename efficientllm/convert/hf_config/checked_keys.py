@@ -10,7 +10,8 @@ import os
 import re
 import typing
 
-from efficientllm.convert.hf_config.class_defaults import BASES, DEFAULTS
+from efficientllm.convert.hf_config.class_defaults import BASES, DEFAULTS, DIFFUSERS, ENCODERS
+from efficientllm.convert.hf_config.vision_defaults import VISION
 from efficientllm.errors import UserError
 
 # Keys that no forward pass reads: book-keeping, training and generation. Dropout acts in training only, and our
@@ -50,7 +51,7 @@ class CheckedKeys:
         self.where = where
         self._left = dict(config)
         self._type = config.get("model_type")
-        self._defaults = DEFAULTS.get(self._type, {})
+        self._defaults = (DEFAULTS | ENCODERS | VISION).get(self._type) or DIFFUSERS.get(config.get("_class_name"), {})
 
     @property
     def base(self) -> float:
@@ -65,6 +66,10 @@ class CheckedKeys:
     def has(self, name: str) -> bool:
         """True if the file has a value for a key that is not taken yet."""
         return self._left.get(name) is not None
+
+    def take_all(self, chosen: typing.Callable[[str], bool]) -> dict[str, typing.Any]:
+        """Takes all keys with a `chosen` name, with their values."""
+        return {name: self._left.pop(name) for name in [*self._left] if chosen(name)}
 
     def take(self, *names: str, default: typing.Any = _MISSING) -> typing.Any:
         """Takes the value of a key with several names; `default` if it is null, or missing without a class default.

@@ -1,4 +1,4 @@
-"""Defaults of transformers' config classes for missing keys; a test compares them with transformers.
+"""Defaults of transformers' config classes, and diffusers', for missing keys; tests compare them with those.
 
 Keys that change no logit, and keys that are null by default, are left out. Older files rely on such defaults for
 DeepSeek-V3's routing and Mistral's window, for example.
@@ -143,4 +143,142 @@ DEFAULTS = {
         "tie_word_embeddings": False,
     },
 }
-BASES = {"mixtral": 1e6}  # of rotary positions; 10,000 where it is not said
+# Of rotary positions; 10,000 where it is not said.
+BASES = {"mixtral": 1e6, "qwen2_vl_text": 1e6, "qwen2_5_vl_text": 1e6}
+_T5 = {
+    "d_model": 512,
+    "d_kv": 64,
+    "num_layers": 6,
+    "num_heads": 8,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+}
+# Of text encoders.
+ENCODERS: dict[str, dict] = {
+    "clip_text_model": {
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "projection_dim": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "eos_token_id": 49407,
+    },
+    "t5": _T5 | {"vocab_size": 32128, "d_ff": 2048, "feed_forward_proj": "relu"},
+    "umt5": _T5
+    | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"},
+}
+# Of diffusers' classes, by `_class_name`.
+DIFFUSERS: dict[str, dict] = {
+    "AutoencoderKL": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": [64],
+        "layers_per_block": 1,
+        "act_fn": "silu",
+        "latent_channels": 4,
+        "norm_num_groups": 32,
+        "scaling_factor": 0.18215,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+    },
+    "AutoencoderKLWan": {
+        "base_dim": 96,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True],
+        "latents_mean": [
+            -0.7571,
+            -0.7089,
+            -0.9113,
+            0.1075,
+            -0.1745,
+            0.9653,
+            -0.1517,
+            1.5508,
+            0.4134,
+            -0.0715,
+            0.5517,
+            -0.3632,
+            -0.1922,
+            -0.9497,
+            0.2503,
+            -0.2921,
+        ],
+        "latents_std": [
+            2.8184,
+            1.4541,
+            2.3275,
+            2.6558,
+            1.2196,
+            1.7708,
+            2.6052,
+            2.0743,
+            3.2687,
+            2.1526,
+            2.8652,
+            1.5579,
+            1.6382,
+            1.1253,
+            2.8251,
+            1.9160,
+        ],
+        "in_channels": 3,
+        "out_channels": 3,
+    },  # fmt: skip
+    "DiTTransformer2DModel": {
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "num_layers": 28,
+        "attention_bias": True,
+        "sample_size": 32,
+        "patch_size": 2,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000,
+        "norm_eps": 1e-5,
+    },
+    "WanTransformer3DModel": {
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": 40,
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "ffn_dim": 13824,
+        "num_layers": 40,
+        "eps": 1e-6,
+        "rope_max_seq_len": 1024,
+    },
+    # The other defaults, of 18 layers, are of no published model: files must have their keys.
+    "SD3Transformer2DModel": {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "attention_head_dim": 64,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "out_channels": 16,
+    },
+    # Not of diffusers: the published class.
+    "DiT": {
+        "input_size": 32,
+        "patch_size": 2,
+        "in_channels": 4,
+        "hidden_size": 1152,
+        "depth": 28,
+        "num_heads": 16,
+        "mlp_ratio": 4.0,
+        "class_dropout_prob": 0.1,
+        "num_classes": 1000,
+        "learn_sigma": True,
+    },
+}
+# diffusers opens this class, by which DiT was first published there, as another.
+DIFFUSERS["Transformer2DModel"] = DIFFUSERS["DiTTransformer2DModel"]

@@ -4,8 +4,7 @@ import typing
 
 from efficientllm.convert.hf_config import rope_parameters
 from efficientllm.convert.hf_config.checked_keys import CheckedKeys
-from efficientllm.convert.hf_config.rope_parameters import format_spec
-from efficientllm.registry import parse_spec
+from efficientllm.registry import format_spec, parse_spec
 
 
 def shape_of(keys: CheckedKeys, *, grouped: bool = True, eps: str = "rms_norm_eps") -> dict[str, typing.Any]:
@@ -44,7 +43,7 @@ def decoder(
     """
     shape = shape_of(keys)
     silu_only(keys)
-    keys.expect("mlp_bias", False, because="swiglu of ours has no bias")
+    keys.expect("mlp_bias", False, because="biases of its ffn are not converted")
     base, position_spec = rope_parameters.read_position(keys, max_positions, **position)
     if bias is None:
         bias = (keys.take("attention_bias", default=False),) * 2
@@ -113,7 +112,7 @@ def spec_fields(text: str) -> dict[str, typing.Any]:
 
 def gpt_neox(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any]:
     shape = shape_of(keys, grouped=False, eps="layer_norm_eps")
-    keys.expect("hidden_act", "gelu", because="gelu of ours is exact (erf)")
+    keys.expect("hidden_act", "gelu", because="only the exact GELU (erf) is converted")
     bias = keys.take("attention_bias")
     base, position_spec = rope_parameters.read_position(
         keys, max_positions, fraction=0.25, names=("rotary_emb_base", "rotary_pct")

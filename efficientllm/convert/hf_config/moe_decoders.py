@@ -5,7 +5,7 @@ import typing
 from efficientllm.convert.hf_config import rope_parameters
 from efficientllm.convert.hf_config.checked_keys import CheckedKeys
 from efficientllm.convert.hf_config.dense_decoders import decoder, shape_of, silu_only, spec_fields
-from efficientllm.convert.hf_config.rope_parameters import format_spec
+from efficientllm.registry import format_spec
 
 
 def mixtral(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any]:
@@ -64,7 +64,7 @@ def _dense_and_sparse(model, sparse, moe):
 def _deepseek(keys, max_positions, interleaved):
     """What DeepSeek V2 and V3 share: latent attention, and experts after the first dense layers."""
     keys.expect("attention_bias", False, because="mla of ours has no bias")
-    keys.expect("mlp_bias", False, because="swiglu of ours has no bias")
+    keys.expect("mlp_bias", False, because="biases of its ffn are not converted")
     keys.expect("moe_layer_freq", 1, because="every layer after the dense ones has experts")
     silu_only(keys)
     keys.take("head_dim", default=None)  # repeats qk_rope_head_dim

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from efficientllm import registry
 from efficientllm.convert.hf_config.checked_keys import CheckedKeys
 from efficientllm.errors import UserError
+from efficientllm.registry import format_spec
 
 # transformers' rope_type -> (our rope_scaling, {our field: transformers' key}).
 SCALINGS = {
@@ -233,8 +234,3 @@ def _phi3_scaling(config, rope):
     if not math.isclose(derived["attention_factor"], rope.get("attention_factor", derived["attention_factor"])):
         return {}
     return {"rope_scaling": {"type": "longrope"} | {key: rope[key] for key in ("short_factor", "long_factor")}}
-
-
-def format_spec(name: str, fields: dict[str, typing.Any]) -> str:
-    """Formats a spec: `name(key=value, ...)`."""
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in fields.items())})" if fields else name

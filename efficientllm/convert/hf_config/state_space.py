@@ -4,7 +4,7 @@ import typing
 
 from efficientllm.convert.hf_config.checked_keys import CheckedKeys
 from efficientllm.convert.hf_config.dense_decoders import spec_fields
-from efficientllm.convert.hf_config.rope_parameters import format_spec
+from efficientllm.registry import format_spec
 
 
 def mamba(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any]:

@@ -6,7 +6,7 @@ The caller reads it back and compares (`canonical`), so a family that cannot exp
 import typing
 
 from efficientllm.convert.hf_config import rope_parameters
-from efficientllm.model import LM
+from efficientllm.embeds.tokens import LM
 
 _FURTHER = {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"}
 

@@ -6,8 +6,9 @@ import math
 import pathlib
 import typing
 
+from efficientllm.convert.peft import lora_file
 from efficientllm.convert.peft.adapter_kinds import PARTS
-from efficientllm.errors import UserError, shown
+from efficientllm.errors import UserError, short_repr
 from efficientllm.registry import build, lookup, names, parse_spec, spec_parameters
 from efficientllm.typing import PathLike
 from efficientllm.untrusted import json_text, patterns
@@ -99,16 +100,22 @@ def read_spec(folder: PathLike) -> str:
 
 
 def read_config(folder: PathLike) -> Config:
-    """Reads the Config of a PEFT folder. Raises UserError for unsupported settings."""
+    """Reads the Config of a PEFT folder, or of a file of diffusers. Raises UserError for unsupported settings."""
+    file = lora_file.find(pathlib.Path(folder))
+    if file is not None:
+        return _parse(lora_file.read_config(file), file)
     file = pathlib.Path(folder) / CONFIG
-    config = json_text.read(file)
+    return _parse(json_text.read(file), file)
+
+
+def _parse(config, file):
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in PARTS:
         kinds = ", ".join(PARTS)
-        raise UserError(f"{file}: peft_type = {shown(kind)}; only {kinds} can be read")
+        raise UserError(f"{file}: peft_type = {short_repr(kind)}; only {kinds} can be read")
     for key, neutral in NEUTRAL.items():
         if config.get(key) and config[key] != neutral:  # empty values are defaults
-            raise UserError(f"{file}: {key} = {shown(config[key])} is not supported; only {neutral!r} is")
+            raise UserError(f"{file}: {key} = {short_repr(config[key])} is not supported; only {neutral!r} is")
     name = _name(kind, config, file)
     alpha_key = {"LORA": "lora_alpha", "GLORA": None}.get(kind, "alpha")
     where = file if kind == "LORA" else f"{file}: peft_type = {kind!r}"
@@ -123,7 +130,7 @@ def read_config(folder: PathLike) -> Config:
 def _saved(config, file):
     modules = config.get("modules_to_save") or []
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise UserError(f"{file}: modules_to_save = {shown(modules)} must be a list of names")
+        raise UserError(f"{file}: modules_to_save = {short_repr(modules)} must be a list of names")
     return tuple(modules)
 
 
@@ -151,7 +158,7 @@ def _has(config, options):
 def _number(config, key, file, kind=float, default=None):
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        raise UserError(f"{file}: {key} = {shown(value)} must be a number ({kind.__name__})")
+        raise UserError(f"{file}: {key} = {short_repr(value)} must be a number ({kind.__name__})")
     if not abs(value) <= MOST:
         raise UserError(f"{file}: {key} = {value!r} is too large: at most {MOST:g}")
     return value

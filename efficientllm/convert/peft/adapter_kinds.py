@@ -14,46 +14,65 @@ PARTS = {
 }
 
 
-def add_adapter(kind: str, weight: np.ndarray, parts: dict[str, np.ndarray], scale: float) -> np.ndarray:
-    """Adds the LoHa, LoKr or GLoRA `{part: array}` to a weight.
-
-    Raises ValueError for shapes that do not fit, and for a part that also changes the bias.
-    """
+def add_adapter(kind: str, weight: np.ndarray, arrays: dict[str, np.ndarray], scale: float) -> np.ndarray:
+    """Adds the LoHa, LoKr or GLoRA `{part: array}` to a weight. Raises ValueError for shapes that do not fit."""
     if kind == "LOHA":
-        first, second = (_product(parts, f"hada_w{i}_a", f"hada_w{i}_b") for i in (1, 2))
+        first, second = (_product(arrays, f"hada_w{i}_a", f"hada_w{i}_b") for i in (1, 2))
         return weight + scale * (_sized(first, weight) * _sized(second, weight))
     if kind == "LOKR":
-        small, large = (_one_or_product(parts, f"lokr_w{i}") for i in (1, 2))
+        small, large = (_one_or_product(arrays, f"lokr_w{i}") for i in (1, 2))
         return weight + scale * _sized(np.kron(small, large), weight)
-    for path in "CDE":
-        if any(np.any(array) for name, array in parts.items() if name.startswith(f"glora_{path}.")):
-            raise ValueError(f"glora_{path} changes a bias, which is not read; config_C = config_D_E = 'none' are")
-    return weight + weight * _path(parts, "A", weight) + _path(parts, "B", weight)
+    return weight + weight * _path(arrays, "A", weight) + _path(arrays, "B", weight)
 
 
-def _path(parts, path, weight):
+def add_to_bias(bias: np.ndarray, weight: np.ndarray, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Adds the GLoRA `{part: array}` around a weight to the bias of its layer. Raises ValueError as `add_adapter`."""
+    scale, shift = (_vector(arrays, path, bias) for path in "DE")
+    if any(f"glora_C.{part}" in arrays for part in ("Xd", "Xu")):
+        column = _product(arrays, "glora_C.Xd", "glora_C.Xu")
+    else:
+        column = arrays.get("glora_C.X", np.zeros((weight.shape[1], 1), np.float32))
+    if column.shape != (weight.shape[1], 1):
+        raise ValueError(f"glora_C of shape {list(column.shape)} around {list(weight.shape)}")
+    return bias + bias * scale + shift + (weight @ column)[:, 0]
+
+
+def changes_bias(arrays: dict[str, np.ndarray]) -> bool:
+    """Whether the `{part: array}` of an adapter changes the bias of its layer."""
+    return any(np.any(values) for name, values in arrays.items() if name.startswith(("glora_C", "glora_D", "glora_E")))
+
+
+def _vector(arrays, path, bias):
+    """GLoRA's D or E: a scalar, one number for each output, or zero."""
+    values = arrays.get(f"glora_{path}.X", np.zeros(1, np.float32))
+    if values.shape not in ((1,), bias.shape):
+        raise ValueError(f"glora_{path}.X of shape {list(values.shape)} for a bias of {list(bias.shape)}")
+    return values
+
+
+def _path(arrays, path, weight):
     """One of GLoRA's paths: a low-rank matrix, one number per output, a scalar, or zero."""
-    if f"glora_{path}.X" in parts:
-        single = parts[f"glora_{path}.X"]
+    if f"glora_{path}.X" in arrays:
+        single = arrays[f"glora_{path}.X"]
         if single.shape not in ((1,), (weight.shape[0], 1)):
             raise ValueError(f"glora_{path}.X of shape {list(single.shape)} around {list(weight.shape)}")
         return single
-    if f"glora_{path}.Xd" not in parts and f"glora_{path}.Xu" not in parts:
+    if f"glora_{path}.Xd" not in arrays and f"glora_{path}.Xu" not in arrays:
         return np.zeros(1, np.float32)
-    return _sized(_product(parts, f"glora_{path}.Xd", f"glora_{path}.Xu"), weight)
+    return _sized(_product(arrays, f"glora_{path}.Xd", f"glora_{path}.Xu"), weight)
 
 
-def _one_or_product(parts, name):
-    return parts[name] if name in parts else _product(parts, f"{name}_a", f"{name}_b")
+def _one_or_product(arrays, name):
+    return arrays[name] if name in arrays else _product(arrays, f"{name}_a", f"{name}_b")
 
 
-def _product(parts, a, b):
+def _product(arrays, a, b):
     for name in (a, b):
-        if name not in parts:
+        if name not in arrays:
             raise ValueError(f"{name} is missing")
-    if parts[a].ndim != 2 or parts[b].ndim != 2 or parts[a].shape[1] != parts[b].shape[0]:
-        raise ValueError(f"{a} {list(parts[a].shape)} and {b} {list(parts[b].shape)} do not fit each other")
-    return parts[a] @ parts[b]
+    if arrays[a].ndim != 2 or arrays[b].ndim != 2 or arrays[a].shape[1] != arrays[b].shape[0]:
+        raise ValueError(f"{a} {list(arrays[a].shape)} and {b} {list(arrays[b].shape)} do not fit each other")
+    return arrays[a] @ arrays[b]
 
 
 def _sized(matrix, weight):

@@ -15,6 +15,7 @@ from efficientllm.runtime import distributed
 
 PAIRS = {"LOHA": ("hada_w1_{}", "hada_w2_{}"), "GLORA": ("glora_A.X{}", "glora_B.X{}")}
 SIDES = {"LOHA": ("a", "b"), "GLORA": ("d", "u")}
+SHIFT = "shift"  # the key of a GLoRA's E + W C
 
 
 def peft_form(
@@ -25,24 +26,29 @@ def peft_form(
     Collective: every process calls it; it returns None on all but the main one.
     """
     kind = method.peft.kind
-    arrays = {
-        path: {field: np.asarray(distributed.to_host(getattr(leaf, field)), np.float32) for field in method.learnt}
-        for path, leaf in leaves.items()
-    }
+    arrays = {path: _arrays(leaf, method.learnt) for path, leaf in leaves.items()}
+    # A fused tensor has one C for all of its kernels. E of one number an output holds what ours add to the bias.
+    fused = [path for tensor in modules.values() if len(tensor.parts) > 1 for path, *_ in tensor.parts]
+    as_vectors = any("d" in arrays.get(path, {}) for path in fused)
+    if as_vectors:
+        for path in arrays.keys() & {path for path in leaves if "d" in arrays[path]}:
+            leaf = leaves[path]
+            arrays[path][SHIFT] = _on_host(leaf.adapted_bias(np.zeros((*leaf.shape[:-2], leaf.shape[-1]), np.float32)))
     if not distributed.is_main():
         return None
     ranks = {
-        module: sum(_rank(arrays[path]) for path, *_ in tensor.parts if path in arrays)
-        for module, tensor in modules.items()
+        module: method.rank * sum(path in arrays for path, *_ in tensor.parts) for module, tensor in modules.items()
     }
     rank = max(ranks.values())
     tensors: dict[str, np.ndarray] = {}
     for module, tensor in modules.items():
-        parts = _kronecker(tensor, arrays) if kind == "LOKR" else _pairs(kind, tensor, arrays, ranks, rank)
-        tensors |= {f"{PREFIX}{module}.{name}": np.ascontiguousarray(value) for name, value in parts.items()}
+        factors = _kronecker(tensor, arrays) if kind == "LOKR" else _pairs(kind, tensor, arrays, ranks[module], rank)
+        if kind == "GLORA":
+            factors |= _biases(tensor, arrays, rank, as_vectors)
+        tensors |= {f"{PREFIX}{module}.{name}": np.ascontiguousarray(value) for name, value in factors.items()}
     config = {"r": rank}
     if kind == "GLORA":
-        config |= {"config_A_B": "lora", "config_C": "none", "config_D_E": "none", "bias": "none"}
+        config |= {"config_A_B": "lora", **_bias_config(arrays, as_vectors), "bias": "none"}
     else:
         scale = next(iter(leaves.values())).scale
         other_ranks = {module: module_rank for module, module_rank in ranks.items() if module_rank != rank}
@@ -51,16 +57,21 @@ def peft_form(
     return tensors, config
 
 
-def _rank(arrays):
-    return arrays["b" if "c" in arrays else "b1"].shape[-2]
+def _arrays(leaf, learnt):
+    """The trainable arrays that a leaf has, on the host."""
+    values = {field: getattr(leaf, field) for field in learnt}
+    return {field: _on_host(value) for field, value in values.items() if value is not None}
 
 
-def _pairs(kind, tensor, arrays, ranks, rank):
+def _on_host(array):
+    return np.asarray(distributed.to_host(array), np.float32)
+
+
+def _pairs(kind, tensor, arrays, module_rank, rank):
     """`{name: array}` of both low-rank products of a tensor; GLoRA's are zero-padded to the common rank."""
     tensors = {}
     for number, name in enumerate(PAIRS[kind], 1):
         first, blocks, start = [], [], 0
-        module_rank = sum(_rank(arrays[path]) for path, *_ in tensor.parts if path in arrays)
         for path, (_, width_out), position in tensor.parts:
             block = np.zeros((module_rank, width_out), np.float32)
             if path in arrays:
@@ -70,23 +81,57 @@ def _pairs(kind, tensor, arrays, ranks, rank):
                 first.append(a.T)
             blocks.append(block)
         out, into = tensor.join(blocks), np.concatenate(first)
-        if module_rank < rank and kind == "GLORA":
-            out, into = np.pad(out, ((0, 0), (0, rank - module_rank))), np.pad(into, ((0, rank - module_rank), (0, 0)))
+        if kind == "GLORA":
+            out, into = _padded(out, into, rank)
         for side, value in zip(SIDES[kind], (out, into), strict=True):
             tensors[name.format(side)] = value
-    return tensors | (_no_biases(*tensor.shape) if kind == "GLORA" else {})
+    return tensors
 
 
-def _no_biases(width_out, width_in):
-    """Zeros for the paths of GLoRA that change a bias."""
-    shapes = {"C": (width_in, 1), "D": (width_out,), "E": (width_out,)}
-    return {f"glora_{path}.zeros": np.zeros(shape, np.float32) for path, shape in shapes.items()}
+def _padded(down, up, rank):
+    """A product `[out, r] [r, in]` with zeros up to the common rank, which a GLoRA folder has one of."""
+    rest = rank - len(up)
+    return np.pad(down, ((0, 0), (0, rest))), np.pad(up, ((0, rest), (0, 0)))
+
+
+def _bias_config(arrays, as_vectors):
+    if as_vectors:
+        return {"config_C": "none", "config_D_E": "vector"}
+    has_biases = any("d" in factors for factors in arrays.values())
+    return {"config_C": "lora", "config_D_E": "constant"} if has_biases else {"config_C": "none", "config_D_E": "none"}
+
+
+def _biases(tensor, arrays, rank, as_vectors):
+    """`{name: array}` of the paths of GLoRA that change a bias; zeros where the layer has none."""
+    width_out, width_in = tensor.shape
+    zeros = {"C": (width_in, 1), "D": (width_out,), "E": (width_out,)}
+    no_bias = {f"glora_{path}.zeros": np.zeros(shape, np.float32) for path, shape in zeros.items()}
+    if not any("d" in arrays.get(path, {}) for path, *_ in tensor.parts):
+        return no_bias
+    if as_vectors:
+        return {
+            "glora_C.zeros": no_bias["glora_C.zeros"],
+            "glora_D.X": _vector(tensor, arrays, "d"),
+            "glora_E.X": _vector(tensor, arrays, SHIFT),
+        }
+    ((path, _, position),) = tensor.parts
+    factors = {name: arrays[path][name][position] for name in ("c_a", "c_b", "d", "e")}
+    down, up = _padded(factors["c_a"], factors["c_b"], rank)
+    return {"glora_C.Xd": down, "glora_C.Xu": up, "glora_D.X": factors["d"], "glora_E.X": factors["e"]}
+
+
+def _vector(tensor, arrays, name):
+    """One number for each output of a tensor, 0 for those of kernels without adapter."""
+    vectors = [np.zeros(width_out, np.float32) for _, (_, width_out), _ in tensor.parts]
+    for vector, (path, _, position) in zip(vectors, tensor.parts, strict=True):
+        if path in arrays:
+            vector[:] = arrays[path][name][position]
+    return tensor.join(vectors)
 
 
 def _kronecker(tensor, arrays):
-    """`{name: array}` of LoKr's factors; PEFT stores the large factor unfactored where its rank is not low."""
+    """`{name: array}` of LoKr's factors."""
     ((path, _, position),) = tensor.parts
-    c, a, b = (arrays[path][field][position] for field in ("c", "a", "b"))
-    if len(b) < max(b.shape[1], len(a)) / 2:
-        return {"lokr_w1": c.T, "lokr_w2_a": b.T, "lokr_w2_b": a.T}
-    return {"lokr_w1": c.T, "lokr_w2": (a @ b).T}
+    factors = {name: array[position].T for name, array in arrays[path].items()}
+    names = {"c": "lokr_w1", "a": "lokr_w2_b", "b": "lokr_w2_a", "block": "lokr_w2"}
+    return {names[name]: array for name, array in factors.items()}

@@ -15,11 +15,11 @@ from efficientllm.adapters.base import KERNEL
 from efficientllm.convert.files import memory_map
 from efficientllm.convert.files.safetensors_file import read_header
 from efficientllm.convert.peft import adapter_kinds as kinds
-from efficientllm.convert.peft import unsupported
+from efficientllm.convert.peft import lora_file, unsupported
 from efficientllm.convert.peft.adapter_config import read_config
 from efficientllm.convert.tensors import parameter_map
 from efficientllm.errors import UserError, did_you_mean
-from efficientllm.model import LM
+from efficientllm.model import Backbone
 from efficientllm.typing import Params, PathLike
 
 if typing.TYPE_CHECKING:
@@ -27,7 +27,7 @@ if typing.TYPE_CHECKING:
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-WEIGHT = ".weight"
+WEIGHT, BIAS = ".weight", ".bias"
 HEADS = ("lm_head.weight", "embed_out.weight")
 # PEFT's names of our arrays; its A and B are [out, in].
 NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -43,7 +43,7 @@ class Factors(typing.NamedTuple):
 
 
 class Adapter:
-    """An open PEFT folder, matched with the tensors `{name on disk: DiskTensor}` of a model.
+    """An open PEFT folder, or one of diffusers, matched with the tensors `{name on disk: DiskTensor}` of a model.
 
     Raises UserError for unsupported settings, and naming a tensor that is missing, matches no module, or has a wrong
     shape.
@@ -51,7 +51,9 @@ class Adapter:
 
     def __init__(self, folder: PathLike, tensors: Mapping[str, parameter_map.DiskTensor]):
         self.config = read_config(folder)
-        self.file = pathlib.Path(folder) / TENSORS
+        of_diffusers = lora_file.find(pathlib.Path(folder))
+        self.file = of_diffusers or pathlib.Path(folder) / TENSORS
+        self.prefix = PREFIX if of_diffusers is None else lora_file.prefix_of(of_diffusers)
         if not self.file.is_file():
             pickled = self.file.with_suffix(".bin").is_file()
             why = "adapter_model.bin is a pickle, which is never loaded" if pickled else "no folder of an adapter"
@@ -59,6 +61,7 @@ class Adapter:
         self._entries = read_header(self.file)
         self.method = self.config.method_of()
         self._tables = {name for name, tensor in tensors.items() if _is_table(tensor)}
+        self._biased = {name.removesuffix(BIAS) for name in tensors if name.endswith(BIAS)}
         self._tensor_names: dict[str, dict[str, str]] = {}
         self.saved: dict[str, str] = {}
         for name in sorted(self._entries):
@@ -69,14 +72,14 @@ class Adapter:
 
     def _place(self, name, tensors):
         """Matches a tensor with the module that it adapts, or with the tensor of the model that it replaces."""
-        inner = name.removeprefix(PREFIX)
-        part = next((part for part in kinds.PARTS[self.config.kind] if inner.endswith(f".{part}")), None)
+        inner = name.removeprefix(self.prefix)
+        suffix = next((suffix for suffix in kinds.PARTS[self.config.kind] if inner.endswith(f".{suffix}")), None)
         whole = inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        if part and _adaptable(tensors.get((module := inner.removesuffix(f".{part}")) + WEIGHT)):
-            self._tensor_names.setdefault(module, {})[part] = name
-        elif part is None and (whole in tensors or whole in HEADS):
+        if suffix and _adaptable(tensors.get((module := inner.removesuffix(f".{suffix}")) + WEIGHT)):
+            self._tensor_names.setdefault(module, {})[suffix] = name
+        elif suffix is None and (whole in tensors or whole in HEADS):
             self.saved[whole] = name
-        elif part and f"{inner.removesuffix(f'.{part}')}{WEIGHT}" in HEADS:
+        elif suffix and f"{inner.removesuffix(f'.{suffix}')}{WEIGHT}" in HEADS:
             raise UserError(f"{self.file}: tensor {name!r} adapts the head, which is tied to the embedding here")
         else:
             raise UserError(
@@ -100,8 +103,8 @@ class Adapter:
 
     def _names(self, module):
         if module + WEIGHT in self._tables:
-            return {"a": f"{PREFIX}{module}.lora_embedding_B", "b": f"{PREFIX}{module}.lora_embedding_A"}
-        return {part: f"{PREFIX}{module}.{NAMES[part]}" for part in self.method.learnt}
+            return {"a": f"{self.prefix}{module}.lora_embedding_B", "b": f"{self.prefix}{module}.lora_embedding_A"}
+        return {factor: f"{self.prefix}{module}.{NAMES[factor]}" for factor in self.method.learnt}
 
     def _check(self, module, shape):
         if self.config.kind != "LORA":
@@ -112,29 +115,45 @@ class Adapter:
             expected = {"a": (shape[1], rank), "b": (rank, shape[0])}
         if extra := set(self._tensor_names[module].values()) - set(self._names(module).values()):
             raise UserError(f"{self.file}: tensor {min(extra)!r} is not one of {self.config.name} of {module}")
-        for part, name in self._names(module).items():
+        for factor, name in self._names(module).items():
             if name not in self._entries:
                 raise UserError(f"{self.file}: tensor {name!r} is missing{did_you_mean(name, self._entries)}")
-            if (stored_shape := self._entries[name][1]) != expected[part]:
+            if (stored_shape := self._entries[name][1]) != expected[factor]:
                 raise UserError(
                     f"{self.file}: tensor {name!r} has shape {list(stored_shape)}, the model asks for "
-                    f"{list(expected[part])}: an adapter of another model or rank"
+                    f"{list(expected[factor])}: an adapter of another model or rank"
                 )
 
     def factors(self, module: str) -> Factors:
         """Reads the low-rank factors of a module, in float32."""
-        arrays = {part: self._array(name) for part, name in self._names(module).items()}
+        arrays = {factor: self._array(name) for factor, name in self._names(module).items()}
         if module + WEIGHT in self._tables:
             arrays = {"a": arrays["a"].T, "b": arrays["b"].T}
         return Factors(arrays["a"], arrays["b"], arrays.get("m"), self.config.scale_of(module))
 
     def changed(self, module: str, weight: np.ndarray) -> np.ndarray:
         """Merges the LoHa, LoKr or GLoRA of a module into its weight `[out, in]`, in float32."""
-        parts = {part: self._array(name) for part, name in self._tensor_names[module].items()}
+        arrays = self._parts(module)
+        if module not in self._biased and kinds.changes_bias(arrays):
+            raise UserError(f"{self.file}: {module}: its adapter changes a bias, and the model has none there")
         try:
-            return kinds.add_adapter(self.config.kind, weight, parts, self.config.scale_of(module))
+            return kinds.add_adapter(self.config.kind, weight, arrays, self.config.scale_of(module))
         except ValueError as error:
             raise UserError(f"{self.file}: {module}: {error}") from None
+
+    def changes_bias(self, name: str) -> bool:
+        """Whether the adapter of a module may change the tensor `name`, its bias."""
+        return self.config.kind == "GLORA" and name.endswith(BIAS) and name.removesuffix(BIAS) in self.modules
+
+    def changed_bias(self, module: str, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        """Merges the GLoRA of a module into its bias `[out]`, in float32; `weight` is the module's without adapter."""
+        try:
+            return kinds.add_to_bias(bias, weight, self._parts(module))
+        except ValueError as error:
+            raise UserError(f"{self.file}: {module}: {error}") from None
+
+    def _parts(self, module):
+        return {suffix: self._array(name) for suffix, name in self._tensor_names[module].items()}
 
     def base(self, module: str, weight: np.ndarray) -> np.ndarray:
         """The frozen part of a tensor `[out, in]`, float32."""
@@ -152,7 +171,7 @@ def _adaptable(tensor):
     return tensor is not None and (_is_table(tensor) or all(path.endswith("kernel") for path, _, _ in tensor.parts))
 
 
-def around(source: Source, lm: LM, params: Params, folder: PathLike) -> Params:
+def around(source: Source, lm: Backbone, params: Params, folder: PathLike) -> Params:
     """Wraps the kernels in `params`, a checkpoint's parameters of `lm`, in the adapters of a PEFT folder.
 
     In a stack of layers of which the folder adapts some, the others get adapters that change nothing.
@@ -171,8 +190,8 @@ def around(source: Source, lm: LM, params: Params, folder: PathLike) -> Params:
     flat = flax.traverse_util.flatten_dict(params, sep="/")
 
     def whole(name):
-        parts = [np.asarray(flat[path][position], np.float32) for path, _, position in tensors[name].parts]
-        return tensors[name].join(parts)
+        arrays = [np.asarray(flat[path][position], np.float32) for path, _, position in tensors[name].parts]
+        return tensors[name].join(arrays)
 
     adapted = {path for module in adapter.modules for path, _, _ in tensors[module + WEIGHT].parts}
     new = {path: _leaf(adapter, leaves[path], flat[path], whole) for path in adapted}
@@ -181,7 +200,10 @@ def around(source: Source, lm: LM, params: Params, folder: PathLike) -> Params:
 
 def _leaf(adapter, leaf, kernel, whole):
     """The adapter leaf of one kernel, of all its stacked layers; `whole(name)` returns a tensor in its disk layout."""
-    take = lambda tensor: leaf.layout.take(tensor, leaf.part, leaf.shapes, leaf.heads)  # noqa: E731
+
+    def take(tensor):
+        return leaf.layout.take(tensor, leaf.part, leaf.shapes, leaf.sizes)
+
     modules = {name: name.removesuffix(WEIGHT) for _, name in leaf.tensors()}
     adapters = {name: adapter.factors(module) for name, module in modules.items() if module in adapter.modules}
     rank, scale = _common(adapter, adapters)

@@ -10,13 +10,14 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 
-from efficientllm.convert.tensors.parameter_map import DiskTensor
+from efficientllm.convert.tensors.parameter_map import DiskTensor, bind_parameters
 from efficientllm.errors import UserError
 from efficientllm.registry import build
 
 if typing.TYPE_CHECKING:
     from efficientllm.convert.source import Source
 
+FROM_SCRATCH = "DiTTransformer2DModel"  # whose names the adapters of a diffusion model from scratch have
 _STATE_SPACE = {
     "mixer.out_proj": "PEFT cannot adapt it",
     "mixer.dt_proj": "transformers reads its weight without PEFT's adapter",
@@ -29,12 +30,20 @@ _EXPERTS = {"mixtral": _MIXTRAL} | dict.fromkeys(("qwen2_moe", "qwen3_moe", "dee
 
 
 def table_of(source: Source) -> dict[str, tuple]:
-    """The name table of a Source's family. Raises UserError for a run from scratch, which has no family."""
+    """The name table of a Source's family; of a diffusion model from scratch, that of diffusers' DiT.
+
+    Raises UserError for another run from scratch, which has no family, and for one that is no DiT.
+    """
     from efficientllm.convert.hf_config import families
 
-    if source.config.get("model_type") not in families.FAMILIES:
+    if families.family_name(source.config) in families.FAMILIES | families.DENOISERS:
+        return families.find_family(source.config).table
+    lm = source.lm()
+    if lm.reads != "images":
         raise UserError(f"{source.path} is not a model of transformers, and PEFT adapts no other")
-    return families.FAMILIES[source.config["model_type"]].table
+    table = families.DENOISERS[FROM_SCRATCH].table
+    bind_parameters(lm, table)
+    return table
 
 
 def has_experts(modules: Iterable[str]) -> bool:
@@ -48,12 +57,12 @@ def written_method(method: typing.Any, tensors: Mapping[str, DiskTensor]) -> typ
     PiSSA of one of several fused kernels is not PiSSA of the tensor; it is a LoRA of twice the rank, the trained
     product minus the initial one. RSLoRA is a LoRA with a larger alpha.
     """
-    form, parts = method.peft, any(len(tensor.parts) > 1 for tensor in tensors.values())
-    is_same = (form.experts or not has_experts(tensors)) and (form.parts or not parts)
+    form, is_shared = method.peft, any(len(tensor.parts) > 1 for tensor in tensors.values())
+    is_same = (form.experts or not has_experts(tensors)) and (form.parts or not is_shared)
     return method if is_same or form.fallback is None else build("adapter", form.fallback)
 
 
-def check_supported(name: str, method: typing.Any, modules: Mapping[str, DiskTensor], model_type: str) -> None:
+def check_supported(name: str, method: typing.Any, modules: Mapping[str, DiskTensor], model_type: str | None) -> None:
     """Raises UserError naming a module whose adapter PEFT refuses or would assign to another module.
 
     `name` is the method's; `modules` are `{module: DiskTensor}`.

@@ -16,11 +16,11 @@ import typing
 import flax.traverse_util
 import numpy as np
 
-from efficientllm.convert.peft import full_delta, unsupported
+from efficientllm.convert.peft import full_delta, lora_file, unsupported
 from efficientllm.convert.peft.adapter_config import CONFIG, scale_divisor
 from efficientllm.convert.peft.read import NAMES, PREFIX, TENSORS, WEIGHT
 from efficientllm.convert.tensors import parameter_map
-from efficientllm.model import LM
+from efficientllm.model import Backbone
 from efficientllm.registry import build, parse_spec
 from efficientllm.runtime import distributed
 from efficientllm.runtime.atomic_write import replacing, write_atomically
@@ -33,20 +33,23 @@ if typing.TYPE_CHECKING:
 class _TunedRun(typing.NamedTuple):
     """A run's adapter leaves and the checkpoint around which they were tuned.
 
-    `splits_start`: the method changes the kernel at its start (PiSSA), but is written as one that does not.
+    `has_magnitudes`: its adapters are DoRA's. `splits_start`: the method changes the kernel at its start (PiSSA), but
+    is written as one that does not.
     """
 
     leaves: dict[str, typing.Any]
     bound: dict[str, typing.Any]
     source: Source
+    has_magnitudes: bool
     splits_start: bool
 
 
-def write(lm: LM, spec: str, params: Params, folder: PathLike, source: Source) -> None:
+def write(lm: Backbone, spec: str, params: Params, folder: PathLike, source: Source) -> None:
     """Writes the adapters among `params` to `folder` atomically. Collective: the main process writes.
 
-    `spec` is `config.adapter`, `source` the checkpoint around which they were tuned. Raises UserError for an adapter
-    that PEFT cannot load.
+    LoRA and its kin around a diffusion model are written in the file format of diffusers too (`lora_file`). `spec` is
+    `config.adapter`, `source` the checkpoint around which they were tuned. Raises UserError for an adapter that PEFT
+    cannot load.
     """
     (name, _), method = parse_spec(spec), build("adapter", spec)
     flat = flax.traverse_util.flatten_dict(params, sep="/")
@@ -58,46 +61,71 @@ def write(lm: LM, spec: str, params: Params, folder: PathLike, source: Source) -
         if any(path in leaves for path, _, _ in tensor.parts)
     }
     written = unsupported.written_method(method, modules)
-    unsupported.check_supported(name, written, modules, source.config["model_type"])
+    unsupported.check_supported(name, written, modules, source.config.get("model_type"))
     if written.peft.kind != "LORA":
         if form := full_delta.peft_form(written, leaves, modules):
             tensors, config = form
             _save(pathlib.Path(folder), tensors, _common(written.peft.kind, modules, source) | config)
         return
+    tuned = _Tuned(method, leaves, modules, source, lm)
+    tensors, config = _lora_form(tuned, written)
+    in_diffusers = None
+    if lm.reads == "images":  # whose loader would split the kernel again for PiSSA
+        plain = written.peft.fallback if written.splits_kernel else ""
+        in_diffusers = _lora_form(tuned, build("adapter", plain)) if plain else (tensors, config)
+    if distributed.is_main():
+        _save(pathlib.Path(folder), {f"{PREFIX}{name}": array for name, array in tensors.items()}, config)
+        if in_diffusers is not None:
+            lora_file.write(pathlib.Path(folder), *in_diffusers)
+
+
+class _Tuned(typing.NamedTuple):
+    """What `write` is given: the method, its leaves by path, the modules around which they are, their checkpoint."""
+
+    method: typing.Any
+    leaves: dict[str, typing.Any]
+    modules: dict[str, typing.Any]
+    source: Source
+    lm: Backbone
+
+
+def _lora_form(tuned, written):
+    """`({module.tensor: array}, adapter_config)` of LoRA and its kin, written as the method `written`.
+
+    Collective: every process calls it; both are empty on all but the main one.
+    """
+    method, source = tuned.method, tuned.source
     splits_start = method.splits_kernel and not written.splits_kernel
-    leaves = {path: _on_host(leaf, splits_start) for path, leaf in leaves.items()}
+    leaves = {path: _on_host(leaf, method.learnt, splits_start) for path, leaf in tuned.leaves.items()}
     if not distributed.is_main():
-        return
-    run = _TunedRun(leaves, source.bind(lm), source, splits_start)
-    arrays = {module: _module(tensor, run) for module, tensor in modules.items()}
-    leaf = next(iter(leaves.values()))
+        return {}, {}
+    run = _TunedRun(leaves, source.bind(tuned.lm), source, "m" in method.learnt, splits_start)
+    arrays = {module: _module(tensor, run) for module, tensor in tuned.modules.items()}
     tensors = {
-        f"{PREFIX}{module}.{NAMES[part]}": value
-        for module, factors in arrays.items()
-        for part, value in factors.items()
+        f"{module}.{NAMES[factor]}": value for module, factors in arrays.items() for factor, value in factors.items()
     }
-    _save(pathlib.Path(folder), tensors, _config(written, leaf, arrays, source))
+    return tensors, _config(written, next(iter(leaves.values())), arrays, source)
 
 
-def _on_host(leaf, with_base):
-    """Gathers the factors of a leaf, and with `with_base` its frozen kernel, to every host."""
-    whole = {name: distributed.to_host(getattr(leaf, name)) for name in ("a", "b", "m") if hasattr(leaf, name)}
+def _on_host(leaf, learnt, with_base):
+    """Gathers the `learnt` factors of a leaf, and with `with_base` its frozen kernel, to every host."""
+    whole = {name: distributed.to_host(getattr(leaf, name)) for name in learnt}
     return leaf.replace(base=distributed.to_host(leaf.base) if with_base else None, **whole)
 
 
 def _module(tensor, run):
     """`{a, b, m}` of one PEFT adapter."""
-    parts = [_part(path, position, run) for path, _, position in tensor.parts]
-    ranks = [0 if part is None else part[0].shape[1] for part in parts]
-    a = np.concatenate([part[0].T for part in parts if part is not None])
+    pairs = [_part(path, position, run) for path, _, position in tensor.parts]
+    ranks = [0 if pair is None else pair[0].shape[1] for pair in pairs]
+    a = np.concatenate([pair[0].T for pair in pairs if pair is not None])
     blocks = []
-    for i, (part, (_, (_, width_out), _)) in enumerate(zip(parts, tensor.parts, strict=True)):
+    for i, (pair, (_, (_, width_out), _)) in enumerate(zip(pairs, tensor.parts, strict=True)):
         block = np.zeros((sum(ranks), width_out), np.float32)
-        if part is not None:
-            block[sum(ranks[:i]) : sum(ranks[: i + 1])] = part[1]
+        if pair is not None:
+            block[sum(ranks[:i]) : sum(ranks[: i + 1])] = pair[1]
         blocks.append(block)
     arrays = {"a": a, "b": tensor.join(blocks)}
-    if any(hasattr(run.leaves.get(path), "m") for path, _, _ in tensor.parts):
+    if run.has_magnitudes:
         arrays["m"] = tensor.join([_magnitude(path, position, run) for path, _, position in tensor.parts])
     return {key: np.ascontiguousarray(value) for key, value in arrays.items()}
 
@@ -153,7 +181,7 @@ def _common(kind, modules, source):
     """The keys that every adapter_config.json has."""
     return {
         "peft_type": kind,
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if "model_type" in source.config else None,
         "base_model_name_or_path": source.name or str(source.path),
         "target_modules": sorted(modules),
         "inference_mode": True,

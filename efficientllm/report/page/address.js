@@ -4,6 +4,8 @@ const CONTROLS = { // in the order of setting them: what a choice offers depends
   query: "query", filter: "filter", by: "group-by", study: "show-study",
   "tradeoff-rows": "pareto-group", x: "pareto-x", y: "pareto-y", "six-rows": "six-group",
   "rank-rows": "ranks-group", rank: "ranks-metric", "curve-rows": "curves-group", curve: "curves-tag",
+  "level-rows": "levels-group", levels: "levels-show",
+  "sample-rows": "samples-group", block: "samples-block", sample: "samples-place", nearest: "samples-nearest",
 };
 const address = { defaults: {}, writing: false, last: null };
 

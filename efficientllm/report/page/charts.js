@@ -191,6 +191,7 @@ function renderCharts() {
   renderPareto();
   renderRadar();
   renderCurves();
+  renderLevels();
 }
 
 /* On paper: light, charts of a width that every page has, and back. */

@@ -31,7 +31,7 @@ function runNode(path) {
   const run = RUNS.get(path);
   if (!run?.command) return make("p", { class: "hint" }, "Nothing more is known of this run.");
   const parts = [
-    errorNode(run), ...run.notes.map((note) => make("p", { class: "open whole" }, `Note: ${note}`)), commandNode(run), configNode(run), curveNode(path), numbersNode(run), textNode("Sample", run.sample),
+    errorNode(run), ...run.notes.map((note) => make("p", { class: "open whole" }, `Note: ${note}`)), commandNode(run), configNode(run), curveNode(path), numbersNode(run), textNode("Sample", run.sample), samplesNode(path),
     textNode("End of the log", run.log), factsNode(run),
   ];
   return make("div", { class: "run" }, ...parts.filter(Boolean));
@@ -40,6 +40,11 @@ function runNode(path) {
 const part = (title, ...children) => make("div", { class: "part" }, make("h4", {}, title), ...children);
 
 const textNode = (title, text) => (text ? part(title, make("pre", { tabindex: "0" }, text)) : null);
+
+function samplesNode(path) {
+  const picture = PICTURES[path];
+  return picture ? part("Samples", pictureNode(picture, "grid", null, `Samples of ${runName(path)}${classList(picture)}`)) : null;
+}
 
 function errorNode(run) {
   const lines = (run.log ?? "").split("\n").filter((line) => line.trim());

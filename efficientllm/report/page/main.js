@@ -102,6 +102,7 @@ async function start() {
   setUpRanks();
   try { await loadPlotly(); } catch (problem) { console.warn(`charts need a browser with DecompressionStream: ${problem}`); }
   setUpCharts();
+  setUpPictures();
   setUpAddress();
   setUpPrint();
   document.documentElement.dataset.ready = "yes";

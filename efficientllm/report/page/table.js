@@ -1,5 +1,6 @@
 /* The table of variants: sorted, filtered, grouped, with the study's rows on demand. */
-const FIRST = ["eval_loss", "loss", "j_per_token", "tokens_per_s", "peak_memory_bytes", "flops_per_token", "params_active"];
+const FIRST = ["eval_loss", "loss", "j_per_token", "tokens_per_s", "peak_memory_bytes", "flops_per_token", "params_active",
+  "fid", "fd_own", "nearest_ratio", "images_per_s", "flops_per_image", "j_per_image"];
 const GROUPINGS = {
   ranking: ["ranking group", (entry) => entry.group.name],
   device: ["device", (entry) => entry.group.device],

@@ -13,8 +13,8 @@ from efficientllm import convert
 from efficientllm.architecture import from_config
 from efficientllm.convert.hf_config import families, rope_parameters, to_hf
 from efficientllm.convert.hf_config.canonical import canonical, differences
-from efficientllm.convert.source import complete
 from efficientllm.errors import UserError
+from efficientllm.registry import build
 
 HEAD = "lm_head.weight"
 
@@ -136,12 +136,13 @@ def test_an_export_says_the_rotation_for_transformers_4_too(name, tmp_path):
     base = {key: value for key, value in base.items() if kind != "GPTNeoX" or key != "num_key_value_heads"}
     config = json.loads(json.dumps(getattr(transformers, f"{kind}Config")(**base | changes).to_dict()))
     described = families.describe_config(config, "config.json")
-    lm = from_config.from_config(complete(described.model))
+    lm = from_config.from_config(from_config.complete_model(described.model))
     written = to_hf.config_of(config["model_type"], lm, canonical(lm), described.max_positions)
     both = written | rope_parameters.older_keys(written)
     older = {key: value for key, value in both.items() if key != "rope_parameters"}
     for description in (both, older, written):
-        model = from_config.from_config(complete(families.describe_config(description, "config.json").model))
+        described = families.describe_config(description, "config.json").model
+        model = from_config.from_config(from_config.complete_model(described))
         assert not differences(canonical(model), canonical(lm))
     assert older["rotary_emb_base" if kind == "GPTNeoX" else "rope_theta"] == 500.0
     read = getattr(transformers, f"{kind}Config")(**{key: value for key, value in both.items() if key != "model_type"})
@@ -179,6 +180,46 @@ BESIDE = [
     ".gitattributes",
     "runs/events.out",
 ]
+
+
+DIT = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+]
+BESIDE_DIT = [
+    "transformer/diffusion_pytorch_model.bin",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "transformer/onnx/model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "README.md",
+]
+
+
+@pytest.mark.parametrize(
+    "ask, needed",
+    [
+        (lambda: convert.open_source("owner/dit"), [*DIT, BESIDE_DIT[3]]),
+        (lambda: convert.open_source("owner/dit", weights=False), [*DIT[:3], BESIDE_DIT[3]]),
+        (lambda: build("autoencoder", "kl(path='owner/dit')"), [DIT[0], *BESIDE_DIT[3:5]]),
+    ],
+)
+def test_the_parts_of_a_pipelines_repository_that_are_needed(ask, needed, monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot(name, **patterns):
+        for file in filter_repo_objects(DIT + BESIDE_DIT, **patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).write_text('{"_class_name": "Foreign"}')
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(UserError, match="Foreign"):
+        ask()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == sorted(needed)
 
 
 def test_the_files_of_a_repository_that_are_needed(monkeypatch):

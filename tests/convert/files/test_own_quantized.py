@@ -81,6 +81,7 @@ def spoil(folder, change):
         (lambda c: c["quantization_config"]["leaves"]["embedding"].update(leaf="os.system"), "not a leaf class"),
         (lambda c: c["quantization_config"]["leaves"]["embedding"].update(further=1), "'embedding' is no Int8"),
         (lambda c: c["quantization_config"]["leaves"].pop("embedding"), "'embedding' is missing"),
+        (lambda c: c["quantization_config"]["leaves"].update({"": {"leaf": "Int4", "columns": 64}}), "'' is no Int4"),
         (lambda c: c.update(num_hidden_layers=3), "'group_2/block_0"),
         (lambda c: c.update(num_hidden_layers=1), "'group_1/block_0.* belongs to nothing"),
         (lambda c: c.update(intermediate_size=64), r"of shape \[96, 64\], the config asks for \[64, 64\]"),

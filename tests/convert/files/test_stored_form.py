@@ -20,7 +20,7 @@ def source(config=None, **forms):
         (source(embedding=("F16", 900), mlp=("Q4_0", 90)), "Q4_0"),
         (source(embedding=("BF16", 10), mlp=("F16", 90)), None),
         (source({"quantization_config": {"quant_method": "awq"}}), "awq"),
-        (types.SimpleNamespace(config={}, tensors=object()), None),
+        (types.SimpleNamespace(config={}, tensors=None), None),
     ],
 )
 def test_the_form_of_most_rounded_weights(dtypes, expected):

@@ -17,7 +17,6 @@ from efficientllm.convert.hf_config import families, to_hf
 from efficientllm.convert.hf_config.canonical import canonical, differences
 from efficientllm.convert.hf_config.checked_keys import HARMLESS
 from efficientllm.convert.hf_config.class_defaults import BASES, DEFAULTS
-from efficientllm.convert.source import complete
 from efficientllm.errors import UserError
 from tiers import slow_except
 
@@ -59,7 +58,7 @@ def meaning(config):
 
 def assert_same(ours, theirs):
     if ours != theirs:  # said in other words, or another model
-        models = [canonical(from_config.from_config(complete(model))) for model, _ in (ours, theirs)]
+        models = [canonical(from_config.from_config(from_config.complete_model(model))) for model, _ in (ours, theirs)]
         assert ours[1] == theirs[1] and not differences(*models)
 
 
@@ -253,5 +252,5 @@ def test_what_scaling_is_for_can_be_used(scaling, most):
     config = with_scaling(rope_scaling=scaling, max_position_embeddings=32)
     model, max_positions = meaning(config)
     assert max_positions == most
-    lm = from_config.from_config(complete(model))
+    lm = from_config.from_config(from_config.complete_model(model))
     assert meaning(to_hf.config_of("llama", lm, canonical(lm), max_positions))[1] == most

@@ -212,7 +212,10 @@ def test_changes_of_the_kernel_are_pefts(name):
             if name in path or "hada" in path:
                 tensor.normal_()
     expected = adapter.get_delta_weight("default").detach().numpy().T
-    get = lambda key: getattr(adapter, key)["default"].detach().numpy()  # noqa: E731
+
+    def get(key):
+        return getattr(adapter, key)["default"].detach().numpy()
+
     base_kernel = np.zeros((24, 40), np.float32)
     if name == "loha":
         a1, b1, a2, b2 = (get(f"hada_w{i}_{factor}").T for i in (1, 2) for factor in ("b", "a"))

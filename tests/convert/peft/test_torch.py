@@ -103,7 +103,10 @@ def test_qlora_is_pefts_around_the_weights_that_are_rounded(source, spec, tmp_pa
     moved = jax.tree.map(lambda leaf: leaf + 0.05 * noise.standard_normal(leaf.shape, np.float32), state.params)
     state = state.replace(params=moved)
     folder.write(lm, spec, state.all_params, tmp_path / "adapter", source)
-    rounded = lambda leaf: isinstance(leaf, Rows)  # noqa: E731
+
+    def rounded(leaf):
+        return isinstance(leaf, Rows)
+
     dense = jax.tree.map(lambda leaf: leaf.dense() if rounded(leaf) else leaf, bare(state.all_params), is_leaf=rounded)
     convert.export(lm, dense, tmp_path / "rounded", source)
     plain = load(convert.open_source(tmp_path / "rounded"))
@@ -117,5 +120,8 @@ def test_qlora_is_pefts_around_the_weights_that_are_rounded(source, spec, tmp_pa
 
 def bare(params):
     """The kernels that adapters are around."""
-    is_adapter = lambda node: hasattr(node, "a")  # noqa: E731
+
+    def is_adapter(node):
+        return hasattr(node, "a")
+
     return jax.tree.map(lambda node: node.base if is_adapter(node) else node, params, is_leaf=is_adapter)

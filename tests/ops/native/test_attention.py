@@ -116,5 +116,5 @@ def test_it_is_chosen_for_decoding_one_token_on_one_cpu_device():
 
 def test_it_is_refused_where_it_cannot_run():
     q, k, v, _ = a_state(1, 4, 2, 2, 8, 8, "float32")
-    with pytest.raises(UserError, match="attention_kernel = 'ffi' decodes one token a row"):
+    with pytest.raises(UserError, match="attention_kernel = 'ffi': decodes one token a row"):
         attend(jnp.repeat(q[:, None], 4, 1), k, v, Mask(), "ffi")

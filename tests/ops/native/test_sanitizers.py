@@ -13,8 +13,10 @@ ROOT = pathlib.Path(__file__).parents[3]
 TESTS = [
     "tests/ops/native/test_shapes.py",
     "tests/ops/native/test_attention.py",
+    "tests/ops/native/test_matmul.py",
     "tests/quant/test_forms.py::test_native_products",
 ]
+LIBRARIES = {"products": ("products.cc", "attention.cc"), "matmul": ("matmul.cc", "matmul_kernels.cc")}  # of setup.py
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 OVERRUN = """
 import ctypes, sys
@@ -59,11 +61,11 @@ def environment(**more):
 
 
 def test_native_code_is_clean_under_sanitizers(tmp_path):
-    native = ROOT / "efficientllm" / "native"
+    native = ROOT / "efficientllm" / "ops" / "native"
     headers = pathlib.Path(jaxlib.__file__).parent / "include"
-    sources = [native / name for name in ("products.cc", "attention.cc")]
-    build(sources, tmp_path / "_products_sanitized.so", f"-I{headers}", "-w")
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "native.sanitized", *TESTS]
+    for library, names in LIBRARIES.items():
+        build([native / name for name in names], tmp_path / f"_{library}_sanitized.so", f"-I{headers}", "-w")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "ops.native.sanitized", *TESTS]
     environ = environment(SANITIZED_LIBRARY=str(tmp_path))
     environ["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'tests'}"
     # Minutes: compiling takes the most.

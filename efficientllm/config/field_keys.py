@@ -1,0 +1,26 @@
+"""Config keys of the fields that low-level code complains about."""
+
+import contextlib
+import typing
+
+from efficientllm.config.plain import flatten
+from efficientllm.errors import FieldError, UserError, short_repr
+from efficientllm.typing import Config
+
+
+@contextlib.contextmanager
+def name_keys(config: Config) -> typing.Iterator[None]:
+    """Context in which a FieldError names the key and the value of `config`: `config.model.remat = 'foo': ...`.
+
+    A FieldError stays as it is if the config has no such field, or has another value than the one complained about.
+    """
+    try:
+        yield
+    except FieldError as error:
+        values = flatten(config.to_dict())
+        keys = [key for key in values if key.rpartition(".")[2] == error.field]
+        if len(keys) != 1 or error.value not in (None, values[keys[0]]):
+            raise
+        named = UserError(f"config.{keys[0]} = {short_repr(values[keys[0]])}: {error.problem}")
+        named.shared = error.shared
+        raise named from error

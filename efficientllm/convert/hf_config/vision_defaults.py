@@ -1,0 +1,121 @@
+"""Defaults of transformers' config classes of vision-language models; see `class_defaults`."""
+
+_QWEN_TEXT = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 80,
+}
+_QWEN_VISION = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+_QWEN = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "tie_word_embeddings": False,
+}
+# By `model_type`, of the model and of its parts.
+VISION: dict[str, dict] = {
+    "qwen2_5_vl": _QWEN,
+    "qwen2_5_vl_text": _QWEN_TEXT,
+    "qwen2_5_vl_vision": _QWEN_VISION
+    | {
+        "hidden_act": "silu",
+        "intermediate_size": 3420,
+        "tokens_per_second": 4,
+        "window_size": 112,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+    "qwen2_vl": _QWEN,
+    "qwen2_vl_text": _QWEN_TEXT,
+    "qwen2_vl_vision": _QWEN_VISION | {"embed_dim": 1280, "hidden_act": "quick_gelu", "mlp_ratio": 4},
+    "llava": {
+        "image_token_index": 32000,
+        "image_seq_length": 576,
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": -2,
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "clip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "projection_dim": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "internvl": {
+        "image_token_id": 151667,
+        "image_seq_length": 256,
+        "downsample_ratio": 0.5,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": True,
+    },
+    "internvl_vision": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "intermediate_size": 4096,
+        "hidden_act": "gelu",
+        "norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+        "image_size": [448, 448],
+        "patch_size": [14, 14],
+        "num_channels": 3,
+        "use_mask_token": False,
+        "use_absolute_position_embeddings": True,
+        "use_mean_pooling": True,
+    },
+}
+# Of InternVL's own classes, whose code lies beside their files and is not run here.
+VISION_OF_CHAT = {
+    "hidden_size": 3200,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "intermediate_size": 12800,
+    "qkv_bias": False,
+    "qk_normalization": True,
+    "hidden_act": "gelu",
+    "norm_type": "rms_norm",
+    "layer_norm_eps": 1e-6,
+    "image_size": 224,
+    "patch_size": 14,
+    "num_channels": 3,
+}
+# What LLaVA's class takes for a `vision_config` that a file leaves out altogether.
+LLAVA_VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "patch_size": 14,
+    "image_size": 336,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
