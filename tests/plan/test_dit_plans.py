@@ -29,4 +29,8 @@ def test_a_row_is_what_is_planned_today(tmp_path, monkeypatch):
     name = "dit_b4/gqa/h200"
     plans.planning.make(name, *plans.list_plans()[name], tmp_path)
     planned = plans.line(name, read_record(tmp_path / name / "record.json"))
-    assert plans.read_lines()[name] == {key: "" if value is None else str(value) for key, value in planned.items()}
+    planned = {key: "" if value is None else str(value) for key, value in planned.items()}
+    written = plans.read_lines()[name]
+    for key in ("peak_gb", "by_shapes_gb"):  # which intermediates the backward pass keeps is JAX's rule, by its version
+        assert float(planned.pop(key)) == pytest.approx(float(written.pop(key)), rel=0.05)
+    assert planned == written
