@@ -98,6 +98,13 @@ class Backbone(nn.Module):
         """Whether the input of an end's kernel has a gradient; `trains(path)` says which parameters are trainable."""
         return True
 
+    def branches(self) -> dict[str, tuple["Backbone", int]]:
+        """Returns backbones beside the blocks that a row goes through, `{prefix of its paths: (it, its tokens)}`."""
+        return {}
+
+    # First names of parameters that a checkpoint of the model's kind without them can be given.
+    new_parts: typing.ClassVar[tuple[str, ...]] = ()
+
     # Kernels of the ends, by their paths, that multiply the condition of a request alone (`request_states`).
     request_kernels: typing.ClassVar[tuple[str, ...]] = ()
 

@@ -131,7 +131,8 @@ class RunDescription:
         complete = self.config.model.copy_and_resolve_references()
         if self.source is not None:
             pattern = tuple(self.source.model.get("pattern", ()))
-            complete.update(self.source.model | {"pattern": pattern, "parameters_of": ""})
+            of_source = self.source.model | {"pattern": pattern, "parameters_of": ""}
+            complete.update(of_source | ({"embed": complete.embed} if self._adds_images else {}))
         if changes:
             name, fields = parse_spec(complete.embed)
             complete.embed = format_spec(name, fields | changes)
@@ -159,7 +160,8 @@ class RunDescription:
     def dataset(self) -> typing.Any:
         """The data of the objective, in batches."""
         if self.objective.reads == "text":
-            return TextData(self.config.data, self.tokenizer, self.config.train.length)
+            text = TextData(self.config.data, self.tokenizer, self.config.train.length)
+            return self._examples(text) if self._has_pictures else text
         from efficientllm.data.images import ImageData  # needs packages that text does not
 
         captions, share = None, 0.0
@@ -173,6 +175,29 @@ class RunDescription:
         encoder = self.autoencoder
         of_encoder = encoder.posterior, encoder.fingerprint(), encoder.factor, encoder.latent_shape
         return ImageData(self.config.data, None, *of_encoder, captions=captions, dropout=share)
+
+    @property
+    def _has_pictures(self):
+        """Whether both the model and the data have pictures beside text."""
+        reads = "text and images"
+        return self.outline.reads == reads and data.modality(self.config.data) == reads
+
+    def _examples(self, text):
+        from efficientllm.vision.examples import ExampleData  # needs packages that text does not
+        from efficientllm.vision.processors import read_processor
+
+        folder = None if self.source is None or self.new_parts else self.source.tokenizer_path
+        return ExampleData(text, self.lm, read_processor(folder, self.lm))
+
+    @property
+    def new_parts(self) -> tuple[str, ...]:
+        """First names of the parameters that the checkpoint lacks: the tower that a language model is given."""
+        return self.outline.new_parts if self._adds_images else ()
+
+    @property
+    def _adds_images(self):
+        """Whether the config's ends read images, and the checkpoint's text alone."""
+        return self.source is not None and from_config.adds_images(self.config.model.embed, self.source.model)
 
     @functools.cached_property
     def text_states(self) -> PromptStates | None:

@@ -135,6 +135,9 @@ def test_command(command, tmp_path, monkeypatch):
         argv += ["--config.infer.repeats=1", "--config.infer.solver=euler(steps=2)", "--config.data=glyphs(size=16)"]
         assert main.main([*argv, "--config.sample.images=2", "--config.eval.batches=1"]) == 0
         return
+    if config.model.embed.startswith("vision("):
+        tune_with_pictures(tmp_path, argv)
+        return
     if config.model.pretrained:
         folders.llama(tmp_path / "model", vocab_size=300)
         argv += [f"--config.model.pretrained={tmp_path / 'model'}", "--config.train.batch_size=8"]
@@ -152,6 +155,18 @@ def test_command(command, tmp_path, monkeypatch):
     short += [f"sample.tokens={2 if command == RUNS[0] else 0}"]  # one of them shows a text: it is compiled for itself
     assert main.main([*argv, *data, *[f"--config.{flag}" for flag in short]]) == 0
     assert list((tmp_path / "runs").glob("*/*/record.json"))
+
+
+def tune_with_pictures(folder, argv):
+    """The command of a page, after the one before it, with a smaller language model, charts and steps."""
+    folders.llama(folder / "model", vocab_size=300)
+    small = ["data=charts(count=40,size=64)", "tokenizer=bytes", "train.length=128"]
+    flags = [f"--config.{flag}" for flag in [*small, "train.steps=2", "train.batch_size=8", "eval.batches=1"]]
+    tower = [f"--config.model.pretrained={folder / 'model'}", f"--workdir={folder / 'runs/vl_tower'}"]
+    if any("runs/vl_tower" in word for word in argv if "pretrained" in word):
+        assert main.main([f"--config={runs.ROOT}/configs/tune_vl.py:vision", *tower, *flags]) == 0
+        tower = []
+    assert main.main([*argv, *tower, *flags]) == 0
 
 
 def train_pictures(folder):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from efficientllm.errors import FieldError, UserError
-from efficientllm.quant.apply import KEEP_TABLES, quantize
+from efficientllm.quant.apply import UNROUNDED, quantize
 from efficientllm.typing import Params, PyTree
 from efficientllm.untrusted import patterns
 from efficientllm.weights import Weight, adapted_bias, dense, is_box, path_of
@@ -18,8 +18,9 @@ if typing.TYPE_CHECKING:
     from efficientllm.model import Backbone
 
 KERNEL = re.compile(r"block_\d+/(?!.*\brouter/).*\bkernel$")  # of blocks; never routers, never the head
-# The default `target`: not the modulation of diffusion models, a third of their parameters.
-MIXERS_AND_FFNS = r"/(mixer|ffn)\w*/"
+# The default `target`: not the modulation of diffusion models, a third of their parameters; nor a vision tower, which
+# tools for vision-language models leave frozen.
+MIXERS_AND_FFNS = r"^(?!vision/).*/(mixer|ffn)\w*/"
 
 
 class PeftFormat(typing.NamedTuple):
@@ -141,7 +142,7 @@ def tuned(
 
     The other arguments are those of `attach`.
     """
-    return split(method, lm, attach(method, boxed, quantize(params, form, KEEP_TABLES), key))
+    return split(method, lm, attach(method, boxed, quantize(params, form, UNROUNDED), key))
 
 
 def split(method: Method, lm: "Backbone", params: Params) -> tuple[Params, Params]:

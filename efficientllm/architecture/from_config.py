@@ -67,6 +67,13 @@ def is_complete(model: ConfigDict) -> bool:
     return ends.is_complete(build("size", model.size, where="config.model.size"))
 
 
+def adds_images(embed: str, of_checkpoint: dict[str, typing.Any]) -> bool:
+    """Whether `embed`, of a config, gives images to a checkpoint's language model, which reads text alone."""
+    specs = embed, of_checkpoint.get("embed", "tokens()")
+    reads = [build("embed", spec, where="config.model.embed").reads for spec in specs]
+    return reads == ["text and images", "text"]
+
+
 def _equal_parameters(model, size, inputs):
     """The size at which the model has as many parameters as the reference model of `config.model.parameters_of`."""
 

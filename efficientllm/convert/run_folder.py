@@ -125,6 +125,8 @@ def open_run(
     except UserError as error:
         raise UserError(f"{where}: the checkpoint that the run started from cannot be opened: {error}") from None
     model = dict(base.model) if base else {key: run.model[key] for key in _DESCRIBES}
+    if base and from_config.adds_images(run.model.embed, base.model):
+        model["embed"] = run.model.embed
     source = RunSource(
         path,
         dict(base.config) if base else {},

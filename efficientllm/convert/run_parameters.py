@@ -15,6 +15,7 @@ import numpy as np
 
 from efficientllm import model as models
 from efficientllm.adapters.base import bias_path, tuned
+from efficientllm.architecture import from_config
 from efficientllm.convert.files import own_quantized
 from efficientllm.convert.tensors.tensor_reader import TensorReader
 from efficientllm.errors import UserError
@@ -96,7 +97,7 @@ class RunParameters(TensorReader):
         """The parameter at `path` as the model holds it: quantized, with an adapter around it."""
         from efficientllm.quant import apply as quant
 
-        leaf = quant.rounder(self._run.quant, quant.KEEP_TABLES)(path, jnp.asarray(self._before(path, layer)))
+        leaf = quant.rounder(self._run.quant, quant.UNROUNDED)(path, jnp.asarray(self._before(path, layer)))
         arrays = self._factors(path, layer)
         return self._wrapped(path, self._boxes[path].names[len(layer) :], leaf, arrays) if arrays else leaf
 
@@ -123,7 +124,9 @@ class RunParameters(TensorReader):
 
     @functools.cached_property
     def _bound(self):
-        return self._base.bind(self._lm)
+        # What a run adds to its checkpoint's model is trained, all of it.
+        is_extended = from_config.adds_images(self._run.model.embed, self._base.model)
+        return self._base.bind(self._lm.language_model() if is_extended else self._lm)
 
     @functools.cached_property
     def _drawn(self):

@@ -38,7 +38,13 @@ def forward_flops(lm: Backbone, boxed: PyTree, length: int, executed: bool = Fal
     """
     linear = sum(flops for _, flops in _kernel_flops(lm, boxed, length))
     head = lm.shared_head_flops(length)
-    return linear + head + sum(of_group * len(stack.groups) for stack, of_group in stack_flops(lm, length, executed))
+    branches = sum(mixer_flops(branch, tokens, executed) for branch, tokens in lm.branches().values())
+    return linear + head + mixer_flops(lm, length, executed) + branches
+
+
+def mixer_flops(lm: Backbone, length: int, executed: bool = False) -> float:
+    """Those of `forward_flops` that are products of activations, in the mixers of all blocks."""
+    return sum(of_group * len(stack.groups) for stack, of_group in stack_flops(lm, length, executed))
 
 
 def request_flops(lm: Backbone, boxed: PyTree, length: int) -> float:
@@ -68,6 +74,9 @@ def train_flops(lm: Backbone, boxed: PyTree, length: int, method: Method = FULL)
     for stack, of_group in stack_flops(lm, length):
         with_gradients = sum(group >= lowest for group in stack.groups)
         mixers += of_group * (len(stack.groups) + 2 * with_gradients)
+    for prefix, (branch, tokens) in lm.branches().items():
+        with_gradients = lm.has_input_gradient(f"{prefix}groups/", learns)
+        mixers += mixer_flops(branch, tokens) * (1 + 2 * with_gradients)
     return linear + head + mixers
 
 

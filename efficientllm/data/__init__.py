@@ -7,7 +7,7 @@ A source of one's own is derived from `Source`, or of images from `ImageSource`,
 read by `data.images.ImageData`.
 """
 
-from efficientllm.data.base import ImageSource, Picture, Source, modality
+from efficientllm.data.base import Example, ExampleSource, ImageSource, Picture, Source, modality
 from efficientllm.data.pipeline import (
     build_tokenizer,
     calibration_rows,
@@ -20,6 +20,8 @@ from efficientllm.data.pipeline import (
 KINDS = {"data": "*", "tokenizer": "*"}
 
 __all__ = [
+    "Example",
+    "ExampleSource",
     "ImageSource",
     "Picture",
     "Source",

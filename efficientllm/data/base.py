@@ -1,7 +1,8 @@
-"""Source and ImageSource, the base classes of data sources, and Tally, the count of what one read and skipped."""
+"""Source, ImageSource and ExampleSource, the base classes of data sources; Tally counts what one read and skipped."""
 
 import collections
 import dataclasses
+import json
 import typing
 
 import numpy as np
@@ -128,9 +129,60 @@ class ImageSource(Source):
         raise NotImplementedError(f"{type(self).__name__} needs pictures(), which yields Picture(content, label=...)")
 
 
+class Example(typing.NamedTuple):
+    """A conversation about pictures.
+
+    Attributes:
+      messages: in transformers' format; the content of a user's turn is a text or a list of parts, in which
+        `{"type": "image"}` stands for the next of `pictures`. Answers are texts.
+      pictures: as `Picture.content`.
+      group: examples of one group are never divided between training and held-out ones; empty: those of one text.
+      name: what messages call the example; empty: its place in the source.
+    """
+
+    messages: list[dict[str, typing.Any]]
+    pictures: tuple[Content | typing.Callable[[], Content], ...] = ()
+    group: str = ""
+    name: str = ""
+
+
+class ExampleSource(Source):
+    """Base class of data sources of conversations about pictures. One of your own is a dataclass registered as
+    ("data", name) with `examples()`.
+
+    A model that reads text alone learns from the same conversations without their pictures, which says what can be
+    answered blindly.
+
+    Attributes:
+      max_pixels: what pictures are shrunk to at most where the model takes any size; 0 is its processor's own limit.
+    """
+
+    modality = "text and images"
+    records = True
+    max_pixels = 0
+
+    def examples(self) -> typing.Iterator[Example]:
+        """Yields every example in a fixed order."""
+        raise NotImplementedError(f"{type(self).__name__} needs examples(), which yields Example(messages, pictures)")
+
+    def documents(self) -> typing.Iterator[tuple[str, str]]:
+        """Yields the conversations without their pictures, and what decides their side of the split."""
+        for example in self.examples():
+            text = json.dumps([message | {"content": text_of(message)} for message in example.messages])
+            yield text, example.group or text
+
+
+def text_of(message: dict[str, typing.Any]) -> str:
+    """Returns the text of a message whose content may be a list of parts."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 def modality(spec: str) -> str:
-    """What the source of a data spec reads, "text" or "images"; it reads nothing yet. Raises UserError for a spec that
-    names no source."""
+    """What the source of a data spec reads, "text", "images" or "text and images"; it reads nothing yet.
+
+    Raises UserError for a spec that names no source.
+    """
     return getattr(registry.build("data", spec, where="config.data"), "modality", Source.modality)
 
 

@@ -72,7 +72,7 @@ class Corpus:
         self.spec = spec
         self.source = build("data", spec, where="config.data")
         self.cache = cache.root(cache_dir)
-        if self._attribute("modality") != "text":
+        if self._attribute("modality") not in ("text", "text and images"):
             raise UserError(
                 f"config.data = {spec!r}: holds images, and text is needed; write python_docs(), or text(), jsonl(), "
                 "csv() or parquet() with a path"

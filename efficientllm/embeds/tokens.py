@@ -15,10 +15,17 @@ from efficientllm.ops.attention import Context
 from efficientllm.ops.embedding_lookup import look_up
 from efficientllm.registry import build, register
 from efficientllm.sharding import constrain
-from efficientllm.typing import Config, Params, PyTree
+from efficientllm.typing import Batch, Config, Params, PyTree
 from efficientllm.weights import Precision, Weight, matmul, parameter, transposed_kernel
 
 HEAD = ("embed", "vocab")
+
+
+class RowArray(typing.NamedTuple):
+    """An array of a batch: that of one row, without the axis of rows, and its logical axes."""
+
+    row: jax.ShapeDtypeStruct
+    axes: tuple[str | None, ...]
 
 
 class LM(Backbone, kw_only=True):
@@ -74,6 +81,14 @@ class LM(Backbone, kw_only=True):
     def place_images(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         """Puts features of images into the slots of their tokens, where a model reads images."""
         return x_BTD
+
+    def image_arrays(self, length: int) -> dict[str, RowArray]:
+        """Returns the arrays of a training batch that say which images a row of `length` tokens has."""
+        return {}
+
+    def context(self, batch: Batch) -> Context:
+        """Builds the Context of a training batch's packed rows."""
+        return Context.packed(batch["positions"], batch["segments"])
 
     def example(self, length: int) -> tuple:
         tokens_BT = jnp.zeros((1, length), jnp.int32)

@@ -1,17 +1,24 @@
 """Vision-language model: a language model some of whose tokens are features of images."""
 
 import dataclasses
+import functools
 import typing
 
 import jax
 import jax.numpy as jnp
 
-from efficientllm.embeds.tokens import LM, Tokens
+from efficientllm.embeds.tokens import LM, RowArray, Tokens
 from efficientllm.embeds.vision_tower import Images, Patches, VisionTower
 from efficientllm.errors import FieldError
+from efficientllm.model import Backbone, abstract_params
 from efficientllm.ops.attention import Context
 from efficientllm.registry import build, register
-from efficientllm.typing import Config, Params
+from efficientllm.typing import Batch, Config, Params
+from efficientllm.weights import is_box, path_of
+
+TOWER = "vision/"
+# What a training batch calls the fields of its Patches.
+BATCH_KEYS = {field: f"patch_{field.partition('_')[0]}" for field in Patches._fields}
 
 
 class VisionLM(LM, kw_only=True):
@@ -23,12 +30,15 @@ class VisionLM(LM, kw_only=True):
     Args:
       vision: the tower; its parameters are those under `vision/`.
       image_token: the id in whose place features stand.
+      row_slots: the slots of patches of a training row; 0 trains on text alone.
     """
 
     vision: VisionTower
     image_token: int
+    row_slots: int = 0
 
     reads: typing.ClassVar[str] = "text and images"
+    new_parts: typing.ClassVar[tuple[str, ...]] = ("vision",)
 
     def place_images(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         """Puts features of images into the slots of their tokens."""
@@ -43,6 +53,28 @@ class VisionLM(LM, kw_only=True):
     def encode(self, patches: Patches) -> jax.Array:
         """Computes the features of images, float `[B, M, D]`; see `encode_images`."""
         return self.vision(patches)
+
+    def image_arrays(self, length: int) -> dict[str, RowArray]:
+        if not self.row_slots:
+            return {}
+        (patches,) = self.vision.example(length)
+        of_tokens = {"slots": RowArray(jax.ShapeDtypeStruct((length,), jnp.int32), ("length",))}
+        if self.axes > 1:
+            coordinates = jax.ShapeDtypeStruct((length, self.axes), jnp.int32)
+            of_tokens["coordinates"] = RowArray(coordinates, ("length", None))
+        of_patches = {
+            BATCH_KEYS[field]: jax.ShapeDtypeStruct((self.row_slots, *array.shape[2:]), array.dtype)
+            for field, array in patches._asdict().items()
+            if array is not None
+        }
+        return of_tokens | {key: RowArray(row, (None,) * row.ndim) for key, row in of_patches.items()}
+
+    def context(self, batch: Batch) -> Context:
+        ctx = super().context(batch)
+        if not self.row_slots:
+            return ctx
+        patches = Patches(**{field: batch.get(key) for field, key in BATCH_KEYS.items()})
+        return ctx.replace(coordinates_BTA=batch.get("coordinates"), images=Images(batch["slots"], patches))
 
     def example(self, length: int) -> tuple:
         tokens_BT, ctx = super().example(length)
@@ -59,11 +91,46 @@ class VisionLM(LM, kw_only=True):
 
     def is_of_request(self, path: str) -> bool:
         """Whether a parameter is the tower's: it is read once for the images of a request, not for each token."""
-        return path.startswith("vision/")
+        return path.startswith(TOWER)
 
     def kernel_rows(self, path: str, length: int) -> int:
-        """Counts the rows of a kernel for a row of `length` tokens of text; those of images are the tower's own."""
-        return 0 if self.is_of_request(path) else length
+        """Counts the rows of a kernel for a row of `length` tokens; those of the tower are patches, in training."""
+        if self.is_of_request(path):
+            return self.vision.kernel_rows(path.removeprefix(TOWER), self.row_slots)
+        return length
+
+    def branches(self) -> dict[str, tuple[Backbone, int]]:
+        return {TOWER: (self.vision, self.row_slots)} if self.row_slots else {}
+
+    def has_input_gradient(self, path: str, trains: typing.Callable[[str], bool]) -> bool:
+        """Whether a kernel's input has a gradient: that of the tower's has one where anything below it learns."""
+        if not self.is_of_request(path):
+            return True
+        place = _place(path)
+        below = [other for other in _tower_paths(self.vision) if _place(other) < place + (place == _BLOCKS)]
+        return any(map(trains, below))
+
+    def language_model(self) -> LM:
+        """Returns the language model alone."""
+        fields = (field.name for field in dataclasses.fields(LM) if field.name not in ("parent", "name"))
+        return LM(**{name: getattr(self, name) for name in fields}, parent=None)
+
+
+_BLOCKS = 1  # where blocks come in a tower; before them an embedding, then a norm and the maps of the projector
+
+
+def _place(path):
+    """Where a parameter of the tower comes in its forward pass; all blocks are one place, as a scan has them."""
+    name = path.removeprefix(TOWER)
+    if name.startswith("projector/"):
+        return 3 + name.startswith("projector/2")
+    return _BLOCKS if name.startswith("group") else 2 if name.startswith("norm") else 0
+
+
+@functools.lru_cache
+def _tower_paths(tower):
+    boxed = abstract_params(tower)
+    return tuple(TOWER + path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box))
 
 
 def encode_images(lm: VisionLM, params: Params, patches: Patches) -> jax.Array:

@@ -20,6 +20,7 @@ from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.model import parts
 from efficientllm.typing import Params, PyTree, Record
+from efficientllm.vision.conversations import marked_token
 from efficientllm.vision.processors import Processor, load_picture
 from efficientllm.vision.token_rows import Prompt, token_row
 from efficientllm.vision.tower_rows import PreparedImage, group_windows, merged_grid
@@ -80,8 +81,7 @@ def image_flops(tower: VisionTower, boxed: PyTree, picture: PreparedImage) -> fl
     """Counts the forward FLOPs of a tower for one image: all products, and the pairs within frames and windows."""
     frames, rows, columns = picture.grid
     slots = len(picture.pixels_Pc) + frames * tower.class_token
-    attention = sum(flops * len(stack.groups) for stack, flops in formulas.stack_flops(tower, slots))
-    linear = formulas.forward_flops(tower, boxed, slots) - attention
+    linear = formulas.forward_flops(tower, boxed, slots) - formulas.mixer_flops(tower, slots)
     windows = group_windows(merged_grid(picture.grid, tower.merge), tower.window) if tower.window else []
     reach = {
         False: [rows * columns + tower.class_token] * frames,
@@ -126,6 +126,6 @@ def _encode(request, lm, tokenizer, processor, chat):
 
 
 def _marked(text, lm, tokenizer):
-    """Puts InternVL's marks around image tokens, which its processor adds to what the template gives."""
+    """Puts a family's marks around image tokens, where its template does not."""
     token = tokenizer.text_of(lm.image_token)
-    return text.replace(token, f"<img>{token}</img>") if token == "<IMG_CONTEXT>" and "<img>" not in text else text
+    return text if "<img>" in text else text.replace(token, marked_token(token))

@@ -13,10 +13,10 @@ from efficientllm.errors import FieldError
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.objectives.base import Losses, Metrics, Objective, exact_sum, with_router_losses
 from efficientllm.objectives.cross_entropy import nll_sum
-from efficientllm.ops.attention import Context
 from efficientllm.registry import register
 from efficientllm.typing import Batch, Params
 
+_TOKENS = ("tokens", "targets", "segments", "positions", "weights")  # arrays of a batch, one number a token
 NO_BYTES = "no held-out target stands for text: they are ends of documents"
 
 
@@ -39,13 +39,13 @@ class NextToken(Objective):
             super().check(model)
 
     def axes(self, model: typing.Any) -> dict[str, tuple[str | None, ...]]:
-        return dict.fromkeys(("tokens", "targets", "segments", "positions", "weights"), ("length",))
+        return dict.fromkeys(_TOKENS, ("length",)) | {name: array.axes for name, array in model.image_arrays(1).items()}
 
     def row_shapes(self, model: typing.Any, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            name: jax.ShapeDtypeStruct((length,), jnp.float32 if name == "weights" else jnp.int32)
-            for name in self.axes(model)
+        arrays = {
+            name: jax.ShapeDtypeStruct((length,), jnp.float32 if name == "weights" else jnp.int32) for name in _TOKENS
         }
+        return arrays | {name: array.row for name, array in model.image_arrays(length).items()}
 
     def totals(self, batch: Batch, accumulate: int) -> tuple[jax.Array, jax.Array | None]:
         """Returns the mean number of targets of a micro-batch, and of its tokens; None where it is the whole step."""
@@ -113,8 +113,7 @@ NEXT_TOKEN = NextToken()
 
 def _nats(model, params, batch):
     """Computes `(sum of nats of the targets, aux)`."""
-    ctx = Context.packed(batch["positions"], batch["segments"])
-    x_BTD, _, aux = model.apply({"params": params}, batch["tokens"], ctx, readout=False)
+    x_BTD, _, aux = model.apply({"params": params}, batch["tokens"], model.context(batch), readout=False)
     return nll_sum(x_BTD, head_kernel(model, params), batch, model.precision), aux
 
 

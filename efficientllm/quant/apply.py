@@ -17,7 +17,8 @@ from efficientllm.untrusted import patterns
 from efficientllm.weights import Weight, box, is_box, path_of
 
 TABLE = re.compile(r"(^|/)(embedding|head/kernel)$")
-KEEP_TABLES = ((TABLE.pattern, "float32"),)  # QLoRA's rules: no embedding, no head (arXiv:2305.14314, Section 3)
+# QLoRA's rules (arXiv:2305.14314, Section 3): no embedding, no head. Nor a vision tower, whose widths have no groups.
+UNROUNDED = ((TABLE.pattern, "float32"), ("^vision/", "float32"))
 KERNEL = re.compile(r"^(?!.*\brouter/).*(^|/)kernel$")
 
 Rules = Sequence[tuple[str, str]]  # (regex over parameter paths, spec) pairs, of which the first match counts

@@ -4,6 +4,7 @@ import dataclasses
 import typing
 
 from efficientllm import model, sharding
+from efficientllm.cost import formulas
 from efficientllm.errors import UserError
 from efficientllm.objectives.base import Objective
 from efficientllm.objectives.next_token import NEXT_TOKEN
@@ -100,9 +101,24 @@ def training_lm(run: RunDescription) -> typing.Any:
     check_length(run)
     run.method.check(run.lm)
     run.objective.check(run.lm)
-    if run.lm.reads == "text and images":
+    _check_new_parts(run)
+    lm = run.dataset.model(run.lm)
+    return lm.clone(scan=False) if run.method.unrolled else lm
+
+
+def _check_new_parts(run):
+    """Raises UserError where parts that the checkpoint lacks would stay random."""
+    if not run.new_parts:
+        return
+    boxed = model.abstract_params(run.lm)
+    frozen = [
+        path
+        for path, _, _ in formulas.leaves({name: boxed[name] for name in run.new_parts})
+        if not run.method.trains(path, run.lm)
+    ]
+    if frozen:
         raise UserError(
-            f"config.task = {run.config.task!r}: a model that reads images is not trained yet; serve it with task = "
-            "'infer', or name a language model"
+            f"config.adapter = {run.config.adapter!r}: {run.config.model.pretrained} has no {run.new_parts[0]} tower, "
+            "and a random one would stay so; first train it, with \"freeze(train='^vision/')\", then tune that run's "
+            "folder"
         )
-    return run.lm.clone(scan=False) if run.method.unrolled else run.lm

@@ -40,6 +40,7 @@ class Setup:
     boxed:         abstract parameters of the model without adapters, boxed with their logical axes.
     shaped:        the abstract TrainState, each leaf with its sharding.
     shardings:     the shardings alone, for `jax.jit`.
+    new_parts:     first names of the parameters that the source lacks.
     data:          the row's description of the data.
     rss_before:    resident bytes of the process before any array of the model is made.
     program_*:     FLOPs and memory of the compiled step.
@@ -59,6 +60,7 @@ class Setup:
     boxed: PyTree
     shaped: step.TrainState
     shardings: step.TrainState
+    new_parts: tuple[str, ...]
     data: Record
     rss_before: int
     compile_s: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -120,6 +122,7 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
         boxed=model.abstract_params(lm),
         shaped=shaped,
         shardings=shardings,
+        new_parts=description.new_parts,
         data=_describe_data(config, dataset, log),
         rss_before=host.rss_bytes(),
     )
@@ -152,11 +155,17 @@ def create_state(setup: Setup) -> step.TrainState:
     train, seed, method, form = setup.config.train, setup.config.seed, setup.method, setup.config.quant
     if setup.source is None:
         return step.jit_create(setup.lm, train, seed, setup.length, setup.shardings, method, form)()
-    abstract_params = sharding.abstract_shards(setup.boxed, setup.mesh)
-    params = setup.source.load(abstract_params, lm=setup.lm, transform=quant.rounder(form, quant.KEEP_TABLES))
+    known = {name: boxed for name, boxed in setup.boxed.items() if name not in setup.new_parts}
+    abstract_params = sharding.abstract_shards(known, setup.mesh)
+    lm = setup.lm.language_model() if setup.new_parts else setup.lm
+    params = setup.source.load(abstract_params, lm=lm, transform=quant.rounder(form, quant.UNROUNDED))
 
     def create_from(params):
-        return nn.unbox(step.create(setup.lm, train, method, seed, setup.boxed, box_as(setup.boxed, params), form))
+        params = box_as(known, params)
+        if setup.new_parts:
+            new = model.init_params(setup.lm, jax.random.key(seed), setup.length)
+            params |= {name: new[name] for name in setup.new_parts}
+        return nn.unbox(step.create(setup.lm, train, method, seed, setup.boxed, params, form))
 
     return jax.jit(create_from, out_shardings=setup.shardings, donate_argnums=0)(params)
 

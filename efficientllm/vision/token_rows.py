@@ -46,24 +46,33 @@ class TokenRow(typing.NamedTuple):
 
 def token_row(lm: VisionLM, prompt: Prompt) -> TokenRow:
     """Expands image tokens and computes positions. Raises UserError, with the record's name, where counts differ."""
-    ids, image_token = np.asarray(prompt.ids, np.int32), lm.image_token
     counts = [picture.tokens for picture in prompt.pictures]
-    is_image, images = ids == image_token, len(counts)
-    found = int(is_image.sum())
-    if found == images:
-        repeats: np.ndarray = np.ones(len(ids), np.int64)
-        repeats[is_image] = counts
-        ids = np.repeat(ids, repeats)
-    elif found != sum(counts):
-        raise UserError(
-            f"{prompt.name}: {found} image tokens (id {image_token}) and {images} images of {sum(counts)} tokens; "
-            "write one image token for each image"
-        )
+    ids = np.asarray(prompt.ids, np.int32)
+    ids = np.repeat(ids, token_repeats(ids, counts, lm.image_token, prompt.name))
     image_T: np.ndarray = np.full(len(ids), -1, np.int32)
-    image_T[ids == image_token] = np.repeat(np.arange(images), counts)
+    image_T[ids == lm.image_token] = np.repeat(np.arange(len(counts)), counts)
     grids = [merged_grid(picture.grid, lm.vision.merge) for picture in prompt.pictures]
     coordinates_TA, following = token_positions(image_T, grids, lm.axes)
     return TokenRow(ids, image_T, coordinates_TA, following)
+
+
+def token_repeats(ids: np.ndarray, counts: Sequence[int], image_token: int, name: str) -> np.ndarray:
+    """Returns how often each id stands in a row where image i has `counts[i]` tokens, `[T]`.
+
+    Image tokens may be one for each image, or one for each of its tokens already. Raises UserError, with the record's
+    name, for any other number.
+    """
+    is_image = ids == image_token
+    repeats: np.ndarray = np.ones(len(ids), np.int64)
+    found = int(is_image.sum())
+    if found == len(counts):
+        repeats[is_image] = counts
+    elif found != sum(counts):
+        raise UserError(
+            f"{name}: {found} image tokens (id {image_token}) and {len(counts)} images of {sum(counts)} tokens; "
+            "write one image token for each image"
+        )
+    return repeats
 
 
 def token_positions(image_T: np.ndarray, grids: Sequence[tuple[int, int, int]], axes: int) -> tuple[np.ndarray, int]:

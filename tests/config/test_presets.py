@@ -17,6 +17,7 @@ from efficientllm.cost import formulas
 from efficientllm.embeds.picture import Picture
 from efficientllm.ops.attention import Context
 from efficientllm.record.workdir import Workdir
+from efficientllm.registry import build
 from efficientllm.registry.plugins import import_plugins
 from efficientllm.train import config_checks, step
 from tasks import test_pictures
@@ -52,7 +53,8 @@ def test_config_initialises_with_the_parameters_of_its_comparison(name):
     config = parse(name)
     assert flatten(config.to_dict()).keys() == flatten(base.get_config().to_dict()).keys()
     is_of_one_size = config.model.embed != "tokens" and from_config.is_complete(config.model)  # a published model
-    inputs = 2048 if config.model.embed == "tokens" else None if is_of_one_size else Picture(32, 4, 62)
+    has_tokens = build("embed", config.model.embed).reads != "images"
+    inputs = 2048 if has_tokens else None if is_of_one_size else Picture(32, 4, 62)
     lm = from_config.from_config(config.model, inputs)
     state = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
     counts = {"tiny": formulas.count_parameters(lm, state.params)["total"]}

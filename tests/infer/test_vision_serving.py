@@ -114,15 +114,6 @@ def test_what_is_refused(base, tmp_path, capsys):
         assert run(base, tmp_path / "refused", infer__prompts=(str(file),)) == 2
         error = capsys.readouterr().err
         assert message in error and ", line 1: " in error and len(error.strip().splitlines()) == 1
-    tune = [f"--config={runs.ROOT}/configs/tune.py:lora", f"--config.model.pretrained={base / 'model'}"]
-    tune += [
-        "--config.tokenizer=bytes",
-        f"--config.data=text(path='{base}/texts/*.txt')",
-        "--config.train.length=32",
-        "--config.train.batch_size=8",
-    ]
-    assert main.main([*tune, f"--workdir={tmp_path / 'tune'}"]) == 2
-    assert "a model that reads images is not trained yet" in capsys.readouterr().err
 
 
 TEMPLATE = (

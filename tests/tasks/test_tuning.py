@@ -13,7 +13,7 @@ import runs
 from convert import folders
 from efficientllm import main
 from efficientllm.convert import peft as adapters
-from efficientllm.quant.apply import KEEP_TABLES, quantize
+from efficientllm.quant.apply import UNROUNDED, quantize
 from efficientllm.quant.nf4 import NF4
 from efficientllm.sweep import __main__ as sweep
 from efficientllm.train import setup
@@ -144,7 +144,7 @@ def test_rounded_as_it_is_read_it_is_as_rounded_whole(base):
         assert isinstance(kernel, NF4)
         assert kernel.values.sharding.spec == jax.sharding.PartitionSpec(None, "tensor", "fsdp")
     plain = made.source.load(nn.unbox(made.boxed), lm=made.lm)
-    whole = quantize(plain, "nf4(block=32)", KEEP_TABLES)["groups"]["block_0"]["mixer"]["q"]["kernel"]
+    whole = quantize(plain, "nf4(block=32)", UNROUNDED)["groups"]["block_0"]["mixer"]["q"]["kernel"]
     jax.tree.map(np.testing.assert_array_equal, kernel, whole)
 
 

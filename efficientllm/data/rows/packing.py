@@ -59,6 +59,13 @@ def mix(rows: grain.IterDataset, length: int, seed: int, epoch: int = SHUFFLED_R
 def batch(
     rows: grain.IterDataset, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> grain.IterDataset:
+    """Batches of text: the fields of `data.pipeline.train_iterator`; see `shared_batches`."""
+    return shared_batches(rows, batch_size, process_index, process_count).map(_named)
+
+
+def shared_batches(
+    rows: grain.IterDataset, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> grain.IterDataset:
     """Batches of `batch_size` rows, of which each process keeps its own consecutive share.
 
     Every process packs every row: the global batch then depends on the seed alone, not on how many processes train.
@@ -69,7 +76,7 @@ def batch(
     filled = rows.batch(
         batch_size, batch_fn=lambda values: grain.experimental.batch_and_pad(values, batch_size=batch_size)
     )
-    return filled.map(lambda values: _named({key: value[rows_of_process] for key, value in values.items()}))
+    return filled.map(lambda values: {key: value[rows_of_process] for key, value in values.items()})
 
 
 def prefetch(batches: grain.IterDataset, count: int) -> grain.DatasetIterator:
