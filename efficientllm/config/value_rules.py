@@ -274,6 +274,8 @@ FIELDS = {
     ("solver", "variance"): constant("solvers.ddpm", "VARIANCES"),
     ("solver", "levels"): constant("solvers.euler", "LEVELS"),
     ("adapter", "target"): check_regex,
+    ("adapter", "train"): check_regex,
+    ("data", "of"): spec("data"),
     ("data", "style"): check_regex,
     ("data", "motion"): check_regex,
     ("data", "path"): check_source_path,
