@@ -2,6 +2,7 @@
 
 `config.model.pretrained` is what is tuned: the folder of a run of configs/dit.py, one of diffusers, or a hub id. One
 that reads texts learns from captions: `--config.text_states='encoders()' --config.data='emoji(size=512)'`, say.
+Pictures of several sizes: `images(path=..., size=512, buckets=7)`.
 Pictures, batches and evaluation are the same for every method; samples lie beside those of the model before tuning.
 """
 

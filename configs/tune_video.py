@@ -1,7 +1,8 @@
 """Tuning of a text-to-video model on clips with captions by one method: --config=configs/tune_video.py:lora.
 
 `config.model.pretrained` is a pipeline of diffusers, a folder or a repository of the hub; captions go through its text
-encoder, clips through its autoencoder, once. Clips, batches and evaluation are the same for every method; samples lie
+encoder, clips through its autoencoder, once. Clips of several sizes and lengths:
+`videos(path=..., buckets=3, shorter=(5, 9))`. Clips, batches and evaluation are the same for every method; samples lie
 beside those of the model before tuning.
 """
 

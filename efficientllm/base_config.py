@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.every = 100
-    config.eval.batches = 16  # 0 is all of the held-out text
+    config.eval.batches = 16  # 0 is all of the held-out text; of pictures in buckets, batches of each
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100

@@ -90,6 +90,10 @@ class Backbone(nn.Module):
         """Returns the side of the patches that an end reads and writes, 0 for none."""
         return 0
 
+    def token_side(self) -> int:
+        """Returns what each side of a picture is a multiple of, in pixels or in those of latents."""
+        return 1
+
     def kernel_rows(self, path: str, length: int) -> int:
         """Counts the rows that the kernel of an end at `path` multiplies for a row of `length` tokens."""
         return length

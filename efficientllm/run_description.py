@@ -19,6 +19,7 @@ from efficientllm.architecture import from_config
 from efficientllm.data.text import TextData
 from efficientllm.embeds.picture import Picture
 from efficientllm.errors import UserError, short_repr
+from efficientllm.model import ModelType, abstract_params
 from efficientllm.objectives.base import Objective
 from efficientllm.registry import build, format_spec, parse_spec
 from efficientllm.typing import Config, Mesh
@@ -170,10 +171,10 @@ class RunDescription:
 
             denoising: typing.Any = self.objective
             captions, share = CaptionStates(self.text_states, self.config.text_states), denoising.label_dropout
-        if self.autoencoder is None:
-            return ImageData(self.config.data, captions=captions, dropout=share)
-        encoder = self.autoencoder
-        of_encoder = encoder.posterior, encoder.fingerprint(), encoder.factor, encoder.latent_shape
+        side, encoder = self.outline.token_side(), self.autoencoder
+        if encoder is None:
+            return ImageData(self.config.data, multiple=side, captions=captions, dropout=share)
+        of_encoder = encoder.posterior, encoder.fingerprint(), encoder.factor * side, encoder.latent_shape
         return ImageData(self.config.data, None, *of_encoder, captions=captions, dropout=share)
 
     @property
@@ -198,6 +199,23 @@ class RunDescription:
     def _adds_images(self):
         """Whether the config's ends read images, and the checkpoint's text alone."""
         return self.source is not None and from_config.adds_images(self.config.model.embed, self.source.model)
+
+    def batch_models(self, lm: ModelType) -> tuple[ModelType, ...]:
+        """Returns a trained model at the size of each bucket of the data that has pictures, the largest first; it
+        alone where rows have one size.
+
+        Raises UserError for several sizes and a checkpoint that has one, and for a size without positions.
+        """
+        if self.objective.reads == "text":
+            return (lm,)
+        shapes, where = self.dataset.used_shapes, f"config.data = {short_repr(self.config.data)}"
+        if len(shapes) > 1 and self.source is not None and not lm.any_size:
+            raise UserError(f"{where}: the pretrained model has pictures of one size, {lm.size}; leave buckets out")
+        models = tuple(lm.clone(size=_seen(shape, self.autoencoder)[:-1]) for shape in shapes)
+        with _named(where) if self.source is not None else contextlib.nullcontext():
+            for model in models:
+                abstract_params(model)  # looks its positions up
+        return models
 
     @functools.cached_property
     def text_states(self) -> PromptStates | None:
@@ -256,7 +274,14 @@ def _named(where):
 
 
 def _picture(dataset, autoencoder):
-    """What a model must know of the pictures of an ImageData, or of their latents, of which none is computed for it."""
-    shape = dataset.source.shape
-    *size, channels = shape if autoencoder is None else autoencoder.latent_shape(shape)
+    """What a model must know of the pictures of an ImageData, or of their latents, of which none is computed for it.
+
+    Of several buckets, the largest.
+    """
+    *size, channels = _seen(dataset.used_shapes[0], autoencoder)
     return Picture.of_size(tuple(size), channels, dataset.num_classes)
+
+
+def _seen(shape, autoencoder):
+    """The shape of pictures, or of their latents."""
+    return tuple(shape) if autoencoder is None else autoencoder.latent_shape(shape)

@@ -101,9 +101,12 @@ class ImageSource(Source):
 
     Attributes:
       size: height and width in pixels of what is trained on.
+      buckets: how many aspect ratios from 1:2 to 2:1 there are, of about the area of `size` squared (1: squares), or
+        their sizes, `((height, width), ...)`, in the place of `size` (`data.images.buckets`).
       channels: 3 for RGB, 1 for gray.
       frames: of a clip; 0 where the source is of pictures. A clip's `content` is the bytes or the path of a moving
         picture or a video, or a uint8 array `[F, h, w]` or `[F, h, w, 1 | 3 | 4]`.
+      shorter: frame counts below `frames`, for clips of fewer frames, which are skipped otherwise.
       stride: every how many frames one is taken.
       flip: whether half of the training pictures, chosen at random, are mirrored left to right.
       classes: names of the classes in the order of their numbers; none: the labels, sorted.
@@ -113,16 +116,13 @@ class ImageSource(Source):
 
     modality = "images"
     size = 32
+    buckets = typing.cast(int | tuple, 1)
     channels = 3
     frames = 0
+    shorter = typing.cast(tuple[int, ...], ())
     stride = 1
     flip = False
     classes = typing.cast(tuple[str, ...], ())
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`(h, w, C)` of a picture that is trained on, `(F, h, w, C)` of a clip."""
-        return (*(self.frames,)[: bool(self.frames)], self.size, self.size, self.channels)
 
     def pictures(self) -> typing.Iterator[Picture]:
         """Yields every picture in a fixed order."""

@@ -35,6 +35,7 @@ class Hub(ImageSource):
     label: str = ""
     caption: str = ""
     size: int = 256
+    buckets: int | tuple = 1
     channels: int = 3
     flip: bool = True
 

@@ -135,6 +135,9 @@ class Denoiser(Backbone, kw_only=True):
     def patch_side(self) -> int:
         return self.patch
 
+    def token_side(self) -> int:
+        return self.patch * self.tile
+
     def grid(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the rows and columns of tokens of images of a size; the frames of a video are before them."""
         *frames, h, w = size

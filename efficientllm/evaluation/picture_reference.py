@@ -22,7 +22,8 @@ class Reference:
     """Pictures of an ImageData, uint8 `[n, h, w, C]` of at most SIDE pixels a side, at most MOST of each side.
 
     Attributes:
-      training, held_out: the pictures; with more than MOST of them, evenly spaced ones.
+      training, held_out: the pictures; with more than MOST of them, evenly spaced ones. Of data in buckets those of the
+        largest bucket, in whose size samples are drawn.
       indices: of the training pictures in `data.pictures`.
       labels, held_out_labels: int32 `[n]`.
       flipped: whether the mirror images are trained on too.
@@ -54,7 +55,7 @@ def load_reference(data: "ImageData") -> Reference:
     name = f"reference-{cache.digest(FORMAT, pictures.summary['fingerprint'], MOST, SIDE)}"
     folder = cache.entry(data.cache, name, lambda new: _write(data, new))
     training, held_out = (np.load(folder / f"{side}.npy") for side in ("train", "held_out"))
-    indices = {side: _evenly(data.indices(side)) for side in ("train", "held_out")}
+    indices = {side: _evenly(data.sampled_indices(side)) for side in ("train", "held_out")}
     labels, held_out_labels = (np.asarray(pictures.labels[indices[side]]) for side in ("train", "held_out"))
     return Reference(training, held_out, indices["train"], labels, held_out_labels, flipped=bool(data.source.flip))
 
@@ -108,7 +109,8 @@ def _evenly(indices):
 
 def _write(data, folder):
     for side in ("train", "held_out"):
-        indices = _evenly(data.indices(side))
-        shape = (min(data.source.size, SIDE),) * 2 + (data.source.channels,)
+        indices = _evenly(data.sampled_indices(side))
+        *_, h, w, C = data.used_shapes[0]
+        shape = min(h, SIDE), min(w, SIDE), C
         small = [shrink(data.pictures[int(index)][None])[0] for index in indices]
         np.save(folder / f"{side}.npy", np.stack(small) if small else np.zeros((0, *shape), np.uint8))

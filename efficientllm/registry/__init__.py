@@ -25,6 +25,7 @@ SPEC_TYPES = {
     "bool": (bool,),
     "tuple": (tuple, list),
     "bool | str": (bool, str),
+    "int | tuple": (int, tuple, list),
 }
 _PACKAGE = pathlib.Path(__file__).parents[1]
 _KINDS = re.compile(r"^KINDS = (\{.*?\})$", re.MULTILINE | re.DOTALL)

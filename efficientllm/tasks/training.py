@@ -22,6 +22,7 @@ from efficientllm.train import charts, fingerprints, loop, row
 from efficientllm.train import setup as train_setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
+from efficientllm.train.programs import PROGRAM
 from efficientllm.train.progress import Progress
 from efficientllm.typing import Config, Record
 
@@ -141,15 +142,15 @@ class Training(Run):
             scalars |= {"tokens_per_s": float(metrics["tokens"]) / seconds, **self.sampler.latest()}
             if self.setup.objective.counted != "tokens":
                 scalars[f"{self.setup.objective.counted}_per_s"] = float(metrics["samples"]) / seconds
-            scalars |= self._utilisation(seconds)
+            scalars |= self._utilisation(seconds, metrics.get(PROGRAM, 0))
             self.writer.scalars(at, scalars)
 
-    def _utilisation(self, seconds):
+    def _utilisation(self, seconds, program):
         """MFU for the charts; empty, after one warning, where a technique's FLOPs cannot be counted."""
         if not self.counts_flops:
             return {}
         try:
-            return row.utilisation(self.setup, seconds)
+            return row.utilisation(self.setup, seconds, program)
         except Exception as error:
             self.counts_flops = False
             failures.warn("no FLOPs are counted", error)

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from efficientllm import sharding
 from efficientllm.runtime import stopping
 from efficientllm.train.measure import Measurement
+from efficientllm.train.programs import PROGRAM
 from efficientllm.train.progress import Progress
 from efficientllm.train.step import TrainState
 from efficientllm.typing import Batch, Config
@@ -138,7 +139,7 @@ class _Loop:
             return
         (step, metrics), self.pending = self.pending, None
         loss, grad_norm, tokens, samples = (float(metrics[key]) for key in ("loss", "grad_norm", "tokens", "samples"))
-        seconds = self._measurement.step_done(tokens, samples)
+        seconds = self._measurement.step_done(tokens, samples, metrics.get(PROGRAM, 0))
         self._progress.add(tokens if self._progress.unit == "tokens" else samples)
         if not np.isfinite(loss):
             raise Diverged(step, loss, state_step=step - 1)

@@ -1,5 +1,6 @@
 """Measurement of steady training steps: times, energy, memory and utilisation, without evaluation and checkpoints."""
 
+import collections
 import time
 import typing
 from collections.abc import Callable
@@ -18,6 +19,7 @@ class Measurement:
     outputs of a step have arrived.
 
     steps, tokens, samples, seconds:  totals over all segments.
+    programs:     of the steps, how many ran each program (`train.programs`).
     compiled:     programs compiled inside segments; if any, times and energy are invalid.
     interrupted:  steps during which the process was paused (by a signal, its container or its machine). They are not
                   counted, and their segment has no energy.
@@ -33,6 +35,7 @@ class Measurement:
         self.spans: list[conditions.Span] = []
         self.tokens: float = 0
         self.samples: float = 0
+        self.programs: collections.Counter[int] = collections.Counter()
         self.steps = self.compiled = self.interrupted = 0
         self.seconds = 0.0
         self._mark: typing.Any = None
@@ -50,7 +53,14 @@ class Measurement:
     def start(self) -> None:
         """Opens a segment."""
         self._compiled = compiles.count_programs()
-        self._before = self.tokens, self.samples, self.steps, self.seconds, len(self.timer.samples)
+        self._before = (
+            self.tokens,
+            self.samples,
+            self.steps,
+            self.seconds,
+            len(self.timer.samples),
+            self.programs.copy(),
+        )
         self._reader.start()
         self._mark = self._sampler.mark()
         self._edge, self._stopped_at_edge = cpu_counters.read_counters(), self._sampler.stopped_s()
@@ -61,8 +71,8 @@ class Measurement:
         self._stopped = self._sampler.stopped_s()
         self._last = self._clock()
 
-    def step_done(self, tokens: float, samples: float = 0) -> float:
-        """Adds a step of `tokens` tokens in `samples` samples -> its seconds."""
+    def step_done(self, tokens: float, samples: float = 0, program: int = 0) -> float:
+        """Adds a step of `tokens` tokens in `samples` samples, of a program -> its seconds."""
         now = self._clock()
         seconds, self._last = now - self._last, now
         before, self._stopped = self._stopped, self._sampler.stopped_s()
@@ -74,6 +84,7 @@ class Measurement:
             self.tokens += tokens
             self.samples += samples
             self.steps += 1
+            self.programs[program] += 1
         elif not self.steady:
             self.timer.add(seconds)
         return seconds
@@ -97,5 +108,5 @@ class Measurement:
             self._sampler.since(self._mark)
             self._reader.stop()
             self._mark = None
-            self.tokens, self.samples, self.steps, self.seconds, count = self._before
+            self.tokens, self.samples, self.steps, self.seconds, count, self.programs = self._before
             del self.timer.samples[count:]

@@ -82,9 +82,9 @@ def readings(
     physical = {
         **physical_of_model(setup, params),
         **study_metrics.energy_metrics(window, measurement.tokens, idle),
-        **_utilisation(setup, measurement.steps, measurement.seconds),
-        **_hardware_utilisation(setup, measurement.steps, measurement.seconds),
-        **_bandwidth_utilisation(setup, measurement.seconds / measurement.steps),
+        **_utilisation(setup, measurement.programs, measurement.seconds),
+        **_hardware_utilisation(setup, measurement.programs, measurement.seconds),
+        **_bandwidth_utilisation(setup, measurement.programs, measurement.seconds / measurement.steps),
         **{f"step_s_{key}": steps[key] for key in ("p50", "p90", "p95", "p99")},
         "tokens_per_s": Reading(
             measurement.tokens / measurement.seconds, "1/s", f"{measurement.steps} steady steps, padding not counted"
@@ -128,34 +128,58 @@ def _why_unmeasured(measurement):
     return None
 
 
-def utilisation(setup: Setup, step_seconds: float) -> dict[str, float]:
-    """MFU of one step as numbers: `mfu` if the device's peak is known, and `mfu_gemm`."""
-    readings = _utilisation(setup, 1, step_seconds)
+def utilisation(setup: Setup, step_seconds: float, program: int = 0) -> dict[str, float]:
+    """MFU of one step of a program as numbers: `mfu` if the device's peak is known, and `mfu_gemm`."""
+    readings = _utilisation(setup, {program: 1}, step_seconds)
     return {key: reading.value for key, reading in readings.items() if reading.value is not None}
 
 
-def _utilisation(setup, steps, seconds):
-    flops = formulas.step_flops(setup.lm, setup.boxed, setup.length, setup.batch_size, setup.method) * steps
+def _step_flops(setup, lm):
+    """FLOPs of a step of a model, by closed formula."""
+    return formulas.step_flops(lm, setup.boxed, _length(setup, lm), setup.batch_size, setup.method)
+
+
+def _length(setup, lm):
+    """Tokens of a row of a model of `setup.models`."""
+    return lm.row_length(setup.config.train.length)
+
+
+def _utilisation(setup, programs, seconds):
+    """`programs` are the numbers of steps by program."""
+    flops = sum(steps * _step_flops(setup, setup.models[program]) for program, steps in programs.items())
     return device_peaks.model_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(setup.lm.precision))
 
 
-def _hardware_utilisation(setup, steps, seconds):
-    flops = setup.program_flops
-    flops = flops if flops.value is None else dataclasses.replace(flops, value=flops.value * steps)
+def _hardware_utilisation(setup, programs, seconds):
+    readings = [(setup.program_flops[program], steps) for program, steps in programs.items()]
+    flops = next((flops for flops, _ in readings if flops.value is None), None)
+    if flops is None:
+        total = sum(flops.value * steps for flops, steps in readings)
+        flops = dataclasses.replace(setup.program_flops[0], value=total)
     return device_peaks.hardware_flops_utilisation(flops, seconds, jax.devices(), activation_dtype(setup.lm.precision))
 
 
-def _bandwidth_utilisation(setup, step_seconds):
-    """MBU of a step, and its least time by roofline."""
-    train, devices = setup.config.train, jax.devices()
-    rows = setup.batch_size // train.accumulate
-    moved = step_memory.moved_bytes(setup.lm, setup.shaped, rows, setup.length, train.accumulate, setup.objective)
-    flops = formulas.step_flops(setup.lm, setup.boxed, setup.length, setup.batch_size, setup.method)
+def _bandwidth_utilisation(setup, programs, step_seconds):
+    """MBU of a step, and its least time by roofline, of the mean over the steps of all programs."""
+    moved, flops = _mean_work(setup, programs)
+    devices = jax.devices()
     description = "parameters, moments, gradients and activations, each passing once for each use,"
     return {
         **device_peaks.bandwidth_utilisation(moved, step_seconds, devices, description),
         "step_s_roofline": device_peaks.measured_roofline(flops, moved, devices, activation_dtype(setup.lm.precision)),
     }
+
+
+def _mean_work(setup, programs):
+    """`(bytes moved, FLOPs)` of a step, the means over the steps by program."""
+    train, work = setup.config.train, []
+    for program, steps in programs.items():
+        lm, rows = setup.models[program], setup.batch_size // train.accumulate
+        of_step = lm, setup.shaped, rows, _length(setup, lm), train.accumulate, setup.objective
+        work.append((steps, step_memory.moved_bytes(*of_step), _step_flops(setup, lm)))
+    total = sum(steps for steps, _, _ in work)
+    moved, flops = (sum(values[0] * values[i] for values in work) / total for i in (1, 2))
+    return moved, flops
 
 
 def memory_of(setup: Setup) -> dict[str, Reading]:
@@ -170,8 +194,7 @@ def memory_of(setup: Setup) -> dict[str, Reading]:
 def physical_of_model(setup: Setup, params: dict[str, int]) -> dict[str, Reading]:
     """Readings that need no time: parameters, FLOPs, bytes."""
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(setup.shaped.all_params))
-    flops = formulas.step_flops(setup.lm, setup.boxed, setup.length, setup.batch_size, setup.method)
-    flops /= setup.length * setup.batch_size
+    flops = _step_flops(setup, setup.lm) / (setup.length * setup.batch_size)
     trainable = sum(leaf.size for leaf in jax.tree.leaves(setup.shaped.params))
     formula = f"closed formula ({formulas.FLOP_CONVENTION})"
     return {
@@ -181,7 +204,7 @@ def physical_of_model(setup: Setup, params: dict[str, int]) -> dict[str, Reading
         "flops_per_token": Reading(flops, "FLOP", f"{formula}, forward and backward, row of {setup.length}"),
         "resident_weight_bytes": Reading(weights, "bytes", "parameter tree, over all devices"),
         **memory_of(setup),
-        "program_flops_per_token": _per_token(setup, setup.program_flops),
+        "program_flops_per_token": _per_token(setup, setup.program_flops[0]),
         "kv_bytes_per_token": Reading(
             formulas.state_bytes(setup.lm, setup.length) / setup.length,
             "bytes",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
 import typing
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -21,7 +23,8 @@ from efficientllm.run_description import describe_run
 from efficientllm.runtime import kernel_choice as kernels
 from efficientllm.runtime import malloc
 from efficientllm.train import config_checks, step
-from efficientllm.typing import Config, Mesh, PyTree, Record
+from efficientllm.train.programs import of_batch, step_of_batch
+from efficientllm.typing import Batch, Config, Mesh, PyTree, Record
 from efficientllm.weights import activation_dtype, box_as
 
 if typing.TYPE_CHECKING:
@@ -34,7 +37,9 @@ class Setup:
 
     objective_spec: what the objective was built from, also where the config says `pretrained`.
     dataset:       the data of the objective (`data.text.TextData` and the like).
-    length:        tokens of a row.
+    lm:            the model; of data in several buckets, at the size of the largest.
+    models:        it at the size of each bucket, `lm` first, for each of which there is a program.
+    length:        tokens of a row of `lm`.
     method:        the tuning method: which parameters are trainable.
     source:        the checkpoint that training starts from, or None.
     boxed:         abstract parameters of the model without adapters, boxed with their logical axes.
@@ -43,7 +48,8 @@ class Setup:
     new_parts:     first names of the parameters that the source lacks.
     data:          the row's description of the data.
     rss_before:    resident bytes of the process before any array of the model is made.
-    program_*:     FLOPs and memory of the compiled step.
+    program_flops: of the compiled step, for each of `models`.
+    program_memory: of the compiled step, that of the largest program.
     """
 
     config: Config
@@ -52,6 +58,7 @@ class Setup:
     objective_spec: str
     dataset: typing.Any
     lm: typing.Any
+    models: tuple[typing.Any, ...]
     length: int
     batches: typing.Any
     eval_batches: typing.Iterable
@@ -65,7 +72,7 @@ class Setup:
     rss_before: int
     compile_s: dict[str, float] = dataclasses.field(default_factory=dict)
     kernels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    program_flops: Reading = missing("FLOP", "the run ended before compilation")
+    program_flops: tuple[Reading, ...] = (missing("FLOP", "the run ended before compilation"),)
     program_memory: Reading = missing("bytes", "the run ended before compilation")
 
     @property
@@ -99,6 +106,7 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
     if description.source is None:
         _check_data(description, log)
     lm, mesh, dataset = config_checks.training_lm(description), description.mesh, description.dataset
+    models = description.batch_models(lm)
     if config.train.accumulate > 1 and any(block.ffn and block.ffn.has_batch_loss for block in model.parts(lm)):
         rows = config.train.batch_size // config.train.accumulate
         log.info(f"config.train.accumulate: load-balance losses are those of micro-batches of {rows} rows, averaged")
@@ -114,6 +122,7 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
         objective_spec=description.objective_spec,
         dataset=dataset,
         lm=lm,
+        models=models,
         length=description.length,
         batches=iter(dataset.train(rows, config.seed, **share)),
         eval_batches=dataset.held_out(rows, **share, limit=config.eval.batches or None),
@@ -170,27 +179,50 @@ def create_state(setup: Setup) -> step.TrainState:
     return jax.jit(create_from, out_shardings=setup.shardings, donate_argnums=0)(params)
 
 
-def compile_steps(setup: Setup) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+def compile_steps(setup: Setup) -> tuple[Callable, Callable]:
     """Compiles the train and eval steps -> both; sets the setup's compile times, kernels, program FLOPs and memory."""
-    batch = setup.objective.batch_shapes(setup.lm, setup.batch_size, setup.length, setup.mesh)
+    programs = [_compile_for(setup, lm) for lm in setup.models]
+    setup.compile_s = {key: sum(program.seconds[key] for program in programs) for key in ("lower", "compile")}
+    # The result is cached on the host; measured here so that it never runs between steps.
+    device_peaks.measure_gemm_peak(activation_dtype(setup.lm.precision).name)
+    device_peaks.measure_copy_bandwidth()
+    setup.program_flops = tuple(_program_flops(program.jaxpr) for program in programs)
+    setup.program_memory = _program_memory([program.train for program in programs])
+    setup.kernels = {
+        operation: sorted(set().union(*(program.kernels.get(operation, ()) for program in programs)))
+        for operation in dict.fromkeys(itertools.chain.from_iterable(program.kernels for program in programs))
+    }
+    malloc.trim()
+    batches = [program.batch for program in programs]
+    train, evaluate = ([getattr(program, name) for program in programs] for name in ("train", "eval"))
+    return step_of_batch(train, batches), of_batch(evaluate, batches)
+
+
+class _Programs(typing.NamedTuple):
+    """The compiled steps for the batches of one size."""
+
+    batch: Batch
+    train: jax.stages.Compiled
+    eval: jax.stages.Compiled
+    jaxpr: typing.Any
+    kernels: dict[str, set[str]]
+    seconds: dict[str, float]
+
+
+def _compile_for(setup, lm):
     objective, shardings = setup.objective, setup.shardings
-    train = step.jit_train_step(setup.lm, setup.config.train, setup.mesh, shardings, setup.method, objective)
-    evaluate = step.jit_eval_step(setup.lm, setup.mesh, shardings.eval_params, objective)
+    batch = objective.batch_shapes(lm, setup.batch_size, setup.length, setup.mesh)
+    train = step.jit_train_step(lm, setup.config.train, setup.mesh, shardings, setup.method, objective)
+    evaluate = step.jit_eval_step(lm, setup.mesh, shardings.eval_params, objective)
     begin = time.perf_counter()
     with kernels.recording_kernels() as used:
         traced = train.trace(setup.shaped, batch)
         lowered = traced.lower()
     lowered_at = time.perf_counter()
     compiled = lowered.compile()
-    setup.compile_s = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
-    # The result is cached on the host; measured here so that it never runs between steps.
-    device_peaks.measure_gemm_peak(activation_dtype(setup.lm.precision).name)
-    device_peaks.measure_copy_bandwidth()
-    setup.program_flops, setup.program_memory = _program_flops(traced.jaxpr), _program_memory(compiled)
-    setup.kernels = {operation: sorted(kinds) for operation, kinds in used.items()}
+    seconds = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
     compiled_eval = evaluate.lower(setup.shaped.eval_params, batch, held_out_table(setup)).compile()
-    malloc.trim()
-    return compiled, compiled_eval
+    return _Programs(batch, compiled, compiled_eval, traced.jaxpr, used, seconds)
 
 
 def _program_flops(jaxpr):
@@ -202,11 +234,12 @@ def _program_flops(jaxpr):
         return missing("FLOP", str(error))
 
 
-def _program_memory(compiled):
-    total = memory.compiled_memory(compiled).get("total_bytes")
-    if total is None:
+def _program_memory(programs):
+    totals = [memory.compiled_memory(compiled).get("total_bytes") for compiled in programs]
+    if None in totals:
         return missing("bytes", "the compiler gives no plan of memory")
-    return Reading(total * jax.local_device_count(), "bytes", "compiler's plan of a step, over this process's devices")
+    largest = max(totals) * jax.local_device_count()
+    return Reading(largest, "bytes", "compiler's plan of a step, over this process's devices")
 
 
 def predicted_memory(setup: Setup) -> Reading:

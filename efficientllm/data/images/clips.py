@@ -1,7 +1,7 @@
 """Clips: moving pictures (WebP, GIF, APNG), videos and folders of frames, decoded to uint8 arrays.
 
 Moving pictures are read by Pillow, videos by PyAV, an optional package. Each frame is prepared as a picture is:
-upright, on white, cropped to a square.
+upright, on white, cropped to the size of a bucket.
 """
 
 import importlib.util
@@ -10,12 +10,14 @@ import itertools
 import os
 import re
 import typing
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from efficientllm.data.base import MAX_IMAGE_BYTES, Content, Picture
 from efficientllm.data.images import decode as pictures
+from efficientllm.data.images.buckets import Shape, frame_count, nearest_bucket
 from efficientllm.data.images.decode import MAX_PIXELS, Unusable
 from efficientllm.errors import UserError
 from efficientllm.runtime import optional_packages
@@ -56,16 +58,19 @@ def read_clip(path: PathLike) -> Clip:
     return Clip(np.stack(frames), 1000 * len(frames) / total if total else None)
 
 
-def decode(content: Content, frames: int, stride: int, size: int, channels: int, name: str) -> np.ndarray:
-    """Decodes every `stride`-th of the first frames of a clip to uint8 `[frames, size, size, channels]`.
+def decode(content: Content, shapes: Sequence[Shape], stride: int, name: str) -> tuple[int, np.ndarray]:
+    """Decodes every `stride`-th of the first frames of a clip to its bucket's index and uint8 `(F, h, w, C)` of it.
 
     Raises Unusable for what is no clip, damaged, too short or too large, and UserError for content of another type.
     """
-    last = (frames - 1) * stride + 1
+    counts = [frame_count(shape) for shape in shapes]
+    first, last = ((count - 1) * stride + 1 for count in (min(counts), max(counts)))
     shown = [image for image, _ in itertools.islice(_shown(itertools.islice(_frames(content, name), last)), last)]
-    if len(shown) < last:
-        raise Unusable(f"clips of fewer than {last} frames", f"{len(shown)}")
-    return np.stack([pictures.to_pixels(image, size, channels) for image in shown[::stride]])
+    if len(shown) < first:
+        raise Unusable(f"clips of fewer than {first} frames", f"{len(shown)}")
+    shown = shown[::stride]
+    bucket = nearest_bucket(shapes, shown[0].height, shown[0].width, len(shown))
+    return bucket, np.stack([pictures.to_pixels(image, shapes[bucket]) for image in shown[: counts[bucket]]])
 
 
 def decoder_version() -> str:

@@ -1,16 +1,18 @@
-"""Image decoding with Pillow: the first frame, upright, on white, cropped to a square uint8 array."""
+"""Image decoding with Pillow: the first frame, upright, on white, cropped to a uint8 array of a bucket's size."""
 
 import hashlib
 import io
 import os
 import typing
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from efficientllm.data import streams
 from efficientllm.data.base import MAX_IMAGE_BYTES, Content, Picture
+from efficientllm.data.images.buckets import Shape, nearest_bucket
 from efficientllm.errors import UserError
 
 MAX_PIXELS = 89_478_485  # above which Pillow warns of a decompression bomb
@@ -52,18 +54,21 @@ def digest(content: Content) -> bytes:
     return hashlib.sha256(typing.cast(bytes, content)).digest()
 
 
-def decode(content: Content, size: int, channels: int, name: str) -> np.ndarray:
-    """Decodes what `read` returned to uint8 `[size, size, channels]`.
+def decode(content: Content, shapes: Sequence[Shape], name: str) -> tuple[int, np.ndarray]:
+    """Decodes what `read` returned to the index of its bucket and uint8 of that one's shape `(h, w, C)`.
 
     Raises Unusable for what is no picture, damaged or too large, and UserError for content of another type.
     """
     _check(content, name)
-    return to_pixels(load(content), size, channels)
+    image = load(content)
+    bucket = nearest_bucket(shapes, image.height, image.width)
+    return bucket, to_pixels(image, shapes[bucket])
 
 
-def to_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:
-    """Crops an image to uint8 `[size, size, channels]`, transparent parts on white."""
-    return np.asarray(center_crop(convert(image, channels), size)).reshape(size, size, channels)
+def to_pixels(image: Image.Image, shape: Shape) -> np.ndarray:
+    """Crops an image to uint8 of a shape `(..., h, w, C)`, transparent parts on white."""
+    *_, height, width, channels = shape
+    return np.asarray(center_crop(convert(image, channels), height, width)).reshape(height, width, channels)
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
@@ -74,21 +79,21 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
         raise Unusable("pictures in other colour spaces", error) from None
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Shrinks the shorter side to `size` and cuts the middle square out, as ADM and DiT prepare ImageNet.
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resizes an image until it just covers `height` x `width` and cuts the middle out.
 
-    The picture is halved by box averages while its shorter side is at least `2 * size`, then resized bicubically.
-    Raises Unusable for a picture so long that it would be too large after this.
+    Squares are those of ADM and DiT: the picture is halved by box averages while it is at least twice as large along
+    both sides, then resized bicubically. Raises Unusable for a picture so long that it would be too large after this.
     """
-    while min(image.size) >= 2 * size:
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > MAX_PIXELS:
-        raise Unusable("pictures too long to be cropped to a square", f"{image.width} x {image.height}")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    scale = max(width / image.width, height / image.height)
+    resized = round(image.width * scale), round(image.height * scale)
+    if resized[0] * resized[1] > MAX_PIXELS:
+        raise Unusable(f"pictures too long to be cropped to {height} x {width}", f"{image.width} x {image.height}")
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _check(content, name):

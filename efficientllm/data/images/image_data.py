@@ -2,19 +2,20 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
+import logging
+import math
 import typing
 from pathlib import Path
 
 import numpy as np
 
 from efficientllm.data import cache
-from efficientllm.data.base import ImageSource
+from efficientllm.data.images.buckets import bucket_shapes, count_pictures, describe_size
+from efficientllm.data.images.check_source import check_image_source
 from efficientllm.data.pipeline import share_of_process
-from efficientllm.errors import UserError, short_repr
+from efficientllm.errors import UserError
 from efficientllm.registry import build
-from efficientllm.runtime import optional_packages
 from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.typing import PathLike
 
@@ -23,9 +24,10 @@ if typing.TYPE_CHECKING:
 
     from efficientllm.data.images.latents import Encode, Latents
     from efficientllm.data.images.picture_set import PictureSet
+    from efficientllm.data.rows.images import Rows
     from efficientllm.text_states.captions import CaptionStates
 
-LARGEST = 2**14  # pixels of a side
+log = logging.getLogger("efficientllm")
 Row = dict[str, typing.Any]
 
 
@@ -33,8 +35,8 @@ class ImageData:
     """Pictures, or clips, of a data spec. Building it reads nothing.
 
     A batch is a dict of arrays: `images` float32 `[B, h, w, C]` in [-1, 1], or `[B, F, h, w, C]` of clips, `labels`
-    int32 `[B]`, `weights` float32 `[B]` (0 for rows that only fill up the last held-out batch), `identity` uint32 `[B]`
-    (of the picture's content).
+    int32 `[B]`, `weights` float32 `[B]` (0 for rows that only fill up a batch), `identity` uint32 `[B]` (of the
+    picture's content). All pictures of a batch are of one bucket (`data.images.buckets`).
     With `encode`, `images` holds the means of the latents' posterior, not scaled, and there is `logvar`, as large: a
     sample is `images + exp(logvar / 2) * noise`.
     With `captions`, there are the states of each picture's caption, `text` float32 `[B, S, E]`, and `pooled` `[B, P]`.
@@ -44,7 +46,7 @@ class ImageData:
       cache_dir: the folder of the cache (`data.cache.root`).
       encode: a frozen autoencoder's encoder (`latents.load_latents`), whose outputs are computed once and cached.
       encode_key: a string that changes when the encoder's weights do, such as their sha256.
-      multiple: what the size has to be a multiple of, such as patch times the autoencoder's factor.
+      multiple: what each side has to be a multiple of, such as patch times the autoencoder's factor.
       check_shape: raises UserError for a shape of pictures, or clips, that the encoder does not take.
       captions: the states of captions, or of the names of classes where pictures have no captions.
       dropout: the share of training pictures whose caption is replaced by the empty text.
@@ -67,9 +69,11 @@ class ImageData:
         self.caption_states, self.dropout = captions, dropout
         self.source: typing.Any = build("data", spec, where="config.data")
         self.cache: Path = cache.root(cache_dir)
-        _check_source(spec, self.source, multiple)
+        check_image_source(spec, self.source)
         try:
-            check_shape(self.source.shape)
+            self.shapes = bucket_shapes(self.source, multiple)
+            for shape in self.shapes:
+                check_shape(shape)
         except UserError as error:
             raise UserError(f"config.data = {spec!r}: {error}") from None
         if encode is not None and not encode_key:
@@ -80,7 +84,7 @@ class ImageData:
         """The pictures, read at the first use. Raises UserError for data that cannot be trained on."""
         from efficientllm.data.images.picture_set import load_set
 
-        pictures = load_set(self.spec, self.source, self.cache)
+        pictures = load_set(self.spec, self.source, self.shapes, self.cache)
         if self.caption_states is not None:
             if not pictures.captions and not pictures.summary["class_names"]:
                 raise UserError(
@@ -94,18 +98,31 @@ class ImageData:
         return pictures
 
     @functools.cached_property
-    def latents(self) -> "Latents | None":
-        """The latents, computed at the first use; None without `encode`."""
+    def latents(self) -> "dict[int, Latents] | None":
+        """The latents of each bucket that has pictures, computed at the first use; None without `encode`."""
         from efficientllm.data.images.latents import load_latents
 
         if self.encode is None:
             return None
-        return load_latents(self.pictures, self.encode, self.encode_key, self.source.flip, self.cache)
+        arguments = self.encode, self.encode_key, self.source.flip, self.cache
+        return {bucket: load_latents(self.pictures, bucket, *arguments) for bucket in self.buckets}
+
+    @functools.cached_property
+    def buckets(self) -> list[int]:
+        """The indices into `shapes` of the buckets that have pictures, the one with the most pixels first."""
+        used = set(self.pictures.buckets.tolist())
+        return sorted(used, key=lambda bucket: (-math.prod(self.shapes[bucket]), bucket))
+
+    @property
+    def used_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the buckets that have pictures, the largest first; reads nothing where there is one bucket."""
+        return [self.shapes[bucket] for bucket in self.buckets] if len(self.shapes) > 1 else list(self.shapes)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """`(h, w, C)` of a row of `images`, `(F, h, w, C)` of clips; with `encode` the latents', computed for it."""
-        return self.source.shape if self.encode is None else self.latents.shape
+        """`(h, w, C)` of a row of `images` of the largest bucket, `(F, h, w, C)` of clips; with `encode` the latents',
+        computed for it."""
+        return self.used_shapes[0] if self.latents is None else self.latents[self.buckets[0]].shape
 
     @property
     def class_names(self) -> list[str]:
@@ -122,16 +139,29 @@ class ImageData:
 
     def notes(self) -> list[str]:
         """Reads the pictures, or their cached summary, and returns lines for the log about what was read."""
-        summary, (*frames, height, width, _) = self.pictures.summary, self.source.shape
-        kind = f"clips of {frames[0]} frames" if frames else "pictures"
-        total = f"{len(self.pictures):,} {kind} of {height} x {width}"
+        summary, kind = self.pictures.summary, "clips" if self.source.frames else "pictures"
+        size = f"in {len(self.buckets)} buckets" if self.shapes[1:] else f"of {describe_size(self.shapes[0])}"
         classes = f" in {self.num_classes:,} classes" if self.num_classes else ""
-        return [f"{total}{classes}, {summary['held_out_images']:,} of them held out", *summary["notes"]]
+        total = f"{len(self.pictures):,} {kind} {size}{classes}, {summary['held_out_images']:,} of them held out"
+        return [total, *self._bucket_lines(kind), *summary["notes"]]
+
+    def _bucket_lines(self, kind):
+        for bucket in self.bucket_counts():
+            count = bucket["train_images"] + bucket["held_out_images"]
+            yield f"bucket {bucket['size']}: {count:,} {kind}, {bucket['held_out_images']:,} of them held out"
+
+    def bucket_counts(self) -> list[dict[str, typing.Any]]:
+        """The size and the pictures of each side of every bucket that has some; nothing where there is one bucket."""
+        if len(self.shapes) == 1:
+            return []
+        of_sides = {side: self.pictures.buckets[self.indices(side)] for side in ("train", "held_out")}
+        return [count_pictures(self.shapes[bucket], bucket, of_sides) for bucket in self.buckets]
 
     def describe(self) -> dict[str, typing.Any]:
         """Describes the data for a run's record: source, sha256, and pictures and classes of each side."""
         hidden = ("class_names", "is_decoded", "listed")
         counts = {key: value for key, value in self.pictures.summary.items() if key not in hidden}
+        counts |= {"buckets": self.bucket_counts()} if len(self.shapes) > 1 else {}
         latents = {"latents_of": self.encode_key} if self.encode_key else {}
         captions = {} if self.caption_states is None else {"text_states": self.caption_states.spec}
         return {"source": self.spec, "sampled": False, **counts, "classes": self.num_classes, **latents, **captions}
@@ -149,6 +179,11 @@ class ImageData:
         """Indices into `pictures` of a side, "train" or "held_out", in the order of `held_out`'s batches."""
         return self.pictures.indices(side)
 
+    def sampled_indices(self, side: str) -> np.ndarray:
+        """`indices` of the largest bucket, in whose size samples are drawn."""
+        indices = self.indices(side)
+        return indices[self.pictures.buckets[indices] == self.buckets[0]]
+
     def captions(self, side: str) -> list[str]:
         """Captions of a side, in the order of `indices`: names of classes where the source has none, or empty texts."""
         captions = _captions(self.pictures)
@@ -165,25 +200,40 @@ class ImageData:
         from efficientllm.data.rows import images
 
         share_of_process(batch_size, process_count)
-        flip, indices = bool(self.source.flip), self.indices("train")
-        share = (batch_size, process_index, process_count)
-        chances = images.Chances(seed, flip, self.dropout)
-        return images.endless(indices, self._row, self._finish, chances, *share, threads=self._threads())
+        indices, share = self.indices("train"), (batch_size, process_index, process_count)
+        if len(self.shapes) == 1:
+            rows = images.endless_rows(len(indices), seed, *share)
+        else:
+            rows = images.BucketRows(self._members(indices), *share, seed=seed)
+            log.info(
+                f"data: an epoch is {len(rows.of_epoch):,} batches of one bucket each; {rows.padding:,} of their rows "
+                "fill up the last batch of a bucket, and weigh nothing"
+            )
+        chances = images.Chances(seed, bool(self.source.flip), self.dropout)
+        return images.endless(indices, rows, self._row, self._finish, chances, self._threads())
+
+    def _members(self, indices):
+        """Of each bucket, the places in `indices` of its pictures."""
+        return [np.flatnonzero(self.pictures.buckets[indices] == bucket) for bucket in self.buckets]
 
     def held_out(
         self, batch_size: int, process_index: int = 0, process_count: int = 1, limit: int | None = None
     ) -> "HeldOut":
-        """Builds batches of the held-out pictures, each once, in a fixed order, `limit` batches at most.
+        """Builds batches of the held-out pictures, each once, in a fixed order, `limit` batches of a bucket at most.
 
         The result can be iterated again; its length is the same for every process. Raises UserError as `train` does,
         and where nothing is held out.
         """
         share_of_process(batch_size, process_count)
-        count = len(self.indices("held_out"))
-        if not count:
+        from efficientllm.data.rows import images
+
+        indices, share = self.indices("held_out"), (batch_size, process_index, process_count)
+        if not len(indices):
             raise UserError(f"config.data = {self.spec!r}: no picture is held out; raise held_out")
-        batches = -(-count // batch_size)
-        return HeldOut(self, batch_size, process_index, process_count, min(batches, limit) if limit else batches)
+        if len(self.shapes) > 1:
+            return HeldOut(self, images.BucketRows(self._members(indices), *share, most=limit))
+        batches = -(-len(indices) // batch_size)
+        return HeldOut(self, images.Rows(range(len(indices)), min(batches, limit) if limit else batches, *share))
 
     def _threads(self):
         """Decoding threads; memory maps gain nothing from any."""
@@ -192,12 +242,10 @@ class ImageData:
         is_mapped = (self.latents is not None or self.pictures.pixels is not None) and self.caption_states is None
         return 0 if is_mapped else THREADS
 
-    def _row(self, index, mirrored=False, is_dropped=False):
+    def _row(self, index, mirrored=False, is_dropped=False, is_padding=False):
         """A row of a batch, its pixels still uint8; of padding, zeros."""
-        from efficientllm.data.rows.images import PADDING
-
-        if index == PADDING:
-            return {key: np.zeros_like(value) for key, value in self._row(0).items()}
+        if is_padding:
+            return {key: np.zeros_like(value) for key, value in self._row(index).items()}
         pictures = self.pictures
         row = {
             "labels": pictures.labels[index],
@@ -209,8 +257,17 @@ class ImageData:
         if self.latents is None:
             pixels = pictures[index]
             return {"images": pixels[..., ::-1, :] if mirrored else pixels, **row}
-        place = (int(mirrored), index)
-        return {"images": self.latents.means[place], "logvar": self.latents.logvars[place], **row}
+        latents, place = self.latents[pictures.buckets[index]], (int(mirrored), self._places[index])
+        return {"images": latents.means[place], "logvar": latents.logvars[place], **row}
+
+    @functools.cached_property
+    def _places(self):
+        """The place of each picture among those of its bucket."""
+        places = np.zeros(len(self.pictures), np.int64)
+        for bucket in self.buckets:
+            of_bucket = self.pictures.buckets == bucket
+            places[of_bucket] = np.arange(of_bucket.sum())
+        return places
 
     @functools.cached_property
     def _all_captions(self):
@@ -227,20 +284,16 @@ class HeldOut:
     """Held-out batches of one process; each iteration reads them again."""
 
     data: ImageData
-    batch_size: int
-    process_index: int
-    process_count: int
-    batches: int
+    rows: "Rows"
 
     def __len__(self) -> int:
-        return self.batches
+        return self.rows.batches
 
     def __iter__(self) -> typing.Iterator[Row]:
         from efficientllm.data.rows import images
 
-        order = self.data.indices("held_out")
-        rows = images.Rows(order, self.batches, self.batch_size, self.process_index, self.process_count)
-        yield from images.in_order(rows, self.data._row, self.data._finish, self.data._threads())
+        data = self.data
+        yield from images.in_order(data.indices("held_out"), self.rows, data._row, data._finish, data._threads())
 
 
 def _captions(pictures):
@@ -249,33 +302,3 @@ def _captions(pictures):
         return pictures.captions
     names = pictures.summary["class_names"]
     return [names[label] if names else "" for label in pictures.labels]
-
-
-def _check_source(spec, source, multiple):
-    """Raises UserError unless a source gives images that fit."""
-    where = f"config.data = {spec!r}"
-    if getattr(source, "modality", "text") != "images":
-        kind = spec.partition("(")[0]
-        hint = (
-            "name its column of images, hf(path=..., image='image')"
-            if kind == "hf"
-            else ("write glyphs(), or images(), webdataset() or hf() with a path")
-        )
-        raise UserError(f"{where}: holds text, and images are needed; {hint}")
-    if importlib.util.find_spec("PIL") is None:
-        raise UserError(f"{where}: needs Pillow: {optional_packages.remedy('images')}")
-    if not isinstance(source, ImageSource):
-        raise UserError(f"{where}: has no pictures(); derive it from efficientllm.data.ImageSource")
-    if source.streaming:
-        raise UserError(f"{where}: images cannot be streamed; leave out streaming")
-    size, channels = source.size, source.channels
-    if type(size) is not int or not 1 <= size <= LARGEST:
-        raise UserError(f"{where}: size = {short_repr(size)}: must be a whole number from 1 to {LARGEST}")
-    if size % multiple:
-        lower, upper = size - size % multiple, size + -size % multiple
-        sizes = " or ".join(str(number) for number in (lower, upper) if number)
-        raise UserError(f"{where}: size = {size}: is no multiple of the {multiple} pixels of a token; write {sizes}")
-    if channels not in (1, 3):
-        raise UserError(f"{where}: channels = {short_repr(channels)}: must be 3 (RGB) or 1 (gray)")
-    if not 0 <= source.held_out < 1:
-        raise UserError(f"{where}: held_out must be at least 0 and below 1")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from efficientllm.data import cache
+from efficientllm.data.images.buckets import frame_count
 from efficientllm.data.images.picture_set import PictureSet
 from efficientllm.errors import FieldError
 
@@ -20,7 +21,7 @@ log = logging.getLogger("efficientllm")
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """Memory-mapped float32 `[2 if mirrored else 1, n, h, w, c]` of the pictures and of their mirror images.
+    """Memory-mapped float32 `[2 if mirrored else 1, n, h, w, c]` of the n pictures of a bucket and their mirror images.
 
     Of clips `[..., f, h, w, c]`.
     """
@@ -34,16 +35,20 @@ class Latents:
         return self.means.shape[2:]
 
 
-def load_latents(pictures: PictureSet, encode: Encode, encode_key: str, flip: bool, cache_root: Path) -> Latents:
-    """Returns the latents of all pictures, encoded at the first call and cached by their fingerprint and `encode_key`.
+def load_latents(
+    pictures: PictureSet, bucket: int, encode: Encode, encode_key: str, flip: bool, cache_root: Path
+) -> Latents:
+    """Returns the latents of a bucket's pictures, encoded at the first call and cached by fingerprint and `encode_key`.
 
     `encode` maps float32 `[16, h, w, channels]` in [-1, 1], or of clips `[rows, F, h, w, channels]`, to `(mean,
     logvar)` of the posterior, neither scaled nor sampled. With `flip`, mirror images are encoded too: a latent cannot
     be mirrored. Raises UserError for values that are not finite.
     """
-    name = f"latents-{cache.digest(FORMAT, pictures.summary['fingerprint'], encode_key, flip)}"
-    folder = cache.entry(cache_root, name, lambda new: _write(pictures, encode, flip, new))
-    shape = (1 + flip, len(pictures), *json.loads((folder / "shape.json").read_text()))
+    several = (pictures.shapes[bucket],) if len(pictures.shapes) > 1 else ()
+    name = f"latents-{cache.digest(FORMAT, pictures.summary['fingerprint'], encode_key, flip, *several)}"
+    indices = np.flatnonzero(pictures.buckets == bucket)
+    folder = cache.entry(cache_root, name, lambda new: _write(pictures, indices, encode, flip, new))
+    shape = (1 + flip, len(indices), *json.loads((folder / "shape.json").read_text()))
     return Latents(*(np.memmap(folder / f"{name}.bin", np.float32, "r", shape=shape) for name in ("mean", "logvar")))
 
 
@@ -52,13 +57,13 @@ def to_float(pixels_BhwC: np.ndarray) -> np.ndarray:
     return pixels_BhwC.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def _write(pictures, encode, flip, folder):
-    log.info(f"data: encoding {len(pictures) * (1 + flip):,} {'clips' if pictures.source.frames else 'pictures'}")
-    count = max(1, ROWS // max(1, pictures.source.frames))
+def _write(pictures, indices, encode, flip, folder):
+    log.info(f"data: encoding {len(indices) * (1 + flip):,} {'clips' if pictures.source.frames else 'pictures'}")
+    count = max(1, ROWS // max(1, frame_count(pictures.shapes[pictures.buckets[indices[0]]])))
     with open(folder / "mean.bin", "wb") as means, open(folder / "logvar.bin", "wb") as logvars:
         for mirrored in (False, True)[: 1 + flip]:
-            for start in range(0, len(pictures), count):
-                rows = [pictures[index] for index in range(start, min(start + count, len(pictures)))]
+            for start in range(0, len(indices), count):
+                rows = [pictures[index] for index in indices[start : start + count]]
                 mean, logvar = _encoded(rows, count, encode, mirrored)
                 for values, file in ((mean, means), (logvar, logvars)):
                     if not np.isfinite(values).all():

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from efficientllm.data.base import Content, ImageSource, Picture, Tally
 from efficientllm.data.corpus import SIDES, split_threshold
 from efficientllm.data.images import clips, decode
+from efficientllm.data.images.buckets import Shape
 from efficientllm.data.images.labels import number_labels
 from efficientllm.errors import UserError
 
@@ -41,22 +43,24 @@ def _name(picture, place, spec):
 
 
 class _Examined(typing.NamedTuple):
-    """What a thread made of a picture: its pixels, or why it has none."""
+    """What a thread made of a picture: its pixels, of the size of a bucket, or why it has none."""
 
     digest: bytes = b""
+    bucket: int = 0
     pixels: np.ndarray | None = None
     unusable: decode.Unusable | None = None
 
 
 class Reader:
-    """One pass over a source, which writes a cache entry."""
+    """One pass over a source, which writes a cache entry; `shapes` are those of its buckets."""
 
-    def __init__(self, spec: str, source: ImageSource, folder: Path):
-        self.spec, self.source, self.folder = spec, source, folder
+    def __init__(self, spec: str, source: ImageSource, shapes: Sequence[Shape], folder: Path):
+        self.spec, self.source, self.shapes, self.folder = spec, source, shapes, folder
         self.tally, self.listed, self.is_decoded = Tally("pictures"), 0, True
         # Of the pictures that can be used: (place in the source, name), content, what decides the side, and so on.
         self.places: list[tuple[int, str]] = []
         self.digests: list[bytes] = []
+        self.buckets: list[int] = []
         self.groups: list[int] = []
         self.labels: list[str | int | None] = []
         self.captions: list[str] = []
@@ -79,6 +83,7 @@ class Reader:
         arrays = {
             "contents": np.array([int.from_bytes(content[:8], "big") for content in self.digests], np.uint64),
             "labels": labels,
+            "buckets": np.array(self.buckets, np.int32),
             "is_held_out": is_held_out,
             "places": np.array([place for place, _ in self.places], np.int64),
         }
@@ -92,14 +97,14 @@ class Reader:
         """Reads every picture and keeps what is known of it; decoded ones are written unless they become too many."""
         path, rereadable, written, logged = self.folder / "pixels.bin", True, 0, time.monotonic()
         with open(path, "wb") as file:
-            for picture, name, examined in _examined(self.spec, self.source):
+            for picture, name, examined in _examined(self.spec, self.source, self.shapes):
                 self.listed += 1
                 rereadable &= callable(picture.content) or isinstance(picture.content, str | os.PathLike)
                 if examined.unusable is not None:
                     detail = f" ({examined.unusable.detail})" if examined.unusable.detail else ""
                     self.tally.skip(examined.unusable.reason, f"{name}{detail}")
                     continue
-                self._keep(picture, name, examined.digest)
+                self._keep(picture, name, examined)
                 written += examined.pixels.nbytes
                 if self.is_decoded and written > CACHED_BYTES and rereadable:
                     self.is_decoded = False
@@ -112,10 +117,11 @@ class Reader:
         if not self.is_decoded:
             path.unlink()
 
-    def _keep(self, picture, name, content):
+    def _keep(self, picture, name, examined):
         self.places.append((self.listed - 1, name))
-        self.digests.append(content)
-        group = content if picture.group is None else hashlib.sha256(picture.group.encode()).digest()
+        self.digests.append(examined.digest)
+        self.buckets.append(examined.bucket)
+        group = examined.digest if picture.group is None else hashlib.sha256(picture.group.encode()).digest()
         self.groups.append(int.from_bytes(group[:8], "big"))
         self.labels.append(picture.label)
         self.captions.append(picture.caption)
@@ -123,6 +129,7 @@ class Reader:
     def _summary(self, class_names, labels, is_held_out, threshold):
         size, channels = self.source.size, self.source.channels
         clip = f"{self.source.frames} {self.source.stride} " if self.source.frames else ""
+        clip += "" if is_square(self.source, self.shapes) else f"{self.shapes} "
         digest = hashlib.sha256(f"{clip}{size} {channels} {threshold} {class_names}".encode())
         for content, label, caption in zip(self.digests, labels.tolist(), self.captions, strict=True):
             digest.update(content + label.to_bytes(4, "little") + json.dumps(caption).encode())
@@ -131,7 +138,7 @@ class Reader:
         classes = {f"{side}_classes": len(np.unique(labels[chosen])) for side, chosen in sides.items() if class_names}
         return {
             "fingerprint": digest.hexdigest(),
-            "size": size,
+            "size": size if isinstance(self.source.buckets, int) else None,
             "channels": channels,
             **counts,
             **classes,
@@ -146,12 +153,12 @@ class Reader:
         return [f"{repeated:,} of the pictures repeat others"] if repeated else []
 
 
-def _examined(spec, source):
+def _examined(spec, source, shapes):
     """Yields `(picture, name, _Examined)` of every picture in order, decoded in threads some pictures ahead."""
     pool, waiting = concurrent.futures.ThreadPoolExecutor(THREADS), collections.deque()
     try:
         for picture, name in list_pictures(spec, source):
-            waiting.append((picture, name, pool.submit(_examine, source, picture, name)))
+            waiting.append((picture, name, pool.submit(_examine, source, shapes, picture, name)))
             if len(waiting) > 4 * THREADS:
                 picture, name, future = waiting.popleft()
                 yield picture, name, future.result()
@@ -161,16 +168,22 @@ def _examined(spec, source):
         pool.shutdown(cancel_futures=True)
 
 
-def _examine(source, picture, name):
+def _examine(source, shapes, picture, name):
     try:
         content = decode.read(picture)
-        return _Examined(decode.digest(content), decode_content(source, content, name))
+        return _Examined(decode.digest(content), *decode_content(source, shapes, content, name))
     except decode.Unusable as error:
         return _Examined(unusable=error)
 
 
-def decode_content(source: ImageSource, content: Content, name: str) -> np.ndarray:
-    """Decodes what `decode.read` returned to uint8 of `source.shape`. Raises as `decode.decode` does."""
+def decode_content(source: ImageSource, shapes: Sequence[Shape], content: Content, name: str) -> tuple[int, np.ndarray]:
+    """Decodes what `decode.read` returned to its bucket's index and uint8 of that shape. Raises as `decode.decode`."""
     if source.frames:
-        return clips.decode(content, source.frames, source.stride, source.size, source.channels, name)
-    return decode.decode(content, source.size, source.channels, name)
+        return clips.decode(content, shapes, source.stride, name)
+    return decode.decode(content, shapes, name)
+
+
+def is_square(source: ImageSource, shapes: Sequence[Shape]) -> bool:
+    """Whether there is one bucket, of pictures or clips of `source.size` squared."""
+    frames = (source.frames,) if source.frames else ()
+    return list(shapes) == [(*frames, source.size, source.size, source.channels)]

@@ -1,4 +1,4 @@
-"""Batches of images with grain: shuffled, shared by processes, decoded ahead in threads, resumable."""
+"""Batches of images with grain: shuffled, shared by processes, of one size each, decoded in threads, resumable."""
 
 import hashlib
 import sys
@@ -10,9 +10,8 @@ import numpy as np
 from efficientllm.data.rows import packing
 
 PREFETCHED = 2  # batches made while the device works; the state saved is that of the batch handed out
-PADDING = -1  # the index of a row that only fills up the last held-out batch
-# (index of a picture, whether it is mirrored, whether its caption is dropped) -> its row
-Load = typing.Callable[[int, bool, bool], dict[str, typing.Any]]
+# (index of a picture, whether it is mirrored, whether its caption is dropped, whether its row is padding) -> its row
+Load = typing.Callable[[int, bool, bool, bool], dict[str, typing.Any]]
 Finish = typing.Callable[[dict[str, typing.Any]], dict[str, typing.Any]]
 
 
@@ -28,10 +27,20 @@ class Chances(typing.NamedTuple):
         return self.flip and is_mirrored(self.seed, place), is_dropped(self.seed, place, self.dropout)
 
 
-class Rows:
-    """Rows of one process: row `i` is `(place in the order of all processes, index of a picture)`.
+class Place(typing.NamedTuple):
+    """A row of a batch: its number in the order of all processes, and the picture `indices[picture]` of a side.
 
-    A global batch has `batch_size` consecutive places, of which each process has its own consecutive share.
+    A row that is `padding` only fills up a batch; its picture is one of the batch's size, and weighs nothing.
+    """
+
+    number: int
+    picture: int
+    padding: bool = False
+
+
+class Rows:
+    """Rows of one process; a global batch has `batch_size` consecutive places, of which each process has its own
+    consecutive share.
     """
 
     def __init__(
@@ -44,10 +53,61 @@ class Rows:
     def __len__(self) -> int:
         return self.batches * self.share
 
-    def __getitem__(self, row: int) -> tuple[int, int]:
+    def __getitem__(self, row: int) -> Place:
         batch, in_share = divmod(row, self.share)
-        place = batch * self.batch_size + self.first + in_share
-        return place, int(self.order[place]) if place < len(self.order) else PADDING
+        return self.place(batch, self.first + in_share)
+
+    def place(self, batch: int, row: int) -> Place:
+        """The place of a row of a global batch."""
+        number = batch * self.batch_size + row
+        is_padding = number >= len(self.order)
+        return Place(number, 0 if is_padding else int(self.order[number]), is_padding)
+
+
+class BucketRows(Rows):
+    """Rows of one process whose batches are each of one bucket; each picture is seen once an epoch.
+
+    The last batch of a bucket in an epoch is filled up with padding.
+
+    Args:
+      members: of each bucket, the indices of its pictures.
+      seed: shuffles the pictures of a bucket and the batches of an epoch, anew each epoch, without end; None reads
+        `most` batches of each bucket at most, once: the first of every bucket, then the second, and so on.
+    """
+
+    def __init__(
+        self,
+        members: typing.Sequence[np.ndarray],
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        seed: int | None = None,
+        most: int | None = None,
+    ):
+        counts = [-(-len(indices) // batch_size) for indices in members]
+        rounds = [(number, bucket) for bucket, count in enumerate(counts) for number in range(count)]
+        self.members, self.seed = members, seed
+        self.of_epoch = [place for place in sorted(rounds) if seed is not None or most is None or place[0] < most]
+        # The orders of buckets and of batches are of one seed; those of buckets of one length are the same.
+        self.orders = [self._shuffled(len(indices)) for indices in members]
+        batches = len(self.of_epoch) if seed is None else sys.maxsize // batch_size
+        super().__init__(self._shuffled(len(self.of_epoch)), batches, batch_size, process_index, process_count)
+
+    def _shuffled(self, count):
+        return range(count) if self.seed is None or not count else endless_order(count, self.seed)
+
+    @property
+    def padding(self) -> int:
+        """The rows of padding in an epoch."""
+        return len(self.of_epoch) * self.batch_size - sum(map(len, self.members))
+
+    def place(self, batch: int, row: int) -> Place:
+        epoch, number = batch // len(self.of_epoch), batch * self.batch_size + row
+        in_bucket, bucket = self.of_epoch[int(self.order[batch])]
+        members, member = self.members[bucket], in_bucket * self.batch_size + row
+        if member >= len(members):
+            return Place(number, int(members[0]), True)
+        return Place(number, int(members[int(self.orders[bucket][epoch * len(members) + member])]))
 
 
 def endless_order(count: int, seed: int) -> grain.MapDataset:
@@ -55,34 +115,30 @@ def endless_order(count: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(count).shuffle(seed).repeat()
 
 
+def endless_rows(count: int, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> Rows:
+    """Rows of `count` pictures of one size without end, shuffled anew each epoch; batches may cross epochs."""
+    order = endless_order(count, seed)
+    return Rows(order, sys.maxsize // batch_size, batch_size, process_index, process_count)
+
+
 def endless(
-    indices: np.ndarray,
-    load: Load,
-    finish: Finish,
-    chances: Chances,
-    batch_size: int,
-    process_index: int,
-    process_count: int,
-    threads: int,
+    indices: np.ndarray, rows: Rows, load: Load, finish: Finish, chances: Chances, threads: int
 ) -> grain.DatasetIterator:
     """Iterator over training batches without end; `close()` ends its threads.
 
     The global batch depends on the seed alone: order and `chances` do not change with the number of processes or
     `threads`.
     """
-    order = endless_order(len(indices), chances.seed)
-    rows = Rows(order, sys.maxsize // batch_size, batch_size, process_index, process_count)
 
-    def load_row(row):
-        place, index = row
-        return load(int(indices[index]), *chances.draw(place))
+    def load_row(place):
+        return load(int(indices[place.picture]), *chances.draw(place.number), place.padding)
 
     return packing.prefetch(_batches(rows, load_row, finish, threads), PREFETCHED)
 
 
-def in_order(rows: Rows, load: Load, finish: Finish, threads: int) -> grain.IterDataset:
-    """The batches of `rows` once; `load` gets PADDING for rows beyond the pictures."""
-    return _batches(rows, lambda row: load(row[1], False, False), finish, threads)
+def in_order(indices: np.ndarray, rows: Rows, load: Load, finish: Finish, threads: int) -> grain.IterDataset:
+    """The batches of `rows` once."""
+    return _batches(rows, lambda place: load(int(indices[place.picture]), False, False, place.padding), finish, threads)
 
 
 def is_mirrored(seed: int, place: int) -> bool:

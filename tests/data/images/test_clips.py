@@ -83,12 +83,12 @@ def test_a_clip_is_every_so_many_of_the_first_frames(tmp_path):
     frames = draw(9)
     content = write_clip(tmp_path / "a.webp", frames, 10).read_bytes()
     for source in (content, frames):
-        decoded = clips.decode(source, 3, 4, 16, 3, "a")
+        decoded = clips.decode(source, [(3, 16, 16, 3)], 4, "a")[1]
         assert decoded.shape == (3, 16, 16, 3)
         np.testing.assert_array_equal(decoded, frames[::4, :, 4:20])  # the square in the middle
     with pytest.raises(Unusable, match="clips of fewer than 13 frames"):
-        clips.decode(content, 4, 4, 16, 3, "a")
-    gray = clips.decode(frames[..., 0], 9, 1, 16, 1, "a")
+        clips.decode(content, [(4, 16, 16, 3)], 4, "a")
+    gray = clips.decode(frames[..., 0], [(9, 16, 16, 1)], 1, "a")[1]
     np.testing.assert_array_equal(gray[..., 0], frames[:, :, 4:20, 0])
 
 
@@ -125,9 +125,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(UserError, match="odd: .* clips whose frames differ in size"):
         clips.read_clip(tmp_path / "odd")
     with pytest.raises(UserError, match=r"a: is an array uint8 \[4, 4\]; uint8 \[F, h, w\]"):
-        clips.decode(np.zeros((4, 4), np.uint8), 1, 1, 4, 3, "a")
+        clips.decode(np.zeros((4, 4), np.uint8), [(1, 4, 4, 3)], 1, "a")
     with pytest.raises(UserError, match="a: is of type list; bytes or a uint8 array"):
-        clips.decode([1], 1, 1, 4, 3, "a")
+        clips.decode([1], [(1, 4, 4, 3)], 1, "a")
     for file, clip, fps, message in (
         ("a.avi", draw(), 8, "a .webp or an .mp4; write a.webp"),
         ("a.webp", draw()[..., :2], 8, r"uint8 \[5, 16, 24, 2\] is no clip"),
@@ -143,8 +143,8 @@ def test_moving_png(tmp_path):
     first, *rest = (Image.fromarray(frame) for frame in frames)
     stream = io.BytesIO()
     first.save(stream, "PNG", save_all=True, append_images=rest, duration=100)
-    np.testing.assert_array_equal(clips.decode(stream.getvalue(), 3, 1, 16, 3, "a"), frames[:, :, 4:20])
-    assert decode.decode(stream.getvalue(), 16, 3, "a").shape == (16, 16, 3)  # as a picture: its first frame
+    np.testing.assert_array_equal(clips.decode(stream.getvalue(), [(3, 16, 16, 3)], 1, "a")[1], frames[:, :, 4:20])
+    assert decode.decode(stream.getvalue(), [(16, 16, 3)], "a")[1].shape == (16, 16, 3)  # as a picture: its first frame
 
 
 def test_letters_move_and_turn():

@@ -27,7 +27,7 @@ def encoded(image, kind, **options):
 
 
 def pixels(content, size=8, channels=3):
-    return decode.decode(content, size, channels, "a.png")
+    return decode.decode(content, [(size, size, channels)], "a.png")[1]
 
 
 def refused(content, size=8):
@@ -145,7 +145,7 @@ def test_a_turned_picture_is_the_one_that_is_turned_by_hand():
     exif[0x0112] = 6
     turned = tall.transpose(Image.Transpose.ROTATE_270)
     np.testing.assert_array_equal(
-        pixels(encoded(tall, "PNG", exif=exif), size=8), np.asarray(decode.center_crop(turned, 8))
+        pixels(encoded(tall, "PNG", exif=exif), size=8), np.asarray(decode.center_crop(turned, 8, 8))
     )
 
 
@@ -153,12 +153,12 @@ def test_the_crop_halves_then_resizes_then_cuts_the_middle():
     image = Image.fromarray(RNG.integers(0, 256, (70, 101, 3), dtype=np.uint8))
     by_hand = image.resize((50, 35), Image.Resampling.BOX).resize((25, 17), Image.Resampling.BOX)
     by_hand = by_hand.resize((24, 16), Image.Resampling.BICUBIC).crop((4, 0, 20, 16))  # 25 * 16 / 17 = 23.5 -> 24
-    np.testing.assert_array_equal(decode.center_crop(image, 16), by_hand)
+    np.testing.assert_array_equal(decode.center_crop(image, 16, 16), by_hand)
 
 
 def test_a_picture_of_the_right_size_is_not_touched():
     np.testing.assert_array_equal(pixels(NOISE), NOISE)
-    np.testing.assert_array_equal(decode.center_crop(Image.fromarray(NOISE).crop((0, 0, 8, 8)), 8), NOISE)
+    np.testing.assert_array_equal(decode.center_crop(Image.fromarray(NOISE).crop((0, 0, 8, 8)), 8, 8), NOISE)
 
 
 @pytest.mark.parametrize("sides", [(1, 1), (1, 9), (9, 1), (3, 1000), (31, 32), (16, 33)])

@@ -477,7 +477,7 @@ def test_latents_are_computed_once_and_belong_to_their_pictures(spec, opened):
         np.testing.assert_allclose(latents["images"], expected, atol=1e-6)
     assert encode.calls == 6 and again.describe()["latents_of"] == "sha"
     other = ImageData(spec, encode=Encoder(2.0), encode_key="sha2")
-    assert not np.array_equal(other.latents.means, again.latents.means)
+    assert not np.array_equal(other.latents[0].means, again.latents[0].means)
 
 
 def test_latents_that_are_not_finite_are_refused(spec):

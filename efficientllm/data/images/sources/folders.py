@@ -30,6 +30,7 @@ class Images(ImageSource):
 
     path: str
     size: int = 256
+    buckets: int | tuple = 1
     labels: str = "folder"
     captions: str = ""
     channels: int = 3
@@ -111,6 +112,7 @@ class Videos(Images):
 
     size: int = 128
     frames: int = 17
+    shorter: tuple = ()
     stride: int = 1
     tally: Tally = dataclasses.field(default_factory=lambda: Tally("clips"), init=False, repr=False, compare=False)
 

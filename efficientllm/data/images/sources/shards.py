@@ -27,6 +27,7 @@ class WebDataset(ImageSource):
 
     path: str
     size: int = 256
+    buckets: int | tuple = 1
     label: str = "cls"
     caption: str = "txt"
     channels: int = 3
