@@ -1,16 +1,10 @@
 """Inference with a pretrained model in a quantized form: --config=configs/infer.py:int4."""
 
+from efficientllm.config.presets.infer_images import FORMS as ROUNDED
+
 from efficientllm import base_config
 
-FORMS = {
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "int8": "int8()",
-    "int4": "int4()",
-    "nf4": "nf4()",
-    "stored": "stored",
-}
+FORMS = {**ROUNDED, "stored": "stored"}  # as the files hold them
 
 
 def get_config(name="bfloat16"):

@@ -4,16 +4,9 @@
 tokenizer, autoencoder and scheduler come from it.
 """
 
-from efficientllm import base_config
+from efficientllm.config.presets.infer_images import FORMS
 
-FORMS = {
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "int8": "int8()",
-    "int4": "int4()",
-    "nf4": "nf4()",
-}
+from efficientllm import base_config
 
 
 def get_config(name="bfloat16"):
