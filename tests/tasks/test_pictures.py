@@ -91,7 +91,7 @@ def test_stopped_and_resumed_it_has_the_same_losses(whole, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model.embed": "patches(patch=5)"}, "patch = 5"),
+        ({"model.embed": "patches(patch=5)"}, "size = 16: is no multiple of the 5 pixels of a token"),
         ({"model.embed": "patches(channels=4)"}, "channels = 4"),
         ({"model.embed": "patches(classes=2)"}, "classes = 2"),
         ({"model.embed": "tokens"}, "config.model.embed"),
