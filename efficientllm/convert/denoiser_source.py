@@ -16,12 +16,12 @@ from efficientllm.convert.hf_config.checked_keys import CheckedKeys
 from efficientllm.convert.hub_snapshot import PIPELINE
 from efficientllm.convert.source import Source
 from efficientllm.convert.tensors import parameter_map
-from efficientllm.errors import UserError
+from efficientllm.errors import UserError, short_repr
 from efficientllm.model import Backbone
 from efficientllm.registry import format_spec, parse_spec
 from efficientllm.untrusted import files, json_text
 
-PART, AUTOENCODER = "transformer", "vae"
+PART, AUTOENCODER, SCHEDULER = "transformer", "vae", "scheduler"
 AUTOENCODERS = {"AutoencoderKLWan": "wan"}  # names of the registry by `_class_name`
 _COPIED = (".json", ".safetensors", ".txt", ".model")
 _CONSTANT_ERROR = 1e-5  # of sines and cosines that another program computed
@@ -40,8 +40,10 @@ class DenoiserSource(Source):
 
     def objective(self) -> str:
         """A spec for `config.objective`, with the pipeline's schedule. Raises UserError for one that we have not."""
-        file = self.path.parent / "scheduler" / "scheduler_config.json"
+        file = self.path.parent / SCHEDULER / "scheduler_config.json"
         keys = CheckedKeys(json_text.read(file), file) if self.pipeline and files.is_there(file) else None
+        if keys is None and self.pipeline and _listed_class(self.pipeline, SCHEDULER):
+            raise UserError(f"{file} is missing: {PIPELINE} lists a scheduler; name the folder of a whole pipeline")
         name, fields = parse_spec(self.family.objective)
         if name == "flow":
             return format_spec(name, fields | ({} if keys is None else _flow_schedule(keys)))
@@ -103,6 +105,23 @@ def find_part(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
     if files.is_there(path / PIPELINE) and not files.is_there(path / "config.json"):
         return path / PART, path
     return path, None
+
+
+def check_pipeline(pipeline: pathlib.Path, config: dict[str, typing.Any]) -> None:
+    """Raises UserError where a pipeline's transformer, whose config.json is `config`, is that of another model."""
+    listed, name = _listed_class(pipeline, PART), families.family_name(config)
+    known = families.DENOISERS.get(listed or "")
+    if known is not None and known is not families.DENOISERS.get(name or ""):
+        raise UserError(
+            f"{pipeline / PART / 'config.json'}: _class_name = {short_repr(name)}: {PIPELINE} lists {listed!r}: it is "
+            "that of another model"
+        )
+
+
+def _listed_class(pipeline, part):
+    """The class of a part in model_index.json, or None for a part that is left out."""
+    entry = json_text.read(pipeline / PIPELINE).get(part)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
 
 
 def published_config(path: pathlib.Path) -> dict[str, typing.Any] | None:

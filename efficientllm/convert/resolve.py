@@ -47,6 +47,8 @@ def open_source(pretrained: PathLike, weights: bool = True) -> Source:
         path, pipeline = denoiser_source.find_part(path)
         config = denoiser_source.published_config(path) or read_json(path / "config.json")
         table, tensors = None, None
+        if pipeline is not None:
+            denoiser_source.check_pipeline(pipeline, config)
         if is_run(config):
             return run_folder.open_run(path, config, weights, open_source)
     value_limits.check_values(config, path if tensors else path / "config.json")

@@ -86,9 +86,9 @@ class PromptEncoders:
             encoder.check()
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises UserError for a prompt that is longer than an encoder reads."""
+        """Raises UserError for a prompt that is longer than an encoder reads; the log says which are cut."""
         for encoder in self.opened.values():
-            encoder.tokenizer.encode([self.clean(prompt) for prompt in prompts])
+            encoder.tokenizer.check([self.clean(prompt) for prompt in prompts])
 
     @property
     def t5_length(self) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import typing
 
 from efficientllm import model, sharding
+from efficientllm.autoencoders.check_fit import check_autoencoder
 from efficientllm.cost import formulas
 from efficientllm.errors import UserError
 from efficientllm.objectives.base import Objective
@@ -62,6 +63,12 @@ def check_length(run: RunDescription) -> None:
             f"config.train.length = {length}: {run.config.model.pretrained} has {max_positions} positions; "
             f"take {max_positions} tokens at most"
         )
+
+
+def check_latents(run: RunDescription) -> None:
+    """Raises UserError for a checkpoint of latents whose autoencoder is missing or that of another model."""
+    if run.objective.reads == "images" and run.source is not None:
+        check_autoencoder(run.outline, run.autoencoder, run.autoencoder_spec)
 
 
 def check_rows(train: Config) -> None:

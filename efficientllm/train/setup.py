@@ -98,6 +98,7 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
     """Builds the Setup of a config: reads the data, makes no array of the model. Raises UserError."""
     description = config_checks.with_captions(describe_run(config))
     config_checks.check_form(description)
+    config_checks.check_latents(description)
     if config.model.pretrained:  # check the data before opening a checkpoint, which can take a minute
         _check_data(description, log)
     # Builds `description.outline`: a bad model is refused before any data is read.

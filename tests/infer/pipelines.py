@@ -1,6 +1,8 @@
 """Whole tiny random pipelines of diffusers, saved as folders: text encoders, transformer, autoencoder, scheduler."""
 
 import functools
+import json
+import shutil
 
 import runs
 from convert.denoiser_folders import diffusers
@@ -12,6 +14,7 @@ from text_states.pipeline_folders import saved
 
 PROMPTS = ("a red fox, running.", "a bear")
 NEGATIVE = "fog"
+OTHER = "_class_name = 'WanTransformer3DModel': model_index.json lists 'SD3Transformer2DModel': it is that of another"
 
 
 def jittered(model, seed):
@@ -90,3 +93,28 @@ def arguments(kind, workdir, form="float32", **changes):
     """The command line of a run."""
     flags = [f"--config.{key}={value}" for key, value in values(kind, **changes).items()]
     return [f"--config={runs.ROOT}/configs/infer_{kind}.py:{form}", f"--workdir={workdir}", *flags]
+
+
+def set_config(part, **values):
+    """A change of a copied folder: other values in the config.json of a part."""
+
+    def change(folder):
+        file = folder / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def without(part):
+    """A change of a copied folder: without a part."""
+    return lambda folder: shutil.rmtree(folder / part)
+
+
+def exchange(part):
+    """A change of a copied folder: the part of Wan's pipeline in the place of its own."""
+
+    def change(folder):
+        shutil.rmtree(folder / part)
+        shutil.copytree(saved(wan) / part, folder / part)
+
+    return change

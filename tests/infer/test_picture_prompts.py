@@ -14,7 +14,7 @@ from efficientllm.infer.picture_serving import PictureServing
 from efficientllm.record.row import read_record
 from efficientllm.text_states.states_file import write_states
 from infer import pipelines
-from infer.pipelines import NEGATIVE, PROMPTS
+from infer.pipelines import NEGATIVE, OTHER, PROMPTS, exchange, set_config, without
 from tiers import slow_except
 
 pytestmark = pytest.mark.xdist_group("encoders")
@@ -113,36 +113,37 @@ def test_forms_of_the_model_and_of_t5(form, tmp_path):
     weights = f"{form}()" if form in ("int8", "int4", "nf4") else form
     changes = {"text_states": f"encoders(length=20, quant={weights!r})"}
     assert main.main(pipelines.arguments("image", tmp_path / "run", form, **changes)) == 0
-    physical = read_record(tmp_path / "run" / "record.json")["physical"]
-    whole = pipelines.described("image")
+    row = read_record(tmp_path / "run" / "record.json")
+    physical, whole = row["physical"], pipelines.described("image")
     plain = sum(leaf.size * 4 for leaf in jax.tree.leaves(whole.boxed))
     assert physical["resident_weight_bytes"] < 0.7 * plain
     assert physical["text_encoder_bytes"] < sum(whole.prompts.source.weights_bytes().values())
+    assert physical["autoencoder_bytes"] == whole.autoencoder_bytes
+    assert all(physical[key] > 0 for key in ("text_encode_s", "denoise_s", "decode_s", "step_s")), row["sources"]
 
 
 @pytest.mark.slow
 def test_eight_devices_draw_the_pictures_of_one():
-    changes = {"infer.batch_size": 2, "sample.images": 1, "train.batch_size": 8}
-    alone, _ = drawn(pipelines.described("image", mesh="data=1", **changes))
-    together, _ = drawn(pipelines.described("image", mesh="data=2, tensor=2, sequence=2", **changes))
-    assert np.abs(alone - together).max() <= 1 and alone.std() > 10
+    """From the same noise bit for bit, whatever the batch; products are summed in another order from there on."""
 
+    def latents(**changes):
+        serving = pipelines.described("image", **{"sample.images": 4, "train.batch_size": 8, **changes})
+        with jax.set_mesh(serving.mesh):
+            serving.prepare_requests()
+            params, rows = serving.load(serving.config.quant), serving.config.infer.batch_size
+            wanted, key = serving.requests.wanted(np.arange(rows)), jax.random.key(serving.requests.seed)
+            shape = image_samples.image_shape(serving.lm)
+            begun = np.asarray(serving.sampler.begin(rows, key, shape).x_BhwC)
+            sampled = serving.sampler.sample(params, wanted.condition, key, shape, negative=wanted.negative)
+            return begun, np.asarray(sampled), np.asarray(serving.decode(sampled))
 
-def set_config(part, **values):
-    def change(folder):
-        file = folder / part / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-    return change
-
-
-def without(part):
-    return lambda folder: shutil.rmtree(folder / part)
-
-
-def exchange_vae(folder):
-    shutil.rmtree(folder / "vae")
-    shutil.copytree(pipelines.folder("video") / "vae", folder / "vae")
+    begun, sampled, shown = latents(mesh="data=1", **{"infer.batch_size": 2})
+    for mesh in ("data=8", "data=2, tensor=2, sequence=2"):
+        many_begun, many_sampled, many_shown = latents(mesh=mesh, **{"infer.batch_size": 8})
+        np.testing.assert_array_equal(many_begun[:2], begun)
+        np.testing.assert_allclose(many_sampled[:2], sampled, atol=1e-4 * np.abs(sampled).max())
+        np.testing.assert_allclose(many_shown[:2], shown, atol=1 / 128)
+    assert sampled.std() > 0.1 and np.abs(begun[0] - begun[1]).max() > 1
 
 
 REFUSED = {
@@ -156,15 +157,22 @@ REFUSED = {
     "no_states": ({"text_states": "folder(path='here')"}, None, "here: no such folder"),
     "no_encoder": ({}, without("text_encoder_2"), "text_encoder_2: is missing"),
     "no_tokenizer": ({}, without("tokenizer_3"), "tokenizer_3: is missing"),
+    "no_transformer": ({}, without("transformer"), "transformer/config.json is missing"),
+    "no_scheduler": ({}, without("scheduler"), "scheduler_config.json is missing: model_index.json lists a scheduler"),
+    "other_transformer": ({}, exchange("transformer"), OTHER),
     "no_vae": ({}, without("vae"), "config.autoencoder = 'pixels': the model samples latents of 4 channels"),
-    "other_vae": ({}, exchange_vae, 'config.autoencoder = "wan(path='),
+    "other_vae": ({}, exchange("vae"), 'config.autoencoder = "wan(path='),
     "vae_of_other_channels": ({}, set_config("vae", latent_channels=8), "latents have 8 channels, and the model"),
     "vae_of_other_tensors": ({}, set_config("vae", block_out_channels=[8, 32]), 'config.autoencoder = "kl('),
     "encoder_of_other_width": ({}, set_config("transformer", joint_attention_dim=36), "part of another model"),
+    "t5_of_other_width": ({}, set_config("text_encoder_3", d_model=48), "has states of width 48, and the transformer"),
 }
 
 
-@pytest.mark.parametrize("case", slow_except(list(REFUSED), "sides", "long_prompt", "no_vae", "no_tokenizer"))
+QUICK = ("sides", "long_prompt", "no_vae", "no_tokenizer", "no_scheduler", "other_transformer")
+
+
+@pytest.mark.parametrize("case", slow_except(list(REFUSED), *QUICK))
 def test_bad_input_is_one_line_and_status_2(case, tmp_path, monkeypatch, capsys):
     changes, change, message = REFUSED[case]
     if change is not None:
@@ -174,10 +182,22 @@ def test_bad_input_is_one_line_and_status_2(case, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     monkeypatch.setattr(PictureServing, "prepare_requests", lambda _: pytest.fail("compiled"))
+    capsys.readouterr()  # progress of writing the pipelines
     with contextlib.suppress(FileNotFoundError):
         assert main.main(pipelines.arguments("image", tmp_path / "run", **changes)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_cut_is_named(tmp_path, capsys):
+    """By the first encoder that it is too long for, as diffusers warns of it; CLIP's read 77 tokens, T5 has 20 here."""
+    changes = {"infer.prompts": ("fox " * 90, "a fox"), "text_states": "encoders(length=20, truncate=True)"}
+    assert main.main(pipelines.arguments("image", tmp_path / "run", **changes)) == 0
+    output = capsys.readouterr()
+    for tokenizer, most in (("tokenizer", 77), ("tokenizer_2", 77), ("tokenizer_3", 20)):
+        cut = f"tokens of {tokenizer}, and its encoder reads {most} at most, start and end included: it is cut"
+        assert (output.out + output.err).count(cut) == 1
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Tuning of a text-to-image pipeline on captions: states of texts in batches, dropped captions, samples."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -101,9 +102,41 @@ def test_clips_are_tuned_on_their_captions(tmp_path):
 )
 def test_bad_input_is_one_line(changes, message, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("efficientllm.train.setup.compile_steps", lambda *_: pytest.exit("compiled"))
+    pipelines.folder("image")
+    capsys.readouterr()  # progress of writing the pipeline
     assert run(changes.pop("data", pictures), tmp_path / "run", **changes) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (pipelines.without("vae"), "config.autoencoder = 'pixels': the model samples latents of 4 channels"),
+        (pipelines.without("scheduler"), "scheduler_config.json is missing: model_index.json lists a scheduler"),
+        (pipelines.without("tokenizer_3"), "tokenizer_3: is missing"),
+        (pipelines.exchange("transformer"), pipelines.OTHER),
+        (pipelines.exchange("vae"), "the model samples pictures, and it decodes clips; name the model's own"),
+        (pipelines.set_config("vae", latent_channels=8), "its latents have 8 channels, and the model samples 4"),
+    ],
+    ids=["no_vae", "no_scheduler", "no_tokenizer", "other_transformer", "vae_of_clips", "vae_of_other_channels"],
+)
+def test_a_pipeline_with_a_part_of_another_is_refused(change, message, pictures, tmp_path, capsys):
+    folder = shutil.copytree(pipelines.folder("image"), tmp_path / "pipeline")
+    change(folder)
+    capsys.readouterr()  # progress of writing the pipelines
+    assert run(pictures, tmp_path / "run", **{"model.pretrained": str(folder)}) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+
+
+def test_sizes_and_frames_that_do_not_fit_are_refused(pictures, tmp_path, capsys):
+    assert run(pictures.replace("size=16", "size=18"), tmp_path / "run") == 2
+    assert "size = 18: is no multiple of the 4 pixels of a token; write 16 or 20" in capsys.readouterr().err
+    assert run("moving_glyphs(size=16, frames=4)", tmp_path / "run", kind="video") == 2
+    assert (
+        "clips of 4 frames: the autoencoder needs 1 more than a multiple of 2; take 3 or 5" in capsys.readouterr().err
+    )
 
 
 def test_names_of_classes_are_captions_where_there_are_no_others(pictures, tmp_path):
