@@ -92,7 +92,7 @@ class ImageData:
                     "the pictures captions, such as images(path=..., captions='txt')"
                 )
             try:
-                self.caption_states.prepare(_captions(pictures))
+                self.caption_states.prepare(pictures.texts)
             except UserError as error:
                 raise UserError(f"config.data = {self.spec!r}: captions: {error}") from None
         return pictures
@@ -186,8 +186,7 @@ class ImageData:
 
     def captions(self, side: str) -> list[str]:
         """Captions of a side, in the order of `indices`: names of classes where the source has none, or empty texts."""
-        captions = _captions(self.pictures)
-        return [captions[index] for index in self.indices(side)]
+        return [self.pictures.texts[index] for index in self.indices(side)]
 
     def train(
         self, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
@@ -253,7 +252,7 @@ class ImageData:
             "identity": np.uint32(pictures.contents[index] & np.uint64(0xFFFFFFFF)),
         }
         if self.caption_states is not None:
-            row |= self.caption_states["" if is_dropped else self._all_captions[index]]
+            row |= self.caption_states["" if is_dropped else pictures.texts[index]]
         if self.latents is None:
             pixels = pictures[index]
             return {"images": pixels[..., ::-1, :] if mirrored else pixels, **row}
@@ -268,10 +267,6 @@ class ImageData:
             of_bucket = self.pictures.buckets == bucket
             places[of_bucket] = np.arange(of_bucket.sum())
         return places
-
-    @functools.cached_property
-    def _all_captions(self):
-        return _captions(self.pictures)
 
     def _finish(self, batch):
         from efficientllm.data.images.latents import to_float
@@ -294,11 +289,3 @@ class HeldOut:
 
         data = self.data
         yield from images.in_order(data.indices("held_out"), self.rows, data._row, data._finish, data._threads())
-
-
-def _captions(pictures):
-    """The captions of a PictureSet, or the names of their classes."""
-    if pictures.captions:
-        return pictures.captions
-    names = pictures.summary["class_names"]
-    return [names[label] if names else "" for label in pictures.labels]

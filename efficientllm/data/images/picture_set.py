@@ -75,6 +75,12 @@ class PictureSet:
         sizes = np.array([math.prod(shape) for shape in self.shapes], np.int64)[self.buckets]
         return np.cumsum(sizes) - sizes
 
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        """The caption of each picture: the name of its class where the source has none, or an empty text."""
+        names = self.summary["class_names"]
+        return self.captions or [names[label] if names else "" for label in self.labels]
+
     def indices(self, side: str) -> np.ndarray:
         """Indices of the pictures of a side, int64: the training ones in order, the held-out ones by their hash, so
         that the first few are of all classes."""
