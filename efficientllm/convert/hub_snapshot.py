@@ -21,13 +21,16 @@ def is_name(text: str) -> bool:
 def download(name: str, where: str, patterns: Sequence[str], parts: Sequence[str] = ()) -> pathlib.Path:
     """Downloads a repository's files that match `patterns`, unless they are cached; returns the snapshot's folder.
 
-    Of a pipeline's repository, the files of its `parts` too. Raises UserError, which begins with `where`, where there
-    is no such repository or no network.
+    Of a pipeline's repository, those of its `parts` and `model_index.json` alone: beside them many have the same
+    weights in one file. Raises UserError, which begins with `where`, where there is no such repository, no network, or
+    no right to read it.
     """
-    folder = _snapshot(name, where, (*patterns, PIPELINE) if parts else patterns, _OTHERS)
-    if parts and files.is_there(folder / PIPELINE):
-        _snapshot(name, where, [f"{part}/{pattern}" for part in parts for pattern in patterns], ("*/*/*", *_VARIANTS))
-    return folder
+    if parts:
+        folder = _snapshot(name, where, (PIPELINE, "config.json"), _OTHERS)
+        if files.is_there(folder / PIPELINE):
+            of_parts = [f"{part}/{pattern}" for part in parts for pattern in patterns]
+            return _snapshot(name, where, of_parts, ("*/*/*", *_VARIANTS))
+    return _snapshot(name, where, patterns, _OTHERS)
 
 
 def _snapshot(name, where, patterns, others):
@@ -36,6 +39,11 @@ def _snapshot(name, where, patterns, others):
 
     try:
         folder = huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(others))
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{where}: the repository is gated; accept its terms at {huggingface_hub.constants.ENDPOINT}/{name}, and "
+            "set HF_TOKEN to a token of that account (or run hf auth login)"
+        ) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""

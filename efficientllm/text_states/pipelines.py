@@ -266,7 +266,8 @@ def open_prompt_encoders(path: str, **fields: typing.Any) -> PromptEncoders:
     """
     folder, where = pathlib.Path(path).expanduser(), f"path = {short_repr(str(path))}"
     if not files.is_there(folder) and hub_snapshot.is_name(str(path)):
-        parts = (*_TOKENIZERS, *_TOKENIZERS.values())
+        encoders = [encoder for encoder in ENCODERS if encoder not in fields.get("without", ())]
+        parts = (*encoders, *(_TOKENIZERS[encoder] for encoder in encoders))
         folder = hub_snapshot.download(str(path), where, _HUB_FILES, parts)
         hub_snapshot.download(str(path), where, ("config.json",), ("transformer",))
     if not files.is_there(folder / hub_snapshot.PIPELINE):

@@ -14,7 +14,6 @@ from efficientllm.architecture import from_config
 from efficientllm.convert.hf_config import families, rope_parameters, to_hf
 from efficientllm.convert.hf_config.canonical import canonical, differences
 from efficientllm.errors import UserError
-from efficientllm.registry import build
 
 HEAD = "lm_head.weight"
 
@@ -149,90 +148,3 @@ def test_an_export_says_the_rotation_for_transformers_4_too(name, tmp_path):
     parameters = {key: value for key, value in read.rope_parameters.items() if key in written["rope_parameters"]}
     expected = {key: value for key, value in written["rope_parameters"].items() if key in parameters}
     assert parameters == expected
-
-
-REPOSITORY = [
-    "config.json",
-    "generation_config.json",
-    "model-00001-of-00002.safetensors",
-    "model-00002-of-00002.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "vocab.json",
-]
-BESIDE = [
-    "consolidated.safetensors",
-    "params.json",
-    "tekken.json",
-    "original/consolidated.00.pth",
-    "original/tokenizer.model",
-    "original/params.json",
-    "onnx/model.onnx",
-    "onnx/config.json",
-    "model.fp16.safetensors",
-    "pytorch_model-00001-of-00002.bin",
-    "checkpoint-100/model.safetensors",
-    "README.md",
-    ".gitattributes",
-    "runs/events.out",
-]
-
-
-DIT = [
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "transformer/config.json",
-    "transformer/diffusion_pytorch_model.safetensors",
-]
-BESIDE_DIT = [
-    "transformer/diffusion_pytorch_model.bin",
-    "transformer/diffusion_pytorch_model.fp16.safetensors",
-    "transformer/onnx/model.safetensors",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-    "README.md",
-]
-
-
-@pytest.mark.parametrize(
-    "ask, needed",
-    [
-        (lambda: convert.open_source("owner/dit"), [*DIT, BESIDE_DIT[3]]),
-        (lambda: convert.open_source("owner/dit", weights=False), [*DIT[:3], BESIDE_DIT[3]]),
-        (lambda: build("autoencoder", "kl(path='owner/dit')"), [DIT[0], *BESIDE_DIT[3:5]]),
-    ],
-)
-def test_the_parts_of_a_pipelines_repository_that_are_needed(ask, needed, monkeypatch, tmp_path):
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    def snapshot(name, **patterns):
-        for file in filter_repo_objects(DIT + BESIDE_DIT, **patterns):
-            (tmp_path / file).parent.mkdir(exist_ok=True)
-            (tmp_path / file).write_text('{"_class_name": "Foreign"}')
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(UserError, match="Foreign"):
-        ask()
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == sorted(needed)
-
-
-def test_the_files_of_a_repository_that_are_needed(monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    asked = {}
-
-    def snapshot(name, **patterns):
-        asked["files"] = list(filter_repo_objects(REPOSITORY + BESIDE, **patterns))
-        raise OSError("no network here")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(UserError, match="no network here"):
-        convert.open_source("owner/model")
-    assert sorted(asked["files"]) == sorted(REPOSITORY)
