@@ -8,6 +8,7 @@ from efficientllm.report.columns import LEVEL_LOSS
 from efficientllm.report.rows import Row
 
 LEVELS = range(1, 8)  # eighths of the range of noise
+BASE = "before tuning"  # the title of its samples
 _COLUMNS = 4  # of grids in a row
 
 
@@ -31,14 +32,18 @@ def draw_levels(group: Mapping[str, typing.Any], colours: Sequence[str]) -> typi
 
 
 def draw_samples(group: Mapping[str, typing.Any], rows: Mapping[str, Row]) -> typing.Any:
-    """Draws the samples of each variant's first run that has some; None without any. `rows` are by path."""
+    """Draws the samples of each variant's first run that has some; None without any. `rows` are by path.
+
+    Those of tuned models stand beside the first one's samples before tuning, of the same prompts or classes and noise.
+    """
     import matplotlib.pyplot as plt
 
-    grids = {}
+    grids: dict[str, typing.Any] = {}
     for variant in group["variants"]:
-        read = (sampled_pictures.read_grid(rows[path]) for path in variant["paths"] if rows[path].reads == "images")
-        if image := next(filter(None, read), None):
-            grids[variant["variant"]] = image
+        read = (sampled_pictures.read_grids(rows[path]) for path in variant["paths"] if rows[path].reads == "images")
+        if images := next(filter(None, read), None):
+            grids = {BASE: images["base"]} | grids if "base" in images and BASE not in grids else grids
+            grids[variant["variant"]] = images["grid"]
     if not grids:
         return None
     columns = min(_COLUMNS, len(grids))

@@ -50,13 +50,15 @@ def embed_pictures(rows: Sequence[Row], budget: int = BUDGET) -> dict[str, typin
     return {"runs": runs, "how": how}
 
 
-def read_grid(row: Row) -> "Image.Image | None":
-    """Reads the grid of a row's samples as RGB; None where there is none or it is damaged."""
-    return _read(row.path.parent / GRID)
+def read_grids(row: Row) -> "dict[str, Image.Image]":
+    """Reads `{"grid": image, "nearest": image, "base": image}` of a row's samples as RGB, of those that are there.
+
+    Empty without a grid; damaged ones are left out.
+    """
+    return _load(row.path.parent)
 
 
 def _load(folder):
-    """`{"grid": image, "nearest": image, "base": image}`, of those that are there; empty without a grid."""
     grid = _read(folder / GRID)
     if grid is None:
         return {}
@@ -120,11 +122,12 @@ def _describe(folder: pathlib.Path, size: tuple[int, int]) -> Picture:
         about = json_text.read(folder / "samples.json")
     except UserError:
         return {}
-    classes, nearest = about.get("classes"), about.get("nearest")
+    classes, prompts, nearest = about.get("classes"), about.get("prompts"), about.get("nearest")
     if not _is_layout(about, size) or not _is_list(classes, str, about["count"]):
         return {}
     grid = {name: about[name] for name in ("count", "columns", "border")}
     grid |= {"cell": [about["width"], about["height"]], "classes": classes, "how": str(about.get("how", ""))[:200]}
+    grid["prompts"] = prompts if _is_list(prompts, str, about["count"]) else []
     if isinstance(nearest, dict) and _is_list(nearest.get("distances"), (int, float), about["count"]):
         unseen, of = nearest.get("unseen"), nearest.get("of")
         grid["distances"] = nearest["distances"]

@@ -3,7 +3,7 @@
   python -m efficientllm.sweep --config=FILE [--config.key=value ...] [--out=DIR] [--dry_run] [--retry=oom,crash]
                                [--launcher=local|slurm] [--partition=NAME]
 
-  --config=FILE         a Python file whose get_config() returns an efficientllm.sweep.Sweep
+  --config=FILE[:ARG]   a Python file whose get_config(), or get_config(ARG), returns an efficientllm.sweep.Sweep
   --config.key=value    replaces one value in every run: --config.model.size=1.5b
   --out=DIR             where runs and report go (default: runs/sweeps/<name>)
   --dry_run             prints every run with its estimated cost, and runs nothing

@@ -199,15 +199,16 @@ def _error_text(error, path):
 
 
 def load_sweep(file: str | os.PathLike[str]) -> Sweep:
-    """Loads the Sweep of a Python file. Raises UserError."""
+    """Loads the Sweep of `FILE` or `FILE:ARG`, what its `get_config()` or `get_config(ARG)` returns. Raises UserError."""
     from efficientllm.registry.plugins import import_file
     from efficientllm.untrusted.files import is_file
 
-    path = pathlib.Path(file)
+    text, _, argument = (str(file), "", "") if is_file(file) else str(file).partition(":")
+    path = pathlib.Path(text)
     if not is_file(path):
         raise UserError(f"--config={file}: no such file")
     try:
-        sweep = import_file(path).get_config()
+        sweep = import_file(path).get_config(*filter(None, [argument]))
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # of the user's own code

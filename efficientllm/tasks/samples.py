@@ -1,6 +1,7 @@
 """Samples of a model: a text, or a grid of pictures beside the training pictures nearest to them, and the quality of
 many pictures."""
 
+import itertools
 import json
 import logging
 import pathlib
@@ -225,7 +226,8 @@ def describe_grid(painter: Painter, images_BhwC: np.ndarray, folder: pathlib.Pat
         "how": painter.how,
     }
     if painter.prompts:
-        description["prompts"] = painter.prompts[: len(images_BhwC)]
+        prompts = itertools.cycle(painter.prompts)
+        description["prompts"] = list(itertools.islice(prompts, len(images_BhwC)))
     if painter.dataset is not None and not is_clip:
         with failures.optional("no nearest training pictures are shown"):
             description["nearest"] = _write_nearest(painter.dataset, images_BhwC, folder)

@@ -144,6 +144,23 @@ def test_other_noise_is_said_and_no_place_is_offered(chromium, tmp_path):
     assert chromium.problems == []
 
 
+def test_prompts_name_the_places_and_the_base_is_beside_them(chromium, tmp_path):
+    chromium.problems.clear()
+    prompts = [f"a <b>fox</b>, {place}" for place in range(6)]
+    for name in ("lora", "loha"):
+        made.image_row(tmp_path / name, name)
+        made.samples(tmp_path / name, classes=[""] * 6, base=True, prompts_=prompts)
+    assert command.main([str(tmp_path), f"--out={tmp_path / 'report'}"]) == 0
+    chromium.open(tmp_path / "report" / "index.html")
+    assert "Same noise and same prompt at the same place" in chromium.run("byId('samples-hint').innerText")
+    choose(chromium, "samples-place", "2")
+    assert chromium.run("byId('samples-place').selectedOptions[0].innerText") == f"3: {prompts[2]}"
+    before, after = chromium.run(f"{IMAGES}.slice(0, 2).map((image) => image.alt)")
+    assert before.startswith("Sample of the model before tuning, of the same prompt and noise")
+    assert after.startswith(f"Sample 3: {prompts[2]} of")
+    assert chromium.problems == []
+
+
 def test_a_row_opens_to_its_samples(page):
     page.run("document.querySelector('tr[data-variant=mqa] .open-row').click()")
     opened = "document.querySelector('tr.opened')"

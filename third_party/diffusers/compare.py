@@ -4,11 +4,14 @@
 
 Each contestant has a process of its own, so that thread pools and allocators are not shared. Only one works at a time.
 A block is one step of each, in random order. Ratios are of medians over blocks, with a 95 % bootstrap interval. The
-first losses must agree before anything is timed.
+first losses and predictions must agree before anything is timed. Memory is the peak of a process's resident memory
+less that before the model was made.
 """
 
 import argparse
 import functools
+import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,11 +19,13 @@ import platform
 import statistics
 import sys
 import time
+import typing
+from collections.abc import Callable
 
 import work
 
 from efficientllm.errors import exit_with
-from efficientllm.metrics import race
+from efficientllm.metrics import host, race
 from efficientllm.runtime import malloc
 
 TOLERANCE = 1e-4  # of the first loss between float32 contestants, relative
@@ -31,82 +36,140 @@ QUESTIONS = {"step": "training step", "forward": "sampling step"}
 
 def main(argv=None):
     options = _options(argv)
+    finish([run(make_trainer, options.shape, options)], options)
+
+
+def run(make, shape, options):
+    """Runs the races of training and of sampling steps -> a report.
+
+    `make(name, shape, options)` makes a contestant in its process, a Contestant. `shape` is what the report calls it.
+    """
     load = os.getloadavg()[0]
     names = options.contestants.split(",")
     settings = {name: malloc.settings() for name in names if name.startswith("ours")}  # as efficientllm.main
-    contestants = {name: race.Process(_trainer, name, options, environment=settings.get(name)) for name in names}
+    contestants = {
+        name: race.Process(_answer, make, name, shape, options, environment=settings.get(name)) for name in names
+    }
     try:
+        samples = {name: contestant.ask("sample") for name, contestant in contestants.items()}
         losses = {name: contestant.ask("loss") for name, contestant in contestants.items()}
-        difference = check_first_losses(losses)
+        differences = {"sample": difference(samples, "first samples"), "loss": difference(losses, "first losses")}
         times = {question: measure(contestants, question, options.steps) for question in QUESTIONS}
+        peaks = {name: contestant.ask("peak") for name, contestant in contestants.items()}
         versions = {key: value for c in contestants.values() for key, value in c.ask("versions").items()}
     finally:
         for contestant in contestants.values():
             contestant.close()
-    report = {
-        "shape": options.shape,
+    return {
+        "shape": shape,
         "batch": options.batch,
         "threads": options.threads,
+        "first_samples": samples,
         "first_losses": losses,
-        "first_loss_difference": difference,
+        "first_differences": differences,
         "seconds": times,
         "speed_ratios": {question: ratios(seconds) for question, seconds in times.items()},
+        "peak_bytes": peaks,
         "load_before": load,
         "provenance": versions | provenance(),
     }
-    print(table(report))
+
+
+def finish(reports, options):
+    """Prints reports, and writes them where `--json` says, a line each."""
+    print("\n\n".join(map(table, reports)))
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        pathlib.Path(options.json).write_text("".join(f"{json.dumps(report)}\n" for report in reports))
 
 
 def _options(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--shape", choices=work.SHAPES, default="small")
+    return parser.parse_args(argv)
+
+
+def options_of(description):
+    """The parser of what all races have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each contestant")
     parser.add_argument("--batch", type=int, default=16, help="pictures per step")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores and threads per contestant")
     parser.add_argument("--contestants", default=DEFAULT, help="default: %(default)s")
     parser.add_argument("--json", help="file for every number")
-    return parser.parse_args(argv)
+    return parser
 
 
-def _trainer(name, options):
-    """Builds a contestant in its process: a function of a question and its arguments."""
+class Contestant(typing.NamedTuple):
+    """What a race asks of a contestant in its process.
+
+    train:    takes a training step on a batch -> the loss before the update.
+    request:  prepares what a sampling step reads, of a batch; it is not timed.
+    sample:   takes a sampling step of a request -> the mean square of what comes out.
+    batch:    makes the batch of a step's number.
+    module:   the side's, whose `versions()` are asked.
+    """
+
+    train: Callable
+    request: Callable
+    sample: Callable
+    batch: Callable
+    module: typing.Any
+
+
+def _answer(make, name, shape, options):
+    """Makes a contestant in its process: a function of a question and its arguments."""
     if hasattr(os, "sched_setaffinity"):  # both libraries size their thread pools by the allowed cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
-    side, precision = name.split("-")
-    shape = work.SHAPES[options.shape]
-    if side == "torch":
-        import peer as module
+    import_side(name)
+    before = host.rss_bytes()
+    contestant = make(name, shape, options)
 
-        trainer = module.Trainer(shape, precision, options.threads)
-    else:
-        import ours as module
-
-        trainer = module.Trainer(shape, precision)
-
-    def timed(call, step):
-        batch = work.batch(shape, options.batch, step)
+    def timed(prepare, call, step):
+        argument = prepare(contestant.batch(step))
         begin = time.perf_counter()
-        call(batch)
+        call(argument)
         return time.perf_counter() - begin
 
     answers = {
-        "loss": lambda: trainer.step(work.batch(shape, options.batch, 0)),
-        "step": functools.partial(timed, trainer.step),
-        "forward": functools.partial(timed, trainer.forward),
-        "versions": module.versions,
+        "sample": lambda: contestant.sample(contestant.request(contestant.batch(0))),
+        "loss": lambda: contestant.train(contestant.batch(0)),
+        "step": functools.partial(timed, lambda batch: batch, contestant.train),
+        "forward": functools.partial(timed, contestant.request, contestant.sample),
+        "peak": lambda: host.peak_rss_bytes() - before,
+        "versions": contestant.module.versions,
     }
     return lambda question, *details: answers[question](*details)
 
 
-def check_first_losses(losses):
-    """Largest relative difference of the float32 contestants' first losses. Raises RuntimeError beyond TOLERANCE."""
-    exact = [loss for name, loss in losses.items() if "float32" in name]
-    difference = max(exact, default=0.0) / min(exact, default=1.0) - 1 if exact else 0.0
-    if difference > TOLERANCE:
-        raise RuntimeError(f"the first losses differ by {difference:.2e}: {losses}")
-    return difference
+def import_side(name):
+    """Imports what a contestant computes with, which its memory does not count."""
+    for module in ("torch", "diffusers", "peft") if name.startswith("torch") else ("jax", "flax.linen", "optax"):
+        if importlib.util.find_spec(module.partition(".")[0]):
+            importlib.import_module(module)
+
+
+def make_trainer(name, shape, options):
+    """Makes a Contestant of the DiT."""
+    side, precision = name.split("-")
+    if side == "torch":
+        import peer as module
+
+        trainer = module.Trainer(work.SHAPES[shape], precision, options.threads)
+    else:
+        import ours as module
+
+        trainer = module.Trainer(work.SHAPES[shape], precision)
+    batch = functools.partial(work.batch, work.SHAPES[shape], options.batch)
+    return Contestant(trainer.step, lambda batch: batch, trainer.forward, batch, module)
+
+
+def difference(values, what):
+    """Largest relative difference of the float32 contestants' values. Raises RuntimeError beyond TOLERANCE."""
+    exact = [value for name, value in values.items() if "float32" in name]
+    relative = max(exact) / min(exact) - 1 if exact else 0.0
+    if relative > TOLERANCE:
+        raise RuntimeError(f"the {what} differ by {relative:.2e}: {values}")
+    return relative
 
 
 def measure(contestants, question, steps):
@@ -153,7 +216,7 @@ def table(report):
     lines = [
         f"{report['shape']}, {report['batch']} pictures a step, {origin['cpu']}, {origin['cores']} cores, load "
         f"{report['load_before']}",
-        f"first losses agree to {report['first_loss_difference']:.1e}",
+        *(f"first {what} agree to {value:.1e}" for what, value in report["first_differences"].items()),
     ]
     for question, name_of_question in QUESTIONS.items():
         lines += ["", f"{name_of_question:20}{'s':>9}{'pictures/s':>12}   speed over torch of as many bits"]
@@ -162,6 +225,8 @@ def table(report):
             ratio = report["speed_ratios"][question].get(name)
             shown = "" if ratio is None else f"   {race.Ratio(**ratio)}"
             lines.append(f"{name:20}{median:9.3f}{report['batch'] / median:12.1f}{shown}")
+    lines += ["", f"{'peak memory':20}{'MB':>9}"]
+    lines += [f"{name:20}{peak / 1e6:9.0f}" for name, peak in report["peak_bytes"].items()]
     return "\n".join(lines)
 
 

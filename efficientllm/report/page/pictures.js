@@ -55,12 +55,17 @@ function shownRuns(group, block) {
   return runs.filter(Boolean);
 }
 
-/* Names each place by its class: "3: b". */
-const placeName = (picture, place) => `${place + 1}${picture.classes[place] ? `: ${picture.classes[place]}` : ""}`;
+/* What a place was drawn for: its prompt, or its class. */
+const wantedAt = (picture, place) => picture.prompts?.[place] || picture.classes[place];
+const wantedWord = (picture) => (picture?.prompts?.length ? "prompt" : "class");
 
-function classList(picture) {
-  const names = [...new Set((picture.classes ?? []).filter(Boolean))];
-  return names.length ? `, classes ${short(names.join(", "), 160)}` : "";
+/* Names each place by its prompt or its class: "3: b". */
+const placeName = (picture, place) => `${place + 1}${wantedAt(picture, place) ? `: ${short(wantedAt(picture, place), 80)}` : ""}`;
+
+function wantedList(picture) {
+  const isPrompt = wantedWord(picture) === "prompt", listed = isPrompt ? picture.prompts : picture.classes ?? [];
+  const names = [...new Set(listed.filter(Boolean))];
+  return names.length ? `, ${isPrompt ? "prompts" : "classes"} ${short(names.join(", "), 160)}` : "";
 }
 
 /* A grid of samples, or one place of it, which is cut out by the box around it. */
@@ -77,10 +82,10 @@ function pictureNode(picture, kind, place, alt) {
 
 function figureNode({ variant, path, picture }, group, place) {
   const name = `${variant.variant}, ${RUNS.get(path).block}`, distance = nearestText(picture, place);
-  const what = place === null ? `${picture.count ?? "The"} samples of ${name}${classList(picture)}` : `Sample ${placeName(picture, place)} of ${name}`;
+  const what = place === null ? `${picture.count ?? "The"} samples of ${name}${wantedList(picture)}` : `Sample ${placeName(picture, place)} of ${name}`;
   const parts = [pictureNode(picture, "grid", place, what)], beside = [];
   if (picture.base) {
-    parts.unshift(pictureNode(picture, "base", place, `${place === null ? "Samples" : "Sample"} of the model before tuning, of the same class and noise: ${name}`));
+    parts.unshift(pictureNode(picture, "base", place, `${place === null ? "Samples" : "Sample"} of the model before tuning, of the same ${wantedWord(picture)} and noise: ${name}`));
     beside.push("left: the model before tuning");
   }
   if (byId("samples-nearest").checked && picture.nearest) {
@@ -109,6 +114,7 @@ function nearestText(picture, place) {
 /* What of the drawing differs between runs, in words; "" where nothing does. */
 function drawnDifferently(runs) {
   const facts = { "how they were drawn": (picture) => picture.how, "the classes": (picture) => JSON.stringify(picture.classes),
+    "the prompts": (picture) => JSON.stringify(picture.prompts),
     "their size": (picture) => JSON.stringify(picture.cell) };
   return Object.entries(facts).filter(([, of]) => new Set(runs.map(({ picture }) => of(picture))).size > 1).map(([name]) => name).join(", ");
 }
@@ -121,7 +127,7 @@ function renderSamples() {
   const place = value === "" || !known || differ ? null : Number(value);
   byId("samples-pictures").replaceChildren(...runs.slice(0, MOST).map((run) => figureNode(run, group, place)));
   const alike = !known ? "What was drawn where is not recorded of all of these." : differ ? `Not drawn alike, these differ in ${differ}.`
-    : `Same noise and same class at the same place of every grid (${runs[0]?.picture.how}): they differ by their models alone.`;
+    : `Same noise and same ${wantedWord(runs[0]?.picture)} at the same place of every grid (${runs[0]?.picture.how}): they differ by their models alone.`;
   const of = runs.find(({ picture }) => picture.of)?.picture.of;
   const near = !byId("samples-nearest").checked || !of ? ""
     : ` Distances are root mean squares of pixels, 0 to 255, from the nearest of ${of} training pictures: samples much nearer than held-out pictures are copies.`;

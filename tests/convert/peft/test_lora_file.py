@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -15,6 +16,7 @@ from efficientllm.convert import check_denoiser
 from efficientllm.convert.__main__ import main
 from efficientllm.convert.peft import lora_file
 from efficientllm.errors import UserError
+from infer import pipelines
 from tiers import slow_except
 
 pytestmark = pytest.mark.xdist_group("diffusers")
@@ -58,6 +60,21 @@ def test_a_pipeline_loads_what_we_write_and_so_do_we(spec, tmp_path):
     assert all(key.startswith("transformer.") for key in metadata)
     assert metadata["transformer.r"] == (6 if spec.startswith("pissa") else 3)
     assert {"transformer.transformer_blocks.1.attn1.to_out.0.lora_A.weight"} < names
+
+
+@pytest.mark.parametrize("kind", slow_except(["image", "video"], "image"))
+def test_whole_pipelines_load_what_we_write(kind, tmp_path):
+    """Stable Diffusion 3 and Wan, by `load_lora_weights` of their own pipelines."""
+    source = convert.open_source(pipelines.folder(kind))
+    denoiser, params = written(source, "lora(rank=3, alpha=5)", tmp_path / "adapter")
+    inputs = check_denoiser.random_inputs(denoiser)
+    expected = np.asarray(jax.jit(denoiser.apply)({"params": params}, *inputs)[0])
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(pipelines.folder(kind))
+    before = check_denoiser.predict_with(pipeline.transformer, *inputs)
+    pipeline.load_lora_weights(tmp_path / "adapter")
+    loaded = check_denoiser.predict_with(pipeline.transformer, *inputs)
+    np.testing.assert_allclose(loaded, expected, atol=2e-5)
+    assert np.abs(loaded - before).max() > 1e-2
 
 
 def saved_by_diffusers(folder, alpha=5, **changes):

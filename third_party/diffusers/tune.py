@@ -1,0 +1,61 @@
+"""Time and memory of tuning a text-to-image and a text-to-video model with LoRA, with diffusers + peft and with us.
+
+  python third_party/diffusers/tune.py --batch=8 --steps=10
+
+Both read the same pipelines: those that experiments/generators/pipelines.py writes, or the folders in `--pipelines`.
+A race is as in compare.py, whose rules hold: a process each, one at a time, in random order within a block. A sampling
+step is one with guidance, of both predictions and Euler's update, with the adapter beside the weights.
+"""
+
+import functools
+import pathlib
+import tempfile
+
+import compare
+import tune_work as work
+
+from efficientllm.errors import exit_with
+
+WRITER = pathlib.Path(__file__).parents[2] / "experiments" / "generators" / "pipelines.py"
+DEFAULT = "torch-float32,ours-float32,torch-bfloat16,ours-bfloat16"
+
+
+def main(argv=None):
+    parser = compare.options_of(__doc__)
+    parser.add_argument("--pipelines", default="", help="folders with commas between; default: tiny ones, written here")
+    parser.set_defaults(contestants=DEFAULT, batch=8)
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        pipelines = options.pipelines.split(",") if options.pipelines else _write(pathlib.Path(folder))
+        reports = [compare.run(make_tuner, pipeline, options) for pipeline in pipelines]
+    for report in reports:
+        report["shape"] = pathlib.Path(report["shape"]).name
+    compare.finish(reports, options)
+
+
+def _write(folder):
+    from efficientllm.registry.plugins import import_file
+
+    writer = import_file(WRITER)
+    for name in writer.PIPELINES:
+        writer.write(name, folder / name)
+    return [str(folder / name) for name in writer.PIPELINES]
+
+
+def make_tuner(name, pipeline, options):
+    """Makes a Contestant of a pipeline's transformer."""
+    side, precision = name.split("-")
+    batch = functools.partial(work.batch, work.read_config(pipeline), options.batch)
+    if side == "torch":
+        import tune_peer as module
+
+        tuner = module.Tuner(pipeline, precision, options.threads)
+    else:
+        import tune_ours as module
+
+        tuner = module.Tuner(pipeline, precision, batch(0))
+    return compare.Contestant(tuner.step, tuner.request, tuner.sample, batch, module)
+
+
+if __name__ == "__main__":
+    exit_with(main)
