@@ -199,7 +199,7 @@ def _error_text(error, path):
 
 
 def load_sweep(file: str | os.PathLike[str]) -> Sweep:
-    """Loads the Sweep of `FILE` or `FILE:ARG`, what its `get_config()` or `get_config(ARG)` returns. Raises UserError."""
+    """Loads the Sweep of `FILE[:ARG]`, what its `get_config()` or `get_config(ARG)` returns. Raises UserError."""
     from efficientllm.registry.plugins import import_file
     from efficientllm.untrusted.files import is_file
 

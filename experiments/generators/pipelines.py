@@ -28,9 +28,9 @@ TEXT = 64  # width of the states of a token
 LATENTS = 16  # channels
 SD3 = {
     "_class_name": "SD3Transformer2DModel", "sample_size": 16, "patch_size": 2, "in_channels": LATENTS,
-    "out_channels": LATENTS, "num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 32,
+    "out_channels": LATENTS, "num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32,
     "caption_projection_dim": 128, "joint_attention_dim": TEXT, "pooled_projection_dim": 56, "pos_embed_max_size": 24,
-    "qk_norm": "rms_norm", "dual_attention_layers": [0],
+    "qk_norm": "rms_norm",
 }  # fmt: skip
 WAN = {
     "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "in_channels": LATENTS, "out_channels": LATENTS,

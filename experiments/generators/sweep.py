@@ -10,11 +10,11 @@ from efficientllm.sweep import Sweep
 METHODS = ("lora", "loha", "lokr", "glora", "full")
 # The style is Computer Modern, in pictures and in clips; every fifth picture is held out.
 TINY = {
-    "train.steps": 100,
+    "train.steps": 60,
     "train.batch_size": 8,
     "eval.every": 0,
-    "eval.batches": 8,
-    "checkpoint.every": 100,
+    "eval.batches": 4,
+    "checkpoint.every": 60,
     "sample.images": 4,
 }
 REAL = {"model.precision": "bfloat16", "model.remat": "full", "train.batch_size": 8, "checkpoint.every": 200}
@@ -23,14 +23,14 @@ MODELS = {
         "model.pretrained": "runs/generators/sd3",
         "text_states": "encoders(length=16)",
         "data": "glyphs(size=32, style='^cm', held_out=0.2)",
-        "infer.solver": "euler(steps=8)",
+        "infer.solver": "euler(steps=4)",
     }),
     "wan": ("video", TINY | {
         "model.pretrained": "runs/generators/wan",
         "model.precision": "float32",
         "text_states": "encoders(length=40)",
         "data": "moving_glyphs(size=32, frames=5, style='^cm', letters='ABCDEF', held_out=0.2)",
-        "infer.solver": "unipc(steps=8)",
+        "infer.solver": "unipc(steps=4)",
     }),
     "sd3.5-medium": ("image", REAL | {
         "model.pretrained": "stabilityai/stable-diffusion-3.5-medium",

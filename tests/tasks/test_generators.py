@@ -64,7 +64,7 @@ def test_every_run_of_a_sweep_is_valid(argv, monkeypatch):
     extra = [argument for argument in argv if argument.startswith("--config.")]
     for method in sweep.METHODS:
         parsed, *_ = main.parse(list(spec.argv_of(described, method, extra)))
-        assert parsed.adapter.startswith(method) and parsed.train.steps * parsed.train.batch_size >= 800
+        assert parsed.adapter.startswith(method) and parsed.train.steps * parsed.train.batch_size >= 480
         assert all(flag == f"--config.model.pretrained={parsed.model.pretrained}" for flag in extra)
 
 
