@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import torch
 import tune_work as work
+from diffusers import training_utils
 
 
 class Tuner:
@@ -84,7 +85,7 @@ def _model(pipeline, dtype):
             r=work.RANK, lora_alpha=work.ALPHA, init_lora_weights="gaussian", target_modules=work.PEFT_MODULES
         )
     )
-    diffusers.training_utils.cast_training_params(model, torch.float32)
+    training_utils.cast_training_params(model, torch.float32)
     return model.train()
 
 
