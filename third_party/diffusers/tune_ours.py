@@ -12,7 +12,7 @@ import tune_work as work
 from efficientllm import base_config, convert, model, sharding
 from efficientllm.embeds.condition import Condition
 from efficientllm.infer.denoise import DiffusionSampler
-from efficientllm.registry import build
+from efficientllm.registry import build, format_spec, parse_spec
 from efficientllm.runtime import malloc
 from efficientllm.train import step
 from efficientllm.weights import box_as
@@ -43,7 +43,9 @@ class Tuner:
     def __init__(self, pipeline, precision, batch):
         train, method = _config(), build("adapter", _ADAPTER)
         source = convert.open_source(pipeline)
-        self.lm = source.lm(precision=precision)
+        kind, fields = parse_spec(source.model["embed"])
+        embed = format_spec(kind, fields | {"text_length": work.TOKENS})
+        self.lm = source.lm(precision=precision, embed=embed)
         mesh = sharding.make_mesh("data=1", jax.devices()[:1])
         jax.set_mesh(mesh)
         boxed = model.abstract_params(self.lm)
