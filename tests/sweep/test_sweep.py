@@ -238,9 +238,9 @@ def test_a_sweep_config_takes_an_argument(tmp_path):
     colon = tmp_path / "my:sweep.py"
     colon.write_text(file.read_text())
     assert spec.load_sweep(colon).name == "a"
-    file.write_text(CONFIG.format(overrides={}))
-    with pytest.raises(UserError, match=r"sweep.py:b: TypeError: .*takes 0 positional arguments"):
-        spec.load_sweep(f"{file}:b")
+    (tmp_path / "plain.py").write_text(CONFIG.format(overrides={}))
+    with pytest.raises(UserError, match=r"plain.py:b: TypeError: .*takes 0 positional arguments"):
+        spec.load_sweep(f"{tmp_path}/plain.py:b")
 
 
 EXPERIMENTS = sorted(path.parent.name for path in small.ROOT.glob("experiments/*/sweep.py"))

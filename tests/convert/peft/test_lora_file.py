@@ -67,7 +67,8 @@ def test_whole_pipelines_load_what_we_write(kind, tmp_path):
     """Stable Diffusion 3 and Wan, by `load_lora_weights` of their own pipelines."""
     source = convert.open_source(pipelines.folder(kind))
     denoiser, params = written(source, "lora(rank=3, alpha=5)", tmp_path / "adapter")
-    inputs = check_denoiser.random_inputs(denoiser)
+    images, *others = check_denoiser.random_inputs(denoiser)
+    inputs = images[..., :8, :8, :], *others  # no larger than the table of positions
     expected = np.asarray(jax.jit(denoiser.apply)({"params": params}, *inputs)[0])
     pipeline = diffusers.DiffusionPipeline.from_pretrained(pipelines.folder(kind))
     before = check_denoiser.predict_with(pipeline.transformer, *inputs)
