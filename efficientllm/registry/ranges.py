@@ -243,6 +243,7 @@ FIELDS: dict[str, Ranges] = {
         "channels": whole(1, 3, "3 for RGB, 1 for gray"),
         "frames": whole(1, 10_000, "frames of a clip"),
         "stride": whole(1, 10_000, "every how many frames one is taken"),
+        "shorter": TupleOf(whole(1, 10_000, "frames of a shorter clip")),
         "count": whole(1, 2**24, "charts"),
         "max_pixels": whole(0, 2**40, "0 is the model's own limit"),
     },

@@ -153,6 +153,8 @@ def test_every_number_of_a_technique_has_a_range(kind):
         parameters = registry.spec_parameters(registry.lookup(kind, name))
         fields |= {key for key, field in parameters.items() if field.annotation in (int, float, tuple)}
         for key, field in parameters.items():
+            if field.annotation == int | tuple:  # a count, or sizes: checked by what reads them
+                continue
             if type(field.default) in (int, float):
                 assert field.default in table[key], (name, key)
     assert fields == table.keys()
