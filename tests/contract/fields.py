@@ -12,7 +12,7 @@ from efficientllm.ops.attention import Context
 from efficientllm.runtime import kernel_choice
 
 # Fields that act on pictures, which the program of a text has not: tests/vision/test_tower_rows.py and
-# tests/positions/test_positions.py look at what they do.
+# tests/convert/test_sd3_parity.py look at what they do.
 OF_PICTURES = {("image_window", "bin"), ("sincos2d", "table")}
 
 
