@@ -162,7 +162,7 @@ class RunDescription:
         """The data of the objective, in batches."""
         if self.objective.reads == "text":
             text = TextData(self.config.data, self.tokenizer, self.config.train.length)
-            return self._examples(text) if self._has_pictures else text
+            return self._examples(text) if self.has_pictures else text
         from efficientllm.data.images import ImageData  # needs packages that text does not
 
         captions, share = None, 0.0
@@ -178,7 +178,7 @@ class RunDescription:
         return ImageData(self.config.data, None, *of_encoder, captions=captions, dropout=share)
 
     @property
-    def _has_pictures(self):
+    def has_pictures(self) -> bool:
         """Whether both the model and the data have pictures beside text."""
         reads = "text and images"
         return self.outline.reads == reads and data.modality(self.config.data) == reads

@@ -19,10 +19,6 @@ class TextData:
     tokenizer: typing.Any
     length: int
 
-    def model(self, lm: typing.Any) -> typing.Any:
-        """Returns the model that is trained on it."""
-        return lm
-
     def train(self, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1) -> typing.Any:
         """Builds `pipeline.train_iterator`."""
         return pipeline.train_iterator(

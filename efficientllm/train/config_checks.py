@@ -109,7 +109,7 @@ def training_lm(run: RunDescription) -> typing.Any:
     run.method.check(run.lm)
     run.objective.check(run.lm)
     _check_new_parts(run)
-    lm = run.dataset.model(run.lm)
+    lm = run.dataset.model(run.lm) if run.has_pictures else run.lm
     return lm.clone(scan=False) if run.method.unrolled else lm
 
 

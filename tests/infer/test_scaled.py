@@ -33,9 +33,10 @@ NEW = 8
 def both(request, tmp_path_factory):
     """`(theirs, our LM, its parameters)` of one model; what theirs remembers of lengths is in its copies alone."""
     kind, rope, changes = KINDS[request.param]
-    peers.FAMILIES[request.param] = (kind, {"rope_parameters": dict(rope)} | changes)
-    theirs = peers.reference(request.param)
-    del peers.FAMILIES[request.param]
+    name = f"scaled {request.param}"  # references are cached by name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(peers.FAMILIES, name, (kind, {"rope_parameters": dict(rope)} | changes))
+        theirs = peers.reference(name)
     folder = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(folder)
     source = convert.open_source(folder)

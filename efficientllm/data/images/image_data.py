@@ -133,10 +133,6 @@ class ImageData:
         """The number of classes, and the label that stands for none. 0 where pictures have no labels: theirs is 0."""
         return len(self.class_names)
 
-    def model(self, model: typing.Any) -> typing.Any:
-        """Returns the model that is trained on it."""
-        return model
-
     def notes(self) -> list[str]:
         """Reads the pictures, or their cached summary, and returns lines for the log about what was read."""
         summary, kind = self.pictures.summary, "clips" if self.source.frames else "pictures"
