@@ -16,6 +16,6 @@ def get_config():
             for rows in BATCHES
         },
         overrides={"infer.solver": "euler(steps=28)", "sample.images": 16},
-        equal={"tokens": 0.0},
+        equal={"parameters": 0.0},
         twice=False,
     )
