@@ -29,6 +29,7 @@ SMALLEST = {
     "experiments/architectures/state.py": "--size=tiny --precision=float32",
     "experiments/dit/plans.py": "--only=nothing_of_this_name",
     "experiments/generators/pipelines.py": "--out=pipelines",
+    "experiments/generators/plans.py": "--only=nothing_of_this_name",
     "experiments/inference/tiles.py": (2, "JAX runs on cpu"),
     "experiments/kv_cache/run.py": "--size=tiny --lengths=64,128 --blocks=3 --steps=4 --out=rows.jsonl",
     "experiments/moe_cost/run.py": "--shapes=token --forward --blocks=2",

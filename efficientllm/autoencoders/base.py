@@ -19,7 +19,11 @@ class Autoencoder:
 
     Subclasses are frozen dataclasses registered as ("autoencoder", name). They define `factor`, `channels`,
     `abstract_params`, `load_params`, `fingerprint`, and `posterior_with`, `sample` and `decode_with`, which are pure.
+
+    precision:  of products and activations.
     """
+
+    precision: str = "float32"
 
     @property
     def factor(self) -> int:

@@ -25,7 +25,21 @@ def predicted_bytes(
     shards: devices over which the rows are sharded. Tensor parallelism is not subtracted from the residuals.
     Gradients take the bytes of the parameters.
     """
-    return local_bytes((state, state.params)) + math.ceil(activation_bytes(lm, state, rows, length, objective) / shards)
+    return sum(predicted_parts(lm, state, rows, length, shards, objective).values())
+
+
+def predicted_parts(
+    lm: Backbone, state: typing.Any, rows: int, length: int, shards: int = 1, objective: Objective = NEXT_TOKEN
+) -> dict[str, int]:
+    """The terms of `predicted_bytes`: weights, optimiser state (and average of the parameters), gradients of trainable
+    parameters, and activations, which are the residuals."""
+    weights = local_bytes((state.params, state.frozen))
+    return {
+        "weights": weights,
+        "optimizer": local_bytes(state) - weights,
+        "gradients": local_bytes(state.params),
+        "activations": math.ceil(activation_bytes(lm, state, rows, length, objective) / shards),
+    }
 
 
 def moved_bytes(

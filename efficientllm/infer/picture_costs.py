@@ -55,7 +55,12 @@ class PictureCosts:
         """FLOPs of decoding one latent, of the products in the decoder's jaxpr; 0 for pixels."""
         if self.encoder is None:
             return 0.0
-        return jaxpr_flops.count_matmul_flops(self.encoder.decode_with, self.encoder.abstract_params(), self.latents(1))
+        return jaxpr_flops.count_program_flops(self._decode_of_one.jaxpr)
+
+    @functools.cached_property
+    def _decode_of_one(self):
+        """The traced program that decodes one latent."""
+        return jax.jit(self.encoder.decode_with).trace(self.encoder.abstract_params(), self.latents(1))
 
     @property
     def image_flops(self) -> float:
@@ -92,3 +97,12 @@ class PictureCosts:
         step = self.sampler.trace(nn.unbox(self.boxed), rows, image_shape(self.model), count=1)
         latents = 2 * FLOAT32 * self.latents(rows).size
         return live_bytes.count_live_bytes(step.jaxpr) + latents + self.request_bytes(rows)
+
+    def decode_live_bytes(self, rows: int) -> int:
+        """Bytes of the arrays beside the weights that exist at once while `rows` latents are decoded; 0 for pixels.
+
+        As many for each latent as for one.
+        """
+        if self.encoder is None:
+            return 0
+        return rows * (live_bytes.count_live_bytes(self._decode_of_one.jaxpr) + FLOAT32 * self.latents(1).size)

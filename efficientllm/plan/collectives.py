@@ -190,9 +190,15 @@ class _Formula:
             yield from self._gradient(4 * count, split)
 
     def _labels(self):
-        """The look-up in the label table, of one row a picture, as that of tokens in the embedding."""
+        """The look-up in the label table, of one row a picture, as that of tokens in the embedding.
+
+        A model that reads texts has none.
+        """
         (B, _), D = self._tokens, self.step.lm.dim
-        shape, names = {path: rest for path, *rest in formulas.leaves(self.step.boxed)}["label_table"]
+        tables = {path: rest for path, *rest in formulas.leaves(self.step.boxed)}
+        if "label_table" not in tables:
+            return
+        shape, names = tables["label_table"]
         count, split = self._sharded(shape, names)
         if split:
             yield self._send("all-gather", split, 4 * B * self._axes_size(split))

@@ -63,7 +63,7 @@ def _part(workload, program, hardware, count):
         compiled = training_step.compile_step(workload, program.trace)
         memory, seconds, refused = compiled.memory, compiled.seconds, compiled.refused
         sent, moved, calls, launched = training_step.read(compiled, count) if compiled.text else (None, None, {}, None)
-    dtype = str(Precision.of(workload.lm.precision).product)
+    dtype = str(Precision.of(program.precision or workload.lm.precision).product)
     flops = program.model_flops if program_flops is None else program_flops
     return Estimate(
         source="compiler" if hardware.has_compiler else "shapes",
@@ -78,7 +78,9 @@ def _part(workload, program, hardware, count):
         kernels=program.kernels,
         compile_s=seconds,
         refused=refused,
-        roofline=rooflines.roofline(hardware, count, dtype, flops, moved, sent, launched),
+        roofline=rooflines.roofline(
+            hardware, count, dtype, flops * count / (program.shards or count), moved, sent, launched
+        ),
     )
 
 

@@ -63,7 +63,9 @@ class PictureRequest(Request):
             with self.scope(), kernel_choice.recording_kernels() as used:
                 decode = self._trace_decode()
             kernels = {name: sorted(kinds) for name, kinds in used.items()}
-            programs.append(Part(DECODE, 1, decode, kernels, rows * self.costs.decode_flops))
+            # Its weights are replicated: devices share the pictures alone.
+            how = {"precision": self.encoder.precision, "shards": sharding.count_row_shards(self.mesh)}
+            programs.append(Part(DECODE, 1, decode, kernels, rows * self.costs.decode_flops, **how))
         return programs
 
     def _shared_by_steps(self):
@@ -87,15 +89,30 @@ class PictureRequest(Request):
         weights = self.costs.step_bytes(self.shaped, rows) - pictures
         return weights * local_bytes(self.shaped) / self.weights + pictures
 
-    def by_shapes(self) -> int:
-        """Bytes of memory of a device, from shapes: weights, and the arrays of a step that exist at once.
+    @functools.cached_property
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes of a device by part, from shapes: weights, the autoencoder's, and the arrays of a step and of decoding
+        that exist at once.
 
-        Tensor parallelism is not subtracted from the latter.
+        The mesh axes `tensor` and `sequence` are not subtracted from the arrays of a step, nor offloading from weights.
         """
-        encoder = 0 if self.encoder is None else resident_bytes(self.encoder.abstract_params())
         rows = self.samples // sharding.count_row_shards(self.mesh)
         with self.scope():
-            return local_bytes(self.shaped) + encoder + self.costs.live_bytes(rows)
+            parts = {"weights": local_bytes(self.shaped), "step": self.costs.live_bytes(rows)}
+            if self.encoder is None:
+                return parts
+            autoencoder = resident_bytes(self.encoder.abstract_params())
+            return parts | {"autoencoder": autoencoder, "decoding": self.costs.decode_live_bytes(rows)}
+
+    def by_shapes(self) -> int:
+        """Bytes of memory of a device, from shapes: of a step, or of decoding if that needs more.
+
+        With `config.infer.offload` the weights of one of them are there at a time.
+        """
+        parts = {"autoencoder": 0, "decoding": 0} | self.memory_parts
+        if self.config.infer.offload:
+            return max(parts["weights"] + parts["step"], parts["autoencoder"] + parts["decoding"])
+        return parts["weights"] + parts["autoencoder"] + max(parts["step"], parts["decoding"])
 
     def sent_by_formula(self) -> tuple[Collective, ...] | None:
         """Collectives by closed formula: none where devices share the pictures alone; None for other meshes."""

@@ -41,11 +41,20 @@ class Request:
     def samples(self) -> int:
         return self.config.infer.batch_size
 
+    def programs(self) -> list[training_step.Part]:
+        """The Parts of the request."""
+        raise NotImplementedError(f"{type(self).__name__} defines no programs()")
+
     def plain(self) -> Request:
         """The same request with dense attention and unquantized weights, whose FLOPs can be counted in the jaxpr."""
         changes = {"model.attention_kernel": "xla", "quant": "float32", "infer.rules": ()}
         config = training_step.changed(self.config, changes)
         return lookup("planned", "infer").describe(config, list(self.mesh.devices.flat), "tpu")
+
+    @functools.cached_property
+    def plain_programs(self) -> list[training_step.Part]:
+        """The Parts of `plain`."""
+        return self.plain().programs()
 
     @functools.cached_property
     def weights(self) -> int:

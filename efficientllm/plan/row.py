@@ -52,6 +52,7 @@ def predicted(
         "peak_bytes": total,
         "memory_bytes": estimate.memory,
         "by_shapes_bytes": estimate.by_shapes,
+        "memory_parts": workload.memory_parts,
         **_cost(estimate),
         **workload.latencies(estimate.parts),
         "parts": {name: {"times": times} | _part(program) for name, (times, program) in estimate.parts.items()},
@@ -163,6 +164,8 @@ def _memory_lines(hardware, estimate, prediction):
         + (f"  ({', '.join(entries)})" if entries else "")
         + (f"; by shapes {estimate.by_shapes / 1e9:.2f}" if estimate.source == "compiler" else "")
     ]
+    shapes = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in prediction["memory_parts"].items())
+    lines.append(f"    by part, of shapes  {shapes}")
     if estimate.refused:
         lines.append(f"    the compiler refuses: {estimate.refused[:160]}")
     if prediction["fits"] and hardware.platform == "gpu" and total > 0.75 * room:

@@ -81,12 +81,17 @@ class TextRequest(Request):
         ]
 
     @functools.cached_property
-    def resident(self) -> int:
-        """Bytes of weights and full KV caches on the device that has most."""
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes of weights and of full KV caches on the device that has most."""
         with self.scope():
             states = jax.eval_shape(lambda: model.init_states(self.lm, self.samples, self.length))
             states = sharding.shapes(states, model.state_axes(self.lm, states))
-        return sharding.local_bytes(self.shaped) + sharding.local_bytes(states)
+        return {"weights": sharding.local_bytes(self.shaped), "states": sharding.local_bytes(states)}
+
+    @property
+    def resident(self) -> int:
+        """Bytes of weights and full KV caches on the device that has most."""
+        return sum(self.memory_parts.values())
 
     def moved(self, length: int) -> float:
         """Bytes that a device reads in a decode step with `length` tokens in the KV cache.

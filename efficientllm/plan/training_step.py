@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import time
 import typing
@@ -57,6 +58,8 @@ class Part(typing.NamedTuple):
     model_flops:  FLOPs of one run by closed formula.
     moved_bytes:  memory traffic of one run on a device by closed formula, or None.
     turns:        iterations of its outer loops that count as one run; None where the jaxpr has the count.
+    precision:    of its products (`config.model.precision`); "" is the model's.
+    shards:       devices that share its work, which the others repeat; None is all.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Part(typing.NamedTuple):
     model_flops: float
     moved_bytes: float | None = None
     turns: int | None = None
+    precision: str = ""
+    shards: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +125,11 @@ class Step:
         config = changed(self.config, {"model.attention_kernel": "xla", "quant": "float32"})
         return describe(config, list(self.mesh.devices.flat), "tpu")
 
+    @functools.cached_property
+    def plain_programs(self) -> list[Part]:
+        """The Parts of `plain`."""
+        return self.plain().programs()
+
     def sent_by_formula(self) -> tuple[Collective, ...] | None:
         """Collectives by closed formula; None where it does not hold."""
         return collectives.closed(self)
@@ -159,12 +169,17 @@ class Step:
         """Tokens of a step."""
         return self.samples * self.length
 
-    def by_shapes(self) -> int:
-        """Peak memory of a device in bytes, from shapes (`cost.step_memory`)."""
+    @functools.cached_property
+    def memory_parts(self) -> dict[str, int]:
+        """Memory of a device in bytes by part, from shapes (`cost.step_memory`)."""
         with self.scope():
-            return step_memory.predicted_bytes(
+            return step_memory.predicted_parts(
                 self.lm, self.shaped, self.rows[0], self.length, self.rows[1], self.objective
             )
+
+    def by_shapes(self) -> int:
+        """Peak memory of a device in bytes, from shapes: the sum of `memory_parts`."""
+        return sum(self.memory_parts.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,9 +283,9 @@ def _used(message):
 def program_flops(workload: Workload, part: Part) -> float | None:
     """FLOPs of the matrix products in a Part's jaxpr, including rematerialized and masked ones.
 
-    Where custom kernels hide products, those of `workload.plain()` are counted. None where neither can be counted.
+    Where custom kernels hide products, those of `workload.plain_programs` are counted. None where neither can be.
     """
-    for parts in (lambda: [part], lambda: workload.plain().programs()):
+    for parts in (lambda: [part], lambda: workload.plain_programs):
         try:
             countable = next(program for program in parts() if program.name == part.name)
             return jaxpr_flops.count_program_flops(countable.trace.jaxpr, part.turns)

@@ -14,6 +14,8 @@ import traceback
 from efficientllm import main
 from efficientllm.errors import exit_with
 from efficientllm.report import study_tables
+from efficientllm.runtime.atomic_write import replacing
+from efficientllm.runtime.stopping import SIGNALS, stoppable
 
 HERE = pathlib.Path(__file__).parent
 # Folders with a config.json per model. Those of tuned models are beside the tuning experiment.
@@ -29,6 +31,7 @@ PRETRAIN = {
 }
 # The study's rank, dropout, precision and remat, and one batch for all methods: configs/tune_study.py.
 TUNE = {"plan.hardware": "h200", "plan.devices": 8}
+STOPPED = tuple(128 + signum for signum in SIGNALS)  # statuses of a command that a signal has stopped
 METHODS = ("lora", "rslora", "lora_plus", "pissa", "dora", "freeze", "full")
 # The same program as LoRA's with other constants and initial values: tests/plan/test_methods.py.
 AS_LORA = re.compile(r"^(tune/.*)/(rslora|lora_plus|pissa)$")
@@ -129,13 +132,16 @@ def program_of(name):
 
 
 def make(name, config, overrides, out):
-    """Plans one configuration into `out/name`. A failure is printed, written to error.txt and tried again next time."""
+    """Plans one configuration into `out/name`. A failure is printed, written to error.txt and tried again next time.
+
+    Raises SystemExit where a signal has stopped it, so that no further plan begins.
+    """
     folder = out / name
     if is_planned(folder / "record.json"):
         return
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     try:
-        main.main(
+        status = main.main(
             [
                 f"--config={HERE.parents[1] / 'configs' / config}",
                 *("--config.task=plan", f"--config.name={name.replace('/', ' ')}", f"--workdir={folder}"),
@@ -146,6 +152,9 @@ def make(name, config, overrides, out):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(traceback.format_exc())
         print(f"{name}: {traceback.format_exc().splitlines()[-1]}")
+        return
+    if status in STOPPED:
+        raise SystemExit(status)
 
 
 def is_planned(file):
@@ -236,7 +245,7 @@ def table(plans, out):
         if is_planned(file := out / program_of(name) / "record.json")
     }
     lines = [(stored | planned)[name] for name in plans if name in stored | planned]
-    with open(HERE / "rows.csv", "w", newline="", encoding="utf-8") as file:
+    with replacing(HERE / "rows.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
@@ -247,11 +256,19 @@ def run():
     parser.add_argument("--only", default="", help="regular expression: plans whose name it matches")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/plan"))
     options = parser.parse_args()
+    return stoppable(lambda _: plan_all(options.only, options.out))()
+
+
+def plan_all(only, out):
+    """Plans those whose name `only` matches, and writes rows.csv, after a stop too."""
     logging.getLogger("jax").setLevel(logging.ERROR)
     plans = pretraining() | tuning() | inference()
-    for name in dict.fromkeys(program_of(name) for name in plans if re.search(options.only, name)):
-        make(name, *plans[name][:2], options.out)
-    table(plans, options.out)
+    try:
+        for name in dict.fromkeys(program_of(name) for name in plans if re.search(only, name)):
+            make(name, *plans[name][:2], out)
+    finally:
+        table(plans, out)
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import runs
-from configs import base, dit
+from configs import base, dit, sd3
 from efficientllm import model, sharding
 from efficientllm.ffns.moe import MoE
 from efficientllm.ops import attention_kernels
@@ -122,6 +122,21 @@ def test_a_step_on_pictures_sends_what_the_formula_says(mesh):
     assert set(more.values()) <= {0}, (ours, theirs)
     config.mesh = "fsdp=4, tensor=2"
     assert collectives.closed(training_step.describe(config, jax.devices()[:8], "cpu")) is None
+
+
+@pytest.mark.slow
+def test_a_model_that_reads_texts_sends_the_gradients_of_what_is_read():
+    """It has no table of labels, and of the last queries of the text there is no gradient."""
+    config = sd3.get_config("tiny")
+    config.update_from_flattened_dict({"model.unroll": 0, "train.batch_size": 8, "mesh": "data=8"})
+    described_step = training_step.describe(config, jax.devices()[:8], "cpu")
+    ours, theirs = sent(collectives.closed(described_step)), compiled(described_step)
+    assert ours.keys() == theirs.keys() == {"all-reduce"}
+    dim = described_step.lm.dim
+    unread = 2 * 7 / 8 * 4 * (dim * dim + 2 * dim)
+    assert (
+        abs(theirs["all-reduce"] - ours["all-reduce"]) <= scalars(described_step) + unread < 0.05 * ours["all-reduce"]
+    )
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ plans = import_file(runs.ROOT / "experiments" / "dit" / "plans.py")
 
 
 def test_plans_have_the_papers_parameters_beside_the_studys_numbers():
-    lines = plans.read_lines()
+    lines = plans.FILE.read()
     assert list(lines) == [name for name in plans.list_plans() if name in lines]
     assert {line["batch"] for line in lines.values()} == {"256", "288"}
     parameters = {name: int(line["parameters"]) for name, line in lines.items()}
@@ -28,9 +28,9 @@ def test_a_row_is_what_is_planned_today(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware.Hardware, "has_compiler", False)
     name = "dit_b4/gqa/h200"
     plans.planning.make(name, *plans.list_plans()[name], tmp_path)
-    planned = plans.line(name, read_record(tmp_path / name / "record.json"))
+    planned = plans.FILE.row(name, read_record(tmp_path / name / "record.json"))
     planned = {key: "" if value is None else str(value) for key, value in planned.items()}
-    written = plans.read_lines()[name]
+    written = plans.FILE.read()[name]
     for key in ("peak_gb", "by_shapes_gb"):  # which intermediates the backward pass keeps is JAX's rule, by its version
         assert float(planned.pop(key)) == pytest.approx(float(written.pop(key)), rel=0.05)
     assert planned == written

@@ -69,11 +69,41 @@ def test_decoding_is_planned_once_for_latents(tmp_path):
     products = jaxpr_flops.count_program_flops(decode.trace.jaxpr)
     assert decode.model_flops == pytest.approx(products) and products > 0
     assert request.costs.image_flops == 5 * request.costs.step_flops + request.costs.decode_flops
+    assert (decode.precision, decode.shards, step.shards) == ("float32", 1, None)
+    both = described(devices=2, mesh="data=1, tensor=2", autoencoder=f"kl(path='{folder}')")
+    assert both.programs()[1].shards == 1  # each of them decodes both pictures
+    assert described(devices=2, mesh="data=2", autoencoder=f"kl(path='{folder}')").programs()[1].shards == 2
     status, row = plan(tmp_path / "plan", autoencoder=f"kl(path='{folder}')")
     assert status == 0 and {key: program["times"] for key, program in row["predicted"]["parts"].items()} == {
         "step": 5,
         "decode": 1,
     }
+
+
+def test_memory_is_told_by_part(tmp_path):
+    """Weights and the autoencoder's are there together, unless they are offloaded; a step and decoding never are."""
+    folder = folders.save(tmp_path / "vae")
+    spec = {"autoencoder": f"kl(path='{folder}', tile=0)"}
+    request, parts = described(**spec), described(**spec).memory_parts
+    stored = sum(tensor.nbytes for tensor in folders.tensors().values())
+    assert parts["autoencoder"] == stored and parts["weights"] == request.weights
+    assert parts["step"] == request.costs.live_bytes(2) and parts["decoding"] > 4 * 2 * 16 * 16 * 3
+    assert request.by_shapes() == parts["weights"] + stored + max(parts["step"], parts["decoding"])
+    offloaded = described(**spec, **{"infer.offload": True})
+    assert offloaded.memory_parts == parts
+    assert offloaded.by_shapes() == max(parts["weights"] + parts["step"], stored + parts["decoding"])
+    assert described().memory_parts.keys() == {"weights", "step"}  # a model that needs no autoencoder to be sampled
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora(rank=2)"])
+def test_memory_of_a_training_step_is_told_by_part(adapter):
+    config = sd3.get_config("tiny")
+    config.update_from_flattened_dict({"train.batch_size": 2, "mesh": "data=1", "adapter": adapter})
+    step = training_step.describe(config, jax.devices()[:1], "cpu")
+    parts, trainable = step.memory_parts, 4 * sum(leaf.size for leaf in jax.tree.leaves(step.shaped.params))
+    assert parts["gradients"] == trainable and parts["weights"] == step.readings()["resident_weight_bytes"].value
+    assert 0 < parts["optimizer"] - 2 * trainable < 100  # AdamW's two moments, its counts, the step and the key
+    assert step.by_shapes() == sum(parts.values()) and parts["activations"] > 0
 
 
 @pytest.mark.parametrize("of, variant", [("pretrain", "mha"), ("infer", "mha"), ("infer", "moe")])
