@@ -28,14 +28,13 @@ TEXT = 64  # width of the states of a token
 LATENTS = 16  # channels
 SD3 = {
     "_class_name": "SD3Transformer2DModel", "sample_size": 16, "patch_size": 2, "in_channels": LATENTS,
-    "out_channels": LATENTS, "num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32,
-    "caption_projection_dim": 128, "joint_attention_dim": TEXT, "pooled_projection_dim": 56, "pos_embed_max_size": 24,
-    "qk_norm": "rms_norm",
+    "out_channels": LATENTS, "attention_head_dim": 32, "joint_attention_dim": TEXT, "pooled_projection_dim": 56,
+    "pos_embed_max_size": 24, "qk_norm": "rms_norm",
 }  # fmt: skip
 WAN = {
     "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "in_channels": LATENTS, "out_channels": LATENTS,
-    "num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "text_dim": TEXT,
-    "freq_dim": 256, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 64,
+    "attention_head_dim": 32, "text_dim": TEXT, "freq_dim": 256, "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 64,
 }  # fmt: skip
 KL = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -95,25 +94,33 @@ TOKENIZERS = {"sd3": {"tokenizer": "clip", "tokenizer_2": "clip", "tokenizer_3":
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/generators", help="the folder of both, default: %(default)s")
+    parser.add_argument("--heads", type=int, default=4, help="of transformers, 32 of its width each")
+    parser.add_argument("--layers", type=int, default=4, help="of transformers; Wan takes an even number")
     options = parser.parse_args(argv)
     for name in PIPELINES:
-        write(name, pathlib.Path(options.out) / name)
+        write(name, pathlib.Path(options.out) / name, options.heads, options.layers)
 
 
-def write(name, folder):
-    """Writes the pipeline `name` to a new folder."""
+def write(name, folder, heads=4, layers=4):
+    """Writes the pipeline `name` to a new folder, with a transformer of that many heads and layers."""
     if folder.exists():
         raise UserError(f"--out: {folder} is there already; name another folder, or take it as it is")
     listed = {"_class_name": CLASSES[name]}
     for seed, (part, config) in enumerate(PIPELINES[name].items()):
         kind = config["_class_name"] if "_class_name" in config else config["architectures"][0]
         listed[part] = ["diffusers" if "_class_name" in config else "transformers", kind]
-        _write_part(folder / part, config, seed)
+        _write_part(folder / part, _sized(config, heads, layers) if part == "transformer" else config, seed)
     for part, kind in TOKENIZERS[name].items():
         listed[part] = ["transformers", type(tokenizer(kind)).__name__]
         tokenizer(kind).save_pretrained(folder / part)
     (folder / "model_index.json").write_text(json.dumps(listed, indent=1) + "\n")
     print(folder)
+
+
+def _sized(config, heads, layers):
+    width = 32 * heads
+    widths = {"caption_projection_dim": width} if config is SD3 else {"ffn_dim": 4 * width}
+    return config | {"num_attention_heads": heads, "num_layers": layers} | widths
 
 
 def tokenizer(kind):

@@ -4,8 +4,9 @@
 
 Each contestant has a process of its own, so that thread pools and allocators are not shared. Only one works at a time.
 A block is one step of each, in random order. Ratios are of medians over blocks, with a 95 % bootstrap interval. The
-first losses and predictions must agree before anything is timed. Memory is the peak of a process's resident memory
-less that before the model was made: up to the first steps, with what compilation takes, and in the steps that follow.
+first losses and predictions must agree before anything is timed. Memory is the peak of a process's resident memory, and
+what of it came after its libraries were imported: up to the first steps, with what compilation takes, and in the steps
+that follow.
 """
 
 import argparse
@@ -54,9 +55,10 @@ def run(make, shape, options):
         samples = {name: contestant.ask("sample") for name, contestant in contestants.items()}
         losses = {name: contestant.ask("loss") for name, contestant in contestants.items()}
         differences = {"sample": difference(samples, "first samples"), "loss": difference(losses, "first losses")}
-        peaks = {"from the start": {name: contestant.ask("peak") for name, contestant in contestants.items()}}
+        before = {name: contestant.ask("before") for name, contestant in contestants.items()}
+        peaks = {"until the first steps": {name: contestant.ask("peak") for name, contestant in contestants.items()}}
         times = {question: measure(contestants, question, options.steps) for question in QUESTIONS}
-        peaks |= {"in steps": {name: contestant.ask("peak") for name, contestant in contestants.items()}}
+        peaks |= {"in later steps": {name: contestant.ask("peak") for name, contestant in contestants.items()}}
         versions = {key: value for c in contestants.values() for key, value in c.ask("versions").items()}
     finally:
         for contestant in contestants.values():
@@ -70,6 +72,7 @@ def run(make, shape, options):
         "first_differences": differences,
         "seconds": times,
         "speed_ratios": {question: ratios(seconds) for question, seconds in times.items()},
+        "bytes_before": before,
         "peak_bytes": peaks,
         "load_before": load,
         "provenance": versions | provenance(),
@@ -136,7 +139,8 @@ def _answer(make, name, shape, options):
         "loss": lambda: contestant.train(contestant.batch(0)),
         "step": functools.partial(timed, lambda batch: batch, contestant.train),
         "forward": functools.partial(timed, contestant.request, contestant.sample),
-        "peak": lambda: _take_peak() - before,
+        "before": lambda: before,
+        "peak": _take_peak,
         "versions": contestant.module.versions,
     }
     return lambda question, *details: answers[question](*details)
@@ -235,8 +239,10 @@ def table(report):
             shown = "" if ratio is None else f"   {race.Ratio(**ratio)}"
             lines.append(f"{name:20}{median:9.3f}{report['batch'] / median:12.1f}{shown}")
     for when, peaks in report["peak_bytes"].items():
-        lines += ["", f"{f'peak {when}':20}{'MB':>9}"]
-        lines += [f"{name:20}{peak / 1e6:9.0f}" for name, peak in peaks.items()]
+        lines += ["", f"{'memory, peak':20}{'MB':>9}{'of the model':>15}   {when}"]
+        lines += [
+            f"{name:20}{p / 1e6:9.0f}{(p - report['bytes_before'][name]) / 1e6:15.0f}" for name, p in peaks.items()
+        ]
     return "\n".join(lines)
 
 

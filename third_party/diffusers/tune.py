@@ -23,22 +23,24 @@ DEFAULT = "torch-float32,ours-float32,torch-bfloat16,ours-bfloat16"
 def main(argv=None):
     parser = compare.options_of(__doc__)
     parser.add_argument("--pipelines", default="", help="folders with commas between; default: tiny ones, written here")
+    parser.add_argument("--heads", type=int, default=4, help="of those written here, 32 of the width each")
+    parser.add_argument("--layers", type=int, default=4, help="of those written here")
     parser.set_defaults(contestants=DEFAULT, batch=8)
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        pipelines = options.pipelines.split(",") if options.pipelines else _write(pathlib.Path(folder))
+        pipelines = options.pipelines.split(",") if options.pipelines else _write(pathlib.Path(folder), options)
         reports = [compare.run(make_tuner, pipeline, options) for pipeline in pipelines]
     for report in reports:
         report["shape"] = pathlib.Path(report["shape"]).name
     compare.finish(reports, options)
 
 
-def _write(folder):
+def _write(folder, options):
     from efficientllm.registry.plugins import import_file
 
     writer = import_file(WRITER)
     for name in writer.PIPELINES:
-        writer.write(name, folder / name)
+        writer.write(name, folder / name, options.heads, options.layers)
     return [str(folder / name) for name in writer.PIPELINES]
 
 
