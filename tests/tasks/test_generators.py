@@ -32,7 +32,7 @@ def test_diffusers_computes_the_same_with_a_tiny_pipeline(name, tmp_path):
     assert 0.5 < found["max_prediction"] < 50 and found["max_difference"] < 1e-5 * found["max_prediction"]
     texts = ["A turning left", ""]
     states = open_prompt_encoders(str(tmp_path / name)).encode(texts)
-    others = {"prompt_2": None, "prompt_3": None} if name == "sd3" else {}
+    others = {"prompt_2": None, "prompt_3": None} if name == "sd3" else {"max_sequence_length": 512}
     embedded = pipeline.encode_prompt(prompt=texts, negative_prompt=texts, **others)
     np.testing.assert_allclose(states.text_BSE, embedded[0].detach().numpy(), atol=1e-4)
     assert np.abs(states.text_BSE[0] - states.text_BSE[1]).max() > 0.1
