@@ -23,7 +23,7 @@ class Autoencoder:
     precision:  of products and activations.
     """
 
-    precision: str = "float32"
+    precision = "float32"
 
     @property
     def factor(self) -> int:
