@@ -106,6 +106,8 @@ class Backbone(nn.Module):
         """Returns backbones beside the blocks that a row goes through, `{prefix of its paths: (it, its tokens)}`."""
         return {}
 
+    # Tokens of the states that it reads of a text; 0 reads none.
+    text_length = 0
     # First names of parameters that a checkpoint of the model's kind without them can be given.
     new_parts: typing.ClassVar[tuple[str, ...]] = ()
 

@@ -232,7 +232,7 @@ class RunDescription:
         """
         model = self.outline
         with _named(f"config.text_states = {short_repr(self.config.text_states)}"):
-            if not getattr(model, "text_length", 0):
+            if not model.text_length:
                 raise UserError("the model reads no states of texts; leave text states and prompts out")
             shape = self.text_states.shape(texts)
             for what, width, read in (

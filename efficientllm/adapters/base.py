@@ -20,7 +20,7 @@ if typing.TYPE_CHECKING:
 KERNEL = re.compile(r"block_\d+/(?!.*\brouter/).*\bkernel$")  # of blocks; never routers, never the head
 # The default `target`: not the modulation of diffusion models, a third of their parameters; nor a vision tower, which
 # tools for vision-language models leave frozen.
-MIXERS_AND_FFNS = r"^(?!vision/).*/(mixer|ffn)\w*/"
+MIXERS_AND_FFNS = r"^(?!vision/).*/(mixer|ffn)\w*/(?!\w*modulation/)"
 
 
 class PeftFormat(typing.NamedTuple):

@@ -98,7 +98,7 @@ class GroupNorm(nn.Module):
     """Group norm over `[H, W, C / groups]` with scale and bias (Wu & He 2018, arXiv:1803.08494), in float32.
 
     With a tile, and the collection "moments" mutable, the moments of the tile's core are stored there. Moments in the
-    collection "known" replace those of `x`.
+    collection "of_image" replace those of `x`.
     """
 
     groups: int
@@ -112,10 +112,11 @@ class GroupNorm(nn.Module):
         x_BhwGc = x_BhwC.astype(jnp.float32).reshape(*x_BhwC.shape[:-1], self.groups, -1)
         if tile is not None and self.is_mutable_collection("moments"):
             self.put_variable("moments", "core", _moments(x_BhwGc, _core_mask(x_BhwGc, tile)))
-        known = self.get_variable("known", "core") if self.has_variable("known", "core") else _moments(x_BhwGc)
-        variance_BG = known.deviation / known.count
+        is_given = self.has_variable("of_image", "core")
+        moments = self.get_variable("of_image", "core") if is_given else _moments(x_BhwGc)
+        variance_BG = moments.deviation / moments.count
         factor_BG = jax.lax.rsqrt(variance_BG + self.eps)
-        normed = (x_BhwGc - known.mean[:, None, None, :, None]) * factor_BG[:, None, None, :, None]
+        normed = (x_BhwGc - moments.mean[:, None, None, :, None]) * factor_BG[:, None, None, :, None]
         return (normed.reshape(x_BhwC.shape) * scale + bias).astype(x_BhwC.dtype)
 
 

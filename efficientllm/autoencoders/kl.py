@@ -87,8 +87,8 @@ class KL(FolderAutoencoder):
         if not self.tile or tiling.is_whole(x_BhwC):
             return module.apply({"params": params}, x_BhwC, method=method)
 
-        def apply(window, tile, known):
-            variables = {"params": params} | ({"known": known} if known is not None else {})
+        def apply(window, tile, of_image):
+            variables = {"params": params} | ({} if of_image is None else {"of_image": of_image})
             result, collected = module.apply(variables, window, tile, method=method, mutable=["moments"])
             return result, collected["moments"]
 

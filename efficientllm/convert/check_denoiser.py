@@ -20,7 +20,6 @@ from efficientllm.runtime import optional_packages
 from efficientllm.typing import Params
 
 DIT = "DiTTransformer2DModel"
-REFERENCES = (DIT, sd3.NAME, wan.NAME)  # classes of diffusers
 LEVELS = (0.0, 1.0, 321.0, 999.0)
 # What diffusers calls the leaves of a condition.
 _ARGUMENTS = {"labels_B": "class_labels", "text_BSE": "encoder_hidden_states", "pooled_BE": "pooled_projections"}
@@ -79,7 +78,7 @@ def predict_with(
 def reference_model(denoiser: Denoiser, params: Params) -> typing.Any:
     """Diffusers' model with these parameters, for evaluation; a DiT at the frequencies of `denoiser`.
 
-    Raises UserError for a denoiser that is none of `REFERENCES`.
+    Raises UserError for a denoiser that is none of diffusers' DiT, Stable Diffusion 3 and Wan.
     """
     name = DIT
     if denoiser.text_length:

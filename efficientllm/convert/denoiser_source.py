@@ -110,8 +110,8 @@ def find_part(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
 def check_pipeline(pipeline: pathlib.Path, config: dict[str, typing.Any]) -> None:
     """Raises UserError where a pipeline's transformer, whose config.json is `config`, is that of another model."""
     listed, name = _listed_class(pipeline, PART), families.family_name(config)
-    known = families.DENOISERS.get(listed or "")
-    if known is not None and known is not families.DENOISERS.get(name or ""):
+    family = families.DENOISERS.get(listed or "")
+    if family is not None and family is not families.DENOISERS.get(name or ""):
         raise UserError(
             f"{pipeline / PART / 'config.json'}: _class_name = {short_repr(name)}: {PIPELINE} lists {listed!r}: it is "
             "that of another model"

@@ -105,8 +105,8 @@ def _unread(like):
     """`{name: function that reads it}` of a source's tensors that its model does not read and its class has."""
     if not isinstance(like, Source) or like.tensors is None or not like.config or is_run(like.config):
         return {}
-    kept = re.compile("|".join(like.family.kept_patterns(like.config)) or "(?!)")  # (?!) matches nothing
-    return {name: functools.partial(like.tensors.read, name) for name in filter(kept.search, like.tensors.shapes)}
+    unread = re.compile("|".join(like.family.kept_patterns(like.config)) or "(?!)")  # (?!) matches nothing
+    return {name: functools.partial(like.tensors.read, name) for name in filter(unread.search, like.tensors.shapes)}
 
 
 def _get(leaves, tensors, path, position, dtype):
@@ -244,9 +244,9 @@ def _of_any_family(lm, source):
 
 
 def _of_family(lm, description, name, max_positions):
-    known = families.OF_MODALITY[lm.reads]
-    if name not in known:
-        raise UserError(f"no family {name!r} of checkpoints; known: {', '.join(known)}{did_you_mean(str(name), known)}")
+    names = families.OF_MODALITY[lm.reads]
+    if name not in names:
+        raise UserError(f"no family {name!r} of checkpoints; known: {', '.join(names)}{did_you_mean(str(name), names)}")
     if lm.reads in ("images", "prompts"):
         describe = denoisers.config_of if lm.reads == "images" else text_encoders.config_of
         return describe(name, lm, description)

@@ -167,14 +167,17 @@ class ExampleSource(Source):
 
     def documents(self) -> typing.Iterator[tuple[str, str]]:
         """Yields the conversations without their pictures, and what decides their side of the split."""
-        for example in self.examples():
-            text = json.dumps([message | {"content": text_of(message)} for message in example.messages])
-            yield text, example.group or text
+        return map(blind_document, self.examples())
 
 
-def text_of(message: dict[str, typing.Any]) -> str:
-    """Returns the text of a message whose content may be a list of parts."""
-    content = message["content"]
+def blind_document(example: Example) -> tuple[str, str]:
+    """Returns the conversation without its pictures as a text, and what decides its side of the split."""
+    text = json.dumps([message | {"content": _text_of(message["content"])} for message in example.messages])
+    return text, example.group or text
+
+
+def _text_of(content):
+    """The text of a message's content, which may be a list of parts."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 

@@ -102,12 +102,17 @@ def describe_data(
     """
     corpus = Corpus(data_spec, cache_dir)
     sides = corpus.documents(tokenizer)
-    counts = {key: value for key, value in corpus.summary.items() if key not in ("threshold", "cut", "distinct")}
     tokens = {f"{side}_tokens": documents.size for side, documents in sides.items()}
     cut = {}
     if length and any(documents.records for documents in sides.values()):
         cut = {f"{side}_cut": documents.longer_than(length) for side, documents in sides.items()}
-    return {"source": data_spec, "sampled": corpus.is_stream, **counts, **tokens, **cut}
+    return {**describe_documents(corpus), **tokens, **cut}
+
+
+def describe_documents(corpus: Corpus) -> dict[str, typing.Any]:
+    """Describes a corpus without its tokens, as `describe_data` does."""
+    counts = {key: value for key, value in corpus.summary.items() if key not in ("threshold", "cut", "distinct")}
+    return {"source": corpus.spec, "sampled": corpus.is_stream, **counts}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,7 +90,7 @@ def image_flops(tower: VisionTower, boxed: PyTree, picture: PreparedImage) -> fl
     pairs = 0.0
     for block, numbers in zip(parts(tower), tower.stacks.layer_numbers, strict=True):
         for mixer in block.mixers:
-            lengths = reach[hasattr(mixer, "bin")]
+            lengths = reach[mixer.bin > 0]
             pairs += len(numbers) * sum(mixer.mix_flops(length, order=tower.order) for length in lengths)
     return linear + pairs
 

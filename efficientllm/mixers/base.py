@@ -30,6 +30,8 @@ class Mixer(nn.Module):
     orders: ClassVar[tuple[str, ...]] = ("causal",)
     # Whether a conditioning vector shifts, scales and gates its branch of a block.
     conditioned: ClassVar[bool] = True
+    # Slots of a bin of whole windows, of a mixer that attends within windows of an image; 0 for others.
+    bin = 0
     # Names of kernels that multiply the condition of a request alone (`request_state`).
     request_kernels: ClassVar[tuple[str, ...]] = ()
     # The name that classes share which compute the same function. A subclass without it has the name of its class.

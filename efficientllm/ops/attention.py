@@ -157,11 +157,6 @@ def choose(q_BTHK: jax.Array, mask: Mask, bias: typing.Callable | None = None, k
 LONG = 1024  # tokens of a row from which scores of all pairs are not held in memory together
 
 
-def causal_pairs(length: int, window: int | None = None) -> float:
-    """Counts query-key pairs per head of a causal row, half of the square; or of a window."""
-    return Mask(window=window).pairs(length)
-
-
 def executed_pairs(kernel: str, length: int, window: int | None = None, order: str = "causal") -> int:
     """Counts query-key pairs per head that `kernel` computes for a row of `length` tokens."""
     return Mask(window=window, order=order).executed_pairs(kernel, length)

@@ -187,8 +187,8 @@ def _cost_lines(estimate, prediction):
     lines = []
     for name, program in prediction["parts"].items():
         lines += _lines_of(f"{program['times']} x {name}", estimate.source, program)
-    known = [(label, prediction[key]) for label, key in _LATENCIES if prediction.get(key) is not None]
-    latencies = [f"{label} {seconds * 1e3:,.4g} ms" for label, seconds in known]
+    planned = [(label, prediction[key]) for label, key in _LATENCIES if prediction.get(key) is not None]
+    latencies = [f"{label} {seconds * 1e3:,.4g} ms" for label, seconds in planned]
     return [*lines, f"  {'least latencies':<20} {', '.join(latencies)}"] if latencies else lines
 
 

@@ -14,7 +14,7 @@ from efficientllm.untrusted import files, json_text
 if typing.TYPE_CHECKING:
     from PIL import Image
 
-GRID, DESCRIPTION = "samples/grid.png", "samples/samples.json"
+GRID = "samples/grid.png"
 BESIDE = ("nearest", "base")  # pictures laid out as the grid is: `samples/nearest.png` and so on
 BUDGET = 1_500_000  # bytes of all pictures; 2 MB in base64, beside the 2 MB of the plotting library
 MOST_RUNS = 300

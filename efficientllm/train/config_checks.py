@@ -43,7 +43,7 @@ def with_captions(run: RunDescription) -> RunDescription:
             raise UserError(f"config.text_states = {source!r}: a language model reads tokens; leave it out")
         return run
     if not source:
-        if not getattr(run.outline, "text_length", 0):
+        if not run.outline.text_length:
             return run
         raise UserError(
             "config.text_states = '': the model reads texts; name what encodes captions, 'encoders()' of the model's "

@@ -165,13 +165,13 @@ def create_state(setup: Setup) -> step.TrainState:
     train, seed, method, form = setup.config.train, setup.config.seed, setup.method, setup.config.quant
     if setup.source is None:
         return step.jit_create(setup.lm, train, seed, setup.length, setup.shardings, method, form)()
-    known = {name: boxed for name, boxed in setup.boxed.items() if name not in setup.new_parts}
-    abstract_params = sharding.abstract_shards(known, setup.mesh)
+    loaded = {name: boxed for name, boxed in setup.boxed.items() if name not in setup.new_parts}
+    abstract_params = sharding.abstract_shards(loaded, setup.mesh)
     lm = setup.lm.language_model() if setup.new_parts else setup.lm
     params = setup.source.load(abstract_params, lm=lm, transform=quant.rounder(form, quant.UNROUNDED))
 
     def create_from(params):
-        params = box_as(known, params)
+        params = box_as(loaded, params)
         if setup.new_parts:
             new = model.init_params(setup.lm, jax.random.key(seed), setup.length)
             params |= {name: new[name] for name in setup.new_parts}

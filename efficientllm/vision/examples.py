@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from efficientllm.data import pipeline
-from efficientllm.data.base import Example, ExampleSource
+from efficientllm.data.base import Example, ExampleSource, blind_document
 from efficientllm.data.corpus import Corpus, shifted
 from efficientllm.data.rows import packing
 from efficientllm.data.text import TextData
@@ -77,7 +77,7 @@ class ExampleData:
         corpus, sides = Corpus(self.text.spec), {"train": [], "held_out": []}  # type: tuple[Corpus, dict]
         for place, example in enumerate(self.source.examples()):
             example = example if example.name else example._replace(name=f"example {place}")
-            (_, group), *_ = _Single(example).documents()
+            _, group = blind_document(example)
             if encoded := self._encode(example):
                 sides[corpus.side(group)].append(encoded)
         for side, examples in sides.items():
@@ -132,31 +132,37 @@ class ExampleData:
         pipeline.share_of_process(batch_size, process_count)
         return HeldOutExamples(self, batch_size, process_index, process_count, limit)
 
-    def held_out_rows(self, with_pixels: bool = True) -> grain.IterDataset:
-        """Rows of the held-out examples; without pixels to count them."""
+    def held_out_rows(self) -> grain.IterDataset:
+        """Rows of the held-out examples."""
         examples = self.sides["held_out"]
         order = grain.MapDataset.range(len(examples))
-        return self._fit(order.map(lambda i: self._document(examples[i], with_pixels)).to_iter_dataset(_reading()))
+        return self._fit(order.map(lambda index: self._document(examples[index])).to_iter_dataset(_reading()))
+
+    def count_held_out_rows(self) -> int:
+        """Counts `held_out_rows` by the sizes of examples alone: nothing is decoded."""
+        sizes: list[dict[str, np.ndarray]] = [
+            {"tokens": np.zeros(len(e.ids) - 1, np.int8), "slots": np.zeros(e.slots, np.int8)}
+            for e in self.sides["held_out"]
+        ]
+        most = {"tokens": self.text.length, "slots": self.row_slots}
+        return sum(1 for _ in _first_fit(packing.in_order(sizes), most))
 
     def _fit(self, documents):
         """Rows of whole examples side by side, each in the first row with room for its tokens and its patches."""
         of_text = dict.fromkeys(("tokens", "targets", "weights", "slots"), self.text.length)
         of_text |= {"coordinates": self.text.length} if self.lm.axes > 1 else {}
         of_patches = dict.fromkeys(self._patch_keys, self.row_slots)
-        return grain.experimental.FirstFitPackIterDataset(
-            documents, length_struct=of_text | of_patches, num_packing_bins=BINS, shuffle_bins=False
-        )
+        return _first_fit(documents, of_text | of_patches)
 
     @property
     def _patch_keys(self):
         keys = list(BATCH_KEYS.values())
         return keys if self.lm.vision.bin else [key for key in keys if key != BATCH_KEYS["windows_BS"]]
 
-    def _document(self, encoded, with_pixels=True):
+    def _document(self, encoded):
         """The arrays of an example, `[T, ...]` and `[S, ...]`. A slot counts from 1; 0 is text."""
         example, vision = encoded.example, self.lm.vision
-        prepare = self._prepare if with_pixels else self._unread
-        pictures = [prepare(picture, example.name) for picture in example.pictures]
+        pictures = [self._prepare(picture, example.name) for picture in example.pictures]
         row = token_row(self.lm, Prompt(encoded.ids.tolist(), pictures, example.name))
         towers = tower_rows(vision, [pictures])
         document = shifted(encoded.ids) | {"weights": encoded.learnt[1:].astype(np.float32)}
@@ -170,9 +176,6 @@ class ExampleData:
 
     def _prepare(self, picture, name):
         return self._processor.prepare(load_picture(picture() if callable(picture) else picture, name))
-
-    def _unread(self, picture, name):
-        return _blank(self.lm.vision, self._processor.grid(*picture_size(picture, name)))
 
     def _batches(self, rows, batch_size, process_index, process_count):
         return packing.shared_batches(rows, batch_size, process_index, process_count).map(self.join)
@@ -220,9 +223,9 @@ class ExampleData:
         tokens = {
             f"{side}_tokens": sum(len(encoded.ids) - 1 for encoded in examples) for side, examples in self.sides.items()
         }
-        kept = sum(map(len, self.sides.values()))
-        summary = self.text.describe()
-        left_out = sum(summary[f"{side}_documents"] for side in self.sides) - kept
+        summary = pipeline.describe_documents(Corpus(self.text.spec))
+        documents = sum(summary[f"{side}_documents"] for side in self.sides)
+        left_out = documents - sum(map(len, self.sides.values()))
         return summary | tokens | pictures | {"row_slots": self.row_slots, "left_out": left_out}
 
 
@@ -241,24 +244,13 @@ class HeldOutExamples:
 
     @functools.cached_property
     def _count(self):
-        rows = sum(1 for _ in self.data.held_out_rows(with_pixels=False))
-        return -(-rows // self.batch_size)
+        return -(-self.data.count_held_out_rows() // self.batch_size)
 
     def __iter__(self) -> typing.Iterator[Batch]:
         rows = self.data.held_out_rows()
         batches = self.data._batches(rows, self.batch_size, self.process_index, self.process_count)
         for _, batch in zip(range(len(self)), batches, strict=False):
             yield batch
-
-
-class _Single(ExampleSource):
-    """A source of one example."""
-
-    def __init__(self, example):
-        self.example = example
-
-    def examples(self):
-        yield self.example
 
 
 def first_groups(segments_BT: np.ndarray, segments_BS: np.ndarray, group: int) -> np.ndarray:
@@ -287,6 +279,13 @@ def _blank(vision, grid):
     """An image of a grid without its pixels."""
     patches = math.prod(grid)
     return PreparedImage(np.zeros((patches, vision.pixel_features), np.float32), grid, patches // vision.merge**2)
+
+
+def _first_fit(documents, most):
+    """Rows of whole documents, each in the first of `BINS` rows with room for all of its arrays."""
+    return grain.experimental.FirstFitPackIterDataset(
+        documents, length_struct=most, num_packing_bins=BINS, shuffle_bins=False
+    )
 
 
 def _reading():

@@ -61,12 +61,12 @@ def test_no_seams_after_one_sweep(autoencoder):
         collected["moments"],
         is_leaf=lambda leaf: isinstance(leaf, Moments),
     )
-    expected = decoder.apply(variables | {"known": moved}, x, method="up")
+    expected = decoder.apply(variables | {"of_image": moved}, x, method="up")
     tiling = tiles.Tiling(
         8, tiles.decoder_halo(autoencoder.shape.factor, autoencoder.shape.layers), 1, autoencoder.factor, 0
     )
     result = tiles.compute_tiled(
-        lambda window, tile, known: (decoder.apply(variables | {"known": moved}, window, tile, method="up"), {}),
+        lambda window, tile, known: (decoder.apply(variables | {"of_image": moved}, window, tile, method="up"), {}),
         x,
         tiling,
     )
@@ -107,7 +107,7 @@ def _reached(half, method, size, zoom):
         shapes["moments"],
         is_leaf=lambda leaf: isinstance(leaf, Moments),
     )
-    y = jax.jit(lambda x: half.apply({"params": params, "known": known}, x, method=method))(x)
+    y = jax.jit(lambda x: half.apply({"params": params, "of_image": known}, x, method=method))(x)
     return np.asarray(y != 0).any((0, 2, 3))
 
 

@@ -12,6 +12,7 @@ import tune_work as work
 from efficientllm import base_config, convert, model, sharding
 from efficientllm.embeds.condition import Condition
 from efficientllm.infer.denoise import DiffusionSampler
+from efficientllm.quant import apply as quant
 from efficientllm.registry import build, format_spec, parse_spec
 from efficientllm.runtime import malloc
 from efficientllm.train import step
@@ -49,7 +50,9 @@ class Tuner:
         mesh = sharding.make_mesh("data=1", jax.devices()[:1])
         jax.set_mesh(mesh)
         boxed = model.abstract_params(self.lm)
-        abstract = jax.eval_shape(step.init_state(self.lm, train, 0, 8, method))
+        # Frozen kernels have as many bits as torch's.
+        form = "bfloat16" if precision == "bfloat16" else "float32"
+        abstract = jax.eval_shape(step.init_state(self.lm, train, 0, 8, method, form))
         shardings = sharding.shardings(abstract, mesh)
         jitted = step.jit_train_step(self.lm, train, mesh, shardings, method, objective=Given())
         # As in a run, the step is compiled from shapes before weights are read.
@@ -57,9 +60,10 @@ class Tuner:
         malloc.trim()
 
         def create(params):
-            return nn.unbox(step.create(self.lm, train, method, 0, boxed, box_as(boxed, params)))
+            return nn.unbox(step.create(self.lm, train, method, 0, boxed, box_as(boxed, params), form))
 
-        params = source.load(sharding.abstract_shards(boxed, mesh), lm=self.lm)
+        rounder = quant.rounder(form, quant.UNROUNDED)
+        params = source.load(sharding.abstract_shards(boxed, mesh), lm=self.lm, transform=rounder)
         self.state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
         objective = build("objective", f"flow(shift={work.SHIFT})")
         solver = build("solver", f"euler(steps={work.SOLVER_STEPS}, levels='sd3')")

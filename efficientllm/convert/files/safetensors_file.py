@@ -35,7 +35,7 @@ LONGEST_HEADER = 100_000_000  # bytes; safetensors' own bound
 METADATA = "__metadata__"  # the key of a header that is no tensor
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # of transformers and of diffusers
-INDEX, SINGLE = f"model{INDEX_SUFFIX}", f"model{SUFFIX}"
+INDEX = f"model{INDEX_SUFFIX}"
 # Prefixes of files that may lie beside a model's: Mistral's own format, and adapters.
 OTHERS = ("consolidated", "adapter_model", "pytorch_lora_weights")
 

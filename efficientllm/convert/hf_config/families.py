@@ -80,11 +80,11 @@ def family_name(config: dict[str, typing.Any]) -> str | None:
 def find_family(config: dict[str, typing.Any], where: str | os.PathLike[str] = "config.json") -> Family:
     """The family of a config.json (a dict). Raises UserError for a model that we do not compute."""
     name = family_name(config)
-    for known in OF_MODALITY.values():
-        if name in known:
-            return known[name]
-    key, known = ("_class_name", DENOISERS) if "model_type" not in config and name else ("model_type", MODEL_TYPES)
-    raise UserError(f"{where}: {key} = {name!r} is none of {', '.join(known)}{did_you_mean(str(name), known)}")
+    for families in OF_MODALITY.values():
+        if name in families:
+            return families[name]
+    key, names = ("_class_name", DENOISERS) if "model_type" not in config and name else ("model_type", MODEL_TYPES)
+    raise UserError(f"{where}: {key} = {name!r} is none of {', '.join(names)}{did_you_mean(str(name), names)}")
 
 
 def describe_config(config: dict[str, typing.Any], where: str | os.PathLike[str]) -> Description:
