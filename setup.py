@@ -84,6 +84,7 @@ setup(
     packages=find_packages(include=["efficientllm", "efficientllm.*"]),
     package_data={
         "efficientllm": ["py.typed"],
+        "efficientllm.evaluation": ["tasks/*.yaml", "tasks/*.py"],
         "efficientllm.report": ["data/*.json", "page/*"],
         "efficientllm.cost": ["data/*.json"],
         "efficientllm.ops.native": ["*.cc", "*.h", "*.inc"],

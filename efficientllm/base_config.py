@@ -93,6 +93,7 @@ def get_config() -> ConfigDict:
     config.infer.size = ()  # of pictures: (height, width) in pixels, of clips (frames, height, width); () is the usual
     config.infer.fps = 16.0  # frames of a clip a second
     config.infer.offload = False  # weights of a pipeline that are not needed at a time live in the host's memory
+    config.infer.max_pixels = 0  # what pictures in prompts are shrunk to at most; 0 is the model's own limit
     config.infer.stop = ()  # texts that end a completion
     config.infer.batch_size = 1  # prompts per measured batch
     config.infer.prompt_length = 128  # tokens of a measured prompt

@@ -138,12 +138,14 @@ class Example(typing.NamedTuple):
       pictures: as `Picture.content`.
       group: examples of one group are never divided between training and held-out ones; empty: those of one text.
       name: what messages call the example; empty: its place in the source.
+      kinds: of its questions, in order, by which their answers are judged apart; empty: they are not.
     """
 
     messages: list[dict[str, typing.Any]]
     pictures: tuple[Content | typing.Callable[[], Content], ...] = ()
     group: str = ""
     name: str = ""
+    kinds: tuple[str, ...] = ()
 
 
 class ExampleSource(Source):

@@ -74,12 +74,13 @@ class Charts(ExampleSource):
         name = f"charts-{cache.digest(str(self.size), str(self.count), _drawing_key(), cache.stat_key([_table()]))}"
         folder = cache.entry(cache.root(), name, functools.partial(_draw_all, charts, self.size))
         for number, chart in enumerate(charts):
-            messages = []
-            for place, (question, answer) in enumerate(questions(chart, random.Random(f"questions {number}"))):
+            messages, asked = [], questions(chart, random.Random(f"questions {number}"))
+            for place, (question, answer, _) in enumerate(asked):
                 lead = [{"type": "image"}] if place == 0 else []
                 messages.append({"role": "user", "content": [*lead, {"type": "text", "text": question}]})
                 messages.append({"role": "assistant", "content": answer})
-            yield Example(messages, (folder / f"{number}.png",), f"countries {chart.block}", f"chart {number}")
+            pictures, group = (folder / f"{number}.png",), f"countries {chart.block}"
+            yield Example(messages, pictures, group, f"chart {number}", tuple(kind for *_, kind in asked))
 
 
 def make_charts(count: int) -> typing.Iterator[Chart]:
@@ -99,20 +100,21 @@ def make_charts(count: int) -> typing.Iterator[Chart]:
         yield Chart(measure, year, tuple(names), values, block)
 
 
-def questions(chart: Chart, draw: random.Random) -> list[tuple[str, str]]:
-    """Returns questions about a chart with their answers: a value, an extreme, a count."""
+def questions(chart: Chart, draw: random.Random) -> list[tuple[str, str, str]]:
+    """Returns questions about a chart, their answers and kinds: a `value`, an `extreme`, a `count`."""
     what = MEASURES[chart.measure][0]
     name = draw.choice(chart.names)
     value = chart.values[chart.names.index(name)]
-    pairs = [(f"What is the {what} of {name}?", chart.label(value))]
+    triples = [(f"What is the {what} of {name}?", chart.label(value), "value")]
     which, extreme = draw.choice((("highest", max), ("lowest", min)))
     best = extreme(chart.values)
     if chart.values.count(best) == 1:
-        pairs.append((f"Which country has the {which} {what}?", chart.names[chart.values.index(best)]))
+        best_name = chart.names[chart.values.index(best)]
+        triples.append((f"Which country has the {which} {what}?", best_name, "extreme"))
     bound = chart.label(draw.choice(chart.values))
     above = sum(value > float(bound) for value in chart.values)
-    pairs.append((f"How many countries are above {bound}?", str(above)))
-    return pairs
+    triples.append((f"How many countries are above {bound}?", str(above), "count"))
+    return triples
 
 
 def _draw_all(charts, size, folder):

@@ -7,7 +7,8 @@ import os
 import typing
 
 from efficientllm.data import cache, paths, tables
-from efficientllm.data.base import ImageSource, Picture
+from efficientllm.data.base import Example, ImageSource, Picture, blind_document
+from efficientllm.data.image_chat import conversation_example
 from efficientllm.errors import FieldError, UserError
 from efficientllm.registry import register
 
@@ -18,7 +19,8 @@ class Hub(ImageSource):
     """`datasets.load_dataset(path, name, split=split)`, of which `field` holds the text.
 
     With `image`, the name of a column of images, it is a source of pictures (`data.base.ImageSource`): `label` and
-    `caption` name the columns of their classes and captions, where there are any.
+    `caption` name the columns of their classes and captions, where there are any. With `messages`, or with `prompt` and
+    `response`, it is one of conversations about them (`data.base.ExampleSource`); `image` may hold several each row.
 
     Streamed, nothing is stored and training reads on without end; what must be known beforehand (the trained
     tokenizer, the held-out text, the fingerprint) then comes from the first `sample` documents.
@@ -38,10 +40,18 @@ class Hub(ImageSource):
     buckets: int | tuple = 1
     channels: int = 3
     flip: bool = True
+    messages: str = ""
+    prompt: str = ""
+    response: str = ""
+    max_pixels: int = 0
 
     @property
     def modality(self) -> str:  # type: ignore[override]
-        return "images" if self.image else "text"
+        return ("text and images" if self.records else "images") if self.image else "text"
+
+    @property
+    def records(self) -> bool:  # type: ignore[override]
+        return bool(self.image and (self.messages or self.response))
 
     @property
     def classes(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -59,7 +69,10 @@ class Hub(ImageSource):
 
         Raises UserError if the data set cannot be reached or has no such field.
         """
-        yield from _sample(self) if self.streaming else self.texts(self.rows())
+        if self.records:
+            yield from map(blind_document, self.examples())
+        else:
+            yield from _sample(self) if self.streaming else self.texts(self.rows())
 
     def rows(self) -> typing.Any:
         """Loads the `datasets` data set. Raises UserError with the reason if it cannot be loaded."""
@@ -102,25 +115,58 @@ class Hub(ImageSource):
     def pictures(self) -> typing.Iterator[Picture]:
         """Yields the pictures, whose images are read when they are needed. Raises UserError for a column that is not
         there, or that holds no images."""
-        rows = self.rows()
-        for column in filter(None, (self.image, self.label, self.caption)):
-            if column not in rows.column_names:
-                raise UserError(tables.missing_field(column, rows.column_names, self._where()))
-        images = rows.select_columns([self.image])
-        if isinstance(rows.features[self.image], library().Image):
-            images = images.cast_column(self.image, library().Image(decode=False))
+        rows, images = self._rows_and_images(self.image, self.label, self.caption)
         for index, (label, caption) in enumerate(self._labels_and_captions(rows)):
             name = f"{self._where()}, row {index}"
             text = tables.check_text(caption, self.caption, name) or ""
             yield Picture(functools.partial(self._content, images, index, name), label, text, name=name)
 
+    def examples(self) -> typing.Iterator[Example]:
+        """Yields the conversations, whose pictures are read when they are needed. Raises UserError as `pictures`."""
+        if self.streaming:
+            raise FieldError("data", "streaming = True: conversations about pictures are not streamed; leave it out")
+        rows, images = self._rows_and_images(self.image, self.messages, self.prompt, self.response)
+        texts = rows.select_columns([name for name in (self.messages, self.prompt, self.response) if name])
+        for index, row in enumerate(texts):
+            name = f"{self._where()}, row {index}"
+            turns = row[self.messages] if self.messages else self._turns(row, name)
+            values = images[index][self.image]
+            count = len(values) if isinstance(values, list) else 1
+            example = conversation_example(turns, [], name)
+            contents = tuple(functools.partial(self._content, images, index, name, place) for place in range(count))
+            yield example._replace(pictures=contents)
+
+    def _turns(self, row, name):
+        """A question about all pictures of a row, and its answer: the first, where a column holds several."""
+        answer = row[self.response]
+        answer = answer[0] if isinstance(answer, list) and answer else answer
+        question = row[self.prompt] if self.prompt else ""
+        for column, text in ((self.prompt, question), (self.response, answer)):
+            tables.check_text(text, column, name)
+        return [{"role": "user", "content": question or ""}, {"role": "assistant", "content": answer or ""}]
+
+    def _rows_and_images(self, *columns):
+        """The rows, and their images alone, undecoded."""
+        rows = self.rows()
+        for column in filter(None, columns):
+            if column not in rows.column_names:
+                raise UserError(tables.missing_field(column, rows.column_names, self._where()))
+        images, datasets = rows.select_columns([self.image]), library()
+        feature, undecoded = rows.features[self.image], datasets.Image(decode=False)
+        if isinstance(feature, datasets.Image):
+            images = images.cast_column(self.image, undecoded)
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            images = images.cast_column(self.image, datasets.List(undecoded))
+        return rows, images
+
     def _labels_and_captions(self, rows):
         columns = (rows[column] if column else [None] * len(rows) for column in (self.label, self.caption))
         return zip(*columns, strict=True)
 
-    def _content(self, images, index, name):
-        """The bytes of an image, or the path of its file."""
+    def _content(self, images, index, name, place=0):
+        """The bytes of an image of a row, or the path of its file."""
         value = images[index][self.image]
+        value = value[place] if isinstance(value, list) else value
         if isinstance(value, dict) and "bytes" in value:
             value = value["bytes"] or value.get("path")
         if not isinstance(value, bytes | str):

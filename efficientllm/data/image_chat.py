@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import typing
+from collections.abc import Sequence
 
 from efficientllm.data import tables
 from efficientllm.data.base import Example, ExampleSource, Tally
@@ -53,16 +54,23 @@ def _example(row, where, folder):
     turns = next((row[key] for key in MESSAGES if isinstance(row, dict) and row.get(key)), None)
     if not isinstance(turns, list):
         raise UserError(f"{where}: has no list 'messages' or 'conversations'; write turns of 'role' and 'content'")
+    listed = next((row[key] for key in _PICTURES if row.get(key) is not None), [])
+    example = conversation_example(turns, listed if isinstance(listed, list | tuple) else [listed], where)
+    return example._replace(pictures=tuple(_picture(picture, where, folder) for picture in example.pictures))
+
+
+def conversation_example(turns: list, pictures: Sequence[typing.Any], where: str) -> Example:
+    """Converts turns to an Example named `where`; its pictures are those that parts name, or `pictures`.
+
+    Raises UserError, naming the turn, for what is no conversation, and where both name pictures.
+    """
     named: list[typing.Any] = []
     messages = [_message(turn, f"{where}, turn {number}", named) for number, turn in enumerate(turns, 1)]
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise UserError(f"{where}: no turn of the assistant: there is nothing to learn; add an answer")
-    listed = next((row[key] for key in _PICTURES if row.get(key) is not None), [])
-    listed = listed if isinstance(listed, list | tuple) else [listed]
-    if named and listed:
+    if named and pictures:
         raise UserError(f"{where}: names pictures in its parts and in a field beside them; take one of both")
-    pictures = tuple(_picture(picture, where, folder) for picture in named or listed)
-    return Example(messages, pictures, name=where)
+    return Example(messages, tuple(named or pictures), name=where)
 
 
 def _message(turn, where, named):

@@ -146,10 +146,10 @@ class Harness(TemplateLM):
         new, stops = settings.pop("max_gen_toks"), [text for text in settings.pop("until", []) if text]
         if new >= self.max_length:
             raise UserError(f"a task generates {new} tokens; the model has {self.max_length} positions in all")
-        prompts = {index: self.tok_encode(requests[index].args[0])[-(self.max_length - new) :] for index in group}
+        prompts = {index: self._prompt(requests[index], self.max_length - new) for index in group}
         group = sorted(group, key=lambda index: -len(prompts[index]))
         length = min(self.max_length, _bucket(len(prompts[group[0]]) + new))
-        engine = Engine(self.lm, self.params, _sampler(settings), self.own_tokenizer.end_ids, length, chunked=True)
+        engine = self._engine([requests[index] for index in group], _sampler(settings), length)
         reach = (
             4 * max(map(len, stops), default=0) + 4
         )  # more tokens than a stop string has: up to four bytes a character
@@ -162,6 +162,14 @@ class Harness(TemplateLM):
             *_, completions = engine.generate([prompts[index] for index in indices], new, self.seed, 16, stopped, first)
             for index, ids in zip(indices, completions, strict=True):
                 yield index, cut(self.own_tokenizer.decode(ids), stops)
+
+    def _prompt(self, request, most):
+        """The ids of a request to generate from, the last `most` of them."""
+        return self.tok_encode(request.args[0])[-most:]
+
+    def _engine(self, requests, sampler, length):
+        """The engine that answers requests, in their order."""
+        return Engine(self.lm, self.params, sampler, self.own_tokenizer.end_ids, length, chunked=True)
 
 
 def _sampler(settings):

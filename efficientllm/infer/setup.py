@@ -37,6 +37,7 @@ from efficientllm.vision import processors
 KEYS_OF = {
     "text": {
         "quality.tasks": "tasks of the lm-evaluation-harness are text, and the model reads images; leave them out",
+        "infer.max_pixels": "limits pictures in prompts of a vision-language model; leave it out",
     },
     "images": {
         "infer.solver": "a language model has no solver; leave it out, or name a diffusion model",
@@ -81,10 +82,12 @@ def _text_serving(description, with_text):
     requests = prompts.read_lines(infer.prompts)
     if with_text:
         data.check_data(config.data)  # before a checkpoint is read, which can take a minute
-    records = None
+    records, processor = None, None
     if description.lm.reads == "text and images":
-        records = _records(description, requests)
+        records, processor = _records(description, requests)
         ids = [list(record.ids) for record in records]
+    elif infer.max_pixels:
+        raise UserError(f"config.infer.max_pixels = {infer.max_pixels}: the model reads no pictures; leave it out")
     else:
         ids = prompts.encode(prompts.read(infer.prompts), description.tokenizer, infer.chat)
     check_prompts(ids)
@@ -99,16 +102,17 @@ def _text_serving(description, with_text):
         "length": length,
         "max_positions": description.max_positions,
     }
-    return TextServing(**fields) if records is None else VisionServing(**fields, records=records)
+    return TextServing(**fields) if records is None else VisionServing(**fields, records=records, processor=processor)
 
 
 def _records(description, requests):
-    """The prompts of a vision-language model, with the images of requests prepared by the model's own processor."""
+    """`(prompts of a vision-language model with their images, the model's own processor)`."""
     if any(request.images for request in requests) and importlib.util.find_spec("PIL") is None:
         raise UserError(f"config.infer.prompts: images are read with Pillow; {optional_packages.remedy('images')}")
     lm, tokenizer = description.lm, description.tokenizer
     processor = processors.read_processor(description.source and description.source.tokenizer_path, lm)
-    return encode_requests(requests, lm, tokenizer, processor, description.config.infer.chat)
+    processor = processors.within(processor, description.config.infer.max_pixels)
+    return encode_requests(requests, lm, tokenizer, processor, description.config.infer.chat), processor
 
 
 def _pictures(description):

@@ -31,6 +31,7 @@ class TextServing(Serving):
     texts:          the prompts; `prompts` are their ids.
     length:         cache length: tokens of the longest prompt and its completion.
     max_positions:  of the checkpoint, or None.
+    processor:      of pictures, where the model reads them.
     """
 
     lm: LM
@@ -40,6 +41,7 @@ class TextServing(Serving):
     prompts: list[list[int]]
     length: int
     max_positions: int | None = None
+    processor: typing.Any = None
 
     @property
     def request(self) -> str:

@@ -50,10 +50,11 @@ class VisionEngine(Engine):
 
 @dataclasses.dataclass(kw_only=True)
 class VisionServing(TextServing):
-    """A vision-language model to serve; `records` are the prompts with their pictures."""
+    """A vision-language model to serve; `records` are the prompts with their pictures, which `processor` made."""
 
     lm: VisionLM
     records: list[Prompt]
+    processor: Processor
 
     def engine(self, params: Params) -> Engine:
         return VisionEngine(self.records, self.lm, params, self.sampler, self.tokenizer.end_ids, self.length)

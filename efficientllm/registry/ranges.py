@@ -117,6 +117,7 @@ KEYS: Ranges = {
     "infer.guidance": real(0, 10_000, note="1 is none"),
     "infer.guidance_channels": whole(0, 2**16, "0 is all"),
     "infer.fps": real(0.01, 1000, note="frames of a clip a second"),
+    "infer.max_pixels": whole(0, 2**40, "0 is the model's own limit"),
     "infer.max_new_tokens": WIDTH,
     "infer.batch_size": whole(1, 2**20),
     "infer.prompt_length": WIDTH,

@@ -128,12 +128,14 @@ class Inference(Run):
         serving, quality_config = self.serving, self.config.quality
         readings = lm_eval_tasks.readings_of_file(quality_config.results) if quality_config.results else {}
         if quality_config.tasks:
-            from efficientllm.evaluation import lm_eval_model  # lm-eval is an extra
+            from efficientllm.evaluation import lm_eval_model, lm_eval_vision  # lm-eval is an extra
 
             max_length = serving.max_positions or lm_eval_tasks.POSITIONS
-            model = lm_eval_model.Harness(
-                serving.lm, self.params, serving.tokenizer, max_length, quality_config.batch_size, self.config.seed
-            )
+            arguments = serving.lm, self.params, serving.tokenizer, max_length, quality_config.batch_size
+            if serving.processor is None:
+                model = lm_eval_model.Harness(*arguments, self.config.seed)
+            else:
+                model = lm_eval_vision.VisionHarness(serving.processor, *arguments, self.config.seed)
             file = self.workdir.path / "results.json"
             readings |= lm_eval_tasks.score(model, quality_config, self.config.infer.chat, self.config.seed, file)
         return readings

@@ -23,7 +23,7 @@ def encode_example(example: Example, lm: VisionLM, tokenizer: typing.Any) -> tup
     if tokenizer.chat is None:
         ids, learnt = _plain(messages, lm, tokenizer)
     else:
-        messages = _for_template(messages, len(example.pictures), lm, tokenizer)
+        messages = template_messages(messages, len(example.pictures), lm, tokenizer)
         ids, learnt = conversation.encode(tokenizer, json.dumps(messages))
     return np.asarray(ids, np.int32), np.asarray(learnt, bool)
 
@@ -64,8 +64,11 @@ def _plain(messages, lm, tokenizer):
     return ids, learnt
 
 
-def _for_template(messages, count, lm, tokenizer):
-    """The messages as the chat template reads them: in parts, or where it reads texts with the image token's text."""
+def template_messages(messages: list[Message], count: int, lm: VisionLM, tokenizer: typing.Any) -> list[Message]:
+    """Returns messages in parts as the chat template reads them: so, or as texts with the image token's own text.
+
+    `count` is the number of their pictures.
+    """
     token = marked_token(tokenizer.text_of(lm.image_token))
     texts = [message | {"content": _joined(message["content"], token)} for message in messages]
     in_parts = [message if message["role"] == "user" else text for message, text in zip(messages, texts, strict=True)]

@@ -23,7 +23,7 @@ from efficientllm.errors import UserError
 from efficientllm.typing import Batch, Record
 from efficientllm.vision.conversations import encode_example
 from efficientllm.vision.picture_sizes import picture_size
-from efficientllm.vision.processors import AnySize, Processor, load_picture
+from efficientllm.vision.processors import Processor, load_picture, within
 from efficientllm.vision.token_rows import Prompt, slots_of, token_repeats, token_row
 from efficientllm.vision.tower_rows import PreparedImage, tower_rows
 
@@ -66,10 +66,7 @@ class ExampleData:
     @functools.cached_property
     def _processor(self):
         """The processor within the limit of the source."""
-        most = self.source.max_pixels
-        if not most or not isinstance(self.processor, AnySize):
-            return self.processor
-        return dataclasses.replace(self.processor, max_pixels=min(most, self.processor.max_pixels))
+        return within(self.processor, self.source.max_pixels)
 
     @functools.cached_property
     def sides(self) -> dict[str, list[Encoded]]:

@@ -93,6 +93,13 @@ class AnySize(Processor):
         return [self._resized(image, self.size(image.height, image.width))]
 
 
+def within(processor: Processor, max_pixels: int) -> Processor:
+    """Returns the processor with a lower limit of pixels, 0 for its own; those of one size or of tiles stay."""
+    if not max_pixels or not isinstance(processor, AnySize):
+        return processor
+    return dataclasses.replace(processor, max_pixels=min(max_pixels, processor.max_pixels))
+
+
 @dataclasses.dataclass(frozen=True)
 class CenterCrop(Processor):
     """CLIP's processor: the shorter side becomes `side`, and the middle square of `crop` pixels is cut out."""

@@ -181,7 +181,7 @@ def test_every_text_that_names_something_is_checked():
 
     assert texts - value_rules.KEYS.keys() == {"sample.prompt"}
     free = {"axis", "split", "name", "field", "messages", "prompt", "response", "system", "activations"}
-    free |= {"letters", "image", "label", "caption", "captions", "question"}
+    free |= {"letters", "image", "label", "caption", "captions", "question", "writer"}
     free |= {"images"}  # a folder, whose files are looked for one by one
     for kind in KINDS:
         for entry in catalogue.entries(kind).values():

@@ -22,7 +22,7 @@ def test_answers_follow_from_the_table():
         scale = charts.MEASURES[chart.measure][2]
         assert chart.values == tuple(round(rows[name, chart.year][chart.measure] / scale, 1) for name in chart.names)
         shown = dict(zip(chart.names, map(float, map(chart.label, chart.values)), strict=True))
-        for question, answer in charts.questions(chart, random.Random(number)):
+        for question, answer, _ in charts.questions(chart, random.Random(number)):
             if question.startswith("What is"):
                 name = question.split(" of ")[-1].rstrip("?")
                 assert shown[name] == float(answer)

@@ -141,3 +141,69 @@ def test_rows_that_datasets_cannot_read_are_one_line(tmp_path, tokenizer):
     with pytest.raises(UserError) as error:
         data.describe_data(f"hf(path='{tmp_path}/set', streaming=True)", tokenizer)
     assert "\n" not in str(error.value)
+
+
+def _pictures(folder, several):
+    """Writes a data set of pictures with questions, answers and conversations."""
+    import io
+
+    import datasets
+    from PIL import Image
+
+    def png(number):
+        stream = io.BytesIO()
+        Image.fromarray(np.full((8, 9, 3), number, np.uint8)).save(stream, "PNG")
+        return {"bytes": stream.getvalue(), "path": None}
+
+    numbers = range(6)
+    turns = [
+        [
+            {"role": "user", "content": f"<image>{'<image>' if several else ''}Q{number}"},
+            {"role": "assistant", "content": f"A{number}"},
+        ]
+        for number in numbers
+    ]
+    columns = {
+        "image": [[png(number), png(100 + number)] if several else png(number) for number in numbers],
+        "query": [f"Q{number}" for number in numbers],
+        "label": [[f"A{number}", "another"] for number in numbers],
+        "turns": turns,
+    }
+    image = datasets.List(datasets.Image()) if several else datasets.Image()
+    kinds = {"query": datasets.Value("string"), "label": datasets.List(datasets.Value("string"))}
+    turn = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    features = datasets.Features({"image": image, **kinds, "turns": datasets.List(turn)})
+    folder.mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("columns", ["prompt='query', response='label'", "messages='turns'"])
+def test_conversations_about_pictures(tmp_path, several, columns):
+    from efficientllm.vision.conversations import place_pictures
+    from efficientllm.vision.processors import load_picture
+
+    path = _pictures(tmp_path / "set", several)
+    source = Hub(**eval(f"dict(path={path!r}, image='image', {columns})"))
+    assert source.modality == "text and images"
+    examples = list(source.examples())
+    assert len(examples) == 6
+    for number, example in enumerate(examples):
+        assert [np.asarray(load_picture(content(), example.name))[0, 0, 0] for content in example.pictures] == [
+            number,
+            100 + number,
+        ][: 1 + several]
+        question, answer = place_pictures(example.messages, len(example.pictures), example.name)
+        assert [part["type"] for part in question["content"]] == ["image"] * (1 + several) + ["text"]
+        assert (question["content"][-1]["text"], answer["content"][0]["text"]) == (f"Q{number}", f"A{number}")
+    documents = list(source.documents())
+    assert len(documents) == 6 and all("Q" in text for text, _ in documents)
+
+
+def test_a_missing_column_of_conversations_is_named(tmp_path):
+    path = _pictures(tmp_path / "set", False)
+    with pytest.raises(UserError, match="no field 'answer'"):
+        list(Hub(path=path, image="image", prompt="query", response="answer").examples())
+    with pytest.raises(UserError, match="streaming = True"):
+        list(Hub(path=path, image="image", prompt="query", response="label", streaming=True).examples())
