@@ -105,6 +105,7 @@ def get_config() -> ConfigDict:
     config.plan.hardware = "cpu"  # or h100, gh200_96, v5e... of cost/data/hardware.json
     config.plan.devices = 1
     config.plan.of = "pretrain"  # or tune, infer: the task whose step or request is planned
+    config.plan.images = ()  # (height, width) of each picture in a row or prompt of a vision-language model
     config.plan.calibration = ""  # a folder of runs measured on that hardware, or the file made from one
 
     config.quality = ConfigDict()

@@ -98,6 +98,11 @@ class Backbone(nn.Module):
         """Counts the rows that the kernel of an end at `path` multiplies for a row of `length` tokens."""
         return length
 
+    def mix_flops(self, mixer: Mixer, length: int, executed: bool = False) -> float:
+        """Counts `Mixer.mix_flops` of a row of `length` tokens in the model's order."""
+        order = {} if self.order == "causal" else {"order": self.order}
+        return mixer.mix_flops(length, executed, **order)
+
     def has_input_gradient(self, path: str, trains: typing.Callable[[str], bool]) -> bool:
         """Whether the input of an end's kernel has a gradient; `trains(path)` says which parameters are trainable."""
         return True

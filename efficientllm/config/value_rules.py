@@ -202,6 +202,20 @@ def numbers(allowed: ranges.Range) -> Rule:
     return rule
 
 
+def sizes(allowed: ranges.Range) -> Rule:
+    """A tuple of (height, width) pairs, each number in the range `allowed`."""
+
+    def rule(where, value, has_plugins):
+        for pair in value:
+            if not (isinstance(pair, tuple | list) and len(pair) == 2):
+                raise UserError(
+                    f"{where} = {short_repr(value)}: must be pairs of (height, width); {short_repr(pair)} is not"
+                )
+            ranges.check_range(where, tuple(pair), ranges.TupleOf(allowed))
+
+    return rule
+
+
 _factors = regex_pairs("number", number(ranges.real(0)))
 KEYS = {
     "name": check_folder_name,
@@ -245,6 +259,7 @@ KEYS = {
     "plan.hardware": check_hardware,
     "plan.of": name_of("planned"),
     "plan.calibration": check_path,
+    "plan.images": sizes(ranges.whole(1, ranges.WIDEST, "pixels")),
     "quality.tasks": tuple_of(check_nonempty),
     "quality.include": check_path,
     "quality.results": check_file,

@@ -152,10 +152,10 @@ def _kernel_flops(lm, boxed, length):
 
 
 def stack_flops(lm: Backbone, length: int, executed: bool = False) -> list[tuple[Stack, float]]:
-    """Counts `Mixer.mix_flops` of a group of each stack of layers, in the model's order of tokens."""
-    order, blocks = {} if lm.order == "causal" else {"order": lm.order}, parts(lm)
+    """Counts `Backbone.mix_flops` of a group of each stack of layers."""
+    blocks = parts(lm)
     return [
-        (stack, sum(mixer.mix_flops(length, executed, **order) for i in stack.blocks for mixer in blocks[i].mixers))
+        (stack, sum(lm.mix_flops(mixer, length, executed) for i in stack.blocks for mixer in blocks[i].mixers))
         for stack in lm.stacks
     ]
 

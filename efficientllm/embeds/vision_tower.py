@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from efficientllm.errors import FieldError
 from efficientllm.ffns.dense import GELUS
 from efficientllm.layers import Linear
+from efficientllm.mixers.base import Mixer
 from efficientllm.model import Backbone
 from efficientllm.ops.attention import Context, Mask
 from efficientllm.registry import build, complete_spec, register
@@ -161,6 +162,12 @@ class VisionTower(Backbone, kw_only=True):
 
     def patch_side(self) -> int:
         return self.patch
+
+    def mix_flops(self, mixer: Mixer, length: int, executed: bool = False) -> float:
+        """Counts those of a row of `length` slots, which are whole bins of a mixer with windows."""
+        if not mixer.bin:
+            return super().mix_flops(mixer, length, executed)
+        return length / mixer.bin * super().mix_flops(mixer, mixer.bin, executed)
 
     def kernel_rows(self, path: str, length: int) -> int:
         return length // self.merge**2 if path.startswith("projector/") else length

@@ -9,10 +9,11 @@ import jax
 from efficientllm import model, sharding
 from efficientllm.infer import image_samples, picture_prompts, picture_setup
 from efficientllm.infer import setup as infer
-from efficientllm.plan import training_step
+from efficientllm.plan import planned_images, training_step
 from efficientllm.plan.picture_request import PictureRequest
 from efficientllm.plan.request import Request
 from efficientllm.plan.text_request import TextRequest
+from efficientllm.plan.vision_request import VisionRequest
 from efficientllm.quant import apply as quant
 from efficientllm.registry import register
 from efficientllm.run_description import describe_run
@@ -49,7 +50,8 @@ def describe(
     shared = {"config": config, "lm": lm, "mesh": description.mesh, "boxed": boxed, "shaped": shaped}
     shared |= {"platform": platform, "capability": capability}
     if is_text:
-        return TextRequest(**shared)
+        grids = planned_images.grids(description, config.infer.prompt_length)
+        return VisionRequest(**shared, grids=grids) if grids else TextRequest(**shared)
     sampler = image_samples.sampler_of(lm, config.infer, objective)
     return PictureRequest(**shared, sampler=sampler, encoder=objective.encoder)
 

@@ -19,8 +19,6 @@ from efficientllm.plan.request import Request
 from efficientllm.registry import build
 from efficientllm.runtime import kernel_choice
 
-FIRST = ("prefill", "first logits")  # the programs before the first token
-
 
 @dataclasses.dataclass(frozen=True)
 class TextRequest(Request):
@@ -30,6 +28,9 @@ class TextRequest(Request):
     """
 
     lm: LM
+
+    # Names of the programs before the first token.
+    before_first_token: typing.ClassVar[tuple[str, ...]] = ("prefill", "first logits")
 
     @property
     def length(self) -> int:
@@ -67,8 +68,8 @@ class TextRequest(Request):
         step_flops = self.samples * formulas.decode_flops(self.lm, self.boxed, middle)
         used = {name: sorted(kinds) for name, kinds in prefill_kernels.items()}
         return [
-            training_step.Part(FIRST[0], 1, prefill, used, prefill_flops, self.resident),
-            training_step.Part(FIRST[1], 1, read_out, {}, head, 0),
+            training_step.Part("prefill", 1, prefill, used, prefill_flops, self.resident),
+            training_step.Part("first logits", 1, read_out, {}, head, 0),
             training_step.Part(
                 "decode",
                 infer_config.max_new_tokens,
@@ -112,7 +113,7 @@ class TextRequest(Request):
 
     def latencies(self, estimates: Mapping[str, typing.Any]) -> dict[str, float | None]:
         """Least TTFT and TPOT by roofline; `estimates` are the `parts` of the Estimate."""
-        *first, step = (estimates[name][1].roofline.seconds for name in (*FIRST, "decode"))
+        *first, step = (estimates[name][1].roofline.seconds for name in (*self.before_first_token, "decode"))
         return {"ttft_s": None if None in first else sum(first), "tpot_s": step}
 
     def readings(self) -> dict[str, Reading]:

@@ -22,7 +22,7 @@ from efficientllm.cost import formulas, jaxpr_flops, step_memory
 from efficientllm.metrics import memory
 from efficientllm.metrics.reading import Reading
 from efficientllm.objectives.base import Objective
-from efficientllm.plan import collectives, cudnn, hlo_cost, hlo_text
+from efficientllm.plan import collectives, cudnn, hlo_cost, hlo_text, planned_images
 from efficientllm.plan import remedies as changes
 from efficientllm.plan.hlo_cost import Collective
 from efficientllm.registry import register
@@ -233,7 +233,7 @@ def describe(
     description = describe_run(config, devices, shapes_only=True)
     check_train(config.train, description.mesh, description.objective)
     with target(platform, capability):
-        lm = training_lm(description)
+        lm = training_lm(description, planned_images.row_slots(description))
         shaped, shardings = step.abstract_state(lm, config, description.length, description.method, description.mesh)
         boxed = model.abstract_params(lm)
     objective, length = description.objective, description.length

@@ -99,17 +99,21 @@ def check_train(train: Config, mesh: Mesh, objective: Objective = NEXT_TOKEN) ->
     rules.schedule(train)
 
 
-def training_lm(run: RunDescription) -> typing.Any:
+def training_lm(run: RunDescription, row_slots: int | None = None) -> typing.Any:
     """The LM that is trained: that of the RunDescription, unrolled (no scan over layers) where the method asks for it.
 
-    Raises UserError as `check_form` and `check_length` do, and for a model that the tuning method does not support.
+    `row_slots` are the slots of patches of a row, where no data say how many. Raises UserError as `check_form` and
+    `check_length` do, and for a model that the tuning method does not support.
     """
     check_form(run)
     check_length(run)
     run.method.check(run.lm)
     run.objective.check(run.lm)
     _check_new_parts(run)
-    lm = run.dataset.model(run.lm) if run.has_pictures else run.lm
+    if row_slots is not None:
+        lm = run.lm.clone(row_slots=row_slots)
+    else:
+        lm = run.dataset.model(run.lm) if run.has_pictures else run.lm
     return lm.clone(scan=False) if run.method.unrolled else lm
 
 

@@ -8,7 +8,6 @@ import functools
 import math
 import pathlib
 import typing
-from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -25,7 +24,7 @@ from efficientllm.vision.conversations import encode_example
 from efficientllm.vision.picture_sizes import picture_size
 from efficientllm.vision.processors import Processor, load_picture, within
 from efficientllm.vision.token_rows import Prompt, slots_of, token_repeats, token_row
-from efficientllm.vision.tower_rows import PreparedImage, tower_rows
+from efficientllm.vision.tower_rows import count_slots, tower_rows
 
 BINS = 16  # rows that are filled at a time; their patches are held in memory
 SPARE = 1.1  # slots of a row over the mean of the examples that fill its tokens
@@ -96,7 +95,7 @@ class ExampleData:
         ids, learnt, rest = ids[: self.text.length + 1], learnt[: self.text.length + 1], is_image[self.text.length :]
         if rest.any() or not learnt[1:].any():
             return None
-        return Encoded(ids, learnt, example, _count_slots(self.lm.vision, tuple(grids)))
+        return Encoded(ids, learnt, example, count_slots(self.lm.vision, tuple(grids)))
 
     @functools.cached_property
     def row_slots(self) -> int:
@@ -263,19 +262,6 @@ def first_groups(segments_BT: np.ndarray, segments_BS: np.ndarray, group: int) -
 
 def _unit(vision):
     return int(np.lcm(max(vision.bin, 1), vision.merge**2))
-
-
-@functools.lru_cache
-def _count_slots(vision, grids: Sequence[tuple[int, int, int]]) -> int:
-    """Counts the slots that the images of an example take in a row."""
-    rows = tower_rows(vision, [[_blank(vision, grid) for grid in grids]])
-    return rows.patches.frames_BS.shape[1] if grids else 0
-
-
-def _blank(vision, grid):
-    """An image of a grid without its pixels."""
-    patches = math.prod(grid)
-    return PreparedImage(np.zeros((patches, vision.pixel_features), np.float32), grid, patches // vision.merge**2)
 
 
 def _first_fit(documents, most):

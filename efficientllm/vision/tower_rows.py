@@ -4,6 +4,8 @@ Letters: S slots, c features of a patch, m the side of a merge group. Images of 
 groups of m x m, groups in raster order of their frame, as processors make them.
 """
 
+import functools
+import math
 import typing
 from collections.abc import Sequence
 
@@ -62,6 +64,19 @@ def tower_rows(tower: VisionTower, rows: Sequence[Sequence[PreparedImage]], mult
     patches = Patches(*(np.stack(arrays) for arrays in zip(*fields, strict=True)))
     patches = patches if tower.bin else patches._replace(windows_BS=None)
     return TowerRows(patches, [_feature_slots(row, images) for row, images in zip(laid_out, rows, strict=True)])
+
+
+@functools.lru_cache
+def count_slots(tower: VisionTower, grids: tuple[_Grid, ...]) -> int:
+    """Counts the slots that images of some grids take in a row."""
+    rows = tower_rows(tower, [[blank_image(tower, grid) for grid in grids]])
+    return rows.patches.frames_BS.shape[1] if grids else 0
+
+
+def blank_image(tower: VisionTower, grid: _Grid) -> PreparedImage:
+    """Makes an image of a grid, all zeros."""
+    patches = math.prod(grid)
+    return PreparedImage(np.zeros((patches, tower.pixel_features), np.float32), grid, patches // tower.merge**2)
 
 
 def merged_grid(grid: _Grid, merge: int) -> _Grid:

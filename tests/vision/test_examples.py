@@ -143,15 +143,23 @@ def count_step(lm, boxed, adapter):
     return formulas.step_flops(lm, boxed, 96, 2, method), program
 
 
-@pytest.mark.parametrize("adapter", ["full()", "lora(rank=2)", "freeze(train='^vision/')"])
-def test_flops_of_a_step_are_those_of_its_program(adapter):
+@pytest.mark.parametrize(
+    "name, slots, adapter",
+    [
+        ("qwen2", 64, "full()"),
+        ("qwen2", 64, "lora(rank=2)"),
+        ("qwen2", 64, "freeze(train='^vision/')"),
+        ("qwen2.5", 192, "full()"),  # three bins of windows in a row
+    ],
+)
+def test_flops_of_a_step_are_those_of_its_program(name, slots, adapter):
     """What images add to a step by the formula, against what they add to its jaxpr.
 
     Where the tower alone learns, against a step that trains its last map: gradients go through the language model in
     both.
     """
-    _, lm, _ = loaded("qwen2")
-    lm = lm.clone(remat="everything_saveable", row_slots=64)
+    _, lm, _ = loaded(name)
+    lm = lm.clone(remat="everything_saveable", row_slots=slots)
     lm = lm.clone(vision=lm.vision.clone(remat="everything_saveable"))
     boxed = model.abstract_params(lm)
     of_tower = "freeze" in adapter
