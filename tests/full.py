@@ -2,7 +2,9 @@
 
 A part is a folder's files of tests, or one of the files beside this one, which have the longest tests.
 
-Results are kept in the cache folder by commit, Python and JAX; at the end the table in CONTRIBUTING.md is written.
+Results are kept in `full_results.json`, which is committed, so that another machine can go on: each part's with its
+date, commit and processor. A run ends when every part has a result since it began; then the table in CONTRIBUTING.md is
+written. A part that failed is run again by its path.
 """
 
 import argparse
@@ -25,14 +27,20 @@ from efficientllm.runtime.atomic_write import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
 GUIDE = ROOT / "CONTRIBUTING.md"
+RESULTS = ROOT / "tests" / "full_results.json"
 COLUMNS = "Date | Commit | Python | JAX | CPU | Passed | Failed | Skipped | Minutes"
 TABLE = re.compile(rf"^\| {re.escape(COLUMNS)} \|\n\|[-|]+\|\n(?:\|.*\|\n)*", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Counts of one part of the tests, and the seconds that it took."""
+    """Counts of one part of the tests, the seconds that it took, when and where."""
 
+    date: str
+    commit: str
+    python: str
+    jax: str
+    cpu: str
     seconds: float
     passed: int
     failed: int
@@ -58,6 +66,16 @@ def test_parts(paths: list[str]) -> dict[str, list[str]]:
     return parts
 
 
+def new_result(seconds: float, passed: int, skipped: int, failures: list[str]) -> Result:
+    """Makes the result of a part that has just run."""
+    from efficientllm.record import provenance
+
+    cpu, commit = provenance.processor(), git("rev-parse", "--short=10", "HEAD")
+    when = datetime.datetime.now().isoformat(timespec="seconds")
+    where = platform.python_version(), version("jax"), f"{cpu['cores']} × {cpu['name']}"
+    return Result(when, commit, *where, round(seconds, 1), passed, len(failures), skipped, failures)
+
+
 def read_report(path: pathlib.Path, part: str, status: int, seconds: float) -> Result:
     """Counts of a JUnit report; an exit status that is none of a test's counts as one failure."""
     (suite,) = xml.etree.ElementTree.parse(path).getroot().iter("testsuite")
@@ -68,7 +86,7 @@ def read_report(path: pathlib.Path, part: str, status: int, seconds: float) -> R
     failures = [f"{case.get('classname')}: {case.get('name')}" for case in broken]
     if status not in (0, 1, 5):  # 5: no test in the part
         failures.append(f"{part}: pytest ended with {status}")
-    return Result(seconds, total - skipped - len(broken), len(failures), skipped, failures)
+    return new_result(seconds, total - skipped - len(broken), skipped, failures)
 
 
 def run_part(part: str, files: list[str], workers: str, report: pathlib.Path) -> Result:
@@ -88,54 +106,58 @@ def run_part(part: str, files: list[str], workers: str, report: pathlib.Path) ->
         raise
     seconds = time.monotonic() - began
     if not report.exists():
-        return Result(seconds, 0, 1, 0, [f"{part}: pytest ended with {status} and no report"])
+        return new_result(seconds, 0, 0, [f"{part}: pytest ended with {status} and no report"])
     return read_report(report, part, status, seconds)
 
 
 class Progress:
-    """The results of a commit, and how long each part took the last time, whatever the commit."""
+    """The results of the parts; those since the run began, under this Python and JAX, need not be run again."""
 
-    def __init__(self, commit: str):
-        self.results_file = cache_folder() / f"{commit}-python{platform.python_version()}-jax{version('jax')}.json"
-        self.seconds_file = cache_folder() / "seconds.json"
-        self.results = {part: Result(**fields) for part, fields in self._read(self.results_file).items()}
-        self.seconds = self._read(self.seconds_file)
+    def __init__(self, file: pathlib.Path):
+        stored = json.loads(file.read_text()) if file.exists() else {"done": [], "parts": {}}
+        self.file, self.done = file, stored["done"]
+        self.results = {part: Result(**fields) for part, fields in stored["parts"].items()}
+
+    def due(self, parts: Iterable[str]) -> list[str]:
+        """Lists the parts without a result of this run."""
+        return [part for part in parts if part not in self.done or not self._is_here(part)]
+
+    def _is_here(self, part):
+        result = self.results.get(part)
+        return result is not None and (result.python, result.jax) == (platform.python_version(), version("jax"))
 
     def add(self, part: str, result: Result) -> None:
-        self.results[part], self.seconds[part] = result, result.seconds
-        self._write(self.results_file, {name: dataclasses.asdict(result) for name, result in self.results.items()})
-        self._write(self.seconds_file, self.seconds)
+        self.results[part], self.done = result, sorted({*self.done, part})
+        parts = {name: dataclasses.asdict(self.results[name]) for name in sorted(self.results)}
+        write_atomically(self.file, json.dumps({"done": self.done, "parts": parts}, indent=1) + "\n")
 
     def seconds_left(self, parts: Iterable[str]) -> float | None:
-        """An estimate for the parts without a result: unknown ones take the mean of the known; None if none is."""
-        measured = self.seconds.values()
+        """An estimate for the parts that are due: unknown ones take the mean of the known; None if none is."""
+        measured = [result.seconds for result in self.results.values()]
         mean = sum(measured) / len(measured) if measured else None
-        left = [self.seconds.get(part, mean) for part in parts if part not in self.results]
+        left = [self.results[part].seconds if part in self.results else mean for part in self.due(parts)]
         return None if None in left else sum(left)
-
-    @staticmethod
-    def _read(path: pathlib.Path) -> dict:
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    @staticmethod
-    def _write(path: pathlib.Path, values: dict) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(values))
 
 
 def clock_time(seconds: float | None) -> str:
     return "?" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
 
 
-def table_row(commit: str, results: list[Result]) -> str:
-    """The row of COLUMNS for the results of all parts."""
-    from efficientllm.record import provenance
+def table_row(results: list[Result]) -> str:
+    """The row of COLUMNS for the results of all parts: the first and the last date and commit, the sums of counts."""
 
-    cpu = provenance.processor()
+    def of_all(key):
+        ordered = sorted(results, key=lambda result: result.date)
+        return list(dict.fromkeys(getattr(result, key) for result in ordered))
+
+    def ends(values):
+        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
     counts = [sum(getattr(result, key) for result in results) for key in ("passed", "failed", "skipped")]
-    minutes = sum(result.seconds for result in results) / 60
-    where = [platform.python_version(), version("jax"), f"{cpu['cores']} × {cpu['name']}"]
-    return f"| {' | '.join(map(str, [datetime.date.today(), commit[:10], *where, *counts, round(minutes)]))} |"
+    minutes = round(sum(result.seconds for result in results) / 60)
+    where = ["; ".join(of_all(key)) for key in ("python", "jax", "cpu")]
+    days = list(dict.fromkeys(date[:10] for date in of_all("date")))
+    return f"| {' | '.join(map(str, [ends(days), ends(of_all('commit')), *where, *counts, minutes]))} |"
 
 
 def write_table(guide: pathlib.Path, row: str) -> None:
@@ -148,12 +170,15 @@ def write_table(guide: pathlib.Path, row: str) -> None:
 
 
 def run_parts(parts: dict[str, list[str]], workers: str, progress: Progress) -> None:
-    """Runs the parts without a result; prints counts and an estimate of the time left after each."""
-    for index, (part, files) in enumerate(parts.items(), 1):
-        if part in progress.results:
+    """Runs the parts that are due; prints counts and an estimate of the time left after each."""
+    due = progress.due(parts)
+    for index, part in enumerate(parts, 1):
+        if part not in due:
             continue
         print(f"[{index}/{len(parts)}] {part}", flush=True)
-        progress.add(part, run_part(part, files, workers, cache_folder() / "report.xml"))
+        report = cache_folder() / "report.xml"
+        report.parent.mkdir(parents=True, exist_ok=True)
+        progress.add(part, run_part(part, parts[part], workers, report))
         result, left = progress.results[part], clock_time(progress.seconds_left(parts))
         counts = f"{result.passed} passed, {result.failed} failed, {result.skipped} skipped"
         print(f"[{index}/{len(parts)}] {counts}; {result.seconds:.0f} s, {left} left", flush=True)
@@ -161,18 +186,23 @@ def run_parts(parts: dict[str, list[str]], workers: str, progress: Progress) -> 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python tests/full.py", description=__doc__.splitlines()[0])
-    parser.add_argument("paths", nargs="*", default=["tests"], help="some of the tests; no table is written then")
+    parser.add_argument("paths", nargs="*", default=["tests"], help="parts to run again")
     parser.add_argument("-n", default="auto", dest="workers", help="pytest-xdist's workers")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
-    if git("status", "--porcelain", "--", ".", f":!{GUIDE.name}"):
-        print("uncommitted changes: commit them; results are kept by commit", file=sys.stderr)
+    if git("status", "--porcelain", "--", ".", f":!{GUIDE.name}", f":!{RESULTS.relative_to(ROOT)}"):
+        print("uncommitted changes: commit them; results are kept with their commit", file=sys.stderr)
         return 2
-    commit, parts = git("rev-parse", "HEAD"), test_parts(arguments.paths)
-    progress = Progress(commit)
+    everything, parts = test_parts(["tests"]), test_parts(arguments.paths)
+    if broken := [part for part, files in parts.items() if files != everything[part]]:
+        print(f"{broken[0]}: run whole parts: a folder, or a file beside this one", file=sys.stderr)
+        return 2
+    progress = Progress(RESULTS)
+    if arguments.paths != ["tests"] or not progress.due(everything):  # chosen parts; or the run before has ended
+        progress.done = [part for part in progress.done if part not in parts]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run_parts(parts, arguments.workers, progress)
@@ -182,8 +212,8 @@ def main(argv: list[str]) -> int:
     results = [progress.results[part] for part in parts]
     failures = [failure for result in results for failure in result.failures]
     print(*failures, f"{len(failures)} failed of {sum(result.passed for result in results) + len(failures)}", sep="\n")
-    if arguments.paths == ["tests"]:
-        write_table(GUIDE, table_row(commit, results))
+    if not progress.due(everything):
+        write_table(GUIDE, table_row([progress.results[part] for part in everything]))
     return 1 if failures else 0
 
 

@@ -1,12 +1,15 @@
 """The full tier's script goes on after an interruption and writes the table of CONTRIBUTING.md."""
 
+import json
 import os
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
@@ -73,21 +76,57 @@ def test_it_goes_on_after_an_interruption_and_writes_the_table(repository):
     assert (repository / "a.log").read_text() == "once ", "the first part ran again"
     guide = (repository / "CONTRIBUTING.md").read_text()
     assert guide.startswith(HEADER) and guide.count("\n") == 3
+    assert json.loads((repository / "tests/full_results.json").read_text())["parts"].keys() == {
+        "tests/test_1.py",
+        "tests/test_2.py",
+    }
     assert re.search(r"^\| \d{4}-\d\d-\d\d \| [0-9a-f]{10} \| 3\.\d+\.\S+ \| .* \| 2 \| 1 \| 1 \| \d+ \|$", guide, re.M)
 
 
-def test_a_part_writes_no_table_and_changes_must_be_committed(repository):
+def test_a_part_is_run_again_and_changes_must_be_committed(repository):
     (repository / "go").touch()
-    partial_run = start(repository, "tests/test_2.py")
-    output, _ = partial_run.communicate(timeout=120)
-    assert (
-        partial_run.returncode == 0
-        and "0 failed of 1" in output
-        and (repository / "CONTRIBUTING.md").read_text() == HEADER
-    )
+    for _ in range(2):  # by its path a part is run whether or not it has a result
+        run = start(repository, "tests/test_2.py")
+        output, _ = run.communicate(timeout=120)
+        assert run.returncode == 0 and "1 passed" in output and "0 failed of 1" in output
+        assert (repository / "CONTRIBUTING.md").read_text() == HEADER
     (repository / "pyproject.toml").write_text("")
     refused = start(repository)
     assert "commit them" in refused.communicate(timeout=60)[0] and refused.returncode == 2
+
+
+def result(**fields):
+    values = {
+        "date": "2026-01-02T10:00:00",
+        "commit": "a" * 10,
+        "python": "3.11.7",
+        "jax": "1",
+        "cpu": "2 × A",
+        "seconds": 90,
+    }
+    return full.Result(**values | {"passed": 3, "failed": 0, "skipped": 1, "failures": []} | fields)
+
+
+def test_a_row_of_several_commits_and_machines():
+    rows = [result(), result(date="2026-01-03T09:00:00", commit="b" * 10, cpu="2 × B", failed=1)]
+    assert full.table_row(rows) == (
+        "| 2026-01-02 to 2026-01-03 | aaaaaaaaaa to bbbbbbbbbb | 3.11.7 | 1 | 2 × A; 2 × B | 6 | 1 | 2 | 3 |"
+    )
+    assert full.table_row(rows[:1]) == "| 2026-01-02 | aaaaaaaaaa | 3.11.7 | 1 | 2 × A | 3 | 0 | 1 | 2 |"
+
+
+def test_what_is_due(tmp_path):
+    """A run ends when every part has a result of it, under this Python and JAX."""
+    file, here = tmp_path / "results.json", {"python": platform.python_version(), "jax": version("jax")}
+    first = full.Progress(file)
+    assert first.due(["a", "b"]) == ["a", "b"]
+    first.add("a", result(**here))
+    again = full.Progress(file)
+    assert again.due(["a", "b"]) == ["b"] and again.seconds_left(["a", "b"]) == 90
+    again.add("b", result(python="3.9.0", jax="1"))
+    assert again.due(["a", "b"]) == ["b"]
+    again.add("b", result(**here))
+    assert again.due(["a", "b"]) == [] and full.Progress(file).due(["a", "b", "c"]) == ["c"]
 
 
 def test_a_folder_is_a_part():
