@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import struct
 import typing
+import unittest.mock
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -209,10 +210,12 @@ def clips(folder):
 
 
 def read_clips(folder):
-    from efficientllm.data.images.clips import read_clip
+    from efficientllm.data.images import clips
 
     for file in folder.iterdir():
-        assert read_clip(file).frames.ndim == 4
+        # A spoiled header may well ask for what is allowed: less is allowed here.
+        with unittest.mock.patch.object(clips, "MOST_BYTES", 1 << 27):
+            assert clips.read_clip(file).frames.ndim == 4
 
 
 def gguf(folder):

@@ -49,13 +49,13 @@ def read_clip(path: PathLike) -> Clip:
         content = path if os.path.isdir(path) else files.read_bytes(path, MAX_IMAGE_BYTES)
         shown = list(_shown(_frames(content, path)))
         _check_bytes(sum(itertools.starmap(_bytes_of, shown)))
-        frames = [np.asarray(pictures.convert(image, 3)) for image, _ in shown]
-        _check_sizes(frames)
+        _check_sizes([image for image, _ in shown])
+        frames = _stacked([image for image, _ in shown])
     except Unusable as error:
         detail = f" ({error.detail})" if error.detail else ""
         raise UserError(f"{path}: cannot be read: it is one of the {error.reason}{detail}") from None
     total = sum(milliseconds for _, milliseconds in shown)
-    return Clip(np.stack(frames), 1000 * len(frames) / total if total else None)
+    return Clip(frames, 1000 * len(frames) / total if total else None)
 
 
 def decode(content: Content, shapes: Sequence[Shape], stride: int, name: str) -> tuple[int, np.ndarray]:
@@ -90,10 +90,17 @@ def folder_frames(folder: str) -> list[str]:
 
 def read_folder(folder: str, most: int) -> np.ndarray:
     """Reads the first `most` frames of a folder, uint8 `[F, h, w, 3]`. Raises Unusable for one that is no picture."""
-    images = (image for image, _ in itertools.islice(_frames(folder, folder), most))
-    frames = [np.asarray(pictures.convert(image, 3)) for image in images]
-    _check_sizes(frames)
-    return np.stack(frames)
+    images = [image for image, _ in itertools.islice(_frames(folder, folder), most)]
+    _check_sizes(images)
+    return _stacked(images)
+
+
+def _stacked(images):
+    """Images as one array, each converted into its place: a copy of all would double the memory."""
+    frames = np.empty((len(images), images[0].height, images[0].width, 3), np.uint8)
+    for frame, image in zip(frames, images, strict=True):
+        frame[:] = pictures.convert(image, 3)
+    return frames
 
 
 def _bytes_of(image, milliseconds):
@@ -105,10 +112,17 @@ def _check_bytes(size):
         raise Unusable(f"clips of more than {MOST_BYTES >> 30} GiB")
 
 
-def _check_sizes(frames):
-    if not frames:
+def _check_frame(image):
+    """Raises Unusable for a frame too large to be decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Unusable(f"clips of more than {MAX_PIXELS:,} pixels a frame", f"{image.width} x {image.height}")
+    _check_bytes(_bytes_of(image, 0))
+
+
+def _check_sizes(images):
+    if not images:
         raise Unusable("clips without a frame")
-    if any(frame.shape != frames[0].shape for frame in frames):
+    if any(image.size != images[0].size for image in images):
         raise Unusable("clips whose frames differ in size")
 
 
@@ -162,8 +176,11 @@ def _of_picture(content):
     try:
         for index in range(getattr(image, "n_frames", 1)):  # of still formats Pillow has no such attribute
             image.seek(index)
+            _check_frame(image)  # a frame of a GIF may be larger than the first
             image.load()
             yield image.copy(), float(image.info.get("duration") or 0)
+    except Unusable:
+        raise
     except Exception as error:  # of damaged files Pillow's decoders raise a dozen types
         raise Unusable("damaged clips", error) from None
 
