@@ -10,7 +10,7 @@ import numpy as np
 
 from efficientllm.convert.files import quantized
 from efficientllm.convert.hf_config import families
-from efficientllm.convert.peft.unsupported import table_of
+from efficientllm.convert.peft.unsupported import family_of, table_of
 from efficientllm.convert.source import Source, is_run
 from efficientllm.convert.tensors import parameter_map
 from efficientllm.convert.tensors.tensor_reader import TensorReader
@@ -121,7 +121,7 @@ class MergedTensors(TensorReader):
         self._source, self._plain = base, base.table is table and not base.tensors.has_own_paths
         self._bound = base.bind(lm)
         self._tensors = parameter_map.disk_tensors(parameter_map.bind_parameters(lm, table))
-        self._adapter = Adapter(folder, self._tensors)
+        self._adapter = Adapter(folder, self._tensors, family_of(base))
         embedding = next((name for name, tensor in self._tensors.items() if tensor.parts[0][0] == "embedding"), None)
         if embedding is not None and lm.tied:
             self._check_tied(embedding)

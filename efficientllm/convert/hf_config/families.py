@@ -44,6 +44,7 @@ class Family:
       objective: a spec of what its models are trained by.
       kept_patterns: function of a config.json; patterns of tensors that a model's class has and no output depends on.
       renames: from names of other generations of files to those of the table (`vision_names.rename`).
+      modules: from names of the table to those of transformers' modules, where they are others.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class Family:
     objective: str = "ddpm"
     kept_patterns: typing.Callable[[dict], tuple[str, ...]] = lambda config: ()
     renames: vision_names.Renames = ()
+    modules: vision_names.Renames = ()
 
     @property
     def backbone(self) -> str:
@@ -228,9 +230,14 @@ VISION = {
         vision_language.qwen2_5_vl,
         vision_names.QWEN2_5_VL,
         renames=vision_names.QWEN_RENAMES,
+        modules=vision_names.QWEN_MODULES,
     ),
     "qwen2_vl": Family(
-        f"Qwen2VL{_CONDITIONAL}", vision_language.qwen2_vl, vision_names.QWEN2_VL, renames=vision_names.QWEN_RENAMES
+        f"Qwen2VL{_CONDITIONAL}",
+        vision_language.qwen2_vl,
+        vision_names.QWEN2_VL,
+        renames=vision_names.QWEN_RENAMES,
+        modules=vision_names.QWEN_MODULES,
     ),
     "llava": Family(
         f"Llava{_CONDITIONAL}",
@@ -239,6 +246,7 @@ VISION = {
         (*_BUFFERS, r"embeddings\.position_ids$"),
         kept_patterns=vision_language.unread_by_llava,
         renames=vision_names.LLAVA_RENAMES,
+        modules=vision_names.LLAVA_MODULES,
     ),
     "internvl_chat": Family("InternVLChatModel", vision_language.internvl_chat, vision_names.INTERNVL_CHAT),
     "internvl": Family(
@@ -247,6 +255,7 @@ VISION = {
         vision_names.INTERNVL,
         kept_patterns=lambda config: (r"embeddings\.mask_token$",),
         renames=vision_names.INTERNVL_RENAMES,
+        modules=vision_names.INTERNVL_MODULES,
     ),
 }
 MODEL_TYPES = FAMILIES | VISION | ENCODERS

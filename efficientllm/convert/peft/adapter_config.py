@@ -60,6 +60,10 @@ class Config:
         alpha = self.alpha if module is None else _of(self.alphas, module, self.alpha)
         return _method(self._spec(self.rank if module is None else self.rank_of(module), alpha))
 
+    def has_pattern(self, module: str) -> bool:
+        """Whether a rank or an alpha is given for a module by its name."""
+        return any(_ending(key).fullmatch(module) for key in (*self.ranks, *self.alphas))
+
     def rank_of(self, module: str) -> int:
         """The rank of a module's adapter."""
         return _of(self.ranks, module, self.rank)

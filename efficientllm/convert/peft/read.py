@@ -18,6 +18,7 @@ from efficientllm.convert.peft import adapter_kinds as kinds
 from efficientllm.convert.peft import lora_file, unsupported
 from efficientllm.convert.peft.adapter_config import read_config
 from efficientllm.convert.tensors import parameter_map
+from efficientllm.convert.tensors.vision_names import renamed
 from efficientllm.errors import UserError, did_you_mean
 from efficientllm.model import Backbone
 from efficientllm.typing import Params, PathLike
@@ -45,11 +46,13 @@ class Factors(typing.NamedTuple):
 class Adapter:
     """An open PEFT folder, or one of diffusers, matched with the tensors `{name on disk: DiskTensor}` of a model.
 
+    `family` says by which names transformers' modules of several generations go.
+
     Raises UserError for unsupported settings, and naming a tensor that is missing, matches no module, or has a wrong
     shape.
     """
 
-    def __init__(self, folder: PathLike, tensors: Mapping[str, parameter_map.DiskTensor]):
+    def __init__(self, folder: PathLike, tensors: Mapping[str, parameter_map.DiskTensor], family: typing.Any = None):
         self.config = read_config(folder)
         of_diffusers = lora_file.find(pathlib.Path(folder))
         self.file = of_diffusers or pathlib.Path(folder) / TENSORS
@@ -58,7 +61,9 @@ class Adapter:
             pickled = self.file.with_suffix(".bin").is_file()
             why = "adapter_model.bin is a pickle, which is never loaded" if pickled else "no folder of an adapter"
             raise UserError(f"{self.file} is missing: {why}")
-        self._entries = read_header(self.file)
+        renames = family.renames if family else ()
+        self._entries = {self._table_name(name, renames): entry for name, entry in read_header(self.file).items()}
+        self._modules = family.modules if family else ()
         self.method = self.config.method_of()
         self._tables = {name for name, tensor in tensors.items() if _is_table(tensor)}
         self._biased = {name.removesuffix(BIAS) for name in tensors if name.endswith(BIAS)}
@@ -69,6 +74,16 @@ class Adapter:
         self.modules = set(self._tensor_names)
         for module in sorted(self.modules):
             self._check(module, self.shape(module + WEIGHT, tensors))
+
+    def _table_name(self, name, renames):
+        """The name of an adapter's tensor with its module as the table of the model's tensors has it."""
+        has_prefix = name.startswith(self.prefix)
+        return self.prefix * has_prefix + renamed(name.removeprefix(self.prefix), renames)
+
+    def _listed(self, module):
+        """The module as patterns of ranks name it: as transformers does, or as files of an older generation did."""
+        name = renamed(module, self._modules)
+        return module if self.config.has_pattern(module) and not self.config.has_pattern(name) else name
 
     def _place(self, name, tensors):
         """Matches a tensor with the module that it adapts, or with the tensor of the model that it replaces."""
@@ -109,7 +124,7 @@ class Adapter:
     def _check(self, module, shape):
         if self.config.kind != "LORA":
             return  # add_adapter checks the shapes
-        rank = self.config.rank_of(module)
+        rank = self.config.rank_of(self._listed(module))
         expected = {"a": (rank, shape[1]), "b": (shape[0], rank), "m": (shape[0],)}
         if module + WEIGHT in self._tables:
             expected = {"a": (shape[1], rank), "b": (rank, shape[0])}
@@ -129,7 +144,7 @@ class Adapter:
         arrays = {factor: self._array(name) for factor, name in self._names(module).items()}
         if module + WEIGHT in self._tables:
             arrays = {"a": arrays["a"].T, "b": arrays["b"].T}
-        return Factors(arrays["a"], arrays["b"], arrays.get("m"), self.config.scale_of(module))
+        return Factors(arrays["a"], arrays["b"], arrays.get("m"), self.config.scale_of(self._listed(module)))
 
     def changed(self, module: str, weight: np.ndarray) -> np.ndarray:
         """Merges the LoHa, LoKr or GLoRA of a module into its weight `[out, in]`, in float32."""
@@ -137,7 +152,7 @@ class Adapter:
         if module not in self._biased and kinds.changes_bias(arrays):
             raise UserError(f"{self.file}: {module}: its adapter changes a bias, and the model has none there")
         try:
-            return kinds.add_adapter(self.config.kind, weight, arrays, self.config.scale_of(module))
+            return kinds.add_adapter(self.config.kind, weight, arrays, self.config.scale_of(self._listed(module)))
         except ValueError as error:
             raise UserError(f"{self.file}: {module}: {error}") from None
 
@@ -157,10 +172,10 @@ class Adapter:
 
     def base(self, module: str, weight: np.ndarray) -> np.ndarray:
         """The frozen part of a tensor `[out, in]`, float32."""
-        rank, name = self.config.rank_of(module), self.config.name
+        rank, name = self.config.rank_of(self._listed(module)), self.config.name
         if self.method.splits_kernel and rank > min(weight.shape):
             raise UserError(f"{self.file}: {name} of rank {rank} around {module} of {list(weight.shape)}: too large")
-        return self.config.method_of(module).frozen(weight)
+        return self.config.method_of(self._listed(module)).frozen(weight)
 
 
 def _is_table(tensor):
@@ -182,7 +197,7 @@ def around(source: Source, lm: Backbone, params: Params, folder: PathLike) -> Pa
         for name, tensor in parameter_map.disk_tensors(leaves).items()
         if all(KERNEL.search(path) for path, _, _ in tensor.parts)
     }
-    adapter = Adapter(folder, tensors)
+    adapter = Adapter(folder, tensors, unsupported.family_of(source))
     if adapter.config.kind != "LORA" or adapter.saved:
         raise UserError(
             f"{adapter.file}: {adapter.config.name} can only be merged into the model, not loaded as an adapter"

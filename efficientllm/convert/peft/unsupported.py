@@ -36,14 +36,22 @@ def table_of(source: Source) -> dict[str, tuple]:
     """
     from efficientllm.convert.hf_config import families
 
-    if families.family_name(source.config) in families.FAMILIES | families.DENOISERS:
-        return families.find_family(source.config).table
+    if (family := family_of(source)) is not None:
+        return family.table
     lm = source.lm()
     if lm.reads != "images":
         raise UserError(f"{source.path} is not a model of transformers, and PEFT adapts no other")
     table = families.DENOISERS[FROM_SCRATCH].table
     bind_parameters(lm, table)
     return table
+
+
+def family_of(source: Source) -> typing.Any:
+    """The Family of a Source, or None for a model of ours."""
+    from efficientllm.convert.hf_config import families
+
+    known = families.FAMILIES | families.VISION | families.DENOISERS
+    return families.find_family(source.config) if families.family_name(source.config) in known else None
 
 
 def has_experts(modules: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ from efficientllm.convert.peft import full_delta, lora_file, unsupported
 from efficientllm.convert.peft.adapter_config import CONFIG, scale_divisor
 from efficientllm.convert.peft.read import NAMES, PREFIX, TENSORS, WEIGHT
 from efficientllm.convert.tensors import parameter_map
+from efficientllm.convert.tensors.vision_names import renamed
 from efficientllm.model import Backbone
 from efficientllm.registry import build, parse_spec
 from efficientllm.runtime import distributed
@@ -55,8 +56,10 @@ def write(lm: Backbone, spec: str, params: Params, folder: PathLike, source: Sou
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     leaves = {path: leaf for path, leaf in flat.items() if isinstance(leaf, method.leaf_type)}
     bound = parameter_map.bind_parameters(lm, unsupported.table_of(source))
+    family = unsupported.family_of(source)
+    renames = family.modules if family else ()
     modules = {
-        tensor_name.removesuffix(WEIGHT): tensor
+        renamed(tensor_name, renames).removesuffix(WEIGHT): tensor
         for tensor_name, tensor in parameter_map.disk_tensors(bound).items()
         if any(path in leaves for path, _, _ in tensor.parts)
     }

@@ -1,7 +1,8 @@
 """Tensor name tables of vision-language models; see `name_tables`. Paths of the tower begin with `vision/`.
 
 Files have several generations of names. A table has those of the hub, which every version of transformers reads, and
-`rename` maps the others to them.
+`rename` maps the others to them. `..._MODULES` map them to the names of transformers' modules of today, by which
+adapters are saved.
 """
 
 import re
@@ -31,6 +32,7 @@ _QWEN_TOWER = within(
 QWEN2_5_VL = LLAMA | _QWEN_TOWER | within("visual.blocks.{layer}.", swiglu("mlp.", "vision/ffn"))
 QWEN2_VL = LLAMA | _QWEN_TOWER
 QWEN2_VL |= within("visual.blocks.{layer}.mlp.", linear("fc1", "vision/ffn/up"), linear("fc2", "vision/ffn/down"))
+QWEN_MODULES: Renames = ((r"^model\.", "model.language_model."), (r"^visual\.", "model.visual."))
 QWEN_RENAMES: Renames = (
     (r"^model\.visual\.", "visual."),
     (r"^(model\.)?language_model\.", "model."),
@@ -125,14 +127,29 @@ _LLAVA_LIKE: Renames = (
 )
 LLAVA_RENAMES: Renames = (*_LLAVA_LIKE, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))
 INTERNVL_RENAMES: Renames = _LLAVA_LIKE
+_OF_LLAVA_LIKE: Renames = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+)
+LLAVA_MODULES: Renames = (
+    *_OF_LLAVA_LIKE,
+    (r"^vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+)
+INTERNVL_MODULES: Renames = (*_OF_LLAVA_LIKE, (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."))
+
+
+def renamed(name: str, renames: Renames) -> str:
+    """Returns a name after all replacements, in turn."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def rename(tensors: TensorReader, renames: Renames) -> TensorReader:
     """Gives tensors the names of the hub's files; a tensor whose name another has already keeps its own."""
     names: dict[str, str] = {}
     for stored in tensors.shapes:
-        name = stored
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
+        name = renamed(stored, renames)
         names[stored if name in names or (name != stored and name in tensors.shapes) else name] = stored
     return tensors if all(name == stored for name, stored in names.items()) else RenamedTensors(tensors, names)
