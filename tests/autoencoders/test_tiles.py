@@ -14,6 +14,7 @@ from efficientllm.autoencoders import tiles
 from efficientllm.autoencoders.convolutions import Moments
 from efficientllm.autoencoders.kl_network import Decoder, Encoder
 from efficientllm.registry import build
+from tiers import slow_case
 
 pytestmark = pytest.mark.quick
 NORMS = {"decode": 2 * (2 * 2) + 1, "encode": 2 * (2 * 1)}  # outside the middle of TINY
@@ -33,7 +34,7 @@ def inputs(autoencoder, direction, height=24, width=34):
     return np.random.default_rng(0).normal(size=(2, height * zoom, width * zoom, channels)).astype(np.float32)
 
 
-@pytest.mark.parametrize("direction, tile", [("decode", 5), ("encode", 8)])
+@pytest.mark.parametrize("direction, tile", [("decode", 5), slow_case("encode", 8)])
 def test_tiles_are_exact_after_a_sweep_for_every_norm(autoencoder, direction, tile):
     """Sides of which the tile is no divisor: the last tile overlaps the one before."""
     x = inputs(autoencoder, direction)
@@ -46,6 +47,7 @@ def test_tiles_are_exact_after_a_sweep_for_every_norm(autoencoder, direction, ti
     assert differences[2] < 2e-5 and differences[1] > 1e-3
 
 
+@pytest.mark.slow
 def test_no_seams_after_one_sweep(autoencoder):
     """All tiles then have the same moments, and so are parts of one image: other tiles, the same result.
 
@@ -111,6 +113,7 @@ def _reached(half, method, size, zoom):
     return np.asarray(y != 0).any((0, 2, 3))
 
 
+@pytest.mark.slow
 def test_the_peak_is_bounded_by_a_tile(autoencoder):
     """Four times the image: four times the memory as a whole, that of a tile, the result and its input in tiles."""
 

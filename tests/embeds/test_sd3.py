@@ -73,6 +73,7 @@ def inputs(denoiser, rows=8):
     return images, jnp.linspace(1, 999, rows), Condition(text_BSE=text, pooled_BE=pooled)
 
 
+@pytest.mark.slow
 def test_a_step_on_eight_devices_is_that_on_one():
     denoiser = build("tiny", attention_kernel="auto")
     params, (images, _, condition) = random_parameters(denoiser), inputs(denoiser)
@@ -102,7 +103,7 @@ def test_a_step_on_eight_devices_is_that_on_one():
     jax.tree.map(close, alone[1], split[1])
 
 
-@pytest.mark.parametrize("form", ["int8()", slow_case("int4()"), "nf4()"])
+@pytest.mark.parametrize("form", [slow_case("int8()"), slow_case("int4()"), "nf4()"])
 def test_predictions_of_rounded_weights_are_those_of_their_values(form):
     """Of both streams; modulations and the text's ffn too."""
     denoiser = build("tiny")

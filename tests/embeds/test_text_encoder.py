@@ -36,6 +36,7 @@ def encode(encoder, params, *inputs):
     return jax.jit(encoder.apply)({"params": params}, *inputs)
 
 
+@pytest.mark.slow
 def test_a_shared_table_is_that_of_every_layer():
     shared, params = build(t5("geglu", shared=True))
     apart = from_config.from_config(ConfigDict(RUN | t5("geglu", shared=False)))
@@ -66,6 +67,7 @@ def test_a_causal_text_does_not_read_what_follows():
     np.testing.assert_allclose(states[:, :6], after[:, :6], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_vector_of_a_text_is_that_of_its_first_end():
     encoder, params = build(clip("gelu", 12, end_id=2))
     tokens_BT = np.where(np.isin(np.arange(12), (4, 9)), 2, TOKENS_BT)

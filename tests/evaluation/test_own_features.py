@@ -24,6 +24,7 @@ def trained(seed=0):
     return own_features.train(*pictures(), 3, steps=25, seed=seed)
 
 
+@pytest.mark.slow
 def test_it_learns_the_classes_and_its_features_tell_sets_apart():
     images, labels = pictures(seed=1)
     assert own_features.accuracy(trained(), images, labels) > 0.95

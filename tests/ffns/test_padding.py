@@ -15,7 +15,7 @@ from efficientllm.ffns import dispatch
 from efficientllm.ops.attention import Context
 from efficientllm.registry import build
 from efficientllm.train import step
-from tiers import slow_except
+from tiers import slow_case, slow_except
 
 B, T, V = 8, 24, contract.VOCAB
 LENGTHS = (24, 16, 9, 1, 0, 20, 13, 7)
@@ -69,7 +69,7 @@ def same(a, b, rtol=1e-5, atol=1e-7):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("name", slow_except(MIXTURES, "dropless", "capacity"))
+@pytest.mark.parametrize("name", slow_except(MIXTURES, "capacity"))
 def test_other_ids_in_the_padding_change_nothing(name):
     plain, filled = gradients(name, batch()), gradients(name, batch(seed=1, fill=1))
     jax.tree.map(np.testing.assert_array_equal, plain, filled)
@@ -78,12 +78,15 @@ def test_other_ids_in_the_padding_change_nothing(name):
         assert (aux["stats"]["drop_rate"] > 0.05).all() == (name == "capacity")
 
 
-@pytest.mark.parametrize("name", slow_except(MIXTURES, "dropless", "capacity"))
+@pytest.mark.parametrize("name", slow_except(MIXTURES, "dropless"))
 def test_rows_of_more_padding_have_the_same_losses_and_statistics(name):
     same(gradients(name, batch()), gradients(name, batch(length=64)), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mesh_spec", ["data=2, fsdp=2, tensor=2", "fsdp=2, sequence=4", "fsdp=2, expert=4"])
+@pytest.mark.parametrize(
+    "mesh_spec",
+    [slow_case("data=2, fsdp=2, tensor=2"), slow_case("fsdp=2, sequence=4"), "fsdp=2, expert=4"],
+)
 @pytest.mark.parametrize("name", ["dropless", "capacity"])
 def test_eight_devices_leave_the_same_padding_out(name, mesh_spec):
     if name == "dropless" and "expert" in mesh_spec:
@@ -100,7 +103,7 @@ def test_eight_devices_leave_the_same_padding_out(name, mesh_spec):
     same(gradients(name, batch()), results[0], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["dropless", "capacity"])
+@pytest.mark.parametrize("name", [slow_case("dropless"), "capacity"])
 def test_micro_batches_of_unequal_padding_count_by_their_tokens(name):
     """Statistics and the z-loss are those of the whole batch; a balance loss is a product, and each's own."""
     whole, accumulated = (gradients(name, batch(), accumulate)[1] for accumulate in (1, 4))
@@ -134,6 +137,7 @@ def test_capacity_by_length_is_the_formula():
         assert dispatch._rows_by_length(129, experts, top_k, factor).tolist() == expected
 
 
+@pytest.mark.slow
 def test_an_ffn_is_given_the_context_if_it_asks():
     x_BTD = jnp.ones((1, 4, 16))
     moe = build("ffn", MIXTURES["dropless"], {"precision": "float32"})

@@ -11,6 +11,7 @@ from efficientllm import registry
 from efficientllm.cost.jaxpr_flops import count_program_flops
 from efficientllm.errors import UserError
 from efficientllm.plan import hardware
+from tiers import slow_case
 
 LIMITS = {"min_pixels": 3136, "max_pixels": 12845056}  # as published: the class has others
 
@@ -44,7 +45,7 @@ def request(folder, **changes):
 # token in bfloat16: closed formulas of the published shapes.
 @pytest.mark.parametrize(
     "name, length, tower, prefill, kv_bytes",
-    [("qwen2.5-vl-7b", 1328, 7.26, 17.69, 57_344), ("llava-1.5-7b", 616, 0.366 + 0.024, 8.1, 524_288)],
+    [("qwen2.5-vl-7b", 1328, 7.26, 17.69, 57_344), slow_case("llava-1.5-7b", 616, 0.366 + 0.024, 8.1, 524_288)],
 )
 def test_flops_and_cache_of_published_models(folder, name, length, tower, prefill, kv_bytes):
     made = request(folder(name), **{"infer.prompt_length": length})
@@ -57,6 +58,7 @@ def test_flops_and_cache_of_published_models(folder, name, length, tower, prefil
     assert made.readings()["flops_per_image"].value == parts["images"].model_flops
 
 
+@pytest.mark.slow
 def test_the_traced_tower_has_the_products_of_the_formula(folder):
     """The program multiplies the pairs of padded bins too: it is above the formula, by little."""
     (images, *_) = request(folder("qwen2.5-vl-3b"), **{"plan.images": ((448, 448), (448, 448))}).plain_programs

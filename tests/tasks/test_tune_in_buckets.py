@@ -62,6 +62,7 @@ def whole(pictures, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_of_two_buckets_says_them_in_its_row_and_its_log(whole):
     record, log = read_record(whole / "record.json"), (whole / "log.txt").read_text()
     buckets = record["provenance"]["data"]["buckets"]

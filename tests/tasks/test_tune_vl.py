@@ -58,6 +58,7 @@ def test_a_language_model_is_given_a_tower(with_tower):
     assert record["quality"]["eval_loss"] > 0 and physical["flops_per_token"] > 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_if_it_had_not_been(base, with_tower, tmp_path):
     assert main.main(arguments(base, tmp_path / "run", "vision", train__steps=2)) == 0
     assert main.main(arguments(base, tmp_path / "run", "vision")) == 0

@@ -17,7 +17,7 @@ from efficientllm.convert import peft as folder
 from efficientllm.convert.check_vision import reference_inputs
 from efficientllm.errors import UserError
 from efficientllm.vision.token_rows import make_batch
-from tiers import slow_except
+from tiers import slow_case, slow_except
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -63,7 +63,7 @@ def read(lm, source, where):
     return folder.around(source, lm, source.load(nn.unbox(model.abstract_params(lm))), where)
 
 
-@pytest.mark.parametrize("spec", ["lora(rank=2)", "dora(rank=2, target='/mixer/(q|v)/')"])
+@pytest.mark.parametrize("spec", ["lora(rank=2)", slow_case("dora(rank=2, target='/mixer/(q|v)/')")])
 def test_what_we_write_peft_loads_and_names_are_those_of_its_modules(case, spec, tmp_path):
     name, source, lm, made, rows = case
     _, params = written(source, spec, tmp_path / "adapter")
