@@ -118,6 +118,7 @@ def test_a_batch_of_padding_alone_has_no_losses():
     assert metrics["total_loss"] == 0 and all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_capacity_is_that_of_the_real_tokens():
     """A padded row drops what the same row without padding drops."""
     rng = np.random.default_rng(0)
