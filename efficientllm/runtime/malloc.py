@@ -26,9 +26,9 @@ def settings() -> dict[str, str]:
 
     XLA allocates its scratch memory anew in every step, and each new page costs a fault. A step with 0.21 GB of it has
     53,000 faults and takes 0.44 s of CPU time; 0.38 s in huge pages, and 0.32 s in huge pages that are kept (a virtual
-    machine). Its process holds 0.47 GB between steps, and 0.68 GB with kept pages. Its peak is no higher as long as no small
-    array comes to lie in freed scratch memory, which the next step then takes anew behind it: with 0.83 GB of it, one run
-    of two had a peak of 2.4 GB, the other of 1.5.
+    machine). Its process holds 0.47 GB between steps, and 0.68 GB with kept pages. Its peak is no higher as long as no
+    small array comes to lie in freed scratch memory, which the next step then takes anew behind it: with 0.83 GB of it,
+    one run of two had a peak of 2.4 GB, the other of 1.5.
     """
     if not _is_glibc() or TUNABLES in os.environ:
         return {}
