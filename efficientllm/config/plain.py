@@ -24,9 +24,10 @@ ADDED: dict[str, dict[str, typing.Any]] = {
     "train": {"ema": 0.0},
     "sample": {"images": 16},
     "quality": {"fd": 0},
+    "plan": {"images": ()},
     "infer": {
         **{"solver": "", "guidance": 1.0, "guidance_channels": 0},
-        **{"negative_prompt": "", "size": (), "fps": 16.0, "offload": False},
+        **{"negative_prompt": "", "size": (), "fps": 16.0, "offload": False, "max_pixels": 0},
     },
 }
 _PLAIN_ADDED = json.loads(json.dumps(ADDED))

@@ -86,9 +86,9 @@ def _text_serving(description, with_text):
     if description.lm.reads == "text and images":
         records, processor = _records(description, requests)
         ids = [list(record.ids) for record in records]
-    elif infer.max_pixels:
-        raise UserError(f"config.infer.max_pixels = {infer.max_pixels}: the model reads no pictures; leave it out")
     else:
+        if infer.max_pixels:
+            raise UserError(f"config.infer.max_pixels = {infer.max_pixels}: the model reads no pictures; leave it out")
         ids = prompts.encode(prompts.read(infer.prompts), description.tokenizer, infer.chat)
     check_prompts(ids)
     prompts.check_lengths(ids, infer.max_new_tokens, description.max_positions)

@@ -20,6 +20,12 @@ def test_the_defaults_of_new_keys_are_those_of_the_base_config():
         assert {key: values[key] for key in added} == added
 
 
+def test_the_keys_of_a_run_are_those_of_version_01():
+    """A key that was added since is left out at its default: else the runs of every user would be other runs."""
+    stored = json.loads((STORED / "config.json").read_text())
+    assert plain.flatten(plain.plain(base_config.get_config())).keys() == plain.flatten(stored).keys()
+
+
 def test_a_config_of_version_01_has_the_hash_that_it_had():
     stored = json.loads((STORED / "config.json").read_text())
     config = ConfigDict(stored)

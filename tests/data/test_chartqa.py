@@ -84,7 +84,7 @@ def test_what_is_refused(folder, tmp_path):
         (f"path={str(folder)!r}", "has neither train/train_human.json"),
         (f"path={str(folder)!r}, split='dev'", "split = 'dev': must be one of train, val, test"),
         (f"path={str(folder)!r}, split='test', writer='robot'", "writer = 'robot': must be one of human, augmented"),
-        (f"path={str(tmp_path / 'none')!r}", "none"),
+        (f"path={str(tmp_path / 'none')!r}", "none': no file matches"),
     ]
     for fields, message in cases:
         with pytest.raises(UserError, match=message):
