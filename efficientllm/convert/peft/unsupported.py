@@ -50,8 +50,8 @@ def family_of(source: Source) -> typing.Any:
     """The Family of a Source, or None for a model of ours."""
     from efficientllm.convert.hf_config import families
 
-    known = families.FAMILIES | families.VISION | families.DENOISERS
-    return families.find_family(source.config) if families.family_name(source.config) in known else None
+    adapted = families.FAMILIES | families.VISION | families.DENOISERS
+    return families.find_family(source.config) if families.family_name(source.config) in adapted else None
 
 
 def has_experts(modules: Iterable[str]) -> bool:
