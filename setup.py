@@ -28,7 +28,11 @@ PRESETS = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
 
 
 # Products of many rows are a library of their own: older compilers do not know their instructions.
-LIBRARIES = {"products": ("products.cc", "attention.cc"), "matmul": ("matmul.cc", "matmul_kernels.cc")}
+LIBRARIES = {
+    "products": ("products.cc", "attention.cc"),
+    "matmul": ("matmul.cc", "matmul_kernels.cc"),
+    "keeping": ("keeping.cc",),
+}
 
 
 class BuildWithPresets(build_py):

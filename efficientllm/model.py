@@ -148,17 +148,24 @@ class Backbone(nn.Module):
         """Applies all blocks to `(x_BTD, memo)`; returns `((x_BTD, memo), states, aux)`. See `apply_blocks`."""
         modules = [layer for block in parts(self) for layer in (*block.mixers, block.ffn)]
         policy = remat.residual_policy(self.remat, modules, decoding=states is not None)
-        group = Group if policy == remat.EVERYTHING else nn.remat(Group, policy=policy, prevent_cse=False)
         apply_stack = self._scan_stack if self.scan else self._unroll_stack
         new_states: tuple = ()
         aux: tuple = ()
         for stack in self.stacks:
+            group = self._group_class(stack, policy)
             of_stack = stack.blocks if self.scan else stack.groups
             stack_states = None if states is None else tuple(states[i] for i in of_stack)
             carry, (stack_states, stack_aux) = apply_stack(stack, group, carry, ctx, stack_states)
             aux += stack_aux
             new_states += () if stack_states is None else stack_states
         return carry, None if states is None else new_states, aux
+
+    def _group_class(self, stack, policy):
+        """Group, with what `policy` saves for the backward pass."""
+        if policy == remat.EVERYTHING:
+            return Group
+        is_loop = self.scan and remat.scan_unroll(len(stack.groups), self.unroll) < len(stack.groups)
+        return nn.remat(Group, policy=policy, prevent_cse=not is_loop)
 
     def _scan_stack(self, stack, group, carry, ctx, states):
         scanned = nn.scan(

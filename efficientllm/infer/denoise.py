@@ -12,7 +12,8 @@ from efficientllm.embeds.condition import Condition
 from efficientllm.errors import UserError
 from efficientllm.infer.offload import Offloaded, on_devices
 from efficientllm.objectives.base import Objective
-from efficientllm.sharding import constrain, shapes
+from efficientllm.ops import rematerialization
+from efficientllm.sharding import constrain, current_mesh, shapes
 from efficientllm.solvers.base import Row, Solver
 from efficientllm.typing import Params, PyTree
 
@@ -75,7 +76,8 @@ class DiffusionSampler:
         self.rows["index"] = np.arange(len(tables["level"]), dtype=np.int32)
         self._begin = jax.jit(self._initial, static_argnums=(1, 2))
         self._request = jax.jit(self._prepare)
-        self._steps = jax.jit(self._scan, donate_argnums=2)
+        options = rematerialization.compiler_options(current_mesh())
+        self._steps = jax.jit(self._scan, donate_argnums=2, compiler_options=options)
 
     @property
     def steps(self) -> int:

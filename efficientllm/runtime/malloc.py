@@ -1,6 +1,6 @@
-"""glibc allocator settings: returning freed memory, and keeping XLA's scratch memory from one step to the next on CPUs.
+"""Allocator of a run on CPUs: returning freed memory, and keeping XLA's scratch memory from one step to the next.
 
-Both do nothing without glibc on Linux.
+Without glibc on Linux both do nothing.
 """
 
 import ctypes
@@ -10,36 +10,61 @@ import platform
 import sys
 
 TUNABLES = "GLIBC_TUNABLES"
+PRELOADED = "LD_PRELOAD"
+LIBRARIES = pathlib.Path(__file__).parents[1] / "ops" / "native"
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# One arena, no mappings of their own for large arrays, and nothing returned but by `trim`.
-_KEPT = ("glibc.malloc.arena_max=1", "glibc.malloc.mmap_max=0", f"glibc.malloc.trim_threshold={2**40}")
+# One arena, of which nothing is returned but by `trim`.
+_KEPT = ("glibc.malloc.arena_max=1", f"glibc.malloc.trim_threshold={2**40}")
+# Larger arrays have mappings of their own. Arrays of the library are larger; without it scratch memory is in the arena.
+_LARGE, _LARGE_ALONE = 2**24, 2**28
 
 
 def trim() -> None:
     """Returns freed memory that the allocator holds to the system: about 0.2 GB after a compilation."""
     if _is_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+    if is_keeping():
+        ctypes.CDLL(None).efficientllm_return_kept_memory()
 
 
 def settings() -> dict[str, str]:
-    """Environment variables by which glibc keeps freed memory; in huge pages where the system grants them on request.
+    """Environment variables by which freed memory is kept; in huge pages where the system grants them on request.
 
     XLA allocates its scratch memory anew in every step, and each new page costs a fault. A step with 0.21 GB of it has
     53,000 faults and takes 0.44 s of CPU time; 0.38 s in huge pages, and 0.32 s in huge pages that are kept (a virtual
-    machine). Its process holds 0.47 GB between steps, and 0.68 GB with kept pages. Its peak is no higher as long as no
-    small array comes to lie in freed scratch memory, which the next step then takes anew behind it: with 0.83 GB of it,
-    one run of two had a peak of 2.4 GB, the other of 1.5.
+    machine). Its process holds 0.47 GB between steps, and 0.68 GB with kept pages.
+
+    glibc alone cannot keep it: where a small array comes to lie in the freed memory, or a step begins before the one
+    before has freed its own, the next is taken anew beside it. With 0.66 GB of scratch memory the peak was 1.4, 2.0 or
+    2.7 GB, as chance would have it. `ops/native/keeping.cc`, which is preloaded, has 1.4 GB always. Without that
+    library memory above 256 MB is returned, and a step with 0.83 GB of it takes 6 to 10 % longer.
     """
     if not _is_glibc() or TUNABLES in os.environ:
         return {}
     on_request = HUGE_PAGES.is_file() and "[madvise]" in HUGE_PAGES.read_text()
-    return {TUNABLES: ":".join((*_KEPT, *["glibc.malloc.hugetlb=1"] * on_request))}
+    library = _keeping_library()
+    large = f"glibc.malloc.mmap_threshold={_LARGE_ALONE if library is None else _LARGE}"
+    tunables = {TUNABLES: ":".join((*_KEPT, large, *["glibc.malloc.hugetlb=1"] * on_request))}
+    if library is None:
+        return tunables
+    return tunables | {PRELOADED: ":".join(filter(None, [os.environ.get(PRELOADED), str(library)]))}
 
 
 def restart_with_settings() -> None:
-    """Re-executes this program with the variables of `settings`, which glibc reads only at start."""
+    """Re-executes this program with the variables of `settings`, which are read only at start."""
     if variables := settings():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | variables)
+
+
+def is_keeping() -> bool:
+    """Whether the library of `settings` has been loaded into this process."""
+    return _is_glibc() and hasattr(ctypes.CDLL(None), "efficientllm_return_kept_memory")
+
+
+def _keeping_library():
+    """The path of the library; None where setup.py found no compiler, or the path is none that LD_PRELOAD can hold."""
+    paths = [path for path in sorted(LIBRARIES.glob("_keeping*.so")) if not {" ", ":"} & set(str(path))]
+    return paths[0] if paths else None
 
 
 def _is_glibc():

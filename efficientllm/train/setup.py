@@ -177,7 +177,9 @@ def create_state(setup: Setup) -> step.TrainState:
             params |= {name: new[name] for name in setup.new_parts}
         return nn.unbox(step.create(setup.lm, train, method, seed, setup.boxed, params, form))
 
-    return jax.jit(create_from, out_shardings=setup.shardings, donate_argnums=0)(params)
+    state = jax.jit(create_from, out_shardings=setup.shardings, donate_argnums=0)(params)
+    malloc.trim()
+    return state
 
 
 def compile_steps(setup: Setup) -> tuple[Callable, Callable]:

@@ -18,6 +18,7 @@ from efficientllm.adapters.lora import seeded
 from efficientllm.model import Backbone
 from efficientllm.objectives.base import Objective
 from efficientllm.objectives.next_token import NEXT_TOKEN
+from efficientllm.ops import rematerialization
 from efficientllm.optim import rules
 from efficientllm.typing import Batch, Config, Mesh, Params, PyTree
 
@@ -206,6 +207,7 @@ def jit_train_step(
         in_shardings=(state_shardings, objective.batch_shardings(lm, mesh)),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=rematerialization.compiler_options(mesh),
     )
 
 
@@ -218,4 +220,5 @@ def jit_eval_step(
         functools.partial(objective.held_out_sums, lm),
         in_shardings=(params_shardings, objective.batch_shardings(lm, mesh), replicated),
         out_shardings=replicated,
+        compiler_options=rematerialization.compiler_options(mesh),
     )

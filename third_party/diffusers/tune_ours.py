@@ -65,6 +65,7 @@ class Tuner:
         rounder = quant.rounder(form, quant.UNROUNDED)
         params = source.load(sharding.abstract_shards(boxed, mesh), lm=self.lm, transform=rounder)
         self.state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+        malloc.trim()
         objective = build("objective", f"flow(shift={work.SHIFT})")
         solver = build("solver", f"euler(steps={work.SOLVER_STEPS}, levels='sd3')")
         self.sampler = DiffusionSampler(self.lm, objective, solver, work.GUIDANCE)

@@ -1,0 +1,41 @@
+"""The schedule of programs on CPUs is the one that needs least memory."""
+
+import jax
+import pytest
+
+from efficientllm import base_config, sharding
+from efficientllm.objectives.next_token import NEXT_TOKEN
+from efficientllm.ops import rematerialization
+from efficientllm.run_description import describe_run
+from efficientllm.runtime import kernel_choice
+from efficientllm.train import step
+
+pytestmark = pytest.mark.quick
+
+
+def scratch_bytes():
+    """Scratch memory of a training step of six unrolled layers."""
+    config = base_config.get_config()
+    config.model.num_layers, config.model.dim, config.model.scan = 6, 64, False
+    config.mesh, config.tokenizer, config.train.batch_size, config.train.length = "data=1", "bytes", 8, 128
+    described = describe_run(config, jax.devices()[:1])
+    abstract = jax.eval_shape(step.init_state(described.lm, config.train, 0, 128))
+    where = sharding.shardings(abstract, described.mesh)
+    jitted = step.jit_train_step(described.lm, config.train, described.mesh, where)
+    batch = NEXT_TOKEN.batch_shapes(described.lm, 8, 128, described.mesh)
+    program = jitted.lower(sharding.abstract_shards(abstract, described.mesh), batch).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def test_a_step_needs_less_memory(monkeypatch):
+    ours = scratch_bytes()
+    monkeypatch.setattr(rematerialization, "compiler_options", lambda mesh: None)
+    assert ours < 0.97 * scratch_bytes()
+
+
+def test_it_is_of_cpus_and_one_device():
+    assert rematerialization.compiler_options(None)
+    assert rematerialization.compiler_options(sharding.make_mesh("data=1", jax.devices()[:1]))
+    assert rematerialization.compiler_options(sharding.make_mesh("data=2", jax.devices()[:2])) is None
+    with kernel_choice.compiling_for("gpu"):
+        assert rematerialization.compiler_options(None) is None
