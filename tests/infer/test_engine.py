@@ -70,7 +70,7 @@ MIXERS = [registry.example_spec("mixer", name) for name in registry.names("mixer
 MIXERS += ["gqa(kv_cache='int8')", "mla(kv_cache='float16')", "window(window=5, kv_cache='int8')"]
 
 
-@pytest.mark.parametrize("spec", slow_except(MIXERS, "gqa", "gqa(kv_cache='int8')"))
+@pytest.mark.parametrize("spec", slow_except(MIXERS, "gqa"))
 def test_a_batch_of_prompts_of_any_length_is_each_alone(spec, monkeypatch):
     lm = contract.build("mixer", spec)
     engine = Engine(lm, contract.parameters(lm), Greedy(), -1, 40)

@@ -31,6 +31,7 @@ def drawn(serving):
         return np.concatenate([*batches]).astype(int), engine
 
 
+@pytest.mark.slow
 def test_a_run_writes_pictures_and_the_bytes_and_times_of_each_part(tmp_path):
     from PIL import Image
 
@@ -68,6 +69,7 @@ def test_a_run_writes_clips(form, tmp_path):
     assert all(row["physical"][key] > 1000 for key in PARTS)
 
 
+@pytest.mark.slow
 def test_offloaded_weights_give_the_same_pictures(monkeypatch):
     whole, _ = drawn(pipelines.described("image"))
     monkeypatch.setattr(offload, "has_host_memory", lambda devices: True)

@@ -89,6 +89,7 @@ def test_a_row_holds_time_bytes_flops_and_quality(trained, tmp_path, capsys):
     assert len(losses) == 8 and losses == pytest.approx({key: before[key] for key in losses}, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_pictures_are_those_of_the_training_run(trained, tmp_path):
     from PIL import Image
 
@@ -143,6 +144,7 @@ def test_weights_of_every_form_are_scored_against_float32(form, trained, tmp_pat
     assert row["paper"]["mcr"] == pytest.approx(rate, rel=1e-4) and row["paper"]["mcr"] > 1.5
 
 
+@pytest.mark.slow
 def test_a_mesh_shares_the_pictures_of_a_batch(trained):
     """Rows over `data`, patches over `sequence`, kernels over `tensor`: the pictures are those of one device."""
     drawn = []
@@ -154,6 +156,7 @@ def test_a_mesh_shares_the_pictures_of_a_batch(trained):
     assert np.abs(drawn[0] - drawn[1]).max() <= 1 and drawn[0].std() > 10
 
 
+@pytest.mark.slow
 def test_random_weights_of_a_complete_size_need_no_data(tmp_path, capsys):
     """Times and bytes are real; there is nothing to score, and latents are no pictures."""
     values = MODEL | {"model.pretrained": "", "objective": "ddpm()", "data": "images(path='/nowhere', size=8)"}
@@ -168,6 +171,7 @@ def test_random_weights_of_a_complete_size_need_no_data(tmp_path, capsys):
     assert "random, of size" in row["provenance"]["weights"]
 
 
+@pytest.mark.slow
 def test_latents_are_decoded_by_the_autoencoder(tmp_path):
     from PIL import Image
 
@@ -241,6 +245,7 @@ def test_a_language_model_has_no_solver(key, tmp_path, capsys):
     assert f"config.{key} = " in error and "a language model" in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_row_of_another_objective_is_no_baseline(trained, tmp_path, capsys):
     assert serve(trained, tmp_path / "a") == 0
     file = tmp_path / "a" / "record.json"
@@ -261,6 +266,7 @@ def test_parameters_have_one_shape_however_they_are_loaded(trained):
     assert jax.tree.map(np.shape, loaded) == expected
 
 
+@pytest.mark.slow
 def test_samples_are_described_and_judged(trained, tmp_path, monkeypatch):
     train = own_features.train
     monkeypatch.setattr(own_features, "train", lambda *data: train(*data, steps=2))

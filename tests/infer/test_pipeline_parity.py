@@ -58,6 +58,7 @@ def test_stable_diffusion_3():
     compare(by_us(serving, noise_BhwC), theirs)
 
 
+@pytest.mark.slow
 def test_wan():
     serving = pipelines.described("video", **WAN | {"infer.guidance": GUIDANCE})
     noise_BFhwC = np.random.default_rng(0).normal(size=(2, 3, 8, 8, 4)).astype(np.float32)

@@ -250,6 +250,7 @@ def temporary_bytes(length, kernel):
     return jax.jit(jax.grad(loss)).lower((x, x, x), start).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_blocks_read_and_not_with_the_square_of_the_row():
     grouped, masked = ([temporary_bytes(length, kernel) for length in (4096, 8192)] for kernel in ("grouped", "masked"))
     assert grouped[1] < 2.2 * grouped[0]

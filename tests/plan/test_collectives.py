@@ -148,7 +148,7 @@ def test_over_a_wide_tensor_axis_xla_sends_the_routers_gradients_too():
     assert all(abs(theirs.get(kind, 0) - ours.get(kind, 0)) <= routers for kind in ours | theirs), (ours, theirs)
 
 
-@pytest.mark.parametrize("chunk", [256, 5])
+@pytest.mark.parametrize("chunk", [slow_case(256), 5])
 def test_keys_and_values_are_sent_once_for_all_chunks_of_queries(chunk, monkeypatch):
     """And so are their gradients."""
     monkeypatch.setattr(attention_kernels, "GATHERED_CHUNK", chunk)

@@ -50,6 +50,7 @@ def test_a_step_that_cannot_fit_is_refused_before_its_state_is_made(texts, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_key_goes_on_regardless_and_lowers_it_too(texts, tmp_path, free, capsys):
     free(1)
     assert run(texts, tmp_path / "run", memory_gb=50) == 0

@@ -61,6 +61,7 @@ def test_a_plan_is_of_the_run_that_is_measured(tmp_path, capsys):
     assert "2 pictures of 8 x 8 x 4 in 5 steps, guided" in text and "5 x step" in text and "a picture" in text
 
 
+@pytest.mark.slow
 def test_decoding_is_planned_once_for_latents(tmp_path):
     folder = folders.save(tmp_path / "vae")
     request = described(autoencoder=f"kl(path='{folder}')")
@@ -80,6 +81,7 @@ def test_decoding_is_planned_once_for_latents(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_memory_is_told_by_part(tmp_path):
     """Weights and the autoencoder's are there together, unless they are offloaded; a step and decoding never are."""
     folder = folders.save(tmp_path / "vae")
@@ -127,6 +129,7 @@ def test_a_network_that_no_formula_gives_is_said_to_be_unknown(tmp_path, monkeyp
     assert "network" not in predicted["roofline_s"] and "network not known: bound by" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_study_counts_pictures_where_it_counts_tokens_of_text(tmp_path):
     row = plan(tmp_path / "plan", **{"plan.of": "pretrain", "quant": "float32", "train.batch_size": 4})[1]
     predicted = row["predicted"]

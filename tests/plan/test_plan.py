@@ -36,6 +36,7 @@ def measured(tmp_path_factory):
     return folder / "run", json.loads((folder / "run" / "record.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_plan_says_beforehand_what_the_run_s_program_needs(measured, tmp_path, capsys):
     run, theirs = measured
     status, row = plan(tmp_path / "plan", plan__devices=8, mesh="data=2, fsdp=4")

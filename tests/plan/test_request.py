@@ -21,6 +21,7 @@ from efficientllm.infer.samplers import Greedy
 from efficientllm.metrics import memory
 from efficientllm.plan import hardware, training_step
 from efficientllm.quant import apply as quant
+from tiers import slow_case
 
 SIZE = (
     "custom(num_layers=2, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hidden=48, rope_base=1e4, vocab_size=264)"
@@ -44,7 +45,9 @@ def size(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("form, mesh", [("bfloat16", "data=1"), ("bfloat16", "data=2, tensor=2"), ("int8", "tensor=2")])
+@pytest.mark.parametrize(
+    "form, mesh", [("bfloat16", "data=1"), slow_case("bfloat16", "data=2, tensor=2"), slow_case("int8", "tensor=2")]
+)
 def test_the_program_is_the_engine_s(form, mesh):
     devices = math.prod(int(size) for size in re.findall(r"\d", mesh))
     request = described(form, devices, mesh=mesh, **{"infer.batch_size": 2})
@@ -112,6 +115,7 @@ def test_a_plan_is_of_the_request_that_a_run_measures(tmp_path, capsys):
     assert "4 x decode" in text and "bound by" in text and "TTFT" in text
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_may_in_another_form(tmp_path, monkeypatch, capsys):
     fitting = plan(tmp_path / "a")[1]["predicted"]
     monkeypatch.setattr("efficientllm.metrics.host.memory_total_bytes", lambda: int(0.8 * fitting["peak_bytes"]))

@@ -75,6 +75,7 @@ def test_large_pictures_are_scaled_alike_until_they_fit(tmp_path):
     assert widths == [32, 128], "the size as drawn, which places are counted by"
 
 
+@pytest.mark.slow
 def test_a_page_of_twelve_variants_stays_below_five_megabytes(tmp_path):
     for index in range(12):
         made.image_row(tmp_path / str(index), f"mixer{index}", **made.LEVELS)

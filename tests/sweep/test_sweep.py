@@ -313,6 +313,7 @@ def test_pictures_cost_a_step_as_often_as_there_are_steps():
             cost_estimates.estimate_costs(sweep(variants=wrong, baseline="a", equal={}))
 
 
+@pytest.mark.slow
 def test_real_runs_make_a_report(tmp_path):
     texts = small.corpus(tmp_path / "texts")
     flags = dict(flag.removeprefix("--config.").split("=", 1) for flag in small.arguments(texts, "x")[2:])

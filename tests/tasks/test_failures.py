@@ -136,6 +136,7 @@ def test_a_held_out_loss_that_is_no_number_is_an_outcome(value, texts, tmp_path,
     assert "resuming from step 2" in capsys.readouterr().out and row(workdir)["outcome"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_next_loss_is_no_number_is_not_the_last_good_one(texts, tmp_path, monkeypatch, capsys):
     collect, seen = loop._Loop.collect, []
 
@@ -154,6 +155,7 @@ def test_a_checkpoint_whose_next_loss_is_no_number_is_not_the_last_good_one(text
     assert "resuming from step 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_and_the_old_row_stays_until_the_new_one(texts, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     assert run(texts, workdir) == 0

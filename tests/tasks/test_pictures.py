@@ -69,6 +69,7 @@ def test_samples_are_pictures_in_the_folder_and_in_tensorboard(whole):
     assert (width, height) == (b"34", b"34") and png == (whole / "samples" / "grid.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_learns(whole, tmp_path):
     status, output = runs.finish(runs.start(arguments(tmp_path / "one")))
     assert status == 0, output
@@ -76,6 +77,7 @@ def test_eight_devices_learn_what_one_learns(whole, tmp_path):
     assert alone["eval_loss"] == pytest.approx(eight["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_it_has_the_same_losses(whole, tmp_path):
     workdir = tmp_path / "run"
     signum, argv = signal.SIGTERM, arguments(workdir)
@@ -112,6 +114,7 @@ def test_what_does_not_fit_is_one_line(change, message, tmp_path, capsys):
     assert not (tmp_path / "run" / "record.json").exists()
 
 
+@pytest.mark.slow
 def test_latents_are_learnt_and_decoded(tmp_path):
     from PIL import Image
 

@@ -69,6 +69,7 @@ def test_a_finished_run_is_left_alone_unless_overwritten(whole, texts, capsys):
     assert (whole / "record.json").stat().st_mtime_ns > before
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_and_resumed_gives_the_same_losses_bit_for_bit(texts, tmp_path):
     options = {"train__steps": 30, "checkpoint__every": 5, "eval__every": 0}
     status, output = runs.finish(runs.start(runs.arguments(texts, tmp_path / "a", **options)))

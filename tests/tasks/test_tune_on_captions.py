@@ -72,6 +72,7 @@ def test_a_share_of_the_captions_is_dropped():
     assert shares[0] == 0 and shares[2] == 1 and abs(shares[1] - 0.1) < 4 * np.sqrt(0.09 / 4000)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_tuned_and_sampled_beside_its_base(pictures, tmp_path):
     assert run(pictures, tmp_path / "run") == 0
     record = read_record(tmp_path / "run" / "record.json")
