@@ -236,6 +236,8 @@ EXEMPT = (
     "parquet",
     "pairs",
     "chat",
+    "image_chat",
+    "chartqa",
     "images",
     "webdataset",
     "videos",
