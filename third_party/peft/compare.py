@@ -172,9 +172,9 @@ def _ours(method, model, options, host):
     abstract = jax.eval_shape(step.init_state(lm, config.train, 0, options.length - 1, tuned))
     where = sharding.shardings(abstract, mesh)
     run = setup.Setup(
-        config=config, mesh=mesh, objective=NEXT_TOKEN, objective_spec="next_token()", dataset=None, lm=lm, models=(lm,),
-        length=options.length - 1, batches=None, eval_batches=None, method=tuned, source=source, boxed=boxed, shaped=None,
-        shardings=where, new_parts=(), data={}, rss_before=before,
+        config=config, mesh=mesh, objective=NEXT_TOKEN, objective_spec="next_token()", dataset=None, lm=lm,
+        models=(lm,), length=options.length - 1, batches=None, eval_batches=None, method=tuned, source=source,
+        boxed=boxed, shaped=None, shardings=where, new_parts=(), data={}, rss_before=before,
     )  # fmt: skip
     shaped = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), nn.unbox(abstract), where
