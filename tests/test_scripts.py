@@ -39,6 +39,7 @@ SMALLEST = {
     "experiments/quantization/products.py": "1 --shapes=1",
     "experiments/quantization/quality.py": "int8 --rows=1",
     "experiments/scale/run.py": "--most=2 --longest=128 --out=scale",
+    "experiments/vision_language/plans.py": "--only=nothing_of_this_name",
     "third_party/diffusers/compare.py": "--shape=tiny --steps=2 --batch=2 --contestants=torch-float32,ours-float32",
     "third_party/diffusers/tune.py": "--steps=2 --batch=2 --contestants=torch-float32,ours-float32",
     "third_party/llama_cpp/compare.py": (2, "llama_cpp is missing"),
