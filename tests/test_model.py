@@ -93,6 +93,7 @@ def test_parallel_mixers_add_to_what_both_read():
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stacks_and_parallel_mixers_decode_what_they_compute_at_once():
     tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, contract.VOCAB)
     lm = contract.build("mixer", "gqa", pattern=("1 * mqa", "1 * gqa + mamba(inner=16)"))

@@ -160,11 +160,11 @@ def is_clear(ffn, step):
         slow_case("moe", "fsdp=8", 1),
         slow_case("moe", LONG, 1),
         slow_case("moe", CUBE, 1),
-        ("capacity", EXPERTS, 1),
+        slow_case("capacity", EXPERTS, 1),
         slow_case("capacity", "expert=8", 1),
         slow_case("capacity", "expert=4, tensor=2", 1),
         slow_case("capacity", "expert=4, sequence=2", 1),
-        slow_case("dense", EXPERTS, 1),
+        ("dense", EXPERTS, 1),
     ],
 )
 def test_every_mesh_gives_the_curve_of_one_device(ffn, mesh_spec, accumulate):
@@ -191,6 +191,7 @@ def makes(text, shapes):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ffn", [slow_case("dense"), "moe"])
 def test_no_device_ever_holds_a_whole_stack_of_layers(ffn):
     """Neither of parameters nor of gradients nor of the optimizer's state: a layer is gathered, in the loop."""

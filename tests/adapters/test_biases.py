@@ -54,6 +54,7 @@ def test_a_linear_adds_the_adapted_bias_and_so_does_the_merged_one():
     assert isinstance(merged["kernel"], jax.Array)
 
 
+@pytest.mark.slow
 def test_experts_have_biases_of_their_own():
     moe = build("ffn", "moe(num_experts=4, top_k=2, hidden=8, use_bias=True)", {"precision": "float32"})
     draw = np.random.default_rng(0)

@@ -109,6 +109,7 @@ def test_leaves_multiply_as_their_dense_kernels_do(spec, kind, technique):
 ADAPTERS = [name for name in SPECS if build("adapter", SPECS[name]).learnt and name != "pissa"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", slow_except(ADAPTERS, "lora"))
 def test_beside_rounded_kernels_it_learns_as_beside_what_they_stand_for(spec):
     """QLoRA: arXiv:2305.14314, Eq. 5, with every method that has leaves."""

@@ -96,6 +96,7 @@ def test_images_are_those_of_diffusers(branch):
     np.testing.assert_allclose(autoencoder.decode(latents), expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "mixed"])
 def test_bfloat16_products_round(precision):
     """Operands have a relative error of 2^-9; some twenty products one after another stay within 2^-4 of the whole."""

@@ -120,6 +120,7 @@ def test_what_is_written_is_what_diffusers_wrote(tmp_path):
     assert all(torch.equal(loaded[name], 1.5 * tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", slow_case("mixed")])
 def test_bfloat16_products_round_about_as_much_as_those_of_diffusers(precision):
     """By the root mean square; of four channels, norms amplify what is rounded before them."""

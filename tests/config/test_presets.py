@@ -130,6 +130,7 @@ class Watched:
     __getitem__ = __getattr__
 
 
+@pytest.mark.slow
 def test_every_key_is_read_by_somebody(tmp_path):
     folder = runs.corpus(tmp_path / "texts")
     config, _, _ = main.parse(runs.arguments(folder, tmp_path / "run", train__steps=2))

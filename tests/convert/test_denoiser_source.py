@@ -154,6 +154,7 @@ def test_missing_keys_have_the_defaults_of_diffusers(tmp_path):
     assert "num_layers=28" in described and "dim=1152" in described
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_served_with_its_schedule_and_its_autoencoder(tmp_path):
     """In int8: pictures of its autoencoder, and its loss on latents of the data."""
     folder = folders.pipeline(tmp_path / "pipeline")

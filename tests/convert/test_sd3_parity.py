@@ -72,6 +72,7 @@ def test_a_single_file_is_read(branch, tmp_path):
         np.testing.assert_array_equal(actual[name], tensors[name])
 
 
+@pytest.mark.slow
 def test_gradients_of_all_parameters_and_inputs():
     folder, reference = folders.saved(), folders.reference()
     _, denoiser, params = loaded(folder)

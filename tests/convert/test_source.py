@@ -248,6 +248,7 @@ MERGED = """
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_merge(tmp_path):
     """One file of what is written is in memory at a time, and a tensor with what is added to it."""
     stored = _large(tmp_path / "base")

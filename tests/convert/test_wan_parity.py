@@ -69,6 +69,7 @@ def test_predictions_of_diffusers_and_files_byte_by_byte(branch, tmp_path):
         np.testing.assert_array_equal(check_denoiser.predict_with(theirs, *inputs()), expected)
 
 
+@pytest.mark.slow
 def test_gradients(tmp_path):
     """Gradients of all parameters, read from a file of theirs as parameters are.
 

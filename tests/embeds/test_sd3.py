@@ -103,6 +103,7 @@ def test_a_step_on_eight_devices_is_that_on_one():
     jax.tree.map(close, alone[1], split[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [slow_case("int8()"), slow_case("int4()"), "nf4()"])
 def test_predictions_of_rounded_weights_are_those_of_their_values(form):
     """Of both streams; modulations and the text's ffn too."""

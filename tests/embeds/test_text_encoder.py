@@ -55,7 +55,8 @@ def test_padding_is_not_read():
     encoder, params = build(t5("geglu", shared=False))
     real_BT = np.arange(12) < np.array([[12], [5]])
     padded = encode(encoder, params, TOKENS_BT, real_BT).states_BTD
-    np.testing.assert_allclose(padded[1:, :5], encode(encoder, params, TOKENS_BT[1:, :5]).states_BTD, atol=2e-6)
+    # Products of other numbers of rows are summed in other blocks.
+    np.testing.assert_allclose(padded[1:, :5], encode(encoder, params, TOKENS_BT[1:, :5]).states_BTD, atol=1e-5)
     read = encode(encoder, params, TOKENS_BT).states_BTD
     assert np.abs(read - padded)[1, :5].max() > 1e-3 and np.array_equal(read[0], padded[0])
 
@@ -79,6 +80,7 @@ def test_the_vector_of_a_text_is_that_of_its_first_end():
     np.testing.assert_allclose(product_BD, pooled_BD @ kernel, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_quantized_weights():
     """Forms lose in the order of their bits, and take the bytes of theirs."""
     encoder, params = build(clip("gelu", 12, projection=8))

@@ -36,6 +36,7 @@ def test_it_learns_the_classes_and_its_features_tell_sets_apart():
     assert one_class > 5 * same
 
 
+@pytest.mark.slow
 def test_blocks_do_not_change_features(monkeypatch):
     extractor, (images, _) = own_features.extractor(trained()), pictures(seed=3)
     whole = extractor.features(images)

@@ -32,6 +32,7 @@ def values(measured, kind):
     return {key: reading.value for key, reading in measured[kind][0].items()}
 
 
+@pytest.mark.slow
 def test_copies_are_as_near_as_training_pictures_and_noise_is_far(measured):
     copies, noise = values(measured, "copies"), values(measured, "noise")
     assert copies["fd_own"] < copies["fd_own_floor"] < noise["fd_own"] / 5

@@ -78,6 +78,7 @@ def test_other_ids_in_the_padding_change_nothing(name):
         assert (aux["stats"]["drop_rate"] > 0.05).all() == (name == "capacity")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(MIXTURES, "dropless"))
 def test_rows_of_more_padding_have_the_same_losses_and_statistics(name):
     same(gradients(name, batch()), gradients(name, batch(length=64)), rtol=2e-5, atol=1e-6)

@@ -37,6 +37,7 @@ def of_transformers(name, prompt):
     return ids[0, made.tokens_BT.shape[1] :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(folders.MODELS, "qwen2.5"))
 def test_greedy_tokens_are_those_of_transformers(name):
     """Of two prompts of different lengths together, and of a prompt alone; with text alone, too."""

@@ -85,6 +85,7 @@ def test_offloaded_weights_give_the_same_pictures(monkeypatch):
     assert readings["offload_s"].value > 0
 
 
+@pytest.mark.slow
 def test_states_of_a_folder_and_of_the_cache(tmp_path):
     """The same pictures, and no text is encoded."""
     serving = pipelines.described("image")

@@ -232,6 +232,7 @@ def test_grouped_and_masked_are_one_function(name, chunk_bytes, tile_rows, tiles
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5), *results)
 
 
+@pytest.mark.slow
 def test_queries_without_a_block_get_zeros():
     nothing = SelectedBlocks(jnp.full((1, 5, 1, 2), -1), jnp.arange(5)[None], 4)
     q, k = jnp.ones((1, 5, 2, 8)), jnp.ones((1, 5, 1, 8))

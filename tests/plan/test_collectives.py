@@ -107,6 +107,7 @@ def test_a_step_sends_what_the_formula_says(mesh, changes):
     assert set(more.values()) <= {0}, (ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", slow_except(("data=8", "fsdp=8", "data=2, fsdp=4"), "fsdp=8"))
 def test_a_step_on_pictures_sends_what_the_formula_says(mesh):
     """Labels are looked up as tokens are; biases, and kernels that multiply the batch, are gathered once."""

@@ -108,6 +108,7 @@ def test_memory_of_a_training_step_is_told_by_part(adapter):
     assert step.by_shapes() == sum(parts.values()) and parts["activations"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of, variant", [("pretrain", "mha"), ("infer", "mha"), ("infer", "moe")])
 def test_the_study_s_models_are_planned_for_hardware_that_is_not_here(of, variant, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware.Hardware, "has_compiler", False)

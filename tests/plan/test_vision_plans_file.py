@@ -57,6 +57,7 @@ def test_the_readme_has_the_tables_of_today():
     assert plans.FILE.format_tables(LINES) in (FOLDER / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_row_is_what_is_planned_today(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware.Hardware, "has_compiler", False)
     name = "llava-1.5-7b/tune/lora/h200_8"

@@ -290,6 +290,7 @@ def test_inference_costs_its_form_of_the_weights_and_the_states():
         cost_estimates.estimate_costs(sweep(variants=forms, baseline="float32", overrides={"mesh": "sequence=2"}))
 
 
+@pytest.mark.slow
 def test_pictures_cost_a_step_as_often_as_there_are_steps():
     """Training counts patches, serving those of the sampled pictures; with guidance the model is called twice."""
     model = {"model.size": "dit_tiny4", "model.embed": "patches(side=32, channels=1, classes=4)"}

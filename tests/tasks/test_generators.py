@@ -23,6 +23,7 @@ FOLDER = runs.ROOT / "experiments" / "generators"
 writer, sweep = import_file(FOLDER / "pipelines.py"), import_file(FOLDER / "sweep.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(["sd3", "wan"], "sd3"))
 def test_diffusers_computes_the_same_with_a_tiny_pipeline(name, tmp_path):
     writer.write(name, tmp_path / name)

@@ -54,6 +54,7 @@ def row(workdir):
     return json.loads((workdir / "record.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_row_holds_the_distance_its_floor_and_what_they_depend_on(run):
     record = row(run)
     assert all(record["quality"][key] >= 0 for key in sample_quality.KEYS if not key.startswith("kd_"))
@@ -65,6 +66,7 @@ def test_the_row_holds_the_distance_its_floor_and_what_they_depend_on(run):
     assert record["config"]["quality"]["fd"] == 66
 
 
+@pytest.mark.slow
 def test_the_grid_lies_beside_the_nearest_training_pictures(run):
     described = json.loads((run / "samples" / "samples.json").read_text())
     assert (described["count"], described["columns"], described["height"], described["border"]) == (6, 3, SIDE, 2)
@@ -83,12 +85,14 @@ def test_the_grid_lies_beside_the_nearest_training_pictures(run):
     assert np.array_equal(nearest, image_grid(np.stack(shown)))
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_the_grid(run):
     ((step, png),) = pictures(run.parent, "run", "samples")
     assert step == 4 and png == (run / "samples" / "grid.png").read_bytes()
     assert Image.open(io.BytesIO(png)).size == (3 * (SIDE + 2) - 2, 2 * (SIDE + 2) - 2)
 
 
+@pytest.mark.slow
 def test_a_run_that_judges_no_samples_draws_the_same_grid(run, tmp_path):
     argv = arguments(tmp_path, tmp_path / "run", quality__fd=0)
     assert main.main(argv) == 0

@@ -74,6 +74,7 @@ def grid(folder, name):
     return np.asarray(Image.open(folder / "samples" / f"{name}.png")).astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(list(tune_image.ADAPTERS), "glora"))
 def test_a_run_ends_with_a_row_an_adapter_and_pictures_beside_the_bases(name, base, tmp_path, monkeypatch):
     ended, finish = {}, Training._finish

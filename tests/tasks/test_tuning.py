@@ -82,6 +82,7 @@ def test_a_row_counts_samples_and_what_learns(whole):
     assert len(losses) == 12 and losses[12] < losses[1]
 
 
+@pytest.mark.slow
 def test_a_run_of_few_steps_is_measured_and_need_not_end_in_a_sample(base, tmp_path):
     argv = arguments(base, tmp_path / "run", train__steps=4, checkpoint__every=4, sample__tokens=0)
     assert main.main(argv) == 0

@@ -37,6 +37,7 @@ def test_a_window_lies_in_one_bin_and_every_patch_once(lm):
     assert (patches.frames_BS > 0).sum() == (windows > 0).sum() == sum(len(picture.pixels_Pc) for picture in images)
 
 
+@pytest.mark.slow
 def test_padding_and_neighbours_change_nothing(lm):
     """An image alone, and beside others in a longer row, has the same features."""
     images = folders.pictures("qwen2.5")

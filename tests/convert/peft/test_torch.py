@@ -94,6 +94,7 @@ def test_a_step_of_what_makes_no_leaf_is_torchs(source, spec):
                 np.testing.assert_array_equal(flat[path][position], was, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["lora(rank=4, alpha=6)", slow_case("dora(rank=4, alpha=6)")])
 def test_qlora_is_pefts_around_the_weights_that_are_rounded(source, spec, tmp_path):
     """The frozen kernels of peft's model hold what our four bits stand for."""
