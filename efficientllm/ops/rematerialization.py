@@ -54,12 +54,12 @@ def scan_unroll(num_groups: int, most: int) -> int:
 def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
     """Returns the `compiler_options` of `jax.jit` for a program of a whole model on `mesh`, None for one device.
 
-    On CPUs XLA of jax 0.10 begins each operation as early as it can, for threads that would be idle, and holds its result
-    until it is read. Here each operation has all cores, and they are put in the order that needs the least memory; the
-    results are the same bits. A step that tunes Stable Diffusion's transformer (75 million parameters) with LoRA has
-    0.60 instead of 0.81 GB of scratch memory; unrolled and with `full`, 0.15 instead of 0.62. With jax 0.12 XLA's own
-    schedule needs 0.60 and 0.14 GB. Of several devices each would wait for another's collectives, which have an order
-    only in XLA's own schedule.
+    On CPUs XLA of jax 0.10 begins each operation as early as it can, for threads that would be idle, and holds its
+    result until it is read. Here each operation has all cores, and they are put in the order that needs the least
+    memory; the results are the same bits. A step that tunes Stable Diffusion's transformer (75 million parameters) with
+    LoRA has 0.60 instead of 0.81 GB of scratch memory; unrolled and with `full`, 0.15 instead of 0.62. With jax 0.12
+    XLA's own schedule needs 0.60 and 0.14 GB. Of several devices each would wait for another's collectives, which have
+    an order only in XLA's own schedule.
     """
     if kernel_choice.platform() != "cpu" or (mesh is not None and mesh.size > 1) or not _HOLDS_RESULTS:
         return None
