@@ -52,6 +52,7 @@ def logits(lm, params, tokens):
     return jax.jit(lambda params: lm.apply({"params": params}, tokens, Context.packed(jnp.arange(6)[None]))[0])(params)
 
 
+@pytest.mark.slow
 def test_stacks_of_blocks_are_the_blocks_one_after_another():
     """Two stacks of one block are the stack of both; layers by their number are those of unrolled groups."""
     tokens = jnp.arange(6)[None]
@@ -72,6 +73,7 @@ def test_stacks_of_blocks_are_the_blocks_one_after_another():
     assert two.shallow().num_groups == 2
 
 
+@pytest.mark.slow
 def test_parallel_mixers_add_to_what_both_read():
     """`x + mha(norm(x)) + mqa(norm(x))`, by the modules alone; the ffn reads the sum."""
     lm = contract.build("mixer", "gqa", pattern=("mha + mqa",))

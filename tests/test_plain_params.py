@@ -72,6 +72,7 @@ def test_axes_that_are_not_the_dimensions_are_named():
         model.abstract_params(lm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, overrides",
     [("one", {}), slow_case("two", {"adapter": "lora(rank=2)", "quant": "int4()"})],

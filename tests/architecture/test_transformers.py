@@ -90,6 +90,7 @@ def _params(tensors, qk_norm, bias, tied):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, slow_case(1)])
 @pytest.mark.parametrize("name", slow_except(FAMILIES, "llama-gqa", "qwen3"))
 def test_logits_loss_and_gradients(name, seed):

@@ -34,6 +34,7 @@ def inputs(autoencoder, direction, height=24, width=34):
     return np.random.default_rng(0).normal(size=(2, height * zoom, width * zoom, channels)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction, tile", [("decode", 5), slow_case("encode", 8)])
 def test_tiles_are_exact_after_a_sweep_for_every_norm(autoencoder, direction, tile):
     """Sides of which the tile is no divisor: the last tile overlaps the one before."""

@@ -64,6 +64,7 @@ def test_chunks_have_the_flops_of_the_whole(tinier):
     assert flops[0] == flops[1] > 0
 
 
+@pytest.mark.slow
 def test_chunks_have_the_numbers_of_the_whole(autoencoder):
     """5 latent frames after the first, of which 2 is no divisor."""
     whole, chunks = (dataclasses.replace(autoencoder, chunk=size) for size in (0, 2))

@@ -52,6 +52,7 @@ def predict(denoiser, params, *inputs):
     return np.asarray(jax.jit(denoiser.apply)({"params": params}, *inputs)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", slow_except(BRANCHES, "wide"))
 def test_predictions_of_diffusers_and_files_byte_by_byte(branch, tmp_path):
     reference, folder = wan_folders.reference(**BRANCHES[branch]), wan_folders.saved(**BRANCHES[branch])

@@ -84,6 +84,7 @@ def test_what_is_frozen_has_no_gradient_and_no_moments():
     assert tuned == pytest.approx(weights + 4 * size(state.params), rel=0.01)
 
 
+@pytest.mark.slow
 def test_bytes_that_a_step_moves():
     """Without activations: a closed formula of weights, gradients and two moments; micro-batches read weights again."""
     for method, frozen_too in (("full()", False), ("lora(rank=4)", True)):

@@ -61,6 +61,7 @@ def test_padding_is_not_read():
     assert np.abs(read - padded)[1, :5].max() > 1e-3 and np.array_equal(read[0], padded[0])
 
 
+@pytest.mark.slow
 def test_a_causal_text_does_not_read_what_follows():
     encoder, params = build(clip("gelu(kind='quick')", 12))
     changed = np.where(np.arange(12) < 6, TOKENS_BT, 1)

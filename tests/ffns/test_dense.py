@@ -103,6 +103,7 @@ VARIANTS = ("swiglu(use_bias=True)", "geglu(kind='tanh', use_bias=True)", "gelu(
 CHECKS = (contract.check_flops, contract.check_gradients, contract.check_leaves, contract.check_compressed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("spec", slow_except(VARIANTS, VARIANTS[0]))
 def test_contract_of_variants(spec, check):

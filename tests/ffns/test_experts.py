@@ -153,6 +153,7 @@ def step(moe):
     return jax.value_and_grad(loss, (0, 1), has_aux=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_spec, fields", slow_except(MESHES, *MESHES[:2]), ids=str)
 def test_eight_devices_are_one(mesh_spec, fields):
     moe = layer(activation="gelu_tanh", **fields)
@@ -213,6 +214,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", slow_except(list(CHECKS), "check_flops", "check_leaves"))
 def test_contract_with_biases(check):
     CHECKS[check]("ffn", SPEC)

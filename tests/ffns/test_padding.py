@@ -84,6 +84,7 @@ def test_rows_of_more_padding_have_the_same_losses_and_statistics(name):
     same(gradients(name, batch()), gradients(name, batch(length=64)), rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh_spec",
     [slow_case("data=2, fsdp=2, tensor=2"), slow_case("fsdp=2, sequence=4"), "fsdp=2, expert=4"],

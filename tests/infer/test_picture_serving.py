@@ -132,6 +132,7 @@ def test_flops_of_a_picture_are_those_of_the_program(guidance, trained):
 FORMS = ("bfloat16", "float16", "int8", "int4", "nf4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", slow_except(FORMS, "int8", "bfloat16"))
 def test_weights_of_every_form_are_scored_against_float32(form, trained, tmp_path):
     assert serve(trained, tmp_path / "run", form, infer__rules="(('patch/|final/', 'bfloat16'),)") == 0

@@ -30,6 +30,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_except(CASES, "dense", "half layers"))
 def test_it_is_as_the_model_initialises(case):
     lm = described(**CASES[case])

@@ -15,6 +15,7 @@ NEW = 24
 NEVER = {"infer__stop": "('nowhere to be found',)", "infer__max_new_tokens": NEW, "infer__batch_size": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_stopped_in_mid_answer(name, status, base, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The first answer, whose stop never came, is whole; of the second there is what there was."""

@@ -57,6 +57,7 @@ def prompts(lengths):
     return [random.integers(0, peers.VOCAB, length).tolist() for length in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces, chunk", [slow_case(False, None), (True, 5)])
 def test_prompts_of_several_lengths(both, pieces, chunk):
     """Each as it would be alone, short of the original length, across it and beyond."""

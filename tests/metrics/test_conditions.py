@@ -142,6 +142,7 @@ print(detector.stopped_s)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_knows_it():
     process = subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"

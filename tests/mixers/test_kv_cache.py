@@ -50,6 +50,7 @@ def states_after(lm, pieces):
     return jnp.concatenate(pieces_of_logits, 1), states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", BYTES)
 def test_logits_are_near_and_do_not_depend_on_the_pieces(spec):
     lm = contract.build("mixer", spec)

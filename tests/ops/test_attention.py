@@ -71,6 +71,7 @@ def close(a, b, atol=3e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(masks(), "window", "prefix", "across segments"))
 def test_kernels_honour_the_order(name, monkeypatch):
     monkeypatch.setattr(attention_mask, "LOOP_CHUNK", 32)

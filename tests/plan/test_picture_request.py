@@ -43,6 +43,7 @@ def test_a_request_is_as_many_steps_as_the_solver_has(quant):
     assert request.costs.step_flops == 2 * single.costs.step_flops
 
 
+@pytest.mark.slow
 def test_a_plan_is_of_the_run_that_is_measured(tmp_path, capsys):
     """Random weights of a model that says all of its pictures: neither needs data."""
     assert plan(tmp_path / "run", task="infer", infer__repeats=2, infer__baseline="")[0] == 0

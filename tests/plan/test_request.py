@@ -45,6 +45,7 @@ def size(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form, mesh", [("bfloat16", "data=1"), slow_case("bfloat16", "data=2, tensor=2"), slow_case("int8", "tensor=2")]
 )

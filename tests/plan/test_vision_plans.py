@@ -77,6 +77,7 @@ def test_a_training_row_has_the_patches_of_its_pictures(folder):
     assert frozen < step.model_flops < 1.02 * frozen  # and the adapters, and scores whose both sides have gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -144,6 +144,7 @@ def test_state_is_donated_beside_native_products():
     np.testing.assert_array_equal(undonated, donated)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
 @pytest.mark.parametrize("form", ["int4", "bfloat16"])
 def test_kernels_of_one_input_are_one_call(form):

@@ -81,6 +81,7 @@ MORE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, mesh_spec, form", CASES + [slow_case(*case) for case in MORE])
 def test_each_device_multiplies_its_part(kind, mesh_spec, form, monkeypatch):
     monkeypatch.setattr(native, "is_usable", lambda: False)

@@ -83,6 +83,7 @@ def test_bytes_are_the_bits_claimed(spec):
     assert resident_bytes(leaf(spec, normal(256, 8))) == 256 * 8 * BITS[spec] / 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", slow_except(SPECS, "int4", "nf4"))
 def test_a_leaf_stands_for_its_kernel_and_its_table(spec, width=83):
     kernel, x = normal(2, width, 5), jnp.asarray(normal(3, width))

@@ -108,6 +108,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @SIGNALS
 def test_a_run_that_saves_is_given_its_time(signum):
     """The training loop takes the signal and hands the next one back: it is not to be ended over the first."""

@@ -67,6 +67,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(base, with_tower, tmp_pat
     assert runs.losses(with_tower) == runs.losses(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_its_run_is_tuned_by_an_adapter_of_the_language_model_and_served(base, with_tower, tmp_path, capsys):
     assert main.main(arguments(base, tmp_path / "run", "lora", model__pretrained=with_tower)) == 0
     adapter = json.loads((tmp_path / "run/record.json").read_text())

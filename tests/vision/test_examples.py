@@ -62,6 +62,7 @@ def hidden(lm, params, batch):
     )
 
 
+@pytest.mark.slow
 def test_packed_examples_are_as_if_alone(made):
     """Of a row with several examples, each has the hidden vectors of a row with it alone; so has padding no effect."""
     data, lm, params = made

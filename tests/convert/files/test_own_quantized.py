@@ -28,6 +28,7 @@ def loaded(folder, scan=False):
     return source, lm, nn.unbox(model.abstract_params(lm))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", slow_except(FORMS, *FORMS[:3]))
 def test_written_and_read(form, tmp_path):
     folders.llama(tmp_path / "plain", **SHAPE)
@@ -53,6 +54,7 @@ def _is_rounded(leaf):
     return hasattr(leaf, "dense")
 
 
+@pytest.mark.slow
 def test_several_files_and_calibrated(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 40, (4, 16), np.int32)
     folders.llama(tmp_path / "plain", **SHAPE)

@@ -87,6 +87,7 @@ OURS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", OURS)
 def test_what_we_write_peft_reads_and_so_do_we(source, spec, tmp_path):
     lm, params = written(source, spec, tmp_path / "adapter")

@@ -109,6 +109,7 @@ def written(source, spec, folder):
     return denoiser, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", slow_except(OURS, "dora(rank=3, alpha=5)", "lokr(rank=8, alpha=5)", "glora(rank=3)"))
 def test_what_we_write_peft_reads_and_so_do_we(spec, tmp_path):
     source = convert.open_source(folders.saved())

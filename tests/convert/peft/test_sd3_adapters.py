@@ -24,6 +24,7 @@ STREAMS = ["attn.to_q", "attn.add_k_proj", "attn.to_add_out", "attn2.to_v", "ff.
 MODULATIONS = ["norm1.linear", "norm1_context.linear", "norm_out.linear", "context_embedder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [STREAMS, MODULATIONS], ids=["streams", "modulations"])
 def test_what_peft_writes_is_read_and_merged(modules, tmp_path):
     torch.manual_seed(0)

@@ -70,6 +70,7 @@ def load(source):
     return peers.transformers.AutoModelForCausalLM.from_pretrained(source.path, attn_implementation="eager").eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [slow_case("full()"), "freeze(last=1)", slow_case("freeze(first=1)")])
 def test_a_step_of_what_makes_no_leaf_is_torchs(source, spec):
     theirs, ids = load(source), peers.tokens()

@@ -63,6 +63,7 @@ def read(lm, source, where):
     return folder.around(source, lm, source.load(nn.unbox(model.abstract_params(lm))), where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["lora(rank=2)", slow_case("dora(rank=2, target='/mixer/(q|v)/')")])
 def test_what_we_write_peft_loads_and_names_are_those_of_its_modules(case, spec, tmp_path):
     name, source, lm, made, rows = case
