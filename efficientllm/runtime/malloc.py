@@ -21,10 +21,12 @@ _LARGE, _LARGE_ALONE = 2**24, 2**28
 
 def trim() -> None:
     """Returns freed memory that the allocator holds to the system: about 0.2 GB after a compilation."""
-    if _is_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
-    if is_keeping():
-        ctypes.CDLL(None).efficientllm_return_kept_memory()
+    if not _is_glibc():
+        return
+    process = ctypes.CDLL(None)
+    process.malloc_trim(0)
+    if return_kept_memory := getattr(process, "efficientllm_return_kept_memory", None):  # of a run with the library
+        return_kept_memory()
 
 
 def settings() -> dict[str, str]:
@@ -36,8 +38,9 @@ def settings() -> dict[str, str]:
 
     glibc alone cannot keep it: where a small array comes to lie in the freed memory, or a step begins before the one
     before has freed its own, the next is taken anew beside it. With 0.66 GB of scratch memory the peak was 1.4, 2.0 or
-    2.7 GB, as chance would have it. `ops/native/keeping.cc`, which is preloaded, has 1.4 GB always. Without that
-    library memory above 256 MB is returned, and a step with 0.83 GB of it takes 6 to 10 % longer.
+    2.7 GB, as chance would have it, and with `ops/native/keeping.cc`, which is preloaded, 1.4 GB in each of three runs
+    (AMD EPYC, Zen 5, 2026-11-30). Without that library memory above 256 MB is returned, and a step with 0.83 GB of it
+    took 6 to 10 % longer (AMD EPYC, Zen 3, 2026-11-29).
     """
     if not _is_glibc() or TUNABLES in os.environ:
         return {}
@@ -54,11 +57,6 @@ def restart_with_settings() -> None:
     """Re-executes this program with the variables of `settings`, which are read only at start."""
     if variables := settings():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | variables)
-
-
-def is_keeping() -> bool:
-    """Whether the library of `settings` has been loaded into this process."""
-    return _is_glibc() and hasattr(ctypes.CDLL(None), "efficientllm_return_kept_memory")
 
 
 def _keeping_library():

@@ -198,30 +198,17 @@ def format_tables(lines):
     cost = ("forward_tflop", "decode_tflop", "model_tflop", "least_ms")
     tables = {
         "Tuning on eight H200": (r"/tune/\w+/h200_8(_remat)?$", tuned),
-        "32,760 tokens divided over H200": (r"/tune/(lora|full)/h200_8(_sequence\d)?(_remat)?$", tuned),
+        "32,760 tokens divided over H200": (r"^wan.*/tune/(lora|full)/h200_8(_sequence\d)?(_remat)?$", tuned),
         "Inference on H200": (r"/infer/\w+/h200", of_request + cost),
         "Tuning on a card of 24 GB": (rf"/tune/\w+/{CARD}", (*parts, "fits", "fits_80")),
         "Inference on a card of 24 GB": (rf"/infer/\w+/{CARD}", (*of_request, "least_ms", "fits")),
     }
-    return "\n\n".join(format_table(title, *of_table, lines) for title, of_table in tables.items())
-
-
-def format_table(title, pattern, columns, lines):
-    """A table of the rows whose name has `pattern`."""
-    chosen = {name: row for name, row in lines.items() if re.search(pattern, name)}
-    if title.startswith("32,760"):
-        chosen = {name: row for name, row in chosen.items() if name.startswith("wan")}
-    rows = [[name, *(format_cell(row, key) for key in columns)] for name, row in chosen.items()]
-    return f"{title}:\n\n{plans_file.table(['plan', *(HEADERS.get(key, key) for key in columns)], rows)}"
-
-
-def format_cell(row, key):
-    value = row[key]
-    if not value or key.startswith("fits"):
-        return value
-    if key == "trainable":
-        return f"{int(value) / 1e6:.1f}M"
-    return f"{float(value):,.0f}" if float(value) >= 100 else f"{float(value):.3g}"
+    return "\n\n".join(
+        plans_file.format_table(
+            title, columns, {name: row for name, row in lines.items() if re.search(pattern, name)}, HEADERS
+        )
+        for title, (pattern, columns) in tables.items()
+    )
 
 
 FILE = plans_file.PlansFile(HERE / "plans.csv", list_plans(), COLUMNS, line, format_tables)

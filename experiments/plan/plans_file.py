@@ -118,6 +118,22 @@ def rounded(value: float | None, unit: float, digits: int = 4) -> float | None:
     return None if value is None else float(f"{value / unit:.{digits}g}")
 
 
+def format_table(title: str, columns: tuple[str, ...], lines: Rows, headers: dict[str, str]) -> str:
+    """A titled table of rows of the file; `headers` are those of columns that are not called by their key."""
+    rows = [[name, *(format_cell(row, key) for key in columns)] for name, row in lines.items()]
+    return f"{title}:\n\n{table(['plan', *(headers.get(key, key) for key in columns)], rows)}"
+
+
+def format_cell(row: dict[str, str], key: str) -> str:
+    """A cell of `format_table`: words as they are, numbers to three digits."""
+    value = row[key]
+    if not value or key.startswith("fits"):
+        return value
+    if key == "trainable":
+        return f"{int(value) / 1e6:,.1f}M"
+    return f"{float(value):,.0f}" if float(value) >= 100 else f"{float(value):.3g}"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))

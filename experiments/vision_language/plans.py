@@ -8,7 +8,6 @@ the same command resumes after a stop.
 import json
 import math
 import pathlib
-import re
 
 from efficientllm.architecture import from_config
 from efficientllm.convert.hf_config import families
@@ -188,24 +187,10 @@ def format_tables(lines):
         *("ttft_ms", "tpot_ms"),
     )
     tables = {"Tuning on eight H200": ("/tune/", tuned), "A question about a picture on H200": ("/infer/", served)}
-    return "\n\n".join(format_table(title, *of_table, lines) for title, of_table in tables.items())
-
-
-def format_table(title, pattern, columns, lines):
-    """A table of the rows whose name has `pattern`."""
-    rows = [
-        [name, *(format_cell(row, key) for key in columns)] for name, row in lines.items() if re.search(pattern, name)
-    ]
-    return f"{title}:\n\n{plans_file.table(['plan', *(HEADERS.get(key, key) for key in columns)], rows)}"
-
-
-def format_cell(row, key):
-    value = row[key]
-    if not value or key == "fits":
-        return value
-    if key == "trainable":
-        return f"{int(value) / 1e6:,.1f}M"
-    return f"{float(value):,.0f}" if float(value) >= 100 else f"{float(value):.3g}"
+    return "\n\n".join(
+        plans_file.format_table(title, columns, {name: row for name, row in lines.items() if pattern in name}, HEADERS)
+        for title, (pattern, columns) in tables.items()
+    )
 
 
 FILE = plans_file.PlansFile(HERE / "plans.csv", list_plans(), COLUMNS, line, format_tables)
