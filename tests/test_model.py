@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import contract
-from efficientllm import blocks, model, registry
+from efficientllm import model, registry
 from efficientllm.cost import formulas, jaxpr_flops
 from efficientllm.errors import UserError
+from efficientllm.model import blocks
 from efficientllm.ops.attention import Context, Mask
 
 

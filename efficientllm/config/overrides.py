@@ -6,9 +6,8 @@ import warnings
 
 from ml_collections import ConfigDict
 
-from efficientllm.config import schema
+from efficientllm.config import key_ranges, schema
 from efficientllm.errors import UserError, short_repr
-from efficientllm.registry import ranges
 
 WORDS = {"true": True, "t": True, "1": True, "yes": True, "false": False, "f": False, "0": False, "no": False}
 
@@ -59,7 +58,7 @@ def _parse_value(path, text, default):
     try:
         return _parse_int(text) if isinstance(default, int) else float(text)
     except ValueError:
-        allowed = ranges.KEYS[path.removeprefix("config.")]
+        allowed = key_ranges.KEYS[path.removeprefix("config.")]
         raise UserError(f"{path} = {short_repr(text)}: must be {allowed}{_whole_hint(text)}") from None
 
 

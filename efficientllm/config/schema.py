@@ -9,7 +9,7 @@ import typing
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from efficientllm import base_config
-from efficientllm.config import value_rules
+from efficientllm.config import key_ranges, value_rules
 from efficientllm.config.plain import flatten
 from efficientllm.errors import UserError, did_you_mean, one_line, short_repr
 from efficientllm.registry import ranges
@@ -112,7 +112,7 @@ def convert_type(where: str, value: typing.Any, default: typing.Any) -> typing.A
         ranges.check_range(where, value, ranges.FINITE)
         return float(value)
     if type(value) is not key_type:
-        allowed = ranges.KEYS.get(where.removeprefix("config.")) or TYPE_NAMES[key_type]
+        allowed = key_ranges.KEYS.get(where.removeprefix("config.")) or TYPE_NAMES[key_type]
         raise UserError(f"{where} = {short_repr(value)}: must be {allowed}, not {_describe_type(value)}")
     return value
 
@@ -130,8 +130,8 @@ def check_values(config: Config) -> None:
     has_plugins = bool(config.imports)  # they may register names that are not known yet
     for key, value in flatten(config.to_dict()).items():
         where = f"config.{key}"
-        if key in ranges.KEYS:
-            ranges.check_range(where, value, ranges.KEYS[key])
+        if key in key_ranges.KEYS:
+            ranges.check_range(where, value, key_ranges.KEYS[key])
         value_rules.check_value(key, value, where, has_plugins)
     _check_together(config)
 

@@ -1,21 +1,33 @@
-"""Rules for config values that are texts or tuples: spec strings, names, regular expressions, paths, pairs of those.
+"""Allowed values of the config keys and spec fields that are texts or tuples; `key_ranges` has the numbers.
 
 A rule is a function `(where, value, has_plugins)` that raises UserError, `where = value: ...`. `has_plugins` is True
 while techniques of `config.imports` are still to be imported, whose names are not known yet.
 """
 
-import functools
 import typing
 
 from efficientllm import registry
+from efficientllm.config.basic_rules import (
+    Rule,
+    accept_text,
+    check_nonempty,
+    check_regex,
+    constant,
+    list_of,
+    name_of,
+    number,
+    numbers,
+    one_of,
+    regex_pairs,
+    sizes,
+    tuple_of,
+)
 from efficientllm.config.device_rules import check_hardware, check_mesh, check_remat
 from efficientllm.config.path_rules import check_file, check_folder_name, check_path, check_source_path
-from efficientllm.errors import UserError, did_you_mean, short_repr
+from efficientllm.errors import UserError, short_repr
 from efficientllm.registry import catalogue, ranges
 from efficientllm.registry.block_entries import parse_entry
-from efficientllm.untrusted import patterns
 
-Rule = typing.Callable[[str, typing.Any, bool], None]
 # Fields that a model fills in.
 INHERITED = ("norm", "position", "precision", "attention_kernel", "kv_cache", "base", "eps", "text_length")
 
@@ -74,40 +86,6 @@ def _check_missing(kind, name, fields, values, where):
         raise UserError(f"{where}: {kind} {name!r} needs a value for {', '.join(missing)}")
 
 
-def name_of(kind: str, *extra: str) -> Rule:
-    """The name of a technique that has no fields, or one of `extra`."""
-
-    def rule(where, value, has_plugins):
-        allowed = [*extra, *catalogue.entries(kind)]
-        if not (has_plugins and value not in allowed):
-            registry.check_name(kind, value, allowed, where)
-
-    return rule
-
-
-def one_of(allowed_texts: typing.Callable[[], typing.Collection[str]]) -> Rule:
-    """One of the texts that `allowed_texts()` returns, which are read when a value is checked."""
-
-    def rule(where, value, has_plugins):
-        allowed = allowed_texts()
-        if value not in allowed:
-            raise UserError(
-                f"{where} = {short_repr(value)}: is none of {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
-            )
-
-    return rule
-
-
-def constant(module: str, name: str) -> Rule:
-    """One of the texts in a constant of a module of the package."""
-    return one_of(functools.partial(catalogue.constant, f"efficientllm.{module}", name))
-
-
-def check_regex(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """A regular expression."""
-    patterns.compile(value, where)
-
-
 def check_block(where: str, value: typing.Any, has_plugins: bool = False) -> None:
     """`mixer` or `mixer | ffn`, also with a count and parallel mixers (`block_entries`)."""
     if not isinstance(value, str):
@@ -131,89 +109,6 @@ def check_baseline(where: str, value: typing.Any, has_plugins: bool = False) -> 
         check_path(where, value)
     elif value:
         check_spec("quant", value, where, has_plugins)
-
-
-def tuple_of(element_rule: Rule) -> Rule:
-    """A tuple of texts that each pass `element_rule`."""
-
-    def rule(where, value, has_plugins):
-        for text in value:
-            if not isinstance(text, str):
-                raise UserError(
-                    f"{where} = {short_repr(value)}: must be a tuple of texts, not of {type(text).__name__}"
-                )
-            element_rule(where, text, has_plugins)
-
-    return rule
-
-
-def list_of(element_rule: Rule) -> Rule:
-    """A text of names with commas between them, each of which passes `element_rule`."""
-
-    def rule(where, value, has_plugins):
-        for name in filter(None, map(str.strip, value.split(","))):
-            element_rule(where, name, has_plugins)
-
-    return rule
-
-
-def accept_text(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """Any text."""
-
-
-def check_nonempty(where: str, value: typing.Any, has_plugins: bool = False) -> None:
-    """Text that is not empty."""
-    if not value:
-        raise UserError(f"{where}: holds an empty text; leave it out")
-
-
-def regex_pairs(what: str, value_rule: Rule) -> Rule:
-    """A tuple of (regex, value) pairs whose values pass `value_rule`; `what` names the value in messages."""
-
-    def rule(where, value, has_plugins):
-        for pair in value:
-            if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
-                raise UserError(
-                    f"{where} = {short_repr(value)}: must be pairs of (regex, {what}); {short_repr(pair)} is not"
-                )
-            check_regex(where, pair[0])
-            value_rule(where, pair[1], has_plugins)
-
-    return rule
-
-
-def number(allowed: ranges.Range) -> Rule:
-    """A number in the range `allowed`."""
-
-    def rule(where, value, has_plugins):
-        if type(value) not in (int, float):
-            raise UserError(f"{where} = {short_repr(value)}: must be {allowed}")
-        ranges.check_range(where, value, allowed)
-
-    return rule
-
-
-def numbers(allowed: ranges.Range) -> Rule:
-    """A tuple of numbers in the range `allowed`."""
-
-    def rule(where, value, has_plugins):
-        ranges.check_range(where, value, ranges.TupleOf(allowed))
-
-    return rule
-
-
-def sizes(allowed: ranges.Range) -> Rule:
-    """A tuple of (height, width) pairs, each number in the range `allowed`."""
-
-    def rule(where, value, has_plugins):
-        for pair in value:
-            if not (isinstance(pair, tuple | list) and len(pair) == 2):
-                raise UserError(
-                    f"{where} = {short_repr(value)}: must be pairs of (height, width); {short_repr(pair)} is not"
-                )
-            ranges.check_range(where, tuple(pair), ranges.TupleOf(allowed))
-
-    return rule
 
 
 _factors = regex_pairs("number", number(ranges.real(0)))

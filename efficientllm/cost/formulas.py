@@ -13,9 +13,9 @@ import jax
 
 from efficientllm.adapters.base import Method
 from efficientllm.adapters.freeze import Full
-from efficientllm.blocks import Stack
 from efficientllm.mixers.base import Mixer
 from efficientllm.model import Backbone, parts
+from efficientllm.model.blocks import Stack
 from efficientllm.weights import Weight, path_of
 
 PyTree = typing.Any  # the model's parameters, boxed with their logical axes where named `boxed`

@@ -5,8 +5,8 @@ A sampler of pictures computes them once, and every step of its solver reads the
 
 import jax
 
-from efficientllm.blocks import joined, mixer_names
 from efficientllm.model import Backbone, parts
+from efficientllm.model.blocks import joined, mixer_names
 from efficientllm.ops.attention import Context
 from efficientllm.typing import Params, PyTree
 

@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm.blocks import GROUP_INPUT
 from efficientllm.embeds.base import Ends
 from efficientllm.errors import FieldError
 from efficientllm.layers import Linear
 from efficientllm.model import Backbone, check_length
+from efficientllm.model.blocks import GROUP_INPUT
 from efficientllm.ops.attention import Context, Mask
 from efficientllm.ops.embedding_lookup import look_up
 from efficientllm.registry import build, register

@@ -14,7 +14,7 @@ from efficientllm.errors import UserError, short_repr
 from efficientllm.plan import estimate
 from efficientllm.plan import hardware as hardwares
 from efficientllm.plan.hardware import Hardware
-from efficientllm.plan.training_step import Planned
+from efficientllm.plan.workloads import WorkloadKind
 from efficientllm.record import provenance
 from efficientllm.record.row import read_record
 from efficientllm.runtime.atomic_write import write_atomically
@@ -68,10 +68,12 @@ def _factor(rows):
     return math.exp(statistics.fmean(math.log(row["measured_s"] / row["roofline_s"]) for row in rows))
 
 
-def load(path: PathLike, hardware: Hardware, planned: Planned, log: logging.Logger, keep: pathlib.Path) -> Calibration:
+def load(
+    path: PathLike, hardware: Hardware, planned: WorkloadKind, log: logging.Logger, keep: pathlib.Path
+) -> Calibration:
     """Loads the Calibration of `config.plan.calibration`: a file written by this function, or a folder of runs.
 
-    `planned` is a `training_step.Planned`. For a folder the step of each row is compiled, and the result is written to
+    `planned` is a kind of workload. For a folder the step of each row is compiled, and the result is written to
     the file `keep`. Raises UserError for a file of other hardware or task, and a folder without usable rows.
     """
     file, where = pathlib.Path(path).expanduser(), f"config.plan.calibration = {path!r}"
@@ -108,7 +110,7 @@ def _read(file, where):
     return Calibration(json_text.field(content, "hardware", str, where), tuple(map(str, tasks)), tuple(rows))
 
 
-def measure(folder: pathlib.Path, hardware: Hardware, planned: Planned, log: logging.Logger) -> Calibration:
+def measure(folder: pathlib.Path, hardware: Hardware, planned: WorkloadKind, log: logging.Logger) -> Calibration:
     """Makes the Calibration of all usable rows in a folder, or of one record.json. Raises UserError without any."""
     rows = []
     for file in [folder] if folder.is_file() else sorted(folder.rglob("record.json")):

@@ -8,9 +8,9 @@ import dataclasses
 import math
 
 from efficientllm.plan import roofline as rooflines
-from efficientllm.plan import training_step
+from efficientllm.plan import workloads
 from efficientllm.plan.hardware import Hardware
-from efficientllm.plan.training_step import Workload
+from efficientllm.plan.workloads import Workload
 from efficientllm.weights import Precision
 
 
@@ -55,14 +55,16 @@ def estimate(workload: Workload, hardware: Hardware, count: int) -> Estimate:
 
 
 def _part(workload, program, hardware, count):
-    by_shapes, program_flops = workload.by_shapes(), training_step.program_flops(workload, program)
+    by_shapes, program_flops = workload.by_shapes(), workloads.program_flops(workload, program)
     if not hardware.has_compiler:
         memory, seconds, refused, calls = {"total_bytes": by_shapes}, None, None, {}
         sent, moved, launched = workload.sent_by_formula(), program.moved_bytes, None
     else:
-        compiled = training_step.compile_step(workload, program.trace)
+        compiled = workloads.compile_program(workload, program.trace)
         memory, seconds, refused = compiled.memory, compiled.seconds, compiled.refused
-        sent, moved, calls, launched = training_step.read(compiled, count) if compiled.text else (None, None, {}, None)
+        sent, moved, calls, launched = (
+            workloads.compiled_costs(compiled, count) if compiled.text else (None, None, {}, None)
+        )
     dtype = str(Precision.of(program.precision or workload.lm.precision).product)
     flops = program.model_flops if program_flops is None else program_flops
     return Estimate(
@@ -138,6 +140,6 @@ def total_bytes(workload: Workload, hardware: Hardware) -> int | None:
     if not hardware.has_compiler:
         return workload.by_shapes()
     totals = [
-        training_step.compile_step(workload, program.trace).memory.get("total_bytes") for program in workload.programs()
+        workloads.compile_program(workload, program.trace).memory.get("total_bytes") for program in workload.programs()
     ]
     return None if None in totals else max(totals)

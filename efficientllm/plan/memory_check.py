@@ -11,7 +11,7 @@ from efficientllm.architecture import text_encoders
 from efficientllm.config.field_keys import name_keys
 from efficientllm.cost import available_memory
 from efficientllm.errors import UserError
-from efficientllm.plan import remedies
+from efficientllm.plan import remedies, workloads
 from efficientllm.registry import build, names
 from efficientllm.sharding import local_bytes
 
@@ -87,7 +87,7 @@ def _remedy(setup, room, copies):
     from efficientllm.plan import training_step  # not needed by every run
 
     def total_of(change):
-        config = training_step.changed(setup.config, change)
+        config = workloads.with_changes(setup.config, change)
         with name_keys(config):
             step = training_step.describe(config, jax.devices(), jax.default_backend())
         least = copies * local_bytes((step.shaped, step.shaped.params))

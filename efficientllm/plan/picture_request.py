@@ -18,7 +18,7 @@ from efficientllm.infer.picture_costs import PictureCosts
 from efficientllm.metrics.reading import Reading
 from efficientllm.plan.hlo_cost import Collective
 from efficientllm.plan.request import Request
-from efficientllm.plan.training_step import Part
+from efficientllm.plan.workloads import TracedProgram
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import local_bytes
 from efficientllm.weights import resident_bytes
@@ -49,15 +49,15 @@ class PictureRequest(Request):
         pictures = describe_batch(self.lm, self.samples)
         return f"{pictures} in {self.sampler.steps} steps{guided}, as {self.config.quant}"
 
-    def programs(self) -> list[Part]:
-        """The Parts of a request: the keys and values of its texts, solver steps, and decoding."""
+    def programs(self) -> list[TracedProgram]:
+        """The traced programs of a request: the keys and values of its texts, solver steps, and decoding."""
         shape, rows = image_shape(self.lm), self.samples
         with self.scope(), kernel_choice.recording_kernels() as used:
             step = self.sampler.trace(self.shaped, rows, shape, count=1)
         kernels = {name: sorted(kinds) for name, kinds in used.items()}
         programs = [
             *self._shared_by_steps(),
-            Part(STEP, self.sampler.steps, step, kernels, rows * self.costs.step_flops, self.moved),
+            TracedProgram(STEP, self.sampler.steps, step, kernels, rows * self.costs.step_flops, self.moved),
         ]
         if self.encoder is not None:
             with self.scope(), kernel_choice.recording_kernels() as used:
@@ -65,7 +65,7 @@ class PictureRequest(Request):
             kernels = {name: sorted(kinds) for name, kinds in used.items()}
             # Its weights are replicated: devices share the pictures alone.
             how = {"precision": self.encoder.precision, "shards": sharding.count_row_shards(self.mesh)}
-            programs.append(Part(DECODE, 1, decode, kernels, rows * self.costs.decode_flops, **how))
+            programs.append(TracedProgram(DECODE, 1, decode, kernels, rows * self.costs.decode_flops, **how))
         return programs
 
     def _shared_by_steps(self):
@@ -73,7 +73,7 @@ class PictureRequest(Request):
             return []
         with self.scope():
             traced = self.sampler.trace_request(self.shaped, self.samples)
-        return [Part(TEXT, 1, traced, {}, self.samples * self.costs.request_flops)]
+        return [TracedProgram(TEXT, 1, traced, {}, self.samples * self.costs.request_flops)]
 
     def _trace_decode(self):
         latents_BhwC = self.costs.latents(self.samples)

@@ -9,7 +9,7 @@ import typing
 import flax.linen as nn
 
 from efficientllm.model import Backbone
-from efficientllm.plan import remedies, training_step
+from efficientllm.plan import remedies, workloads
 from efficientllm.plan.hlo_cost import Collective
 from efficientllm.quant import apply as quant
 from efficientllm.registry import lookup
@@ -35,25 +35,28 @@ class Request:
 
     def scope(self) -> typing.ContextManager[None]:
         """Context to trace and compile in: the mesh, and kernels of the platform and compute capability."""
-        return training_step.scope(self.mesh, self.platform, self.capability)
+        return workloads.compile_scope(self.mesh, self.platform, self.capability)
 
     @property
     def samples(self) -> int:
         return self.config.infer.batch_size
 
-    def programs(self) -> list[training_step.Part]:
-        """The Parts of the request."""
+    def programs(self) -> list[workloads.TracedProgram]:
+        """The traced programs of the request."""
         raise NotImplementedError(f"{type(self).__name__} defines no programs()")
 
     def plain(self) -> Request:
-        """The same request with dense attention and unquantized weights, whose FLOPs can be counted in the jaxpr."""
+        """The same request with dense attention and unquantized weights, whose FLOPs can be counted in the jaxpr.
+
+        It is traced for a TPU and never compiled; `training_step.Step.plain` says why.
+        """
         changes = {"model.attention_kernel": "xla", "quant": "float32", "infer.rules": ()}
-        config = training_step.changed(self.config, changes)
+        config = workloads.with_changes(self.config, changes)
         return lookup("planned", "infer").describe(config, list(self.mesh.devices.flat), "tpu")
 
     @functools.cached_property
-    def plain_programs(self) -> list[training_step.Part]:
-        """The Parts of `plain`."""
+    def plain_programs(self) -> list[workloads.TracedProgram]:
+        """The traced programs of `plain`."""
         return self.plain().programs()
 
     @functools.cached_property

@@ -11,7 +11,7 @@ from efficientllm.plan.calibration import Calibration
 from efficientllm.plan.estimate import Estimate
 from efficientllm.plan.hardware import Hardware
 from efficientllm.plan.remedies import Try
-from efficientllm.plan.training_step import Workload
+from efficientllm.plan.workloads import Workload
 from efficientllm.typing import Record
 
 LEAST = "least time by roofline"

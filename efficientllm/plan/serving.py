@@ -9,7 +9,7 @@ import jax
 from efficientllm import model, sharding
 from efficientllm.infer import image_samples, picture_prompts, picture_setup
 from efficientllm.infer import setup as infer
-from efficientllm.plan import planned_images, training_step
+from efficientllm.plan import planned_images, workloads
 from efficientllm.plan.picture_request import PictureRequest
 from efficientllm.plan.request import Request
 from efficientllm.plan.text_request import TextRequest
@@ -37,7 +37,7 @@ def describe(
     infer.check_keys(config, reads)
     is_text, objective = reads == "text", typing.cast(typing.Any, description.objective)
     lm: typing.Any
-    with training_step.target(platform, capability):
+    with workloads.compile_target(platform, capability):
         if is_text:
             lm = infer.serving_lm(description, config.infer.prompt_length + config.infer.max_new_tokens)
         else:
@@ -56,5 +56,5 @@ def describe(
     return PictureRequest(**shared, sampler=sampler, encoder=objective.encoder)
 
 
-SERVING = training_step.Planned(whole, describe, ("infer",))
+SERVING = workloads.WorkloadKind(whole, describe, ("infer",))
 register("planned", "infer")(SERVING)

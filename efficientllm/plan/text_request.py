@@ -14,7 +14,7 @@ from efficientllm.cost import formulas
 from efficientllm.embeds.tokens import LM
 from efficientllm.infer.engine import Engine
 from efficientllm.metrics.reading import Reading
-from efficientllm.plan import training_step
+from efficientllm.plan import workloads
 from efficientllm.plan.request import Request
 from efficientllm.registry import build
 from efficientllm.runtime import kernel_choice
@@ -50,8 +50,8 @@ class TextRequest(Request):
             f"as {self.config.quant}"
         )
 
-    def programs(self) -> list[training_step.Part]:
-        """The Parts of a request: prefill, the first logits, and the decode step.
+    def programs(self) -> list[workloads.TracedProgram]:
+        """The traced programs of a request: prefill, the first logits, and the decode step.
 
         FLOPs and bytes of a decode step are those in the middle of a completion, as in the row of a description.
         """
@@ -68,9 +68,9 @@ class TextRequest(Request):
         step_flops = self.samples * formulas.decode_flops(self.lm, self.boxed, middle)
         used = {name: sorted(kinds) for name, kinds in prefill_kernels.items()}
         return [
-            training_step.Part("prefill", 1, prefill, used, prefill_flops, self.resident),
-            training_step.Part("first logits", 1, read_out, {}, head, 0),
-            training_step.Part(
+            workloads.TracedProgram("prefill", 1, prefill, used, prefill_flops, self.resident),
+            workloads.TracedProgram("first logits", 1, read_out, {}, head, 0),
+            workloads.TracedProgram(
                 "decode",
                 infer_config.max_new_tokens,
                 decode,

@@ -12,7 +12,7 @@ from efficientllm import sharding
 from efficientllm.embeds.vision_language import VisionLM, encode_images
 from efficientllm.infer.vision_serving import image_flops
 from efficientllm.metrics.reading import Reading
-from efficientllm.plan import training_step
+from efficientllm.plan import workloads
 from efficientllm.plan.planned_images import Grids
 from efficientllm.plan.text_request import TextRequest
 from efficientllm.runtime import kernel_choice
@@ -37,8 +37,8 @@ class VisionRequest(TextRequest):
     def _pictures(self):
         return [blank_image(self.lm.vision, grid) for grid in self.grids]
 
-    def programs(self) -> list[training_step.Part]:
-        """The Parts of a request: the tower, then those of a prompt without pictures."""
+    def programs(self) -> list[workloads.TracedProgram]:
+        """The traced programs of a request: the tower, then those of a prompt without pictures."""
         (row,) = jax.tree.map(lambda array: array[0], (tower_rows(self.lm.vision, [self._pictures]).patches,))
         axes = jax.tree.map(lambda array: ("batch", *(None,) * array.ndim), row)
         batch = jax.tree.map(lambda array: jax.ShapeDtypeStruct((self.samples, *array.shape), array.dtype), row)
@@ -47,7 +47,7 @@ class VisionRequest(TextRequest):
             traced = encode.trace(self.shaped, sharding.shapes(batch, axes))
         kernels = {name: sorted(kinds) for name, kinds in used.items()}
         flops, moved = self.samples * self.flops_per_row, sharding.local_bytes(self.shaped["vision"])
-        return [training_step.Part("images", 1, traced, kernels, flops, moved), *super().programs()]
+        return [workloads.TracedProgram("images", 1, traced, kernels, flops, moved), *super().programs()]
 
     @property
     def flops_per_row(self) -> float:

@@ -1,4 +1,4 @@
-"""Allowed ranges of every number that a user may set, in config keys and in fields of spec strings.
+"""Ranges of numbers, and those allowed in the fields of spec strings; `config.key_ranges` has those of config keys.
 
 Fractions are compared after rounding to float32, as a run uses them: 0.99999999 is 1, 1e39 is infinite, 1e-50 is 0.
 """
@@ -95,39 +95,6 @@ MOMENTUM = real(0, below=1)
 WIDTH = whole(1, WIDEST)
 HEADS = whole(1, 2**16)
 ROPE_BASE = real(above=1, note="the base of rotary frequencies")
-
-KEYS: Ranges = {
-    "seed": whole(0, 2**32 - 1, "seeds that JAX tells apart"),
-    "memory_gb": real(0, 10**6, note="0 is what is free"),
-    "train.steps": whole(1),
-    "train.batch_size": whole(1, 2**20),
-    "train.length": WIDTH,
-    "train.accumulate": whole(1, 2**20),
-    "model.unroll": whole(0, 10_000, "0 is a loop"),
-    "train.log_every": whole(1),
-    "train.clip": real(0, note="0 does not clip"),
-    "train.ema": real(0, below=1, note="0 averages nothing"),
-    "eval.every": whole(0, note="0 evaluates at the end alone"),
-    "eval.batches": whole(0, note="0 is the whole of the held-out text"),
-    "checkpoint.every": whole(0, note="0 saves at the end alone"),
-    "checkpoint.keep": whole(0, 10_000, "0 removes them once the run has ended well"),
-    "sample.tokens": whole(0, WIDEST, "0 for no sample"),
-    "sample.temperature": real(0, note="0 takes the likeliest token"),
-    "sample.images": whole(0, 4096, "0 for none"),
-    "infer.guidance": real(0, 10_000, note="1 is none"),
-    "infer.guidance_channels": whole(0, 2**16, "0 is all"),
-    "infer.fps": real(0.01, 1000, note="frames of a clip a second"),
-    "infer.max_pixels": whole(0, 2**40, "0 is the model's own limit"),
-    "infer.max_new_tokens": WIDTH,
-    "infer.batch_size": whole(1, 2**20),
-    "infer.prompt_length": WIDTH,
-    "infer.repeats": whole(1, 10**6),
-    "plan.devices": whole(1, 2**14),
-    "quality.limit": whole(0, note="0 is all examples"),
-    "quality.batch_size": whole(1, 2**20),
-    "quality.fd": whole(0, 2**17, "samples; 0 for none"),
-    "metrics.interval_s": real(0.001, 3600, note="seconds"),
-}
 
 # Of this package's techniques, by kind and field. A technique from elsewhere registers its own (`registry.register`).
 FIELDS: dict[str, Ranges] = {

@@ -10,7 +10,7 @@ from efficientllm.errors import UserError
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.plan import calibration as calibrations
 from efficientllm.plan import estimate as estimates
-from efficientllm.plan import hardware, remedies, row, training_step
+from efficientllm.plan import hardware, remedies, row, workloads
 from efficientllm.record.workdir import Workdir
 from efficientllm.registry import lookup, register
 from efficientllm.tasks.base import Run
@@ -77,7 +77,7 @@ class Planning(Run):
             log.info(f"{self.hardware.lacks}. What follows is from shapes alone")
 
     def _describe(self, change):
-        config = training_step.changed(self.config, change)
+        config = workloads.with_changes(self.config, change)
         with name_keys(config):
             return self.planned.describe(config, self.devices, self.hardware.platform, self.hardware.capability)
 

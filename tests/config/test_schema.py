@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 import runs
 from efficientllm import base_config, main, registry
-from efficientllm.config import schema
+from efficientllm.config import key_ranges, schema
 from efficientllm.config.plain import flatten
 from efficientllm.errors import UserError
 from efficientllm.ffns.dense import GELUS
@@ -131,8 +131,8 @@ def test_a_value_out_of_its_range_is_refused_wherever_it_is_set(key, value, mess
 
 def test_every_number_of_the_config_has_a_range():
     numbers = {key for key, value in schema.default_values().items() if type(value) in (int, float)}
-    assert numbers == ranges.KEYS.keys()
-    assert all(value in ranges.KEYS[key] for key, value in schema.default_values().items() if key in numbers)
+    assert numbers == key_ranges.KEYS.keys()
+    assert all(value in key_ranges.KEYS[key] for key, value in schema.default_values().items() if key in numbers)
 
 
 KINDS = [kind for kind in registry.kinds() if not kind.endswith("_kernel") and kind not in ("task", "planned")]

@@ -13,7 +13,7 @@ from configs import base, dit, sd3
 from efficientllm import model, sharding
 from efficientllm.ffns.moe import MoE
 from efficientllm.ops import attention_kernels
-from efficientllm.plan import collectives, hlo_cost, hlo_text, training_step
+from efficientllm.plan import collectives, hlo_cost, hlo_text, training_step, workloads
 from tiers import slow_case, slow_except
 
 # The vocabularies are named, so that there is no tokenizer to ask.
@@ -64,7 +64,7 @@ def sent(collectives):
 
 
 def compiled(described_step):
-    done = training_step.compile_step(described_step, training_step.traced(described_step)[0])
+    done = workloads.compile_program(described_step, training_step.traced(described_step)[0])
     return sent(hlo_cost.collectives(hlo_text.Program(done.text), 8))
 
 

@@ -8,7 +8,7 @@ from autoencoders import folders
 from configs import dit, dit_study, sd3
 from efficientllm import main, registry
 from efficientllm.cost import jaxpr_flops
-from efficientllm.plan import hardware, training_step
+from efficientllm.plan import hardware, training_step, workloads
 from efficientllm.record.row import read_record
 
 pytestmark = pytest.mark.quick
@@ -38,7 +38,7 @@ def test_a_request_is_as_many_steps_as_the_solver_has(quant):
     request = described(quant=quant)
     (step,) = request.programs()
     assert (step.name, step.times) == ("step", 5)
-    assert step.model_flops == 2 * request.costs.step_flops == training_step.program_flops(request, step)
+    assert step.model_flops == 2 * request.costs.step_flops == workloads.program_flops(request, step)
     single = described(quant=quant, **{"infer.guidance": 1.0, "infer.guidance_channels": 0})
     assert request.costs.step_flops == 2 * single.costs.step_flops
 
@@ -164,7 +164,7 @@ def test_flops_of_a_training_step_are_those_of_its_program(adapter):
     config.update_from_flattened_dict(changes | {"model.parameters_of": "", "mesh": "data=1", "adapter": adapter})
     step = training_step.describe(config, jax.devices()[:1], "cpu")
     (program,) = step.programs()
-    assert training_step.program_flops(step, program) == program.model_flops
+    assert workloads.program_flops(step, program) == program.model_flops
 
 
 @pytest.mark.parametrize("adapter", ["full", "freeze(last=2)"])
@@ -174,4 +174,4 @@ def test_flops_of_a_training_step_of_two_streams_are_those_of_its_program(adapte
     config.update_from_flattened_dict({"train.batch_size": 4, "mesh": "data=1", "adapter": adapter})
     step = training_step.describe(config, jax.devices()[:1], "cpu")
     (program,) = step.programs()
-    assert training_step.program_flops(step, program) == program.model_flops
+    assert workloads.program_flops(step, program) == program.model_flops

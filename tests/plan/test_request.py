@@ -19,7 +19,7 @@ from efficientllm.cost import jaxpr_flops
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.samplers import Greedy
 from efficientllm.metrics import memory
-from efficientllm.plan import hardware, training_step
+from efficientllm.plan import hardware, workloads
 from efficientllm.quant import apply as quant
 from tiers import slow_case
 
@@ -62,7 +62,7 @@ def test_the_program_is_the_engine_s(form, mesh):
         engine_bytes = sharding.local_bytes((engine.params, carry)) + size(tables)
         theirs = memory.compiled_memory(real.lower().compile())
     prefill, first, decode = request.programs()
-    ours = training_step.compile_step(request, decode.trace).memory
+    ours = workloads.compile_program(request, decode.trace).memory
     assert ours == theirs and ours["argument_bytes"] == pytest.approx(engine_bytes, abs=64)
     assert request.by_shapes() == sharding.local_bytes((engine.params, carry.states))
     assert [phase.times for phase in (prefill, first, decode)] == [1, 1, 4]
@@ -75,7 +75,7 @@ def test_flops_are_those_of_the_engine_s_products():
         plain = Engine(request.lm, nn.unbox(request.boxed), Greedy(), 0, request.length)
         loop = jaxpr_flops.count_program_flops(plain.trace_decode(1).jaxpr, turns=1)
         passed, read = (jaxpr_flops.count_program_flops(engine.jaxpr) for engine in plain.trace_prefill(1, 24))
-    planned = [training_step.program_flops(request, phase) for phase in (prefill, first, decode)]
+    planned = [workloads.program_flops(request, phase) for phase in (prefill, first, decode)]
     assert planned == [passed, read, loop]
     assert first.model_flops == read
     # A mask drops half of the pairs of the prompt, and slots of the state that are not filled yet.
@@ -151,7 +151,7 @@ from efficientllm.metrics import host
 from plan import test_request as plans
 
 one = plans.described("bfloat16", **{"model.size": plans.LARGE, "infer.prompt_length": 256})
-predicted = max(plans.training_step.compile_step(one, part.trace).memory["total_bytes"] for part in one.programs())
+predicted = max(plans.workloads.compile_program(one, part.trace).memory["total_bytes"] for part in one.programs())
 with jax.set_mesh(one.mesh):
     held = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), one.shaped)
     engine = Engine(one.lm, held, Greedy(), -1, one.length)

@@ -9,13 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficientllm.blocks import Group, Parts, Stack, Stacks, build_parts, joined, of_each
-from efficientllm.errors import UserError
 from efficientllm.mixers.base import Mixer
+from efficientllm.model.blocks import Group, Parts, Stack, Stacks, build_parts
 from efficientllm.ops import rematerialization as remat
 from efficientllm.ops.attention import Context
 from efficientllm.registry import build
-from efficientllm.sharding import constrain, current_mesh
 from efficientllm.typing import Params, PyTree
 
 
@@ -197,9 +195,6 @@ class Backbone(nn.Module):
         return memo
 
 
-ModelType = typing.TypeVar("ModelType", bound=Backbone)
-
-
 @functools.lru_cache
 def half_layers(blocks: tuple[tuple[str, str], ...]) -> int:
     """Counts half layers in a pattern: two for each block, one where it has no ffn."""
@@ -211,116 +206,6 @@ def parts(lm: Backbone) -> list[Parts]:
     return [build_parts(*block) for block in lm.blocks]
 
 
-def init_states(lm: Backbone, batch: int, length: int) -> PyTree:
-    """Makes empty states for `length` tokens of `batch` rows, stacked over groups if `lm` scans.
-
-    A block's state is the pair of its mixer's (of several, a tuple of theirs) and its ffn's. Raises UserError for more
-    tokens than the position has.
-    """
-    check_length(lm, length)
-    blocks = tuple(
-        (joined([mixer.init_state(batch, length) for mixer in mixers]), ffn.init_state(batch, length) if ffn else {})
-        for mixers, ffn in parts(lm)
-    )
-    if not lm.scan:
-        return tuple(tuple(blocks[i] for i in stack.blocks) for stack in lm.stacks for _ in stack.groups)
-
-    def stacked(block, numbers):
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(numbers), *leaf.shape)), block)
-
-    return tuple(map(stacked, blocks, lm.stacks.layer_numbers))
-
-
-def pin_states(lm: Backbone, states: PyTree) -> PyTree:
-    """Constrains states to their sharding over the mesh in scope; see `state_axes`."""
-    if current_mesh() is None:
-        return states
-    return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), states, state_axes(lm, states))
-
-
-def state_axes(lm: Backbone, states: PyTree) -> PyTree:
-    """Returns the logical axes of every leaf of states: the batch's rows, then those in its module's `state_axes`."""
-
-    def module_axes(module, state):
-        axes_of = {} if module is None else module.state_axes
-
-        def leaf_axes(keys, leaf):
-            name = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
-            axes = (*(None,) * lm.scan, "batch", *axes_of.get(name, ()))
-            return *axes, *(None,) * (leaf.ndim - len(axes))
-
-        return jax.tree_util.tree_map_with_path(leaf_axes, state)
-
-    def block_axes(block, state):
-        mixers = map(module_axes, block.mixers, of_each(state[0], block.mixers))
-        return joined(list(mixers)), module_axes(block.ffn, state[1])
-
-    blocks = parts(lm)
-    if lm.scan:
-        return tuple(map(block_axes, blocks, states))
-    groups = [[blocks[i] for i in stack.blocks] for stack in lm.stacks for _ in stack.groups]
-    return tuple(tuple(map(block_axes, *pair)) for pair in zip(groups, states, strict=True))
-
-
-def abstract_params(lm: Backbone) -> Params:
-    """Returns the parameters' shapes, boxed with their logical axes; makes no array."""
-    return jax.eval_shape(lambda: init_params(lm, jax.random.key(0), 8))
-
-
-def init_params(lm: Backbone, key: jax.Array, length: int) -> Params:
-    """Initializes the parameters, boxed with their logical axes; traced for one row of `length` tokens.
-
-    A parameter without axes (a plain `self.param`) is replicated. Raises UserError where there are more or fewer axes
-    than dimensions.
-    """
-    params = lm.init(key, *lm.example(length))["params"]
-    return jax.tree_util.tree_map_with_path(_boxed, params, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
-
-
-def _boxed(keys, leaf):
-    value, names = (leaf.value, tuple(leaf.names)) if isinstance(leaf, nn.Partitioned) else (leaf, (None,) * leaf.ndim)
-    if len(names) != value.ndim:
-        path = "/".join(key.key for key in keys)
-        raise UserError(f"parameter {path} of shape {value.shape}: {len(names)} logical axes are named, {names}")
-    return nn.LogicallyPartitioned(value, names)
-
-
 def apply_group(lm: Backbone, stack: Stack, params: Params, carry: tuple, ctx: Context) -> tuple:
     """Returns the carry after one group of a stack; `params` are that group's, of a model that is not scanned."""
     return Group(*lm.group_fields(stack)).apply({"params": params}, carry, ctx, None)[0]
-
-
-def check_length(lm: Backbone, length: int, where: str = "a state") -> None:
-    """Raises UserError for a row of `length` tokens where the position has fewer; `where` says what asks for them."""
-    most = build("position", lm.position).max_positions
-    if most is not None and length > most:
-        raise UserError(
-            f"{where}: {length} tokens, but config.model.position = {lm.position!r} has {most} positions; "
-            f"give it {length}, or take {most} tokens at most"
-        )
-
-
-def unroll(lm: ModelType, params: Params) -> tuple[ModelType, Params]:
-    """Unstacks the layers of a scanned model for decoding: a scan would copy every layer's weights at each token."""
-    places = [(f"group_{group}", stack.name, i) for stack in lm.stacks for i, group in enumerate(stack.groups)]
-    layers = {name: jax.tree.map(lambda leaf, i=i: leaf[i], params[stack]) for name, stack, i in places}
-    stacked = {stack.name for stack in lm.stacks}
-    return lm.clone(scan=False), {key: value for key, value in params.items() if key not in stacked} | layers
-
-
-def after_step(lm: Backbone, params: Params, aux: tuple) -> Params:
-    """Updates parameters without a gradient, such as a router's balancing bias: each ffn's rule on its statistics."""
-    rules = {f"block_{i}": (block.ffn, aux[i]) for i, block in enumerate(parts(lm)) if "stats" in aux[i]}
-
-    def group(blocks, index=...):
-        names = [name for name in rules if name in blocks]
-        stats = {name: jax.tree.map(lambda leaf: leaf[index], rules[name][1]["stats"]) for name in names}
-        after = {name: rules[name][0].after_step(blocks[name]["ffn"], stats[name]) for name in names}
-        return blocks | {name: blocks[name] | {"ffn": leaves} for name, leaves in after.items()}
-
-    if not rules:
-        return params
-    if lm.scan:
-        return params | {stack.name: group(params[stack.name]) for stack in lm.stacks}
-    places = [(f"group_{number}", i) for stack in lm.stacks for i, number in enumerate(stack.groups)]
-    return params | {name: group(params[name], i) for name, i in places}
