@@ -45,4 +45,4 @@ def check_hardware(where: str, value: typing.Any, has_plugins: bool = False) -> 
     """A device of the planner's hardware table."""
     from efficientllm.cost import hardware_table
 
-    hardware_table.find_hardware(value)
+    hardware_table.find_hardware(value, where)

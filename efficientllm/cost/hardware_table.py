@@ -24,20 +24,20 @@ def plannable_hardware() -> dict[str, Facts]:
     return {name: facts for name, facts in read_table()["hardware"].items() if "sources" in facts}
 
 
-def find_hardware(name: str) -> tuple[str, Facts]:
-    """Looks up `config.plan.hardware` -> `(name in the table, facts)`.
+def find_hardware(name: str, where: str = "hardware") -> tuple[str, Facts]:
+    """Looks up hardware -> `(name in the table, facts)`; messages begin with `where`.
 
     `name` is a name, a unique prefix of one, or a .json file of the user's. Case, dashes, blanks and the maker's name
     do not matter: `RTX 4090`, `NVIDIA H100`. Raises UserError.
     """
     if name.endswith(".json"):
-        return name, _read_file(name)
+        return name, _read_file(name, where)
     hardware, wanted = plannable_hardware(), _plain(name)
     exact = [full for full, facts in hardware.items() if wanted in map(_plain, (full, *facts.get("also", ())))]
     matches = exact or [full for full in hardware if wanted and _plain(full).startswith(wanted)]
     if len(matches) != 1:
         raise UserError(
-            f"config.plan.hardware = {short_repr(name)}: no such hardware; known: {', '.join(hardware)}, or a .json "
+            f"{where} = {short_repr(name)}: no such hardware; known: {', '.join(hardware)}, or a .json "
             f"file of your own{did_you_mean(name.lower(), hardware)}"
         )
     return matches[0], {key: value for key, value in hardware[matches[0]].items() if key != "also"}
@@ -53,9 +53,9 @@ NEEDED = {"device_kind": str, "memory_bytes": BYTES, "bandwidth": POSITIVE, "flo
 ALSO = {"platform": str, "tdp_w": POSITIVE, "per_host": whole(1, 2**16), "link": POSITIVE, "network": POSITIVE}
 
 
-def _read_file(path):
+def _read_file(path, where):
     """Reads the user's JSON file, with the facts of a table entry and `flops` by dtype. Raises UserError."""
-    where = f"config.plan.hardware = {path!r}"
+    where = f"{where} = {path!r}"
     facts = json_text.read(path, where=where)
     if missing := [key for key in NEEDED if key not in facts]:
         raise UserError(f"{where}: {', '.join(missing)} is missing; needed are {', '.join(NEEDED)}")

@@ -12,7 +12,7 @@ import numpy as np
 from efficientllm.data import cache, conversation
 from efficientllm.data.base import Source
 from efficientllm.data.streams import pieces
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 from efficientllm.registry import build
 from efficientllm.typing import PathLike
 
@@ -73,16 +73,18 @@ class Corpus:
         self.source = build("data", spec, where="config.data")
         self.cache = cache.root(cache_dir)
         if self._attribute("modality") not in ("text", "text and images"):
-            raise UserError(
-                f"config.data = {spec!r}: holds images, and text is needed; write python_docs(), or text(), jsonl(), "
-                "csv() or parquet() with a path"
+            raise FieldError(
+                "data",
+                "holds images, and text is needed; write python_docs(), or text(), jsonl(), csv() or parquet() with a "
+                "path",
+                spec,
             )
         if not hasattr(self.source, "documents"):
-            raise UserError(f"config.data = {spec!r}: has no documents(); derive it from efficientllm.data.Source")
+            raise FieldError("data", "has no documents(); derive it from efficientllm.data.Source", spec)
         if self.is_stream and not hasattr(self.source, "rows"):
-            raise UserError(f"config.data = {spec!r}: only hf(...) can be streamed; leave out streaming")
+            raise FieldError("data", "only hf(...) can be streamed; leave out streaming", spec)
         if not 0 <= self._attribute("held_out") < 1:
-            raise UserError(f"config.data = {spec!r}: held_out must be at least 0 and below 1")
+            raise FieldError("data", "held_out must be at least 0 and below 1", spec)
 
     @functools.cached_property
     def summary(self) -> dict[str, typing.Any]:
@@ -135,9 +137,10 @@ class Corpus:
         for index, document in enumerate(self.source.documents()):
             text, group = document if isinstance(document, tuple) and len(document) == 2 else (document, document)
             if not isinstance(text, str) or not isinstance(group, str):
-                raise UserError(
-                    f"config.data = {self.spec!r}: document {index} is {document!r:.60}; documents() yields texts, or "
-                    "pairs of a text and its group"
+                raise FieldError(
+                    "data",
+                    f"document {index} is {document!r:.60}; documents() yields texts, or pairs of a text and its group",
+                    self.spec,
                 )
             if cut == 1:
                 yield text, group
@@ -159,9 +162,11 @@ class Corpus:
             documents = first["train_documents"]
             notes = f" ({'; '.join(first['notes'])})" if first["notes"] else ""
             count = f"none{notes}" if documents == 0 else "one" if documents == 1 else f"one, {documents} times"
-            raise UserError(
-                f"config.data = {self.spec!r}: training and held-out text need two different documents, there is "
-                f"{count}{'' if self.has_records else ', of too little text to be cut into two' * (documents == 1)}"
+            raise FieldError(
+                "data",
+                "training and held-out text need two different documents, there is "
+                f"{count}{'' if self.has_records else ', of too little text to be cut into two' * (documents == 1)}",
+                self.spec,
             )
         return first
 
@@ -171,9 +176,10 @@ class Corpus:
             try:
                 data, hashed = text.encode(), _hash(group)
             except UnicodeEncodeError:
-                raise UserError(
-                    f"config.data = {self.spec!r}: document {len(sizes)} holds half of a surrogate pair, which is no "
-                    "character; take it out"
+                raise FieldError(
+                    "data",
+                    f"document {len(sizes)} holds half of a surrogate pair, which is no character; take it out",
+                    self.spec,
                 ) from None
             hashes.append(hashed)
             sizes.append(len(data))

@@ -6,7 +6,7 @@ import typing
 import numpy as np
 
 from efficientllm.data.corpus import Corpus
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 from efficientllm.registry import build
 from efficientllm.typing import PathLike
 
@@ -85,9 +85,10 @@ def eval_batches(
     if documents.records and limit:
         first = EvalBatches(documents, batch_size, length, 0, 1, limit)
         if not any(batch["weights"].any() for batch in first):
-            raise UserError(
-                f"config.eval.batches = {limit}: their held-out rows of {length} tokens have none to learn; raise it, "
-                "or config.train.length"
+            raise FieldError(
+                "batches",
+                f"their held-out rows of {length} tokens have none to learn; raise it, or config.train.length",
+                limit,
             )
     return EvalBatches(documents, batch_size, length, process_index, process_count, limit)
 
@@ -159,9 +160,11 @@ def _rows(documents, dataset, length):
 def share_of_process(batch_size: int, process_count: int) -> int:
     """Returns how many rows of a global batch a process has. Raises UserError for a batch that cannot be shared."""
     if batch_size % process_count:
-        raise UserError(
-            f"config.train.batch_size = {batch_size}: not divisible by the {process_count} processes; "
-            f"the next that is: {batch_size + -batch_size % process_count}"
+        raise FieldError(
+            "train.batch_size",
+            f"not divisible by the {process_count} processes; the next that is: "
+            f"{batch_size + -batch_size % process_count}",
+            batch_size,
         )
     return batch_size // process_count
 
@@ -169,14 +172,15 @@ def share_of_process(batch_size: int, process_count: int) -> int:
 def _long_enough(corpus, tokenizer, side, length):
     documents = corpus.documents(tokenizer)[side]
     if documents.size < (1 if documents.records else length):  # records are not cut to fill rows
-        raise UserError(
-            f"config.train.length = {length}: the {side.replace('_', '-')} text of config.data = {corpus.spec!r} "
-            f"has only {documents.size} tokens; shorten the length or add text"
+        raise FieldError(
+            "length",
+            f"the {side.replace('_', '-')} text of {corpus.spec} has only {documents.size} tokens; shorten the length "
+            "or add text",
+            length,
         )
     if not documents.teaches(length):
-        raise UserError(
-            f"config.train.length = {length}: truncates every {side.replace('_', '-')} response of config.data = "
-            f"{corpus.spec!r}; raise it"
+        raise FieldError(
+            "length", f"truncates every {side.replace('_', '-')} response of {corpus.spec}; raise it", length
         )
     return documents
 

@@ -6,7 +6,7 @@ import typing
 import grain
 
 from efficientllm.data.corpus import Corpus, shifted
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 
 
 class Stream(grain.IterDataset):
@@ -59,9 +59,10 @@ class _StreamIterator(grain.DatasetIterator):
 
     def _next_epoch(self):
         if not self._has_documents:
-            raise UserError(
-                f"config.data = {self._corpus.spec!r}: a whole epoch of the stream held no train document; lower "
-                "held_out, or stream more"
+            raise FieldError(
+                "data",
+                "a whole epoch of the stream held no train document; lower held_out, or stream more",
+                self._corpus.spec,
             )
         self._rows.set_epoch(self._rows.epoch + 1)
         self._texts, self._has_documents = None, False

@@ -67,6 +67,6 @@ def check_length(lm: Backbone, length: int, where: str = "a state") -> None:
     most = build("position", lm.position).max_positions
     if most is not None and length > most:
         raise UserError(
-            f"{where}: {length} tokens, but config.model.position = {lm.position!r} has {most} positions; "
+            f"{where}: {length} tokens, but the position {lm.position!r} has {most} positions; "
             f"give it {length}, or take {most} tokens at most"
         )

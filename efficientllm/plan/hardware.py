@@ -105,7 +105,7 @@ def find(name: str, count: int) -> Hardware:
 
     On a CPU, `count` devices share the host's memory. Raises UserError listing the known names.
     """
-    name, facts = find_hardware(name)
+    name, facts = find_hardware(name, "config.plan.hardware")
     if facts["platform"] == "cpu":
         facts |= {"memory_bytes": host.memory_total_bytes() // count}
     fields = [field.name for field in dataclasses.fields(Hardware) if field.name not in ("name", "facts", "link")]

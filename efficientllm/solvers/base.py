@@ -34,7 +34,7 @@ class Solver:
             name, other = type(self).__name__.lower(), type(objective).__name__.lower()
             raise FieldError(
                 "solver",
-                f"{name} samples from models of config.objective = {self.process!r}, and this is {other!r}; give a "
+                f"{name} samples from models of the objective {self.process!r}, and this is {other!r}; give a "
                 "solver of its own",
             )
 

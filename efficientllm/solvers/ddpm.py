@@ -46,7 +46,7 @@ class DDPM(Solver):
         if self.variance == "learned" and not objective.vlb:
             raise FieldError(
                 "solver",
-                "variance = 'learned': needs config.objective = 'ddpm(vlb=True)'; give variance='posterior' or 'beta'",
+                "variance = 'learned': needs the objective 'ddpm(vlb=True)'; give variance='posterior' or 'beta'",
             )
 
     def tables(self, objective: typing.Any) -> Tables:

@@ -20,7 +20,7 @@ def kept_steps(spacing: str, steps: int, total: int) -> np.ndarray:
     Raises UserError for more steps than there are, and for a number of steps that no stride gives.
     """
     if steps > total:
-        raise FieldError("solver", f"steps = {steps}: config.objective has {total}; give the solver no more than those")
+        raise FieldError("solver", f"steps = {steps}: the objective has {total}; give the solver no more than those")
     if spacing == "leading":
         return np.arange(steps) * (total // steps)
     if spacing == "stride":

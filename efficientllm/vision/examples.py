@@ -18,7 +18,7 @@ from efficientllm.data.corpus import Corpus, shifted
 from efficientllm.data.rows import packing
 from efficientllm.data.text import TextData
 from efficientllm.embeds.vision_language import BATCH_KEYS, VisionLM
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 from efficientllm.typing import Batch, Record
 from efficientllm.vision.conversations import encode_example
 from efficientllm.vision.picture_sizes import picture_size
@@ -78,9 +78,11 @@ class ExampleData:
                 sides[corpus.side(group)].append(encoded)
         for side, examples in sides.items():
             if not examples:
-                raise UserError(
-                    f"config.data = {self.text.spec!r}: no {side.replace('_', '-')} example fits into "
-                    f"config.train.length = {self.text.length} tokens; raise it, or change held_out"
+                raise FieldError(
+                    "length",
+                    f"no {side.replace('_', '-')} example of {self.text.spec} fits into so many tokens; raise it, or "
+                    "change held_out",
+                    self.text.length,
                 )
         return sides
 

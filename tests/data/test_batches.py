@@ -237,7 +237,7 @@ def test_another_process_with_another_hash_seed_makes_the_same_batches(spec, tmp
 
 
 def test_a_batch_the_processes_cannot_share_is_refused(spec, tokenizer):
-    message = r"config.train.batch_size = 6: not divisible by the 4 processes; the next that is: 8"
+    message = r"train.batch_size = 6: not divisible by the 4 processes; the next that is: 8"
     with pytest.raises(UserError, match=message):
         data.train_iterator(spec, tokenizer, 6, 32, 0, process_count=4)
     with pytest.raises(UserError, match=message):
@@ -245,7 +245,7 @@ def test_a_batch_the_processes_cannot_share_is_refused(spec, tokenizer):
 
 
 def test_a_length_beyond_the_corpus_is_refused(spec, tokenizer):
-    with pytest.raises(UserError, match=r"config.train.length = 100000: the train text of .* has only \d+ tokens"):
+    with pytest.raises(UserError, match=r"^length = 100000: the train text of .* has only \d+ tokens"):
         data.train_iterator(spec, tokenizer, 4, 100_000, 0)
-    with pytest.raises(UserError, match=r"config.train.length = 9000: the held-out text of .* has only \d+ tokens"):
+    with pytest.raises(UserError, match=r"^length = 9000: the held-out text of .* has only \d+ tokens"):
         data.eval_batches(spec, tokenizer, 4, 9000)

@@ -73,7 +73,7 @@ def test_documents_are_enough(spec):
 def test_what_is_no_source_is_named(spec, message):
     with pytest.raises(UserError) as error:
         data.check_data(spec)
-    assert f"config.data = {spec!r}" in str(error.value) and message in str(error.value)
+    assert f"data = {spec!r}" in str(error.value) and message in str(error.value)
 
 
 def test_data_is_read_before_a_checkpoint_is(tmp_path, monkeypatch):

@@ -111,5 +111,5 @@ def test_what_is_refused(recipe, message):
 
 def test_a_text_longer_than_the_positions():
     encoder = from_config.from_config(ConfigDict(RUN | clip("gelu", 8)))
-    with pytest.raises(UserError, match="a text: 12 tokens, but config.model.position = .* has 8 positions"):
+    with pytest.raises(UserError, match="a text: 12 tokens, but the position .* has 8 positions"):
         model.init_params(encoder, jax.random.key(0), 12)

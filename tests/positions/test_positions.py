@@ -67,12 +67,12 @@ def test_a_position_of_the_embeddings_is_the_whole_model_s():
     [
         (
             {"model__position": LEARNED},
-            "config.train.length = 32: 32 tokens, but config.model.position = 'learned(max_length=16)' has 16 "
+            "config.train.length = 32: 32 tokens, but the position 'learned(max_length=16)' has 16 "
             "positions; give it 32, or take 16 tokens at most",
         ),
         (
             {"model__position": "learned(max_length=40)", "sample__prompt": "A prompt", "sample__tokens": 50},
-            "config.sample.tokens = 50 after a prompt of 8: 58 tokens, but config.model.position = "
+            "config.sample.tokens = 50 after a prompt of 8: 58 tokens, but the position "
             "'learned(max_length=40)' has 40 positions; give it 58, or take 40 tokens at most",
         ),
     ],
@@ -89,11 +89,11 @@ def test_generating_beyond_the_learned_table():
     with pytest.raises(UserError) as refused:
         Engine(lm, {}, Greedy(), -1, 17)
     assert str(refused.value) == (
-        "prompts and answers of 17 tokens: 17 tokens, but config.model.position = 'learned(max_length=16)' has 16 "
+        "prompts and answers of 17 tokens: 17 tokens, but the position 'learned(max_length=16)' has 16 "
         "positions; give it 17, or take 16 tokens at most"
     )
     model.init_states(lm, 1, 16)
-    with pytest.raises(UserError, match="a state: 17 tokens, but config.model.position"):
+    with pytest.raises(UserError, match="a state: 17 tokens, but the position"):
         model.init_states(lm, 1, 17)
 
 

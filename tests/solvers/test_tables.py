@@ -145,7 +145,7 @@ def test_kept_steps_that_the_references_tell_apart():
     assert kept_steps("even", 21, 1000)[10] != round(10 * 999 / 20)
     with pytest.raises(UserError, match="steps = 300: no stride keeps so many of 1000 steps; give a divisor"):
         kept_steps("stride", 300, 1000)
-    with pytest.raises(UserError, match="steps = 1001: config.objective has 1000"):
+    with pytest.raises(UserError, match="steps = 1001: the objective has 1000"):
         solver("ddim(steps=1001)").tables(Diffusion())
 
 
@@ -205,9 +205,9 @@ def test_unipc_has_wans_levels_and_is_of_second_order():
 @pytest.mark.parametrize(
     "spec, objective, message",
     [
-        ("euler", Diffusion(), "euler samples from models of config.objective = 'flow', and this is 'ddpm'"),
-        ("ddim", Flow(), "ddim samples from models of config.objective = 'ddpm', and this is 'flow'"),
-        ("ddpm", Diffusion(vlb=False), r"variance = 'learned': needs config.objective = 'ddpm\(vlb=True\)'"),
+        ("euler", Diffusion(), "euler samples from models of the objective 'flow', and this is 'ddpm'"),
+        ("ddim", Flow(), "ddim samples from models of the objective 'ddpm', and this is 'flow'"),
+        ("ddpm", Diffusion(vlb=False), r"variance = 'learned': needs the objective 'ddpm\(vlb=True\)'"),
         ("euler(sigmas=(0.4, 1.0))", Flow(), "must fall, and end above 0"),
         ("euler(sigmas=(1.0, 0.0))", Flow(), "must fall, and end above 0"),
         ("euler(sigmas=(2.0, 1.0))", Flow(), "each at least 0 and at most 1"),

@@ -108,7 +108,7 @@ def test_a_random_tower_that_would_stay_so_is_refused(base, tmp_path, capsys):
         ({"adapter": "freeze(train='nothing')"}, "train = 'nothing' matches no parameter"),
         ({"adapter": "freeze(train='(')"}, "train"),
         ({"adapter": "freeze(train='vision', last=1)"}, "set one of them"),
-        ({"train.length": 2}, "example fits into config.train.length = 2 tokens"),
+        ({"train.length": 2}, "config.train.length = 2: no train example of "),
     ],
 )
 def test_bad_input_is_one_line(base, tmp_path, capsys, overrides, message):

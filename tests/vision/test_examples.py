@@ -259,5 +259,5 @@ def test_an_image_that_does_not_fit_is_left_out_and_counted(made):
         grids = [short._processor.grid(*picture_size(p, "it")) for p in encoded.example.pictures]
         expected = sum(int(np.prod(grid)) // lm.vision.merge**2 for grid in grids)
         assert np.sum(encoded.ids == lm.image_token) == expected
-    with pytest.raises(UserError, match=r"config.train.length = 2 tokens; raise it"):
+    with pytest.raises(UserError, match=r"^length = 2: no .* fits into so many tokens; raise it"):
         dataclasses.replace(data, text=dataclasses.replace(data.text, length=2)).sides  # noqa: B018

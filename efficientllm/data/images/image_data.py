@@ -14,7 +14,7 @@ from efficientllm.data import cache
 from efficientllm.data.images.buckets import bucket_shapes, count_pictures, describe_size
 from efficientllm.data.images.check_source import check_image_source
 from efficientllm.data.pipeline import share_of_process
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError, UserError
 from efficientllm.registry import build
 from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.typing import PathLike
@@ -75,7 +75,7 @@ class ImageData:
             for shape in self.shapes:
                 check_shape(shape)
         except UserError as error:
-            raise UserError(f"config.data = {spec!r}: {error}") from None
+            raise FieldError("data", str(error), spec) from None
         if encode is not None and not encode_key:
             raise ValueError("encode needs an encode_key, or latents of other weights would be read from the cache")
 
@@ -87,14 +87,16 @@ class ImageData:
         pictures = load_set(self.spec, self.source, self.shapes, self.cache)
         if self.caption_states is not None:
             if not pictures.captions and not pictures.summary["class_names"]:
-                raise UserError(
-                    f"config.data = {self.spec!r}: has neither captions nor classes, and the model reads texts; give "
-                    "the pictures captions, such as images(path=..., captions='txt')"
+                raise FieldError(
+                    "data",
+                    "has neither captions nor classes, and the model reads texts; give the pictures captions, such as "
+                    "images(path=..., captions='txt')",
+                    self.spec,
                 )
             try:
                 self.caption_states.prepare(pictures.texts)
             except UserError as error:
-                raise UserError(f"config.data = {self.spec!r}: captions: {error}") from None
+                raise FieldError("data", f"captions: {error}", self.spec) from None
         return pictures
 
     @functools.cached_property
@@ -224,7 +226,7 @@ class ImageData:
 
         indices, share = self.indices("held_out"), (batch_size, process_index, process_count)
         if not len(indices):
-            raise UserError(f"config.data = {self.spec!r}: no picture is held out; raise held_out")
+            raise FieldError("data", "no picture is held out; raise held_out", self.spec)
         if len(self.shapes) > 1:
             return HeldOut(self, images.BucketRows(self._members(indices), *share, most=limit))
         batches = -(-len(indices) // batch_size)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from efficientllm.errors import UserError, short_repr
+from efficientllm.errors import FieldError, short_repr
 
 MOST = 2**20  # classes
 
@@ -23,9 +23,9 @@ def number_labels(
         return [], np.zeros(len(labels), np.int32)
     for name, label in zip(names, labels, strict=True):
         if label is None:
-            raise UserError(f"config.data = {spec!r}: {name} has no label, and others have; give it one")
+            raise FieldError("data", f"{name} has no label, and others have; give it one", spec)
         if not isinstance(label, str | int | np.integer) or isinstance(label, str) != isinstance(labels[0], str):
-            raise UserError(f"{_of(spec, name, label)}: labels are all names, or all numbers")
+            raise FieldError("data", f"{_of(name, label)}: labels are all names, or all numbers", spec)
     class_names = list(classes) or _class_names(labels)
     is_named = isinstance(labels[0], str)
     numbers: typing.Any = range(len(class_names))
@@ -33,7 +33,7 @@ def number_labels(
         numbers = {name: number for number, name in enumerate(class_names)}
     for name, label in zip(names, labels, strict=True):
         if label not in numbers:
-            raise UserError(f"{_of(spec, name, label)}: is none of the {len(class_names):,} classes")
+            raise FieldError("data", f"{_of(name, label)}: is none of the {len(class_names):,} classes", spec)
     return class_names, np.array([numbers[label] for label in labels], np.int32)
 
 
@@ -41,5 +41,5 @@ def _class_names(labels):
     return sorted(set(labels)) if isinstance(labels[0], str) else list(map(str, range(min(max(labels) + 1, MOST))))
 
 
-def _of(spec, name, label):
-    return f"config.data = {spec!r}: label {short_repr(label)} of {name}"
+def _of(name, label):
+    return f"label {short_repr(label)} of {name}"

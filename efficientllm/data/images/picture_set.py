@@ -15,7 +15,7 @@ from efficientllm.data.base import ImageSource, Picture
 from efficientllm.data.images import clips, decode
 from efficientllm.data.images.buckets import Shape
 from efficientllm.data.images.read_source import Reader, decode_content, is_square, list_pictures
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError, UserError
 
 FORMAT = 2  # of a cache entry
 ARRAYS = ("contents", "labels", "buckets", "is_held_out")
@@ -118,7 +118,7 @@ def _again(spec, source, places, listed):
     """`(picture, name)` of the pictures in these places of the source."""
     pictures = list(list_pictures(spec, source))
     if len(pictures) != listed:
-        raise UserError(f"config.data = {spec!r}: lists {len(pictures)} pictures where it listed {listed} before")
+        raise FieldError("data", f"lists {len(pictures)} pictures where it listed {listed} before", spec)
     return [pictures[place] for place in places]
 
 

@@ -18,7 +18,7 @@ from efficientllm.data.corpus import SIDES, split_threshold
 from efficientllm.data.images import clips, decode
 from efficientllm.data.images.buckets import Shape
 from efficientllm.data.images.labels import number_labels
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 
 CACHED_BYTES = 4 << 30  # of decoded pictures; a larger set is decoded each time it is read
 THREADS = min(32, os.cpu_count() or 1)
@@ -30,9 +30,10 @@ def list_pictures(spec: str, source: ImageSource) -> typing.Iterator[tuple[Pictu
     """Yields the pictures of a source with what messages call them. Raises UserError for what is no Picture."""
     for place, picture in enumerate(source.pictures()):
         if not isinstance(picture, Picture):
-            raise UserError(
-                f"config.data = {spec!r}: picture {place} is of type {type(picture).__name__}; pictures() yields "
-                "Picture(content, label=...)"
+            raise FieldError(
+                "data",
+                f"picture {place} is of type {type(picture).__name__}; pictures() yields Picture(content, label=...)",
+                spec,
             )
         yield picture, _name(picture, place, spec)
 
@@ -71,9 +72,11 @@ class Reader:
         if len(set(self.groups)) < 2:
             skips = "; ".join([*self.source.notes(), *self.tally.skips()])
             count = "one" if self.groups else "none"
-            raise UserError(
-                f"config.data = {self.spec!r}: training and held-out pictures need two different ones, there is {count}"
-                + (f" ({skips})" if skips else "")
+            raise FieldError(
+                "data",
+                f"training and held-out pictures need two different ones, there is {count}"
+                + (f" ({skips})" if skips else ""),
+                self.spec,
             )
         names = [name for _, name in self.places]
         class_names, labels = number_labels(self.spec, self.labels, names, self.source.classes)

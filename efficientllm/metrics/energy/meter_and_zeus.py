@@ -4,11 +4,10 @@ import bisect
 import csv
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError
 from efficientllm.metrics.energy.window import EnergyReader, EnergyWindow
 from efficientllm.runtime import optional_packages
 
@@ -100,7 +99,7 @@ class MeterReader(EnergyReader):
         sleep: Callable[[float], None] = time.sleep,
     ):
         super().__init__(None, clock)
-        self._file, self._sleep = pathlib.Path(file), sleep
+        self._file, self._sleep = os.fspath(file), sleep
         self._samples()
 
     def stop(self) -> EnergyWindow:
@@ -126,7 +125,7 @@ class MeterReader(EnergyReader):
             with open(self._file, newline="") as file:
                 rows = [row for row in csv.reader(file) if row]
         except OSError as error:
-            raise UserError(f"config.metrics.meter = {str(self._file)!r} cannot be read: {error.strerror}") from None
+            raise FieldError("meter", f"cannot be read: {error.strerror}", self._file) from None
         samples = []
         for number, row in enumerate(rows, 1):
             try:
@@ -137,9 +136,10 @@ class MeterReader(EnergyReader):
             except ValueError:
                 if number in (1, len(rows)):  # a header, or a last line that is being written
                     continue
-                raise UserError(
-                    f"config.metrics.meter = {str(self._file)!r}, line {number}: rows of unix time in s and W are "
-                    f"needed, not {','.join(row)!r}"
+                raise FieldError(
+                    "meter",
+                    f"line {number}: rows of unix time in s and W are needed, not {','.join(row)!r}",
+                    self._file,
                 ) from None
         samples.sort()
         return [at for at, _ in samples], [watts for _, watts in samples]

@@ -124,7 +124,7 @@ def test_frames_that_the_autoencoder_refuses(folder, tmp_path):
     path = wan_folders.save(tmp_path / "vae")
     autoencoder = build("autoencoder", f"wan(path={str(path)!r})")
     spec = spec_of(folder).replace("frames=5", "frames=6")
-    with pytest.raises(UserError, match=r"config.data = .*clips of 6 frames: .* multiple of 2; take 5 or 7") as refused:
+    with pytest.raises(UserError, match=r"^data = .*clips of 6 frames: .* multiple of 2; take 5 or 7") as refused:
         ImageData(spec, None, autoencoder.posterior, "key", 4, autoencoder.latent_shape)
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="frames = 0: must be"):

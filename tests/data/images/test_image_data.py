@@ -380,7 +380,7 @@ def test_damaged_files_are_counted_and_named(folder, spec):
 def test_a_spec_that_cannot_be_is_refused_before_anything_is_read(spec, message):
     with pytest.raises(UserError) as error:
         ImageData(spec)
-    assert "config.data = " in str(error.value) and message in str(error.value)
+    assert "data = " in str(error.value) and message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_a_size_that_does_not_fit_is_refused():
 
 def test_a_batch_the_processes_cannot_share_is_refused(spec):
     read = ImageData(spec)
-    message = r"config.train.batch_size = 6: not divisible by the 4 processes; the next that is: 8"
+    message = r"train.batch_size = 6: not divisible by the 4 processes; the next that is: 8"
     for batches in (lambda: read.train(6, 0, 0, 4), lambda: read.held_out(6, 0, 4)):
         with pytest.raises(UserError, match=message):
             batches()
@@ -433,7 +433,7 @@ def test_nothing_held_out_is_said_when_it_is_needed(opened):
 def test_text_and_images_are_told_apart():
     assert data.modality("python_docs()") == data.modality("hf(path='x')") == "text"
     assert data.modality("glyphs()") == data.modality("hf(path='x', image='image')") == "images"
-    with pytest.raises(UserError, match=r"config.data = 'glyphs\(\)': holds images, and text is needed"):
+    with pytest.raises(UserError, match=r"^data = 'glyphs\(\)': holds images, and text is needed"):
         Corpus("glyphs()")
     with pytest.raises(UserError, match="config.data = 'glyps': no data of that name"):
         data.modality("glyps")
