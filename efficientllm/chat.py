@@ -99,7 +99,7 @@ class Chat:
         return config.lock()
 
     def _load(self):
-        from efficientllm.infer.session import LONGEST, Dialogue, Session, Times
+        from efficientllm.infer.chat_session import LONGEST, Dialogue, Session, Times
         from efficientllm.weights import resident_bytes
 
         run = self.serving

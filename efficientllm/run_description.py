@@ -46,8 +46,13 @@ def describe_run(
 
 @dataclasses.dataclass(frozen=True)
 class RunDescription:
-    """What a config says of a run. A part is built when it is first read, so that a task decides which error comes
-    first; every part raises UserError that names the key.
+    """What a config says of a run. A part is built when it is first read, with the parts that it needs; every part
+    raises UserError that names the key.
+
+    So a task decides which error comes first, by the order in which it reads them, cheap ones before those that read
+    files: `method` and `mesh` read none, `source` reads a checkpoint's headers, `objective` and `outline` those of the
+    checkpoint at most, `tokenizer` and `dataset` the data, and `lm` needs the outline and may need the data.
+    `train.setup.prepare` and `infer.setup.prepare` are the two orders.
 
     config:         the run's whole config.
     embed:          fields of `config.model.embed` that requests for pictures say, such as their size; a model that is

@@ -8,8 +8,8 @@ import pytest
 from convert import peers
 from data import kinds
 from efficientllm import chat, convert
+from efficientllm.infer.chat_session import Dialogue, Session, Times
 from efficientllm.infer.samplers import Greedy
-from efficientllm.infer.session import Dialogue, Session, Times
 
 pytestmark = pytest.mark.xdist_group("chat")
 
@@ -131,7 +131,7 @@ def test_what_was_read_is_not_read_again(session, monkeypatch):
 
 @pytest.mark.slow
 def test_the_state_grows_with_the_conversation(model, monkeypatch):
-    monkeypatch.setattr("efficientllm.infer.session.SHORTEST", 16)
+    monkeypatch.setattr("efficientllm.infer.chat_session.SHORTEST", 16)
     source = convert.open_source(model[0])
     lm = source.lm(scan=False)
     small = Session(lm, source.load(peers.abstract(lm), lm=lm), Greedy(), (-1,), 100)

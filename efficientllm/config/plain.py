@@ -1,4 +1,4 @@
-"""Plain-data forms of a config: nested as JSON holds it, flat by dotted keys, and its hash."""
+"""A config as plain data: nested for JSON, flat by dotted keys, hashed; keys newer than version 0.1 left out."""
 
 import hashlib
 import json

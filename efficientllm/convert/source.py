@@ -1,4 +1,4 @@
-"""An open checkpoint: its description has been read, its tensors are read on demand."""
+"""Source, an open checkpoint: its description has been read, its tensors are read on demand."""
 
 import dataclasses
 import pathlib
@@ -27,7 +27,7 @@ _DTYPES = {"float32", "float16", "bfloat16"}
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An open checkpoint: a description of the model, and a reader of its tensors.
+    """An open checkpoint: a description of the model, and a reader of its tensors. (`data.Source` reads documents.)
 
     Args:
       path: the folder, or the GGUF file.

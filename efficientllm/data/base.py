@@ -15,8 +15,8 @@ if typing.TYPE_CHECKING:
 
 
 class Source:
-    """Base class of data sources, as it stands of text. One of your own is a dataclass registered as ("data", name)
-    with `documents()`.
+    """Base class of data sources, as it stands of text. (`convert.Source` is a checkpoint.) One of your own is a
+    dataclass registered as ("data", name) with `documents()`.
 
         @register("data", "diary")
         @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import pathlib
 import typing
 
-from efficientllm.data import cache, paths, tables
+from efficientllm.data import cache, paths, row_readers
 from efficientllm.data.base import Example, ExampleSource, Tally
 from efficientllm.errors import FieldError, UserError
 from efficientllm.registry import register
@@ -109,7 +109,7 @@ class ChartQA(ExampleSource):
 
 def _read_original(pictures, file):
     writer = next(writer for writer in WRITERS if file.endswith(f"_{writer}.json"))
-    for where, row in tables.read_rows(file, "json", lambda names, where: list(names)):
+    for where, row in row_readers.read_rows(file, "json", lambda names, where: list(names)):
         name, text, label = (_text(row, key, where) for key in ("imgname", "query", "label"))
         picture = pictures / name
         if not picture.is_file():
@@ -118,7 +118,7 @@ def _read_original(pictures, file):
 
 
 def _read_parquet(file):
-    for where, row in tables.read_rows(file, "parquet", _columns):
+    for where, row in row_readers.read_rows(file, "parquet", _columns):
         image, labels, machine = row["image"], row["label"], row["human_or_machine"]
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes):
@@ -134,12 +134,12 @@ def _read_parquet(file):
 def _columns(names, where):
     for name in _COLUMNS:
         if name not in names:
-            raise UserError(tables.missing_field(name, names, where))
+            raise UserError(row_readers.missing_field(name, names, where))
     return list(_COLUMNS)
 
 
 def _text(row, key, where):
-    text = tables.check_text(tables.field_value(row, key, where), key, where)
+    text = row_readers.check_text(row_readers.field_value(row, key, where), key, where)
     if not text or text.isspace():
         raise UserError(f"{where}: field {key!r} is empty")
     return text

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import typing
 
-from efficientllm.data import cache, paths, streams, tables
+from efficientllm.data import cache, paths, row_readers, streams
 from efficientllm.data.base import Source, Tally
 from efficientllm.errors import FieldError, UserError
 from efficientllm.registry import register
@@ -80,13 +80,13 @@ class Rows(Files):
     field: str = "text"
     held_out: float = 0.05
 
-    endings, fallback = tables.ENDINGS, "json"
+    endings, fallback = row_readers.ENDINGS, "json"
 
     def documents(self) -> typing.Iterator[str]:
         """Yields the texts. Raises UserError that names the file and the line of what is none."""
         for path in self._files():
-            for where, row in tables.read_rows(path, self.fallback, self._column):
-                text = tables.check_text(tables.field_value(row, self.field, where), self.field, where)
+            for where, row in row_readers.read_rows(path, self.fallback, self._column):
+                text = row_readers.check_text(row_readers.field_value(row, self.field, where), self.field, where)
                 if text is None or not text.strip():
                     self.tally.skip("rows whose text is null" if text is None else "rows whose text is blank", where)
                 else:
@@ -95,7 +95,7 @@ class Rows(Files):
 
     def _column(self, names, where):
         if self.field not in names:
-            raise UserError(tables.missing_field(self.field, names, where))
+            raise UserError(row_readers.missing_field(self.field, names, where))
         return [self.field]
 
 

@@ -6,7 +6,7 @@ import itertools
 import os
 import typing
 
-from efficientllm.data import cache, paths, tables
+from efficientllm.data import cache, paths, row_readers
 from efficientllm.data.base import Example, ImageSource, Picture, blind_document
 from efficientllm.data.image_chat import conversation_example
 from efficientllm.errors import FieldError, UserError
@@ -106,9 +106,9 @@ class Hub(ImageSource):
         """Yields the documents among `rows`, read `batch_size` at a time; null and blank ones are none."""
         for batch in self.iterate(rows, batch_size):
             if self.field not in batch:
-                raise UserError(tables.missing_field(self.field, batch, self._where()))
+                raise UserError(row_readers.missing_field(self.field, batch, self._where()))
             for value in batch[self.field]:
-                text = tables.check_text(value, self.field, self._where())
+                text = row_readers.check_text(value, self.field, self._where())
                 if text and not text.isspace():
                     yield text
 
@@ -118,7 +118,7 @@ class Hub(ImageSource):
         rows, images = self._rows_and_images(self.image, self.label, self.caption)
         for index, (label, caption) in enumerate(self._labels_and_captions(rows)):
             name = f"{self._where()}, row {index}"
-            text = tables.check_text(caption, self.caption, name) or ""
+            text = row_readers.check_text(caption, self.caption, name) or ""
             yield Picture(functools.partial(self._content, images, index, name), label, text, name=name)
 
     def examples(self) -> typing.Iterator[Example]:
@@ -142,7 +142,7 @@ class Hub(ImageSource):
         answer = answer[0] if isinstance(answer, list) and answer else answer
         question = row[self.prompt] if self.prompt else ""
         for column, text in ((self.prompt, question), (self.response, answer)):
-            tables.check_text(text, column, name)
+            row_readers.check_text(text, column, name)
         return [{"role": "user", "content": question or ""}, {"role": "assistant", "content": answer or ""}]
 
     def _rows_and_images(self, *columns):
@@ -150,7 +150,7 @@ class Hub(ImageSource):
         rows = self.rows()
         for column in filter(None, columns):
             if column not in rows.column_names:
-                raise UserError(tables.missing_field(column, rows.column_names, self._where()))
+                raise UserError(row_readers.missing_field(column, rows.column_names, self._where()))
         images, datasets = rows.select_columns([self.image]), library()
         feature, undecoded = rows.features[self.image], datasets.Image(decode=False)
         if isinstance(feature, datasets.Image):
@@ -207,7 +207,7 @@ def _json_files(folder):
 def _check_json(folder, stats):
     """Refuses JSON that is no rows before `datasets` reads it, whose parser dies of deep nesting with the process."""
     for path in _json_files(folder):
-        for _ in tables.read_rows(path, "json", None):
+        for _ in row_readers.read_rows(path, "json", None):
             pass
 
 

@@ -5,7 +5,7 @@ import pathlib
 import typing
 from collections.abc import Sequence
 
-from efficientllm.data import tables
+from efficientllm.data import row_readers
 from efficientllm.data.base import Example, ExampleSource, Tally
 from efficientllm.data.files import Files
 from efficientllm.data.messages import ROLES
@@ -36,14 +36,14 @@ class ImageChat(ExampleSource, Files):
     held_out: float = 0.05
     max_pixels: int = 0
 
-    endings = tables.ENDINGS
+    endings = row_readers.ENDINGS
 
     def examples(self) -> typing.Iterator[Example]:
         """Yields the records. Raises UserError, naming file and line, for one that is no conversation."""
         self.tally.reset()
         for path in self._files():
             folder = pathlib.Path(self.images).expanduser() if self.images else pathlib.Path(path).parent
-            for where, row in tables.read_rows(path, "json", lambda names, where: list(names)):
+            for where, row in row_readers.read_rows(path, "json", lambda names, where: list(names)):
                 self.tally.read += 1
                 yield _example(row, where, folder)
         if not self.tally.read:

@@ -4,7 +4,7 @@ import json
 import re
 import typing
 
-from efficientllm.data import tables
+from efficientllm.data import row_readers
 from efficientllm.errors import UserError
 
 ROLES = {
@@ -23,7 +23,7 @@ class Skipped(Exception):
 def messages_of(value: typing.Any, role: str, name: str, where: str) -> list[dict]:
     """Returns the messages of a field: a text is one message of `role`, null is none. Raises UserError."""
     if not isinstance(value, list | tuple):
-        text = tables.check_text(value, name, where)
+        text = row_readers.check_text(value, name, where)
         return [] if text is None else _dialogue(text) or [{"role": role, "content": text}]
     return [_turn(turn, f"{where}: field {name!r}, turn {index}") for index, turn in enumerate(value, 1)]
 
@@ -77,7 +77,7 @@ def _content(content, where):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise UserError(f"{where}: has content of type {kind!r}; only text can be learnt")
         content = "".join(part if isinstance(part, str) else part["text"] for part in content)
-    return tables.check_text(content, "content", where)
+    return row_readers.check_text(content, "content", where)
 
 
 def _filled(others):

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import typing
 
-from efficientllm.data import conversation, tables
+from efficientllm.data import conversation, row_readers
 from efficientllm.data.messages import Skipped, as_list, messages_of
 from efficientllm.errors import UserError
 
@@ -106,7 +106,7 @@ class Names(tuple):
 def _named(names, where, wanted, system):
     for name in filter(None, wanted):
         if name not in names:
-            raise UserError(tables.missing_field(name, names, where))
+            raise UserError(row_readers.missing_field(name, names, where))
     if len(wanted) == 1:
         return _conversation(names, wanted[0], system)
     prompt, response = wanted
@@ -152,7 +152,7 @@ def _read_pair(row, where, fields, system):
         messages = answer  # the whole conversation, as preference data often have it
     else:
         question = messages_of(row.get(prompt), "user", prompt, where) if prompt else []
-        context = tables.check_text(row.get(about), about, where) if about else None
+        context = row_readers.check_text(row.get(about), about, where) if about else None
         if context and context.strip() and question:
             question[-1] = {**question[-1], "content": f"{question[-1]['content']}\n{context}".strip()}
         if not question or not question[-1]["content"].strip():
@@ -172,7 +172,7 @@ def _earlier(history, where):
 
 
 def _with_system(messages, row, beside, system, where):
-    row_system = tables.check_text(row.get(beside), beside, where) if beside else None
+    row_system = row_readers.check_text(row.get(beside), beside, where) if beside else None
     content = row_system if row_system and row_system.strip() else system
     if not content or (messages and messages[0]["role"] == "system"):
         return messages

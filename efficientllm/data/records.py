@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 
-from efficientllm.data import record_layouts, tables
+from efficientllm.data import record_layouts, row_readers
 from efficientllm.data.base import Tally
 from efficientllm.data.files import Files
 from efficientllm.data.hub import Hub
@@ -24,7 +24,7 @@ class Records(Files):
     held_out: float = 0.05
 
     records = True
-    endings = tables.ENDINGS
+    endings = row_readers.ENDINGS
 
     def key(self) -> str | None:
         """Changes when a file or a field does."""
@@ -67,7 +67,7 @@ class Records(Files):
                 yield f"{self.path}, record {index}", row
             return
         for path in self._files():
-            yield from tables.read_rows(path, "json", self._columns)
+            yield from row_readers.read_rows(path, "json", self._columns)
 
     def _columns(self, names, where):
         return [name for name in self._layout(names, where).columns if name in names]

@@ -1,4 +1,4 @@
-"""Races: repeated timings of contestants in randomised blocks, and ratios of medians with bootstrap intervals.
+"""Speed comparisons: contestants timed in randomised blocks, and ratios of medians with bootstrap intervals.
 
 A block calls every contestant once, in random order, so that drift of the machine meets all of them alike. The first
 blocks are discarded: they compile, fill caches and grow allocators. A ratio pairs the two contestants block by block.

@@ -31,7 +31,12 @@ from efficientllm.typing import Config, Mesh, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step: model, tuning method, mesh, and the abstract TrainState with shardings."""
+    """A training step.
+
+    boxed:      abstract parameters of the model without adapters, boxed with their logical axes.
+    shaped:     the abstract TrainState, each leaf with its sharding.
+    shardings:  the shardings alone, for `jax.jit`.
+    """
 
     config: Config
     lm: model.Backbone

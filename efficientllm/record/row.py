@@ -9,7 +9,7 @@ import typing
 from efficientllm.errors import UserError
 from efficientllm.metrics.conditions import unmeasured
 from efficientllm.metrics.reading import Reading, missing
-from efficientllm.record import notes, study_metrics
+from efficientllm.record import study_metrics, timing_notes
 from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.typing import PathLike, Record
 from efficientllm.untrusted import json_text
@@ -202,7 +202,7 @@ def format_table(record: Record, width: int | None = None) -> str:
     for label, key, unit, size in serving if record["task"] == "infer" else ():
         value, source = record["physical"][key], record["sources"][key] | {"unit": unit}
         lines += _table_row(label, None if value is None else value / size, source, "lower", width)
-    for note in notes.notes(record):
+    for note in timing_notes.notes(record):
         lines += textwrap.wrap(f"note: {note}", width, subsequent_indent="      ")
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ import typing
 
 import numpy as np
 
-from efficientllm.record import trial
+from efficientllm.record import run_name
 from efficientllm.typing import PathLike
 
 
@@ -56,7 +56,7 @@ class SummaryWriter:
         self._add(step, [(tag, np.array([*sides, png], dtype=object), picture)])
 
     def hparams(self, config: dict[str, typing.Any], row: dict[str, float | None]) -> None:
-        """Writes a line of TensorBoard's HParams table: compared keys of the config (see `trial`), numbers of the row.
+        """Writes a line of TensorBoard's HParams table: config keys (`run_name.compared_keys`), numbers of the row.
 
         `config` is flat, `{dotted key: number, string, bool or None}`, `row` `{key: number or None}`. The numbers
         become scalars at step 0 under `_row/`, which sorts before all other tags; a null is left out, as the table
@@ -64,8 +64,8 @@ class SummaryWriter:
         """
         from tensorboard.plugins.hparams import summary_v2
 
-        hparams = {key: _plain(value) for key, value in trial.compared_keys(config).items()}
-        summary = summary_v2.hparams_pb(hparams, trial_id=trial.name(config))
+        hparams = {key: _plain(value) for key, value in run_name.compared_keys(config).items()}
+        summary = summary_v2.hparams_pb(hparams, trial_id=run_name.name(config))
         self._file.add_event(self._event(wall_time=time.time(), step=0, summary=summary))
         self.scalars(0, {f"_row/{key}": value for key, value in row.items() if value is not None})
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from efficientllm.config.differences import differences
 from efficientllm.errors import UserError
-from efficientllm.record import notes
+from efficientllm.record import timing_notes
 from efficientllm.report import file_excerpts, groups, rerun_command
 from efficientllm.report.rows import Row
 from efficientllm.untrusted import files, json_text
@@ -40,7 +40,7 @@ def _details(row, folder, shared):
         "numbers": {
             key: [value, shared.setdefault(_source(row, key), len(shared))] for key, value in row.values.items()
         },
-        "notes": notes.notes(row.record),
+        "notes": timing_notes.notes(row.record),
         "log": "" if row.ok else row.tail(),
         "sample": _sample(row),
         "files": {name: _link(beside / name, folder) for name in _FILES if files.is_file(beside / name)},

@@ -1,4 +1,4 @@
-"""Groups of comparable rows: ratios to the baseline, ranks, and the noise floor.
+"""Groups of rows that are ranked together: ratios to the baseline, ranks, and the noise floor.
 
 Rows of one sweep, task, device and effective batch form a Group. A measured metric needs more (see `comparability`):
 equal training; for energy the same scope; for memory the same allocator; for times an otherwise idle machine, or the

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from efficientllm.config.plain import flatten
 from efficientllm.errors import UserError
-from efficientllm.record import notes
+from efficientllm.record import timing_notes
 from efficientllm.record.row import read_record
 from efficientllm.report import file_excerpts, row_types
 from efficientllm.report.variant_names import compared_config, name_variants
@@ -106,7 +106,7 @@ class Row:
 
     def notes(self) -> list[str]:
         """Notes that a reader of its times must know."""
-        return notes.notes(self.record)
+        return timing_notes.notes(self.record)
 
     def fits(self, text: str) -> bool:
         """True if `text` is the row's name, or `key=value,...` of its config, such as `model.mixer=gqa`."""

@@ -20,6 +20,7 @@ from efficientllm.typing import Config, PathLike
 
 def run(config: Config, path: PathLike | None = None, overwrite: bool = False) -> int:
     """Runs `config.task` in its workdir and returns the exit status. Raises UserError for a bad config or input."""
+    # The command line has checked its config, before JAX is imported. A program that calls this function has not.
     config = schema.validate_config(config)
     distributed.initialise()
     with distributed.exits_with_job(), name_keys(config):

@@ -18,7 +18,7 @@ from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed, stopping
 from efficientllm.tasks import exports, failures, samples
 from efficientllm.tasks.base import FAILED, Run
-from efficientllm.train import charts, fingerprints, loop, row
+from efficientllm.train import fingerprints, loop, row, tensorboard_scalars
 from efficientllm.train import setup as train_setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
@@ -138,7 +138,7 @@ class Training(Run):
         self.loss = float(metrics["loss"])
         log.info(self.progress.line(at, self.loss))
         if self.writer:
-            scalars = charts.scalars(metrics, self.setup.lm.stacks.layer_numbers)
+            scalars = tensorboard_scalars.scalars(metrics, self.setup.lm.stacks.layer_numbers)
             scalars |= {"tokens_per_s": float(metrics["tokens"]) / seconds, **self.sampler.latest()}
             if self.setup.objective.counted != "tokens":
                 scalars[f"{self.setup.objective.counted}_per_s"] = float(metrics["samples"]) / seconds

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from efficientllm import data
-from efficientllm.data import conversation, tables
+from efficientllm.data import conversation, row_readers
 from efficientllm.data.corpus import Corpus
 from efficientllm.errors import UserError
 from efficientllm.registry import build
@@ -404,4 +404,4 @@ def test_a_conversation_in_a_parquet_file(tmp_path):
 def test_rows_of_a_table_have_the_columns_that_were_chosen(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"a": ["x"], "b": [1]}), tmp_path / "a.parquet")
     path = str(tmp_path / "a.parquet")
-    assert list(tables.read_rows(path, "json", lambda names, where: names[:1])) == [(f"{path}, row 1", {"a": "x"})]
+    assert list(row_readers.read_rows(path, "json", lambda names, where: names[:1])) == [(f"{path}, row 1", {"a": "x"})]

@@ -11,7 +11,7 @@ import pytest
 from efficientllm.metrics import conditions, cpu_counters
 from efficientllm.metrics.conditions import Span
 from efficientllm.metrics.pauses import PauseDetector
-from efficientllm.record import notes
+from efficientllm.record import timing_notes
 from efficientllm.record.row import build_record, format_table
 
 pytestmark = pytest.mark.quick
@@ -163,9 +163,9 @@ def test_a_row_says_all_of_it():
         conditions=conditions.row(span(busy_s=22.0, stopped_s=20.0)),
     )
     assert row["conditions"]["starved"] is True and row["sources"]["stopped_s"]["unit"] == "s"
-    text = " ".join(notes.notes(row))
+    text = " ".join(timing_notes.notes(row))
     for words in ("starved", "other programs", "stopped for 20.0 s", "not settled", "2 were discarded", "1 step(s)"):
         assert words in text
     table = format_table(row)
     assert table.count("note:") == 4 and max(map(len, table.splitlines())) <= 100
-    assert notes.notes({"outcome": "ok"}) == []
+    assert timing_notes.notes({"outcome": "ok"}) == []

@@ -16,7 +16,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from efficientllm.config import differences
 from efficientllm.record.tensorboard import SummaryWriter
-from efficientllm.train import charts
+from efficientllm.train import tensorboard_scalars
 
 pytestmark = pytest.mark.quick
 
@@ -188,7 +188,7 @@ def test_what_a_row_says_comes_first_and_routers_come_last(tmp_path):
     aux = [{"stats": {"load": np.ones((2, 4)), "entropy": np.ones(2)}, "losses": {"z_loss": np.ones(2)}}]
     metrics = {"loss": 1.0, "total_loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0, "aux": aux}
     writer = SummaryWriter(tmp_path)
-    routers = charts.scalars(metrics, [range(2)])
+    routers = tensorboard_scalars.scalars(metrics, [range(2)])
     writer.scalars(1, routers | {"bits_per_byte": 1.0, "utilisation": 1.0, "tokens_per_s": 1.0})
     writer.hparams({"seed": 0}, {"al_s": 0.5, "eval_loss": 3.0})
     writer.close()

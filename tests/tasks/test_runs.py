@@ -11,7 +11,7 @@ import pytest
 import runs
 from efficientllm import main
 from efficientllm.config.plain import flatten
-from efficientllm.record import trial
+from efficientllm.record import run_name
 from record.test_tensorboard import hparams_table
 from tiers import slow_case
 
@@ -49,8 +49,8 @@ def test_the_hparams_table_holds_what_is_compared_and_every_metric_of_the_row(wh
     columns, sessions, metrics = hparams_table(whole.parent)
     record = row(whole)
     config = flatten(record["config"])
-    assert {info.name for info in columns} == set(trial.compared_keys(config)) < set(config)
-    assert "model.mixer" in trial.compared_keys(config) and "checkpoint.every" not in trial.compared_keys(config)
+    assert {info.name for info in columns} == set(run_name.compared_keys(config)) < set(config)
+    assert "model.mixer" in run_name.compared_keys(config) and "checkpoint.every" not in run_name.compared_keys(config)
     values = sessions["run"]
     assert values["model.mixer"].string_value == "gqa" and values["train.steps"].number_value == runs.STEPS
     row_metrics = {

@@ -1,4 +1,4 @@
-"""Our own quantized checkpoints: the arrays of quantized leaves in safetensors, bit for bit.
+"""Reader of the quantized checkpoints that `write_quantized` writes: arrays of our leaves in safetensors.
 
 Tensors have our parameter paths with unrolled layers; config.json's `quantization_config` states the leaf class of each
 path.

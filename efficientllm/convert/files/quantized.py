@@ -1,4 +1,4 @@
-"""Quantized Hugging Face folders: block-wise float8, GPTQ, AWQ, and our own format.
+"""Reader of quantized Hugging Face folders: block-wise float8, GPTQ, AWQ; `own_quantized` reads those we write.
 
 `read` dequantizes one tensor at a time; `stored` returns the codes as a quantized leaf. Letters: K inputs, N outputs.
 """

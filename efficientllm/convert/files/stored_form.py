@@ -1,4 +1,4 @@
-"""The quantization of a checkpoint's stored weights, and the effect of converting it to another."""
+"""Which quantization the weights of a checkpoint's files have, and how those of a run derive from them."""
 
 import collections
 import math

@@ -1,6 +1,6 @@
-"""Canonical description of a model: two models with equal descriptions compute the same function.
+"""Canonical description of a model, by which an exported config.json is verified when it is read back.
 
-It verifies that an exported config.json, read back, is the model that was exported.
+Two models with equal descriptions compute the same function, whatever specs they were built from.
 """
 
 import itertools

@@ -5,7 +5,7 @@ import functools
 import os
 import typing
 
-from efficientllm.data import cache, paths, streams, tables
+from efficientllm.data import cache, paths, row_readers, streams
 from efficientllm.data.base import ImageSource, Picture, Tally
 from efficientllm.data.images import clips
 from efficientllm.errors import FieldError, UserError
@@ -93,9 +93,9 @@ class Images(ImageSource):
     def _captions(self):
         """`{path: caption}`."""
         file, captions = self._captions_file(), {}
-        for where, row in tables.read_rows(file, "json", lambda names, where: list(_fields(names, where))):
+        for where, row in row_readers.read_rows(file, "json", lambda names, where: list(_fields(names, where))):
             fields = _fields(row if isinstance(row, dict) else {}, where)
-            name, caption = (tables.check_text(row[field], field, where) for field in fields)
+            name, caption = (row_readers.check_text(row[field], field, where) for field in fields)
             captions[os.path.realpath(os.path.join(os.path.dirname(file), name or ""))] = (caption or "").strip()
         return captions
 
@@ -133,7 +133,7 @@ def _fields(names, where):
     for known in (_FILE_FIELDS, _CAPTION_FIELDS):
         field = next((name for name in known if name in names), None)
         if field is None:
-            raise UserError(tables.missing_field(known[0], names, where))
+            raise UserError(row_readers.missing_field(known[0], names, where))
         yield field
 
 

@@ -1,4 +1,4 @@
-"""Notes on a row's times: a machine that was not quiet, times that had not settled, steps that were left out."""
+"""Sentences on what limits a row's times: a machine that was not quiet, times not settled, steps left out."""
 
 from efficientllm.typing import Record
 

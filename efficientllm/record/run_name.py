@@ -1,4 +1,4 @@
-"""Name of a run in TensorBoard's list of runs, and the config keys that such a list shows."""
+"""Name of a run in TensorBoard's table of runs, made of the config keys that tell runs apart."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Row readers of JSON, CSV and Parquet files. Each row comes with its place in the file, for error messages."""
+"""Readers of JSON, CSV and Parquet files, row by row, each with its place in the file for error messages."""
 
 import csv
 import io
