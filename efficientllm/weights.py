@@ -1,4 +1,4 @@
-"""Matrix products under a stated precision: every product of the package goes through `matmul`.
+"""Weights, arrays or packed leaves, and their products: every matrix product of the package goes through `matmul`.
 
 Kernels are `[..., in, out]`, so that adapters, quantisers and name tables see one layout. A kernel is an array, or a
 `Weight`: a leaf that holds arrays of its own.

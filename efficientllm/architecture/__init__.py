@@ -1,3 +1,3 @@
-"""Language models from `config.model`: named sizes, and widths at which two architectures have equal parameters."""
+"""Models from `config.model`: named sizes, and widths at which two architectures have equal parameters."""
 
 KINDS = {"size": "sizes"}

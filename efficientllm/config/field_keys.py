@@ -1,4 +1,4 @@
-"""Config keys of the fields that low-level code complains about."""
+"""Names the config key in the errors of code that knows no config (`errors.FieldError`)."""
 
 import contextlib
 import typing

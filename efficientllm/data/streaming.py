@@ -1,4 +1,4 @@
-"""Streamed documents as a grain dataset, resumable by the state of the stream."""
+"""Streamed data sets of the hub, `hf(streaming=True)`, as a grain dataset that can resume where it was."""
 
 import copy
 import typing

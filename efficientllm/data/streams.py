@@ -1,4 +1,4 @@
-"""Text streams: files decompressed by content rather than by name, decoded as UTF-8, in lines or pieces."""
+"""Text files, read in lines or pieces: decompressed by content rather than by name, decoded as UTF-8."""
 
 import bz2
 import codecs

@@ -1,4 +1,4 @@
-"""What a diffusion model is told of a picture beside its noise level: a class, the states of a text."""
+"""`Condition`, the arrays that a diffusion model is told beside a noise level: classes, or the states of texts."""
 
 import typing
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Conditioning vectors of a diffusion transformer: the noise level, the class of an image, the states of a text."""
+"""Layers that embed a noise level and a `Condition` into the conditioning vector of a diffusion transformer."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a diffusion model must know of the pictures or clips of its data."""
+"""`Picture`: the size, channels and classes of data, for which a diffusion model is built."""
 
 import typing
 

@@ -1,5 +1,6 @@
-"""Collectives of a training step by closed formula: the network time of a plan without a compiler. Tests compare
-the formula with compiled programs.
+"""Collectives of a training step by closed formula: the network traffic of a plan without a compiler.
+
+Tests compare the formula with compiled programs.
 
 By mesh axis:
   data       Gradients are all-reduced (Li et al. 2020, arXiv:2006.15704).

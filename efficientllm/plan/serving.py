@@ -1,4 +1,4 @@
-"""What a plan of serving is of: prompts and completions, or pictures, as the objective of the config reads."""
+"""Plans of serving: builds the request of a config, of prompts or of pictures as its objective reads."""
 
 import typing
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
-"""Samples of a model: a text, or a grid of pictures beside the training pictures nearest to them, and the quality of
-many pictures."""
+"""Samples of a model during and after training: a text, or pictures beside the training pictures nearest to them.
+
+The quality of many sampled pictures is measured too (`evaluation.sample_quality`).
+"""
 
 import itertools
 import json
