@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.imports = ()  # files or modules that register techniques of your own
     config.mesh = "data=-1"  # sizes of the axes data, fsdp, expert, tensor, sequence; -1 is all remaining devices
+    config.compile_cache = True  # compiled programs are kept in the user's cache folder, and loaded by later runs
     config.memory_gb = 0.0  # memory a run may take, in GB per accelerator; 0 is what is free
 
     config.model = ConfigDict()

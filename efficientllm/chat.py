@@ -34,10 +34,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     try:
         config, system, new_tokens = parse(argv)
-        from efficientllm.registry.plugins import import_plugins  # imports JAX: not before the command line is checked
+        # These import JAX: not before the command line is checked.
+        from efficientllm.registry.plugins import import_plugins
+        from efficientllm.runtime import compile_cache
 
         import_plugins(config.imports)
-        return Chat(config, system, new_tokens).run()
+        with compile_cache.of_run(config.compile_cache):
+            return Chat(config, system, new_tokens).run()
     except UserError as error:
         print(f"efficientllm: {error}", file=sys.stderr)
         return 2

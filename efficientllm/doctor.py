@@ -14,7 +14,7 @@ import shutil
 import sys
 import typing
 
-from efficientllm.runtime import console, optional_packages
+from efficientllm.runtime import console, optional_packages, user_cache
 
 # Extras of setup.py: a module that shows that one is installed, and what it adds.
 EXTRAS = {
@@ -200,7 +200,7 @@ def _peaks(devices):
     yield Finding("peaks", peaks is not None, detail)
     gemm = device_peaks.measure_gemm_peak("float32")
     yield Finding(
-        "  measured", True, f"{gemm.value / 1e9:,.0f} GFLOP/s: {gemm.source}, cached in {device_peaks.cache_folder()}"
+        "  measured", True, f"{gemm.value / 1e9:,.0f} GFLOP/s: {gemm.source}, cached in {user_cache.folder()}"
     )
     copy = device_peaks.measure_copy_bandwidth()
     yield Finding("  measured copy", True, f"{copy.value / 1e9:,.1f} GB/s: {copy.source}")

@@ -19,7 +19,7 @@ def flatten(tree: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
 # Keys that version 0.1 had not, with their defaults, which do what it did: left out of what a run leaves where they
 # have that value, so that its hash, its folder and its row are those of a run before them.
 ADDED: dict[str, dict[str, typing.Any]] = {
-    "": {"objective": "next_token()", "autoencoder": "pixels", "text_states": ""},
+    "": {"objective": "next_token()", "autoencoder": "pixels", "text_states": "", "compile_cache": True},
     "model": {"unroll": 12, "embed": "tokens", "modulation": "plain"},
     "train": {"ema": 0.0},
     "sample": {"images": 16},

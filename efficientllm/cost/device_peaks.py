@@ -8,10 +8,8 @@ import functools
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 from efficientllm.cost.hardware_table import read_table
 from efficientllm.metrics import host
 from efficientllm.metrics.reading import Reading, missing
+from efficientllm.runtime import user_cache
 from efficientllm.runtime.atomic_write import write_atomically
 
 log = logging.getLogger("efficientllm")
@@ -163,7 +162,7 @@ def measured_roofline(
 
 def _cached(file, quantity, measure):
     """`measure()`, cached in a file. Failing to read or write the cache is only a warning."""
-    path, key = cache_folder() / file, _host_key(quantity)
+    path, key = user_cache.folder() / file, _host_key(quantity)
     rates = _rates(path)
     if key not in rates:
         rates[key] = measure()
@@ -187,11 +186,6 @@ def _rates(path):
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         log.warning(f"{path} is damaged ({error}): this machine is measured again")
         return {}
-
-
-def cache_folder() -> Path:
-    """Folder of the measurements cached for this host."""
-    return Path(os.environ.get("EFFICIENTLLM_CACHE") or Path.home() / ".cache" / "efficientllm")
 
 
 def _host_key(dtype):

@@ -14,6 +14,7 @@ import uuid
 from pathlib import Path
 
 from efficientllm.errors import UserError
+from efficientllm.runtime import user_cache
 from efficientllm.typing import PathLike
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
@@ -24,8 +25,8 @@ _checked: dict[Path, str] = {}  # folder: what its files were like when their ch
 
 
 def root(cache_dir: PathLike | None = None) -> Path:
-    """Returns the folder of the cache: `cache_dir`, else $EFFICIENTLLM_CACHE, else ~/.cache/efficientllm."""
-    return Path(cache_dir or os.environ.get("EFFICIENTLLM_CACHE") or "~/.cache/efficientllm").expanduser()
+    """Returns the folder of the cache: `cache_dir`, else the user's."""
+    return user_cache.folder(cache_dir)
 
 
 def entry(cache_root: Path, name: str, fill: typing.Callable[[Path], typing.Any]) -> Path:

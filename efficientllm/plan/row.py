@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from efficientllm.cost import formulas
+from efficientllm.metrics import compile_time
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.plan import hardware as hardwares
 from efficientllm.plan import hlo_cost
@@ -130,7 +131,7 @@ def physical(workload: Workload, estimate: Estimate) -> dict[str, Reading]:
         else Reading(executed / workload.tokens, "FLOP", "products of the programs, counted in their jaxprs"),
         "compile_s": missing("s", "no compiler")
         if estimate.compile_s is None
-        else Reading(estimate.compile_s, "s", "XLA compilation of the programs"),
+        else compile_time.reading(estimate.compile_s, "XLA compilation of the programs"),
     }
 
 

@@ -14,6 +14,7 @@ from efficientllm.errors import UserError
 from efficientllm.metrics import host
 from efficientllm.record.row import OUTCOMES, build_record, read_record, write_record
 from efficientllm.report import file_excerpts
+from efficientllm.runtime import user_cache
 from efficientllm.sweep.spec import Run
 from efficientllm.untrusted import json_text
 
@@ -95,7 +96,9 @@ def set_row_aside(folder: str | os.PathLike[str]) -> None:
 
 def _process(argv, output, timeout_s, memory_bytes):
     """Runs a process -> its exit status, `timeout`, `oom`, or `interrupted` if this process was told to stop."""
-    process = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    # Every run of a sweep compiles: what a program costs the first time is among the numbers compared.
+    variables = os.environ | {user_cache.PROGRAMS: "off"}
+    process = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables)
     end = time.monotonic() + timeout_s
     try:
         while time.monotonic() < end:

@@ -13,7 +13,7 @@ from efficientllm.config.field_keys import name_keys
 from efficientllm.errors import UserError
 from efficientllm.record.workdir import Workdir
 from efficientllm.registry.plugins import import_plugins
-from efficientllm.runtime import distributed, stopping
+from efficientllm.runtime import compile_cache, distributed, stopping
 from efficientllm.tasks.base import Run
 from efficientllm.typing import Config, PathLike
 
@@ -23,7 +23,7 @@ def run(config: Config, path: PathLike | None = None, overwrite: bool = False) -
     # The command line has checked its config, before JAX is imported. A program that calls this function has not.
     config = schema.validate_config(config)
     distributed.initialise()
-    with distributed.exits_with_job(), name_keys(config):
+    with distributed.exits_with_job(), name_keys(config), compile_cache.of_run(config.compile_cache):
         return _run(config, path, overwrite)
 
 

@@ -284,8 +284,13 @@ class Training(Run):
             rows = f"{self.setup.objective.counted} of {self.setup.length} tokens"
         return (
             f"{self.config.name}: {self.config.train.steps} steps of {self.setup.batch_size} {rows} "
-            f"on {len(devices)} x {devices[0].device_kind}; compiled in {self.setup.compile_s['compile']:.1f} s"
+            f"on {len(devices)} x {devices[0].device_kind}; {self._compiled()}"
         )
+
+    def _compiled(self):
+        seconds = self.setup.compile_s["compile"]
+        loaded = self.setup.program_loads > 0
+        return f"{'its program was loaded' if loaded else 'compiled'} in {seconds:.1f} s"
 
 
 def _quality(objective, evaluation, loss):

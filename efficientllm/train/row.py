@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from efficientllm.cost import device_peaks, formulas, step_memory
-from efficientllm.metrics import conditions, memory, sampler
+from efficientllm.metrics import compile_time, conditions, memory, sampler
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.record import row, study_metrics
@@ -210,7 +210,9 @@ def physical_of_model(setup: Setup, params: dict[str, int]) -> dict[str, Reading
             "bytes",
             f"closed formula, row of {setup.length}",
         ),
-        "compile_s": Reading(setup.compile_s["compile"], "s", "XLA compilation of the training step")
+        "compile_s": compile_time.reading(
+            setup.compile_s["compile"], "XLA compilation of the training step", setup.program_loads
+        )
         if setup.compile_s
         else missing("s", "the run ended before compilation"),
     }

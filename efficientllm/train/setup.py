@@ -20,8 +20,8 @@ from efficientllm.metrics.reading import Reading, missing
 from efficientllm.quant import apply as quant
 from efficientllm.registry import complete_spec
 from efficientllm.run_description import describe_run
+from efficientllm.runtime import compile_cache, malloc
 from efficientllm.runtime import kernel_choice as kernels
-from efficientllm.runtime import malloc
 from efficientllm.train import config_checks, step
 from efficientllm.train.programs import of_batch, step_of_batch
 from efficientllm.typing import Batch, Config, Mesh, PyTree, Record
@@ -50,6 +50,7 @@ class Setup:
     rss_before:    resident bytes of the process before any array of the model is made.
     program_flops: of the compiled step, for each of `models`.
     program_memory: of the compiled step, that of the largest program.
+    program_loads: programs of the step that an earlier run has compiled (`runtime.compile_cache`).
     """
 
     config: Config
@@ -71,6 +72,7 @@ class Setup:
     data: Record
     rss_before: int
     compile_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    program_loads: int = 0
     kernels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     program_flops: tuple[Reading, ...] = (missing("FLOP", "the run ended before compilation"),)
     program_memory: Reading = missing("bytes", "the run ended before compilation")
@@ -186,6 +188,7 @@ def compile_steps(setup: Setup) -> tuple[Callable, Callable]:
     """Compiles the train and eval steps -> both; sets the setup's compile times, kernels, program FLOPs and memory."""
     programs = [_compile_for(setup, lm) for lm in setup.models]
     setup.compile_s = {key: sum(program.seconds[key] for program in programs) for key in ("lower", "compile")}
+    setup.program_loads = sum(program.loads for program in programs)
     # The result is cached on the host; measured here so that it never runs between steps.
     device_peaks.measure_gemm_peak(activation_dtype(setup.lm.precision).name)
     device_peaks.measure_copy_bandwidth()
@@ -210,6 +213,7 @@ class _Programs(typing.NamedTuple):
     jaxpr: typing.Any
     kernels: dict[str, set[str]]
     seconds: dict[str, float]
+    loads: int
 
 
 def _compile_for(setup, lm):
@@ -221,11 +225,12 @@ def _compile_for(setup, lm):
     with kernels.recording_kernels() as used:
         traced = train.trace(setup.shaped, batch)
         lowered = traced.lower()
-    lowered_at = time.perf_counter()
+    lowered_at, loads_before = time.perf_counter(), compile_cache.loads()
     compiled = lowered.compile()
     seconds = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
+    loads = compile_cache.loads() - loads_before
     compiled_eval = evaluate.lower(setup.shaped.eval_params, batch, held_out_table(setup)).compile()
-    return _Programs(batch, compiled, compiled_eval, traced.jaxpr, used, seconds)
+    return _Programs(batch, compiled, compiled_eval, traced.jaxpr, used, seconds, loads)
 
 
 def _program_flops(jaxpr):
