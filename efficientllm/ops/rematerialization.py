@@ -1,5 +1,6 @@
 """Rematerialization policies for `jax.checkpoint`, the unrolling of a scan over layers, and XLA's schedule on CPUs."""
 
+import math
 import re
 import typing
 
@@ -73,6 +74,18 @@ CHEAP = re.compile(
 )
 
 
-def _not_cheap(primitive, *_, **__):
-    """Saves the results of all but elementwise operations and moves."""
+def _not_cheap(primitive, *operands, **parameters):
+    """Saves the results of all but elementwise operations, moves and scores of attention.
+
+    Scores are a product within a batch whose result is larger than its operands: `[B, H, T, S]` of many more bytes than
+    the queries and keys that give it.
+    """
+    if primitive.name == "dot_general" and parameters["dimension_numbers"][1][0]:
+        return _product_size(*operands, parameters["dimension_numbers"]) <= sum(x.size for x in operands)
     return not CHEAP.fullmatch(primitive.name)
+
+
+def _product_size(left, right, dimension_numbers):
+    (contracted, _), (batch, _) = dimension_numbers
+    summed = math.prod(left.shape[axis] for axis in contracted)
+    return left.size // summed * (right.size // summed) // math.prod(left.shape[axis] for axis in batch)
