@@ -11,6 +11,7 @@ from efficientllm.infer.windows import Windows, seconds_of
 from efficientllm.metrics import conditions, sampler, timer
 from efficientllm.metrics.energy import reader as energy
 from efficientllm.metrics.energy.window import EnergyReader
+from efficientllm.runtime import malloc
 from efficientllm.runtime.log import Countdown
 
 log = logging.getLogger("efficientllm")
@@ -97,6 +98,7 @@ class _Measurement:
         rows, prompt = self._shape
         log.info(f"compiling and measuring {rows} x {prompt} + {self._new_tokens} tokens, {repeats} times")
         warm = [(seconds_of(self._prefill), seconds_of(self._decode)) for _ in range(WARM_UPS)]
+        malloc.trim()  # what compilation leaves
         countdown, windows = Countdown("measuring", 2 * repeats), self._windows
         windows.begin()
         for _ in range(repeats):

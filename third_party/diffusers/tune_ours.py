@@ -46,7 +46,8 @@ class Tuner:
         source = convert.open_source(pipeline)
         kind, fields = parse_spec(source.model["embed"])
         embed = format_spec(kind, fields | {"text_length": work.TOKENS})
-        self.lm = source.lm(precision=precision, embed=embed)
+        # Layers apart, as few layers on a CPU are best: slices of stacked weights are copies.
+        self.lm = source.lm(precision=precision, embed=embed, scan=False)
         mesh = sharding.make_mesh("data=1", jax.devices()[:1])
         jax.set_mesh(mesh)
         boxed = model.abstract_params(self.lm)
