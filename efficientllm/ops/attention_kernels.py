@@ -15,6 +15,7 @@ from efficientllm.ops import native, splash_attention
 from efficientllm.ops.dot_product_attention import dot_product_attention
 from efficientllm.ops.int8_kv_cache import Int8KVCache
 from efficientllm.registry import register
+from efficientllm.runtime import kernel_choice
 
 Cached: typing.TypeAlias = (
     jax.Array | Int8KVCache | tuple
@@ -170,7 +171,10 @@ def _dense(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale, queries, keys):
     q, k, v = q_BTHK[:, slice(*queries)], k_BSGK[:, slice(*keys)], v_BSGV[:, slice(*keys)]
     mask_B1TS = mask.rows(queries, keys)[:, None]
     bias_BHTS = None if bias is None else bias(mask, queries, keys)
-    return dot_product_attention(q, k, v, bias_BHTS, mask_B1TS, scale)
+    in_state = mask.query_index_BT is not None
+    is_half = q.dtype in (jnp.bfloat16, jnp.float16)
+    by_kv_head = (in_state or is_half) and kernel_choice.platform() == "cpu" and sharding.is_alone()
+    return dot_product_attention(q, k, v, bias_BHTS, mask_B1TS, scale, by_kv_head)
 
 
 def key_leaves(keys: Cached) -> tuple:

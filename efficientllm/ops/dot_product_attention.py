@@ -11,8 +11,14 @@ def dot_product_attention(
     bias_BHTS: jax.Array | None,
     mask_B1TS: jax.Array,
     scale: float,
+    by_kv_head: bool = False,
 ) -> jax.Array:
-    """Computes `jax.nn.dot_product_attention`, also for values that are not as wide as keys -> `[B, T, H, V]`."""
+    """Computes `jax.nn.dot_product_attention`, also for values that are not as wide as keys -> `[B, T, H, V]`.
+
+    With `by_kv_head` products are batches of matrices, a KV head's queries together: the form for one CPU device.
+    """
+    if by_kv_head:
+        return _by_kv_head(q_BTHK, k_BSGK, v_BSGV, bias_BHTS, mask_B1TS, scale)
     if q_BTHK.shape[-1] == v_BSGV.shape[-1]:
         return jax.nn.dot_product_attention(
             q_BTHK, k_BSGK, v_BSGV, bias=bias_BHTS, mask=mask_B1TS, scale=scale, implementation="xla"
@@ -31,3 +37,24 @@ def _unequal_heads(q_BTHK, k_BSGK, v_BSGV, bias_BHTS, mask_B1TS, scale):
     weights_BHTS = jax.nn.softmax(jnp.where(mask_B1TS, scores_BHTS, jnp.finfo(jnp.float32).min), -1)
     weights = weights_BHTS.astype(v_BSGV.dtype).reshape(scores.shape)
     return jnp.einsum("bgrts,bsgv->btgrv", weights, v_BSGV).reshape(B, T, H, -1)
+
+
+def _by_kv_head(q_BTHK, k_BSGK, v_BSGV, bias_BHTS, mask_B1TS, scale):
+    """Multiplies `[r T, K] @ [K, S]` and `[r T, S] @ [S, V]` for each KV head, H = G r, into float32.
+
+    XLA for CPUs turns the products of `jax.nn.dot_product_attention` around: it copies all weights transposed, and
+    multiplies bfloat16 weights in float32. 288 queries of 9 heads over 321 keys take 3.6 ms of it and 2.0 ms here, and
+    1,024 of 4 heads in bfloat16 27 and 10 ms (AMD EPYC, Zen 4, jax 0.10.2).
+    """
+    (B, T, H, K), (S, G, V) = q_BTHK.shape, v_BSGV.shape[1:]
+    q_BGtK = q_BTHK.reshape(B, T, G, -1, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)  # t = r T
+    k_BGSK, v_BGSV = k_BSGK.swapaxes(1, 2), v_BSGV.swapaxes(1, 2)
+    scores_BGtS = jnp.einsum("bgtk,bgsk->bgts", q_BGtK, k_BGSK, preferred_element_type=jnp.float32)
+    scores_BHTS = scores_BGtS.reshape(B, H, T, S) * scale
+    if bias_BHTS is not None:
+        scores_BHTS = scores_BHTS + bias_BHTS
+    weights_BHTS = jax.nn.softmax(jnp.where(mask_B1TS, scores_BHTS, jnp.finfo(jnp.float32).min), -1)
+    weights_BGtS = weights_BHTS.astype(v_BSGV.dtype).reshape(B, G, -1, S)
+    y_BGtV = jnp.einsum("bgts,bgsv->bgtv", weights_BGtS, v_BGSV, preferred_element_type=jnp.float32)
+    y_BGrTV = y_BGtV.reshape(B, G, -1, T, V).astype(q_BTHK.dtype)
+    return y_BGrTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, V)

@@ -76,7 +76,11 @@ class Rows(Weight):
 
     def product(self, x_mk: jax.Array, operand: jax.typing.DTypeLike) -> jax.Array:
         """Compute float32 `x @ rows.T` `[m, r]` through XLA, of operands rounded to the dtype `operand`."""
-        return products.contract(x_mk.astype(operand), self.dequantize_after(x_mk).rows().astype(operand))
+        return products.contract(x_mk.astype(operand), self.operand_rows(x_mk, operand))
+
+    def operand_rows(self, x: jax.Array, operand: jax.typing.DTypeLike) -> jax.Array:
+        """Dequantize `[..., r, k]`, rounded to the dtype `operand`, for a product with `x`."""
+        return self.dequantize_after(x).rows().astype(operand)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -179,7 +179,7 @@ def _backward(operand, layout, residuals, dys):
     # Dequantize again: saved rows of all layers would be in memory at once.
     leaves, like_x = residuals
     dx_mk = sum(
-        contract(dy_mr.astype(operand), leaf.dequantize_after(dy_mr).rows().astype(operand), 0)
+        contract(dy_mr.astype(operand), leaf.operand_rows(dy_mr, operand), 0)
         for leaf, dy_mr in zip(leaves, dys, strict=True)
     )
     return dx_mk.astype(like_x.dtype), None
