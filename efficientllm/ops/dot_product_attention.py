@@ -1,5 +1,7 @@
 """Scaled dot-product attention through XLA, for keys and values of equal or unequal width."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -50,12 +52,63 @@ def _by_kv_head(q_BTHK, k_BSGK, v_BSGV, bias_BHTS, mask_B1TS, scale):
     # One dimension of batches, N = B G: with two, XLA multiplies bfloat16 in float32. Rows of a batch are t = r T.
     q_NtK = q_BTHK.reshape(B, T, G, -1, K).transpose(0, 2, 3, 1, 4).reshape(B * G, -1, K)
     k_NSK, v_NSV = (x_BSGK.swapaxes(1, 2).reshape(B * G, S, -1) for x_BSGK in (k_BSGK, v_BSGV))
-    scores_NtS = jnp.einsum("ntk,nsk->nts", q_NtK, k_NSK, preferred_element_type=jnp.float32)
+    scores_NtS = _scores(q_NtK, k_NSK)
     scores_BHTS = scores_NtS.reshape(B, H, T, S) * scale
     if bias_BHTS is not None:
         scores_BHTS = scores_BHTS + bias_BHTS
     weights_BHTS = jax.nn.softmax(jnp.where(mask_B1TS, scores_BHTS, jnp.finfo(jnp.float32).min), -1)
     weights_NtS = weights_BHTS.astype(v_BSGV.dtype).reshape(B * G, -1, S)
-    y_NtV = jnp.einsum("nts,nsv->ntv", weights_NtS, v_NSV, preferred_element_type=jnp.float32)
+    y_NtV = _weighted(weights_NtS, v_NSV)
     y_BGrTV = y_NtV.astype(q_BTHK.dtype).reshape(B, G, -1, T, V)
     return y_BGrTV.transpose(0, 3, 1, 2, 4).reshape(B, T, H, V)
+
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _scores(q_NtK, k_NSK):
+    """Multiplies queries with keys into float32; gradients are products of operands of their dtype."""
+    return _einsum("ntk,nsk->nts", q_NtK, k_NSK)
+
+
+def _scores_forward(q_NtK, k_NSK):
+    return _scores(q_NtK, k_NSK), (q_NtK, k_NSK)
+
+
+def _scores_backward(residuals, dscores_NtS):
+    q_NtK, k_NSK = residuals
+    dscores_NtS = dscores_NtS.astype(q_NtK.dtype)
+    dq_NtK = _einsum("nts,nsk->ntk", dscores_NtS, k_NSK)
+    return dq_NtK.astype(q_NtK.dtype), _sum_over_queries(dscores_NtS, q_NtK).astype(k_NSK.dtype)
+
+
+@jax.custom_vjp
+def _weighted(weights_NtS, v_NSV):
+    """Sums values by their weights into float32; gradients are as those of `_scores`."""
+    return _einsum("nts,nsv->ntv", weights_NtS, v_NSV)
+
+
+def _weighted_forward(weights_NtS, v_NSV):
+    return _weighted(weights_NtS, v_NSV), (weights_NtS, v_NSV)
+
+
+def _weighted_backward(residuals, dy_NtV):
+    weights_NtS, v_NSV = residuals
+    dy_NtV = dy_NtV.astype(v_NSV.dtype)
+    dweights_NtS = _einsum("ntv,nsv->nts", dy_NtV, v_NSV)
+    return dweights_NtS.astype(weights_NtS.dtype), _sum_over_queries(weights_NtS, dy_NtV).astype(v_NSV.dtype)
+
+
+def _sum_over_queries(pairs_NtS, x_NtK):
+    """Computes `pairs.T @ x` for each batch, `[N, S, K]`, float32, as the transpose of `x.T @ pairs`.
+
+    XLA for CPUs multiplies a transposed first operand slowly and in float32; the smaller one is turned, behind a
+    barrier, else XLA would make it the product's own again.
+    """
+    x_NKt = jax.lax.optimization_barrier(x_NtK.swapaxes(1, 2))
+    return jax.lax.optimization_barrier(_einsum("nkt,nts->nks", x_NKt, pairs_NtS)).swapaxes(1, 2)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+_weighted.defvjp(_weighted_forward, _weighted_backward)
