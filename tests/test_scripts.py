@@ -50,6 +50,10 @@ SMALLEST = {
         *("--model=smollm2-135m", "--contestants=transformers float32;ours float32;ours int4"),
         *("--prefill=8", "--new=4", "--blocks=2"),
     ],
+    "third_party/transformers/vision.py": [
+        *("--size=tiny", "--pixels=56", "--text=8", "--new=4", "--length=32", "--blocks=2"),
+        "--contestants=torch-float32,ours-float32",
+    ],
 }
 
 

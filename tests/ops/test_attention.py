@@ -9,6 +9,7 @@ from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.ops import attention_kernels, attention_mask
 from efficientllm.ops.attention import Mask, attend, choose
+from efficientllm.ops.dot_product_attention import dot_product_attention
 from efficientllm.runtime import kernel_choice
 from tiers import slow_case, slow_except
 
@@ -126,6 +127,31 @@ def test_gradients_of_bfloat16_keys_are_summed_in_float32(monkeypatch):
     whole, looped = (value_and_gradients(kernel, arrays, mask)[1][2] for kernel in ("xla", "chunked"))
     error = jnp.linalg.norm((whole - looped).astype(jnp.float32)) / jnp.linalg.norm(whole.astype(jnp.float32))
     assert error < 2**-8, error
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2**-7)])
+@pytest.mark.parametrize("width", [K, slow_case(3)])
+def test_products_by_kv_head_are_attention(width, dtype, tolerance):
+    """Values and gradients, with a bias, a mask of each row and values of another width than keys."""
+    T, S = 7, 11
+    q, k, _ = operands(T, S)
+    random = np.random.default_rng(1)
+    v, bias = random.normal(size=(B, S, G, width)), random.normal(size=(1, H, T, S)).astype(np.float32)
+    mask, weights = random.random((B, 1, T, S)) < 0.7, random.normal(size=(B, T, H, width))
+    mask[..., 0] = True
+
+    def loss(q, k, v, by_kv_head):
+        y = dot_product_attention(q, k, v, jnp.asarray(bias), jnp.asarray(mask), 0.3, by_kv_head)
+        return jnp.sum(y.astype(jnp.float32) * weights), y
+
+    arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
+    exact = [x.astype(jnp.float32) for x in arrays]
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
+    for actual, expected in zip(
+        *map(jax.tree.leaves, (gradients(*arrays, True), gradients(*exact, False))), strict=True
+    ):
+        assert actual.dtype == dtype
+        assert jnp.linalg.norm(actual.astype(jnp.float32) - expected) <= tolerance * jnp.linalg.norm(expected)
 
 
 def test_kernels_that_do_not_honour_an_order_say_so():

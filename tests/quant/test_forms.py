@@ -7,6 +7,7 @@ import pytest
 
 from efficientllm.errors import UserError
 from efficientllm.ops import native
+from efficientllm.ops.native import matmul as matmul_products
 from efficientllm.quant import matmul as products
 from efficientllm.quant.apply import form_of, quantize
 from efficientllm.quant.base import into_groups
@@ -285,12 +286,30 @@ def test_bad_specs(spec, message):
     "spec, platform, tied",
     [("bfloat16", "cpu", 1), ("bfloat16", "gpu", 0), ("float16", "gpu", 0), ("int8", "gpu", 0), ("nf4", "gpu", 1)],
 )
-def test_accelerators_read_what_is_converted_and_no_more_as_it_lies(spec, platform, tied):
+def test_accelerators_read_what_is_converted_and_no_more_as_it_lies(spec, platform, tied, monkeypatch):
     """Tied to the input, which keeps decompression where it is, they would be copied by a GPU's program."""
+    monkeypatch.setattr(matmul_products, "instruction_sets", lambda product: ())
     kernel, x_MK = leaf(spec, normal(64, 8)), jnp.ones((products.FEW_ROWS + 1, 64), jnp.bfloat16)
     with kernel_choice.compiling_for(platform):
         made = str(jax.make_jaxpr(lambda x: products.product(x, kernel, Precision.of("bfloat16"), None))(x_MK))
     assert ("select_n" in made) == tied
+
+
+@pytest.mark.parametrize("precision, tied", [("bfloat16", 0), ("mixed", 0), ("float32", 2)])
+def test_a_cpu_with_bfloat16_products_reads_kernels_as_they_lie(precision, tied, monkeypatch):
+    """In both passes; in float32 they are converted, and tied."""
+    monkeypatch.setattr(matmul_products, "instruction_sets", lambda product: ("avx512_bf16",))
+    kernel, x_MK = leaf("bfloat16", normal(64, 8)), jnp.asarray(normal(products.FEW_ROWS + 1, 64))
+
+    def loss(x_MK):
+        return jnp.sum(products.product(x_MK, kernel, Precision.of(precision), None) ** 2)
+
+    made = str(jax.make_jaxpr(jax.grad(loss))(x_MK))
+    assert made.count("select_n") == tied
+    rounded = x_MK if precision == "float32" else x_MK.astype(jnp.bfloat16)
+    expected = jnp.matmul(rounded.astype(jnp.float32), kernel.dense(), precision="highest")
+    actual = products.product(x_MK, kernel, Precision.of(precision), jnp.float32)
+    assert relative(actual, np.asarray(expected)) < 1e-5
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="built without a compiler")
