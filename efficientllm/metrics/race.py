@@ -7,6 +7,7 @@ blocks are discarded: they compile, fill caches and grow allocators. A ratio pai
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 import typing
@@ -43,7 +44,7 @@ def race(
 
     Runs `discarded` blocks whose results are dropped, then `blocks` that count; numbers go on through both. The order
     within each is drawn from `seed`. `after_block(number, {name: result})` sees the discarded blocks too. An exception
-    of a contestant ends the race, with a note of its name and the block.
+    of a contestant ends the race, with a note of its name and the block; a process that died is a UserError.
     """
     if blocks < 1:
         raise UserError(f"blocks = {blocks}: a race needs at least one that counts")
@@ -61,6 +62,8 @@ def race(
 def _result(contestant, name, block):
     try:
         return contestant(block)
+    except ProcessDied as died:
+        raise UserError(f"{name}: {died}") from None
     except Exception as error:
         error.add_note(f"{name} in block {block} of the race")
         raise
@@ -107,6 +110,21 @@ def ratio_of_medians(
     return Ratio(float(above / below), *np.quantile(above_R / below_R, [0.025, 0.975]).tolist())
 
 
+class ProcessDied(RuntimeError):
+    """The process of a contestant ended before it answered."""
+
+
+def _reason(status):
+    if status >= 0:
+        return f"its process ended with status {status}; the error stands above"
+    number = signal.Signals(-status)
+    causes = {
+        signal.SIGILL: "it was built with instructions that this machine does not have",
+        signal.SIGKILL: "as the system does where memory is short",
+    }
+    return f"its process was ended by {number.name} ({causes.get(number, signal.strsignal(number))})"
+
+
 class Process:
     """A contestant in a process of its own, whose thread pools and allocator are inside no other.
 
@@ -123,14 +141,13 @@ class Process:
         far_end.close()  # so that a process that dies ends our wait
 
     def ask(self, *question) -> typing.Any:
-        """The answer to `question`. RuntimeError where the process ended instead."""
+        """The answer to `question`. ProcessDied where the process ended instead."""
         try:
             self._pipe.send(question)
             return self._pipe.recv()
         except (EOFError, BrokenPipeError):
             self._process.join()
-            reason = f"its process ended with status {self._process.exitcode}; the error stands above"
-            raise RuntimeError(reason) from None
+            raise ProcessDied(_reason(self._process.exitcode)) from None
 
     def close(self) -> None:
         self._pipe.close()

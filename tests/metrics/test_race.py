@@ -3,6 +3,7 @@
 import functools
 import operator
 import os
+import signal
 import statistics
 
 import numpy as np
@@ -168,3 +169,14 @@ def test_a_process_that_fails_is_told(capfd):
         process.ask(0)
     process.close()
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def _die_of(number):
+    os.kill(os.getpid(), number)
+
+
+def test_a_race_says_which_contestant_died_of_what():
+    process = race.Process(functools.partial, _die_of)
+    with pytest.raises(UserError, match="peer: its process was ended by SIGILL .*instructions that this machine"):
+        race.race({"peer": lambda _: process.ask(signal.SIGILL)}, blocks=1)
+    process.close()
