@@ -16,7 +16,8 @@
   --data    the text that int4(method='gptq') and 'awq' are calibrated on (default: python_docs())
 
 check runs SOURCE here and in transformers, and prints the largest logit difference and the mean KL, of a
-vision-language model on pictures that it draws; DiT or Wan here and in diffusers, and prints the largest difference of
+vision-language model on pictures that it draws (InternVL in OpenGVLab's layout: in the class of transformers, which is
+given its tensors); DiT or Wan here and in diffusers, and prints the largest difference of
 predictions; a text encoder in transformers, and prints that of its hidden vectors. It needs torch.
 Exit status: 0 ok, 1 check found more than rounding errors, 2 bad input.
 """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import model
-from efficientllm.convert import check_denoiser, check_text_encoder, check_vision
+from efficientllm.convert import check_denoiser, check_text_encoder, check_vision, reference_loading
 from efficientllm.convert.source import Source
 from efficientllm.errors import UserError
 from efficientllm.ops.attention import Context
@@ -81,12 +81,13 @@ def _theirs(source, ids):
     place = {"pretrained_model_name_or_path": source.path}
     if source.path.is_file():
         place = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        **place,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        trust_remote_code=False,
-        **({} if source.path.is_file() else {"use_safetensors": True}),  # never read a pickle beside them
-    )
+    with reference_loading.loading(source):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            **place,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            **({} if source.path.is_file() else {"use_safetensors": True}),  # never read a pickle beside them
+        )
     with torch.no_grad():
         return jnp.asarray(loaded.eval()(torch.tensor(ids).long()).logits.numpy())

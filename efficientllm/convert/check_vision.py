@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import model
+from efficientllm.convert import check_internvl, reference_loading
 from efficientllm.convert.source import Source
 from efficientllm.embeds.vision_language import VisionLM
 from efficientllm.errors import UserError
@@ -78,13 +79,15 @@ def load_reference(source: Source) -> typing.Any:
     import transformers
 
     if source.config["model_type"] == "internvl_chat":
-        raise UserError(
-            f"{source.path}: model_type = 'internvl_chat' is computed by code beside its files, which is not run; "
-            "check the folder of the same model whose name ends in -hf"
-        )
-    return transformers.AutoModelForImageTextToText.from_pretrained(
-        source.path, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, trust_remote_code=False
-    ).eval()
+        return check_internvl.build_reference(source)
+    with reference_loading.loading(source):
+        return transformers.AutoModelForImageTextToText.from_pretrained(
+            source.path,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+        ).eval()
 
 
 def logits_of(reference: typing.Any, lm: VisionLM, made: PromptBatch, prompts: Sequence[Prompt]) -> np.ndarray:

@@ -15,7 +15,7 @@ from convert import vision_folders as folders
 from convert.vision_folders import IMAGE, torch
 from efficientllm import convert, model
 from efficientllm.convert import __main__ as command
-from efficientllm.convert import check_vision
+from efficientllm.convert import check_internvl, check_vision
 from efficientllm.convert.check_vision import logits_of, reference_inputs
 from efficientllm.embeds.vision_language import encode_images
 from efficientllm.errors import UserError
@@ -189,7 +189,7 @@ def published(folder):
 
 
 def test_internvl_as_it_was_published(tmp_path, capsys):
-    """The same parameters as of transformers' folder; written with the same names; checked nowhere."""
+    """The same parameters as of transformers' folder; written with the same names; checked with transformers' class."""
     source = convert.open_source(published(tmp_path / "published"))
     lm = source.lm()
     params = source.load(nn.unbox(model.abstract_params(lm)))
@@ -199,5 +199,28 @@ def test_internvl_as_it_was_published(tmp_path, capsys):
     convert.convert(source, tmp_path / "converted")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("published", "converted"))
     assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
-    assert command.main(["check", str(tmp_path / "published")]) == 2
-    assert "whose name ends in -hf" in capsys.readouterr().err
+    assert command.main(["check", str(tmp_path / "published")]) == 0
+    numbers = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert float(numbers["max logit difference"]) <= 1e-4 * float(numbers["max logit"])
+    assert float(numbers["image tokens"]) > 0
+
+
+def test_a_published_folder_that_no_class_computes_is_named(tmp_path, capsys):
+    """transformers' norms of queries and keys have one epsilon."""
+    folder = published(tmp_path / "published")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["layer_norm_eps"] = 1e-5
+    (folder / "config.json").write_text(json.dumps(config))
+    assert command.main(["check", str(folder)]) == 2
+    assert re.search("layer_norm_eps = 1e-05: .* it cannot compare", capsys.readouterr().err)
+
+
+def test_a_published_model_is_compared_by_its_own_tensors(tmp_path, monkeypatch):
+    """Values that differ are found: the reference's tensors come from the file by names of its own."""
+    folder = published(tmp_path / "published")
+    source = convert.open_source(folder)
+    reference = check_internvl.build_reference(source)
+    with torch.no_grad():
+        reference.model.multi_modal_projector.linear_1.weight.mul_(1.1)
+    monkeypatch.setattr(check_internvl, "build_reference", lambda source: reference)
+    assert command.main(["check", str(folder)]) == 1

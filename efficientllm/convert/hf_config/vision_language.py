@@ -192,6 +192,8 @@ def internvl_chat(keys: CheckedKeys, max_positions: int | None) -> Values:
     if (shuffle := keys.take("ps_version", default="v1")) != "v2":
         raise keys.refusal("ps_version", shuffle, "neighbours are joined in the order of version v2")
     keys.expect("pad2square", False, because="pictures are cut into tiles")
+    for name in ("dynamic_image_size", "use_thumbnail"):
+        keys.expect(name, True, because="pictures are cut into tiles, and are a tile of their own beside them")
     for name in ("use_backbone_lora", "use_llm_lora"):
         keys.expect(name, 0, because="adapters must be merged first")
     image_size = vision.get("image_size", VISION_OF_CHAT["image_size"])
@@ -208,11 +210,27 @@ def internvl_chat(keys: CheckedKeys, max_positions: int | None) -> Values:
     return _joined(keys, model, vision, _chat_tower, image_token, False)
 
 
+# Keys of OpenGVLab's towers that say nothing where `use_moe` is false.
+_EXPERT_KEYS = (
+    "moe_coeff_ratio",
+    "moe_intermediate_size",
+    "moe_output_scale",
+    "noisy_gate_policy",
+    "num_experts",
+    "num_routed_experts",
+    "num_shared_experts",
+    "shared_expert_intermediate_size",
+    "use_residual",
+    "use_weighted_residual",
+)
 _CONTEXT_TOKENS = {151674: 151667}  # the id of <IMG_CONTEXT> by vocabulary: that of Qwen2.5 with InternVL's tokens
 
 
 def _chat_tower(vision, keys, features):
     keys.expect("select_layer", -1, because="features are of the last layer")
+    vision.expect("use_moe", False, because="the tower's blocks are dense")
+    for name in _EXPERT_KEYS:
+        vision.take(name, default=None)
     eps = vision.number("layer_norm_eps", kind=float)
     return _shuffled_tower(vision, keys, features, eps, eps)
 

@@ -42,6 +42,21 @@ _QWEN2 |= {"num_key_value_heads": 8, "intermediate_size": 27648, "vocab_size": 1
 _QWEN2 |= {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "tie_word_embeddings": False}
 _INTERN = {"hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25, "intermediate_size": 12800}
 _INTERN |= {"norm_type": "rms_norm", "use_qk_norm": True}
+# Keys of OpenGVLab's files of InternVL3, of its tower and beside it, that say how it was made or what it has not.
+_UNUSED = {"moe_coeff_ratio": 0.5, "moe_intermediate_size": 768, "moe_output_scale": 4.0, "num_experts": 8}
+_UNUSED |= {"num_routed_experts": 4, "num_shared_experts": 4, "shared_expert_intermediate_size": 3072, "use_moe": False}
+_UNUSED |= {"use_residual": True, "use_rts": False, "use_weighted_residual": False, "capacity_factor": 1.2}
+_UNUSED |= {"drop_path_rate": 0.4, "laux_allreduce": "all_nodes", "noisy_gate_policy": "RSample_before"}
+_UNUSED |= {"model_type": "intern_vit_6b", "initializer_factor": 0.1, "dropout": 0.0, "eval_capacity_factor": 1.4}
+_TILES = {"dynamic_image_size": True, "use_thumbnail": True, "max_dynamic_patch": 12, "min_dynamic_patch": 1}
+_TILES |= {
+    "image_fold": None,
+    "pad2square": False,
+    "template": "internvl2_5",
+    "use_llm_lora": 0,
+    "system_message": None,
+}
+_AUTO = {"auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"}, "hidden_size": 5120}
 # name: config.json, parameters of the whole, of the tower with its projector
 PUBLISHED = {
     "qwen2.5-vl-3b": (_qwen(36, 2048, 16, 2, 11008, 151936, True, **_OF_3B), 3_754_622_976, 668_684_288),
@@ -71,6 +86,14 @@ PUBLISHED = {
         {"model_type": "internvl_chat", "architectures": ["InternVLChatModel"], "llm_config": _QWEN2}
         | {"vision_config": {"num_hidden_layers": 45, "image_size": 448, "qkv_bias": False, "use_flash_attn": True}}
         | {"downsample_ratio": 0.5, "select_layer": -1, "ps_version": "v2", "force_image_size": 448},
+        38_388_164_992,
+        5_536_496_000 + 91_786_240,
+    ),
+    "internvl3-38b key by key": (
+        {"model_type": "internvl_chat", "architectures": ["InternVLChatModel"], "llm_config": _QWEN2}
+        | {"vision_config": {"num_hidden_layers": 45, "image_size": 448, "qkv_bias": False} | _UNUSED}
+        | {"downsample_ratio": 0.5, "select_layer": -1, "ps_version": "v2", "force_image_size": 448}
+        | (_TILES | _AUTO),
         38_388_164_992,
         5_536_496_000 + 91_786_240,
     ),
@@ -160,6 +183,9 @@ def _inner(config, part, **changes):
         (_inner(_INTERNVL, "vision_config", num_attention_heads=0), "num_attention_heads = 0 must be a positive int"),
         (_LLAVA | {"image_token_index": "x"}, "image_token_index = 'x': must be a whole number"),
         (_CHAT | {"ps_version": None}, "in the order of version v2"),
+        (_inner(_CHAT, "vision_config", use_moe=True), "the tower's blocks are dense"),
+        (_CHAT | {"use_thumbnail": False}, "use_thumbnail = false is not supported"),
+        (_CHAT | {"dynamic_image_size": False}, "dynamic_image_size = false is not supported"),
         (_CHAT | {"select_layer": -4}, "features are of the last layer"),
         (_CHAT | {"force_image_size": 224}, "the table of positions would be another"),
         (_inner(_CHAT, "llm_config", vocab_size=92553), "the id of <IMG_CONTEXT> is not known"),
