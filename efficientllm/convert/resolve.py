@@ -51,6 +51,7 @@ def open_source(pretrained: PathLike, weights: bool = True) -> Source:
             denoiser_source.check_pipeline(pipeline, config)
         if is_run(config):
             return run_folder.open_run(path, config, weights, open_source)
+    config = quantized.lift_quantization(config, path / "config.json")
     value_limits.check_values(config, path if tensors else path / "config.json")
     plain = {key: value for key, value in config.items() if key != quantized.KEY}
     described = families.describe_config(plain, path if tensors else path / "config.json")

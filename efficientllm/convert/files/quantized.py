@@ -5,6 +5,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import typing
 
@@ -22,6 +23,36 @@ WEIGHT = ".weight"
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 _LARGEST_BLOCK = 1 << 16
 SCALES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
+
+
+_PARTS = ("text_config", "llm_config")  # of a vision-language model's config.json
+_DECISIVE = ("quant_method", "bits", "group_size", "version", "desc_act", "sym", "checkpoint_format")
+
+
+def lift_quantization(config: dict[str, typing.Any], where: str | os.PathLike[str]) -> dict[str, typing.Any]:
+    """Returns a config.json with its `quantization_config` at the top, where the language model's part may have it.
+
+    Raises UserError where both have one, and they differ.
+    """
+    for name in _PARTS:
+        part = config.get(name)
+        inner = part.get(KEY) if isinstance(part, dict) else None
+        if not inner:
+            continue
+        top = config.get(KEY) or inner
+        if _decisive(top) != _decisive(inner):
+            raise UserError(
+                f"{where}: {KEY} = {json.dumps(top)}, {name}.{KEY} = {json.dumps(inner)}: differ; keep the one that "
+                "describes the files"
+            )
+        config = config | {KEY: top, name: {key: value for key, value in part.items() if key != KEY}}
+    return config
+
+
+def _decisive(quantization):
+    """The values that say how a tensor is stored."""
+    is_dict = isinstance(quantization, dict)
+    return {key: quantization.get(key) for key in _DECISIVE} if is_dict else quantization
 
 
 def open_folder(
@@ -44,7 +75,10 @@ def open_folder(
 
 
 def _refusal(path, quantization, because):
-    return UserError(f"{path / 'config.json'}: {KEY} = {json.dumps(quantization)} is not supported: {because}")
+    return UserError(
+        f"{path / 'config.json'}: {KEY} = {json.dumps(quantization)} is not supported: {because}; take the unquantized "
+        "model, which config.quant quantizes"
+    )
 
 
 class BlockFloat8Folder(TensorReader):
