@@ -2,6 +2,9 @@
 
 `config.model.pretrained` is a folder or a hub id of a vision-language model, or the folder of a run. By default
 SmolLM2 is given a small vision tower of its own, which learns first (`vision`); that run's folder is then tuned.
+
+Parts learn at rates of their own by factors of the schedule's, for example of `full`:
+  --config.train.rates="(('^vision/projector/', 1.0), ('^vision/', 0.1), ('.*', 0.5))"
 """
 
 from efficientllm import base_config

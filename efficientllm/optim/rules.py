@@ -38,6 +38,18 @@ def match(rules: Rules, params: PyTree, where: str) -> PyTree:
     return jax.tree_util.tree_map_with_path(first_match, params)
 
 
+def check_reach(rules: Rules, params: PyTree, where: str) -> None:
+    """Raises UserError naming a regex of `rules` that is found in no parameter's path: it would do nothing."""
+    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    for pattern, _ in rules:
+        if paths and not any(patterns.compile(pattern, where).search(path) for path in paths):
+            parts = sorted({path.partition("/")[0] for path in paths})
+            raise UserError(
+                f"{where}: {pattern!r} matches no trained parameter; their paths begin with {', '.join(parts)}, such "
+                f"as {paths[0]!r}: mend the regex, or leave the rule out"
+            )
+
+
 def schedule(train: ConfigDict) -> optax.Schedule:
     """Builds the learning rate as a function of the step from `config.train.schedule`."""
     return build("schedule", train.schedule, where="config.train.schedule", steps=train.steps)
@@ -48,8 +60,10 @@ def optimizer(train: ConfigDict, params: PyTree, rates: Rules = ()) -> optax.Gra
 
     Gradients are clipped by their global norm. The update of a parameter is then
     `-rate * lr * (direction + decay * parameter)`. `rate` comes from `config.train.rates`, and is multiplied by the
-    adapter's own rule in `rates` where one matches.
+    adapter's own rule in `rates` where one matches. Raises UserError for a regex of `config.train.rates` that matches
+    nothing.
     """
+    check_reach(train.rates, params, "config.train.rates")
     decay = match(train.decay, params, "config.train.decay")
     adapter_rates = match((*rates, (".*", 1.0)), params, "rates")
     param_rates = jax.tree.map(operator.mul, adapter_rates, match(train.rates, params, "config.train.rates"))

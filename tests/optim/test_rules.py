@@ -37,3 +37,14 @@ def test_rules_must_cover_every_parameter():
         rules.match((("c", 1.0),), {"a": {"b": 1.0}}, "config.train.decay")
     with pytest.raises(UserError, match="pairs of"):
         rules.match((("(", 1.0),), {"a": 1.0}, "config.train.decay")
+
+
+def test_a_rate_that_reaches_no_parameter_is_refused():
+    """A rule behind others that take all its parameters does reach them."""
+    train = base.get_config().train
+    params = {"vision": {"projector": jnp.ones(3)}, "norm": jnp.ones(2)}
+    train.rates = (("visoin", 0.1), (".*", 1.0))
+    with pytest.raises(UserError, match="config.train.rates: 'visoin' matches no trained parameter; .* norm, vision"):
+        rules.optimizer(train, params)
+    train.rates = (("^vision/", 0.1), ("^norm", 1.0), (".*", 1.0))
+    rules.optimizer(train, params)

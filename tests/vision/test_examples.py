@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import re
 
 import flax.linen as nn
 import grain
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from convert.test_vision_parity import loaded
-from efficientllm import model
+from efficientllm import base_config, model
 from efficientllm.adapters.base import tuned
 from efficientllm.cost import formulas
 from efficientllm.cost.jaxpr_flops import count_program_flops
@@ -19,6 +21,7 @@ from efficientllm.data.text import TextData
 from efficientllm.data.tokenizers import Bytes
 from efficientllm.errors import UserError
 from efficientllm.objectives.next_token import NEXT_TOKEN
+from efficientllm.optim import rules
 from efficientllm.registry import build
 from efficientllm.train.step import gradients
 from efficientllm.vision.conversations import encode_example, place_pictures
@@ -131,6 +134,29 @@ def test_each_held_out_example_comes_once(made):
             seen += [tokens[segments == segment].tolist() for segment in range(1, segments.max() + 1)]
     assert sorted(seen) == sorted(encoded.ids[:-1].tolist() for encoded in data.sides["held_out"])
     assert len(data.sides["train"]) + len(data.sides["held_out"]) == 12
+
+
+@pytest.mark.parametrize("made", ["qwen2.5"], indirect=True)
+def test_parts_learn_at_rates_of_their_own(made):
+    """One update of each part is that of a common rate times its factor, to the last bit: factors are powers of 2."""
+    data, lm, params = made
+    batch, train = next(data.train(2, seed=0)), base_config.get_config().train
+    train.update({"optimizer": "sgd(momentum=0.0)", "schedule": "constant(peak=0.5)", "clip": 0.0})
+    grads, _ = jax.jit(lambda params, batch: gradients(lm, params, batch, 1))(params, batch)
+    factors = {"^vision/projector/": 4.0, "^vision/": 0.25, ".*": 0.5}
+
+    def update(rates):
+        train.rates, train.decay = rates, ((".*", 0.0),)
+        optimizer = rules.optimizer(train, params)
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    common, updates = (flatten_dict(update(r), sep="/") for r in (((".*", 1.0),), tuple(factors.items())))
+    seen = set()
+    for path, change in updates.items():
+        pattern, factor = next(item for item in factors.items() if re.search(item[0], path))
+        np.testing.assert_array_equal(change, factor * common[path])
+        seen |= {pattern} if np.any(change) else set()
+    assert seen == set(factors)
 
 
 def count_step(lm, boxed, adapter):
