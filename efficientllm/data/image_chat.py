@@ -5,7 +5,7 @@ import pathlib
 import typing
 from collections.abc import Sequence
 
-from efficientllm.data import row_readers
+from efficientllm.data import row_readers, videos
 from efficientllm.data.base import Example, ExampleSource, Tally
 from efficientllm.data.files import Files
 from efficientllm.data.messages import ROLES
@@ -54,6 +54,7 @@ def _example(row, where, folder):
     turns = next((row[key] for key in MESSAGES if isinstance(row, dict) and row.get(key)), None)
     if not isinstance(turns, list):
         raise UserError(f"{where}: has no list 'messages' or 'conversations'; write turns of 'role' and 'content'")
+    videos.refuse_fields(row, where)
     listed = next((row[key] for key in _PICTURES if row.get(key) is not None), [])
     example = conversation_example(turns, listed if isinstance(listed, list | tuple) else [listed], where)
     return example._replace(pictures=tuple(_picture(picture, where, folder) for picture in example.pictures))
@@ -81,11 +82,15 @@ def _message(turn, where, named):
     if role is None or not isinstance(content, str | list):
         raise UserError(f"{where}: is {turn!r:.80}; a turn is {{'role': ..., 'content': ...}} with a known role")
     if isinstance(content, str):
+        videos.refuse_places(content, where)
         return {"role": role, "content": content}
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind in videos.FIELDS:
+            raise UserError(f"{where}: has a part {part!r:.80}: {videos.REMEDY}")
         if kind == "text" and isinstance(part.get("text"), str):
+            videos.refuse_places(part["text"], where)
             parts.append({"type": "text", "text": part["text"]})
         elif kind == "image" and role != "assistant":
             parts.append({"type": "image"})

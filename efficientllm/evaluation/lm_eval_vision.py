@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from lm_eval.api.instance import Instance
 
+from efficientllm.data import videos
 from efficientllm.embeds.vision_language import VisionLM
 from efficientllm.errors import UserError
 from efficientllm.evaluation.lm_eval_model import Harness
@@ -50,10 +51,10 @@ class VisionHarness(Harness):
     def _prompt(self, request, most):
         if len(request.args) < 3:
             return super()._prompt(request, most)
-        pictures = request.args[2]["visual"]
+        name = f"{request.task_name or 'a task'}, document {request.doc_id}"
+        pictures = _pictures(request, name)
         ids = np.asarray(self._encode(request.args[0]), np.int32)
         counts = [self.processor.tokens(picture.height, picture.width) for picture in pictures]
-        name = f"{request.task_name or 'a task'}, document {request.doc_id}"
         ids = np.repeat(ids, token_repeats(ids, counts, self.lm.image_token, name))
         if len(ids) > most:
             raise UserError(f"{name}: {len(ids)} tokens with those of its images; {most} fit before the answer")
@@ -71,6 +72,15 @@ class VisionHarness(Harness):
         return VisionEngine(records, self.lm, self.params, sampler, end_ids, length, True)
 
 
+def _pictures(request, name):
+    """The images of a request. Raises UserError for one with a video, a sound or something else beside them."""
+    videos.refuse_places(request.args[0], name)
+    media = request.args[2]
+    if other := next((kind for kind in media if kind != "visual"), None):
+        raise UserError(f"{name}: has {other!r} beside its text: images alone are read; leave the task out")
+    return media["visual"]
+
+
 class _Records(Sequence):
     """Prompts of requests, whose images become patches when a batch of them is taken: all would not fit."""
 
@@ -84,6 +94,6 @@ class _Records(Sequence):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         request, harness = self.requests[index], self.harness
-        pictures = request.args[2]["visual"] if len(request.args) > 2 else ()
+        pictures = _pictures(request, "a task") if len(request.args) > 2 else ()
         prepared = [harness.processor.prepare(load_picture(picture, "an image of a task")) for picture in pictures]
         return Prompt(harness._prompt(request, self.most), prepared)

@@ -7,6 +7,7 @@ import pathlib
 import typing
 from collections.abc import Sequence
 
+from efficientllm.data import videos
 from efficientllm.errors import UserError
 from efficientllm.untrusted import files
 
@@ -58,6 +59,7 @@ def _request(line, where, folder):
     if not isinstance(record, dict) or "prompt" not in record:
         raise UserError(f"{where}: every line must be a JSON object with 'prompt', not {line!r:.40}")
     _check_text(record["prompt"], f"{where}: 'prompt' = {record['prompt']!r:.40}")
+    videos.refuse_fields(record, where)
     images = record.get("images") or record.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from efficientllm.cost import formulas
+from efficientllm.data import videos
 from efficientllm.embeds.vision_language import VisionLM
 from efficientllm.embeds.vision_tower import VisionTower
 from efficientllm.errors import UserError
@@ -107,6 +108,7 @@ def encode_requests(
 
 
 def _encode(request, lm, tokenizer, processor, chat):
+    videos.refuse_places(request.text, request.name)
     try:
         pictures = [processor.prepare(load_picture(file, str(file))) for file in request.images]
     except UserError as error:

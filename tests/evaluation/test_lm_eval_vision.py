@@ -138,5 +138,11 @@ def test_what_is_refused(ours):
     request.arguments = ("a", {"max_gen_toks": 8}, {"visual": [picture]})
     with pytest.raises(UserError, match="0 image tokens .* and 1 images"):
         ours.generate_until([request])
+    request.arguments = ("a", {"max_gen_toks": 8}, {"visual": [], "audio": [b""]})
+    with pytest.raises(UserError, match="document .*: has 'audio' beside its text: images alone are read"):
+        ours.generate_until([request])
+    request.arguments = ("<video>a", {"max_gen_toks": 8}, {"visual": [picture]})
+    with pytest.raises(UserError, match="<video> in its text: videos are not read"):
+        ours.generate_until([request])
     with pytest.raises(UserError, match="scores continuations of images"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("<image>", "a", {"visual": [picture]}), 0)])

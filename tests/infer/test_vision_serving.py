@@ -106,6 +106,8 @@ def test_what_is_refused(base, tmp_path, capsys):
     cases = [
         ({"prompt": "a", "image": 3}, "line 1: 'image' = 3: must be the name of a file"),
         ({"prompt": "a", "image": "none.png"}, "none.png: cannot be read"),
+        ({"prompt": "a", "video": "a.mp4"}, "video = 'a.mp4': videos are not read; give frames of it as images"),
+        ({"prompt": "<video>a"}, "<video> in its text: videos are not read"),
         ({"prompt": "a", "image": "broken.png"}, "broken.png: files that are no pictures are not read"),
     ]
     for number, (line, message) in enumerate(cases):

@@ -249,7 +249,18 @@ def test_places_for_pictures():
         ({"messages": [{"role": "user", "content": "a"}]}, "no turn of the assistant"),
         ({"messages": None}, "has no list 'messages' or 'conversations'"),
         ({"messages": [{"role": "alien", "content": "a"}]}, "turn 1: is {'role': 'alien'"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "has a part {'type': 'video'}"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+            "part {'type': 'video'}: videos are not read",
+        ),
+        ({"messages": [{"role": "user", "content": "<video>?"}]}, "turn 1: <video> in its text: videos are not read"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "<|video_pad|>"}]}]},
+            "<|video_pad|> in its text: videos are not read; give frames of it as images",
+        ),
+        ({"videos": ["a.mp4"]}, "videos = ['a.mp4']: videos are not read"),
+        ({"video": "a.mp4"}, "video = 'a.mp4': videos are not read"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "has a part {'type': 'audio'}"),
         ({"images": ["none.png"]}, "image = 'none.png': there is no file"),
         ({"images": ["https://example.org/a.png"]}, "must be the name of a file"),
     ],
@@ -272,6 +283,19 @@ def test_llava_s_form_is_read(tmp_path):
     (example,) = build("data", f"image_chat(path='{tmp_path}/llava.json')").examples()
     assert example.pictures == (tmp_path / "1_0.png",)
     assert [message["role"] for message in example.messages] == ["user", "assistant"]
+
+
+def test_a_table_s_empty_column_of_videos_names_none(tmp_path):
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "c"}]
+    (tmp_path / "records.jsonl").write_text(json.dumps({"messages": turns, "videos": [], "video": None}))
+    assert len(list(build("data", f"image_chat(path='{tmp_path}/records.jsonl')").examples())) == 1
+
+
+def test_llava_s_videos_are_refused(tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    (tmp_path / "llava.json").write_text(json.dumps([{"id": "1", "video": "a.mp4", "conversations": turns}]))
+    with pytest.raises(UserError, match=r"llava.json.*video = 'a.mp4': videos are not read; give frames"):
+        list(build("data", f"image_chat(path='{tmp_path}/llava.json')").examples())
 
 
 def test_an_image_that_does_not_fit_is_left_out_and_counted(made):
