@@ -111,7 +111,7 @@ def _records(description, requests):
         raise UserError(f"config.infer.prompts: images are read with Pillow; {optional_packages.remedy('images')}")
     lm, tokenizer = description.lm, description.tokenizer
     processor = processors.read_processor(description.source and description.source.tokenizer_path, lm)
-    processor = processors.within(processor, description.config.infer.max_pixels)
+    processor = processors.within(processor, description.config.infer.max_pixels, "config.infer")
     return encode_requests(requests, lm, tokenizer, processor, description.config.infer.chat), processor
 
 

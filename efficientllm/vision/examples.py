@@ -22,7 +22,7 @@ from efficientllm.errors import FieldError
 from efficientllm.typing import Batch, Record
 from efficientllm.vision.conversations import encode_example
 from efficientllm.vision.picture_sizes import picture_size
-from efficientllm.vision.processors import Processor, load_picture, within
+from efficientllm.vision.processors import Processor, load_picture, named, within
 from efficientllm.vision.token_rows import Prompt, slots_of, token_repeats, token_row
 from efficientllm.vision.tower_rows import count_slots, tower_rows
 
@@ -65,7 +65,7 @@ class ExampleData:
     @functools.cached_property
     def _processor(self):
         """The processor within the limit of the source."""
-        return within(self.processor, self.source.max_pixels)
+        return within(self.processor, self.source.max_pixels, f"config.data = {self.text.spec!r}")
 
     @functools.cached_property
     def sides(self) -> dict[str, list[Encoded]]:
@@ -89,7 +89,7 @@ class ExampleData:
     def _encode(self, example):
         """An example, cut behind its images to the length of a row; None where they, or any answer, do not fit."""
         ids, learnt = encode_example(example, self.lm, self.text.tokenizer)
-        grids = [self._processor.grid(*picture_size(picture, example.name)) for picture in example.pictures]
+        grids = [self._grid(picture, example.name) for picture in example.pictures]
         counts = [math.prod(grid) // self.lm.vision.merge**2 for grid in grids]
         repeats = token_repeats(ids, counts, self.lm.image_token, example.name)
         ids, learnt = np.repeat(ids, repeats), np.repeat(learnt, repeats)
@@ -98,6 +98,12 @@ class ExampleData:
         if rest.any() or not learnt[1:].any():
             return None
         return Encoded(ids, learnt, example, count_slots(self.lm.vision, tuple(grids)))
+
+    def _grid(self, picture, name):
+        """Tiles, rows and columns of patches of a picture, by its header alone."""
+        processor, size = self._processor, picture_size(picture, name)
+        with named(name):
+            return processor.grid(*size)
 
     @functools.cached_property
     def row_slots(self) -> int:

@@ -4,6 +4,7 @@ Numbers are those of transformers' Pillow processors, bit for bit. Letters: C ch
 features of a patch.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -93,10 +94,25 @@ class AnySize(Processor):
         return [self._resized(image, self.size(image.height, image.width))]
 
 
-def within(processor: Processor, max_pixels: int) -> Processor:
-    """Returns the processor with a lower limit of pixels, 0 for its own; those of one size or of tiles stay."""
+@contextlib.contextmanager
+def named(name: str) -> typing.Iterator[None]:
+    """Puts a record's name before what is wrong with its picture."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def within(processor: Processor, max_pixels: int, where: str) -> Processor:
+    """Returns the processor with a lower limit of pixels, 0 for its own; those of one size or of tiles stay.
+
+    Raises UserError, beginning with `where` the limit comes from, for one below the fewest pixels of a picture.
+    """
     if not max_pixels or not isinstance(processor, AnySize):
         return processor
+    if max_pixels < processor.min_pixels:
+        least = f"the model's processor gives a picture {processor.min_pixels} pixels at least"
+        raise UserError(f"{where}: max_pixels = {max_pixels}: {least}; raise it, or leave it out")
     return dataclasses.replace(processor, max_pixels=min(max_pixels, processor.max_pixels))
 
 
@@ -193,6 +209,9 @@ def _limits(keys):
         chosen = keys.config.get(name) or (size.get(newer) if isinstance(size, dict) else None)
         if chosen is not None:
             limits[name] = _Keys({name: chosen}, keys.where).number(name, 0)
+    fewest, most = (limits.get(name, getattr(AnySize, name)) for name in ("min_pixels", "max_pixels"))
+    if fewest > most:
+        raise UserError(f"{keys.where}: min_pixels = {fewest} is over max_pixels = {most}; take the model's own file")
     return limits
 
 

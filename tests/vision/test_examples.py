@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import struct
+import zlib
 
 import flax.linen as nn
 import grain
@@ -27,7 +29,7 @@ from efficientllm.train.step import gradients
 from efficientllm.vision.conversations import encode_example, place_pictures
 from efficientllm.vision.examples import ExampleData, first_groups
 from efficientllm.vision.picture_sizes import picture_size
-from efficientllm.vision.processors import AnySize, load_picture, read_processor
+from efficientllm.vision.processors import AnySize, load_picture, read_processor, within
 from vision.records import write_records
 
 pytestmark = pytest.mark.xdist_group("vision")
@@ -216,6 +218,58 @@ def test_sizes_are_those_of_the_loaded_picture(tmp_path):
     (tmp_path / "none.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="^it: cannot be read as a picture"):
         picture_size(tmp_path / "none.png", "it")
+
+
+def png(width, height):
+    """A PNG file that says a size, and has no pixels."""
+
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "no known format; give another one"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "no known format"),  # Ghostscript would run
+        (png(60_000, 60_000), "pictures of more than 89,478,485 pixels are not read; shrink it"),
+        (png(10_000, 10_000), "pictures of more than 89,478,485 pixels are not read; shrink it"),
+    ],
+    ids=["empty", "eps", "bomb", "large"],
+)
+def test_pictures_are_refused_before_a_step_by_their_headers(content, message):
+    with pytest.raises(UserError, match=f"^records.jsonl, line 3: .*{message}") as refused:
+        picture_size(content, "records.jsonl, line 3")
+    assert len(str(refused.value).splitlines()) == 1 and "0x" not in str(refused.value)
+
+
+def test_a_picture_that_is_too_long_is_named_with_its_record(made, tmp_path):
+    from PIL import Image
+
+    data, _, _ = made
+    if not isinstance(data.processor, AnySize):
+        pytest.skip("its pictures have one size")
+    Image.new("RGB", (4000, 10)).save(tmp_path / "long.png")
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "c"}]
+    (tmp_path / "records.jsonl").write_text(json.dumps({"messages": turns, "images": ["long.png"]}))
+    spec = f"image_chat(path='{tmp_path}/records.jsonl')"
+    with pytest.raises(UserError, match=r"records.jsonl, line 1: 4000 x 10 pixels: .* crop it"):
+        dataclasses.replace(data, text=dataclasses.replace(data.text, spec=spec)).sides  # noqa: B018
+
+
+def test_limits_of_pixels_that_cannot_be_met_are_refused(made):
+    data, lm, _ = made
+    if not isinstance(data.processor, AnySize):
+        pytest.skip("its pictures have one size")
+    with pytest.raises(UserError, match="^config.infer: max_pixels = 10: .* 3136 pixels at least; raise it"):
+        within(data.processor, 10, "config.infer")
+    spec = data.text.spec.replace("6272", "10")
+    with pytest.raises(UserError, match="^config.data = .*: max_pixels = 10: "):
+        dataclasses.replace(data, text=dataclasses.replace(data.text, spec=spec)).sides  # noqa: B018
 
 
 def test_a_limit_of_pixels_shrinks_pictures(made):

@@ -129,11 +129,16 @@ def load(content: Content) -> Image.Image:
 def open_image(content: typing.Any) -> Image.Image:
     """Opens an image of one of `FORMATS`, in an array or PIL's, whose frames are not read yet."""
     if isinstance(content, bytes):
-        Image.init()  # imports every format's decoder, once
-        return Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+        return Image.open(io.BytesIO(content), formats=formats())
     if isinstance(content, Image.Image):
         return content.copy()
     return Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
+
+
+def formats() -> list[str]:
+    """Lists the formats of FORMATS that this Pillow has."""
+    Image.init()  # imports every format's decoder, once
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _on_white(image):
