@@ -59,8 +59,8 @@ def test_layers_of_windows_cost_what_their_windows_cost(gradients):
 @pytest.mark.parametrize("slots", [2048, 5184])
 def test_full_layers_never_hold_the_scores_of_all_pairs(slots, gradients):
     """Of 2,048 patches, and of the 5,184 of a picture of 1000 x 1000, whose scores would be 1.7 GB in a layer."""
-    lm = tower([0, 1])
-    shapes = {shape for shape in hlo.array_shapes(program(lm, slots, gradients).jaxpr) if slots in shape}
+    jaxpr = program(tower([0, 1]), slots, gradients).jaxpr
+    shapes = {shape for shape in hlo.array_shapes(jaxpr) if slots in shape}
     assert any(shape[-1] == slots and HEADS in shape for shape in shapes)  # scores of some queries
     assert not any(shape.count(slots) > 1 for shape in shapes)
     assert max(map(math.prod, shapes)) < HEADS * slots**2 / 4
