@@ -1,7 +1,7 @@
 """A small vision-language model that reads handwritten digits, as a check that learning goes through its tower.
 
-Both parts begin at random. After 150 steps, a minute on two free cores, it answers over 95 % of the held-out questions
-exactly.
+Both parts begin at random. After 150 steps, a minute or two on two cores, it answers over 95 % of the held-out
+questions exactly.
 """
 
 from efficientllm import base_config

@@ -99,6 +99,11 @@ class VisionLM(LM, kw_only=True):
             return self.vision.kernel_rows(path.removeprefix(TOWER), self.row_slots)
         return length
 
+    def part_of(self, path: str) -> str:
+        if path.startswith("vision/projector/"):
+            return "projector"
+        return "tower" if path.startswith("vision/") else "language model"
+
     def branches(self) -> dict[str, tuple[Backbone, int]]:
         return {TOWER: (self.vision, self.row_slots)} if self.row_slots else {}
 

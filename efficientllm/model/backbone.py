@@ -105,6 +105,10 @@ class Backbone(nn.Module):
         """Whether the input of an end's kernel has a gradient; `trains(path)` says which parameters are trainable."""
         return True
 
+    def part_of(self, path: str) -> str:
+        """Names the part of the model that the parameter at `path` belongs to, for a table of what learns."""
+        return "model"
+
     def branches(self) -> dict[str, tuple["Backbone", int]]:
         """Returns backbones beside the blocks that a row goes through, `{prefix of its paths: (it, its tokens)}`."""
         return {}

@@ -18,7 +18,7 @@ from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed, stopping
 from efficientllm.tasks import exports, failures, samples
 from efficientllm.tasks.base import FAILED, Run
-from efficientllm.train import fingerprints, loop, row, tensorboard_scalars
+from efficientllm.train import fingerprints, loop, row, tensorboard_scalars, trained_parts
 from efficientllm.train import setup as train_setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
@@ -101,7 +101,7 @@ class Training(Run):
         if self.is_main:
             self.setup.dataset.keep(self.workdir.path)
             self.open_charts(self.first_step + 1)
-        log.info(self._headline())
+        log.info("\n".join([self._headline(), *trained_parts.table(self.setup)]))
         self.progress = Progress(self.config.train.steps, unit=self.setup.objective.counted)
         stopping.raise_if_stopped()
         hooks = loop.Hooks(self._log, self._evaluate, self._save, self.checkpoints.saving)

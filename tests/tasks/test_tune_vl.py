@@ -50,6 +50,21 @@ def with_tower(base, tmp_path_factory):
     return workdir
 
 
+def test_what_learns_is_told_by_part(with_tower):
+    """The tower and its projector learn, all of both and nothing else."""
+    physical = json.loads((with_tower / "record.json").read_text())["physical"]
+    lines = (with_tower / "log.txt").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if "what learns" in line)
+    rows = {}
+    for line in lines[start + 1 : start + 4]:
+        *words, total, trained = line.split()
+        rows[" ".join(words)] = (int(total.replace(",", "")), int(trained.replace(",", "")))
+    assert rows.keys() == {"language model", "tower", "projector"}
+    assert rows["language model"][1] == 0 and all(rows[name][0] == rows[name][1] > 0 for name in ("tower", "projector"))
+    assert sum(total for total, _ in rows.values()) == physical["params_total"]
+    assert sum(trained for _, trained in rows.values()) == physical["params_trainable"]
+
+
 def test_a_language_model_is_given_a_tower(with_tower):
     record = json.loads((with_tower / "record.json").read_text())
     data, physical = record["provenance"]["data"], record["physical"]
