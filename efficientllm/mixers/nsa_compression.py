@@ -109,6 +109,7 @@ def chunks(length: int, keys: int, compress: int, stride: int, select: int, tota
     return [(queries, *(reach(queries[1]) if causal else (total, -(-keys // select)))) for queries in ranges]
 
 
+@jax.named_scope("attention")
 def attend(
     q_BTGrK: jax.Array, k_BMGK: jax.Array, v_BMGv: jax.Array, layout: Layout, select_count: int
 ) -> tuple[jax.Array, jax.Array]:

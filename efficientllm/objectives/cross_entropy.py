@@ -29,9 +29,10 @@ def nll_sum(x_BTD: jax.Array, head_DV: typing.Any, batch: Batch, precision: str 
     x_BTD, targets_BT, weights_BT = map(_pieces, (x_BTD, batch["targets"], batch["weights"]))
     chunks = count_chunks(*x_BTD.shape[:2], head_DV.shape[1])
     kernel_choice.record_kernel("loss", "whole" if chunks == 1 else "chunked")
-    if chunks == 1:
-        return logits_nll_sum(_logits(x_BTD, head_DV, precision), targets_BT, weights_BT)
-    return _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks)
+    with jax.named_scope("loss"):
+        if chunks == 1:
+            return logits_nll_sum(_logits(x_BTD, head_DV, precision), targets_BT, weights_BT)
+        return _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks)
 
 
 def _pieces(leaf):

@@ -122,7 +122,8 @@ class Denoising(Objective):
         if condition.labels_B is not None:
             condition = condition.where(dropped_B, model.null_condition(len(images_BhwC)))
         prediction_Bhwc, aux = self._predict(model, params, images_BhwC, noise_BhwC, times_B, condition)
-        losses_B = self.training_losses(prediction_Bhwc, images_BhwC, noise_BhwC, times_B)
+        with jax.named_scope("loss"):
+            losses_B = self.training_losses(prediction_Bhwc, images_BhwC, noise_BhwC, times_B)
         total = jnp.where(totals > 0, totals, 1.0)
         share = jnp.sum(weights_B) / total
         aux = jax.tree.map(lambda leaf: leaf * share, aux)

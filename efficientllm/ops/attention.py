@@ -127,7 +127,8 @@ def attend(
         keys = [as_array(leaf, q_BTHK.dtype) for leaf in key_leaves(k_BSGK)]
         k_BSGK = keys[0] if len(keys) == 1 else jnp.concatenate(keys, -1)
         v_BSGV = as_array(v_BSGV, q_BTHK.dtype)
-    return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
+    with jax.named_scope("attention"):
+        return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
 
 
 def choose(q_BTHK: jax.Array, mask: Mask, bias: typing.Callable | None = None, keys: int | None = None) -> str:

@@ -58,7 +58,8 @@ def attend_blocks(
     kernel_choice.record_kernel("block_attention", kernel)
     choosers = chosen.start_BTCn.shape[2]
     k_BSCK, v_BSCV = (jnp.repeat(x, choosers // x.shape[2], axis=2) for x in (k_BSGK, v_BSGV))
-    return compute(q_BTHK, k_BSCK, v_BSCV, chosen)
+    with jax.named_scope("attention"):
+        return compute(q_BTHK, k_BSCK, v_BSCV, chosen)
 
 
 def choose(q_BTHK: jax.Array, k_BSGK: jax.Array, chosen: SelectedBlocks) -> str:

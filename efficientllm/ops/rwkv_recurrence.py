@@ -54,7 +54,7 @@ def recur(
     kernel_choice.record_kernel("rwkv", kernel)
     if memory_BHKV is None:
         memory_BHKV = jnp.zeros((B, H, K, tokens.v.shape[-1]), jnp.float32)
-    with exact_products():
+    with exact_products(), jax.named_scope("scan"):
         return compute(tokens, starts_BT, memory_BHKV)
 
 

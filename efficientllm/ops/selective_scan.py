@@ -46,7 +46,8 @@ def selective_scan(
 
     filled = [fill(leaf, value) for leaf, value in zip(by_time, (0, 0, 0, 0, 1), strict=True)]
     split = [jnp.moveaxis(leaf.reshape(leaf.shape[0], chunks, size, *leaf.shape[2:]), 0, 2) for leaf in filled]
-    h_BCn, y = jax.lax.scan(jax.checkpoint(functools.partial(within, A_Cn)), h_BCn, split)
+    with jax.named_scope("scan"):
+        h_BCn, y = jax.lax.scan(jax.checkpoint(functools.partial(within, A_Cn)), h_BCn, split)
     return jnp.moveaxis(y.reshape(chunks * size, *y.shape[2:]), 0, 1)[:, :T], h_BCn
 
 

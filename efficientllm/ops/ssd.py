@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.named_scope("scan")
 def step(
     x_BTHP: jax.Array,
     step_BTH: jax.Array,
@@ -27,6 +28,7 @@ def step(
     return jnp.sum(memory_BHPN * c_BHN[:, :, None], -1)[:, None], memory_BHPN
 
 
+@jax.named_scope("scan")
 def chunked(
     x_BTHP: jax.Array,
     step_BTH: jax.Array,

@@ -9,7 +9,7 @@ from efficientllm.plan import hlo_text
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # Instructions that move no bytes themselves: aliases, and calls whose computations are counted.
-_FREE = (
+FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
     *("after-all", "partition-id", "replica-id", "add-dependency", "opt-barrier", "async-start", "async-update"),
     *("async-done", "get-dimension-size", "domain"),
@@ -100,14 +100,16 @@ def custom_calls(program: hlo_text.Program) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
+def starts_kernel(instruction: hlo_text.Instruction) -> bool:
+    """Whether an instruction outside of fusions launches a kernel."""
+    return instruction.op not in FREE and not instruction.op.endswith("-done")
+
+
 def launches(program: hlo_text.Program) -> int:
     """Number of kernels that a run launches: instructions outside of fusions, without aliases."""
     return sum(
         times
-        * sum(
-            instruction.op not in _FREE and not instruction.op.endswith("-done")
-            for instruction in program.computations[name].values()
-        )
+        * sum(starts_kernel(instruction) for instruction in program.computations[name].values())
         for name, (times, fused) in program.runs.items()
         if not fused
     )
@@ -121,16 +123,19 @@ def moved_bytes(program: hlo_text.Program) -> float:
     larger.
     """
     return sum(
-        times * _moved(program, program.computations[name], instruction)
+        times * instruction_bytes(program, program.computations[name], instruction)
         for name, (times, fused) in program.runs.items()
         if not fused
         for instruction in program.computations[name].values()
     )
 
 
-def _moved(program, computation, instruction):
+def instruction_bytes(
+    program: hlo_text.Program, computation: dict[str, hlo_text.Instruction], instruction: hlo_text.Instruction
+) -> float:
+    """Bytes that one run of an instruction of `computation` reads and writes."""
     op = instruction.op
-    if op in _FREE:
+    if op in FREE:
         return 0
     if op == "fusion":
         return _fusion(program, computation, instruction)

@@ -174,9 +174,10 @@ def train_step(
     """One optimiser step -> `(state, metrics)`."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     grads, metrics = gradients(lm, state.params, batch, train.accumulate, state.frozen, key, objective)
-    optimizer = rules.optimizer(train, state.params, method.rates)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        optimizer = rules.optimizer(train, state.params, method.rates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     params, _ = split(method, lm, models.after_step(lm, join(params, state.frozen), metrics["aux"]))
     metrics |= {
         "grad_norm": optax.tree.norm(grads),
@@ -185,9 +186,10 @@ def train_step(
     }
     averaged = {}
     if train.ema:
-        averaged["ema"] = jax.tree.map(
-            lambda mean, leaf: mean + (1 - train.ema) * (leaf - mean), typing.cast(AveragedState, state).ema, params
-        )
+        with jax.named_scope("optimizer"):
+            averaged["ema"] = jax.tree.map(
+                lambda mean, leaf: mean + (1 - train.ema) * (leaf - mean), typing.cast(AveragedState, state).ema, params
+            )
     # flax.struct adds `replace`, which mypy does not see.
     state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, **averaged)  # type: ignore[attr-defined]
     return state, metrics
