@@ -117,6 +117,9 @@ def get_config() -> ConfigDict:
     config.quality.fd = 0  # pictures sampled at the end for the distance from the training set, fd_own; 0 for none
     config.quality.results = ""  # a results.json of the harness, added to the row
 
+    config.profile = ConfigDict()
+    config.profile.steps = ""  # FIRST:LAST, such as 10:13: steps that are traced, and whose operations are shown
+
     config.metrics = ConfigDict()
     config.metrics.meter = ""  # a CSV of (unix time in s, W) that a power meter writes during the run
     config.metrics.interval_s = 0.1  # seconds between samples of power, memory and utilisation

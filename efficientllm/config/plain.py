@@ -25,11 +25,13 @@ ADDED: dict[str, dict[str, typing.Any]] = {
     "sample": {"images": 16},
     "quality": {"fd": 0},
     "plan": {"images": ()},
+    "profile": {"steps": ""},
     "infer": {
         **{"solver": "", "guidance": 1.0, "guidance_channels": 0},
         **{"negative_prompt": "", "size": (), "fps": 16.0, "offload": False, "max_pixels": 0},
     },
 }
+_NEW = ("profile",)  # groups all of whose keys are new
 _PLAIN_ADDED = json.loads(json.dumps(ADDED))
 
 
@@ -43,12 +45,14 @@ def plain(config: Config) -> dict[str, typing.Any]:
         values = tree if group == "" else tree.get(group, {})
         for key in [key for key, default in added.items() if key in values and values[key] == default]:
             del values[key]
+        if group and group in tree and not values:  # all of its keys are new
+            del tree[group]
     return tree
 
 
 def with_added_keys(tree: dict[str, typing.Any]) -> dict[str, typing.Any]:
     """`plain(config)` with the keys of `ADDED` at their defaults where they are left out."""
-    groups = {group: added | tree[group] for group, added in _PLAIN_ADDED.items() if group in tree}
+    groups = {group: added | tree.get(group, {}) for group, added in _PLAIN_ADDED.items() if group in (*tree, *_NEW)}
     return _PLAIN_ADDED[""] | tree | groups
 
 

@@ -9,7 +9,7 @@ import typing
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from efficientllm import base_config
-from efficientllm.config import key_ranges, value_rules
+from efficientllm.config import key_ranges, profiled_steps, value_rules
 from efficientllm.config.plain import flatten
 from efficientllm.errors import UserError, did_you_mean, one_line, short_repr
 from efficientllm.registry import ranges
@@ -142,6 +142,7 @@ def _check_together(config):
         raise UserError(
             f"config.train.accumulate = {train.accumulate}: must divide config.train.batch_size = {train.batch_size}"
         )
+    profiled_steps.check_with_task(config)
     if config.task == "infer" and not config.infer.prompts:
         raise UserError("config.infer.prompts = (): needs a text; give one, or a file of them")
     if config.task in ("pretrain", "tune") and config.sample.tokens and not config.sample.prompt:

@@ -24,6 +24,7 @@ from efficientllm.config.basic_rules import (
 )
 from efficientllm.config.device_rules import check_hardware, check_mesh, check_remat
 from efficientllm.config.path_rules import check_file, check_folder_name, check_path, check_source_path
+from efficientllm.config.profiled_steps import check_steps
 from efficientllm.errors import UserError, short_repr
 from efficientllm.registry import catalogue, ranges
 from efficientllm.registry.block_entries import parse_entry
@@ -154,6 +155,7 @@ KEYS = {
     "plan.hardware": check_hardware,
     "plan.of": name_of("planned"),
     "plan.calibration": check_path,
+    "profile.steps": check_steps,
     "plan.images": sizes(ranges.whole(1, ranges.WIDEST, "pixels")),
     "quality.tasks": tuple_of(check_nonempty),
     "quality.include": check_path,

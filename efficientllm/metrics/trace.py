@@ -2,14 +2,14 @@
 
 import collections
 import pathlib
-import typing
 from collections.abc import Iterable, Iterator
 
 import jax
 
 from efficientllm.typing import PathLike
 
-Span = tuple[float, float, str]  # begin and end in ns, and the operation's name
+Operation = tuple[str, str]  # an HLO module and the name of an instruction
+Span = tuple[float, float, Operation]  # begin and end in ns
 
 
 def newest_file(folder: PathLike) -> pathlib.Path | None:
@@ -53,7 +53,7 @@ def _spans(plane, line, modules):
             yield event.start_ns, event.start_ns + event.duration_ns, (module, name)
 
 
-def _shares(lines: Iterable[Iterable[typing.Any]]) -> dict[typing.Any, float]:
+def _shares(lines: Iterable[Iterable[Span]]) -> dict[Operation, float]:
     """Nanoseconds of each operation on lines that run at once, each instant divided equally."""
     edges = sorted(
         edge
@@ -61,8 +61,8 @@ def _shares(lines: Iterable[Iterable[typing.Any]]) -> dict[typing.Any, float]:
         for begin, end, name in _innermost(spans)
         for edge in ((begin, 1, index, name), (end, 0, index, name))
     )
-    shares: dict[typing.Any, float] = collections.defaultdict(float)
-    running: dict[int, typing.Any] = {}
+    shares: dict[Operation, float] = collections.defaultdict(float)
+    running: dict[int, Operation] = {}
     before = 0.0
     for now, begins, index, name in edges:
         for operation in running.values():
@@ -75,9 +75,9 @@ def _shares(lines: Iterable[Iterable[typing.Any]]) -> dict[typing.Any, float]:
     return dict(shares)
 
 
-def _innermost(spans: Iterable[typing.Any]) -> Iterator[typing.Any]:
+def _innermost(spans: Iterable[Span]) -> Iterator[Span]:
     """Yields the spans of a line without the parts in which others run within them."""
-    stack: list[tuple[float, typing.Any]] = []
+    stack: list[tuple[float, Operation]] = []
     at = 0.0
 
     def until(time):

@@ -7,9 +7,10 @@ Shapes are used where the hardware's compiler is not installed; collectives then
 import dataclasses
 import math
 
+from efficientllm.plan import operations, workloads
 from efficientllm.plan import roofline as rooflines
-from efficientllm.plan import workloads
 from efficientllm.plan.hardware import Hardware
+from efficientllm.plan.operations import Row
 from efficientllm.plan.workloads import Workload
 from efficientllm.weights import Precision
 
@@ -22,6 +23,7 @@ class Estimate:
     memory:     `metrics.memory.compiled_memory`, or only `total_bytes`.
     by_shapes:  bytes of memory estimated from shapes.
     refused:    why the compiler did not compile it, or None.
+    operations: rows of `plan.operations`; empty without a compiler.
     parts:      for several programs, `{name: (how often it runs, its Estimate)}`.
     """
 
@@ -38,6 +40,7 @@ class Estimate:
     compile_s: float | None
     refused: str | None
     roofline: rooflines.Roofline
+    operations: tuple[Row, ...] = ()
     parts: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -57,14 +60,13 @@ def estimate(workload: Workload, hardware: Hardware, count: int) -> Estimate:
 def _part(workload, program, hardware, count):
     by_shapes, program_flops = workload.by_shapes(), workloads.program_flops(workload, program)
     if not hardware.has_compiler:
-        memory, seconds, refused, calls = {"total_bytes": by_shapes}, None, None, {}
-        sent, moved, launched = workload.sent_by_formula(), program.moved_bytes, None
+        memory, seconds, refused, costs = {"total_bytes": by_shapes}, None, None, None
+        sent, moved, calls, launched = workload.sent_by_formula(), program.moved_bytes, {}, None
     else:
         compiled = workloads.compile_program(workload, program.trace)
         memory, seconds, refused = compiled.memory, compiled.seconds, compiled.refused
-        sent, moved, calls, launched = (
-            workloads.compiled_costs(compiled, count) if compiled.text else (None, None, {}, None)
-        )
+        costs = workloads.compiled_costs(compiled, count) if compiled.text else None
+        sent, moved, calls, launched = costs[:4] if costs else (None, None, {}, None)
     dtype = str(Precision.of(program.precision or workload.lm.precision).product)
     flops = program.model_flops if program_flops is None else program_flops
     return Estimate(
@@ -83,7 +85,13 @@ def _part(workload, program, hardware, count):
         roofline=rooflines.roofline(
             hardware, count, dtype, flops * count / (program.shards or count), moved, sent, launched
         ),
+        operations=tuple(operations.by_kind(costs.operations, _peaks(hardware, count, dtype))) if costs else (),
     )
+
+
+def _peaks(hardware, count, dtype):
+    shared_by = count if hardware.platform == "cpu" else 1
+    return operations.Peaks(hardware.peak_flops(dtype).value, hardware.bandwidth().value, shared_by)
 
 
 def _together(programs):

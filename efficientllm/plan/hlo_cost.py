@@ -108,8 +108,7 @@ def starts_kernel(instruction: hlo_text.Instruction) -> bool:
 def launches(program: hlo_text.Program) -> int:
     """Number of kernels that a run launches: instructions outside of fusions, without aliases."""
     return sum(
-        times
-        * sum(starts_kernel(instruction) for instruction in program.computations[name].values())
+        times * sum(starts_kernel(instruction) for instruction in program.computations[name].values())
         for name, (times, fused) in program.runs.items()
         if not fused
     )

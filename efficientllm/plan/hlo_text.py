@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "f4e2m1fn": 4, "token": 0, "opaque": 0}
+_MODULE = re.compile(r"\s*HloModule ([\w.-]+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?)\s([a-z][\w-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\](\{[^}]*\})?")
@@ -49,9 +50,14 @@ class Instruction(NamedTuple):
 
 
 class Program:
-    """A program: `computations` is `{name: {instruction name: Instruction}}`, `entry` the name of the first to run."""
+    """A program: `computations` is `{name: {instruction name: Instruction}}`, `entry` the name of the first to run.
+
+    `name` is that of the module, such as `jit_train_step`.
+    """
 
     def __init__(self, text: str) -> None:
+        module = _MODULE.match(text)
+        self.name = module[1] if module else ""
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry: str | None = None
         inside = None

@@ -25,7 +25,8 @@ _COPIES = (
 _SILENT = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "broadcast", "iota")
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _SCOPE = re.compile(rf"(?<![\w.])({'|'.join(_SCOPES)})(?![\w.])")
-_WRAPPED = re.compile(r"\b(?:jit|jvp|transpose|vmap|checkpoint|rematted_computation|closed_call)\b")
+_WRAPPED = re.compile(r"(?:jvp|transpose|vmap)\((.*)\)")
+_CALLS = ("checkpoint", "rematted_computation", "closed_call", "while", "body", "cond", "shard_map")
 
 
 class Operation(typing.NamedTuple):
@@ -166,8 +167,16 @@ def _op_name(instruction):
 def _label(op_name):
     """The last two modules of `jit(step)/jvp(LM)/.../block_0/ffn/ffn.call/down/dot_general`: `ffn/down`."""
     *modules, _ = op_name.split("/")
-    named = [module for module in modules if module and not _WRAPPED.search(module) and module.isidentifier()]
-    return "/".join(re.sub(r"\d+", "*", module) for module in named[-2:])
+    names = [_unwrapped(module) for module in modules]
+    named = [name for name in names if name.isidentifier() and name not in _CALLS]
+    return "/".join(re.sub(r"\d+", "*", name) for name in named[-2:])
+
+
+def _unwrapped(module):
+    """`LM` of `transpose(jvp(LM))`."""
+    while match := _WRAPPED.fullmatch(module):
+        module = match[1]
+    return module
 
 
 def by_kind(operations: Iterable[Operation], peaks: Peaks, seconds: Mapping[str, float] | None = None) -> list[Row]:
@@ -201,7 +210,7 @@ def _row(kind, operations, peaks, seconds):
 def _costliest(operations, costs):
     sums: collections.Counter[str] = collections.Counter()
     for operation, cost in zip(operations, costs, strict=True):
-        sums[operation.label or operation.name.split(".")[0]] += cost
+        sums[operation.label or operation.name.rpartition("/")[2].split(".")[0]] += cost
     label, cost = sums.most_common(1)[0]
     total = sum(costs)
     return f"{label} {cost / total:.0%}" if total else label

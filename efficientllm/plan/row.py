@@ -7,7 +7,7 @@ from efficientllm.cost import formulas
 from efficientllm.metrics import compile_time
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.plan import hardware as hardwares
-from efficientllm.plan import hlo_cost
+from efficientllm.plan import hlo_cost, operation_table
 from efficientllm.plan.calibration import Calibration
 from efficientllm.plan.estimate import Estimate
 from efficientllm.plan.hardware import Hardware
@@ -184,13 +184,19 @@ def _memory_lines(hardware, estimate, prediction):
 
 def _cost_lines(estimate, prediction):
     if not prediction["parts"]:
-        return _lines_of("a step", estimate.source, prediction)
+        return [*_lines_of("a step", estimate.source, prediction), *_operation_lines(estimate)]
     lines = []
     for name, program in prediction["parts"].items():
         lines += _lines_of(f"{program['times']} x {name}", estimate.source, program)
+        lines += _operation_lines(estimate.parts[name][1])
     planned = [(label, prediction[key]) for label, key in _LATENCIES if prediction.get(key) is not None]
     latencies = [f"{label} {seconds * 1e3:,.4g} ms" for label, seconds in planned]
     return [*lines, f"  {'least latencies':<20} {', '.join(latencies)}"] if latencies else lines
+
+
+def _operation_lines(estimate):
+    """The table of operations by kind of a compiled program; bytes and FLOPs are of one device."""
+    return [f"      {line}" for line in operation_table.lines(estimate.operations)] if estimate.operations else []
 
 
 def _lines_of(label, source, prediction):

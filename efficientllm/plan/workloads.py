@@ -14,8 +14,9 @@ import jax
 
 from efficientllm.cost import jaxpr_flops
 from efficientllm.metrics import memory
-from efficientllm.plan import cudnn, hlo_cost, hlo_text
+from efficientllm.plan import cudnn, hlo_cost, hlo_text, operations
 from efficientllm.plan.hlo_cost import Collective
+from efficientllm.plan.operations import Operation
 from efficientllm.plan.remedies import Change
 from efficientllm.runtime import kernel_choice
 from efficientllm.typing import Config, Mesh
@@ -130,8 +131,18 @@ def program_flops(workload: Workload, program: TracedProgram) -> float | None:
     return None
 
 
-def compiled_costs(compiled: Compiled, count: int) -> tuple[list[Collective], float, dict[str, int], int]:
-    """`(Collectives, moved bytes, custom calls, launches)` of a Compiled, from its text."""
+class CompiledCosts(typing.NamedTuple):
+    """Costs of one run of a compiled program on a device, from its text."""
+
+    collectives: list[Collective]
+    moved_bytes: float
+    custom_calls: dict[str, int]
+    launches: int
+    operations: list[Operation]
+
+
+def compiled_costs(compiled: Compiled, count: int) -> CompiledCosts:
+    """Reads the costs of a Compiled from its text."""
     program = hlo_text.Program(compiled.text)
     costs = hlo_cost.moved_bytes(program), hlo_cost.custom_calls(program), hlo_cost.launches(program)
-    return hlo_cost.collectives(program, count), *costs
+    return CompiledCosts(hlo_cost.collectives(program, count), *costs, operations.of_program(program))

@@ -18,4 +18,6 @@ def notes(record: Record) -> list[str]:
         sentences.append(f"resumed from step {step}: times, energy and wall clock are those of its last part")
     if interrupted := warm_up.get("interrupted_steps"):
         sentences.append(f"{interrupted} step(s) or repeat(s) within which it was stopped are left out")
+    if profiled := warm_up.get("profiled_steps"):
+        sentences.append(f"{profiled} step(s) that were profiled are left out")
     return sentences

@@ -32,22 +32,25 @@ log = logging.getLogger("efficientllm")
 
 
 @contextlib.contextmanager
-def of_run(is_on: bool) -> typing.Iterator[None]:
+def of_run(is_on: bool, by_names: bool = False) -> typing.Iterator[None]:
     """Context in which programs are loaded from the cache and written to it, or are compiled anew.
+
+    With `by_names` a program is loaded only if its operations have the names that they would have. Else they may be
+    those of another version of this program, or of a model that computes the same.
 
     A cache that the user has given JAX ($JAX_COMPILATION_CACHE_DIR) is used as it is in place of this one.
     """
     _listen()
     _loads[0] = 0
-    if is_on and (jax.config.jax_compilation_cache_dir or os.environ.get(user_cache.PROGRAMS) == "off"):
+    options: dict[str, typing.Any] = {"jax_compilation_cache_include_metadata_in_key": True} if by_names else {}
+    if not is_on:
+        options["jax_enable_compilation_cache"] = False
+    elif not _is_given() and _made():
+        options |= {"jax_compilation_cache_dir": str(folder()), "jax_enable_compilation_cache": True, **_OPTIONS}
+    if not options:
         yield
         return
-    options = {"jax_compilation_cache_dir": str(folder()), **_OPTIONS} if is_on else {}
-    options["jax_enable_compilation_cache"] = is_on
     before = {name: getattr(jax.config, name) for name in options}
-    if is_on and not _made():
-        yield
-        return
     _configure(options)
     try:
         yield
@@ -63,6 +66,11 @@ def folder() -> pathlib.Path:
 def loads() -> int:
     """Counts the programs that were loaded rather than compiled since the last `of_run` began."""
     return _loads[0]
+
+
+def _is_given():
+    """Whether the user has given JAX a cache, or wants none."""
+    return bool(jax.config.jax_compilation_cache_dir) or os.environ.get(user_cache.PROGRAMS) == "off"
 
 
 def _made():

@@ -23,7 +23,12 @@ def run(config: Config, path: PathLike | None = None, overwrite: bool = False) -
     # The command line has checked its config, before JAX is imported. A program that calls this function has not.
     config = schema.validate_config(config)
     distributed.initialise()
-    with distributed.exits_with_job(), name_keys(config), compile_cache.of_run(config.compile_cache):
+    shows_names = config.task == "plan" or bool(config.profile.steps)
+    with (
+        distributed.exits_with_job(),
+        name_keys(config),
+        compile_cache.of_run(config.compile_cache, by_names=shows_names),
+    ):
         return _run(config, path, overwrite)
 
 

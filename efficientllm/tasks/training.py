@@ -5,6 +5,7 @@ import math
 
 import jax
 
+from efficientllm.config.profiled_steps import read_steps
 from efficientllm.evaluation import held_out
 from efficientllm.metrics import memory, timer
 from efficientllm.metrics.energy import reader
@@ -16,12 +17,13 @@ from efficientllm.record.workdir import Workdir
 from efficientllm.registry import register
 from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed, stopping
-from efficientllm.tasks import exports, failures, samples
+from efficientllm.tasks import exports, failures, profile_table, samples
 from efficientllm.tasks.base import FAILED, Run
 from efficientllm.train import fingerprints, loop, row, tensorboard_scalars, trained_parts
 from efficientllm.train import setup as train_setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
 from efficientllm.train.measure import Measurement
+from efficientllm.train.profiler import Profiler
 from efficientllm.train.programs import PROGRAM
 from efficientllm.train.progress import Progress
 from efficientllm.typing import Config, Record
@@ -43,6 +45,7 @@ class Training(Run):
         self.loss, self.evaluation, self.first_step = None, None, 0
         self.judged: dict[str, Reading] = {}
         self.judged_facts: Record | None = None
+        self.profile: Record = {}
         self.checkpoints: Checkpoints | None = None
         self.sampler: Sampler | None = None
         self.counts_flops = True
@@ -107,13 +110,28 @@ class Training(Run):
         hooks = loop.Hooks(self._log, self._evaluate, self._save, self.checkpoints.saving)
         batches, shardings = self.setup.batches, self.setup.batch_shardings
         state = loop.train(
-            self.config, state, self.compiled, batches, shardings, self.measurement, self.progress, hooks
+            self.config,
+            state,
+            self.compiled,
+            batches,
+            shardings,
+            self.measurement,
+            self.progress,
+            hooks,
+            self._profiler(),
         )
         self.checkpoints.wait()
         if self.evaluation is None:  # resumed after its last step
             self._evaluate(self.config.train.steps, state)
         self._finish(state)
         return 0
+
+    def _profiler(self):
+        """The profiler of the steps that are left; only the main process writes a trace, of its own devices."""
+        steps = read_steps(self.config.profile.steps)
+        if steps and steps[-1] <= self.first_step:
+            log.warning(f"config.profile.steps = {self.config.profile.steps!r}: the run resumes after them")
+        return Profiler(steps, self.workdir.path if self.is_main else None)
 
     def _restore_or_create(self):
         """The newest checkpoint's state, or a new one. Checkpoints hold no frozen parameters; they are recreated."""
@@ -177,6 +195,8 @@ class Training(Run):
         """Writes the row, then the exports, which may fail without losing it."""
         self.idle = row.all_idle(self.idle.compared(reader.idle_power(self.reader)))
         costs = self._readings(row.all_energy(self.measurement))  # before pictures are drawn, which takes memory
+        with failures.optional("the trace of the profiled steps has no table"):
+            self._summarize_profile()
         painter = samples.painter_of_training(self.setup, state.eval_params)
         if painter:
             self.judged, self.judged_facts = samples.judge_pictures(painter, self.config.quality.fd)
@@ -204,6 +224,10 @@ class Training(Run):
                 log.warning(note)
             self.log_locations()
 
+    def _summarize_profile(self):
+        if self.is_main and (summary := profile_table.summarize(self.setup, self.measurement, self.workdir.path)):
+            self.profile = {"profile": summary}
+
     def _write_row(self, outcome, costs, message=None):
         paper, physical = costs
         if (stored := self.checkpoints.newest_bytes()) is not None:
@@ -223,7 +247,7 @@ class Training(Run):
             warm_up=row.warm_up(self.measurement),
             conditions=row.conditions_of(self.measurement, everywhere=outcome == "ok"),
         )
-        return self.write_row(record)
+        return self.write_row(record | self.profile)
 
     def _readings(self, energy_window):
         """The row's `(paper, physical)`; null, with the reason, where costs cannot be computed."""

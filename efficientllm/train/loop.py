@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from efficientllm import sharding
 from efficientllm.runtime import stopping
 from efficientllm.train.measure import Measurement
+from efficientllm.train.profiler import Profiler
 from efficientllm.train.programs import PROGRAM
 from efficientllm.train.progress import Progress
 from efficientllm.train.step import TrainState
@@ -92,6 +93,7 @@ def train(
     measurement: Measurement,
     progress: Progress,
     hooks: Hooks,
+    profiler: Profiler | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `config.train.steps` -> the last TrainState.
 
@@ -100,13 +102,17 @@ def train(
     A step's outputs are fetched after the next step is dispatched, so that the device never waits for the host.
     Raises Diverged, Interrupted.
     """
-    loop = _Loop(config, measurement, progress, hooks)
-    with catch_signals() as signals:
+    profiler = profiler or Profiler()
+    loop = _Loop(config, measurement, progress, hooks, profiler)
+    with catch_signals() as signals, contextlib.ExitStack() as on_exit:
+        on_exit.callback(profiler.stop)
         step = int(state.step)
         measurement.restart_clock()
         while step < config.train.steps:
+            loop.begin_profile_if_due(step + 1)
             loop.begin_segment_if_steady()
-            state, metrics = compiled(state, sharding.to_device(next(batches), shardings))
+            with profiler.of_step(step + 1):
+                state, metrics = compiled(state, sharding.to_device(next(batches), shardings))
             step += 1
             loop.collect()
             loop.pending = (step, metrics)
@@ -123,13 +129,23 @@ def train(
 class _Loop:
     """The host's part of the loop. `pending` is `(step, metrics)` of the dispatched step, or None."""
 
-    def __init__(self, config, measurement, progress, hooks):
+    def __init__(self, config, measurement, progress, hooks, profiler):
         self._config, self._measurement, self._progress, self._hooks = config, measurement, progress, hooks
+        self._profiler = profiler
         self.pending = None
 
+    def begin_profile_if_due(self, step):
+        """Starts the trace before `step` if that is the first to be profiled, with no other in flight."""
+        if self._profiler.starts_before(step):
+            self.collect(last=True)
+            self._profiler.start()
+            self._measurement.profiling = True
+            self._measurement.restart_clock()
+
     def begin_segment_if_steady(self):
-        """Opens a measured segment once step times have settled and no checkpoint is being written."""
-        if self._measurement.steady and not self._measurement.running and not self._hooks.saving():
+        """Opens a measured segment once step times have settled and no checkpoint is being written or step traced."""
+        is_free = not self._measurement.profiling and not self._hooks.saving()
+        if self._measurement.steady and not self._measurement.running and is_free:
             self.collect()
             self._measurement.start()
 
@@ -151,11 +167,14 @@ class _Loop:
             self._hooks.log(step, jax.device_get(metrics), seconds)
 
     def is_due(self, step):
-        """True where the loop pauses after `step`: to evaluate, to save, or at the end."""
-        return self._eval_due(step) or self._save_due(step)
+        """True where the loop pauses after `step`: to evaluate, to save, to write a trace, or at the end."""
+        return self._eval_due(step) or self._save_due(step) or self._profiler.ends_after(step)
 
     def between_steps(self, step, state, stop):
-        """Evaluates and saves where due after `step`. A stop saves without evaluating."""
+        """Writes the trace, evaluates and saves where due after `step`. A stop saves without evaluating."""
+        if self._profiler.ends_after(step):
+            self._profiler.stop()
+            self._measurement.profiling = False
         loss = None
         try:
             if self._eval_due(step) and not stop:

@@ -21,6 +21,8 @@ class Measurement:
     steps, tokens, samples, seconds:  totals over all segments.
     programs:     of the steps, how many ran each program (`train.programs`).
     compiled:     programs compiled inside segments; if any, times and energy are invalid.
+    profiled:     seconds of the steps that were traced (`profiling`), which are not counted.
+    profiled_programs:  of these, how many ran each program.
     interrupted:  steps during which the process was paused (by a signal, its container or its machine). They are not
                   counted, and their segment has no energy.
     """
@@ -38,6 +40,9 @@ class Measurement:
         self.programs: collections.Counter[int] = collections.Counter()
         self.steps = self.compiled = self.interrupted = 0
         self.seconds = 0.0
+        self.profiling = False
+        self.profiled: list[float] = []
+        self.profiled_programs: collections.Counter[int] = collections.Counter()
         self._mark: typing.Any = None
 
     @property
@@ -76,7 +81,10 @@ class Measurement:
         now = self._clock()
         seconds, self._last = now - self._last, now
         before, self._stopped = self._stopped, self._sampler.stopped_s()
-        if self._stopped > before:
+        if self.profiling:
+            self.profiled.append(seconds)
+            self.profiled_programs[program] += 1
+        elif self._stopped > before:
             self.interrupted += 1
         elif self.running:
             self.timer.add(seconds)

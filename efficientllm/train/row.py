@@ -112,9 +112,11 @@ def unknown(reason: str) -> tuple[dict[str, Reading], dict[str, Reading]]:
 
 
 def warm_up(measurement: Measurement) -> Record:
-    """The row's `warm_up`: seconds of the discarded steps, whether times had settled, and the interrupted steps."""
+    """The row's `warm_up`: seconds of the discarded steps, whether times had settled, interrupted and traced steps."""
     statistics = measurement.timer.statistics()
-    return {key: statistics[key] for key in ("discarded_s", "settled")} | {"interrupted_steps": measurement.interrupted}
+    profiled = {"profiled_steps": len(measurement.profiled)} if measurement.profiled else {}
+    kept = {key: statistics[key] for key in ("discarded_s", "settled")}
+    return kept | {"interrupted_steps": measurement.interrupted} | profiled
 
 
 def _why_unmeasured(measurement):

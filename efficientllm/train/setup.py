@@ -50,6 +50,7 @@ class Setup:
     rss_before:    resident bytes of the process before any array of the model is made.
     program_flops: of the compiled step, for each of `models`.
     program_memory: of the compiled step, that of the largest program.
+    step_programs: the compiled step, for each of `models`.
     program_loads: programs of the step that an earlier run has compiled (`runtime.compile_cache`).
     """
 
@@ -72,6 +73,7 @@ class Setup:
     data: Record
     rss_before: int
     compile_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    step_programs: tuple[jax.stages.Compiled, ...] = ()
     program_loads: int = 0
     kernels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     program_flops: tuple[Reading, ...] = (missing("FLOP", "the run ended before compilation"),)
@@ -186,7 +188,8 @@ def create_state(setup: Setup) -> step.TrainState:
 
 def compile_steps(setup: Setup) -> tuple[Callable, Callable]:
     """Compiles the train and eval steps -> both; sets the setup's compile times, kernels, program FLOPs and memory."""
-    programs = [_compile_for(setup, lm) for lm in setup.models]
+    programs = [_compile_for(setup, index) for index in range(len(setup.models))]
+    setup.step_programs = tuple(program.train for program in programs)
     setup.compile_s = {key: sum(program.seconds[key] for program in programs) for key in ("lower", "compile")}
     setup.program_loads = sum(program.loads for program in programs)
     # The result is cached on the host; measured here so that it never runs between steps.
@@ -216,10 +219,11 @@ class _Programs(typing.NamedTuple):
     loads: int
 
 
-def _compile_for(setup, lm):
-    objective, shardings = setup.objective, setup.shardings
+def _compile_for(setup, index):
+    lm, objective, shardings = setup.models[index], setup.objective, setup.shardings
     batch = objective.batch_shapes(lm, setup.batch_size, setup.length, setup.mesh)
-    train = step.jit_train_step(lm, setup.config.train, setup.mesh, shardings, setup.method, objective)
+    name = f"train_step_{index}" if index else "train_step"
+    train = step.jit_train_step(lm, setup.config.train, setup.mesh, shardings, setup.method, objective, name)
     evaluate = step.jit_eval_step(lm, setup.mesh, shardings.eval_params, objective)
     begin = time.perf_counter()
     with kernels.recording_kernels() as used:

@@ -202,10 +202,19 @@ def jit_train_step(
     state_shardings: TrainState,
     method: Method = FULL,
     objective: Objective = NEXT_TOKEN,
+    name: str = "train_step",
 ) -> jax.stages.Wrapped:
-    """Jits `train_step` with explicit shardings; the state is donated, the batch is sharded by rows and tokens."""
+    """Jits `train_step` with explicit shardings; the state is donated, the batch is sharded by rows and tokens.
+
+    `name` is the program's, by which traces tell the programs of a run apart.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, typing.Any]]:
+        return train_step(lm, train, method, state, batch, objective)
+
+    step.__name__ = name
     return jax.jit(
-        functools.partial(train_step, lm, train, method, objective=objective),
+        step,
         in_shardings=(state_shardings, objective.batch_shardings(lm, mesh)),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
         donate_argnums=0,
