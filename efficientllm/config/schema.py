@@ -26,6 +26,7 @@ ELSEWHERE = {
     **dict.fromkeys(("epochs", "num_epochs", "max_steps"), "config.train.steps is the length of a run"),
     **dict.fromkeys(("seq_len", "seq_length", "max_length", "context_length"), "it is config.train.length"),
     **dict.fromkeys(("grad_clip", "max_grad_norm"), "it is config.train.clip"),
+    "steps": "did you mean 'train.steps'?",
     "gradient_accumulation_steps": "it is config.train.accumulate, micro-batches a step",
     **dict.fromkeys(
         ("num_layers", "layers", "dim", "num_heads", "heads", "hidden", "hidden_size"),

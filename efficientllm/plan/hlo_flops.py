@@ -100,12 +100,14 @@ def _windows(text):
 
 
 def _met(size, kernel, result, stride, low, lhs_dilate, rhs_dilate):
-    """The share of (result, kernel) pairs on a dilated axis that meet an element of the input; 1 without dilation."""
-    if lhs_dilate == 1:
+    """The share of (result, kernel) pairs on an axis of a dilated input that meet an element of it; 1 on others."""
+    if lhs_dilate == 1 or rhs_dilate > 1:
         return 1
-    places = (at * stride - low + tap * rhs_dilate for at in range(result) for tap in range(kernel))
-    met = sum(0 <= place < size * lhs_dilate and place % lhs_dilate == 0 for place in places)
-    return met / (result * kernel)
+    starts = (at * stride - low for at in range(result))
+    met = (
+        -(-min(start + kernel, size * lhs_dilate) // lhs_dilate) - -(-max(start, 0) // lhs_dilate) for start in starts
+    )
+    return sum(max(0, count) for count in met) / (result * kernel)
 
 
 def _shape(computation, instruction, operand):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from efficientllm.plan.operations import Row
 
-HEADING = f"{'':<13}{'{time}':>10}{'share':>7}{'GFLOP':>10}{'GB':>9}{'kernels':>9}  {'of peak':<15}costliest"
+HEADING = f"{'':<13}{{:>10}}{'share':>7}{'GFLOP':>10}{'GB':>9}{'kernels':>9}  {{:<15}}costliest"
 
 
 def lines(rows: Sequence[Row], step_s: float | None = None) -> list[str]:
@@ -14,7 +14,7 @@ def lines(rows: Sequence[Row], step_s: float | None = None) -> list[str]:
     """
     unknown = any(row.seconds is None for row in rows)
     total = step_s or (sum(row.bytes for row in rows) if unknown else sum(row.seconds or 0 for row in rows))
-    heading = HEADING.replace("{time}".rjust(10), ("ms" if step_s else "least ms").rjust(10))
+    heading = HEADING.format("ms", "of peak") if step_s else HEADING.format("least ms", "bound by")
     table = [heading, *(_line(row, row.bytes if unknown else row.seconds, total) for row in rows)]
     if step_s:
         idle = max(0.0, step_s - sum(row.seconds or 0 for row in rows))

@@ -104,6 +104,9 @@ BAD_VALUES = [
     ("name", "", "names a folder"),
     ("name", "..", "names a folder"),
     ("name", "x" * 256, "at most 255"),
+    ("profile.steps", "13:10", "ends before it begins; write '10:13'"),
+    ("profile.steps", "10:300", "config.train.steps = 200 is its last step; write '10:200'"),
+    ("profile.steps", "a", "is no range of steps"),
     ("sample.prompt", "", "set config.sample.tokens = 0"),
     ("sample.prompt", "\udc80", "is not text"),
 ]

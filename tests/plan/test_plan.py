@@ -49,6 +49,7 @@ def test_a_plan_says_beforehand_what_the_run_s_program_needs(measured, tmp_path,
     assert ours["kernels"] == theirs["provenance"]["kernels"]
     assert ours["fits"] and ours["changes"] == [] and ours["moved_bytes"] > ours["peak_bytes"]
     assert ours["collectives"]["all-reduce"]["wire_bytes"] > 0
+    assert {"products", "attention", "optimizer", "collectives"} <= {line.split()[0] for line in text.splitlines()}
     assert ours["step_s"] == max(ours["roofline_s"].values()) == ours["roofline_s"][ours["bound"]] == ours["al_s"]
     assert f"peak {ours['peak_bytes'] / 1e9:.2f}" in text and f"bound by {ours['bound']}" in text
     assert row["paper"].keys() == theirs["paper"].keys() and set(row["paper"].values()) == {None}

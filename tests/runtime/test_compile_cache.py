@@ -48,6 +48,27 @@ def test_a_later_run_loads_the_program():
     np.testing.assert_array_equal(first, second)
 
 
+def test_by_names_a_program_of_other_names_is_not_loaded():
+    def compile_with(name):
+        def sine(x):
+            with jax.named_scope(name):
+                return jnp.sin(x @ x.T).sum(0)
+
+        jax.clear_caches()
+        return jax.jit(sine).lower(jnp.ones((4, 3))).compile().as_text()
+
+    with compile_cache.of_run(True):
+        compile_with("before")
+        assert "before" in compile_with("after")  # as the names are no part of the key
+    with compile_cache.of_run(True, by_names=True):
+        loads = []
+        for _ in range(2):  # from one line of code, which is among the names
+            assert "after" in compile_with("after")
+            loads.append(compile_cache.loads())
+    assert loads[0] == 0 < loads[1]
+    assert not jax.config.jax_compilation_cache_include_metadata_in_key
+
+
 def test_the_folder_is_closed_to_others():
     with compile_cache.of_run(True):
         pass
