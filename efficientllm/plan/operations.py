@@ -16,7 +16,7 @@ from efficientllm.plan.hlo_text import Program
 
 # `attention` and `scan` hold their products too, as a fused kernel does; `products` are all others.
 KINDS = ("products", "attention", "scan", "loss", "optimizer", "copies", "collectives", "other")
-_SCOPES = {"attention": "attention", "scan": "scan", "loss": "loss", "optimizer": "optimizer"}
+_SCOPES = ("attention", "scan", "loss", "optimizer")
 _COPIES = (
     *("copy", "transpose", "reshape", "concatenate", "slice", "dynamic-slice", "dynamic-update-slice", "pad"),
     *("reverse", "bitcast-convert", "copy-start", "copy-done"),
@@ -24,6 +24,7 @@ _COPIES = (
 # Not operations of a fusion that say what it is for.
 _SILENT = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "broadcast", "iota")
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
+_BATCHED = re.compile(r"\b(?:lhs_batch_dims=\{\d|\"lhs_batch_dimensions\":\[\"\d)")
 _SCOPE = re.compile(rf"(?<![\w.])({'|'.join(_SCOPES)})(?![\w.])")
 _WRAPPED = re.compile(r"(?:jvp|transpose|vmap)\((.*)\)")
 _CALLS = ("checkpoint", "rematted_computation", "closed_call", "while", "body", "cond", "shard_map")
@@ -86,21 +87,62 @@ class Row:
 
 def of_program(program: Program) -> list[Operation]:
     """Lists the operations of a program."""
-    return [
-        _operation(program, program.computations[name], instruction, times)
-        for name, (times, fused) in program.runs.items()
-        if not fused
-        for instruction in program.computations[name].values()
-        if instruction.op not in hlo_cost.FREE
-    ]
+    operations = []
+    for name, (times, fused) in program.runs.items():
+        if not fused:
+            computation = program.computations[name]
+            readers = _readers(computation)
+            operations += [
+                _operation(program, computation, readers, instruction, times)
+                for instruction in computation.values()
+                if instruction.op not in hlo_cost.FREE
+            ]
+    return operations
 
 
-def _operation(program, computation, instruction, times):
+def _operation(program, computation, readers, instruction, times):
     heaviest, flops = _heaviest(program, computation, instruction)
-    kind = _kind(program, instruction, heaviest)
+    names = [_op_name(heaviest) or _op_name(instruction)]
+    if not names[0]:  # XLA drops the names of products that it rewrites
+        names = [_op_name(neighbour) for neighbour in _neighbours(computation, readers, instruction)] or [""]
+        if hlo_flops.is_product(heaviest):
+            # Of those beside attention the ones of batches, heads, are its own; the others are linear maps.
+            if _BATCHED.search(heaviest.text):
+                names.sort(key=lambda name: _scope(name) != "attention")
+            else:
+                names = [_without_scope(name) for name in names]
+    kind = _kind(program, instruction, heaviest, _scope(names[0]))
     moved = hlo_cost.instruction_bytes(program, computation, instruction)
     kernels = int(hlo_cost.starts_kernel(instruction))
-    return Operation(instruction.name, kind, _label(_op_name(heaviest)), times, flops, moved, kernels)
+    return Operation(instruction.name, kind, _label(names[0]), times, flops, moved, kernels)
+
+
+def _readers(computation):
+    """`{name: [instructions that read it]}`."""
+    readers = collections.defaultdict(list)
+    for instruction in computation.values():
+        for name in instruction.operands:
+            readers[name].append(instruction)
+    return readers
+
+
+def _neighbours(computation, readers, instruction):
+    """The nearest instructions with names that read the result, then those that make the operands."""
+    after = _named(instruction, lambda reached: readers[reached.name])
+    before = _named(
+        instruction, lambda reached: [computation[name] for name in reached.operands if name in computation]
+    )
+    return [neighbour for neighbour in (*after, *before) if neighbour.op != "parameter"]
+
+
+def _named(instruction, follow):
+    """Instructions with names, reached by `follow` through at most two without."""
+    named, reached = [], [instruction]
+    for _ in range(3):
+        reached = [neighbour for origin in reached for neighbour in follow(origin)]
+        named += [neighbour for neighbour in reached if _op_name(neighbour)]
+        reached = [neighbour for neighbour in reached if not _op_name(neighbour)]
+    return named
 
 
 def _heaviest(program, computation, instruction):
@@ -108,7 +150,9 @@ def _heaviest(program, computation, instruction):
     inner = list(_inner(program, instruction))
     if not inner:
         return instruction, hlo_flops.product_flops(computation, instruction)
-    flops = [hlo_flops.product_flops(body, candidate) or 0 for body, candidate in inner]
+    flops = [hlo_flops.product_flops(body, candidate) for body, candidate in inner]
+    if None in flops:
+        return inner[flops.index(None)][1], None
     if any(flops):
         return inner[flops.index(max(flops))][1], sum(flops)
     speaking = [candidate for _, candidate in inner if candidate.op not in _SILENT]
@@ -120,9 +164,9 @@ def _of_commonest_scope(instructions):
     computing = [candidate for candidate in instructions if candidate.op not in _COPIES] or instructions
     sizes: collections.Counter[str] = collections.Counter()
     for candidate in computing:
-        sizes[_scope(candidate)] += _elements(candidate)
+        sizes[_scope(_op_name(candidate))] += _elements(candidate)
     scope = max(sizes, key=sizes.get)
-    return max((candidate for candidate in computing if _scope(candidate) == scope), key=_elements)
+    return max((candidate for candidate in computing if _scope(_op_name(candidate)) == scope), key=_elements)
 
 
 def _elements(instruction):
@@ -139,11 +183,10 @@ def _inner(program, instruction):
             yield from _inner(program, inner)
 
 
-def _kind(program, instruction, heaviest):
+def _kind(program, instruction, heaviest, scope):
     operations = [instruction, *(inner for _, inner in _inner(program, instruction))]
     if any(_base(operation) in hlo_cost.COLLECTIVES for operation in operations):
         return "collectives"
-    scope = _scope(heaviest)
     if hlo_flops.is_product(heaviest):
         return scope if scope in ("attention", "scan") else "products"
     return "copies" if heaviest.op in _COPIES else scope
@@ -153,10 +196,16 @@ def _base(instruction):
     return instruction.op.removesuffix("-start").removesuffix("-done")
 
 
-def _scope(instruction):
-    """The innermost scope of an instruction's name; `other` without one."""
-    scopes = _SCOPE.findall(_op_name(instruction))
-    return _SCOPES[scopes[-1]] if scopes else "other"
+def _scope(op_name):
+    """The innermost scope of a name; `other` without one."""
+    scopes = _SCOPE.findall(op_name)
+    return scopes[-1] if scopes else "other"
+
+
+def _without_scope(op_name):
+    """The name up to its scope: that of the module which calls attention."""
+    match = _SCOPE.search(op_name)
+    return f"{op_name[: match.start()]}product" if match else op_name
 
 
 def _op_name(instruction):

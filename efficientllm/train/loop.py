@@ -129,9 +129,9 @@ def train(
 class _Loop:
     """The host's part of the loop. `pending` is `(step, metrics)` of the dispatched step, or None."""
 
-    def __init__(self, config, measurement, progress, hooks, profiler):
+    def __init__(self, config, measurement, progress, hooks, profiler=None):
         self._config, self._measurement, self._progress, self._hooks = config, measurement, progress, hooks
-        self._profiler = profiler
+        self._profiler = profiler or Profiler()
         self.pending = None
 
     def begin_profile_if_due(self, step):

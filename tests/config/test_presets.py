@@ -134,7 +134,7 @@ class Watched:
 def test_every_key_is_read_by_somebody(tmp_path):
     folder = runs.corpus(tmp_path / "texts")
     config, _, _ = main.parse(runs.arguments(folder, tmp_path / "run", train__steps=2))
-    read = {"imports", "task"}  # by run.run, before the task
+    read = {"imports", "task", "compile_cache"}  # by run.run, before the task
     read |= {"plan.images"}  # from the plan's own copy of the config: tests/plan/test_vision_plans.py
     import_plugins(config.imports)
     config.infer.repeats, config.infer.max_new_tokens, config.infer.prompt_length = 1, 2, 4

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from efficientllm import sharding
 from efficientllm.cost import jaxpr_flops
 from efficientllm.ops import dot_product_attention
-from efficientllm.plan import hlo_cost, hlo_flops, hlo_text, operation_table, operations
+from efficientllm.plan import hlo_cost, hlo_text, operation_table, operations
 
 pytestmark = pytest.mark.quick
 PEAKS = operations.Peaks(1e9, 1e9)
@@ -139,6 +139,19 @@ def test_a_program_without_names_still_has_its_products():
     assert sum(row.flops for row in rows(nameless).values()) == sum(row.flops for row in rows(text).values())
 
 
-def test_what_a_product_is():
-    instruction = next(iter(hlo_text.Program(WRITTEN.replace("INSTRUCTION", BATCHED[1])).computations["main"].values()))
-    assert not hlo_flops.is_product(instruction)
+def test_a_product_whose_name_xla_dropped_is_that_of_what_it_is_beside():
+    """Of heads: attention. Of two matrices: the linear map before it."""
+    text = """
+ENTRY %main (x: f32[8,16,32]) -> f32[8,16,64] {
+  %x = f32[8,16,32]{2,1,0} parameter(0)
+  %w = f32[8,32,64]{2,1,0} parameter(1)
+  %v = f32[16,16]{1,0} parameter(2)
+  %scores = f32[8,16,64]{2,1,0} BATCHED
+  %linear = f32[16,16]{1,0} dot(%v, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %flat = f32[256]{0} bitcast(%linear)
+  ROOT %y = f32[8,16,64]{2,1,0} add(%scores, %flat), metadata={op_name="jit(step)/mixer/attention/exp"}
+}
+""".replace("BATCHED", BATCHED[2])
+    kinds = {operation.name: operation for operation in operations.of_program(hlo_text.Program(text))}
+    assert (kinds["scores"].kind, kinds["scores"].label) == ("attention", "mixer/attention")
+    assert (kinds["linear"].kind, kinds["linear"].label) == ("products", "mixer")
