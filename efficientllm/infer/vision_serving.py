@@ -21,7 +21,7 @@ from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.metrics.sampler import Sampler
 from efficientllm.model import parts
 from efficientllm.typing import Params, PyTree, Record
-from efficientllm.vision.conversations import marked_token
+from efficientllm.vision.conversations import marked_token, template_messages
 from efficientllm.vision.processors import Processor, load_picture
 from efficientllm.vision.token_rows import Prompt, token_row
 from efficientllm.vision.tower_rows import PreparedImage, group_windows, merged_grid
@@ -117,7 +117,10 @@ def _encode(request, lm, tokenizer, processor, chat):
         if tokenizer.chat is None:
             raise UserError("config.infer.chat = True: the tokenizer has no chat template")
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": request.text}]
-        text = tokenizer.chat([{"role": "user", "content": content}], add_generation_prompt=True)
+        messages = [{"role": "user", "content": content}]
+        if marked_token(token := tokenizer.text_of(lm.image_token)) == token:  # else the marks are added below
+            messages = template_messages(messages, len(pictures), lm, tokenizer)
+        text = tokenizer.chat(messages, add_generation_prompt=True)
         ids = tokenizer.encode_template(_marked(text, lm, tokenizer))
     else:
         ids = [*map(int, tokenizer.encode_prompt(request.text))]

@@ -140,3 +140,15 @@ def test_a_chat_template_places_images(base, tmp_path):
     assert first == 4 and second > first  # the second is cut into tiles
     with pytest.raises(UserError, match="line 1: 3 image tokens .* and 2 images"):
         encode_requests([request._replace(text="<IMG_CONTEXT>")], lm, tokenizer, processor, chat=True)
+
+
+def test_a_chat_template_of_texts_has_images_where_their_parts_are(base, tmp_path):
+    """As that of a language model that was given a tower, which adds a content to a text."""
+    texts = "{% for message in messages %}{{ message.role + ': ' + message.content }}{% endfor %}"
+    kinds.save(tmp_path, add=("<image>",), eos_token="<eos>", template=texts)
+    tokenizer, lm = kinds.ours(tmp_path), loaded("internvl")[1]
+    token = tokenizer.backend.token_to_id("<image>")
+    lm = lm.clone(image_token=token, vocab_size=max(lm.vocab_size, tokenizer.vocab_size))
+    request = PromptLine("Hi", (base / "b.png",), "line 1")
+    (prompt,) = encode_requests([request], lm, tokenizer, read_processor(None, lm), chat=True)
+    assert [*prompt.ids] == tokenizer.encode_template(f"user: {'<image>' * prompt.pictures[0].tokens}Hi")
