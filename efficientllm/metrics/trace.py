@@ -2,6 +2,7 @@
 
 import collections
 import pathlib
+import warnings
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -26,9 +27,12 @@ def seconds_by_operation(file: PathLike, modules: Iterable[str]) -> dict[str, di
     body of a loop does, has its time for itself.
     """
     wanted, planes = set(modules), []
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        if lines := [spans for line in plane.lines if (spans := list(_spans(plane.name, line, wanted)))]:
-            planes.append((plane.name, lines))
+    with warnings.catch_warnings():
+        # jaxlib makes a type that Python 3.13 deprecates; where warnings are errors the process would abort.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            if lines := [spans for line in plane.lines if (spans := list(_spans(plane.name, line, wanted)))]:
+                planes.append((plane.name, lines))
     # A GPU's trace has its kernels twice: on the device, and on the host where they are launched.
     on_device = [lines for name, lines in planes if name.startswith("/device:")]
     chosen = on_device or [lines for _, lines in planes]
