@@ -107,17 +107,17 @@ def test_bytes_that_a_step_moves():
 
 def test_a_program_executes_what_the_model_needs_and_what_remat_computes_twice():
     counted = {}
-    for remat in ("none", "full"):
+    for remat in ("everything_saveable", "full"):
         lm, method, state, train = described(remat=remat, attention_kernel="xla")
         run = functools.partial(step.train_step, lm, train, method)
         counted[remat] = jaxpr_flops.count_needed_flops(run, state, NEXT_TOKEN.batch_shapes(lm, ROWS, LENGTH))
     boxed = model.abstract_params(lm)
     forward = ROWS * formulas.forward_flops(lm, boxed, LENGTH, executed=True)
     head = 2 * ROWS * LENGTH * lm.dim * lm.vocab_size
-    assert counted["none"] == 3 * forward
+    assert counted["everything_saveable"] == 3 * forward
     last = 2 * ROWS * LENGTH * lm.num_layers * 128 * 384  # the last product of a layer is not needed to go back
     assert counted["full"] == 4 * forward - head - last
-    assert counted["none"] > formulas.step_flops(lm, boxed, LENGTH, ROWS)  # masks
+    assert counted["everything_saveable"] > formulas.step_flops(lm, boxed, LENGTH, ROWS)  # masks
 
 
 def test_accounts_that_differ_are_told():

@@ -132,7 +132,7 @@ def test_a_full_disk_is_one_clear_line_and_older_checkpoints_stay(texts, tmp_pat
     size = max(file.stat().st_size for file in (workdir / "checkpoints").rglob("*") if file.is_file())
     (workdir / "record.json").unlink()
     # A process of its own: orbax's threads die of the error after they have handed it on.
-    status, output = runs.finish(runs.start(argv, devices=8, file_kib=size // 2048, JAX_ENABLE_COMPILATION_CACHE="0"))
+    status, output = runs.finish(runs.start(argv, devices=8, file_kib=size // 4096, JAX_ENABLE_COMPILATION_CACHE="0"))
     assert status == 3 and "Traceback" not in output, output
     messages = [line for line in output.splitlines() if line.startswith("cannot write a checkpoint to ")]
     assert len(messages) == 1 and messages[0].endswith("the last good checkpoint is step 4")
