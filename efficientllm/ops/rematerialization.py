@@ -78,14 +78,23 @@ def _not_cheap(primitive, *operands, **parameters):
     """Saves the results of all but elementwise operations, moves and scores of attention.
 
     Scores are a product within a batch whose result is larger than its operands: `[B, H, T, S]` of many more bytes than
-    the queries and keys that give it.
+    the queries and keys that give it. It may have a gradient of its own.
     """
-    if primitive.name == "dot_general" and parameters["dimension_numbers"][1][0]:
-        return _product_size(*operands, parameters["dimension_numbers"]) <= sum(x.size for x in operands)
+    if "call_jaxpr" in parameters:  # of jax.custom_vjp
+        return not any(_gives_scores(equation) for equation in parameters["call_jaxpr"].eqns)
+    if primitive.name == "dot_general":
+        return not _is_larger(operands, parameters["dimension_numbers"])
     return not CHEAP.fullmatch(primitive.name)
 
 
-def _product_size(left, right, dimension_numbers):
+def _gives_scores(equation):
+    is_product = equation.primitive.name == "dot_general"
+    return is_product and _is_larger([x.aval for x in equation.invars], equation.params["dimension_numbers"])
+
+
+def _is_larger(operands, dimension_numbers):
+    """Whether the result of a product within a batch is larger than its operands."""
     (contracted, _), (batch, _) = dimension_numbers
-    summed = math.prod(left.shape[axis] for axis in contracted)
-    return left.size // summed * (right.size // summed) // math.prod(left.shape[axis] for axis in batch)
+    left, right = operands
+    summed, rows = (math.prod(left.shape[axis] for axis in axes) for axes in (contracted, batch))
+    return bool(batch) and left.size // summed * (right.size // summed) // rows > left.size + right.size
