@@ -295,7 +295,7 @@ def test_accelerators_read_what_is_converted_and_no_more_as_it_lies(spec, platfo
     assert ("select_n" in made) == tied
 
 
-@pytest.mark.parametrize("precision, tied", [("bfloat16", 0), ("mixed", 0), ("float32", 2)])
+@pytest.mark.parametrize("precision, tied", [("bfloat16", False), ("mixed", False), ("float32", True)])
 def test_a_cpu_with_bfloat16_products_reads_kernels_as_they_lie(precision, tied, monkeypatch):
     """In both passes; in float32 they are converted, and tied."""
     monkeypatch.setattr(matmul_products, "instruction_sets", lambda product: ("avx512_bf16",))
@@ -305,7 +305,7 @@ def test_a_cpu_with_bfloat16_products_reads_kernels_as_they_lie(precision, tied,
         return jnp.sum(products.product(x_MK, kernel, Precision.of(precision), None) ** 2)
 
     made = str(jax.make_jaxpr(jax.grad(loss))(x_MK))
-    assert made.count("select_n") == tied
+    assert ("select_n" in made) == tied  # a jaxpr may print a function that it calls twice once
     rounded = x_MK if precision == "float32" else x_MK.astype(jnp.bfloat16)
     expected = jnp.matmul(rounded.astype(jnp.float32), kernel.dense(), precision="highest")
     actual = products.product(x_MK, kernel, Precision.of(precision), jnp.float32)
