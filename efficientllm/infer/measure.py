@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import typing
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from efficientllm.runtime.log import Countdown
 
 log = logging.getLogger("efficientllm")
 WARM_UPS = 2  # discarded repeats: the first compiles
+Result = typing.TypeVar("Result")
 
 
 @dataclasses.dataclass
@@ -59,6 +62,16 @@ class Measured:
         return max(0.0, self.discarded_s[0] - self.discarded_s[1])
 
 
+def warm_ups(repeat: Callable[[], Result]) -> list[Result]:
+    """Calls `repeat` WARM_UPS times -> its results. What compilation leaves is returned after the first.
+
+    Not after the last: scratch memory would go too, and the first measured repeat would take it anew.
+    """
+    first = repeat()
+    malloc.trim()
+    return [first, *(repeat() for _ in range(WARM_UPS - 1))]
+
+
 def measure(
     engine: Engine,
     ids: np.ndarray,
@@ -97,8 +110,7 @@ class _Measurement:
     def run(self, repeats):
         rows, prompt = self._shape
         log.info(f"compiling and measuring {rows} x {prompt} + {self._new_tokens} tokens, {repeats} times")
-        warm = [(seconds_of(self._prefill), seconds_of(self._decode)) for _ in range(WARM_UPS)]
-        malloc.trim()  # what compilation leaves
+        warm = warm_ups(lambda: (seconds_of(self._prefill), seconds_of(self._decode)))
         countdown, windows = Countdown("measuring", 2 * repeats), self._windows
         windows.begin()
         for _ in range(repeats):

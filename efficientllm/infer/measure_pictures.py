@@ -13,13 +13,12 @@ import numpy as np
 
 from efficientllm.infer.denoise import DiffusionSampler
 from efficientllm.infer.image_samples import PictureRequests, Wanted, describe_batch, image_shape, labelled
-from efficientllm.infer.measure import WARM_UPS
+from efficientllm.infer.measure import warm_ups
 from efficientllm.infer.offload import Offloaded
 from efficientllm.infer.pictures import images_to_uint8
 from efficientllm.infer.windows import Windows, seconds_of
 from efficientllm.metrics import conditions, sampler, timer
 from efficientllm.metrics.energy.window import EnergyWindow
-from efficientllm.runtime import malloc
 from efficientllm.runtime.log import Countdown
 from efficientllm.typing import Params
 
@@ -90,8 +89,7 @@ def measure_pictures(
 
     x_BhwC = None
     log.info(f"compiling and measuring {describe_batch(model, rows)} in {pictures.steps} steps, {repeats} times")
-    discarded_s = [seconds_of(sample) for _ in range(WARM_UPS)]
-    malloc.trim()  # what compilation leaves
+    discarded_s = warm_ups(lambda: seconds_of(sample))
     countdown, decode_s = Countdown("measuring", 2 * repeats), []
     windows.begin()
     for _ in range(repeats):
@@ -134,8 +132,7 @@ class MeasuredBatches:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yields the pictures of each batch, uint8."""
         log.info(f"compiling {describe_batch(self._pictures.model, self._rows)} in {self._pictures.steps} steps")
-        self._discarded_s = [seconds_of(self._warm_up) for _ in range(WARM_UPS)]
-        malloc.trim()
+        self._discarded_s = warm_ups(lambda: seconds_of(self._warm_up))
         self._windows.begin()
         for first in range(0, self._requests.count, self._rows):
             images_BhwC = self._windows.measure_once("batch", functools.partial(self._draw, first))

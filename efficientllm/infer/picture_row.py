@@ -8,7 +8,7 @@ from efficientllm import sharding
 from efficientllm.cost import device_peaks, formulas
 from efficientllm.infer.measure_pictures import MeasuredPictures
 from efficientllm.infer.picture_costs import PictureCosts
-from efficientllm.metrics import compile_time
+from efficientllm.metrics import compiles
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.record import study_metrics
@@ -49,7 +49,7 @@ def times(measured: MeasuredPictures) -> dict[str, Reading]:
         if measured.decode_s
         else missing("s", "the model samples pixels"),
         "images_per_s": Reading(measured.rows / batch_s, "1/s", source),
-        "compile_s": compile_time.reading(measured.compile_s, "first batch less the second"),
+        "compile_s": compiles.time_reading(measured.compile_s, "first batch less the second"),
     }
 
 

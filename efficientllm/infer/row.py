@@ -10,7 +10,7 @@ from efficientllm.cost import device_peaks, formulas
 from efficientllm.embeds.tokens import LM
 from efficientllm.errors import UserError
 from efficientllm.infer.measure import Measured
-from efficientllm.metrics import compile_time, conditions
+from efficientllm.metrics import compiles, conditions
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.objectives.base import Objective
@@ -146,7 +146,7 @@ def times(measured: Measured) -> dict[str, Reading]:
         "requests_per_s": Reading(
             measured.rows * len(measured.requests_s) / sum(measured.requests_s), "1/s", "requests in all"
         ),
-        "compile_s": compile_time.reading(measured.compile_s, "first batch less the second"),
+        "compile_s": compiles.time_reading(measured.compile_s, "first batch less the second"),
     }
 
 

@@ -110,6 +110,12 @@ def ratio_of_medians(
     return Ratio(float(above / below), *np.quantile(above_R / below_R, [0.025, 0.975]).tolist())
 
 
+def pin(cores: int) -> None:
+    """Keeps this process on the last `cores` that it may use; libraries size their thread pools by those."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
+
+
 class ProcessDied(RuntimeError):
     """The process of a contestant ended before it answered."""
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from efficientllm.cost import formulas
-from efficientllm.metrics import compile_time
+from efficientllm.metrics import compiles
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.plan import hardware as hardwares
 from efficientllm.plan import hlo_cost, operation_table
@@ -131,7 +131,7 @@ def physical(workload: Workload, estimate: Estimate) -> dict[str, Reading]:
         else Reading(executed / workload.tokens, "FLOP", "products of the programs, counted in their jaxprs"),
         "compile_s": missing("s", "no compiler")
         if estimate.compile_s is None
-        else compile_time.reading(estimate.compile_s, "XLA compilation of the programs"),
+        else compiles.time_reading(estimate.compile_s, "XLA compilation of the programs"),
     }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from efficientllm.metrics import cpu_counters, host, memory
+from efficientllm.runtime import cpuinfo
 from efficientllm.typing import Mesh, PathLike
 
 PACKAGES = (
@@ -125,9 +126,7 @@ def processor() -> dict[str, typing.Any]:
 
     `model` is vendor, family, model and stepping: on virtual machines many CPUs have the same name.
     """
-    info = Path("/proc/cpuinfo")
-    lines = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
-    facts = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    facts = cpuinfo.first_processor()
     ids = [facts[key] for key in ("vendor_id", "cpu family", "model", "stepping") if key in facts]
     name = facts.get("model name") or platform.processor()
     return {"name": name or None, "model": "/".join(ids) or None, "cores": host.usable_cores()}

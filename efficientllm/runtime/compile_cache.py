@@ -1,8 +1,7 @@
 """Compile cache: compiled programs that later processes load from the user's cache folder.
 
 It is JAX's persistent compilation cache, which names a program by its text, the compiler's options, the devices and the
-version of jaxlib. Each kind of processor has
-a folder, as a program for a CPU has its instructions.
+version of jaxlib. Each kind of processor has a folder, as a program for a CPU has its instructions.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import typing
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from efficientllm.runtime import user_cache
+from efficientllm.runtime import cpuinfo, user_cache
 
 MAX_BYTES = 2 * 1024**3  # of a folder; those programs go first that were loaded the longest time ago
 MIN_COMPILE_S = 0.2
@@ -92,10 +91,9 @@ def _configure(options):
 @functools.cache
 def _processor():
     """A hash of the processor's name and instructions."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
-    kept = [line for line in lines if line.startswith(("model", "vendor", "cpu family", "flags", "Features", "CPU "))]
-    return hashlib.sha256("\n".join([platform.machine(), platform.processor(), *kept]).encode()).hexdigest()[:12]
+    facts = cpuinfo.first_processor()
+    names = [facts.get(key, "") for key in ("vendor_id", "cpu family", "model", "model name", "flags", "Features")]
+    return hashlib.sha256("\n".join([platform.machine(), platform.processor(), *names]).encode()).hexdigest()[:12]
 
 
 @functools.cache

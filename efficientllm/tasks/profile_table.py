@@ -17,15 +17,15 @@ from efficientllm.weights import Precision
 log = logging.getLogger("efficientllm")
 
 
-def summarize(setup: Setup, measurement: Measurement, folder: pathlib.Path) -> Record | None:
-    """Logs the table of the steps that were profiled -> the row's `profile`; None without a trace in `folder`.
+def summarize(setup: Setup, measurement: Measurement, folder: pathlib.Path) -> Record:
+    """Logs the table of the steps that were profiled -> the row's entry `profile`; none without a trace in `folder`.
 
     Times, FLOPs and bytes are of one step on one device. The devices of a CPU share its cores, so their times are
     those of all.
     """
     file, count = trace.newest_file(folder), len(measurement.profiled)
     if file is None or not count:
-        return None
+        return {}
     parts = {index: _program(setup, index) for index in measurement.profiled_programs}
     times = trace.seconds_by_operation(file, [module for module, _ in parts.values()])
     seconds = {f"{module}/{name}": value / count for module in times for name, value in times[module].items()}
@@ -43,12 +43,13 @@ def summarize(setup: Setup, measurement: Measurement, folder: pathlib.Path) -> R
     shown = file.parent.relative_to(folder)
     log.info(f"profile of {count} steps, {step_s * 1e3:,.4g} ms each on a device; trace: {shown}")
     log.info("\n".join(operation_table.lines(rows, step_s if seconds else None)))
-    return {
+    summary = {
         "steps": count,
         "step_s": step_s,
         "trace": str(shown),
         "operations": [dataclasses.asdict(row) for row in rows],
     }
+    return {"profile": summary}
 
 
 def _program(setup, index):

@@ -5,7 +5,6 @@ import math
 
 import jax
 
-from efficientllm.config.profiled_steps import read_steps
 from efficientllm.evaluation import held_out
 from efficientllm.metrics import memory, timer
 from efficientllm.metrics.energy import reader
@@ -19,9 +18,10 @@ from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed, stopping
 from efficientllm.tasks import exports, failures, profile_table, samples
 from efficientllm.tasks.base import FAILED, Run
-from efficientllm.train import fingerprints, loop, row, tensorboard_scalars, trained_parts
+from efficientllm.train import fingerprints, loop, row, tensorboard_scalars
 from efficientllm.train import setup as train_setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
+from efficientllm.train.headline import headline
 from efficientllm.train.measure import Measurement
 from efficientllm.train.profiler import Profiler
 from efficientllm.train.programs import PROGRAM
@@ -104,7 +104,7 @@ class Training(Run):
         if self.is_main:
             self.setup.dataset.keep(self.workdir.path)
             self.open_charts(self.first_step + 1)
-        log.info("\n".join([self._headline(), *trained_parts.table(self.setup)]))
+        log.info(headline(self.setup))
         self.progress = Progress(self.config.train.steps, unit=self.setup.objective.counted)
         stopping.raise_if_stopped()
         hooks = loop.Hooks(self._log, self._evaluate, self._save, self.checkpoints.saving)
@@ -118,20 +118,13 @@ class Training(Run):
             self.measurement,
             self.progress,
             hooks,
-            self._profiler(),
+            Profiler.of(self.config.profile.steps, self.first_step, self.workdir.path if self.is_main else None),
         )
         self.checkpoints.wait()
         if self.evaluation is None:  # resumed after its last step
             self._evaluate(self.config.train.steps, state)
         self._finish(state)
         return 0
-
-    def _profiler(self):
-        """The profiler of the steps that are left; only the main process writes a trace, of its own devices."""
-        steps = read_steps(self.config.profile.steps)
-        if steps and steps[-1] <= self.first_step:
-            log.warning(f"config.profile.steps = {self.config.profile.steps!r}: the run resumes after them")
-        return Profiler(steps, self.workdir.path if self.is_main else None)
 
     def _restore_or_create(self):
         """The newest checkpoint's state, or a new one. Checkpoints hold no frozen parameters; they are recreated."""
@@ -196,7 +189,8 @@ class Training(Run):
         self.idle = row.all_idle(self.idle.compared(reader.idle_power(self.reader)))
         costs = self._readings(row.all_energy(self.measurement))  # before pictures are drawn, which takes memory
         with failures.optional("the trace of the profiled steps has no table"):
-            self._summarize_profile()
+            if self.is_main:
+                self.profile = profile_table.summarize(self.setup, self.measurement, self.workdir.path)
         painter = samples.painter_of_training(self.setup, state.eval_params)
         if painter:
             self.judged, self.judged_facts = samples.judge_pictures(painter, self.config.quality.fd)
@@ -223,10 +217,6 @@ class Training(Run):
             if note := memory.disagreement(record["physical"]):
                 log.warning(note)
             self.log_locations()
-
-    def _summarize_profile(self):
-        if self.is_main and (summary := profile_table.summarize(self.setup, self.measurement, self.workdir.path)):
-            self.profile = {"profile": summary}
 
     def _write_row(self, outcome, costs, message=None):
         paper, physical = costs
@@ -300,21 +290,6 @@ class Training(Run):
         super().close()
         if self.checkpoints:
             self.checkpoints.close()
-
-    def _headline(self):
-        devices = jax.devices()
-        rows = f"x {self.setup.length} tokens"
-        if self.setup.objective.counted != "tokens":
-            rows = f"{self.setup.objective.counted} of {self.setup.length} tokens"
-        return (
-            f"{self.config.name}: {self.config.train.steps} steps of {self.setup.batch_size} {rows} "
-            f"on {len(devices)} x {devices[0].device_kind}; {self._compiled()}"
-        )
-
-    def _compiled(self):
-        seconds = self.setup.compile_s["compile"]
-        loaded = self.setup.program_loads > 0
-        return f"{'its program was loaded' if loaded else 'compiled'} in {seconds:.1f} s"
 
 
 def _quality(objective, evaluation, loss):

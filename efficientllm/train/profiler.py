@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import jax
 
+from efficientllm.config.profiled_steps import read_steps
+
 log = logging.getLogger("efficientllm")
 
 
@@ -20,6 +22,14 @@ class Profiler:
         self._steps, self._folder = steps, folder
         self._writes = False
         self.running = False
+
+    @classmethod
+    def of(cls, steps: str, first_step: int, folder: pathlib.Path | None) -> "Profiler":
+        """Makes the profiler of `config.profile.steps`; a run that resumes after them is told so."""
+        traced = read_steps(steps)
+        if traced and traced[-1] <= first_step:
+            log.warning(f"config.profile.steps = {steps!r}: the run resumes after them")
+        return cls(traced, folder)
 
     def starts_before(self, step: int) -> bool:
         """Whether the trace is to start before `step`, which is the first of those that are left."""

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from efficientllm.cost import device_peaks, formulas, step_memory
-from efficientllm.metrics import compile_time, conditions, memory, sampler
+from efficientllm.metrics import compiles, conditions, memory, sampler
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.record import row, study_metrics
@@ -115,8 +115,8 @@ def warm_up(measurement: Measurement) -> Record:
     """The row's `warm_up`: seconds of the discarded steps, whether times had settled, interrupted and traced steps."""
     statistics = measurement.timer.statistics()
     profiled = {"profiled_steps": len(measurement.profiled)} if measurement.profiled else {}
-    kept = {key: statistics[key] for key in ("discarded_s", "settled")}
-    return kept | {"interrupted_steps": measurement.interrupted} | profiled
+    steps = {key: statistics[key] for key in ("discarded_s", "settled")}
+    return steps | {"interrupted_steps": measurement.interrupted} | profiled
 
 
 def _why_unmeasured(measurement):
@@ -212,7 +212,7 @@ def physical_of_model(setup: Setup, params: dict[str, int]) -> dict[str, Reading
             "bytes",
             f"closed formula, row of {setup.length}",
         ),
-        "compile_s": compile_time.reading(
+        "compile_s": compiles.time_reading(
             setup.compile_s["compile"], "XLA compilation of the training step", setup.program_loads
         )
         if setup.compile_s

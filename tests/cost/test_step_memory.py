@@ -107,7 +107,7 @@ def test_bytes_that_a_step_moves():
 
 def test_a_program_executes_what_the_model_needs_and_what_remat_computes_twice():
     counted = {}
-    for remat in ("everything_saveable", "full"):
+    for remat in ("none", "everything_saveable", "full"):
         lm, method, state, train = described(remat=remat, attention_kernel="xla")
         run = functools.partial(step.train_step, lm, train, method)
         counted[remat] = jaxpr_flops.count_needed_flops(run, state, NEXT_TOKEN.batch_shapes(lm, ROWS, LENGTH))
@@ -115,6 +115,9 @@ def test_a_program_executes_what_the_model_needs_and_what_remat_computes_twice()
     forward = ROWS * formulas.forward_flops(lm, boxed, LENGTH, executed=True)
     head = 2 * ROWS * LENGTH * lm.dim * lm.vocab_size
     assert counted["everything_saveable"] == 3 * forward
+    # By default a CPU computes scores again, half of the products of a mixer.
+    scores = sum(mixer.mix_flops(LENGTH, True) / 2 for (mixer,), _ in model.parts(lm)) * lm.num_groups
+    assert counted["none"] == 3 * forward + ROWS * scores
     last = 2 * ROWS * LENGTH * lm.num_layers * 128 * 384  # the last product of a layer is not needed to go back
     assert counted["full"] == 4 * forward - head - last
     assert counted["everything_saveable"] > formulas.step_flops(lm, boxed, LENGTH, ROWS)  # masks

@@ -62,8 +62,8 @@ def test_the_program_is_the_engine_s(form, mesh):
         engine_bytes = sharding.local_bytes((engine.params, carry)) + size(tables)
         theirs = memory.compiled_memory(real.lower().compile())
     prefill, first, decode = request.programs()
-    ours = workloads.compile_program(request, decode.trace).memory
-    assert ours == theirs and ours["argument_bytes"] == pytest.approx(engine_bytes, abs=64)
+    planned = workloads.compile_program(request, decode.trace).memory
+    assert planned == theirs and planned["argument_bytes"] == pytest.approx(engine_bytes, abs=64)
     assert request.by_shapes() == sharding.local_bytes((engine.params, carry.states))
     assert [phase.times for phase in (prefill, first, decode)] == [1, 1, 4]
 

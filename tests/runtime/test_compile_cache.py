@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientllm.metrics import compile_time
+from efficientllm.metrics import compiles
 from efficientllm.runtime import compile_cache, user_cache
 
 
@@ -36,13 +36,13 @@ def test_a_later_run_loads_the_program():
     with compile_cache.of_run(True):
         first = _compile_and_run()
         assert compile_cache.loads() == 0
-        assert compile_time.reading(3.0, "a clock").value == 3.0
+        assert compiles.time_reading(3.0, "a clock").value == 3.0
     assert _files()
     with compile_cache.of_run(True):
         assert compile_cache.loads() == 0
         second = _compile_and_run()
         assert compile_cache.loads() > 0
-        reading = compile_time.reading(0.1, "a clock")
+        reading = compiles.time_reading(0.1, "a clock")
     assert reading.value is None
     assert "config.compile_cache = False" in reading.reason
     np.testing.assert_array_equal(first, second)

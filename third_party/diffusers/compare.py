@@ -122,8 +122,7 @@ class Contestant(typing.NamedTuple):
 
 def _answer(make, name, shape, options):
     """Makes a contestant in its process: a function of a question and its arguments."""
-    if hasattr(os, "sched_setaffinity"):  # both libraries size their thread pools by the allowed cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
+    race.pin(options.threads)
     import_side(name)
     before = host.rss_bytes()
     contestant = make(name, shape, options)

@@ -66,8 +66,7 @@ def _options(argv):
 
 def _contestant(name, options):
     """Builds a contestant in its process: a function from a prompt's seed to `(prefill s, decode s)`."""
-    if hasattr(os, "sched_setaffinity"):  # both libraries size their thread pools by the allowed cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
+    race.pin(options.threads)
     measured = (_llama_cpp if name == "llama.cpp" else _ours)(options)
     return lambda seed: measured(np.random.default_rng(seed).integers(1000, 20_000, options.prompt).tolist())
 

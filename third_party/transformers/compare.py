@@ -78,8 +78,7 @@ def _options(argv):
 
 def _trainer(name, options):
     """Builds a contestant in its process: a function of a question and its arguments."""
-    if hasattr(os, "sched_setaffinity"):  # both libraries size their thread pools by the allowed cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
+    race.pin(options.threads)
     side, precision, *variant = name.split("-")
     shape = work.SHAPES[options.shape]
     if side == "torch":

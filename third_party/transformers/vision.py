@@ -25,7 +25,7 @@ import vision_work as work
 
 from efficientllm.errors import exit_with
 from efficientllm.metrics import race
-from efficientllm.runtime import malloc
+from efficientllm.runtime import cpuinfo, malloc
 
 TOLERANCES = {"logits": 1e-3, "loss": 1e-4}  # relative, between float32 contestants
 BASELINES = {"float32": "torch-float32", "16 bits": "torch-bfloat16"}
@@ -97,8 +97,7 @@ def compare_contestants(kind, questions, folder, options):
 
 def _answer(kind, name, folder, options):
     """Makes a contestant in its process: a function of a question and the number of a block."""
-    if hasattr(os, "sched_setaffinity"):  # both libraries size their thread pools by the allowed cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
+    race.pin(options.threads)
     side, precision = name.split("-")
     if side == "torch":
         import vision_peer as module
@@ -182,8 +181,8 @@ def ratios(seconds):
 
 def multiplies_bfloat16():
     """Whether the CPU has instructions for products of bfloat16; None where the kernel does not say."""
-    info = pathlib.Path("/proc/cpuinfo")
-    return any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16")) if info.exists() else None
+    flags = cpuinfo.first_processor().get("flags", "").split()
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16")) if flags else None
 
 
 def table(report):

@@ -1,4 +1,4 @@
-"""Table of what learns: parameters and trainable parameters of each part of a model."""
+"""What a training run logs before its first step: its size, its device, and what learns in each part of the model."""
 
 import collections
 import math
@@ -10,7 +10,21 @@ from efficientllm.train.setup import Setup
 from efficientllm.weights import path_of
 
 
-def table(setup: Setup) -> list[str]:
+def headline(setup: Setup) -> str:
+    """Formats the size of a step, the devices, how long compilation took, and the table of `what_learns`."""
+    devices, seconds = jax.devices(), setup.compile_s["compile"]
+    rows = f"x {setup.length} tokens"
+    if setup.objective.counted != "tokens":
+        rows = f"{setup.objective.counted} of {setup.length} tokens"
+    first = (
+        f"{setup.config.name}: {setup.config.train.steps} steps of {setup.batch_size} {rows} "
+        f"on {len(devices)} x {devices[0].device_kind}; "
+        f"{'its program was loaded' if setup.program_loads else 'compiled'} in {seconds:.1f} s"
+    )
+    return "\n".join([first, *what_learns(setup)])
+
+
+def what_learns(setup: Setup) -> list[str]:
     """Formats a line for each part of the model (`Backbone.part_of`); of a model in one part there is no table."""
     part_of = setup.lm.part_of
     of_model: collections.Counter[str] = collections.Counter()
