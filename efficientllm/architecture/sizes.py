@@ -43,6 +43,8 @@ def preset(name: str, **shape: typing.Any) -> None:
 
 
 register("size", "custom")(Size)  # the spec sets every field
+preset("nano", num_layers=3, dim=64, num_heads=4, num_kv_heads=2, head_dim=16, hidden=192, rope_base=1e4)
+preset("micro", num_layers=4, dim=96, num_heads=6, num_kv_heads=3, head_dim=16, hidden=288, rope_base=1e4)
 preset("tiny", num_layers=4, dim=128, num_heads=4, num_kv_heads=2, head_dim=32, hidden=384, rope_base=1e4)
 preset("small", num_layers=6, dim=256, num_heads=8, num_kv_heads=4, head_dim=32, hidden=768, rope_base=1e4)
 
