@@ -31,10 +31,15 @@ MIXERS = {
 # At 4,096 tokens the sparse kinds have the block sizes and windows of an eighth of what their papers use for 32k.
 CONTEXT = {
     **{name: MIXERS[name] for name in ("gqa", "mqa", "mla", "mamba2", "rwkv")},
-    "nsa": ("configs/attention.py:nsa", {"model.mixer": "nsa(compress_block=32, compress_stride=16, select_block=64, select_count=8, window=256)"}),
+    "nsa": (
+        "configs/attention.py:nsa",
+        {
+            "model.mixer": "nsa(compress_block=32, compress_stride=16, select_block=64, select_count=8, window=256)",
+        },
+    ),
     "window": ("configs/attention.py:window", {"model.mixer": "window(window=512)"}),
     "moba": ("configs/attention.py:moba", {"model.mixer": "moba(block=256, block_count=3)"}),
-}  # fmt: skip
+}
 POSITIONS = ("rope", "sinusoidal", "learned", "relative", "t5", "alibi", "none")
 
 
