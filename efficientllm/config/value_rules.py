@@ -192,6 +192,7 @@ FIELDS = {
     ("data", "motion"): check_regex,
     ("data", "path"): check_source_path,
     ("data", "labels"): one_of(lambda: ("folder", "none")),
+    ("data", "kind"): constant("data.python_docs", "KINDS"),
     ("embed", "tower"): spec("tower"),
     ("tower", "pattern"): tuple_of(check_block),
     **{("tower", kind): spec(kind) for kind in ("position", "norm", "modulation")},

@@ -10,7 +10,7 @@ from efficientllm.registry import register
 
 @register("data", "doc_pairs")
 @dataclasses.dataclass(frozen=True)
-class DocPairs(python_docs.PythonDocs):
+class DocPairs(python_docs.PythonText):
     """ "What does json.dumps(obj, ...) do?" with its docstring, and language topics with their text.
 
     All records of a module go to the same side of the split.

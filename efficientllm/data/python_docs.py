@@ -24,14 +24,12 @@ _SKIPPED_FILES = {"html/entities.py", "stringprep.py"}
 _SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
 
 
-@register("data", "python_docs")
-@dataclasses.dataclass(frozen=True)
-class PythonDocs(Source):
-    """Language topics (pydoc_data), standard-library sources, and the docstrings of each module as one document.
+KINDS = ("all", "topics", "sources", "docstrings")
 
-    No module is imported: sources are read and parsed. A module's docstrings stand in its source too, so both go to
-    the same side of the split. Above `max_bytes` of text, modules and topics are kept in the order of their hashes.
-    """
+
+@dataclasses.dataclass(frozen=True)
+class PythonText(Source):
+    """Base class of sources that read what the Python installation carries."""
 
     held_out: float = 0.05
     max_bytes: int = 16_000_000
@@ -40,20 +38,35 @@ class PythonDocs(Source):
         """Changes with the Python version, a file of its library, or a field."""
         return f"{self} {sys.version} {cache.stat_key(_modules())}"
 
+
+@register("data", "python_docs", choices={"kind": KINDS})
+@dataclasses.dataclass(frozen=True)
+class PythonDocs(PythonText):
+    """Language topics (pydoc_data), standard-library sources, and the docstrings of each module as one document.
+
+    No module is imported: sources are read and parsed. A module's docstrings stand in its source too, so both go to
+    the same side of the split. Above `max_bytes` of text, modules and topics are kept in the order of their hashes.
+    Of one `kind`, the sides of the split are those of all kinds together.
+    """
+
+    kind: str = "all"
+
     def documents(self) -> typing.Iterator[tuple[str, str]]:
         """Yields (text, what decides its side of the split) in a fixed order. Raises UserError if there is no text."""
-        yield from _documents(self.max_bytes)
+        yield from _documents(self.kind, self.max_bytes)
 
 
 @functools.lru_cache(maxsize=1)
-def _documents(max_bytes):
-    sources = [(topic, None) for topic in _topics()]
-    sources += [(path.read_text(encoding="utf-8"), _module_name(path)) for path in _modules()]
+def _documents(kind, max_bytes):
+    sources = [(topic, None) for topic in _topics()] if kind in ("all", "topics") else []
+    if kind != "topics":
+        sources += [(path.read_text(encoding="utf-8"), _module_name(path)) for path in _modules()]
     if not sources:
-        raise FieldError("data", "this Python carries neither pydoc_data nor module sources; use text(path='...')")
+        carried = {"all": "neither pydoc_data nor module sources", "topics": "no pydoc_data"}.get(kind)
+        raise FieldError("data", f"this Python carries {carried or 'no module sources'}; use text(path='...')")
     texts_by_index, total = {}, 0
     for index in sorted(range(len(sources)), key=lambda index: _rank(sources[index][0])):
-        texts = _texts(*sources[index])
+        texts = _texts(kind, *sources[index])
         total += sum(len(text.encode()) for text in texts)
         if total > max_bytes:
             break
@@ -68,8 +81,12 @@ def _rank(text):
     return hashlib.blake2b(text.encode()).digest()
 
 
-def _texts(text, module):
-    return [text] if module is None else [text, "\n\n".join(_docstrings(ast.parse(text), module))]
+def _texts(kind, text, module):
+    """The documents of a topic, or of the source of a `module`."""
+    if module is None:
+        return [text]
+    sources = [text] if kind != "docstrings" else []
+    return sources + (["\n\n".join(_docstrings(ast.parse(text), module))] if kind != "sources" else [])
 
 
 def _topics():

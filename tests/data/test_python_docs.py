@@ -7,6 +7,7 @@ import pytest
 
 from efficientllm.data import python_docs
 from efficientllm.data.corpus import Corpus
+from efficientllm.errors import UserError
 from efficientllm.registry import build
 
 pytestmark = pytest.mark.quick
@@ -37,6 +38,32 @@ def test_docstrings_stay_on_the_side_of_their_source(documents):
     assert held_out and train and not held_out & train
 
 
+def test_kinds_are_the_parts_of_all_and_keep_their_side():
+    from pydoc_data.topics import topics
+
+    kinds = {kind: list(build("data", f"python_docs(kind={kind!r})").documents()) for kind in python_docs.KINDS}
+    every = set(kinds["all"])
+    assert sum(map(len, kinds.values())) == 2 * len(kinds["all"]) and every == {
+        document for kind in ("topics", "sources", "docstrings") for document in kinds[kind]
+    }
+    assert {text for text, _ in kinds["topics"]} == set(topics.values())
+    assert all(text == group for text, group in kinds["sources"])
+    assert {group for _, group in kinds["docstrings"]} < {text for text, _ in kinds["sources"]}
+    corpora = {kind: Corpus(f"python_docs(kind={kind!r}, held_out=0.9)") for kind in ("all", "docstrings")}
+    assert all(corpora["all"].side(group) == corpora["docstrings"].side(group) for _, group in kinds["docstrings"])
+
+
+def test_the_cap_is_of_the_bytes_of_the_kind():
+    for kind in python_docs.KINDS:
+        texts = [text for text, _ in build("data", f"python_docs(kind={kind!r}, max_bytes=200000)").documents()]
+        assert 50_000 < sum(len(text.encode()) for text in texts) <= 200_000
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(UserError, match="kind = 'source'.*sources"):
+        build("data", "python_docs(kind='source')")
+
+
 def test_docstrings_read_like_help():
     source = '"""Top."""\nclass A:\n    """Class."""\n'
     source += '    async def f(self, x=1):\n        """Deep."""\n        def g(): "In."\n'
@@ -65,9 +92,17 @@ def test_no_module_is_imported():
     assert set(sys.modules) - before <= {"pydoc_data", "pydoc_data.topics"}
 
 
-def test_a_python_without_its_library_says_so(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("all", "carries neither pydoc_data nor module sources"),
+        ("topics", "carries no pydoc_data"),
+        ("docstrings", "carries no module sources"),
+    ],
+)
+def test_a_python_without_its_library_says_so(kind, message, monkeypatch):
     python_docs._documents.cache_clear()
     monkeypatch.setattr(python_docs, "_topics", list)
     monkeypatch.setattr(python_docs, "_modules", list)
-    with pytest.raises(ValueError, match="carries neither pydoc_data nor module sources"):
-        list(build("data", "python_docs()").documents())
+    with pytest.raises(ValueError, match=message):
+        list(build("data", f"python_docs(kind={kind!r})").documents())
