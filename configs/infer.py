@@ -13,6 +13,7 @@ def get_config(name="bfloat16"):
     config.task = "infer"
     config.plan.of = "infer"
     config.model.pretrained = "smollm2-135m"
+    config.model.precision = "float32" if name == "float32" else "auto"
     config.quant = base_config.variant(FORMS, name)
     config.tokenizer = "pretrained"
     config.infer.chat = True

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.model.norm = "rmsnorm"
     config.model.tied = True
     config.model.embed_norm = False  # a norm after the embedding
-    config.model.precision = "float32"  # float32, bfloat16, mixed
+    config.model.precision = "float32"  # float32, bfloat16, mixed; auto is what the machine has instructions for
     config.model.attention_kernel = "auto"
     config.model.kv_cache = "activation"  # dtype of the KV cache: activation, bfloat16, float16, int8
     config.model.remat = "none"  # none, full, or a policy of jax.checkpoint_policies

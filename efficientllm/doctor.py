@@ -198,12 +198,25 @@ def _peaks(devices):
     peaks = device_peaks.PEAKS.get(kind)
     detail = f"{kind}: {peaks.source}" if peaks else f"no datasheet figures for {kind!r}: mfu is null"
     yield Finding("peaks", peaks is not None, detail)
-    gemm = device_peaks.measure_gemm_peak("float32")
-    yield Finding(
-        "  measured", True, f"{gemm.value / 1e9:,.0f} GFLOP/s: {gemm.source}, cached in {user_cache.folder()}"
-    )
+    rates = {dtype: device_peaks.measure_gemm_peak(dtype) for dtype in ("float32", "bfloat16", "int8")}
+    for dtype, rate in rates.items():
+        detail = f"{rate.value / 1e9:,.0f} GFLOP/s: {rate.source}, cached in {user_cache.folder()}"
+        yield Finding(f"  measured {dtype}", True, detail)
+    yield fastest_precision(rates["float32"].value, rates["bfloat16"].value)
     copy = device_peaks.measure_copy_bandwidth()
     yield Finding("  measured copy", True, f"{copy.value / 1e9:,.1f} GB/s: {copy.source}")
+
+
+def fastest_precision(float32: float, bfloat16: float) -> Finding:
+    """The precision of the fastest products by their rates, and what `config.model.precision = 'auto'` is here."""
+    from efficientllm.weights import Precision, choose_precision
+
+    auto, reason = choose_precision()
+    fastest = "bfloat16" if bfloat16 > float32 else "float32"
+    detail = f"{fastest}: bfloat16 is {bfloat16 / float32:.2f}x as fast as float32; 'auto' is {auto!r}, as {reason}"
+    agrees = Precision.of(auto).product.name == fastest
+    better = "float32" if fastest == "float32" else "mixed"
+    return Finding("  fastest precision", agrees, detail, "" if agrees else f"--config.model.precision={better}")
 
 
 def _kernels():

@@ -7,6 +7,7 @@ import json
 import runs
 from efficientllm import doctor
 from efficientllm.metrics.energy import nvml
+from efficientllm.runtime import cpuinfo
 from efficientllm.runtime import optional_packages as extras
 from metrics.energy import fake_nvml
 
@@ -19,10 +20,29 @@ def test_every_finding_that_is_wanting_says_why(capsys):
     )
     assert findings["device"]["found"].startswith("8 x cpu") and not findings["accelerator"]["ok"]
     assert not findings["energy"]["ok"] and "meter" in findings["energy"]["fix"]
-    assert "mfu is null" in findings["peaks"]["found"] and "GFLOP/s" in findings["  measured"]["found"]
+    assert "mfu is null" in findings["peaks"]["found"] and "GB/s" in findings["  measured copy"]["found"]
+    for dtype in ("float32", "bfloat16", "int8"):
+        assert "GFLOP/s" in findings[f"  measured {dtype}"]["found"]
+    assert "'auto' is" in findings["  fastest precision"]["found"]
     for extra in (finding for name, finding in findings.items() if name.startswith("extra")):
         assert extra["ok"] or extra["fix"].startswith("pip install")
     assert {"extra gpu", "extra tpu", "extra quality", "native products"} <= set(findings)
+
+
+def test_the_fastest_precision_is_told_beside_the_choice_of_auto(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpuinfo, "FILE", tmp_path / "cpuinfo")
+    cpuinfo.FILE.write_text("flags : avx2 avx512f avx512_bf16")
+    finding = doctor.fastest_precision(1e11, 2.5e11)
+    assert finding.ok and finding.found == (
+        "bfloat16: bfloat16 is 2.50x as fast as float32; 'auto' is 'mixed', as the CPU reports avx512_bf16"
+    )
+    finding = doctor.fastest_precision(1e11, 0.5e11)
+    assert not finding.ok and finding.fix == "--config.model.precision=float32"
+    cpuinfo.FILE.write_text("flags : avx2")
+    assert doctor.fastest_precision(1e11, 0.5e11).found.endswith(
+        "'auto' is 'float32', as the CPU reports no instructions for products of bfloat16"
+    )
+    assert doctor.fastest_precision(1e11, 2e11).fix == "--config.model.precision=mixed"
 
 
 def test_every_extra_of_setup_py_is_looked_for():

@@ -39,6 +39,7 @@ SMALLEST = {
     "experiments/quantization/products.py": "1 --shapes=1",
     "experiments/quantization/quality.py": "int8 --rows=1",
     "experiments/scale/run.py": "--most=2 --longest=128 --out=scale",
+    "experiments/speed/run.py": "--only=precision --blocks=2 --out=speed",
     "experiments/vision_language/plans.py": "--only=nothing_of_this_name",
     "third_party/diffusers/compare.py": "--shape=tiny --steps=2 --batch=2 --contestants=torch-float32,ours-float32",
     "third_party/diffusers/tune.py": "--steps=2 --batch=2 --contestants=torch-float32,ours-float32",

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from efficientllm import model as models
-from efficientllm import registry
+from efficientllm import registry, weights
 from efficientllm.architecture import equal_parameters
 from efficientllm.architecture.sizes import Size
 from efficientllm.errors import UserError, did_you_mean
@@ -102,6 +102,8 @@ def _reference(model):
 
 def _describe(model, size, inputs=None):
     """The LM of `config.model` at a given size."""
+    if model.precision == weights.AUTO:
+        model = ConfigDict(model.to_dict() | {"precision": weights.choose_precision().chosen})
     build("precision", model.precision, where="config.model.precision")
     if model.remat not in ("none", "full"):
         rematerialization.policy(model.remat)

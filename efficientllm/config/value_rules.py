@@ -129,7 +129,7 @@ KEYS = {
     "model.residual": one_of(lambda: ("sequential", "parallel")),
     "model.position": spec("position"),
     "model.norm": spec("norm"),
-    "model.precision": spec("precision"),
+    "model.precision": spec("precision", "auto"),
     "model.attention_kernel": name_of("attention_kernel", "auto"),
     "model.kv_cache": constant("mixers.kv_cache", "KINDS"),
     "model.remat": check_remat,

@@ -112,6 +112,8 @@ def _share(peak, rate, convention):
 def measure_gemm_peak(dtype: str) -> Reading:
     """Best rate of a square matrix product on one local device in FLOP/s, as a Reading; takes seconds, once a host.
 
+    Products of bfloat16 are into float32, those of int8 into int32.
+
     Cached in `$EFFICIENTLLM_CACHE/gemm_peaks.json` (`~/.cache/efficientllm`) by host, cores, device, dtype and jax
     version. If the host was busy at the first measurement, remove the file.
     """
@@ -195,9 +197,11 @@ def _host_key(dtype):
 
 def _best_gemm(dtype, sizes=None, repeats=8):
     """Best FLOP/s over sizes and repeats; low precisions accumulate into float32, as the models' products do."""
-    sizes = sizes or ((512, 1024) if jax.default_backend() == "cpu" else (4096, 8192))
-    best = 0.0
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    is_whole, on_cpu = jnp.issubdtype(dtype, jnp.integer), jax.default_backend() == "cpu"
+    # XLA for CPUs multiplies integers at some GFLOP/s: 1,024 rows would take seconds.
+    sizes = sizes or ((512,) if is_whole and on_cpu else (512, 1024) if on_cpu else (4096, 8192))
+    best, result = 0.0, jnp.int32 if is_whole else jnp.float32
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=result))
     for size in sizes:
         a = jnp.ones((size, size), dtype)
         product(a, a).block_until_ready()

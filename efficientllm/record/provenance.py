@@ -90,14 +90,16 @@ def summary() -> dict[str, typing.Any]:
     }
 
 
-def git_state(folder: PathLike | None = None) -> dict[str, typing.Any]:
+def git_state(folder: PathLike | None = None, without: str = "") -> dict[str, typing.Any]:
     """`{"commit": hash, "dirty": bool}` of the repository that holds `folder` (this package); nulls outside of one.
 
-    Untracked files do not count as dirty: a run writes such files itself.
+    Untracked files do not count as dirty: a run writes such files itself. Neither do files below `without`, a path
+    from the top of the repository.
     """
     folder = folder or Path(__file__).parent
     commit = _git(folder, "rev-parse", "HEAD")
-    changes = None if commit is None else _git(folder, "status", "--porcelain", "--untracked-files=no")
+    paths = ("--", ":(top)", f":(top,exclude){without}") if without else ()
+    changes = None if commit is None else _git(folder, "status", "--porcelain", "--untracked-files=no", *paths)
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 

@@ -41,6 +41,8 @@ TYPES = {
     "provenance.host.processor.model": _TEXT,
     "provenance.host.processor.cores": _WHOLE,
     "provenance.git.commit": _TEXT,
+    "provenance.precision": _OBJECT,
+    "provenance.precision.chosen": _TEXT,
     **dict.fromkeys(("config.objective", "config.autoencoder"), _TEXT),
     "config.seed": _SCALAR,
     "config.name": _TEXT,

@@ -152,6 +152,8 @@ def read_row(file: str | os.PathLike[str]) -> Row:
             reason = record["sources"].get(key, {}).get("reason")
             reasons[key] = reason or ("not recorded" if value is None else f"recorded as {value}")
     config = flatten(record["config"])
+    if choice := record["provenance"].get("precision"):  # what "auto" was on the row's machine
+        config["model.precision"] = choice.get("chosen")
     return Row(pathlib.Path(file), record, values, reasons, config, _identity(config))
 
 

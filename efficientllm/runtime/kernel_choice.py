@@ -21,7 +21,8 @@ def capability() -> tuple[int, ...]:
     name, planned = _target.get()
     if name is not None or jax.default_backend() != "gpu":
         return planned
-    return tuple(int(number) for number in jax.local_devices()[0].compute_capability.split("."))
+    numbers = jax.local_devices()[0].compute_capability.split(".")
+    return tuple(map(int, numbers)) if all(number.isdecimal() for number in numbers) else (0, 0)  # AMD's are names
 
 
 @contextlib.contextmanager

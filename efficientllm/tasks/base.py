@@ -7,6 +7,7 @@ import time
 import traceback
 import typing
 
+from efficientllm import weights
 from efficientllm.config.plain import config_hash, flatten, plain
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.record import provenance
@@ -80,6 +81,8 @@ class Run:
             mesh=mesh,
             kernels=kernels,
         )
+        if self.config.model.precision == weights.AUTO:
+            source["precision"] = weights.choose_precision()._asdict()
         record = build_record(
             outcome=outcome,
             name=self.config.name,

@@ -96,14 +96,15 @@ class Planning(Run):
     def _write(self, workload, estimate, prediction):
         """Writes the row; its devices are those of the plan, not those of this process."""
         reader = EnergyReader("a plan reads no energy")
-        record = self.build_row(
-            "ok",
-            reader=reader,
-            mesh=workload.mesh,
-            kernels=estimate.kernels,
-            physical=row.physical(workload, estimate),
-            predicted=prediction,
-        )
+        with workloads.compile_target(self.hardware.platform, self.hardware.capability):
+            record = self.build_row(
+                "ok",
+                reader=reader,
+                mesh=workload.mesh,
+                kernels=estimate.kernels,
+                physical=row.physical(workload, estimate),
+                predicted=prediction,
+            )
         planned = {"platform": self.hardware.platform, "kind": self.hardware.device_kind, "count": self.count}
         record["provenance"]["devices"] = dict.fromkeys(record["provenance"]["devices"]) | planned
         self.write_row(record)

@@ -13,6 +13,7 @@ def get_config():
         variants=forms,
         equal={"parameters": 0.0, "tokens": 0.0, "flops": 0.0},
         overrides={
+            "model.precision": "float32",  # of products: weights alone differ
             "infer.prompt_length": 512,
             "infer.max_new_tokens": 128,
             "infer.repeats": 3,

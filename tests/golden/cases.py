@@ -83,7 +83,7 @@ TRAINED = {
     "qlora": ("tune:qlora", TUNE | {"quant": "nf4(block=32)"}),
 }
 SERVED = {
-    "int4": ("infer:int4", INFER | {"quant": "int4(group=32)"}),
+    "int4": ("infer:int4", INFER | {"quant": "int4(group=32)", "model.precision": "float32"}),
     "run_v0.1_served": ("infer:float32", INFER),
     "adapter_v0.1_served": ("infer:float32", INFER | {"model.pretrained": STORED_ADAPTER}),
 }

@@ -8,6 +8,8 @@ import runs
 from convert import folders
 from efficientllm import main
 from efficientllm.convert.files import stored_form
+from efficientllm.report import rows
+from efficientllm.runtime import cpuinfo
 
 pytestmark = [pytest.mark.quick, pytest.mark.xdist_group("inference")]
 
@@ -51,6 +53,23 @@ def test_a_row_holds_time_bytes_and_quality(base, tmp_path):
     assert row["quality"]["perplexity"] > 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples" / "generated.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["Hello, world", "Hi"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen", "reason"),
+    [
+        ("avx2", "float32", "the CPU reports no instructions for products of bfloat16"),
+        ("avx2 avx512f avx512_bf16", "mixed", "the CPU reports avx512_bf16"),
+    ],
+)
+def test_a_row_says_which_precision_auto_was(base, tmp_path, monkeypatch, flags, chosen, reason):
+    monkeypatch.setattr(cpuinfo, "FILE", tmp_path / "cpuinfo")
+    cpuinfo.FILE.write_text(f"flags : {flags}\n")
+    assert main.main(arguments(base, tmp_path / "run")) == 0
+    row = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert row["config"]["model"]["precision"] == "auto"
+    assert row["provenance"]["precision"] == {"chosen": chosen, "reason": reason}
+    assert rows.read_row(tmp_path / "run" / "record.json").config["model.precision"] == chosen
 
 
 def test_weights_that_a_file_holds_rounded_are_said_to_be_so(monkeypatch, base, tmp_path, capsys):

@@ -8,6 +8,8 @@ from the first token to the last. For batches it includes the prefill of the sho
 streams one row alone. Ratios are of medians over blocks, with a 95 % bootstrap interval. Contestants with the same
 float32 weights must give the same tokens. The bytes that efficientllm reads per token are compared with the memory's
 speed, measured between blocks: a copy in place (a row's `mbu_copy`), a copy from one array into another, and a read.
+
+Products have the precision of configs/infer.py, "auto"; a contestant "ours int4 in float32" has another.
 """
 
 import argparse
@@ -74,9 +76,19 @@ def contestants(options):
     """Names of the contestants to run: those of --contestants, or all."""
     names = [*TORCH, *OURS]
     asked = [name.strip() for name in options.contestants.split(";") if name.strip()]
-    if unknown := set(asked) - set(names):
+    if unknown := {name for name in asked if _plain_name(name) not in names}:
         raise SystemExit(f"--contestants: {', '.join(sorted(unknown))}: choose from {'; '.join(names)}")
     return asked or names
+
+
+def _plain_name(name):
+    """The name in the table of a contestant `NAME in PRECISION` of ours."""
+    return name.partition(" in ")[0]
+
+
+def _precision(name):
+    """`config.model.precision` of a contestant of ours: what its name says, or that of configs/infer.py."""
+    return name.partition(" in ")[2] or ("float32" if name == "ours float32" else "auto")
 
 
 def compare(options, folder):
@@ -89,7 +101,7 @@ def compare(options, folder):
 
     processes, sizes = {}, {}
     for name in contestants(options):
-        settings = malloc.settings() if name in OURS else {}  # as efficientllm.main
+        settings = {} if name in TORCH else malloc.settings()  # as efficientllm.main
         processes[name] = race.Process(_server, name, folder, options, environment=settings)
         sizes[name] = processes[name].ask("bytes")  # waits: models are read one at a time
     apart = functools.partial(device_peaks.measure_copy, apart=True)
@@ -117,9 +129,10 @@ def compare(options, folder):
 
 def _server(name, folder, options):
     """Builds a contestant in its process: a function of "bytes" (read per decode step) or of a block's number."""
-    run, size = (
-        (_transformers(TORCH[name], folder, options), None) if name in TORCH else _ours(OURS[name], folder, options)
-    )
+    if name in TORCH:
+        run, size = _transformers(TORCH[name], folder, options), None
+    else:
+        run, size = _ours(OURS[_plain_name(name)], _precision(name), folder, options)
 
     def answer(question):
         if question == "bytes":
@@ -173,7 +186,7 @@ def _transformers(dtype, folder, options):
     return run
 
 
-def _ours(form, folder, options):
+def _ours(form, precision, folder, options):
     import jax
 
     from efficientllm import base_config
@@ -184,6 +197,7 @@ def _ours(form, folder, options):
     config = base_config.get_config()
     config.task, config.tokenizer, config.quant = "infer", "bytes", form  # no text is read or written
     config.model.pretrained = options.model if form == "stored" else folder
+    config.model.precision = precision
     config.infer.prompts, config.infer.baseline = ("x",), ""
     config.infer.batch_size, config.infer.prompt_length = options.batch, max(options.prefill, PROMPT)
     config.infer.max_new_tokens = options.new + 1

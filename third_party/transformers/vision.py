@@ -181,8 +181,7 @@ def ratios(seconds):
 
 def multiplies_bfloat16():
     """Whether the CPU has instructions for products of bfloat16; None where the kernel does not say."""
-    flags = cpuinfo.first_processor().get("flags", "").split()
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16")) if flags else None
+    return cpuinfo.bfloat16_instructions() is not None if "flags" in cpuinfo.first_processor() else None
 
 
 def table(report):

@@ -32,6 +32,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(layers=2, dim=32, heads=4, kv_heads=2, hidden=48, vocab=128),
+    "small": Shape(layers=6, dim=256, heads=8, kv_heads=4, hidden=768, vocab=2048),
     "10m": Shape(layers=8, dim=256, heads=4, kv_heads=2, hidden=1024, vocab=8192),
     "100m": Shape(layers=12, dim=768, heads=12, kv_heads=4, hidden=2048, vocab=32000),
 }

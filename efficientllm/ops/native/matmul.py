@@ -7,20 +7,16 @@ bfloat16 is multiplied in float32: the gradients of kernels took 8.5 of 26 ms of
 import ctypes
 import functools
 import logging
-import os
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
 
 from efficientllm import sharding
-from efficientllm.runtime import kernel_choice
+from efficientllm.runtime import cpuinfo, kernel_choice
 
 log = logging.getLogger("efficientllm")
 TARGET = "efficientllm_matmul"
-# The values of XLA's flag, in order. An instruction set of the kernels may be used from the value of its name on.
-_LEVELS = ("SSE4_2", "AVX", "AVX2", "AVX512", "AVX512_VNNI", "AVX512_BF16", "AMX", "AMX_FP16")
 
 
 def instruction_sets(product: jnp.dtype) -> tuple[str, ...]:
@@ -33,9 +29,7 @@ def instruction_sets(product: jnp.dtype) -> tuple[str, ...]:
     if library is None or product not in (jnp.float32, jnp.bfloat16):
         return ()
     names = library.efficientllm_matmul_instruction_sets(product == jnp.bfloat16).decode().split()
-    limit = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
-    allowed = _LEVELS[: _LEVELS.index(limit[-1].upper()) + 1] if limit and limit[-1].upper() in _LEVELS else _LEVELS
-    return tuple(name for name in names if name.upper() in allowed)
+    return tuple(name for name in names if cpuinfo.is_allowed(name.upper()))
 
 
 def is_built() -> bool:
