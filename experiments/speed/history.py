@@ -96,9 +96,10 @@ def draw(rows: list[Row], file: pathlib.Path) -> None:
     for panel in grid.flat[len(names) :]:
         panel.set_visible(False)
     shown = sorted(dates)[:: max(1, len(dates) // 5)]
-    for panel in grid[-1]:
+    for place, panel in enumerate(grid.flat):
         panel.set_xlim(-0.5, len(dates) - 0.5)
         panel.set_xticks([at[run] for run in shown], [dates[run][5:] for run in shown], fontsize=7)
+        panel.tick_params(labelbottom=place + columns >= len(names))  # the lowest of its column
     marks = [pyplot.Line2D([], [], color=f"C{colour}", marker="o", label=kind) for colour, kind in enumerate(kinds)]
     figure.legend(handles=marks, loc="lower left", fontsize=7, frameon=False)
     figure.suptitle("Speed over the peer's (small: over our own float32), 95 % intervals", fontsize=10)
