@@ -1,6 +1,11 @@
 """Spec strings: what is built, and what is refused in one line."""
 
+import subprocess
+import sys
+
 import pytest
+
+import runs
 
 from efficientllm import registry
 from efficientllm.architecture.sizes import Size
@@ -74,6 +79,29 @@ def test_numbers_of_any_technique_are_finite_and_inherited_ones_in_range(monkeyp
         registry.build("toy", "make(a=1, b=1e999)")
     with pytest.raises(UserError, match="dim = 0: must be at least 1"):
         registry.complete_spec("size", "mine(dim=0)", {})
+
+
+def test_a_lookup_imports_no_technique_beside_the_one_it_names():
+    code = """if True:
+        import sys
+        from efficientllm import registry
+        registry.lookup("task", "pretrain")
+        registry.lookup("optimizer", "lion")
+        names = ("tasks.training", "optim.optimizers", "tasks.inference", "tasks.plan", "mixers.nsa", "data.images")
+        print([name for name in names if f"efficientllm.{name}" in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.stdout == "['tasks.training', 'optim.optimizers']\n", done.stderr
+
+
+def test_a_technique_of_ones_own_cannot_take_a_name_of_the_package():
+    code = """if True:
+        from efficientllm import registry
+        registry.register("schedule", "cosine")(object)  # before the package's module is imported
+        registry.lookup("schedule", "cosine")
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True)
+    assert "schedule 'cosine' is registered twice: object and cosine" in done.stderr
 
 
 def test_a_name_is_registered_once(monkeypatch):

@@ -190,9 +190,10 @@ def check_order(blocks: tuple[tuple[str, str], ...], order: str) -> None:
     """Raises UserError for a mixer or an ffn that does not honour the order of a model's tokens (`Mask.order`)."""
     layers = [("mixer", mixer) for mixer in _mixers(blocks)] + [("ffn", ffn) for _, ffn in blocks]
     for kind, spec in layers:
-        name, names = registry.parse_spec(spec)[0], registry.names(kind)
-        orders = {other: getattr(registry.lookup(kind, other), "orders", (order,)) for other in names}
-        if order not in orders[name]:
+        name = registry.parse_spec(spec)[0]
+        if order not in getattr(registry.lookup(kind, name), "orders", (order,)):
+            names = registry.names(kind)
+            orders = {other: getattr(registry.lookup(kind, other), "orders", (order,)) for other in names}
             raise UserError(
                 f"config.model.{kind} = {spec!r}: {name!r} reads tokens in {' or '.join(orders[name])} order, and "
                 f"this model is {order}; take one out of {', '.join(key for key in orders if order in orders[key])}"

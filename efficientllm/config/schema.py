@@ -129,7 +129,10 @@ def _describe_type(value):
 def check_values(config: Config) -> None:
     """Raises UserError for the first value out of its range, unknown technique, or conflict of two values."""
     has_plugins = bool(config.imports)  # they may register names that are not known yet
+    defaults = default_values()
     for key, value in flatten(config.to_dict()).items():
+        if value == defaults[key]:  # allowed: the sources of its techniques need not be parsed for it
+            continue
         where = f"config.{key}"
         if key in key_ranges.KEYS:
             ranges.check_range(where, value, key_ranges.KEYS[key])

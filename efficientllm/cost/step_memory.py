@@ -17,41 +17,55 @@ from efficientllm.sharding import local_bytes
 
 
 def predicted_bytes(
-    lm: Backbone, state: typing.Any, rows: int, length: int, shards: int = 1, objective: Objective = NEXT_TOKEN
+    lm: Backbone,
+    state: typing.Any,
+    rows: int,
+    length: int,
+    shards: int = 1,
+    objective: Objective = NEXT_TOKEN,
+    activations: int | None = None,
 ) -> int:
     """Peak bytes per device of a step of `rows` rows (of a micro-batch) of `length` tokens.
 
     state:  the abstract TrainState, unboxed; if it has shardings, one device's shards count.
     shards: devices over which the rows are sharded. Tensor parallelism is not subtracted from the residuals.
+    activations: `activation_bytes` of these rows, where they are known: tracing them takes half a second.
     Gradients take the bytes of the parameters.
     """
-    return sum(predicted_parts(lm, state, rows, length, shards, objective).values())
+    return sum(predicted_parts(lm, state, rows, length, shards, objective, activations).values())
 
 
 def predicted_parts(
-    lm: Backbone, state: typing.Any, rows: int, length: int, shards: int = 1, objective: Objective = NEXT_TOKEN
+    lm: Backbone,
+    state: typing.Any,
+    rows: int,
+    length: int,
+    shards: int = 1,
+    objective: Objective = NEXT_TOKEN,
+    activations: int | None = None,
 ) -> dict[str, int]:
     """The terms of `predicted_bytes`: weights, optimiser state (and average of the parameters), gradients of trainable
     parameters, and activations, which are the residuals."""
     weights = local_bytes((state.params, state.frozen))
+    if activations is None:
+        activations = activation_bytes(lm, state, rows, length, objective)
     return {
         "weights": weights,
         "optimizer": local_bytes(state) - weights,
         "gradients": local_bytes(state.params),
-        "activations": math.ceil(activation_bytes(lm, state, rows, length, objective) / shards),
+        "activations": math.ceil(activations / shards),
     }
 
 
-def moved_bytes(
-    lm: Backbone, state: typing.Any, rows: int, length: int, accumulate: int = 1, objective: Objective = NEXT_TOKEN
-) -> int:
+def moved_bytes(state: typing.Any, activations: int, accumulate: int = 1) -> int:
     """Memory traffic of a step over all devices in bytes, if every use of an array passes through memory once.
 
-    Each of `accumulate` micro-batches of `rows` rows reads the parameters forward and backward, and writes and reads
-    the residuals. The optimiser reads the gradients, and reads and writes moments and trainable parameters.
+    Each of `accumulate` micro-batches, whose rows have the bytes `activations` (`activation_bytes`), reads the
+    parameters forward and backward, and writes and reads the residuals. The optimiser reads the gradients, and reads
+    and writes moments and trainable parameters.
     """
     trainable, frozen, moments = map(_tree_bytes, (state.params, state.frozen, state.opt_state))
-    passes = 2 * (trainable + frozen) + 2 * activation_bytes(lm, state, rows, length, objective)
+    passes = 2 * (trainable + frozen) + 2 * activations
     return accumulate * (passes + trainable) + 3 * trainable + 2 * moments
 
 

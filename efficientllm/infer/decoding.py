@@ -70,8 +70,14 @@ def empty(lm: LM, length: int, rows: int) -> tuple[PyTree, jax.Array]:
 
 def replace(lm: LM, carry: Carry, states: PyTree, rows_B: jax.Array) -> Carry:
     """Replaces the states of the rows `rows_B`."""
-    replaced = jax.tree.map(lambda leaf, new: leaf.at[rows_B].set(new), carry.states, states)
+    rows = _rows(lm, rows_B)
+    replaced = jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), carry.states, states)
     return carry.replace(states=models.pin_states(lm, replaced))  # type: ignore[attr-defined]
+
+
+def _rows(lm, rows_B):
+    """The index of rows in the states of a model, which begin with the layers where it scans them."""
+    return (slice(None), rows_B) if lm.scan else rows_B
 
 
 def prefill(
@@ -91,15 +97,19 @@ def prefill(
     scalings choose their frequencies; None where the model does not need it. `images` are those of these tokens.
     """
     positions_BT = at_B[:, None] + jnp.arange(ids_BT.shape[1])
-    row_states = states if rows_B is None else jax.tree.map(lambda leaf: leaf[rows_B], states)
+    rows = _rows(lm, rows_B)
+    row_states = states if rows_B is None else jax.tree.map(lambda leaf: leaf[rows], states)
     ctx = Context.decoding(positions_BT, reach_B)
     if images is not None:
         of_tokens = Images(images.slots_BL, features_BMD=images.features_BMD)
         ctx = ctx.replace(coordinates_BTA=images.coordinates_BLA, images=of_tokens)
     x_BTD, row_states, _ = lm.apply({"params": params}, ids_BT, ctx, row_states, readout=False)
-    update = (lambda leaf, new: new) if rows_B is None else (lambda leaf, new: leaf.at[rows_B].set(new))
-    hidden_BD = update(hidden_BD, x_BTD[:, -1])
-    return models.pin_states(lm, jax.tree.map(update, states, row_states)), constrain(hidden_BD, "batch", None)
+    if rows_B is None:
+        states, hidden_BD = row_states, x_BTD[:, -1]
+    else:
+        states = jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), states, row_states)
+        hidden_BD = hidden_BD.at[rows_B].set(x_BTD[:, -1])
+    return models.pin_states(lm, states), constrain(hidden_BD, "batch", None)
 
 
 def begin(

@@ -178,6 +178,7 @@ class Backbone(nn.Module):
             length=len(stack.groups),
             unroll=remat.scan_unroll(len(stack.groups), self.unroll),
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # there are none, and the check traces the group once more
         )
         return scanned(*self.group_fields(stack), name=stack.name)(carry, ctx, states)
 

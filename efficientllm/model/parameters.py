@@ -21,8 +21,10 @@ def init_params(lm: Backbone, key: jax.Array, length: int) -> Params:
     """Initializes the parameters, boxed with their logical axes; traced for one row of `length` tokens.
 
     A parameter without axes (a plain `self.param`) is replicated. Raises UserError where there are more or fewer axes
-    than dimensions.
+    than dimensions. Layers are initialized in a loop: of four unrolled ones the program took 2.4 s to compile instead
+    of 1.1 s, and runs as fast.
     """
+    lm = lm.clone(unroll=0)
     params = lm.init(key, *lm.example(length))["params"]
     return jax.tree_util.tree_map_with_path(_boxed, params, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 

@@ -1,22 +1,20 @@
 """Registry of techniques: a spec string `"name(key=value, ...)"` becomes the object registered under (kind, name).
 
-A kind is a role in a run: `mixer`, `ffn`, `optimizer`, `data`, ... Its modules are imported when one of its names is
-first looked up, so a new technique only has to register itself. Files outside the package are listed in
+A kind is a role in a run: `mixer`, `ffn`, `optimizer`, `data`, ... A module that registers a name is imported when that
+is first looked up, so a new technique only has to register itself. Files outside the package are listed in
 `config.imports`.
 """
 
 import ast
-import functools
 import importlib
 import inspect
-import pathlib
-import pkgutil
 import re
 import typing
 import warnings
 
 from efficientllm.errors import UserError, did_you_mean, short_repr
-from efficientllm.registry import ranges
+from efficientllm.registry import homes, ranges
+from efficientllm.registry.homes import kinds as kinds
 
 SPEC_TYPES = {
     "int": (int,),
@@ -27,8 +25,6 @@ SPEC_TYPES = {
     "bool | str": (bool, str),
     "int | tuple": (int, tuple, list),
 }
-_PACKAGE = pathlib.Path(__file__).parents[1]
-_KINDS = re.compile(r"^KINDS = (\{.*?\})$", re.MULTILINE | re.DOTALL)
 _SPEC = re.compile(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)  # names such as 0.5b are not identifiers
 Target = typing.Any  # a registered class or function
 Values = dict[str, typing.Any]  # the fields that a spec sets
@@ -108,7 +104,10 @@ def parse_spec(spec: str, where: str = "spec") -> tuple[str, Values]:
 
 def lookup(kind: str, name: str, where: str = "spec") -> Target:
     """The object registered as (kind, name). Raises UserError that lists the registered names."""
-    check_name(kind, name, names(kind), where)
+    if module := homes.module_by_name(kind).get(name):
+        importlib.import_module(module)  # also where the name is known: two of one name are an error
+    if (kind, name) not in _REGISTRY:
+        check_name(kind, name, names(kind), where)
     return _REGISTRY[kind, name]
 
 
@@ -219,29 +218,10 @@ def _check_type(where, key, value, name):
         raise UserError(f"{where}: {key} = {short_repr(value)}: must be {name.replace(' | ', ' or ')}")
 
 
-@functools.cache
-def kinds() -> dict[str, tuple[str, ...]]:
-    """`{kind: modules and packages that register its names}`, as `KINDS` in the `__init__` of each package declares.
-
-    `KINDS = {"mixer": "*"}` stands for all modules of the package, `{"rope_scaling": "scaling"}` for one. The
-    declarations are read as text, not imported, so techniques can be listed before JAX is imported.
-    """
-    homes: dict[str, tuple[str, ...]] = {}
-    for file in sorted(_PACKAGE.glob("**/__init__.py")):
-        if declaration := _KINDS.search(file.read_text("utf-8")):
-            package = ".".join(file.parent.relative_to(_PACKAGE.parent).parts)
-            for kind, module in ast.literal_eval(declaration[1]).items():
-                home = package if module == "*" else f"{package}.{module}"
-                homes[kind] = (*homes.get(kind, ()), home)
-    return homes
-
-
 def _import_modules(kind):
     """Imports every module that registers names of `kind`."""
-    for home in kinds().get(kind, ()):
-        module = importlib.import_module(home)
-        for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
-            importlib.import_module(f"{home}.{info.name}")
+    for module in homes.modules(kind):
+        importlib.import_module(module)
 
 
 def _origin(target):

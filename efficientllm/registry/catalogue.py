@@ -5,13 +5,10 @@ The registry knows the same once a kind's modules are imported, and also the tec
 
 import ast
 import functools
-import itertools
-import pathlib
 import typing
 
 from efficientllm import registry
-
-ROOT = pathlib.Path(__file__).parents[1]
+from efficientllm.registry import homes
 
 
 class Entry(typing.NamedTuple):
@@ -30,17 +27,32 @@ class Field(typing.NamedTuple):
 Fields = dict[str, Field]
 
 
+class Entries(typing.Mapping[str, Entry]):
+    """The techniques of `kind` by name, sorted. The source of one is parsed when its Entry is asked for."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._modules = dict(sorted(homes.module_by_name(kind).items()))
+
+    def __getitem__(self, name: str) -> Entry:
+        return _registered(self._modules[name], self._kind)[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> typing.Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
 @functools.cache
-def entries(kind: str) -> dict[str, Entry]:
+def entries(kind: str) -> typing.Mapping[str, Entry]:
     """`{name: Entry}` of all techniques of `kind`, sorted by name."""
     if kind == "size":  # a function makes its names; its module is cheap to import
         return {name: Entry(_signature_fields(registry.lookup("size", name))) for name in registry.names("size")}
-    registered: dict[str, Entry] = {}
-    for module in itertools.chain(*map(_modules, registry.kinds()[kind])):
-        source = _path(module).read_text("utf-8")
-        if f'"{kind}"' in source or "@register" in source:
-            registered |= _registered(module, kind)
-    return dict(sorted(registered.items()))
+    return Entries(kind)
 
 
 def constant(module: str, name: str) -> typing.Any:
@@ -56,23 +68,12 @@ def constant(module: str, name: str) -> typing.Any:
     raise LookupError(f"{module} assigns no {name}")
 
 
-def _path(module):
-    path = ROOT.parent.joinpath(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def _modules(home):
-    """The module or package `home` and the modules directly in it, as the registry imports them."""
-    folder = ROOT.parent.joinpath(*home.split("."))
-    stems = [path.stem for path in sorted(folder.glob("*.py")) if path.stem not in ("__init__", "__main__")]
-    return [home, *(f"{home}.{stem}" for stem in stems)]
+@functools.cache
+def _tree(module):
+    return ast.parse(homes.source_file(module).read_text("utf-8"))
 
 
 @functools.cache
-def _tree(module):
-    return ast.parse(_path(module).read_text("utf-8"))
-
-
 def _registered(module, kind):
     """`{name: Entry}` of what a module registers under `kind`."""
     entries_by_name = {}

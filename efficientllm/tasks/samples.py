@@ -3,6 +3,8 @@
 The quality of many sampled pictures is measured too (`evaluation.sample_quality`).
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import logging
@@ -17,7 +19,6 @@ from efficientllm.evaluation import own_features, picture_reference, sample_qual
 from efficientllm.infer import clips, image_samples
 from efficientllm.infer.denoise import DiffusionSampler
 from efficientllm.infer.engine import Engine
-from efficientllm.infer.picture_serving import PictureServing
 from efficientllm.infer.pictures import BORDER, grid_columns, image_grid, write_png
 from efficientllm.infer.samplers import Sample
 from efficientllm.metrics.reading import missing
@@ -31,6 +32,9 @@ from efficientllm.tasks import failures
 from efficientllm.train import setup as train_setup
 from efficientllm.train.setup import Setup
 from efficientllm.typing import Config, Params, Record
+
+if typing.TYPE_CHECKING:
+    from efficientllm.infer.picture_serving import PictureServing
 
 NO_DATA = "no pictures to compare samples with: give config.data"
 log = logging.getLogger("efficientllm")
@@ -135,7 +139,10 @@ def complete_text(setup: Setup, params: Params) -> str | None:
     if not sample_config.tokens:
         return None
     prompt, sampler = setup.dataset.tokenizer.encode_prompt(sample_config.prompt), Sample(sample_config.temperature)
-    engine = Engine(setup.lm, params, sampler, setup.dataset.tokenizer.end_ids, len(prompt) + sample_config.tokens)
+    length = len(prompt) + sample_config.tokens
+    # Compiling takes longer than 64 tokens do. In chunks a short prompt needs no program of prefill.
+    end_ids = setup.dataset.tokenizer.end_ids
+    engine = Engine(setup.lm, params, sampler, end_ids, length, chunked=True, in_loop=True)
     *_, (new_ids,) = engine.generate([prompt], sample_config.tokens, setup.config.seed)
     return sample_config.prompt + setup.dataset.tokenizer.decode(new_ids)
 

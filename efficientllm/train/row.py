@@ -176,9 +176,8 @@ def _mean_work(setup, programs):
     """`(bytes moved, FLOPs)` of a step, the means over the steps by program."""
     train, work = setup.config.train, []
     for program, steps in programs.items():
-        lm, rows = setup.models[program], setup.batch_size // train.accumulate
-        of_step = lm, setup.shaped, rows, _length(setup, lm), train.accumulate, setup.objective
-        work.append((steps, step_memory.moved_bytes(*of_step), _step_flops(setup, lm)))
+        moved = step_memory.moved_bytes(setup.shaped, setup.activation_bytes(program), train.accumulate)
+        work.append((steps, moved, _step_flops(setup, setup.models[program])))
     total = sum(steps for steps, _, _ in work)
     moved, flops = (sum(values[0] * values[i] for values in work) / total for i in (1, 2))
     return moved, flops

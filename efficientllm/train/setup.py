@@ -78,6 +78,7 @@ class Setup:
     kernels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     program_flops: tuple[Reading, ...] = (missing("FLOP", "the run ended before compilation"),)
     program_memory: Reading = missing("bytes", "the run ended before compilation")
+    _activations: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
@@ -87,6 +88,14 @@ class Setup:
     def batch_shardings(self) -> dict[str, jax.NamedSharding]:
         """The sharding of each array of a batch."""
         return self.objective.batch_shardings(self.lm, self.mesh)
+
+    def activation_bytes(self, program: int = 0) -> int:
+        """`step_memory.activation_bytes` of a micro-batch of the model of `models` at `program`; traced once."""
+        if program not in self._activations:
+            lm, rows = self.models[program], self.batch_size // self.config.train.accumulate
+            length = lm.row_length(self.config.train.length)
+            self._activations[program] = step_memory.activation_bytes(lm, self.shaped, rows, length, self.objective)
+        return self._activations[program]
 
     @property
     def objective_facts(self) -> Record:
@@ -260,7 +269,7 @@ def predicted_memory(setup: Setup) -> Reading:
     rows = config.batch_size // config.accumulate
     token_shards = sharding.count_row_shards(setup.mesh) * setup.mesh.shape["sequence"]
     device_bytes = step_memory.predicted_bytes(
-        setup.lm, setup.shaped, rows, setup.length, token_shards, setup.objective
+        setup.lm, setup.shaped, rows, setup.length, token_shards, setup.objective, setup.activation_bytes()
     )
     total = device_bytes * jax.local_device_count()
     return Reading(total, "bytes", "shapes: parameters, optimiser, gradients, activations; over this process's devices")

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 import runs
 from efficientllm import base_config, main, registry
-from efficientllm.config import key_ranges, schema
+from efficientllm.config import key_ranges, schema, value_rules
 from efficientllm.config.plain import flatten
 from efficientllm.errors import UserError
 from efficientllm.ffns.dense import GELUS
@@ -138,6 +138,12 @@ def test_every_number_of_the_config_has_a_range():
     assert all(value in key_ranges.KEYS[key] for key, value in schema.default_values().items() if key in numbers)
 
 
+def test_defaults_are_allowed():
+    """Values that are the default are not checked in a run."""
+    for key, value in schema.default_values().items():
+        value_rules.check_value(key, value, f"config.{key}")
+
+
 KINDS = [kind for kind in registry.kinds() if not kind.endswith("_kernel") and kind not in ("task", "planned")]
 
 
@@ -180,8 +186,6 @@ def test_the_catalogue_knows_what_the_registry_knows(kind):
 def test_every_text_that_names_something_is_checked():
     """The keys and fields that hold text of the user's, of which anything goes, are the exceptions."""
     texts = {key for key, value in schema.default_values().items() if isinstance(value, str | tuple)}
-    from efficientllm.config import value_rules
-
     assert texts - value_rules.KEYS.keys() == {"sample.prompt"}
     free = {"axis", "split", "name", "field", "messages", "prompt", "response", "system", "activations"}
     free |= {"letters", "image", "label", "caption", "captions", "question", "writer"}

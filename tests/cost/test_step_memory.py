@@ -96,13 +96,10 @@ def test_bytes_that_a_step_moves():
 
         learnt, frozen = size(state.params), size(state.frozen)
         assert bool(frozen) == frozen_too
-        moved = step_memory.moved_bytes(lm, state, ROWS, LENGTH) - 2 * activation_bytes
-        assert moved == pytest.approx(2 * (learnt + frozen) + 4 * learnt + 4 * learnt, abs=100)
-        twice = step_memory.moved_bytes(lm, state, ROWS, LENGTH, accumulate=2)
-        assert (
-            twice - step_memory.moved_bytes(lm, state, ROWS, LENGTH)
-            == 2 * (learnt + frozen) + learnt + 2 * activation_bytes
-        )
+        moved = step_memory.moved_bytes(state, activation_bytes)
+        assert moved - 2 * activation_bytes == pytest.approx(2 * (learnt + frozen) + 4 * learnt + 4 * learnt, abs=100)
+        twice = step_memory.moved_bytes(state, activation_bytes, accumulate=2)
+        assert twice - moved == 2 * (learnt + frozen) + learnt + 2 * activation_bytes
 
 
 def test_a_program_executes_what_the_model_needs_and_what_remat_computes_twice():

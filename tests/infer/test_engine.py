@@ -83,6 +83,18 @@ def test_a_batch_of_prompts_of_any_length_is_each_alone(spec, monkeypatch):
         assert answers(engine, [prompt]) == [answer]
 
 
+@pytest.mark.parametrize("spec", slow_except(MIXERS, "gqa"))
+def test_a_loop_over_layers_writes_as_unrolled_ones_do(spec, monkeypatch):
+    """Rows that are prefilled apart from others, too: states of a loop begin with the layers."""
+    monkeypatch.setattr("efficientllm.infer.engine.PREFILL_CHUNKS", (8,))
+    lm = contract.build("mixer", spec)
+    params = contract.parameters(lm)
+    prompts = [contract.tokens()[0, :length].tolist() for length in (11, 5)]
+    looped, unrolled = (Engine(lm, params, Greedy(), -1, 40, in_loop=in_loop) for in_loop in (True, False))
+    assert looped.lm.scan and not unrolled.lm.scan
+    assert answers(looped, prompts) == answers(unrolled, prompts)
+
+
 @pytest.fixture(scope="module")
 def small():
     lm = contract.build("mixer", "gqa")
