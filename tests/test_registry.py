@@ -6,7 +6,6 @@ import sys
 import pytest
 
 import runs
-
 from efficientllm import registry
 from efficientllm.architecture.sizes import Size
 from efficientllm.errors import UserError

@@ -163,8 +163,8 @@ def describe(
     check_train(config.train, description.mesh, description.objective)
     with compile_target(platform, capability):
         lm = training_lm(description, planned_images.row_slots(description))
-        shaped, shardings = step.abstract_state(lm, config, description.length, description.method, description.mesh)
         boxed = model.abstract_params(lm)
+        shaped, shardings = step.abstract_state(lm, config, boxed, description.method, description.mesh)
     objective, length = description.objective, description.length
     return Step(
         config,

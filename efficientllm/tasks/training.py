@@ -2,6 +2,7 @@
 
 import logging
 import math
+from concurrent import futures
 
 import jax
 
@@ -97,10 +98,12 @@ class Training(Run):
 
     def _train(self):
         stopping.raise_if_stopped()
-        self.compiled, self.compiled_eval = train_setup.compile_steps(self.setup)
-        distributed.call_in_all(lambda: memory_check.check_compiled(self.setup))
-        self.held_out_table = train_setup.held_out_table(self.setup)
-        state = self._restore_or_create()
+        with futures.ThreadPoolExecutor(1) as background:
+            self.compiled, compiled_eval = train_setup.compile_steps(self.setup, background)
+            distributed.call_in_all(lambda: memory_check.check_compiled(self.setup))
+            self.held_out_table = train_setup.held_out_table(self.setup)
+            state = self._restore_or_create()
+            self.compiled_eval = compiled_eval.result()
         if self.is_main:
             self.setup.dataset.keep(self.workdir.path)
             self.open_charts(self.first_step + 1)
@@ -108,13 +111,12 @@ class Training(Run):
         self.progress = Progress(self.config.train.steps, unit=self.setup.objective.counted)
         stopping.raise_if_stopped()
         hooks = loop.Hooks(self._log, self._evaluate, self._save, self.checkpoints.saving)
-        batches, shardings = self.setup.batches, self.setup.batch_shardings
         state = loop.train(
             self.config,
             state,
             self.compiled,
-            batches,
-            shardings,
+            self.setup.batches,
+            self.setup.batch_shardings,
             self.measurement,
             self.progress,
             hooks,
@@ -294,7 +296,5 @@ class Training(Run):
 
 def _quality(objective, evaluation, loss):
     """Readings of the last evaluation and the last training loss; null with the reason where a value is not finite."""
-    readings = objective.readings(evaluation or {})
-    return (
-        readings if loss is None else {"loss": Reading(loss, objective.unit, "last logged training step"), **readings}
-    )
+    trained = {} if loss is None else {"loss": Reading(loss, objective.unit, "last logged training step")}
+    return trained | objective.readings(evaluation or {})

@@ -8,6 +8,7 @@ import logging
 import time
 import typing
 from collections.abc import Callable
+from concurrent import futures
 
 import flax.linen as nn
 import jax
@@ -128,7 +129,8 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
         zip(("process_index", "process_count"), sharding.process_share(mesh), strict=True)
     )
     rows = config.train.batch_size
-    shaped, shardings = step.abstract_state(lm, config, description.length, description.method, mesh)
+    boxed = model.abstract_params(lm)
+    shaped, shardings = step.abstract_state(lm, config, boxed, description.method, mesh)
     return Setup(
         config=config,
         mesh=mesh,
@@ -142,7 +144,7 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
         eval_batches=dataset.held_out(rows, **share, limit=config.eval.batches or None),
         method=description.method,
         source=description.source,
-        boxed=model.abstract_params(lm),
+        boxed=boxed,
         shaped=shaped,
         shardings=shardings,
         new_parts=description.new_parts,
@@ -195,8 +197,11 @@ def create_state(setup: Setup) -> step.TrainState:
     return state
 
 
-def compile_steps(setup: Setup) -> tuple[Callable, Callable]:
-    """Compiles the train and eval steps -> both; sets the setup's compile times, kernels, program FLOPs and memory."""
+def compile_steps(setup: Setup, background: futures.Executor) -> tuple[Callable, futures.Future[Callable]]:
+    """Compiles the train step -> `(train step, future eval step)`, which `background` compiles.
+
+    Sets the setup's compile times, kernels, program FLOPs and memory.
+    """
     programs = [_compile_for(setup, index) for index in range(len(setup.models))]
     setup.step_programs = tuple(program.train for program in programs)
     setup.compile_s = {key: sum(program.seconds[key] for program in programs) for key in ("lower", "compile")}
@@ -212,16 +217,16 @@ def compile_steps(setup: Setup) -> tuple[Callable, Callable]:
     }
     malloc.trim()
     batches = [program.batch for program in programs]
-    train, evaluate = ([getattr(program, name) for program in programs] for name in ("train", "eval"))
-    return step_of_batch(train, batches), of_batch(evaluate, batches)
+    evaluate = background.submit(lambda: of_batch([program.eval.compile() for program in programs], batches))
+    return step_of_batch(setup.step_programs, batches), evaluate
 
 
 class _Programs(typing.NamedTuple):
-    """The compiled steps for the batches of one size."""
+    """The steps for the batches of one size: that of training compiled, that of evaluation lowered."""
 
     batch: Batch
     train: jax.stages.Compiled
-    eval: jax.stages.Compiled
+    eval: jax.stages.Lowered
     jaxpr: typing.Any
     kernels: dict[str, set[str]]
     seconds: dict[str, float]
@@ -242,8 +247,8 @@ def _compile_for(setup, index):
     compiled = lowered.compile()
     seconds = {"lower": lowered_at - begin, "compile": time.perf_counter() - lowered_at}
     loads = compile_cache.loads() - loads_before
-    compiled_eval = evaluate.lower(setup.shaped.eval_params, batch, held_out_table(setup)).compile()
-    return _Programs(batch, compiled, compiled_eval, traced.jaxpr, used, seconds, loads)
+    lowered_eval = evaluate.lower(setup.shaped.eval_params, batch, held_out_table(setup))
+    return _Programs(batch, compiled, lowered_eval, traced.jaxpr, used, seconds, loads)
 
 
 def _program_flops(jaxpr):

@@ -93,13 +93,17 @@ def init_state(
 
 
 def abstract_state(
-    lm: Backbone, config: Config, length: int, method: Method, mesh: Mesh
+    lm: Backbone, config: Config, boxed: PyTree, method: Method, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-    """`(abstract TrainState with shardings, the shardings alone)` of a run of `config` on `mesh`."""
-    init = init_state(lm, config.train, config.seed, length, method, config.quant)
+    """`(abstract TrainState with shardings, the shardings alone)` of a run of `config` on `mesh`.
+
+    `boxed` are the model's abstract parameters.
+    """
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(init)
-    return sharding.abstract_shards(boxed, mesh), sharding.shardings(boxed, mesh)
+        state = jax.eval_shape(
+            lambda params: create(lm, config.train, method, config.seed, params, params, config.quant), boxed
+        )
+    return sharding.abstract_shards(state, mesh), sharding.shardings(state, mesh)
 
 
 def jit_create(
