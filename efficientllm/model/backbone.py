@@ -178,7 +178,8 @@ class Backbone(nn.Module):
             length=len(stack.groups),
             unroll=remat.scan_unroll(len(stack.groups), self.unroll),
             metadata_params={nn.PARTITION_NAME: "layers"},
-            check_constancy_invariants=False,  # there are none, and the check traces the group once more
+            # Traces the group once more, for constants that it has not. Random keys follow from it in initialization.
+            check_constancy_invariants=self.is_initializing(),
         )
         return scanned(*self.group_fields(stack), name=stack.name)(carry, ctx, states)
 
