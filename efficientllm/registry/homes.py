@@ -36,13 +36,14 @@ def modules(kind: str) -> tuple[str, ...]:
 @functools.cache
 def module_by_name(kind: str) -> dict[str, str]:
     """`{name: module}` of the names of `kind` that the sources show; a function may register others."""
-    found = {}
+    names: dict[str, str] = {}
     for module in modules(kind):
         source = source_file(module).read_text("utf-8")
-        named = _REGISTERED.findall(source)
-        named += [(kind, name) for _, names, kind in _LOOP.findall(source) for name in ast.literal_eval(names)]
-        found |= {name: module for registered_kind, name in named if registered_kind == kind}
-    return found
+        registered = _REGISTERED.findall(source)
+        for _, values, looped_kind in _LOOP.findall(source):
+            registered += [(looped_kind, name) for name in ast.literal_eval(values)]
+        names |= {name: module for registered_kind, name in registered if registered_kind == kind}
+    return names
 
 
 def source_file(module: str) -> pathlib.Path:
