@@ -163,7 +163,7 @@ def _check_data(description, log):
 
 
 def _describe_data(config, dataset, log):
-    """The row's description of the data; logs how many records are truncated."""
+    """The row's description of the data; logs how many records are truncated, and what rows with pictures hold."""
     summary = dataset.describe()
     for split in ("train", "held_out"):
         if summary.get(f"{split}_cut"):
@@ -172,6 +172,13 @@ def _describe_data(config, dataset, log):
                 f"{split.replace('_', ' ')}: {summary[f'{split}_cut']} of {total} records are longer than "
                 f"{config.train.length} tokens, and cut there"
             )
+    if "slot_fill" in summary:
+        log.info(
+            f"data: {summary['token_fill']:.0%} of {config.train.length:,} tokens of a row and "
+            f"{summary['slot_fill']:.0%} of {summary['row_slots']:,} slots of patches are filled"
+        )
+    if summary.get("left_out"):
+        log.info(f"data: {summary['left_out']} examples whose images or answers do not fit into a row are left out")
     return summary
 
 

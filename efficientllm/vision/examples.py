@@ -142,14 +142,22 @@ class ExampleData:
         order = grain.MapDataset.range(len(examples))
         return self._fit(order.map(lambda index: self._document(examples[index])).to_iter_dataset(_reading()))
 
-    def count_held_out_rows(self) -> int:
-        """Counts `held_out_rows` by the sizes of examples alone: nothing is decoded."""
+    def count_rows(self, side: str) -> int:
+        """Counts the rows of a side's examples in order, by their sizes alone: nothing is decoded."""
         sizes: list[dict[str, np.ndarray]] = [
-            {"tokens": np.zeros(len(e.ids) - 1, np.int8), "slots": np.zeros(e.slots, np.int8)}
-            for e in self.sides["held_out"]
+            {"tokens": np.zeros(len(e.ids) - 1, np.int8), "slots": np.zeros(e.slots, np.int8)} for e in self.sides[side]
         ]
         most = {"tokens": self.text.length, "slots": self.row_slots}
         return sum(1 for _ in _first_fit(packing.in_order(sizes), most))
+
+    def fill(self) -> dict[str, float]:
+        """Computes the shares of tokens and of slots of patches that hold training examples; the rest is padding."""
+        examples, rows = self.sides["train"], self.count_rows("train")
+        tokens, slots = sum(len(e.ids) - 1 for e in examples), sum(e.slots for e in examples)
+        return {
+            "token_fill": tokens / (rows * self.text.length),
+            "slot_fill": slots / (rows * self.row_slots) if self.row_slots else 1.0,
+        }
 
     def _fit(self, documents):
         """Rows of whole examples side by side, each in the first row with room for its tokens and its patches."""
@@ -219,7 +227,7 @@ class ExampleData:
         return self.text.tokenizer_fingerprint
 
     def describe(self) -> Record:
-        """Returns the row's description of the data: that of the text, and its pictures on either side."""
+        """Returns the row's description of the data: that of the text, its pictures on either side, and its rows."""
         pictures = {
             f"{side}_pictures": sum(len(encoded.example.pictures) for encoded in examples)
             for side, examples in self.sides.items()
@@ -230,7 +238,8 @@ class ExampleData:
         summary = pipeline.describe_documents(Corpus(self.text.spec))
         documents = sum(summary[f"{side}_documents"] for side in self.sides)
         left_out = documents - sum(map(len, self.sides.values()))
-        return summary | tokens | pictures | {"row_slots": self.row_slots, "left_out": left_out}
+        rows = {"row_slots": self.row_slots, "left_out": left_out} | self.fill()
+        return summary | tokens | pictures | rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +257,7 @@ class HeldOutExamples:
 
     @functools.cached_property
     def _count(self):
-        return -(-self.data.count_held_out_rows() // self.batch_size)
+        return -(-self.data.count_rows("held_out") // self.batch_size)
 
     def __iter__(self) -> typing.Iterator[Batch]:
         rows = self.data.held_out_rows()

@@ -1,6 +1,7 @@
 """Tuning of vision-language models: a new tower for a language model, then adapters, then pictures in prompts."""
 
 import json
+import re
 
 import pytest
 
@@ -69,6 +70,10 @@ def test_a_language_model_is_given_a_tower(with_tower):
     record = json.loads((with_tower / "record.json").read_text())
     data, physical = record["provenance"]["data"], record["physical"]
     assert data["train_pictures"] > 0 and data["held_out_pictures"] > 0 and data["row_slots"] % 4 == 0
+    assert 0 < data["token_fill"] <= 1 and 0 < data["slot_fill"] <= 1
+    assert re.search(
+        r"data: \d+% of [\d,]+ tokens of a row and \d+% of [\d,]+ slots", (with_tower / "log.txt").read_text()
+    )
     assert 0 < physical["params_trainable"] < physical["params_total"]
     assert record["quality"]["eval_loss"] > 0 and physical["flops_per_token"] > 0
 

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import struct
+import threading
+import time
 import zlib
 
 import flax.linen as nn
@@ -21,6 +23,7 @@ from efficientllm.cost.jaxpr_flops import count_program_flops
 from efficientllm.data.base import Example
 from efficientllm.data.text import TextData
 from efficientllm.data.tokenizers import Bytes
+from efficientllm.embeds.vision_language import BATCH_KEYS
 from efficientllm.errors import UserError
 from efficientllm.objectives.next_token import NEXT_TOKEN
 from efficientllm.optim import rules
@@ -123,6 +126,38 @@ def test_batches_resume_bit_for_bit_and_are_shared_by_processes(made):
         jax.tree.map(np.testing.assert_array_equal, next(again), expected)
     shares = [next(data.train(4, seed=1, process_index=i, process_count=2)) for i in range(2)]
     jax.tree.map(lambda whole, *parts: np.testing.assert_array_equal(np.concatenate(parts), whole), batches[0], *shares)
+
+
+def test_the_fill_of_rows_is_that_of_the_rows_that_are_made(made):
+    """Of their tokens and of their slots of patches; it is counted without decoding a picture."""
+    data, _, _ = made
+    documents = [data._document(encoded) for encoded in data.sides["train"]]
+    rows = list(data._fit(grain.MapDataset.source(documents).to_iter_dataset()))
+    frames = BATCH_KEYS["frames_BS"]
+    expected = [np.mean([row[f"{key}_segment_ids"] > 0 for row in rows]) for key in ("tokens", frames)]
+    described = data.describe()
+    assert [described["token_fill"], described["slot_fill"]] == pytest.approx(expected, rel=1e-12)
+    assert all(0.2 < share < 1 for share in expected)
+
+
+def test_pictures_are_decoded_in_threads_ahead_of_the_step(made, monkeypatch):
+    """A batch is taken while later ones are being made, in other threads than the step's."""
+    data, _, _ = made
+    threads, prepare = [], ExampleData._prepare
+
+    def noted(self, picture, name):
+        threads.append(threading.get_ident())
+        return prepare(self, picture, name)
+
+    monkeypatch.setattr(ExampleData, "_prepare", noted)
+    batches = data.train(2, seed=0)
+    first = next(batches)
+    of_batch, end = int(first["segments"].max(-1).sum()), time.monotonic() + 30
+    while len(threads) <= 2 * of_batch and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.get_ident() not in threads and len(set(threads)) > 1
+    assert len(threads) > 2 * of_batch
+    batches.close()
 
 
 def test_each_held_out_example_comes_once(made):
