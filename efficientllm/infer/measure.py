@@ -32,7 +32,7 @@ class Measured:
     prefills, decodes:         number of batches in the energy windows.
     span:                      conditions of the machine during the repeats.
     interrupted:               windows and steps that were discarded because the process was paused.
-    image_flops:               of the tower for the images of a row.
+    images:                    what was measured of the prompts' images; None where they have none.
     """
 
     rows: int
@@ -49,7 +49,7 @@ class Measured:
     averages: sampler.Averages
     span: conditions.Span | None = None
     interrupted: int = 0
-    image_flops: float = 0.0
+    images: "MeasuredImages | None" = None
 
     @property
     def requests_s(self) -> list[float]:
@@ -60,6 +60,31 @@ class Measured:
     def compile_s(self) -> float:
         """First warm-up repeat less the second."""
         return max(0.0, self.discarded_s[0] - self.discarded_s[1])
+
+
+@dataclasses.dataclass
+class MeasuredImages:
+    """What `measure` measured of a tower alone, which prefill calls first.
+
+    count:      images of a row.
+    flops:      of the tower for the images of a row.
+    encode_s:   seconds of all images of a batch in each repeat.
+    encodings:  batches in the energy windows.
+    """
+
+    count: int
+    flops: float
+    encode_s: list[float]
+    encodings: int
+    energy: energy.EnergyWindow
+
+
+class Images(typing.NamedTuple):
+    """The images of the rows of a batch: `encode` computes the features of all; `count` and `flops` are of a row."""
+
+    encode: Callable[[], typing.Any]
+    count: int
+    flops: float
 
 
 def warm_ups(repeat: Callable[[], Result]) -> list[Result]:
@@ -83,14 +108,17 @@ def measure(
     averages: sampler.Sampler,
     seed: int = 0,
     prompts: list[list[int]] | None = None,
+    images: Images | None = None,
 ) -> Measured:
     """Measures batches of `rows` prompts of `prompt` tokens, taken from the text `ids`, and `new_tokens` after each.
 
     Throughput comes from decoding a batch in one call, latencies from further batches decoded step by step. Windows too
     short for the energy `reader` repeat their work: prefill on new prompts, decoding from the same positions.
-    `averages` is the run's `Sampler`. `prompts` are measured in place of spans of the text.
+    `averages` is the run's `Sampler`. `prompts` are measured in place of spans of the text; prefill computes the
+    features of their `images`, which are measured apart too.
     """
-    return _Measurement(engine, ids, rows, prompt, new_tokens, Windows(reader, averages), seed, prompts).run(repeats)
+    windows = Windows(reader, averages)
+    return _Measurement(engine, ids, rows, prompt, new_tokens, windows, seed, prompts, images).run(repeats)
 
 
 def fresh(ids: np.ndarray, rows: int, length: int, random: np.random.Generator) -> list[list[int]]:
@@ -102,8 +130,8 @@ def fresh(ids: np.ndarray, rows: int, length: int, random: np.random.Generator) 
 
 
 class _Measurement:
-    def __init__(self, engine, ids, rows, prompt, new_tokens, windows, seed, prompts):
-        self._engine, self._windows = engine, windows
+    def __init__(self, engine, ids, rows, prompt, new_tokens, windows, seed, prompts, images):
+        self._engine, self._windows, self._images = engine, windows, images
         self._new_tokens, self._shape, self._given = new_tokens, (rows, prompt), prompts
         self._ids, self._random = np.asarray(ids), np.random.default_rng(seed)
 
@@ -112,10 +140,13 @@ class _Measurement:
         log.info(f"compiling and measuring {rows} x {prompt} + {self._new_tokens} tokens, {repeats} times")
         warm = warm_ups(lambda: (seconds_of(self._prefill), seconds_of(self._decode)))
         countdown, windows = Countdown("measuring", 2 * repeats), self._windows
+        encode_s = seconds_of(self._images.encode) if self._images else 0.0  # compiled with prefill
         windows.begin()
         for _ in range(repeats):
             windows.measure("prefill", self._prefill, warm[-1][0])
             windows.measure("decode", self._decode, warm[-1][1])
+            if self._images:
+                windows.measure("images", self._images.encode, encode_s)
             countdown.add()
         for _ in range(repeats):
             self._prefill()
@@ -136,6 +167,16 @@ class _Measurement:
             windows.averages(),
             windows.span(),
             windows.interrupted,
+            self._measured_images(),
+        )
+
+    def _measured_images(self):
+        if self._images is None:
+            return None
+        _, count, flops = self._images
+        windows = self._windows
+        return MeasuredImages(
+            count, flops, windows.times["images"], windows.counts["images"], windows.energy_of("images")
         )
 
     def _prefill(self):

@@ -177,7 +177,23 @@ def physical(
         ),
         **study_metrics.energy_metrics(measured.decode_energy, decoded, idle),
         **{f"prefill_{key}": reading for key, reading in prefilled.items()},
+        **of_images(measured, idle),
         **_bounds(lm, boxed, params, measured, mesh),
+    }
+
+
+def of_images(measured: Measured, idle: reader.IdlePower) -> dict[str, Reading]:
+    """Time, FLOPs and energy of a tower alone for the images of the prompts; its time is a part of TTFT."""
+    images = measured.images
+    if images is None:
+        return {}
+    source = f"median of {len(images.encode_s)} batches of {measured.rows} x {images.count} images, the tower alone"
+    joules = study_metrics.energy_metrics(images.energy, measured.rows * images.count * images.encodings, idle)
+    return {
+        "image_encode_s": Reading(statistics.median(images.encode_s), "s", f"{source}: a part of ttft_s"),
+        "flops_per_image": Reading(images.flops / images.count, "FLOP", "closed formula of the tower"),
+        "j_per_image": joules["j_per_token"],
+        "j_per_image_net": joules["j_per_token_net"],
     }
 
 
@@ -190,7 +206,8 @@ def _bounds(lm, boxed, params, measured, mesh):
     )  # each row shard reads the weights
     flops = formulas.decode_flops(lm, boxed, middle)
     step_s = statistics.median(measured.decode_s) / measured.new_tokens
-    prefill = measured.rows * (formulas.forward_flops(lm, boxed, measured.prompt) + measured.image_flops)
+    image_flops = 0.0 if measured.images is None else measured.images.flops
+    prefill = measured.rows * (formulas.forward_flops(lm, boxed, measured.prompt) + image_flops)
     utilisation = device_peaks.model_flops_utilisation(prefill, statistics.median(measured.prefill_s), devices, dtype)
     return {
         **{

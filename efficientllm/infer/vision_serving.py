@@ -4,6 +4,7 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from efficientllm.cost import formulas
@@ -48,6 +49,11 @@ class VisionEngine(Engine):
             _, images = encode_prompts(self.lm, self.params, records)  # type: ignore[arg-type]
         return super().prefill(prompts, seed, first, carry, images)
 
+    def encode(self) -> jax.Array:
+        """Computes the features of the images of all prompts at once, and waits for them."""
+        _, images = encode_prompts(self.lm, self.params, self.records)  # type: ignore[arg-type]
+        return jax.block_until_ready(images.features_BMD)
+
 
 @dataclasses.dataclass(kw_only=True)
 class VisionServing(TextServing):
@@ -70,9 +76,9 @@ class VisionServing(TextServing):
         of_images = VisionEngine([record] * infer.batch_size, *arguments)
         shape = infer.batch_size, len(ids), infer.max_new_tokens, infer.repeats
         prompts = [ids] * infer.batch_size
-        result = measure.measure(of_images, np.array(ids), *shape, reader, averages, self.config.seed, prompts)
         flops = sum(image_flops(self.lm.vision, self.boxed["vision"], picture) for picture in record.pictures)
-        return dataclasses.replace(result, image_flops=flops)
+        images = measure.Images(of_images.encode, len(record.pictures), flops)
+        return measure.measure(of_images, np.array(ids), *shape, reader, averages, self.config.seed, prompts, images)
 
     def facts(self) -> Record:
         pictures = [picture for record in self.records for picture in record.pictures]

@@ -63,6 +63,7 @@ _TABLE = (
 # Latencies and bytes of text and of pictures: label, key, shown unit, and its size in the unit of the row.
 _SERVING = (
     ("TTFT first token", "ttft_s", "ms", 1e-3),
+    ("     of it the tower", "image_encode_s", "ms", 1e-3),
     ("TPOT each token after it", "tpot_s", "ms", 1e-3),
     ("     weights", "resident_weight_bytes", "MB", 1e6),
     ("     state of a token", "kv_bytes_per_token", "kB", 1e3),
@@ -195,12 +196,13 @@ def format_table(record: Record, width: int | None = None) -> str:
     for label, key, better in _TABLE:
         if key not in hidden:
             lines += _table_row(label, record["paper"][key], record["sources"][key], better, width)
+    physical = record["physical"]
     serving: tuple[tuple[str, str, str, float], ...]
-    serving = _SERVING_PICTURES if "image_latency_s" in record["physical"] else _SERVING
-    if "text_encoder_bytes" in record["physical"]:
-        serving += tuple(line for line in _PIPELINE if line[1] in record["physical"])
+    serving = _SERVING_PICTURES if "image_latency_s" in physical else _SERVING
+    serving += _PIPELINE if "text_encoder_bytes" in physical else ()
+    serving = tuple(line for line in serving if line[1] in physical)
     for label, key, unit, size in serving if record["task"] == "infer" else ():
-        value, source = record["physical"][key], record["sources"][key] | {"unit": unit}
+        value, source = physical[key], record["sources"][key] | {"unit": unit}
         lines += _table_row(label, None if value is None else value / size, source, "lower", width)
     for note in timing_notes.notes(record):
         lines += textwrap.wrap(f"note: {note}", width, subsequent_indent="      ")

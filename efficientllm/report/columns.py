@@ -18,7 +18,7 @@ BETTER = {
     **dict.fromkeys(("program_flops", "compiled_memory", "predicted_memory"), "lower"),
     **dict.fromkeys(("loss", "eval_loss", "perplexity", "bits_per_byte"), "lower"),
     **dict.fromkeys(("j_per_image", "flops_per_image", "image_latency", "eval_vlb"), "lower"),
-    **dict.fromkeys(("text_encode", "denoise_s", "decode_s", "autoencoder_bytes", "offload_"), "lower"),
+    **dict.fromkeys(("text_encode", "image_encode", "denoise_s", "decode_s", "autoencoder_bytes", "offload_"), "lower"),
     **dict.fromkeys(("fd_", "fid", "kd_", "kid"), "lower"),
     **dict.fromkeys(("pcu", "tt_", "st_", "it_", "mcr", "tokens_per_s", "mfu", "hfu", "mbu"), "higher"),
     **dict.fromkeys(("images_per_s", "sample_precision", "sample_recall"), "higher"),
@@ -92,7 +92,7 @@ TIMED: tuple[str, ...] = (
     "ttft",
     "tpot",
 )
-TIMED += ("text_encode_s", "denoise_s", "decode_s", "offload_s")
+TIMED += ("text_encode_s", "image_encode_s", "denoise_s", "decode_s", "offload_s")
 TIMED += ("compile_s", "mfu", "hfu", "mbu", "pcu", *ENERGY, "prefill_energy", "prefill_j")
 _SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 

@@ -86,6 +86,22 @@ def test_a_repeat_that_compiled_is_made_again():
     assert repeats.interrupted == 1 and len(repeats.prefill_s) == 3
 
 
+def test_the_tower_is_measured_apart_and_its_energy_is_that_of_an_image():
+    """Three rows of two images in ten encodings, 60 images at 12 J and at rest 4 J."""
+    calls, (reader, sampler) = [], (energy.open_reader(jax.local_devices()), Sampler())
+    images = measure.Images(lambda: calls.append(1), 2, 8e9)
+    repeats = measure.measure(
+        Engine(0, None), np.arange(99), 3, 8, 2, 4, reader, sampler, prompts=[[1] * 8], images=images
+    )
+    assert len(repeats.images.encode_s) == 4 and repeats.images.encodings == len(calls) - 1 >= 4
+    window = energy.EnergyWindow(720.0, 36.0, 20.0, "meter", "node", "measured", 0.01, None)
+    given = dataclasses.replace(repeats.images, encode_s=[0.3, 0.1, 0.2], encodings=10, energy=window)
+    readings = row.of_images(dataclasses.replace(repeats, images=given), energy.IdlePower(12.0, None))
+    values = {key: reading.value for key, reading in readings.items()}
+    assert values == {"image_encode_s": 0.2, "flops_per_image": 4e9, "j_per_image": 12.0, "j_per_image_net": 8.0}
+    assert row.of_images(dataclasses.replace(repeats, images=None), energy.IdlePower(12.0, None)) == {}
+
+
 @pytest.mark.parametrize(
     ("told", "changes", "message"),
     [

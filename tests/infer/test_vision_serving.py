@@ -76,7 +76,7 @@ def expected(base):
     return prompts, completions
 
 
-def test_completions_are_those_of_transformers_and_a_row_is_written(base, tmp_path):
+def test_completions_are_those_of_transformers_and_a_row_is_written(base, tmp_path, capsys):
     assert run(base, tmp_path / "run", infer__batch_size=2) == 0
     answers = [json.loads(line) for line in (tmp_path / "run/samples/generated.jsonl").read_text().splitlines()]
     prompts, completions = expected(base)
@@ -85,8 +85,14 @@ def test_completions_are_those_of_transformers_and_a_row_is_written(base, tmp_pa
     physical, tokens = row["physical"], sum(picture.tokens for prompt in prompts for picture in prompt.pictures)
     assert row["provenance"]["images"] == 3 and row["provenance"]["image_tokens"] == tokens
     assert physical["ttft_s"] > 0 and physical["tokens_per_s"] > 0 and row["quality"]["bits_per_byte"] > 0
+    # The tower is timed alone; the first prompt has one image.
+    (picture,), lm = prompts[0].pictures, convert.open_source(base / "model", weights=False).lm()
+    assert 0 < physical["image_encode_s"] < 1.5 * physical["ttft_s"]
+    assert physical["flops_per_image"] == image_flops(lm.vision, model.abstract_params(lm)["vision"], picture)
+    source = row["sources"]["j_per_image"]
+    assert physical["j_per_image"] is not None or source["reason"] == row["sources"]["j_per_token"]["reason"]
+    assert "of it the tower" in capsys.readouterr().out
     # A token of text multiplies no kernel of the tower.
-    lm = convert.open_source(base / "model", weights=False).lm()
     kernels = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(lm)["groups"]) if leaf.ndim > 2)
     assert physical["flops_per_token"] < 2 * (kernels + 64 * 300) + 4 * 2 * 64 * 64
 
