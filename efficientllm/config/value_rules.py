@@ -193,6 +193,7 @@ FIELDS = {
     ("data", "path"): check_source_path,
     ("data", "labels"): one_of(lambda: ("folder", "none")),
     ("data", "kind"): constant("data.python_docs", "KINDS"),
+    ("data", "tables"): constant("data.chart_tables", "TABLES"),
     ("embed", "tower"): spec("tower"),
     ("tower", "pattern"): tuple_of(check_block),
     **{("tower", kind): spec(kind) for kind in ("position", "norm", "modulation")},
