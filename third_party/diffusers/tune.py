@@ -5,8 +5,11 @@
 Both read the same pipelines: those that experiments/generators/pipelines.py writes, or the folders in `--pipelines`.
 A race is as in compare.py, whose rules hold: a process each, one at a time, in random order within a block. A sampling
 step is one with guidance, of both predictions and Euler's update, with the adapter beside the weights.
+
+`--compile_cache` is a run's default: what one race compiled the next one loads. Without it every race compiles.
 """
 
+import contextlib
 import functools
 import pathlib
 import tempfile
@@ -25,6 +28,8 @@ def main(argv=None):
     parser.add_argument("--pipelines", default="", help="folders with commas between; default: tiny ones, written here")
     parser.add_argument("--heads", type=int, default=4, help="of those written here, 32 of the width each")
     parser.add_argument("--layers", type=int, default=4, help="of those written here")
+    parser.add_argument("--scan", action="store_true", help="ours has stacked layers, config.model.scan's default")
+    parser.add_argument("--compile_cache", action="store_true", help="ours keeps its programs, and loads kept ones")
     parser.set_defaults(contestants=DEFAULT, batch=8)
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -44,6 +49,9 @@ def _write(folder, options):
     return [str(folder / name) for name in writer.PIPELINES]
 
 
+_for_good = contextlib.ExitStack()
+
+
 def make_tuner(name, pipeline, options):
     """Makes a Contestant of a pipeline's transformer."""
     side, precision = name.split("-")
@@ -55,7 +63,11 @@ def make_tuner(name, pipeline, options):
     else:
         import tune_ours as module
 
-        tuner = module.Tuner(pipeline, precision, batch(0))
+        if options.compile_cache:
+            from efficientllm.runtime import compile_cache
+
+            _for_good.enter_context(compile_cache.of_run(True))
+        tuner = module.Tuner(pipeline, precision, batch(0), options.scan)
     return compare.Contestant(tuner.step, tuner.request, tuner.sample, batch, module)
 
 

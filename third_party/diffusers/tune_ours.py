@@ -41,13 +41,13 @@ class Tuner:
     step with guidance; `request` computes what all steps read of a text.
     """
 
-    def __init__(self, pipeline, precision, batch):
+    def __init__(self, pipeline, precision, batch, scan=False):
         train, method = _config(), build("adapter", _ADAPTER)
         source = convert.open_source(pipeline)
         kind, fields = parse_spec(source.model["embed"])
         embed = format_spec(kind, fields | {"text_length": work.TOKENS})
-        # Layers apart, as few layers on a CPU are best: slices of stacked weights are copies.
-        self.lm = source.lm(precision=precision, embed=embed, scan=False)
+        # Layers apart by default, as few layers on a CPU are best: slices of stacked weights are copies.
+        self.lm = source.lm(precision=precision, embed=embed, scan=scan)
         mesh = sharding.make_mesh("data=1", jax.devices()[:1])
         jax.set_mesh(mesh)
         boxed = model.abstract_params(self.lm)
