@@ -12,10 +12,12 @@ from convert.test_vision_parity import loaded
 from convert.vision_folders import torch
 from data import kinds
 from efficientllm import convert, main, model
+from efficientllm.config.presets import infer_vl
 from efficientllm.convert.check_vision import draw_picture, reference_inputs
 from efficientllm.cost.jaxpr_flops import count_program_flops
 from efficientllm.embeds.vision_language import encode_images
 from efficientllm.errors import UserError
+from efficientllm.infer import setup
 from efficientllm.infer.prompts import PromptLine
 from efficientllm.infer.vision_serving import encode_requests, image_flops
 from efficientllm.vision.processors import read_processor
@@ -122,6 +124,25 @@ def test_what_is_refused(base, tmp_path, capsys):
         assert run(base, tmp_path / "refused", infer__prompts=(str(file),)) == 2
         error = capsys.readouterr().err
         assert message in error and ", line 1: " in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_limit_of_pixels_shrinks_the_images_of_prompts(base, tmp_path):
+    text = folders.MODELS["qwen2.5"][1]["text_config"] | {"vocab_size": 300}
+    ids = {"image_token_id": IMAGE, "video_token_id": 291, "vision_start_token_id": 292, "vision_end_token_id": 293}
+    folders.build("qwen2.5", text_config=text, **ids).save_pretrained(tmp_path)
+    counts = []
+    for limit in (0, 56 * 56):
+        config = infer_vl.get_config("float32")
+        values = {
+            "model.pretrained": str(tmp_path),
+            "tokenizer": "bytes",
+            "infer.chat": False,
+            "infer.max_pixels": limit,
+        }
+        config.update_from_flattened_dict(values | {"infer.prompts": (str(base / "prompts.jsonl"),)})
+        records = setup.prepare(config, with_text=False).records
+        counts.append([picture.tokens for record in records for picture in record.pictures])
+    assert counts == [[6, 4, 6], [4, 4, 4]]  # of 60 x 80, 56 x 56, 60 x 80 pixels; a token is of 28 x 28
 
 
 TEMPLATE = (
