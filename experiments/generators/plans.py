@@ -47,7 +47,7 @@ REMAT = {"model.remat": "full"}
 OFFLOAD = {"infer.offload": True}
 # Of weights; nf4 is QLoRA's.
 SMALLER = {"bfloat16": {"quant": "bfloat16"}, "nf4": {"quant": "nf4(block=64)"}}
-FORMS = {"bfloat16": "bfloat16", "int8": "int8()"}
+FORMS = {"bfloat16": "bfloat16", "int8": "int8()", "int4": "int4()"}
 CARD = "rtx4090"  # of 24 GB
 COLUMNS = (
     *("plan", "devices", "mesh", "source", "batch", "weights", "remat", "offload", "parameters", "trainable", "tokens"),

@@ -26,6 +26,8 @@ def test_every_plan_has_its_row_and_every_method_of_the_study_its_plan():
     for size in plans.MODELS:
         methods = {name.split("/")[2] for name in LINES if name.startswith(f"{size}/tune/") and "/h200_8" in name}
         assert methods == {"lora", "loha", "lokr", "glora", "full"}
+        served = {tuple(name.split("/")[2:]) for name in LINES if name.startswith(f"{size}/infer/") and "h200" in name}
+        assert served == {(form, on) for form in ("bfloat16", "int8", "int4") for on in ("h200_1", "h200_4_tensor")}
 
 
 @pytest.mark.parametrize(
