@@ -212,7 +212,8 @@ FIELDS: dict[str, Ranges] = {
         "frames": whole(1, 10_000, "frames of a clip"),
         "stride": whole(1, 10_000, "every how many frames one is taken"),
         "shorter": TupleOf(whole(1, 10_000, "frames of a shorter clip")),
-        "count": whole(1, 2**24, "charts"),
+        "count": whole(1, 2**24, "charts, or records"),
+        "digits": whole(1, 100),
         "max_pixels": whole(0, 2**40, "0 is the model's own limit"),
     },
     "tokenizer": {
