@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.every = 100
+    config.eval.also = ""  # other data, whose held-out loss is read at the end: what tuning has not forgotten
     config.eval.batches = 16  # 0 is all of the held-out text; of pictures in buckets, batches of each
 
     config.checkpoint = ConfigDict()

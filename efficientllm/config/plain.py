@@ -22,6 +22,7 @@ ADDED: dict[str, dict[str, typing.Any]] = {
     "": {"objective": "next_token()", "autoencoder": "pixels", "text_states": "", "compile_cache": True},
     "model": {"unroll": 12, "embed": "tokens", "modulation": "plain"},
     "train": {"ema": 0.0},
+    "eval": {"also": ""},
     "sample": {"images": 16},
     "quality": {"fd": 0},
     "plan": {"images": ()},

@@ -139,6 +139,7 @@ KEYS = {
     "data": spec("data"),
     "autoencoder": spec("autoencoder"),
     "tokenizer": spec("tokenizer", "pretrained"),
+    "eval.also": spec("data", ""),
     "train.optimizer": spec("optimizer"),
     "train.schedule": spec("schedule"),
     "train.decay": _factors,

@@ -5,6 +5,7 @@ import pathlib
 import typing
 
 from efficientllm.data import pipeline, tokenizers
+from efficientllm.data.corpus import Corpus
 from efficientllm.typing import Record
 
 
@@ -36,6 +37,11 @@ class TextData:
     def keep(self, workdir: pathlib.Path) -> None:
         """Writes the tokenizer into a run's folder, which serving reads."""
         tokenizers.keep(self.tokenizer, workdir / "tokenizer")
+
+    @property
+    def has_records(self) -> bool:
+        """Whether documents are conversations, of which the answers are learnt."""
+        return Corpus(self.spec).has_records
 
     @property
     def tokenizer_fingerprint(self) -> str | None:

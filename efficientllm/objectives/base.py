@@ -5,6 +5,7 @@ They know no token and no pixel. An objective is a frozen dataclass registered a
 
 import math
 import typing
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,24 @@ from jax.sharding import NamedSharding
 
 from efficientllm import sharding
 from efficientllm.errors import FieldError
-from efficientllm.metrics.reading import Reading, finite_or_missing
+from efficientllm.metrics.reading import Part, Reading, finite_or_missing
 from efficientllm.typing import Batch, Mesh, Params, PyTree
 
 Model = typing.Any  # a `model.Backbone` with the ends that the objective fits
-Losses = dict[str, float]  # of `Objective.held_out`; `eval_loss` is one of them
 Metrics = dict[str, typing.Any]
+
+
+class Losses(dict[str, float]):
+    """Held-out losses by name, of which `eval_loss` is one.
+
+    parts: of those that are means, `[(sum, weight)]` of each batch.
+    """
+
+    def __init__(
+        self, losses: Mapping[str, float] | None = None, parts: Mapping[str, Sequence[Part]] | None = None
+    ) -> None:
+        super().__init__(losses or {})
+        self.parts: Mapping[str, Sequence[Part]] = parts or {}
 
 
 class Objective:
@@ -79,7 +92,7 @@ class Objective:
         """Counts `{"tokens", "samples"}` of a batch, padding left out."""
         raise NotImplementedError(f"{type(self).__name__} defines no counts(model, batch)")
 
-    def held_out_sums(self, model: Model, params: Params, batch: Batch, table: jax.Array) -> tuple:
+    def held_out_sums(self, model: Model, params: Params, batch: Batch, table: PyTree) -> tuple:
         """Computes sums over a held-out batch, which `held_out` combines; `table` is that of `held_out_table`."""
         raise NotImplementedError(f"{type(self).__name__} defines no held_out_sums(model, params, batch, table)")
 
@@ -95,9 +108,13 @@ class Objective:
         """Converts the loss `judged_by` to a quality of which more is better, 1 at most: a quality of Eq. 9 (MCR)."""
         raise NotImplementedError(f"{type(self).__name__} defines no likelihood(loss)")
 
-    def readings(self, losses: Losses) -> dict[str, Reading]:
+    def readings(self, losses: Mapping[str, float]) -> dict[str, Reading]:
         """Converts losses to Readings; one that is not finite is null, with the reason."""
-        return {key: finite_or_missing(value, self.units[key], self.evaluated_on) for key, value in losses.items()}
+        parts = losses.parts if isinstance(losses, Losses) else {}
+        return {
+            key: finite_or_missing(value, self.units[key], self.evaluated_on, parts.get(key, ()))
+            for key, value in losses.items()
+        }
 
     def batch_shapes(self, model: Model, rows: int, length: int, mesh: Mesh | None = None) -> Batch:
         """Returns the abstract arrays of a batch of `rows` rows, sharded over `mesh` if there is one."""

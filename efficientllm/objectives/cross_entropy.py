@@ -35,6 +35,28 @@ def nll_sum(x_BTD: jax.Array, head_DV: typing.Any, batch: Batch, precision: str 
         return _chunked(x_BTD, head_DV, targets_BT, weights_BT, precision, chunks)
 
 
+def nll_sum_and_misses(
+    x_BTD: jax.Array, head_DV: typing.Any, batch: Batch, precision: str | Precision
+) -> tuple[jax.Array, jax.Array]:
+    """Computes `(nll_sum, whether each target is another token than the likeliest, [B, T])`; it has no gradient.
+
+    The likeliest is the first of the highest logits, as in greedy decoding.
+    """
+    precision = Precision.of(precision)
+    (B, T), x_BTD, targets_BT, weights_BT = x_BTD.shape[:2], *map(_pieces, (x_BTD, batch["targets"], batch["weights"]))
+    chunks = count_chunks(*x_BTD.shape[:2], head_DV.shape[1])
+
+    def add_chunk(total, chunk):
+        x, targets, weights = chunk
+        logits = _logits(x, head_DV, precision)
+        return total + logits_nll_sum(logits, targets, weights), jnp.argmax(logits, -1) != targets
+
+    with jax.named_scope("loss"):
+        nats, misses = jax.lax.scan(add_chunk, 0.0, _split(chunks, x_BTD, targets_BT, weights_BT))
+    misses_BT = jnp.moveaxis(misses, 0, 1).reshape(len(x_BTD), -1)[:, : x_BTD.shape[1]]
+    return nats, jnp.moveaxis(misses_BT.reshape(-1, B, x_BTD.shape[1]), 0, 1).reshape(B, T)
+
+
 def _pieces(leaf):
     """Reshapes rows sharded over `sequence` to one row for each shard: `[B, T, ...] -> [n B, T / n, ...]`.
 

@@ -139,7 +139,7 @@ class Denoising(Objective):
         noisy_BhwC = self.add_noise(images_BhwC, noise_BhwC, times_B)
         return model.apply({"params": params}, noisy_BhwC, self.levels(times_B), condition)
 
-    def held_out_sums(self, model: typing.Any, params: Params, batch: Batch, table: jax.Array) -> tuple:
+    def held_out_sums(self, model: typing.Any, params: Params, batch: Batch, table: typing.Any) -> tuple:
         """Computes `(sums over pictures of each loss, [L] each, and the number of pictures)`.
 
         The noise of a picture is that of its content, and the same at every level: variants are compared in pairs.
@@ -164,7 +164,8 @@ class Denoising(Objective):
         *means, pictures = columns
         names = ("eval_loss", *(name for name in self.units if name not in ("eval_loss", *LEVEL_LOSSES)))
         losses = {name: float(np.mean(mean_L / pictures)) for name, mean_L in zip(names, means, strict=False)}
-        return losses | dict(zip(LEVEL_LOSSES, (means[0] / pictures).tolist(), strict=True))
+        losses |= dict(zip(LEVEL_LOSSES, (means[0] / pictures).tolist(), strict=True))
+        return Losses(losses, {"eval_loss": [(float(np.mean(terms[0])), float(terms[-1])) for terms in sums]})
 
     def likelihood(self, loss: float) -> float:
         """Returns `exp(-loss / 2)` of a mean square error, for a normal of variance 1 around the prediction.

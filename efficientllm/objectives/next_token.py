@@ -1,9 +1,12 @@
 """Next-token objective: cross-entropy of each token given those before it."""
 
 import dataclasses
+import functools
 import math
 import typing
+from collections.abc import Mapping
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +15,21 @@ from efficientllm.embeds.tokens import LM, head_kernel
 from efficientllm.errors import FieldError
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.objectives.base import Losses, Metrics, Objective, exact_sum, with_router_losses
-from efficientllm.objectives.cross_entropy import nll_sum
+from efficientllm.objectives.cross_entropy import nll_sum, nll_sum_and_misses
 from efficientllm.registry import register
 from efficientllm.typing import Batch, Params
 
 _TOKENS = ("tokens", "targets", "segments", "positions", "weights")  # arrays of a batch, one number a token
+EXACT = "held-out records, each with all that is learnt of it"
 NO_BYTES = "no held-out target stands for text: they are ends of documents"
+
+
+@flax.struct.dataclass
+class TokenBytes:
+    """Table of a held-out evaluation: the UTF-8 bytes of each token, float32, and whether documents are records."""
+
+    of_token_V: typing.Any
+    has_records: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @register("objective", "next_token")
@@ -29,7 +41,7 @@ class NextToken(Objective):
     """
 
     unit = "nat"
-    units = {"eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
+    units = {"eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit", "exact_match": "1"}
     evaluated_on = "held-out text"
     judged_by = "bits_per_byte"  # loss and perplexity depend on the tokenizer
     likelihood_name = "likelihood a byte of held-out text"
@@ -71,22 +83,28 @@ class NextToken(Objective):
         segments_BT = batch["segments"]
         return {"tokens": jnp.sum(segments_BT > 0), "samples": jnp.sum(jnp.max(segments_BT, -1))}
 
-    def held_out_sums(self, model: LM, params: Params, batch: Batch, table: jax.Array) -> tuple:
-        """Computes `(sum of nats, number of targets, UTF-8 bytes of the targets)`."""
-        nats, _ = _nats(model, params, batch)
-        bytes_BT = table[batch["targets"]]
-        return nats, jnp.sum(batch["weights"]), jnp.sum(bytes_BT * batch["weights"])
+    def held_out_sums(self, model: LM, params: Params, batch: Batch, table: TokenBytes) -> tuple:
+        """Computes `(sum of nats, number of targets, UTF-8 bytes of the targets)`, and of records also
+        `(those whose every target is the likeliest token, those with a target)`."""
+        bytes_BT = table.of_token_V[batch["targets"]]
+        counts = jnp.sum(batch["weights"]), jnp.sum(bytes_BT * batch["weights"])
+        if not table.has_records:
+            return _nats(model, params, batch)[0], *counts
+        x_BTD, _ = _states(model, params, batch)
+        nats, misses_BT = nll_sum_and_misses(x_BTD, head_kernel(model, params), batch, model.precision)
+        return nats, *counts, *_count_exact(misses_BT, batch)
 
     def held_out(self, sums: list[tuple]) -> Losses:
-        """Returns `{"eval_loss", "perplexity", "bits_per_byte"}`.
+        """Returns `{"eval_loss", "perplexity", "bits_per_byte"}`, and of records `exact_match`.
 
         `eval_loss` is nats per token. `bits_per_byte` is the same loss over the UTF-8 bytes of the text; it is absent
-        where no target is text. The end of a document is predicted too, and counts as a token of no bytes. Values are
-        not finite where the model's are not.
+        where no target is text. The end of a document is predicted too, and counts as a token of no bytes.
+        `exact_match` is the share of records whose every target, given those before it, is the likeliest token: greedy
+        decoding would give the same answers. Of a record that is longer than a row, what the row holds counts. Values
+        are not finite where the model's are not.
         """
-        nats, targets, text_bytes = (
-            (exact_sum(map(float, column)) for column in zip(*sums, strict=True)) if sums else (0,) * 3
-        )
+        totals = [exact_sum(map(float, column)) for column in zip(*sums, strict=True)] if sums else [0.0] * 3
+        nats, targets, text_bytes, *exact = totals
         if not targets:
             raise FieldError(
                 "batches", "none of the held-out rows has a token to predict; raise it, or config.train.length"
@@ -94,18 +112,27 @@ class NextToken(Objective):
         loss = nats / targets
         per_byte = {"bits_per_byte": nats / math.log(2) / text_bytes} if text_bytes else {}
         perplexity = math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss  # e^710 is infinite
-        return {"eval_loss": loss, "perplexity": perplexity, **per_byte}
+        losses = {"eval_loss": loss, "perplexity": perplexity, **per_byte}
+        parts = {"eval_loss": [(float(terms[0]), float(terms[1])) for terms in sums]}
+        if exact:
+            losses["exact_match"] = exact[0] / exact[1]
+            parts["exact_match"] = [(float(terms[3]), float(terms[4])) for terms in sums]
+        return Losses(losses, parts)
 
-    def held_out_table(self, model: LM, data: typing.Any) -> np.ndarray:
-        return token_bytes(data.tokenizer, model)
+    def held_out_table(self, model: LM, data: typing.Any) -> TokenBytes:
+        return TokenBytes(token_bytes(data.tokenizer, model), data.has_records)
 
     def likelihood(self, loss: float) -> float:
         """Returns `2^-bits_per_byte`: 1 is certainty."""
         return 2**-loss
 
-    def readings(self, losses: Losses) -> dict[str, Reading]:
-        lacks_bytes = losses and "bits_per_byte" not in losses
-        return super().readings(losses) | ({"bits_per_byte": missing("bit", NO_BYTES)} if lacks_bytes else {})
+    def readings(self, losses: Mapping[str, float]) -> dict[str, Reading]:
+        readings = super().readings(losses)
+        if losses and "bits_per_byte" not in losses:
+            readings["bits_per_byte"] = missing("bit", NO_BYTES)
+        if "exact_match" in readings:
+            readings["exact_match"] = dataclasses.replace(readings["exact_match"], source=EXACT)
+        return readings
 
 
 NEXT_TOKEN = NextToken()
@@ -113,8 +140,24 @@ NEXT_TOKEN = NextToken()
 
 def _nats(model, params, batch):
     """Computes `(sum of nats of the targets, aux)`."""
-    x_BTD, _, aux = model.apply({"params": params}, batch["tokens"], model.context(batch), readout=False)
+    x_BTD, aux = _states(model, params, batch)
     return nll_sum(x_BTD, head_kernel(model, params), batch, model.precision), aux
+
+
+def _states(model, params, batch):
+    """Computes `(states that the head reads, aux)`."""
+    x_BTD, _, aux = model.apply({"params": params}, batch["tokens"], model.context(batch), readout=False)
+    return x_BTD, aux
+
+
+def _count_exact(misses_BT, batch):
+    """Counts `(records without a miss among their targets, records with a target)`; a segment of a row is a record."""
+    is_target_BT = batch["weights"] > 0
+    columns = (is_target_BT & misses_BT, is_target_BT)
+    T = misses_BT.shape[1]
+    sum_segments = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=T + 1))
+    misses_BS, targets_BS = (sum_segments(column.astype(jnp.int32), batch["segments"]) for column in columns)
+    return jnp.sum((targets_BS > 0) & (misses_BS == 0)), jnp.sum(targets_BS > 0)
 
 
 def token_bytes(tokenizer: typing.Any, lm: LM) -> np.ndarray:

@@ -142,7 +142,11 @@ def _complete(readings, units, absent):
 
 
 def _source(reading):
-    return {"source": reading.source, "reason": reading.reason, "unit": reading.unit}
+    """The entry of `sources`; of a mean also its standard error and `[sum, weight]` of its parts."""
+    entry = {"source": reading.source, "reason": reading.reason, "unit": reading.unit}
+    if reading.standard_error is None:
+        return entry
+    return entry | {"standard_error": reading.standard_error, "parts": [list(part) for part in reading.parts]}
 
 
 def finite(record: Record) -> Record:

@@ -21,7 +21,7 @@ BETTER = {
     **dict.fromkeys(("text_encode", "image_encode", "denoise_s", "decode_s", "autoencoder_bytes", "offload_"), "lower"),
     **dict.fromkeys(("fd_", "fid", "kd_", "kid"), "lower"),
     **dict.fromkeys(("pcu", "tt_", "st_", "it_", "mcr", "tokens_per_s", "mfu", "hfu", "mbu"), "higher"),
-    **dict.fromkeys(("images_per_s", "sample_precision", "sample_recall"), "higher"),
+    **dict.fromkeys(("images_per_s", "sample_precision", "sample_recall", "exact_match"), "higher"),
 }
 _UNJUDGED = "_floor"  # the end of the name of a number that says how well a metric can be measured
 LABELS = {
@@ -38,6 +38,8 @@ LABELS = {
     "j_per_token_net": "J/token net",
     "tokens_per_s": "tokens/s",
     "eval_loss": "eval loss",
+    "eval_loss_also": "eval loss elsewhere",
+    "exact_match": "exact match",
     "peak_memory_bytes": "peak memory",
     "flops_per_token": "FLOPs/token",
     "tpot_s": "TPOT",
@@ -144,7 +146,7 @@ def is_energy(key: str) -> bool:
 
 
 def is_quality(key: str) -> bool:
-    return key in QUALITY or key.startswith((LEVEL_LOSS, "eval_", *SAMPLES))
+    return key in QUALITY or key.startswith((LEVEL_LOSS, "eval_", "exact_match", *SAMPLES))
 
 
 def is_level(key: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from efficientllm.report import statistics
 from efficientllm.report.columns import format_value
 
-_QUALITY = ("eval_loss", "fid", "fd_own", "fd_own_floor", "nearest_ratio")
+_QUALITY = ("eval_loss", "exact_match", "eval_loss_also", "fid", "fd_own", "fd_own_floor", "nearest_ratio")
 _ALWAYS = (*_QUALITY, "j_per_token", "j_per_image", "tokens_per_s", "images_per_s", "peak_memory_bytes")
 
 

@@ -17,7 +17,7 @@ from efficientllm.record.workdir import Workdir
 from efficientllm.registry import register
 from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed, stopping
-from efficientllm.tasks import exports, failures, profile_table, samples
+from efficientllm.tasks import exports, failures, other_text, profile_table, samples
 from efficientllm.tasks.base import FAILED, Run
 from efficientllm.train import fingerprints, loop, row, tensorboard_scalars
 from efficientllm.train import setup as train_setup
@@ -193,6 +193,7 @@ class Training(Run):
         with failures.optional("the trace of the profiled steps has no table"):
             if self.is_main:
                 self.profile = profile_table.summarize(self.setup, self.measurement, self.workdir.path)
+        self.judged = other_text.readings(self.setup, self.compiled_eval, state, self.held_out_table)
         painter = samples.painter_of_training(self.setup, state.eval_params)
         if painter:
             self.judged, self.judged_facts = samples.judge_pictures(painter, self.config.quality.fd)
@@ -235,7 +236,7 @@ class Training(Run):
             error=message,
             paper_readings=paper,
             physical=physical,
-            quality=_quality(self.setup.objective, self.evaluation, self.loss) | self.judged,
+            quality=row.quality(self.setup.objective, self.evaluation, self.loss) | self.judged,
             warm_up=row.warm_up(self.measurement),
             conditions=row.conditions_of(self.measurement, everywhere=outcome == "ok"),
         )
@@ -292,9 +293,3 @@ class Training(Run):
         super().close()
         if self.checkpoints:
             self.checkpoints.close()
-
-
-def _quality(objective, evaluation, loss):
-    """Readings of the last evaluation and the last training loss; null with the reason where a value is not finite."""
-    trained = {} if loss is None else {"loss": Reading(loss, objective.unit, "last logged training step")}
-    return trained | objective.readings(evaluation or {})

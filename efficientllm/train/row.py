@@ -1,6 +1,7 @@
 """Readings of a training run for its row: the study's metrics, physical metrics and conditions."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 
@@ -8,6 +9,7 @@ from efficientllm.cost import device_peaks, formulas, step_memory
 from efficientllm.metrics import compiles, conditions, memory, sampler
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
+from efficientllm.objectives.base import Objective
 from efficientllm.record import row, study_metrics
 from efficientllm.runtime import distributed
 from efficientllm.train import setup as train_setup
@@ -103,6 +105,14 @@ def _per_image(setup, measurement, physical):
         if energy.value is None
         else dataclasses.replace(energy, value=energy.value * measurement.tokens / measurement.samples),
     }
+
+
+def quality(objective: Objective, evaluation: Mapping[str, float] | None, loss: float | None) -> dict[str, Reading]:
+    """Readings of the last evaluation and the last training loss; null with the reason where a value is not finite."""
+    readings = objective.readings(evaluation or {})
+    return (
+        readings if loss is None else {"loss": Reading(loss, objective.unit, "last logged training step"), **readings}
+    )
 
 
 def unknown(reason: str) -> tuple[dict[str, Reading], dict[str, Reading]]:

@@ -13,9 +13,11 @@ from concurrent import futures
 import flax.linen as nn
 import jax
 
-from efficientllm import model, sharding
+from efficientllm import data, model, sharding
 from efficientllm.adapters.base import Method
 from efficientllm.cost import device_peaks, jaxpr_flops, step_memory
+from efficientllm.data.text import TextData
+from efficientllm.errors import FieldError, UserError
 from efficientllm.metrics import host, memory
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.quant import apply as quant
@@ -38,6 +40,7 @@ class Setup:
 
     objective_spec: what the objective was built from, also where the config says `pretrained`.
     dataset:       the data of the objective (`data.text.TextData` and the like).
+    also_batches:  of the held-out text of `config.eval.also`.
     lm:            the model; of data in several buckets, at the size of the largest.
     models:        it at the size of each bucket, `lm` first, for each of which there is a program.
     length:        tokens of a row of `lm`.
@@ -65,6 +68,7 @@ class Setup:
     length: int
     batches: typing.Any
     eval_batches: typing.Iterable
+    also_batches: typing.Iterable
     method: Method
     source: Source | None
     boxed: PyTree
@@ -142,6 +146,7 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
         length=description.length,
         batches=iter(dataset.train(rows, config.seed, **share)),
         eval_batches=dataset.held_out(rows, **share, limit=config.eval.batches or None),
+        also_batches=_also_batches(config, dataset, share),
         method=description.method,
         source=description.source,
         boxed=boxed,
@@ -151,6 +156,20 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
         data=_describe_data(config, dataset, log),
         rss_before=host.rss_bytes(),
     )
+
+
+def _also_batches(config, dataset, share):
+    """Batches of the held-out text of `config.eval.also`; none without one."""
+    if not config.eval.also:
+        return ()
+    where = f"config.eval.also = {config.eval.also!r}"
+    if not isinstance(dataset, TextData) or data.modality(config.eval.also) != "text":
+        raise UserError(f"{where}: is read by models that are trained on text alone; leave it out")
+    also = dataclasses.replace(dataset, spec=config.eval.also)
+    try:
+        return also.held_out(config.train.batch_size, **share, limit=config.eval.batches or None)
+    except FieldError as error:  # of this data, not of config.data
+        raise UserError(f"{where}: {error.problem}") from error
 
 
 def _check_data(description, log):
@@ -287,7 +306,7 @@ def predicted_memory(setup: Setup) -> Reading:
     return Reading(total, "bytes", "shapes: parameters, optimiser, gradients, activations; over this process's devices")
 
 
-def held_out_table(setup: Setup) -> jax.Array:
+def held_out_table(setup: Setup) -> PyTree:
     """`Objective.held_out_table`, replicated on the mesh."""
     table = setup.objective.held_out_table(setup.lm, setup.dataset)
     return jax.device_put(table, sharding.replicated(setup.mesh))

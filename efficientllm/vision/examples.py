@@ -223,6 +223,10 @@ class ExampleData:
         return self.text.tokenizer
 
     @property
+    def has_records(self) -> bool:
+        return self.text.has_records
+
+    @property
     def tokenizer_fingerprint(self) -> str | None:
         return self.text.tokenizer_fingerprint
 

@@ -82,6 +82,53 @@ def test_chunks_are_few_and_fit(monkeypatch):
         assert tokens <= 10 and chunks == -(-T // 10) and chunks * tokens - T < chunks
 
 
+def with_misses(x_BTD, head_DV, batch, precision):
+    nats, misses_BT = cross_entropy.nll_sum_and_misses(x_BTD, head_DV, batch, precision)
+    return SCALE * nats, misses_BT
+
+
+def inputs_with_hits(T, vocab=V):
+    """`inputs`, half of whose targets are the likeliest token."""
+    x_BTD, head_DV, batch = inputs(T, vocab=vocab)
+    likeliest_BT = jnp.argmax(matmul(x_BTD, head_DV, "float32", out_dtype=jnp.float32), -1)
+    is_hit_BT = np.random.default_rng(T).random((B, T)) < 0.5
+    batch["targets"] = np.where(is_hit_BT, likeliest_BT, batch["targets"]).astype(np.int32)
+    return (x_BTD, head_DV, batch), batch["targets"] != likeliest_BT
+
+
+@pytest.mark.parametrize("T, chunks", [(24, 3), (23, 3), (8, 1)])
+def test_misses_are_targets_that_are_not_the_likeliest(monkeypatch, T, chunks):
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * B * V * 8)
+    args, expected_BT = inputs_with_hits(T)
+    assert cross_entropy.count_chunks(B, T, V) == chunks and 0.2 < np.mean(expected_BT) < 0.8
+    value, misses_BT = jax.jit(with_misses, static_argnums=3)(*args, "float32")
+    close(value, whole(*args, "float32"), 1e-6)
+    np.testing.assert_array_equal(misses_BT, expected_BT)
+
+
+def test_equal_logits_have_the_first_as_the_likeliest():
+    batch = {"targets": np.array([[0, 3, 1]], np.int32), "weights": np.ones((1, 3), np.float32)}
+    _, misses_BT = cross_entropy.nll_sum_and_misses(jnp.zeros((1, 3, D)), jnp.zeros((D, V)), batch, "float32")
+    assert misses_BT.tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize(
+    "mesh_spec, T", [("fsdp=2, tensor=2, sequence=2", 24), slow_case("data=2, tensor=4", 23), slow_case("fsdp=8", 5)]
+)
+def test_misses_on_eight_devices_equal_those_on_one(mesh_spec, T):
+    args, expected_BT = inputs_with_hits(T)
+    mesh = sharding.make_mesh(mesh_spec)
+    with jax.set_mesh(mesh):
+        where = [
+            NamedSharding(mesh, sharding.spec(axes, leaf.shape, mesh))
+            for axes, leaf in zip((("batch", "length", None), ("embed", "vocab")), args, strict=False)
+        ]
+        placed = jax.device_put(args, (*where, sharding.batch_sharding(mesh)))
+        value, misses_BT = jax.jit(functools.partial(with_misses, precision="float32"))(*placed)
+    close(value, whole(*args, "float32"), 1e-6)
+    np.testing.assert_array_equal(misses_BT, expected_BT)
+
+
 @pytest.mark.parametrize(
     "mesh_spec, T, vocab",
     [

@@ -82,6 +82,24 @@ def test_a_row_counts_samples_and_what_learns(whole):
     assert len(losses) == 12 and losses[12] < losses[1]
 
 
+def test_other_text_is_evaluated_with_what_was_tuned(base, tmp_path):
+    """At a rate of zero it has the loss of the model itself: that of its own data again, and another of other text."""
+    data = f"pairs(path='{base}/records.jsonl', held_out=0.2)"
+    texts = f"text(path='{runs.corpus(tmp_path / 'texts')}/*.txt')"
+    still = {"train__schedule": "constant(peak=0.0)", "train__steps": 2, "sample__tokens": 0}
+    losses = []
+    for name, changes in (("same", {"eval__also": data} | still), ("text", {"eval__also": texts} | still)):
+        assert main.main(arguments(base, tmp_path / name, **changes)) == 0
+        row = json.loads((tmp_path / name / "record.json").read_text())
+        losses.append(row["quality"]["eval_loss_also"])
+        assert row["sources"]["eval_loss_also"]["source"] == f"held-out text of {changes['eval__also']}"
+        assert row["config"]["eval"]["also"] == changes["eval__also"]
+    assert losses[0] == row["quality"]["eval_loss"] != losses[1]
+    assert main.main(arguments(base, tmp_path / "tuned", eval__also=texts, train__steps=4, sample__tokens=0)) == 0
+    row = json.loads((tmp_path / "tuned" / "record.json").read_text())
+    assert abs(row["quality"]["eval_loss_also"] - losses[1]) > 1e-3
+
+
 @pytest.mark.slow
 def test_a_run_of_few_steps_is_measured_and_need_not_end_in_a_sample(base, tmp_path):
     argv = arguments(base, tmp_path / "run", train__steps=4, checkpoint__every=4, sample__tokens=0)
@@ -215,6 +233,9 @@ def test_a_learning_rate_is_chosen_for_each_method_and_its_cost_told(base, tmp_p
         ({"adapter": "full", "quant": "nf4"}, "rounded weights cannot learn"),
         ({"quant": "int4(method='gptq')"}, "tuning rounds to the nearest"),
         ({"train__length": 300}, "config.train.length = 300"),
+        ({"eval__also": "glyphs()"}, "config.eval.also = 'glyphs()': is read by models that are trained on text alone"),
+        ({"eval__also": "doc_pair()"}, "did you mean 'doc_pairs'?"),
+        ({"eval__also": "text(path='/nowhere')"}, "/nowhere"),
         ({"train__length": 8}, "config.train.length = 8: truncates every train response"),
         ({"tokenizer": "bpe(vocab_size=400)"}, "the vocabulary of config.model.size 300"),
     ],
