@@ -4,7 +4,7 @@ Kinds of text, which SmolLM2-135M is scored on: `topics` (English prose), `sourc
 in its chat format). `ladder-SIZE` scores the model that pretrain.py:mixers-SIZE has trained, on what it held out.
 
 Rounding to the nearest has no seed, and what the methods are calibrated on is the same for all: one block. The row
-gives the loss of each of the 64 rows of text, so that two forms are compared row by row.
+gives the loss of each of the 40 rows of text, so that two forms are compared row by row.
 """
 
 import glob
@@ -51,7 +51,7 @@ def get_config(name="topics"):
         overrides={
             "train.batch_size": 1,  # a row of text
             "train.length": 256,
-            "eval.batches": 64,
+            "eval.batches": 40,
             "infer.baseline": "",  # MCR follows from the rows
             "infer.prompt_length": 32,
             "infer.max_new_tokens": 8,
