@@ -159,7 +159,7 @@ class Serving:
         if spec == "stored":
             return None
         plain, copies = nn.unbox(self.boxed), self.mesh.shape["data"]  # replicated over the axis `data`
-        resident = resident_bytes(jax.eval_shape(lambda params: quant.quantize(params, spec, rules), plain))
+        resident = resident_bytes(quant.abstract(plain, spec, rules))
         largest = max(map(resident_bytes, jax.tree.leaves(plain) if self.source else plain.values()))
         peak = resident_bytes(self.boxed) if is_calibrated(spec, rules) else resident + largest
         return resident * copies, peak * copies

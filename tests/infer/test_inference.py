@@ -85,6 +85,19 @@ def test_weights_that_a_file_holds_rounded_are_said_to_be_so(monkeypatch, base, 
     assert "TTFT" in printed and "TPOT" in printed and "state of a token" in printed
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_calibrated_weights_are_served_and_compared(method, base, tmp_path):
+    size = "tiny(num_layers=1, dim=64, num_heads=2, num_kv_heads=1, head_dim=32, hidden=64)"
+    rows = []
+    for spec in (f"int4(method='{method}')", "int4()"):
+        argv = arguments(base, tmp_path / spec, quant=spec, model__pretrained="", model__size=size)
+        assert main.main(argv) == 0
+        rows.append(json.loads((tmp_path / spec / "record.json").read_text()))
+    assert rows[0]["paper"]["mcr"] > 1 and rows[0]["quality"]["eval_loss"] != rows[1]["quality"]["eval_loss"]
+    calibrated, nearest = (row["physical"]["resident_weight_bytes"] for row in rows)
+    assert calibrated == nearest if method == "gptq" else calibrated > nearest
+
+
 def test_what_is_done_is_said_before_it_is_done(base, tmp_path, capsys):
     assert main.main(arguments(base, tmp_path / "run")) == 0
     printed = capsys.readouterr().out
