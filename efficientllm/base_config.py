@@ -124,6 +124,8 @@ def get_config() -> ConfigDict:
     config.metrics = ConfigDict()
     config.metrics.meter = ""  # a CSV of (unix time in s, W) that a power meter writes during the run
     config.metrics.interval_s = 0.1  # seconds between samples of power, memory and utilisation
+    config.metrics.price = 0.0  # $ per device hour; 0 is unknown. A CPU's cores are one device
+    config.metrics.carbon = ""  # GRAMS g/kWh, SOURCE, such as "381 g/kWh, Ember 2025, Germany"; "" is unknown
     return config
 
 

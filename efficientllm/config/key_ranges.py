@@ -33,4 +33,5 @@ KEYS: Ranges = {
     "quality.batch_size": whole(1, 2**20),
     "quality.fd": whole(0, 2**17, "samples; 0 for none"),
     "metrics.interval_s": real(0.001, 3600, note="seconds"),
+    "metrics.price": real(0, 10**6, note="$ per device hour; 0 is unknown"),
 }

@@ -27,6 +27,7 @@ ADDED: dict[str, dict[str, typing.Any]] = {
     "quality": {"fd": 0},
     "plan": {"images": ()},
     "profile": {"steps": ""},
+    "metrics": {"price": 0.0, "carbon": ""},
     "infer": {
         **{"solver": "", "guidance": 1.0, "guidance_channels": 0},
         **{"negative_prompt": "", "size": (), "fps": 16.0, "offload": False, "max_pixels": 0},

@@ -22,6 +22,7 @@ from efficientllm.config.basic_rules import (
     sizes,
     tuple_of,
 )
+from efficientllm.config.carbon_intensity import check_carbon
 from efficientllm.config.device_rules import check_hardware, check_mesh, check_remat
 from efficientllm.config.path_rules import check_file, check_folder_name, check_path, check_source_path
 from efficientllm.config.profiled_steps import check_steps
@@ -162,6 +163,7 @@ KEYS = {
     "quality.include": check_path,
     "quality.results": check_file,
     "metrics.meter": check_file,
+    "metrics.carbon": check_carbon,
 }
 FIELDS = {
     **{("mixer", kind): spec(kind) for kind in ("position", "norm", "precision")},

@@ -44,6 +44,11 @@ class PictureRequest(Request):
         return self.samples * self.costs.tokens
 
     @property
+    def units(self) -> dict[str, float]:
+        """Units of work of a request, of which cost and CO2 are told (`record.currency`)."""
+        return {"image": self.samples}
+
+    @property
     def heading(self) -> str:
         guided = "" if self.sampler.rows_per_image == 1 else ", guided"
         pictures = describe_batch(self.lm, self.samples)

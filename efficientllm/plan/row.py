@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from efficientllm.cost import formulas
 from efficientllm.metrics import compiles
-from efficientllm.metrics.reading import Reading, missing
+from efficientllm.metrics.reading import Reading, missing, reading_or_missing
 from efficientllm.plan import hardware as hardwares
 from efficientllm.plan import hlo_cost, operation_table
 from efficientllm.plan.calibration import Calibration
@@ -13,6 +13,7 @@ from efficientllm.plan.estimate import Estimate
 from efficientllm.plan.hardware import Hardware
 from efficientllm.plan.remedies import Try
 from efficientllm.plan.workloads import Workload
+from efficientllm.record import currency
 from efficientllm.typing import Record
 
 LEAST = "least time by roofline"
@@ -90,6 +91,7 @@ def _six(workload, hardware, count, estimate, calibration):
         seconds *= calibration.factor
     rates = dict.fromkeys(workload.no_rates) if seconds is None else workload.rates(seconds)
     watts, pcu = (calibration.mean("watts"), calibration.mean("pcu")) if calibration else (None, None)
+    amounts = _amounts(workload, hardware, count, seconds, watts)
     total = estimate.total_bytes
     values = {
         "amu_gb": None if total is None else total / 1e9,
@@ -100,10 +102,20 @@ def _six(workload, hardware, count, estimate, calibration):
         "aec_w": None if watts is None else watts * count,
         "aec_at_most_w": None if hardware.tdp_w is None else hardware.tdp_w * count,
         "mcr": None,
+        **{key: amount.value for key, amount in amounts.items()},
     }
     reasons = dict.fromkeys(rates, _UNKNOWN) | _REASONS | {"mcr": workload.no_mcr}
+    reasons |= {key: amount.reason for key, amount in amounts.items()}
     nulls = [key for key, value in (values | {"collectives": estimate.collectives}).items() if value is None]
     return values | {"reasons": {key: reasons[key] for key in nulls}}
+
+
+def _amounts(workload, hardware, count, seconds, watts):
+    """Cost and CO2 of the planned time, at the power of the calibration rows' devices, as Readings."""
+    planned_s = reading_or_missing(seconds, "s", "planned", _UNKNOWN)
+    power_w = reading_or_missing(None if watts is None else watts * count, "W", "calibration", _REASONS["aec_w"])
+    paid = 1 if hardware.platform == "cpu" else count
+    return currency.of_plan(workload.config, planned_s, power_w, workload.units, paid)
 
 
 _UNKNOWN = "a peak or the compiler's figure is not known"
@@ -247,4 +259,7 @@ def _six_lines(prediction):
         lines.append(
             f"    {label:<5}" + (f"null  {prediction['reasons'][key]}" if value is None else f"{value:.4g} {unit}")
         )
+    for key, label in currency.LABELS.items():
+        if prediction.get(key) is not None:
+            lines.append(f"    {label} {prediction[key]:.4g} {'USD' if key.startswith('usd') else 'g'}")
     return lines

@@ -43,6 +43,11 @@ class TextRequest(Request):
         return self.samples * self.config.infer.max_new_tokens
 
     @property
+    def units(self) -> dict[str, float]:
+        """Units of work of a request, of which cost and CO2 are told (`record.currency`)."""
+        return {"mtoken": self.tokens / 1e6}
+
+    @property
     def heading(self) -> str:
         infer_config = self.config.infer
         return (
@@ -56,30 +61,39 @@ class TextRequest(Request):
         FLOPs and bytes of a decode step are those in the middle of a completion, as in the row of a description.
         """
         infer_config = self.config.infer
-        middle = infer_config.prompt_length + infer_config.max_new_tokens // 2
+        prefill_cost, head_cost, decode_cost = self.phases()
         engine = Engine(self.lm, self.shaped, build("sampler", infer_config.sampler), 0, self.length)
         with self.scope(), kernel_choice.recording_kernels() as prefill_kernels:
             prefill, read_out = engine.trace_prefill(self.samples, infer_config.prompt_length)
         with self.scope(), kernel_choice.recording_kernels() as decode_kernels:
             decode = engine.trace_decode(self.samples)
-        head = 2 * self.samples * self.lm.dim * self.lm.vocab_size
-        prefill_flops = self.samples * formulas.forward_flops(self.lm, self.boxed, infer_config.prompt_length)
-        prefill_flops -= infer_config.prompt_length * head  # only the last token has logits, which `read_out` computes
-        step_flops = self.samples * formulas.decode_flops(self.lm, self.boxed, middle)
         used = {name: sorted(kinds) for name, kinds in prefill_kernels.items()}
         return [
-            workloads.TracedProgram("prefill", 1, prefill, used, prefill_flops, self.resident),
-            workloads.TracedProgram("first logits", 1, read_out, {}, head, 0),
+            workloads.TracedProgram("prefill", 1, prefill, used, *prefill_cost),
+            workloads.TracedProgram("first logits", 1, read_out, {}, *head_cost),
             workloads.TracedProgram(
                 "decode",
                 infer_config.max_new_tokens,
                 decode,
                 {name: sorted(kinds) for name, kinds in decode_kernels.items()},
-                step_flops,
-                self.moved(middle),
+                *decode_cost,
                 turns=1,
             ),
         ]
+
+    def phases(self) -> tuple[tuple[float, float], ...]:
+        """`(FLOPs, bytes moved on a device)` of prefill, the first logits and a decode step, by closed formula."""
+        prompt = self.config.infer.prompt_length
+        head = 2 * self.samples * self.lm.dim * self.lm.vocab_size
+        prefill = self.samples * formulas.forward_flops(self.lm, self.boxed, prompt)
+        prefill -= prompt * head  # only the last token has logits, which are computed apart
+        step = self.samples * formulas.decode_flops(self.lm, self.boxed, self.middle)
+        return (prefill, self.resident), (head, 0), (step, self.moved(self.middle))
+
+    @property
+    def middle(self) -> int:
+        """Tokens in the KV cache in the middle of a completion."""
+        return self.config.infer.prompt_length + self.config.infer.max_new_tokens // 2
 
     @functools.cached_property
     def memory_parts(self) -> dict[str, int]:
@@ -118,10 +132,9 @@ class TextRequest(Request):
 
     def readings(self) -> dict[str, Reading]:
         """Readings of the model itself."""
-        middle = self.config.infer.prompt_length + self.config.infer.max_new_tokens // 2
-        flops = formulas.decode_flops(self.lm, self.boxed, middle)
+        flops = formulas.decode_flops(self.lm, self.boxed, self.middle)
         state = formulas.state_bytes(self.lm, self.length) / self.length
-        formula = f"closed formula ({formulas.FLOP_CONVENTION}), token {middle}"
+        formula = f"closed formula ({formulas.FLOP_CONVENTION}), token {self.middle}"
         return {
             "flops_per_token": Reading(flops, "FLOP", formula),
             "resident_weight_bytes": Reading(self.weights, "bytes", "parameter tree"),

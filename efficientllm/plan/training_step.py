@@ -72,6 +72,12 @@ class Step:
         return self.config.train.batch_size
 
     @property
+    def units(self) -> dict[str, float]:
+        """Units of work of a step, of which cost and CO2 are told (`record.currency`)."""
+        image = {"image": self.samples} if self.objective.counted == "images" else {}
+        return {"mtoken": self.tokens / 1e6, **image, "run": 1 / self.config.train.steps}
+
+    @property
     def heading(self) -> str:
         counted = self.objective.counted
         return f"{self.samples} {'x' if counted == 'tokens' else f'{counted} of'} {self.length} tokens a step"

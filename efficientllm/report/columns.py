@@ -20,6 +20,7 @@ BETTER = {
     **dict.fromkeys(("j_per_image", "flops_per_image", "image_latency", "eval_vlb"), "lower"),
     **dict.fromkeys(("text_encode", "image_encode", "denoise_s", "decode_s", "autoencoder_bytes", "offload_"), "lower"),
     **dict.fromkeys(("fd_", "fid", "kd_", "kid"), "lower"),
+    **dict.fromkeys(("usd_", "co2_"), "lower"),
     **dict.fromkeys(("pcu", "tt_", "st_", "it_", "mcr", "tokens_per_s", "mfu", "hfu", "mbu"), "higher"),
     **dict.fromkeys(("images_per_s", "sample_precision", "sample_recall", "exact_match"), "higher"),
 }
@@ -49,6 +50,12 @@ LABELS = {
     "flops_per_image": "FLOPs/image",
     "j_per_image": "J/image",
     "eval_vlb": "eval VLB",
+    "usd_per_mtoken": "$/M tokens",
+    "usd_per_image": "$/image",
+    "usd_per_run": "$/run",
+    "co2_g_per_mtoken": "CO2/M tokens",
+    "co2_g_per_image": "CO2/image",
+    "co2_g_per_run": "CO2/run",
     "fid": "FID",
     "fd_own": "FD (own)",
     "fd_own_floor": "FD (own), floor",
@@ -65,7 +72,8 @@ SAMPLES = (
     "sample_",
     "nearest_ratio",
 )  # distances of sampled pictures from the training set, by the extractor's name
-ENERGY = ("aec_w", "energy_j", "j_per_token", "j_per_image")
+ENERGY = ("aec_w", "energy_j", "j_per_token", "j_per_image", "co2_")
+COST = "usd_"
 # Determined by the config, equal in every process: one pair of rows suffices for a verdict.
 EXACT = (
     "flops_per_token",
@@ -95,7 +103,7 @@ TIMED: tuple[str, ...] = (
     "tpot",
 )
 TIMED += ("text_encode_s", "image_encode_s", "denoise_s", "decode_s", "offload_s")
-TIMED += ("compile_s", "mfu", "hfu", "mbu", "pcu", *ENERGY, "prefill_energy", "prefill_j")
+TIMED += ("compile_s", "mfu", "hfu", "mbu", "pcu", *ENERGY, COST, "prefill_energy", "prefill_j")
 _SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 
 
@@ -145,6 +153,14 @@ def is_energy(key: str) -> bool:
     return key.startswith(ENERGY)
 
 
+def is_cost(key: str) -> bool:
+    return key.startswith(COST)
+
+
+def is_emission(key: str) -> bool:
+    return key.startswith("co2_")
+
+
 def is_quality(key: str) -> bool:
     return key in QUALITY or key.startswith((LEVEL_LOSS, "eval_", "exact_match", *SAMPLES))
 
@@ -177,7 +193,7 @@ def format_value(value: float | None, unit: str) -> str:
     if value == 0 or not math.isfinite(value):
         return f"{value:g} {unit}".strip()
     factor, prefix = next(((f, p) for f, p in _SI if abs(value) >= f * 0.99995), _SI[-1])
-    if unit in ("", "nat", "bit", "GB") and 1e-3 <= abs(value) < 1e4:
+    if unit in ("", "nat", "bit", "GB", "USD") and 1e-3 <= abs(value) < 1e4:
         factor, prefix = 1, ""
     if unit == "/s" and abs(value) < 1:  # `2 m/s` would read as a speed
         return f"{value:.3e} /s"

@@ -61,6 +61,9 @@ def _facts(row, reference, key):
         kinds = [_ENERGY.search(side.source(key)) for side in (row, reference)]
         facts["kind of energy figure"] = tuple(kind and kind[1] for kind in kinds)
         facts["energy scope"] = tuple(kind and kind[2] for kind in kinds)
+    if columns.is_cost(key) or columns.is_emission(key):
+        setting = "metrics.price" if columns.is_cost(key) else "metrics.carbon"
+        facts[setting.replace("metrics.", "")] = tuple(side.config.get(setting) for side in (row, reference))
     if row.kind != "infer" or columns.is_quality(key):
         facts |= training_facts(row, reference, key)
     if columns.is_timed(key):

@@ -9,8 +9,9 @@ import typing
 
 from efficientllm import weights
 from efficientllm.config.plain import config_hash, flatten, plain
+from efficientllm.cost import device_peaks
 from efficientllm.metrics.energy.window import EnergyReader
-from efficientllm.record import provenance
+from efficientllm.record import currency, provenance
 from efficientllm.record.row import build_record
 from efficientllm.record.tensorboard import SummaryWriter
 from efficientllm.record.workdir import Workdir
@@ -71,7 +72,14 @@ class Run:
         error: str | None = None,
         **groups: typing.Any,
     ) -> Record:
-        """The row: `facts` are added to its provenance, `groups` are those of `build_record`."""
+        """The row: `facts` are added to its provenance, `groups` are those of `build_record`.
+
+        What was measured on a mesh is joined by what it cost (`record.currency`).
+        """
+        if mesh is not None and groups.get("paper_readings"):
+            paid = device_peaks.count_parallel(list(mesh.devices.flat))
+            amounts = currency.of_row(self.config, groups["paper_readings"], groups["physical"], paid)
+            groups["physical"] = groups["physical"] | amounts
         source = provenance.provenance(
             reader=reader,
             started=self.started,

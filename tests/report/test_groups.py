@@ -363,3 +363,14 @@ def test_a_mixture_is_told_by_the_ffns_of_its_blocks(changes, name, tmp_path):
     made.row(tmp_path, changes=changes)
     (row,) = rows.read_rows(find_rows.find_files([tmp_path])[0])
     assert techniques.techniques(row)["ffn"] == name
+
+
+def test_costs_at_another_price_are_shown_and_not_ranked(tmp_path):
+    for name, price in (("gqa", 2.0), ("mqa", 2.0), ("mla", 3.0)):
+        made.row(tmp_path / name, name, changes={"metrics.price": price}, usd_per_run=price, al_s=0.5)
+    (group,) = groups(tmp_path, baseline="model.mixer=gqa")
+    cells, _ = group.compare("usd_per_run", "lower")
+    refused = cells["model.mixer=mla"]
+    assert refused["mean"] == 3.0 and "another price" in refused["reason"] and "ratio" not in refused
+    assert cells["model.mixer=mqa"]["ratio"] == 1
+    assert group.compare("al_s", "lower")[0]["model.mixer=mla"]["ratio"] == 1

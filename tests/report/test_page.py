@@ -94,6 +94,7 @@ def test_the_studys_rows_and_other_columns_come_on_demand(page):
 QUERIES = {
     "least AL": "mqa",
     "least al_s with eval loss <= -1 %": "mla",
+    "eval loss <= -1 % and least al_s": "mla",
     "least flops_per_token with amu_gb >= 1900 MB and amu_gb < 2.1 GB": "gqa",
     "most tt_tokens_per_param_s where al_s <= 470 ms, params_total > 1": "mqa",
     "least al_s with al_s <= 1 ms": "No variant fits",

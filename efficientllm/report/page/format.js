@@ -26,7 +26,7 @@ function show(value, unit) {
   if (value === null || value === undefined) return "–";
   const named = { 1: "", bytes: "B", "1/s": "/s" }[unit] ?? unit;
   let [factor, prefix] = PREFIXES.find(([size]) => Math.abs(value) >= size * 0.99995) ?? PREFIXES[PREFIXES.length - 1];
-  const plain = ["", "nat", "bit", "GB"].includes(named) && Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4;
+  const plain = ["", "nat", "bit", "GB", "USD"].includes(named) && Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4;
   if (value === 0 || plain) [factor, prefix] = [1, ""];
   if (named === "/s" && Math.abs(value) < 1) return `${value.toExponential(3)} /s`; // 2 m/s would be a speed
   return `${digits(value / factor)} ${prefix}${named}`.trim();

@@ -1,10 +1,12 @@
-/* Constraint queries: least|most METRIC [with METRIC <= VALUE [and ...]].
+/* Constraint queries: least|most METRIC [with METRIC <= VALUE [and ...]], or the conditions first:
+   METRIC <= VALUE and ... and least|most METRIC. query.py reads the same language.
    VALUE is a number with a unit (20 ms, 3.5 GB, 0.2) or a change against the baseline (+1 %, -5%). */
 const UNITS = {
   s: ["s", 1], ms: ["s", 1e-3], us: ["s", 1e-6], "µs": ["s", 1e-6], min: ["s", 60], j: ["J", 1], mj: ["J", 1e-3], kj: ["J", 1e3],
   w: ["W", 1], mw: ["W", 1e-3], kw: ["W", 1e3], b: ["bytes", 1], kb: ["bytes", 1e3], mb: ["bytes", 1e6], gb: ["bytes", 1e9],
   kib: ["bytes", 1024], mib: ["bytes", 1048576], gib: ["bytes", 1073741824], "/s": ["1/s", 1], "1/s": ["1/s", 1],
-  nat: ["nat", 1], bit: ["bit", 1], flop: ["FLOP", 1], gflop: ["FLOP", 1e9], mflop: ["FLOP", 1e6], "": [null, 1],
+  nat: ["nat", 1], bit: ["bit", 1], flop: ["FLOP", 1], gflop: ["FLOP", 1e9], mflop: ["FLOP", 1e6], $: ["USD", 1],
+  usd: ["USD", 1], g: ["g", 1], kg: ["g", 1e3], "": [null, 1],
 };
 
 class QueryError extends Error {}
@@ -18,6 +20,7 @@ function metricNames() {
       if (!names.has(normal(name))) names.set(normal(name), key);
     }
   }
+  names.set("memory", "peak_memory_bytes");
   return names;
 }
 
@@ -67,6 +70,8 @@ function parseCondition(text) {
 
 /* {most, key, conditions}. Throws a QueryError that says what would be right. */
 function parseQuery(text) {
+  const last = text.trim().match(/^(.*[<>=≤≥].*?)(?:\s+and\s+|\s*[,;]\s*)((?:least|lowest|min|most|highest|max)\s[^<>=≤≥]+)$/i);
+  if (last) text = `${last[2]} with ${last[1]}`;
   const found = text.trim().match(/^(least|lowest|min|most|highest|max)\s+(.+?)(?:\s+(?:with|where|if)\s+(.*))?$/i);
   if (!found) throw new QueryError("begin with least or most: least j_per_token with tpot_s <= 20 ms and eval_loss <= +1 %");
   const most = /^(most|highest|max)$/i.test(found[1]);
