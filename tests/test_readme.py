@@ -24,6 +24,7 @@ from efficientllm.config.plain import plain
 from efficientllm.convert import __main__ as convert_command
 from efficientllm.convert import peft as adapters
 from efficientllm.mixers import kv_cache
+from efficientllm.recommend import __main__ as recommend
 from efficientllm.registry import build, catalogue
 from efficientllm.registry.plugins import import_plugins
 from efficientllm.report import __main__ as report
@@ -54,6 +55,7 @@ RUNS = list(dict.fromkeys(command for text in TEXTS for command in runs_of(text)
 DEFAULT = [*runs_of(README), *(command for text in TEXTS[1:] for command in runs_of(text)[:1])]
 REPORTS = [command for command in COMMANDS if "efficientllm.report" in command]
 SWEEPS = [command for command in COMMANDS if "efficientllm.sweep" in command]
+RECOMMENDATIONS = [command for command in COMMANDS if "efficientllm.recommend" in command]
 CONVERSIONS = [command for command in COMMANDS if "efficientllm.convert" in command]
 FOLDERS = ("efficientllm", "experiments", "tests", "third_party")
 DOCUMENTS = [
@@ -68,7 +70,7 @@ SMALLEST = "tiny(num_layers=1, dim=64, num_heads=2, num_kv_heads=1, head_dim=32,
 
 
 def test_there_is_no_command_that_nothing_runs():
-    tested = [*REPORTS, *SWEEPS, *CONVERSIONS]
+    tested = [*REPORTS, *SWEEPS, *RECOMMENDATIONS, *CONVERSIONS]
     others = [command for command in COMMANDS if "efficientllm.main" not in command and command not in tested]
     # CI runs the first, test_tensorboard asks the second's server; the doctor has tests of its own.
     assert others == [TEST, "tensorboard --logdir=runs", "python -m efficientllm.doctor", CONTRACT, CHAT]
@@ -236,6 +238,16 @@ def test_sweeps_are_described(monkeypatch, capsys):
     dry, real = (shlex.split(command.partition("efficientllm.sweep ")[2]) for command in SWEEPS)
     assert dry == [real[0], "--dry_run"]
     assert sweep.main([*real, "--dry_run"]) == 0 and "21 runs in 3 blocks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", slow_except(RECOMMENDATIONS, RECOMMENDATIONS[1]))
+def test_recommendations(command, monkeypatch, capsys):
+    monkeypatch.chdir(runs.ROOT)  # where the evidence is
+    argv = shlex.split(command.partition("efficientllm.recommend ")[2])
+    assert recommend.main([*argv, *({"--by_shapes"} - set(argv))]) == 0
+    program = "python -m efficientllm.main "
+    (chosen,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(program)]
+    main.parse(shlex.split(chosen.removeprefix(program)))
 
 
 def test_reports(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from efficientllm.config.differences import differences
 from efficientllm.report import (
     claims,
     columns,
@@ -19,12 +20,14 @@ from efficientllm.report import (
     unfinished,
 )
 from efficientllm.report.rows import Row
+from efficientllm.report.variant_names import compared_config
 
 SCHEMA_VERSION = 1
 _OF_IMAGES = ("images_per_s", "j_per_image", "fd_own")
 _OF_TEXT = ("tokens_per_s", "it_tokens_per_s", "j_per_token")
 NOISE = ("al_s", *_OF_TEXT, "aec_w", "amu_gb", "peak_memory_bytes", "eval_loss", *_OF_IMAGES)
 _PARETO_DRAWS = 2000
+_TEXTS = ("infer.prompts", "infer.negative_prompt", "infer.stop", "command")
 
 
 def build_leaderboard(
@@ -101,10 +104,17 @@ def _variant(group, variant):
         "axis": techniques.study_axis(rows[0]),
         "scale": rows[0].config.get("model.size"),
         "techniques": techniques.techniques(rows[0]),
+        "config": _changed(rows[0]),
         "outcomes": {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))},
         "paths": [str(row.path) for row in rows],
         "notes": _notes(rows),
     }
+
+
+def _changed(row):
+    """The compared keys of a row's config that differ from the base config, with their values; texts are left out."""
+    compared = compared_config(row.config)
+    return {key: compared[key] for key in differences(compared) if key not in _TEXTS}
 
 
 def _notes(rows):
