@@ -27,6 +27,8 @@ SMALLEST = {
     "experiments/architectures/attention_crossover.py": "--lengths=64,128 --blocks=2",
     "experiments/architectures/linear_time.py": "--lengths=64,128 --blocks=2",
     "experiments/architectures/state.py": "--size=tiny --precision=float32",
+    "experiments/board/board.py": (2, "no such file or folder"),
+    "experiments/board/rerun.py": (2, "no such file or folder"),
     "experiments/dit/plans.py": "--only=nothing_of_this_name",
     "experiments/generators/pipelines.py": "--out=pipelines",
     "experiments/generators/plans.py": "--only=nothing_of_this_name",

@@ -67,8 +67,9 @@ def parse_line(line: str, where: str) -> tuple[str, Record]:
     folder = record.pop("folder", None)
     if not isinstance(folder, str) or not _FOLDER.fullmatch(folder):
         raise UserError(f"{where}: no row: its 'folder' is {short_repr(folder)}, not a relative path without ..")
-    for key, kind in (("outcome", str), ("provenance", dict), ("sources", dict)):
-        json_text.field(record, key, kind, f"{where}: no row")
+    json_text.field(record, "outcome", str, f"{where}: no row")
+    for key in ("provenance", "sources", "config", "paper", "physical", "quality"):
+        json_text.field(record, key, dict, f"{where}: no row")
     return folder, record
 
 

@@ -19,6 +19,7 @@ from efficientllm.report.groups import Group, device
 from efficientllm.report.techniques import techniques
 
 Claim = dict[str, typing.Any]  # an entry of data/claims.json
+_MOST_BLOCKS = 1000
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be tested here"
 _SIDES = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -47,7 +48,21 @@ def _evaluate(claim, groups):
     else:
         status = HOLDS if measured and all(pair["status"] == HOLDS for pair in measured) else OPEN
     reason = join_reasons(judged_pairs) if judged_pairs else _why_open(claim, groups)
-    return describe_claim(claim) | {"status": status, "reason": reason, "pairs": judged_pairs}
+    takes = _what_it_takes(claim, measured) if status == OPEN else ""
+    return describe_claim(claim) | {"status": status, "reason": reason, "takes": takes, "pairs": judged_pairs}
+
+
+def _what_it_takes(claim, pairs):
+    """How many blocks would decide the open pairs of a claim if their ratios are what they seem."""
+    limit, needs = float(claim["ratio"].split()[1]), []
+    for pair in pairs:
+        if pair["status"] == OPEN:
+            interval = statistics.Interval(pair["ratio"], pair["low"], pair["high"], pair["blocks"], "")
+            blocks = statistics.blocks_to_decide(interval, limit, _MOST_BLOCKS)
+            more = "two blocks or more" if blocks is None else f"{blocks:,} blocks"
+            more = f"more than {_MOST_BLOCKS:,} blocks" if blocks == _MOST_BLOCKS else more
+            needs.append(f"{pair['variant']} / {pair['against']}: {more}")
+    return "; ".join(dict.fromkeys(needs))
 
 
 def describe_claim(claim: Claim) -> dict[str, typing.Any]:

@@ -1,6 +1,7 @@
 """Groups of rows that are ranked together: ratios to the baseline, ranks, and the noise floor.
 
-Rows of one sweep, task, device and effective batch form a Group. A measured metric needs more (see `comparability`):
+Rows of one sweep, task, device and effective batch form a Group. A quality sweep and a cost sweep of the same variants
+form one together (see `joined_sweeps`). A measured metric needs more (see `comparability`):
 equal training; for energy the same scope; for memory the same allocator; for times an otherwise idle machine, or the
 same randomised block. A variant that lacks this is shown with the reason, without ratio or rank. A verdict within the
 noise floor, which is what the baseline shows against itself, is withheld.
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from efficientllm.report import columns, comparability, ranking, statistics
+from efficientllm.report import columns, comparability, joined_sweeps, ranking, statistics
 from efficientllm.report.comparability import batch, device
 from efficientllm.report.rows import Row
 
@@ -35,6 +36,7 @@ class Group:
         self.variants.sort(key=lambda variant: variant != self.baseline)
         self.blocks = list(dict.fromkeys(row.block for row in self.rows if row.ok))
         self.measured = [row for row in self.rows if row.ok and not row.predicted]
+        self.parts = joined_sweeps.measured_parts(self.rows)
         self._of = collections.defaultdict(list)
         for row in self.rows:
             self._of[row.variant].append(row)
@@ -48,14 +50,24 @@ class Group:
     def of(self, variant: str) -> list[Row]:
         return self._of.get(variant, [])
 
-    def _measured(self, variant):
-        return [row for row in self.of(variant) if row.ok and not row.predicted]
+    def supplying(self, variant: str, key: str) -> list[Row]:
+        """The measured rows of a variant that supply a metric."""
+        return [row for row in self.of(variant) if row.ok and not row.predicted and self._supplies(row, key)]
+
+    def _supplies(self, row, key):
+        return joined_sweeps.supplies(row, key, self.parts)
+
+    def blocks_of(self, key: str) -> list[str]:
+        """The blocks of the rows that supply a metric, in order."""
+        return list(dict.fromkeys(row.block for row in self.rows if row.ok and self._supplies(row, key)))
 
     def refusal(self, variant: str, key: str) -> str | None:
         """Why this variant's metric is not compared or ranked, or None."""
-        rows = self._measured(variant)
+        rows = self.supplying(variant, key)
         if any(row.predicted for row in self.of(variant)):
             return "predicted, not measured"
+        if not rows and any(row.ok for row in self.of(variant)):
+            return joined_sweeps.why_not(self.of(variant), key)
         if not rows:
             return f"no run ended well ({', '.join(sorted({row.outcome for row in self.of(variant)}))})"
         recorded = [row for row in rows if row.values.get(key) is not None]
@@ -63,7 +75,7 @@ class Group:
             return rows[0].reasons.get(key, "not recorded")
         if self.baseline is None:
             return "the baseline has no row here"
-        reference = [row for row in self._measured(self.baseline) if row.values.get(key) is not None]
+        reference = [row for row in self.supplying(self.baseline, key) if row.values.get(key) is not None]
         if not reference:
             return f"the baseline's is null: {self._why_null(key)}"
         if any(row.values[key] <= 0 for row in recorded + reference):
@@ -76,27 +88,29 @@ class Group:
 
     def _disturbance(self, rows, key):
         """Why times of starved rows are not compared, or None. In a sweep's blocks a disturbance meets all variants."""
-        if not columns.is_timed(key) or comparability.in_blocks(self.measured):
+        measured = [row for row in self.measured if self._supplies(row, key)]
+        if not columns.is_timed(key) or comparability.in_blocks(measured):
             return None
         return comparability.starved(rows)
 
     def _why_null(self, key):
-        rows = self.of(self.baseline)
+        rows = [row for row in self.of(self.baseline) if self._supplies(row, key)]
         return next((row.reasons[key] for row in rows if key in row.reasons), "no run of it ended well")
 
     def logs(self, key: str, variants: Sequence[str]) -> np.ndarray:
         """`logs_VB`: log-ratios to the mean of the block's baselines; NaN where a block lacks one or the other."""
-        logs_VB = np.full((len(variants), len(self.blocks)), np.nan)
+        blocks = self.blocks_of(key)
+        logs_VB = np.full((len(variants), len(blocks)), np.nan)
         reference = self._means(self.baseline, key)
         for v, variant in enumerate(variants):
             for block, mean in self._means(variant, key).items():
                 if block in reference:
-                    logs_VB[v, self.blocks.index(block)] = mean - reference[block]
+                    logs_VB[v, blocks.index(block)] = mean - reference[block]
         return logs_VB
 
     def _means(self, variant, key):
         logs_by_block = collections.defaultdict(list)
-        for row in self._measured(variant):
+        for row in self.supplying(variant, key):
             if (row.values.get(key) or 0) > 0:
                 logs_by_block[row.block].append(math.log(row.values[key]))
         return {block: sum(logs) / len(logs) for block, logs in logs_by_block.items()}
@@ -107,7 +121,7 @@ class Group:
         if reason:
             return None, reason
         a, b = self._means(variant, key), self._means(other, key)
-        shared = [block for block in self.blocks if block in a and block in b]
+        shared = [block for block in self.blocks_of(key) if block in a and block in b]
         if not shared:
             return None, "no block holds both"
         logs_B = [a[block] - b[block] for block in shared]
@@ -154,9 +168,12 @@ class Group:
         return columns.is_exact(key) or bool((np.isfinite(self.logs(key, variants)).sum(1) > 1).all())
 
     def _shown(self, variant, key, reason=None):
-        values = [row.values[key] for row in self.of(variant) if row.ok and row.values.get(key) is not None]
-        if not values and reason is None:
-            reason = next((row.reasons[key] for row in self.of(variant) if key in row.reasons), "not recorded")
+        rows = [row for row in self.of(variant) if self._supplies(row, key)]
+        values = [row.values[key] for row in rows if row.ok and row.values.get(key) is not None]
+        if not rows:
+            reason = joined_sweeps.why_not(self.of(variant), key)
+        elif not values and reason is None:
+            reason = next((row.reasons[key] for row in rows if key in row.reasons), "not recorded")
         return {"mean": statistics.geometric_mean(values), "n": len(values), "reason": reason}
 
     def _cell(self, variant, key, reason, better):
@@ -164,7 +181,7 @@ class Group:
         if (
             cell["n"]
             and columns.is_timed(key)
-            and (count := sum(bool(row.starved) for row in self.of(variant) if row.ok))
+            and (count := sum(bool(row.starved) for row in self.supplying(variant, key)))
         ):
             cell["starved"] = count
         if reason or variant == self.baseline:
@@ -202,8 +219,8 @@ class Group:
 
     def _find_noise(self, key):
         pairs, baselines = [], 1
-        rows = [row for row in self._measured(self.baseline) if (row.values.get(key) or 0) > 0]
-        for block in self.blocks:
+        rows = [row for row in self.supplying(self.baseline, key) if (row.values.get(key) or 0) > 0]
+        for block in self.blocks_of(key):
             values = [row.values[key] for row in rows if row.block == block]
             if len(values) > 1:
                 pairs.append(math.log(values[-1] / values[0]))
@@ -212,7 +229,7 @@ class Group:
             if not pairs and self.refusal(variant, key) is None:
                 logs_B = self.logs(key, [variant])[0]
                 pairs = logs_B[np.isfinite(logs_B)].tolist()
-        return statistics.estimate_noise(pairs, baselines, len(self.blocks))
+        return statistics.estimate_noise(pairs, baselines, len(self.blocks_of(key)))
 
     def twins(self) -> list[str]:
         """Variants with the baseline's config: a difference between them is noise."""
@@ -233,8 +250,9 @@ def group_rows(rows: Sequence[Row], baseline: str | None = None) -> list[Group]:
     for row in filter(_is_lost, rows):
         for key in [key for key in rows_by_key if row.sweep and key[0] == row.sweep.get("name")]:
             rows_by_key[key].append(row)
-    ordered = sorted(rows_by_key, key=lambda key: (not key[0], key))
-    return [Group(key, rows_by_key[key], baseline and matching_variant(rows_by_key[key], baseline)) for key in ordered]
+    joined = joined_sweeps.join_sweeps(rows_by_key)
+    ordered = sorted(joined, key=lambda key: (not key[0], key))
+    return [Group(key, joined[key], baseline and matching_variant(joined[key], baseline)) for key in ordered]
 
 
 def _is_lost(row):
@@ -252,4 +270,5 @@ def matching_variant(rows: Sequence[Row], baseline: str) -> str:
 
 
 def _key(row):
-    return row.sweep.get("name") or "", row.kind + (" (predicted)" if row.predicted else ""), device(row), batch(row)
+    place = joined_sweeps.ANY_DEVICE if joined_sweeps.measures(row) == joined_sweeps.QUALITY else device(row)
+    return row.sweep.get("name") or "", row.kind + (" (predicted)" if row.predicted else ""), place, batch(row)

@@ -12,6 +12,8 @@ from efficientllm.report import (
     claims,
     columns,
     groups,
+    joined_sweeps,
+    pairwise,
     planned_claims,
     ranking,
     statistics,
@@ -48,6 +50,7 @@ def build_leaderboard(
         "groups": [_group(group, shown) for group in all_groups],
         "claims": claims.evaluate_claims(all_groups),
         "forecasts": planned_claims.evaluate_plans(all_groups),
+        "pairwise": pairwise.compare_quality(all_groups),
         "failures": [_failure(row) for row in rows if not row.ok],
         "without_row": unfinished.list_unfinished(orphans),
         "rows": len(rows),
@@ -81,6 +84,7 @@ def _group(group, shown):
         "batch": group.batch,
         "baseline": group.baseline,
         "blocks": len(group.blocks),
+        "parts": joined_sweeps.describe_parts(group.rows),
         "six": list(six),
         "variants": [
             _variant(group, variant)
@@ -120,7 +124,8 @@ def _changed(row):
 def _notes(rows):
     """The rows' notes, each once, with the blocks that it applies to."""
     blocks_by_note = {}
-    for row in (row for row in rows if row.ok):
+    timed = (row for row in rows if row.ok and joined_sweeps.measures(row) != joined_sweeps.QUALITY)
+    for row in timed:
         for note in row.notes():
             blocks_by_note.setdefault(note, []).append(row.block)
     notes = [f"{', '.join(dict.fromkeys(blocks))}: {note}" for note, blocks in blocks_by_note.items()]

@@ -2,19 +2,24 @@
 
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from efficientllm.report import statistics
+from efficientllm.report import joined_sweeps, pairwise, statistics
 from efficientllm.report.columns import format_value
 
 _QUALITY = ("eval_loss", "exact_match", "eval_loss_also", "fid", "fd_own", "fd_own_floor", "nearest_ratio")
 _ALWAYS = (*_QUALITY, "j_per_token", "j_per_image", "tokens_per_s", "images_per_s", "peak_memory_bytes")
 
 
-def markdown_report(board: dict[str, typing.Any], figures: dict[str, list[tuple[str, str]]]) -> str:
-    """Text of `report.md` for a leaderboard; `figures` is `{group name: [(title, file relative to it), ...]}`."""
+def markdown_report(
+    board: dict[str, typing.Any], figures: dict[str, list[tuple[str, str]]], drawn_claims: Iterable[str] = ()
+) -> str:
+    """Text of `report.md` for a leaderboard; `figures` is `{group name: [(title, file relative to it), ...]}`.
+
+    `drawn_claims` are the names of claims that have a figure.
+    """
     board, figures = literal(board), {literal(name): paths for name, paths in figures.items()}
-    sections = ["# Report", _counts(board)]
+    sections = ["# Report", _counts(board), *_answers(board)]
     for group in board["groups"]:
         sections += [f"## {group['name']}", _setting(group), _table(group, board["columns"]), _score(group)]
         sections += [_notes(group), _noise(group), _ranks(group, board["columns"])]
@@ -22,7 +27,9 @@ def markdown_report(board: dict[str, typing.Any], figures: dict[str, list[tuple[
         sections += [_study(entry) for entry in group["study"]]
     sections += [_grid(grid) for grid in board.get("grids", ())]
     sections += ["## The study's claims\n\n" + _tested_first(board["claims"])]
+    sections += [f"![{name}](figures/claim_{name}.svg)" for name in drawn_claims]
     sections += [board["forecasts"] and FORECASTS + _claims(board["forecasts"])]
+    sections += [_planned(table) for table in board.get("planned", ())]
     sections += [_failures(board), _left_out(board), METHOD]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -62,11 +69,26 @@ Predicted, not measured: bytes and FLOPs of programs that were compiled for hard
 
 def _counts(board):
     failed = len(board["failures"])
-    return f"Rows: {board['rows']}. Rankings, never mixed: {len(board['groups'])}. Failed rows: {failed}."
+    counts = f"Rows: {board['rows']}. Rankings, never mixed: {len(board['groups'])}. Failed rows: {failed}."
+    return f"{counts} {pairwise.format_share(board['pairwise'])}"
+
+
+def _answers(board):
+    """Standing questions with their answers, and the facts of a board."""
+    for entry in board.get("answers", ()):
+        lines = [f"## {entry['asked']}", f"Asked as: `{entry['query']}`."]
+        lines += [f"**{a['text']}**. {a['next']} ({a['group']})" for a in entry["answers"] if a["text"]]
+        yield "\n\n".join([*lines, *([entry["missing"]] if entry["missing"] else [])])
+    yield "\n".join(f"- {fact}" for fact in board.get("facts", ()))
+
+
+def _planned(table):
+    return f"## Planned, not measured: {table['source']}\n\n{markdown_table(table['heads'], table['rows'])}"
 
 
 def _setting(group):
-    return f"Baseline: {group['baseline'] or 'no row of it is here'}. Blocks: {group['blocks']}."
+    parts = joined_sweeps.format_parts(group["parts"])
+    return f"Baseline: {group['baseline'] or 'no row of it is here'}. Blocks: {group['blocks']}. {parts}".strip()
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
@@ -212,7 +234,7 @@ def _claims(claims):
                 f"{claim['says']} ({claim['where']})",
                 condition,
                 claim["status"],
-                ratios or claim["reason"],
+                "; ".join(filter(None, (ratios or claim["reason"], claim["takes"] and f"to decide: {claim['takes']}"))),
             ]
         )
     return markdown_table(["claim", "says", "checked as", "here", "ratios, or why not"], rows)

@@ -9,6 +9,7 @@ import typing
 from efficientllm.report import study_tables, techniques
 from efficientllm.report.curves import Curves
 
+DIGITS = 7
 SCRIPTS = (
     "format.js",
     "query.js",
@@ -17,6 +18,7 @@ SCRIPTS = (
     "charts.js",
     "pictures.js",
     "sections.js",
+    "board.js",
     "address.js",
     "main.js",
 )
@@ -27,15 +29,21 @@ def page_html(
     curves: dict[str, Curves],
     details: dict[str, typing.Any] | None = None,
     pictures: dict[str, typing.Any] | None = None,
+    claim_figures: dict[str, str] | None = None,
 ) -> str:
-    """Renders the page of a leaderboard, of `{path: curves}`, `details.run_details` and `embed_pictures`."""
-    data = {"board": board, "curves": curves, "details": details or {"runs": {}, "texts": []}, "study": _study()}
-    data["pictures"] = pictures or {"runs": {}, "how": ""}
+    """Renders the page of a leaderboard, of `{path: curves}`, `details.run_details` and `embed_pictures`.
+
+    `claim_figures` are SVGs by the claim's name. A board's `answers`, `facts` and `planned` stand above and beside a
+    report's own sections.
+    """
+    data: dict[str, typing.Any] = {"board": _brief(board), "curves": curves, "study": _study()}
+    data |= {"pictures": pictures or {"runs": {}, "how": ""}, "claims": claim_figures or {}}
     # A "<" inside a string could end the script element.
-    embedded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    embedded = _json(data).replace("<", "\\u003c")
     sections = {
         "STYLE": _file("style.css"),
         "DATA": embedded,
+        "DETAILS": _pack(_json(_brief(details or {"runs": {}, "texts": []})).encode()),
         "SCRIPTS": "\n".join(_file(name) for name in SCRIPTS),
         "PLOTLY": plotly_script(),
     }
@@ -48,7 +56,24 @@ def page_html(
 def plotly_script() -> str:
     """plotly.js from the Python package, gzipped and in base64 (2 MB instead of 5); the page unpacks it."""
     package = importlib.resources.files("plotly.package_data")
-    return base64.b64encode(gzip.compress(package.joinpath("plotly.min.js").read_bytes(), mtime=0)).decode()
+    return _pack(package.joinpath("plotly.min.js").read_bytes())
+
+
+def _pack(data):
+    return base64.b64encode(gzip.compress(data, mtime=0)).decode()
+
+
+def _json(value):
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _brief(value):
+    """The value with numbers of DIGITS digits; leaderboard.json and rows.csv have all of them."""
+    if isinstance(value, dict):
+        return {key: _brief(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_brief(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def _file(name):

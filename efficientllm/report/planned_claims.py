@@ -32,6 +32,7 @@ def _evaluate(claim, groups):
     return claims.describe_claim(claim) | {
         "status": status,
         "reason": claims.join_reasons(judged_pairs),
+        "takes": "",
         "pairs": judged_pairs,
     }
 

@@ -24,7 +24,7 @@ TYPES = {
     "warm_up.settled": _FLAG,
     "warm_up.discarded_s": _LIST,
     "warm_up.interrupted_steps": _WHOLE,
-    **dict.fromkeys(("sweep.name", "sweep.variant", "sweep.baseline"), _TEXT),
+    **dict.fromkeys(("sweep.name", "sweep.variant", "sweep.baseline", "sweep.measures"), _TEXT),
     **dict.fromkeys(("sweep.block", "sweep.order"), _WHOLE),
     **dict.fromkeys(("provenance.run", "provenance.started", "provenance.xla_flags"), _TEXT),
     **dict.fromkeys(

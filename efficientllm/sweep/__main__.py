@@ -94,7 +94,7 @@ def _flag(argument, name, value):
 
 def _main(flags, extra):
     from efficientllm.record import rows_file
-    from efficientllm.sweep import cost_estimates, launch, spec
+    from efficientllm.sweep import cost_estimates, grid, launch, spec
 
     retry = _retry(flags.get("retry"))
     launch.check_launcher(flags.get("launcher", "local"))
@@ -104,8 +104,9 @@ def _main(flags, extra):
         rows_file.check_name("--rows", rows)
         print(f"{rows_file.restore_rows(rows, out)} rows of {rows} restored in {out}")
     costs = cost_estimates.estimate_costs(sweep, extra)
-    runs = [] if sweep.search else list(spec.list_runs(sweep, extra))
-    print(cost_estimates.format_costs(sweep, costs, runs, out))
+    chosen = grid.choose_values(sweep, out, extra) if grid.is_finished(sweep, out, extra) else None
+    runs = [] if sweep.search else list(spec.list_runs(sweep, extra, chosen))
+    print(cost_estimates.format_costs(sweep, costs, runs, out, extra))
     if "dry_run" in flags:
         return 0
     save_rows = functools.partial(rows_file.pack_rows, out, rows) if rows else lambda: None
@@ -126,6 +127,7 @@ def _run(sweep, flags, extra, out, retry, costs, save_rows):
 
     def run_all(runs, out):
         for run in runs:
+            execute.update_place(run, out / run.folder)
             if execute.read_outcome(out / run.folder) in retry:
                 execute.set_row_aside(out / run.folder)
         return launcher(runs, out, sweep, costs)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from efficientllm import main
 from efficientllm.config.field_keys import name_keys
 from efficientllm.errors import UserError
-from efficientllm.sweep import execute, spec
+from efficientllm.sweep import execute, grid, seeds, spec
 
 MFU = 0.3  # least share of the measured GEMM peak that training steps of small models reach
 IMPORTS = "import jax, flax, optax, orbax.checkpoint, tensorboard.summary, efficientllm.registry; jax.devices()"
@@ -180,7 +180,7 @@ def start_seconds() -> float:
 
 
 def _minutes(runs, costs, peak, start, out):
-    """Formats the expected time, `about 19 minutes, ...`, and what it consists of.
+    """Formats the expected time, `about 19 minutes, ...`, and what it consists of; hours from two hours on.
 
     Steps are estimated by FLOPs, starting and compiling by run. Finished runs count as 0, and their times are the
     estimate for further runs of the same variant.
@@ -198,7 +198,8 @@ def _minutes(runs, costs, peak, start, out):
         statistics.fmean(seconds_of_variant[run.variant]) for run in unfinished if run.variant in seconds_of_variant
     )
     starts = start * sum(run.variant not in seconds_of_variant for run in unfinished)
-    sentences = [f"about {(steps + earlier + starts) / 60:.0f} minutes"]
+    minutes = (steps + earlier + starts) / 60
+    sentences = [f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.1f} hours"]
     if starts:
         sentences.append(f"{steps / 60:.0f} of steps at {MFU:.0%} of {peak / 1e9:.0f} GFLOP/s")
         sentences.append(f"{starts / 60:.0f} of starting and compiling at {start:.0f} s a run")
@@ -208,9 +209,16 @@ def _minutes(runs, costs, peak, start, out):
 
 
 def format_costs(
-    sweep: spec.Sweep, costs: dict[str, Cost], runs: Sequence[spec.Run], out: pathlib.Path | None = None
+    sweep: spec.Sweep,
+    costs: dict[str, Cost],
+    runs: Sequence[spec.Run],
+    out: pathlib.Path | None = None,
+    extra: Sequence[str] = (),
 ) -> str:
-    """Formats the cost of every variant and the list of runs; `out` holds the rows of earlier runs."""
+    """Formats the cost of every variant, what the seeds can tell, and the list of runs.
+
+    `out` holds the rows of earlier runs; `extra` are the flags of all runs.
+    """
     from efficientllm.cost import device_peaks
     from efficientllm.metrics import host
 
@@ -234,7 +242,9 @@ def format_costs(
     )
     if sweep.grid:
         key, values = sweep.grid
-        tried = len(values) * sum(start + cost.seconds(peak) for cost in costs.values())
-        lines.append(f"before them {len(values)} values of {key}, each variant: about {tried / 60:.0f} minutes more")
+        minutes = _minutes(list(grid.list_tries(sweep, extra)), costs, peak, start, out and out / grid.FOLDER)
+        lines.append(f"before them {len(values)} values of {key}, each variant: {minutes}")
+    if sweep.measures != "cost":
+        lines.append(seeds.describe_power(sweep, runs, out))
     lines += [f"  {run.folder}  {' '.join(run.argv)}" for run in runs]
     return "\n".join(lines)

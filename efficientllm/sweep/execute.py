@@ -147,6 +147,16 @@ def write_row(run: Run, folder: pathlib.Path, ended: str | int) -> None:
     write_record(row | {"sweep": run.place}, file)
 
 
+def update_place(run: Run, folder: pathlib.Path) -> None:
+    """Gives a row that is there the sweep's present `measures`, which its config may have got after the run."""
+    try:
+        row = read_record(folder / "record.json")
+    except UserError:
+        return
+    if "sweep" in row and row["sweep"].get("measures", "") != run.measures:
+        write_record(row | {"sweep": run.place}, folder / "record.json")
+
+
 def _config(run, folder):
     """The config that the run wrote; else the one its command line describes; else the command line."""
     from efficientllm import main

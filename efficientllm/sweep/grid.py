@@ -23,7 +23,15 @@ def list_tries(sweep: spec.Sweep, extra: Sequence[str] = ()) -> Iterator[spec.Ru
         for variant in sweep.variants:
             flag, seed = _flag(key, value), sweep.seeds[0]
             argv = (*spec.argv_of(sweep, variant, extra), flag, f"--config.seed={seed}")
-            yield spec.Run(sweep.name, variant, sweep.baseline, 0, order, seed, argv, grid=flag)
+            yield spec.Run(
+                sweep.name, variant, sweep.baseline, 0, order, seed, argv, grid=flag, measures=sweep.measures
+            )
+
+
+def is_finished(sweep: spec.Sweep, out: pathlib.Path, extra: Sequence[str] = ()) -> bool:
+    """Whether the sweep has a grid, and every trial of it a row."""
+    tries = list_tries(sweep, extra) if sweep.grid else ()
+    return bool(sweep.grid) and all(execute.read_outcome(out / FOLDER / run.folder) for run in tries)
 
 
 def choose_values(sweep: spec.Sweep, out: pathlib.Path, extra: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:

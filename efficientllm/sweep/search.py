@@ -69,7 +69,7 @@ def search_all(
 def _probe(sweep, variant, value, order, extra):
     seed, flag = sweep.seeds[0], f"--config.{sweep.search[0]}={value}"
     argv = (*spec.argv_of(sweep, variant, extra), flag, f"--config.seed={seed}")
-    return spec.Run(sweep.name, variant, sweep.baseline, 0, order, seed, argv, search=flag)
+    return spec.Run(sweep.name, variant, sweep.baseline, 0, order, seed, argv, search=flag, measures=sweep.measures)
 
 
 def find_largest(outcome: Callable[[int], str], least: int, most: int) -> tuple[int | None, str | None]:

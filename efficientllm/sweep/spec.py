@@ -35,6 +35,9 @@ class Sweep:
         largest value between the two with which each variant runs.
       grid: `("train.schedule", ("constant(peak=1e-4)", "constant(peak=1e-3)"))`: before the blocks, every variant runs
         with every value at the first seed, and keeps the value with the least held-out loss.
+      measures: "quality" for long runs whose losses alone count, on any machine beside any work; "cost" for short
+        runs on a machine at rest whose times, energy and memory alone count; "" for both. A report joins a quality
+        sweep and a cost sweep of the same variants.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Sweep:
     memory_gb: float = 0.0
     search: tuple = ()
     grid: tuple = ()
+    measures: str = ""
 
     def __post_init__(self):
         self._check_types()
@@ -128,6 +132,7 @@ FIELDS = {
     "memory_gb": (lambda value: _is_number(value) and value >= 0, "a number of GB, 0 for nine tenths of the machine's"),
     "search": _TUPLE,
     "grid": _TUPLE,
+    "measures": (lambda value: value in ("", "quality", "cost"), "'quality', 'cost', or '' for both"),
 }
 SEARCHED = ("train.batch_size", "train.length")
 EQUAL = ("tokens", "parameters", "active", "flops")
@@ -146,6 +151,7 @@ class Run:
     argv: tuple[str, ...]
     grid: str = ""  # the flag under trial in a grid search
     search: str = ""  # the flag under trial in a search for the largest value
+    measures: str = ""
 
     @property
     def folder(self) -> str:
@@ -163,8 +169,11 @@ class Run:
             "block": self.block,
             "order": self.order,
             "seed": self.seed,
-            **{key: flag for key, flag in (("grid", self.grid), ("search", self.search)) if flag},
+            **{key: flag for key, flag in self._flags().items() if flag},
         }
+
+    def _flags(self):
+        return {"grid": self.grid, "search": self.search, "measures": self.measures}
 
 
 def argv_of(sweep: Sweep, variant: str, extra: Sequence[str] = ()) -> tuple[str, ...]:
@@ -189,7 +198,7 @@ def list_runs(
         order = [sweep.baseline, *others, *([sweep.baseline] if sweep.twice else [])]
         for place, variant in enumerate(order):
             argv = (*argv_of(sweep, variant, extra), *(chosen or {}).get(variant, ()), f"--config.seed={seed}")
-            yield Run(sweep.name, variant, sweep.baseline, block, place, seed, argv)
+            yield Run(sweep.name, variant, sweep.baseline, block, place, seed, argv, measures=sweep.measures)
 
 
 def _error_text(error, path):

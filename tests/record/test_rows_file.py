@@ -117,7 +117,9 @@ def test_a_wrong_line_is_named_and_costs_no_other_row(tmp_path):
             rows_file.restore_rows(tmp_path / "wrong.rows.jsonl", tmp_path / "fresh")
         assert message in str(error.value) and "wrong.rows.jsonl, line 1" in str(error.value)
         assert "\n" not in str(error.value) and not (tmp_path / "fresh").exists()
-    file.write_text("\n".join([line.strip(), "", *wrong.values(), json.dumps(json.loads(line) | {"quality": [1]})]))
+    file.write_text(
+        "\n".join([line.strip(), "", *wrong.values(), json.dumps(json.loads(line) | {"quality": {"loss": "x"}})])
+    )
     collected = find_rows.collect_rows([tmp_path / "a.rows.jsonl"])
     assert len(collected.rows) == 1 and len(collected.left_out) == len(wrong) + 1
     assert all(f"left out: {file}, line " in left_out for left_out in collected.left_out)

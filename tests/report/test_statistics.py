@@ -110,6 +110,27 @@ def test_noise_floor_against_simulation():
     assert statistics.smallest_effect(spread, n) <= 0.03 < statistics.smallest_effect(spread, n - 1)
 
 
+def test_power_is_that_of_the_noncentral_t_distribution():
+    """Against scipy.stats, and the sample sizes of a published table of the paired t test (Cohen 1988, 80 %)."""
+    for effect, spread, blocks in ((0.01, 0.004, 3), (0.01, 0.02, 8), (0.3, 0.1, 2), (0.002, 0.004, 40)):
+        quantile, shift = stats.t.ppf(0.975, blocks - 1), np.log1p(effect) * np.sqrt(blocks) / spread
+        right = stats.nct.sf(quantile, blocks - 1, shift) + stats.nct.cdf(-quantile, blocks - 1, shift)
+        assert statistics.power(effect, spread, blocks) == pytest.approx(right, 1e-9)
+    assert statistics.power(0.0, 0.01, 5) == pytest.approx(0.05, 1e-9)
+    for standardised, blocks in ((0.2, 199), (0.5, 34), (0.8, 15)):
+        assert statistics.blocks_needed(1.0, np.expm1(standardised)) == blocks
+    for blocks in (2, 3, 5, 30):
+        effect = statistics.smallest_effect(0.01, blocks)
+        assert statistics.power(effect, 0.01, blocks) == pytest.approx(statistics.POWER, 1e-9)
+    assert statistics.smallest_effect(0.01, 1) is None
+
+
+def test_spread_is_pooled_over_variants_by_their_degrees_of_freedom():
+    spread = statistics.paired_spread([[0.0, 0.02], [0.1, 0.1, 0.13], [5.0]])
+    assert spread.degrees == 3 and spread.value == pytest.approx(np.sqrt((0.0002 + 0.0006) / 3))
+    assert statistics.paired_spread([[1.0], []]) is None
+
+
 def test_two_baselines_a_block_make_the_comparison_quieter():
     pairs = [0.02, -0.02, 0.03, -0.03]
     once, twice = (statistics.estimate_noise(pairs, baselines, 4).smallest for baselines in (1, 2))

@@ -336,16 +336,17 @@ def test_rows_in_a_file_are_finished_runs_on_another_machine(tmp_path, monkeypat
     text = """
 from efficientllm.sweep import Sweep
 def get_config():
-    return Sweep(name="s", baseline="a", seeds={seeds}, grid=("train.steps", (2, 3)), overrides={{"loss": 2.5}},
+    return Sweep(name="s", baseline="a", seeds={seeds}, measures="{measures}", grid=("train.steps", (2, 3)),
+                 overrides={{"loss": 2.5}},
                  variants={{name: ("configs/base.py", {{"what": what}}) for name, what in (("a", "ok"), ("b", "nan"))}})
 """
     costs = {name: cost_estimates.Cost(1, 1, 1, 1.0, 1.0) for name in "ab"}
     monkeypatch.setattr(cost_estimates, "estimate_costs", lambda sweep, extra: costs)
     rows = tmp_path / "committed" / "s.rows.jsonl"
 
-    def run(machine, seeds, *flags):
-        file = tmp_path / f"sweep_{len(seeds)}.py"
-        file.write_text(text.format(seeds=seeds))
+    def run(machine, seeds, *flags, measures=""):
+        file = tmp_path / f"sweep_{len(seeds)}{measures}.py"
+        file.write_text(text.format(seeds=seeds, measures=measures))
         status = main([f"--config={file}", f"--out={tmp_path / machine}", f"--rows={rows}", *flags])
         ran = [file.read_text().split() for file in (tmp_path / machine).rglob("ran.txt")]
         return status, sorted(name for names in ran for name in names)
@@ -360,8 +361,13 @@ def get_config():
     assert len(rows.read_text().splitlines()) == 10
     capsys.readouterr()
     assert run("four", (0, 1), "--dry_run")[1] == []
-    assert f"10 rows of {rows} restored" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"10 rows of {rows} restored" in shown
+    assert "--config.train.steps=2 --config.seed=1" in shown, "what the grid chose, once all its trials have rows"
     assert len(run("four", (0, 1), "--retry=nan")[1]) == 2 + 2, "failures are repeated where that is asked for"
+    assert run("five", (0, 1), measures="quality")[1] == []
+    kinds = {record["sweep"].get("measures") for record in rows_file.read_rows_file(rows).values()}
+    assert kinds == {"quality"}, "rows get what the sweep's config says now"
     assert main([f"--config={tmp_path}/sweep_1.py", "--rows=rows.json"]) == 2
     assert "--rows=rows.json: must end in .rows.jsonl" in capsys.readouterr().err
 

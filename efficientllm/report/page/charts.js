@@ -8,11 +8,8 @@ const PRINTED = { width: 640, height: 380, autosize: false }; // fits A4 and let
 let printing = false;
 
 async function loadPlotly() {
-  const packed = atob(byId("plotly").textContent.trim());
-  const bytes = Uint8Array.from(packed, (letter) => letter.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const script = document.createElement("script");
-  script.textContent = await new Response(stream).text();
+  script.textContent = await unpack("plotly");
   document.head.append(script);
 }
 

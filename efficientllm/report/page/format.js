@@ -6,6 +6,12 @@ const PREFIXES = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], 
 
 const byId = (id) => document.getElementById(id);
 
+/* The text that an element holds, gzipped and in base64. */
+async function unpack(id) {
+  const bytes = Uint8Array.from(atob(byId(id).textContent.trim()), (letter) => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
 /* An element: make("td", {class: "null", title: "why"}, "text", child, ...). */
 function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);

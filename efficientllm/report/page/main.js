@@ -88,9 +88,12 @@ function setUpQuery() {
 
 async function start() {
   setUpTheme();
+  DATA.details = { runs: {}, texts: [] };
+  try { DATA.details = JSON.parse(await unpack("details")); } catch (problem) { console.warn(`details of runs need a browser with DecompressionStream: ${problem}`); }
   setUpRuns();
   renderSummary();
   setUpQuery();
+  renderBoard();
   setUpTable();
   renderStudy();
   renderClaims();
