@@ -79,7 +79,8 @@ class MeasuredImages:
     energy: energy.EnergyWindow
 
 
-class Images(typing.NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Images:
     """The images of the rows of a batch: `encode` computes the features of all; `count` and `flops` are of a row."""
 
     encode: Callable[[], typing.Any]
@@ -173,7 +174,7 @@ class _Measurement:
     def _measured_images(self):
         if self._images is None:
             return None
-        _, count, flops = self._images
+        count, flops = self._images.count, self._images.flops
         windows = self._windows
         return MeasuredImages(
             count, flops, windows.times["images"], windows.counts["images"], windows.energy_of("images")

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import pathlib
-import typing
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -21,6 +20,7 @@ from efficientllm.metrics.energy.reader import IdlePower
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.metrics.sampler import Sampler
+from efficientllm.objectives.base import Losses
 from efficientllm.record.study_metrics import Compression
 from efficientllm.record.tensorboard import SummaryWriter
 from efficientllm.runtime.log import Countdown
@@ -203,5 +203,5 @@ class PictureServing(Serving):
         facts = {"objective": self.objective_spec, "solver": solver, "autoencoder": autoencoder}
         return facts if self.prompts is None else facts | {"prompts": len(self.prompts.texts)}
 
-    def quality(self, losses: dict[str, typing.Any]) -> dict[str, Reading]:
+    def quality(self, losses: Losses) -> dict[str, Reading]:
         return super().quality(losses) if losses else {"eval_loss": missing("1", self._no_quality)}

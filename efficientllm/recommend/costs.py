@@ -52,8 +52,10 @@ def shared_metrics(request: Request, workload: Workload, seconds: float | None, 
 
 def planned_keys(task: str) -> tuple[str, ...]:
     """The metrics that a plan by shapes gives."""
-    shared = ("peak_memory_bytes", "amu_gb", "al_s", "tokens_per_s", "flops_per_token", "resident_weight_bytes")
-    shared += ("usd_per_mtoken",)
+    shared = (
+        *("peak_memory_bytes", "amu_gb", "al_s", "tokens_per_s", "flops_per_token", "resident_weight_bytes"),
+        "usd_per_mtoken",
+    )
     if task == "infer":
         return (*shared, "ttft_s", "tpot_s", "it_tokens_per_s", "kv_bytes_per_token", "params_total")
     rate = "tt_tokens_per_param_s" if task == "pretrain" else "st_samples_per_param_s"

@@ -96,7 +96,8 @@ class Evidence:
     """
 
     def __init__(self, request: Request, boards: Sequence[Board]):
-        self.request, self.unread = request, []
+        self.request = request
+        self.unread: list[str] = []
         self.variants: list[Variant] = []
         for board in boards:
             for group in board.content["groups"]:
@@ -172,7 +173,7 @@ class Evidence:
     def measured(self, key: str, identities: Sequence[Identity], parameters: float) -> dict[Identity, Figure]:
         """The Figures of a metric measured on the asked device and model, all of one batch; the batch of most."""
         figures = {identity: self.figure(identity, key, parameters) for identity in identities}
-        by_batch = collections.defaultdict(dict)
+        by_batch: dict[str, dict[Identity, Figure]] = collections.defaultdict(dict)
         for identity, figure in figures.items():
             if figure:
                 by_batch[figure.variant.group["batch"]][identity] = figure

@@ -108,7 +108,7 @@ class Request:
     def argv(self, config: str, changes: Mapping[str, typing.Any], to_run: bool = False) -> list[str]:
         """The arguments of a candidate's command line; what `extra` sets is left to it."""
         own = {} if self.task == "infer" else {"model.precision": self.precision}
-        own |= self.model_flags(to_run) | changes
+        own |= self.model_flags(to_run) | dict(changes)
         if self.devices == 1:
             own.pop("mesh", None)
         shown = {key: value for key, value in own.items() if key not in self.fixed and not _is_default(key, value)}

@@ -13,13 +13,22 @@ from collections.abc import Mapping, Sequence
 from efficientllm import registry
 from efficientllm.config.differences import base, differences
 from efficientllm.config.plain import flatten, plain
-from efficientllm.config.presets import attention, infer, mixers, moe, position, tune
+from efficientllm.config.presets import (  # type: ignore[attr-defined]  # found by the package's __path__
+    attention,
+    infer,
+    mixers,
+    moe,
+    position,
+    tune,
+)
 from efficientllm.recommend.request import Changes
 
 Identity = tuple[tuple[str, str], ...]
 # Keys of `config.model` that do not change what is learnt, or that are asked for.
-_NO_BLOCKS = ("size", "pretrained", "precision", "remat", "scan", "unroll", "attention_kernel", "kv_cache")
-_NO_BLOCKS += ("parameters_of", "tied")
+_NO_BLOCKS = (
+    *("size", "pretrained", "precision", "remat", "scan", "unroll", "attention_kernel", "kv_cache"),
+    *("parameters_of", "tied"),
+)
 _KINDS = {"mixer": "mixer", "ffn": "ffn", "position": "position", "norm": "norm"}
 FROZEN_FORMS = ("float32", "bfloat16", "int8()", "nf4(block=64)")
 KV_CACHES = ("activation", "bfloat16", "int8")

@@ -6,6 +6,7 @@ import typing
 
 from efficientllm.evaluation import held_out
 from efficientllm.metrics.reading import Reading
+from efficientllm.objectives.base import Losses
 from efficientllm.train.setup import Setup
 from efficientllm.train.step import TrainState
 
@@ -19,6 +20,6 @@ def readings(setup: Setup, compiled_eval: typing.Any, state: TrainState, table: 
         return {}
     data, shardings = setup.config.eval.also, setup.batch_shardings
     losses = held_out.evaluate(setup.objective, compiled_eval, state.eval_params, setup.also_batches, table, shardings)
-    log.info(f"{held_out.line({KEY: losses['eval_loss']})}, of {data}")
+    log.info(f"{held_out.line(Losses({KEY: losses['eval_loss']}))}, of {data}")
     reading = setup.objective.readings(losses)["eval_loss"]
     return {KEY: dataclasses.replace(reading, source=f"held-out text of {data}")}
