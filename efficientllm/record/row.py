@@ -1,5 +1,6 @@
 """Row of a run: builds it, writes and reads `record.json`, and formats the table printed at the end."""
 
+import datetime
 import json
 import math
 import shutil
@@ -176,10 +177,24 @@ def read_record(path: PathLike) -> Record:
     except UserError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise UserError(f"{path}: no readable row: {reason}") from None
+    check_version(record, path)
+    return record
+
+
+def check_version(record: typing.Any, where: PathLike) -> None:
+    """Raises UserError that begins with `where` unless a JSON value is a row of this schema."""
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema_version is {version!r}; this program reads {SCHEMA_VERSION}")
-    return record
+        raise UserError(f"{where}: schema_version is {version!r}; this program reads {SCHEMA_VERSION}")
+
+
+def wall_seconds(record: Record) -> float | None:
+    """Wall time of a row's run; None if it did not end by itself."""
+    try:
+        begin, end = (datetime.datetime.fromisoformat(record["provenance"][key]) for key in ("started", "ended"))
+        return (end - begin).total_seconds()
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def format_table(record: Record, width: int | None = None) -> str:

@@ -3,7 +3,7 @@
   python -m efficientllm.report RUNS... --out=DIR [--baseline=VARIANT]
   python -m efficientllm.report --compare A B [--metric=NAME,...] [--margin=0.02]
 
-  RUNS, A, B            a record.json, a run's folder, or a folder of runs (such as a sweep's)
+  RUNS, A, B            a record.json, a run's folder, a folder of runs (such as a sweep's), or a file *.rows.jsonl
   --out=DIR             where index.html, report.md, rows.csv, leaderboard.json and figures/ are written
   --baseline=VARIANT    the reference of all comparisons: a variant, its config's name, or values of its config
                         such as model.mixer=gqa (default: the sweep's, else the run that started first)
@@ -93,14 +93,14 @@ def _print_comparison(options):
 
 def _write_report(options):
     """Writes the report's files and prints their folder."""
-    from efficientllm.report import find_rows
+    from efficientllm.report import find_rows, grids
 
     collection = find_rows.collect_rows(options.runs)
     _check_baseline(options.baseline, collection.rows)
     from efficientllm.report import leaderboard, write_files
 
     board = leaderboard.build_leaderboard(collection.rows, collection.orphans, options.baseline)
-    board |= {"grids": find_rows.read_grids(options.runs), "left_out": collection.left_out}
+    board |= {"grids": grids.read_grids(options.runs), "left_out": collection.left_out}
     try:
         write_files.write_report(board, collection.rows, _folder(options.out))
     except OSError as error:

@@ -1,21 +1,21 @@
-"""Search for rows in folders: each run once; everything that is left out has a reason."""
+"""Search for rows in folders and rows files: each run once; everything that is left out has a reason."""
 
+import collections
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-import typing
 from collections.abc import Iterable, Sequence
 
 from efficientllm.errors import UserError
+from efficientllm.record import rows_file
 from efficientllm.report import rows
 from efficientllm.report.rows import Row
 from efficientllm.untrusted import files as untrusted
-from efficientllm.untrusted import json_text
 
 GRID = "grid"  # folder of a sweep's grid search, and the key of its rows
-_HINT = "give a record.json, a run's folder or a folder of runs"
+_HINT = "give a record.json, a run's folder, a folder of runs or a file *.rows.jsonl"
 
 
 @dataclasses.dataclass
@@ -28,7 +28,7 @@ class RowCollection:
 
 
 def find_files(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """`(files, orphans)`: every `record.json` under the paths, and run folders without one (killed, or running).
+    """`(files, orphans)`: every `record.json` and rows file under the paths, and run folders without a row.
 
     Runs of a sweep's grid search are left out. Raises UserError for a path that is missing or holds no row.
     """
@@ -36,14 +36,14 @@ def find_files(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[pathlib.Pa
     for path in map(pathlib.Path, paths):
         if not untrusted.is_there(path):
             raise UserError(f"{path}: no such file or folder; {_HINT}")
-        records = _below(path, "record.json") if path.is_dir() else [path]
+        records = [*files_below(path, "record.json"), *find_rows_files(path)] if path.is_dir() else [path]
         if not records:
-            started = len(_below(path, "config.json")) if path.is_dir() else 0
+            started = len(files_below(path, "config.json")) if path.is_dir() else 0
             problem = f"no record.json in it, {started} runs that have not ended" if started else "no record.json in it"
             raise UserError(f"{path}: {problem}; {_HINT}")
         files += [file for file in records if not _is_try(file, path)]
         if path.is_dir():
-            runs = (file.parent for file in _below(path, "config.json") if not _is_try(file, path))
+            runs = (file.parent for file in files_below(path, "config.json") if not _is_try(file, path))
             orphans += [run for run in runs if not untrusted.is_there(run / "record.json")]
     return list({os.path.realpath(file): file for file in files}.values()), orphans
 
@@ -60,14 +60,19 @@ def collect_rows(paths: Sequence[str | os.PathLike[str]]) -> RowCollection:
             left_out.append(f"left out: {file}: a path that is not UTF-8 or has control characters: rename it")
             continue
         try:
-            valid.append(rows.read_row(file))
+            is_one = not rows_file.is_rows_file(file)
+            rows_of_file, wrong_lines = ([rows.read_row(file)], []) if is_one else read_rows_file(file)
         except UserError as error:
             if os.path.realpath(file) in named:
                 raise
             left_out.append(f"left out: {error}")
+        else:
+            valid += rows_of_file
+            left_out += wrong_lines
     tries = [row for row in valid if row.sweep.get(GRID)]
     if len(tries) < len(valid):  # a report on the grid search itself keeps them
-        left_out += [f"left out: {row.path}: a try of the grid of sweep {row.sweep.get('name')}" for row in tries]
+        places = collections.Counter((row.path.parent.parent, row.sweep.get("name")) for row in tries)
+        left_out += [f"left out: {place}: {n} tries of the grid of sweep {name}" for (place, name), n in places.items()]
         valid = [row for row in valid if not row.sweep.get(GRID)]
     valid, copies = _once(valid)
     left_out += copies
@@ -75,6 +80,21 @@ def collect_rows(paths: Sequence[str | os.PathLike[str]]) -> RowCollection:
         raise UserError(f"{', '.join(map(str, paths))}: no row is left; {'; '.join(left_out[:3]) or _HINT}")
     orphans = [run for run in orphans if _is_text(run)]
     return RowCollection(rows.name_variants(valid), orphans, [_line(line) for line in left_out])
+
+
+def read_rows_file(file: pathlib.Path) -> tuple[list[Row], list[str]]:
+    """Reads `(rows, lines)` of a rows file: a line for each row that is wrong and left out.
+
+    A row has the path that its record.json would have if the file were a folder.
+    """
+    valid, left_out = [], []
+    for where, line in rows_file.read_lines(file):
+        try:
+            folder, record = rows_file.parse_line(line, where)
+            valid.append(rows.make_row(record, file / folder / "record.json", where))
+        except UserError as error:
+            left_out.append(f"left out: {error}")
+    return valid, left_out
 
 
 def _is_text(path):
@@ -96,7 +116,7 @@ def run_of(row: Row) -> str:
     """Identity of a run, independent of its path: its id, or a hash of the whole row if it has none."""
     if run_id := row.record["provenance"].get("run"):
         return run_id
-    return hashlib.sha256(json.dumps(row.record, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(rows_file.trim_record(row.record), sort_keys=True).encode()).hexdigest()
 
 
 def _once(rows):
@@ -109,14 +129,21 @@ def _once(rows):
     return list(first_rows.values()), lines
 
 
-def _below(path, name):
+def files_below(path: pathlib.Path, name: str) -> list[pathlib.Path]:
     """Files of this name below the folder, sorted; links to folders are not followed."""
-    paths = []
+    return [file for file in _walk(path) if file.name == name]
+
+
+def _walk(path):
+    """Files below the folder, sorted; links to folders are not followed."""
     for folder, folders, names in os.walk(path):
         folders.sort()
-        if name in names:
-            paths.append(pathlib.Path(folder) / name)
-    return paths
+        yield from (pathlib.Path(folder) / name for name in sorted(names))
+
+
+def find_rows_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The rows files below a folder, sorted, or the path itself if it is one; see `record.rows_file`."""
+    return [file for file in (_walk(path) if path.is_dir() else [path]) if rows_file.is_rows_file(file)]
 
 
 def _is_try(file, root):
@@ -130,41 +157,9 @@ def _tries(paths):
     """A line for each sweep whose grid search is left out."""
     lines = []
     for path in map(pathlib.Path, paths):
-        for file in _below(path, "grid.json") if path.is_dir() else ():
-            if count := len(_below(file.parent / GRID, "record.json")):
+        for file in files_below(path, "grid.json") if path.is_dir() else ():
+            if count := len(files_below(file.parent / GRID, "record.json")):
                 lines.append(
                     f"left out: {file.parent / GRID}: {count} tries by which a sweep chose a value, not rows of it"
                 )
     return lines
-
-
-def read_grids(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, typing.Any]]:
-    """Reads the grid.json of all sweeps below the paths (see `sweep.grid`); others are skipped."""
-    grids = []
-    for path in map(pathlib.Path, paths):
-        for file in _below(path, "grid.json") if path.is_dir() else ():
-            try:
-                grid = json_text.read(file)
-            except UserError:
-                continue
-            if _is_grid(grid):
-                grids.append(grid)
-    return grids
-
-
-def _is_grid(grid):
-    """True if this is a grid.json of `sweep.grid`."""
-    variants = grid.get("variants")
-    if not isinstance(variants, dict) or not {"sweep", "key"} <= grid.keys():
-        return False
-    entries = [entry for entry in variants.values() if isinstance(entry, dict) and isinstance(entry.get("tries"), list)]
-    needed = {"value", "outcome", "eval_loss", "seconds"}
-    number = (int, float, type(None))
-    return len(entries) == len(variants) and all(
-        isinstance(attempt, dict)
-        and needed <= attempt.keys()
-        and all(isinstance(attempt[key], number) for key in ("eval_loss", "seconds"))
-        for entry in entries
-        for attempt in entry["tries"]
-        if "chosen" in entry
-    )

@@ -140,12 +140,16 @@ def read_rows(paths: Iterable[str | os.PathLike[str]]) -> list[Row]:
 
 def read_row(file: str | os.PathLike[str]) -> Row:
     """Reads one row, without variant and block. Raises UserError for a file that is no row."""
-    record = read_record(file)
-    row_types.check_types(record, file)
+    return make_row(read_record(file), pathlib.Path(file), file)
+
+
+def make_row(record: dict[str, typing.Any], path: pathlib.Path, where: str | os.PathLike[str]) -> Row:
+    """Checks a record and makes its row, without variant and block. Raises UserError that begins with `where`."""
+    row_types.check_types(record, where)
     values, reasons = {}, {}
     for key, value in ((key, value) for group in GROUPS for key, value in _numbers(record, group)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UserError(f"{file}: no row: {key} is {value!r:.40}, not a number or null")
+            raise UserError(f"{where}: no row: {key} is {value!r:.40}, not a number or null")
         finite = value is not None and math.isfinite(value)
         values[key] = float(value) if finite else None
         if not finite:
@@ -154,7 +158,7 @@ def read_row(file: str | os.PathLike[str]) -> Row:
     config = flatten(record["config"])
     if choice := record["provenance"].get("precision"):  # what "auto" was on the row's machine
         config["model.precision"] = choice.get("chosen")
-    return Row(pathlib.Path(file), record, values, reasons, config, _identity(config))
+    return Row(path, record, values, reasons, config, _identity(config))
 
 
 def _numbers(record, group):

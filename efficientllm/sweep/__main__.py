@@ -1,11 +1,13 @@
 """Runs every variant of a sweep in fresh processes, in randomised blocks, and reports.
 
-  python -m efficientllm.sweep --config=FILE [--config.key=value ...] [--out=DIR] [--dry_run] [--retry=oom,crash]
-                               [--launcher=local|slurm] [--partition=NAME]
+  python -m efficientllm.sweep --config=FILE [--config.key=value ...] [--out=DIR] [--rows=FILE] [--dry_run]
+                               [--retry=oom,crash] [--launcher=local|slurm] [--partition=NAME]
 
   --config=FILE[:ARG]   a Python file whose get_config(), or get_config(ARG), returns an efficientllm.sweep.Sweep
   --config.key=value    replaces one value in every run: --config.model.size=1.5b
   --out=DIR             where runs and report go (default: runs/sweeps/<name>)
+  --rows=FILE           a file NAME.rows.jsonl (or .rows.jsonl.gz) to commit: runs whose rows it holds are not repeated,
+                        on any machine (their rows are restored in DIR), and rows join it as runs end
   --dry_run             prints every run with its estimated cost, and runs nothing
   --retry=LIST          reruns the runs whose outcome is in the list: oom, crash, error, nan, timeout, invalid
   --launcher            local: one after another; slurm: one job array, a run an allocation
@@ -16,6 +18,7 @@ Exit status: 0 all runs are ok, 1 some failed (their rows say how), 2 bad input,
 """
 
 import contextlib
+import functools
 import pathlib
 import signal
 import subprocess
@@ -27,7 +30,7 @@ from efficientllm.errors import UserError, did_you_mean
 from efficientllm.runtime import console, optional_packages
 
 STOPPED = 130
-FLAGS = ("config", "out", "dry_run", "retry", "launcher", "partition")
+FLAGS = ("config", "out", "rows", "dry_run", "retry", "launcher", "partition")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,26 +87,41 @@ def _flag(argument, name, value):
         return "true"
     if not value:
         raise UserError(f"--{name} needs a value: --{name}=...")
-    if name in ("config", "out"):
+    if name in ("config", "out", "rows"):
         path_rules.check_path(f"--{name}", value)
     return value
 
 
 def _main(flags, extra):
-    from efficientllm.sweep import cost_estimates, execute, grid, launch, spec
+    from efficientllm.record import rows_file
+    from efficientllm.sweep import cost_estimates, launch, spec
 
     retry = _retry(flags.get("retry"))
     launch.check_launcher(flags.get("launcher", "local"))
     sweep = spec.load_sweep(flags["config"])
+    out = pathlib.Path(flags.get("out") or pathlib.Path("runs/sweeps") / sweep.name)
+    if rows := flags.get("rows"):
+        rows_file.check_name("--rows", rows)
+        print(f"{rows_file.restore_rows(rows, out)} rows of {rows} restored in {out}")
     costs = cost_estimates.estimate_costs(sweep, extra)
     runs = [] if sweep.search else list(spec.list_runs(sweep, extra))
-    out = pathlib.Path(flags.get("out") or pathlib.Path("runs/sweeps") / sweep.name)
     print(cost_estimates.format_costs(sweep, costs, runs, out))
     if "dry_run" in flags:
         return 0
-    if sweep.search:
-        return _search(sweep, flags, extra, out, retry)
-    launcher = launch.open_launcher(flags.get("launcher", "local"), out, flags.get("partition"))
+    save_rows = functools.partial(rows_file.pack_rows, out, rows) if rows else lambda: None
+    try:
+        if sweep.search:
+            return _search(sweep, flags, extra, out, retry)
+        return _run(sweep, flags, extra, out, retry, costs, save_rows)
+    finally:
+        save_rows()
+
+
+def _run(sweep, flags, extra, out, retry, costs, save_rows):
+    """Runs the grid search and the blocks -> the exit status."""
+    from efficientllm.sweep import execute, grid, launch, spec
+
+    launcher = launch.open_launcher(flags.get("launcher", "local"), out, flags.get("partition"), save_rows)
     began = time.time()
 
     def run_all(runs, out):
@@ -112,6 +130,7 @@ def _main(flags, extra):
                 execute.set_row_aside(out / run.folder)
         return launcher(runs, out, sweep, costs)
 
+    runs = list(spec.list_runs(sweep, extra))
     if sweep.grid and run_all(list(grid.list_tries(sweep, extra)), out / grid.FOLDER) is not None:
         runs = list(spec.list_runs(sweep, extra, grid.choose_values(sweep, out, extra)))
         print(grid.format_choices(sweep, out))

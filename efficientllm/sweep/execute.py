@@ -1,6 +1,5 @@
 """Execution of one run in its own process; every outcome, crashes included, leaves a row."""
 
-import datetime
 import os
 import pathlib
 import signal
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from efficientllm.config.plain import plain
 from efficientllm.errors import UserError
 from efficientllm.metrics import host
-from efficientllm.record.row import OUTCOMES, build_record, read_record, write_record
+from efficientllm.record.row import OUTCOMES, build_record, read_record, wall_seconds, write_record
 from efficientllm.report import file_excerpts
 from efficientllm.runtime import user_cache
 from efficientllm.sweep.spec import Run
@@ -62,11 +61,9 @@ def read_outcome(folder: str | os.PathLike[str]) -> str | None:
 def run_seconds(folder: str | os.PathLike[str]) -> float | None:
     """Wall time of the run whose row is in a folder; None if it did not end by itself."""
     try:
-        provenance = read_record(pathlib.Path(folder) / "record.json")["provenance"]
-        begin, end = (datetime.datetime.fromisoformat(provenance[key]) for key in ("started", "ended"))
-    except (UserError, KeyError, TypeError, ValueError):
+        return wall_seconds(read_record(pathlib.Path(folder) / "record.json"))
+    except UserError:
         return None
-    return (end - begin).total_seconds()
 
 
 def last_message(folder: str | os.PathLike[str]) -> str:

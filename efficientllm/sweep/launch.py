@@ -1,5 +1,6 @@
 """Launchers: runs one after another on this machine, or as a Slurm job array."""
 
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -13,11 +14,16 @@ from efficientllm.sweep.spec import Run, Sweep
 LAUNCHERS = ("local", "slurm")
 
 
-def open_launcher(name: str, out: pathlib.Path, partition: str | None = None) -> Callable[..., list[str] | None]:
-    """A function `(runs, out, sweep, costs) -> outcomes`, or None if it was stopped. Raises UserError."""
+def open_launcher(
+    name: str, out: pathlib.Path, partition: str | None = None, save_rows: Callable[[], object] | None = None
+) -> Callable[..., list[str] | None]:
+    """A function `(runs, out, sweep, costs) -> outcomes`, or None if it was stopped. Raises UserError.
+
+    `save_rows` is called after each local run.
+    """
     check_launcher(name)
     if name == "local":
-        return run_locally
+        return functools.partial(run_locally, save_rows=save_rows)
     from efficientllm.sweep import slurm
 
     executor = slurm.open_executor(out, partition)
@@ -30,7 +36,13 @@ def check_launcher(name: str) -> None:
         raise UserError(f"--launcher={name}: known are {', '.join(LAUNCHERS)}{did_you_mean(name, LAUNCHERS)}")
 
 
-def run_locally(runs: Sequence[Run], out: pathlib.Path, sweep: Sweep, costs: dict[str, Cost]) -> list[str] | None:
+def run_locally(
+    runs: Sequence[Run],
+    out: pathlib.Path,
+    sweep: Sweep,
+    costs: dict[str, Cost],
+    save_rows: Callable[[], object] | None = None,
+) -> list[str] | None:
     """Executes one run after another: measured runs must not share the machine."""
     outcomes, spent, done = [], 0.0, 0.0
     total = sum(costs[run.variant].flops for run in runs)
@@ -44,6 +56,8 @@ def run_locally(runs: Sequence[Run], out: pathlib.Path, sweep: Sweep, costs: dic
             print(f"  {outcomes[-1]} in {time.monotonic() - begin:.0f} s", flush=True)
             if outcomes[-1] not in ("ok", "interrupted"):
                 print(f"  {last_message(out / run.folder)}\n  {out / run.folder}", flush=True)
+            if save_rows:
+                save_rows()
             spent += time.monotonic() - begin
             done += costs[run.variant].flops
         else:

@@ -471,6 +471,26 @@ def read_record(folder):
     rows.read_rows(find_rows.find_files([folder])[0])
 
 
+def rows_of_file(folder):
+    from efficientllm.record import rows_file
+
+    record(folder / "out" / "a")
+    rows_file.pack_rows(folder / "out", folder / "x.rows.jsonl")
+    rows_file.pack_rows(folder / "out", folder / "y.rows.jsonl.gz")
+    shutil.rmtree(folder / "out")
+    return bytes_of(folder)
+
+
+def read_rows_of_file(folder):
+    from efficientllm.record import rows_file
+    from efficientllm.report import find_rows, grids
+
+    grids.read_grids([folder])
+    for file in sorted(folder.iterdir()):
+        find_rows.collect_rows([file])
+        rows_file.read_rows_file(file)
+
+
 def events(folder):
     from report import made
 
@@ -616,6 +636,7 @@ READERS = {
     "template": Reader(template, spoil_template, read_template),
     "adapter": Reader(adapter, spoil_adapter, read_adapter),
     "record": Reader(record, spoil_files(["record.json"]), read_record),
+    "rows": Reader(rows_of_file, spoil_files(["x.rows.jsonl", "y.rows.jsonl.gz"]), read_rows_of_file),
     "events": Reader(events, spoil_events, read_events),
     "results": Reader(results, spoil_files(["results.json"]), read_results),
     "jsonl": Reader(documents, spoil_files(["data.jsonl"]), read_data("jsonl(path='{}/*')")),

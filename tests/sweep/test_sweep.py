@@ -15,9 +15,10 @@ import pytest
 import runs as small
 from configs import dit
 from efficientllm.errors import UserError
+from efficientllm.record import rows_file
 from efficientllm.registry.plugins import import_file
-from efficientllm.report import find_rows, markdown
-from efficientllm.sweep import Sweep, cost_estimates, execute, grid, launch, spec
+from efficientllm.report import find_rows, grids, markdown
+from efficientllm.sweep import Sweep, cost_estimates, execute, grid, launch, pack, spec
 from efficientllm.sweep.__main__ import main, stoppable
 
 # A program in the place of a training run: what it does is its seed's and its mixer's.
@@ -155,7 +156,7 @@ def test_a_grid_gives_each_variant_the_value_of_its_least_loss(tmp_path):
         execute_program(run, tmp_path / run.folder)
     files, _ = find_rows.find_files([tmp_path])
     assert len(files) == len(chosen_runs)
-    (cells,) = find_rows.read_grids([tmp_path])
+    (cells,) = grids.read_grids([tmp_path])
     text = markdown._grid(cells)
     assert "| a | 1.5 | 1.5000 | chosen | 3, 21 s |" in text and "| c | 1.5 | – | nan |" in text
 
@@ -326,6 +327,68 @@ def test_real_runs_make_a_report(tmp_path):
     rows = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*/record.json")]
     assert sorted((row["sweep"]["variant"], row["outcome"]) for row in rows) == [("gqa", "ok"), ("mqa", "ok")]
     assert (tmp_path / "out" / "report" / "index.html").exists()
+
+
+def test_rows_in_a_file_are_finished_runs_on_another_machine(tmp_path, monkeypatch, capsys):
+    """The same command on a machine that has the committed file and no folder runs what is missing, trials included."""
+    monkeypatch.setattr(launch, "execute_run", execute_program)
+    monkeypatch.setattr("efficientllm.sweep.__main__._report", lambda out: None)
+    text = """
+from efficientllm.sweep import Sweep
+def get_config():
+    return Sweep(name="s", baseline="a", seeds={seeds}, grid=("train.steps", (2, 3)), overrides={{"loss": 2.5}},
+                 variants={{name: ("configs/base.py", {{"what": what}}) for name, what in (("a", "ok"), ("b", "nan"))}})
+"""
+    costs = {name: cost_estimates.Cost(1, 1, 1, 1.0, 1.0) for name in "ab"}
+    monkeypatch.setattr(cost_estimates, "estimate_costs", lambda sweep, extra: costs)
+    rows = tmp_path / "committed" / "s.rows.jsonl"
+
+    def run(machine, seeds, *flags):
+        file = tmp_path / f"sweep_{len(seeds)}.py"
+        file.write_text(text.format(seeds=seeds))
+        status = main([f"--config={file}", f"--out={tmp_path / machine}", f"--rows={rows}", *flags])
+        ran = [file.read_text().split() for file in (tmp_path / machine).rglob("ran.txt")]
+        return status, sorted(name for names in ran for name in names)
+
+    status, ran = run("one", (0,))
+    assert status == 1 and len(ran) == 4 + 3, "b ends as nan; a tries two values, and is first and last"
+    assert len(rows.read_text().splitlines()) == 7
+    choices = (tmp_path / "one" / "grid.json").read_text()
+    assert run("two", (0,)) == (1, []) and (tmp_path / "two" / "grid.json").read_text() == choices
+    status, ran = run("three", (0, 1))
+    assert len(ran) == 3 and all(name.startswith("01-") for name in ran), "the second block alone"
+    assert len(rows.read_text().splitlines()) == 10
+    capsys.readouterr()
+    assert run("four", (0, 1), "--dry_run")[1] == []
+    assert f"10 rows of {rows} restored" in capsys.readouterr().out
+    assert len(run("four", (0, 1), "--retry=nan")[1]) == 2 + 2, "failures are repeated where that is asked for"
+    assert main([f"--config={tmp_path}/sweep_1.py", "--rows=rows.json"]) == 2
+    assert "--rows=rows.json: must end in .rows.jsonl" in capsys.readouterr().err
+
+
+def test_each_row_is_in_the_file_before_the_next_run_starts(tmp_path, monkeypatch):
+    counts = []
+    monkeypatch.setattr(launch, "execute_run", execute_program)
+    runs = list(spec.list_runs(sweep(seeds=(0,))))
+    costs = {name: cost_estimates.Cost(1, 1, 1, 1.0, 1.0) for name in "abc"}
+
+    def save_rows():
+        counts.append(rows_file.pack_rows(tmp_path, tmp_path / "s.rows.jsonl"))
+
+    launch.open_launcher("local", tmp_path, save_rows=save_rows)(runs, tmp_path, sweep(), costs)
+    assert counts == [1, 2, 3, 4]
+
+
+def test_pack_merges_a_folder_into_a_file(tmp_path, capsys):
+    for run in spec.list_runs(sweep(seeds=(0,))):
+        execute_program(run, tmp_path / "out" / run.folder)
+    argv = [str(tmp_path / "out"), f"--rows={tmp_path}/s.rows.jsonl"]
+    assert pack.main(argv) == 0 and capsys.readouterr().out == f"4 rows in {tmp_path}/s.rows.jsonl\n"
+    for wrong, message in ((["x", argv[1]], "x: no such folder"), (argv[:1], "--rows"), ([*argv, "y"], "y")):
+        assert pack.main(wrong) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert pack.main([]) == 2 and pack.main(["--help"]) == 0
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
