@@ -134,6 +134,10 @@ class Weight:
         """Returns what is added to products with this kernel, `[..., out]`, where its layer has the bias `bias`."""
         return bias
 
+    def stored_rows(self) -> jax.Array | None:
+        """Returns the transposed kernel `[out, in]` as it is stored, where that is one array of floats; else None."""
+        return None
+
     def dequantize_after(self, x: jax.Array) -> "Weight":
         """Ties this leaf to `x`, so that XLA cannot hoist its dequantization out of the loop that makes `x`."""
         return self

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from efficientllm.layers import Linear, RMSNorm
 from efficientllm.mixers import kv_cache as cache
 from efficientllm.mixers.base import Context, Mixer, State
+from efficientllm.ops import native
 from efficientllm.ops.attention import Mask, attend
 from efficientllm.ops.int8_kv_cache import as_array
 from efficientllm.registry import build, register
 from efficientllm.sharding import constrain
-from efficientllm.weights import dense
+from efficientllm.weights import Weight, dense
 
 
 @register("mixer", "mla")
@@ -117,14 +118,24 @@ class MLA(Mixer, kw_only=True):
         With W_k, W_v the halves of the up-projection, q (W_k c) = (q W_k) c and sum p (W_v c) = W_v (sum p c): the
         up-projection multiplies one query and one output in place of S latents c.
         """
-        R, n, _, v = self.widths
-        kernel_RHe = dense(up.variables["params"]["kernel"], after=q_BTHK).astype(q_BTHK.dtype)
-        kernel_RHe = kernel_RHe.reshape(R, self.num_heads, n + v)
-        q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHK[..., :n], kernel_RHe[..., :n])
+        _, n, _, v = self.widths
+        kernel = up.variables["params"]["kernel"]
+        q_BTHR = self._by_head(q_BTHK[..., :n], kernel, slice(0, n), over_rank=False)
         q_BTHK = jnp.concatenate([q_BTHR, q_BTHK[..., n:]], -1)
-        keys = jax.tree.map(lambda leaf: leaf[:, :, None], (latent_BSR, *shared))  # of one KV head
-        y_BTHR = attend(q_BTHK, keys, keys[0], mask, self.attention_kernel, **options)
-        return jnp.einsum("bthr,rhv->bthv", y_BTHR, kernel_RHe[..., n:])
+        y_BTHR = attend(q_BTHK, (latent_BSR, *shared), latent_BSR, mask, self.attention_kernel, **options)
+        return self._by_head(y_BTHR, kernel, slice(n, n + v), over_rank=True)
+
+    def _by_head(self, x_BTHj, kernel, part, over_rank):
+        """Multiplies a vector of each head with some columns of its part of the up-projection, or their transpose."""
+        H, dtype = self.num_heads, x_BTHj.dtype
+        R, n, _, v = self.widths
+        if native.is_usable():
+            rows = kernel.stored_rows() if isinstance(kernel, Weight) else None
+            weights = dense(kernel, after=x_BTHj) if rows is None else rows
+            product = native.head_products(x_BTHj[:, 0], weights, part, n + v, over_rank, rows is not None)
+            return product[:, None].astype(dtype)
+        kernel_RHe = dense(kernel, after=x_BTHj).astype(dtype).reshape(R, H, n + v)[..., part]
+        return jnp.einsum("bthr,rhv->bthv" if over_rank else "bthn,rhn->bthr", x_BTHj, kernel_RHe)
 
     def init_state(self, batch: int, length: int) -> State:
         """Returns an empty cache for `length` tokens a row: latents `[B, S, R]` and shared keys `[B, S, P]`."""

@@ -106,6 +106,7 @@ def attend(
 
     Args:
       k_BSGK, v_BSGV: arrays of any dtype, or of a KV cache; keys may be two of them, their first and last channels.
+        Those of one KV head may be `[B, S, K]` and `[B, S, V]`.
       kernel: `auto` or a registered `attention_kernel`; a pass over a state ignores it.
       bias: `(mask, queries, keys) -> [B or 1, H, T, S]`, added to the scores; the ranges are those of `Mask.rows`.
       scale: factor of the scores; None is K^-1/2.
@@ -124,11 +125,16 @@ def attend(
     kernel_choice.record_kernel("attention", kernel)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if kernel != "ffi":
+        k_BSGK, v_BSGV = (_with_heads(leaves) for leaves in (k_BSGK, v_BSGV))
         keys = [as_array(leaf, q_BTHK.dtype) for leaf in key_leaves(k_BSGK)]
         k_BSGK = keys[0] if len(keys) == 1 else jnp.concatenate(keys, -1)
         v_BSGV = as_array(v_BSGV, q_BTHK.dtype)
     with jax.named_scope("attention"):
         return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
+
+
+def _with_heads(leaves):
+    return jax.tree.map(lambda leaf: leaf if leaf.ndim == 4 else leaf[:, :, None], leaves)
 
 
 def choose(q_BTHK: jax.Array, mask: Mask, bias: typing.Callable | None = None, keys: int | None = None) -> str:

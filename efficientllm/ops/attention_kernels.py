@@ -40,7 +40,7 @@ def _ffi(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
         )
     cached, scales = [*key_leaves(k_BSGK), v_BSGV], None
     if isinstance(v_BSGV, Int8KVCache):
-        cached, scales = zip(*((leaf.values, leaf.scale[..., 0]) for leaf in cached), strict=True)
+        cached, scales = zip(*((leaf.values, _scale(leaf)) for leaf in cached), strict=True)
     *keys, values = cached
     B, S = values.shape[:2]
     mask_B1S = jnp.broadcast_to(mask.dense(1, S), (B, 1, S))
@@ -49,6 +49,11 @@ def _ffi(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
 
 
 @register("attention_kernel", "cudnn")
+def _scale(cache):
+    """Returns the scales `[B, S, G]` of an int8 cache, `[B, S, G, K]` or of one KV head `[B, S, K]`."""
+    return cache.scale[..., 0] if cache.scale.ndim == 4 else cache.scale
+
+
 def _cudnn(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     V = v_BSGV.shape[-1]
     width = max(q_BTHK.shape[-1], V)  # it wants heads of one width; zeros change no score

@@ -64,6 +64,9 @@ class Half(Rows):
             return self.values  # no conversion that XLA could hoist; a tie copies them
         return super().operand_rows(x, operand)
 
+    def stored_rows(self) -> jax.Array:
+        return self.values
+
     def native(self) -> native.Rows | None:
         return native.Rows(self.name, self.values) if self.width % 2 == 0 else None
 

@@ -18,7 +18,7 @@ from efficientllm import sharding
 from efficientllm.runtime import kernel_choice
 
 log = logging.getLogger("efficientllm")
-TARGETS = ("efficientllm_products", "efficientllm_attention")
+TARGETS = ("efficientllm_products", "efficientllm_attention", "efficientllm_head_products")
 FORMATS = ("int4", "int8", "nf4", "bfloat16", "float16")  # the order of product.h
 
 
@@ -82,20 +82,49 @@ def attention(
 ) -> jax.Array:
     """Computes softmax attention of one query a row over the slots that `mask_BS` allows -> float32 `[B, H, V]`.
 
-    `keys` are one or two arrays `[B, S, G, ...]`; two are the first and last channels of the keys. Keys and values are
-    float32, bfloat16, float16, or int8. Int8 has float32 `scales` `[B, S, G]`, one for each array of keys and one for
-    the values. Query head h reads KV head h // (H // G). A row whose slots are all masked gets zeros. Needs
+    `keys` are one or two arrays `[B, S, G, ...]`; two are the first and last channels of the keys. Keys and values of
+    one KV head may be `[B, S, ...]`: a reshape would make XLA copy a cache that it has just written. They are float32,
+    bfloat16, float16, or int8. Int8 has float32 `scales` `[B, S, G]`, one for each array of keys and one for the
+    values. Query head h reads KV head h // (H // G). A row whose slots are all masked gets zeros. Needs
     `is_usable()`.
     """
     _library()
     shape = jax.ShapeDtypeStruct((*q_BHK.shape[:2], v_BSGV.shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(TARGETS[1], shape, vmap_method="sequential")
     if len(keys) == 1:
-        keys = (*keys, jnp.zeros((*keys[0].shape[:3], 0), keys[0].dtype))
+        keys = (*keys, jnp.zeros((*keys[0].shape[:-1], 0), keys[0].dtype))
         scales = scales and (scales[0], jnp.zeros_like(scales[0]), scales[1])
     scales = scales or (jnp.zeros((0, 0, 0)),) * 3
     operands = (q_BHK.astype(jnp.float32), *keys, v_BSGV, *scales, mask_BS)
     return call(*operands, scale=np.float32(scale), instructions=instructions)
+
+
+def head_products(
+    x_BHj: jax.Array,
+    weights: jax.Array,
+    part: slice,
+    width: int,
+    over_rank: bool,
+    heads_in_rows: bool = False,
+    instructions: str = "best",
+) -> jax.Array:
+    """Multiplies a vector of each head with that head's part of one kernel -> float32 `[B, H, i]`.
+
+    Args:
+      weights: `[R, H width]`, or with `heads_in_rows` `[H width, R]`; float32, bfloat16 or float16.
+      part: the columns of each head in use, of its `width`.
+      over_rank: sums over R, into columns `i`; otherwise over the columns `j`, into R.
+
+    XLA for CPUs copies the part transposed for each call. Needs `is_usable()`.
+    """
+    _library()
+    rank = weights.shape[1 if heads_in_rows else 0]
+    outputs = part.stop - part.start if over_rank else rank
+    shape = jax.ShapeDtypeStruct((*x_BHj.shape[:2], outputs), jnp.float32)
+    call = jax.ffi.ffi_call(TARGETS[2], shape, vmap_method="sequential")
+    numbers = {"width": width, "offset": part.start, "heads_in_rows": heads_in_rows, "over_rank": over_rank}
+    attributes = {name: np.int32(number) for name, number in numbers.items()}
+    return call(x_BHj.astype(jnp.float32), weights, **attributes, instructions=instructions)
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cmath>
 #include <initializer_list>
 #include <string>
 
@@ -15,48 +14,30 @@
 
 namespace ffi = xla::ffi;
 
-// Adds up what the units of a head found, each relative to its own largest score.
-static void merge(Attention& a, int64_t b, int64_t h) {
-  float largest = a.part(b, h, 0)[0], total = 0;
-  for (int64_t unit = 1; unit < a.units_of_row(); unit++) largest = std::max(largest, a.part(b, h, unit)[0]);
-  float* y = a.y + (b * a.heads + h) * a.v.width;
-  std::fill_n(y, a.v.width, 0.0f);
-  for (int64_t unit = 0; unit < a.units_of_row(); unit++) {
-    const float* part = a.part(b, h, unit);
-    if (part[1] == 0) continue;
-    const float factor = std::exp(part[0] - largest);
-    total += factor * part[1];
-    for (int64_t i = 0; i < a.v.width; i++) y[i] += factor * part[2 + i];
-  }
-  for (int64_t i = 0; i < a.v.width && total > 0; i++) y[i] /= total;
-}
-
-static ffi::ErrorOr<Element> element(ffi::DataType type) {
-  switch (type) {
-    case ffi::S8: return kElementInt8;
-    case ffi::BF16: return kElementBfloat16;
-    case ffi::F16: return kElementFloat16;
-    case ffi::F32: return kElementFloat32;
-    default: return ffi::Unexpected(ffi::Error::InvalidArgument("no such element of a decode state"));
-  }
+// The sizes of keys or values as [batch, slots, heads, width]: of one head they may lack the third.
+static std::vector<int64_t> sizes(const ffi::AnyBuffer& kept) {
+  std::vector<int64_t> all(kept.dimensions().begin(), kept.dimensions().end());
+  if (all.size() == 3) all.insert(all.begin() + 2, 1);
+  return all;
 }
 
 // `scale` [.., kv_heads] of int8, or empty.
 static Kept kept(const ffi::AnyBuffer& values, const ffi::Buffer<ffi::F32>& scale) {
-  return {values.dimensions()[3], (const uint8_t*)values.untyped_data(), scale.typed_data()};
+  return {values.dimensions().back(), (const uint8_t*)values.untyped_data(), scale.typed_data()};
 }
 
 using Sizes = ffi::Span<const int64_t>;
 
-static bool is(Sizes sizes, std::initializer_list<int64_t> wanted) {
+template <class Sizes>
+static bool is(const Sizes& sizes, std::initializer_list<int64_t> wanted) {
   return std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end());
 }
 
 // What does not fit in an attention; null where all fits. The kernels read as many elements as q, k and v say.
-static const char* misfit(Sizes q, Sizes k, Sizes more, Sizes v, Sizes mask, Sizes y,
-                          bool is_int8, const Sizes (&scales)[3]) {
-  for (const Sizes kept : {k, more, v})
-    if (kept.size() != 4) return "keys or values that are no [batch, slots, heads, width]";
+static const char* misfit(Sizes q, const std::vector<int64_t>& k, const std::vector<int64_t>& more,
+                          const std::vector<int64_t>& v, Sizes mask, Sizes y, bool is_int8, const Sizes (&scales)[3]) {
+  for (const auto* kept : {&k, &more, &v})
+    if (kept->size() != 4) return "keys or values that are no [batch, slots, heads, width]";
   const int64_t batch = k[0], slots = k[1], kv_heads = k[2];
   if (!is(more, {batch, slots, kv_heads, more[3]}) || !is(v, {batch, slots, kv_heads, v[3]}))
     return "keys and values of several sizes";
@@ -69,36 +50,38 @@ static const char* misfit(Sizes q, Sizes k, Sizes more, Sizes v, Sizes mask, Siz
   return nullptr;
 }
 
-// q[B, H, K + L], k[B, S, G, K], more[B, S, G, L], v[B, S, G, V], their scales [B, S, G] (or empty), mask[B, S]
+// q[B, H, K + L], k[B, S, G, K] (or of one head [B, S, K], as the others), more[B, S, G, L], v[B, S, G, V], their scales [B, S, G] (or empty), mask[B, S]
 // -> y[B, H, V]
 static ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer more,
                             ffi::AnyBuffer v, ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> more_scale,
                             ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::PRED> mask, ffi::ResultBuffer<ffi::F32> y,
                             float scale, std::string_view instructions) {
   static constexpr decltype(&baseline::attend) attends[] = PER_INSTRUCTION_SET(attend);
+  static constexpr decltype(&baseline::merge) merges[] = PER_INSTRUCTION_SET(merge);
   const int set = instruction_set(instructions);
   if (set < 0) return ffi::Error::InvalidArgument("no such instruction set on this machine");
   const auto type = element(k.element_type());
   if (!type.has_value()) return type.error();
   if (more.element_type() != k.element_type() || v.element_type() != k.element_type())
     return ffi::Error::InvalidArgument("keys and values of several types");
-  const char* problem = misfit(q.dimensions(), k.dimensions(), more.dimensions(), v.dimensions(), mask.dimensions(),
-                               y->dimensions(), *type == kElementInt8,
+  const std::vector<int64_t> keys = sizes(k);
+  const char* problem = misfit(q.dimensions(), keys, sizes(more), sizes(v), mask.dimensions(), y->dimensions(),
+                               *type == kElementInt8,
                                {k_scale.dimensions(), more_scale.dimensions(), v_scale.dimensions()});
   if (problem) return ffi::Error::InvalidArgument(std::string("efficientllm attention: ") + problem);
   std::fill_n(y->typed_data(), y->element_count(), 0.0f);
-  if (q.dimensions()[0] == 0 || q.dimensions()[1] == 0 || k.dimensions()[1] == 0) return ffi::Error::Success();
+  if (q.dimensions()[0] == 0 || q.dimensions()[1] == 0 || keys[1] == 0) return ffi::Error::Success();
   Attention a{};
   a.element = *type, a.scale = scale;
   a.batch = q.dimensions()[0], a.heads = q.dimensions()[1];
-  a.slots = k.dimensions()[1], a.kv_heads = k.dimensions()[2];
+  a.slots = keys[1], a.kv_heads = keys[2];
   a.k[0] = kept(k, k_scale), a.k[1] = kept(more, more_scale), a.v = kept(v, v_scale);
   a.q = q.typed_data(), a.y = y->typed_data(), a.mask = (const uint8_t*)mask.untyped_data();
   a.prepare();
   share(pool, a.units(), (int64_t)(k.size_bytes() + more.size_bytes() + v.size_bytes()),
         [&](int64_t from, int64_t to) { attends[set](a, from, to); });
   for (int64_t b = 0; b < a.batch; b++)
-    for (int64_t h = 0; h < a.heads; h++) merge(a, b, h);
+    for (int64_t h = 0; h < a.heads; h++) merges[set](a, b, h);
   return ffi::Error::Success();
 }
 

@@ -2,13 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
-enum Element { kElementInt8, kElementBfloat16, kElementFloat16, kElementFloat32 };
-constexpr int kElementBytes[] = {1, 2, 2, 4};
+#include "element.h"
 
 // Vectors of every slot and KV head, [batch, slots, kv_heads, width], and where they are int8 their scales.
 struct Kept {
@@ -27,7 +28,7 @@ struct Attention {
   const float* q;               // [batch, heads, width of both parts of k]
   const uint8_t* mask;          // [batch, slots]
   std::vector<float> q_planes;  // q * scale, each part in whole vectors of the widest instruction set
-  std::vector<float> parts;     // of each (row, head, unit's slots): the largest score, the sum, values' sum
+  std::vector<float> parts;     // of each (row, unit's slots, head): the largest score, the sum, values' sum
   float* y;                     // [batch, heads, width of v]
 
   // A unit is a row's next slots: enough for the work to be more than its sums, few enough to be shared.
@@ -37,13 +38,14 @@ struct Attention {
   int64_t shared() const { return heads / kv_heads; }  // query heads of a KV head
   static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
   int64_t wide() const { return padded(k[0].width) + padded(k[1].width); }
+  int64_t part_stride() const { return padded(v.width) + 2; }  // from one head's to the next's
   float* part(int64_t b, int64_t h, int64_t unit) {
-    return parts.data() + ((b * heads + h) * units_of_row() + unit) * (padded(v.width) + 2);
+    return parts.data() + ((b * units_of_row() + unit) * heads + h) * part_stride();
   }
 
   void prepare() {
     q_planes.assign(batch * heads * wide(), 0);
-    parts.resize(batch * heads * units_of_row() * (padded(v.width) + 2));
+    parts.resize(batch * heads * units_of_row() * part_stride());
     const float* from = q;
     float* to = q_planes.data();
     for (int64_t h = 0; h < batch * heads; h++)

@@ -13,10 +13,14 @@ ROOT = pathlib.Path(__file__).parents[3]
 TESTS = [
     "tests/ops/native/test_shapes.py",
     "tests/ops/native/test_attention.py",
+    "tests/ops/native/test_head_products.py",
     "tests/ops/native/test_matmul.py",
     "tests/quant/test_forms.py::test_native_products",
 ]
-LIBRARIES = {"products": ("products.cc", "attention.cc"), "matmul": ("matmul.cc", "matmul_kernels.cc")}  # of setup.py
+LIBRARIES = {  # of setup.py
+    "products": ("products.cc", "attention.cc", "head_products.cc"),
+    "matmul": ("matmul.cc", "matmul_kernels.cc"),
+}
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 OVERRUN = """
 import ctypes, sys
