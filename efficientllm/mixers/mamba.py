@@ -48,6 +48,7 @@ class Mamba(Mixer, kw_only=True):
     scan_kernel: str = "auto"
 
     family = "mamba"
+    is_recurrent = True
     orders = ("causal", "bidirectional")
     state_axes = {"tail": (None, "channels"), "memory": ("channels",)}
 

@@ -54,6 +54,7 @@ class Mamba2(Mixer, kw_only=True):
     conv_bias: bool = True
 
     family = "mamba2"
+    is_recurrent = True
     orders = ("causal", "bidirectional")
 
     @property

@@ -53,6 +53,8 @@ class RWKV(Mixer, kw_only=True):
     gate_rank: int = None
     rwkv_kernel: str = "auto"
 
+    is_recurrent = True
+
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, ctx: Context, state: State | None = None

@@ -5,6 +5,7 @@ import typing
 import flax.linen as nn
 import jax
 
+from efficientllm.ops import rematerialization as remat
 from efficientllm.ops.attention import Context
 from efficientllm.registry import build
 from efficientllm.registry.block_entries import split_specs
@@ -69,7 +70,7 @@ class Block(nn.Module):
         before_BTD, memo, new_states = x_BTD, ctx.memo, []
         mixer_states = of_each(mixer_state, mixers)
         for mixer, affine, state in zip(mixers, (of_mixer, *of_others), mixer_states, strict=True):
-            y_BTD, state, *written = mixer(affine.modulate(normed_BTD), ctx, state)
+            y_BTD, state, *written = _mix(mixer, affine.modulate(normed_BTD), ctx, state)
             memo = memo | written[0] if written else memo
             x_BTD = affine.add(x_BTD, y_BTD)
             new_states.append(state)
@@ -80,6 +81,12 @@ class Block(nn.Module):
         normed_BTD = of_ffn.modulate(build("norm", self.ffn_norm or self.norm, name="ffn_norm")(ffn_input_BTD))
         y_BTD, ffn_state, aux = ffn.in_block(normed_BTD, ctx, ffn_state)
         return of_ffn.add(x_BTD, y_BTD), memo, (mixer_state, ffn_state), aux
+
+
+def _mix(mixer, x_BTD, ctx, state):
+    if state is None and mixer.is_recurrent:
+        return remat.call_recurrent(mixer, x_BTD, ctx)
+    return mixer(x_BTD, ctx, state)
 
 
 def joined(states: typing.Sequence) -> typing.Any:

@@ -4,7 +4,9 @@ import math
 import re
 import typing
 
+import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from efficientllm import sharding
 from efficientllm.errors import FieldError, did_you_mean
@@ -30,6 +32,30 @@ def residual_policy(name: str, layers: typing.Iterable, decoding: bool) -> typin
     if decoding or kernel_choice.platform() != "cpu" or not sharding.is_alone():
         return EVERYTHING
     return _not_cheap if all(layer is None or layer.recompute_elementwise for layer in layers) else EVERYTHING
+
+
+RECURRENCE = "recurrence"  # the name of states and outputs that `call_recurrent` saves
+LONG = 1024  # tokens of a row from which `call_recurrent` recomputes on CPUs
+
+
+def name_recurrence(x: jax.Array) -> jax.Array:
+    """Names a state at the edge of a chunk, or the output of a recurrence, for `call_recurrent` to save."""
+    return checkpoint_name(x, RECURRENCE)
+
+
+def call_recurrent(mixer: nn.Module, x_BTD: jax.Array, *context: typing.Any) -> typing.Any:
+    """Calls a recurrent mixer in training, saving only its products with kernels and what `name_recurrence` names.
+
+    A recurrence has a dozen elementwise operations around it, in float32 and as wide as its channels. Saved, their
+    results take several times the memory of attention's. On CPUs rows of up to `LONG` tokens save everything.
+    """
+    if kernel_choice.platform() == "cpu" and x_BTD.shape[1] <= LONG:
+        return mixer(x_BTD, *context)
+
+    def call(mixer, *inputs):
+        return mixer(*inputs)
+
+    return nn.remat(call, policy=_products_and_recurrence)(mixer, x_BTD, *context)
 
 
 def policy(name: str) -> typing.Callable | None:
@@ -85,6 +111,17 @@ def _not_cheap(primitive, *operands, **parameters):
     if primitive.name == "dot_general":
         return not _is_larger(operands, parameters["dimension_numbers"])
     return not CHEAP.fullmatch(primitive.name)
+
+
+def _products_and_recurrence(primitive, *operands, **parameters):
+    """Saves products with kernels, which have no batch dimension, and what `name_recurrence` names."""
+    if "call_jaxpr" in parameters:  # of jax.custom_vjp
+        return any(_is_of_kernel(equation.primitive, **equation.params) for equation in parameters["call_jaxpr"].eqns)
+    return _is_of_kernel(primitive, **parameters) or parameters.get("name") == RECURRENCE
+
+
+def _is_of_kernel(primitive, **parameters):
+    return primitive.name == "dot_general" and not parameters["dimension_numbers"][1][0]
 
 
 def _gives_scores(equation):

@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from efficientllm.ops.rematerialization import name_recurrence
 from efficientllm.registry import lookup, register
 from efficientllm.runtime import kernel_choice
 
 # Measured on CPUs, against 32. Factored decays reach exp(-CHUNK log w), which float32 holds for log w >= -0.61.
 CHUNK = 16
+# Tokens whose intermediates the backward pass holds at a time; between spans it saves the memory.
+SPAN = 512
 # Accelerators would round the operands of float32 products, and a memory adds up over the whole document.
 exact_products = functools.partial(jax.default_matmul_precision, "float32")
 
@@ -55,7 +58,8 @@ def recur(
     if memory_BHKV is None:
         memory_BHKV = jnp.zeros((B, H, K, tokens.v.shape[-1]), jnp.float32)
     with exact_products(), jax.named_scope("scan"):
-        return compute(tokens, starts_BT, memory_BHKV)
+        y_BTHV, memory_BHKV = compute(tokens, starts_BT, memory_BHKV)
+        return name_recurrence(y_BTHV), memory_BHKV
 
 
 def choose(length: int) -> str:
@@ -106,7 +110,30 @@ def _sequential(tokens, starts_BT, memory_BHKV):
 
 @register("rwkv_kernel", "chunked")
 def _chunked(tokens, starts_BT, memory_BHKV):
-    """Computes chunk by chunk, by matrix products; its residuals are linear in the number of tokens.
+    """Computes chunk by chunk, by matrix products, and recomputes spans of chunks in the backward pass.
+
+    A row of one span saves its intermediates, which are linear in the number of tokens.
+    """
+    T = starts_BT.shape[1]
+    if SPAN >= T:
+        return _span(tokens, starts_BT, memory_BHKV)
+    spans = -(-T // SPAN)
+
+    def split(leaf_BT):
+        """`[B, T, ...]` -> `[spans, B, SPAN, ...]`, padded with tokens that change no memory."""
+        leaf_BT = jnp.pad(leaf_BT, ((0, 0), (0, spans * SPAN - T)) + ((0, 0),) * (leaf_BT.ndim - 2))
+        return jnp.moveaxis(leaf_BT.reshape(leaf_BT.shape[0], spans, SPAN, *leaf_BT.shape[2:]), 1, 0)
+
+    def compute(memory_BHKV, inputs):
+        y_BTHV, memory_BHKV = jax.checkpoint(_span)(*inputs, name_recurrence(memory_BHKV))
+        return memory_BHKV, y_BTHV
+
+    memory_BHKV, y = jax.lax.scan(compute, memory_BHKV, jax.tree.map(split, (tokens, starts_BT)))
+    return jnp.moveaxis(y, 0, 1).reshape(y.shape[1], spans * SPAN, *y.shape[3:])[:, :T], memory_BHKV
+
+
+def _span(tokens, starts_BT, memory_BHKV):
+    """Computes one span.
 
     Inside a chunk every memory is written with the one before the chunk, S, so that what each token removes,
     u_t = kappa_t^T S_{t-1}, solves a triangular system (the WY form: Bischof & Van Loan 1987; Yang et al. 2024,

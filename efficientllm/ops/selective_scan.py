@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from efficientllm.ops.rematerialization import name_recurrence
 from efficientllm.registry import lookup, register
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import count_shards
@@ -46,9 +47,11 @@ def selective_scan(
 
     filled = [fill(leaf, value) for leaf, value in zip(by_time, (0, 0, 0, 0, 1), strict=True)]
     split = [jnp.moveaxis(leaf.reshape(leaf.shape[0], chunks, size, *leaf.shape[2:]), 0, 2) for leaf in filled]
+    within = jax.checkpoint(functools.partial(within, A_Cn))
     with jax.named_scope("scan"):
-        h_BCn, y = jax.lax.scan(jax.checkpoint(functools.partial(within, A_Cn)), h_BCn, split)
-    return jnp.moveaxis(y.reshape(chunks * size, *y.shape[2:]), 0, 1)[:, :T], h_BCn
+        h_BCn, y = jax.lax.scan(lambda h_BCn, chunk: within(name_recurrence(h_BCn), chunk), h_BCn, split)
+    y_BTC = jnp.moveaxis(y.reshape(chunks * size, *y.shape[2:]), 0, 1)[:, :T]
+    return name_recurrence(y_BTC), h_BCn
 
 
 @register("scan_kernel", "sequential")

@@ -4,8 +4,14 @@ For each head `S_t = keep_t exp(step_t A) S_(t-1) + step_t x_t b_t` and `y_t = S
 token of a document. Letters of this file: those of `mixers.mamba2`, Z chunks of Q tokens.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from efficientllm.ops.rematerialization import name_recurrence
+
+SPAN = 512  # tokens whose intermediates the backward pass holds at a time; between spans it saves the memory
 
 
 @jax.named_scope("scan")
@@ -39,7 +45,38 @@ def chunked(
     memory_BHPN: jax.Array,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes a row by matrix products of chunks of `chunk` tokens -> `(y [B, T, H, P], memory)`, float32."""
+    """Computes a row by matrix products of chunks of `chunk` tokens -> `(y [B, T, H, P], memory)`, float32.
+
+    A row longer than `SPAN` is computed in spans of whole chunks, whose intermediates the backward pass recomputes.
+    """
+    T = x_BTHP.shape[1]
+    size = max(1, SPAN // chunk) * chunk
+    by_time = (x_BTHP, step_BTH, b_BTJN, c_BTJN, keep_BT)
+    if size >= T:
+        y_BTHP, memory_BHPN = _span(A_H, chunk, memory_BHPN, by_time)
+        return name_recurrence(y_BTHP), memory_BHPN
+    spans = -(-T // size)
+
+    def split(leaf, value):
+        """`[B, T, ...]` -> `[spans, B, size, ...]`, filled with tokens that leave the memory as it is."""
+        fill = ((0, 0), (0, spans * size - T)) + ((0, 0),) * (leaf.ndim - 2)
+        filled = jnp.pad(leaf, fill, constant_values=value)
+        return jnp.moveaxis(filled.reshape(leaf.shape[0], spans, size, *leaf.shape[2:]), 1, 0)
+
+    filled = tuple(split(leaf, value) for leaf, value in zip(by_time, (0, 0, 0, 0, True), strict=True))
+
+    def compute(memory_BHPN, span):
+        y_BTHP, memory_BHPN = jax.checkpoint(functools.partial(_span, A_H, chunk))(name_recurrence(memory_BHPN), span)
+        return memory_BHPN, y_BTHP
+
+    memory_BHPN, y = jax.lax.scan(compute, memory_BHPN, filled)
+    y_BTHP = jnp.moveaxis(y, 0, 1).reshape(y.shape[1], spans * size, *y.shape[3:])[:, :T]
+    return name_recurrence(y_BTHP), memory_BHPN
+
+
+def _span(A_H, chunk, memory_BHPN, by_time):
+    """Computes one span."""
+    x_BTHP, step_BTH, b_BTJN, c_BTJN, keep_BT = by_time
     B, T, H, P = x_BTHP.shape
     J, N = b_BTJN.shape[2:]
     Q, Z = _chunks(T, chunk)

@@ -213,8 +213,8 @@ def test_one_token_is_one_step(kernel):
     assert max(map(math.prod, hlo.array_shapes(program))) == B * C * N
 
 
-@pytest.mark.parametrize("length", [1, slow_case(16), slow_case(43)])
-def test_chunks_of_ssd_are_its_steps(length):
+@pytest.mark.parametrize("length", [1, slow_case(16), 43])
+def test_chunks_of_ssd_are_its_steps(length, monkeypatch):
     rng = np.random.default_rng(length)
 
     def normal(*shape):
@@ -233,8 +233,10 @@ def test_chunks_of_ssd_are_its_steps(length):
             out.append(y)
         return jnp.concatenate(out, 1), memory
 
-    kernels = [functools.partial(ssd.chunked, chunk=chunk) for chunk in (8, 16)]
-    _same_function(steps, kernels, operands, keep, memory)
+    for span in (ssd.SPAN, 20):  # rows of one span, and of several
+        monkeypatch.setattr(ssd, "SPAN", span)
+        kernels = [functools.partial(ssd.chunked, chunk=chunk) for chunk in (8, 16)]
+        _same_function(steps, kernels, operands, keep, memory)
 
 
 def _same_function(expected, kernels, operands, keep, memory):

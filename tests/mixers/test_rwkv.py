@@ -254,6 +254,14 @@ def test_kernels_are_the_recurrence(kernel, case):
     _assert_equal(kernel, _random(rng, 2, length, 3, 8, 4, log_w), starts_BT, memory)
 
 
+@pytest.mark.parametrize("kernel", ["chunked", "split"])
+def test_rows_of_several_spans_are_the_recurrence(kernel, monkeypatch):
+    monkeypatch.setattr(rwkv_recurrence, "SPAN", 32)
+    rng = np.random.default_rng(0)
+    starts_BT, memory = rng.random((2, 75)) < 0.1, rng.standard_normal((2, 3, 8, 4), np.float32)
+    _assert_equal(kernel, _random(rng, 2, 75, 3, 8, 4, None), starts_BT, memory)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_are_stable_where_every_key_is_the_same(kernel):
     """The system's matrix is then full of ones, and its powers reach thousands."""
