@@ -155,6 +155,8 @@ def choose(q_BTHK: jax.Array, mask: Mask, bias: typing.Callable | None = None, k
         return "splash"
     if in_state:
         return "xla"
+    if bias is not None and T >= LONG and mask.aligned:
+        return "looped"
     if mask.order == "causal":
         # Measured on CPUs: skipping the masked half in static chunks is 1.4x to 2x faster from two chunks on.
         return "chunked" if kernel_choice.platform() == "cpu" and T > CHUNK else "xla"

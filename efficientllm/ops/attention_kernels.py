@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from efficientllm import sharding
 from efficientllm.errors import FieldError
 from efficientllm.ops import native, splash_attention
+from efficientllm.ops.attention_bias import TableBias
 from efficientllm.ops.dot_product_attention import dot_product_attention
 from efficientllm.ops.int8_kv_cache import Int8KVCache
 from efficientllm.registry import register
@@ -48,12 +49,12 @@ def _ffi(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     return y_BHV[:, None].astype(q_BTHK.dtype)
 
 
-@register("attention_kernel", "cudnn")
 def _scale(cache):
     """Returns the scales `[B, S, G]` of an int8 cache, `[B, S, G, K]` or of one KV head `[B, S, K]`."""
     return cache.scale[..., 0] if cache.scale.ndim == 4 else cache.scale
 
 
+@register("attention_kernel", "cudnn")
 def _cudnn(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     V = v_BSGV.shape[-1]
     width = max(q_BTHK.shape[-1], V)  # it wants heads of one width; zeros change no score
@@ -96,6 +97,26 @@ def _chunked(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     return jnp.concatenate(outputs, axis=1)
 
 
+@register("attention_kernel", "looped")
+def _in_loops(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
+    """Computes queries in chunks of loops, whose scores the backward pass recomputes: a tile of them is in memory."""
+    if mask.order != "causal" or not mask.aligned:
+        return _looped(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
+    T, outputs = q_BTHK.shape[1], []
+    for queries, keys in mask.loops(T):
+        of_queries = jax.tree.map(lambda x_BT, at=slice(*queries): x_BT[:, at], mask.queries(T))
+        segments_BS = None if mask.segments_BT is None else mask.segments_BT[:, slice(*keys)]
+        part = mask.replace(
+            **of_queries,
+            segments_BT=segments_BS,
+            key_index_BS=jnp.arange(*keys)[None],
+            shift=jnp.array(queries[0] - keys[0]),
+        )
+        q, (k, v) = q_BTHK[:, slice(*queries)], (x[:, slice(*keys)] for x in (k_BSGK, v_BSGV))
+        outputs.append(_looped(q, k, v, part, bias, scale))
+    return jnp.concatenate(outputs, 1)
+
+
 def _looped(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     """Computes m chunks of L queries in a loop, each over W keys; the backward pass recomputes their scores.
 
@@ -103,6 +124,8 @@ def _looped(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     """
     (B, T, H, _), S = q_BTHK.shape, k_BSGK.shape[1]
     m, L, W = mask.loop(T, S)
+    bias = _by_row(bias, B)
+    shift = jnp.array(0) if mask.aligned else mask.shift
 
     def split(x_BT):
         """`[B, T, ...]` -> `[m, B, L, ...]`, with zeros after the last query."""
@@ -113,19 +136,24 @@ def _looped(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     wide_keys, wide_values = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (k_BSGK, v_BSGV))
 
     def compute(chunk):
-        start, q_BLHK, queries = chunk
+        number, start, q_BLHK, queries = chunk
 
         def take(x_BS):
             return x_BS if W == S else jax.lax.dynamic_slice_in_dim(x_BS, start, W, 1)
 
         k_BWGK, v_BWGV = take(wide_keys).astype(k_BSGK.dtype), take(wide_values).astype(v_BSGV.dtype)
         keys = jax.tree.map(take, {"segments_BT": mask.segments_BT, "blocks_BT": mask.blocks_BT})
-        keys["key_index_BS"] = (start + jnp.arange(W))[None]
+        if mask.key_index_BS is None:
+            keys["key_index_BS"] = (start + jnp.arange(W))[None]
+        else:
+            keys["key_index_BS"] = take(mask.key_index_BS)
+        keys["shift"] = None if shift is None else shift + number * L - start
         return _dense(q_BLHK, k_BWGK, v_BWGV, mask.replace(**queries, **keys), bias, scale, (0, L), (0, W))
 
     q_mBLHK = sharding.constrain(split(q_BTHK), None, "batch", None, "heads", None)
     start_m = jnp.clip(jnp.arange(m) * L - (W - L) // 2, 0, S - W)
-    y_mBLHV = jax.lax.map(jax.checkpoint(compute), (start_m, q_mBLHK, jax.tree.map(split, mask.queries(T))))
+    chunks = jnp.arange(m), start_m, q_mBLHK, jax.tree.map(split, mask.queries(T))
+    y_mBLHV = jax.lax.map(jax.checkpoint(compute), chunks)
     return jnp.moveaxis(y_mBLHV, 0, 1).reshape(B, m * L, H, -1)[:, :T]
 
 
@@ -150,15 +178,23 @@ def _gathered(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     whole = {"segments_BT": mask.segments_BT, "blocks_BT": mask.blocks_BT}  # gathered once, not for each chunk
     mask = mask.replace(**{key: x if x is None else sharding.constrain(x, "batch", None) for key, x in whole.items()})
 
+    bias, in_order = _by_row(bias, B), mask.aligned
+
     def on_device(chunk, k_BSGK, v_BSGV):
         q_BLHK, queries = chunk
-        return _dense(q_BLHK, k_BSGK, v_BSGV, mask.replace(**queries), bias, scale, (0, L), keys)
+        shift = queries["query_index_BT"][0, 0] if in_order else None
+        return _dense(q_BLHK, k_BSGK, v_BSGV, mask.replace(**queries, shift=shift), bias, scale, (0, L), keys)
 
     on_devices = jax.checkpoint(jax.vmap(on_device, spmd_axis_name="sequence"))
     q_mnBLHK = sharding.constrain(split(q_BTHK), None, "length", "batch", None, "heads", None)
     y_mnBLHV = jax.lax.map(lambda chunk: on_devices(chunk, k_nBSGK, v_nBSGV), (q_mnBLHK, queries))
     y_BTHV = jnp.moveaxis(y_mnBLHV, 2, 0).swapaxes(1, 2).reshape(B, T, H, V)  # by way of [B, n, m, L, H, V]
     return sharding.constrain(y_BTHV, "batch", "length", "heads", None)
+
+
+def _by_row(bias, rows):
+    """Returns a bias whose gradient stays with the rows of the batch, where it has one."""
+    return bias.by_row(rows) if isinstance(bias, TableBias) else bias
 
 
 def _gather(x_BSG, n, axis):

@@ -10,6 +10,7 @@ Range = tuple[int, int]  # (start, stop) of queries or keys
 CHUNK = 64  # queries of a static chunk
 MAX_CHUNKS = 32  # each static chunk is compiled separately
 LOOP_CHUNK = 256  # queries of a chunk of a loop
+LOOPS = 4  # loops over a causal row
 
 
 @flax.struct.dataclass
@@ -27,6 +28,8 @@ class Mask:
       blocks_BT: with `prefix`, the block of each token; 0 is none.
       query_blocks_BT: the block of each query, where queries are not all of the row's tokens.
       cross: keys are other tokens than queries, S of them, and `segments_BT` are theirs (`across`).
+      shift: the index of the first query less that of the first key, where queries are consecutive and keys are, as in
+        a chunk of a row; None where that is not known.
     """
 
     segments_BT: jax.Array | None = None
@@ -38,6 +41,7 @@ class Mask:
     blocks_BT: jax.Array | None = None
     query_blocks_BT: jax.Array | None = None
     cross: bool = flax.struct.field(pytree_node=False, default=False)
+    shift: jax.Array | None = None
 
     @classmethod
     def across(cls, query_segments_BT: jax.Array | None = None, key_segments_BS: jax.Array | None = None) -> "Mask":
@@ -96,6 +100,13 @@ class Mask:
         key_BS = jnp.arange(*keys)[None] if self.key_index_BS is None else self.key_index_BS[:, slice(*keys)]
         return query_BT[:, :, None] - key_BS[:, None, :]
 
+    def first_distance(self, queries: Range, keys: Range) -> int | jax.Array | None:
+        """Returns the distance of the first pair of two ranges of consecutive tokens; None where they are not."""
+        first = queries[0] - keys[0]
+        if self.aligned and self.key_index_BS is None:
+            return first
+        return None if self.shift is None else self.shift + first
+
     def queries(self, length: int) -> dict[str, jax.Array | None]:
         """Returns the fields that tell index, segment and block of each of `length` queries, `[B or 1, T]`.
 
@@ -113,7 +124,9 @@ class Mask:
 
     def chunks(self, length: int) -> list[tuple[Range, Range]]:
         """Lists `(range of queries, range of the keys in their reach)` of the static chunks of a causal row."""
-        size = max(CHUNK, -(-length // MAX_CHUNKS))
+        return self._ranges(length, max(CHUNK, -(-length // MAX_CHUNKS)))
+
+    def _ranges(self, length, size):
         starts = range(0, length, size)
         reach = length if self.window is None else self.window - 1
         return [((s, min(length, s + size)), (max(0, s - reach), min(length, s + size))) for s in starts]
@@ -122,7 +135,16 @@ class Mask:
         """Returns the chunks of a loop over T queries, the queries of each, and the keys that a chunk reads."""
         count = -(-length // LOOP_CHUNK)
         size = -(-length // count)
-        return count, size, keys if self.window is None else min(keys, size + 2 * (self.window - 1))
+        reads_all = self.window is None or self.order == "causal"
+        return count, size, keys if reads_all else min(keys, size + 2 * (self.window - 1))
+
+    def loops(self, length: int) -> list[tuple[Range, Range]]:
+        """Lists `(range of queries, range of the keys in their reach)` of the loops over a causal row.
+
+        A few loops leave out most of the masked half, which one loop over all keys would compute.
+        """
+        size = max(1, -(-length // (LOOPS * LOOP_CHUNK))) * LOOP_CHUNK
+        return self._ranges(length, size)
 
     def pairs(self, length: int, keys: int | None = None) -> float:
         """Counts query-key pairs per head of a row of one document; `keys` is S, T where it is None.
@@ -138,11 +160,15 @@ class Mask:
     def executed_pairs(self, kernel: str, length: int, keys: int | None = None) -> int:
         """Counts query-key pairs per head that an attention kernel computes for a row of `length` tokens."""
         keys = length if keys is None else keys
-        if kernel != "chunked":
+        if kernel not in ("chunked", "looped"):
             return length * keys
-        if self.order == "causal":
-            return sum((queries[1] - queries[0]) * (keys[1] - keys[0]) for queries, keys in self.chunks(length))
-        return math.prod(self.loop(length, keys))
+        if self.order != "causal":
+            return math.prod(self.loop(length, keys))
+        ranges = self.chunks(length) if kernel == "chunked" else self.loops(length)
+        sizes = [(queries[1] - queries[0], keys[1] - keys[0]) for queries, keys in ranges]
+        if kernel == "chunked":
+            return sum(math.prod(size) for size in sizes)
+        return sum(math.prod(self.loop(*size)) for size in sizes)
 
 
 def _same(of_queries, of_keys, queries, keys):

@@ -1,9 +1,8 @@
 """Relative positions as a bias of the attention scores: ALiBi, T5 buckets, clipped distances.
 
-Letters: c classes of distances, L diagonals of the scores, T + S - 1 of them.
+Letters: c classes of distances.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.errors import UserError
+from efficientllm.ops.attention_bias import TableBias
 from efficientllm.positions.base import Bias, Position
 from efficientllm.registry import register
 
@@ -80,33 +80,7 @@ class Table(Position):
 
     def bias(self, num_heads: int, memo: dict[str, jax.Array] | None = None) -> Bias | None:
         table_Hc = self._make_table(num_heads) if memo is None else memo[MEMO]
-
-        def of(mask, queries, keys):
-            class_of = functools.partial(self.class_of, order=mask.order)
-            if not mask.aligned:
-                return jnp.moveaxis(table_Hc[:, class_of(mask.distance(queries, keys))], 0, 1)
-            # Aligned scores are constant along diagonals: one value for each distance, then spread to pairs. A
-            # comparison in place of a table look-up has no scatter in its gradient.
-            distance_L = jnp.arange(queries[0] - keys[1] + 1, queries[1] - keys[0])
-            is_class_Lc = class_of(distance_L)[:, None] == jnp.arange(self.classes)
-            value_HL = jnp.sum(jnp.where(is_class_Lc, table_Hc[:, None], 0.0), -1)
-            return _diagonals(value_HL, keys[1] - keys[0])[None]
-
-        return of
-
-
-def _diagonals(value_HL, S):
-    """Spreads one value a diagonal to all pairs, `[H, T + S - 1] -> [H, T, S]`.
-
-    Row t of the result is the reversed values from T - 1 - t on. Reshapes compute it: the gradient of a look-up of
-    every pair would scatter one pair at a time.
-    """
-    H, L = value_HL.shape
-    T = L + 1 - S
-    rows_HTL = jnp.broadcast_to(value_HL[:, None, ::-1], (H, T, L))
-    # Rows of L + 1, read as rows of L, shift by one more place in each row.
-    skewed = jnp.pad(rows_HTL, ((0, 0), (0, 0), (0, 1))).reshape(H, T * (L + 1))[:, : T * L].reshape(H, T, L)
-    return skewed[:, :, T - 1 :]
+        return TableBias(table_Hc, self.class_of)
 
 
 @register("position", "relative")

@@ -4,12 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from efficientllm import sharding
 from efficientllm.errors import UserError
 from efficientllm.ops import attention_kernels, attention_mask
 from efficientllm.ops.attention import Mask, attend, choose
+from efficientllm.ops.attention_bias import TableBias
 from efficientllm.ops.dot_product_attention import dot_product_attention
+from efficientllm.plan import hlo_cost
+from efficientllm.plan.hlo_text import Program
+from efficientllm.positions.bias import T5, Relative
 from efficientllm.runtime import kernel_choice
 from tiers import slow_case, slow_except
 
@@ -33,10 +38,11 @@ def by_numpy(q, k, v, mask_BTS):
     return np.einsum("bhts,bshk->bthk", weights / weights.sum(-1, keepdims=True), np.repeat(v, H // G, 2))
 
 
-@pytest.mark.parametrize("kernel", ["xla", slow_case("chunked"), "gathered"])
+@pytest.mark.parametrize("kernel", ["xla", slow_case("chunked"), "gathered", "looped"])
 @pytest.mark.parametrize("length", [slow_case(1), slow_case(63), slow_case(64), 130])
 def test_attention_kernels_against_plain_numpy(kernel, length, monkeypatch):
     monkeypatch.setattr(attention_kernels, "GATHERED_CHUNK", 8)
+    monkeypatch.setattr(attention_mask, "LOOP_CHUNK", 16)
     segments = random_ids(length, 3)
     visible = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
     q, k, v = operands(length, length)
@@ -117,6 +123,59 @@ def test_long_rows_of_both_directions_never_hold_the_scores_of_all_pairs(window)
     assert temporary_bytes(2048, "auto") < temporary_bytes(2048, "xla") / 3
     short, long = (jax.ShapeDtypeStruct((1, T, 8, 8), jnp.float32) for T in (1023, 1024))
     assert choose(short, mask) == "xla" and choose(long, mask) == choose(short, Mask.across(), keys=2048) == "chunked"
+
+
+@pytest.mark.parametrize("kernel", ["looped", "gathered"])
+@pytest.mark.parametrize("order, window", [("causal", None), ("causal", 9), ("bidirectional", None)])
+@pytest.mark.parametrize("position", [Relative(max_distance=20), T5()], ids=["relative", "t5"])
+def test_a_bias_made_in_a_tile_is_that_of_all_pairs(position, order, window, kernel, monkeypatch):
+    """Outputs, and gradients of queries, keys, values and the table."""
+    monkeypatch.setattr(attention_mask, "LOOP_CHUNK", 16)
+    monkeypatch.setattr(attention_kernels, "GATHERED_CHUNK", 16)
+    mask = Mask(jnp.asarray(random_ids(130, 3)), order=order, window=window)
+    table_Hc = np.random.default_rng(0).normal(size=(H, position.classes)).astype(np.float32)
+    weights = np.random.default_rng(1).normal(size=(B, 130, H, K)).astype(np.float32)
+
+    def value_and_gradients(kernel):
+        def loss(table_Hc, *arrays):
+            return jnp.sum(attend(*arrays, mask, kernel, TableBias(table_Hc, position.class_of)) * weights)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(table_Hc, *operands(130, 130))
+
+    close(value_and_gradients(kernel), value_and_gradients("xla"))
+
+
+def test_a_bias_of_long_rows_is_never_one_of_all_pairs():
+    """The kernel is chosen by itself, and its memory grows with the tokens, not with their square."""
+    bias = Relative().class_of
+
+    def temporary_bytes(T, kernel):
+        q, table = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, T, 8, 8), (8, 65)))
+        gradients = jax.grad(
+            lambda table, *qkv: jnp.sum(attend(*qkv, Mask(), kernel, TableBias(table, bias)) ** 2), (0, 1, 2, 3)
+        )
+        return jax.jit(gradients).lower(table, q, q, q).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(2048, "auto") < 2.2 * temporary_bytes(1024, "auto")
+    assert temporary_bytes(2048, "auto") < temporary_bytes(2048, "xla") / 3
+    q = jax.ShapeDtypeStruct((1, 1024, 8, 8), jnp.float32)
+    assert choose(q, Mask(), TableBias(None, bias)) == "looped"
+
+
+def test_the_gradient_of_a_table_is_summed_over_devices_as_a_table():
+    """No collective of a sharded batch is larger than a table of each row."""
+    mesh = sharding.make_mesh("data=8")
+    T, rows = 1024, NamedSharding(mesh, PartitionSpec("data"))
+    q = jax.ShapeDtypeStruct((8, T, 2, 8), jnp.float32, sharding=rows)
+    table = jax.ShapeDtypeStruct((2, 65), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def loss(table, *qkv):
+        return jnp.sum(attend(*qkv, Mask(), "auto", TableBias(table, Relative().class_of)) ** 2)
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss), out_shardings=table.sharding).lower(table, q, q, q).compile()
+    sent = [collective.bytes for collective in hlo_cost.collectives(Program(program.as_text()), 8)]
+    assert sent and max(sent) <= 8 * 2 * 65 * 4
 
 
 def test_gradients_of_bfloat16_keys_are_summed_in_float32(monkeypatch):
