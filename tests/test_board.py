@@ -15,7 +15,8 @@ from report import browser, made
 
 board = import_file(runs.ROOT / "experiments/board/board.py")
 rerun = import_file(runs.ROOT / "experiments/board/rerun.py")
-PLANNED = 139 + 55 + 44 + 42  # lines of experiments' plans
+PLANS = (runs.ROOT / "experiments/plan/rows.csv", *runs.ROOT.glob("experiments/*/plans.csv"))
+PLANNED = sum(len(file.read_text().splitlines()) - 1 for file in PLANS)
 
 
 def sweep(folder, name, measures, variants, task="pretrain", seeds=3, changes=None, **values):
@@ -61,10 +62,18 @@ def folder(tmp_path_factory):
     for form, loss, size in (("float32", 3.0, 540e6), ("int8", 3.001, 140e6), ("int4", 3.1, 80e6), ("nf4", 3.05, 90e6)):
         forms = {"int8": ("gqa", 3.0, 1.0)} if form == "int8" else {form: ("gqa", loss, 1.0)}
         changes = {"quant": form, "model.pretrained": "smollm2-135m"}
-        sweep(out / "c" / form, f"board_infer_{form}", "", forms, "infer", changes=changes, resident_weight_bytes=size)
+        sweep(
+            out / "c" / form,
+            f"board_infer_topics_{form}",
+            "",
+            forms,
+            "infer",
+            changes=changes,
+            resident_weight_bytes=size,
+        )
     for file in sorted((out / "c").rglob("record.json")):  # one sweep of four forms
         record = json.loads(file.read_text())
-        record["sweep"] |= {"name": "board_infer", "baseline": "float32"}
+        record["sweep"] |= {"name": "board_infer_topics", "baseline": "float32"}
         file.write_text(json.dumps(record))
     rows_file.pack_rows(out / "c", out / "rows" / "infer.rows.jsonl")
     assert board.main([f"--rows={out / 'rows'}", f"--out={out / 'out'}"]) == 0
@@ -131,7 +140,10 @@ def test_the_page_in_a_browser(folder, tmp_path, width):
         page.open(folder / "index.html")
         assert "nsa: al_s" in page.run("document.getElementById('answers-text').textContent")
         assert page.run("document.documentElement.scrollWidth") <= width, "nothing is wider than the window"
-        assert page.run("[...document.querySelectorAll('img.interval')].every((image) => image.naturalWidth > 0)")
+        assert page.run(
+            "[...document.querySelectorAll('svg.interval')].every((figure) => figure.getBBox().width > 100)"
+        )
+        assert page.run("document.querySelectorAll('svg.interval').length") > 1
         assert not page.problems
     finally:
         page.close()

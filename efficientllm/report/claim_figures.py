@@ -4,6 +4,7 @@ import math
 import typing
 from xml.sax.saxutils import escape
 
+NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'  # which a file needs, and an element of a page does not
 _MOST = 12  # pairs
 _WIDTH, _LEFT, _RIGHT, _LINE, _TOP, _BOTTOM = 520, 210, 12, 18, 8, 26
 _COLOURS = {"holds": "#059669", "does not hold": "#dc2626"}
@@ -19,8 +20,8 @@ def draw_claim(claim: dict[str, typing.Any]) -> str | None:
     place = _scale([bound, 1.0, *(end for pair in pairs for end in _ends(pair))])
     height = _TOP + _LINE * len(pairs) + _BOTTOM
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
-        f'font-family="sans-serif" font-size="11" fill="{_AXIS}">',
+        f'<svg {NAMESPACE} class="interval" role="img" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
+        f'height="{height}" font-family="sans-serif" font-size="11" fill="{_AXIS}">',
         f"<title>{escape(claim['name'])}: {escape(claim['metric'])} ratio {escape(claim['ratio'])}</title>",
         *(_rule(place(1.0), height, "1", "3 3") if bound != 1.0 else ()),
         *_rule(place(bound), height, f"claimed {claim['ratio']}"),

@@ -22,6 +22,7 @@ Key = tuple[str, str, str, str]  # of a group: sweep, task, device, batch
 LENGTH = (
     "train.steps",
     "train.schedule",
+    "train.rates",
     "eval",
     "quality",
     "infer.batch_size",

@@ -7,6 +7,7 @@ import json
 import typing
 
 from efficientllm.report import study_tables, techniques
+from efficientllm.report.claim_figures import NAMESPACE
 from efficientllm.report.curves import Curves
 
 DIGITS = 7
@@ -37,7 +38,7 @@ def page_html(
     report's own sections.
     """
     data: dict[str, typing.Any] = {"board": _brief(board), "curves": curves, "study": _study()}
-    data |= {"pictures": pictures or {"runs": {}, "how": ""}, "claims": claim_figures or {}}
+    data |= {"pictures": pictures or {"runs": {}, "how": ""}, "claims": _elements(claim_figures or {})}
     # A "<" inside a string could end the script element.
     embedded = _json(data).replace("<", "\\u003c")
     sections = {
@@ -57,6 +58,11 @@ def plotly_script() -> str:
     """plotly.js from the Python package, gzipped and in base64 (2 MB instead of 5); the page unpacks it."""
     package = importlib.resources.files("plotly.package_data")
     return _pack(package.joinpath("plotly.min.js").read_bytes())
+
+
+def _elements(svgs):
+    """SVGs as elements of a page: without the address of their namespace, as a page names no address."""
+    return {name: svg.replace(f"{NAMESPACE} ", "") for name, svg in svgs.items()}
 
 
 def _pack(data):

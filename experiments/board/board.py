@@ -24,7 +24,7 @@ QUESTIONS = (
     answers.Question(
         "Which attention for 4k contexts on a small machine?",
         "pretrain",
-        "context",
+        "^board_context",
         "al_s",
         limits=(WITHIN,),
         supply="experiments/board/pretrain.py:context with costs.py:context",
@@ -32,15 +32,15 @@ QUESTIONS = (
     answers.Question(
         "Which adapter at rank 16?",
         "tune",
-        "tun",
+        "^board_tune_(?!ranks)",
         "eval_loss",
         supply="experiments/board/tune.py",
-        variants="^(?!full|freeze)",
+        variants="^(?!full|freeze|untuned)",
     ),
     answers.Question(
         "Which form for SmolLM2 under 100 MB?",
         "infer",
-        "infer|quant|forms",
+        "^board_infer_(topics|sources|answers)",
         "eval_loss",
         limits=(answers.Limit("resident_weight_bytes", "<=", "100 MB", absolute=1e8),),
         supply="experiments/board/infer.py",

@@ -50,8 +50,8 @@ function claimRow(claim) {
   const pairs = claim.pairs.filter((pair) => pair.ratio !== undefined)
     .map((pair) => make("small", {}, `${pair.variant} / ${pair.against} ${showRatio(pair)}`));
   const says = make("span", {}, claim.says, make("small", {}, `${claim.where}${claim.note ? `. ${claim.note}` : ""}`));
-  const drawn = DATA.claims[claim.name], source = drawn && `data:image/svg+xml,${encodeURIComponent(drawn)}`;
-  const figure = drawn ? make("img", { class: "interval", src: source, alt: `ratios of ${claim.name} with intervals and the bound` }) : null;
+  const drawn = DATA.claims[claim.name];
+  const figure = drawn ? new DOMParser().parseFromString(drawn, "text/html").body.firstElementChild : null;
   const takes = claim.takes ? make("small", {}, `to decide it, if ratios are as seen: ${claim.takes}`) : null;
   const found = make("span", {}, figure, ...(drawn ? [] : pairs), claim.reason ? make("small", {}, claim.reason) : null, takes);
   const status = make("span", { class: kinds[claim.status.replace(", predicted", "")] ?? "open" }, claim.status);
