@@ -59,7 +59,8 @@ def _what_it_takes(claim, pairs):
         if pair["status"] == OPEN:
             interval = statistics.Interval(pair["ratio"], pair["low"], pair["high"], pair["blocks"], "")
             blocks = statistics.blocks_to_decide(interval, limit, _MOST_BLOCKS)
-            more = "two blocks or more" if blocks is None else f"{blocks:,} blocks"
+            without = "two blocks or more" if interval.low is None else "more held-out text"
+            more = without if blocks is None else f"{blocks:,} blocks"
             more = f"more than {_MOST_BLOCKS:,} blocks" if blocks == _MOST_BLOCKS else more
             needs.append(f"{pair['variant']} / {pair['against']}: {more}")
     return "; ".join(dict.fromkeys(needs))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from efficientllm.report import columns, comparability, joined_sweeps, ranking, statistics
+from efficientllm.report import columns, comparability, held_out_parts, joined_sweeps, ranking, statistics
 from efficientllm.report.comparability import batch, device
 from efficientllm.report.rows import Row
 
@@ -125,7 +125,15 @@ class Group:
         if not shared:
             return None, "no block holds both"
         logs_B = [a[block] - b[block] for block in shared]
-        return statistics.ratio_interval(logs_B, columns.is_exact(key)), None
+        return self._interval(key, variant, other, logs_B), None
+
+    def _interval(self, key, variant, other, logs_B):
+        """The Interval over blocks; of one block of inference, over the parts of the held-out text."""
+        sides = [self.supplying(side, key) for side in (variant, other)]
+        by_text = None
+        if key == "eval_loss" and len(logs_B) == 1 == len(sides[0]) == len(sides[1]):
+            by_text = held_out_parts.text_interval(sides[0][0], sides[1][0])
+        return by_text or statistics.ratio_interval(logs_B, columns.is_exact(key))
 
     def compare(self, key: str, better: str | None) -> tuple[dict[str, dict], dict[str, dict[str, float]]]:
         """`{variant: cell}` and win shares (`{variant: {variant: share}}`) of a metric, in plain Python numbers.
@@ -187,7 +195,7 @@ class Group:
         if reason or variant == self.baseline:
             return cell
         logs_B = self.logs(key, [variant])[0]
-        interval = statistics.ratio_interval(logs_B[np.isfinite(logs_B)], columns.is_exact(key))
+        interval = self._interval(key, variant, self.baseline, logs_B[np.isfinite(logs_B)])
         if interval is None:
             return cell | {"reason": "no block holds it and the baseline"}
         return cell | {

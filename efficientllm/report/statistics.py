@@ -72,6 +72,16 @@ def ratio_interval(logs_B: npt.ArrayLike, exact: bool = False) -> Interval | Non
     return Interval(_exp(mean), _exp(low), _exp(high), n, method)
 
 
+def ratio_of_sums(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """The Interval of sum(a) / sum(b) for pairs, by the delta method for the logarithm, and Student's t over pairs."""
+    shares = np.asarray(a, float) / np.sum(a) - np.asarray(b, float) / np.sum(b)
+    n = len(shares)
+    half = stdtrit(n - 1, 0.975) * math.sqrt(n / (n - 1) * float((shares**2).sum()))
+    mean = math.log(float(np.sum(a) / np.sum(b)))
+    ratio, low, high = (_exp(mean + sign * half) for sign in (0, -1, 1))
+    return Interval(ratio, low, high, 1, f"t over {n} parts of the held-out text")
+
+
 def unpaired_interval(logs_a: Sequence[float], logs_b: Sequence[float]) -> Interval | None:
     """The Interval of b over a for rows that share no block: Welch's t on logs; None below two rows a side."""
     a, b = np.asarray(logs_a, float), np.asarray(logs_b, float)
