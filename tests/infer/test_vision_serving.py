@@ -142,7 +142,7 @@ def test_a_limit_of_pixels_shrinks_the_images_of_prompts(base, tmp_path):
         config.update_from_flattened_dict(values | {"infer.prompts": (str(base / "prompts.jsonl"),)})
         records = setup.prepare(config, with_text=False).records
         counts.append([picture.tokens for record in records for picture in record.pictures])
-    assert counts == [[6, 4, 6], [4, 4, 4]]  # of 60 x 80, 56 x 56, 60 x 80 pixels; a token is of 28 x 28
+    assert counts == [[6, 4, 6], [2, 4, 2]]  # tokens of 28 x 28: 56 x 84 pixels and 28 x 56 of 60 x 80
 
 
 TEMPLATE = (
