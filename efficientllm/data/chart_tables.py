@@ -91,7 +91,7 @@ def _countries(file):
 
 
 def _cars(file):
-    """Cars of 1970 to 1982, each by its first model year; the maker is left out of a name, which then fits its bar."""
+    """Cars of 1970 to 1982, each by its first row without a gap, and named without its maker: names fit below bars."""
     measures = {
         "Miles_per_Gallon": Measure("miles per gallon", "{:.1f}", 1.0),
         "Weight_in_lbs": Measure("weight in thousand pounds", "{:.1f}", 1e3),
