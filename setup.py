@@ -31,7 +31,7 @@ PRESETS = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
 # Products of many rows are a library of their own: older compilers do not know their instructions.
 LIBRARIES = {
     "products": ("products.cc", "attention.cc", "head_products.cc"),
-    "matmul": ("matmul.cc", "matmul_kernels.cc"),
+    "matmul": ("matmul.cc", "matmul_kernels.cc", "flash.cc", "flash_kernels.cc"),
     "keeping": ("keeping.cc",),
 }
 

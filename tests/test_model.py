@@ -113,7 +113,7 @@ def test_stacks_and_parallel_mixers_decode_what_they_compute_at_once():
 
 
 def test_flops_of_stacks_and_parallel_mixers_are_their_program_s():
-    lm = contract.build("mixer", "gqa", pattern=("1 * mqa", "1 * gqa + mha"))
+    lm = contract.build("mixer", "gqa", pattern=("1 * mqa", "1 * gqa + mha"), attention_kernel="xla")
     params = contract.parameters(lm)
     tokens = jnp.zeros((1, 6), jnp.int32)
     ctx = Context.packed(jnp.arange(6)[None])

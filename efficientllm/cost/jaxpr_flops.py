@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 from jax.interpreters import partial_eval
 
+from efficientllm.ops.attention_mask import flash_flops
+from efficientllm.ops.native import flash
 from efficientllm.ops.native import matmul as native
 
 # The jaxpr of a custom kernel does not show its products: count the reference form of the same function instead.
@@ -49,8 +51,8 @@ def _count(jaxpr, turns=None):
 
 def _count_equation(equation, turns):
     name, params = equation.primitive.name, equation.params
-    if name == "ffi_call" and params["target_name"] == native.TARGET:
-        return _native_matmul(equation)
+    if name == "ffi_call" and params["target_name"] in _NATIVE:
+        return _NATIVE[params["target_name"]](equation)
     if name in _LEAVES:
         return _LEAVES[name](equation)
     if name.startswith(OPAQUE):
@@ -112,10 +114,22 @@ def _native_matmul(equation):
     return 2 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[1]
 
 
+def _native_attention(equation):
+    params, (q, _, v, *_) = equation.params, (operand.aval.shape for operand in equation.invars)
+    attributes = dict(params["attributes"])
+    is_gradient = params["target_name"] == flash.GRADIENTS
+    return flash_flops(q, v, bool(attributes["is_causal"]), int(attributes["window"]), is_gradient)
+
+
 def _prod_except(shape, axes):
     return math.prod(size for axis, size in enumerate(shape) if axis not in axes)
 
 
+_NATIVE = {
+    native.TARGET: _native_matmul,
+    flash.TARGET: _native_attention,
+    flash.GRADIENTS: _native_attention,
+}
 _LEAVES = {
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot_general,

@@ -13,6 +13,7 @@ from efficientllm.ops import native, splash_attention
 from efficientllm.ops.attention_kernels import Cached, key_leaves
 from efficientllm.ops.attention_mask import CHUNK, Mask
 from efficientllm.ops.int8_kv_cache import as_array
+from efficientllm.ops.native import flash
 from efficientllm.registry import lookup
 from efficientllm.runtime import kernel_choice
 
@@ -157,6 +158,9 @@ def choose(q_BTHK: jax.Array, mask: Mask, bias: typing.Callable | None = None, k
         return "xla"
     if bias is not None and T >= LONG and mask.aligned:
         return "looped"
+    is_free = kernels.takes_flash(q_BTHK, mask, bias) and flash.is_usable()
+    if is_free and flash.occupies(q_BTHK.shape[0] * q_BTHK.shape[2]):
+        return "flash"
     if mask.order == "causal":
         # Measured on CPUs: skipping the masked half in static chunks is 1.4x to 2x faster from two chunks on.
         return "chunked" if kernel_choice.platform() == "cpu" and T > CHUNK else "xla"

@@ -13,8 +13,10 @@ from efficientllm import sharding
 from efficientllm.errors import FieldError
 from efficientllm.ops import native, splash_attention
 from efficientllm.ops.attention_bias import TableBias
+from efficientllm.ops.attention_mask import Mask
 from efficientllm.ops.dot_product_attention import dot_product_attention
 from efficientllm.ops.int8_kv_cache import Int8KVCache
+from efficientllm.ops.native import flash
 from efficientllm.registry import register
 from efficientllm.runtime import kernel_choice
 
@@ -52,6 +54,29 @@ def _ffi(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
 def _scale(cache):
     """Returns the scales `[B, S, G]` of an int8 cache, `[B, S, G, K]` or of one KV head `[B, S, K]`."""
     return cache.scale[..., 0] if cache.scale.ndim == 4 else cache.scale
+
+
+@register("attention_kernel", "flash")
+def _flash(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
+    if not (takes_flash(q_BTHK, mask, bias) and flash.is_usable()):
+        raise FieldError(
+            "attention_kernel",
+            "needs one CPU device with AVX-512, float32 or bfloat16, a causal or bidirectional order, positions that "
+            "are no bias, and no decoding; take 'auto'",
+            "flash",
+        )
+    segments_BT = mask.segments_BT
+    if segments_BT is not None:
+        segments_BT = jnp.broadcast_to(segments_BT, q_BTHK.shape[:2])
+    is_causal, window = mask.order == "causal", mask.window or 0
+    return flash.attention(q_BTHK, k_BSGK, v_BSGV, segments_BT, segments_BT, float(scale), is_causal, window)
+
+
+def takes_flash(q_BTHK: jax.Array, mask: Mask, bias: typing.Callable | None) -> bool:
+    """Tells whether `flash` honours the mask: of whole rows, where every query reads a key."""
+    is_float = q_BTHK.dtype in (jnp.float32, jnp.bfloat16)
+    in_order = mask.order in ("causal", "bidirectional") and mask.query_index_BT is None and mask.key_index_BS is None
+    return is_float and in_order and bias is None and (mask.aligned or mask.reads_all)
 
 
 @register("attention_kernel", "cudnn")

@@ -11,6 +11,7 @@ CHUNK = 64  # queries of a static chunk
 MAX_CHUNKS = 32  # each static chunk is compiled separately
 LOOP_CHUNK = 256  # queries of a chunk of a loop
 LOOPS = 4  # loops over a causal row
+FLASH_BLOCK, FLASH_ROWS, FLASH_PANEL = 64, 16, 32  # of ops/native/flash_kernels.cc: queries, and multiples of both
 
 
 @flax.struct.dataclass
@@ -146,6 +147,17 @@ class Mask:
         size = max(1, -(-length // (LOOPS * LOOP_CHUNK))) * LOOP_CHUNK
         return self._ranges(length, size)
 
+    def blocks(self, length: int, keys: int) -> list[tuple[int, int]]:
+        """Lists `(rows, keys that are read)` of the blocks of queries of the native kernel, without segments."""
+        sizes = []
+        for start in range(0, length, FLASH_BLOCK):
+            stop = min(length, start + FLASH_BLOCK)
+            first = 0 if self.window is None else max(0, start - self.window + 1)
+            last = stop if self.order == "causal" else keys if self.window is None else stop + self.window - 1
+            read = _whole(min(keys, last), FLASH_PANEL) - first // FLASH_PANEL * FLASH_PANEL
+            sizes.append((_whole(stop - start, FLASH_ROWS), read))
+        return sizes
+
     def pairs(self, length: int, keys: int | None = None) -> float:
         """Counts query-key pairs per head of a row of one document; `keys` is S, T where it is None.
 
@@ -160,6 +172,8 @@ class Mask:
     def executed_pairs(self, kernel: str, length: int, keys: int | None = None) -> int:
         """Counts query-key pairs per head that an attention kernel computes for a row of `length` tokens."""
         keys = length if keys is None else keys
+        if kernel == "flash":
+            return sum(rows * read for rows, read in self.blocks(length, keys))
         if kernel not in ("chunked", "looped"):
             return length * keys
         if self.order != "causal":
@@ -169,6 +183,23 @@ class Mask:
         if kernel == "chunked":
             return sum(math.prod(size) for size in sizes)
         return sum(math.prod(self.loop(*size)) for size in sizes)
+
+
+def flash_flops(q: tuple, v: tuple, is_causal: bool, window: int, is_gradient: bool) -> int:
+    """Counts the FLOPs of one call of the native kernel from the shapes of q `[B, T, H, K]` and v `[B, S, G, V]`.
+
+    Pairs are those that it multiplies where there are no segments. Gradients take three products as wide as a key
+    (scores, dq, dk), and two as wide as a value (gradients of weights, dv).
+    """
+    (B, T, H, K), (_, S, _, V) = q, v
+    mask = Mask(order="causal" if is_causal else "bidirectional", window=window or None)
+    width = 3 * K + 2 * V if is_gradient else K + V
+    return 2 * B * H * mask.executed_pairs("flash", T, S) * width
+
+
+def _whole(size, unit):
+    """The least multiple of `unit` that is not less than `size`."""
+    return -(-size // unit) * unit
 
 
 def _same(of_queries, of_keys, queries, keys):

@@ -6,6 +6,8 @@ Products with zeros count, as in `cost.jaxpr_flops`: masks are not halved, and p
 import math
 import re
 
+from efficientllm.ops.attention_mask import flash_flops
+from efficientllm.ops.native import flash
 from efficientllm.ops.native import matmul as native
 from efficientllm.plan.hlo_text import Instruction
 
@@ -17,6 +19,7 @@ _CALLED = re.compile(r'custom_call_target="([^"]+)"')
 # cuBLAS and oneDNN: `gemm` and `matmul` in their names. A GPU's backend config has the contracted axes.
 _LIBRARY = re.compile(r"gemm|matmul|\bdot\b", re.IGNORECASE)
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_FLASH = re.compile(r"is_causal = (true|false).*\bwindow = (\d+)")
 _CONVOLUTION = re.compile(r"__cudnn\$conv(?:BiasActivation)?Forward")
 # Kernels whose products the text does not show: of cuDNN, Pallas, Triton, and ours.
 _OPAQUE = re.compile(r"cudnn|tpu_custom_call|mosaic|triton|efficientllm_", re.IGNORECASE)
@@ -42,11 +45,14 @@ def is_product(instruction: Instruction) -> bool:
     if instruction.op in PRODUCTS:
         return True
     target = called(instruction)
-    return bool(target == native.TARGET or _LIBRARY.search(target) or _CONVOLUTION.search(target))
+    return bool(target in (native.TARGET, *native.ATTENTION) or _LIBRARY.search(target) or _CONVOLUTION.search(target))
 
 
 def _custom_call(computation, instruction):
     target = called(instruction)
+    if target in native.ATTENTION:
+        q, v = (_shape(computation, instruction, operand) for operand in (0, 2))
+        return flash_flops(q, v, *_flash_attributes(instruction.text), target == flash.GRADIENTS)
     if target == native.TARGET:
         return 2 * math.prod(_shape(computation, instruction, 0)) * instruction.arrays[0].shape[1]
     if _CONVOLUTION.match(target):
@@ -56,6 +62,11 @@ def _custom_call(computation, instruction):
         lhs = _shape(computation, instruction, 0)
         return 2 * math.prod(instruction.arrays[0].shape) * math.prod(lhs[axis] for axis in axes)
     return None if _LIBRARY.search(target) or _OPAQUE.search(target) else 0
+
+
+def _flash_attributes(text):
+    is_causal, window = _FLASH.search(text).groups()
+    return is_causal == "true", int(window)
 
 
 def _dot(computation, instruction):

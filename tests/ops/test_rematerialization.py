@@ -13,24 +13,27 @@ from efficientllm.train import step
 pytestmark = pytest.mark.quick
 
 
-def scratch_bytes():
-    """Scratch memory of a training step of six unrolled layers."""
+def scratch_bytes(kernel, dim, scan, rows, length):
+    """Scratch memory of a training step of six layers."""
     config = base_config.get_config()
-    config.model.num_layers, config.model.dim, config.model.scan = 6, 64, False
-    config.mesh, config.tokenizer, config.train.batch_size, config.train.length = "data=1", "bytes", 8, 128
+    config.model.num_layers, config.model.dim, config.model.scan = 6, dim, scan
+    config.model.attention_kernel = kernel
+    config.mesh, config.tokenizer, config.train.batch_size, config.train.length = "data=1", "bytes", rows, length
     described = describe_run(config, jax.devices()[:1])
-    abstract = jax.eval_shape(step.init_state(described.lm, config.train, 0, 128))
+    abstract = jax.eval_shape(step.init_state(described.lm, config.train, 0, length))
     where = sharding.shardings(abstract, described.mesh)
     jitted = step.jit_train_step(described.lm, config.train, described.mesh, where)
-    batch = NEXT_TOKEN.batch_shapes(described.lm, 8, 128, described.mesh)
+    batch = NEXT_TOKEN.batch_shapes(described.lm, rows, length, described.mesh)
     program = jitted.lower(sharding.abstract_shards(abstract, described.mesh), batch).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 
-def test_a_step_needs_no_more_memory(monkeypatch):
-    ours, limit = scratch_bytes(), 0.97 if rematerialization.compiler_options(None) else 1
+# With the native attention the small step's 61 MB are 51 in XLA's own schedule, and the larger one's 97 are 104.
+@pytest.mark.parametrize("case", [("xla", 64, False, 8, 128), ("auto", 256, True, 4, 512)], ids=str)
+def test_a_step_needs_no_more_memory(case, monkeypatch):
+    ours, limit = scratch_bytes(*case), 0.97 if rematerialization.compiler_options(None) else 1
     monkeypatch.setattr(rematerialization, "compiler_options", lambda mesh: None)
-    assert ours <= limit * scratch_bytes()
+    assert ours <= limit * scratch_bytes(*case)
 
 
 def test_it_is_of_cpus_and_one_device_and_of_the_jax_that_needs_it(monkeypatch):

@@ -17,6 +17,7 @@ from efficientllm.runtime import cpuinfo, kernel_choice
 
 log = logging.getLogger("efficientllm")
 TARGET = "efficientllm_matmul"
+ATTENTION = ("efficientllm_flash", "efficientllm_flash_gradients")  # of flash.py, in the same library
 
 
 def instruction_sets(product: jnp.dtype) -> tuple[str, ...]:
@@ -71,6 +72,13 @@ def matmul(
 
 
 @functools.cache
+def has_attention() -> bool:
+    """Tells whether the library has the attention of flash.py too; one that was built from older sources lacks it."""
+    library = _library()
+    return library is not None and all(hasattr(library, target) for target in ATTENTION)
+
+
+@functools.cache
 def _library():
     libraries = sorted(pathlib.Path(__file__).parent.glob("_matmul*.so"))
     if not libraries:
@@ -80,11 +88,13 @@ def _library():
         return None
     try:
         library = ctypes.CDLL(str(libraries[0]))
-        capsule = jax.ffi.pycapsule(library.efficientllm_matmul)
+        targets = [TARGET, *(target for target in ATTENTION if hasattr(library, target))]
+        capsules = {target: jax.ffi.pycapsule(getattr(library, target)) for target in targets}
         names = library.efficientllm_matmul_instruction_sets
     except (OSError, AttributeError) as error:
         log.warning("native matrix products cannot be loaded (%s): XLA multiplies", error)
         return None
     names.restype, names.argtypes = ctypes.c_char_p, [ctypes.c_bool]
-    jax.ffi.register_ffi_target(TARGET, capsule, platform="cpu")
+    for target, capsule in capsules.items():
+        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
     return library

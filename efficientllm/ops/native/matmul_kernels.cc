@@ -41,7 +41,7 @@ inline void fetch(const float* c, int64_t stride, int64_t rows) {
 BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 namespace {
 
-inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+#include "avx512.inc"
 
 // Up to 16 floats of an operand.
 inline __m512 floats(const Operand& operand, int64_t line, int64_t at, __mmask16 mask) {
@@ -56,32 +56,6 @@ inline __m256i halves(const Operand& operand, int64_t line, int64_t at, __mmask1
   const int64_t index = line * operand.stride + at;
   if (operand.is_half) return _mm256_maskz_loadu_epi16(mask, (const uint16_t*)operand.data + index);
   return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, (const float*)operand.data + index));
-}
-
-// Transposes 16 x 16 words.
-inline void transpose(__m512i (&rows)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      rows[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  for (int i = 0; i < 4; i++) {  // rows[i] has columns i, i + 4, ... of the first four rows
-    t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
 }
 
 // A panel of float32 has kWidth rows of a, or columns of b, at a time: [32 / kWidth][k][kWidth].

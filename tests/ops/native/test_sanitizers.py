@@ -15,11 +15,12 @@ TESTS = [
     "tests/ops/native/test_attention.py",
     "tests/ops/native/test_head_products.py",
     "tests/ops/native/test_matmul.py",
+    "tests/ops/native/test_flash.py",
     "tests/quant/test_forms.py::test_native_products",
 ]
 LIBRARIES = {  # of setup.py
     "products": ("products.cc", "attention.cc", "head_products.cc"),
-    "matmul": ("matmul.cc", "matmul_kernels.cc"),
+    "matmul": ("matmul.cc", "matmul_kernels.cc", "flash.cc", "flash_kernels.cc"),
 }
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 OVERRUN = """
