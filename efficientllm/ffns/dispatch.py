@@ -41,7 +41,7 @@ def dropless(experts_BTk: jax.Array, num_experts: int, real_BT: jax.Array | None
     if real_BT is not None:
         in_turn_BTk = jnp.arange(B * T * k, dtype=jnp.int32).reshape(B, T, k) % num_experts
         experts_BTk = jnp.where(real_BT[..., None], experts_BTk, in_turn_BTk)
-    order_A, rank_A, sizes_E = _sort(experts_BTk.reshape(-1), num_experts)
+    order_A, rank_A, sizes_E = sort(experts_BTk.reshape(-1), num_experts)
     return Plan(order_A, None, rank_A.reshape(B * T, k), None, sizes_E)
 
 
@@ -63,7 +63,7 @@ def capacity(experts_BTk: jax.Array, num_experts: int, factor: float, real_BT: j
     if real_BT is not None:  # padding is sorted after the last expert
         groups, choice_first_BA = groups + 1, jnp.where(jnp.tile(real_BT, (1, k)), choice_first_BA, num_experts)
         most_B1 = jnp.array(_rows_by_length(T, num_experts, k, factor))[jnp.sum(real_BT, 1, keepdims=True)]
-    order_BA, rank_BA, sizes_BE = jax.vmap(_sort, (0, None))(choice_first_BA, groups)
+    order_BA, rank_BA, sizes_BE = jax.vmap(sort, (0, None))(choice_first_BA, groups)
     # An assignment's place at its expert is its rank in the row less the rank of that expert's first assignment.
     starts_BE = jnp.cumsum(sizes_BE, 1) - sizes_BE
     place_BA = rank_BA - jnp.take_along_axis(starts_BE, choice_first_BA, 1)
@@ -91,7 +91,7 @@ def _rows_by_length(length, num_experts, top_k, factor):
     return np.minimum(np.minimum(lengths, rows), rows_per_expert(length, num_experts, top_k, factor)).astype(np.int32)
 
 
-def _sort(expert_A, num_experts):
+def sort(expert_A: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sorts by expert, stably: `(assignment at each place, place of each assignment, assignments of each expert)`."""
     A = expert_A.shape[0]
     if A * num_experts >= 2**31:

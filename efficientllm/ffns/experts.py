@@ -1,8 +1,8 @@
 """Expert kernels of a mixture of experts, and their products under a mesh.
 
 Over the mesh axis `fsdp` kernels are all-gathered. Over the mesh axis `expert` tokens move to the devices of their
-experts and back in two all-to-alls (GShard: Lepikhin et al. 2020, arXiv:2006.16668, Section 3.2). Letters as in
-`dispatch`: n tokens, k experts of a token, r rows of the experts' input.
+experts and back in two all-to-alls (GShard: Lepikhin et al. 2020, arXiv:2006.16668, Section 3.2), or without a capacity
+in rounds of two (`travel`). Letters as in `dispatch`: n tokens, k experts of a token, r rows of the experts' input.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from efficientllm import sharding
 from efficientllm.errors import FieldError
-from efficientllm.ffns import dispatch
+from efficientllm.ffns import dispatch, travel
 from efficientllm.ffns.dense import ACTIVATIONS
 from efficientllm.ops.grouped_matmul import grouped_matmul, vectors_of_rows
 from efficientllm.weights import Axes, Precision, adapted_bias, as_input_sharded, axes, can_shard_inputs, parameter
@@ -32,6 +32,7 @@ class Experts(nn.Module):
     """`num_experts` networks with an activation of `dense.ACTIVATIONS`, such as SwiGLU, and with dispatch.
 
     `plan(experts_BTk, num_experts, real_BT=...)` returns a `dispatch.Plan`. `kernel` is a registered `grouped_kernel`.
+    `round_factor` is the size of a round of `travel` over the fair share of a device.
     """
 
     num_experts: int
@@ -41,25 +42,27 @@ class Experts(nn.Module):
     kernel: str
     activation: str = "swiglu"
     use_bias: bool = False
+    round_factor: float = 1.25
 
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, experts_BTk: jax.Array, weights_BTk: jax.Array, real_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns `(the weighted sum of each token's experts, the kept assignments [B, T, k]; None: all are kept)`.
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Returns `(the weighted sum of each token's experts, kept [B, T, k], rounds)`.
 
-        `real_BT` is False for padding; None: no token is padding. Raises UserError where the mesh axis `expert` does
-        not divide the experts, or where the plan does not support that axis.
+        `kept` are the kept assignments, None where all are; `rounds` those of `travel`, None without. `real_BT` is
+        False for padding; None: no token is padding. Raises UserError where the mesh axis `expert` does not divide the
+        experts.
         """
         E, D, F, activation = self.num_experts, x_BTD.shape[-1], self.hidden, ACTIVATIONS[self.activation]
         shapes = {"gate": (E, D, F)} if activation.is_gated else {}
         shapes |= {"up": (E, D, F), "down": (E, F, D)}
         linears = {name: _Linear(shape, AXES[name], self.use_bias, name=name)() for name, shape in shapes.items()}
         fields = {"activation": activation, "plan": self.plan, "precision": self.precision, "kernel": self.kernel}
-        compute = functools.partial(_compute, **fields)
+        compute = functools.partial(_compute, **fields, round_factor=self.round_factor)
         mesh = sharding.current_mesh()
         if mesh is not None and mesh.size > 1:
-            _check(mesh, E, self.plan)
+            _check(mesh, E)
             split = sharding.spec(AXES["down"], shapes["down"], mesh)[AXES["down"].index("mlp")]
             axis_size = sharding.count(mesh, split)
             if not can_shard_inputs(linears["down"].kernel, axis_size):  # `down` is replicated over the hidden width
@@ -97,14 +100,8 @@ def _of_bias(axes):
     return experts, outputs
 
 
-def _check(mesh, num_experts, plan):
+def _check(mesh, num_experts):
     axis_size = mesh.shape["expert"]
-    if axis_size > 1 and plan is dispatch.dropless:
-        raise FieldError(
-            "mesh",
-            f"expert = {axis_size} cannot shard experts of moe's dispatch = 'dropless'; "
-            "take dispatch = 'capacity' with a capacity_factor, or the mesh axis fsdp in place of expert",
-        )
     if num_experts % axis_size:
         raise FieldError(
             "mesh",
@@ -120,42 +117,59 @@ def _compute(
     linears,
     real_BT,
     *,
-    activation,
     plan,
-    precision,
-    kernel,
+    round_factor,
     axis_size=1,
-    hidden=None,
-    adds_bias=None,
+    axes=(),
+    **network,
 ):
     """Computes the experts on one device: dispatch, grouped products, and the sum over a token's rows.
 
-    `axis_size` is that of the mesh axis `expert`; `linears` are those of this device's experts. `hidden` names the
-    mesh axes that shard the hidden width where `down` is replicated. Where devices compute partial sums, `adds_bias` is
-    True on the one that adds the bias of `down`.
+    `axis_size` is that of the mesh axis `expert`, `axes` are all axes of the mesh; `linears` are those of this device's
+    experts. `network` are the fields of `_networks`.
     """
     k, D, E = experts_BTk.shape[-1], x_BTD.shape[-1], axis_size * linears["up"].kernel.shape[0]
-    plan = plan(experts_BTk, E, real_BT=real_BT)
+    plan, rounds = plan(experts_BTk, E, real_BT=real_BT), None
+    x_rD = dispatch.to_experts(x_BTD.reshape(-1, D), plan)
+    weights_r1 = dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(x_BTD.dtype)
+    networks = functools.partial(_networks, **network)
+    if axis_size > 1 and plan.sizes_E is not None:
+        where = travel.route(plan.sizes_E, axis_size, len(x_rD))
+        places = math.ceil(round_factor * len(x_rD) / axis_size)
+        rounds = travel.count_rounds(where, places, axes)
+        y_rD = travel.compute_in_rounds(networks, places, (x_rD, weights_r1, linears), where, rounds)
+    else:
+        x_rD, weights_r1 = (_send(rows, E, axis_size) for rows in (x_rD, weights_r1))
+        y_rD = _return(networks(linears, x_rD, weights_r1, plan.sizes_E), E, axis_size)
+    y_nD = dispatch.from_experts(y_rD, plan)
+    kept_BTk = None if plan.kept_nk is None else plan.kept_nk.reshape(experts_BTk.shape)
+    return y_nD.reshape(x_BTD.shape), kept_BTk, rounds
+
+
+def _networks(linears, x_rD, weights_r1, sizes_E, *, activation, precision, kernel, hidden=None, split=None):
+    """Computes the networks of experts of rows that are sorted by expert, times the weights of the rows.
+
+    `hidden` names the mesh axes that shard the hidden width where `down` is replicated. Where devices compute partial
+    sums over the mesh axes `split`, the first one adds the bias of `down`.
+    """
 
     def linear(x, name, bias_factor=1):
-        y = grouped_matmul(x, linears[name].kernel, plan.sizes_E, precision, kernel)
+        y = grouped_matmul(x, linears[name].kernel, sizes_E, precision, kernel)
         if linears[name].bias is None:
             return y
-        return y + bias_factor * vectors_of_rows(linears[name].bias.astype(y.dtype), plan.sizes_E, len(y))
+        return y + bias_factor * vectors_of_rows(linears[name].bias.astype(y.dtype), sizes_E, len(y))
 
-    x_rD = _send(dispatch.to_experts(x_BTD.reshape(-1, D), plan), E, axis_size)
     hidden_rF = activation.function(linear(x_rD, "gate" if activation.is_gated else "up"))
     if activation.is_gated:
         hidden_rF = hidden_rF * linear(x_rD, "up")
     # The weights multiply before the last product, so its outputs are not saved for the backward pass.
-    weights_r1 = _send(dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(hidden_rF.dtype), E, axis_size)
     hidden_rF = hidden_rF * weights_r1
     if hidden:
         hidden_rF = jax.lax.all_gather(hidden_rF, hidden, axis=1, tiled=True)
-    y_rD = linear(hidden_rF, "down", weights_r1 if adds_bias is None else jnp.where(adds_bias, weights_r1, 0))
-    y_nD = dispatch.from_experts(_return(y_rD, E, axis_size), plan)
-    kept_BTk = None if plan.kept_nk is None else plan.kept_nk.reshape(experts_BTk.shape)
-    return y_nD.reshape(x_BTD.shape), kept_BTk
+    has_bias = split and linears["down"].bias is not None
+    return linear(
+        hidden_rF, "down", jnp.where(jax.lax.axis_index(split) == 0, weights_r1, 0) if has_bias else weights_r1
+    )
 
 
 def _send(x_rD, num_experts, axis_size):
@@ -194,17 +208,16 @@ def _per_device(compute, linears, x_shape, mesh, split, divided):
 
     def on_device(x_BTD, experts_BTk, weights_BTk, linears, real_BT):
         whole = {name: near(linears, name) for name in linears}
-        place = {"axis_size": mesh.shape["expert"]}
-        if split and linears["down"].bias is not None:
-            place["adds_bias"] = jax.lax.axis_index(split) == 0
-        y_BTD, kept_BTk = compute(x_BTD, experts_BTk, weights_BTk, whole, real_BT, **place)
-        return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk
+        place = {"axis_size": mesh.shape["expert"], "axes": mesh.axis_names, "split": split}
+        y_BTD, kept_BTk, rounds = compute(x_BTD, experts_BTk, weights_BTk, whole, real_BT, **place)
+        return (jax.lax.psum(y_BTD, split) if split else y_BTD), kept_BTk, rounds
 
     specs = (tokens, tokens, tokens, layouts, jax.sharding.PartitionSpec(*tokens[:2]))
     # The backward pass all-gathers again: saved, the gathered kernels of all layers would fill every device.
     on_device = jax.checkpoint(on_device, policy=_not_gathered)
     # Loops whose carries start as constants do not type-check per mesh axis, hence check_vma.
-    return jax.shard_map(on_device, in_specs=specs, out_specs=tokens, check_vma=False)
+    results = (tokens, tokens, jax.sharding.PartitionSpec())
+    return jax.shard_map(on_device, in_specs=specs, out_specs=results, check_vma=False)
 
 
 def _axes(linear, names):

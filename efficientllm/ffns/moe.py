@@ -41,9 +41,10 @@ class MoE(FFN, kw_only=True):
       load_balance, z_loss: coefficients of the router's two losses (`routing.load_balance_loss`, `routing.z_loss`).
         With `config.train.accumulate` the first is the mean over micro-batches, which differs from the whole batch's.
       bias_rate: step of the loss-free balancing bias (`after_step`); 0 is no bias.
-      dispatch: `dropless` computes every assignment. `capacity` gives each expert `capacity_factor` times its fair
-        share of each row of the batch and drops the rest (`dispatch.capacity` says in which order, and why that is
-        not causal).
+      dispatch: `dropless` computes every assignment; over the mesh axis `expert` tokens travel in as many rounds of
+        `capacity_factor` times a device's fair share as it takes. `capacity` gives each expert `capacity_factor` times
+        its fair share of each row of the batch and drops the rest (`dispatch.capacity` says in which order, and why
+        that is not causal).
       kernel: `auto` or a registered `grouped_kernel`, for dropless dispatch.
       activation: of every expert, the shared one too: `swiglu`, or another of `dense.ACTIVATIONS`.
       use_bias: whether the linear maps of every expert have biases.
@@ -84,7 +85,8 @@ class MoE(FFN, kw_only=True):
 
         `aux["losses"]`: `load_balance` and `z_loss`, times their coefficients. `aux["stats"]`: `load` `[E]`, each
         expert's share of the assignments (sums to one, 1/E where balanced); `entropy` of the router in nats;
-        `drop_rate`, the share of dropped assignments.
+        `drop_rate`, the share of dropped assignments; `rounds` in which tokens travelled, where they did without a
+        capacity (`ffns.travel`).
         """
         real_BT = None if ctx is None else ctx.real_BT
         logits_BTE, bias_E = Router(self.num_experts, self.bias_rate > 0, name="router")(x_BTD)
@@ -95,9 +97,16 @@ class MoE(FFN, kw_only=True):
         precision = Precision.of(self.precision)
         network: dict[str, Any] = {"activation": self.activation, "use_bias": self.use_bias}
         experts = Experts(
-            self.num_experts, self.hidden, precision, self._plan(), self.kernel, **network, name="experts"
+            self.num_experts,
+            self.hidden,
+            precision,
+            self._plan(),
+            self.kernel,
+            round_factor=self.capacity_factor,
+            **network,
+            name="experts",
         )
-        y_BTD, kept_BTk = experts(x_BTD, routed.experts_BTk, routed.weights_BTk, real_BT)
+        y_BTD, kept_BTk, rounds = experts(x_BTD, routed.experts_BTk, routed.weights_BTk, real_BT)
         if self.shared_hidden:
             y_BTD = y_BTD + self._shared(x_BTD)
         losses = {
@@ -109,6 +118,8 @@ class MoE(FFN, kw_only=True):
             dropped = routing.mean(1.0 - jnp.mean(kept_BTk.astype(jnp.float32), -1), real_BT)
         entropy = routing.entropy(routed.probabilities_BTE, real_BT)
         stats = {"load": load_E, "entropy": entropy, "drop_rate": dropped}
+        if rounds is not None:
+            stats["rounds"] = rounds.astype(jnp.float32)
         return y_BTD, {"losses": losses, "stats": jax.lax.stop_gradient(stats)}
 
     def in_block(self, x_BTD: jax.Array, ctx: Context, state: State | None) -> tuple[jax.Array, State | None, dict]:

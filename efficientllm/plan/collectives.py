@@ -49,7 +49,8 @@ def _holds(step):
         return False
     with_experts = step.platform != "tpu" and shape["sequence"] == 1
     return all(
-        all(_is_counted(mixer, shape["tensor"]) for mixer in mixers) and _is_counted_ffn(ffn, with_experts)
+        all(_is_counted(mixer, shape["tensor"]) for mixer in mixers)
+        and _is_counted_ffn(ffn, with_experts, shape["expert"])
         for mixers, ffn in model.parts(lm)
     )
 
@@ -58,8 +59,12 @@ def _is_counted(mixer, tensor):
     return mixer.gathered_heads() is not None and mixer.gathered_heads()[0] % tensor == 0
 
 
-def _is_counted_ffn(ffn, with_experts):
-    return ffn is not None and ffn.has_counted_traffic and (with_experts or ffn.expert_traffic(1) is None)
+def _is_counted_ffn(ffn, with_experts, axis_size):
+    if ffn is None or not ffn.has_counted_traffic:
+        return False
+    traffic = ffn.expert_traffic(1)
+    # Rounds in which tokens travel without a capacity are data.
+    return traffic is None or (with_experts and (axis_size == 1 or traffic.rounds_kernels))
 
 
 @dataclasses.dataclass(frozen=True)

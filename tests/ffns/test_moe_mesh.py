@@ -106,6 +106,31 @@ def test_tokens_travel_to_their_experts(mesh_spec):
     assert max(collective.bytes for collective in others) <= kernel_bytes, others
 
 
+ROUNDS = {  # capacity_factor: rounds that it takes
+    4.0: 1,
+    1.25: None,  # as many as the router wants
+    0.3: None,
+}
+
+
+@pytest.mark.parametrize("factor", ROUNDS)
+@pytest.mark.parametrize("mesh_spec", ["fsdp=2, expert=4", slow_case("expert=8"), slow_case("expert=4, tensor=2")])
+def test_tokens_travel_without_a_capacity(mesh_spec, factor):
+    """Same values, statistics and gradients, in one round and in several; no device meets kernels of another's."""
+    moe, boxed, x, expected = one_device("dropless")
+    moe = moe.clone(capacity_factor=factor)
+    mesh = sharding.make_mesh(mesh_spec)
+    with jax.set_mesh(mesh):
+        compiled, inputs = on_mesh(moe, boxed, x, mesh)
+        results = jax.device_get(compiled(*inputs))
+    rounds = results[0][1]["stats"].pop("rounds")
+    assert rounds == 1 if ROUNDS[factor] else rounds > 1, rounds
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, results)
+    _, others = travel(compiled, mesh)
+    kernel_bytes = 4 * D * F * 8 // mesh.shape["expert"] // mesh.shape["tensor"]
+    assert max(collective.bytes for collective in others) <= kernel_bytes, others
+
+
 def travel(compiled, mesh):
     """Bytes of a device's all-to-alls over `expert`, and the collectives of other kinds."""
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
@@ -124,7 +149,6 @@ def travel(compiled, mesh):
 @pytest.mark.parametrize(
     "name, mesh_spec, message",
     [
-        ("dropless", "fsdp=2, expert=4", "expert = 4 .* dispatch = 'dropless'; .* dispatch = 'capacity'"),
         ("six", "fsdp=2, expert=4", "expert = 4 does not divide moe's num_experts = 6; 2 would"),
     ],
 )
