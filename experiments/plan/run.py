@@ -81,10 +81,11 @@ def pretraining():
         for mixer in ("mamba", "pythia", "rwkv"):
             plans[f"attention_free/{size}/{mixer}"] = (f"mixers.py:{mixer}", overrides, ("attention_free", mixer))
         if size != "3b":
-            # Neither 8 experts nor 0.5b's width of 896 are divisible by 48. Expert parallelism needs a capacity.
+            # Neither 8 experts nor 0.5b's width of 896 are divisible by 48.
             for ending, mesh, ffn in (
                 ("", "fsdp=-1", MOE),
                 (", data=3, fsdp=16", "data=3, fsdp=16", MOE),
+                (", expert=8, fsdp=6", "expert=8, fsdp=6", MOE),
                 (", expert=8, fsdp=6, capacity 1.25", "expert=8, fsdp=6", CAPACITY),
             ):
                 change = {"model.ffn": ffn, "mesh": mesh}
