@@ -78,7 +78,7 @@ def test_a_limit_that_nothing_keeps_has_no_answer(tmp_path, capsys):
     assert status == 1 and "no answer: nothing keeps all limits" in out
     text = " ".join(out.split())
     assert "bfloat16 (eval_loss 1x, the baseline)" in text and "int8 (eval_loss 1.004x (1.004 to 1.004))" in text
-    status, out = ask(capsys, *INFER, f"--evidence={evidence}", "--limits=tpot_s <= 1 ns")
+    status, out = ask(capsys, *INFER, f"--evidence={evidence}", "--limits=tpot_s <= 1 us")
     assert status == 1 and "beyond a limit, planned" in out
 
 
