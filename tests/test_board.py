@@ -139,6 +139,8 @@ def test_the_page_in_a_browser(folder, tmp_path, width):
         page.look(width)
         page.open(folder / "index.html")
         assert "nsa: al_s" in page.run("document.getElementById('answers-text').textContent")
+        settings = page.run("document.getElementById('table-settings').textContent")
+        assert "1,000 steps (1,024,000 tokens)" in settings and "6 steps (6,144 tokens)" in settings
         assert page.run("document.documentElement.scrollWidth") <= width, "nothing is wider than the window"
         assert page.run(
             "[...document.querySelectorAll('svg.interval')].every((figure) => figure.getBBox().width > 100)"

@@ -18,11 +18,12 @@ def draw_claim(claim: dict[str, typing.Any]) -> str | None:
         return None
     bound = float(claim["ratio"].split()[1])
     place = _scale([bound, 1.0, *(end for pair in pairs for end in _ends(pair))])
+    label = escape(f"{claim['name']}: {claim['metric']} ratio {claim['ratio']}", {'"': "&quot;"})
     height = _TOP + _LINE * len(pairs) + _BOTTOM
     parts = [
-        f'<svg {NAMESPACE} class="interval" role="img" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
-        f'height="{height}" font-family="sans-serif" font-size="11" fill="{_AXIS}">',
-        f"<title>{escape(claim['name'])}: {escape(claim['metric'])} ratio {escape(claim['ratio'])}</title>",
+        f'<svg {NAMESPACE} class="interval" role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {height}" '
+        f'width="{_WIDTH}" height="{height}" font-family="sans-serif" font-size="11" fill="{_AXIS}">',
+        f"<title>{label}</title>",
         *(_rule(place(1.0), height, "1", "3 3") if bound != 1.0 else ()),
         *_rule(place(bound), height, f"claimed {claim['ratio']}"),
     ]

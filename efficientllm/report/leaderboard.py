@@ -73,7 +73,7 @@ def _group(group, shown):
     for column in shown:
         cells[column.key], wins[column.key] = group.compare(column.key, column.better)
     better = {column.key: column.better for column in shown}
-    six = columns.study_metrics(group.task)
+    six, parts = columns.study_metrics(group.task), joined_sweeps.describe_parts(group.rows)
     scores, scored = _scores(group, cells, six, better)
     normalised = _normalised(group, cells, six, better)
     return {
@@ -84,7 +84,8 @@ def _group(group, shown):
         "batch": group.batch,
         "baseline": group.baseline,
         "blocks": len(group.blocks),
-        "parts": joined_sweeps.describe_parts(group.rows),
+        "parts": parts,
+        "setting": joined_sweeps.format_parts(parts),
         "six": list(six),
         "variants": [
             _variant(group, variant)

@@ -4,7 +4,7 @@ import re
 import typing
 from collections.abc import Iterable, Sequence
 
-from efficientllm.report import joined_sweeps, pairwise, statistics
+from efficientllm.report import pairwise, statistics
 from efficientllm.report.columns import format_value
 
 _QUALITY = ("eval_loss", "exact_match", "eval_loss_also", "fid", "fd_own", "fd_own_floor", "nearest_ratio")
@@ -87,8 +87,8 @@ def _planned(table):
 
 
 def _setting(group):
-    parts = joined_sweeps.format_parts(group["parts"])
-    return f"Baseline: {group['baseline'] or 'no row of it is here'}. Blocks: {group['blocks']}. {parts}".strip()
+    baseline = group["baseline"] or "no row of it is here"
+    return f"Baseline: {baseline}. Blocks: {group['blocks']}. {group['setting']}".strip()
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence]) -> str:

@@ -17,6 +17,8 @@ function renderBoard() {
   const answers = BOARD.answers ?? [], facts = BOARD.facts ?? [], planned = BOARD.planned ?? [];
   showOnly("answers", answers.length || facts.length);
   byId("answers-text").replaceChildren(...answers.map(answerCard), ...facts.map((fact) => make("p", { class: "hint" }, fact)));
+  const joined = BOARD.groups.filter((group) => group.setting);
+  byId("table-settings").replaceChildren(...joined.map((group) => make("p", { class: "hint" }, `${group.name}: ${group.setting}`)));
   showOnly("planned", planned.length);
   byId("planned-text").replaceChildren(...planned.map((table) => make("details", {},
     make("summary", {}, `${table.rows.length} plans of ${table.source}`), plainTable("", table.heads, table.rows))));
