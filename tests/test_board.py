@@ -156,6 +156,8 @@ def test_a_rerun_of_another_variant_is_found(tmp_path):
         rows.read_row(made.row(tmp_path / name, mixer, changes={"train.steps": steps}))
         for name, mixer, steps in (("a", "gqa", 1000), ("b", "gqa", 2), ("c", "mla", 2))
     )
+    chosen = rerun.choose_rows(runs.ROOT / "tests/data/rows", 3)
+    assert len(chosen) == 3 and {row.variant for row in chosen} == {"gqa", "mqa"}
     assert rerun.difference(row, same) == [] and rerun.difference(row, other) == ["model.mixer"]
 
 

@@ -24,9 +24,9 @@ def choose_rows(folder: pathlib.Path, count: int) -> list[rows.Row]:
     """`count` rows that ended well, of as many variants as there are, evenly spaced."""
     collected = [row for row in find_rows.collect_rows([folder]).rows if row.ok]
     variants = list({(row.sweep.get("name"), row.variant): row for row in collected}.values())
-    chosen = variants if len(variants) >= count else [*variants, *(row for row in collected if row not in variants)]
-    count = min(count, len(chosen))
-    return [chosen[i * len(chosen) // count] for i in range(count)]
+    if len(variants) < count:
+        return [*variants, *(row for row in collected if row not in variants)][:count]
+    return [variants[i * len(variants) // count] for i in range(count)]
 
 
 def short_command(row: rows.Row, steps: int, workdir: str) -> list[str]:
