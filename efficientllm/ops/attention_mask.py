@@ -11,7 +11,7 @@ CHUNK = 64  # queries of a static chunk
 MAX_CHUNKS = 32  # each static chunk is compiled separately
 LOOP_CHUNK = 256  # queries of a chunk of a loop
 LOOPS = 4  # loops over a causal row
-FLASH_BLOCK, FLASH_ROWS, FLASH_PANEL = 64, 16, 32  # of ops/native/flash_kernels.cc: queries, and multiples of both
+FLASH_BLOCK = 64  # queries of a block of ops/native/flash_kernels.cc
 
 
 @flax.struct.dataclass
@@ -148,14 +148,13 @@ class Mask:
         return self._ranges(length, size)
 
     def blocks(self, length: int, keys: int) -> list[tuple[int, int]]:
-        """Lists `(rows, keys that are read)` of the blocks of queries of the native kernel, without segments."""
+        """Lists `(queries, keys that they read)` of the blocks of the native kernel, without segments or padding."""
         sizes = []
         for start in range(0, length, FLASH_BLOCK):
             stop = min(length, start + FLASH_BLOCK)
             first = 0 if self.window is None else max(0, start - self.window + 1)
             last = stop if self.order == "causal" else keys if self.window is None else stop + self.window - 1
-            read = _whole(min(keys, last), FLASH_PANEL) - first // FLASH_PANEL * FLASH_PANEL
-            sizes.append((_whole(stop - start, FLASH_ROWS), read))
+            sizes.append((stop - start, min(keys, last) - first))
         return sizes
 
     def pairs(self, length: int, keys: int | None = None) -> float:
@@ -195,11 +194,6 @@ def flash_flops(q: tuple, v: tuple, is_causal: bool, window: int, is_gradient: b
     mask = Mask(order="causal" if is_causal else "bidirectional", window=window or None)
     width = 3 * K + 2 * V if is_gradient else K + V
     return 2 * B * H * mask.executed_pairs("flash", T, S) * width
-
-
-def _whole(size, unit):
-    """The least multiple of `unit` that is not less than `size`."""
-    return -(-size // unit) * unit
 
 
 def _same(of_queries, of_keys, queries, keys):

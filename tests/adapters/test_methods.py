@@ -1,6 +1,7 @@
 """Tuning methods on a model: trainable and frozen parameters and their cost, on one device and on eight."""
 
 import functools
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from efficientllm.cost import formulas
 from efficientllm.cost.jaxpr_flops import count_needed_flops
 from efficientllm.errors import UserError
 from efficientllm.ops.attention import Context
+from efficientllm.ops.native import flash
 from efficientllm.quant.base import Rows
 from efficientllm.registry import build, lookup, names
 from efficientllm.train import step
@@ -184,8 +186,9 @@ def test_flops_of_dropping_are_the_programs(spec):
 
 def check_flops(method, lm, _, state):
     batch, key = contract.batch(), jax.random.key(0)
-    lm = lm.clone(remat="everything_saveable")  # by default a CPU multiplies scores twice
-    counted = count_needed_flops(lambda s: step.gradients(lm, s.params, batch, 1, s.frozen, key), state)
+    lm = lm.clone(remat="everything_saveable")  # by default a CPU multiplies scores twice, natively always
+    with mock.patch.object(flash, "is_usable", lambda: False):
+        counted = count_needed_flops(lambda s: step.gradients(lm, s.params, batch, 1, s.frozen, key), state)
     expected = formulas.step_flops(lm, model.abstract_params(lm), contract.T, contract.B, method)
     # The program multiplies what the causal mask then drops; below the layers that learn only forward.
     dropped = sum(mixer.mix_flops(contract.T, True) - mixer.mix_flops(contract.T) for (mixer,), _ in model.parts(lm))

@@ -183,8 +183,8 @@ def _ours(method, model, options, host):
     where = sharding.shardings(abstract, mesh)
     run = setup.Setup(
         config=config, mesh=mesh, objective=NEXT_TOKEN, objective_spec="next_token()", dataset=None, lm=lm,
-        models=(lm,), length=options.length - 1, batches=None, eval_batches=None, method=tuned, source=source,
-        boxed=boxed, shaped=None, shardings=where, new_parts=(), data={}, rss_before=before,
+        models=(lm,), length=options.length - 1, batches=None, eval_batches=None, also_batches=(), method=tuned,
+        source=source, boxed=boxed, shaped=None, shardings=where, new_parts=(), data={}, rss_before=before,
     )  # fmt: skip
     shaped = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), nn.unbox(abstract), where
