@@ -17,6 +17,7 @@ def get_config(name="mixers-nano"):
     steps = 6 if name.startswith("context") else 40
     return Sweep(
         name=quality.name.replace("board", "board_costs"),
+        measures="cost",
         baseline=quality.baseline,
         variants=quality.variants,
         equal=quality.equal,

@@ -44,6 +44,7 @@ def get_config(name="topics"):
     model = trained(size) if study == "ladder" else {"data": base_config.variant(KINDS, study)}
     return Sweep(
         name=f"board_infer_{name.replace('-', '_')}",
+        measures="quality",
         baseline="float32",
         variants={form: ("configs/infer.py:float32", {"quant": spec}) for form, spec in FORMS.items()},
         seeds=(0,),

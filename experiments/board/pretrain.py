@@ -103,6 +103,7 @@ def get_config(name="mixers-nano"):
         overrides |= {"train.length": 4096, "train.batch_size": 1, "eval.batches": 40}
     return Sweep(
         name=f"board_{study}_{size}",
+        measures="quality",
         baseline=baseline,
         variants=variants(size),
         seeds=(0,) if study == "rates" else (0, 1, 2),

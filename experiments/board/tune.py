@@ -75,6 +75,7 @@ def get_config(name="doc_pairs"):
     variants = base_config.variant({"": methods, "ranks": ranks}, ladder)()
     return Sweep(
         name=f"board_tune_{name.replace('-', '_')}",
+        measures="quality",
         baseline="lora_16" if ladder else "lora",
         variants=variants,
         overrides={
