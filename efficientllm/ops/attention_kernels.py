@@ -73,10 +73,14 @@ def _flash(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
 
 
 def takes_flash(q_BTHK: jax.Array, mask: Mask, bias: typing.Callable | None) -> bool:
-    """Tells whether `flash` honours the mask: of whole rows, where every query reads a key."""
+    """Tells whether `flash` honours the mask: of whole rows, where every query reads a key.
+
+    Queries of segments other than their tokens', such as padding that reads text, may read none.
+    """
     is_float = q_BTHK.dtype in (jnp.float32, jnp.bfloat16)
     in_order = mask.order in ("causal", "bidirectional") and mask.query_index_BT is None and mask.key_index_BS is None
-    return is_float and in_order and bias is None and (mask.aligned or mask.reads_all)
+    is_whole = mask.query_segments_BT is None and (mask.aligned or mask.reads_all)
+    return is_float and in_order and bias is None and is_whole
 
 
 @register("attention_kernel", "cudnn")

@@ -53,7 +53,7 @@ def _segments(mask, B, T, S):
     of_keys = jnp.ones((B, S), jnp.int32) if mask.segments_BT is None else mask.segments_BT
     if mask.cross and mask.query_segments_BT is None:  # padding alone is not read
         return jnp.ones((B, T), jnp.int32), (of_keys > 0).astype(jnp.int32)
-    return (mask.query_segments_BT if mask.cross else of_keys), of_keys
+    return (of_keys if mask.query_segments_BT is None else mask.query_segments_BT), of_keys
 
 
 def _local(mask, split, q_BTHK, k_BSGK, v_BSGV, of_queries, of_keys):

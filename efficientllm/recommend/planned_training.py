@@ -107,10 +107,11 @@ class TrainingPlanner:
         config = self.request.config(technique.config, dict(technique.changes) | changes)
         remat = config.model.remat
         parts = self._parts(technique, step, setting.get("mesh", ""), remat, config.train)
-        flops = step.model_flops
-        if remat != "none":  # the forward pass runs twice
+        flops, traffic = step.model_flops, parts
+        if remat != "none":  # the forward pass runs twice, and what it makes anew is written and read all the same
             flops += config.train.batch_size * formulas.forward_flops(step.lm, step.boxed, step.length)
-        seconds = costs.seconds_of(self.request, step, flops, _moved(parts, config.train.accumulate))
+            traffic = self._parts(technique, step, setting.get("mesh", ""), "none", config.train)
+        seconds = costs.seconds_of(self.request, step, flops, _moved(traffic, config.train.accumulate))
         metrics = costs.shared_metrics(self.request, step, seconds, sum(parts.values()))
         metrics["params_total"] = self.parameters
         return Candidate(technique, changes, metrics)

@@ -101,7 +101,7 @@ def planned(workdir):
 
 
 def swept(workdir):
-    """A sweep's dry run: its table without the guessed times, and its runs."""
+    """A sweep's dry run: its table without the guessed times and what seeds can tell, and its runs."""
     from efficientllm.sweep.__main__ import main as sweep
 
     file = pathlib.Path(__file__).with_name("compared_sweep.py")
@@ -110,7 +110,7 @@ def swept(workdir):
     lines = text.getvalue().splitlines()
     summary = next(index for index, line in enumerate(lines) if re.match(r"\d+ runs in \d+ blocks,", line))
     table = [line[:-TIME_COLUMN].split() for line in lines[:summary]]
-    runs_listed = [line.split(maxsplit=1) for line in lines[summary + 1 :]]
+    runs_listed = [line.split(maxsplit=1) for line in lines[summary + 1 :] if line.startswith("  ")]
     counted = lines[summary].partition(",")[0]
     return {"structure": {"table": table, "counted": counted, "runs": runs_listed}, "numbers": {}}
 

@@ -60,6 +60,17 @@ def test_who_takes_it():
         attend(q, q, q, Mask(), "splash", bias=lambda *_: 0)
 
 
+def test_splash_honours_segments_of_queries():
+    """Padding that reads the text, as in a text encoder."""
+    (q, k, v), _ = _operands()
+    T = 128
+    of_text = jnp.broadcast_to((jnp.arange(T) < 90).astype(jnp.int32), (q.shape[0], T))
+    mask = Mask(of_text, query_segments_BT=jnp.ones_like(of_text), order="bidirectional")
+    operands = q[:, :T], k[:, :T], v[:, :T]
+    pair = (_value_and_gradients(kernel, operands, mask) for kernel in ("xla", "splash"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-5), *pair)
+
+
 @pytest.mark.parametrize("window, across", [(None, False), (30, False), slow_case(None, True)])
 def test_splash_honours_the_order_of_rows_that_fill_no_block(window, across):
     """200 tokens; and 200 queries over a text of 140 keys with padding."""

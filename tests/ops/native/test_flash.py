@@ -138,6 +138,8 @@ def test_where_it_runs():
     q, _, _, _ = make("blocks")
     assert choose(q, Mask()) == choose(q, Mask(order="bidirectional")) == choose(q, Mask.across(), keys=9) == "flash"
     assert choose(q, Mask(), bias=lambda *_: 0) != "flash" != choose(q, Mask(order="prefix", blocks_BT=q[..., 0, 0]))
+    of_queries = Mask(jnp.zeros((1, 64), int), query_segments_BT=jnp.ones((1, 64), int))
+    assert choose(q, of_queries) != "flash", "such a query may read no key"
     assert choose(q.astype(jnp.float16), Mask()) != "flash" != choose(q, Mask(query_index_BT=jnp.zeros((1, 64), int)))
     with kernel_choice.compiling_for("gpu"):
         assert choose(q, Mask()) != "flash"
