@@ -124,7 +124,10 @@ def test_a_row_holds_the_tasks_that_its_config_names(folder, both, tmp_path):
     assert main.main([*argv, *(f"--config.{key}={value}" for key, value in flags.items())]) == 0
     row = json.loads((tmp_path / "run" / "record.json").read_text())["quality"]
     expected = evaluator.simple_evaluate(
-        both[1], tasks=list(names), apply_chat_template=True, task_manager=lm_eval_tasks._manager(str(folder / "tasks"))
+        both[1],
+        tasks=list(names),
+        apply_chat_template=True,
+        task_manager=lm_eval_tasks._task_manager(names, str(folder / "tasks")),
     )["results"]
     assert row["local_choice_acc"] == expected["local_choice"]["acc,none"]
     assert row["local_choice_acc_norm"] == expected["local_choice"]["acc_norm,none"]
