@@ -72,11 +72,6 @@ def _check_variant(variant, where):
 
 def _reports_without_rows(path):
     """The leaderboards below a folder that has no rows; a sweep has both, and its rows say more."""
-    if not path.is_dir():
+    if not path.is_dir() or find_rows.files_below(path, "record.json") or find_rows.find_rows_files(path):
         return []
-    names = {"record.json": [], FILE: []}
-    for folder, folders, found in os.walk(path):
-        folders.sort()
-        for name in names.keys() & set(found):
-            names[name].append(pathlib.Path(folder) / name)
-    return [] if names["record.json"] else names[FILE]
+    return find_rows.files_below(path, FILE)

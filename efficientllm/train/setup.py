@@ -13,11 +13,9 @@ from concurrent import futures
 import flax.linen as nn
 import jax
 
-from efficientllm import data, model, sharding
+from efficientllm import model, sharding
 from efficientllm.adapters.base import Method
 from efficientllm.cost import device_peaks, jaxpr_flops, step_memory
-from efficientllm.data.text import TextData
-from efficientllm.errors import FieldError, UserError
 from efficientllm.metrics import host, memory
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.quant import apply as quant
@@ -25,7 +23,7 @@ from efficientllm.registry import complete_spec
 from efficientllm.run_description import describe_run
 from efficientllm.runtime import compile_cache, malloc
 from efficientllm.runtime import kernel_choice as kernels
-from efficientllm.train import config_checks, step
+from efficientllm.train import config_checks, other_text, step
 from efficientllm.train.programs import of_batch, step_of_batch
 from efficientllm.typing import Batch, Config, Mesh, PyTree, Record
 from efficientllm.weights import activation_dtype, box_as
@@ -146,7 +144,7 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
         length=description.length,
         batches=iter(dataset.train(rows, config.seed, **share)),
         eval_batches=dataset.held_out(rows, **share, limit=config.eval.batches or None),
-        also_batches=_also_batches(config, dataset, share),
+        also_batches=other_text.held_out_batches(config, dataset, share),
         method=description.method,
         source=description.source,
         boxed=boxed,
@@ -156,20 +154,6 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
         data=_describe_data(config, dataset, log),
         rss_before=host.rss_bytes(),
     )
-
-
-def _also_batches(config, dataset, share):
-    """Batches of the held-out text of `config.eval.also`; none without one."""
-    if not config.eval.also:
-        return ()
-    where = f"config.eval.also = {config.eval.also!r}"
-    if not isinstance(dataset, TextData) or data.modality(config.eval.also) != "text":
-        raise UserError(f"{where}: is read by models that are trained on text alone; leave it out")
-    also = dataclasses.replace(dataset, spec=config.eval.also)
-    try:
-        return also.held_out(config.train.batch_size, **share, limit=config.eval.batches or None)
-    except FieldError as error:  # of this data, not of config.data
-        raise UserError(f"{where}: {error.problem}") from error
 
 
 def _check_data(description, log):

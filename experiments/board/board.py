@@ -19,21 +19,19 @@ from efficientllm.report import answers, find_rows, grids, leaderboard, pairwise
 
 HERE = pathlib.Path(__file__).parent
 MOST = 5_000_000  # bytes of the page
-WITHIN = answers.Limit("eval_loss", "<=", "+1 %", relative=1.01)
 QUESTIONS = (
     answers.Question(
         "Which attention for 4k contexts on a small machine?",
         "pretrain",
         "^board_context",
-        "al_s",
-        limits=(WITHIN,),
+        "least al_s with eval_loss <= +1 %",
         supply="experiments/board/pretrain.py:context with costs.py:context",
     ),
     answers.Question(
         "Which adapter at rank 16?",
         "tune",
         "^board_tune_(?!ranks)",
-        "eval_loss",
+        "least eval_loss",
         supply="experiments/board/tune.py",
         variants="^(?!full|freeze|untuned)",
     ),
@@ -41,8 +39,7 @@ QUESTIONS = (
         "Which form for SmolLM2 under 100 MB?",
         "infer",
         "^board_infer_(topics|sources|answers)",
-        "eval_loss",
-        limits=(answers.Limit("resident_weight_bytes", "<=", "100 MB", absolute=1e8),),
+        "least eval_loss with resident_weight_bytes <= 100 MB",
         supply="experiments/board/infer.py",
     ),
 )

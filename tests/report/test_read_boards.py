@@ -5,6 +5,7 @@ import json
 import pytest
 
 from efficientllm.errors import UserError
+from efficientllm.record import rows_file
 from efficientllm.report import __main__ as report
 from efficientllm.report.read_boards import read_boards
 from report import made
@@ -40,6 +41,15 @@ def test_rows_are_preferred_to_reports_beside_them(folders, tmp_path):
     for file in rows.rglob("record.json"):
         file.unlink()
     assert [board.folder for board in read_boards([tmp_path])] == [written]
+
+
+def test_rows_in_one_file_are_a_board(folders, tmp_path):
+    rows, _ = folders
+    (tmp_path / "packed").mkdir()
+    rows_file.pack_rows(rows, tmp_path / "packed" / "made.rows.jsonl")
+    (packed,), (of_rows,) = read_boards([tmp_path / "packed"]), read_boards([rows])
+    cells, expected = (board.content["groups"][0]["variants"][1]["cells"] for board in (packed, of_rows))
+    assert cells == expected
 
 
 @pytest.mark.parametrize(
