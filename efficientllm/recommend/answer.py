@@ -11,7 +11,7 @@ from efficientllm.plan.hardware import Hardware
 from efficientllm.recommend import search
 from efficientllm.recommend.evidence import Figure, share_of_wins
 from efficientllm.recommend.request import Request
-from efficientllm.recommend.search import Entry, Fallen, Result, columns_of
+from efficientllm.recommend.search import Entry, Exclusion, Result, columns_of
 from efficientllm.report import columns
 from efficientllm.report.columns import format_value
 
@@ -55,10 +55,10 @@ def sweep_command(request: Request, keys: tuple[str, ...]) -> str:
 def text(request: Request, result: Result) -> str:
     """The answer as text of at most WIDTH columns, commands aside."""
     if not result.entries:
-        return "\n".join([*_no_answer(request, result), *_fallen(result.fallen)])
+        return "\n".join([*_no_answer(request, result), *_excluded(result.exclusions)])
     best, second = result.entries[0], next(iter(result.entries[1:]), None)
     lines = [_heading(request, result), "", *_table(request, result, best, second), ""]
-    lines += [*_certainty(request, result, best, second), *_fallen(_with_others(result)), "", command(request, best)]
+    lines += [*_certainty(request, result, best, second), *_excluded(_with_others(result)), "", command(request, best)]
     return "\n".join(lines)
 
 
@@ -163,30 +163,33 @@ def _significance(best, second, key):
 
 
 def _with_others(result):
-    """The fallen, with the entries behind the runner-up."""
-    others = [Fallen(entry.technique, search.WORSE, "") for entry in result.entries[2:]]
-    return [*result.fallen, *others]
+    """Exclusions, with the entries behind the runner-up."""
+    others = [Exclusion(entry.technique, search.WORSE, "") for entry in result.entries[2:]]
+    return [*result.exclusions, *others]
 
 
-def _fallen(fallen):
-    if not fallen:
+def _excluded(exclusions):
+    if not exclusions:
         return []
     by_kind = collections.defaultdict(list)
-    for one in fallen:
-        by_kind[one.kind].append(one)
+    for exclusion in exclusions:
+        by_kind[exclusion.kind].append(exclusion)
     lines = ["fell out"]
     for kind, group in sorted(by_kind.items()):
-        whys = {one.why for one in group}
-        said = f" ({whys.pop()})" if len(whys) == 1 and len(group) > 1 and whys != {""} else ""
-        named = [one.technique.name + (f" ({one.why})" if one.why and not said else "") for one in group[:_NAMES]]
+        whys = {exclusion.why for exclusion in group}
+        reason = f" ({whys.pop()})" if len(whys) == 1 and len(group) > 1 and whys != {""} else ""
+        named = [
+            exclusion.technique.name + (f" ({exclusion.why})" if exclusion.why and not reason else "")
+            for exclusion in group[:_NAMES]
+        ]
         more = f", and {len(group) - _NAMES} more" if len(group) > _NAMES else ""
-        lines += _wrapped(f"{len(group)} {_REASONS[kind]}{said}: {', '.join(named)}{more}")
+        lines += _wrapped(f"{len(group)} {_REASONS[kind]}{reason}: {', '.join(named)}{more}")
     return lines
 
 
 def _no_answer(request, result):
     lines = [_heading(request, result), ""]
-    if result.missing or not any(one.kind != search.NO_EVIDENCE for one in result.fallen):
+    if result.missing or not any(exclusion.kind != search.NO_EVIDENCE for exclusion in result.exclusions):
         keys = result.missing or tuple(request.query.keys)
         what = ", ".join(result.missing) or "what is asked for"
         lines += _wrapped(f"no answer: no evidence of {what}. This would supply it:", 0)
@@ -212,7 +215,8 @@ def as_json(request: Request, result: Result) -> dict[str, typing.Any]:
         "runner_up": _entry(request, result, entries[1]) if len(entries) > 1 else None,
         "others": [entry.technique.name for entry in entries[2:]],
         "fell_out": [
-            {"technique": one.technique.name, "reason": _REASONS[one.kind], "why": one.why} for one in result.fallen
+            {"technique": exclusion.technique.name, "reason": _REASONS[exclusion.kind], "why": exclusion.why}
+            for exclusion in result.exclusions
         ],
         "missing": list(result.missing),
     }

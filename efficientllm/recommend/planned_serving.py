@@ -74,10 +74,10 @@ class ServingPlanner:
         prefill, head, decode = (
             costs.seconds_of(self.request, workload, flops, moved) for flops, moved in workload.phases()
         )
-        known = None not in (prefill, head, decode)
-        seconds = prefill + head + config.infer.max_new_tokens * decode if known else None
+        is_timed = None not in (prefill, head, decode)
+        seconds = prefill + head + config.infer.max_new_tokens * decode if is_timed else None
         metrics = costs.shared_metrics(self.request, workload, seconds, workload.by_shapes())
-        if known:
+        if is_timed:
             metrics |= {"ttft_s": prefill + head, "tpot_s": decode, "tokens_per_s": workload.samples / decode}
         return Candidate(technique, changes, metrics | {"params_total": self.parameters})
 

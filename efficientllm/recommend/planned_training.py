@@ -147,16 +147,16 @@ class TrainingPlanner:
         shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), (step.shaped.params, step.shaped.frozen))
         alike = jax.tree_util.tree_structure(step.shaped.params), str(jax.tree.leaves(shapes)), remat
         whole = step.config.train.batch_size
-        known = {n: self._activations[*alike, n] for n in (whole, 1) if (*alike, n) in self._activations}
+        bytes_by_rows = {n: self._activations[*alike, n] for n in (whole, 1) if (*alike, n) in self._activations}
         for n in (whole, 1):
-            if n not in known and (n == rows or rows not in (whole, 1)):
+            if n not in bytes_by_rows and (n == rows or rows not in (whole, 1)):
                 lm = step.lm.clone(remat=remat)
                 with step.scope():
-                    known[n] = step_memory.activation_bytes(lm, step.shaped, n, step.length, step.objective)
-                self._activations[*alike, n] = known[n]
-        if rows in known:
-            return known[rows]
-        return round(known[1] + (known[whole] - known[1]) * (rows - 1) / (whole - 1))
+                    bytes_by_rows[n] = step_memory.activation_bytes(lm, step.shaped, n, step.length, step.objective)
+                self._activations[*alike, n] = bytes_by_rows[n]
+        if rows in bytes_by_rows:
+            return bytes_by_rows[rows]
+        return round(bytes_by_rows[1] + (bytes_by_rows[whole] - bytes_by_rows[1]) * (rows - 1) / (whole - 1))
 
 
 def _whole_rows(request, batch):

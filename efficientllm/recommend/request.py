@@ -187,8 +187,8 @@ def batch_changes(task: str, batch: str) -> Changes:
         match = re.match(r"(\d+) x (\d+) tokens", batch)
         return {"train.batch_size": int(match[1]), "train.length": int(match[2])} if match else {}
     keys = ("batch_size", "prompt_length", "max_new_tokens")
-    found = {key: re.search(rf"\b{key} (\d+)", batch) for key in keys}
-    return {f"infer.{key}": int(match[1]) for key, match in found.items() if match}
+    matches = {key: re.search(rf"\b{key} (\d+)", batch) for key in keys}
+    return {f"infer.{key}": int(match[1]) for key, match in matches.items() if match}
 
 
 def distance(asked: float, measured: float) -> float:

@@ -26,7 +26,7 @@ NO_EVIDENCE, QUALITY, MEMORY_LIMIT, LIMIT, REFUSED, WORSE = range(6)
 
 
 @dataclasses.dataclass(frozen=True)
-class Fallen:
+class Exclusion:
     """A technique that fell out: `kind` is one of the reasons above, `why` says it with figures."""
 
     technique: Technique
@@ -53,14 +53,14 @@ class Entry:
 
 @dataclasses.dataclass
 class Result:
-    """What was found: entries, best first, the fallen, and metrics that no evidence at all speaks of.
+    """What was found: entries, best first, the exclusions, and metrics that no evidence at all speaks of.
 
     compiled: bytes that finalists need by the compiler.
     beside:   what was measured of the choice on this device that is planned here, by metric.
     """
 
     entries: list[Entry]
-    fallen: list[Fallen]
+    exclusions: list[Exclusion]
     missing: tuple[str, ...] = ()
     goal: str = ""
     most: bool = False
@@ -78,7 +78,7 @@ class Search:
         self.planner = make_planner({})
         self.goal = request.query.goal or DEFAULT_GOALS[request.task]
         self.most = request.query.most if request.query.goal else False
-        self.fallen: list[Fallen] = []
+        self.exclusions: list[Exclusion] = []
 
     def run(self) -> Result:
         """Searches -> Result."""
@@ -97,13 +97,13 @@ class Search:
         missing = tuple(key for key in of_evidence if not any(key in known for known in figures.values()))
         result = Result([], [], missing, self.goal, self.most, parameters)
         if not missing:
-            kept = [
+            candidates = [
                 technique
                 for technique in self.techniques
                 if self._keeps_evidence(technique, figures[technique], of_evidence)
             ]
-            result.entries = self._rank(kept, figures, of_evidence)
-        result.fallen = self.fallen
+            result.entries = self._rank(candidates, figures, of_evidence)
+        result.exclusions = self.exclusions
         if result.entries:
             result.beside = self._beside(result.entries[0], parameters)
         return result
@@ -153,7 +153,7 @@ class Search:
         return True
 
     def _fall(self, technique, kind, why):
-        self.fallen.append(Fallen(technique, kind, why))
+        self.exclusions.append(Exclusion(technique, kind, why))
         return False
 
     def _rank(self, techniques, figures, of_evidence):
@@ -252,7 +252,7 @@ class Search:
                 continue
             room = format_value(self.request.memory_bytes, "bytes")
             why = f"by the compiler {format_value(size, 'bytes')} of {room}"
-            result.fallen.append(Fallen(entry.technique, MEMORY_LIMIT, why))
+            result.exclusions.append(Exclusion(entry.technique, MEMORY_LIMIT, why))
             del result.entries[place]
 
 
