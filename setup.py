@@ -89,6 +89,7 @@ setup(
     packages=find_packages(include=["efficientllm", "efficientllm.*"]),
     package_data={
         "efficientllm": ["py.typed"],
+        "efficientllm.convert": ["published/*/*.json"],
         "efficientllm.evaluation": ["tasks/*.yaml", "tasks/*.py"],
         "efficientllm.report": ["data/*.json", "page/*"],
         "efficientllm.cost": ["data/*.json"],

@@ -80,6 +80,7 @@ def get_config(name="doc_pairs"):
         variants=variants,
         overrides={
             "data": task.data,
+            "model.precision": "mixed",  # 16-bit products: 0.6 of float32's time on a CPU with AVX-512 and bfloat16
             "train.steps": task.steps,
             "train.batch_size": task.batch_size,
             "train.length": task.length,
