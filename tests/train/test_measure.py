@@ -5,7 +5,7 @@ import types
 import pytest
 
 from efficientllm.metrics.energy.window import EnergyReader, EnergyWindow
-from efficientllm.train import loop, measure
+from efficientllm.train import loop, measure, row
 from efficientllm.train.measure import Measurement
 
 pytestmark = pytest.mark.quick
@@ -76,6 +76,16 @@ def test_a_step_within_which_the_process_was_stopped_is_left_out_and_its_segment
     measured.step_done(128)
     measured.stop()
     assert measured.windows[1].energy_j == 100.0
+
+
+def test_steps_beside_a_checkpoint_are_told_from_those_of_the_warm_up():
+    measured, clock = measurement(warm_up=1)
+    measured.restart_clock()
+    for _ in range(3):
+        clock.now += 0.5
+        measured.step_done(128)
+    assert (measured.steps, measured.unwatched, measured.timer.discarded) == (0, 2, [0.5])
+    assert "a checkpoint was being written in all of the 2 steps" in row._why_unmeasured(measured)
 
 
 def test_an_abandoned_segment_leaves_nothing_behind():
