@@ -13,8 +13,11 @@ TUNABLES = "GLIBC_TUNABLES"
 PRELOADED = "LD_PRELOAD"
 LIBRARIES = pathlib.Path(__file__).parents[1] / "ops" / "native"
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# One arena, of which nothing is returned but by `trim`.
-_KEPT = ("glibc.malloc.arena_max=1", f"glibc.malloc.trim_threshold={2**40}")
+_KEPT = f"glibc.malloc.trim_threshold={2**40}"  # nothing is returned but by `trim`
+# Two threads that compile wait for each other in one arena: 2.3 against 1.9 s for the base config, whose peak memory is
+# 0.32 GB with one arena and 0.34 with two (AMD EPYC, Zen 4, 2 cores, 2026-11-30). Without the library a second arena
+# would hold scratch memory twice.
+_ARENAS, _ARENAS_ALONE = 2, 1
 # Larger arrays have mappings of their own. Arrays of the library are larger; without it scratch memory is in the arena.
 _LARGE, _LARGE_ALONE = 2**24, 2**28
 
@@ -46,8 +49,9 @@ def settings() -> dict[str, str]:
         return {}
     on_request = HUGE_PAGES.is_file() and "[madvise]" in HUGE_PAGES.read_text()
     library = _keeping_library()
-    large = f"glibc.malloc.mmap_threshold={_LARGE_ALONE if library is None else _LARGE}"
-    tunables = {TUNABLES: ":".join((*_KEPT, large, *["glibc.malloc.hugetlb=1"] * on_request))}
+    arenas, large = (_ARENAS_ALONE, _LARGE_ALONE) if library is None else (_ARENAS, _LARGE)
+    own = (f"glibc.malloc.arena_max={arenas}", _KEPT, f"glibc.malloc.mmap_threshold={large}")
+    tunables = {TUNABLES: ":".join((*own, *["glibc.malloc.hugetlb=1"] * on_request))}
     if library is None:
         return tunables
     return tunables | {PRELOADED: ":".join(filter(None, [os.environ.get(PRELOADED), str(library)]))}
