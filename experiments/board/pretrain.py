@@ -34,7 +34,7 @@ CONTEXT = {
     "nsa": (
         "configs/attention.py:nsa",
         {
-            "model.mixer": "nsa(compress_block=32, compress_stride=16, select_block=64, select_count=8, window=256)",
+            "model.mixer": "nsa(compress_block=16, compress_stride=8, select_block=32, select_count=16, window=256)",
         },
     ),
     "window": ("configs/attention.py:window", {"model.mixer": "window(window=512)"}),
