@@ -62,6 +62,11 @@ class Backbone(nn.Module):
         return Stacks.of(len(self.blocks), self.repeats or (2 * self.num_layers // half_layers(self.blocks),))
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether a mixer of any block is a recurrence."""
+        return any(mixer.is_recurrent for block in parts(self) for mixer in block.mixers)
+
+    @property
     def num_groups(self) -> int:
         return sum(len(stack.groups) for stack in self.stacks)
 

@@ -5,7 +5,7 @@ import time
 import typing
 from collections.abc import Callable
 
-from efficientllm.metrics import compiles, conditions, cpu_counters
+from efficientllm.metrics import compiles, conditions, cpu_counters, pauses
 from efficientllm.metrics.energy import reader as energy
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.metrics.sampler import Averages, Sampler
@@ -81,7 +81,9 @@ class Measurement:
         """Adds a step of `tokens` tokens in `samples` samples, of a program -> its seconds."""
         now = self._clock()
         seconds, self._last = now - self._last, now
-        before, self._stopped = self._stopped, self._sampler.stopped_s()
+        before = self._stopped
+        if seconds > pauses.LATE_S:  # no pause is shorter, and the answer takes 0.02 ms
+            self._stopped = self._sampler.stopped_s()
         if self.profiling:
             self.profiled.append(seconds)
             self.profiled_programs[program] += 1

@@ -222,7 +222,7 @@ def jit_train_step(
         in_shardings=(state_shardings, objective.batch_shardings(lm, mesh)),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=rematerialization.compiler_options(mesh),
+        compiler_options=rematerialization.compiler_options(mesh, lm.is_recurrent),
     )
 
 
@@ -235,5 +235,5 @@ def jit_eval_step(
         functools.partial(objective.held_out_sums, lm),
         in_shardings=(params_shardings, objective.batch_shardings(lm, mesh), replicated),
         out_shardings=replicated,
-        compiler_options=rematerialization.compiler_options(mesh),
+        compiler_options=rematerialization.compiler_options(mesh, lm.is_recurrent),
     )

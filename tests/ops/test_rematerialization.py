@@ -32,7 +32,7 @@ def scratch_bytes(kernel, dim, scan, rows, length):
 @pytest.mark.parametrize("case", [("xla", 64, False, 8, 128), ("auto", 256, True, 4, 512)], ids=str)
 def test_a_step_needs_no_more_memory(case, monkeypatch):
     ours, limit = scratch_bytes(*case), 0.97 if rematerialization.compiler_options(None) else 1
-    monkeypatch.setattr(rematerialization, "compiler_options", lambda mesh: None)
+    monkeypatch.setattr(rematerialization, "compiler_options", lambda *_: None)
     assert ours <= limit * scratch_bytes(*case)
 
 
@@ -45,3 +45,14 @@ def test_it_is_of_cpus_and_one_device_and_of_the_jax_that_needs_it(monkeypatch):
         assert rematerialization.compiler_options(None) is None
     monkeypatch.setattr(rematerialization, "_HOLDS_RESULTS", False)
     assert rematerialization.compiler_options(None) is None
+
+
+@pytest.mark.parametrize("pattern, is_recurrent", [(("gqa | swiglu",), False), (("gqa | swiglu", "mamba"), True)])
+def test_recurrences_are_in_the_schedule_of_xla(pattern, is_recurrent, monkeypatch):
+    monkeypatch.setattr(rematerialization, "_HOLDS_RESULTS", True)
+    config = base_config.get_config()
+    config.model.size = "tiny(num_layers=2, dim=32, num_heads=2, num_kv_heads=1, head_dim=16, hidden=64)"
+    config.model.pattern, config.tokenizer = pattern, "bytes"
+    lm = describe_run(config, jax.devices()[:1]).lm
+    assert lm.is_recurrent == is_recurrent
+    assert (rematerialization.compiler_options(None, lm.is_recurrent) is None) == is_recurrent
