@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterable
 
@@ -175,15 +176,19 @@ def _fusion(program, computation, instruction):
 
 
 def _read(body, parameter, users):
-    """Bytes read of a fusion's parameter: all, unless every use of it is a slice or an update in place."""
-    total, pending = 0, [parameter]
+    """Bytes read of a fusion's parameter: all, unless every use of it is a slice or an update in place.
+
+    A slice may be of the converted parameter: what it takes is read as it is stored.
+    """
+    total, pending = 0.0, [parameter]
+    width = parameter.bytes / max(1, sum(math.prod(array.shape) for array in parameter.arrays))
     while pending:
         value = pending.pop()
         for user in users[value.name]:
-            if user.op in ("bitcast", "reshape"):
+            if user.op in ("bitcast", "reshape", "convert"):
                 pending.append(user)
             elif user.op in _SLICES and user.operands[0] == value.name:
-                total += user.bytes
+                total += width * math.prod(user.arrays[0].shape)
             elif user.op == "scatter" and user.operands[0] == value.name:
                 total += _bytes(body, _updates(user))  # the rows that updates are combined with
             elif not (user.op == "dynamic-update-slice" and user.operands[0] == value.name):

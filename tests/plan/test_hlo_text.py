@@ -57,6 +57,25 @@ def test_the_body_of_a_loop_counts_its_turns_and_its_slices():
     assert least <= hlo_cost.moved_bytes(moved) <= 2 * least  # and not the whole of xs each turn, 13 times more
 
 
+def test_a_slice_of_a_converted_array_reads_what_it_takes_as_it_is_stored():
+    """As a layer's kernel of a stack, rounded for its products."""
+    text = """HloModule m
+%fused (stack: f32[24,8,16]) -> bf16[8,16] {
+  %stack = f32[24,8,16]{2,1,0} parameter(0)
+  %low = bf16[24,8,16]{2,1,0} convert(%stack)
+  %layer = bf16[1,8,16]{2,1,0} slice(%low), slice={[2:3], [0:8], [0:16]}
+  ROOT %kernel = bf16[8,16]{1,0} bitcast(%layer)
+}
+ENTRY %main (s: f32[24,8,16]) -> bf16[8,16] {
+  %s = f32[24,8,16]{2,1,0} parameter(0)
+  ROOT %f = bf16[8,16]{1,0} fusion(%s), kind=kLoop, calls=%fused
+}
+"""
+    assert hlo_cost.moved_bytes(hlo_text.Program(text)) == (4 + 2) * 8 * 16
+    read_too = text.replace("%layer =", "%all = bf16[24,8,16]{2,1,0} negate(%low)\n  %layer =")
+    assert hlo_cost.moved_bytes(hlo_text.Program(read_too)) == 4 * 24 * 8 * 16 + 2 * 8 * 16
+
+
 SCATTERED = """HloModule m
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
