@@ -39,7 +39,8 @@ def get_config() -> ConfigDict:
     config.model.kv_cache = "activation"  # dtype of the KV cache: activation, bfloat16, float16, int8
     config.model.remat = "none"  # none, full, or a policy of jax.checkpoint_policies
     config.model.scan = True
-    config.model.unroll = 12  # a CPU compiles up to so many groups of layers one after another; 0 is always a loop
+    # A CPU compiles up to so many groups of layers one after another, one GPU more; 0 is always a loop.
+    config.model.unroll = 12
 
     config.model.embed = "tokens"  # the ends: tokens, or patches(...) of pictures
     config.model.modulation = "plain"  # or linear (adaLN-Zero), table, layerscale: how conditioning reaches the blocks

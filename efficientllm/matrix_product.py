@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from efficientllm import sharding
 from efficientllm.registry import lookup
@@ -25,7 +26,17 @@ def multiply(x: jax.Array, w: jax.Array, operand: jnp.dtype, result: jnp.dtype, 
     # XLA for CPUs multiplies bfloat16 into float32 natively, and with jax 0.10.2 into bfloat16 in float32.
     if on_cpu or operand != x.dtype:
         return _product(x, w, operand, jnp.dtype(jnp.float32)).astype(result)
-    return jnp.matmul(x, w.astype(operand), preferred_element_type=result)
+    return jnp.matmul(x, _rounded(w, operand), preferred_element_type=result)
+
+
+ROUNDED_KERNEL = "rounded_kernel"  # the name of a kernel in the products' dtype, where it has another
+
+
+def _rounded(w, operand):
+    """Rounds a kernel; named on GPUs, so that a policy can save it and the backward pass need not round it again."""
+    if kernel_choice.platform() != "gpu" or w.dtype == operand:
+        return w.astype(operand)
+    return checkpoint_name(w.astype(operand), ROUNDED_KERNEL)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

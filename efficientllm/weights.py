@@ -29,7 +29,7 @@ class Precision:
     """Precision policy over float32 parameters: the dtype of activations, and of both operands of a matrix product.
 
     Products accumulate in float32 everywhere. Softmax, norms, routers, rotary angles and the loss are float32 under
-    every policy.
+    every policy; in training on GPUs the loss reads logits that are stored in the dtype of activations.
     """
 
     activation: jnp.dtype

@@ -27,9 +27,11 @@ class Backbone(nn.Module):
       blocks: the repeating pattern, pairs of complete (mixer, ffn) specs; several parallel mixers are joined by ` + `.
       num_layers: a multiple of the pattern's; a block without an ffn is half a layer (arXiv:2312.00752, Appendix E.2).
       remat: `none`, `full`, or a policy of `jax.checkpoint_policies`: the residuals saved for the backward pass.
-        `none` saves everything, on CPUs all but cheap results (`remat.kept`); `everything_saveable` saves those too.
+        `none` saves everything, on one CPU or GPU all but cheap results (`remat.residual_policy`);
+        `everything_saveable` saves those too.
       scan: stack the groups' parameters and scan over them; False keeps them separate (debugging, decoding).
-      unroll: a scan over at most so many groups is unrolled on CPUs; 0 is always a loop.
+      unroll: a scan over at most so many groups is unrolled on CPUs, on one GPU over more; 0 is always a loop
+        (`remat.scan_unroll`).
       modulation: the `modulation` of every block.
       ffn_norm: the norm before an ffn where it is another than `norm`.
       repeats: how often each block is repeated before the next one begins; () repeats all blocks together.
@@ -154,12 +156,11 @@ class Backbone(nn.Module):
     def apply_groups(self, carry: tuple, ctx: Context, states: PyTree | None) -> tuple:
         """Applies all blocks to `(x_BTD, memo)`; returns `((x_BTD, memo), states, aux)`. See `apply_blocks`."""
         modules = [layer for block in parts(self) for layer in (*block.mixers, block.ffn)]
-        policy = remat.residual_policy(self.remat, modules, decoding=states is not None)
         apply_stack = self._scan_stack if self.scan else self._unroll_stack
         new_states: tuple = ()
         aux: tuple = ()
         for stack in self.stacks:
-            group = self._group_class(stack, policy)
+            group = self._group_class(stack, modules, decoding=states is not None)
             of_stack = stack.blocks if self.scan else stack.groups
             stack_states = None if states is None else tuple(states[i] for i in of_stack)
             carry, (stack_states, stack_aux) = apply_stack(stack, group, carry, ctx, stack_states)
@@ -167,11 +168,12 @@ class Backbone(nn.Module):
             new_states += () if stack_states is None else stack_states
         return carry, None if states is None else new_states, aux
 
-    def _group_class(self, stack, policy):
-        """Group, with what `policy` saves for the backward pass."""
+    def _group_class(self, stack, modules, decoding):
+        """Group, with what the policy of `remat` saves for the backward pass."""
+        is_loop = self.scan and remat.scan_unroll(len(stack.groups), self.unroll) < len(stack.groups)
+        policy = remat.residual_policy(self.remat, modules, decoding, is_loop)
         if policy == remat.EVERYTHING:
             return Group
-        is_loop = self.scan and remat.scan_unroll(len(stack.groups), self.unroll) < len(stack.groups)
         return nn.remat(Group, policy=policy, prevent_cse=not is_loop)
 
     def _scan_stack(self, stack, group, carry, ctx, states):

@@ -74,7 +74,7 @@ class Block(nn.Module):
             memo = memo | written[0] if written else memo
             x_BTD = affine.add(x_BTD, y_BTD)
             new_states.append(state)
-        mixer_state = joined(new_states)
+        x_BTD, mixer_state = remat.name_residual_stream(x_BTD), joined(new_states)
         if ffn is None:
             return x_BTD, memo, (mixer_state, {}), {}
         ffn_input_BTD = before_BTD if self.residual == "parallel" else x_BTD

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficientllm import sharding
 from efficientllm.embeds.tokens import LM, head_kernel
 from efficientllm.errors import FieldError
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.objectives.base import Losses, Metrics, Objective, exact_sum, with_router_losses
 from efficientllm.objectives.cross_entropy import nll_sum, nll_sum_and_misses
 from efficientllm.registry import register
+from efficientllm.runtime import kernel_choice
 from efficientllm.typing import Batch, Params
 
 _TOKENS = ("tokens", "targets", "segments", "positions", "weights")  # arrays of a batch, one number a token
@@ -72,8 +74,12 @@ class NextToken(Objective):
         The loss of a micro-batch is weighted so that every target and every token of the step counts alike.
         """
         targets, tokens = totals
-        nats, aux = _nats(model, params, batch)
-        cross_entropy = nats / jnp.maximum(targets, 1.0)
+        if kernel_choice.platform() == "gpu" and sharding.is_alone():
+            # The chunked loss has its gradient ready, that of the whole head: dividing it is one more pass over it.
+            cross_entropy, aux = _nats(model, params, batch | {"weights": batch["weights"] / jnp.maximum(targets, 1.0)})
+        else:
+            nats, aux = _nats(model, params, batch)
+            cross_entropy = nats / jnp.maximum(targets, 1.0)
         if tokens is not None:
             share = jnp.sum(batch["segments"] > 0) / jnp.maximum(tokens, 1.0)
             aux = jax.tree.map(lambda leaf: leaf * share, aux)

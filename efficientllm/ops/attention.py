@@ -10,6 +10,7 @@ from efficientllm import sharding
 from efficientllm.errors import FieldError, UserError
 from efficientllm.ops import attention_kernels as kernels
 from efficientllm.ops import native, splash_attention
+from efficientllm.ops import rematerialization as remat
 from efficientllm.ops.attention_kernels import Cached, key_leaves
 from efficientllm.ops.attention_mask import CHUNK, Mask
 from efficientllm.ops.int8_kv_cache import as_array
@@ -130,6 +131,8 @@ def attend(
         keys = [as_array(leaf, q_BTHK.dtype) for leaf in key_leaves(k_BSGK)]
         k_BSGK = keys[0] if len(keys) == 1 else jnp.concatenate(keys, -1)
         v_BSGV = as_array(v_BSGV, q_BTHK.dtype)
+    if not in_state:
+        q_BTHK, k_BSGK, v_BSGV = jax.tree.map(remat.name_attention_input, (q_BTHK, k_BSGK, v_BSGV))
     with jax.named_scope("attention"):
         return compute(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale)
 

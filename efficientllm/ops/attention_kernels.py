@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from efficientllm import sharding
 from efficientllm.errors import FieldError
-from efficientllm.ops import native, splash_attention
+from efficientllm.ops import cudnn_attention, native, splash_attention
 from efficientllm.ops.attention_bias import TableBias
 from efficientllm.ops.attention_mask import Mask
 from efficientllm.ops.dot_product_attention import dot_product_attention
@@ -85,19 +85,7 @@ def takes_flash(q_BTHK: jax.Array, mask: Mask, bias: typing.Callable | None) -> 
 
 @register("attention_kernel", "cudnn")
 def _cudnn(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
-    V = v_BSGV.shape[-1]
-    width = max(q_BTHK.shape[-1], V)  # it wants heads of one width; zeros change no score
-    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, width - x.shape[-1]),)) for x in (q_BTHK, k_BSGK, v_BSGV))
-    options = {"scale": scale, "implementation": "cudnn"}
-    if mask.segments_BT is None and mask.order == "causal":
-        window = None if mask.window is None else (mask.window - 1, 0)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window, **options)
-    elif mask.reads_all:
-        y = jax.nn.dot_product_attention(q, k, v, **options)
-    else:  # cuDNN has no window on both sides
-        mask_B1TS = mask.dense(q.shape[1], k.shape[1])[:, None]
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, **options)
-    return y[..., :V]
+    return cudnn_attention.attend(q_BTHK, k_BSGK, v_BSGV, mask, scale)
 
 
 @register("attention_kernel", "splash")

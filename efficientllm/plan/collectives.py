@@ -166,15 +166,16 @@ class _Formula:
         yield self._send("all-reduce", others, size / self._axes_size(split))
 
     def _head(self, count, split):
-        """All-gathers of the head: in both passes; once and in float32 where the loss is computed in chunks."""
+        """All-gathers of the head: in both passes; once where the loss is computed in chunks, on GPUs rounded."""
+        rows, _ = self.step.rows
+        sequence, is_gpu = self.step.mesh.shape["sequence"], self.step.platform == "gpu"
+        stored = activation_dtype(self.step.lm.precision) if is_gpu else np.dtype(np.float32)
         with self.step.scope():
-            rows, _ = self.step.rows
-            sequence = self.step.mesh.shape["sequence"]
-            whole = (
-                cross_entropy.count_chunks(rows * sequence, self.step.length // sequence, self.step.lm.vocab_size) == 1
-            )
+            shape = rows * sequence, self.step.length // sequence, self.step.lm.vocab_size
+            whole = cross_entropy.count_chunks(*shape, stored) == 1
         if split:
-            yield self._send("all-gather", split, count * (2 * self._product if whole else 4), once=True)
+            once = self._product if is_gpu else 4
+            yield self._send("all-gather", split, count * (2 * self._product if whole else once), once=True)
 
     def _tables(self):
         """The embedding look-up in a sharded table: ids are all-gathered, and each device's columns exchanged for rows.

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterable
 
@@ -148,12 +149,15 @@ def instruction_bytes(
     if op == "dynamic-update-slice":
         return 2 * _bytes(computation, instruction.operands[1:2])
     if op == "scatter":
-        return 3 * _bytes(computation, instruction.operands[len(instruction.arrays) + 1 :])
+        return 3 * _bytes(computation, _updates(instruction))
     return sum(read) + instruction.bytes
 
 
 def _fusion(program, computation, instruction):
-    """Bytes of a fusion: of a sliced operand only the slices, of a result updated in place only the update."""
+    """Bytes of a fusion: of a sliced operand only the slices, of a result updated in place only the updates.
+
+    A fused scatter has a parameter of its fusion as the operand, whose memory is that of the result.
+    """
     body = next((program.computations[name] for role, name in instruction.calls if role == "calls"), None)
     if body is None:
         return _bytes(computation, instruction.operands) + instruction.bytes
@@ -166,21 +170,27 @@ def _fusion(program, computation, instruction):
     for inner in body.values():
         for name in inner.operands:
             users[name].append(inner)
-    read = sum(_read(inner, users) for _, inner in parameters)
+    read = sum(_read(body, inner, users) for _, inner in parameters)
     root = next((inner for inner in body.values() if inner.root), None)
     return read + (instruction.bytes if root is None else _written(body, root))
 
 
-def _read(parameter, users):
-    """Bytes read of a fusion's parameter: all, unless every use of it is a slice or an update in place."""
-    total, pending = 0, [parameter]
+def _read(body, parameter, users):
+    """Bytes read of a fusion's parameter: all, unless every use of it is a slice or an update in place.
+
+    A slice may be of the converted parameter: what it takes is read as it is stored.
+    """
+    total, pending = 0.0, [parameter]
+    width = parameter.bytes / max(1, sum(math.prod(array.shape) for array in parameter.arrays))
     while pending:
         value = pending.pop()
         for user in users[value.name]:
-            if user.op in ("bitcast", "reshape"):
+            if user.op in ("bitcast", "reshape", "convert"):
                 pending.append(user)
             elif user.op in _SLICES and user.operands[0] == value.name:
-                total += user.bytes
+                total += width * math.prod(user.arrays[0].shape)
+            elif user.op == "scatter" and user.operands[0] == value.name:
+                total += _bytes(body, _updates(user))  # the rows that updates are combined with
             elif not (user.op == "dynamic-update-slice" and user.operands[0] == value.name):
                 return parameter.bytes
     return min(total, parameter.bytes)
@@ -191,7 +201,14 @@ def _written(body, root):
         return sum(_written(body, body[name]) for name in root.operands)
     if root.op == "bitcast" and root.operands and root.operands[0] in body:
         return _written(body, body[root.operands[0]])
+    if root.op == "scatter":
+        return _bytes(body, _updates(root))
     return _bytes(body, root.operands[1:2]) if root.op == "dynamic-update-slice" else root.bytes
+
+
+def _updates(scatter):
+    """Names of a scatter's updates: its operands are arrays, indices and updates, one update for each array."""
+    return scatter.operands[len(scatter.arrays) + 1 :]
 
 
 def _operands(computation, instruction):

@@ -18,7 +18,7 @@ def compiled(target, *what, script="ahead.py"):
     plugin = PLUGINS[target]
     if importlib.util.find_spec(plugin) is None:
         pytest.skip(f"{plugin} is not installed: pip install -e '.[{target}]'")
-    argv = [sys.executable, str(runs.ROOT / "tests" / script), target, *what]
+    argv = [sys.executable, str(runs.ROOT / "tests" / "ops" / script), target, *what]
     environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
     done = subprocess.run(argv, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -83,3 +83,13 @@ def test_gpus_convert_int8_where_they_multiply_it():
 def test_gpus_do_not_put_kernels_side_by_side_for_every_prompt():
     """XLA multiplies gate and up as one, which would copy both first."""
     assert compiled("gpu", "bfloat16", "data=1", script="ahead_rounded.py")["side_by_side"] == []
+
+
+def test_a_step_on_a_gpu_moves_few_bytes():
+    """Bytes a logit: stored, read for their sum and for their gradient, which is stored and read by two products."""
+    report = compiled("gpu", script="ahead_bytes.py")
+    default, loop, everything = (report[name] for name in ("default", "loop", "everything"))
+    assert default["all"] < 0.95 * loop["all"] and loop["all"] < 0.95 * everything["all"], report
+    assert default["peak"] < everything["peak"]
+    head = 4 + 2 + 3 * 2 + 3 * 4  # rounded, read by products, and its gradient from zeros
+    assert default["loss"] < 1.1 * (6 * 2 * report["logits"] + head * report["head"]), report

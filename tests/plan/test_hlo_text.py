@@ -57,6 +57,57 @@ def test_the_body_of_a_loop_counts_its_turns_and_its_slices():
     assert least <= hlo_cost.moved_bytes(moved) <= 2 * least  # and not the whole of xs each turn, 13 times more
 
 
+def test_a_slice_of_a_converted_array_reads_what_it_takes_as_it_is_stored():
+    """As a layer's kernel of a stack, rounded for its products."""
+    text = """HloModule m
+%fused (stack: f32[24,8,16]) -> bf16[8,16] {
+  %stack = f32[24,8,16]{2,1,0} parameter(0)
+  %low = bf16[24,8,16]{2,1,0} convert(%stack)
+  %layer = bf16[1,8,16]{2,1,0} slice(%low), slice={[2:3], [0:8], [0:16]}
+  ROOT %kernel = bf16[8,16]{1,0} bitcast(%layer)
+}
+ENTRY %main (s: f32[24,8,16]) -> bf16[8,16] {
+  %s = f32[24,8,16]{2,1,0} parameter(0)
+  ROOT %f = bf16[8,16]{1,0} fusion(%s), kind=kLoop, calls=%fused
+}
+"""
+    assert hlo_cost.moved_bytes(hlo_text.Program(text)) == (4 + 2) * 8 * 16
+    read_too = text.replace("%layer =", "%all = bf16[24,8,16]{2,1,0} negate(%low)\n  %layer =")
+    assert hlo_cost.moved_bytes(hlo_text.Program(read_too)) == 4 * 24 * 8 * 16 + 2 * 8 * 16
+
+
+SCATTERED = """HloModule m
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+%fused (table: f32[1000,16], rows: s32[4,1], half: bf16[4,16]) -> f32[1000,16] {
+  %table = f32[1000,16]{1,0} parameter(0)
+  %rows = s32[4,1]{1,0} parameter(1)
+  %half = bf16[4,16]{1,0} parameter(2)
+  %updates = f32[4,16]{1,0} convert(%half)
+  ROOT %new = f32[1000,16]{1,0} scatter(%table, %rows, %updates), update_window_dims={1}, to_apply=%add
+}
+ENTRY %main (t: f32[1000,16], r: s32[4,1], u: bf16[4,16]) -> f32[1000,16] {
+  %t = f32[1000,16]{1,0} parameter(0)
+  %r = s32[4,1]{1,0} parameter(1)
+  %u = bf16[4,16]{1,0} parameter(2)
+  ROOT %f = f32[1000,16]{1,0} fusion(%t, %r, %u), kind=kInput, calls=%fused
+}
+"""
+
+
+def test_a_fused_scatter_moves_the_rows_that_it_adds_to():
+    """And not the table, which it has in place, as an embedding's gradient is added to a head's."""
+    updates, rows = 4 * 16, 4
+    assert hlo_cost.moved_bytes(hlo_text.Program(SCATTERED)) == 2 * updates + 4 * rows + 2 * 4 * updates
+    read_too = SCATTERED.replace("scatter(%table", "scatter(%twice").replace(
+        "  %updates =", "  %twice = f32[1000,16]{1,0} add(%table, %table)\n  %updates ="
+    )
+    assert hlo_cost.moved_bytes(hlo_text.Program(read_too)) > 4 * 1000 * 16
+
+
 def test_what_starts_a_kernel_counts_each_turn():
     text = """HloModule m
 %fused (p: f32[8]) -> f32[8] {
