@@ -111,7 +111,7 @@ def test_on_gpus_kernels_are_rounded_once_and_a_mask_is_made_once_where_layers_a
     for unroll in (0, 1):
         saved = residuals(contract.build("mixer", "gqa", precision="bfloat16", unroll=unroll))
         rounded[unroll] = kernels & {shape[-2:] for shape, dtype in saved if dtype == "bfloat16"}
-        masks[unroll] = [shape for shape, dtype in saved if shape[-2:] == (64, 64) and dtype == "bfloat16"]
+        masks[unroll] = [shape for shape, _ in saved if shape[-2:] == (64, 64)]  # numbers, or booleans with JAX 0.12
     assert rounded[1] == kernels and not rounded[0]
     assert masks[1] and all(shape == (2, 1, 64, 64) for shape in masks[0] + masks[1])
 

@@ -55,17 +55,17 @@ def test_every_order_is_traced(mask, masked, causal):
     assert ("mask_type=MaskType.CAUSAL" in traced) == causal and ("bool[1,1,64,64]" in traced) == masked, traced
 
 
-def test_a_mask_is_numbers_to_add_and_has_no_gradient():
+def test_a_mask_has_no_gradient():
     mask = Mask(jnp.ones((1, 64), jnp.int32))
 
     def loss(q):
         return attend(q, q, q, mask).astype(jnp.float32).sum()
 
-    export = fused.should_export_dbias
+    export = getattr(fused, "should_export_dbias", None)  # of JAX 0.10, where masks are numbers to add
     with kernel_choice.compiling_for("gpu", (9, 0)), cudnn.planned_for((9, 0)):
         traced = str(jax.make_jaxpr(jax.grad(loss))(heads(64)))
     assert "variadic_args=(True, False)" in traced and "variadic_args=(True, True)" not in traced, traced
-    assert fused.should_export_dbias is export
+    assert getattr(fused, "should_export_dbias", None) is export
     with cudnn.planned_for((9, 0)):  # JAX's own number for what is masked
         for dtype, number in cudnn_attention.MASKED.items():
             assert fused.get_large_negative_number(dtype) == number
