@@ -41,6 +41,8 @@ class FFN(nn.Module):
     orders: ClassVar[tuple[str, ...]] = ("causal", "bidirectional", "prefix")
     # Whether rematerializing its elementwise operations is faster on CPUs than saving their results.
     recompute_elementwise: ClassVar[bool] = False
+    # Whether training on one GPU saves only its products with kernels and a recurrence's states and outputs.
+    saves_products: ClassVar[bool] = False
     # The name that classes share which compute the same function. A subclass without it has the name of its class.
     family: ClassVar[str]
     # Whether the planner can count its traffic: it has no collectives but those of its kernels and `expert_traffic`.

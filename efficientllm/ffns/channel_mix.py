@@ -26,6 +26,7 @@ class ChannelMix(FFN):
     precision: str
 
     orders = ("causal",)
+    saves_products = True
 
     @nn.compact
     def __call__(

@@ -50,6 +50,7 @@ class Dense(FFN):
 
     has_counted_traffic = True
     recompute_elementwise = True
+    saves_products = True
 
     @property
     def activation(self) -> Activation:

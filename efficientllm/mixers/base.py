@@ -26,6 +26,8 @@ class Mixer(nn.Module):
     state_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
     # Whether rematerializing its elementwise operations is faster on CPUs than saving their results.
     recompute_elementwise: ClassVar[bool] = False
+    # Whether training on one GPU saves only its products with kernels and a recurrence's states and outputs.
+    saves_products: ClassVar[bool] = False
     # Whether training recomputes what is around its recurrence (`ops.rematerialization.call_recurrent`).
     is_recurrent: ClassVar[bool] = False
     # Orders of tokens that it honours (`ops.attention_mask.Mask.order`).

@@ -49,6 +49,7 @@ class Mamba(Mixer, kw_only=True):
 
     family = "mamba"
     is_recurrent = True
+    saves_products = True
     orders = ("causal", "bidirectional")
     state_axes = {"tail": (None, "channels"), "memory": ("channels",)}
 

@@ -55,6 +55,7 @@ class Mamba2(Mixer, kw_only=True):
 
     family = "mamba2"
     is_recurrent = True
+    saves_products = True
     orders = ("causal", "bidirectional")
 
     @property

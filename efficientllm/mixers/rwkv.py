@@ -54,6 +54,7 @@ class RWKV(Mixer, kw_only=True):
     rwkv_kernel: str = "auto"
 
     is_recurrent = True
+    saves_products = True
 
     @nn.compact
     def __call__(

@@ -24,7 +24,8 @@ def residual_policy(name: str, layers: typing.Iterable, decoding: bool, is_loop:
 
     A loop over layers stores, copies and fetches the residuals. Recomputing the elementwise work of attention and dense
     ffns (`recompute_elementwise` of `layers`) takes less time on CPUs and moves fewer bytes on GPUs, and a Llama's
-    residuals fall to less than half the bytes. A mesh would repeat the collectives, so everything is saved there.
+    residuals fall to less than half the bytes. Where layers are recurrent, one GPU saves products and states alone
+    (`saves_products`). A mesh would repeat the collectives, so everything is saved there.
     """
     if name == SAVEABLE:
         return EVERYTHING
@@ -32,13 +33,18 @@ def residual_policy(name: str, layers: typing.Iterable, decoding: bool, is_loop:
         return policy(name)
     if decoding or kernel_choice.platform() not in ("cpu", "gpu") or not sharding.is_alone():
         return EVERYTHING
-    if not all(layer is None or layer.recompute_elementwise for layer in layers):
+    layers = [layer for layer in layers if layer is not None]
+    if kernel_choice.platform() == "gpu" and all(layer.saves_products for layer in layers):
+        return _products_and_recurrence
+    if not all(layer.recompute_elementwise for layer in layers):
         return EVERYTHING
     return _not_cheap_in_loop if is_loop else _not_cheap
 
 
 RECURRENCE = "recurrence"  # the name of states and outputs that `call_recurrent` saves
+RESIDUAL_STREAM = "residual_stream"
 MASK = "mask"  # the name of attention's mask where a kernel reads it from memory
+WIDENED = 16  # Mamba's steps are 32 times as wide as their rank
 LONG = 1024  # tokens of a row from which `call_recurrent` recomputes on CPUs
 
 
@@ -72,7 +78,7 @@ def name_attention_input(x: jax.Array) -> jax.Array:
 
 def name_residual_stream(x: jax.Array) -> jax.Array:
     """Names the residual stream within a block on GPUs, for `residual_policy` to save the sum, not what is added."""
-    return checkpoint_name(x, "residual_stream") if kernel_choice.platform() == "gpu" else x
+    return checkpoint_name(x, RESIDUAL_STREAM) if kernel_choice.platform() == "gpu" else x
 
 
 def name_mask(x: jax.Array) -> jax.Array:
@@ -154,14 +160,24 @@ def _not_cheap_in_loop(primitive, *operands, **parameters):
 
 
 def _products_and_recurrence(primitive, *operands, **parameters):
-    """Saves products with kernels, which have no batch dimension, and what `name_recurrence` names."""
+    """Saves products with kernels, what `name_recurrence` names and, within a block, the residual stream."""
     if "call_jaxpr" in parameters:  # of jax.custom_vjp
-        return any(_is_of_kernel(equation.primitive, **equation.params) for equation in parameters["call_jaxpr"].eqns)
-    return _is_of_kernel(primitive, **parameters) or parameters.get("name") == RECURRENCE
+        equations = parameters["call_jaxpr"].eqns
+        return any(_is_of_kernel(x.primitive, *(operand.aval for operand in x.invars), **x.params) for x in equations)
+    return _is_of_kernel(primitive, *operands, **parameters) or parameters.get("name") in (RECURRENCE, RESIDUAL_STREAM)
 
 
-def _is_of_kernel(primitive, **parameters):
-    return primitive.name == "dot_general" and not parameters["dimension_numbers"][1][0]
+def _is_of_kernel(primitive, *operands, **parameters):
+    """Whether it is a product with a kernel, which has no batch dimension.
+
+    One that makes an array more than `WIDENED` times as wide, as Mamba's from a step's rank to its channels, is cheaper
+    to repeat than its result is to keep.
+    """
+    if primitive.name != "dot_general" or parameters["dimension_numbers"][1][0]:
+        return False
+    (contracted, _), _ = parameters["dimension_numbers"]
+    read = math.prod(operands[0].shape[axis] for axis in contracted)
+    return operands[1].size <= WIDENED * read**2
 
 
 def _gives_scores(equation):

@@ -63,7 +63,7 @@ def test_recurrences_are_in_the_schedule_of_xla(pattern, is_recurrent, monkeypat
 
 
 @pytest.mark.parametrize("unroll", [0, 1], ids=["loop", "unrolled"])
-@pytest.mark.parametrize("mixer", ["gqa", "mla"])
+@pytest.mark.parametrize("mixer", ["gqa", "mla", "mamba2", "rwkv"])
 def test_on_gpus_what_is_recomputed_changes_no_gradient(mixer, unroll):
     lm, batch = contract.build("mixer", mixer, unroll=unroll), contract.batch()
 
