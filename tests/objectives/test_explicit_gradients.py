@@ -38,15 +38,15 @@ def test_values_and_gradients_of_the_plain_form(monkeypatch, precision, T, chunk
     value, (dx_BTD, dhead_DV) = jax.value_and_grad(whole, (0, 1))(x_BTD.astype(jnp.float32), head_DV, batch, "float32")
     head = TransposedKernel(jnp.asarray(head_DV.T)) if tied else head_DV
     with kernel_choice.compiling_for("gpu"), kernel_choice.recording_kernels() as used:
-        found, (found_dx, found_dhead) = jax.jit(
+        gpu_value, (gpu_dx, gpu_dhead) = jax.jit(
             jax.value_and_grad(functools.partial(ours, precision=precision), (0, 1))
         )(x_BTD, head, batch)
     assert used == {"loss": {"chunked" if chunks > 1 else "whole"}}
     of_value, of_gradient = TOLERANCES[precision]
-    close(found, value, of_value)
-    close(found_dx, dx_BTD, of_gradient)
-    close(found_dhead.table.T if tied else found_dhead, dhead_DV, of_gradient)
-    assert (found_dx.dtype, jax.tree.leaves(found_dhead)[0].dtype) == (x_BTD.dtype, jnp.float32)
+    close(gpu_value, value, of_value)
+    close(gpu_dx, dx_BTD, of_gradient)
+    close(gpu_dhead.table.T if tied else gpu_dhead, dhead_DV, of_gradient)
+    assert (gpu_dx.dtype, jax.tree.leaves(gpu_dhead)[0].dtype) == (x_BTD.dtype, jnp.float32)
 
 
 @pytest.mark.parametrize("mesh_spec", ["data=2, fsdp=2, tensor=2", slow_case("fsdp=2, tensor=2, sequence=2")])
@@ -63,9 +63,9 @@ def test_eight_devices_equal_the_plain_form(monkeypatch, mesh_spec):
         ]
         placed = jax.device_put(args, (*where, sharding.batch_sharding(mesh)))
         run = jax.jit(jax.value_and_grad(functools.partial(ours, precision="float32"), (0, 1)))
-        found, found_gradients = run(*placed)
-    close(found, value, 1e-6)
-    jax.tree.map(lambda a, b: close(a, b, 2e-6), found_gradients, gradients)
+        gpu_value, gpu_gradients = run(*placed)
+    close(gpu_value, value, 1e-6)
+    jax.tree.map(lambda a, b: close(a, b, 2e-6), gpu_gradients, gradients)
 
 
 def test_the_gradient_stores_logits_once_and_their_gradient_once(monkeypatch):
@@ -115,6 +115,6 @@ def test_the_objective_that_divides_weights_first_is_the_same(accumulate):
 
     grads, loss = gradients()
     with kernel_choice.compiling_for("gpu"):
-        found_grads, found_loss = gradients()
-    np.testing.assert_allclose(found_loss, loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: close(a, b, 1e-5), found_grads, grads)
+        gpu_grads, gpu_loss = gradients()
+    np.testing.assert_allclose(gpu_loss, loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), gpu_grads, grads)
