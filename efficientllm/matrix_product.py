@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from efficientllm import sharding
 from efficientllm.registry import lookup
-from efficientllm.runtime import kernel_choice
+from efficientllm.runtime import cpuinfo, kernel_choice
 
 
 def multiply(x: jax.Array, w: jax.Array, operand: jnp.dtype, result: jnp.dtype, transposed: bool = False) -> jax.Array:
@@ -47,7 +47,17 @@ def _product(x, w, operand, result, transposed=False):
     `transposed`, w is `[out, in]`.
     """
     w = w.astype(operand)
-    return jnp.matmul(x.astype(operand), w.T if transposed else w, preferred_element_type=result)
+    return _matmul(x.astype(operand), w.T if transposed else w, result)
+
+
+def _matmul(a, b, result):
+    """Multiplies in the operands' dtype; bfloat16 in float32, to the same sums, where a CPU has no instructions for it.
+
+    XLA's own way there is slower: 1.2 to 1.4 times in both passes of a layer of SmolLM2 (AMD EPYC with AVX2).
+    """
+    if a.dtype == jnp.bfloat16 and kernel_choice.platform() == "cpu" and not cpuinfo.bfloat16_instructions():
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.matmul(a, b, preferred_element_type=result)
 
 
 def _product_forward(x, w, operand, result, transposed):
@@ -59,7 +69,7 @@ def _product_forward(x, w, operand, result, transposed):
 def _product_backward(operand, result, transposed, residuals, dy):
     x, w, like_x, like_w = residuals
     dy = dy.astype(operand)
-    dx = jnp.matmul(dy, w if transposed else w.T, preferred_element_type=result)
+    dx = _matmul(dy, w if transposed else w.T, result)
     if x.ndim > 2 and sharding.count_shards("length", x.shape[1]) > 1:
         # Rows and tokens are sharded over different mesh axes: a reshape to one dimension would all-gather them first.
         leading = tuple(range(x.ndim - 1))
@@ -72,7 +82,7 @@ def _product_backward(operand, result, transposed, residuals, dy):
         if len(x) >= 16 and min(w.shape) >= 32 and native.is_usable(operand):
             dw = native.multiply(*((dy, x) if transposed else (x, dy)), operand, result, transpose_a=True)
             return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
-        dw = jnp.matmul(dy.T, x, preferred_element_type=result) if transposed else _weight_gradient(x, dy, result)
+        dw = _matmul(dy.T, x, result) if transposed else _weight_gradient(x, dy, result)
     return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
 
 
@@ -84,7 +94,7 @@ def _weight_gradient(x, dy, result):
     if dy.shape[1] * sum(x.shape) < x.size:  # a few columns, an adapter's: they and the result are the smaller to turn
         return _weight_gradient(dy, x, result).T
     alone = jax.lax.optimization_barrier
-    return alone(jnp.matmul(alone(alone(x).T), alone(dy), preferred_element_type=result))
+    return alone(_matmul(alone(alone(x).T), alone(dy), result))
 
 
 _product.defvjp(_product_forward, _product_backward)
