@@ -1,7 +1,8 @@
 """Pre-training to 20 tokens a parameter, for quality: --config=experiments/board/pretrain.py:STUDY or STUDY-SIZE.
 
 Studies: `rates` (learning rates of representative variants), `mixers`, `positions`, `experts`, and `context` (rows of
-4,096 tokens). Sizes: nano (0.2M parameters), micro (0.5M), tiny (0.9M).
+4,096 tokens). Sizes: nano (0.2M parameters), micro (0.5M), tiny (0.9M); of `mixers`, the first has all, the
+others have the most telling four.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ MIXERS = {
     "rwkv": ("configs/mixers.py:rwkv", {"model.mixer": "rwkv(head_dim=32)"}),
     "hybrid": ("configs/attention.py:gqa", {"model.pattern": ("mamba | swiglu", "mamba | swiglu", "gqa | swiglu")}),
 }
+LADDER = ("gqa", "mqa", "mla", "rwkv")
 # At 4,096 tokens the sparse kinds have the block sizes and windows of an eighth of what their papers use for 32k.
 CONTEXT = {
     **{name: MIXERS[name] for name in ("gqa", "mqa", "mla", "mamba2", "rwkv")},
@@ -41,6 +43,11 @@ CONTEXT = {
     "moba": ("configs/attention.py:moba", {"model.mixer": "moba(block=256, block_count=3)"}),
 }
 POSITIONS = ("rope", "sinusoidal", "learned", "relative", "t5", "alibi", "none")
+
+
+def mixers(scale):
+    """All of them at the smallest size, the most telling ones at the larger."""
+    return MIXERS if scale == "nano" else {name: MIXERS[name] for name in LADDER}
 
 
 def rates(scale):
@@ -69,7 +76,7 @@ def experts(scale):
 # The variants of each study, its baseline, and what must be equal.
 STUDIES = {
     "rates": (rates, "gqa-0.01", {"tokens": 0.0}),
-    "mixers": (lambda scale: MIXERS, "gqa", {"tokens": 0.0, "parameters": 0.04}),
+    "mixers": (mixers, "gqa", {"tokens": 0.0, "parameters": 0.04}),
     "positions": (lambda scale: {name: f"configs/position.py:{name}" for name in POSITIONS}, "rope", {"tokens": 0.0}),
     "experts": (experts, "dense", {"tokens": 0.0}),
     "context": (lambda scale: CONTEXT, "gqa", {"tokens": 0.0, "parameters": 0.04}),
