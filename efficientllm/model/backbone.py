@@ -160,7 +160,9 @@ class Backbone(nn.Module):
         new_states: tuple = ()
         aux: tuple = ()
         for stack in self.stacks:
-            group = self._group_class(stack, modules, decoding=states is not None)
+            policy = self._residual_policy(stack, modules, decoding=states is not None)
+            group = self._group_class(stack, policy)
+            ctx = ctx.replace(recomputes_recurrence=policy == remat.save_products)
             of_stack = stack.blocks if self.scan else stack.groups
             stack_states = None if states is None else tuple(states[i] for i in of_stack)
             carry, (stack_states, stack_aux) = apply_stack(stack, group, carry, ctx, stack_states)
@@ -168,13 +170,17 @@ class Backbone(nn.Module):
             new_states += () if stack_states is None else stack_states
         return carry, None if states is None else new_states, aux
 
-    def _group_class(self, stack, modules, decoding):
+    def _residual_policy(self, stack, modules, decoding):
+        return remat.residual_policy(self.remat, modules, decoding, self._is_loop(stack))
+
+    def _group_class(self, stack, policy):
         """Group, with what the policy of `remat` saves for the backward pass."""
-        is_loop = self.scan and remat.scan_unroll(len(stack.groups), self.unroll) < len(stack.groups)
-        policy = remat.residual_policy(self.remat, modules, decoding, is_loop)
         if policy == remat.EVERYTHING:
             return Group
-        return nn.remat(Group, policy=policy, prevent_cse=not is_loop)
+        return nn.remat(Group, policy=policy, prevent_cse=not self._is_loop(stack))
+
+    def _is_loop(self, stack):
+        return self.scan and remat.scan_unroll(len(stack.groups), self.unroll) < len(stack.groups)
 
     def _scan_stack(self, stack, group, carry, ctx, states):
         scanned = nn.scan(

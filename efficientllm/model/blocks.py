@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 def _mix(mixer, x_BTD, ctx, state):
-    if state is None and mixer.is_recurrent:
+    if state is None and mixer.is_recurrent and not ctx.recomputes_recurrence:
         return remat.call_recurrent(mixer, x_BTD, ctx)
     return mixer(x_BTD, ctx, state)
 

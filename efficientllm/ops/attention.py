@@ -37,6 +37,7 @@ class Context:
       windows_BT: the window of each patch of images, 0 for padding, where some layers attend within windows alone;
         None where none do.
       images: the `embeds.vision_tower.Images` of a vision-language model's rows; None without images.
+      recomputes_recurrence: whether the checkpoint of a whole group recomputes what is around a recurrence.
     """
 
     positions_BT: jax.Array
@@ -49,6 +50,7 @@ class Context:
     text_segments_BS: jax.Array | None = None
     windows_BT: jax.Array | None = None
     images: typing.Any = None
+    recomputes_recurrence: bool = flax.struct.field(pytree_node=False, default=False)
     replace: typing.ClassVar[typing.Callable]  # flax.struct makes it: a copy with other values of the fields named
 
     def rotate(self, position: typing.Any, x_BTHK: jax.Array) -> jax.Array:

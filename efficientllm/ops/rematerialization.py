@@ -35,7 +35,7 @@ def residual_policy(name: str, layers: typing.Iterable, decoding: bool, is_loop:
         return EVERYTHING
     layers = [layer for layer in layers if layer is not None]
     if kernel_choice.platform() == "gpu" and all(layer.saves_products for layer in layers):
-        return _products_and_recurrence
+        return save_products
     if not all(layer.recompute_elementwise for layer in layers):
         return EVERYTHING
     return _not_cheap_in_loop if is_loop else _not_cheap
@@ -57,7 +57,8 @@ def call_recurrent(mixer: nn.Module, x_BTD: jax.Array, *context: typing.Any) -> 
     """Calls a recurrent mixer in training, saving only its products with kernels and what `name_recurrence` names.
 
     A recurrence has a dozen elementwise operations around it, in float32 and as wide as its channels. Saved, their
-    results take several times the memory of attention's. On CPUs rows of up to `LONG` tokens save everything.
+    results take several times the memory of attention's. On CPUs rows of up to `LONG` tokens save everything. Within a
+    checkpoint that saves the same (`save_products`) it would recompute twice: `Context.recomputes_recurrence`.
     """
     if kernel_choice.platform() == "cpu" and x_BTD.shape[1] <= LONG:
         return mixer(x_BTD, *context)
@@ -65,7 +66,7 @@ def call_recurrent(mixer: nn.Module, x_BTD: jax.Array, *context: typing.Any) -> 
     def call(mixer, *inputs):
         return mixer(*inputs)
 
-    return nn.remat(call, policy=_products_and_recurrence)(mixer, x_BTD, *context)
+    return nn.remat(call, policy=save_products)(mixer, x_BTD, *context)
 
 
 def name_attention_input(x: jax.Array) -> jax.Array:
@@ -160,7 +161,7 @@ def _not_cheap_in_loop(primitive, *operands, **parameters):
     return parameters.get("name") not in (ROUNDED_KERNEL, MASK) and _not_cheap(primitive, *operands, **parameters)
 
 
-def _products_and_recurrence(primitive, *operands, **parameters):
+def save_products(primitive: typing.Any, *operands: typing.Any, **parameters: typing.Any) -> bool:
     """Saves products with kernels, what `name_recurrence` names and, within a block, the residual stream."""
     if "call_jaxpr" in parameters:  # of jax.custom_vjp
         equations = parameters["call_jaxpr"].eqns

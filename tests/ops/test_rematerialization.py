@@ -7,6 +7,7 @@ import pytest
 
 import contract
 from efficientllm import base_config, sharding
+from efficientllm.cost.jaxpr_flops import subjaxprs
 from efficientllm.objectives.next_token import NEXT_TOKEN
 from efficientllm.ops import rematerialization
 from efficientllm.plan import cudnn
@@ -114,6 +115,29 @@ def test_on_gpus_kernels_are_rounded_once_and_a_mask_is_made_once_where_layers_a
         masks[unroll] = [shape for shape, _ in saved if shape[-2:] == (64, 64)]  # numbers, or booleans with JAX 0.12
     assert rounded[1] == kernels and not rounded[0]
     assert masks[1] and all(shape == (2, 1, 64, 64) for shape in masks[0] + masks[1])
+
+
+def depth_of_checkpoints(jaxpr, depth=0):
+    """How many checkpoints lie within one another at most."""
+    depths = [depth]
+    for equation in jaxpr.eqns:
+        inner_depth = depth + ("remat" in equation.primitive.name)
+        depths += [depth_of_checkpoints(inner, inner_depth) for inner in subjaxprs(equation.params)]
+    return max(depths)
+
+
+@pytest.mark.parametrize(
+    "pattern, of_recurrence",  # a scan of Mamba has a checkpoint for each chunk
+    [(("rwkv | channel_mix",), 0), (("mamba | swiglu",), 1), (("mamba | swiglu", "gqa | swiglu"), 1)],
+    ids=str,
+)
+def test_on_gpus_what_is_around_a_recurrence_is_recomputed_once(pattern, of_recurrence):
+    """By the group's checkpoint where all layers are recurrent, else by the mixer's own."""
+    lm = contract.build("mixer", "gqa", pattern=pattern, num_layers=2)
+    params, batch = jax.eval_shape(lambda: contract.parameters(lm)), contract.batch()
+    with kernel_choice.compiling_for("gpu"):
+        jaxpr = jax.make_jaxpr(lambda params: NEXT_TOKEN.loss(lm, params, batch, None, (1.0, None))[0])(params)
+    assert depth_of_checkpoints(jaxpr.jaxpr) == 1 + of_recurrence
 
 
 def test_one_gpu_unrolls_more_layers_than_a_cpu_and_a_mesh_none():
