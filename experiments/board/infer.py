@@ -1,7 +1,8 @@
-"""Held-out loss of every form and method of rounding: --config=experiments/board/infer.py:KIND or ladder-SIZE.
+"""Held-out loss of every form and method of rounding: --config=experiments/board/infer.py:KIND, or ladder-SIZE-MIXER.
 
 Kinds of text, which SmolLM2-135M is scored on: `topics` (English prose), `sources` (Python) and `answers` (to questions
-in its chat format). `ladder-SIZE` scores the model that pretrain.py:mixers-SIZE has trained, on what it held out.
+in its chat format). `ladder-SIZE-MIXER` scores a model that pretrain.py:mixers-SIZE has trained, by default gqa's, on
+what it held out.
 
 Rounding to the nearest has no seed, and what the methods are calibrated on is the same for all: one block. The row
 gives the loss of each of the 40 rows of text, so that two forms are compared row by row.
@@ -40,8 +41,8 @@ FORMS = {
 
 
 def get_config(name="topics"):
-    study, _, size = name.partition("-")
-    model = trained(size) if study == "ladder" else {"data": base_config.variant(KINDS, study)}
+    study, _, variant = name.partition("-")
+    model = trained(*variant.split("-")) if study == "ladder" else {"data": base_config.variant(KINDS, study)}
     return Sweep(
         name=f"board_infer_{name.replace('-', '_')}",
         measures="quality",
@@ -63,9 +64,9 @@ def get_config(name="topics"):
     )
 
 
-def trained(size):
-    """The overrides of a run of pretrain.py that is the baseline of its sweep, of the first seed."""
-    pattern = f"runs/board/mixers-{size}/00-00-gqa-*/record.json"
+def trained(size, mixer="gqa"):
+    """The overrides of a run of pretrain.py:mixers-SIZE, of the first seed."""
+    pattern = f"runs/board/mixers-{size}/00-*-{mixer}-*/record.json"
     if not (rows := glob.glob(pattern)):
         raise UserError(f"{pattern}: no such run; run the sweep experiments/board/pretrain.py:mixers-{size} first")
     return {"model.pretrained": rows[0].removesuffix("/record.json"), "infer.chat": False}
