@@ -106,6 +106,8 @@ def _main(flags, extra):
     costs = cost_estimates.estimate_costs(sweep, extra)
     chosen = grid.choose_values(sweep, out, extra) if grid.is_finished(sweep, out, extra) else None
     runs = [] if sweep.search else list(spec.list_runs(sweep, extra, chosen))
+    if chosen:
+        grid.take_over_trials(sweep, out, runs, extra)
     print(cost_estimates.format_costs(sweep, costs, runs, out, extra))
     if "dry_run" in flags:
         return 0
@@ -135,6 +137,7 @@ def _run(sweep, flags, extra, out, retry, costs, save_rows):
     runs = list(spec.list_runs(sweep, extra))
     if sweep.grid and run_all(list(grid.list_tries(sweep, extra)), out / grid.FOLDER) is not None:
         runs = list(spec.list_runs(sweep, extra, grid.choose_values(sweep, out, extra)))
+        grid.take_over_trials(sweep, out, runs, extra)
         print(grid.format_choices(sweep, out))
     elif sweep.grid:
         return _stopped(began)

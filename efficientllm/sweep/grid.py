@@ -8,7 +8,7 @@ import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from efficientllm.record.row import read_record
+from efficientllm.record.row import read_record, write_record
 from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.sweep import execute, spec
 from efficientllm.untrusted import json_text
@@ -47,6 +47,23 @@ def choose_values(sweep: spec.Sweep, out: pathlib.Path, extra: Sequence[str] = (
     text = {variant: {"chosen": best[variant], "tries": trials} for variant, trials in tries.items()}
     write_atomically(out / "grid.json", json.dumps({"sweep": sweep.name, "key": key, "variants": text}, indent=2))
     return {variant: () if value is None else (_flag(key, value),) for variant, value in best.items()}
+
+
+def take_over_trials(sweep: spec.Sweep, out: pathlib.Path, runs: Sequence[spec.Run], extra: Sequence[str] = ()) -> None:
+    """Gives each run without a row, of a sweep for quality, the row of the trial with its command line.
+
+    Repeated, it would have the same losses. Its times are not those of its place in a block, so that other sweeps
+    repeat it.
+    """
+    if sweep.measures != "quality" or not sweep.grid:
+        return
+    trials = {(trial.variant, trial.argv): out / FOLDER / trial.folder for trial in list_tries(sweep, extra)}
+    for run in runs:
+        trial = trials.pop((run.variant, run.argv), None)  # of two runs with one command line the first
+        folder = out / run.folder
+        if trial and execute.read_outcome(trial) == "ok" and execute.read_outcome(folder) is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_record(read_record(trial / "record.json") | {"sweep": run.place}, folder / "record.json")
 
 
 def format_choices(sweep: spec.Sweep, out: pathlib.Path) -> str:

@@ -79,13 +79,14 @@ def measured_pairs(rows: typing.Iterable[typing.Any]) -> set[tuple]:
 def state_facts(rows, files, planned, counts) -> list[str]:
     """Sentences on what was measured and planned, the machine time, and the share of comparisons that are told."""
     of_files = [row for file in files for row in find_rows.read_rows_file(file)[0]]  # trials of grids too
-    seconds = [wall_seconds(row.record) or 0.0 for row in of_files]
+    runs = {find_rows.run_of(row): row for row in of_files}.values()  # a trial may stand in a block too
+    seconds = [wall_seconds(row.record) or 0.0 for row in runs]
     devices = sorted({leaderboard.groups.device(row) for row in of_files if row.ok})
     trials = sum(bool(row.sweep.get(find_rows.GRID)) for row in of_files)
     return [
         f"{len(measured_pairs(rows))} measured pairs of a model and a technique, from {len(rows)} rows; "
         f"{sum(len(table['rows']) for table in planned)} planned ones, which share no ranking with them.",
-        f"Machine time: {sum(seconds) / 3600:.1f} hours on {'; '.join(devices) or 'no device'}, of {len(of_files)} "
+        f"Machine time: {sum(seconds) / 3600:.1f} hours on {'; '.join(devices) or 'no device'}, of {len(runs)} "
         f"runs, {trials} of them trials by which sweeps chose a value.",
         pairwise.format_share(counts),
     ]

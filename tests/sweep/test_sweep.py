@@ -162,6 +162,27 @@ def test_a_grid_gives_each_variant_the_value_of_its_least_loss(tmp_path):
     assert "| a | 1.5 | 1.5000 | chosen | 3, 21 s |" in text and "| c | 1.5 | – | nan |" in text
 
 
+@pytest.mark.parametrize("measures", ["quality", "cost"])
+def test_in_a_sweep_for_quality_a_trial_is_the_run_with_its_command_line(measures, tmp_path):
+    """It would have the same losses; its times are not those of a place in a block."""
+    ours = sweep(seeds=(5, 6), grid=("loss", ("2.5", "1.5")), measures=measures, twice=True)
+    for run in grid.list_tries(ours):
+        execute_program(run, tmp_path / grid.FOLDER / run.folder)
+    runs = list(spec.list_runs(ours, (), grid.choose_values(ours, tmp_path)))
+    grid.take_over_trials(ours, tmp_path, runs)
+    taken = [run for run in runs if execute.read_outcome(tmp_path / run.folder)]
+    # The baseline stands twice in a block, and is measured once by its trial; c has no trial that ended well.
+    wanted = [(5, "a"), (5, "b")] if measures == "quality" else []
+    assert sorted((run.seed, run.variant) for run in taken) == wanted
+    for run in taken:
+        row = json.loads((tmp_path / run.folder / "record.json").read_text())
+        assert row["sweep"] == run.place and row["quality"]["eval_loss"] == 1.5
+    for run in runs:
+        execute_program(run, tmp_path / run.folder)
+    found = find_rows.collect_rows([tmp_path])
+    assert len(found.rows) == len(runs) and not any("copy" in line for line in found.left_out)
+
+
 def test_equality_is_checked_before_anything_runs():
     wide = {"a": "configs/base.py", "b": ("configs/base.py", {"model.ffn": "swiglu(hidden=512)"})}
     base = {"tokenizer": "bytes"}
