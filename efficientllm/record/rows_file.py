@@ -96,7 +96,7 @@ def pack_rows(out: PathLike, file: PathLike) -> int:
     """Merges the rows below `out` into a rows file, atomically -> how many it then holds; sorted by folder, each once.
 
     Of two rows of one folder, that of `out` counts, unless it failed and the file's did not. Of copies of one run in
-    two folders the first counts. Raises UserError for a file, or a record.json, that is no row.
+    two folders the first counts, but for a trial of a grid and the block that took it over. Raises UserError for a file, or a record.json, that is no row.
     """
     rows = read_rows_file(file) if files.is_there(file) else {}
     for folder, record in _records_below(pathlib.Path(out)):
@@ -104,9 +104,9 @@ def pack_rows(out: PathLike, file: PathLike) -> int:
             rows[folder] = record
     lines, runs = [], set()
     for folder, record in sorted(rows.items()):
-        run = record["provenance"].get("run")
-        if run is None or run not in runs:
-            runs.add(run)
+        run, is_trial = record["provenance"].get("run"), "grid" in record.get("sweep", {})
+        if run is None or (run, is_trial) not in runs:
+            runs.add((run, is_trial))
             row = {"folder": folder, **trim_record(finite(record))}
             lines.append(json.dumps(row, separators=(",", ":"), allow_nan=False))
     text = "".join(f"{line}\n" for line in lines).encode()

@@ -167,7 +167,10 @@ def test_in_a_sweep_for_quality_a_trial_is_the_run_with_its_command_line(measure
     """It would have the same losses; its times are not those of a place in a block."""
     ours = sweep(seeds=(5, 6), grid=("loss", ("2.5", "1.5")), measures=measures, twice=True)
     for run in grid.list_tries(ours):
-        execute_program(run, tmp_path / grid.FOLDER / run.folder)
+        file = tmp_path / grid.FOLDER / run.folder / "record.json"
+        execute_program(run, file.parent)
+        row = json.loads(file.read_text())
+        file.write_text(json.dumps(row | {"provenance": row["provenance"] | {"run": run.folder}}))
     runs = list(spec.list_runs(ours, (), grid.choose_values(ours, tmp_path)))
     grid.take_over_trials(ours, tmp_path, runs)
     taken = [run for run in runs if execute.read_outcome(tmp_path / run.folder)]
@@ -177,6 +180,9 @@ def test_in_a_sweep_for_quality_a_trial_is_the_run_with_its_command_line(measure
     for run in taken:
         row = json.loads((tmp_path / run.folder / "record.json").read_text())
         assert row["sweep"] == run.place and row["quality"]["eval_loss"] == 1.5
+    # A file to commit holds both.
+    rows = tmp_path.parent / f"{measures}.rows.jsonl"
+    assert pack.rows_file.pack_rows(tmp_path, rows) == len(list(tmp_path.rglob("record.json")))
     for run in runs:
         execute_program(run, tmp_path / run.folder)
     found = find_rows.collect_rows([tmp_path])
