@@ -96,7 +96,8 @@ def pack_rows(out: PathLike, file: PathLike) -> int:
     """Merges the rows below `out` into a rows file, atomically -> how many it then holds; sorted by folder, each once.
 
     Of two rows of one folder, that of `out` counts, unless it failed and the file's did not. Of copies of one run in
-    two folders the first counts, but for a trial of a grid and the block that took it over. Raises UserError for a file, or a record.json, that is no row.
+    two folders the first counts, but for a trial of a grid and the block that took it over. Raises UserError for a
+    file, or a record.json, that is no row.
     """
     rows = read_rows_file(file) if files.is_there(file) else {}
     for folder, record in _records_below(pathlib.Path(out)):
