@@ -61,7 +61,7 @@ def _flash(q_BTHK, k_BSGK, v_BSGV, mask, bias, scale):
     if not (takes_flash(q_BTHK, mask, bias) and flash.is_usable()):
         raise FieldError(
             "attention_kernel",
-            "needs one CPU device with AVX-512, float32 or bfloat16, a causal or bidirectional order, positions that "
+            "needs one CPU device with AVX2, float32 or bfloat16, a causal or bidirectional order, positions that "
             "are no bias, and no decoding; take 'auto'",
             "flash",
         )

@@ -4,6 +4,7 @@
 
 #include <initializer_list>
 #include <string>
+#include <string_view>
 
 #include "instructions.h"
 #include "threads.h"
@@ -26,6 +27,22 @@ static bool are_heads(std::initializer_list<const ffi::AnyBuffer*> arrays) {
   return true;
 }
 
+// The kernels for an instruction set that this machine has; null without.
+static const FlashKernels* kernels_of(std::string_view name) {
+  for (const FlashKernels* kernels = flash_kernels(); kernels->instructions; kernels++)
+    if (name == kernels->instructions && instruction_set(name) >= 0) return kernels;
+  return nullptr;
+}
+
+// The instruction sets of this machine that have kernels, best last, as "avx2 avx512".
+extern "C" const char* efficientllm_flash_instruction_sets() {
+  static std::string names;
+  std::string text;
+  for (const FlashKernels* kernels = flash_kernels(); kernels->instructions; kernels++)
+    if (kernels_of(kernels->instructions)) text += (text.empty() ? "" : " ") + std::string(kernels->instructions);
+  return (names = text).c_str();
+}
+
 static Heads heads(const ffi::AnyBuffer& x) {
   return {(char*)x.untyped_data(), x.element_type() == ffi::BF16, x.dimensions()[1], x.dimensions()[2], x.dimensions()[3]};
 }
@@ -35,7 +52,6 @@ static ffi::ErrorOr<Flash> attention(const ffi::AnyBuffer& q, const ffi::AnyBuff
                                      const ffi::AnyBuffer& y, const Floats& sums, const Ints& query_segments,
                                      const Ints& key_segments, float scale, bool is_causal, int64_t window) {
   const auto no = [](const char* why) { return ffi::Unexpected(ffi::Error::InvalidArgument(std::string("efficientllm flash: ") + why)); };
-  if (!flash_kernels().forward || instruction_set("avx512") < 0) return no("no such instruction set on this machine");
   if (!are_heads({&q, &k, &v, &y})) return no("arrays that are no [batch, length, heads, width] of float32 or bfloat16");
   const Sizes of_q = q.dimensions(), of_k = k.dimensions(), of_v = v.dimensions();
   const int64_t B = of_q[0], T = of_q[1], H = of_q[2], S = of_k[1], G = of_k[2], V = of_v[3];
@@ -56,13 +72,15 @@ static int64_t work(const Flash& f) { return f.batch * f.q.heads * f.q.length * 
 // q[B, T, H, K], k[B, S, G, K], v[B, S, G, V], segments [B, T] and [B, S] (or empty) -> y[B, T, H, V], sums [B, H, T]
 static ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Ints query_segments,
                           Ints key_segments, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Floats> sums, float scale,
-                          bool is_causal, int64_t window) {
+                          bool is_causal, int64_t window, std::string_view instructions) {
+  const FlashKernels* kernels = kernels_of(instructions);
+  if (!kernels) return ffi::Error::InvalidArgument("efficientllm flash: no such instruction set on this machine");
   const auto f = attention(q, k, v, *y, *sums, query_segments, key_segments, scale, is_causal, window);
   if (!f.has_value()) return f.error();
   const int64_t heads = f->batch * f->q.heads, threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t parts = std::max<int64_t>(1, std::min((f->q.length + 255) / 256, 2 * threads / std::max<int64_t>(1, heads)));
   share(pool, heads * parts, work(*f), [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i++) flash_kernels().forward(*f, i / parts, i % parts, parts);
+    for (int64_t i = from; i < to; i++) kernels->forward(*f, i / parts, i % parts, parts);
   });
   return ffi::Error::Success();
 }
@@ -71,7 +89,9 @@ static ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer
 static ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Ints query_segments,
                            Ints key_segments, ffi::AnyBuffer y, Floats sums, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> dq,
                            ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv, float scale, bool is_causal,
-                           int64_t window) {
+                           int64_t window, std::string_view instructions) {
+  const FlashKernels* kernels = kernels_of(instructions);
+  if (!kernels) return ffi::Error::InvalidArgument("efficientllm flash: no such instruction set on this machine");
   auto f = attention(q, k, v, y, sums, query_segments, key_segments, scale, is_causal, window);
   if (!f.has_value()) return f.error();
   const int64_t B = f->batch, T = f->q.length, H = f->q.heads, S = f->k.length, K = f->k.width, V = f->v.width;
@@ -81,7 +101,7 @@ static ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffe
     return ffi::Error::InvalidArgument("efficientllm flash: gradients that do not fit");
   f->dy = heads(dy), f->dq = heads(*dq), f->dk = heads(*dk), f->dv = heads(*dv);
   share(pool, B * N, 2 * work(*f), [&](int64_t from, int64_t to) {
-    for (int64_t unit = from; unit < to; unit++) flash_kernels().backward(*f, unit);
+    for (int64_t unit = from; unit < to; unit++) kernels->backward(*f, unit);
   });
   return ffi::Error::Success();
 }
@@ -98,7 +118,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(efficientllm_flash, forward,
                                   .Ret<Floats>()
                                   .Attr<float>("scale")
                                   .Attr<bool>("is_causal")
-                                  .Attr<int64_t>("window"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<std::string_view>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(efficientllm_flash_gradients, backward,
                               ffi::Ffi::Bind()
@@ -116,4 +137,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(efficientllm_flash_gradients, backward,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<bool>("is_causal")
-                                  .Attr<int64_t>("window"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<std::string_view>("instructions"));

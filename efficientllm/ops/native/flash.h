@@ -25,8 +25,9 @@ struct Flash {
 // Units of work: a query head of a row is `parts` of the forward pass, which share its queries; a head of dk, with the
 // query heads that read it, is one of the backward pass.
 struct FlashKernels {
+  const char* instructions;  // null ends the list
   void (*forward)(const Flash&, int64_t head, int64_t part, int64_t parts);
   void (*backward)(const Flash&, int64_t unit);
 };
 
-FlashKernels flash_kernels();  // null pointers where the build has none
+const FlashKernels* flash_kernels();  // of this build, slowest first

@@ -1,4 +1,4 @@
-"""Native attention of whole rows on CPUs with AVX-512, and its gradients (Dao et al. 2022, arXiv:2205.14135).
+"""Native attention of whole rows on CPUs with AVX2 or AVX-512, and its gradients (Dao et al. 2022, arXiv:2205.14135).
 
 Scores of a block of queries stay in the second cache, and products and exponentials are float32. XLA writes the scores
 of all pairs of a chunk to memory, several times in each pass.
@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficientllm import sharding
 from efficientllm.ops.native import matmul
+from efficientllm.runtime import kernel_choice
 
 TARGET, GRADIENTS = matmul.ATTENTION
 
 
 def is_usable() -> bool:
     """Tells whether the traced program may call the kernel: it runs on one CPU device that has the instructions."""
-    return matmul.is_usable(jnp.dtype("float32")) and matmul.has_attention()
+    return sharding.is_alone() and kernel_choice.platform() == "cpu" and bool(matmul.attention_instruction_sets())
 
 
 def occupies(heads: int) -> bool:
@@ -47,7 +49,13 @@ def attention(
 
 
 def _attributes(scale, is_causal, window):
-    return {"scale": np.float32(scale), "is_causal": bool(is_causal), "window": np.int64(window)}
+    best = matmul.attention_instruction_sets()[-1]
+    return {
+        "scale": np.float32(scale),
+        "is_causal": bool(is_causal),
+        "window": np.int64(window),
+        "instructions": best,
+    }
 
 
 def _forward(q_BTHK, k_BSGK, v_BSGV, query_segments_BT, key_segments_BS, scale, is_causal, window):

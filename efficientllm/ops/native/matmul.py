@@ -71,11 +71,17 @@ def matmul(
     )
 
 
-@functools.cache
-def has_attention() -> bool:
-    """Tells whether the library has the attention of flash.py too; one that was built from older sources lacks it."""
+def attention_instruction_sets() -> tuple[str, ...]:
+    """Lists the instruction sets with kernels of flash.py on this machine, best last, as `instruction_sets` does.
+
+    It is empty with a library that was built from older sources and lacks them.
+    """
     library = _library()
-    return library is not None and all(hasattr(library, target) for target in ATTENTION)
+    if library is None or not hasattr(library, "efficientllm_flash_instruction_sets"):
+        return ()
+    names = library.efficientllm_flash_instruction_sets
+    names.restype, names.argtypes = ctypes.c_char_p, []
+    return tuple(name for name in names().decode().split() if cpuinfo.is_allowed(name.upper()))
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Native attention of whole rows and its gradients against float64: orders, windows, segments and awkward sizes."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,13 @@ from efficientllm import sharding
 from efficientllm.cost import jaxpr_flops
 from efficientllm.errors import UserError
 from efficientllm.ops.attention import Mask, attend, choose
-from efficientllm.ops.native import flash
+from efficientllm.ops.native import flash, matmul
 from efficientllm.plan import hlo_flops, hlo_text
 from efficientllm.runtime import kernel_choice
 
 pytestmark = [
     pytest.mark.quick,
-    pytest.mark.skipif(not flash.is_usable(), reason="no compiler, or a CPU without AVX-512"),
+    pytest.mark.skipif(not flash.is_usable(), reason="no compiler, or a CPU without AVX2"),
 ]
 SIZES = {  # B, T, S, H, G, K, V
     "one token": (1, 1, 1, 1, 1, 1, 1),
@@ -96,6 +98,14 @@ def check(arrays, mask):
         assert gradient.dtype == arrays[0].dtype and error <= tolerance * max(np.linalg.norm(expected), 1e-3)
 
 
+@pytest.fixture(params=matmul.attention_instruction_sets())
+def instructions(request, monkeypatch):
+    """Each instruction set of this machine, by the flag that limits XLA."""
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa={request.param}")
+    assert matmul.attention_instruction_sets()[-1] == request.param
+
+
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("segments", ["none", "packed", "mixed"])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("size", [name for name in SIZES if name != "across"])
@@ -104,6 +114,7 @@ def test_attention_and_gradients(size, name, segments):
     check(arrays, Mask(segments_of(arrays[0], segments), **MASKS[name]))
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("size", ["small", "a block and a rest", "wide"])
 def test_bfloat16(size):
     arrays = make(size, "bfloat16")
@@ -127,6 +138,7 @@ def test_the_bound_sees_a_key_that_is_left_out():
     assert not np.all(abs(np.asarray(attend(*arrays[:3], Mask(), "flash")) - y) <= bound)
 
 
+@pytest.mark.usefixtures("instructions")
 def test_a_number_that_is_not_finite_reaches_what_reads_it():
     q, k, v, _ = make("blocks")
     for array in (q.at[0, 40].set(jnp.nan), q.at[0, 40].set(jnp.inf)):
@@ -145,12 +157,12 @@ def test_where_it_runs():
         assert choose(q, Mask()) != "flash"
     with jax.set_mesh(sharding.make_mesh("data=8", jax.devices())):
         assert choose(q, Mask()) != "flash"
-    with pytest.raises(UserError, match="'flash': needs one CPU device with AVX-512"):
+    with pytest.raises(UserError, match="'flash': needs one CPU device with AVX2"):
         attend(q, q, q, Mask(), "flash", bias=lambda *_: 0)
 
 
-def test_below_avx512_xla_computes(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
+def test_below_avx2_xla_computes(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX")
     assert choose(make("blocks")[0], Mask()) != "flash"
 
 
@@ -173,7 +185,8 @@ def test_products_are_counted_in_jaxprs_and_programs(name):
 
 def test_arrays_that_do_not_fit_are_refused():
     zeros, none = jnp.zeros, jnp.zeros((0, 0), jnp.int32)
-    attributes = {"scale": np.float32(1), "is_causal": True, "window": np.int64(0)}
+    best = matmul.attention_instruction_sets()[-1]
+    attributes = {"scale": np.float32(1), "is_causal": True, "window": np.int64(0), "instructions": best}
     shapes = jax.ShapeDtypeStruct((1, 4, 2, 3), jnp.float32), jax.ShapeDtypeStruct((1, 2, 4), jnp.float32)
     call = jax.ffi.ffi_call(flash.TARGET, shapes)
     q, k, ids = zeros((1, 4, 2, 3)), zeros((1, 4, 1, 3)), zeros((1, 4), jnp.int32)
@@ -189,6 +202,9 @@ def test_arrays_that_do_not_fit_are_refused():
     ):
         with pytest.raises(Exception, match=message):
             jax.block_until_ready(call(*wrong, **attributes))
+    for wrong in ("", "sse2"):
+        with pytest.raises(Exception, match="no such instruction set"):
+            jax.block_until_ready(call(q, k, k, none, none, **attributes | {"instructions": wrong}))
     gradients = jax.ffi.ffi_call(flash.GRADIENTS, [jax.ShapeDtypeStruct(q.shape, jnp.float32)] * 3)
     operands = (q, k, k, ids, ids, q, zeros((1, 2, 4)))
     jax.block_until_ready(gradients(*operands, q, **attributes))
