@@ -14,7 +14,6 @@ WITH_VOCABULARY = SIZE.replace("rope_base=1e4", "rope_base=1e4, vocab_size=257")
 TRAIN = {
     "model.size": SIZE,
     "model.parameters_of": "",
-    "model.attention_kernel": "xla",  # the native one has other bits
     "data": f"text(path='{DATA}/texts/*.txt')",
     "tokenizer": "bytes",
     "train.steps": 3,
@@ -36,7 +35,6 @@ STORED = TRAIN | {
 TUNE = TRAIN | {"model.pretrained": STORED_MODEL, "model.size": "tiny", "train.schedule": "constant(peak=0.001)"}
 TUNE["adapter"] = "lora(rank=4, alpha=8)"
 INFER = {
-    "model.attention_kernel": "xla",
     "model.pretrained": STORED_RUN,
     "tokenizer": "bytes",
     "data": TRAIN["data"],
