@@ -236,9 +236,10 @@ def _matmul():
     from efficientllm.ops.native import matmul
 
     if not matmul.is_built():
-        fix = "install a C++ compiler and reinstall the package: training is then faster on CPUs with AVX-512"
+        fix = "install a C++ compiler and reinstall the package: training is then faster on CPUs with AVX2 or AVX-512"
         return Finding("native products of many rows", False, "not built: XLA multiplies", fix)
     sets = {name: matmul.instruction_sets(name) for name in ("float32", "bfloat16")}
+    sets["attention"] = matmul.attention_instruction_sets()
     detail = "; ".join(f"{name}: {', '.join(of_name) or 'by XLA'}" for name, of_name in sets.items())
     return Finding("native products of many rows", True, detail)
 
