@@ -99,6 +99,8 @@ def _check(limit, variant, group, units):
 def _shown(cell, unit):
     """`2.31 nat (×0.985, 0.972–0.998 of the baseline's, n = 3)`."""
     text = format_value(cell["mean"], unit)
+    if cell.get("low") is not None and f"{cell['low']:.3f}" == f"{cell['high']:.3f}":
+        return f"{text} (×{cell['ratio']:.3f} of the baseline's)"
     if cell.get("low") is not None:
         return f"{text} (×{cell['ratio']:.3f}, {cell['low']:.3f}–{cell['high']:.3f} of the baseline's, n = {cell['n']})"
     if "ratio" in cell:
