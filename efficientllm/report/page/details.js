@@ -43,7 +43,7 @@ const textNode = (title, text) => (text ? part(title, make("pre", { tabindex: "0
 
 function samplesNode(path) {
   const picture = PICTURES[path];
-  return picture ? part("Samples", pictureNode(picture, "grid", null, `Samples of ${runName(path)}${classList(picture)}`)) : null;
+  return picture ? part("Samples", pictureNode(picture, "grid", null, `Samples of ${runName(path)}${wantedList(picture)}`)) : null;
 }
 
 function errorNode(run) {
