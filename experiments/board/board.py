@@ -9,16 +9,28 @@ for bad input.
 
 import argparse
 import csv
+import json
 import pathlib
 import sys
 import typing
 
 from efficientllm.errors import UserError
 from efficientllm.record.row import wall_seconds
-from efficientllm.report import answers, find_rows, grids, leaderboard, pairwise, techniques, write_files
+from efficientllm.report import (
+    answers,
+    find_rows,
+    grids,
+    leaderboard,
+    pairwise,
+    techniques,
+    variant_names,
+    write_files,
+)
+from efficientllm.report.joined_sweeps import is_length
 
 HERE = pathlib.Path(__file__).parent
 MOST = 5_000_000  # bytes of the page
+WORKLOAD = ("data", "train.batch_size", "train.length")  # keys that are no technique
 QUESTIONS = (
     answers.Question(
         "Which attention for 4k contexts on a small machine?",
@@ -67,12 +79,17 @@ def read_plans() -> list[dict[str, typing.Any]]:
 
 
 def measured_pairs(rows: typing.Iterable[typing.Any]) -> set[tuple]:
-    """The pairs of a model and a technique that rows measured well: `(task, model, technique)`."""
+    """The pairs of a model and a technique that rows measured well: `(task, model, its config)`.
+
+    Runs that differ in their text, the tokens of a step, the learning rate or the seed are of one pair.
+    """
     pairs = set()
     for row in rows:
         if row.ok and not row.predicted:
+            config = variant_names.compared_config(row.config)
+            technique = {key: value for key, value in config.items() if not (is_length(key) or key in WORKLOAD)}
             used = techniques.techniques(row)
-            pairs.add((row.kind, used["model"] or used["scale"], row.variant))
+            pairs.add((row.kind, used["model"] or used["scale"], json.dumps(technique, sort_keys=True)))
     return pairs
 
 
