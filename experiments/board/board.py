@@ -10,6 +10,7 @@ for bad input.
 import argparse
 import csv
 import json
+import os
 import pathlib
 import sys
 import typing
@@ -111,6 +112,7 @@ def state_facts(rows, files, planned, counts) -> list[str]:
 
 def build(folder: pathlib.Path) -> tuple[dict[str, typing.Any], list]:
     """The leaderboard of the rows files in a folder, with answers, facts and plans -> `(board, rows)`."""
+    folder = pathlib.Path(os.path.relpath(folder))  # paths of rows are the same on every machine
     files, planned = find_rows.find_rows_files(folder), read_plans()
     collection = find_rows.collect_rows(files or [folder])
     board = leaderboard.build_leaderboard(collection.rows)
