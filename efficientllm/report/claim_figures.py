@@ -7,13 +7,15 @@ from xml.sax.saxutils import escape
 NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'  # which a file needs, and an element of a page does not
 _MOST = 12  # pairs
 _WIDTH, _LEFT, _RIGHT, _LINE, _TOP, _BOTTOM = 520, 210, 12, 18, 8, 26
-_COLOURS = {"holds": "#059669", "does not hold": "#dc2626"}
+_COLOURS = {"does not hold": "#dc2626", "holds": "#059669"}  # one pair that does not hold decides
 _OPEN, _AXIS = "#d97706", "#64748b"  # legible on white and on black
 
 
 def draw_claim(claim: dict[str, typing.Any]) -> str | None:
-    """Draws the pairs of a claim that have a ratio -> an SVG, or None without any."""
-    pairs = [pair for pair in claim["pairs"] if "ratio" in pair][:_MOST]
+    """Draws the pairs of a claim that have a ratio -> an SVG, or None without any. Of many, those that decide it."""
+    pairs = [pair for pair in claim["pairs"] if "ratio" in pair]
+    pairs = sorted(pairs, key=lambda pair: list(_COLOURS).index(_status(pair)) if _status(pair) in _COLOURS else 9)
+    pairs = pairs[:_MOST]
     if not pairs:
         return None
     bound = float(claim["ratio"].split()[1])
@@ -30,6 +32,10 @@ def draw_claim(claim: dict[str, typing.Any]) -> str | None:
     for number, pair in enumerate(pairs):
         parts += _interval(pair, place, _TOP + _LINE * (number + 0.5))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _status(pair):
+    return pair["status"].partition(",")[0]
 
 
 def _ends(pair):
@@ -55,7 +61,7 @@ def _rule(x, height, label, dash=""):
 
 
 def _interval(pair, place, y):
-    colour = _COLOURS.get(pair["status"].partition(",")[0], _OPEN)
+    colour = _COLOURS.get(_status(pair), _OPEN)
     name = f"{pair['variant']} / {pair['against']}"
     name = name if len(name) <= 34 else f"{name[:33]}…"
     yield f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>'

@@ -6,6 +6,7 @@ one interval lies on the other side (or is equal within 2 % where a difference i
 tested here, and the reason names the undecided pairs.
 """
 
+import collections
 import functools
 import importlib.resources
 import json
@@ -20,6 +21,7 @@ from efficientllm.report.techniques import techniques
 
 Claim = dict[str, typing.Any]  # an entry of data/claims.json
 _MOST_BLOCKS = 1000
+_MOST_NAMED = 4  # pairs that have the same reason
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be tested here"
 _SIDES = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -62,8 +64,8 @@ def _what_it_takes(claim, pairs):
             without = "two blocks or more" if interval.low is None else "more held-out text"
             more = without if blocks is None else f"{blocks:,} blocks"
             more = f"more than {_MOST_BLOCKS:,} blocks" if blocks == _MOST_BLOCKS else more
-            needs.append(f"{pair['variant']} / {pair['against']}: {more}")
-    return "; ".join(dict.fromkeys(needs))
+            needs.append((more, pair))
+    return _pairs_by_text(needs)
 
 
 def describe_claim(claim: Claim) -> dict[str, typing.Any]:
@@ -86,7 +88,7 @@ def _pairs(claim, group):
     for variant, (row, used) in leaders.items():
         if _uses(used, claim["of"]) and not _outside(claim, row):
             for other, against in others.items():
-                if _only_differ_in(used, against, claim["of"]):
+                if _only_differ_in(used, against, (*claim["of"], *claim.get("besides", ()))):
                     yield variant, other
 
 
@@ -144,8 +146,21 @@ def judge_interval(interval: statistics.Interval, bound: str) -> tuple[str, str]
 
 
 def join_reasons(pairs: Sequence[dict]) -> str:
-    """Joins the reasons of the pairs, each once."""
-    return "; ".join(dict.fromkeys(f"{p['variant']} / {p['against']}: {p['reason']}" for p in pairs if p["reason"]))
+    """Joins the reasons of the pairs, each once, with the pairs that it speaks of."""
+    return _pairs_by_text([(pair["reason"], pair) for pair in pairs if pair["reason"]])
+
+
+def _pairs_by_text(told):
+    """`text: the pairs of it` for each text of `told`, (text, pair); of many pairs the first _MOST_NAMED."""
+    pairs_by_text = collections.defaultdict(dict)
+    for text, pair in told:
+        pairs_by_text[text][f"{pair['variant']} / {pair['against']}"] = None
+    return "; ".join(f"{_some(list(pairs))}: {text}" for text, pairs in pairs_by_text.items())
+
+
+def _some(names):
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _why_open(claim, groups):

@@ -131,8 +131,8 @@ class Group:
         """The Interval over blocks; of one block of inference, over the parts of the held-out text."""
         sides = [self.supplying(side, key) for side in (variant, other)]
         by_text = None
-        if key == "eval_loss" and len(logs_B) == 1 == len(sides[0]) == len(sides[1]):
-            by_text = held_out_parts.text_interval(sides[0][0], sides[1][0])
+        if key in held_out_parts.METRICS and len(logs_B) == 1 == len(sides[0]) == len(sides[1]):
+            by_text = held_out_parts.text_interval(key, sides[0][0], sides[1][0])
         return by_text or statistics.ratio_interval(logs_B, columns.is_exact(key))
 
     def compare(self, key: str, better: str | None) -> tuple[dict[str, dict], dict[str, dict[str, float]]]:

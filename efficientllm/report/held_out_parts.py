@@ -11,15 +11,22 @@ from efficientllm.report.rows import Row
 from efficientllm.untrusted import json_text
 
 
-def text_interval(row: Row, other: Row) -> statistics.Interval | None:
-    """The Interval of the held-out loss of `row` over that of `other`, over parts of the text.
+LOSSES = ("eval_loss", "bits_per_byte")  # means over the text, whose ratio is that of its sums
+METRICS = (*LOSSES, "perplexity")
+
+
+def text_interval(key: str, row: Row, other: Row) -> statistics.Interval | None:
+    """The Interval of a metric of METRICS of `row` over that of `other`, over parts of the text.
 
     None unless both are rows of inference with the same parts, two or more.
     """
     parts = [_parts(side) for side in (row, other)]
     if row.kind != "infer" or None in parts or [w for _, w in parts[0]] != [w for _, w in parts[1]]:
         return None
-    return statistics.ratio_of_sums(*([loss for loss, _ in side] for side in parts))
+    losses = [[loss for loss, _ in side] for side in parts]
+    if key in LOSSES:
+        return statistics.ratio_of_sums(*losses)
+    return statistics.ratio_of_perplexities(*losses, [weight for _, weight in parts[0]])
 
 
 def _parts(row):

@@ -9,6 +9,7 @@ from efficientllm.report.columns import format_value
 
 _QUALITY = ("eval_loss", "exact_match", "eval_loss_also", "fid", "fd_own", "fd_own_floor", "nearest_ratio")
 _ALWAYS = (*_QUALITY, "j_per_token", "j_per_image", "tokens_per_s", "images_per_s", "peak_memory_bytes")
+_MOST_RATIOS = 6  # of a claim, each written
 
 
 def markdown_report(
@@ -226,7 +227,7 @@ def _tested_first(claims):
 def _claims(claims):
     rows = []
     for claim in claims:
-        ratios = "; ".join(f"{p['variant']} / {p['against']} {format_ratio(p)}" for p in claim["pairs"] if "ratio" in p)
+        ratios = _ratios([pair for pair in claim["pairs"] if "ratio" in pair])
         condition = f"{claim['metric']} ratio {claim['ratio']}"
         rows.append(
             [
@@ -238,6 +239,14 @@ def _claims(claims):
             ]
         )
     return markdown_table(["claim", "says", "checked as", "here", "ratios, or why not"], rows)
+
+
+def _ratios(pairs):
+    """The ratios of pairs; of many their number, the least and the greatest."""
+    if len(pairs) > _MOST_RATIOS:
+        pairs = sorted(pairs, key=lambda pair: pair["ratio"])
+        return f"{len(pairs)} pairs, from {_ratios(pairs[:1])} to {_ratios(pairs[-1:])}"
+    return "; ".join(f"{pair['variant']} / {pair['against']} {format_ratio(pair)}" for pair in pairs)
 
 
 def _left_out(board):

@@ -82,6 +82,19 @@ def ratio_of_sums(a: Sequence[float], b: Sequence[float]) -> Interval:
     return Interval(ratio, low, high, 1, f"t over {n} parts of the held-out text")
 
 
+def ratio_of_perplexities(a: Sequence[float], b: Sequence[float], weights: Sequence[float]) -> Interval:
+    """The Interval of exp(sum(a) / sum(weights)) over that of `b`: losses summed over parts of the text, paired.
+
+    Student's t over the parts for the mean difference, which is a ratio of sums (the delta method).
+    """
+    differences, weights_N = np.asarray(a, float) - np.asarray(b, float), np.asarray(weights, float)
+    n, mean = len(differences), float(differences.sum() / weights_N.sum())
+    residuals = (differences - mean * weights_N) / weights_N.sum()
+    half = stdtrit(n - 1, 0.975) * math.sqrt(n / (n - 1) * float((residuals**2).sum()))
+    ratio, low, high = (_exp(mean + sign * half) for sign in (0, -1, 1))
+    return Interval(ratio, low, high, 1, f"t over {n} parts of the held-out text")
+
+
 def unpaired_interval(logs_a: Sequence[float], logs_b: Sequence[float]) -> Interval | None:
     """The Interval of b over a for rows that share no block: Welch's t on logs; None below two rows a side."""
     a, b = np.asarray(logs_a, float), np.asarray(logs_b, float)

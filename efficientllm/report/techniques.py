@@ -40,7 +40,7 @@ _KEYS = {
 def techniques(row: Row) -> dict[str, str | None]:
     """`{"attention": "mla", "position": "rope", "ffn": "dense", ...}` of a row's config."""
     return {
-        "attention": "pythia" if _is_pythia(row) else row.spec("model.mixer"),
+        "attention": "pythia" if _is_pythia(row) else _mixers(row),
         "position": row.spec("model.position"),
         "ffn": "moe" if "moe" in _ffns(row) else "dense",
         "tuning": _tuning(row),
@@ -51,11 +51,20 @@ def techniques(row: Row) -> dict[str, str | None]:
     }
 
 
+def _mixers(row):
+    """The mixers in the blocks of `model.pattern`, joined where they differ: a hybrid is of none of its kinds."""
+    names = dict.fromkeys(spec_name(block.partition("|")[0]) or row.spec("model.mixer") for block in _blocks(row))
+    return "+".join(map(str, names)) if len(names) > 1 else next(iter(names))
+
+
 def _ffns(row):
-    """The ffns in the blocks of `model.pattern`; a block that names none has `model.ffn`, as all have without one."""
+    return {spec_name(block.partition("|")[2]) or row.spec("model.ffn") for block in _blocks(row)}
+
+
+def _blocks(row):
+    """The blocks of `model.pattern`; what one does not name is `model.mixer` and `model.ffn`, as all without one."""
     pattern = row.config.get("model.pattern")
-    blocks = pattern if isinstance(pattern, list) and pattern else [""]
-    return {spec_name(str(block).partition("|")[2]) or row.spec("model.ffn") for block in blocks}
+    return [str(block) for block in pattern] if isinstance(pattern, list) and pattern else [""]
 
 
 def _tuning(row):

@@ -14,10 +14,11 @@ PRELOADED = "LD_PRELOAD"
 LIBRARIES = pathlib.Path(__file__).parents[1] / "ops" / "native"
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _KEPT = f"glibc.malloc.trim_threshold={2**40}"  # nothing is returned but by `trim`
-# Two threads that compile wait for each other in one arena: 2.3 against 1.9 s for the base config, whose peak memory is
-# 0.32 GB with one arena and 0.34 with two (AMD EPYC, Zen 4, 2 cores, 2026-11-30). Without the library a second arena
-# would hold scratch memory twice.
-_ARENAS, _ARENAS_ALONE = 2, 1
+# Threads that share an arena wait for each other. With two arenas a step of 1 ms took 1.3 times as long as with glibc's
+# own limit (with four 1.2, with eight 1.1), and steps of 60 ms were alike; the base config's peak memory is 0.36 instead
+# of 0.27 to 0.32 GB (an Intel Xeon with AMX, 2 cores, 2026-12-01). Without the library a second arena would hold
+# scratch memory twice.
+_ARENA_ALONE = "glibc.malloc.arena_max=1"
 # Larger arrays have mappings of their own. Arrays of the library are larger; without it scratch memory is in the arena.
 _LARGE, _LARGE_ALONE = 2**24, 2**28
 
@@ -49,8 +50,8 @@ def settings() -> dict[str, str]:
         return {}
     on_request = HUGE_PAGES.is_file() and "[madvise]" in HUGE_PAGES.read_text()
     library = _keeping_library()
-    arenas, large = (_ARENAS_ALONE, _LARGE_ALONE) if library is None else (_ARENAS, _LARGE)
-    own = (f"glibc.malloc.arena_max={arenas}", _KEPT, f"glibc.malloc.mmap_threshold={large}")
+    large = _LARGE_ALONE if library is None else _LARGE
+    own = (*[_ARENA_ALONE] * (library is None), _KEPT, f"glibc.malloc.mmap_threshold={large}")
     tunables = {TUNABLES: ":".join((*own, *["glibc.malloc.hugetlb=1"] * on_request))}
     if library is None:
         return tunables

@@ -122,3 +122,21 @@ def test_plans_are_judged_apart_and_say_so(tmp_path):
     )
     sections = ("## The study's claims", "## What plans say", "does not hold, predicted")
     assert sorted(map(text.index, sections)) == [text.index(section) for section in sections]
+
+
+def test_a_hybrid_is_of_none_of_its_kinds_and_a_model_without_attention_needs_no_position(tmp_path):
+    hybrid = {"model.pattern": ["mamba | swiglu", "gqa | swiglu"]}
+    free = {"model.position": "none", "model.ffn": "none"}
+    for seed in range(3):
+        made.row(tmp_path / f"gqa{seed}", seed=seed, amu_gb=1.0)
+        made.row(tmp_path / f"hybrid{seed}", seed=seed, amu_gb=0.5, changes=hybrid)
+        made.row(tmp_path / f"mqa{seed}", "mqa", seed=seed, amu_gb=0.9)
+        made.row(tmp_path / f"mamba{seed}", "mamba", seed=seed, amu_gb=0.8, changes=free)
+    claims_by_name = evaluate(tmp_path)
+    assert [pair["ratio"] for pair in claims_by_name["mqa-memory"]["pairs"]] == [pytest.approx(0.9)]
+    assert claims_by_name["mamba-memory"]["status"] == claims.HOLDS
+
+
+def test_a_reason_that_many_pairs_share_is_said_once():
+    pairs = [{"variant": f"v{i}", "against": "w", "reason": "one block: no interval"} for i in range(9)]
+    assert claims.join_reasons(pairs) == "v0 / w, v1 / w, v2 / w, v3 / w and 5 more: one block: no interval"

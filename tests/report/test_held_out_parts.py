@@ -16,9 +16,9 @@ def form(out, name, losses, task="infer", weights=None):
     """A row of inference in a form of the weights, with its loss on each part of the text."""
     told = {"name": "forms", "variant": name, "baseline": "float32", "block": 0, "order": 0, "seed": 0}
     changes = {"task": task, "quant": name}
-    path = made.row(
-        out / name, sweep=told, task=task, told={"run": name}, changes=changes, eval_loss=float(np.mean(losses))
-    )
+    mean = float(np.mean(losses))
+    means = {"eval_loss": mean, "perplexity": math.exp(mean)}
+    path = made.row(out / name, sweep=told, task=task, told={"run": name}, changes=changes, **means)
     record = json.loads(path.read_text())
     record["sources"]["eval_loss"]["parts"] = [
         [loss, w] for loss, w in zip(losses, weights or [1.0] * 99, strict=False)
@@ -42,6 +42,9 @@ def test_forms_are_compared_row_by_row_of_text(tmp_path):
     assert interval.low < math.exp(0.05) < interval.high and interval.high - interval.low < 0.02
     cell = group.compare("eval_loss", "lower")[0]["int4"]
     assert (cell["low"], cell["high"]) == (interval.low, interval.high) and cell["verdict"] == "worse"
+    perplexities, reason = group.between("perplexity", "int4", "float32")
+    assert reason is None and perplexities.method == interval.method
+    assert perplexities.low > interval.high, "of losses above 1 nat, perplexities differ by more than losses"
     (counts,) = pairwise.compare_quality([group])
     assert counts["significant"] == 2 and counts["bounded"] == 1 and counts["open"] == 0
 
