@@ -103,7 +103,7 @@ def test_freed_memory_is_kept_until_it_is_trimmed(settings):
 @pytest.mark.parametrize("program, most", [(SPLIT, 8 << 20), (OVERLAPPING, 8 << 20)])
 def test_scratch_memory_is_not_taken_twice(program, most, preloaded):
     assert run(program, preloaded)[0] < most
-    in_one_arena = preloaded[malloc.TUNABLES].replace("arena_max=2", "arena_max=1:glibc.malloc.mmap_max=0")
+    in_one_arena = preloaded[malloc.TUNABLES] + ":glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0"
     assert run(program, {malloc.TUNABLES: in_one_arena})[0] > 60 << 20
 
 

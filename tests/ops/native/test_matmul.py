@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientllm import sharding, weights
+from efficientllm import matrix_product, sharding, weights
 from efficientllm.cost import jaxpr_flops
 from efficientllm.ops.native import matmul as native
 from efficientllm.runtime import kernel_choice
@@ -91,7 +91,8 @@ def test_products_of_models_and_their_gradients(precision, tied):
     if not native.instruction_sets(policy.product):
         pytest.skip("no kernels for this precision")
     rng = np.random.default_rng(0)
-    x, w, dy = (rng.standard_normal(shape, np.float32) for shape in ((3, 24, 48), (48, 40), (3, 24, 40)))
+    x, w, dy = (rng.standard_normal(shape, np.float32) for shape in ((3, 184, 48), (48, 40), (3, 184, 40)))
+    assert 3 * 184 * 48 * 40 > max(matrix_product.LEAST_NATIVE.values())
     operands = jnp.asarray(x, policy.activation), jnp.asarray(w.T if tied else w), jnp.asarray(dy, policy.activation)
     of_table = weights.transposed_kernel if tied else lambda w: w
     with kernel_choice.recording_kernels() as used:
@@ -137,6 +138,18 @@ def test_xla_multiplies_on_meshes_on_other_platforms_and_below_an_instruction_se
 def test_products_of_few_numbers_are_xlas():
     """A panel has 32 rows: a kernel of an adapter's rank, or a token's row, would be zeros mostly."""
     with kernel_choice.recording_kernels() as used:
-        for rows, features in ((64, 8), (8, 64)):
+        for rows, features in ((4096, 8), (8, 4096)):
             gradients("mixed", lambda w: w, jnp.ones((rows, 64)), jnp.ones((64, features)), jnp.ones((rows, features)))
     assert not used
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_products_are_native_from_the_least_work_on(precision):
+    product = weights.Precision.of(precision).product
+    if not native.instruction_sets(product):
+        pytest.skip("no kernels for this precision")
+    least = matrix_product.LEAST_NATIVE[product.name]
+    for rows, kernels in ((least // 64**2 - 1, set()), (least // 64**2, {f"matmul_{product.name}"})):
+        with kernel_choice.recording_kernels() as used:
+            gradients(precision, lambda w: w, jnp.ones((rows, 64)), jnp.ones((64, 64)), jnp.ones((rows, 64)))
+        assert set(used) == kernels
