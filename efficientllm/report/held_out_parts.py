@@ -10,7 +10,6 @@ from efficientllm.report import statistics
 from efficientllm.report.rows import Row
 from efficientllm.untrusted import json_text
 
-
 LOSSES = ("eval_loss", "bits_per_byte")  # means over the text, whose ratio is that of its sums
 METRICS = (*LOSSES, "perplexity")
 
