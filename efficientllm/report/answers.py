@@ -61,7 +61,7 @@ def _answer(question, query, group, units):
     (best, sure), unit = fit[0], units[query.goal]
     text = f"{best['variant']}: {query.goal} {_shown(best['cells'][query.goal], unit)}"
     text += "".join(f", {limit.key} {_shown(best['cells'][limit.key], units[limit.key])}" for limit in query.conditions)
-    entry["text"] = text + ("" if sure else "; a limit lies within its interval: not certain")
+    entry["text"] = text + ("" if sure else "; not certain: a limit lies within an interval, or there is none")
     if len(fit) > 1:
         rest = [_shown_next(group, query, best, variant, unit) for variant, _ in fit[1:4]]
         entry["next"] = f"Next: {'; '.join(rest)}. {len(fit)} fit."

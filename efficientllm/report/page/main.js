@@ -42,7 +42,7 @@ function answerNode(query, group) {
   else {
     const ratio = best.cell.ratio === undefined ? "the baseline" : showRatio(best.cell);
     lines.push(make("p", { class: "answer" }, make("b", {}, best.variant.variant), ` ${show(best.cell.mean, unit)} · ${ratio}`,
-      best.sure ? "" : make("span", { class: "open" }, " · a condition lies within its interval: not certain")));
+      best.sure ? "" : make("span", { class: "open" }, " · not certain: a limit lies within an interval, or there is none")));
   }
   if (second) {
     const share = group.wins[query.key]?.[best.variant.variant]?.[second.variant.variant];
