@@ -86,7 +86,7 @@ def _product_backward(operand, result, transposed, residuals, dy):
     else:
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         native = lookup("matmul_kernel", "native")
-        if _fills_panels(len(x), w.shape, operand) and native.is_usable(operand):
+        if _is_worth_a_call(len(x), w.shape, operand) and native.is_usable(operand):
             dw = native.multiply(*((dy, x) if transposed else (x, dy)), operand, result, transpose_a=True)
             return dx.astype(like_x.dtype), dw.astype(like_w.dtype)
         dw = _matmul(dy.T, x, result) if transposed else _weight_gradient(x, dy, result)
@@ -94,12 +94,12 @@ def _product_backward(operand, result, transposed, residuals, dy):
 
 
 # Multiply-adds below which a call and its threads take longer than XLA's product. Medians of 15, XLA's time over the
-# native one's: float32 0.7 to 0.8 up to 2**19, 1.3 at 2**20; bfloat16 0.8 at 2**16, 1.2 to 1.7 from 2**18 on (an Intel
-# Xeon with AMX, 2 cores, 2026-12-01).
+# native one's: float32 0.7 to 0.8 from 2**16 to 2**19, 1.3 at 2**20; bfloat16 0.8 at 2**16, 1.2 to 1.7 from 2**18 on
+# (an Intel Xeon with AMX, 2 cores, 2026-12-01).
 LEAST_NATIVE = {"float32": 2**20, "bfloat16": 2**18}
 
 
-def _fills_panels(rows, kernel, operand):
+def _is_worth_a_call(rows, kernel, operand):
     """Whether a kernel's gradient is worth a native call. A panel has 32 rows: a kernel of an adapter's rank, or a few
     rows, would be zeros mostly."""
     work = rows * math.prod(kernel)

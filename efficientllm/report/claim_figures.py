@@ -7,15 +7,15 @@ from xml.sax.saxutils import escape
 NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'  # which a file needs, and an element of a page does not
 _MOST = 12  # pairs
 _WIDTH, _LEFT, _RIGHT, _LINE, _TOP, _BOTTOM = 520, 210, 12, 18, 8, 26
-_COLOURS = {"does not hold": "#dc2626", "holds": "#059669"}  # one pair that does not hold decides
+_COLOURS = {"does not hold": "#dc2626", "holds": "#059669"}
+_FIRST = {"does not hold": 0, "holds": 1}  # of many pairs: one that does not hold decides
 _OPEN, _AXIS = "#d97706", "#64748b"  # legible on white and on black
 
 
 def draw_claim(claim: dict[str, typing.Any]) -> str | None:
     """Draws the pairs of a claim that have a ratio -> an SVG, or None without any. Of many, those that decide it."""
     pairs = [pair for pair in claim["pairs"] if "ratio" in pair]
-    pairs = sorted(pairs, key=lambda pair: list(_COLOURS).index(_status(pair)) if _status(pair) in _COLOURS else 9)
-    pairs = pairs[:_MOST]
+    pairs = sorted(pairs, key=lambda pair: _FIRST.get(_status(pair), len(_FIRST)))[:_MOST]
     if not pairs:
         return None
     bound = float(claim["ratio"].split()[1])

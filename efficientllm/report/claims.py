@@ -1,9 +1,9 @@
 """The study's headline claims, checked against measured rows; data/claims.json declares them.
 
 A claim compares a metric of the variants `of` with that of the variants `against`, in pairs that differ in nothing
-else. It holds if the 95 % interval of every measured pair lies on the claimed side of the bound. It does not hold if
-one interval lies on the other side (or is equal within 2 % where a difference is claimed). Otherwise it cannot be
-tested here, and the reason names the undecided pairs.
+else but the kinds of `besides`. It holds if the 95 % interval of every measured pair lies on the claimed side of the
+bound. It does not hold if one interval lies on the other side (or is equal within 2 % where a difference is claimed).
+Otherwise it cannot be tested here, and the reason names the undecided pairs.
 """
 
 import collections

@@ -75,11 +75,7 @@ def ratio_interval(logs_B: npt.ArrayLike, exact: bool = False) -> Interval | Non
 def ratio_of_sums(a: Sequence[float], b: Sequence[float]) -> Interval:
     """The Interval of sum(a) / sum(b) for pairs, by the delta method for the logarithm, and Student's t over pairs."""
     shares = np.asarray(a, float) / np.sum(a) - np.asarray(b, float) / np.sum(b)
-    n = len(shares)
-    half = stdtrit(n - 1, 0.975) * math.sqrt(n / (n - 1) * float((shares**2).sum()))
-    mean = math.log(float(np.sum(a) / np.sum(b)))
-    ratio, low, high = (_exp(mean + sign * half) for sign in (0, -1, 1))
-    return Interval(ratio, low, high, 1, f"t over {n} parts of the held-out text")
+    return _interval_over_parts(math.log(float(np.sum(a) / np.sum(b))), shares)
 
 
 def ratio_of_perplexities(a: Sequence[float], b: Sequence[float], weights: Sequence[float]) -> Interval:
@@ -88,9 +84,14 @@ def ratio_of_perplexities(a: Sequence[float], b: Sequence[float], weights: Seque
     Student's t over the parts for the mean difference, which is a ratio of sums (the delta method).
     """
     differences, weights_N = np.asarray(a, float) - np.asarray(b, float), np.asarray(weights, float)
-    n, mean = len(differences), float(differences.sum() / weights_N.sum())
-    residuals = (differences - mean * weights_N) / weights_N.sum()
-    half = stdtrit(n - 1, 0.975) * math.sqrt(n / (n - 1) * float((residuals**2).sum()))
+    mean = float(differences.sum() / weights_N.sum())
+    return _interval_over_parts(mean, (differences - mean * weights_N) / weights_N.sum())
+
+
+def _interval_over_parts(mean, residuals_N):
+    """The Interval of exp(mean); each part moves the mean by its residual."""
+    n = len(residuals_N)
+    half = stdtrit(n - 1, 0.975) * math.sqrt(n / (n - 1) * float((residuals_N**2).sum()))
     ratio, low, high = (_exp(mean + sign * half) for sign in (0, -1, 1))
     return Interval(ratio, low, high, 1, f"t over {n} parts of the held-out text")
 

@@ -15,9 +15,9 @@ LIBRARIES = pathlib.Path(__file__).parents[1] / "ops" / "native"
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _KEPT = f"glibc.malloc.trim_threshold={2**40}"  # nothing is returned but by `trim`
 # Threads that share an arena wait for each other. With two arenas a step of 1 ms took 1.3 times as long as with glibc's
-# own limit (with four 1.2, with eight 1.1), and steps of 60 ms were alike; the base config's peak memory is 0.36 GB
-# instead of 0.27 to 0.32 (an Intel Xeon with AMX, 2 cores, 2026-12-01). Without the library a second arena would hold
-# scratch memory twice.
+# own limit (with four 1.2, with eight 1.04), and in two runs each steps of 60 ms were alike; the base config's peak
+# memory was 0.36 GB instead of 0.27 and 0.32 (an Intel Xeon with AMX, 2 cores, 2026-12-01). Without the library a
+# second arena would hold scratch memory twice.
 _ARENA_ALONE = "glibc.malloc.arena_max=1"
 # Larger arrays have mappings of their own. Arrays of the library are larger; without it scratch memory is in the arena.
 _LARGE, _LARGE_ALONE = 2**24, 2**28

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from efficientllm.report import (
+    claim_figures,
     claims,
     columns,
     find_rows,
@@ -140,3 +141,12 @@ def test_a_hybrid_is_of_none_of_its_kinds_and_a_model_without_attention_needs_no
 def test_a_reason_that_many_pairs_share_is_said_once():
     pairs = [{"variant": f"v{i}", "against": "w", "reason": "one block: no interval"} for i in range(9)]
     assert claims.join_reasons(pairs) == "v0 / w, v1 / w, v2 / w, v3 / w and 5 more: one block: no interval"
+
+
+def test_a_figure_of_many_pairs_draws_those_that_decide():
+    ratio = {"ratio": 0.9, "low": 0.8, "high": 1.2, "against": "w"}
+    pairs = [ratio | {"variant": f"v{i}", "status": claims.OPEN} for i in range(20)]
+    pairs[17]["status"], pairs[19]["status"] = claims.HOLDS, claims.FAILS
+    svg = claim_figures.draw_claim({"name": "n", "metric": "al_s", "ratio": "< 1", "pairs": pairs})
+    places = [svg.index(f"{name} / w") for name in ("v19", "v17", "v0", "v9")]
+    assert places == sorted(places) and "v10 / w" not in svg

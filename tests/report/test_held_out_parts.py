@@ -59,6 +59,17 @@ def test_the_interval_covers_as_often_as_it_says():
     assert abs(held / 2000 - 0.95) < 3 * math.sqrt(0.05 * 0.95 / 2000) + 0.005
 
 
+def test_the_interval_of_perplexities_covers_as_often_as_it_says():
+    """As above, of parts of unequal weight."""
+    rng, covered = np.random.default_rng(2), 0
+    for _ in range(2000):
+        weights = rng.uniform(100, 200, 20)
+        base = weights * rng.uniform(1, 5, 20)
+        interval = statistics.ratio_of_perplexities(base + weights * rng.normal(0.05, 0.02, 20), base, weights)
+        covered += interval.low <= math.exp(0.05) <= interval.high
+    assert abs(covered / 2000 - 0.95) < 3 * math.sqrt(0.05 * 0.95 / 2000) + 0.005
+
+
 @pytest.mark.parametrize("spoil", ["weights", "training", "words", "one"])
 def test_other_text_training_or_broken_parts_have_no_interval(spoil, tmp_path):
     task = "pretrain" if spoil == "training" else "infer"
