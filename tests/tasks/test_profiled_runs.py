@@ -35,9 +35,12 @@ def test_a_trace_a_table_and_a_row_without_the_traced_steps(texts, tmp_path):
     operations = {operation["kind"]: operation for operation in profile["operations"]}
     busy_s = sum(operation["seconds"] for operation in operations.values())
     assert 0 < busy_s <= profile["step_s"] <= profile["step_s"] * os.cpu_count()
-    assert profile["operations"][0]["kind"] == "products" and operations["products"]["seconds"] > busy_s / 3
+    seconds = [operation["seconds"] for operation in profile["operations"]]
+    assert seconds == sorted(seconds, reverse=True) and operations["products"]["seconds"] > 0
     assert {"attention", "loss", "optimizer"} <= operations.keys()
     flops = sum(operation["flops"] for operation in operations.values())
+    # Not their share of the time: on a busy machine whatever a thread was stopped in takes longest.
+    assert operations["products"]["flops"] > 0.95 * flops
     assert flops == pytest.approx(record["physical"]["program_flops_per_token"] * 8 * 64, rel=0.01)
     assert profile["steps"] == record["warm_up"]["profiled_steps"] == 4
     assert "4 step(s) that were profiled are left out" in output and "of FLOP/s" in output

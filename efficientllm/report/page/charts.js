@@ -193,19 +193,17 @@ function renderCharts() {
 
 /* On paper: light, charts of a width that every page has, and back. */
 function setUpPrint() {
-  let before = null;
   const opened = () => document.querySelectorAll(".opened .chart");
   addEventListener("beforeprint", () => {
     if (printing) return;
     printing = true;
-    before = theme();
     setTheme("light");
     renderCharts();
     for (const box of opened()) if (box.data) Plotly.relayout(box, { ...PRINTED, height: 240 });
   });
   addEventListener("afterprint", () => {
     printing = false;
-    setTheme(before);
+    setTheme(chosenTheme());
     renderCharts();
     for (const box of opened()) if (box.data) Plotly.relayout(box, { width: null, height: null, autosize: true });
   });

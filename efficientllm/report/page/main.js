@@ -9,18 +9,23 @@ function repaint() {
   if (tableState.opened.size) renderTable();
 }
 
+/* The theme of the reader's own choice, or else of the system. */
+const systemTheme = matchMedia("(prefers-color-scheme: dark)");
+let ownTheme = null;
+const chosenTheme = () => ownTheme ?? (systemTheme.matches ? "dark" : "light");
+
 function setUpTheme() {
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  let own = null;
-  try { own = localStorage.getItem("efficientllm-theme"); } catch { own = null; } // a browser may keep no storage for files
-  setTheme(own ?? (system.matches ? "dark" : "light"));
-  system.addEventListener("change", () => {
-    if (own === null) { setTheme(system.matches ? "dark" : "light"); repaint(); }
+  try { ownTheme = localStorage.getItem("efficientllm-theme"); } catch { ownTheme = null; } // a browser may keep no storage for files
+  setTheme(chosenTheme());
+  systemTheme.addEventListener("change", () => {
+    if (ownTheme !== null || printing) return; // paper stays light: the end of printing asks again
+    setTheme(chosenTheme());
+    repaint();
   });
   byId("theme").addEventListener("click", () => {
-    own = theme() === "dark" ? "light" : "dark";
-    setTheme(own);
-    try { localStorage.setItem("efficientllm-theme", own); } catch { /* the switch still works for this visit */ }
+    ownTheme = theme() === "dark" ? "light" : "dark";
+    setTheme(ownTheme);
+    try { localStorage.setItem("efficientllm-theme", ownTheme); } catch { /* the switch still works for this visit */ }
     repaint();
   });
 }
