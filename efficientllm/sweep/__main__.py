@@ -1,13 +1,14 @@
 """Runs every variant of a sweep in fresh processes, in randomised blocks, and reports.
 
   python -m efficientllm.sweep --config=FILE [--config.key=value ...] [--out=DIR] [--rows=FILE] [--dry_run]
-                               [--retry=oom,crash] [--launcher=local|slurm] [--partition=NAME]
+                               [--only=mla,nsa] [--retry=oom,crash] [--launcher=local|slurm] [--partition=NAME]
 
   --config=FILE[:ARG]   a Python file whose get_config(), or get_config(ARG), returns an efficientllm.sweep.Sweep
   --config.key=value    replaces one value in every run: --config.model.size=1.5b
   --out=DIR             where runs and report go (default: runs/sweeps/<name>)
   --rows=FILE           a file NAME.rows.jsonl (or .rows.jsonl.gz) to commit: runs whose rows it holds are not repeated,
                         on any machine (their rows are restored in DIR), and rows join it as runs end
+  --only=LIST           these variants and the baseline; a command without it goes on with the others
   --dry_run             prints every run with its estimated cost, and runs nothing
   --retry=LIST          reruns the runs whose outcome is in the list: oom, crash, error, nan, timeout, invalid
   --launcher            local: one after another; slurm: one job array, a run an allocation
@@ -30,7 +31,7 @@ from efficientllm.errors import UserError, did_you_mean
 from efficientllm.runtime import console, optional_packages
 
 STOPPED = 130
-FLAGS = ("config", "out", "rows", "dry_run", "retry", "launcher", "partition")
+FLAGS = ("config", "out", "rows", "dry_run", "only", "retry", "launcher", "partition")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,14 +99,16 @@ def _main(flags, extra):
 
     retry = _retry(flags.get("retry"))
     launch.check_launcher(flags.get("launcher", "local"))
-    sweep = spec.load_sweep(flags["config"])
+    whole = spec.load_sweep(flags["config"])
+    sweep = spec.keep_variants(whole, flags["only"]) if "only" in flags else whole
     out = pathlib.Path(flags.get("out") or pathlib.Path("runs/sweeps") / sweep.name)
     if rows := flags.get("rows"):
         rows_file.check_name("--rows", rows)
         print(f"{rows_file.restore_rows(rows, out)} rows of {rows} restored in {out}")
     costs = cost_estimates.estimate_costs(sweep, extra)
     chosen = grid.choose_values(sweep, out, extra) if grid.is_finished(sweep, out, extra) else None
-    runs = [] if sweep.search else list(spec.list_runs(sweep, extra, chosen))
+    list_runs = functools.partial(spec.list_runs, whole, extra, only=sweep.variants)
+    runs = [] if sweep.search else list(list_runs(chosen))
     if chosen:
         grid.take_over_trials(sweep, out, runs, extra)
     print(cost_estimates.format_costs(sweep, costs, runs, out, extra))
@@ -115,14 +118,14 @@ def _main(flags, extra):
     try:
         if sweep.search:
             return _search(sweep, flags, extra, out, retry)
-        return _run(sweep, flags, extra, out, retry, costs, save_rows)
+        return _run(sweep, list_runs, flags, extra, out, retry, costs, save_rows)
     finally:
         save_rows()
 
 
-def _run(sweep, flags, extra, out, retry, costs, save_rows):
+def _run(sweep, list_runs, flags, extra, out, retry, costs, save_rows):
     """Runs the grid search and the blocks -> the exit status."""
-    from efficientllm.sweep import execute, grid, launch, spec
+    from efficientllm.sweep import execute, grid, launch
 
     launcher = launch.open_launcher(flags.get("launcher", "local"), out, flags.get("partition"), save_rows)
     began = time.time()
@@ -134,9 +137,9 @@ def _run(sweep, flags, extra, out, retry, costs, save_rows):
                 execute.set_row_aside(out / run.folder)
         return launcher(runs, out, sweep, costs)
 
-    runs = list(spec.list_runs(sweep, extra))
+    runs = list(list_runs())
     if sweep.grid and run_all(list(grid.list_tries(sweep, extra)), out / grid.FOLDER) is not None:
-        runs = list(spec.list_runs(sweep, extra, grid.choose_values(sweep, out, extra)))
+        runs = list(list_runs(grid.choose_values(sweep, out, extra)))
         grid.take_over_trials(sweep, out, runs, extra)
         print(grid.format_choices(sweep, out))
     elif sweep.grid:

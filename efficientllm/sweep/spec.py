@@ -9,7 +9,7 @@ import pathlib
 import random
 import traceback
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from efficientllm.errors import UserError, did_you_mean
 
@@ -184,12 +184,27 @@ def argv_of(sweep: Sweep, variant: str, extra: Sequence[str] = ()) -> tuple[str,
     return (f"--config={file}", *(f"--config.{key}={value}" for key, value in values.items()), *extra)
 
 
+def keep_variants(sweep: Sweep, only: str) -> Sweep:
+    """The sweep of the baseline and the variants `only`, names with commas between. Raises UserError."""
+    names = only.split(",")
+    for name in names:
+        if name not in sweep.variants:
+            hint = did_you_mean(name, sweep.variants)
+            raise UserError(f"--only={only}: {name!r} is none of the variants {', '.join(sweep.variants)}{hint}")
+    variants = {key: entry for key, entry in sweep.variants.items() if key in (sweep.baseline, *names)}
+    return dataclasses.replace(sweep, variants=variants)
+
+
 def list_runs(
-    sweep: Sweep, extra: Sequence[str] = (), chosen: dict[str, tuple[str, ...]] | None = None
+    sweep: Sweep,
+    extra: Sequence[str] = (),
+    chosen: dict[str, tuple[str, ...]] | None = None,
+    only: Collection[str] | None = None,
 ) -> Iterator[Run]:
     """Lists the runs in order. In each block the baseline is first (and last), the others between in random order.
 
-    The order depends only on the sweep's name and the block. `chosen` are additional flags by variant.
+    The order depends only on the sweep's name, its variants and the block. `chosen` are additional flags by variant.
+    The runs of the variants `only` are the same as in the list of all.
     """
     blocks = [seed for _ in range(sweep.repeats) for seed in sweep.seeds]
     for block, seed in enumerate(blocks):
@@ -197,6 +212,8 @@ def list_runs(
         random.Random(f"{sweep.name} {block}").shuffle(others)
         order = [sweep.baseline, *others, *([sweep.baseline] if sweep.twice else [])]
         for place, variant in enumerate(order):
+            if only is not None and variant not in only:
+                continue
             argv = (*argv_of(sweep, variant, extra), *(chosen or {}).get(variant, ()), f"--config.seed={seed}")
             yield Run(sweep.name, variant, sweep.baseline, block, place, seed, argv, measures=sweep.measures)
 

@@ -83,6 +83,17 @@ def test_a_block_holds_every_variant_once_between_two_baselines_in_a_random_orde
     assert len({run.folder for run in again}) == len(again)
 
 
+def test_some_variants_have_the_runs_that_they_have_among_all():
+    ours = sweep(variants=dict.fromkeys("abcdefgh", "configs/base.py"))
+    some = spec.keep_variants(ours, "f,d")
+    assert list(some.variants) == ["a", "d", "f"]
+    runs = list(spec.list_runs(ours, only=some.variants))
+    assert runs == [run for run in spec.list_runs(ours) if run.variant in "adf"] and len(runs) == 3 * 4
+    assert runs != list(spec.list_runs(some)), "a sweep of these alone has other runs"
+    with pytest.raises(UserError, match="--only=f,aa: 'aa' is none of the variants a, b, c, d, e, f, g, h"):
+        spec.keep_variants(ours, "f,aa")
+
+
 @pytest.mark.parametrize(
     "what, outcome", [("ok", "ok"), ("nan", "nan"), ("oom", "oom"), ("crash", "crash"), ("invalid", "invalid")]
 )
@@ -393,6 +404,10 @@ def get_config():
     assert f"10 rows of {rows} restored" in shown
     assert "--config.train.steps=2 --config.seed=1" in shown, "what the grid chose, once all its trials have rows"
     assert len(run("four", (0, 1), "--retry=nan")[1]) == 2 + 2, "failures are repeated where that is asked for"
+    before = {path.name for path in (tmp_path / "four").glob("0*")}
+    assert run("six", (0, 1, 2), "--only=a", measures="quality")[0] == 0, "b, which ends as nan, is not in it"
+    assert {path.name.split("-")[2] for path in (tmp_path / "six").glob("02*")} == {"a"}
+    assert run("six", (0, 1, 2), measures="quality")[0] == 1 and before < {path.name for path in (tmp_path / "six").glob("0*")}
     assert run("five", (0, 1), measures="quality")[1] == []
     kinds = {record["sweep"].get("measures") for record in rows_file.read_rows_file(rows).values()}
     assert kinds == {"quality"}, "rows get what the sweep's config says now"
