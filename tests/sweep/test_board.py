@@ -32,6 +32,16 @@ def test_forms_are_scored_on_one_text(name):
     assert "held_out=0.8" in data and all(config.task == "infer" for config in by_variant.values())
 
 
+def test_pictures_are_the_variants_of_the_study_with_costs_of_their_own():
+    quality, costs = (spec.load_sweep(f"{BOARD}/{name}") for name in ("pictures.py", "costs.py:pictures"))
+    assert list(quality.variants) == list(costs.variants) and quality.baseline == costs.baseline == "mha"
+    assert (quality.measures, costs.measures) == ("quality", "cost")
+    long, short = (configs(spec.list_runs(sweep)) for sweep in (quality, costs))
+    for name, config in long.items():
+        assert config.objective == short[name].objective and config.model.mixer == short[name].model.mixer
+        assert (config.train.steps, short[name].train.steps) == (300, 40)
+
+
 def test_a_ladder_needs_its_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no such run; run the sweep experiments/board/pretrain.py:mixers-nano first"):
