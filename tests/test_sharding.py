@@ -16,7 +16,7 @@ from configs import base
 from efficientllm import model as models
 from efficientllm import sharding
 from efficientllm.architecture import from_config
-from efficientllm.errors import UserError
+from efficientllm.errors import FieldError, UserError
 from efficientllm.ffns import dispatch
 from efficientllm.ffns.moe import Router
 from efficientllm.ops.attention import Context, Mask, attend
@@ -173,6 +173,24 @@ def test_every_mesh_gives_the_curve_of_one_device(ffn, mesh_spec, accumulate):
     clear = [step for step in range(STEPS) if is_clear(ffn, step)]
     assert len(clear) >= STEPS // 2
     np.testing.assert_allclose(on_mesh[clear], on_one_device[clear], rtol=5e-6)
+
+
+@pytest.mark.parametrize("mesh_spec", ["data=1", CUBE])
+def test_a_compiled_step_places_arrays_of_the_host_as_its_batch_is_sharded(mesh_spec):
+    made = program("dense", mesh_spec, 1)
+    rows = jax.device_get(batches(made.mesh)[0])
+    shardings = dict.fromkeys(rows, sharding.batch_sharding(made.mesh))
+    batch = {**rows, "unread": np.zeros(B)}
+    results = []
+    with jax.set_mesh(made.mesh):
+        for place in (sharding.to_device, sharding.to_compiled):
+            placed = place(batch, shardings)
+            assert placed.keys() == shardings.keys()
+            results.append(jax.device_get(made.compiled(made.create(), placed)))
+    assert all(isinstance(rows, np.ndarray) for rows in placed.values())
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    with pytest.raises(FieldError, match="has no weights, which the model is conditioned on"):
+        sharding.to_compiled({name: rows for name, rows in batch.items() if name != "weights"}, shardings)
 
 
 def stacks(made):

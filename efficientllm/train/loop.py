@@ -112,7 +112,7 @@ def train(
             loop.begin_profile_if_due(step + 1)
             loop.begin_segment_if_steady()
             with profiler.of_step(step + 1):
-                state, metrics = compiled(state, sharding.to_device(next(batches), shardings))
+                state, metrics = compiled(state, sharding.to_compiled(next(batches), shardings))
             step += 1
             loop.collect()
             loop.pending = (step, metrics)

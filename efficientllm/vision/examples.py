@@ -190,7 +190,7 @@ class ExampleData:
         return self._processor.prepare(load_picture(picture() if callable(picture) else picture, name))
 
     def _batches(self, rows, batch_size, process_index, process_count):
-        return packing.shared_batches(rows, batch_size, process_index, process_count).map(self.join)
+        return packing.shared_batches(rows, batch_size, self.join, process_index, process_count)
 
     def join(self, values: Batch) -> Batch:
         """Makes slots, frames and windows of packed examples those of their row, and drops what packing adds."""
