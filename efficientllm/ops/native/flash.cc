@@ -67,7 +67,10 @@ static ffi::ErrorOr<Flash> attention(const ffi::AnyBuffer& q, const ffi::AnyBuff
   return f;
 }
 
-static int64_t work(const Flash& f) { return f.batch * f.q.heads * f.q.length * f.k.length * (f.k.width + f.v.width); }
+// As bytes that `share` compares with the cost of waking a thread: 16 multiply-adds take the time of one byte read.
+static int64_t work(const Flash& f) {
+  return f.batch * f.q.heads * f.q.length * f.k.length * (f.k.width + f.v.width) / 16;
+}
 
 // q[B, T, H, K], k[B, S, G, K], v[B, S, G, V], segments [B, T] and [B, S] (or empty) -> y[B, T, H, V], sums [B, H, T]
 static ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Ints query_segments,
