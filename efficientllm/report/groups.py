@@ -13,7 +13,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from efficientllm.report import columns, comparability, held_out_parts, joined_sweeps, ranking, statistics
+from efficientllm.report import (
+    columns,
+    comparability,
+    compression_rates,
+    held_out_parts,
+    joined_sweeps,
+    ranking,
+    statistics,
+)
 from efficientllm.report.comparability import batch, device
 from efficientllm.report.rows import Row
 
@@ -34,6 +42,9 @@ class Group:
         ended_well = [v for v in self.variants if any(row.ok for row in rows if row.variant == v)]
         self.baseline = named if named in self.variants else (None if named else (ended_well or self.variants)[0])
         self.variants.sort(key=lambda variant: variant != self.baseline)
+        self.rows = compression_rates.add_rates(
+            self.rows, [row for row in self.rows if row.variant == self.baseline and not row.predicted]
+        )
         self.blocks = list(dict.fromkeys(row.block for row in self.rows if row.ok))
         self.measured = [row for row in self.rows if row.ok and not row.predicted]
         self.parts = joined_sweeps.measured_parts(self.rows)
@@ -131,8 +142,9 @@ class Group:
         """The Interval over blocks; of one block of inference, over the parts of the held-out text."""
         sides = [self.supplying(side, key) for side in (variant, other)]
         by_text = None
-        if key in held_out_parts.METRICS and len(logs_B) == 1 == len(sides[0]) == len(sides[1]):
-            by_text = held_out_parts.text_interval(key, sides[0][0], sides[1][0])
+        if len(logs_B) == 1 == len(sides[0]) == len(sides[1]):
+            of_key = compression_rates if key == compression_rates.KEY else held_out_parts
+            by_text = of_key.text_interval(key, sides[0][0], sides[1][0])
         return by_text or statistics.ratio_interval(logs_B, columns.is_exact(key))
 
     def compare(self, key: str, better: str | None) -> tuple[dict[str, dict], dict[str, dict[str, float]]]:

@@ -17,8 +17,10 @@ METRICS = (*LOSSES, "perplexity")
 def text_interval(key: str, row: Row, other: Row) -> statistics.Interval | None:
     """The Interval of a metric of METRICS of `row` over that of `other`, over parts of the text.
 
-    None unless both are rows of inference with the same parts, two or more.
+    None for other metrics, and unless both are rows of inference with the same parts, two or more.
     """
+    if key not in METRICS:
+        return None
     parts = [_parts(side) for side in (row, other)]
     if row.kind != "infer" or None in parts or [w for _, w in parts[0]] != [w for _, w in parts[1]]:
         return None

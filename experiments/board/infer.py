@@ -54,7 +54,7 @@ def get_config(name="topics"):
             "train.batch_size": 1,  # a row of text
             "train.length": 256,
             "eval.batches": 40,
-            "infer.baseline": "",  # MCR follows from the rows
+            "infer.baseline": "",  # the report takes MCR from the rows
             "infer.prompt_length": 32,
             "infer.max_new_tokens": 8,
             "infer.repeats": 1,

@@ -14,4 +14,3 @@ def get_config() -> Sweep:
     dit = import_file(pathlib.Path(__file__).parents[1] / "dit" / "sweep.py").get_config()
     overrides = dit.overrides | {"train.log_every": 20, "checkpoint.every": 100, "checkpoint.keep": 1}
     return dataclasses.replace(dit, name="board_pictures", measures="quality", overrides=overrides)
-

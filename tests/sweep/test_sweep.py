@@ -407,7 +407,9 @@ def get_config():
     before = {path.name for path in (tmp_path / "four").glob("0*")}
     assert run("six", (0, 1, 2), "--only=a", measures="quality")[0] == 0, "b, which ends as nan, is not in it"
     assert {path.name.split("-")[2] for path in (tmp_path / "six").glob("02*")} == {"a"}
-    assert run("six", (0, 1, 2), measures="quality")[0] == 1 and before < {path.name for path in (tmp_path / "six").glob("0*")}
+    assert run("six", (0, 1, 2), measures="quality")[0] == 1 and before < {
+        path.name for path in (tmp_path / "six").glob("0*")
+    }
     assert run("five", (0, 1), measures="quality")[1] == []
     kinds = {record["sweep"].get("measures") for record in rows_file.read_rows_file(rows).values()}
     assert kinds == {"quality"}, "rows get what the sweep's config says now"
