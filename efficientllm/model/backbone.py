@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         return True
 
     def part_of(self, path: str) -> str:
-        """Names the part of the model that the parameter at `path` belongs to, for a table of what learns."""
+        """Names the part of the model that the parameter at `path` belongs to, for a table of trainable parameters."""
         return "model"
 
     def branches(self) -> dict[str, tuple["Backbone", int]]:

@@ -225,7 +225,7 @@ class Training(Run):
         paper, physical = costs
         if (stored := self.checkpoints.newest_bytes()) is not None:
             physical["checkpoint_bytes"] = Reading(
-                stored, "bytes", "files of the newest checkpoint: what learns, moments"
+                stored, "bytes", "files of the newest checkpoint: trainable parameters, moments"
             )
         record = self.build_row(
             outcome,

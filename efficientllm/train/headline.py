@@ -1,4 +1,4 @@
-"""What a training run logs before its first step: its size, its device, and what learns in each part of the model."""
+"""What a training run logs before its first step: its size, its device, and the trainable parameters in each part of the model."""
 
 import collections
 import math
@@ -36,6 +36,6 @@ def what_learns(setup: Setup) -> list[str]:
     if len(of_model) < 2:
         return []
     rows = [(part, f"{count:,}", f"{of_method[part]:,}") for part, count in of_model.items()]
-    rows.insert(0, ("what learns", "parameters", "trainable"))
+    rows.insert(0, ("part", "parameters", "trainable"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return [f"{part:<{widths[0]}}  {all_:>{widths[1]}}  {trained:>{widths[2]}}" for part, all_, trained in rows]

@@ -55,7 +55,7 @@ def test_what_learns_is_told_by_part(with_tower):
     """The tower and its projector learn, all of both and nothing else."""
     physical = json.loads((with_tower / "record.json").read_text())["physical"]
     lines = (with_tower / "log.txt").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if "what learns" in line)
+    start = next(i for i, line in enumerate(lines) if line.split()[:2] == ["part", "parameters"])
     rows = {}
     for line in lines[start + 1 : start + 4]:
         *words, total, trained = line.split()

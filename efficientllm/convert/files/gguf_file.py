@@ -102,7 +102,7 @@ class GGUFFile(TensorReader):
         )
         if rotated not in (None, head_dim):
             raise UserError(
-                f"{self.where}: {prefix}rope.dimension_count = {rotated} is not supported: heads of ours turn whole"
+                f"{self.where}: {prefix}rope.dimension_count = {rotated} is not supported: whole heads are rotated here"
             )
         if model_type == "llama" and "blk.0.attn_q.bias" in self.shapes:
             config["attention_bias"] = True
@@ -120,7 +120,7 @@ class GGUFFile(TensorReader):
             raise UserError(f"{self.where}: {prefix}{key} has {len(value)} entries for {short_repr(layers)} blocks")
         if any(number != value[0] for number in value):
             raise UserError(
-                f"{self.where}: {prefix}{key} = {short_repr(value)} is not supported: every block of ours has the same"
+                f"{self.where}: {prefix}{key} = {short_repr(value)} is not supported: every block has the same here"
             )
         return value[0]
 

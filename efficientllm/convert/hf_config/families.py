@@ -99,7 +99,7 @@ def describe_config(config: dict[str, typing.Any], where: str | os.PathLike[str]
         positions = model.pop("max_positions", None)
         positions = positions and rope_parameters.usable_positions(model["position"], positions)
         return Description(_complete(model), positions, family_name(config))
-    keys.expect("is_encoder_decoder", False, because="ours is a decoder")
+    keys.expect("is_encoder_decoder", False, because="only decoders are read")
     max_positions = keys.number("max_position_embeddings", default=None)
     _check_architecture(keys, config, family)
     model = family.describe(keys, max_positions)

@@ -63,7 +63,7 @@ def _dense_and_sparse(model, sparse, moe):
 
 def _deepseek(keys, max_positions, interleaved):
     """What DeepSeek V2 and V3 share: latent attention, and experts after the first dense layers."""
-    keys.expect("attention_bias", False, because="mla of ours has no bias")
+    keys.expect("attention_bias", False, because="mla has no bias here")
     keys.expect("mlp_bias", False, because="biases of its ffn are not converted")
     keys.expect("moe_layer_freq", 1, because="every layer after the dense ones has experts")
     silu_only(keys)

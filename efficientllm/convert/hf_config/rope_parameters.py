@@ -83,7 +83,7 @@ def read_position(
         fields["scaling"] = _scaling(keys, kind, rope, original, max_positions)
     for key, value in rope.items():
         if value is not None and key not in _UNREAD:
-            raise keys.refusal(f"rope_parameters.{key}", value, f"rope scaling {kind!r} of ours has no such key")
+            raise keys.refusal(f"rope_parameters.{key}", value, f"rope scaling {kind!r} has no such key here")
     return float(base), format_spec("rope", fields)
 
 
@@ -123,7 +123,7 @@ def _parameters(keys):
     dicts = {name: keys.take(name, default={}) for name in ("rope_scaling", "rope_parameters")}
     for name, value in dicts.items():
         if not isinstance(value, dict) or any(isinstance(inner, dict) for inner in value.values()):
-            raise keys.refusal(name, value, "layers of ours share one rotation, given by one dict of values")
+            raise keys.refusal(name, value, "all layers share one rotation here, given by one dict of values")
     scaling, parameters = dicts["rope_scaling"], dicts["rope_parameters"]
     for key in scaling.keys() & parameters.keys():
         if scaling[key] != parameters[key] and None not in (scaling[key], parameters[key]):
@@ -165,12 +165,12 @@ def _complete_longrope(rope, max_positions):
 def _check_yarn(keys, rope, max_positions):
     rope["factor"] = rope.get("factor") or max_positions / rope["original_max_position_embeddings"]
     if rope.pop("truncate", True) is False:
-        raise keys.refusal("rope_parameters.truncate", False, "yarn of ours rounds the range of its ramp")
+        raise keys.refusal("rope_parameters.truncate", False, "yarn rounds the range of its ramp here")
     factor = rope.pop("attention_factor", None)
     grown = rope.get("mscale") and rope.get("mscale_all_dim")
     default = 1.0 if rope["factor"] <= 1 else 0.1 * math.log(rope["factor"]) + 1.0
     if factor is not None and (grown or abs(factor - default) > 1e-6):
-        raise keys.refusal("rope_parameters.attention_factor", factor, f"yarn of ours has {default:.6f} here")
+        raise keys.refusal("rope_parameters.attention_factor", factor, f"yarn has {default:.6f} here")
 
 
 def usable_positions(position_spec: str, max_positions: int | None) -> int | None:
@@ -227,7 +227,7 @@ def older_keys(config: dict[str, typing.Any]) -> dict[str, typing.Any]:
 
 
 def _phi3_scaling(config, rope):
-    """`rope_scaling` for Phi-3 in transformers 4, which derives the amplitude itself; {} if ours differs from it."""
+    """`rope_scaling` for Phi-3 in transformers 4, which derives the amplitude itself; {} if the amplitude here differs from it."""
     original, most = config.get("original_max_position_embeddings", 4096), config.get("max_position_embeddings", 4096)
     derived = {"original_max_position_embeddings": original}
     _complete_longrope(derived, most)

@@ -23,7 +23,7 @@ def mamba2(keys: CheckedKeys, max_positions: int | None) -> dict[str, typing.Any
         keys.take(name, default=None)
     limit = keys.take("time_step_limit")
     if list(limit) not in _UNBOUNDED:
-        raise keys.refusal("time_step_limit", limit, "steps of ours have no bounds")
+        raise keys.refusal("time_step_limit", limit, "steps have no bounds here")
     return _stack(size, format_spec("mamba2", fields))
 
 
@@ -32,10 +32,10 @@ _UNBOUNDED = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])  # in JSON,
 
 def _state_space(keys):
     """`(size, fields)` of both Mambas. Two of their blocks, which have no ffn, count as one of our layers."""
-    keys.expect("hidden_act", "silu", because="mamba of ours has silu")
+    keys.expect("hidden_act", "silu", because="mamba has silu here")
     dim, blocks = keys.number("hidden_size"), keys.number("num_hidden_layers")
     if blocks % 2:
-        raise keys.refusal("num_hidden_layers", blocks, "ours counts two blocks without an ffn as a layer")
+        raise keys.refusal("num_hidden_layers", blocks, "two blocks without an ffn count as a layer here")
     expand = keys.take("expand")
     fields = {
         "inner": keys.number("intermediate_size", default=int(expand * dim)),

@@ -27,7 +27,7 @@ def peft_form(
     """
     kind = method.peft.kind
     arrays = {path: _arrays(leaf, method.learnt) for path, leaf in leaves.items()}
-    # A fused tensor has one C for all of its kernels. E of one number an output holds what ours add to the bias.
+    # A fused tensor has one C for all of its kernels. E of one number an output holds what is added to the bias.
     fused = [path for tensor in modules.values() if len(tensor.parts) > 1 for path, *_ in tensor.parts]
     as_vectors = any("d" in arrays.get(path, {}) for path in fused)
     if as_vectors:

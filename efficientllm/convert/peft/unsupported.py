@@ -47,7 +47,7 @@ def table_of(source: Source) -> dict[str, tuple]:
 
 
 def family_of(source: Source) -> typing.Any:
-    """The Family of a Source, or None for a model of ours."""
+    """The Family of a Source, or None for a model of this package."""
     from efficientllm.convert.hf_config import families
 
     adapted = families.FAMILIES | families.VISION | families.DENOISERS

@@ -1,8 +1,8 @@
-"""Tensor name tables of checkpoint families: `{name in the file: (our parameters in it, layout)}`.
+"""Tensor name tables of checkpoint families: `{name in the file: (parameters of this package in it, layout)}`.
 
-`{layer}` stands for a layer's number, and our paths are then relative to a block. Where a layer of the file is a group
-of several blocks of ours, they begin with `block_0/` and so on. `{expert}` stands for an expert's number (we stack
-experts). Entries that a model does not have (a bias, a router) are skipped. `layouts` defines the layouts.
+`{layer}` stands for a layer's number, and the paths are then relative to a block. Where a layer of the file is a group
+of several blocks here, they begin with `block_0/` and so on. `{expert}` stands for an expert's number (experts are
+stacked here). Entries that a model does not have (a bias, a router) are skipped. `layouts` defines the layouts.
 """
 
 from efficientllm.convert.tensors.table_entries import linear, norm, plain, swiglu, within

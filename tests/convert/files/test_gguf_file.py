@@ -120,7 +120,7 @@ def test_a_number_for_each_block_is_the_number_where_all_are_the_same(name, tmp_
 @pytest.mark.parametrize(
     "value, message",
     [
-        ([4, 2], r" = \[4, 2\] is not supported: every block of ours has the same"),
+        ([4, 2], r" = \[4, 2\] is not supported: every block has the same here"),
         ([4, 4, 4], " has 3 entries for 2 blocks"),
         ([4], " has 1 entries for 2 blocks"),
         ([4] * 2000, "head_count is an array of 1,024 entries or more"),
