@@ -1,7 +1,10 @@
 """Spec strings: what is built, and what is refused in one line."""
 
+import concurrent.futures
+import gc
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -119,3 +122,17 @@ def test_a_field_called_name_is_hidden_in_flax_modules_only():
     assert registry.build("data", "hf(path='x', name='y')").name == "y"
     with pytest.raises(UserError, match="no field 'name'"):
         registry.build("ffn", "swiglu(hidden=3, precision='float32', name='x')")
+
+
+def test_threads_that_read_data_parse_specs_at_once():
+    """Where the garbage collector lets another thread go on between two nodes of a syntax tree."""
+    before, yields = gc.get_threshold(), lambda *_: time.sleep(0)
+    gc.callbacks.append(yields)
+    gc.set_threshold(7)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            parsed = list(pool.map(registry.parse_spec, ["nsa(window=512, sizes=((1, (2, 3)), ((4,), 5)))"] * 100))
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(yields)
+    assert parsed == [("nsa", {"window": 512, "sizes": ((1, (2, 3)), ((4,), 5))})] * 100

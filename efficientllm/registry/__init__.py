@@ -9,6 +9,7 @@ import ast
 import importlib
 import inspect
 import re
+import threading
 import typing
 import warnings
 
@@ -34,6 +35,9 @@ _EXAMPLES: dict[Key, str] = {}
 _RANGES: dict[Key, ranges.Ranges] = {}
 Choices = dict[str, tuple[str, ...]]  # the allowed texts by field
 _CHOICES: dict[Key, Choices] = {}
+# Threads that read data parse specs too. Two parsers at once raise SystemError before Python 3.11.8 (CPython's
+# gh-106905), and filters of warnings are those of the whole process.
+_PARSING = threading.Lock()
 
 
 def register(
@@ -88,7 +92,7 @@ def parse_spec(spec: str, where: str = "spec") -> tuple[str, Values]:
     match = _SPEC.fullmatch(spec) if isinstance(spec, str) else None
     try:
         name, arguments = match.groups()
-        with warnings.catch_warnings():  # a regex in a spec holds escapes that Python warns about
+        with _PARSING, warnings.catch_warnings():  # a regex in a spec holds escapes that Python warns about
             warnings.simplefilter("ignore")
             call: typing.Any = ast.parse(f"_({arguments or ''})", mode="eval").body
         values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}

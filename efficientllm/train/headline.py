@@ -1,4 +1,4 @@
-"""What a training run logs before its first step: its size, its device, and the trainable parameters in each part of the model."""
+"""What a training run logs before its first step: size, device, and the trainable parameters of each part."""
 
 import collections
 import math
