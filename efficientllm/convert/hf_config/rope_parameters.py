@@ -227,7 +227,7 @@ def older_keys(config: dict[str, typing.Any]) -> dict[str, typing.Any]:
 
 
 def _phi3_scaling(config, rope):
-    """`rope_scaling` for Phi-3 in transformers 4, which derives the amplitude itself, where that is the amplitude here."""
+    """`rope_scaling` for Phi-3 in transformers 4, which derives the amplitude itself; {} where that is another one."""
     original, most = config.get("original_max_position_embeddings", 4096), config.get("max_position_embeddings", 4096)
     derived = {"original_max_position_embeddings": original}
     _complete_longrope(derived, most)
