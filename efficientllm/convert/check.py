@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import model
-from efficientllm.convert import check_denoiser, check_text_encoder, check_vision, reference_loading
+from efficientllm.convert import check_denoiser, check_text_encoder, check_vision, reference_errors
 from efficientllm.convert.source import Source
 from efficientllm.errors import UserError
 from efficientllm.ops.attention import Context
@@ -81,7 +81,7 @@ def _theirs(source, ids):
     place = {"pretrained_model_name_or_path": source.path}
     if source.path.is_file():
         place = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
-    with reference_loading.loading(source):
+    with reference_errors.loading(source):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             **place,
             dtype=torch.float32,

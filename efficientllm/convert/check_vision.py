@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientllm import model
-from efficientllm.convert import check_internvl, reference_loading
+from efficientllm.convert import check_internvl, reference_errors
 from efficientllm.convert.source import Source
 from efficientllm.embeds.vision_language import VisionLM
 from efficientllm.errors import UserError
@@ -80,7 +80,7 @@ def load_reference(source: Source) -> typing.Any:
 
     if source.config["model_type"] == "internvl_chat":
         return check_internvl.build_reference(source)
-    with reference_loading.loading(source):
+    with reference_errors.loading(source):
         return transformers.AutoModelForImageTextToText.from_pretrained(
             source.path,
             dtype=torch.float32,

@@ -19,7 +19,7 @@ from efficientllm.ops.native import matmul as native
 # The jaxpr of a custom kernel does not show its products: count the reference form of the same function instead.
 OPAQUE = ("pallas_call", "ffi_call", "custom_call", "dot_product_attention", "triton_kernel_call")
 
-ONCE = "_compute_round"  # the jitted body of a loop that runs once where a router is balanced (`ffns.travel`)
+ONCE = "_compute_round"  # the jitted body of a loop that runs once if a router is balanced (`ffns.expert_all_to_all`)
 
 
 def count_matmul_flops(fn: Callable, *args, **kwargs) -> float:
@@ -77,7 +77,7 @@ def _count_equation(equation, turns):
 
 
 def _is_once(params):
-    """Whether a loop runs once where the data is as it should be: the rounds of `ffns.travel` of a balanced router."""
+    """Whether a loop runs once if a router is balanced: the loop over the rounds of `ffns.expert_all_to_all`."""
     return any(equation.params.get("name") == ONCE for equation in params["body_jaxpr"].jaxpr.eqns)
 
 

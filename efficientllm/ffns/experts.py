@@ -2,7 +2,9 @@
 
 Over the mesh axis `fsdp` kernels are all-gathered. Over the mesh axis `expert` tokens move to the devices of their
 experts and back in two all-to-alls (GShard: Lepikhin et al. 2020, arXiv:2006.16668, Section 3.2), or without a capacity
-in rounds of two (`travel`). Letters as in `dispatch`: n tokens, k experts of a token, r rows of the experts' input.
+in rounds of two (`expert_all_to_all`).
+
+Letters as in `dispatch`: n tokens, k experts of a token, r rows of the experts' input.
 """
 
 import functools
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 
 from efficientllm import sharding
 from efficientllm.errors import FieldError
-from efficientllm.ffns import dispatch, travel
+from efficientllm.ffns import dispatch, expert_all_to_all
 from efficientllm.ffns.dense import ACTIVATIONS
 from efficientllm.ops.grouped_matmul import grouped_matmul, vectors_of_rows
 from efficientllm.weights import Axes, Precision, adapted_bias, as_input_sharded, axes, can_shard_inputs, parameter
@@ -32,7 +34,7 @@ class Experts(nn.Module):
     """`num_experts` networks with an activation of `dense.ACTIVATIONS`, such as SwiGLU, and with dispatch.
 
     `plan(experts_BTk, num_experts, real_BT=...)` returns a `dispatch.Plan`. `kernel` is a registered `grouped_kernel`.
-    `round_factor` is the size of a round of `travel` over the fair share of a device.
+    `round_factor` is the size of a round of `expert_all_to_all` over the fair share of a device.
     """
 
     num_experts: int
@@ -50,9 +52,9 @@ class Experts(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Returns `(the weighted sum of each token's experts, kept [B, T, k], rounds)`.
 
-        `kept` are the kept assignments, None where all are; `rounds` those of `travel`, None without. `real_BT` is
-        False for padding; None: no token is padding. Raises UserError where the mesh axis `expert` does not divide the
-        experts.
+        `kept` are the kept assignments, None where all are; `rounds` those of `expert_all_to_all`, None without.
+        `real_BT` is False for padding; None: no token is padding. Raises UserError where the mesh axis `expert` does
+        not divide the experts.
         """
         E, D, F, activation = self.num_experts, x_BTD.shape[-1], self.hidden, ACTIVATIONS[self.activation]
         shapes = {"gate": (E, D, F)} if activation.is_gated else {}
@@ -134,10 +136,10 @@ def _compute(
     weights_r1 = dispatch.weights_of_rows(weights_BTk.reshape(-1, k), plan).astype(x_BTD.dtype)
     networks = functools.partial(_networks, **network)
     if axis_size > 1 and plan.sizes_E is not None:
-        where = travel.route(plan.sizes_E, axis_size, len(x_rD))
+        where = expert_all_to_all.route(plan.sizes_E, axis_size, len(x_rD))
         places = math.ceil(round_factor * len(x_rD) / axis_size)
-        rounds = travel.count_rounds(where, places, axes)
-        y_rD = travel.compute_in_rounds(networks, places, (x_rD, weights_r1, linears), where, rounds)
+        rounds = expert_all_to_all.count_rounds(where, places, axes)
+        y_rD = expert_all_to_all.compute_in_rounds(networks, places, (x_rD, weights_r1, linears), where, rounds)
     else:
         x_rD, weights_r1 = (_send(rows, E, axis_size) for rows in (x_rD, weights_r1))
         y_rD = _return(networks(linears, x_rD, weights_r1, plan.sizes_E), E, axis_size)

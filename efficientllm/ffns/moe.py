@@ -86,7 +86,7 @@ class MoE(FFN, kw_only=True):
         `aux["losses"]`: `load_balance` and `z_loss`, times their coefficients. `aux["stats"]`: `load` `[E]`, each
         expert's share of the assignments (sums to one, 1/E where balanced); `entropy` of the router in nats;
         `drop_rate`, the share of dropped assignments; `rounds` in which tokens travelled, where they did without a
-        capacity (`ffns.travel`).
+        capacity (`ffns.expert_all_to_all`).
         """
         real_BT = None if ctx is None else ctx.real_BT
         logits_BTE, bias_E = Router(self.num_experts, self.bias_rate > 0, name="router")(x_BTD)

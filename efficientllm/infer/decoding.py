@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from efficientllm import model as models
 from efficientllm.embeds.tokens import LM, read_out
 from efficientllm.embeds.vision_tower import Images
-from efficientllm.infer.image_prompts import ImageRows
+from efficientllm.infer.multimodal_prompts import ImageRows
 from efficientllm.model import Backbone
 from efficientllm.ops.attention import Context
 from efficientllm.registry import build, parse_spec

@@ -17,7 +17,7 @@ from efficientllm.embeds.tokens import LM
 from efficientllm.errors import UserError
 from efficientllm.infer import decoding
 from efficientllm.infer.decoding import Carry
-from efficientllm.infer.image_prompts import ImageRows
+from efficientllm.infer.multimodal_prompts import ImageRows
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import shapes
 from efficientllm.typing import Params

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from efficientllm.infer.engine import Engine
-from efficientllm.infer.windows import Windows, seconds_of
+from efficientllm.infer.measurement_windows import Windows, seconds_of
 from efficientllm.metrics import conditions, sampler, timer
 from efficientllm.metrics.energy import reader as energy
 from efficientllm.metrics.energy.window import EnergyReader

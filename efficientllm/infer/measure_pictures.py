@@ -14,9 +14,9 @@ import numpy as np
 from efficientllm.infer.denoise import DiffusionSampler
 from efficientllm.infer.image_samples import PictureRequests, Wanted, describe_batch, image_shape, labelled
 from efficientllm.infer.measure import warm_ups
+from efficientllm.infer.measurement_windows import Windows, seconds_of
 from efficientllm.infer.offload import Offloaded
 from efficientllm.infer.pictures import images_to_uint8
-from efficientllm.infer.windows import Windows, seconds_of
 from efficientllm.metrics import conditions, sampler, timer
 from efficientllm.metrics.energy.window import EnergyWindow
 from efficientllm.runtime.log import Countdown

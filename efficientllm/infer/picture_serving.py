@@ -12,10 +12,10 @@ from efficientllm.embeds.patches import Denoiser
 from efficientllm.infer import clips, image_samples, offload, picture_row
 from efficientllm.infer.denoise import DiffusionSampler
 from efficientllm.infer.measure_pictures import MeasuredBatches, MeasuredPictures, measure_pictures
+from efficientllm.infer.measurement_windows import Windows
 from efficientllm.infer.picture_costs import PictureCosts
-from efficientllm.infer.picture_prompts import PicturePrompts
 from efficientllm.infer.serving import Serving
-from efficientllm.infer.windows import Windows
+from efficientllm.infer.text_to_image_prompts import PicturePrompts
 from efficientllm.metrics.energy.reader import IdlePower
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.metrics.reading import Reading, missing

@@ -6,7 +6,7 @@ import typing
 from efficientllm.autoencoders.check_fit import check_autoencoder
 from efficientllm.embeds.patches import Denoiser
 from efficientllm.errors import UserError
-from efficientllm.infer.picture_prompts import PicturePrompts, open_prompts
+from efficientllm.infer.text_to_image_prompts import PicturePrompts, open_prompts
 from efficientllm.run_description import RunDescription
 
 

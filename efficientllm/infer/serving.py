@@ -16,7 +16,7 @@ from efficientllm import sharding
 from efficientllm.convert.files import stored_form
 from efficientllm.errors import UserError
 from efficientllm.infer import random_weights
-from efficientllm.infer.windows import Windows
+from efficientllm.infer.measurement_windows import Windows
 from efficientllm.metrics import host, memory
 from efficientllm.metrics.energy.reader import IdlePower
 from efficientllm.metrics.energy.window import EnergyReader

@@ -13,9 +13,9 @@ from efficientllm.embeds.tokens import LM
 from efficientllm.infer import measure, row
 from efficientllm.infer.engine import Engine
 from efficientllm.infer.measure import Measured
+from efficientllm.infer.measurement_windows import Windows
 from efficientllm.infer.serving import Serving
 from efficientllm.infer.streaming import Answers
-from efficientllm.infer.windows import Windows
 from efficientllm.metrics.energy.reader import IdlePower
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.metrics.reading import Reading

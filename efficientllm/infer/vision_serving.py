@@ -15,8 +15,8 @@ from efficientllm.errors import UserError
 from efficientllm.infer import measure, prompts
 from efficientllm.infer.decoding import Carry
 from efficientllm.infer.engine import Engine
-from efficientllm.infer.image_prompts import ImageRows, encode_prompts
 from efficientllm.infer.measure import Measured
+from efficientllm.infer.multimodal_prompts import ImageRows, encode_prompts
 from efficientllm.infer.text_serving import TextServing
 from efficientllm.metrics.energy.window import EnergyReader
 from efficientllm.metrics.sampler import Sampler

@@ -1,6 +1,6 @@
 """Optimizers: Adam, Lion and SGD as optax transformations.
 
-Each returns the direction of descent only. `rules.optimizer` adds clipping, weight decay and the learning rate.
+Each returns the direction of descent only. `from_config.optimizer` adds clipping, weight decay and the learning rate.
 """
 
 import optax

@@ -45,7 +45,7 @@ class PictureRequest(Request):
 
     @property
     def units(self) -> dict[str, float]:
-        """Units of work of a request, of which cost and CO2 are told (`record.currency`)."""
+        """Units of work of a request, of which cost and CO2 are told (`record.price_and_carbon`)."""
         return {"image": self.samples}
 
     @property

@@ -13,7 +13,7 @@ from efficientllm.plan.estimate import Estimate
 from efficientllm.plan.hardware import Hardware
 from efficientllm.plan.remedies import Try
 from efficientllm.plan.workloads import Workload
-from efficientllm.record import currency
+from efficientllm.record import price_and_carbon
 from efficientllm.typing import Record
 
 LEAST = "least time by roofline"
@@ -115,7 +115,7 @@ def _amounts(workload, hardware, count, seconds, watts):
     planned_s = reading_or_missing(seconds, "s", "planned", _UNKNOWN)
     power_w = reading_or_missing(None if watts is None else watts * count, "W", "calibration", _REASONS["aec_w"])
     paid = 1 if hardware.platform == "cpu" else count
-    return currency.of_plan(workload.config, planned_s, power_w, workload.units, paid)
+    return price_and_carbon.of_plan(workload.config, planned_s, power_w, workload.units, paid)
 
 
 _UNKNOWN = "a peak or the compiler's figure is not known"
@@ -259,7 +259,7 @@ def _six_lines(prediction):
         lines.append(
             f"    {label:<5}" + (f"null  {prediction['reasons'][key]}" if value is None else f"{value:.4g} {unit}")
         )
-    for key, label in currency.LABELS.items():
+    for key, label in price_and_carbon.LABELS.items():
         if prediction.get(key) is not None:
             lines.append(f"    {label} {prediction[key]:.4g} {'USD' if key.startswith('usd') else 'g'}")
     return lines

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from efficientllm import model, sharding
-from efficientllm.infer import image_samples, picture_prompts, picture_setup
+from efficientllm.infer import image_samples, picture_setup, text_to_image_prompts
 from efficientllm.infer import setup as infer
 from efficientllm.plan import planned_images, workloads
 from efficientllm.plan.picture_request import PictureRequest
@@ -42,7 +42,7 @@ def describe(
             lm = infer.serving_lm(description, config.infer.prompt_length + config.infer.max_new_tokens)
         else:
             if not config.text_states:
-                picture_prompts.check_no_prompts(description)
+                text_to_image_prompts.check_no_prompts(description)
             lm = infer.serving_denoiser(picture_setup.with_size(description))
         boxed = model.abstract_params(lm)
     quantized = quant.abstract(nn.unbox(boxed), config.quant, config.infer.rules)

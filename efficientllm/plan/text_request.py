@@ -44,7 +44,7 @@ class TextRequest(Request):
 
     @property
     def units(self) -> dict[str, float]:
-        """Units of work of a request, of which cost and CO2 are told (`record.currency`)."""
+        """Units of work of a request, of which cost and CO2 are told (`record.price_and_carbon`)."""
         return {"mtoken": self.tokens / 1e6}
 
     @property

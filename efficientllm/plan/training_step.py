@@ -73,7 +73,7 @@ class Step:
 
     @property
     def units(self) -> dict[str, float]:
-        """Units of work of a step, of which cost and CO2 are told (`record.currency`)."""
+        """Units of work of a step, of which cost and CO2 are told (`record.price_and_carbon`)."""
         image = {"image": self.samples} if self.objective.counted == "images" else {}
         return {"mtoken": self.tokens / 1e6, **image, "run": 1 / self.config.train.steps}
 

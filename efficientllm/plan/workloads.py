@@ -14,7 +14,7 @@ import jax
 
 from efficientllm.cost import jaxpr_flops
 from efficientllm.metrics import memory
-from efficientllm.plan import cudnn, hlo_cost, hlo_text, operations
+from efficientllm.plan import cudnn_tracing, hlo_cost, hlo_text, operations
 from efficientllm.plan.hlo_cost import Collective
 from efficientllm.plan.operations import Operation
 from efficientllm.plan.remedies import Change
@@ -80,7 +80,7 @@ class Compiled:
 @contextlib.contextmanager
 def compile_target(platform: str, capability: tuple[int, int]) -> Iterator[None]:
     """Context in which kernels are chosen for the platform and, on a GPU, its compute capability."""
-    with kernel_choice.compiling_for(platform, capability), cudnn.planned_for(capability):
+    with kernel_choice.compiling_for(platform, capability), cudnn_tracing.planned_for(capability):
         yield
 
 

@@ -9,7 +9,7 @@ from efficientllm.plan import roofline as rooflines
 from efficientllm.plan.workloads import Workload
 from efficientllm.recommend.request import Changes, Request
 from efficientllm.recommend.techniques import Technique
-from efficientllm.record import currency
+from efficientllm.record import price_and_carbon
 from efficientllm.weights import Precision
 
 NO_POWER = missing("W", "the power of a device is measured, not planned")
@@ -46,7 +46,7 @@ def shared_metrics(request: Request, workload: Workload, seconds: float | None, 
     metrics |= {"al_s": seconds, "tokens_per_s": workload.tokens / seconds} | workload.rates(seconds)
     paid = 1 if request.hardware.platform == "cpu" else request.devices
     planned_s = reading_or_missing(seconds, "s", PLANNED, "")
-    amounts = currency.of_plan(workload.config, planned_s, NO_POWER, workload.units, paid)
+    amounts = price_and_carbon.of_plan(workload.config, planned_s, NO_POWER, workload.units, paid)
     return metrics | {key: amount.value for key, amount in amounts.items() if amount.value is not None}
 
 

@@ -10,7 +10,7 @@ import typing
 from efficientllm.errors import UserError
 from efficientllm.metrics.conditions import unmeasured
 from efficientllm.metrics.reading import Reading, missing
-from efficientllm.record import currency, study_metrics, timing_notes
+from efficientllm.record import price_and_carbon, study_metrics, timing_notes
 from efficientllm.runtime.atomic_write import write_atomically
 from efficientllm.typing import PathLike, Record
 from efficientllm.untrusted import json_text
@@ -48,7 +48,7 @@ PHYSICAL_UNITS = {
     "params_trainable": "1",
     "kv_bytes_per_token": "bytes",
     "compile_s": "s",
-    **currency.UNITS,
+    **price_and_carbon.UNITS,
 }
 QUALITY_UNITS = {"loss": "nat", "eval_loss": "nat", "perplexity": "1", "bits_per_byte": "bit"}
 _TABLE = (
@@ -224,7 +224,7 @@ def format_table(record: Record, width: int | None = None) -> str:
     for label, key, unit, size in serving if record["task"] == "infer" else ():
         value, source = physical[key], record["sources"][key] | {"unit": unit}
         lines += _table_row(label, None if value is None else value / size, source, "lower", width)
-    for key, label in currency.LABELS.items():  # shown where they are known: price and carbon are the user's
+    for key, label in price_and_carbon.LABELS.items():  # shown where they are known: price and carbon are the user's
         if record["physical"].get(key) is not None:
             lines += _table_row(label, record["physical"][key], record["sources"][key], "lower", width)
     for note in timing_notes.notes(record):

@@ -14,8 +14,8 @@ import typing
 import warnings
 
 from efficientllm.errors import UserError, did_you_mean, short_repr
-from efficientllm.registry import homes, ranges
-from efficientllm.registry.homes import kinds as kinds
+from efficientllm.registry import ranges, technique_modules
+from efficientllm.registry.technique_modules import kinds as kinds
 
 SPEC_TYPES = {
     "int": (int,),
@@ -108,7 +108,7 @@ def parse_spec(spec: str, where: str = "spec") -> tuple[str, Values]:
 
 def lookup(kind: str, name: str, where: str = "spec") -> Target:
     """The object registered as (kind, name). Raises UserError that lists the registered names."""
-    if module := homes.module_by_name(kind).get(name):
+    if module := technique_modules.module_by_name(kind).get(name):
         importlib.import_module(module)  # also where the name is known: two of one name are an error
     if (kind, name) not in _REGISTRY:
         check_name(kind, name, names(kind), where)
@@ -224,7 +224,7 @@ def _check_type(where, key, value, name):
 
 def _import_modules(kind):
     """Imports every module that registers names of `kind`."""
-    for module in homes.modules(kind):
+    for module in technique_modules.modules(kind):
         importlib.import_module(module)
 
 

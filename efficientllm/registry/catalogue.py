@@ -8,7 +8,7 @@ import functools
 import typing
 
 from efficientllm import registry
-from efficientllm.registry import homes
+from efficientllm.registry import technique_modules
 
 
 class Entry(typing.NamedTuple):
@@ -32,7 +32,7 @@ class Entries(typing.Mapping[str, Entry]):
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
-        self._modules = dict(sorted(homes.module_by_name(kind).items()))
+        self._modules = dict(sorted(technique_modules.module_by_name(kind).items()))
 
     def __getitem__(self, name: str) -> Entry:
         return _registered(self._modules[name], self._kind)[name]
@@ -70,7 +70,7 @@ def constant(module: str, name: str) -> typing.Any:
 
 @functools.cache
 def _tree(module):
-    return ast.parse(homes.source_file(module).read_text("utf-8"))
+    return ast.parse(technique_modules.source_file(module).read_text("utf-8"))
 
 
 @functools.cache

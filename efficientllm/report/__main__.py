@@ -93,14 +93,14 @@ def _print_comparison(options):
 
 def _write_report(options):
     """Writes the report's files and prints their folder."""
-    from efficientllm.report import find_rows, grids
+    from efficientllm.report import find_rows, grid_searches
 
     collection = find_rows.collect_rows(options.runs)
     _check_baseline(options.baseline, collection.rows)
     from efficientllm.report import leaderboard, write_files
 
     board = leaderboard.build_leaderboard(collection.rows, collection.orphans, options.baseline)
-    board |= {"grids": grids.read_grids(options.runs), "left_out": collection.left_out}
+    board |= {"grids": grid_searches.read_grids(options.runs), "left_out": collection.left_out}
     try:
         write_files.write_report(board, collection.rows, _folder(options.out))
     except OSError as error:

@@ -11,7 +11,7 @@ from efficientllm import weights
 from efficientllm.config.plain import config_hash, flatten, plain
 from efficientllm.cost import device_peaks
 from efficientllm.metrics.energy.window import EnergyReader
-from efficientllm.record import currency, provenance
+from efficientllm.record import price_and_carbon, provenance
 from efficientllm.record.row import build_record
 from efficientllm.record.tensorboard import SummaryWriter
 from efficientllm.record.workdir import Workdir
@@ -74,11 +74,11 @@ class Run:
     ) -> Record:
         """The row: `facts` are added to its provenance, `groups` are those of `build_record`.
 
-        What was measured on a mesh is joined by what it cost (`record.currency`).
+        What was measured on a mesh is joined by what it cost (`record.price_and_carbon`).
         """
         if mesh is not None and groups.get("paper_readings"):
             paid = device_peaks.count_parallel(list(mesh.devices.flat))
-            amounts = currency.of_row(self.config, groups["paper_readings"], groups["physical"], paid)
+            amounts = price_and_carbon.of_row(self.config, groups["paper_readings"], groups["physical"], paid)
             groups["physical"] = groups["physical"] | amounts
         source = provenance.provenance(
             reader=reader,

@@ -13,8 +13,8 @@ from efficientllm.cost import device_peaks
 from efficientllm.evaluation import held_out, lm_eval_tasks
 from efficientllm.infer import row
 from efficientllm.infer import setup as infer_setup
+from efficientllm.infer.measurement_windows import Windows
 from efficientllm.infer.serving import OutOfMemory
-from efficientllm.infer.windows import Windows
 from efficientllm.metrics import memory
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.sampler import Sampler

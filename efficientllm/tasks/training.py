@@ -17,16 +17,16 @@ from efficientllm.record.workdir import Workdir
 from efficientllm.registry import register
 from efficientllm.registry.plugins import one_line_with_location
 from efficientllm.runtime import distributed, stopping
-from efficientllm.tasks import exports, failures, other_text, profile_table, samples
+from efficientllm.tasks import exports, extra_evaluation, failures, profile_table, samples
 from efficientllm.tasks.base import FAILED, Run
 from efficientllm.train import fingerprints, loop, row, tensorboard_scalars
 from efficientllm.train import setup as train_setup
 from efficientllm.train.checkpoint import DISK, CheckpointError, Checkpoints
-from efficientllm.train.headline import headline
 from efficientllm.train.measure import Measurement
 from efficientllm.train.profiler import Profiler
 from efficientllm.train.programs import PROGRAM
 from efficientllm.train.progress import Progress
+from efficientllm.train.run_summary import headline
 from efficientllm.typing import Config, Record
 
 log = logging.getLogger("efficientllm")
@@ -193,7 +193,7 @@ class Training(Run):
         with failures.optional("the trace of the profiled steps has no table"):
             if self.is_main:
                 self.profile = profile_table.summarize(self.setup, self.measurement, self.workdir.path)
-        self.judged = other_text.readings(self.setup, self.compiled_eval, state, self.held_out_table)
+        self.judged = extra_evaluation.readings(self.setup, self.compiled_eval, state, self.held_out_table)
         painter = samples.painter_of_training(self.setup, state.eval_params)
         if painter:
             self.judged, self.judged_facts = samples.judge_pictures(painter, self.config.quality.fd)

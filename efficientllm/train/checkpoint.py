@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from efficientllm.errors import UserError
 from efficientllm.record import checkpoint_checksums
-from efficientllm.runtime import distributed, quiet_threads
+from efficientllm.runtime import distributed, thread_errors
 from efficientllm.typing import PyTree, Record
 
 log = logging.getLogger("efficientllm")
@@ -49,7 +49,7 @@ class Checkpoints:
         self._saved_step: int | None = None
         self.facts: Record = {}
         self.restored_facts: Record = {}
-        quiet_threads.silence_orbax()
+        thread_errors.silence_orbax()
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
 
     def save(self, step: int, state: PyTree, data_state: typing.Any, loss: float | None = None) -> None:

@@ -9,7 +9,7 @@ from efficientllm.cost import formulas
 from efficientllm.errors import UserError
 from efficientllm.objectives.base import Objective
 from efficientllm.objectives.next_token import NEXT_TOKEN
-from efficientllm.optim import rules
+from efficientllm.optim import from_config
 from efficientllm.quant import apply as quant
 from efficientllm.quant.base import rounds
 from efficientllm.run_description import RunDescription
@@ -96,7 +96,7 @@ def check_train(train: Config, mesh: Mesh, objective: Objective = NEXT_TOKEN) ->
             f"config.train.length = {train.length}: the mesh axis sequence divides a row's tokens over "
             f"{mesh.shape['sequence']} devices; {train.length + -train.length % mesh.shape['sequence']} would do"
         )
-    rules.schedule(train)
+    from_config.schedule(train)
 
 
 def training_lm(run: RunDescription, row_slots: int | None = None) -> typing.Any:

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from efficientllm.errors import UserError
-from efficientllm.optim import rules
+from efficientllm.optim import from_config
 from efficientllm.train.setup import Setup
 from efficientllm.typing import Config, PathLike, Record
 
@@ -73,7 +73,7 @@ def _same_rates(train, steps, step):
     """Whether the schedules for `steps` and for `train.steps` have equal rates before `step`, at 17 sampled steps."""
     before = train.copy_and_resolve_references()
     before.steps = steps
-    old, new = rules.schedule(before), rules.schedule(train)
+    old, new = from_config.schedule(before), from_config.schedule(train)
     sampled_steps = {*(step * index // 16 for index in range(16)), step - 1}
     return all(float(old(at)) == float(new(at)) for at in sampled_steps)
 

@@ -23,7 +23,7 @@ from efficientllm.registry import complete_spec
 from efficientllm.run_description import describe_run
 from efficientllm.runtime import compile_cache, malloc
 from efficientllm.runtime import kernel_choice as kernels
-from efficientllm.train import config_checks, other_text, step
+from efficientllm.train import config_checks, extra_eval_data, step
 from efficientllm.train.programs import of_batch, step_of_batch
 from efficientllm.typing import Batch, Config, Mesh, PyTree, Record
 from efficientllm.weights import activation_dtype, box_as
@@ -144,7 +144,7 @@ def prepare(config: Config, log: logging.Logger) -> Setup:
         length=description.length,
         batches=iter(dataset.train(rows, config.seed, **share)),
         eval_batches=dataset.held_out(rows, **share, limit=config.eval.batches or None),
-        also_batches=other_text.held_out_batches(config, dataset, share),
+        also_batches=extra_eval_data.held_out_batches(config, dataset, share),
         method=description.method,
         source=description.source,
         boxed=boxed,

@@ -19,7 +19,7 @@ from efficientllm.model import Backbone
 from efficientllm.objectives.base import Objective
 from efficientllm.objectives.next_token import NEXT_TOKEN
 from efficientllm.ops import rematerialization
-from efficientllm.optim import rules
+from efficientllm.optim import from_config
 from efficientllm.typing import Batch, Config, Mesh, Params, PyTree
 
 FULL = Full()
@@ -72,7 +72,7 @@ def create(
     """
     key = jax.random.key(seed)
     trainable, frozen = tuned(method, lm, boxed, params, jax.random.fold_in(key, 1), form)
-    opt_state = rules.optimizer(train, nn.unbox(trainable), method.rates).init(trainable)
+    opt_state = from_config.optimizer(train, nn.unbox(trainable), method.rates).init(trainable)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jax.random.key_data(key), frozen)
     if not train.ema:
         return state
@@ -179,13 +179,13 @@ def train_step(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     grads, metrics = gradients(lm, state.params, batch, train.accumulate, state.frozen, key, objective)
     with jax.named_scope("optimizer"):
-        optimizer = rules.optimizer(train, state.params, method.rates)
+        optimizer = from_config.optimizer(train, state.params, method.rates)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
     params, _ = split(method, lm, models.after_step(lm, join(params, state.frozen), metrics["aux"]))
     metrics |= {
         "grad_norm": optax.tree.norm(grads),
-        "learning_rate": rules.schedule(train)(state.step),
+        "learning_rate": from_config.schedule(train)(state.step),
         **objective.counts(lm, batch),
     }
     averaged = {}

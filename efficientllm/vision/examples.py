@@ -21,7 +21,7 @@ from efficientllm.embeds.vision_language import BATCH_KEYS, VisionLM
 from efficientllm.errors import FieldError
 from efficientllm.typing import Batch, Record
 from efficientllm.vision.conversations import encode_example
-from efficientllm.vision.picture_sizes import picture_size
+from efficientllm.vision.image_headers import picture_size
 from efficientllm.vision.processors import Processor, load_picture, named, within
 from efficientllm.vision.token_rows import Prompt, slots_of, token_repeats, token_row
 from efficientllm.vision.tower_rows import count_slots, tower_rows

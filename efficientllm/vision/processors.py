@@ -15,7 +15,7 @@ import numpy as np
 from efficientllm.embeds.vision_language import VisionLM
 from efficientllm.errors import UserError
 from efficientllm.untrusted import files, json_text
-from efficientllm.vision.image_sizes import rounded_size, shortest_edge_size, tile_grid
+from efficientllm.vision.resize_rules import rounded_size, shortest_edge_size, tile_grid
 from efficientllm.vision.tower_rows import PreparedImage
 
 if typing.TYPE_CHECKING:

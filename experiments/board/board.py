@@ -20,7 +20,7 @@ from efficientllm.record.row import wall_seconds
 from efficientllm.report import (
     answers,
     find_rows,
-    grids,
+    grid_searches,
     leaderboard,
     pairwise,
     techniques,
@@ -117,7 +117,7 @@ def build(folder: pathlib.Path) -> tuple[dict[str, typing.Any], list]:
     collection = find_rows.collect_rows(files or [folder])
     board = leaderboard.build_leaderboard(collection.rows)
     board |= {
-        "grids": grids.read_grids(files),
+        "grids": grid_searches.read_grids(files),
         "left_out": collection.left_out,
         "answers": answers.answer_questions(QUESTIONS, board),
         "facts": state_facts(collection.rows, files, planned, board["pairwise"]),

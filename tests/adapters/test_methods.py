@@ -252,7 +252,8 @@ def test_a_rule_on_b_is_all_that_lora_plus_is():
         method, lm, params, _ = tuned(name)
         state = start(method, lm, params)
         grads = jax.jit(lambda s, lm=lm: step.gradients(lm, s.params, contract.batch(), 1, s.frozen)[0])(state)
-        state = state.replace(opt_state=step.rules.optimizer(train, state.params, method.rates).init(state.params))
+        optimizer = step.from_config.optimizer(train, state.params, method.rates)
+        state = state.replace(opt_state=optimizer.init(state.params))
         after, _ = jax.jit(functools.partial(step.train_step, lm, train, method))(state, contract.batch())
 
         def leaf(tree):

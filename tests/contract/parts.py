@@ -88,7 +88,7 @@ def check_optimizer(kind, spec):
     why = (
         f"{kind} {spec}: 300 steps of 0.02 against its direction take the loss from {first:.3g} to {loss(params):.3g}: "
     )
-    assert loss(params) < 0.3 * first, why + "the learning rate and its sign come after it (optim.rules)"
+    assert loss(params) < 0.3 * first, why + "the learning rate and its sign come after it (optim.from_config)"
 
 
 @contract.check("schedule")

@@ -483,9 +483,9 @@ def rows_of_file(folder):
 
 def read_rows_of_file(folder):
     from efficientllm.record import rows_file
-    from efficientllm.report import find_rows, grids
+    from efficientllm.report import find_rows, grid_searches
 
-    grids.read_grids([folder])
+    grid_searches.read_grids([folder])
     for file in sorted(folder.iterdir()):
         find_rows.collect_rows([file])
         rows_file.read_rows_file(file)

@@ -10,7 +10,7 @@ from efficientllm import base_config, sharding
 from efficientllm.cost.jaxpr_flops import subjaxprs
 from efficientllm.objectives.next_token import NEXT_TOKEN
 from efficientllm.ops import rematerialization
-from efficientllm.plan import cudnn
+from efficientllm.plan import cudnn_tracing
 from efficientllm.run_description import describe_run
 from efficientllm.runtime import kernel_choice
 from efficientllm.train import step
@@ -87,7 +87,7 @@ def residuals(lm, length=64):
     def gradient(params, batch):
         return jax.vjp(lambda params: NEXT_TOKEN.loss(lm, params, batch, None, (1.0, None))[0], params)[1]
 
-    with kernel_choice.compiling_for("gpu", (9, 0)), cudnn.planned_for((9, 0)):
+    with kernel_choice.compiling_for("gpu", (9, 0)), cudnn_tracing.planned_for((9, 0)):
         return [(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(jax.eval_shape(gradient, params, batch))]
 
 

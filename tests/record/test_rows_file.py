@@ -8,7 +8,7 @@ import pytest
 from efficientllm.errors import UserError
 from efficientllm.record import rows_file
 from efficientllm.record.row import read_record
-from efficientllm.report import find_rows, grids, leaderboard, rows
+from efficientllm.report import find_rows, grid_searches, leaderboard, rows
 from report import made
 
 pytestmark = pytest.mark.quick
@@ -80,7 +80,7 @@ def test_trials_of_a_grid_are_told_from_rows(tmp_path):
     collected = find_rows.collect_rows([file])
     assert [row.path.parent.name for row in collected.rows] == ["00"]
     assert collected.left_out == [f"left out: {file}/grid: 3 tries of the grid of sweep s"]
-    (grid,) = grids.read_grids([tmp_path / "s.rows.jsonl"])
+    (grid,) = grid_searches.read_grids([tmp_path / "s.rows.jsonl"])
     assert grid["sweep"] == "s" and grid["key"] == "train.schedule"
     (tries,) = grid["variants"].values()
     assert tries["chosen"] == "constant(peak=3e-3)" and [trial["seconds"] for trial in tries["tries"]] == [5, 6, 7]

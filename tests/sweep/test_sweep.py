@@ -18,7 +18,7 @@ from configs import dit
 from efficientllm.errors import UserError
 from efficientllm.record import rows_file
 from efficientllm.registry.plugins import import_file
-from efficientllm.report import find_rows, grids, markdown
+from efficientllm.report import find_rows, grid_searches, markdown
 from efficientllm.sweep import Sweep, cost_estimates, execute, grid, launch, pack, spec
 from efficientllm.sweep.__main__ import main, stoppable
 
@@ -168,7 +168,7 @@ def test_a_grid_gives_each_variant_the_value_of_its_least_loss(tmp_path):
         execute_program(run, tmp_path / run.folder)
     files, _ = find_rows.find_files([tmp_path])
     assert len(files) == len(chosen_runs)
-    (cells,) = grids.read_grids([tmp_path])
+    (cells,) = grid_searches.read_grids([tmp_path])
     text = markdown._grid(cells)
     assert "| a | 1.5 | 1.5000 | chosen | 3, 21 s |" in text and "| c | 1.5 | – | nan |" in text
 

@@ -27,12 +27,12 @@ from efficientllm.embeds.vision_language import BATCH_KEYS
 from efficientllm.errors import UserError
 from efficientllm.objectives.next_token import NEXT_TOKEN
 from efficientllm.ops.native import flash
-from efficientllm.optim import rules
+from efficientllm.optim import from_config
 from efficientllm.registry import build
 from efficientllm.train.step import gradients
 from efficientllm.vision.conversations import encode_example, place_pictures
 from efficientllm.vision.examples import ExampleData, first_groups
-from efficientllm.vision.picture_sizes import picture_size
+from efficientllm.vision.image_headers import picture_size
 from efficientllm.vision.processors import AnySize, load_picture, read_processor, within
 from vision.records import write_records
 
@@ -185,7 +185,7 @@ def test_parts_learn_at_rates_of_their_own(made):
 
     def update(rates):
         train.rates, train.decay = rates, ((".*", 0.0),)
-        optimizer = rules.optimizer(train, params)
+        optimizer = from_config.optimizer(train, params)
         return optimizer.update(grads, optimizer.init(params), params)[0]
 
     common, updates = (flatten_dict(update(r), sep="/") for r in (((".*", 1.0),), tuple(factors.items())))

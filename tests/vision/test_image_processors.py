@@ -10,8 +10,8 @@ from convert import vision_folders as folders
 from efficientllm import convert
 from efficientllm.convert.check_vision import draw_picture, reference_pixels
 from efficientllm.errors import UserError
-from efficientllm.vision.image_sizes import rounded_size, shortest_edge_size, tile_grid
 from efficientllm.vision.processors import load_picture, read_processor
+from efficientllm.vision.resize_rules import rounded_size, shortest_edge_size, tile_grid
 
 Image = pytest.importorskip("PIL.Image")
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from efficientllm import base_config, convert, model, sharding
 from efficientllm.embeds.vision_language import BATCH_KEYS
 from efficientllm.infer import samplers
 from efficientllm.infer.engine import Engine
-from efficientllm.infer.image_prompts import encode_prompts
+from efficientllm.infer.multimodal_prompts import encode_prompts
 from efficientllm.ops import rematerialization
 from efficientllm.quant import apply as quant
 from efficientllm.registry import build

@@ -13,7 +13,7 @@ from efficientllm import convert, model
 from efficientllm.adapters import full_delta
 from efficientllm.adapters.base import KERNEL, attach, merge, split
 from efficientllm.convert import peft as folder
-from efficientllm.optim import rules
+from efficientllm.optim import from_config
 from efficientllm.registry import build
 from efficientllm.train import step
 from efficientllm.weights import box_as
@@ -178,7 +178,7 @@ def test_methods_without_a_lora_folder_are_pefts(source, name):
     train = base.get_config().train
     train.optimizer, train.clip, train.schedule = "sgd(momentum=0.0)", 0.0, f"constant(peak={RATE})"
     learnt, frozen = split(method, lm, params)
-    optimizer = rules.optimizer(train, learnt, method.rates)
+    optimizer = from_config.optimizer(train, learnt, method.rates)
     updates, _ = optimizer.update(gradients(lm, learnt, frozen, ids), optimizer.init(learnt), learnt)
     stepped = step.join(optax.apply_updates(learnt, updates), frozen)
     peers.close(peers.our_logits(lm, stepped, ids), peers.their_logits(tuned, ids), 1e-5)

@@ -11,7 +11,7 @@ from convert import peers
 from convert.peft.test_peft import gradients
 from efficientllm import convert, model
 from efficientllm.convert import peft as folder
-from efficientllm.optim import rules
+from efficientllm.optim import from_config
 from efficientllm.quant.base import Rows
 from efficientllm.registry import build
 from efficientllm.train import step
@@ -49,7 +49,7 @@ def start(source, spec, form="float32"):
 def ours_after(lm, state, ids):
     """All parameters after one step."""
     grads = gradients(lm, state.params, state.frozen, ids)
-    optimizer = rules.optimizer(train(), state.params)
+    optimizer = from_config.optimizer(train(), state.params)
     updates, _ = optimizer.update(grads, state.opt_state, state.params)
     return step.join(step.optax.apply_updates(state.params, updates), state.frozen)
 

@@ -7,7 +7,7 @@ import pytest
 
 from configs import base
 from efficientllm.errors import UserError
-from efficientllm.optim import rules
+from efficientllm.optim import from_config
 
 pytestmark = pytest.mark.quick
 
@@ -18,7 +18,7 @@ def test_optimizer_is_adamw_with_decay_and_rates_by_name():
     train.decay = (("kernel$", 0.1), (".*", 0.0))
     params = {"kernel": jnp.full((2, 3), 2.0), "b": jnp.ones(3)}
     grads = {"kernel": jnp.linspace(-1, 1, 6).reshape(2, 3), "b": jnp.array([0.3, -2.0, 1.0])}
-    tx, lr = rules.optimizer(train, params), rules.schedule(train)
+    tx, lr = from_config.optimizer(train, params), from_config.schedule(train)
     reference = {
         "kernel": optax.adamw(lr, b1=0.9, b2=0.95, weight_decay=0.1),
         "b": optax.adamw(lambda count: 0.5 * lr(count), b1=0.9, b2=0.95, weight_decay=0.0),
@@ -34,9 +34,9 @@ def test_optimizer_is_adamw_with_decay_and_rates_by_name():
 
 def test_rules_must_cover_every_parameter():
     with pytest.raises(UserError, match="no rule matches parameter 'a/b'"):
-        rules.match((("c", 1.0),), {"a": {"b": 1.0}}, "config.train.decay")
+        from_config.match((("c", 1.0),), {"a": {"b": 1.0}}, "config.train.decay")
     with pytest.raises(UserError, match="pairs of"):
-        rules.match((("(", 1.0),), {"a": 1.0}, "config.train.decay")
+        from_config.match((("(", 1.0),), {"a": 1.0}, "config.train.decay")
 
 
 def test_a_rate_that_reaches_no_parameter_is_refused():
@@ -45,6 +45,6 @@ def test_a_rate_that_reaches_no_parameter_is_refused():
     params = {"vision": {"projector": jnp.ones(3)}, "norm": jnp.ones(2)}
     train.rates = (("visoin", 0.1), (".*", 1.0))
     with pytest.raises(UserError, match="config.train.rates: 'visoin' matches no trained parameter; .* norm, vision"):
-        rules.optimizer(train, params)
+        from_config.optimizer(train, params)
     train.rates = (("^vision/", 0.1), ("^norm", 1.0), (".*", 1.0))
-    rules.optimizer(train, params)
+    from_config.optimizer(train, params)

@@ -8,7 +8,7 @@ import runs
 from efficientllm import base_config, main
 from efficientllm.config import schema
 from efficientllm.metrics.reading import Reading, missing
-from efficientllm.record import currency
+from efficientllm.record import price_and_carbon
 from efficientllm.record.row import format_table
 
 CARBON = "400 g/kWh, a test"
@@ -30,7 +30,7 @@ def row(power=None, devices=2, images=False, **kwargs):
     physical = {"tokens_per_s": Reading(1000.0, "1/s", "test")}
     if images:
         physical["images_per_s"] = Reading(4.0, "1/s", "test")
-    return currency.of_row(config(**kwargs), paper, physical, devices)
+    return price_and_carbon.of_row(config(**kwargs), paper, physical, devices)
 
 
 def values(amounts):
@@ -42,8 +42,8 @@ def test_training_costs_its_device_hours_and_emits_its_energy():
     # 1000 s a million tokens on 2 devices at a thousandth of a dollar a second; 360 kJ are 0.1 kWh.
     expected = {"usd_per_mtoken": 2.0, "co2_g_per_mtoken": 40.0, "usd_per_run": 0.1, "co2_g_per_run": 2.0}
     amounts = row()
-    assert values(amounts) == pytest.approx(expected) and amounts.keys() == currency.UNITS.keys()
-    assert {key: amount.unit for key, amount in amounts.items()} == currency.UNITS
+    assert values(amounts) == pytest.approx(expected) and amounts.keys() == price_and_carbon.UNITS.keys()
+    assert {key: amount.unit for key, amount in amounts.items()} == price_and_carbon.UNITS
     assert "3.6 $ an hour" in amounts["usd_per_run"].source
     assert amounts["co2_g_per_run"].source.endswith("nvml energy counter (measured, gpu) x 400 g/kWh: a test")
 
@@ -78,11 +78,11 @@ def test_nulls_say_which_figure_is_missing():
 @pytest.mark.quick
 def test_a_plan_costs_its_planned_time():
     planned, units = Reading(0.5, "s", "planned"), {"mtoken": 0.001, "run": 1 / 100}
-    amounts = currency.of_plan(config(), planned, NO_ENERGY, units, devices=8)
+    amounts = price_and_carbon.of_plan(config(), planned, NO_ENERGY, units, devices=8)
     assert amounts["usd_per_mtoken"].value == pytest.approx(0.5 / 0.001 * 8 / 1000)
     assert amounts["usd_per_run"].value == pytest.approx(50 * 8 / 1000)
     assert amounts["co2_g_per_run"].reason == "no energy counter"
-    unknown = currency.of_plan(config(), missing("s", "no peak"), NO_ENERGY, units, devices=8)
+    unknown = price_and_carbon.of_plan(config(), missing("s", "no peak"), NO_ENERGY, units, devices=8)
     assert unknown["usd_per_run"].reason == "no peak"
 
 

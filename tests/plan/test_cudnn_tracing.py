@@ -7,7 +7,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from efficientllm.ops import cudnn_attention
 from efficientllm.ops.attention import Mask, attend, choose
-from efficientllm.plan import cudnn
+from efficientllm.plan import cudnn_tracing
 from efficientllm.runtime import kernel_choice
 
 
@@ -30,9 +30,9 @@ def test_wide_heads_are_traced_for_a_gpu_that_takes_them():
         return attend(q, k, v, Mask(), "cudnn").astype(jnp.float32).sum()
 
     shapes = heads(192), heads(192), heads(128)
-    with cudnn.planned_for((8, 0)), pytest.raises(NotImplementedError, match="head dim must be <= 128"):
+    with cudnn_tracing.planned_for((8, 0)), pytest.raises(NotImplementedError, match="head dim must be <= 128"):
         jax.eval_shape(jax.grad(loss), *shapes)
-    with kernel_choice.compiling_for("gpu", (9, 0)), cudnn.planned_for((9, 0)):
+    with kernel_choice.compiling_for("gpu", (9, 0)), cudnn_tracing.planned_for((9, 0)):
         assert jax.eval_shape(jax.grad(loss), *shapes).shape == (1, 64, 2, 192)
 
 
@@ -49,7 +49,7 @@ def test_wide_heads_are_traced_for_a_gpu_that_takes_them():
 def test_every_order_is_traced(mask, masked, causal):
     """Causal by itself; in both directions without a mask, or with a dense one."""
     q = heads(64)
-    with kernel_choice.compiling_for("gpu", (9, 0)), cudnn.planned_for((9, 0)):
+    with kernel_choice.compiling_for("gpu", (9, 0)), cudnn_tracing.planned_for((9, 0)):
         assert choose(q, mask) == "cudnn" and choose(q, Mask.across(), keys=77) == "xla"
         traced = str(jax.make_jaxpr(lambda q: attend(q, q, q, mask))(q))
     assert ("mask_type=MaskType.CAUSAL" in traced) == causal and ("bool[1,1,64,64]" in traced) == masked, traced
@@ -62,18 +62,18 @@ def test_a_mask_has_no_gradient():
         return attend(q, q, q, mask).astype(jnp.float32).sum()
 
     export = getattr(fused, "should_export_dbias", None)  # of JAX 0.10, where masks are numbers to add
-    with kernel_choice.compiling_for("gpu", (9, 0)), cudnn.planned_for((9, 0)):
+    with kernel_choice.compiling_for("gpu", (9, 0)), cudnn_tracing.planned_for((9, 0)):
         traced = str(jax.make_jaxpr(jax.grad(loss))(heads(64)))
     assert "variadic_args=(True, False)" in traced and "variadic_args=(True, True)" not in traced, traced
     assert getattr(fused, "should_export_dbias", None) is export
-    with cudnn.planned_for((9, 0)):  # JAX's own number for what is masked
+    with cudnn_tracing.planned_for((9, 0)):  # JAX's own number for what is masked
         for dtype, number in cudnn_attention.MASKED.items():
             assert fused.get_large_negative_number(dtype) == number
 
 
 def test_afterwards_the_process_is_asked_again():
     checks = fused.check_compute_capability, fused.is_cuda_compute_capability_equal, fused.check_cudnn_version
-    with pytest.raises(ValueError, match="inside"), cudnn.planned_for((9, 0)):
+    with pytest.raises(ValueError, match="inside"), cudnn_tracing.planned_for((9, 0)):
         assert fused.check_compute_capability("9.0") and not fused.check_compute_capability("10.0")
         assert fused.check_cudnn_version() == 91000
         raise ValueError("inside")

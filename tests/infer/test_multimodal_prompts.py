@@ -8,7 +8,7 @@ from convert.test_vision_parity import loaded, prompts
 from convert.vision_folders import torch
 from efficientllm.convert.check_vision import reference_inputs
 from efficientllm.infer.engine import Engine
-from efficientllm.infer.image_prompts import encode_prompts
+from efficientllm.infer.multimodal_prompts import encode_prompts
 from efficientllm.registry import build
 from efficientllm.vision.token_rows import Prompt, make_batch
 from tiers import slow_except

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from efficientllm.runtime import quiet_threads
+from efficientllm.runtime import thread_errors
 
 pytestmark = pytest.mark.quick
 
@@ -21,4 +21,4 @@ pytestmark = pytest.mark.quick
 def test_only_failed_writes_are_kept_off(message, error, is_printed):
     information = (type(error), error, None) if error else None
     record = logging.LogRecord("asyncio", logging.ERROR, "events.py", 1, message, (), information)
-    assert quiet_threads.is_no_failed_write(record) == is_printed
+    assert thread_errors.is_no_failed_write(record) == is_printed
