@@ -17,7 +17,7 @@ from efficientllm import data, sharding
 from efficientllm.adapters.base import Method
 from efficientllm.architecture import from_config
 from efficientllm.data.text import TextData
-from efficientllm.embeds.picture import Picture
+from efficientllm.embeds.picture import ImageFormat
 from efficientllm.errors import UserError, short_repr
 from efficientllm.model import ModelType, abstract_params
 from efficientllm.objectives.base import Objective
@@ -284,7 +284,7 @@ def _picture(dataset, autoencoder):
     Of several buckets, the largest.
     """
     *size, channels = _seen(dataset.used_shapes[0], autoencoder)
-    return Picture.of_size(tuple(size), channels, dataset.num_classes)
+    return ImageFormat.of_size(tuple(size), channels, dataset.num_classes)
 
 
 def _seen(shape, autoencoder):

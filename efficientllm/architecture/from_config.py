@@ -39,8 +39,8 @@ def complete_model(model: dict[str, typing.Any]) -> ConfigDict:
 def from_config(model: ConfigDict, inputs: typing.Any = None) -> models.Backbone:
     """Builds the model of `config.model`.
 
-    `inputs` is what its data say of it: a tokenizer's number of tokens, or an `embeds.patches.Picture`. It is needed
-    where `config.model` does not say it. Raises UserError naming the key that does not fit.
+    `inputs` is what its data say of it: a tokenizer's number of tokens, or an `embeds.picture.ImageFormat`. It is
+    needed where `config.model` does not say it. Raises UserError naming the key that does not fit.
     """
     return _describe(model, sized(model, inputs), inputs)
 

@@ -32,7 +32,7 @@ class Tile:
 
 
 @flax.struct.dataclass
-class Moments:
+class NormMoments:
     """Count, mean `[B, G]` and sum of squared deviations `[B, G]` of the groups of a norm."""
 
     count: jax.Array
@@ -40,12 +40,12 @@ class Moments:
     deviation: jax.Array
 
 
-def merge_moments(a: Moments, b: Moments) -> Moments:
+def merge_moments(a: NormMoments, b: NormMoments) -> NormMoments:
     """Merges the moments of two sets (Chan et al. 1979, Eq. 2.1); an empty set has a count of 0."""
     count = a.count + b.count
     share = b.count / jnp.maximum(count, 1)
     difference = b.mean - a.mean
-    return Moments(
+    return NormMoments(
         count,
         a.mean + difference * share,
         a.deviation + b.deviation + difference**2 * a.count * share,
@@ -134,4 +134,4 @@ def _moments(x_BhwGc, mask=1.0):
     count = x_BhwGc.shape[4] * jnp.sum(jnp.broadcast_to(mask, (1, *x_BhwGc.shape[1:3], 1, 1)))
     mean = total(x_BhwGc * mask) / jnp.maximum(count, 1)
     deviation = total((x_BhwGc - mean) ** 2 * mask)
-    return Moments(count, mean[:, 0, 0, :, 0], deviation[:, 0, 0, :, 0])
+    return NormMoments(count, mean[:, 0, 0, :, 0], deviation[:, 0, 0, :, 0])

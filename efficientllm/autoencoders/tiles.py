@@ -15,7 +15,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from efficientllm.autoencoders.convolutions import Moments, Tile, merge_moments
+from efficientllm.autoencoders.convolutions import NormMoments, Tile, merge_moments
 from efficientllm.typing import PyTree
 
 Bounds = tuple[int, int, int, int]  # start of the window, start of the output core, own rows from and to
@@ -130,8 +130,8 @@ def _sweep(window, tiles) -> PyTree:
 
 
 def merge_all(a: PyTree, b: PyTree) -> PyTree:
-    """Merges two trees of `Moments`."""
-    return jax.tree.map(merge_moments, a, b, is_leaf=lambda leaf: isinstance(leaf, Moments))
+    """Merges two trees of `NormMoments`."""
+    return jax.tree.map(merge_moments, a, b, is_leaf=lambda leaf: isinstance(leaf, NormMoments))
 
 
 def _assemble(window, tiles, tiling, height, width):

@@ -10,7 +10,7 @@ from efficientllm import base_config
 from efficientllm.architecture import from_config
 from efficientllm.convert.run_parameters import RunParameters, checkpoint_steps
 from efficientllm.convert.source import Source, is_run
-from efficientllm.embeds.picture import Picture
+from efficientllm.embeds.picture import ImageFormat
 from efficientllm.errors import UserError
 from efficientllm.registry import build, complete_spec
 from efficientllm.typing import Config
@@ -190,8 +190,8 @@ def _picture(file, where):
     content = json_text.read(file)
     channels, classes = (json_text.field(content, key, int, str(file)) for key in ("channels", "classes"))
     if isinstance(side := content.get("side"), list):  # of pictures that are not square
-        return Picture(tuple(json_text.field({"side": n}, "side", int, str(file)) for n in side), channels, classes)
-    return Picture(json_text.field(content, "side", int, str(file)), channels, classes)
+        return ImageFormat(tuple(json_text.field({"side": n}, "side", int, str(file)) for n in side), channels, classes)
+    return ImageFormat(json_text.field(content, "side", int, str(file)), channels, classes)
 
 
 def _size_spec(size):

@@ -12,7 +12,7 @@ import numpy as np
 from efficientllm.embeds.base import Ends
 from efficientllm.embeds.condition import LEAVES, Condition
 from efficientllm.embeds.conditioning import FREQUENCIES, TextEmbedding, TimeEmbedding, VectorEmbedding, embed_labels
-from efficientllm.embeds.picture import Picture
+from efficientllm.embeds.picture import ImageFormat
 from efficientllm.embeds.request_states import request_states
 from efficientllm.errors import UserError
 from efficientllm.layers import Linear
@@ -250,7 +250,7 @@ class Patches(Ends):
         return {"text_length": self.text_length} if self.text_length else {}
 
     def model(
-        self, backbone: dict[str, typing.Any], model: Config, size: typing.Any, picture: Picture | None
+        self, backbone: dict[str, typing.Any], model: Config, size: typing.Any, picture: ImageFormat | None
     ) -> Denoiser:
         """Builds the model of `config.model` from the fields of its `backbone`, for the pictures of the data."""
         picture = self._with_data(picture)
@@ -272,7 +272,7 @@ class Patches(Ends):
         fields = {"side": self._side(), "channels": self.channels or None, "classes": self.classes}
         fields = {key: value for key, value in fields.items() if value is not None}
         if picture is None:  # a model is checked before its data are read
-            return Picture(self.patch * self.tile, 1, 1)._replace(**fields)
+            return ImageFormat(self.patch * self.tile, 1, 1)._replace(**fields)
         if self.any_size:
             fields.pop("side", None)
         if self.text_length:  # the data's classes are told as texts
@@ -287,14 +287,14 @@ class Patches(Ends):
         return picture._replace(**fields)
 
     def _side(self):
-        """The `Picture.side` of the spec, or None."""
+        """The `ImageFormat.side` of the spec, or None."""
         if not self.size:
             return self.side or None
         if len(self.size) not in (2, 3):
             raise UserError(
                 f"config.model.embed: size = {self.size}: must be (height, width), or (frames, height, width)"
             )
-        side = Picture.of_size(tuple(self.size), 0, 0).side
+        side = ImageFormat.of_size(tuple(self.size), 0, 0).side
         if self.side not in (0, side):
             raise UserError(f"config.model.embed: side = {self.side}, size = {self.size}: give one of them")
         return side

@@ -1,9 +1,9 @@
-"""`Picture`: the size, channels and classes of data, for which a diffusion model is built."""
+"""`ImageFormat`: the size, channels and classes of data, for which a diffusion model is built."""
 
 import typing
 
 
-class Picture(typing.NamedTuple):
+class ImageFormat(typing.NamedTuple):
     """What a model must know of its pictures, which are latents where there is an autoencoder.
 
     `side` is that of square pictures; others have `(height, width)`, videos `(frames, height, width)`.
@@ -14,8 +14,8 @@ class Picture(typing.NamedTuple):
     classes: int
 
     @classmethod
-    def of_size(cls, size: tuple[int, ...], channels: int, classes: int) -> "Picture":
-        """Makes the picture of a `size`."""
+    def of_size(cls, size: tuple[int, ...], channels: int, classes: int) -> "ImageFormat":
+        """Makes the format of a `size`."""
         is_square = len(size) == 2 and size[0] == size[1]
         return cls(size[0] if is_square else size, channels, classes)
 

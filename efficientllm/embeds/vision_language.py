@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientllm.embeds.tokens import LM, RowArray, Tokens
-from efficientllm.embeds.vision_tower import Images, Patches, VisionTower
+from efficientllm.embeds.vision_tower import Images, PatchArrays, VisionTower
 from efficientllm.errors import FieldError
 from efficientllm.model import Backbone, abstract_params
 from efficientllm.ops.attention import Context
@@ -17,8 +17,8 @@ from efficientllm.typing import Batch, Config, Params
 from efficientllm.weights import is_box, path_of
 
 TOWER = "vision/"
-# What a training batch calls the fields of its Patches.
-BATCH_KEYS = {field: f"patch_{field.partition('_')[0]}" for field in Patches._fields}
+# What a training batch calls the fields of its PatchArrays.
+BATCH_KEYS = {field: f"patch_{field.partition('_')[0]}" for field in PatchArrays._fields}
 
 
 class VisionLM(LM, kw_only=True):
@@ -50,7 +50,7 @@ class VisionLM(LM, kw_only=True):
         of_tokens_BTD = jnp.take_along_axis(features_BMD.astype(x_BTD.dtype), jnp.maximum(slots_BT1, 0), axis=1)
         return jnp.where(slots_BT1 >= 0, of_tokens_BTD, x_BTD)
 
-    def encode(self, patches: Patches) -> jax.Array:
+    def encode(self, patches: PatchArrays) -> jax.Array:
         """Computes the features of images, float `[B, M, D]`; see `encode_images`."""
         return self.vision(patches)
 
@@ -73,7 +73,7 @@ class VisionLM(LM, kw_only=True):
         ctx = super().context(batch)
         if not self.row_slots:
             return ctx
-        patches = Patches(**{field: batch.get(key) for field, key in BATCH_KEYS.items()})
+        patches = PatchArrays(**{field: batch.get(key) for field, key in BATCH_KEYS.items()})
         return ctx.replace(coordinates_BTA=batch.get("coordinates"), images=Images(batch["slots"], patches))
 
     def example(self, length: int) -> tuple:
@@ -138,7 +138,7 @@ def _tower_paths(tower):
     return tuple(TOWER + path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box))
 
 
-def encode_images(lm: VisionLM, params: Params, patches: Patches) -> jax.Array:
+def encode_images(lm: VisionLM, params: Params, patches: PatchArrays) -> jax.Array:
     """Computes the features of images by the tower alone, `[B, M, D]`."""
     return lm.apply({"params": params}, patches, method="encode")
 

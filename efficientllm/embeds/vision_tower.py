@@ -24,7 +24,7 @@ from efficientllm.typing import Config
 from efficientllm.weights import Precision
 
 
-class Patches(typing.NamedTuple):
+class PatchArrays(typing.NamedTuple):
     """Patches of the images of each row, groups of m x m that become one feature side by side.
 
     Args:
@@ -52,7 +52,7 @@ class Images(typing.NamedTuple):
     """
 
     slots_BT: jax.Array
-    patches: Patches | None = None
+    patches: PatchArrays | None = None
     features_BMD: jax.Array | None = None
 
 
@@ -112,7 +112,7 @@ class VisionTower(Backbone, kw_only=True):
     behind_blocks: typing.ClassVar[tuple[str, ...]] = ("norm", "projector")
 
     @nn.compact
-    def __call__(self, patches: Patches) -> jax.Array:
+    def __call__(self, patches: PatchArrays) -> jax.Array:
         """Computes the features of merge groups, `[B, S / m^2, features]`."""
         precision = Precision.of(self.precision)
         embedding = Linear(self.dim, (None, "embed"), self.precision, self.patch_bias, name="patch")
@@ -153,7 +153,7 @@ class VisionTower(Backbone, kw_only=True):
         coordinates_1SA = jnp.zeros((1, slots, 2), jnp.int32)
         windows_1S = zeros_1S if self.bin else None
         pixels_1Sc = jnp.zeros((1, slots, self.pixel_features), jnp.float32)
-        return (Patches(pixels_1Sc, zeros_1S, coordinates_1SA, zeros_1S, windows_1S),)
+        return (PatchArrays(pixels_1Sc, zeros_1S, coordinates_1SA, zeros_1S, windows_1S),)
 
     @property
     def bin(self) -> int:

@@ -24,7 +24,7 @@ class Extractor(typing.NamedTuple):
     sha256: str = ""
 
 
-class Moments(typing.NamedTuple):
+class FeatureMoments(typing.NamedTuple):
     """The mean `[d]` and the covariance `[d, d]` of features."""
 
     mean: np.ndarray
@@ -36,12 +36,12 @@ def columns(extractor: str) -> tuple[str, str]:
     return ("fid", "kid") if extractor == INCEPTION else (f"fd_{extractor}", f"kd_{extractor}")
 
 
-def moments(features: np.ndarray) -> Moments:
+def moments(features: np.ndarray) -> FeatureMoments:
     """Computes the mean and the unbiased covariance (ddof 1). Raises UserError for fewer than two pictures."""
     features = np.asarray(features, np.float64)
     if len(features) < 2:
         raise UserError(f"a covariance of {len(features)} pictures: needs two at least; raise the number of samples")
-    return Moments(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)))
+    return FeatureMoments(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)))
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:

@@ -28,7 +28,7 @@ class Carry:
 
 
 @flax.struct.dataclass
-class Request:
+class DenoisingInputs:
     """What is wanted of the pictures of a batch, in all steps alike.
 
     Args:
@@ -123,11 +123,15 @@ class DiffusionSampler:
         """Draws the noise that `rows` pictures of `shape` start from."""
         return self._begin(key, rows, shape, first)
 
-    def request(self, params: Params | Offloaded, condition: Condition, negative: Condition | None = None) -> Request:
+    def request(
+        self, params: Params | Offloaded, condition: Condition, negative: Condition | None = None
+    ) -> DenoisingInputs:
         """Computes what all steps read of the pictures wanted; `negative` as in `sample`."""
         return self._request(on_devices(params), condition, negative)
 
-    def advance(self, params: Params | Offloaded, request: Request, carry: Carry, start: int, count: int) -> Carry:
+    def advance(
+        self, params: Params | Offloaded, request: DenoisingInputs, carry: Carry, start: int, count: int
+    ) -> Carry:
         """Takes `count` steps from step `start`. The carry is donated; every `count` compiles a program."""
         return self._steps(on_devices(params), request, carry, self._rows(start, count))
 
@@ -143,12 +147,12 @@ class DiffusionSampler:
         condition = _sharded(Condition.abstract(self.model.condition_shapes(), rows))
         return self._request.trace(params, condition, None)
 
-    def abstract_request(self, params: Params, rows: int) -> Request:
+    def abstract_request(self, params: Params, rows: int) -> DenoisingInputs:
         """Returns the `request` for `rows` pictures, abstract; so may the parameters be."""
         condition = Condition.abstract(self.model.condition_shapes(), rows)
         request = jax.eval_shape(self._prepare, params, condition, None)
         axes = self.model.request_axes(request.states)
-        return Request(_sharded(request.condition), shapes(request.states, axes))
+        return DenoisingInputs(_sharded(request.condition), shapes(request.states, axes))
 
     def _rows(self, start, count):
         return {name: table[start : start + count] for name, table in self.rows.items()}
@@ -167,7 +171,7 @@ class DiffusionSampler:
             # A picture's rows with and without its condition are neighbours: they stay on the device that has it.
             negative = self.model.null_condition(condition.rows) if negative is None else negative
             condition = jax.tree.map(_by_rows, condition.beside(negative))
-        return Request(condition, self.model.request_states(params, condition))
+        return DenoisingInputs(condition, self.model.request_states(params, condition))
 
     def _scan(self, params, request, carry, rows):
         def step(carry, row):

@@ -10,7 +10,7 @@ import math
 from efficientllm.plan import operations, workloads
 from efficientllm.plan import roofline as rooflines
 from efficientllm.plan.hardware import Hardware
-from efficientllm.plan.operations import Row
+from efficientllm.plan.operations import KindTotal
 from efficientllm.plan.workloads import Workload
 from efficientllm.weights import Precision
 
@@ -40,7 +40,7 @@ class Estimate:
     compile_s: float | None
     refused: str | None
     roofline: rooflines.Roofline
-    operations: tuple[Row, ...] = ()
+    operations: tuple[KindTotal, ...] = ()
     parts: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -49,7 +49,7 @@ class Estimate:
 
 
 def estimate(workload: Workload, hardware: Hardware, count: int) -> Estimate:
-    """Estimates the cost of a `training_step.Step` or a `request.Request` on `count` devices."""
+    """Estimates the cost of a `training_step.Step` or a `request.ServingWorkload` on `count` devices."""
     estimates = {
         program.name: (program.times, _part(workload, program, hardware, count)) for program in workload.programs()
     }

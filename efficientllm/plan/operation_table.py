@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from efficientllm.plan.operations import Row
+from efficientllm.plan.operations import KindTotal
 
 HEADING = f"{'':<13}{{:>10}}{'share':>7}{'GFLOP':>10}{'GB':>9}{'kernels':>9}  {{:<15}}costliest"
 
 
-def lines(rows: Sequence[Row], step_s: float | None = None) -> list[str]:
+def lines(rows: Sequence[KindTotal], step_s: float | None = None) -> list[str]:
     """Formats a row for each kind; `step_s` is the measured time that shares are of, and whose rest is idle.
 
     Without it times are the least by roofline, and shares are of their sum, or of bytes where no time is known.

@@ -64,7 +64,7 @@ class Peaks(typing.NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class KindTotal:
     """All operations of a kind in one run of a program on one device.
 
     seconds:    measured, or least by roofline; None where neither is known.
@@ -228,7 +228,9 @@ def _unwrapped(module):
     return module
 
 
-def by_kind(operations: Iterable[Operation], peaks: Peaks, seconds: Mapping[str, float] | None = None) -> list[Row]:
+def by_kind(
+    operations: Iterable[Operation], peaks: Peaks, seconds: Mapping[str, float] | None = None
+) -> list[KindTotal]:
     """Sums operations by kind, the costliest first; `seconds` are measured, by the name of an operation."""
     groups: dict[str, list[Operation]] = collections.defaultdict(list)
     for operation in operations:
@@ -245,7 +247,7 @@ def _row(kind, operations, peaks, seconds):
     else:
         times = [seconds.get(operation.name, 0.0) for operation in operations]
     costs = moved if None in times else times
-    row = Row(
+    row = KindTotal(
         kind=kind,
         seconds=None if None in times else sum(times),
         flops=None if None in flops else sum(flops),

@@ -17,7 +17,7 @@ from efficientllm.infer.image_samples import describe_batch, image_shape
 from efficientllm.infer.picture_costs import PictureCosts
 from efficientllm.metrics.reading import Reading
 from efficientllm.plan.hlo_cost import Collective
-from efficientllm.plan.request import Request
+from efficientllm.plan.request import ServingWorkload
 from efficientllm.plan.workloads import TracedProgram
 from efficientllm.runtime import kernel_choice
 from efficientllm.sharding import local_bytes
@@ -27,7 +27,7 @@ TEXT, STEP, DECODE = "text", "step", "decode"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PictureRequest(Request):
+class PictureRequest(ServingWorkload):
     """A batch of `config.infer.batch_size` pictures; `encoder` decodes their latents, None samples pixels."""
 
     lm: Denoiser

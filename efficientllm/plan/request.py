@@ -1,4 +1,4 @@
-"""`Request`, a workload of plans: what is served at once, from a config alone, compiled without arrays."""
+"""`ServingWorkload`, a workload of plans: what is served at once, from a config alone, compiled without arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from efficientllm.weights import resident_bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class ServingWorkload:
     """A batch of `config.infer.batch_size` requests; `text_request` and `picture_request` have its kinds.
 
     `boxed` are the abstract float32 parameters with their logical axes; `shaped` those in the form `config.quant`, with
@@ -45,7 +45,7 @@ class Request:
         """The traced programs of the request."""
         raise NotImplementedError(f"{type(self).__name__} defines no programs()")
 
-    def plain(self) -> Request:
+    def plain(self) -> ServingWorkload:
         """The same request with dense attention and unquantized weights, whose FLOPs can be counted in the jaxpr.
 
         It is traced for a TPU and never compiled; `training_step.Step.plain` says why.

@@ -11,7 +11,7 @@ from efficientllm.infer import image_samples, picture_setup, text_to_image_promp
 from efficientllm.infer import setup as infer
 from efficientllm.plan import planned_images, workloads
 from efficientllm.plan.picture_request import PictureRequest
-from efficientllm.plan.request import Request
+from efficientllm.plan.request import ServingWorkload
 from efficientllm.plan.text_request import TextRequest
 from efficientllm.plan.vision_request import VisionRequest
 from efficientllm.quant import apply as quant
@@ -29,8 +29,8 @@ def whole(config: Config, mesh: Mesh) -> Config:
 
 def describe(
     config: Config, devices: Sequence[jax.Device], platform: str, capability: tuple[int, int] = (0, 0)
-) -> Request:
-    """Builds the Request of a config on `devices`, compiled for `platform`. Raises UserError."""
+) -> ServingWorkload:
+    """Builds the ServingWorkload of a config on `devices`, compiled for `platform`. Raises UserError."""
     description = describe_run(config, devices, shapes_only=True)
     reads = description.objective.reads
     infer.check_mesh(config, description.mesh, reads, ("infer",))

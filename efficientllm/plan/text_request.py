@@ -15,13 +15,13 @@ from efficientllm.embeds.tokens import LM
 from efficientllm.infer.engine import Engine
 from efficientllm.metrics.reading import Reading
 from efficientllm.plan import workloads
-from efficientllm.plan.request import Request
+from efficientllm.plan.request import ServingWorkload
 from efficientllm.registry import build
 from efficientllm.runtime import kernel_choice
 
 
 @dataclasses.dataclass(frozen=True)
-class TextRequest(Request):
+class TextRequest(ServingWorkload):
     """A batch of `config.infer.batch_size` prompts of `prompt_length` tokens, and their completions.
 
     `config.infer.prompts` is ignored: a plan loads no tokenizer.

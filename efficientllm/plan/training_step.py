@@ -1,7 +1,7 @@
 """`Step`, a workload of plans: a training step, from its config alone, compiled ahead of time without arrays.
 
 Kinds of workloads are registered as `planned`, each as a WorkloadKind. Its `describe` returns a workload: a Step, or
-another class with the same methods (`request.Request`).
+another class with the same methods (`request.ServingWorkload`).
 """
 
 from __future__ import annotations

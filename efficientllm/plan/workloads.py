@@ -1,6 +1,6 @@
 """Workloads, what a plan is of: their kinds, their traced programs, and what the compiler says that one costs.
 
-A workload is a training step (`training_step.Step`) or a request (`request.Request`).
+A workload is a training step (`training_step.Step`) or a request (`request.ServingWorkload`).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from efficientllm.plan.remedies import Change
 from efficientllm.runtime import kernel_choice
 from efficientllm.typing import Config, Mesh
 
-Workload = typing.Any  # a `training_step.Step`, or another class with its methods (`request.Request`)
+Workload = typing.Any  # a `training_step.Step`, or another class with its methods (`request.ServingWorkload`)
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

@@ -48,7 +48,7 @@ def quantize(lm: LM, params: Params, spec: str, tokens_BT: jax.Array, rules: tre
     return tree.quantize(params, spec, rules, functools.partial(_pick, leaves, lm))
 
 
-class Moments(typing.NamedTuple):
+class InputMoments(typing.NamedTuple):
     """Sums over the rows of a kernel's input: outer products, absolute values, and the number of rows."""
 
     outer_kk: jax.Array
@@ -91,7 +91,7 @@ def _moments(lm, stack, params, inputs):
     def record(path, x):
         x_mk = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         outer_kk = jnp.matmul(x_mk.T, x_mk, precision="highest")
-        moments[path] = Moments(outer_kk, jnp.sum(jnp.abs(x_mk), 0), jnp.float32(len(x_mk)))
+        moments[path] = InputMoments(outer_kk, jnp.sum(jnp.abs(x_mk), 0), jnp.float32(len(x_mk)))
 
     models.apply_group(lm, stack, jax.tree_util.tree_map_with_path(watch, params), *inputs)
     return moments

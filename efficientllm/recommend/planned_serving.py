@@ -12,7 +12,7 @@ from efficientllm.cost import formulas
 from efficientllm.infer import setup as infer
 from efficientllm.plan import hardware as hardwares
 from efficientllm.plan import serving, workloads
-from efficientllm.plan.request import Request as Workload
+from efficientllm.plan.request import ServingWorkload
 from efficientllm.plan.text_request import TextRequest
 from efficientllm.quant import apply as quant
 from efficientllm.recommend import costs
@@ -81,7 +81,7 @@ class ServingPlanner:
             metrics |= {"ttft_s": prefill + head, "tpot_s": decode, "tokens_per_s": workload.samples / decode}
         return Candidate(technique, changes, metrics | {"params_total": self.parameters})
 
-    def workload(self, candidate: Candidate) -> Workload:
+    def workload(self, candidate: Candidate) -> ServingWorkload:
         """The workload of a candidate, for a compiler."""
         config = self.request.config(candidate.technique.config, candidate.all_changes)
         with name_keys(config):

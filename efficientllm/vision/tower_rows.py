@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from efficientllm.embeds.vision_tower import Patches, VisionTower
+from efficientllm.embeds.vision_tower import PatchArrays, VisionTower
 from efficientllm.errors import UserError
 
 _Grid = tuple[int, int, int]  # frames or tiles, rows and columns of patches
@@ -34,7 +34,7 @@ class PreparedImage(typing.NamedTuple):
 class TowerRows(typing.NamedTuple):
     """Patches of several rows, and `slots[row][image]`, the feature of each token of each image."""
 
-    patches: Patches
+    patches: PatchArrays
     slots: list[list[np.ndarray]]
 
 
@@ -61,7 +61,7 @@ def tower_rows(tower: VisionTower, rows: Sequence[Sequence[PreparedImage]], mult
     needed = [len(row.order) * group + row.classes for row in laid_out]
     slots = int(max(1, -(-max(needed) // unit)) * unit)
     fields = [_place(tower, row, slots) for row in laid_out]
-    patches = Patches(*(np.stack(arrays) for arrays in zip(*fields, strict=True)))
+    patches = PatchArrays(*(np.stack(arrays) for arrays in zip(*fields, strict=True)))
     patches = patches if tower.bin else patches._replace(windows_BS=None)
     return TowerRows(patches, [_feature_slots(row, images) for row, images in zip(laid_out, rows, strict=True)])
 
@@ -160,7 +160,7 @@ def _bins(windows, capacity):
 
 
 def _place(tower, row, slots):
-    """The arrays of `Patches` of one row, `[S, ...]`; class tokens follow all patches."""
+    """The arrays of `PatchArrays` of one row, `[S, ...]`; class tokens follow all patches."""
 
     def place(values, dtype):
         by_group = np.concatenate([values, np.zeros((1, *values.shape[1:]), values.dtype)])[row.order]

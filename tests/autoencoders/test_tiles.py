@@ -11,7 +11,7 @@ import pytest
 from autoencoders import folders
 from autoencoders.folders import STABLE_DIFFUSION, TINY
 from efficientllm.autoencoders import tiles
-from efficientllm.autoencoders.convolutions import Moments
+from efficientllm.autoencoders.convolutions import NormMoments
 from efficientllm.autoencoders.kl_network import Decoder, Encoder
 from efficientllm.registry import build
 from tiers import slow_case
@@ -60,9 +60,9 @@ def test_no_seams_after_one_sweep(autoencoder):
     tile = tiles.Tile(jnp.asarray([0, 24, 0, 34]), 24)
     _, collected = decoder.apply(variables, x, tile, method="up", mutable=["moments"])
     moved = jax.tree.map(
-        lambda m: Moments(m.count, m.mean + 0.1, m.deviation * 1.3),
+        lambda m: NormMoments(m.count, m.mean + 0.1, m.deviation * 1.3),
         collected["moments"],
-        is_leaf=lambda leaf: isinstance(leaf, Moments),
+        is_leaf=lambda leaf: isinstance(leaf, NormMoments),
     )
     expected = decoder.apply(variables | {"of_image": moved}, x, method="up")
     tiling = tiles.Tiling(
@@ -106,9 +106,9 @@ def _reached(half, method, size, zoom):
     tile = tiles.Tile(jnp.zeros(4, int), size // zoom)
     shapes = jax.eval_shape(lambda: half.apply({"params": params}, x, tile, method=method, mutable=["moments"]))[1]
     known = jax.tree.map(
-        lambda m: Moments(jnp.ones(()), jnp.zeros(m.mean.shape), jnp.ones(m.mean.shape)),
+        lambda m: NormMoments(jnp.ones(()), jnp.zeros(m.mean.shape), jnp.ones(m.mean.shape)),
         shapes["moments"],
-        is_leaf=lambda leaf: isinstance(leaf, Moments),
+        is_leaf=lambda leaf: isinstance(leaf, NormMoments),
     )
     y = jax.jit(lambda x: half.apply({"params": params, "of_image": known}, x, method=method))(x)
     return np.asarray(y != 0).any((0, 2, 3))

@@ -14,7 +14,7 @@ from efficientllm import main, model, registry, sharding
 from efficientllm.architecture import from_config
 from efficientllm.config.plain import flatten
 from efficientllm.cost import formulas
-from efficientllm.embeds.picture import Picture
+from efficientllm.embeds.picture import ImageFormat
 from efficientllm.ops.attention import Context
 from efficientllm.record.workdir import Workdir
 from efficientllm.registry import build
@@ -54,7 +54,7 @@ def test_config_initialises_with_the_parameters_of_its_comparison(name):
     assert flatten(config.to_dict()).keys() == flatten(base.get_config().to_dict()).keys()
     is_of_one_size = config.model.embed != "tokens" and from_config.is_complete(config.model)  # a published model
     has_tokens = build("embed", config.model.embed).reads != "images"
-    inputs = 2048 if has_tokens else None if is_of_one_size else Picture(32, 4, 62)
+    inputs = 2048 if has_tokens else None if is_of_one_size else ImageFormat(32, 4, 62)
     lm = from_config.from_config(config.model, inputs)
     state = jax.eval_shape(step.init_state(lm, config.train, config.seed, config.train.length))
     counts = {"tiny": formulas.count_parameters(lm, state.params)["total"]}
@@ -158,6 +158,6 @@ def test_no_two_variants_of_the_small_diffusion_transformer_are_one_model():
     """As gqa was with a KV head for each query head."""
     shapes = {}
     for name in dit.VARIANTS:
-        lm = from_config.from_config(dit.get_config(name).model, Picture(32, 1, 62))
+        lm = from_config.from_config(dit.get_config(name).model, ImageFormat(32, 1, 62))
         shapes[name] = str(jax.tree.map(lambda leaf: leaf.shape, model.abstract_params(lm)))
     assert len(set(shapes.values())) == len(shapes)

@@ -13,7 +13,7 @@ from efficientllm import model
 from efficientllm.architecture import from_config
 from efficientllm.cost import formulas, jaxpr_flops
 from efficientllm.embeds.condition import Condition
-from efficientllm.embeds.picture import Picture
+from efficientllm.embeds.picture import ImageFormat
 from efficientllm.errors import UserError
 from tiers import slow_except
 
@@ -65,7 +65,7 @@ def small(side=16, **embed):
     config.size = "dit_tiny4(num_layers=1, dim=16, num_heads=2, num_kv_heads=2, head_dim=8, hidden=32)"
     fields = ", ".join(f"{key}={value}" for key, value in embed.items())
     config.embed = f"patches({fields})"
-    return from_config.from_config(config, Picture(side, 3, 5))
+    return from_config.from_config(config, ImageFormat(side, 3, 5))
 
 
 def random_parameters(dit_model):
@@ -137,7 +137,7 @@ def test_sizes_that_are_refused(fields, message):
     config = dit.get_config().model
     config.embed = f"patches(patch=4, {fields})"
     with pytest.raises(UserError, match=re.escape(message)):
-        from_config.from_config(config, None if "18" in fields else Picture(16, 3, 5))
+        from_config.from_config(config, None if "18" in fields else ImageFormat(16, 3, 5))
 
 
 def test_positions_that_count_tokens_are_checked_by_their_number():

@@ -11,7 +11,7 @@ from efficientllm import model, sharding
 from efficientllm.architecture import from_config
 from efficientllm.cost import formulas, jaxpr_flops
 from efficientllm.embeds.condition import Condition
-from efficientllm.embeds.picture import Picture
+from efficientllm.embeds.picture import ImageFormat
 from efficientllm.infer.denoise import DiffusionSampler
 from efficientllm.infer.picture_costs import PictureCosts
 from efficientllm.registry import build
@@ -158,5 +158,5 @@ def test_eight_devices_give_what_one_gives(mesh_spec):
 
 
 def test_the_data_say_the_size_of_clips():
-    assert denoiser(picture=Picture((5, 4, 8), 16, 0)).size == (5, 4, 8)
+    assert denoiser(picture=ImageFormat((5, 4, 8), 16, 0)).size == (5, 4, 8)
     assert denoiser().size == (3, 8, 12)

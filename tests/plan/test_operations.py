@@ -18,7 +18,7 @@ PEAKS = operations.Peaks(1e9, 1e9)
 
 
 def rows(text, peaks=PEAKS, seconds=None):
-    """`{kind: Row}` of a program's text."""
+    """`{kind: KindTotal}` of a program's text."""
     return {row.kind: row for row in operations.by_kind(operations.of_program(hlo_text.Program(text)), peaks, seconds)}
 
 

@@ -14,7 +14,7 @@ from efficientllm.architecture import from_config
 from efficientllm.convert.hf_config import families
 from efficientllm.cost.jaxpr_flops import count_program_flops
 from efficientllm.embeds.vision_language import encode_images
-from efficientllm.embeds.vision_tower import Patches
+from efficientllm.embeds.vision_tower import PatchArrays
 from efficientllm.ops.native import flash
 
 HEADS, BIN = 16, 64  # of Qwen2.5-VL
@@ -38,7 +38,7 @@ def program(lm, slots, gradients=False):
     """The jaxpr of the features of a row of `slots` patches, or of the gradients of their sum of squares."""
     integers = jax.ShapeDtypeStruct((1, slots), jnp.int32)
     pixels = jax.ShapeDtypeStruct((1, slots, lm.vision.pixel_features), jnp.float32)
-    patches = Patches(pixels, integers, jax.ShapeDtypeStruct((1, slots, 2), jnp.int32), integers, integers)
+    patches = PatchArrays(pixels, integers, jax.ShapeDtypeStruct((1, slots, 2), jnp.int32), integers, integers)
     patches = patches if lm.vision.bin else patches._replace(windows_BS=None)
 
     def features(params, patches):
