@@ -2,7 +2,7 @@
 
 A clip can be computed in chunks of frames. A convolution of n frames stores the last n - 1 frames of its input in the
 collection "past", where that is mutable, and has them in front of the next chunk. Without the collection a chunk is the
-begin of its clip.
+start of its clip.
 
 A convolution over frames, rows and columns is one over rows and columns of three frames' channels: on CPUs XLA's
 convolution over three axes is 2.3 times as slow (96 channels of 60 x 104 pixels), and takes as long to compile.
@@ -51,7 +51,7 @@ class CausalConv(nn.Module):
         return y_NhwC.reshape(B, frames, h, w, -1) + bias.astype(y_NhwC.dtype)
 
     def _with_past(self, x_BFhwC, default):
-        """The frames before this chunk, `default` at the begin of a clip, and those of the chunk; stores its last."""
+        """The frames before this chunk, `default` at the start of a clip, and those of the chunk; stores its last."""
         past = self.get_variable(PAST, "frames") if self._has_past else default
         x_BFhwC = jnp.concatenate([past, x_BFhwC], 1)
         self._store(x_BFhwC[:, -past.shape[1] :])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from efficientllm.typing import PyTree
 
-# `apply(frames, past) -> (result, past)`; without a past, frames are the begin of a clip.
+# `apply(frames, past) -> (result, past)`; without a past, frames are the start of a clip.
 Apply = typing.Callable[[jax.Array, PyTree | None], tuple[jax.Array, PyTree]]
 
 

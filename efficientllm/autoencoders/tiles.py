@@ -2,9 +2,9 @@
 
 A tile is a core, which is its part of the result, and a halo around it as wide as convolutions reach. At the edge of
 the image a tile ends with it. So convolutions give what they give for the whole image. Group norms need the moments of
-the whole image: `sweeps` passes over all tiles compute them before the pass that makes the result. The first takes each
-tile's own moments, the next the moments that the one before has merged. After n of them the first n norms are exact;
-what follows is not always nearer than before. From the first on all tiles share their moments: there are no seams.
+the whole image: `sweeps` passes over all tiles compute them before the pass that makes the result. Pass 1 uses each
+tile's own moments; pass k uses the merged moments of pass k-1. After n passes the first n norms are exact; later norms
+are not guaranteed to improve. From the first pass on all tiles share their moments: there are no seams.
 Without a sweep each tile has its own.
 """
 

@@ -1,8 +1,9 @@
 """Dropless expert parallelism: rows travel to the devices of their experts in rounds of equal size.
 
-An all-to-all has one static size, and no assignment is dropped. So each round sends every device the next rows of its
-experts, a number that is static, and there are as many rounds as the fullest device needs: one where the router is
-balanced. Letters as in `dispatch`: k experts of a token, r rows of the experts' input. Others: n devices of the mesh
+An all-to-all has one static size, and no assignment is dropped. So every round exchanges a fixed number of rows per
+pair of devices; the number of rounds follows from the largest count of a pair, and is one if the router is balanced.
+
+Letters as in `dispatch`: k experts of a token, r rows of the experts' input. Others: n devices of the mesh
 axis `expert`, L experts of a device, c places of a device in a round.
 """
 
@@ -46,13 +47,13 @@ def route(sizes_E: jax.Array, devices: int, rows: int) -> Route:
     return Route(expert_r % L, device_r, jnp.arange(rows) - starts_n[device_r], starts_n, counts_n)
 
 
-def count_rounds(where: Route, places: int, axes: tuple[str, ...]) -> jax.Array:
-    """Counts the rounds that the fullest device of the mesh `axes` needs."""
-    return jax.lax.pmax(-(-jnp.max(where.counts_n) // places), axes)
+def count_rounds(routing: Route, places: int, axes: tuple[str, ...]) -> jax.Array:
+    """Counts the rounds that the largest count of a pair of devices needs, over the mesh `axes`."""
+    return jax.lax.pmax(-(-jnp.max(routing.counts_n) // places), axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def compute_in_rounds(experts: Compute, places: int, operands: tuple, where: Route, rounds: jax.Array) -> jax.Array:
+def compute_in_rounds(experts: Compute, places: int, operands: tuple, routing: Route, rounds: jax.Array) -> jax.Array:
     """Sends rows to their experts, computes, and returns them, `[r, D]` in the order of the rows.
 
     `operands` are `(x_rD, weights_r1, linears)`. The backward pass sends the rows again instead of saving what was
@@ -61,35 +62,35 @@ def compute_in_rounds(experts: Compute, places: int, operands: tuple, where: Rou
     x_rD = operands[0]
 
     def add_round(number, y_rD):
-        return y_rD + _compute_round(experts, places, operands, where, number)
+        return y_rD + _compute_round(experts, places, operands, routing, number)
 
     return jax.lax.fori_loop(0, rounds, add_round, jnp.zeros_like(x_rD))
 
 
-def _forward(experts, places, operands, where, rounds):
-    return compute_in_rounds(experts, places, operands, where, rounds), (operands, where, rounds)
+def _forward(experts, places, operands, routing, rounds):
+    return compute_in_rounds(experts, places, operands, routing, rounds), (operands, routing, rounds)
 
 
 def _backward(experts, places, residuals, dy_rD):
-    operands, where, rounds = residuals
+    operands, routing, rounds = residuals
     leaves, structure = jax.tree.flatten(operands)
     is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]  # packed weights are no floats
 
     def compute(floats, number):
         rest = iter(floats)
-        whole = [next(rest) if own else leaf for own, leaf in zip(is_float, leaves, strict=True)]
-        return _compute_round(experts, places, jax.tree.unflatten(structure, whole), where, number)
+        whole = [next(rest) if is_float_leaf else leaf for is_float_leaf, leaf in zip(is_float, leaves, strict=True)]
+        return _compute_round(experts, places, jax.tree.unflatten(structure, whole), routing, number)
 
     def add_round(number, sums):
         _, pullback = jax.vjp(lambda floats: compute(floats, number), floats)
         return [total + new.astype(total.dtype) for total, new in zip(sums, pullback(dy_rD)[0], strict=True)]
 
-    floats = [leaf for own, leaf in zip(is_float, leaves, strict=True) if own]
+    floats = [leaf for is_float_leaf, leaf in zip(is_float, leaves, strict=True) if is_float_leaf]
     sums = [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in floats]
     sums = iter(jax.lax.fori_loop(0, rounds, add_round, sums))
     gradients = [
-        next(sums).astype(leaf.dtype) if own else np.zeros(leaf.shape, jax.dtypes.float0)
-        for own, leaf in zip(is_float, leaves, strict=True)
+        next(sums).astype(leaf.dtype) if is_float_leaf else np.zeros(leaf.shape, jax.dtypes.float0)
+        for is_float_leaf, leaf in zip(is_float, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, gradients), None, None
 
@@ -98,17 +99,17 @@ compute_in_rounds.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compute_round(experts, places, operands, where, number):
+def _compute_round(experts, places, operands, routing, number):
     x_rD, weights_r1, linears = operands
-    n, L = len(where.counts_n), linears["up"].kernel.shape[0]
+    n, L = len(routing.counts_n), linears["up"].kernel.shape[0]
     # The rows of this round, n devices times c places; places beyond a device's rows hold an arbitrary one.
     place_nc = number * places + jnp.arange(places)[None]
-    filled_nc = place_nc < where.counts_n[:, None]
-    row_nc = jnp.where(filled_nc, where.starts_n[:, None] + place_nc, 0)
-    sent_r1 = ((where.place_r // places) == number)[:, None]
-    slot_r1 = jnp.where(sent_r1, (where.device_r * places + where.place_r % places)[:, None], 0)
+    filled_nc = place_nc < routing.counts_n[:, None]
+    row_nc = jnp.where(filled_nc, routing.starts_n[:, None] + place_nc, 0)
+    sent_r1 = ((routing.place_r // places) == number)[:, None]
+    slot_r1 = jnp.where(sent_r1, (routing.device_r * places + routing.place_r % places)[:, None], 0)
     out = dispatch.Plan(row_nc.reshape(-1), filled_nc.reshape(-1), slot_r1, sent_r1, None)
-    expert_nc = jnp.where(filled_nc, where.expert_r[row_nc], L)
+    expert_nc = jnp.where(filled_nc, routing.expert_r[row_nc], L)
 
     x_cD = _exchange(dispatch.to_experts(x_rD, out), n)
     weights_c1 = _exchange(dispatch.weights_of_rows(weights_r1, out).astype(x_rD.dtype), n)

@@ -35,24 +35,24 @@ class Windows:
         self.interrupted = 0
 
     def begin(self) -> None:
-        """Begins what `span` describes."""
+        """Records the start counters for `span`."""
         self._begin, self._stopped = cpu_counters.read_counters(), self._sampler.stopped_s()
 
     def measure(self, name: str, call: Callable[[], typing.Any], expected_s: float) -> None:
         """Measures a window of `call`, which takes about `expected_s`: as often as the energy reader needs."""
-        times = 1 if self._reader.reason else max(1, math.ceil(WINDOW_S / expected_s))
+        calls = 1 if self._reader.reason else max(1, math.ceil(WINDOW_S / expected_s))
         for last in [False] * AGAIN + [True]:
             compiled = compiles.count_programs()
             with self._reader.window() as window:
                 mark = self._sampler.mark()
-                seconds = seconds_of(lambda: [call() for _ in range(times)])
+                seconds = seconds_of(lambda: [call() for _ in range(calls)])
                 averages = self._sampler.since(mark)
             self._faults.extend(self._reader.faults())
             compiled = compiles.count_programs() - compiled
             if not averages.stopped_s and not compiled:
                 break
             self.interrupted += not last
-        self._add(name, window.result, averages, seconds, times, compiled)
+        self._add(name, window.result, averages, seconds, calls, compiled)
 
     def measure_once(self, name: str, call: Callable[[], Result]) -> Result:
         """Measures a window of one `call` and returns its result, which is kept: the call is never repeated."""
@@ -65,11 +65,11 @@ class Windows:
         self._add(name, window.result, averages, seconds, 1, compiles.count_programs() - compiled)
         return result
 
-    def _add(self, name, window, averages, seconds, times, compiled):
-        """Adds a window of `times` calls, without its energy if a program was compiled or the process paused in it."""
+    def _add(self, name, window, averages, seconds, calls, compiled):
+        """Adds a window of `calls` calls, without its energy if a program was compiled or the process paused in it."""
         self._parts.append(averages)
-        self.times[name].append((seconds - averages.stopped_s) / times)
-        self.counts[name] += times
+        self.times[name].append((seconds - averages.stopped_s) / calls)
+        self.counts[name] += calls
         invalid = compiled and energy.COMPILED or averages.stopped_s and energy.STOPPED.format(averages.stopped_s)
         self._energy[name].append(energy.void_window(window, invalid) if invalid else window)
 

@@ -118,10 +118,10 @@ def attend(
     Returns `(y_BTGrv, block_BTGn)`: zeros where no block is visible; selected blocks of the document, -1 for none.
     """
     outputs = []
-    for queries, seen, choices in layout.chunks():
+    for queries, visible_blocks, choices in layout.chunks():
         # The scores of all chunks would take T x T / d numbers of memory, so the backward pass rematerializes them.
         attend_chunk = jax.checkpoint(functools.partial(_attend, choices=choices, select_count=select_count))
-        arrays = q_BTGrK[:, slice(*queries)], k_BMGK[:, :seen], v_BMGv[:, :seen]
+        arrays = q_BTGrK[:, slice(*queries)], k_BMGK[:, :visible_blocks], v_BMGv[:, :visible_blocks]
         y, block = attend_chunk(*arrays, layout.of_queries(*queries))
         widest = min(select_count, -(-layout.keys // layout.select))
         block = jnp.pad(block, ((0, 0),) * 3 + ((0, widest - block.shape[-1]),), constant_values=-1)
@@ -130,9 +130,9 @@ def attend(
 
 
 def _attend(q_BTGrK, k_BMGK, v_BMGv, layout, choices, select_count):
-    seen = k_BMGK.shape[1]
-    visible = layout.end_BM[:, None, :seen] <= layout.last_BT[..., None]
-    visible_BTM = visible & (layout.begin_BM[:, None, :seen] >= layout.start_BT[..., None])
+    visible_blocks = k_BMGK.shape[1]
+    visible = layout.end_BM[:, None, :visible_blocks] <= layout.last_BT[..., None]
+    visible_BTM = visible & (layout.begin_BM[:, None, :visible_blocks] >= layout.start_BT[..., None])
     visible = visible_BTM[:, None, None]
     # Where no block is visible softmax is uniform over the row; the second `where` makes its weights zero.
     accumulate = {"preferred_element_type": jnp.float32}
@@ -154,12 +154,14 @@ def importance(
 
     Block j gets the sum over m < select / d, n < compress / d of weight j select / d + m - n.
     """
-    # `times` counts how often each offset m - n occurs, so the double sum is one sum of shifted weights.
+    # `offset_counts` says how often each offset m - n occurs, so the double sum is one sum of shifted weights.
     a, b = select // pieces.size, compress // pieces.size
-    times = collections.Counter(m - n for m in range(a) for n in range(b))
+    offset_counts = collections.Counter(m - n for m in range(a) for n in range(b))
     M = weights_BGTM.shape[-1]
     padded = jnp.pad(weights_BGTM, ((0, 0),) * 3 + ((b - 1, a + b),))
-    total = sum(times[shift] * padded[..., shift + b - 1 : shift + b - 1 + M + b] for shift in sorted(times))
+    total = sum(
+        offset_counts[shift] * padded[..., shift + b - 1 : shift + b - 1 + M + b] for shift in sorted(offset_counts)
+    )
     return pieces.by_document(total, choices, a)
 
 
@@ -187,18 +189,18 @@ def extend(
     start_B, stop_B = positions_BT[:, 0], positions_BT[:, -1] + 1
     # The raw tokens and the new ones, cut into pieces of `stride`, hold all blocks that can end in the new tokens. The
     # first of them is `first_B`; negative blocks, before the document, are compressed too and not written by `_put`.
-    made = -(-(stride - 1 + positions_BT.shape[1]) // stride)  # blocks that can end in the new tokens
+    max_finished_blocks = -(-(stride - 1 + positions_BT.shape[1]) // stride)  # blocks that can end in the new tokens
     before = compress - stride
 
     def with_tokens(name):
-        room_B = jnp.pad(state[f"raw_{name}"], ((0, 0), (0, made * stride), (0, 0), (0, 0)))
+        room_B = jnp.pad(state[f"raw_{name}"], ((0, 0), (0, max_finished_blocks * stride), (0, 0), (0, 0)))
         return kv_cache.write(room_B, new[name].astype(room_B.dtype), before + start_B % stride)
 
     raw = {name: with_tokens(name) for name in new}
-    pieces = (raw[name][:, : before + made * stride] for name in ("k", "v"))
+    pieces = (raw[name][:, : before + max_finished_blocks * stride] for name in ("k", "v"))
     pieces = (x.reshape(x.shape[0], -1, stride, *x.shape[2:]) for x in pieces)
     first_B = start_B // stride - before // stride
-    k_BM, v_BM = finish(*pieces, jnp.maximum(first_B[:, None] + jnp.arange(made), 0) * stride)
+    k_BM, v_BM = finish(*pieces, jnp.maximum(first_B[:, None] + jnp.arange(max_finished_blocks), 0) * stride)
     ended_B = (stop_B - compress) // stride + 1
     shift_B = (stop_B // stride - start_B // stride) * stride
     return {

@@ -12,7 +12,7 @@ from efficientllm import model as models
 from efficientllm.embeds.tokens import LM, embed
 from efficientllm.errors import UserError
 from efficientllm.ops.attention import Context
-from efficientllm.quant import apply as tree
+from efficientllm.quant import apply as quant_tree
 from efficientllm.quant.awq import awq
 from efficientllm.quant.base import rounds
 from efficientllm.quant.gptq import gptq
@@ -23,29 +23,31 @@ from efficientllm.weights import Weight, path_of
 ROWS = 4  # sequences in a forward pass of a layer
 
 
-def quantize(lm: LM, params: Params, spec: str, tokens_BT: jax.Array, rules: tree.Rules = ()) -> Params:
+def quantize(lm: LM, params: Params, spec: str, tokens_BT: jax.Array, rules: quant_tree.Rules = ()) -> Params:
     """Quantize a model to a calibrated form, as `apply.quantize` does, on the activations of `tokens_BT`.
 
     Every layer is calibrated on the activations of the quantized layers before it. The kernels of one group of layers
     are calibrated together, on activations of the group's unquantized kernels. `params` are unboxed, and stacked where
     `lm.scan` is set.
     """
-    choose = tree.chooser(spec, rules)
-    lm_apart, apart = models.unroll(lm, params) if lm.scan else (lm, params)
-    inputs = [_first_input(lm_apart, apart, tokens_BT[i : i + ROWS]) for i in range(0, len(tokens_BT), ROWS)]
+    choose = quant_tree.chooser(spec, rules)
+    unrolled_lm, unrolled_params = models.unroll(lm, params) if lm.scan else (lm, params)
+    inputs = [
+        _first_input(unrolled_lm, unrolled_params, tokens_BT[i : i + ROWS]) for i in range(0, len(tokens_BT), ROWS)
+    ]
     leaves: dict[str, typing.Any] = {}
-    countdown = Countdown(f"calibrating {spec}", lm_apart.num_groups)
-    for i in range(lm_apart.num_groups):
+    countdown = Countdown(f"calibrating {spec}", unrolled_lm.num_groups)
+    for i in range(unrolled_lm.num_groups):
         name, stack = f"group_{i}", lm.stacks.of_group(i)
         moments = None
         for carry in inputs:
-            batch_moments = _moments(lm_apart, stack, apart[name], carry)
+            batch_moments = _moments(unrolled_lm, stack, unrolled_params[name], carry)
             moments = batch_moments if moments is None else jax.tree.map(jnp.add, moments, batch_moments)
-        quantized = _quantize_kernels(apart[name], moments, lambda path, name=name: choose(f"{name}/{path}"))
-        inputs = [_forward(lm_apart, stack, quantized, carry) for carry in inputs]
+        quantized = _quantize_kernels(unrolled_params[name], moments, lambda path, name=name: choose(f"{name}/{path}"))
+        inputs = [_forward(unrolled_lm, stack, quantized, carry) for carry in inputs]
         leaves |= {f"{name}/{path}": leaf for path, leaf in _kernels(quantized)}
         countdown.add()
-    return tree.quantize(params, spec, rules, functools.partial(_pick, leaves, lm))
+    return quant_tree.quantize(params, spec, rules, functools.partial(_pick, leaves, lm))
 
 
 class InputMoments(typing.NamedTuple):
@@ -86,7 +88,7 @@ def _moments(lm, stack, params, inputs):
 
     def watch(keys, leaf):
         path = path_of(keys)
-        return _RecordingWeight(leaf, functools.partial(record, path)) if tree.KERNEL.search(path) else leaf
+        return _RecordingWeight(leaf, functools.partial(record, path)) if quant_tree.KERNEL.search(path) else leaf
 
     def record(path, x):
         x_mk = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
@@ -116,7 +118,7 @@ def _quantize_kernels(params, moments, choose):
         if path not in moments or not rounds(form):
             return leaf
         if not form.calibrated:
-            return tree.leaf(form, False, leaf)
+            return quant_tree.leaf(form, False, leaf)
         return _calibrated(form, leaf, moments[path])
 
     return jax.tree_util.tree_map_with_path(quantize_kernel, params)
@@ -138,7 +140,7 @@ def _gptq(form, rows_rk, hessian_kk, mean_k):
 
 def _awq(form, rows_rk, hessian_kk, mean_k):
     s_k = awq(rows_rk, hessian_kk, mean_k, form.group, form.symmetric)
-    return tree.leaf(form, False, (rows_rk * s_k).T).replace(x_scale=(1 / s_k).astype(jnp.float16)[None])
+    return quant_tree.leaf(form, False, (rows_rk * s_k).T).replace(x_scale=(1 / s_k).astype(jnp.float16)[None])
 
 
 _CALIBRATED = {"gptq": _gptq, "awq": _awq}

@@ -38,7 +38,8 @@ class Exclusion:
 class Entry:
     """A technique that keeps the limits: its best setting, and what evidence says by metric.
 
-    value: what it is ordered by, in the goal's unit; `is_measured` of evidence, else of the plan.
+    value:       ranking value in the goal's unit.
+    is_measured: from evidence, not from a plan.
     """
 
     candidate: Candidate
@@ -56,7 +57,7 @@ class Result:
     """What was found: entries, best first, the exclusions, and metrics that no evidence at all speaks of.
 
     compiled: bytes that finalists need by the compiler.
-    beside:   what was measured of the choice on this device that is planned here, by metric.
+    beside:   measured values on this device, by metric, of the chosen technique.
     """
 
     entries: list[Entry]
@@ -94,7 +95,9 @@ class Search:
             }
             for technique in self.techniques
         }
-        missing = tuple(key for key in of_evidence if not any(key in known for known in figures.values()))
+        missing = tuple(
+            key for key in of_evidence if not any(key in technique_figures for technique_figures in figures.values())
+        )
         result = Result([], [], missing, self.goal, self.most, parameters)
         if not missing:
             candidates = [
@@ -123,9 +126,9 @@ class Search:
         figures: dict[str, dict[Identity, Figure]] = {}
         for key in keys:
             if key in planned_keys(self.request.task) and columns.is_timed(key):
-                known = self.evidence.measured(key, identities, parameters)
-                if len(known) > 1 and self._is_of_asked_batch(next(iter(known.values()))):
-                    figures[key] = known
+                measured = self.evidence.measured(key, identities, parameters)
+                if len(measured) > 1 and self._is_of_asked_batch(next(iter(measured.values()))):
+                    figures[key] = measured
         if figures:
             first = next(iter(next(iter(figures.values())).values()))
             self.planner = self.make_planner(self.evidence.batch_of(first))
@@ -157,7 +160,10 @@ class Search:
         return False
 
     def _rank(self, techniques, figures, of_evidence):
-        """Entries, best first; plans in the order of bounds, until no other can be second."""
+        """Entries, best first.
+
+        Plans techniques in the order of their lower bounds, and stops once no remaining bound can reach second place.
+        """
         by_evidence = self.goal in of_evidence
         least = not by_evidence and self.goal in MEMORY
         bounded = not by_evidence and (least or self.goal in TIMES)

@@ -47,7 +47,7 @@ class Group:
         )
         self.blocks = list(dict.fromkeys(row.block for row in self.rows if row.ok))
         self.measured = [row for row in self.rows if row.ok and not row.predicted]
-        self.parts = joined_sweeps.measured_parts(self.rows)
+        self.sweep_parts = joined_sweeps.measured_parts(self.rows)
         self._of = collections.defaultdict(list)
         for row in self.rows:
             self._of[row.variant].append(row)
@@ -66,7 +66,7 @@ class Group:
         return [row for row in self.of(variant) if row.ok and not row.predicted and self._supplies(row, key)]
 
     def _supplies(self, row, key):
-        return joined_sweeps.supplies(row, key, self.parts)
+        return joined_sweeps.supplies(row, key, self.sweep_parts)
 
     def blocks_of(self, key: str) -> list[str]:
         """The blocks of the rows that supply a metric, in order."""
