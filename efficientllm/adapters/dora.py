@@ -39,7 +39,7 @@ class DoRA(Weight):
     def _scaled(self):
         direction = LoRA(self.base, self.a, self.b, self.key, self.scale, self.dropout)
         norm = jnp.linalg.norm(jax.lax.stop_gradient(direction.dense()), axis=-2)
-        return Scaled(direction, self.m / norm)
+        return ScaledWeight(direction, self.m / norm)
 
     def apply(self, x: jax.Array, product: Callable[..., jax.Array], of_rows: Callable[..., jax.Array]) -> jax.Array:
         return self._scaled().apply(x, product, of_rows)
@@ -47,7 +47,7 @@ class DoRA(Weight):
     def can_shard_inputs(self, shards: int) -> bool:
         return can_shard_inputs(self.base, shards)
 
-    def as_input_sharded(self, shards: int) -> "Scaled":
+    def as_input_sharded(self, shards: int) -> "ScaledWeight":
         """Compute each output's gain first: the norm of a shard of a column is not the norm of the column."""
         scaled = self._scaled()
         return scaled.replace(direction=scaled.direction.as_input_sharded(shards))
@@ -57,7 +57,7 @@ class DoRA(Weight):
 
 
 @flax.struct.dataclass
-class Scaled(Weight):
+class ScaledWeight(Weight):
     """LoRA kernel whose outputs are multiplied by `gain` `[..., out]`."""
 
     direction: LoRA
@@ -80,8 +80,8 @@ class Scaled(Weight):
         change = lora.scale * product(product(dropped_x, lora.a).astype(x.dtype), lora.b)
         return product(x, lora.base) - dropped_y + gain * (dropped_y + change)
 
-    def axes(self, names: Sequence[str | None]) -> "Scaled":
-        return Scaled(self.direction.axes(names), Axes((*names[:-2], names[-1])))
+    def axes(self, names: Sequence[str | None]) -> "ScaledWeight":
+        return ScaledWeight(self.direction.axes(names), Axes((*names[:-2], names[-1])))
 
     def dense(self) -> jax.Array:
         return self.direction.dense() * self.gain[..., None, :]

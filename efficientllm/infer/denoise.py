@@ -10,7 +10,7 @@ import numpy as np
 
 from efficientllm.embeds.condition import Condition
 from efficientllm.errors import UserError
-from efficientllm.infer.offload import Offloaded, on_devices
+from efficientllm.infer.offload import OffloadedParams, on_devices
 from efficientllm.objectives.base import Objective
 from efficientllm.ops import rematerialization
 from efficientllm.sharding import constrain, current_mesh, shapes
@@ -91,7 +91,7 @@ class DiffusionSampler:
 
     def sample(
         self,
-        params: Params | Offloaded,
+        params: Params | OffloadedParams,
         condition: Condition,
         key: jax.Array,
         shape: tuple[int, ...],
@@ -124,13 +124,13 @@ class DiffusionSampler:
         return self._begin(key, rows, shape, first)
 
     def request(
-        self, params: Params | Offloaded, condition: Condition, negative: Condition | None = None
+        self, params: Params | OffloadedParams, condition: Condition, negative: Condition | None = None
     ) -> DenoisingInputs:
         """Computes what all steps read of the pictures wanted; `negative` as in `sample`."""
         return self._request(on_devices(params), condition, negative)
 
     def advance(
-        self, params: Params | Offloaded, request: DenoisingInputs, carry: Carry, start: int, count: int
+        self, params: Params | OffloadedParams, request: DenoisingInputs, carry: Carry, start: int, count: int
     ) -> Carry:
         """Takes `count` steps from step `start`. The carry is donated; every `count` compiles a program."""
         return self._steps(on_devices(params), request, carry, self._rows(start, count))

@@ -11,7 +11,7 @@ import numpy as np
 from efficientllm.embeds.condition import Condition
 from efficientllm.embeds.patches import Denoiser
 from efficientllm.infer.denoise import DiffusionSampler
-from efficientllm.infer.offload import Offloaded
+from efficientllm.infer.offload import OffloadedParams
 from efficientllm.infer.pictures import images_to_uint8
 from efficientllm.objectives.denoising import Denoising
 from efficientllm.registry import build
@@ -21,8 +21,8 @@ from efficientllm.typing import Config, Params
 KEY = 0  # of the noise that samples start from, whatever the seed of a run
 
 
-class Wanted(typing.NamedTuple):
-    """What is wanted of the pictures of a batch. `negative` is what guidance leads away from, None for no condition."""
+class SampleConditions(typing.NamedTuple):
+    """The conditions of the pictures of a batch. `negative` is what guidance leads away from, None for no condition."""
 
     condition: Condition
     negative: Condition | None = None
@@ -39,7 +39,7 @@ class PictureRequests(typing.Protocol):
     def seed(self) -> int:
         """The seed of the noise that they start from."""
 
-    def wanted(self, numbers_B: np.ndarray) -> Wanted:
+    def wanted(self, numbers_B: np.ndarray) -> SampleConditions:
         """What is wanted of the pictures of these numbers; numbers may be beyond the last."""
 
 
@@ -51,9 +51,11 @@ class SpreadClasses:
     count: int
     seed: int = KEY
 
-    def wanted(self, numbers_B: np.ndarray) -> Wanted:
+    def wanted(self, numbers_B: np.ndarray) -> SampleConditions:
         """Classes begin anew after the last picture."""
-        return Wanted(labelled(self.model, spread_labels(self.count, self.model.classes)[numbers_B % self.count]))
+        return SampleConditions(
+            labelled(self.model, spread_labels(self.count, self.model.classes)[numbers_B % self.count])
+        )
 
 
 class States(typing.Protocol):
@@ -73,11 +75,11 @@ class CaptionRequests:
     guided: bool
     seed: int = KEY
 
-    def wanted(self, numbers_B: np.ndarray) -> Wanted:
+    def wanted(self, numbers_B: np.ndarray) -> SampleConditions:
         """Captions begin anew after the last picture, and after the last caption."""
         captions = [self.captions[number % self.count % len(self.captions)] for number in numbers_B]
         negative = self._condition([""] * len(captions)) if self.guided else None
-        return Wanted(self._condition(captions), negative)
+        return SampleConditions(self._condition(captions), negative)
 
     def _condition(self, captions):
         rows = [self.states[caption] for caption in captions]
@@ -137,7 +139,7 @@ def draw(
 
 def draw_batches(
     sampler: DiffusionSampler,
-    params: Params | Offloaded,
+    params: Params | OffloadedParams,
     requests: PictureRequests,
     rows: int,
     decode: Callable[[jax.Array], jax.Array] | None = None,

@@ -22,7 +22,7 @@ Result = typing.TypeVar("Result")
 
 
 @dataclasses.dataclass
-class Measured:
+class ServingMeasurement:
     """Result of `measure`.
 
     rows, prompt, new_tokens:  shape of a batch: prompts, tokens of a prompt, tokens of a completion.
@@ -110,7 +110,7 @@ def measure(
     seed: int = 0,
     prompts: list[list[int]] | None = None,
     images: Images | None = None,
-) -> Measured:
+) -> ServingMeasurement:
     """Measures batches of `rows` prompts of `prompt` tokens, taken from the text `ids`, and `new_tokens` after each.
 
     Throughput comes from decoding a batch in one call, latencies from further batches decoded step by step. Windows too
@@ -154,7 +154,7 @@ class _Measurement:
             for _ in range(self._new_tokens):
                 windows.measure_step(lambda: self._decode(1, rewind=False))
             countdown.add()
-        return Measured(
+        return ServingMeasurement(
             *self._shape,
             self._new_tokens,
             windows.times["prefill"],

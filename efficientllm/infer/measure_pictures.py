@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from efficientllm.infer.denoise import DiffusionSampler
-from efficientllm.infer.image_samples import PictureRequests, Wanted, describe_batch, image_shape, labelled
+from efficientllm.infer.image_samples import PictureRequests, SampleConditions, describe_batch, image_shape, labelled
 from efficientllm.infer.measure import warm_ups
 from efficientllm.infer.measurement_windows import Windows, seconds_of
-from efficientllm.infer.offload import Offloaded
+from efficientllm.infer.offload import OffloadedParams
 from efficientllm.infer.pictures import images_to_uint8
 from efficientllm.metrics import conditions, sampler, timer
 from efficientllm.metrics.energy.window import EnergyWindow
@@ -35,7 +35,7 @@ class MeasuredPictures:
     discarded_s:         those of the warm-up repeats.
     steps:               times of single steps of the solver, each waited for.
     batches:             batches in the energy windows.
-    span, interrupted:   as in `measure.Measured`.
+    span, interrupted:   as in `measure.ServingMeasurement`.
     """
 
     rows: int
@@ -64,7 +64,7 @@ class MeasuredPictures:
 
 def measure_pictures(
     pictures: DiffusionSampler,
-    params: Params | Offloaded,
+    params: Params | OffloadedParams,
     decode: Callable[[jax.Array], jax.Array] | None,
     rows: int,
     repeats: int,
@@ -78,7 +78,7 @@ def measure_pictures(
     random, model = np.random.default_rng(seed), pictures.model
 
     def request():
-        wanted = Wanted(labelled(model, random.integers(0, max(1, model.classes), rows)))
+        wanted = SampleConditions(labelled(model, random.integers(0, max(1, model.classes), rows)))
         return wanted, jax.random.key(int(random.integers(2**31)))
 
     def sample():
@@ -117,7 +117,7 @@ class MeasuredBatches:
     def __init__(
         self,
         pictures: DiffusionSampler,
-        params: Params | Offloaded,
+        params: Params | OffloadedParams,
         decode: Callable[[jax.Array], jax.Array] | None,
         requests: PictureRequests,
         rows: int,

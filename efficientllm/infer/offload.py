@@ -34,7 +34,7 @@ class Moves:
 
 
 @dataclasses.dataclass
-class Offloaded:
+class OffloadedParams:
     """Parameters in the host's memory (`to_host`). Of the parts of one `group`, one at a time is on the devices.
 
     group:  the parts of a pipeline, this one among them.
@@ -42,7 +42,7 @@ class Offloaded:
 
     host: Params
     moves: Moves
-    group: list["Offloaded"]
+    group: list["OffloadedParams"]
     _placed: Params | None = None
 
     def __post_init__(self):
@@ -63,9 +63,9 @@ class Offloaded:
         return self._placed
 
 
-def on_devices(params: Params | Offloaded) -> Params:
-    """Returns parameters, on the devices if they are `Offloaded`."""
-    return params.on_devices() if isinstance(params, Offloaded) else params
+def on_devices(params: Params | OffloadedParams) -> Params:
+    """Returns parameters, on the devices if they are `OffloadedParams`."""
+    return params.on_devices() if isinstance(params, OffloadedParams) else params
 
 
 def readings(moves: Moves | None, parts: int) -> dict[str, Reading]:

@@ -41,7 +41,7 @@ class Pictures:
     """
 
     sampler: DiffusionSampler
-    params: Params | offload.Offloaded
+    params: Params | offload.OffloadedParams
     decode: Callable[[jax.Array], jax.Array] | None
 
 
@@ -120,12 +120,12 @@ class PictureServing(Serving):
     def engine(self, params: Params) -> Pictures:
         if not self.offloads:
             return Pictures(self.sampler, params, self.decode)
-        parts: list[offload.Offloaded] = []
+        parts: list[offload.OffloadedParams] = []
         self.moves, encoder = offload.Moves(), self.objective.encoder
-        model = offload.Offloaded(params, self.moves, parts)
+        model = offload.OffloadedParams(params, self.moves, parts)
         if encoder is None:
             return Pictures(self.sampler, model, None)
-        autoencoder = offload.Offloaded(offload.to_host(encoder.load_params()), self.moves, parts)
+        autoencoder = offload.OffloadedParams(offload.to_host(encoder.load_params()), self.moves, parts)
         return Pictures(self.sampler, model, lambda latents: encoder.decode(latents, autoencoder.on_devices()))
 
     def generate(self, engine: Pictures, folder: pathlib.Path, windows: Windows) -> None:

@@ -9,7 +9,7 @@ from efficientllm.config.plain import flatten
 from efficientllm.cost import device_peaks, formulas
 from efficientllm.embeds.tokens import LM
 from efficientllm.errors import UserError
-from efficientllm.infer.measure import Measured
+from efficientllm.infer.measure import ServingMeasurement
 from efficientllm.metrics import compiles, conditions
 from efficientllm.metrics.energy import reader
 from efficientllm.metrics.reading import Reading, missing
@@ -21,7 +21,7 @@ from efficientllm.weights import activation_dtype, resident_bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class ScoredForm:
     """Size of a form of the weights, and its held-out loss that the objective is `judged_by`: the inputs of MCR."""
 
     name: str
@@ -29,8 +29,8 @@ class Scored:
     loss: float
 
 
-def baseline_of(file: str, objective: Objective) -> Scored:
-    """Reads the Scored of another run's `record.json`. Raises UserError where the numbers are missing."""
+def baseline_of(file: str, objective: Objective) -> ScoredForm:
+    """Reads the form of another run's `record.json`. Raises UserError where the numbers are missing."""
     where, row, key = f"config.infer.baseline = {file!r}", _row_of(file), objective.judged_by
     try:
         size, loss = row["physical"]["resident_weight_bytes"], row["quality"][key]
@@ -40,7 +40,7 @@ def baseline_of(file: str, objective: Objective) -> Scored:
         raise UserError(f"{where}: its resident_weight_bytes or {key} is no number")
     if size is None or loss is None or size <= 0:
         raise UserError(f"{where}: its resident_weight_bytes or {key} is null or 0")
-    return Scored(f"the row {row.get('name')}", size, loss)
+    return ScoredForm(f"the row {row.get('name')}", size, loss)
 
 
 def check_baseline(config: Config, facts: Record) -> None:
@@ -73,8 +73,8 @@ def _row_of(file):
         raise UserError(f"config.infer.baseline = {error}") from None
 
 
-def compression(objective: Objective, baseline: Scored, compressed: Scored) -> study_metrics.Compression | None:
-    """The inputs of MCR (Eq. 9) from two Scored; None where a score is not finite."""
+def compression(objective: Objective, baseline: ScoredForm, compressed: ScoredForm) -> study_metrics.Compression | None:
+    """The inputs of MCR (Eq. 9) from two forms; None where a score is not finite."""
     if not all(math.isfinite(scored.loss) for scored in (baseline, compressed)):
         return None
     qualities = objective.likelihood(baseline.loss), objective.likelihood(compressed.loss)
@@ -89,8 +89,10 @@ def noted(reading: Reading, history: str) -> Reading:
     )
 
 
-def study(lm: LM, boxed: PyTree, measured: Measured, compared: study_metrics.Compression | None) -> dict[str, Reading]:
-    """The study's metrics of a `measure.Measured`; `compared` is a Compression or None."""
+def study(
+    lm: LM, boxed: PyTree, measured: ServingMeasurement, compared: study_metrics.Compression | None
+) -> dict[str, Reading]:
+    """The study's metrics of a `measure.ServingMeasurement`; `compared` is a Compression or None."""
     work = study_metrics.Work(
         "infer",
         tuple(measured.requests_s),
@@ -101,8 +103,8 @@ def study(lm: LM, boxed: PyTree, measured: Measured, compared: study_metrics.Com
     return study_metrics.paper_metrics(work, measured.averages, _window(measured), compared)
 
 
-def warm_up_and_conditions(measured: Measured) -> Record:
-    """`{"warm_up": ..., "conditions": ...}` of the row of a `measure.Measured`."""
+def warm_up_and_conditions(measured: ServingMeasurement) -> Record:
+    """`{"warm_up": ..., "conditions": ...}` of the row of a `measure.ServingMeasurement`."""
     steps = measured.steps.statistics()
     aside = {
         "discarded_s": steps["discarded_s"],
@@ -127,7 +129,7 @@ def _window(measured):
     return dataclasses.replace(whole, energy_j=joules, duration_s=seconds, mean_power_w=joules / seconds)
 
 
-def times(measured: Measured) -> dict[str, Reading]:
+def times(measured: ServingMeasurement) -> dict[str, Reading]:
     """Latencies and rates as Readings. TPOT is the time of a step, which yields a token in every row."""
     source = f"median of {len(measured.prefill_s)} batches of {measured.rows} x {measured.prompt} tokens"
     prefill, decode = statistics.median(measured.prefill_s), statistics.median(measured.decode_s)
@@ -151,7 +153,7 @@ def times(measured: Measured) -> dict[str, Reading]:
 
 
 def physical(
-    lm: LM, boxed: PyTree, params: Params, measured: Measured, idle: reader.IdlePower, mesh: Mesh
+    lm: LM, boxed: PyTree, params: Params, measured: ServingMeasurement, idle: reader.IdlePower, mesh: Mesh
 ) -> dict[str, Reading]:
     """The physical readings, without peak memory; `mesh` is the one that serves."""
     counts, weights_source = formulas.count_parameters(lm, boxed), "arrays of the parameter tree"
@@ -182,7 +184,7 @@ def physical(
     }
 
 
-def of_images(measured: Measured, idle: reader.IdlePower) -> dict[str, Reading]:
+def of_images(measured: ServingMeasurement, idle: reader.IdlePower) -> dict[str, Reading]:
     """Time, FLOPs and energy of a tower alone for the images of the prompts; its time is a part of TTFT."""
     images = measured.images
     if images is None:

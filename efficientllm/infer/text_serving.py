@@ -12,7 +12,7 @@ from efficientllm.cost import formulas
 from efficientllm.embeds.tokens import LM
 from efficientllm.infer import measure, row
 from efficientllm.infer.engine import Engine
-from efficientllm.infer.measure import Measured
+from efficientllm.infer.measure import ServingMeasurement
 from efficientllm.infer.measurement_windows import Windows
 from efficientllm.infer.serving import Serving
 from efficientllm.infer.streaming import Answers
@@ -64,15 +64,15 @@ class TextServing(Serving):
         finally:
             answers.write(folder / "generated.jsonl")
 
-    def measure(self, engine: Engine, reader: EnergyReader, averages: Sampler) -> Measured:
+    def measure(self, engine: Engine, reader: EnergyReader, averages: Sampler) -> ServingMeasurement:
         infer = self.config.infer
         shape = infer.batch_size, infer.prompt_length, infer.max_new_tokens, infer.repeats
         return measure.measure(engine, self.held_out_ids(), *shape, reader, averages, self.config.seed)
 
-    def study(self, measured: Measured, compared: Compression | None) -> dict[str, Reading]:
+    def study(self, measured: ServingMeasurement, compared: Compression | None) -> dict[str, Reading]:
         return row.study(self.lm, self.boxed, measured, compared)
 
-    def physical(self, params: Params, measured: Measured, idle: IdlePower) -> dict[str, Reading]:
+    def physical(self, params: Params, measured: ServingMeasurement, idle: IdlePower) -> dict[str, Reading]:
         return row.physical(self.lm, self.boxed, params, measured, idle, self.mesh)
 
     def describe_data(self) -> Record:

@@ -12,7 +12,7 @@ from efficientllm import base_config
 from efficientllm.embeds.condition import Condition
 from efficientllm.errors import UserError, short_repr
 from efficientllm.infer import prompts
-from efficientllm.infer.image_samples import Wanted
+from efficientllm.infer.image_samples import SampleConditions
 from efficientllm.metrics.reading import Reading, missing
 from efficientllm.run_description import RunDescription
 from efficientllm.text_states.sources import PromptStates
@@ -69,12 +69,12 @@ class PicturePrompts:
         }
         log.info(f"text states of {_count(self.all_texts)}: {seconds:.1f} s, {len(uncached)} of them encoded")
 
-    def wanted(self, numbers_B: np.ndarray) -> Wanted:
+    def wanted(self, numbers_B: np.ndarray) -> SampleConditions:
         """The conditions of the pictures of these numbers; those beyond the last are of its prompt."""
         assert self.states is not None, "encode() comes first"
         rows_B = np.minimum(numbers_B // max(1, self.each), len(self.texts) - 1)
         negative_B = None if self.negative is None else np.full_like(rows_B, len(self.texts))
-        return Wanted(self._condition(rows_B), None if negative_B is None else self._condition(negative_B))
+        return SampleConditions(self._condition(rows_B), None if negative_B is None else self._condition(negative_B))
 
     def _condition(self, rows_B):
         """In float32, whatever the encoders compute in, so that one program serves all."""

@@ -15,7 +15,7 @@ from efficientllm.errors import UserError
 from efficientllm.infer import measure, prompts
 from efficientllm.infer.decoding import Carry
 from efficientllm.infer.engine import Engine
-from efficientllm.infer.measure import Measured
+from efficientllm.infer.measure import ServingMeasurement
 from efficientllm.infer.multimodal_prompts import ImageRows, encode_prompts
 from efficientllm.infer.text_serving import TextServing
 from efficientllm.metrics.energy.window import EnergyReader
@@ -66,7 +66,7 @@ class VisionServing(TextServing):
     def engine(self, params: Params) -> Engine:
         return VisionEngine(self.records, self.lm, params, self.sampler, self.tokenizer.end_ids, self.length)
 
-    def measure(self, engine: Engine, reader: EnergyReader, averages: Sampler) -> Measured:
+    def measure(self, engine: Engine, reader: EnergyReader, averages: Sampler) -> ServingMeasurement:
         """Measures batches of the first prompt with images, of which prefill computes the features; else of text."""
         measured = next((i for i, record in enumerate(self.records) if len(record.pictures)), None)
         if measured is None:

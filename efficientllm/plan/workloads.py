@@ -63,7 +63,7 @@ class TracedProgram(typing.NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledWorkload:
     """Result of compiling a program.
 
     memory:   `memory.compiled_memory`, bytes of one device; only `total_bytes` where the compiler refused.
@@ -98,8 +98,8 @@ def with_changes(config: Config, changes: Change) -> Config:
     return copy
 
 
-def compile_program(workload: Workload, trace: jax.stages.Traced) -> Compiled:
-    """Compiles a trace -> Compiled. Out of memory in the compiler is reported in it; other errors raise."""
+def compile_program(workload: Workload, trace: jax.stages.Traced) -> CompiledWorkload:
+    """Compiles a trace -> CompiledWorkload. Out of memory in the compiler is reported in it; other errors raise."""
     begin = time.perf_counter()
     try:
         with workload.scope():
@@ -107,8 +107,8 @@ def compile_program(workload: Workload, trace: jax.stages.Traced) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(_used(str(error)), time.perf_counter() - begin, None, str(error).splitlines()[0])
-    return Compiled(memory.compiled_memory(compiled), time.perf_counter() - begin, compiled.as_text())
+        return CompiledWorkload(_used(str(error)), time.perf_counter() - begin, None, str(error).splitlines()[0])
+    return CompiledWorkload(memory.compiled_memory(compiled), time.perf_counter() - begin, compiled.as_text())
 
 
 def _used(message):
@@ -141,8 +141,8 @@ class CompiledCosts(typing.NamedTuple):
     operations: list[Operation]
 
 
-def compiled_costs(compiled: Compiled, count: int) -> CompiledCosts:
-    """Reads the costs of a Compiled from its text."""
+def compiled_costs(compiled: CompiledWorkload, count: int) -> CompiledCosts:
+    """Reads the costs of a compiled workload from its text."""
     program = hlo_text.Program(compiled.text)
     costs = hlo_cost.moved_bytes(program), hlo_cost.custom_calls(program), hlo_cost.launches(program)
     return CompiledCosts(hlo_cost.collectives(program, count), *costs, operations.of_program(program))

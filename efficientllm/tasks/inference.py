@@ -156,7 +156,7 @@ class Inference(Run):
         name, objective = self.config.infer.baseline, self.serving.objective
         if objective.judged_by not in self.quality:  # no held-out token decodes to text
             return None
-        compressed = row.Scored(self.config.quant, resident_bytes(self.params), self.quality[objective.judged_by])
+        compressed = row.ScoredForm(self.config.quant, resident_bytes(self.params), self.quality[objective.judged_by])
         if name.endswith(".json"):
             return row.compression(objective, row.baseline_of(name, objective), compressed)
         if name == "" or (name == self.config.quant and not self.config.infer.rules):
@@ -166,7 +166,7 @@ class Inference(Run):
         log.info(f"baseline {name}: weights of {resident_bytes(params) / 1e6:,.1f} MB")
         history = self.serving.history(name)
         baseline = f"{name} ({history})" if history else name
-        scored = row.Scored(baseline, resident_bytes(params), self._score(params)[objective.judged_by])
+        scored = row.ScoredForm(baseline, resident_bytes(params), self._score(params)[objective.judged_by])
         return row.compression(objective, scored, compressed)
 
     def _finish(self):

@@ -117,7 +117,7 @@ def test_a_baseline_that_was_scored_on_other_text_is_refused(tmp_path, told, cha
     values = {"resident_weight_bytes": 10.0, "bits_per_byte": 1.5}
     file = made.row(tmp_path, told=told, changes=same | changes, **values)
     config.infer.baseline = str(file)
-    assert row.baseline_of(str(file), NEXT_TOKEN) == row.Scored("the row attention-gqa", 10.0, 1.5)
+    assert row.baseline_of(str(file), NEXT_TOKEN) == row.ScoredForm("the row attention-gqa", 10.0, 1.5)
     if message is None:
         row.check_baseline(config, {"data": {"fingerprint": "a"}})
     else:

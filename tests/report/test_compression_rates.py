@@ -47,7 +47,7 @@ def test_the_rate_is_what_a_run_beside_its_baseline_records(tmp_path):
     values = {variant: group.of(variant)[0].values for variant in group.variants}
     assert values["float32"]["mcr"] == 1
     scored = [
-        infer_row.Scored(name, values[name]["resident_weight_bytes"], values[name]["bits_per_byte"])
+        infer_row.ScoredForm(name, values[name]["resident_weight_bytes"], values[name]["bits_per_byte"])
         for name in ("float32", "int4")
     ]
     of_a_run = infer_row.compression(NextToken(), *scored)
