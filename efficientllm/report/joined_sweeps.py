@@ -17,6 +17,8 @@ from efficientllm.report.variant_names import compared_config
 
 QUALITY, COST = "quality", "cost"
 ANY_DEVICE = "any device"  # in the key of a quality sweep: losses are not those of a machine
+# Of the weights, whatever is run with them. The quality sweep has more variants: a method of rounding changes no cost.
+OF_WEIGHTS = ("params_", "resident_weight_bytes")
 Key = tuple[str, str, str, str]  # of a group: sweep, task, device, batch
 # Keys in which the two runs of a variant may differ: the length of training and evaluation, and the measured requests.
 LENGTH = (
@@ -48,6 +50,8 @@ def measured_parts(rows: Iterable[Row]) -> set[str]:
 def supplies(row: Row, key: str, parts: set[str]) -> bool:
     """Whether a row may supply a metric in a group with these `measured_parts`."""
     kind = measures(row)
+    if key.startswith(OF_WEIGHTS) and QUALITY in parts:
+        return kind == QUALITY
     if kind == QUALITY:
         return _is_quality(row, key) or (COST not in parts and not _is_of_machine(key))
     return kind != COST or not _is_quality(row, key)

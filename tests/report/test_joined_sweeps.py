@@ -16,10 +16,11 @@ def place(name, measures, variant, block, order):
     return told | {"measures": measures}
 
 
-def quality_row(out, mixer, seed, machine="A", **changes):
+def quality_row(out, mixer, seed, machine="A", size=None, **changes):
     processor = {"host": {"processor": {"name": machine, "cores": 2}}, "run": f"{out} quality {mixer} {seed}"}
     told = place("long", "quality", mixer, seed, 0)
     values = {"eval_loss": LOSSES[mixer] + seed / 100, "al_s": 9.0, "amu_gb": 9.0, "flops_per_token": 1e6}
+    values |= {"resident_weight_bytes": size}
     changes = {"train.steps": 1000} | changes
     return made.row(out / f"q{mixer}{seed}", mixer, seed, sweep=told, told=processor, changes=changes, **values)
 
@@ -38,6 +39,20 @@ def board_of(out):
 
 def cells(group, key):
     return {variant["variant"]: variant["cells"][key] for variant in group["variants"]}
+
+
+def test_bytes_of_weights_are_those_of_the_sweep_that_has_every_form(tmp_path):
+    for mixer in LOSSES:
+        quality_row(tmp_path, mixer, 0, size=10.0 * len(mixer))
+        if mixer != "mla":
+            cost_row(tmp_path, mixer, 0)
+    (group,) = board_of(tmp_path)["groups"]
+    assert {variant: cell["mean"] for variant, cell in cells(group, "resident_weight_bytes").items()} == dict.fromkeys(
+        LOSSES, 30.0
+    )
+    assert cells(group, "al_s")["mla"]["reason"] == (
+        "of a quality sweep, which ran beside other work: no time of it counts"
+    )
 
 
 def test_quality_is_that_of_one_sweep_and_times_are_those_of_the_other(tmp_path):
