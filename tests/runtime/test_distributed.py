@@ -48,9 +48,10 @@ def start(*argvs, devices=2):
 
 
 def finish(processes, timeout=120):
-    """Exit statuses and outputs, without what the transport says of itself."""
+    """Exit statuses and outputs, without what the transport says of itself, and the ends of its lines, which several
+    threads write apart from the text."""
     statuses, outputs = zip(*(runs.finish(process, timeout=timeout) for process in processes), strict=True)
-    lines = ([line for line in output.splitlines() if not GLOO.fullmatch(line)] for output in outputs)
+    lines = ([line for line in output.splitlines() if line and not GLOO.fullmatch(line)] for output in outputs)
     return list(statuses), list(lines)
 
 
