@@ -15,7 +15,7 @@ from efficientllm.ffns.experts import Experts
 from efficientllm.layers import Linear
 from efficientllm.registry import names, register
 from efficientllm.typing import Params
-from efficientllm.weights import FLOAT32, Precision, matmul
+from efficientllm.weights import FLOAT32, Precision, activation_dtype, matmul
 
 DISPATCH = ("dropless", "capacity")
 
@@ -157,6 +157,22 @@ class MoE(FFN, kw_only=True):
     def active_fraction(self) -> float:
         """The share of the experts' parameters that are active for a token."""
         return self.top_k / self.num_experts
+
+    def temporary_bytes(self, batch: int, length: int, dim: int) -> int:
+        """Estimates the temporary bytes of a training step, beside parameters, gradients, input and output.
+
+        At most six arrays of the experts' width (gate, up, the input of the last product, and their gradients; four
+        without a gate) and four of the model's width (the experts' inputs, both terms of their gradient, the output's
+        gradient), with a row for each assignment; and one kernel of an expert with its gradient. The shared expert is
+        not counted.
+        """
+        assignments = batch * length * self.top_k
+        if self.dispatch == "capacity":
+            places = dispatch.rows_per_expert(length, self.num_experts, self.top_k, self.capacity_factor)
+            assignments = batch * self.num_experts * places
+        arrays = 6 if ACTIVATIONS[self.activation].is_gated else 4
+        rows = assignments * (arrays * self.hidden + 4 * dim) * activation_dtype(self.precision).itemsize
+        return rows + 2 * 4 * dim * self.hidden
 
     def expert_traffic(self, length: int) -> ExpertTraffic:
         places = dispatch.rows_per_expert(length, self.num_experts, self.top_k, self.capacity_factor)
