@@ -84,14 +84,14 @@ def test_a_block_holds_every_variant_once_between_two_baselines_in_a_random_orde
 
 
 def test_some_variants_have_the_runs_that_they_have_among_all():
-    ours = sweep(variants=dict.fromkeys("abcdefgh", "configs/base.py"))
-    some = spec.keep_variants(ours, "f,d")
+    whole = sweep(variants=dict.fromkeys("abcdefgh", "configs/base.py"))
+    some = spec.keep_variants(whole, "f,d")
     assert list(some.variants) == ["a", "d", "f"]
-    runs = list(spec.list_runs(ours, only=some.variants))
-    assert runs == [run for run in spec.list_runs(ours) if run.variant in "adf"] and len(runs) == 3 * 4
+    runs = list(spec.list_runs(whole, only=some.variants))
+    assert runs == [run for run in spec.list_runs(whole) if run.variant in "adf"] and len(runs) == 3 * 4
     assert runs != list(spec.list_runs(some)), "a sweep of these alone has other runs"
     with pytest.raises(UserError, match="--only=f,aa: 'aa' is none of the variants a, b, c, d, e, f, g, h"):
-        spec.keep_variants(ours, "f,aa")
+        spec.keep_variants(whole, "f,aa")
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def shared_batches(
     filled = rows.batch(
         batch_size, batch_fn=lambda values: grain.experimental.batch_and_pad(values, batch_size=batch_size)
     )
-    # One stage for both: a stage of its own takes 20 us of a batch.
+    # One stage for both: a stage of its own is 24 more Python calls for each batch.
     return filled.map(lambda values: finish({key: value[rows_of_process] for key, value in values.items()}))
 
 

@@ -67,7 +67,7 @@ static ffi::ErrorOr<Flash> attention(const ffi::AnyBuffer& q, const ffi::AnyBuff
   return f;
 }
 
-// As bytes that `share` compares with the cost of waking a thread: 16 multiply-adds take the time of one byte read.
+// As bytes that `share` compares with the cost of waking a thread, taking 16 multiply-adds for one byte read.
 static int64_t work(const Flash& f) {
   return f.batch * f.q.heads * f.q.length * f.k.length * (f.k.width + f.v.width) / 16;
 }
