@@ -1,5 +1,6 @@
 """UserError, the one error a user is meant to read: a line `KEY = VALUE: what is wrong; what to do`."""
 
+import contextlib
 import difflib
 import pathlib
 import sys
@@ -47,6 +48,15 @@ def exit_with(command: typing.Callable[[], typing.Any]) -> typing.NoReturn:
     except UserError as error:
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def error_prefix(where: str) -> typing.Iterator[None]:
+    """Context in which the message of a UserError begins with `where`: a key and its value, or a record's name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def did_you_mean(word: object, choices: typing.Iterable[str]) -> str:

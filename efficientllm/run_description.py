@@ -18,7 +18,7 @@ from efficientllm.adapters.base import Method
 from efficientllm.architecture import from_config
 from efficientllm.data.text import TextData
 from efficientllm.embeds.picture import ImageFormat
-from efficientllm.errors import UserError, short_repr
+from efficientllm.errors import UserError, error_prefix, short_repr
 from efficientllm.model import ModelType, abstract_params
 from efficientllm.objectives.base import Objective
 from efficientllm.registry import build, format_spec, parse_spec
@@ -217,7 +217,7 @@ class RunDescription:
         if len(shapes) > 1 and self.source is not None and not lm.any_size:
             raise UserError(f"{where}: the pretrained model has pictures of one size, {lm.size}; leave buckets out")
         models = tuple(lm.clone(size=_seen(shape, self.autoencoder)[:-1]) for shape in shapes)
-        with _named(where) if self.source is not None else contextlib.nullcontext():
+        with error_prefix(where) if self.source is not None else contextlib.nullcontext():
             for model in models:
                 abstract_params(model)  # looks its positions up
         return models
@@ -227,7 +227,7 @@ class RunDescription:
         if not self.config.text_states:
             return None
         source = build("text_states", self.config.text_states, where="config.text_states")
-        with _named(f"config.text_states = {short_repr(self.config.text_states)}"):
+        with error_prefix(f"config.text_states = {short_repr(self.config.text_states)}"):
             return source.open(None if self.source is None else self.source.pipeline_path)
 
     def states_shape(self, texts: Sequence[str]) -> StatesShape:
@@ -236,7 +236,7 @@ class RunDescription:
         Raises UserError for a model that reads no text, and for states that are missing or of another width.
         """
         model = self.outline
-        with _named(f"config.text_states = {short_repr(self.config.text_states)}"):
+        with error_prefix(f"config.text_states = {short_repr(self.config.text_states)}"):
             if not model.text_length:
                 raise UserError("the model reads no states of texts; leave text states and prompts out")
             shape = self.text_states.shape(texts)
@@ -267,15 +267,6 @@ class RunDescription:
         if self.objective.reads == "text":  # which needs no tokenizer, that of a checkpoint may take a minute
             return data.check_data(self.config.data)
         return self.dataset.notes()
-
-
-@contextlib.contextmanager
-def _named(where):
-    """Context in which a UserError begins with `where`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _picture(dataset, autoencoder):

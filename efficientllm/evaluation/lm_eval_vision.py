@@ -9,11 +9,11 @@ from lm_eval.api.instance import Instance
 
 from efficientllm.data import videos
 from efficientllm.embeds.vision_language import VisionLM
-from efficientllm.errors import UserError
+from efficientllm.errors import UserError, error_prefix
 from efficientllm.evaluation.lm_eval_model import Harness
 from efficientllm.infer.vision_serving import VisionEngine
 from efficientllm.vision.conversations import marked_token, place_pictures, template_messages
-from efficientllm.vision.processors import Processor, load_picture, named
+from efficientllm.vision.processors import Processor, load_picture
 from efficientllm.vision.token_rows import Prompt, token_repeats
 
 PLACE = "<image>"  # of an image in the harness's contexts
@@ -54,7 +54,7 @@ class VisionHarness(Harness):
         name = f"{request.task_name or 'a task'}, document {request.doc_id}"
         pictures = _pictures(request, name)
         ids = np.asarray(self._encode(request.args[0]), np.int32)
-        with named(name):
+        with error_prefix(name):
             counts = [self.processor.tokens(picture.height, picture.width) for picture in pictures]
         ids = np.repeat(ids, token_repeats(ids, counts, self.lm.image_token, name))
         if len(ids) > most:

@@ -1,6 +1,5 @@
 """Prompts of pictures: their texts, the states that a model reads of them, and each picture's condition."""
 
-import contextlib
 import dataclasses
 import logging
 import time
@@ -10,7 +9,7 @@ import numpy as np
 
 from efficientllm import base_config
 from efficientllm.embeds.condition import Condition
-from efficientllm.errors import UserError, short_repr
+from efficientllm.errors import UserError, error_prefix, short_repr
 from efficientllm.infer import prompts
 from efficientllm.infer.image_samples import SampleConditions
 from efficientllm.metrics.reading import Reading, missing
@@ -116,7 +115,7 @@ def open_prompts(description: RunDescription) -> PicturePrompts | None:
     all_texts = texts if negative is None else [*texts, negative]
     source, shape = description.text_states, description.states_shape(all_texts)
     assert source is not None, "config.text_states names one"
-    with _named("config.infer.prompts"):
+    with error_prefix("config.infer.prompts"):
         source.check(all_texts)
     return PicturePrompts(texts, negative, config.sample.images, config.seed, source, shape)
 
@@ -133,12 +132,3 @@ def check_no_prompts(description: RunDescription) -> None:
                 else "a diffusion model samples pictures of its classes; leave prompts out"
             )
             raise UserError(f"config.infer.{key} = {short_repr(infer[key])}: {advice}")
-
-
-@contextlib.contextmanager
-def _named(where):
-    """Context in which a UserError begins with `where`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None

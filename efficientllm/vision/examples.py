@@ -18,11 +18,11 @@ from efficientllm.data.corpus import Corpus, shifted
 from efficientllm.data.rows import packing
 from efficientllm.data.text import TextData
 from efficientllm.embeds.vision_language import BATCH_KEYS, VisionLM
-from efficientllm.errors import FieldError
+from efficientllm.errors import FieldError, error_prefix
 from efficientllm.typing import Batch, Record
 from efficientllm.vision.conversations import encode_example
 from efficientllm.vision.image_headers import picture_size
-from efficientllm.vision.processors import Processor, load_picture, named, within
+from efficientllm.vision.processors import Processor, load_picture, within
 from efficientllm.vision.token_rows import Prompt, slots_of, token_repeats, token_row
 from efficientllm.vision.tower_rows import count_slots, tower_rows
 
@@ -102,7 +102,7 @@ class ExampleData:
     def _grid(self, picture, name):
         """Tiles, rows and columns of patches of a picture, by its header alone."""
         processor, size = self._processor, picture_size(picture, name)
-        with named(name):
+        with error_prefix(name):
             return processor.grid(*size)
 
     @functools.cached_property

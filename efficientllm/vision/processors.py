@@ -4,7 +4,6 @@ Numbers are those of transformers' Pillow processors, bit for bit. Letters: C ch
 features of a patch.
 """
 
-import contextlib
 import dataclasses
 import math
 import pathlib
@@ -92,15 +91,6 @@ class AnySize(Processor):
 
     def tiles(self, image: "Image.Image") -> list["Image.Image"]:
         return [self._resized(image, self.size(image.height, image.width))]
-
-
-@contextlib.contextmanager
-def named(name: str) -> typing.Iterator[None]:
-    """Puts a record's name before what is wrong with its picture."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
 
 
 def within(processor: Processor, max_pixels: int, where: str) -> Processor:
