@@ -276,10 +276,10 @@ def test_on_paper_nothing_is_cut(page):
     assert page.run(beyond) == [] and page.run("document.documentElement.scrollWidth") <= 703
     assert page.run("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
     assert page.run("theme()") == "light"
-    page.look(703, 1000)
-    page.look(703, 1000, dark=True)  # the system's scheme changes while the paper is laid out
-    page.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    assert page.run("theme()") == "light"
+    for dark_system in (False, True):  # the system's scheme changes while the paper is laid out
+        page.look(703, 1000, dark=dark_system)
+        page.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        assert page.run("theme()") == "light"
     page.run("dispatchEvent(new Event('afterprint'))")
     page.call("Emulation.setEmulatedMedia", media="", features=dark)
     assert page.run("theme()") == "dark" and page.run("document.querySelector('#pareto').layout.width ?? null") is None
