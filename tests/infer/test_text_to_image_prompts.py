@@ -185,9 +185,10 @@ def test_bad_input_is_one_line_and_status_2(case, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     monkeypatch.setattr(PictureServing, "prepare_requests", lambda _: pytest.fail("compiled"))
+    argv = pipelines.arguments("image", tmp_path / "run", **changes)
     capsys.readouterr()  # progress of writing the pipelines
     with contextlib.suppress(FileNotFoundError):
-        assert main.main(pipelines.arguments("image", tmp_path / "run", **changes)) == 2
+        assert main.main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
 
